@@ -1,4 +1,4 @@
-"""The rows of a file of JSON lines at random, by an index of where each begins: 12 bytes a row, mapped and shared by all processes.
+"""The rows of a file of JSON lines at random, by an index of where each begins: 12 bytes a row. That of a store is mapped from its file.
 
 A row that is read proves its place: it begins behind a line break, nothing but blank lines follows it before the next one, and it has the
 sum that was noted when the file was indexed. An index that says otherwise is of another file, or somebody's invention.
@@ -6,11 +6,9 @@ sum that was noted when the file was indexed. An index that says otherwise is of
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,23 +18,17 @@ import numpy.typing as npt
 
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import cache_folder, whole_file
+from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import MIB, HeldFile, TooLarge, open_regular
+from cfvlm_ds.core.reading import MIB, HeldFile, TooLarge
 
 MAX_LINE = 4 * MIB
 """Bytes of a row of JSON lines: four times as many as a group of a thousand captions has."""
 
-_WORTH = 4 * MIB
-"""Bytes of a file that is worth an index on disk; a smaller one is gone through in milliseconds by whoever opens it."""
-
 _BLOCK = 16 * MIB
 _NUMBERED = 64  # rows from one whose line number is noted to the next one
-_SAMPLE = 16  # rows that are read when an index is opened
-_MAGIC = b"cfvlm_ds lines 1"
-_HEADER = np.dtype(
-    [("magic", "S16"), ("size", "<i8"), ("mtime", "<i8"), ("ctime", "<i8"), ("rows", "<i8"), ("lines", "<i8"), ("long", "<i8")]
-)
+_MAGIC = b"cfvlm_ds lines 2"
+_HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8"), ("lines", "<i8")])
 _SPACE = np.zeros(256, bool)
 _SPACE[list(b" \t\n\r\x0b\x0c")] = True
 
@@ -74,36 +66,22 @@ class IndexedLines:
         self._held = held
 
     @classmethod
-    def open(
-        cls,
-        path: Path,
-        *,
-        fixed: bool = False,
-        alive: Callable[[], object] = lambda: None,
-        progress: Callable[[str], object] = lambda line: None,
+    def scanned(
+        cls, path: Path, *, alive: Callable[[], object] = lambda: None, progress: Callable[[str], object] = lambda line: None
     ) -> IndexedLines:
-        """The lines of a regular file, whose index is looked for beside it and in the user's cache, and made where there is none.
-
-        ``fixed`` says that the file is not written any more, as those of a store: it may have been copied, with other times.
-        Raises OSError, and ValueError without the file's name, where the file cannot be read.
-        """
+        """The lines of a regular file, which is read once. Raises OSError, and ValueError without the file's name, where it cannot be."""
         held = HeldFile(path)
         state = state_of(held)
-        places = list(index_files(path))[: 1 if fixed else 2] if fixed or state[0] >= _WORTH else []
-        for file in places:
-            if (index := _mapped(file, state, fixed)) is not None and (found := cls(path, held, index, file))._proves():
-                return found
-        say = progress if places else lambda line: None
-        index = _scanned(held, state[0], alive, Progress(say, f"index of {path}", state[0] / 1e6, "MB"))
+        index = _scanned(held, state[0], alive, Progress(progress, f"index of {path}", state[0] / 1e6, "MB"))
         if state_of(held) != state:
             raise ValueError("it was written while it was indexed; start again when it is whole")
-        for file in places if not fixed else ():  # whose index is a part of it
-            with contextlib.suppress(OSError):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                _write(file, state, index)
-                if (mapped := _mapped(file, state, fixed)) is not None:
-                    return cls(path, held, mapped, file)
         return cls(path, held, index, None)
+
+    @classmethod
+    def mapped(cls, path: Path) -> IndexedLines:
+        """The lines of a file that is not written any more, by the index beside it (write_index). Raises OSError, ValueError."""
+        held = HeldFile(path)
+        return cls(path, held, _mapped(file := index_file(path), state_of(held)[0]), file)
 
     def __len__(self) -> int:
         return len(self.index.sums)
@@ -133,7 +111,7 @@ class IndexedLines:
         if not is_row or not self._is_blank(start + len(line), end):
             raise DataError(
                 f"{self.where(row)}: the row is not the one that was indexed; do not write a data set while it is used"
-                + (f", and if it was not, remove {self.file}" if self.file else "")
+                + (", and if it was not, prepare it again" if self.file else "")
             )
         return line.rstrip(b"\r\n")
 
@@ -145,18 +123,6 @@ class IndexedLines:
             place += len(block)
         return True
 
-    def _proves(self) -> bool:
-        """Whether the index fits: nothing but blank lines before the first row, and some rows are what it says."""
-        try:
-            if not self._is_blank(0, int(self.index.starts[0])):
-                return False
-            for row in sorted({*np.linspace(0, len(self) - 1, _SAMPLE, dtype=np.int64).tolist()} if len(self) else ()):
-                with contextlib.suppress(TooLarge):
-                    self.line(row)
-        except (OSError, DataError):
-            return False
-        return True
-
 
 def state_of(held: HeldFile) -> State:
     """The state of an open file."""
@@ -164,18 +130,20 @@ def state_of(held: HeldFile) -> State:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def index_files(path: Path, kind: str = "idx") -> Iterator[Path]:
-    """Where an index of a file may be: beside it or, if its folder must not be written, in the user's cache folder."""
-    yield path.with_name(f"{path.name}.{kind}")
-    name = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
-    yield cache_folder() / "rows" / f"{path.name[:100]}-{name}.{kind}"
+def index_file(path: Path) -> Path:
+    """The index of a file that is not written any more."""
+    return path.with_name(f"{path.name}.idx")
 
 
 def write_index(path: Path) -> Path:
-    """Index a file that is not written any more: without times, so that the index of a copy is the same. Raises OSError."""
+    """Index a file that is not written any more. Raises OSError."""
     held = HeldFile(path)
-    size = state_of(held)[0]
-    _write(file := next(index_files(path)), (size, 0, 0), _scanned(held, size, lambda: None, Progress(lambda line: None, "index", 1, "MB")))
+    size, file = state_of(held)[0], index_file(path)
+    index = _scanned(held, size, lambda: None, Progress(lambda line: None, "index", 1, "MB"))
+    header = np.array([(_MAGIC, size, len(index.sums), index.lines)], _HEADER)
+    with whole_file(file, shared=True) as handle:
+        for each in (header, index.starts, index.numbers, index.sums):
+            handle.write(np.ascontiguousarray(each).data)
     return file
 
 
@@ -244,28 +212,15 @@ def _block(held: HeldFile, offset: int, size: int) -> _Block:
     return _Block((begins[rows] + first).astype("<u8"), np.array(sums, "<u4"), rows, len(begins), long, whole)
 
 
-def _write(file: Path, state: State, index: LineIndex) -> None:
-    header = np.array([(_MAGIC, *state, len(index.sums), index.lines, index.long)], _HEADER)
-    with whole_file(file, shared=True) as handle:
-        for each in (header, index.starts, index.numbers, index.sums):
-            handle.write(np.ascontiguousarray(each).data)
-
-
-def _mapped(file: Path, state: State, fixed: bool) -> LineIndex | None:
-    """The index in a file, if it is one of a file in this state and can be true."""
-    try:
-        with open_regular(file) as handle:
-            size = os.fstat(handle.fileno()).st_size
-            magic, *written, rows, lines, long = np.frombuffer(handle.read(_HEADER.itemsize), _HEADER, 1)[0].item()
-            lengths = {"<u8": rows + 1, "numbers": -(-rows // _NUMBERED), "<u4": rows}
-            expected = _HEADER.itemsize + 8 * (lengths["<u8"] + lengths["numbers"]) + 4 * rows
-            if magic != _MAGIC or written[: 1 if fixed else 3] != list(state[: 1 if fixed else 3]) or rows < 0 or size != expected:
-                return None
-            data = np.memmap(handle, np.uint8, "r")
-    except (OSError, ValueError):
-        return None
-    parts = np.split(np.asarray(data), np.cumsum([_HEADER.itemsize, 8 * (rows + 1), 8 * lengths["numbers"]]))
+def _mapped(file: Path, size: int) -> LineIndex:
+    """The index in a file, of one of so many bytes. Raises OSError, and ValueError for one that cannot be true."""
+    data = np.memmap(file, np.uint8, "r") if file.stat().st_size >= _HEADER.itemsize else np.zeros(_HEADER.itemsize, np.uint8)
+    magic, of, rows, lines = np.frombuffer(data[: _HEADER.itemsize].tobytes(), _HEADER, 1)[0].item()
+    lengths = np.array([_HEADER.itemsize, 8 * (rows + 1), 8 * -(-rows // _NUMBERED), 4 * rows], object)
+    if magic != _MAGIC or of != size or not 0 <= rows <= lines or lengths.sum() != len(data):
+        raise ValueError("its index is of another file")
+    parts = np.split(np.asarray(data), np.cumsum(lengths[:3]).tolist())
     starts, numbers, sums = parts[1].view("<u8"), parts[2].view("<u8"), parts[3].view("<u4")
-    if int(starts[-1]) != state[0] or not bool((starts[1:] > starts[:-1]).all()) or lines < rows:
-        return None
-    return LineIndex(starts, sums, numbers, lines, bool(long))
+    if int(starts[-1]) != size or not bool((starts[1:] > starts[:-1]).all()):
+        raise ValueError("its index is of another file")
+    return LineIndex(starts, sums, numbers, lines, False)

@@ -56,8 +56,8 @@ def open_groups(
     the format of the first row that has a known one, of which ``progress`` is told where it is not the native one.
 
     Image paths are absolute, or relative to ``root`` (default: the manifest's folder), of several to the first that has such a file, and
-    are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. A large file is
-    indexed beside it, or in the user's cache folder, the first time. A folder may be a store, which has a format of its own.
+    are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. A folder may be
+    a store, which has a format of its own.
     An address such as hf://datasets/ORG/NAME/data/train-*.parquet is fetched from the Hugging Face hub the first time.
     ``limit`` leaves out what comes after so many groups. ``scan`` is told that this process is alive, and bounds nothing else.
 

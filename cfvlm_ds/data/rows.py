@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import cache_folder
 from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, parse_json
 from cfvlm_ds.data.containers.json_file import json_rows
 from cfvlm_ds.data.containers.kinds import LINES, container_of, is_there, sources_state
 from cfvlm_ds.data.containers.prepared import Prepared, prepare, prepared_places
 from cfvlm_ds.data.containers.rows import rows_of
-from cfvlm_ds.data.lines import IndexedLines, State, cache_folder
+from cfvlm_ds.data.lines import IndexedLines, State
 
 MAX_LIST = 16 * MIB
 """Bytes of one JSON value whose rows are held in memory, several times its size; JSON lines are made of a larger one."""
@@ -130,13 +131,13 @@ def open_rows(
     try:
         kind = container_of(path) if is_there(path) else LINES
         if kind == LINES:
-            found: Rows = LineRows(IndexedLines.open(path, **options))
+            found: Rows = LineRows(IndexedLines.scanned(path, **options))
         elif kind == "json" and path.stat().st_size <= MAX_LIST:
             found = ListRows(path, sources_state(path), list(rows_of(path, json_rows)))
         else:
             state = sources_state(path)
             made = prepare(path, kind, prepared_places(path, cache_folder()) if cache is None else cache, progress, alive)
-            found = PreparedRows(path, state, IndexedLines.open(made.lines, **options), made)
+            found = PreparedRows(path, state, IndexedLines.scanned(made.lines, **options), made)
     except DataError:
         raise
     except FileNotFoundError as error:

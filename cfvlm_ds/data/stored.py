@@ -24,7 +24,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MIB, HeldFile, read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.decoding import MAX_ASPECT, MAX_PIXELS
-from cfvlm_ds.data.lines import IndexedLines, state_of
+from cfvlm_ds.data.lines import IndexedLines, index_file, state_of
 from cfvlm_ds.data.overlap import Keys
 from cfvlm_ds.data.picture_file import picture_file
 from cfvlm_ds.data.picture_index import Picture, PictureTable, key_of
@@ -143,8 +143,8 @@ class StoredRows:
         """The rows of a shard. Its index has a sum of each row, and store.json one of the index: a shard in another's place is noticed."""
         file, index, groups = self._shards[shard]
         try:
-            lines = IndexedLines.open(file, fixed=True)
-            if lines.file is None or index_sum(lines.file) != index or len(lines) != groups:
+            lines = IndexedLines.mapped(file)
+            if index_sum(index_file(file)) != index or len(lines) != groups:
                 raise ValueError("its index is another than store.json says")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error

@@ -161,7 +161,7 @@ def read_scores(
     if not os.path.exists(path):
         raise DataError(f"{path}: no such scores file; {_REMEDY}")
     try:
-        rows = IndexedLines.open(path)
+        rows = IndexedLines.scanned(path)
         if not len(rows):
             raise ValueError("it is empty")
         _check_header(path, _parsed(rows, 0), data, made_by)

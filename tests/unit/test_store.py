@@ -41,8 +41,8 @@ def rows(found: IndexedLines) -> list[tuple[str, bytes]]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of a few bytes have blocks, numbered rows and an index on disk."""
-    for name, value in (("_BLOCK", 64), ("_NUMBERED", 4), ("_WORTH", 0), ("MAX_LINE", 100)):
+    """Files of a few bytes have blocks and numbered rows."""
+    for name, value in (("_BLOCK", 64), ("_NUMBERED", 4), ("MAX_LINE", 100)):
         monkeypatch.setattr(lines, name, value)
 
 
@@ -54,28 +54,25 @@ def test_lines_are_those_of_a_naive_reading(small: None, tmp_path: Path) -> None
         path.write_bytes(
             b"".join(line + end for line, end in zip(chance.choices(ODD_LINES, k=40), ends, strict=True))[: chance.randrange(900)]
         )
-        first, second = IndexedLines.open(path), IndexedLines.open(path)
-        assert rows(first) == rows(second) == naive(path) and second.file == tmp_path / "rows.jsonl.idx"
+        lines.write_index(path)
+        first, second = IndexedLines.scanned(path), IndexedLines.mapped(path)
+        assert rows(first) == rows(second) == naive(path)
         assert isinstance(second.index.starts.base, np.ndarray) and not second.index.starts.flags.owndata, "mapped"
 
 
-def test_a_row_takes_at_most_sixteen_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "_WORTH", 0)
+def test_a_row_takes_at_most_sixteen_bytes(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' * 5000)
-    IndexedLines.open(path)
-    assert (tmp_path / "rows.jsonl.idx").stat().st_size < 13 * 5000
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.idx"]
+    assert lines.write_index(path).stat().st_size < 13 * 5000
 
 
 def test_reading_ends_at_a_line_without_end(small: None, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"{}\n" + b"[" + b"1," * 200 + b"\n{}\n")
-    for _ in range(2):
-        found = IndexedLines.open(path)
-        assert len(found) == 2 and found.line(0) == b"{}"
-        with pytest.raises(ValueError, match="more than 100 bytes"):
-            found.line(1)
+    found = IndexedLines.scanned(path)
+    assert len(found) == 2 and found.line(0) == b"{}"
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        found.line(1)
 
 
 HOSTILE = {
@@ -83,74 +80,36 @@ HOSTILE = {
     "nothing": lambda data: b"",
     "noise": lambda data: bytes(random.Random(1).randbytes(len(data))),
     "another kind": lambda data: b"x" + data[1:],
-    "many rows": lambda data: data[:40] + (1 << 62).to_bytes(8, "little") + data[48:],
-    "negative rows": lambda data: data[:40] + (-1).to_bytes(8, "little", signed=True) + data[48:],
-    "backwards": lambda data: data[:64] + data[72:80] + data[64:72] + data[80:],
-    "beyond the file": lambda data: data[:72] + (1 << 40).to_bytes(8, "little") + data[80:],
-    "inside a row": lambda data: data[:72] + (int.from_bytes(data[72:80], "little") + 1).to_bytes(8, "little") + data[80:],
-    "before a row": lambda data: data[:72] + (int.from_bytes(data[72:80], "little") - 1).to_bytes(8, "little") + data[80:],
-    "no first row": lambda data: data[:64] + data[72:80] + data[72:],
+    "many rows": lambda data: data[:24] + (1 << 62).to_bytes(8, "little") + data[32:],
+    "negative rows": lambda data: data[:24] + (-1).to_bytes(8, "little", signed=True) + data[32:],
+    "backwards": lambda data: data[:40] + data[48:56] + data[40:48] + data[56:],
+    "beyond the file": lambda data: data[:48] + (1 << 40).to_bytes(8, "little") + data[56:],
+    "inside a row": lambda data: data[:48] + (int.from_bytes(data[48:56], "little") + 1).to_bytes(8, "little") + data[56:],
+    "before a row": lambda data: data[:48] + (int.from_bytes(data[48:56], "little") - 1).to_bytes(8, "little") + data[56:],
+    "no first row": lambda data: data[:40] + data[48:56] + data[48:],
     "other sums": lambda data: data[:-4] + bytes(4),
-    "other times": lambda data: data[:24] + bytes(16) + data[40:],
 }
 
 
 @pytest.mark.parametrize("change", HOSTILE)
-def test_an_index_that_does_not_fit_is_made_again(small: None, tmp_path: Path, change: str) -> None:
-    path, file = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.idx"
+def test_an_index_that_does_not_fit_is_refused(small: None, tmp_path: Path, change: str) -> None:
+    path = tmp_path / "rows.jsonl"
     path.write_bytes(b"".join(b'{"a": %d}\n' % number for number in range(12)))
-    IndexedLines.open(path)
-    right = file.read_bytes()
-    file.write_bytes(HOSTILE[change](right))
-    assert rows(IndexedLines.open(path)) == naive(path)
-    assert file.read_bytes() == right
-
-
-def test_an_index_of_another_file_or_kind_of_file(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe, a link, a folder in its place: never waited for, written through, or believed. Where none can be, the user's cache has it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path, file = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.idx"
-    path.write_bytes(b"{}\n[]\n")
-    os.mkfifo(file)
-    assert rows(IndexedLines.open(path)) == naive(path)
-    file.unlink()
-    (other := tmp_path / "other").write_bytes(b"mine")
-    file.symlink_to(other)
-    assert rows(IndexedLines.open(path)) == naive(path) and other.read_bytes() == b"mine" and not file.is_symlink()
-    file.unlink()
-    file.mkdir()
-    found = IndexedLines.open(path)
-    assert found.file is not None and found.file.parent == tmp_path / "cache" / "cfvlm_ds" / "rows" and rows(found) == naive(path)
-    assert IndexedLines.open(path).file == found.file
-    (tmp_path / "cache" / "cfvlm_ds" / "rows").rename(tmp_path / "away")
-    (tmp_path / "cache" / "cfvlm_ds" / "rows").write_text("")
-    assert IndexedLines.open(path).file is None and rows(IndexedLines.open(path)) == naive(path)
-
-
-def test_a_row_that_an_index_hides_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was made to leave a row out, with right sums otherwise, passes a sample and not the reading."""
-    monkeypatch.setattr(lines, "_WORTH", 0)
-    path, file = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.idx"
-    path.write_bytes(b"".join(b'{"a": %d}\n' % number for number in range(500)))
-    found = IndexedLines.open(path)
-    index = found.index
-    kept = np.delete(np.arange(500), 7)
-    state = found.state
-    hiding = lines.LineIndex(index.starts[[*kept, 500]], index.sums[kept], index.numbers, 499, False)
-    lines._write(file, state, hiding)
-    monkeypatch.setattr(lines, "_SAMPLE", 2)
-    with pytest.raises(DataError, match=rf"rows.jsonl:7: the row is not the one that was indexed.*remove {file}"):
-        rows(IndexedLines.open(path))
+    file = lines.write_index(path)
+    assert rows(IndexedLines.mapped(path)) == naive(path)
+    file.write_bytes(HOSTILE[change](file.read_bytes()))
+    with pytest.raises(ValueError, match=r"its index is of another file|the row is not the one that was indexed.*prepare it again"):
+        rows(IndexedLines.mapped(path))
 
 
 def test_a_file_that_is_written_is_indexed_again(small: None, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n')
     before = path.stat()
-    found = IndexedLines.open(path)
+    found = IndexedLines.scanned(path)
     path.write_bytes(b'{"a": 1}\n{"a": 3}\n')
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert rows(IndexedLines.open(path)) == naive(path), "of the same size, with its old time"
+    assert rows(IndexedLines.scanned(path)) == naive(path), "of the same size, with its old time"
     assert found.line(0) == b'{"a": 1}'
     with pytest.raises(DataError, match=r"rows.jsonl:2: the row is not the one that was indexed; do not write"):
         found.line(1)
