@@ -34,7 +34,7 @@ from cfvlm_ds.data.overlap import keys_of, shared_with
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_index import PictureTable, PictureTables
 from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state
-from cfvlm_ds.data.stored import BEGUN, PICTURES, SCHEMA, StoredPictures, StoredRows, is_store
+from cfvlm_ds.data.stored import BEGUN, PICTURES, StoredPictures, StoredRows, is_store
 from cfvlm_ds.data.stored import FILE as STORE
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
@@ -232,8 +232,9 @@ class _Stores:
             raise DataError(f"{each.path}: {missing}; correct data.train or data.evaluation") from error
         folder, format = _folder(config, each), each.format or config.data.format
         stamp = source_stamp(path, state, data_roots(path, each.root), format, each.limit, self._options)
-        if (known := _recorded(folder / STORE)).get("source") == stamp and known.get("schema") == SCHEMA:
-            return str(folder)
+        with contextlib.suppress(DataError):  # a damaged one is made again
+            if StoredRows(folder).stamp == stamp:
+                return str(folder)
         groups = self._source(each)
         if self._most_rows is not None and len(groups) > self._most_rows:
             roots = [each.root] if isinstance(each.root, str) else each.root or []

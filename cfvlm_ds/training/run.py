@@ -178,10 +178,10 @@ def _tokens(config: RunConfig, world: World, data: RunData, collator: Collator) 
         return None
     known = data.identity.get("pictures") is not None  # else a picture may have another size tomorrow
     depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
-    where: dict[str, Any] = {"folder": Path(config.train.output_dir) / "prepared", "depends_on": depends_on}
-    if not config.data.is_mixture and is_store(Path(str(config.data.train))):
-        where["shared"] = Path(str(config.data.train)) / "tokens"
-    return group_tokens(data.groups, collator, config.data, world, data.pictures, **where)
+    folders = [Path(config.train.output_dir) / "prepared"]
+    if not config.data.is_mixture and is_store(store := Path(str(config.data.train))):
+        folders.insert(0, store / "tokens")  # where other runs find them
+    return group_tokens(data.groups, collator, config.data, world, data.pictures, folders=folders, depends_on=depends_on)
 
 
 def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator) -> GroupSampler:

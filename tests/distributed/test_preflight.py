@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import tempfile
@@ -28,6 +30,7 @@ from cfvlm_ds import engine
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli import train as commands
 from cfvlm_ds.cli.exits import exit_cleanly, leave_at_once
+from cfvlm_ds.cli.main import main as cli_main
 from cfvlm_ds.cli.train import train_main
 from cfvlm_ds.cluster import signals
 from cfvlm_ds.core import ranks
@@ -42,7 +45,7 @@ from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training import read_data as preflight
-from cfvlm_ds.training import resume
+from cfvlm_ds.training import resume, token_counts
 from cfvlm_ds.training.token_counts import group_tokens
 
 ONE = World(0, 1, 0, torch.device("cpu"))
@@ -157,6 +160,53 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(config: RunConfi
     data.write_text(flipped)
     os.utime(data, ns=(before.st_atime_ns, second_time))
     assert changes(third.identity, preflight.read_data(run, ONE).identity) == "labels (match)", "of the same size, with its old time"
+
+
+def test_a_large_manifest_is_prepared_before_the_run(config: RunConfig, data: Path, tmp_path: Path, opened: list[str]) -> None:
+    """The sentence names a command that makes a store of what the run would have read; a run's own preparation is another way."""
+    run = configured(config, tmp_path / "run", train=str(data))
+    with pytest.raises(DataError, match="has 6 groups, and a run prepares 5 of a data set itself; run `cfvlm-ds") as refused:
+        preflight.read_data(run, ONE, most_rows=5)
+    assert not opened
+    cli_main(shlex.split(str(refused.value).split("`")[1])[1:])
+    stored = preflight.read_data(configured(run, tmp_path / "run", train=f"{data}.store"), ONE, most_rows=5)
+    assert len(opened) == 12 and list(stored.groups) == read_manifest(data)
+    again = preflight.read_data(run, ONE)
+    assert again.identity == stored.identity and len(opened) == 24
+    preflight.read_data(run, ONE, most_rows=5)
+    assert len(opened) == 24, "what is prepared is taken, whatever its size"
+
+
+@pytest.mark.parametrize("after", range(1, 40, 6))
+def test_a_first_start_that_is_killed_goes_on(config: RunConfig, data: Path, tmp_path: Path, after: int) -> None:
+    """SIGKILL after ever more signs of life: the next start has what an undisturbed one has."""
+    run = configured(config, tmp_path / "run", train=str(data))
+    left = itertools.count(after, -1)
+    if not (child := os.fork()):
+        preflight.read_data(run, ONE, lambda: next(left) or os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
+    whole = preflight.read_data(configured(config, tmp_path / "other", train=str(data)), ONE)
+    assert (found := preflight.read_data(run, ONE)).identity == whole.identity and list(found.groups) == list(whole.groups)
+
+
+def test_a_store_of_another_schema_or_half_of_one_is_made_again(config: RunConfig, data: Path, tmp_path: Path, opened: list[str]) -> None:
+    """In the run folder; a store of the user's own is refused, for nobody knows what it was made of."""
+    run = configured(config, tmp_path / "run", train=str(data))
+    first = preflight.read_data(run, ONE)
+    (store,) = (each.parent for each in (tmp_path / "run" / "prepared").glob("*/store.json"))
+    own = configured(config, tmp_path / "own", train=str(shutil.copytree(store, tmp_path / "copied")))
+    for folder, damage in itertools.product((store, tmp_path / "copied"), ("schema", "half")):
+        record = (folder / "store.json").read_text()
+        if damage == "schema":
+            (folder / "store.json").write_text(record.replace("cfstore/", "cfstore/x"))
+        else:
+            os.truncate(folder / "groups-00000.jsonl", 100)
+        if folder == store:
+            assert preflight.read_data(run, ONE).identity == first.identity
+        else:
+            with pytest.raises(DataError, match=r"the store cannot be read .*; prepare the data again, or copy the store whole"):
+                preflight.read_data(own, ONE)
 
 
 def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(
@@ -343,12 +393,10 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
 
     picture_check.open_image = slow  # type: ignore[assignment]
     read = preflight.read_data(configured(config, Path(run), train=manifest, num_workers=0), world)
-    if world.is_main:  # counts of an earlier start, which cannot be replaced
-        np.save(Path(run) / "prepared" / "tokens.npy", np.ones(len(read.groups), np.int32))
-        (Path(run) / "prepared" / "tokens.json").mkdir()
-    tokens = group_tokens(
-        read.groups, load_collator(config.model, "full"), config.data, world, read.pictures, folder=Path(run) / "prepared"
-    )
+    if not world.is_main:  # a node that does not see what the first has written
+        token_counts._mapped = lambda file, count: None  # type: ignore[assignment]
+    kept: Any = {"folders": [Path(run) / "counts"], "depends_on": lambda: dict(read.identity)}
+    tokens = group_tokens(read.groups, load_collator(config.model, "full"), config.data, world, read.pictures, **kept)
     print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": tokens.tolist(), "known": len(read.pictures or [])}))
     commands.build = build_late
     commands.build_once(config.build, world)

@@ -304,3 +304,15 @@ def test_data_are_made_by_an_array_of_which_a_task_is_killed(cluster: Cluster, m
         for path in sorted((tmp_path / "whole" / step).iterdir()):
             assert path.read_bytes() == (tmp_path / "job" / step / path.name).read_bytes(), path
     assert (tmp_path / "job.jsonl").read_text().count("\n") == (tmp_path / "whole.jsonl").read_text().count("\n") > 0
+
+
+def test_a_store_is_prepared_by_an_array(cluster: Cluster, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """Two calls of two tasks: the first looks at the pictures, the second writes the rows."""
+    store, options = tmp_path / "store", [str(manifests["test"]), "--out", str(tmp_path / "store")]
+    for _ in range(2):
+        job = sbatch(cluster, tmp_path / "log", ["--array=0-1"], "prepare_data.sh", *options)
+        ended = lambda job=job: not cluster.run("squeue", "-h", "-j", str(job)).strip()  # noqa: E731
+        wait_until(ended, 300, "both tasks")
+    main(["data", "prepare", str(manifests["test"]), "--out", str(tmp_path / "alone")])
+    assert (store / "groups-00000.jsonl").read_bytes() == (tmp_path / "alone" / "groups-00000.jsonl").read_bytes()
+    assert json.loads((store / "store.json").read_text()) == json.loads((tmp_path / "alone" / "store.json").read_text())
