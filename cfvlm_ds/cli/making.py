@@ -132,13 +132,8 @@ def _propose(arguments: argparse.Namespace) -> None:
 
     _one_process("propose")
     shard, of = arguments.shard or (0, None)
-    options = _values(arguments, "propose")
-    if of is not None:
-        if options.shards not in (1, of):
-            raise ConfigError(f"--shards {options.shards} and --shard {shard}/{of} contradict each other; give one of them")
-        options = dataclasses.replace(options, shards=of)
     store = _opened(arguments.manifest, arguments.root, arguments.format)
-    _print_done("propose", propose(store, Path(arguments.out), options, shard, _say))
+    _print_done("propose", propose(store, Path(arguments.out), _values(arguments, "propose"), shard, _say, of or 1))
 
 
 def _edit(arguments: argparse.Namespace) -> None:
@@ -277,7 +272,7 @@ def _one_shard(plan: Plan, shard: int) -> None:
     from cfvlm_ds.counterfactuals.propose.step import propose
 
     store = _opened(plan.data, plan.root, plan.format)
-    _print_done("propose", propose(store, Path(plan.out), plan.propose, shard, _say))
+    _print_done("propose", propose(store, Path(plan.out), plan.propose, shard, _say, plan.shards))
     _edited(Path(plan.out), plan.edit, (shard, plan.shards))
     _verified(Path(plan.out), plan.verify, (shard, plan.shards))
 
@@ -324,5 +319,4 @@ def _say(line: str) -> None:
 
 def _print_done(step: str, done: dict[str, Any]) -> None:
     counts = ", ".join(f"{count} {one_line(name, 100)}" for name, count in sorted(done["counts"].items(), key=lambda each: -each[1])[:8])
-    stopped = f" ({done['stopped']})" if "stopped" in done else ""
-    print(f"{step}: {done['records']} records{stopped}: {counts or 'nothing'}")
+    print(f"{step}: {done['records']} records: {counts or 'nothing'}")

@@ -94,9 +94,7 @@ def read_plan(file: str) -> Plan:
     for name, section in sections.items():
         listed[name] = _built(section, listed.get(name) or {}, f"{path}: {name}.")
     plan: Plan = _built(Plan, listed, f"{path}: ")
-    if plan.propose.shards != 1:
-        raise ConfigError(f"{path}: propose.shards is said as shards, once for all steps")
-    return dataclasses.replace(plan, propose=dataclasses.replace(plan.propose, shards=plan.shards))
+    return plan
 
 
 def _commas(section: Mapping[str, Any]) -> dict[str, Any]:

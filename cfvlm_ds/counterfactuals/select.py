@@ -27,6 +27,7 @@ from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresho
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
 from cfvlm_ds.counterfactuals.options import SelectOptions
 from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
+from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.formats.cfgroup import SCHEMA, to_row
 from cfvlm_ds.data.lines import MAX_LINE
 
@@ -114,7 +115,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
             became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
             raise ConfigError(f"{out}: no candidate is left; this is what became of them: {became}")
     survival.files.update({str(files[name]): written[name] for name in files})
-    survival.roots.extend(map(str, [folder, *(root for root in further if root in outside)] if outside else []))
+    survival.roots.extend(map(str, [folder, *sorted(outside)] if outside else []))
     replace(_beside(file), f"{survival.table()}\n\n{survival.captions()}\n".encode())
     return survival
 
@@ -147,11 +148,12 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """The folders of the pictures of a row that are not in that of its file."""
+    """Yield the folders of the pictures of a row that are not in that of its file: of ``roots``, or where rows of a table were prepared."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):
-                yield from [root for root in roots if Path(path).is_relative_to(root)][:1]
+                known = [root for root in roots if Path(path).is_relative_to(root)]
+                yield from (known or [folder for folder in Path(path).parents if folder.name.endswith(ENDING)])[:1]
 
 
 def _problems(work: WorkFolder, shard: int) -> Counter[str]:

@@ -5,7 +5,6 @@ The embedded world stands for a user's photographs. Its editor fails in known wa
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
@@ -87,9 +86,9 @@ def _scene_editor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def begun(scenes: Path, out: Path, shards: int = 1) -> Path:
-    options = ProposeOptions(words=str(scenes.parent / "words.yaml"), shards=shards, seed=SEED)
+    options = ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=SEED)
     for shard in range(shards):
-        propose(open_groups(scenes / "test_iid.jsonl"), out, options, shard, quiet)
+        propose(open_groups(scenes / "test_iid.jsonl"), out, options, shard, quiet, shards)
     return out
 
 
@@ -260,7 +259,7 @@ def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes:
     before = contents(out)
     store = open_groups(scenes / "test_iid.jsonl")
     with pytest.raises(ConfigError, match="shards: 1 then, 2 now"):
-        propose(store, out, ProposeOptions(shards=2), 0, quiet)
+        propose(store, out, ProposeOptions(), 0, quiet, 2)
     (out / "propose" / "shard-00000.done.json").unlink()
     with pytest.raises(ConfigError, match="seed: 5 then, 6 now"):
         propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)
@@ -322,35 +321,20 @@ def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"back_ends": "http", "url": "http://127.0.0.1:9"}, "it cannot be reached .*start the server, or correct the address"),
         ({"back_ends": "command", "command": "nosuchprogram {request} {output}"}, "nosuchprogram: cannot be started"),
         ({"back_ends": "command", "command": "true '{request} {output}"}, "no closing quotation"),
         ({"masks": "nowhere"}, "--masks nowhere: no such folder"),
     ],
 )
 def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(
-    options: dict[str, Any], said: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], said: str, photos: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", lambda seconds: None)
     out = tmp_path / "W"
     propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="relation"), 0, quiet)
     with pytest.raises(ConfigError, match=said):
         edit(out, EditOptions(**options), 0, quiet)
     assert not (out / "edit.json").exists() and not (out / "edit").exists()
     assert edit(out, EditOptions(), 0, quiet)["counts"]["pictures"] == 6
-
-
-def test_a_server_that_goes_down_ends_the_step_and_what_is_done_stays(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", lambda seconds: None)
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.IN_A_ROW", 3)
-    good = png_of(noise_picture(3))
-    server = Server(lambda body, number: (200, good, {"Content-Type": "image/png"}) if number == 1 else (503, b"down", {}))
-    with server.running(), pytest.raises(ConfigError, match="3 edits in a row without a usable reply, the last: status 503"):
-        edited(photos, tmp_path / "W", back_ends="http", url=server.url, threads=1)
-    done = list(WorkFolder.open(tmp_path / "W").records("edit", 0))
-    assert done[0]["picture"] and len(done) < 12 and (tmp_path / "W" / "edit.json").is_file()
 
 
 def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
@@ -370,17 +354,10 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
     assert problems[3] == f"{tmp_path}/c.jsonl:5: an id of 1001 characters; shorten it to 1000"
 
 
-def test_a_budget_is_kept_and_said(scenes: Path, tmp_path: Path) -> None:
-    options = ProposeOptions(budget_hours=1e-9)
-    done = propose(open_groups(scenes / "test_iid.jsonl"), tmp_path / "W", options, 0, quiet)
-    assert done["records"] == 1 and done["stopped"] == "the budget of hours is spent"
-    assert "1 cut off by a budget" in status(tmp_path / "W")[0]
-
-
 def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -> None:
     out = tmp_path / "W"
     for shard in (0, 1, 4):
-        propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(shards=6), shard, quiet)
+        propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(), shard, quiet, 6)
     text, damaged = status(out)
     assert not damaged and (
         "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5")
@@ -393,7 +370,7 @@ def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -
 def through_all(photos: Path, out: Path, shards: int) -> None:
     """All steps of all shards, as far as they are not done."""
     for shard in range(shards):
-        propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation", shards=shards), shard, quiet)
+        propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation"), shard, quiet, shards)
         edit(out, EditOptions(), shard, quiet)
         verify(out, VerifyOptions(), shard, quiet, None)
 
@@ -487,32 +464,6 @@ def test_a_work_folder_writes_through_no_link(photos: Path, tmp_path: Path) -> N
         edit(tmp_path / "V", EditOptions(), 0, quiet)
 
 
-def test_a_record_names_no_picture_outside_the_folders_of_the_sources(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As somebody else's work folder may: by a path, a link beside the sources, and a tar that is one."""
-    out, secret = tmp_path / "made" / "W", tmp_path / "secret.png"
-    noise_picture(40).save(secret)
-    (tmp_path / "made").mkdir()
-    for each in (photos, *tmp_path.glob("?.png")):
-        each.rename(tmp_path / "made" / each.name)
-    through_all(tmp_path / "made" / photos.name, out, 1)
-    (tmp_path / "made" / "link.png").symlink_to(secret)
-    for step, key, value in (
-        ("propose", "picture", str(secret)), ("propose", "picture", str(tmp_path / "made" / "link.png")),
-        ("edit", "picture", {"path": str(secret), "sha256": "0"}),
-        ("edit", "picture", {"file": "../../../secret.tar", "start": 0, "length": 1, "sha256": "0"}),
-    ):  # fmt: skip
-        shutil.copytree(out, strange := tmp_path / "made" / "V")
-        first, *rest = (journal := strange / step / "shard-00000.jsonl").read_text().splitlines(keepends=True)
-        journal.write_text(json.dumps(json.loads(first) | {key: value}) + "\n" + "".join(rest))
-        agreed(strange, step)
-        for words in (("view", strange, "--out", tmp_path / "page"), ("select", strange, "--out", tmp_path / "g.jsonl")):
-            assert f"V/{step}/shard-00000.jsonl:1: image path" in (said := refused(capsys, "data", *words)) and "leads outside" in said
-        shutil.rmtree(strange)
-    assert not (tmp_path / "page").exists() and not (tmp_path / "g.jsonl").exists()
-
-
 def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) -> None:
     """Its rows are prepared in another folder then, which is none of the settings."""
     rows = [json.loads(line) for line in photos.read_text().splitlines()]
@@ -523,8 +474,7 @@ def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) 
     os.utime(table, (1, 1))
     through_all(table, tmp_path / "W", 1)
     after = contents(tmp_path / "W")
-    folders = [json.loads(found.pop("run.json"))["prepared"] for found in (before, after)]
-    assert before == after and len(folders[0]) == 1 and len(folders[1]) == 2 and set(folders[0]) < set(folders[1])
+    assert before == after and len(list(tmp_path.glob("captions.csv.*.prepared"))) == 2
     with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source\.roots: \['"):
         propose(open_groups(table, [tmp_path, tmp_path / "W"], "auto"), tmp_path / "W", ProposeOptions(types="colour,relation"), 0, quiet)
 
@@ -716,7 +666,7 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
         calibrated([(scored(1.0), True)], Thresholds(rule="checks"), 0.9)
     for wrong in (
         {"margin": -0.98}, {"margin": math.nan}, {"drop": -0.1}, {"drop": math.nan}, {"clip": -0.1},
-        {"largest": -0.1}, {"outside": 1.5}, {"dino": 2.0}, {"entailment": -1.0},
+        {"largest": -0.1}, {"outside": 1.5},
         {"changed": {"colour": [0.5, 0.1]}}, {"changed": {"*": [-0.1, 0.6]}}, {"changed": {"*": [0.0, math.nan]}},
     ):  # fmt: skip
         (tmp_path / "t.json").write_text(json.dumps(wrong))
@@ -928,34 +878,6 @@ def png_of(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def test_a_server_that_edits_is_checked_like_any_other(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.time.sleep", lambda seconds: None)
-    good = png_of(noise_picture(3))
-    huge = png_of(Image.new("1", (60_000, 1000)))
-    is_png, is_json = ({"Content-Type": kind} for kind in ("image/png", "application/json; charset=utf-8"))
-    within = json.dumps({"image": base64.b64encode(good).decode()}).encode()
-    answers: dict[str, Any] = {
-        "p0/0": (200, good, is_png), "p0/1": (200, within, is_json), "p1/0": (200, huge, is_png),
-        "p1/1": (200, b'{"image": "no!"}', is_json),
-        "p2/0": (500, b"cuda out of memory", {}), "p2/1": (200, b"<html>", {"Content-Type": "text/html"}),
-        "p3/0": (200, png_of(noise_picture(3, 48)), is_png), "p3/1": (200, b"", is_png), "p4/0": (200, b"[]", is_json),
-        "p4/1": (200, good[:200], is_png), "p5/0": (200, b'{"image": {}}', is_json), "p5/1": (200, good, is_png),
-    }  # fmt: skip
-    server = Server(lambda body, number: answers[body["id"]])
-    with server.running():
-        found = {each["edit"]: each for each in edited(photos, tmp_path / "W", back_ends="http", url=server.url, threads=3)}
-    assert {name for name, each in found.items() if each.get("picture")} == {"p0/0", "p0/1", "p5/1"}
-    for name, said in (
-        ("p1/0", "over the limit"), ("p1/1", "no base64"), ("p2/0", "status 500: cuda out of memory"),
-        ("p2/1", "no image in it"), ("p3/0", "another size (48x48"), ("p3/1", "no image in it"),
-        ("p4/0", "the reply has no image"), ("p4/1", "truncated or corrupt"), ("p5/0", "base64"),
-    ):  # fmt: skip
-        assert said in found[name]["refused"], (name, found[name]["refused"])
-    asked = next(body for body in server.asked if body["id"] == "p0/0")
-    assert Image.open(io.BytesIO(base64.b64decode(asked["image"]))).size == (64, 64) and asked["seed"] == found["p0/0"]["seed"]
-    assert asked["instruction"].startswith("Change the colour of the cup") and server.most_at_once <= 3
-
-
 PROGRAM = """
 import json, sys
 from PIL import Image
@@ -1005,8 +927,8 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
     with server.running():
         asked = {"llm_url": f"{server.url}?key={secret}", "llm_model": "m"}
         propose(open_groups(photos, None, "auto"), out, ProposeOptions(back_ends="rules,llm", types="relation", **asked), 0, quiet)
-    for given in ({"url": f"http://127.0.0.1:9/?sig={secret}"}, {"url": "http://127.0.0.1:9/?sig=renewed"}):  # a secret may change
-        edit(out, EditOptions(back_ends="command", command=command, **given), 0, quiet)
+    for given in (command, command.replace(secret, "renewed")):  # a secret may change
+        edit(out, EditOptions(back_ends="command", command=given), 0, quiet)
     verify(out, VerifyOptions(), 0, quiet, None)
     assert server.paths == {f"/v1/chat/completions?key={secret}"}  # which the server did get
     assert "denied" in str(list(WorkFolder.open(out).records("edit", 0)))
@@ -1017,7 +939,7 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
     assert all("--api-key ***" in text for text in shown)
     assert not [name for name, content in contents(tmp_path).items() if secret.encode() in content]
     with pytest.raises(ConfigError, match=r"begun with other settings \(command: "):
-        edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py"), **given), 0, quiet)
+        edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py")), 0, quiet)
 
 
 def test_diffusers_that_is_absent_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.journal import Journal, as_line, records
 from cfvlm_ds.core.text import one_line, printable
-from cfvlm_ds.counterfactuals.http import CallFailed, Patience, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.http import CallFailed, Patience, check_url, post, with_retries
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, defect, difference
 from cfvlm_ds.counterfactuals.work_folder import seed_of
@@ -58,11 +58,10 @@ class LanguageModel:
         address = urlsplit(check_url(options.llm_url, "--llm_url"))
         self._url = address._replace(path=f"{address.path}/chat/completions").geturl()
         self._types, self.threads = options.wanted, max(1, options.llm_calls)
-        self._token = token_named(os.environ, "CFVLM_LLM_API_KEY", "OPENAI_API_KEY")
+        self._token = os.environ.get("CFVLM_LLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "")
         self._journal = Journal(context.work.path / "llm" / f"shard-{context.shard:05d}.jsonl")
         self._lock, self._known, self.tokens = threading.Lock(), dict[str, int](), 0
-        self.troubles: Counter[str] = Counter()
-        self._patience = Patience(self._url, "captions")
+        self._patience = Patience(self._url)
         try:
             for place, record in records(self._journal.path, "remove the file, and they are asked for again"):
                 self._known[record["request"]] = place
@@ -103,27 +102,27 @@ class LanguageModel:
                 return reply
             budget = self._options.budget_tokens
             if budget and self.tokens >= budget:
-                raise Spent(f"the budget of {budget} tokens is spent", again=False)
+                raise Spent(f"the budget of {budget} tokens is spent")
 
         def call() -> tuple[str, int, Any]:
-            value = post(self._url, body, token=self._token, timeout_s=self._options.llm_timeout_s, most_bytes=_MOST_BYTES).json()
+            value = post(self._url, body, token=self._token, timeout_s=self._options.llm_timeout_s, most_bytes=_MOST_BYTES)
             spent = _spent(value)
             with self._lock:
                 self.tokens += spent  # of a reply that cannot be used, too
-            if member(value, "choices", 0, "finish_reason") == "length":
+            try:
+                choice = value["choices"][0]
+                ended, content = choice["finish_reason"], choice["message"]["content"]
+            except (KeyError, IndexError, TypeError):
+                raise CallFailed("the reply has no choice with a finish_reason and a message") from None
+            if ended == "length":
                 raise CallFailed("the reply was cut off at its bound of tokens")
-            content = member(value, "choices", 0, "message", "content")
             if not isinstance(content, str):
                 raise CallFailed("the reply has no text")
             parsed(content)
             model = value.get("model")
             return content, spent, model if isinstance(model, str) else ""
 
-        def told(trouble: str) -> None:
-            with self._lock:
-                self.troubles[trouble] += 1
-
-        content, spent, model = with_retries(call, self._options.llm_attempts, seed_of(name), told)
+        content, spent, model = with_retries(call, self._options.llm_attempts, seed_of(name))
         with self._lock:
             kept = {"request": name, "reply": content, "tokens": spent, "model": one_line(str(model), 200)}
             self._known[name] = self._journal.append(as_line(kept))
