@@ -44,12 +44,11 @@ class Unfit(CallFailed):
 
 
 class Patience:
-    """How many failures a server is forgiven: one request that it does not take is one failure, but a server that takes none, or gives no
-    reply time after time, ends the step, which goes on when it is mended. Used by several threads."""
+    """How many failures a server is forgiven: one request is one failure, but a server that gives no usable reply time after time ends
+    the step, which goes on when it is mended. Used by several threads."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._lock = url, threading.Lock()
-        self._answered, self._unfit, self._in_a_row = False, 0, 0
+        self._url, self._lock, self._answered, self._in_a_row = url, threading.Lock(), False, 0
 
     def answered(self) -> None:
         """It has given a usable reply."""
@@ -59,21 +58,17 @@ class Patience:
         """Count a request that was given up. Raises ConfigError for a server that is down, or takes nothing."""
         with self._lock:
             self._in_a_row += 1
-            self._unfit += isinstance(failure, Unfit)
-            reason = ""
             if not self._answered and isinstance(failure, Unreachable):
-                reason = f"it cannot be reached ({failure}); start the server, or correct the address"
-            elif not self._answered and self._unfit >= _MOST_UNFIT:
-                reason = f"the server takes no request, the last: {failure}; correct the address, the model's name or its options"
-            elif self._in_a_row >= IN_A_ROW:
-                reason = f"{self._in_a_row} captions in a row without a usable reply, the last: {failure}; look at the server"
-            if reason:
-                raise ConfigError(f"{self._url}: {reason}") from failure
+                raise ConfigError(f"{self._url}: it cannot be reached ({failure}); start the server, or correct the address") from failure
+            if self._in_a_row >= IN_A_ROW:
+                raise ConfigError(
+                    f"{self._url}: {self._in_a_row} captions in a row without a usable reply, the last: {failure}; look at the server, or "
+                    "correct the address, the model's name or its options"
+                ) from failure
 
 
 IN_A_ROW = 20
 """Requests without any reply, after which the server is taken to be down."""
-_MOST_UNFIT = 3
 
 
 def check_url(url: str, option: str) -> str:

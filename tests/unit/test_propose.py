@@ -554,7 +554,7 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
 
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
-    status: int, captions: Path, tmp_path: Path, at_once: list[float]
+    status: int, captions: Path, tmp_path: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A caption that is too long for a server must not end the step at every start."""
     server = Server(lambda body, number: (status, b"too long", {}) if "red car" in json.dumps(body) else (200, reply([]), {}))
@@ -562,8 +562,12 @@ def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
     assert done["counts"]["failed"] == 1 and len(server.asked) == 4 and not at_once
     assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == f"no usable reply: status {status}: too long"
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.IN_A_ROW", 3)
     server = Server(lambda body, number: (status, b"no such option", {}))
-    with server.running(), pytest.raises(ConfigError, match=f"takes no request, the last: status {status}: no such option; correct"):
+    with (
+        server.running(),
+        pytest.raises(ConfigError, match=f"3 captions in a row .*, the last: status {status}: no such option; .*options"),
+    ):
         asked_model(captions, tmp_path / "V", server, llm_calls=1)
 
 
