@@ -55,15 +55,13 @@ def verify(
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure every candidate of a shard; returns its completion. ``identity`` says which weights score."""
-    refuse_unfit(out, options, shard, of)
     work = WorkFolder.open(out)
-    if (done := work.done(STEP, shard)) is not None:
+    if (done := work.finished(STEP, shard, of, said := settings_of(options))) is not None:
         say(f"{out}: verify is through with shard {shard}")
         return done
     clip = SecondOpinion(options.clip) if options.clip else None
-    work.settle(STEP, {**settings_of(options), "scored": score is not None, "weights": dict(identity or {})})
-    step = ShardStep(work, STEP, shard)
-    try:
+    work.settle(STEP, {**said, "scored": score is not None, "weights": dict(identity or {})})
+    with ShardStep(work, STEP, shard) as step:
         for record, candidate in zip(work.records(STEP, shard), candidates(work, shard), strict=False):
             step.expect(record, edit=candidate.record["edit"], attempt=candidate.record["attempt"])
         total = (work.done("edit", shard) or {"records": 0})["records"]
@@ -78,21 +76,6 @@ def verify(
                 step.add(record)
             progress.advance(len(new))
         return step.finish(counted)
-    except BaseException:
-        step.give_up()
-        raise
-
-
-def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None = None) -> bool:
-    """Whether a shard is still to be verified. Raises ConfigError for what can be refused before a scorer is loaded."""
-    work = WorkFolder.open(out)
-    work.check_shard(shard, work.shards if of is None else of)
-    work.need("edit", shard)
-    work.refuse_other(STEP, settings_of(options))
-    if work.done(STEP, shard) is None:
-        return True
-    work.need(STEP, shard)
-    return False
 
 
 def settings_of(options: VerifyOptions) -> dict[str, Any]:

@@ -179,12 +179,23 @@ class WorkFolder:
             if wrong := self.damage(each, shard):
                 raise DataError(f"{wrong}; {self.again(each, shard)}")
 
-    def check_shard(self, shard: int, of: int) -> None:
-        """Raise ConfigError for a shard that is none of this folder's."""
+    def finished(self, step: str, shard: int, of: int | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the completion of a shard that a step is through with; None where the step is still to be done.
+
+        Raises ConfigError for what can be refused before anything is loaded for it: a shard that is none of this folder's, a step before
+        that is not through with it, and options that differ from those that the step was begun with. DataError for damage.
+        """
+        of = self.shards if of is None else of
         if of != self.shards or not 0 <= shard < of:
             raise ConfigError(
                 f"{self.path} is cut in {self.shards} shards, and --shard says {shard}/{of}; say 0 to {self.shards - 1} of them"
             )
+        if step != STEPS[0]:
+            self.need(STEPS[STEPS.index(step) - 1], shard)
+        self.refuse_other(step, options)
+        if (done := self.done(step, shard)) is not None:
+            self.need(step, shard)
+        return done
 
 
 class ShardStep:
@@ -212,7 +223,7 @@ class ShardStep:
         counts: Counter[str] = Counter()
         for record in self.work.records(self.step, self.shard):
             counted(record, counts)
-        self.close()
+        self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
         if self.step == "edit":
             done["pictures"] = self.work.tar(self.shard).stat().st_size
@@ -221,16 +232,14 @@ class ShardStep:
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
         return done
 
-    def close(self) -> None:
-        """Leave it as it is, to be continued."""
-        self._journal.close()
+    def __enter__(self) -> ShardStep:
+        return self
 
-    def give_up(self) -> None:
-        """Leave it after an error. A step of which nothing is done leaves no settings behind: what is wrong with them can be put right."""
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Leave it. A step of which nothing is done leaves no settings behind: what is wrong with them can be put right."""
+        self._journal.close()
         journals = self._journal.path.parent
-        nothing = self.count == 0 and list(journals.iterdir()) == [self._journal.path]
-        self.close()
-        if nothing:
+        if kind is not None and self.count == 0 and list(journals.iterdir()) == [self._journal.path]:
             for path in (self._journal.path, self.work.path / f"{self.step}.json"):
                 path.unlink(missing_ok=True)
             journals.rmdir()

@@ -1014,7 +1014,7 @@ def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pyte
     for part, library in (("unet", "own"), ("unet", "planted"), ("_class_name", "own"), ("unet", "diffusers"), ("unet", "os")):
         index = {"_class_name": "DDPMPipeline", part: [library, "UNet2DConditionModel"]}
         (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
-        with pytest.raises(ConfigError, match=r"no pipeline of diffusers|only classes of diffusers and transformers are loaded"):
+        with pytest.raises(ConfigError, match="no pipeline of diffusers"):
             Diffusers(editor)
     assert not (tmp_path / "ran").exists()
     assert f"diffusers>={OLDEST};" in (REPO / "pyproject.toml").read_text()

@@ -72,7 +72,7 @@ def _is_flat(value: int) -> bool:
 
 
 def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], most_bits: int) -> Iterator[tuple[int, int]]:
-    """Yield all pairs that differ by at most so many bits: with 1 and -1 for bits, a product of two hashes is 64 less 2 for each of them."""
+    """Yield all pairs that differ by at most so many bits: with 1 and -1 for bits, the product of two hashes is 64 less 2 for each."""
     first, second = (np.unpackbits(side[:, None].view(np.uint8), axis=1) * np.float32(2) - 1 for side in (ours, theirs))
     for start in range(0, len(first), _BLOCK):
         for i, j in np.argwhere(first[start : start + _BLOCK] @ second.T >= 64 - 2 * most_bits):

@@ -48,25 +48,16 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
     """Edit the pictures of a shard; returns its completion. What an earlier call has done is not done again."""
     names = checked(options)
     work = WorkFolder.open(out)
-    work.check_shard(shard, work.shards if of is None else of)
-    work.need("propose", shard)
-    said = settings_of(options)
-    work.refuse_other(STEP, said)
-    if (done := work.done(STEP, shard)) is not None:
-        work.need(STEP, shard)
+    if (done := work.finished(STEP, shard, of, said := settings_of(options))) is not None:
         say(f"{out}: edit is through with shard {shard}")
         return done
     editors = {name: EDITORS[name](options) for name in names}
     own = {name: dict(editor.settings()) for name, editor in editors.items()}
     work.settle(STEP, {**said, "settings": own})
-    step = ShardStep(work, STEP, shard)
-    try:
+    with ShardStep(work, STEP, shard) as step:
         with _Tar(work, shard) as tar:
             _through(step, tar, editors, options, say)
         return step.finish(counted)
-    except BaseException:
-        step.give_up()
-        raise
 
 
 def settings_of(options: EditOptions) -> dict[str, Any]:

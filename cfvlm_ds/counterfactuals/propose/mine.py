@@ -13,7 +13,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Source, sources
 from cfvlm_ds.counterfactuals.propose.slots import opened, slots
-from cfvlm_ds.counterfactuals.propose.word_difference import SYNONYMS, defect, words
+from cfvlm_ds.counterfactuals.propose.word_difference import SYNONYMS, defect, difference, words
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 VERSION = 4
@@ -74,12 +74,10 @@ class Mine:
 
     def _kind(self, source: Source, other: Source, place: int, word: str) -> str:
         """What a pair differs in; empty where it is no counterfactual, or of no wanted type."""
-        theirs = words(other.caption)
-        if len(theirs) != len(words(source.caption)) or theirs[place] == word or other.picture == source.picture:
+        differs = difference(source.caption, other.caption)
+        if differs.first != place or differs.before != (word,) or len(differs.after) != 1 or other.picture == source.picture:
             return ""
-        if any(old != new for k, (old, new) in enumerate(zip(words(source.caption), theirs, strict=True)) if k != place):
-            return ""
-        new = theirs[place]
+        (new,) = differs.after
         if SYNONYMS.get(word, word) == SYNONYMS.get(new, new):
             return ""
         kind = next((kind for kind, listed in _LISTS.items() if word in listed and new in listed), "other")

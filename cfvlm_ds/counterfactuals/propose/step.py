@@ -40,26 +40,18 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     words = read_words(options.words)
     said = settings_of(options)
     work = WorkFolder.begin(out, store, of)
-    work.check_shard(shard, of)
-    work.refuse_other(STEP, said)
-    if (done := work.done(STEP, shard)) is not None:
+    if (done := work.finished(STEP, shard, of, said)) is not None:
         say(f"{out}: propose is through with shard {shard}")
         return done
     context = Context(options, store, work, shard, words, say)
     back_ends = {name: PROPOSERS[name](context) for name in names}
-    for back_end in back_ends.values():
-        if notice := getattr(back_end, "notice", lambda: "")():
-            say(f"note: {notice}")
     own = {name: dict(back_end.settings()) for name, back_end in back_ends.items()}
     work.settle(STEP, {**said, "settings": own})
     places = places_of(store, work, shard, say)
-    step = ShardStep(work, STEP, shard)
     try:
-        _through(step, _distinct(store, places), back_ends, say, len(places))
-        return step.finish(counted)
-    except BaseException:
-        step.give_up()
-        raise
+        with ShardStep(work, STEP, shard) as step:
+            _through(step, _distinct(store, places), back_ends, say, len(places))
+            return step.finish(counted)
     finally:
         for back_end in back_ends.values():
             getattr(back_end, "close", lambda: None)()
