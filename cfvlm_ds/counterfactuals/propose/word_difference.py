@@ -28,8 +28,45 @@ SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",")
 """Word -> a number that words of one meaning share: a change between them is none, and neither may be proposed for the other."""
 
 EMPTY_WORDS = frozenset(
-    """a an the some of to is are was were be being been that this these those there it its and also very quite just really has have
-    with i we you he she they which who""".split()
+    [
+        "a",
+        "an",
+        "the",
+        "some",
+        "of",
+        "to",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "being",
+        "been",
+        "that",
+        "this",
+        "these",
+        "those",
+        "there",
+        "it",
+        "its",
+        "and",
+        "also",
+        "very",
+        "quite",
+        "just",
+        "really",
+        "has",
+        "have",
+        "with",
+        "i",
+        "we",
+        "you",
+        "he",
+        "she",
+        "they",
+        "which",
+        "who",
+    ]
 )
 """Words whose change alone cannot be seen in a picture."""
 
