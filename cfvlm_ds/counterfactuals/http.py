@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import random
-import threading
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from cfvlm_ds.core.deadline import Deadline
@@ -21,10 +17,7 @@ from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import one_line, printable
 
-T = TypeVar("T")
-_LONGEST_WAIT_S = 60.0
-pause = time.sleep
-"""Between one call and the next."""
+LONGEST_WAIT_S = 60.0
 
 
 class CallFailed(Exception):
@@ -41,34 +34,6 @@ class Unreachable(CallFailed):
 
 class Unfit(CallFailed):
     """A request that the server does not take (400, 422): one caption or picture may be at fault, or all requests are."""
-
-
-class Patience:
-    """How many failures a server is forgiven: one request is one failure, but a server that gives no usable reply time after time ends
-    the step, which goes on when it is mended. Used by several threads."""
-
-    def __init__(self, url: str) -> None:
-        self._url, self._lock, self._answered, self._in_a_row = url, threading.Lock(), False, 0
-
-    def answered(self) -> None:
-        """It has given a usable reply."""
-        self._answered, self._in_a_row = True, 0
-
-    def failed(self, failure: CallFailed) -> None:
-        """Count a request that was given up. Raises ConfigError for a server that is down, or takes nothing."""
-        with self._lock:
-            self._in_a_row += 1
-            if not self._answered and isinstance(failure, Unreachable):
-                raise ConfigError(f"{self._url}: it cannot be reached ({failure}); start the server, or correct the address") from failure
-            if self._in_a_row >= IN_A_ROW:
-                raise ConfigError(
-                    f"{self._url}: {self._in_a_row} captions in a row without a usable reply, the last: {failure}; look at the server, or "
-                    "correct the address, the model's name or its options"
-                ) from failure
-
-
-IN_A_ROW = 20
-"""Requests without any reply, after which the server is taken to be down."""
 
 
 def check_url(url: str, option: str) -> str:
@@ -133,17 +98,4 @@ def _refuse(url: str, response: Any, content: bytes) -> None:
     if response.status in (401, 403, 404, 405) or 300 <= response.status < 400:
         raise ConfigError(f"{url}: the server answers {response.status} ({said}); correct the address, the model's name or the token")
     wait = response.getheader("Retry-After", "")
-    raise CallFailed(f"status {response.status}: {said}", after_s=min(float(wait), _LONGEST_WAIT_S) if wait.isdecimal() else 0.0)
-
-
-def with_retries(call: Callable[[], T], attempts: int, seed: int) -> T:
-    """Return the first result of a call, which is repeated with growing pauses unless it is unfit. Raises the last CallFailed."""
-    draw = random.Random(seed)
-    for number in range(1, attempts + 1):
-        try:
-            return call()
-        except CallFailed as failure:
-            if number == attempts or isinstance(failure, Unfit):
-                raise
-            pause(max(failure.after_s, min(2.0 ** (number - 1), _LONGEST_WAIT_S) * (0.5 + draw.random() / 2)))
-    raise AssertionError("no attempt")
+    raise CallFailed(f"status {response.status}: {said}", after_s=min(float(wait), LONGEST_WAIT_S) if wait.isdecimal() else 0.0)

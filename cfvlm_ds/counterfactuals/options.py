@@ -173,8 +173,8 @@ class AuditOptions:
         against: benchmarks that must share nothing with the data: manifests, and folders of pictures; several by commas.
         sample: pictures that are looked at by grain at most.
         seed: draws halves and samples.
-        refine: file for the groups that stay when the set is thinned until a guess by length, by words and, with a scorer, on a blank
-            picture is right in 50 +- 2 %.
+        refine: file for the groups that stay when the set is thinned until a guess by length and, with a scorer, on a blank picture is as
+            often right as wrong, and every word comes as often as it goes.
         strict: end with exit code 1 where something passes a limit.
     """
 

@@ -17,7 +17,6 @@ import signal
 import sys
 import tarfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,6 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.counterfactuals import EDITORS
-from cfvlm_ds.counterfactuals.audit import refine as refining
 from cfvlm_ds.counterfactuals.audit import shortcuts
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs
 from cfvlm_ds.counterfactuals.audit.report import audit, write_report
@@ -1193,16 +1191,6 @@ def test_area_under_the_curve_is_that_of_all_pairs() -> None:
         assert area == pytest.approx(won / (17 * 23)) and low <= area <= high
 
 
-def test_of_each_pattern_of_guesses_as_many_stay_as_of_the_opposite() -> None:
-    margins = [(1.0, 1.0)] * 40 + [(-1.0, -1.0)] * 15 + [(1.0, -1.0)] * 7 + [(0.0, 0.0)] * 4 + [(0.0, 1.0)] * 3
-    draw = [(k * 37) % 101 for k in range(len(margins))]
-    kept = refining.balanced(margins, draw)
-    left = Counter(margins[k] for k in kept)
-    assert left == {(1.0, 1.0): 15, (-1.0, -1.0): 15, (0.0, 0.0): 4}
-    assert {k for k in kept if k < 40} == set(sorted(range(40), key=lambda k: draw[k])[:15])
-    assert kept == refining.balanced(margins, draw) != refining.balanced(margins, draw[::-1])
-
-
 def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of 300 groups, 200 have a counterfactual that is longer and 60 one with a word of its own; judged by naive counts of the file."""
     rows = []
@@ -1227,8 +1215,8 @@ def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: p
     kept = [[each["text"] for each in json.loads(line)["texts"]] for line in said[1].splitlines()]
     longer, shorter = sum(len(new) > len(old) for old, new in kept), sum(len(new) < len(old) for old, new in kept)
     assert said[1] != said[2] and len(kept) >= 60 and abs(longer - shorter) <= 0.04 * len(kept)
-    assert sum("orb" in new for _, new in kept) <= 0.16 * len(kept)  # it was 20 %
-    assert len(read_manifest(tmp_path / "kept.jsonl")) == len(kept)
+    assert sum("orb" in new for _, new in kept) <= 0.04 * len(kept)  # it was 20 %
+    assert len(read_manifest(tmp_path / "kept.jsonl")) == len(said[2].splitlines())
     for row in rows:
         row["texts"][1]["text"] = row["texts"][0]["text"] + " indeed"
     (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

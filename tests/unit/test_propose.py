@@ -432,7 +432,7 @@ def lines_of(out: Path, step: str = "propose") -> list[dict[str, Any]]:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Pauses between calls are noted and not waited for."""
     pauses: list[float] = []
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", pauses.append)
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.pause", pauses.append)
     return pauses
 
 
@@ -542,7 +542,7 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
         assert done["counts"]["failed"] == 4 and len(server.asked) == 12
         assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == "no usable reply: status 500: boom"
-        monkeypatch.setattr("cfvlm_ds.counterfactuals.http.IN_A_ROW", 3)
+        monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
         with pytest.raises(ConfigError, match="3 captions in a row without a usable reply"):
             asked_model(captions, tmp_path / "V", server, llm_calls=1)
     assert not (tmp_path / "V" / "llm" / "shard-00000.jsonl").read_text()
@@ -562,7 +562,7 @@ def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
     assert done["counts"]["failed"] == 1 and len(server.asked) == 4 and not at_once
     assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == f"no usable reply: status {status}: too long"
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.IN_A_ROW", 3)
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
     server = Server(lambda body, number: (status, b"no such option", {}))
     with (
         server.running(),

@@ -58,8 +58,6 @@ class Mine:
             if any(made[kind] < self._most for kind in kinds):
                 rows = dict.fromkeys(self._index.rows(key, word, _LOOKED_AT, seed_of("mine", source.id, place)))
             for row in rows:
-                if not 0 <= row < len(self._store):
-                    raise DataError("the index W/mine/slots.bin is of other data; remove it")
                 for other in sources(self._store, [row]):
                     if isinstance(other, DataError) or other.picture is None or not _comes_first(source, other):
                         continue

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import words
@@ -54,10 +53,7 @@ class SlotIndex:
 
 def opened(path: Path, captions: Iterable[tuple[int, str]]) -> SlotIndex:
     """Return the index at a path, made of rows and their captions where it is not there."""
-    try:
-        return SlotIndex(made_once(path, lambda: _write(path, captions)))
-    except OSError as error:
-        raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
+    return SlotIndex(made_once(path, lambda: _write(path, captions)))
 
 
 def _write(path: Path, captions: Iterable[tuple[int, str]]) -> None:
