@@ -135,13 +135,6 @@ class WorkFolder:
         found = _read(self.path / step / f"shard-{shard:05d}.done.json")
         return found if found and self.file(step, shard).is_file() else None
 
-    def outdated(self, step: str, shard: int) -> bool:
-        """Whether a shard of a step was made of other records than those that the step before it has now."""
-        if step == STEPS[0] or (done := self.done(step, shard)) is None or "of" not in done:
-            return False
-        before = self.done(STEPS[STEPS.index(step) - 1], shard)
-        return before is not None and before["sha256"] != done["of"]
-
     def again(self, step: str, shard: int) -> str:
         """How a shard of a step, and of those after it, is made again."""
         return f"remove {' '.join(f'{self.path / each}/shard-{shard:05d}.*' for each in STEPS[STEPS.index(step) :])}, and run it again"
@@ -168,7 +161,10 @@ class WorkFolder:
             return f"{file} is not what it was when the shard was through"
         if done is not None and (size := tar.stat().st_size if tar.is_file() else 0) < done.get("pictures", 0):
             return f"{tar} has {size} bytes, and {done['pictures']} when the shard was through"
-        return f"{file} {OUTDATED}" if self.outdated(step, shard) else ""
+        before = self.done(STEPS[STEPS.index(step) - 1], shard)
+        return (
+            f"{file} {OUTDATED}" if done is not None and before is not None and done.get("of", before["sha256"]) != before["sha256"] else ""
+        )
 
     def need(self, step: str, shard: int) -> None:
         """Raise ConfigError where a step is not through with a shard, DataError where what it or one before it has written is damaged."""

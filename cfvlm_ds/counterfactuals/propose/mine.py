@@ -59,7 +59,7 @@ class Mine:
                 rows = dict.fromkeys(self._index.rows(key, word, _LOOKED_AT, seed_of("mine", source.id, place)))
             for row in rows:
                 for other in sources(self._store, [row]):
-                    if isinstance(other, DataError) or other.picture is None or not _comes_first(source, other):
+                    if isinstance(other, DataError) or other.picture is None or source.id >= other.id:
                         continue
                     kind = self._kind(source, other, place, word)
                     if kind and made[kind] < self._most and all(other.caption != each.text for each in found):
@@ -82,7 +82,3 @@ class Mine:
         if kind == "object" and v.NOUNS[word][0] != v.NOUNS[new][0]:
             kind = "other"
         return kind if kind in self._types and defect(source.caption, other.caption, kind) is None else ""
-
-
-def _comes_first(source: Source, other: Source) -> bool:
-    return source.id < other.id
