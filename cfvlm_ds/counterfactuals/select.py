@@ -34,6 +34,8 @@ from cfvlm_ds.data.lines import MAX_LINE
 KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"
 TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real picture is of another split"
 _ROWS = 24
+_SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
+"""What of a step's settings belongs to every group: back ends, models and versions, by which it can be made again."""
 
 Say = Callable[[str], object]
 
@@ -99,7 +101,8 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
         cuts = _cuts(work, thresholds, options) if options.per_type else {}
         folder, outside = file.parent.absolute(), set[Path]()
         further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
-        steps = {step: _shown_settings(work.settings(step)) for step in STEPS}
+        settings = {step: work.settings(step) for step in STEPS}
+        steps = {step: {key: found[key] for key in _SHOWN if key in found} for step, found in settings.items()}
         progress = Progress(say, "select", work.shards, "shards")
         written = Counter[str]()
         for shard in progress.over(range(work.shards)):
@@ -270,12 +273,6 @@ def _row(
     }
     row = to_row(group, folder, meta)
     return row | ({"license": history.line["license"]} if history.line.get("license") else {})
-
-
-def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a step's settings belongs to every group: back ends, models and versions, by which it can be made again."""
-    kept = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
-    return {key: settings[key] for key in kept if key in settings}
 
 
 def parse_splits(text: str) -> dict[str, float]:

@@ -161,17 +161,14 @@ def _looks(name: str, pictures: Collection[Path], say: Say) -> Iterator[Look | s
         yield from Progress(say, f"pictures of {name}", len(pictures), "pictures").over(pool.map(look, pictures))
 
 
-def _halves(name: str, seed: int) -> bool:
-    return bool(seed_of("half", seed, name) & 1)
-
-
 def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: Say) -> None:
     texts: list[tuple[str, str]] = []
     text_halves: list[bool] = []
     pictures: list[tuple[Path, Path, bool]] = []
     for each in sets:
         for group in each.groups:
-            half = _halves(group.images[0][0].name if group.num_pictures else group.id, options.seed)
+            source = group.images[0][0].name if group.num_pictures else group.id
+            half = bool(seed_of("half", options.seed, source) & 1)
             texts += (pairs := text_pairs(group))
             text_halves += [half] * len(pairs)
             for edit in group.edits:
