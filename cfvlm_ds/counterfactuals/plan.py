@@ -92,9 +92,9 @@ def read_plan(file: str) -> Plan:
     known = {name.replace("back_ends", "with"): hint for name, hint in types_of({"plan": Plan}).items()}
     if wrong := problem_in("plan", listed, known):
         raise ConfigError(f"{path}: {wrong.replace('plan.', '')}")
-    sections = {name: section for name, section in get_type_hints(Plan).items() if dataclasses.is_dataclass(section)}
-    for name, section in sections.items():
-        listed[name] = _built(section, listed.get(name) or {}, f"{path}: {name}.")
+    for name, kind in get_type_hints(Plan).items():
+        if dataclasses.is_dataclass(kind):
+            listed[name] = _built(kind, listed.get(name) or {}, f"{path}: {name}.")
     plan: Plan = _built(Plan, listed, f"{path}: ")
     return plan
 
