@@ -132,13 +132,8 @@ def _propose(arguments: argparse.Namespace) -> None:
 
     _one_process("propose")
     shard, of = arguments.shard or (0, None)
-    options = _values(arguments, "propose")
-    if of is not None:
-        if options.shards not in (1, of):
-            raise ConfigError(f"--shards {options.shards} and --shard {shard}/{of} contradict each other; give one of them")
-        options = dataclasses.replace(options, shards=of)
     store = _opened(arguments.manifest, arguments.root, arguments.format)
-    _print_done("propose", propose(store, Path(arguments.out), options, shard, _say))
+    _print_done("propose", propose(store, Path(arguments.out), _values(arguments, "propose"), shard, _say, of or 1))
 
 
 def _edit(arguments: argparse.Namespace) -> None:
@@ -149,19 +144,8 @@ def _edit(arguments: argparse.Namespace) -> None:
 def _edited(work: Path, options: EditOptions, shard: tuple[int, int | None] | None) -> None:
     from cfvlm_ds.counterfactuals.edit.step import edit
 
-    _add_scenes(options)
     number, of = shard or (0, None)
     _print_done("edit", edit(work, options, number, _say, of))
-
-
-def _add_scenes(options: EditOptions) -> None:
-    """Register the editor of the embedded world, which nothing but the demo needs."""
-    from cfvlm_ds.counterfactuals.edit import EDITORS
-
-    if "scenes" in options.back_ends:
-        from cfvlm_ds.demo.scenes.editor import SceneEditor
-
-        EDITORS.setdefault("scenes", SceneEditor)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -181,11 +165,12 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _verified(work: Path, options: VerifyOptions, shard: tuple[int, int | None] | None) -> None:
-    from cfvlm_ds.counterfactuals.verify import refuse_unfit, verify
+    from cfvlm_ds.counterfactuals.verify import settings_of, verify
+    from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 
     number, of = shard or (0, None)
-    needed = refuse_unfit(work, options, number, of)
-    score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and needed else (None, None)
+    done = WorkFolder.open(work).finished("verify", number, of, settings_of(options))
+    score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and done is None else (None, None)
     if score is None:
         if own_rank() == 0:
             _print_done("verify", verify(work, options, number, _say, None, of))
@@ -255,7 +240,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
     _one_process("run")
     plan = read_plan(arguments.config)
-    _add_scenes(plan.edit)
     plan.check()
     if plan.verify.scorer:
         refuse_absent(named_model(plan.verify.scorer).name_or_path, f"{arguments.config}: verify.scorer: ")
@@ -277,7 +261,7 @@ def _one_shard(plan: Plan, shard: int) -> None:
     from cfvlm_ds.counterfactuals.propose.step import propose
 
     store = _opened(plan.data, plan.root, plan.format)
-    _print_done("propose", propose(store, Path(plan.out), plan.propose, shard, _say))
+    _print_done("propose", propose(store, Path(plan.out), plan.propose, shard, _say, plan.shards))
     _edited(Path(plan.out), plan.edit, (shard, plan.shards))
     _verified(Path(plan.out), plan.verify, (shard, plan.shards))
 
@@ -324,5 +308,4 @@ def _say(line: str) -> None:
 
 def _print_done(step: str, done: dict[str, Any]) -> None:
     counts = ", ".join(f"{count} {one_line(name, 100)}" for name, count in sorted(done["counts"].items(), key=lambda each: -each[1])[:8])
-    stopped = f" ({done['stopped']})" if "stopped" in done else ""
-    print(f"{step}: {done['records']} records{stopped}: {counts or 'nothing'}")
+    print(f"{step}: {done['records']} records: {counts or 'nothing'}")

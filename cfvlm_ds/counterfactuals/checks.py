@@ -34,7 +34,8 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
     found["hash"] = int(perceptual_hash(first) ^ perceptual_hash(second)).bit_count()
     if first.size != second.size:
         return found
-    size = _reduced_size(first.size)
+    scale = min(1.0, SIDE / max(first.size))
+    size = max(1, round(first.width * scale)), max(1, round(first.height * scale))
     small = [np.asarray(image.resize(size, Image.Resampling.BOX), np.int16) for image in (first, second)]
     far = np.abs(small[0] - small[1]).max(2)
     exact = np.asarray(first) != np.asarray(second)
@@ -64,11 +65,6 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 _COSINES = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(_HASHED)[None, :] + 1) / (2 * _HASHED))
-
-
-def _reduced_size(size: tuple[int, int]) -> tuple[int, int]:
-    scale = min(1.0, SIDE / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _rounded(value: float) -> float:

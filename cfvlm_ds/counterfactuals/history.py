@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, Verdict, read_thresholds, verdict
-from cfvlm_ds.counterfactuals.options import MAX_ATTEMPTS
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
-
-NOT_TRIED = "not tried: the budget of a step was spent"
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Edited:
     @property
     def reason(self) -> str:
         """Why it is not good; empty where it is."""
-        return NOT_TRIED if self.best is None else self.best.verdict.reason
+        return "not tried yet" if self.best is None else self.best.verdict.reason
 
 
 @dataclass(frozen=True)
@@ -84,54 +80,42 @@ def thresholds_of(work: WorkFolder, file: str = "", rule: str = "", margin: floa
 
 
 def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    """The sources of a shard, those without edits too. Raises DataError for an attempt at no proposal, and for one out of order."""
-    most = work.settings("edit").get("attempts", 1)
-    numbers = range(most if type(most) is int and 1 <= most <= MAX_ATTEMPTS else 1)
-    streams = [_judged(work, shard, number, numbers, thresholds) for number in numbers]
-    heads = [next(stream, None) for stream in streams]
-    for line in work.records("propose", shard):
-        if "problem" in line:
-            continue
-        history = History(line, [Edited(each) for each in line["edits"]])
-        for edited in history.edits:
-            for k, head in enumerate(heads):
-                if head is not None and head.made["edit"] == edited.proposal["id"]:
-                    edited.attempts.append(head)
-                    heads[k] = next(streams[k], None)
-        yield history
-    if left := next(filter(None, heads), None):
-        _refuse(work, "edit", shard, left.made)
+    """Yield the sources of a shard, those without edits too. Raises DataError for an attempt at no proposal, and for one out of order."""
+    records = work.records("verify", shard)
+    for line, edits in attempts(work, shard):
+        if "problem" not in line:
+            history = History(line, [Edited(proposal) for proposal, _ in edits])
+            for edited, (_, tried) in zip(history.edits, edits, strict=True):
+                for made in tried:
+                    measured = next(records, None)
+                    if measured is not None and any(made[key] != measured[key] for key in ("edit", "attempt")):
+                        _refuse(work, "verify", shard, measured)
+                    said = Verdict("not verified", -float("inf"), 0) if measured is None else verdict(measured, thresholds)
+                    edited.attempts.append(Attempt(made, measured, said, work.picture(made["picture"]) if made.get("picture") else None))
+            yield history
+    if (measured := next(records, None)) is not None:
+        _refuse(work, "verify", shard, measured)
 
 
-def _judged(work: WorkFolder, shard: int, number: int, numbers: range, thresholds: Thresholds) -> Iterator[Attempt]:
-    """The attempts of one number, in the order of the proposals. The step verify has a record of each attempt, as far as it is."""
-    for made, measured in zip_longest(work.records("edit", shard), work.records("verify", shard)):
-        if made is None or (measured is not None and any(made[key] != measured[key] for key in ("edit", "attempt"))):
-            _refuse(work, "verify", shard, measured)
-        if made["attempt"] not in numbers:
-            _refuse(work, "edit", shard, made)
-        if made["attempt"] == number:
-            said = verdict(measured, thresholds) if measured is not None else Verdict("not verified", -float("inf"), 0)
-            yield Attempt(made, measured, said, work.picture(made["picture"]) if made.get("picture") else None)
+Record = Mapping[str, Any]
 
 
-def with_proposals(work: WorkFolder, shard: int) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
-    """The attempts of a shard in their order, each with its proposal and its source. First attempts at all edits come before the second
-    ones, so the proposals are gone through once for each.
+def attempts(work: WorkFolder, shard: int) -> Iterator[tuple[Record, list[tuple[Record, list[Record]]]]]:
+    """Yield the records of the step propose in a shard, each with its proposals and the attempts at each of them.
 
     Raises DataError for an attempt at no proposal.
     """
     records = work.records("edit", shard)
-    record = next(records, None)
-    while record is not None:
-        first = record
-        for line in work.records("propose", shard):
-            for proposal in line.get("edits", ()):
-                if record is not None and record.get("edit") == proposal["id"]:
-                    yield record, proposal, line
-                    record = next(records, None)
-        if record is first:
-            _refuse(work, "edit", shard, record)
+    made = next(records, None)
+    for line in work.records("propose", shard):
+        edits: list[tuple[Record, list[Record]]] = [(proposal, []) for proposal in line.get("edits", ())]
+        for proposal, tried in edits:
+            while made is not None and made["edit"] == proposal["id"]:
+                tried.append(made)
+                made = next(records, None)
+        yield line, edits
+    if made is not None:
+        _refuse(work, "edit", shard, made)
 
 
 def _refuse(work: WorkFolder, step: str, shard: int, record: Mapping[str, Any]) -> NoReturn:

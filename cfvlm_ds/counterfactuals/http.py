@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import random
-import threading
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from cfvlm_ds.core.deadline import Deadline
@@ -22,18 +17,15 @@ from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import one_line, printable
 
-T = TypeVar("T")
-_LONGEST_WAIT_S = 60.0
-pause = time.sleep
-"""Between one call and the next."""
+LONGEST_WAIT_S = 60.0
 
 
 class CallFailed(Exception):
-    """A call without a usable reply. ``again`` where another one may help, ``after_s`` when the server says."""
+    """A call without a usable reply. ``after_s``: seconds that the server asks to wait before another one."""
 
-    def __init__(self, reason: str, again: bool = True, after_s: float = 0.0) -> None:
+    def __init__(self, reason: str, after_s: float = 0.0) -> None:
         super().__init__(one_line(without_secrets(reason), 300))
-        self.again, self.after_s = again, after_s
+        self.after_s = after_s
 
 
 class Unreachable(CallFailed):
@@ -41,58 +33,7 @@ class Unreachable(CallFailed):
 
 
 class Unfit(CallFailed):
-    """A request that the server does not take (400, 422): one picture or caption may be at fault, or all requests are."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason, again=False)
-
-
-class Patience:
-    """How many failures a server is forgiven: one request that it does not take is one failure, but a server that takes none, or gives no
-    reply time after time, ends the step, which goes on when it is mended. Used by several threads; ``what`` a request is about."""
-
-    def __init__(self, url: str, what: str) -> None:
-        self._url, self._what, self._lock = url, what, threading.Lock()
-        self._answered, self._unfit, self._in_a_row = False, 0, 0
-
-    def answered(self) -> None:
-        """It has given a usable reply."""
-        self._answered, self._in_a_row = True, 0
-
-    def failed(self, failure: CallFailed) -> None:
-        """Count a request that was given up. Raises ConfigError for a server that is down, or takes nothing."""
-        with self._lock:
-            self._in_a_row += 1
-            self._unfit += isinstance(failure, Unfit)
-            reason = ""
-            if not self._answered and isinstance(failure, Unreachable):
-                reason = f"it cannot be reached ({failure}); start the server, or correct the address"
-            elif not self._answered and self._unfit >= _MOST_UNFIT:
-                reason = f"the server takes no request, the last: {failure}; correct the address, the model's name or its options"
-            elif self._in_a_row >= IN_A_ROW:
-                reason = f"{self._in_a_row} {self._what} in a row without a usable reply, the last: {failure}; look at the server"
-            if reason:
-                raise ConfigError(f"{self._url}: {reason}") from failure
-
-
-IN_A_ROW = 20
-"""Requests without any reply, after which the server is taken to be down."""
-_MOST_UNFIT = 3
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply of status 200."""
-
-    content: bytes
-    kind: str
-
-    def json(self) -> Any:
-        """Its value. Raises CallFailed where it is none."""
-        try:
-            return parse_json(self.content.decode())
-        except (ValueError, RecursionError) as error:
-            raise CallFailed(f"the reply is no JSON: {error}") from error
+    """A request that the server does not take (400, 422): one caption or picture may be at fault, or all requests are."""
 
 
 def check_url(url: str, option: str) -> str:
@@ -109,13 +50,13 @@ def check_url(url: str, option: str) -> str:
     return url.rstrip("/")
 
 
-def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: int) -> Reply:
-    """Post JSON and read the whole reply. Raises CallFailed for anything but status 200 within the bounds, ConfigError for what no further
-    call can mend."""
+def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: int) -> Any:
+    """Post JSON and return the value of the whole reply. Raises CallFailed for anything but JSON of status 200 within the bounds,
+    ConfigError for what no further call can mend."""
     parts = urlsplit(url)
     kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=timeout_s)
-    headers = {"Content-Type": "application/json", "Accept": "application/json, image/*"}
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
     with Deadline(timeout_s) as deadline:
         deadline.watch(connection)
@@ -135,7 +76,6 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
                 raise CallFailed(f"the reply has more than {most_bytes} bytes")
             if response.status != 200:
                 _refuse(url, response, content)
-            return Reply(content, response.headers.get_content_type())
         except CallFailed:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -144,6 +84,10 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
             raise CallFailed(f"{type(error).__name__}: {error}") from error
         finally:
             connection.close()
+    try:
+        return parse_json(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise CallFailed(f"the reply is no JSON: {error}") from error
 
 
 def _refuse(url: str, response: Any, content: bytes) -> None:
@@ -154,33 +98,4 @@ def _refuse(url: str, response: Any, content: bytes) -> None:
     if response.status in (401, 403, 404, 405) or 300 <= response.status < 400:
         raise ConfigError(f"{url}: the server answers {response.status} ({said}); correct the address, the model's name or the token")
     wait = response.getheader("Retry-After", "")
-    raise CallFailed(f"status {response.status}: {said}", after_s=min(float(wait), _LONGEST_WAIT_S) if wait.isdecimal() else 0.0)
-
-
-def with_retries(call: Callable[[], T], attempts: int, seed: int, told: Callable[[str], object], pause_s: float = 1.0) -> T:
-    """The first result of a call, which is repeated with growing pauses. Raises the last CallFailed."""
-    draw = random.Random(seed)
-    for number in range(1, attempts + 1):
-        try:
-            return call()
-        except CallFailed as failure:
-            told(str(failure))
-            if number == attempts or not failure.again:
-                raise
-            pause(max(failure.after_s, min(pause_s * 2 ** (number - 1), _LONGEST_WAIT_S) * (0.5 + draw.random() / 2)))
-    raise AssertionError("no attempt")
-
-
-def member(value: Any, *path: str | int) -> Any:
-    """What lies in nested objects and lists. Raises CallFailed where it does not."""
-    for key in path:
-        try:
-            value = value[key]
-        except (KeyError, IndexError, TypeError):
-            raise CallFailed(f"the reply has no {'.'.join(map(str, path))}") from None
-    return value
-
-
-def token_named(mapping: Mapping[str, str], *names: str) -> str:
-    """The first of some environment variables that is set."""
-    return next((mapping[name] for name in names if mapping.get(name)), "")
+    raise CallFailed(f"status {response.status}: {said}", after_s=min(float(wait), LONGEST_WAIT_S) if wait.isdecimal() else 0.0)

@@ -23,7 +23,7 @@ GOOD = ""
 _CERTAIN = 40.0  # log-odds of what a float can only call certain
 _BOUNDS = {
     "margin": (0.0, sys.float_info.max), "drop": (0.0, sys.float_info.max), "largest": (0.0, 1.0), "outside": (0.0, 1.0),
-    "clip": (0.0, 2.0), "dino": (-1.0, 1.0), "entailment": (0.0, 1.0),
+    "clip": (0.0, 2.0),
 }  # fmt: skip
 """What a threshold can be. Of those by which a comparison must be won none is below 0: there the wrong text has won it."""
 
@@ -44,8 +44,6 @@ class Thresholds:
         drop: most nats by which the new text, as a caption of the edited picture, may be less likely than the caption of the original; null
             for it not to count. All four comparisons can be won where something else changed as well; then this is large.
         clip: cosine by which each of the four comparisons of a CLIP must be won; null for what it says not to count.
-        dino: least cosine of both pictures by a vision encoder; null likewise.
-        entailment: most share that the caption entails the new text, or the other way round; null likewise.
     """
 
     rule: str = "match"
@@ -57,8 +55,6 @@ class Thresholds:
     outside: float = 0.0
     drop: float | None = None
     clip: float | None = None
-    dino: float | None = None
-    entailment: float | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -95,8 +91,11 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
     checks = record.get("checks")
     if checks is not None and (reason := _picture_defect(checks, str(record.get("type", "")), thresholds, bool(record.get("mined")))):
         return Verdict(reason, -math.inf, 1)
-    if reason := _other_defect(record.get("models") or {}, thresholds, checks is not None, bool(record.get("mined"))):
-        return Verdict(reason, -math.inf, 1)
+    if thresholds.clip is not None:
+        cosines = [[_number(value) for value in row] for row in (record.get("models") or {}).get("clip", ((math.nan, math.nan),))]
+        for name, by in _four(cosines, cosines, "").items():
+            if not by > thresholds.clip:  # a number that is missing or not finite is not, either
+                return Verdict(f"clip: {name}", -math.inf, 1)
     if thresholds.rule == "checks":
         return Verdict(GOOD, 0.0, 2)
     named = margins(record, thresholds.rule)
@@ -124,20 +123,6 @@ def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds
     if checks.get("largest", 1.0) < thresholds.largest:
         return "picture: changes all over it"
     return "picture: changed outside of its mask" if checks.get("outside", 0.0) > thresholds.outside else ""
-
-
-def _other_defect(said: Mapping[str, Any], thresholds: Thresholds, two: bool, mined: bool) -> str:
-    """What models beside the scorer have against it; a number that is missing or not finite counts as that."""
-    if thresholds.entailment is not None and not all(_number(share) <= thresholds.entailment for share in said.get("nli", (math.nan,))):
-        return "nli: one text follows from the other"
-    if thresholds.dino is not None and not mined and two and not _number(said.get("dino")) >= thresholds.dino:
-        return "dino: the pictures are not alike"
-    if thresholds.clip is not None:
-        rows = [[_number(value) for value in row] for row in said.get("clip", ((math.nan, math.nan),))]
-        for name, margin in _four(rows, rows, "").items():
-            if not margin > thresholds.clip:
-                return f"clip: {name}"
-    return ""
 
 
 def _number(value: Any) -> float:

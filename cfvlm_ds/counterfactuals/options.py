@@ -11,7 +11,6 @@ TYPES = (
     "colour", "size", "material", "texture", "count", "relation", "object", "action", "swap_attribute", "swap_object", "other",
 )  # fmt: skip
 """What an edit changes. ``other`` is what only `mine` and a language model find."""
-MAX_ATTEMPTS = 256
 TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
 PROMPT = "Describe the image."
 
@@ -39,8 +38,6 @@ class ProposeOptions:
         seed: draws which of several possible edits is proposed.
         words: YAML of TYPE: [WORD, ...], the words that edits of a type may lead to, all as often; where not given, those of the built-in
             lists as often as the captions use them.
-        shards: parts that the work is cut in.
-        budget_hours: hours that a shard may take; what is left then is not proposed. 0 for no bound.
         budget_tokens: tokens of a language model that a shard may spend. 0 for no bound.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of its model.
@@ -55,8 +52,6 @@ class ProposeOptions:
     per_type: int = 1
     seed: int = 0
     words: str = ""
-    shards: int = 1
-    budget_hours: float = 0.0
     budget_tokens: int = 0
     llm_url: str = ""
     llm_model: str = ""
@@ -66,7 +61,7 @@ class ProposeOptions:
     llm_attempts: int = 4
 
     def __post_init__(self) -> None:
-        _at_least(self, per_type=1, budget_hours=0, budget_tokens=0, llm_calls=1, llm_timeout_s=_SOON, llm_attempts=1)
+        _at_least(self, per_type=1, budget_tokens=0, llm_calls=1, llm_timeout_s=_SOON, llm_attempts=1)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -85,20 +80,18 @@ class EditOptions:
     """Options of `data edit`.
 
     Args:
-        back_ends: editors, separated by commas; each edit goes to the first that takes it: flip, folder, none, diffusers, http, command,
+        back_ends: editors, separated by commas; each edit goes to the first that takes it: flip, folder, none, diffusers, command,
             or one of a script.
         model: model folder or hub name, of diffusers.
-        attempts: pictures that are made of each edit, by editors that draw, 256 at most.
+        attempts: pictures that are made of each edit, by editors that draw.
         seed: draws the attempts, with their ids.
         folder: edited pictures by id, FOLDER/SOURCE/NUMBER.png, of folder.
         masks: masks by id in the same way; white is where something may change.
         composite: lay the original over what is outside: the mask, the difference that was found, or nothing (none).
-        url: address that http posts to.
         command: command that is called for each picture, with {request} and {output} in it.
         options: NAME=VALUE,... that a diffusers pipeline is called with, such as num_inference_steps=28,guidance_scale=3.5.
-        timeout_s: seconds for one picture of http or command.
-        threads: pictures that http and command are asked for side by side.
-        budget_hours: hours that a shard may take; the first attempts of all edits come before the second ones. 0 for no bound.
+        timeout_s: seconds for one picture of command.
+        threads: pictures that command is asked for side by side.
     """
 
     back_ends: str = "flip,none"
@@ -108,17 +101,13 @@ class EditOptions:
     folder: str = ""
     masks: str = ""
     composite: str = "mask"
-    url: str = ""
     command: str = ""
     options: str = ""
     timeout_s: float = 120.0
     threads: int = 4
-    budget_hours: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least(self, attempts=1, threads=1, timeout_s=_SOON, budget_hours=0)
-        if self.attempts > MAX_ATTEMPTS:
-            raise ConfigError(f"--attempts {self.attempts}: it is at most {MAX_ATTEMPTS}")
+        _at_least(self, attempts=1, threads=1, timeout_s=_SOON)
 
 
 @dataclass(frozen=True)
@@ -131,8 +120,6 @@ class VerifyOptions:
         prompt: what a caption answers.
         batch_size: candidates per batch of the scorer.
         clip: folder or hub name of a CLIP or SigLIP, whose cosines of pictures and texts are written down too.
-        dino: vision encoder, such as DINOv2, whose cosine of both pictures is written down too.
-        nli: model of natural language inference, by which a text that follows from its caption is told.
     """
 
     scorer: str = ""
@@ -140,8 +127,6 @@ class VerifyOptions:
     prompt: str = PROMPT
     batch_size: int = 32
     clip: str = ""
-    dino: str = ""
-    nli: str = ""
 
     def __post_init__(self) -> None:
         _at_least(self, batch_size=1)
@@ -188,8 +173,8 @@ class AuditOptions:
         against: benchmarks that must share nothing with the data: manifests, and folders of pictures; several by commas.
         sample: pictures that are looked at by grain at most.
         seed: draws halves and samples.
-        refine: file for the groups that stay when the set is thinned until a guess by length, by words and, with a scorer, on a blank
-            picture is right in 50 +- 2 %.
+        refine: file for the groups that stay when the set is thinned until a guess by length and, with a scorer, on a blank picture is as
+            often right as wrong, and every word comes as often as it goes.
         strict: end with exit code 1 where something passes a limit.
     """
 

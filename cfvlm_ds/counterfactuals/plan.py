@@ -84,24 +84,19 @@ def read_plan(file: str) -> Plan:
         raise ConfigError(f"{path}: cannot be read ({error}); write YAML as in examples/build_coco.yaml") from error
     if not isinstance(given, Mapping):
         raise ConfigError(f"{path}: it holds a {type(given).__name__}; write YAML as in examples/build_coco.yaml")
-    listed = {name: _commas(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+    listed = dict(given)
+    for section in (value for value in listed.values() if isinstance(value, dict)):  # lists of names as the command line takes them
+        section |= {name: ",".join(map(str, value)) for name, value in section.items() if isinstance(value, list)}
     if isinstance(listed.get("root"), str):
         listed["root"] = [listed["root"]]
     known = {name.replace("back_ends", "with"): hint for name, hint in types_of({"plan": Plan}).items()}
     if wrong := problem_in("plan", listed, known):
         raise ConfigError(f"{path}: {wrong.replace('plan.', '')}")
-    sections = {name: section for name, section in get_type_hints(Plan).items() if dataclasses.is_dataclass(section)}
-    for name, section in sections.items():
-        listed[name] = _built(section, listed.get(name) or {}, f"{path}: {name}.")
+    for name, kind in get_type_hints(Plan).items():
+        if dataclasses.is_dataclass(kind):
+            listed[name] = _built(kind, listed.get(name) or {}, f"{path}: {name}.")
     plan: Plan = _built(Plan, listed, f"{path}: ")
-    if plan.propose.shards != 1:
-        raise ConfigError(f"{path}: propose.shards is said as shards, once for all steps")
-    return dataclasses.replace(plan, propose=dataclasses.replace(plan.propose, shards=plan.shards))
-
-
-def _commas(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section with each list of names as the command line takes it."""
-    return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in section.items()}
+    return plan
 
 
 def _built(section: Any, given: Mapping[str, Any], where: str) -> Any:

@@ -27,12 +27,15 @@ from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresho
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
 from cfvlm_ds.counterfactuals.options import SelectOptions
 from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
+from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.formats.cfgroup import SCHEMA, to_row
 from cfvlm_ds.data.lines import MAX_LINE
 
 KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"
 TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real picture is of another split"
 _ROWS = 24
+_SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
+"""What of a step's settings belongs to every group: back ends, models and versions, by which it can be made again."""
 
 Say = Callable[[str], object]
 
@@ -98,7 +101,8 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
         cuts = _cuts(work, thresholds, options) if options.per_type else {}
         folder, outside = file.parent.absolute(), set[Path]()
         further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
-        steps = {step: _shown_settings(work.settings(step)) for step in STEPS}
+        settings = {step: work.settings(step) for step in STEPS}
+        steps = {step: {key: found[key] for key in _SHOWN if key in found} for step, found in settings.items()}
         progress = Progress(say, "select", work.shards, "shards")
         written = Counter[str]()
         for shard in progress.over(range(work.shards)):
@@ -114,7 +118,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
             became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
             raise ConfigError(f"{out}: no candidate is left; this is what became of them: {became}")
     survival.files.update({str(files[name]): written[name] for name in files})
-    survival.roots.extend(map(str, [folder, *(root for root in further if root in outside)] if outside else []))
+    survival.roots.extend(map(str, [folder, *sorted(outside)] if outside else []))
     replace(_beside(file), f"{survival.table()}\n\n{survival.captions()}\n".encode())
     return survival
 
@@ -147,11 +151,12 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """The folders of the pictures of a row that are not in that of its file."""
+    """Yield the folders of the pictures of a row that are not in that of its file: of ``roots``, or where rows of a table were prepared."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):
-                yield from [root for root in roots if Path(path).is_relative_to(root)][:1]
+                known = [root for root in roots if Path(path).is_relative_to(root)]
+                yield from (known or [folder for folder in Path(path).parents if folder.name.endswith(ENDING)])[:1]
 
 
 def _problems(work: WorkFolder, shard: int) -> Counter[str]:
@@ -268,12 +273,6 @@ def _row(
     }
     row = to_row(group, folder, meta)
     return row | ({"license": history.line["license"]} if history.line.get("license") else {})
-
-
-def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a step's settings belongs to every group: back ends, models and versions, by which it can be made again."""
-    kept = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
-    return {key: settings[key] for key in kept if key in settings}
 
 
 def parse_splits(text: str) -> dict[str, float]:

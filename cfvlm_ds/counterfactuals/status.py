@@ -31,16 +31,13 @@ def status(out: Path, check: bool = False) -> Status:
         missing = work.missing(step)
         unfinished |= set(missing)
         counts: Counter[str] = Counter()
-        stopped = records = 0
+        records = 0
         for shard in range(work.shards):
             if (done := work.done(step, shard)) is not None:
                 counts.update(done["counts"])
-                stopped += "stopped" in done
                 records += done["records"]
         through = work.shards - len(missing)
-        lines.append(
-            f"{step}: {through} of {work.shards} shards" + f", {records} records" + f", {stopped} cut off by a budget" * bool(stopped)
-        )
+        lines.append(f"{step}: {through} of {work.shards} shards, {records} records")
         shown = counts.most_common(_MOST)
         lines += [f"    {one_line(name, _CHARS)}: {count}" for name, count in shown]
         lines += [f"    and {len(counts) - _MOST} more kinds"] * (len(counts) > _MOST)

@@ -22,7 +22,7 @@ from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.checks import compared
 from cfvlm_ds.counterfactuals.edit.base import picture_by_id, sha256_of
-from cfvlm_ds.counterfactuals.history import with_proposals
+from cfvlm_ds.counterfactuals.history import attempts
 from cfvlm_ds.counterfactuals.judge import GOOD, Calibrated, Thresholds, calibrated, verdict
 from cfvlm_ds.counterfactuals.options import VerifyOptions
 from cfvlm_ds.counterfactuals.second_opinion import SecondOpinion
@@ -55,15 +55,13 @@ def verify(
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure every candidate of a shard; returns its completion. ``identity`` says which weights score."""
-    refuse_unfit(out, options, shard, of)
     work = WorkFolder.open(out)
-    if (done := work.done(STEP, shard)) is not None:
+    if (done := work.finished(STEP, shard, of, said := settings_of(options))) is not None:
         say(f"{out}: verify is through with shard {shard}")
         return done
-    others = SecondOpinion(options.clip, options.dino, options.nli) if options.clip or options.dino or options.nli else None
-    work.settle(STEP, {**settings_of(options), "scored": score is not None, "weights": dict(identity or {})})
-    step = ShardStep(work, STEP, shard)
-    try:
+    clip = SecondOpinion(options.clip) if options.clip else None
+    work.settle(STEP, {**said, "scored": score is not None, "weights": dict(identity or {})})
+    with ShardStep(work, STEP, shard) as step:
         for record, candidate in zip(work.records(STEP, shard), candidates(work, shard), strict=False):
             step.expect(record, edit=candidate.record["edit"], attempt=candidate.record["attempt"])
         total = (work.done("edit", shard) or {"records": 0})["records"]
@@ -72,32 +70,17 @@ def verify(
         whole = step.count // size * size
         looked = side_by_side(_looked_at, islice(candidates(work, shard), whole, None), cores_per_rank(), size)
         while part := list(islice(looked, size)):
-            new = measured([each for each, _ in part], [found for _, found in part], options, score, others)[step.count - whole :]
+            new = measured([each for each, _ in part], [found for _, found in part], options, score, clip)[step.count - whole :]
             whole += len(part)
             for record in new:
                 step.add(record)
             progress.advance(len(new))
         return step.finish(counted)
-    except BaseException:
-        step.give_up()
-        raise
-
-
-def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None = None) -> bool:
-    """Whether a shard is still to be verified. Raises ConfigError for what can be refused before a scorer is loaded."""
-    work = WorkFolder.open(out)
-    work.check_shard(shard, work.shards if of is None else of)
-    work.need("edit", shard)
-    work.refuse_other(STEP, settings_of(options))
-    if work.done(STEP, shard) is None:
-        return True
-    work.need(STEP, shard)
-    return False
 
 
 def settings_of(options: VerifyOptions) -> dict[str, Any]:
     """What of the options decides the measures."""
-    return {key: getattr(options, key) for key in ("scorer", "template", "prompt", "clip", "dino", "nli")}
+    return {key: getattr(options, key) for key in ("scorer", "template", "prompt", "clip")}
 
 
 @dataclass(frozen=True)
@@ -116,23 +99,24 @@ def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
     """The attempts of a shard in their order, each with its proposal."""
     named = work.settings("edit").get("masks")
     masks = Path(named) if isinstance(named, str) and named else None
-    for record, proposal, line in with_proposals(work, shard):
-        original = None if line["picture"] is None else Path(line["picture"])
-        mask = picture_by_id(masks, record["edit"], (".png",)) if masks is not None and "mask_sha256" in record else None
-        yield Candidate(
-            record, proposal, line["caption"], original, work.picture(record["picture"]) if record.get("picture") else None, mask
-        )
+    for line, edits in attempts(work, shard):
+        original = Path(line["picture"]) if line.get("picture") else None
+        for proposal, tried in edits:
+            for record in tried:
+                edited = work.picture(record["picture"]) if record.get("picture") else None
+                mask = picture_by_id(masks, record["edit"], (".png",)) if masks is not None and "mask_sha256" in record else None
+                yield Candidate(record, proposal, line["caption"], original, edited, mask)
 
 
 def measured(
-    chunk: Sequence[Candidate], found: list[dict[str, Any]], options: VerifyOptions, score: Score | None, others: SecondOpinion | None
+    chunk: Sequence[Candidate], found: list[dict[str, Any]], options: VerifyOptions, score: Score | None, clip: SecondOpinion | None
 ) -> list[dict[str, Any]]:
     """The records of some candidates: ``found``, what the pixels say, with what models say."""
-    if others is not None:
+    if clip is not None:
         for candidate, record in zip(chunk, found, strict=True):
-            if "problem" not in record:
-                pictures = [open_image(picture) for picture in (candidate.original, candidate.edited) if picture is not None]
-                record["models"] = others.of(candidate.caption, str(candidate.proposal["text"]), pictures)
+            pictures = [open_image(each) for each in (candidate.original, candidate.edited) if each and "problem" not in record]
+            if pictures:
+                record["models"] = {"clip": clip.cosines((candidate.caption, str(candidate.proposal["text"])), pictures)}
     wanted = [k for k, record in enumerate(found) if "problem" not in record and chunk[k].original is not None]
     if score is None or not wanted:
         return found

@@ -18,11 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
-from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.store import GroupStore
@@ -42,8 +39,6 @@ from cfvlm_ds.data.store import GroupStore
 SCHEMA = "cfwork/1"
 STEPS = ("propose", "edit", "verify")
 _FOLDERS = (*STEPS, "pictures", "llm", "mine")
-_MADE_AGAIN = "prepared"
-"""Key of run.json with the folders that rows of a table were prepared in: it has another name when the table was copied, say."""
 MAX_SHARDS = 100_000
 OUTDATED = "was made of other records of the step before it than there are now"
 
@@ -81,8 +76,8 @@ class WorkFolder:
 
     @property
     def roots(self) -> list[Path]:
-        """The folders of the source pictures."""
-        return [Path(each) for each in (*self.about["source"]["roots"], *self.about.get(_MADE_AGAIN, ()))]
+        """The folders of the source pictures, without those that rows of a table were prepared in, which change with its date."""
+        return [Path(each) for each in self.about["source"]["roots"]]
 
     @classmethod
     def begin(cls, path: Path, store: GroupStore, shards: int) -> WorkFolder:
@@ -90,22 +85,18 @@ class WorkFolder:
         _refuse_links(path)
         if not 1 <= shards <= MAX_SHARDS:
             raise ConfigError(f"{shards} shards; cut the work in 1 to {MAX_SHARDS}")
-        prepared = [root for root in store.rows.roots if root.name.endswith(ENDING)]
         source = {
             "path": os.path.abspath(store.path),
             "format": store.format,
             "groups": len(store),
-            "roots": [os.path.abspath(root) for root in store.roots if root not in prepared],
+            "roots": [os.path.abspath(root) for root in store.roots if not root.name.endswith(ENDING)],
             "sha256": sha256_of_file(store.path) if store.path.is_file() else "",
         }
         about: dict[str, Any] = {"schema": SCHEMA, "shards": shards, "source": source}
-        if prepared:  # pictures of shards that are through may be in an earlier one
-            earlier = _read(path / "run.json").get(_MADE_AGAIN, [])
-            about[_MADE_AGAIN] = sorted({*earlier, *(os.path.abspath(root) for root in prepared)})
         if path.exists() and not (path / "run.json").exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"{path} is there and no work folder; name another one")
         path.mkdir(parents=True, exist_ok=True)
-        _settled(path / "run.json", about, path, _MADE_AGAIN)
+        _settled(path / "run.json", about, path)
         return cls(path, about)
 
     @classmethod
@@ -144,13 +135,6 @@ class WorkFolder:
         found = _read(self.path / step / f"shard-{shard:05d}.done.json")
         return found if found and self.file(step, shard).is_file() else None
 
-    def outdated(self, step: str, shard: int) -> bool:
-        """Whether a shard of a step was made of other records than those that the step before it has now."""
-        if step == STEPS[0] or (done := self.done(step, shard)) is None or "of" not in done:
-            return False
-        before = self.done(STEPS[STEPS.index(step) - 1], shard)
-        return before is not None and before["sha256"] != done["of"]
-
     def again(self, step: str, shard: int) -> str:
         """How a shard of a step, and of those after it, is made again."""
         return f"remove {' '.join(f'{self.path / each}/shard-{shard:05d}.*' for each in STEPS[STEPS.index(step) :])}, and run it again"
@@ -160,26 +144,9 @@ class WorkFolder:
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
-        """The records of a step and shard. Raises DataError naming file and line for what is none, and for a picture that is neither in the
-        folders of the source pictures nor here: a work folder may be somebody else's."""
-        file = self.file(step, shard)
-        for number, (_, record) in enumerate(records(file, self.again(step, shard)), 1):
-            for picture in self._pictures(record):
-                try:
-                    self._confine(picture)
-                except DataError as error:
-                    raise DataError(f"{file}:{number}: {error}; {self.again(step, shard)}") from error
+        """Yield the records of a step and shard. Raises DataError naming file and line for what is none."""
+        for _, record in records(self.file(step, shard), self.again(step, shard)):
             yield record
-
-    @cached_property
-    def _confine(self) -> Confinement:
-        return Confinement([*self.roots, self.path.absolute()], "no step has written that")
-
-    def _pictures(self, record: Mapping[str, Any]) -> Iterator[Path]:
-        """The pictures that a record names."""
-        for found in (record.get("picture"), *(each.get("picture") for each in record.get("edits", ()))):
-            if found:
-                yield Path(found) if isinstance(found, str) else self.picture(found)
 
     def picture(self, named: Mapping[str, Any]) -> Path:
         """The picture that an attempt names, a file or a part of a tar, as every reader of pictures takes it."""
@@ -194,7 +161,10 @@ class WorkFolder:
             return f"{file} is not what it was when the shard was through"
         if done is not None and (size := tar.stat().st_size if tar.is_file() else 0) < done.get("pictures", 0):
             return f"{tar} has {size} bytes, and {done['pictures']} when the shard was through"
-        return f"{file} {OUTDATED}" if self.outdated(step, shard) else ""
+        before = self.done(STEPS[STEPS.index(step) - 1], shard)
+        return (
+            f"{file} {OUTDATED}" if done is not None and before is not None and done.get("of", before["sha256"]) != before["sha256"] else ""
+        )
 
     def need(self, step: str, shard: int) -> None:
         """Raise ConfigError where a step is not through with a shard, DataError where what it or one before it has written is damaged."""
@@ -205,12 +175,23 @@ class WorkFolder:
             if wrong := self.damage(each, shard):
                 raise DataError(f"{wrong}; {self.again(each, shard)}")
 
-    def check_shard(self, shard: int, of: int) -> None:
-        """Raise ConfigError for a shard that is none of this folder's."""
+    def finished(self, step: str, shard: int, of: int | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the completion of a shard that a step is through with; None where the step is still to be done.
+
+        Raises ConfigError for what can be refused before anything is loaded for it: a shard that is none of this folder's, a step before
+        that is not through with it, and options that differ from those that the step was begun with. DataError for damage.
+        """
+        of = self.shards if of is None else of
         if of != self.shards or not 0 <= shard < of:
             raise ConfigError(
                 f"{self.path} is cut in {self.shards} shards, and --shard says {shard}/{of}; say 0 to {self.shards - 1} of them"
             )
+        if step != STEPS[0]:
+            self.need(STEPS[STEPS.index(step) - 1], shard)
+        self.refuse_other(step, options)
+        if (done := self.done(step, shard)) is not None:
+            self.need(step, shard)
+        return done
 
 
 class ShardStep:
@@ -222,12 +203,6 @@ class ShardStep:
         self._journal = Journal(work.file(step, shard))
         with open(self._journal.path, "rb") as file:
             self.count = sum(1 for _ in file)
-        self._began = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Since this process began."""
-        return time.monotonic() - self._began
 
     def add(self, record: Mapping[str, Any]) -> None:
         """The record of the next unit."""
@@ -239,14 +214,13 @@ class ShardStep:
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path}: it has a record of {quoted(record)[:120]} in place of {named}; start a new work folder")
 
-    def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], stopped: str = "") -> dict[str, Any]:
-        """The shard is through, or as far as its budget reaches."""
+    def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None]) -> dict[str, Any]:
+        """The shard is through."""
         counts: Counter[str] = Counter()
         for record in self.work.records(self.step, self.shard):
             counted(record, counts)
-        self.close()
+        self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
-        done |= {"stopped": stopped} if stopped else {}
         if self.step == "edit":
             done["pictures"] = self.work.tar(self.shard).stat().st_size
         if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
@@ -254,16 +228,14 @@ class ShardStep:
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
         return done
 
-    def close(self) -> None:
-        """Leave it as it is, to be continued."""
-        self._journal.close()
+    def __enter__(self) -> ShardStep:
+        return self
 
-    def give_up(self) -> None:
-        """Leave it after an error. A step of which nothing is done leaves no settings behind: what is wrong with them can be put right."""
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Leave it. A step of which nothing is done leaves no settings behind: what is wrong with them can be put right."""
+        self._journal.close()
         journals = self._journal.path.parent
-        nothing = self.count == 0 and list(journals.iterdir()) == [self._journal.path]
-        self.close()
-        if nothing:
+        if kind is not None and self.count == 0 and list(journals.iterdir()) == [self._journal.path]:
             for path in (self._journal.path, self.work.path / f"{self.step}.json"):
                 path.unlink(missing_ok=True)
             journals.rmdir()
@@ -276,8 +248,8 @@ def _refuse_links(path: Path) -> None:
         refuse_link(path / name, "put the folder itself there")
 
 
-def _settled(path: Path, wanted: Mapping[str, Any], folder: Path, free: str = "") -> None:
-    """Write a file of settings, or refuse settings that differ from those that are there; what has the key ``free`` may."""
+def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
+    """Write a file of settings, or refuse settings that differ from those that are there."""
     refuse_link(path, "remove it")
     text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
     if not path.exists():
@@ -285,9 +257,6 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path, free: str = ""
         return
     found, now = _read(path), json.loads(text)
     if found == now:
-        return
-    if {**found, free: None} == {**now, free: None}:
-        replace(path, text.encode(), shared=True)
         return
     remedy = f"take the same ones, or another folder than {folder}"
     if path.stem in STEPS:

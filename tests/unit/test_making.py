@@ -5,7 +5,6 @@ The embedded world stands for a user's photographs. Its editor fails in known wa
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
@@ -18,8 +17,8 @@ import signal
 import sys
 import tarfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,8 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.counterfactuals import EDITORS
-from cfvlm_ds.counterfactuals.audit import refine as refining
 from cfvlm_ds.counterfactuals.audit import shortcuts
-from cfvlm_ds.counterfactuals.audit.duplicates import look, near_pairs
+from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs
 from cfvlm_ds.counterfactuals.audit.report import audit, write_report
 from cfvlm_ds.counterfactuals.checks import compared, largest_piece, perceptual_hash
 from cfvlm_ds.counterfactuals.edit.base import Picture, Task
@@ -87,9 +85,9 @@ def _scene_editor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def begun(scenes: Path, out: Path, shards: int = 1) -> Path:
-    options = ProposeOptions(words=str(scenes.parent / "words.yaml"), shards=shards, seed=SEED)
+    options = ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=SEED)
     for shard in range(shards):
-        propose(open_groups(scenes / "test_iid.jsonl"), out, options, shard, quiet)
+        propose(open_groups(scenes / "test_iid.jsonl"), out, options, shard, quiet, shards)
     return out
 
 
@@ -260,7 +258,7 @@ def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes:
     before = contents(out)
     store = open_groups(scenes / "test_iid.jsonl")
     with pytest.raises(ConfigError, match="shards: 1 then, 2 now"):
-        propose(store, out, ProposeOptions(shards=2), 0, quiet)
+        propose(store, out, ProposeOptions(), 0, quiet, 2)
     (out / "propose" / "shard-00000.done.json").unlink()
     with pytest.raises(ConfigError, match="seed: 5 then, 6 now"):
         propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)
@@ -322,35 +320,20 @@ def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"back_ends": "http", "url": "http://127.0.0.1:9"}, "it cannot be reached .*start the server, or correct the address"),
         ({"back_ends": "command", "command": "nosuchprogram {request} {output}"}, "nosuchprogram: cannot be started"),
         ({"back_ends": "command", "command": "true '{request} {output}"}, "no closing quotation"),
         ({"masks": "nowhere"}, "--masks nowhere: no such folder"),
     ],
 )
 def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(
-    options: dict[str, Any], said: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], said: str, photos: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", lambda seconds: None)
     out = tmp_path / "W"
     propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="relation"), 0, quiet)
     with pytest.raises(ConfigError, match=said):
         edit(out, EditOptions(**options), 0, quiet)
     assert not (out / "edit.json").exists() and not (out / "edit").exists()
     assert edit(out, EditOptions(), 0, quiet)["counts"]["pictures"] == 6
-
-
-def test_a_server_that_goes_down_ends_the_step_and_what_is_done_stays(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", lambda seconds: None)
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.IN_A_ROW", 3)
-    good = png_of(noise_picture(3))
-    server = Server(lambda body, number: (200, good, {"Content-Type": "image/png"}) if number == 1 else (503, b"down", {}))
-    with server.running(), pytest.raises(ConfigError, match="3 edits in a row without a usable reply, the last: status 503"):
-        edited(photos, tmp_path / "W", back_ends="http", url=server.url, threads=1)
-    done = list(WorkFolder.open(tmp_path / "W").records("edit", 0))
-    assert done[0]["picture"] and len(done) < 12 and (tmp_path / "W" / "edit.json").is_file()
 
 
 def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
@@ -370,17 +353,10 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
     assert problems[3] == f"{tmp_path}/c.jsonl:5: an id of 1001 characters; shorten it to 1000"
 
 
-def test_a_budget_is_kept_and_said(scenes: Path, tmp_path: Path) -> None:
-    options = ProposeOptions(budget_hours=1e-9)
-    done = propose(open_groups(scenes / "test_iid.jsonl"), tmp_path / "W", options, 0, quiet)
-    assert done["records"] == 1 and done["stopped"] == "the budget of hours is spent"
-    assert "1 cut off by a budget" in status(tmp_path / "W")[0]
-
-
 def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -> None:
     out = tmp_path / "W"
     for shard in (0, 1, 4):
-        propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(shards=6), shard, quiet)
+        propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(), shard, quiet, 6)
     text, damaged = status(out)
     assert not damaged and (
         "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5")
@@ -393,7 +369,7 @@ def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -
 def through_all(photos: Path, out: Path, shards: int) -> None:
     """All steps of all shards, as far as they are not done."""
     for shard in range(shards):
-        propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation", shards=shards), shard, quiet)
+        propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation"), shard, quiet, shards)
         edit(out, EditOptions(), shard, quiet)
         verify(out, VerifyOptions(), shard, quiet, None)
 
@@ -487,32 +463,6 @@ def test_a_work_folder_writes_through_no_link(photos: Path, tmp_path: Path) -> N
         edit(tmp_path / "V", EditOptions(), 0, quiet)
 
 
-def test_a_record_names_no_picture_outside_the_folders_of_the_sources(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As somebody else's work folder may: by a path, a link beside the sources, and a tar that is one."""
-    out, secret = tmp_path / "made" / "W", tmp_path / "secret.png"
-    noise_picture(40).save(secret)
-    (tmp_path / "made").mkdir()
-    for each in (photos, *tmp_path.glob("?.png")):
-        each.rename(tmp_path / "made" / each.name)
-    through_all(tmp_path / "made" / photos.name, out, 1)
-    (tmp_path / "made" / "link.png").symlink_to(secret)
-    for step, key, value in (
-        ("propose", "picture", str(secret)), ("propose", "picture", str(tmp_path / "made" / "link.png")),
-        ("edit", "picture", {"path": str(secret), "sha256": "0"}),
-        ("edit", "picture", {"file": "../../../secret.tar", "start": 0, "length": 1, "sha256": "0"}),
-    ):  # fmt: skip
-        shutil.copytree(out, strange := tmp_path / "made" / "V")
-        first, *rest = (journal := strange / step / "shard-00000.jsonl").read_text().splitlines(keepends=True)
-        journal.write_text(json.dumps(json.loads(first) | {key: value}) + "\n" + "".join(rest))
-        agreed(strange, step)
-        for words in (("view", strange, "--out", tmp_path / "page"), ("select", strange, "--out", tmp_path / "g.jsonl")):
-            assert f"V/{step}/shard-00000.jsonl:1: image path" in (said := refused(capsys, "data", *words)) and "leads outside" in said
-        shutil.rmtree(strange)
-    assert not (tmp_path / "page").exists() and not (tmp_path / "g.jsonl").exists()
-
-
 def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) -> None:
     """Its rows are prepared in another folder then, which is none of the settings."""
     rows = [json.loads(line) for line in photos.read_text().splitlines()]
@@ -523,8 +473,7 @@ def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) 
     os.utime(table, (1, 1))
     through_all(table, tmp_path / "W", 1)
     after = contents(tmp_path / "W")
-    folders = [json.loads(found.pop("run.json"))["prepared"] for found in (before, after)]
-    assert before == after and len(folders[0]) == 1 and len(folders[1]) == 2 and set(folders[0]) < set(folders[1])
+    assert before == after and len(list(tmp_path.glob("captions.csv.*.prepared"))) == 2
     with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source\.roots: \['"):
         propose(open_groups(table, [tmp_path, tmp_path / "W"], "auto"), tmp_path / "W", ProposeOptions(types="colour,relation"), 0, quiet)
 
@@ -716,7 +665,7 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
         calibrated([(scored(1.0), True)], Thresholds(rule="checks"), 0.9)
     for wrong in (
         {"margin": -0.98}, {"margin": math.nan}, {"drop": -0.1}, {"drop": math.nan}, {"clip": -0.1},
-        {"largest": -0.1}, {"outside": 1.5}, {"dino": 2.0}, {"entailment": -1.0},
+        {"largest": -0.1}, {"outside": 1.5},
         {"changed": {"colour": [0.5, 0.1]}}, {"changed": {"*": [-0.1, 0.6]}}, {"changed": {"*": [0.0, math.nan]}},
     ):  # fmt: skip
         (tmp_path / "t.json").write_text(json.dumps(wrong))
@@ -810,6 +759,13 @@ def test_hashes_find_what_was_saved_again_and_nothing_else(tmp_path: Path) -> No
     own = [look(tmp_path / f"{k}.png") for k in range(30)]
     assert {(pair.first, pair.second) for pair in near_pairs(own, again)} == {(k, k) for k in range(30)}  # type: ignore[arg-type]
     assert {pair.bits for pair in near_pairs(own, own)} == {-1}  # type: ignore[arg-type]
+    chance = random.Random(8)
+    sides = [[Look(Path(), bytes([side, k % 256, k // 256]), chance.getrandbits(64)) for k in range(300)] for side in (0, 1)]
+    for k in range(200):  # 0 to 12 bits apart, in all quarters of the hash
+        sides[1][k] = replace(sides[1][k], hash=sides[0][k].hash ^ sum(1 << bit for bit in chance.sample(range(64), k % 13)))
+    naive = {(i, j) for i, a in enumerate(sides[0]) for j, b in enumerate(sides[1]) if (a.hash ^ b.hash).bit_count() <= 8}
+    assert {(pair.first, pair.second) for pair in near_pairs(*sides)} == naive and len(naive) > 130
+    assert list(near_pairs([], sides[0])) == list(near_pairs(sides[0], [])) == []
     assert perceptual_hash(pictures[0]) != perceptual_hash(ImageOps.mirror(pictures[0]))
 
 
@@ -928,34 +884,6 @@ def png_of(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def test_a_server_that_edits_is_checked_like_any_other(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.time.sleep", lambda seconds: None)
-    good = png_of(noise_picture(3))
-    huge = png_of(Image.new("1", (60_000, 1000)))
-    is_png, is_json = ({"Content-Type": kind} for kind in ("image/png", "application/json; charset=utf-8"))
-    within = json.dumps({"image": base64.b64encode(good).decode()}).encode()
-    answers: dict[str, Any] = {
-        "p0/0": (200, good, is_png), "p0/1": (200, within, is_json), "p1/0": (200, huge, is_png),
-        "p1/1": (200, b'{"image": "no!"}', is_json),
-        "p2/0": (500, b"cuda out of memory", {}), "p2/1": (200, b"<html>", {"Content-Type": "text/html"}),
-        "p3/0": (200, png_of(noise_picture(3, 48)), is_png), "p3/1": (200, b"", is_png), "p4/0": (200, b"[]", is_json),
-        "p4/1": (200, good[:200], is_png), "p5/0": (200, b'{"image": {}}', is_json), "p5/1": (200, good, is_png),
-    }  # fmt: skip
-    server = Server(lambda body, number: answers[body["id"]])
-    with server.running():
-        found = {each["edit"]: each for each in edited(photos, tmp_path / "W", back_ends="http", url=server.url, threads=3)}
-    assert {name for name, each in found.items() if each.get("picture")} == {"p0/0", "p0/1", "p5/1"}
-    for name, said in (
-        ("p1/0", "over the limit"), ("p1/1", "no base64"), ("p2/0", "status 500: cuda out of memory"),
-        ("p2/1", "no image in it"), ("p3/0", "another size (48x48"), ("p3/1", "no image in it"),
-        ("p4/0", "the reply has no image"), ("p4/1", "truncated or corrupt"), ("p5/0", "base64"),
-    ):  # fmt: skip
-        assert said in found[name]["refused"], (name, found[name]["refused"])
-    asked = next(body for body in server.asked if body["id"] == "p0/0")
-    assert Image.open(io.BytesIO(base64.b64decode(asked["image"]))).size == (64, 64) and asked["seed"] == found["p0/0"]["seed"]
-    assert asked["instruction"].startswith("Change the colour of the cup") and server.most_at_once <= 3
-
-
 PROGRAM = """
 import json, sys
 from PIL import Image
@@ -1005,8 +933,8 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
     with server.running():
         asked = {"llm_url": f"{server.url}?key={secret}", "llm_model": "m"}
         propose(open_groups(photos, None, "auto"), out, ProposeOptions(back_ends="rules,llm", types="relation", **asked), 0, quiet)
-    for given in ({"url": f"http://127.0.0.1:9/?sig={secret}"}, {"url": "http://127.0.0.1:9/?sig=renewed"}):  # a secret may change
-        edit(out, EditOptions(back_ends="command", command=command, **given), 0, quiet)
+    for given in (command, command.replace(secret, "renewed")):  # a secret may change
+        edit(out, EditOptions(back_ends="command", command=given), 0, quiet)
     verify(out, VerifyOptions(), 0, quiet, None)
     assert server.paths == {f"/v1/chat/completions?key={secret}"}  # which the server did get
     assert "denied" in str(list(WorkFolder.open(out).records("edit", 0)))
@@ -1017,7 +945,7 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
     assert all("--api-key ***" in text for text in shown)
     assert not [name for name, content in contents(tmp_path).items() if secret.encode() in content]
     with pytest.raises(ConfigError, match=r"begun with other settings \(command: "):
-        edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py"), **given), 0, quiet)
+        edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py")), 0, quiet)
 
 
 def test_diffusers_that_is_absent_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1084,7 +1012,7 @@ def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pyte
     for part, library in (("unet", "own"), ("unet", "planted"), ("_class_name", "own"), ("unet", "diffusers"), ("unet", "os")):
         index = {"_class_name": "DDPMPipeline", part: [library, "UNet2DConditionModel"]}
         (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
-        with pytest.raises(ConfigError, match=r"no pipeline of diffusers|only classes of diffusers and transformers are loaded"):
+        with pytest.raises(ConfigError, match="no pipeline of diffusers"):
             Diffusers(editor)
     assert not (tmp_path / "ran").exists()
     assert f"diffusers>={OLDEST};" in (REPO / "pyproject.toml").read_text()
@@ -1263,16 +1191,6 @@ def test_area_under_the_curve_is_that_of_all_pairs() -> None:
         assert area == pytest.approx(won / (17 * 23)) and low <= area <= high
 
 
-def test_of_each_pattern_of_guesses_as_many_stay_as_of_the_opposite() -> None:
-    margins = [(1.0, 1.0)] * 40 + [(-1.0, -1.0)] * 15 + [(1.0, -1.0)] * 7 + [(0.0, 0.0)] * 4 + [(0.0, 1.0)] * 3
-    draw = [(k * 37) % 101 for k in range(len(margins))]
-    kept = refining.balanced(margins, draw)
-    left = Counter(margins[k] for k in kept)
-    assert left == {(1.0, 1.0): 15, (-1.0, -1.0): 15, (0.0, 0.0): 4}
-    assert {k for k in kept if k < 40} == set(sorted(range(40), key=lambda k: draw[k])[:15])
-    assert kept == refining.balanced(margins, draw) != refining.balanced(margins, draw[::-1])
-
-
 def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of 300 groups, 200 have a counterfactual that is longer and 60 one with a word of its own; judged by naive counts of the file."""
     rows = []
@@ -1297,8 +1215,8 @@ def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: p
     kept = [[each["text"] for each in json.loads(line)["texts"]] for line in said[1].splitlines()]
     longer, shorter = sum(len(new) > len(old) for old, new in kept), sum(len(new) < len(old) for old, new in kept)
     assert said[1] != said[2] and len(kept) >= 60 and abs(longer - shorter) <= 0.04 * len(kept)
-    assert sum("orb" in new for _, new in kept) <= 0.16 * len(kept)  # it was 20 %
-    assert len(read_manifest(tmp_path / "kept.jsonl")) == len(kept)
+    assert sum("orb" in new for _, new in kept) <= 0.04 * len(kept)  # it was 20 %
+    assert len(read_manifest(tmp_path / "kept.jsonl")) == len(said[2].splitlines())
     for row in rows:
         row["texts"][1]["text"] = row["texts"][0]["text"] + " indeed"
     (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

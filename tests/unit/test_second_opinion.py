@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, DINO and NLI as checks of candidates: models of random weights, against what each says of one text and picture alone."""
+"""CLIP and SigLIP as checks of candidates: models of random weights, against what each says of one text and picture alone."""
 
 from __future__ import annotations
 
@@ -49,30 +49,6 @@ def contrastive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("dino")
-    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def inference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp("nli")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(" ".join(TEXTS).split())]
-    config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
-        id2label={0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}, label2id={"CONTRADICTION": 0, "NEUTRAL": 1, "ENTAILMENT": 2},
-    )  # fmt: skip
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    transformers.BertTokenizer({word: number for number, word in enumerate(words)}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
     folder = tmp_path_factory.mktemp("pictures")
     draw(folder / "a.png", [("red", "circle"), ("blue", "square")])
@@ -81,7 +57,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
 
 
 def test_cosines_are_those_of_each_pair_alone(contrastive: Path, pictures: list[Image.Image]) -> None:
-    found = SecondOpinion(clip=str(contrastive)).of(*TEXTS, pictures)["clip"]
+    found = SecondOpinion(str(contrastive)).cosines(TEXTS, pictures)
     model = transformers.AutoModel.from_pretrained(contrastive).eval()
     processor = transformers.AutoProcessor.from_pretrained(contrastive)
     for i, picture in enumerate(pictures):
@@ -95,76 +71,53 @@ def test_cosines_are_those_of_each_pair_alone(contrastive: Path, pictures: list[
     assert len({value for row in found for value in row}) > 1
 
 
-def test_an_encoder_and_nli_say_what_they_say_alone(encoder: Path, inference: Path, pictures: list[Image.Image]) -> None:
-    found = SecondOpinion(dino=str(encoder), nli=str(inference)).of(*TEXTS, pictures)
-    model, processor = transformers.AutoModel.from_pretrained(encoder).eval(), transformers.AutoImageProcessor.from_pretrained(encoder)
-    judge = transformers.AutoModelForSequenceClassification.from_pretrained(inference).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(inference)
-    with torch.no_grad():
-        seen = [model(**processor(images=picture, return_tensors="pt")).last_hidden_state[0, 0] for picture in pictures]
-        logits = [judge(**tokenizer(one, other, return_tensors="pt")).logits[0] for one, other in (TEXTS, TEXTS[::-1])]
-    assert found["dino"] == pytest.approx(float(torch.cosine_similarity(seen[0], seen[1], dim=0)), abs=2e-4)
-    assert found["nli"] == pytest.approx([float(each.softmax(0)[2]) for each in logits], abs=2e-4)
-    assert SecondOpinion(dino=str(encoder)).of(*TEXTS, [pictures[0], pictures[0]])["dino"] == pytest.approx(1, abs=1e-3)
-    assert "dino" not in SecondOpinion(dino=str(encoder)).of(*TEXTS, pictures[:1])
-
-
-def test_a_model_of_another_kind_is_refused(encoder: Path, inference: Path, tmp_path: Path) -> None:
-    for options, said in (
-        ({"clip": str(encoder)}, "compares no pictures with texts"), ({"nli": str(encoder)}, "--nli"),
-        ({"dino": str(tmp_path)}, "--dino .* cannot be loaded"),
-    ):  # fmt: skip
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    transformers.CLIPImageProcessor().save_pretrained(tmp_path / "dino")
+    for folder, said in ((tmp_path / "dino", "a dinov2 compares no pictures with texts"), (tmp_path, "--clip .* cannot be loaded")):
         with pytest.raises(ConfigError, match=said):
-            SecondOpinion(**options)
+            SecondOpinion(str(folder))
 
 
 def test_code_in_a_folder_is_not_run_whatever_the_terminal_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would ask whether to run it, and do so at a y."""
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
-    classes = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoProcessor")
-    own = {"model_type": "own", "auto_map": {each: f"own.{each}" for each in classes}}
+    own = {"model_type": "own", "auto_map": {each: f"own.{each}" for each in ("AutoConfig", "AutoModel", "AutoProcessor")}}
     (tmp_path / "config.json").write_text(json.dumps(own))
-    for option in ("clip", "dino", "nli"):
-        monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-        with pytest.raises(ConfigError, match=f"--{option} .* cannot be loaded"):
-            SecondOpinion(**{option: str(tmp_path)})
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ConfigError, match=r"--clip .* cannot be loaded"):
+        SecondOpinion(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("contrastive", ["clip"], indirect=True)
-def test_verify_writes_all_of_it_down_and_thresholds_decide(
-    contrastive: Path, encoder: Path, inference: Path, pictures: list[Image.Image], tmp_path: Path
-) -> None:
+def test_verify_writes_all_of_it_down_and_thresholds_decide(contrastive: Path, pictures: list[Image.Image], tmp_path: Path) -> None:
     pictures[0].save(tmp_path / "a.png")
     rows = [{"id": "a", "image": "a.png", "caption": TEXTS[0]}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     propose(open_groups(tmp_path / "c.jsonl", None, "auto"), tmp_path / "W", ProposeOptions(types="relation,object"), 0, quiet)
     edit(tmp_path / "W", EditOptions(), 0, quiet)
-    options = VerifyOptions(clip=str(contrastive), dino=str(encoder), nli=str(inference))
-    verify(tmp_path / "W", options, 0, quiet, None)
+    verify(tmp_path / "W", VerifyOptions(clip=str(contrastive)), 0, quiet, None)
     flipped, alone = (json.loads(line) for line in (tmp_path / "W" / "verify" / "shard-00000.jsonl").read_text().splitlines())
-    whole = SecondOpinion(str(contrastive), str(encoder), str(inference))
-    assert flipped["models"] == whole.of(*TEXTS, pictures)
-    assert set(alone["models"]) == {"clip", "nli"} and len(alone["models"]["clip"]) == 1
-    with pytest.raises(ConfigError, match=r"nli: .*then, '' now"):
-        verify(tmp_path / "W", VerifyOptions(clip=str(contrastive), dino=str(encoder)), 0, quiet, None)
+    assert flipped["models"] == {"clip": SecondOpinion(str(contrastive)).cosines(TEXTS, pictures)}
+    assert len(alone["models"]["clip"]) == 1
+    with pytest.raises(ConfigError, match=r"clip: .*then, '' now"):
+        verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
 
 
-def test_verdicts_of_other_models_by_hand(tmp_path: Path) -> None:
+def test_verdicts_by_cosines_by_hand(tmp_path: Path) -> None:
     checks = {"same_size": True, "identical": False, "changed": 0.1, "largest": 1.0}
-    said = {"clip": [[0.31, 0.25], [0.22, 0.30]], "dino": 0.9, "nli": [0.05, 0.2]}
+    said = {"clip": [[0.31, 0.25], [0.22, 0.30]]}
     record = {"type": "colour", "checks": checks, "models": said}
     start = {"rule": "checks"}
     for given, more, reason in (
         ({}, {}, GOOD),
-        ({"clip": 0.04, "dino": 0.8, "entailment": 0.5}, {}, GOOD),
+        ({"clip": 0.04}, {}, GOOD),
         ({"clip": 0.055}, {}, "clip: the edited picture for the new text"),
-        ({"dino": 0.95}, {}, "dino: the pictures are not alike"),
-        ({"entailment": 0.1}, {}, "nli: one text follows from the other"),
-        ({"dino": 0.1}, {"dino": None}, "dino: the pictures are not alike"),
         ({"clip": 0.0}, {"clip": [[None, 0.1], [0.1, 0.2]]}, "clip: the caption on"),
     ):
         found = verdict(record | {"models": said | more}, Thresholds(**start, **given)).reason  # type: ignore[arg-type]
         assert found.startswith(reason) and (reason or not found), (given, found)
-    (tmp_path / "t.yaml").write_text("rule: checks\nclip: 0.02\ndino: null\n")
+    (tmp_path / "t.yaml").write_text("rule: checks\nclip: 0.02\ndrop: null\n")
     assert read_thresholds(tmp_path / "t.yaml") == Thresholds(rule="checks", clip=0.02)

@@ -19,9 +19,7 @@ from cfvlm_ds.data.picture_index import content_digest
 
 NEAR = 8
 """Bits of 64 by which near duplicates differ at most."""
-_ALL_PAIRS = 20_000
-"""Pictures of a side up to which all pairs are compared; of more, those that agree in one of four quarters of the hash."""
-_BLOCK = 512
+_BLOCK = 64
 GRAM = 8
 """Words in a row that a caption and a benchmark's caption have in common when one was copied."""
 _SUFFIXES = {f".{ending}" for ending in ENDINGS}
@@ -74,31 +72,11 @@ def _is_flat(value: int) -> bool:
 
 
 def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], most_bits: int) -> Iterator[tuple[int, int]]:
-    if len(ours) * len(theirs) <= _ALL_PAIRS**2:
-        for start in range(0, len(ours), _BLOCK):
-            apart = _bits(ours[start : start + _BLOCK, None] ^ theirs[None, :])
-            for i, j in np.argwhere(apart <= most_bits):
-                yield start + int(i), int(j)
-        return
-    seen = set()
-    for shift in np.arange(0, 64, 16, dtype=np.uint64):
-        quarter = [(side >> shift) & np.uint64(0xFFFF) for side in (ours, theirs)]
-        order = np.argsort(quarter[1], kind="stable")
-        ordered = quarter[1][order]
-        starts, ends = ordered.searchsorted(quarter[0], "left"), ordered.searchsorted(quarter[0], "right")
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            same = order[start:end]
-            for j in same[_bits(theirs[same] ^ ours[i]) <= most_bits]:
-                if (i, int(j)) not in seen:
-                    seen.add((i, int(j)))
-                    yield i, int(j)
-
-
-def _bits(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Set bits of 64-bit numbers; numpy counts them itself from version 2 on."""
-    if hasattr(np, "bitwise_count"):
-        return np.asarray(np.bitwise_count(values))
-    return np.unpackbits(np.ascontiguousarray(values)[..., None].view(np.uint8), axis=-1).sum(-1)
+    """Yield all pairs that differ by at most so many bits: with 1 and -1 for bits, the product of two hashes is 64 less 2 for each."""
+    first, second = (np.unpackbits(side[:, None].view(np.uint8), axis=1) * np.float32(2) - 1 for side in (ours, theirs))
+    for start in range(0, len(first), _BLOCK):
+        for i, j in np.argwhere(first[start : start + _BLOCK] @ second.T >= 64 - 2 * most_bits):
+            yield start + int(i), int(j)
 
 
 def pictures_below(folder: Path) -> list[Path]:

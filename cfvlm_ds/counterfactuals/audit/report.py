@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,18 +148,17 @@ def _looked_at(name: str, groups: Sequence[CounterfactualGroup], broken: dict[st
                 if group.id not in owners.setdefault(picture, []):
                     owners[picture].append(group.id)
     looks: dict[Path, Look] = {}
-    with ThreadPoolExecutor(cores_per_rank()) as pool:
-        progress = Progress(say, f"pictures of {name}", len(owners), "pictures")
-        for path, seen in zip(owners, progress.over(pool.map(look, owners)), strict=True):
-            if isinstance(seen, str):
-                broken[owners[path][0]] = seen
-            else:
-                looks[path] = seen
+    for path, seen in zip(owners, _looks(name, owners, say), strict=True):
+        if isinstance(seen, str):
+            broken[owners[path][0]] = seen
+        else:
+            looks[path] = seen
     return _Set(name, groups, owners, looks)
 
 
-def _halves(name: str, seed: int) -> bool:
-    return bool(seed_of("half", seed, name) & 1)
+def _looks(name: str, pictures: Collection[Path], say: Say) -> Iterator[Look | str]:
+    with ThreadPoolExecutor(cores_per_rank()) as pool:
+        yield from Progress(say, f"pictures of {name}", len(pictures), "pictures").over(pool.map(look, pictures))
 
 
 def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: Say) -> None:
@@ -168,7 +167,8 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
     pictures: list[tuple[Path, Path, bool]] = []
     for each in sets:
         for group in each.groups:
-            half = _halves(group.images[0][0].name if group.num_pictures else group.id, options.seed)
+            source = group.images[0][0].name if group.num_pictures else group.id
+            half = bool(seed_of("half", options.seed, source) & 1)
             texts += (pairs := text_pairs(group))
             text_halves += [half] * len(pairs)
             for edit in group.edits:
@@ -238,9 +238,7 @@ def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None
             for group in store:
                 pictures += [picture for image in group.images for picture in image]
                 texts += [candidate.text for candidate in group.candidates if len(candidate.text.split()) > 3]
-        with ThreadPoolExecutor(cores_per_rank()) as pool:
-            progress = Progress(say, f"pictures of {path.name}", len(pictures), "pictures")
-            theirs = [each for each in progress.over(pool.map(look, dict.fromkeys(pictures))) if not isinstance(each, str)]
+        theirs = [each for each in _looks(path.name, dict.fromkeys(pictures), say) if not isinstance(each, str)]
         found.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
         if pictures and not theirs:
             found.fault(f"{path}: none of its {len(pictures)} pictures could be read, so nothing was compared")

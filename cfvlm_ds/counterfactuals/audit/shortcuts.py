@@ -6,7 +6,8 @@ Each classifier is fitted on half of the groups and judged on the other half; a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,32 +73,16 @@ def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortc
     """A bag of words: the log-odds of each word in counterfactuals and originals of one half, added up on the other."""
     if len(set(halves)) < 2:
         return _not_measured("texts by their words", _ONE_HALF)
-    counts = _word_counts([pair for pair, fitted in zip(pairs, halves, strict=True) if fitted])
-    weight = _log_odds(counts)
+    counts: list[Counter[str]] = [Counter(), Counter()]
+    for pair, fitted in zip(pairs, halves, strict=True):
+        for side, text in enumerate(pair if fitted else ()):
+            counts[side].update(set(words(text)))
+    weight = {word: math.log((counts[1][word] + 0.5) / (counts[0][word] + 0.5)) for word in {*counts[0], *counts[1]}}
     judged = [pair for pair, fitted in zip(pairs, halves, strict=True) if not fitted]
     scores = [[sum(weight.get(word, 0.0) for word in set(words(pair[side]))) for pair in judged] for side in (1, 0)]
-    seen = {word: counts[0].get(word, 0) + counts[1].get(word, 0) for word in weight}
-    most = sorted(weight, key=lambda word: (-abs(weight[word]) * math.sqrt(seen[word]), word))[:_TELLING]
-    telling = tuple(f"{word} ({counts[0].get(word, 0)} original, {counts[1].get(word, 0)} counterfactual)" for word in most)
+    most = sorted(weight, key=lambda word: (-abs(weight[word]) * math.sqrt(counts[0][word] + counts[1][word]), word))[:_TELLING]
+    telling = tuple(f"{word} ({counts[0][word]} original, {counts[1][word]} counterfactual)" for word in most)
     return Shortcut("texts by their words", *auc(*scores), len(judged), telling)
-
-
-def word_weights(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Word -> log-odds that a text with it is the counterfactual."""
-    return _log_odds(_word_counts(pairs))
-
-
-def _word_counts(pairs: Sequence[tuple[str, str]]) -> list[dict[str, int]]:
-    counts: list[dict[str, int]] = [{}, {}]
-    for pair in pairs:
-        for side, text in enumerate(pair):
-            for word in set(words(text)):
-                counts[side][word] = counts[side].get(word, 0) + 1
-    return counts
-
-
-def _log_odds(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
-    return {word: math.log((counts[1].get(word, 0) + 0.5) / (counts[0].get(word, 0) + 0.5)) for word in {*counts[0], *counts[1]}}
 
 
 FEATURES = (

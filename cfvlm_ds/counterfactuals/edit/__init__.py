@@ -8,7 +8,7 @@ from cfvlm_ds.counterfactuals.edit.base import Editor
 from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers
 from cfvlm_ds.counterfactuals.edit.flip import Flip
 from cfvlm_ds.counterfactuals.edit.given import Folder, TextAlone
-from cfvlm_ds.counterfactuals.edit.outside import Command, Http
+from cfvlm_ds.counterfactuals.edit.outside import Command
 from cfvlm_ds.counterfactuals.options import EditOptions
 
 EDITORS: dict[str, Callable[[EditOptions], Editor]] = {
@@ -16,7 +16,6 @@ EDITORS: dict[str, Callable[[EditOptions], Editor]] = {
     "folder": Folder,
     "none": TextAlone,
     "diffusers": Diffusers,
-    "http": Http,
     "command": Command,
 }
 """Name -> editor. ``EDITORS["mine"] = ...`` in a script of your own adds one."""

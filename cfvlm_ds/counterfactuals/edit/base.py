@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.reading import MIB
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.decoding import open_image
-
-MAX_REPLY = 64 * MIB
-"""Bytes of a picture that a server or a program gives back."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +90,6 @@ def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", 
         if path.is_file():
             return path
     return None
-
-
-def decoded(content: bytes) -> Picture | Refused:
-    """A picture that somebody else made, under the bounds of every picture."""
-    if len(content) > MAX_REPLY:
-        return Refused(f"a reply of more than {MAX_REPLY} bytes")
-    with tempfile.NamedTemporaryFile(suffix=".picture") as file:
-        file.write(content)
-        file.flush()
-        return opened(Path(file.name), "the reply")
 
 
 def opened(path: Path, shown: str) -> Picture | Refused:

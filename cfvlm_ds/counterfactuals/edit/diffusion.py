@@ -48,20 +48,10 @@ class Diffusers:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
         try:
-            index = diffusers.DiffusionPipeline.load_config(options.model)
-            parts = {name: part for name, part in index.items() if isinstance(part, list) and name != "_ignore_files"}
-            for name, (library, *_) in parts.items():
-                if not (library in (None, "diffusers", "transformers") or hasattr(diffusers.pipelines, library)):
-                    raise ConfigError(
-                        f"--model {options.model}: model_index.json takes {name} from {library!r}, and only classes of diffusers and "
-                        "transformers are loaded; name another pipeline"
-                    )
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 options.model, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
             self.pipe = pipe.to(self._device)
-        except ConfigError:
-            raise
         except Exception as error:  # what a folder that is no pipeline makes of it
             if not is_failure(error):
                 raise

@@ -1,9 +1,7 @@
-"""Editors that run elsewhere: a server that is posted to, a command that is called. What they give is checked like any foreign file."""
+"""An editor that runs elsewhere: a command that is called. What it gives is checked like any foreign file."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import json
 import os
@@ -18,72 +16,16 @@ from typing import Any
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.counterfactuals.edit.base import MAX_REPLY, Picture, Refused, Task, decoded, opened
-from cfvlm_ds.counterfactuals.http import CallFailed, Patience, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task, opened
 from cfvlm_ds.counterfactuals.options import EditOptions
-from cfvlm_ds.counterfactuals.work_folder import seed_of
-
-_ATTEMPTS = 4
-
-
-def request_of(task: Task, with_pictures: bool) -> dict[str, Any]:
-    """What both are told; pictures as PNG in base64, or as files for a command."""
-    image = task.image()
-    mask = task.mask_image(image.size)
-    told: dict[str, Any] = {
-        "id": task.id, "type": task.type, "caption": task.caption, "text": task.text, "from": task.source_words, "to": task.target_words,
-        "instruction": task.instruction, "seed": task.seed, "width": image.width, "height": image.height,
-    }  # fmt: skip
-    if with_pictures:
-        told["image"] = base64.b64encode(png(image)).decode()
-        told |= {"mask": base64.b64encode(png(mask)).decode()} if mask is not None else {}
-    return told
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture in PNG, with nothing but its pixels."""
+    """Return the picture in PNG, with nothing but its pixels."""
     image.info.clear()
     content = io.BytesIO()
     image.save(content, "PNG", compress_level=3)
     return content.getvalue()
-
-
-class Http:
-    """The editor ``http``: a POST of JSON with ``image``, ``instruction``, ``text``, ``seed``, ...; the reply is a picture, or JSON with
-    ``image`` in base64."""
-
-    varies = True
-
-    def __init__(self, options: EditOptions) -> None:
-        self._url, self._timeout_s, self.threads = check_url(options.url, "--url"), options.timeout_s, options.threads
-        self._token, self._patience = token_named(os.environ, "CFVLM_EDITOR_API_KEY"), Patience(self._url, "edits")
-
-    def settings(self) -> Mapping[str, Any]:
-        return {"version": 1, "url": self._url}
-
-    def takes(self, task: Task) -> bool:
-        return True
-
-    def edit(self, task: Task) -> Picture | Refused | None:
-        body = request_of(task, with_pictures=True)
-
-        def call() -> bytes:
-            reply = post(self._url, body, token=self._token, timeout_s=self._timeout_s, most_bytes=2 * MAX_REPLY)
-            if not reply.kind.endswith("json"):
-                return reply.content
-            text = member(reply.json(), "image")
-            try:
-                return base64.b64decode(str(text).rpartition("base64,")[2], validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise CallFailed(f"the reply's image is no base64 ({error})") from error
-
-        try:
-            content = with_retries(call, _ATTEMPTS, seed_of(task.id, task.attempt), lambda trouble: None)
-        except CallFailed as failure:
-            self._patience.failed(failure)
-            return Refused(f"no picture from the server: {failure}")
-        self._patience.answered()
-        return decoded(content)
 
 
 class Command:
@@ -113,7 +55,11 @@ class Command:
             request, output = folder / "request.json", folder / "output"
             image = task.image()
             (folder / "image.png").write_bytes(png(image))
-            told = request_of(task, with_pictures=False) | {"image": str(folder / "image.png")}
+            told: dict[str, Any] = {
+                "id": task.id, "type": task.type, "caption": task.caption, "text": task.text, "from": task.source_words,
+                "to": task.target_words, "instruction": task.instruction, "seed": task.seed, "width": image.width, "height": image.height,
+                "image": str(folder / "image.png"),
+            }  # fmt: skip
             if (mask := task.mask_image(image.size)) is not None:
                 (folder / "mask.png").write_bytes(png(mask))
                 told["mask"] = str(folder / "mask.png")

@@ -1,4 +1,4 @@
-"""The step ``edit``: each proposed edit of a shard is tried on its picture, first attempts of all before the second ones."""
+"""The step ``edit``: each proposed edit of a shard is tried on its picture, once or more often where its editor draws."""
 
 from __future__ import annotations
 
@@ -48,25 +48,16 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
     """Edit the pictures of a shard; returns its completion. What an earlier call has done is not done again."""
     names = checked(options)
     work = WorkFolder.open(out)
-    work.check_shard(shard, work.shards if of is None else of)
-    work.need("propose", shard)
-    said = settings_of(options)
-    work.refuse_other(STEP, said)
-    if (done := work.done(STEP, shard)) is not None:
-        work.need(STEP, shard)
+    if (done := work.finished(STEP, shard, of, said := settings_of(options))) is not None:
         say(f"{out}: edit is through with shard {shard}")
         return done
     editors = {name: EDITORS[name](options) for name in names}
     own = {name: dict(editor.settings()) for name, editor in editors.items()}
     work.settle(STEP, {**said, "settings": own})
-    step = ShardStep(work, STEP, shard)
-    try:
+    with ShardStep(work, STEP, shard) as step:
         with _Tar(work, shard) as tar:
-            stopped = _through(step, tar, editors, options, say)
-        return step.finish(counted, stopped)
-    except BaseException:
-        step.give_up()
-        raise
+            _through(step, tar, editors, options, say)
+        return step.finish(counted)
 
 
 def settings_of(options: EditOptions) -> dict[str, Any]:
@@ -83,7 +74,7 @@ def checked(options: EditOptions) -> list[str]:
     return named(options.back_ends, EDITORS, "--with")
 
 
-def _through(step: ShardStep, tar: _Tar, editors: Mapping[str, Editor], options: EditOptions, say: Say) -> str:
+def _through(step: ShardStep, tar: _Tar, editors: Mapping[str, Editor], options: EditOptions, say: Say) -> None:
     units = _units(step.work, step.shard, editors, options)
     for record, unit in zip(step.work.records(STEP, step.shard), units, strict=False):
         step.expect(record, edit=unit.task.id, attempt=unit.task.attempt)
@@ -98,27 +89,26 @@ def _through(step: ShardStep, tar: _Tar, editors: Mapping[str, Editor], options:
             record["picture"] |= {"file": tar.path.name, **tar.add(f"{step.count:08d}.png", content)}
         step.add(record)
         progress.advance()
-        if options.budget_hours and step.seconds > 3600 * options.budget_hours:
-            return "the budget of hours is spent"
     if unread:
         say(f"warning: some pictures cannot be read, and are no example of anything; the first: {unread[0]}")
-    return ""
 
 
 def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
-    """Attempts in their order: the first of every edit, then the second of those whose editor draws."""
+    """Yield the attempts in their order: one at each edit, or all of them where its editor draws."""
     masks = Path(options.masks) if options.masks else None
-    for attempt in range(options.attempts):
-        for record in work.records("propose", shard):
-            for each in record.get("edits", ()):
-                if record.get("picture") is None:
-                    if attempt == 0:
-                        yield Unit(_task(record, each, 0, options, None), "none", "")
-                    continue
+    for record in work.records("propose", shard):
+        for each in record.get("edits", ()):
+            for attempt in range(options.attempts):
                 task = _task(record, each, attempt, options, masks)
-                name = "" if each.get("picture") else next((name for name, editor in editors.items() if editor.takes(task)), "none taken")
-                if attempt == 0 or (name in editors and editors[name].varies):
-                    yield Unit(task, name, str(each.get("picture") or ""))
+                if task.picture == NO_PICTURE:
+                    name = "none"
+                else:
+                    name = (
+                        "" if each.get("picture") else next((name for name, editor in editors.items() if editor.takes(task)), "none taken")
+                    )
+                yield Unit(task, name, str(each.get("picture") or ""))
+                if name not in editors or not editors[name].varies:
+                    break
 
 
 def _task(record: Mapping[str, Any], each: Mapping[str, Any], attempt: int, options: EditOptions, masks: Path | None) -> Task:

@@ -7,7 +7,7 @@ min(1, price of t / price of s), and the prices are such that every word comes a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -46,47 +46,66 @@ def share(edit: Edit, prices: Prices) -> float:
 
 
 def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
-    """At most so many of a caption's edits of one type: each with its share, or less where all shares add up to more than ``most``. One
-    number is drawn for all (systematic sampling; Madow 1949, Annals of Mathematical Statistics 20)."""
+    """Return at most so many of a caption's edits of one type: each with its share, or less where the shares add up to more than that."""
     shares = [share(edit, prices) for edit in edits]
     scale = min(1.0, most / max(sum(shares), 1e-9))
+    return [edits[k] for k in sampled([each * scale for each in shares], *purpose)]
+
+
+def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
+    """Return the places that are drawn, each with its share. One number is drawn for all, so that of any that follow each other as many are
+    drawn as their shares add up to (systematic sampling; Madow 1949, Annals of Mathematical Statistics 20)."""
     place, found = seed_of(*purpose) / 2.0**63, []
-    for edit, each in zip(edits, shares, strict=True):
-        place -= each * scale
+    for k, each in enumerate(shares):
+        place -= each
         if place < 0:
-            found.append(edit)
+            found.append(k)
             place += 1
     return found
 
 
 def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
-    """The prices for the edits of some captions of these types, of which at most ``most`` of a type are kept."""
-    words: dict[tuple[str, str], int] = {("", ""): 0}  # which comes and goes where words change places
-    gone, come, together = list[int](), list[int](), list[int]()
+    """Return the prices for the edits of some captions of these types, of which at most ``most`` of a type are kept."""
+    moves, together = list[Move](), list[int]()
     for number, edits in enumerate(captions):
         for edit in edits:
             if edit.type in types:
-                for listed, word in ((gone, edit.gone), (come, edit.come)):
-                    listed.append(words.setdefault((edit.type, word) if word else ("", ""), len(words)))
+                for word, way in ((edit.gone, -1), (edit.come, 1)):
+                    moves.append((len(together), (edit.type, word) if word else ("", ""), way))
                 together.append(number * len(types) + types.index(edit.type))
-    logs = _balanced(np.array(gone), np.array(come), np.array(together), len(words), most)
+
+    def room(kept: Numbers) -> Numbers:
+        """Return which share of the edits of a caption and a type there is room for."""
+        return np.asarray(np.minimum(1.0, most / np.maximum(np.bincount(together, kept), 1e-9))[together])
+
     prices: dict[str, dict[str, float]] = {kind: {} for kind in types}
-    for (kind, word), log in zip(words, logs.tolist(), strict=True):
+    for (kind, word), log in balanced(moves, len(together), room)[0].items():
         if kind:
             prices[kind][word] = float(f"{math.exp(log):.{_DIGITS}g}")
     return prices
 
 
-def _balanced(gone: Numbers, come: Numbers, together: Numbers, words: int, most: int) -> Numbers:
-    """Logarithms of prices by which no word comes oftener than it goes, nor the reverse, by more than one standard deviation of a count."""
-    logs = np.zeros(words)
-    for _ in range(_ROUNDS if len(gone) else 0):
-        kept = np.exp(np.minimum(0.0, logs[come] - logs[gone]))
-        kept *= np.minimum(1.0, most / np.maximum(np.bincount(together, kept), 1e-9))[together]
-        into, out = (np.bincount(side, kept, words) for side in (come, gone))
-        surplus, chance = into - out, np.sqrt(into + out)
+Move = tuple[int, Any, int]
+"""An edit by its number, a word, and 1 where the word comes with it, -1 where it goes."""
+
+
+def balanced(
+    moves: Sequence[Move], edits: int, room: Callable[[Numbers], Numbers | float] = lambda kept: 1.0, exact: Collection[Any] = ()
+) -> tuple[dict[Any, float], Numbers]:
+    """Return the logarithm of each word's price, and the share with which each edit is kept: no word comes oftener than it goes, nor the
+    reverse, by more than one standard deviation of a count, or where it is one of ``exact`` at all."""
+    places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
+    edit, word, way = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T
+    tolerance = np.array([float(name not in exact) for name in places])
+    slow = 2 / max(np.bincount(edit).max(initial=0), 2)  # an edit of many words is pulled by all of them
+    logs, kept = np.zeros(len(places)), np.ones(edits)
+    for _ in range(_ROUNDS if moves else 0):
+        kept = np.exp(np.minimum(0.0, np.bincount(edit, way * logs[word], edits)))
+        kept *= room(kept)
+        into, out = (np.bincount(word[way == side], kept[edit[way == side]], len(places)) for side in (1, -1))
+        surplus, chance = into - out, tolerance * np.sqrt(into + out)
         excess = np.sign(surplus) * np.maximum(0.0, np.abs(surplus) - chance)
         if np.abs(excess).max() < _CLOSE:
             break
-        logs -= excess / np.maximum(into + out, 1e-9)
-    return logs
+        logs -= slow * excess / np.maximum(into + out, 1e-9)
+    return dict(zip(places, logs.tolist(), strict=True)), kept

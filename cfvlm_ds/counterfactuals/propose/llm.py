@@ -10,7 +10,9 @@ import hashlib
 import io
 import json
 import os
+import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +23,7 @@ from urllib.parse import urlsplit
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.journal import Journal, as_line, records
 from cfvlm_ds.core.text import one_line, printable
-from cfvlm_ds.counterfactuals.http import CallFailed, Patience, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.http import LONGEST_WAIT_S, CallFailed, Unfit, Unreachable, check_url, post
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, defect, difference
 from cfvlm_ds.counterfactuals.work_folder import seed_of
@@ -33,6 +35,10 @@ _MAX_TOKENS = 700  # white space without end is a known failure: the bound is wh
 _SIDE = 768  # pixels of a picture that is sent
 _MOST_EDITS = 32
 _UNSAID = 400  # tokens of a request whose cost the server does not say
+IN_A_ROW = 20
+"""Captions without any usable reply, after which the server is taken to be down, or to take nothing."""
+pause = time.sleep
+"""Between one call and the next."""
 
 SYSTEM = """You write counterfactual captions. Given a caption of a photograph, you propose edits that change exactly one visible thing.
 Rules for every edit:
@@ -58,15 +64,14 @@ class LanguageModel:
         address = urlsplit(check_url(options.llm_url, "--llm_url"))
         self._url = address._replace(path=f"{address.path}/chat/completions").geturl()
         self._types, self.threads = options.wanted, max(1, options.llm_calls)
-        self._token = token_named(os.environ, "CFVLM_LLM_API_KEY", "OPENAI_API_KEY")
+        self._token = os.environ.get("CFVLM_LLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "")
         self._journal = Journal(context.work.path / "llm" / f"shard-{context.shard:05d}.jsonl")
         self._lock, self._known, self.tokens = threading.Lock(), dict[str, int](), 0
-        self.troubles: Counter[str] = Counter()
-        self._patience = Patience(self._url, "captions")
+        self._answered, self._in_a_row = False, 0
         try:
             for place, record in records(self._journal.path, "remove the file, and they are asked for again"):
                 self._known[record["request"]] = place
-                self._patience.answered()
+                self._answered = True
                 self.tokens += record["tokens"]
         except DataError:
             self._journal.close()
@@ -91,10 +96,25 @@ class LanguageModel:
             content = self._reply(name, body)
         except CallFailed as failure:
             if not isinstance(failure, Spent):
-                self._patience.failed(failure)
+                self._count(failure)
             return [Rejected("llm", f"no usable reply: {failure}", failed=True)]
-        self._patience.answered()
+        self._answered, self._in_a_row = True, 0
         return self._judged(source, parsed(content), name)
+
+    def _count(self, failure: CallFailed) -> None:
+        """Count a request that was given up: one is a failure, many in a row end the step, which goes on when the server is mended.
+
+        Raises ConfigError for a server that is down, or takes nothing.
+        """
+        with self._lock:
+            self._in_a_row += 1
+            if not self._answered and isinstance(failure, Unreachable):
+                raise ConfigError(f"{self._url}: it cannot be reached ({failure}); start the server, or correct the address") from failure
+            if self._in_a_row >= IN_A_ROW:
+                raise ConfigError(
+                    f"{self._url}: {self._in_a_row} captions in a row without a usable reply, the last: {failure}; look at the server, or "
+                    "correct the address, the model's name or its options"
+                ) from failure
 
     def _reply(self, name: str, body: dict[str, Any]) -> str:
         with self._lock:
@@ -103,27 +123,35 @@ class LanguageModel:
                 return reply
             budget = self._options.budget_tokens
             if budget and self.tokens >= budget:
-                raise Spent(f"the budget of {budget} tokens is spent", again=False)
+                raise Spent(f"the budget of {budget} tokens is spent")
 
         def call() -> tuple[str, int, Any]:
-            value = post(self._url, body, token=self._token, timeout_s=self._options.llm_timeout_s, most_bytes=_MOST_BYTES).json()
+            value = post(self._url, body, token=self._token, timeout_s=self._options.llm_timeout_s, most_bytes=_MOST_BYTES)
             spent = _spent(value)
             with self._lock:
                 self.tokens += spent  # of a reply that cannot be used, too
-            if member(value, "choices", 0, "finish_reason") == "length":
+            try:
+                choice = value["choices"][0]
+                ended, content = choice["finish_reason"], choice["message"]["content"]
+            except (KeyError, IndexError, TypeError):
+                raise CallFailed("the reply has no choice with a finish_reason and a message") from None
+            if ended == "length":
                 raise CallFailed("the reply was cut off at its bound of tokens")
-            content = member(value, "choices", 0, "message", "content")
             if not isinstance(content, str):
                 raise CallFailed("the reply has no text")
             parsed(content)
             model = value.get("model")
             return content, spent, model if isinstance(model, str) else ""
 
-        def told(trouble: str) -> None:
-            with self._lock:
-                self.troubles[trouble] += 1
-
-        content, spent, model = with_retries(call, self._options.llm_attempts, seed_of(name), told)
+        draw = random.Random(seed_of(name))
+        for number in range(1, self._options.llm_attempts + 1):
+            try:
+                content, spent, model = call()
+                break
+            except CallFailed as failure:
+                if number == self._options.llm_attempts or isinstance(failure, Unfit):
+                    raise
+                pause(max(failure.after_s, min(2.0 ** (number - 1), LONGEST_WAIT_S) * (0.5 + draw.random() / 2)))
         with self._lock:
             kept = {"request": name, "reply": content, "tokens": spent, "model": one_line(str(model), 200)}
             self._known[name] = self._journal.append(as_line(kept))

@@ -13,7 +13,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Source, sources
 from cfvlm_ds.counterfactuals.propose.slots import opened, slots
-from cfvlm_ds.counterfactuals.propose.word_difference import SYNONYMS, defect, words
+from cfvlm_ds.counterfactuals.propose.word_difference import SYNONYMS, defect, difference, words
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 VERSION = 4
@@ -58,10 +58,8 @@ class Mine:
             if any(made[kind] < self._most for kind in kinds):
                 rows = dict.fromkeys(self._index.rows(key, word, _LOOKED_AT, seed_of("mine", source.id, place)))
             for row in rows:
-                if not 0 <= row < len(self._store):
-                    raise DataError("the index W/mine/slots.bin is of other data; remove it")
                 for other in sources(self._store, [row]):
-                    if isinstance(other, DataError) or other.picture is None or not _comes_first(source, other):
+                    if isinstance(other, DataError) or other.picture is None or source.id >= other.id:
                         continue
                     kind = self._kind(source, other, place, word)
                     if kind and made[kind] < self._most and all(other.caption != each.text for each in found):
@@ -74,19 +72,13 @@ class Mine:
 
     def _kind(self, source: Source, other: Source, place: int, word: str) -> str:
         """What a pair differs in; empty where it is no counterfactual, or of no wanted type."""
-        theirs = words(other.caption)
-        if len(theirs) != len(words(source.caption)) or theirs[place] == word or other.picture == source.picture:
+        differs = difference(source.caption, other.caption)
+        if differs.first != place or differs.before != (word,) or len(differs.after) != 1 or other.picture == source.picture:
             return ""
-        if any(old != new for k, (old, new) in enumerate(zip(words(source.caption), theirs, strict=True)) if k != place):
-            return ""
-        new = theirs[place]
+        (new,) = differs.after
         if SYNONYMS.get(word, word) == SYNONYMS.get(new, new):
             return ""
         kind = next((kind for kind, listed in _LISTS.items() if word in listed and new in listed), "other")
         if kind == "object" and v.NOUNS[word][0] != v.NOUNS[new][0]:
             kind = "other"
         return kind if kind in self._types and defect(source.caption, other.caption, kind) is None else ""
-
-
-def _comes_first(source: Source, other: Source) -> bool:
-    return source.id < other.id

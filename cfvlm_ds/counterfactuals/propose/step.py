@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -24,15 +22,15 @@ from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.store import GroupStore
 
 STEP = "propose"
-_NOT_MEANING = ("llm_calls", "llm_timeout_s", "llm_attempts", "shards", "words")
+_NOT_MEANING = ("llm_calls", "llm_timeout_s", "llm_attempts", "words")
 """Options that may change when a step goes on."""
 _LONGEST_ID = 1000  # characters: every record and every edit of a group has it
 
 Say = Callable[[str], object]
 
 
-def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say) -> dict[str, Any]:
-    """Propose edits for a shard; returns its completion. What an earlier call has done is not done again.
+def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int = 1) -> dict[str, Any]:
+    """Propose edits for a shard of so many; returns its completion. What an earlier call has done is not done again.
 
     Raises ConfigError for options that are unknown or differ from those of the work folder.
     """
@@ -41,27 +39,19 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
         raise DataError(str(store.batch([0])[0]) + f" (and so are all {len(store)} groups)" * (len(store) > 1))
     words = read_words(options.words)
     said = settings_of(options)
-    work = WorkFolder.begin(out, store, options.shards)
-    work.check_shard(shard, options.shards)
-    work.refuse_other(STEP, said)
-    if (done := work.done(STEP, shard)) is not None:
+    work = WorkFolder.begin(out, store, of)
+    if (done := work.finished(STEP, shard, of, said)) is not None:
         say(f"{out}: propose is through with shard {shard}")
         return done
     context = Context(options, store, work, shard, words, say)
     back_ends = {name: PROPOSERS[name](context) for name in names}
-    for back_end in back_ends.values():
-        if notice := getattr(back_end, "notice", lambda: "")():
-            say(f"note: {notice}")
     own = {name: dict(back_end.settings()) for name, back_end in back_ends.items()}
     work.settle(STEP, {**said, "settings": own})
     places = places_of(store, work, shard, say)
-    step = ShardStep(work, STEP, shard)
     try:
-        stopped = _through(step, _of_shard(store, places, bool(options.budget_hours)), back_ends, options, say, len(places))
-        return step.finish(counted, stopped)
-    except BaseException:
-        step.give_up()
-        raise
+        with ShardStep(work, STEP, shard) as step:
+            _through(step, _distinct(store, places), back_ends, say, len(places))
+            return step.finish(counted)
     finally:
         for back_end in back_ends.values():
             getattr(back_end, "close", lambda: None)()
@@ -72,10 +62,8 @@ def settings_of(options: ProposeOptions) -> dict[str, Any]:
     return {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING} | {"types": ",".join(options.wanted)}
 
 
-def _through(
-    step: ShardStep, units: Iterator[Source | DataError], back_ends: Mapping[str, Proposer], options: ProposeOptions, say: Say, total: float
-) -> str:
-    """Propose for every unit that has no record yet; returns why it stopped before the end, if it did."""
+def _through(step: ShardStep, units: Iterator[Source | DataError], back_ends: Mapping[str, Proposer], say: Say, total: float) -> None:
+    """Propose for every unit that has no record yet."""
     problems: list[str] = []
     for record, unit in zip(step.work.records(STEP, step.shard), units, strict=False):
         problems += [str(unit)] if isinstance(unit, DataError) and not problems else []
@@ -92,12 +80,9 @@ def _through(
             made += len(record["edits"])
             step.add(record)
         progress.advance()
-        if options.budget_hours and step.seconds > 3600 * options.budget_hours:
-            return "the budget of hours is spent"
     say(f"{STEP}: shard {step.shard}: {made} edits proposed")
     if problems:
         say(f"warning: some rows cannot be used, and are counted as unreadable; the first: {problems[0]}")
-    return ""
 
 
 def _asked(
@@ -140,53 +125,19 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
         counts["failed" if each.get("failed") else f"rejected: {each['back_end']}: {each['reason'][:80]}"] += 1
 
 
-def _of_shard(store: GroupStore, places: Sequence[int], evenly: bool) -> Iterator[Source | DataError]:
-    """The sources at some places: in the order of the data, or, for a budget that may end before, evenly over all of it."""
-    count = len(places)
-    stride = next(s for s in range(max(1, round(0.618 * count)), 2 * count + 2) if math.gcd(s, count) == 1) if evenly else 1
-    seen = Seen()
-    for k in range(count):
-        yield from _distinct(store, places[k * stride % count], seen)
-
-
-def _distinct(store: GroupStore, place: int, seen: Seen) -> Iterator[Source | DataError]:
-    """The sources of a group, with what is wrong in place of one whose id was there before: histories are told apart by it."""
-    for source in sources(store, [place]):
-        if not isinstance(source, DataError):
-            if len(source.id) > _LONGEST_ID:
-                source = DataError(f"{store.where(place)}: an id of {len(source.id)} characters; shorten it to {_LONGEST_ID}")
-            elif not seen.add(seed_of(source.id)):
-                source = DataError(f"{store.where(place)}: id {source.id!r} is used by an earlier row; make ids unique")
-        yield source
-
-
-class Seen:
-    """Numbers of 63 bits that were there before: 16 to 32 bytes each, a quarter of what a set takes."""
-
-    def __init__(self) -> None:
-        self._table, self._count = array("Q", bytes(8 << 10)), 0
-
-    def add(self, number: int) -> bool:
-        """Add a number; returns whether it is new."""
-        number += 1  # 0 is an empty place
-        place = self._place(number)
-        if self._table[place] == number:
-            return False
-        self._table[place] = number
-        self._count += 1
-        if 2 * self._count > len(self._table):
-            old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
-            for each in old:
-                if each:
-                    self._table[self._place(each)] = each
-        return True
-
-    def _place(self, number: int) -> int:
-        most = len(self._table) - 1
-        place = (number * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 64 - most.bit_length()  # all bits of a number count
-        while self._table[place] not in (0, number):
-            place = (place + 1) & most
-        return place
+def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
+    """Yield the sources at some places, with what is wrong in place of one whose id was there before: histories are told apart by it."""
+    seen = set[int]()
+    for place in places:
+        for source in sources(store, [place]):
+            if not isinstance(source, DataError):
+                if len(source.id) > _LONGEST_ID:
+                    source = DataError(f"{store.where(place)}: an id of {len(source.id)} characters; shorten it to {_LONGEST_ID}")
+                elif (number := seed_of(source.id)) in seen:
+                    source = DataError(f"{store.where(place)}: id {source.id!r} is used by an earlier row; make ids unique")
+                else:
+                    seen.add(number)
+            yield source
 
 
 def named(listed: str, known: Mapping[str, Any], option: str) -> list[str]:

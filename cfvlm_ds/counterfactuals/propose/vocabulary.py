@@ -24,12 +24,19 @@ def by_word(name: str) -> dict[str, tuple[str, ...]]:
     return {word: tuple(listed.split()) for words, listed in LISTS[name].items() for word in words.split()}
 
 
+def _plural(one: str) -> str:
+    if one.endswith(("s", "x", "z", "ch", "sh")):
+        return f"{one}es"
+    return f"{one[:-1]}ies" if one.endswith("y") and one[-2] not in "aeiou" else f"{one}s"
+
+
 COLOURS, MATERIALS, TEXTURES = (tuple(LISTS[name].split()) for name in ("colours", "materials", "textures"))
 SIZES, ACTIONS = by_word("sizes"), by_word("actions")
 NUMBERS = {word: number for number, word in enumerate(LISTS["numbers"].split(), 1)}
 NOUNS: dict[str, tuple[str, str, str]] = {}
 """Form -> (category, singular, plural)."""
 for _category, _listed in LISTS["nouns"].items():
-    for _one, _many in (_forms.split("/") for _forms in _listed.split()):
+    for _one, _, _irregular in (_forms.partition("/") for _forms in _listed.split()):
+        _many = _irregular or _plural(_one)
         NOUNS[_one] = NOUNS[_many] = (_category, _one, _many)
 LETTERING = word_set("lettering")
