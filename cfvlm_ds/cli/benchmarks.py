@@ -164,7 +164,7 @@ def _identity(model: Any, adapter: Path | None, alive: Callable[[], object], say
 def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:
     import torch
 
-    from cfvlm_ds.evaluation.generation import writer, writing_digest
+    from cfvlm_ds.evaluation.generation import write, writing_digest
     from cfvlm_ds.evaluation.suite import Asked
     from cfvlm_ds.models import attention
 
@@ -174,7 +174,7 @@ def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any
         "device": world.device.type,
         "attention": attention("auto", scorer.model.config),
     }
-    say = None if arguments.zero3 else writer(scorer.model, collator, world.device)
+    say = None if arguments.zero3 else partial(write, scorer.model, collator, world.device, do_sample=False, num_beams=1)
     if say is not None:
         identity = {**identity, "writing": writing_digest(scorer.model)}
     return Asked(scorer, collator, world, arguments.model, identity, precision, say)

@@ -12,23 +12,27 @@ import hashlib
 import io
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
+from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, simplest
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import Candidate, Pictures
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.evaluation.asking import Packing, Place
 from cfvlm_ds.evaluation.generation import write
-from cfvlm_ds.evaluation.likelihoods import Question, likelihoods
+from cfvlm_ds.evaluation.scoring import scored_batches
 from cfvlm_ds.models import Scorer
+from cfvlm_ds.models.chunked_logprobs import likeliest
 
 IMAGE = "<image>"
 """Where a task's text shows a picture."""
@@ -69,9 +73,10 @@ class Answers:
         progress, found, broken = Progress(self.world.say, "scoring", len(requests), "texts"), list[tuple[float, bool]](), 0
         for start in range(0, len(requests), _TOGETHER):
             part = requests[start : start + _TOGETHER]
+            packing = Packing()
             with _picture_files() as files:
-                questions = [_question(request, documents, files) for request in part]
-                given = likelihoods(self.scorer, self.collator, questions, self.world, self.batch_size, self.max_tokens)
+                places = [packing.add(*_question(request, documents, files)) for request in part]
+                given = likelihoods(self, packing.groups(), places)
             for request, each in zip(part, given, strict=True):
                 value = each.logp / (each.tokens if self.per_token else 1)
                 finite = math.isfinite(value)
@@ -120,7 +125,55 @@ class Answers:
         return [end for end in ([until] if isinstance(until, str) else until) if end], limit, options
 
 
-def _question(request: Any, documents: Documents, files: _Files) -> Question:
+class Likelihood(NamedTuple):
+    """log p of a text in nats, without the end of the turn; its tokens; whether each of them is the likeliest one in its place."""
+
+    logp: float
+    tokens: int
+    greedy: bool
+
+
+def likelihoods(model: Answers, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
+    """What the model gives the texts at some places of the groups; this process alone, whatever others there are.
+
+    Raises DataError for a text or a picture that cannot be scored, OutOfMemory where memory runs out.
+    """
+    found: dict[Place, Likelihood] = {}
+    size = model.batch_size
+    with _misses(model.scorer) as missed:
+        options: dict[str, Any] = {"max_tokens": model.max_tokens, "remedy": f"lower the batch size ({size})", "reference": missed}
+        for pictured in (True, False):
+            mine = [number for number, group in enumerate(groups) if bool(group.num_pictures) == pictured]
+            batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+            turns = scored_batches(model.scorer, model.collator, groups, [groups], batches, model.world, 0, "scoring", **options)
+            for indices, (scores,) in turns:
+                assert scores.reference is not None
+                for j, number in enumerate(indices):
+                    for c in range(len(groups[number].candidates)):
+                        wrong, tokens = scores.reference[j, 0, c].item(), int(scores.layout.num_tokens[j, 0, c])
+                        found[number, (c,)] = Likelihood(scores.logp[j, 0, c].item(), tokens, wrong == 0)
+    return [found[place] for place in places]
+
+
+@contextmanager
+def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
+    """A function that says of the batch that was scored last how many tokens of each cell are not the likeliest in their places."""
+    head: Any = scorer.model.get_output_embeddings()
+    wrong: list[Tensor] = []
+
+    def compare(module: Any, given: tuple[Tensor, Tensor, Tensor], result: Tensor) -> None:
+        hidden, predicted_by, targets = given
+        wrong[:] = [(likeliest(hidden, module.weight)[predicted_by] != targets).float()]
+
+    hook = head.register_forward_hook(compare)
+    try:
+        yield lambda batch: batch.scores(wrong[0]).logp
+    finally:
+        hook.remove()
+
+
+def _question(request: Any, documents: Documents, files: _Files) -> tuple[str, tuple[Pictures, ...], tuple[Candidate, ...]]:
+    """A request's name, by which an error names it, pictures and text."""
     if len(request.args) != 6:
         raise DataError(
             "the metric acc_mutual_info takes the largest of differences where lmms-eval's other metrics take the least value, so that no "
@@ -132,7 +185,7 @@ def _question(request: Any, documents: Documents, files: _Files) -> Question:
     if not text:
         raise DataError(f"{named}: the text whose likelihood is asked for is empty; correct the task's options")
     pictures = files.of(_shown(visual, documents, task, split, number), named)
-    return Question(pictures, Candidate(_prompt(context, len(pictures)), text), named)
+    return named, (pictures,), (Candidate(_prompt(context, len(pictures)), text),)
 
 
 def _shown(visual: Any, documents: Documents, task: str, split: str, number: int) -> Sequence[Any]:

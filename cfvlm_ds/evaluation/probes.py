@@ -63,6 +63,10 @@ class Caption(Probe):
     mode: Literal["sum", "mean", "pmi"] = "sum"
     prompt: str = "Describe the image."
 
+    def __post_init__(self) -> None:
+        if self.mode not in ("sum", "mean", "pmi"):
+            raise ConfigError(f"mode must be sum or mean or pmi, not {self.mode!r}")
+
     @property
     def needs_lengths(self) -> bool:
         return self.mode == "mean"
@@ -90,6 +94,10 @@ class Match(Probe):
 
     name: ClassVar[str] = "match"
     template: str = 'Does this figure show "{text}"? Please answer Yes or No.'
+
+    def __post_init__(self) -> None:
+        if "{text}" not in self.template:
+            raise ConfigError(f"template must be a text with {{text}} in it, not {self.template!r}")
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         answers = (*variants("Yes"), *variants("No"))

@@ -9,8 +9,9 @@ import os
 import random
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.demo.family_checkpoints import write_small
 from cfvlm_ds.demo.scenes import build_benchmarks, build_scenes
 from cfvlm_ds.demo.scenes.benchmarks import SUBSETS
-from cfvlm_ds.evaluation import accuracies, score_groups
+from cfvlm_ds.evaluation import accuracies, generation, score_groups
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Item, Judged, Outcome, load
 from cfvlm_ds.evaluation.benchmarks.base import spread
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
-from cfvlm_ds.evaluation.generation import writer, writing_digest
+from cfvlm_ds.evaluation.generation import writing_digest
 from cfvlm_ds.evaluation.probes import PROBES, Caption, Generate, log_share, variants
 from cfvlm_ds.evaluation.suite import (
     Asked,
@@ -211,7 +212,7 @@ def test_a_template_that_asks_before_it_shows_is_named(scorer: Scorer, model_dir
 
 
 def test_generated_text_is_the_librarys_own(scorer: Scorer, collator: Collator, root: Path, model_dir: Path, tmp_path: Path) -> None:
-    say = writer(scorer.model, collator, ALONE.device)
+    say = partial(generation.write, scorer.model, collator, ALONE.device, do_sample=False)
     (result,) = ask(asked(scorer, collator, say=say), root, tmp_path / "out", "pope", "generate:max_new_tokens=6", limit=2)
     assert result.label == "generate.6" and result.outcomes
     processor, items = load_processor(ModelConfig(str(model_dir))), load(BENCHMARKS["pope"], root / "pope").items
@@ -325,9 +326,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(probe: str, scorer: Score
         counted()
         return scorer(**inputs)
 
-    def say(length: int) -> Callable[..., str]:
-        write = writer(scorer.model, collator, ALONE.device)(length)
-        return lambda *asked: (counted(), write(*asked))[1]  # type: ignore[func-returns-value]
+    def say(*asked: Any) -> str:
+        counted()
+        return generation.write(scorer.model, collator, ALONE.device, *asked, do_sample=False)
 
     settings = Settings(batch_size=1, draws=5)
     model = asked(forward, collator, say=say)
@@ -419,7 +420,7 @@ def test_names_and_options_of_probes() -> None:
     assert way_named('caption:prompt="What, then?",mode=mean')[1] == Caption("mean", "What, then?")
     for spec, said in (
         ("captions", "did you mean 'caption'"), ("caption:mood=pmi", "has no option 'mood'"), ("caption:mode=pim", "sum or mean or pmi"),
-        ("yes_no:mode=sum", "it has none"), ("generate:max_new_tokens=0", "writes 1 to"), ("match:template=no", "with {text} in it"),
+        ("yes_no:mode=sum", "has no options"), ("generate:max_new_tokens=0", "writes 1 to"), ("match:template=no", "with {text} in it"),
         ("caption:mode", "not understood"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
@@ -784,7 +785,7 @@ def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path: Path, capsys
         asking.results_held(tmp_path / "run", ALONE).__enter__()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "results.md").write_text("# My thesis\n")
-    with pytest.raises(ConfigError, match=r"results.md is not of an evaluation, and would be written over; name another"):
+    with pytest.raises(ConfigError, match=r"results.md is there, and evaluate has not written it; name another"):
         asking.results_held(tmp_path / "mine", ALONE).__enter__()
     (tmp_path / "mine" / "results.md").write_text(markdown([result(rows([True]))]))
     with asking.results_held(tmp_path / "mine", ALONE):

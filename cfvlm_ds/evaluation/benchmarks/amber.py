@@ -37,7 +37,6 @@ def metrics(table: Sequence[Judged]) -> Values:
 AMBER = Benchmark(
     title="AMBER (discriminative)",
     files=(QUERIES, File(TRUTH.name)),
-    licence="Apache-2.0",
     item=item,
     metrics=metrics,
     headline="f1",
@@ -46,11 +45,6 @@ AMBER = Benchmark(
         Published("f1", "LLaVA-1.5", 74.7, "arXiv 2311.07397"),
         Published("accuracy", "LLaVA-1.5", 72.0, "arXiv 2311.07397"),
         Published("f1", "Qwen-VL", 84.9, "arXiv 2311.07397"),
-    ),
-    traps=(
-        "precision, recall and F1 are of the answer no; one public evaluator gives plain accuracy",
-        "the authors take exactly Yes or No as an answer and state no instruction: the one here is ours",
-        "the generative part (CHAIR, Cover, Hal, Cog) needs text and is not here",
     ),
     unofficial=f"the instruction {ASK.strip()!r}",
 )

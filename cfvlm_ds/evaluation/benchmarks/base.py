@@ -134,7 +134,6 @@ class Benchmark:
     Args:
         title: what its authors call it.
         files: its official files; rows of those without columns are not read.
-        licence: what its repository or card states; pictures keep the licence of their source.
         item: makes an item of a row, or several; None for a row that does not count. Whatever it raises is said of the row.
         metrics: pure function of judged items.
         headline: the metric that a table shows.
@@ -142,13 +141,11 @@ class Benchmark:
         chance: values of random scores, for what is not the sum of independent comparisons; the others follow from ties.
         total: rows of all official files together.
         published: values to compare with.
-        traps: what goes wrong elsewhere, or differs here.
         unofficial: what of this is not the authors' own protocol.
     """
 
     title: str
     files: tuple[File, ...]
-    licence: str
     item: Callable[[Row], Item | Sequence[Item] | None]
     metrics: Metrics
     headline: str
@@ -156,7 +153,6 @@ class Benchmark:
     chance: Mapping[str, float] = field(default_factory=dict)
     total: int | None = None
     published: tuple[Published, ...] = ()
-    traps: tuple[str, ...] = ()
     unofficial: str = ""
 
 

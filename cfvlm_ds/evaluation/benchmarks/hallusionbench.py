@@ -53,7 +53,6 @@ def _three(table: Sequence[Judged], ending: str) -> Values:
 HALLUSIONBENCH = Benchmark(
     title="HallusionBench",
     files=(File("HallusionBench.json", (*KEY, "visual_input", "question", "gt_answer"), 1129),),
-    licence="BSD-3-Clause",
     item=item,
     metrics=metrics,
     headline="mean_pictures",
@@ -63,11 +62,6 @@ HALLUSIONBENCH = Benchmark(
         Published("fAcc_pictures", "Qwen2.5-VL-7B", 48.0, "VLMEvalKit leaderboard"),
         Published("qAcc_pictures", "Qwen2.5-VL-7B", 47.3, "VLMEvalKit leaderboard"),
         Published("aAcc_pictures", "Qwen2-VL-7B", 67.9, "VLMEvalKit leaderboard"),
-    ),
-    traps=(
-        "the authors judge answers by GPT-4 on 1,129 questions, leaderboards match yes or no on the 951 with a picture: not comparable",
-        "the authors print aAcc, qAcc and fAcc of all rows; mean_pictures is what leaderboards print, the mean of the three with a picture",
-        "fAcc leaves out figure 0 of VS, which is no figure",
     ),
     unofficial="yes or no by likelihood in place of GPT-4 as a judge",
 )

@@ -58,15 +58,8 @@ def metrics(table: Sequence[Judged]) -> Values:
 NATURALBENCH = Benchmark(
     title="NaturalBench",
     files=(File("data/train-*.parquet", COLUMNS, 1900, lines="train.jsonl"),),
-    licence="see the card on the hub",
     item=items,
     metrics=metrics,
     headline="g_acc",
     probes=("yes_no", "generate"),
-    traps=(
-        "an answer that cannot be read counts as wrong",
-        "generate takes the authors' rule: the first yes or no, A or B, wherever it stands; so an article a is option A",
-        "the authors' script joins question and instruction without a space; here, as in public evaluators, there is one",
-        "the split for fine-tuning calls its type mcq, which the authors' own script refuses, and so does this",
-    ),
 )

@@ -33,7 +33,6 @@ def metrics(table: Sequence[Judged]) -> Values:
 POPE = Benchmark(
     title="POPE (COCO)",
     files=tuple(File(f"output/coco/coco_pope_{split}.json", COLUMNS, 3000, part=split) for split in SPLITS),
-    licence="MIT; pictures: COCO",
     item=item,
     metrics=metrics,
     headline="f1_macro",
@@ -41,11 +40,5 @@ POPE = Benchmark(
     published=(
         Published("f1_macro", "LLaVA-1.5-7B (2,910 random questions)", 85.9, "haotian-liu/LLaVA, MODEL_ZOO"),
         Published("f1_macro", "LLaVA-1.5-13B", 85.9, "haotian-liu/LLaVA, MODEL_ZOO"),
-    ),
-    traps=(
-        "the files are JSON lines though they are named .json",
-        "LLaVA's revision has 2,910 random questions in place of 3,000",
-        "generate takes the authors' rule: an answer without a no is yes, an empty one too; by likelihood a tie is wrong and not predicted",
-        "yes_ratio is of predictions; one public evaluator gives that of the truth",
     ),
 )

@@ -25,7 +25,6 @@ def metrics(table: Sequence[Judged]) -> Values:
 VISMIN = Benchmark(
     title="VisMin",
     files=(File("data/test-*.parquet", COLUMNS, 2084, lines="test.jsonl"),),
-    licence="see the card on the hub",
     item=item,
     metrics=metrics,
     headline="group_macro",
@@ -37,6 +36,5 @@ VISMIN = Benchmark(
         Published("group/relation", "LLaVA-1.6-7B", 7.4, SOURCE),
         Published("group/counting", "LLaVA-1.6-7B", 20.2, SOURCE),
     ),
-    traps=("the authors ask large models four questions, two of them of both pictures at once; here all four cells are scored",),
     unofficial="one score per cell in place of the authors' questions of both pictures",
 )

@@ -44,15 +44,10 @@ VISUAL_COUNTERFACT = Benchmark(
         File("data/color-*.parquet", COLUMNS, 493, "color.jsonl", part="color"),
         File("data/size-*.parquet", COLUMNS, 727, "size.jsonl", part="size"),
     ),
-    licence="none stated on the card",
     item=item,
     metrics=by("part", quads),
     headline="text",  # a model that answers from memory has the first picture alone, and no text score
     probes=("caption", "generate"),
     chance=QUAD_CHANCE,
-    traps=(
-        "answers are texts in one revision and lists written as texts in another",
-        "the authors draw the order of the two objects at random; here it is alphabetical, the same for both pictures",
-    ),
     unofficial="the order of objects in the question of size",
 )

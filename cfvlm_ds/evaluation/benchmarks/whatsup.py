@@ -81,13 +81,8 @@ WHATSUP = Benchmark(
         *(File(f"controlled_{part}_dataset.json", ("image_path", "caption_options"), part=part) for part in CONTROLLED),
         *(File(part.replace("_", "_qa_") + "_obj.json", ("image_id", "true", "false"), part=part, unnamed=True) for part in QUESTIONS),
     ),
-    licence="MIT; pictures: the authors', COCO, Visual Genome",
     item=item,
     metrics=metrics,
     headline="individual",
     probes=("match", "caption", "letters"),
-    traps=(
-        "the true caption always stands first: a program that takes the first of a tie is right",
-        "pairs and scenes are known from the names of the files alone",
-    ),
 )

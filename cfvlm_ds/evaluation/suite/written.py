@@ -91,7 +91,6 @@ def recorded(
         "intervals": {name: list(span) for name, span in intervals(drawn).items()},
         "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": 0},
         "published": [asdict(each) for each in benchmark.published],
-        "traps": list(benchmark.traps),
         "unofficial": benchmark.unofficial,
     }
 
@@ -225,7 +224,6 @@ class Partial:
     def add(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Keep the scores of more groups. Raises StorageError; what was kept before stays."""
         self._journal.append(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
-        self.rows |= dict(rows)
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
