@@ -19,7 +19,6 @@ from cfvlm_ds.evaluation.benchmarks.base import (
     chance,
     load,
     results,
-    stored,
 )
 from cfvlm_ds.evaluation.benchmarks.bivlc import BIVLC
 from cfvlm_ds.evaluation.benchmarks.blink import BLINK
@@ -58,7 +57,6 @@ __all__ = [
     "chance",
     "load",
     "results",
-    "stored",
 ]
 
 BENCHMARKS: dict[str, Benchmark] = {

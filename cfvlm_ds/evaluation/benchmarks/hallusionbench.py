@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tags, together
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 KEY = ("category", "subcategory", "set_id", "figure_id", "question_id")
@@ -45,8 +45,8 @@ def _three(table: Sequence[Judged], ending: str) -> Values:
     if not table:
         return {}
     figures = [each for each in table if (each.item.tags["category"], each.item.tags["figure_id"]) != ("VS", "0")]
-    found = {"aAcc": accuracy(table)["accuracy"], "qAcc": together(table, tags("category", "subcategory", "set_id", "question_id"))}
-    found["fAcc"] = together(figures, tags("category", "subcategory", "set_id", "figure_id"))
+    found = {"aAcc": accuracy(table)["accuracy"], "qAcc": together(table, tag("category", "subcategory", "set_id", "question_id"))}
+    found["fAcc"] = together(figures, tag("category", "subcategory", "set_id", "figure_id"))
     return {f"{name}{ending}": value for name, value in found.items() if value is not None}
 
 

@@ -63,16 +63,8 @@ class Bootstrap:
 
     def values(self, metrics: Metrics, table: Sequence[Judged], draws: Sequence[int]) -> list[Values]:
         """For each draw the metrics of the table on it."""
-        known: dict[tuple[int, int], Judged] = {}
-
-        def copy(at: tuple[int, int]) -> Judged:
-            if not at[1]:
-                return table[at[0]]
-            if at not in known:
-                known[at] = table[at[0]].copy(at[1])
-            return known[at]
-
-        return [metrics([copy(at) for at in drawn]) for drawn in map(self.draw, draws)]
+        drawn = ([(table[n], copy) for n, copy in self.draw(k)] for k in draws)
+        return [metrics([Judged(each.item, each.scores, each.blind, copy) for each, copy in members]) for members in drawn]
 
     def exchanges(self, draws: int) -> Iterator[set[int]]:
         """Items that two models exchange, whole clusters at a time: first none; then every choice of clusters, or ``draws`` at random where

@@ -23,7 +23,7 @@ from cfvlm_ds.core.journal import Journal, records
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
-from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results, stored
+from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Values
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.evaluation.suite.bootstrap import Bootstrap, intervals
@@ -107,8 +107,6 @@ def result_folder(folder: Path) -> Path:
     """A folder for the files of one result, made if it is not there. Raises ConfigError for what would end elsewhere."""
     for each in (folder.parent, folder, *(folder / name for name in (RESULTS, ITEMS, SCORES))):
         refuse_link(each, "name another folder with --out")
-    if any(each.exists() and not each.is_dir() for each in (folder.parent, folder)):
-        raise ConfigError(f"{folder} is no folder, and results would be written to it; name another one with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -121,21 +119,20 @@ def write_result(folder: Path, result: Result) -> None:
     try:
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
-                file.write(_line({**_item(outcome.item), **stored(outcome)}))
+                file.write(json.dumps(_finite(_row(outcome))).encode() + b"\n")
         replace(folder / RESULTS, (json.dumps(_finite(result.record), indent=1) + "\n").encode())
         (folder / SCORES).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{unwritten(folder / RESULTS, error)}; make room, and the same command goes on with what was scored") from error
 
 
-def _item(item: Item) -> dict[str, Any]:
-    """All of an item but its pictures, which the benchmark's own files name."""
+def _row(outcome: Outcome) -> dict[str, Any]:
+    """All of an item but its pictures, which the benchmark's own files name, and what was read of it."""
+    item = outcome.item
     said = {"id": item.id, "texts": item.texts, "match": item.match, "prompt": item.prompt, "cluster": item.cluster}
-    return said | ({"listed": True} if item.listed else {}) | {"tags": dict(item.tags)}
-
-
-def _line(value: Any) -> bytes:
-    return json.dumps(_finite(value)).encode() + b"\n"
+    said |= ({"listed": True} if item.listed else {}) | {"tags": dict(item.tags)}
+    read = {name: getattr(outcome, name) for name in ("seen", "blank", "shuffled", "consistency", "prior", "said")}
+    return said | {name: value for name, value in read.items() if value is not None}
 
 
 def _finite(value: Any) -> Any:
@@ -213,13 +210,11 @@ class Partial:
         """What was found there, by the number of its group."""
         self._journal = Journal(path, alone=False)
         found = [record for _, record in records(path, "remove it")]
-        if not found:
-            self._journal.append(_exact(header))
-        elif found[0].get("schema") != JOURNAL:
-            raise DataError(f"{path}: not the scores of an evaluation that was ended (its schema is not {JOURNAL!r}); remove it")
-        else:
+        if found:
             refuse_other(path, found[0], header)
             self.rows = {row.pop("group"): row for row in found[1:]}
+        else:
+            self._journal.append(_exact(header))
 
     def add(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Keep the scores of more groups. Raises StorageError; what was kept before stays."""
