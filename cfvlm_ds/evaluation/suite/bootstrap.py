@@ -64,7 +64,7 @@ class Bootstrap:
     def values(self, metrics: Metrics, table: Sequence[Judged], draws: Sequence[int]) -> list[Values]:
         """For each draw the metrics of the table on it."""
         drawn = ([(table[n], copy) for n, copy in self.draw(k)] for k in draws)
-        return [metrics([Judged(each.item, each.scores, each.blind, copy) for each, copy in members]) for members in drawn]
+        return [metrics([Judged(each.item, each.scores, draw=copy) if copy else each for each, copy in members]) for members in drawn]
 
     def exchanges(self, draws: int) -> Iterator[set[int]]:
         """Items that two models exchange, whole clusters at a time: first none; then every choice of clusters, or ``draws`` at random where
