@@ -19,10 +19,11 @@ from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Values, judged
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.suite import Chosen, Result, bootstrap_of, checked_items, choose, load_items, recorded, result_folder, write_result
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
-from cfvlm_ds.evaluation.suite.item_check import example_of
+from cfvlm_ds.evaluation.suite.chosen import Chosen, choose, load_items
+from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
 from cfvlm_ds.evaluation.suite.tables import logged
+from cfvlm_ds.evaluation.suite.written import Result, bootstrap_of, recorded, result_folder, write_result
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -62,38 +62,33 @@ def checked_items(
     """Look at all items; collective. Nothing is raised for what is wrong with one of them. Pictures that were ``seen`` before are not
     opened again, and the others are added to these."""
     patience = Patience(world, alive)
+
+    def together(found: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+        own = {}
+        for key, value in found:
+            own[key] = value
+            patience.alive()
+        patience.meet()
+        return {key: value for part in gather_objects(own, world) for key, value in part.items()}
+
     found: dict[Path, Picture | str] = {} if seen is None else seen
     shown = [picture for picture in dict.fromkeys(p for item in items for image in item.images for p in image) if picture not in found]
     mine = shown[world.rank :: world.size]
     progress = Progress(world.say, f"{label}: pictures{' of this rank' * (world.size > 1)}", len(mine), "pictures")
-    opened: dict[Path, Picture | str] = {}
-    for path, picture in _opened(mine, collator.files.max_pixels, progress):
-        opened[path] = picture
-        patience.alive()
-    patience.meet()
-    for part in gather_objects(opened, world):
-        found |= part
-    table = PictureTable.of({path: picture for path, picture in found.items() if isinstance(picture, Picture)})
-    problems: dict[int, str] = {}
-    progress = Progress(world.say, f"{label}: texts", len(items), "items")
-    for number in range(world.rank, len(items), world.size):
-        patience.alive()
-        item = items[number]
-        unread = (found[picture] for image in item.images for picture in image)
-        problem = next((each for each in unread if isinstance(each, str)), None)
-        if problem := problem or _unfit(item, way, collator, table):
-            problems[number] = problem
-        progress.advance(world.size)
-    patience.meet()
-    for part in gather_objects(problems, world):
-        problems |= part
-    kept = tuple(item for number, item in enumerate(items) if number not in problems)
-    return Checked(kept, tuple((items[number].id, problems[number]) for number in sorted(problems)), table)
-
-
-def _opened(paths: Sequence[Path], max_pixels: int, progress: Progress) -> Iterator[tuple[Path, Picture | str]]:
     with ThreadPoolExecutor(cores_per_rank()) as pool:
-        yield from progress.over(zip(paths, pool.map(partial(_open, max_pixels=max_pixels), paths), strict=True))
+        opened = pool.map(partial(_open, max_pixels=collator.files.max_pixels), mine)
+        found |= together(progress.over(zip(mine, opened, strict=True)))
+    table = PictureTable.of({path: picture for path, picture in found.items() if isinstance(picture, Picture)})
+
+    def problem(item: Item) -> str | None:
+        unread = (found[picture] for image in item.images for picture in image)
+        return next((each for each in unread if isinstance(each, str)), None) or _unfit(item, way, collator, table)
+
+    numbers = range(world.rank, len(items), world.size)
+    progress = Progress(world.say, f"{label}: texts{' of this rank' * (world.size > 1)}", len(numbers), "items")
+    problems = together((number, problem(items[number])) for number in progress.over(numbers))
+    kept = tuple(item for number, item in enumerate(items) if problems[number] is None)
+    return Checked(kept, tuple((items[number].id, why) for number, why in sorted(problems.items()) if why is not None), table)
 
 
 def _open(path: Path, max_pixels: int) -> Picture | str:
