@@ -74,8 +74,8 @@ class Answers:
         for start in range(0, len(requests), _TOGETHER):
             part = requests[start : start + _TOGETHER]
             packing = Packing()
-            with _picture_files() as files:
-                places = [packing.add(*_question(request, documents, files)) for request in part]
+            with tempfile.TemporaryDirectory() as folder:
+                places = [packing.add(*_question(request, documents, folder)) for request in part]
                 given = likelihoods(self, packing.groups(), places)
             for request, each in zip(part, given, strict=True):
                 value = each.logp / (each.tokens if self.per_token else 1)
@@ -98,8 +98,8 @@ class Answers:
             context, given, visual, number, task, split = request.args
             until, limit, options = self._options(given)
             named = f"task {task!r}, row {number}"
-            with _picture_files() as files:
-                pictures = files.of(_shown(visual, documents, task, split, number), named)
+            with tempfile.TemporaryDirectory() as folder:
+                pictures = _as_files(_shown(visual, documents, task, split, number), folder, named)
                 prompt = _prompt(context, len(pictures))
                 try:
                     text = write(self.scorer.model, self.collator, self.world.device, pictures, prompt, limit, **options)
@@ -172,7 +172,7 @@ def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
         hook.remove()
 
 
-def _question(request: Any, documents: Documents, files: _Files) -> tuple[str, tuple[Pictures, ...], tuple[Candidate, ...]]:
+def _question(request: Any, documents: Documents, folder: str) -> tuple[str, tuple[Pictures, ...], tuple[Candidate, ...]]:
     """A request's name, by which an error names it, pictures and text."""
     if len(request.args) != 6:
         raise DataError(
@@ -184,7 +184,7 @@ def _question(request: Any, documents: Documents, files: _Files) -> tuple[str, t
     text = str(target if isinstance(target, str) else target(documents[task][split][number])).strip()
     if not text:
         raise DataError(f"{named}: the text whose likelihood is asked for is empty; correct the task's options")
-    pictures = files.of(_shown(visual, documents, task, split, number), named)
+    pictures = _as_files(_shown(visual, documents, task, split, number), folder, named)
     return named, (pictures,), (Candidate(_prompt(context, len(pictures)), text),)
 
 
@@ -201,31 +201,19 @@ def _prompt(context: str, num_pictures: int) -> Prompt:
     return simplest((Turn("user", tuple(part for part in parts if part)),))
 
 
-class _Files:
-    """Pictures in memory as files, which is what groups name."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def of(self, visuals: Sequence[Any], named: str) -> Pictures:
-        """A file for each picture; the same one for the same picture, but within a row."""
-        found: list[Path] = []
-        for visual in visuals:
-            if not isinstance(visual, Image.Image):
-                raise DataError(
-                    f"{named} shows a {type(visual).__name__}, and pictures alone can be shown; leave out tasks of videos and sound"
-                )
-            written = io.BytesIO()
-            (visual if visual.mode in _AS_PNG else visual.convert("RGB")).save(written, "PNG", compress_level=1)
-            name = hashlib.sha256(written.getvalue()).hexdigest()
-            path = next(path for k in range(len(visuals)) if (path := self._folder / f"{name}-{k}.png") not in found)
-            if not path.exists():
-                path.write_bytes(written.getvalue())
-            found.append(path)
-        return tuple(found)
-
-
-@contextmanager
-def _picture_files() -> Iterator[_Files]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield _Files(Path(folder))
+def _as_files(visuals: Sequence[Any], folder: str, named: str) -> Pictures:
+    """Pictures in memory as files, which is what groups name: the same one for the same picture, but within a row."""
+    found: list[Path] = []
+    for visual in visuals:
+        if not isinstance(visual, Image.Image):
+            raise DataError(
+                f"{named} shows a {type(visual).__name__}, and pictures alone can be shown; leave out tasks of videos and sound"
+            )
+        written = io.BytesIO()
+        (visual if visual.mode in _AS_PNG else visual.convert("RGB")).save(written, "PNG", compress_level=1)
+        name = hashlib.sha256(written.getvalue()).hexdigest()
+        path = next(path for k in range(len(visuals)) if (path := Path(folder, f"{name}-{k}.png")) not in found)
+        if not path.exists():
+            path.write_bytes(written.getvalue())
+        found.append(path)
+    return tuple(found)

@@ -23,6 +23,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.core.sequences import Lazy
+from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.evaluation.loss import EvaluationLoss
@@ -95,8 +96,10 @@ def guarded(
 
     def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
         try:
-            found = [group for group in groups if not isinstance(group, DataError)]
-            return next((each for each in groups if isinstance(each, DataError)), None) or collator.parts(found, max_tokens)
+            for group in groups:
+                if isinstance(group, DataError):
+                    raise group
+            return collator.parts(groups, max_tokens)  # type: ignore[arg-type]
         except DataError as error:
             return error
 
@@ -137,10 +140,15 @@ def score_groups(
             scored_here.add(index, scores)
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
     found = all_scores(gather_objects(scored_here, world)) if len(groups) else []
-    if broken := [groups[index].id for index, scores in enumerate(found) if not scores.finite]:
-        named = f"{', '.join(map(repr, broken[:5]))}{', ...' * (len(broken) > 5)}"
-        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {named}")
+    warn_of_nonfinite(groups, found, world, label)
     return found
+
+
+def warn_of_nonfinite(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], world: World, label: str) -> None:
+    """Count the groups whose scores are no numbers, and name some."""
+    if broken := [group.id for group, found in zip(groups, scores, strict=True) if not found.finite]:
+        named = f"{', '.join(map(quoted, broken[:5]))}{', ...' * (len(broken) > 5)}"
+        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {named}")
 
 
 def scored_batches(

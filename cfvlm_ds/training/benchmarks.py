@@ -17,13 +17,13 @@ from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
-from cfvlm_ds.evaluation.benchmarks.base import Values, judged
+from cfvlm_ds.evaluation.benchmarks.base import Values
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
+from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.chosen import Chosen, choose, load_items
 from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
 from cfvlm_ds.evaluation.suite.tables import logged
-from cfvlm_ds.evaluation.suite.written import Result, bootstrap_of, recorded, result_folder, write_result
+from cfvlm_ds.evaluation.suite.written import Result, recorded, result_folder, write_result
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
@@ -120,8 +120,7 @@ def write_benchmarks(
     rank 0. They name the weights where the model is ``exported``, and so on disk."""
     run_dir, drawn, patience = Path(config.train.output_dir), dict[str, list[Values]](), Patience(world)
     for name, found in outcomes.items():
-        metrics, draws, label = benchmarks[name].chosen.benchmark.metrics, draws_for(len(found)), f"evaluating {name}"
-        drawn[name] = drawn_together(world, bootstrap_of(found), metrics, judged(found)["seen"], draws, label, patience)
+        drawn[name] = drawn_together(world, found, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", patience)
     written = []
     identity = _identity(config, world, patience.alive) if exported and outcomes and world.is_main else {}
     for name, found in outcomes.items() if world.is_main else ():

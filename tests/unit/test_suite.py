@@ -517,11 +517,10 @@ def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch: pytest.Monkey
     world = replace(ALONE)
     monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
-    found = drawn_together(world, bootstrap, metrics, seen(outcomes), 8, "evaluating it", Patience(world))
+    found = drawn_together(world, outcomes, metrics, 8, "evaluating it", Patience(world))
     assert found == bootstrap.values(metrics, seen(outcomes), range(8))
     assert said[0].startswith("evaluating it: bootstrap: 1 of 8 draws, ") and said[0].endswith(" left") and len(said) == 4
-    fewer = Bootstrap([str(k) for k in range(29)])
-    assert drawn_together(world, fewer, metrics, seen(outcomes[1:]), 8, "evaluating it", Patience(world)) == []
+    assert drawn_together(world, outcomes[1:], metrics, 8, "evaluating it", Patience(world)) == []
 
 
 def test_intervals_of_the_fewest_clusters_hold_the_truth() -> None:

@@ -7,7 +7,7 @@ among the tied texts is worth; parts of a conjunction multiply. A metric that co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import comb
 
@@ -96,8 +96,8 @@ def accuracy(table: Sequence[Judged]) -> Values:
 
 def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
     """Accuracy of each part, ``macro/PART``, and their mean; a part of fewer than ``least`` items does not count."""
-    parts = {name: accuracy(part)["accuracy"] for name, part in grouped(table, key).items() if len(part) >= least}
-    return {"macro": sum(parts.values()) / len(parts), **{f"macro/{name}": value for name, value in parts.items()}} if parts else {}
+    parts = {f"macro/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, key).items() if len(part) >= least}
+    return means(parts, {"macro": "macro/"}) | parts
 
 
 def sliced(table: Sequence[Judged], key: Key, metrics: Callable[[Sequence[Judged]], Values]) -> Values:
@@ -118,10 +118,10 @@ def macro_by(name: str, least: int = 1) -> Callable[[Sequence[Judged]], Values]:
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 
-def with_macros(values: Values, *names: str) -> Values:
-    """Add NAME_macro for each name: the mean of its parts among the ``values`` of ``sliced``."""
-    parts = {name: [value for key, value in values.items() if key.startswith(f"{name}/")] for name in names}
-    return values | {f"{name}_macro": sum(found) / len(found) for name, found in parts.items() if found}
+def means(values: Values, starts: Mapping[str, str]) -> Values:
+    """For each name the mean of those ``values`` whose names begin so; none where there is no such value."""
+    parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
+    return {name: sum(found) / len(found) for name, found in parts.items() if found}
 
 
 def quads(table: Sequence[Judged]) -> Values:

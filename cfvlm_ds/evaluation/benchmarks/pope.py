@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, with_macros, yes_no
+from cfvlm_ds.evaluation.benchmarks.metrics import means, sliced, tag, yes_no
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("question_id", "image", "text", "label")
@@ -27,7 +27,8 @@ def item(row: Row) -> Item:
 
 def metrics(table: Sequence[Judged]) -> Values:
     """Of all questions, of each split, and the mean of the splits, which papers report."""
-    return with_macros(sliced(table, tag("split"), yes_no), "f1", "accuracy")
+    found = sliced(table, tag("split"), yes_no)
+    return found | means(found, {"f1_macro": "f1/", "accuracy_macro": "accuracy/"})
 
 
 POPE = Benchmark(

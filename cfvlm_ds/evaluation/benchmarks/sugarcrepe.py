@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, tag
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, means, tag
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 ROWS = {
@@ -24,11 +24,7 @@ def item(row: Row) -> Item:
 def metrics(table: Sequence[Judged]) -> Values:
     """The mean of the subsets, each subset, and the means of the three kinds."""
     found = macro(table, tag("subset"))
-    for kind in ("add", "replace", "swap"):
-        parts = [value for name, value in found.items() if name.startswith(f"macro/{kind}_")]
-        if parts:
-            found[f"macro/{kind}"] = sum(parts) / len(parts)
-    return found | accuracy(table)
+    return found | means(found, {f"macro/{kind}": f"macro/{kind}_" for kind in ("add", "replace", "swap")}) | accuracy(table)
 
 
 SUGARCREPE = Benchmark(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values, quad
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, quads, sliced, tag, with_macros
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, means, quads, sliced, tag
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("image_0", "text_0", "image_1", "text_1", "category")
@@ -19,7 +19,8 @@ def item(row: Row) -> Item:
 
 def metrics(table: Sequence[Judged]) -> Values:
     """The authors report categories; their mean is ``group_macro``, beside the mean over items."""
-    return with_macros(sliced(table, tag("category"), quads), "text", "image", "group")
+    found = sliced(table, tag("category"), quads)
+    return found | means(found, {f"{name}_macro": f"{name}/" for name in ("text", "image", "group")})
 
 
 VISMIN = Benchmark(

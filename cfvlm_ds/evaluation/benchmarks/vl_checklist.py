@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, tag
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, means, tag
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 BRANCHES = ("Attribute", "Object", "Relation")
@@ -25,13 +25,8 @@ def item(row: Row) -> Item:
 def metrics(table: Sequence[Judged]) -> Values:
     """Each file, the mean of the files of each branch, and the mean of the branches."""
     leaves = macro(table, tag("leaf"))
-    found: Values = {}
-    for branch in BRANCHES:
-        if parts := [value for name, value in leaves.items() if name.startswith(f"macro/{branch}/")]:
-            found[f"macro/{branch}"] = sum(parts) / len(parts)
-    if not found:
-        return {}
-    return leaves | {"macro": sum(found.values()) / len(found)} | found | accuracy(table)
+    found = means(leaves, {f"macro/{branch}": f"macro/{branch}/" for branch in BRANCHES})
+    return leaves | means(found, {"macro": "macro/"}) | found | accuracy(table)
 
 
 VL_CHECKLIST = Benchmark(

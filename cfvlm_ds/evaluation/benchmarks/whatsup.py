@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, sets, tag, text_right
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, means, sets, tag, text_right
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
 CONTROLLED = ("images", "clevr")
@@ -71,8 +71,7 @@ def metrics(table: Sequence[Judged]) -> Values:
                     value *= text_right(member)
                 right += value
             found[f"{name}/{part}"] = 100 * right / (len(members) / size)
-    parts = [value for name, value in found.items() if name.startswith("individual/")]
-    return {"individual": sum(parts) / len(parts), **found} if parts else {}
+    return means(found, {"individual": "individual/"}) | found
 
 
 WHATSUP = Benchmark(

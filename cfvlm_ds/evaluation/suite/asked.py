@@ -22,17 +22,15 @@ from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import without_secrets
-from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_output, refuse_link
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
-from cfvlm_ds.evaluation.benchmarks.base import judged
 from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as
-from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
+from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as, warn_of_nonfinite
+from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.chosen import SKIP, Chosen
 from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, fitting, token_lengths
 from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
@@ -40,7 +38,6 @@ from cfvlm_ds.evaluation.suite.written import (
     RESULTS,
     Partial,
     Result,
-    bootstrap_of,
     kept,
     read_result,
     read_results,
@@ -206,7 +203,6 @@ class _Evaluation:
 
     def _record(self, header: Mapping[str, Any], checked: Checked, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """What results.json says."""
-        draws = draws_for(len(outcomes)) if self._settings.draws is None else self._settings.draws
         left_out = [("", str(problem)) for problem in self._loaded.problems] + list(checked.left_out)
 
         def placed(said: str) -> str:
@@ -217,15 +213,7 @@ class _Evaluation:
             self._chosen.benchmark,
             {**header, "model": {"name": without_secrets(self._model.name), **header["model"]}},
             outcomes,
-            drawn_together(
-                self._world,
-                bootstrap_of(outcomes),
-                self._chosen.benchmark.metrics,
-                judged(outcomes)["seen"],
-                draws,
-                self._label,
-                self._patience,
-            ),
+            drawn_together(self._world, outcomes, self._chosen.benchmark.metrics, self._settings.draws, self._label, self._patience),
             [(name, placed(why)) for name, why in left_out],
             [placed(note) for note in self._loaded.notes],
             in_files=self._loaded.in_files,
@@ -259,9 +247,7 @@ class _Evaluation:
             found = [(item, rows[k]) for k, item in enumerate(checked.items)]
             return [written(item, row["said"], row["blank"], row.get("shuffled"), parse) for item, row in found]
         scores = [taken(rows[k]) for k in range(total)]
-        if broken := [group.id for group, found in zip(asked.groups, scores, strict=True) if not found.finite]:
-            named = ", ".join(one_line(each, 60) for each in broken[:5])
-            world.say(f"warning: {self._label}: scores of {len(broken)} groups are not finite, and count as wrong: {named}")
+        warn_of_nonfinite(asked.groups, scores, world, self._label)
         return asked.outcomes(scores, token_lengths(self._model.collator) if way.needs_lengths else None)
 
     def _scored(self, asked: Plan, pictures: PictureTable, known: _Rows) -> Iterator[_Rows]:

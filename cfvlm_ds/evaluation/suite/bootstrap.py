@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from cfvlm_ds.core.distributed import Patience, World, gather_objects
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values, judged
 
-Metrics = Callable[[Sequence[Judged]], Values]
 Interval = tuple[float, float]
 LEVEL = 0.95
 LEAST_CLUSTERS = 6
@@ -78,11 +77,18 @@ class Bootstrap:
             yield {number for members, exchanged in zip(rest, way, strict=True) if exchanged for number in members}
 
 
+def bootstrap_of(outcomes: Sequence[Outcome]) -> Bootstrap:
+    """The bootstrap of some items: what shares a picture or a pair is drawn together."""
+    return Bootstrap([each.item.cluster or each.item.id for each in outcomes])
+
+
 def drawn_together(
-    world: World, bootstrap: Bootstrap, metrics: Metrics, table: Sequence[Judged], draws: int, label: str, patience: Patience
+    world: World, outcomes: Sequence[Outcome], metrics: Metrics, draws: int | None, label: str, patience: Patience
 ) -> list[Values]:
     """The metrics of each draw, in order, on every rank, none of too few clusters; ranks share the draws, and wait as long as one of them
     makes progress."""
+    bootstrap, table = bootstrap_of(outcomes), judged(outcomes)["seen"]
+    draws = draws_for(len(outcomes)) if draws is None else draws
     if bootstrap.clusters < FEWEST_DRAWN:
         return []
     found: dict[int, Values] = {}

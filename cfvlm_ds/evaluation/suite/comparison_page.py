@@ -13,7 +13,7 @@ from cfvlm_ds.evaluation.suite.chosen import benchmark_named
 from cfvlm_ds.evaluation.suite.comparing import RESOLVED, Compared, is_right
 from cfvlm_ds.evaluation.suite.tables import between, number, summary
 from cfvlm_ds.evaluation.suite.written import Result
-from cfvlm_ds.page import Fact, Image, Item, Page, ScoreTable, Text, Written, refuse_foreign_folder, write_page
+from cfvlm_ds.page import Fact, Image, Item, Page, ScoreTable, Text, Written, least_margins, refuse_foreign_folder, write_page
 
 
 def results_page(
@@ -103,13 +103,9 @@ def _item(
 def _table(name: str, outcome: Outcome) -> ScoreTable:
     """An item's scores with the margins of its true cells over false texts on the same image, and over images that the text is false of."""
     match, seen = outcome.item.match, outcome.seen
-    margins: list[list[tuple[float | None, float | None] | None]] = [[None] * len(line) for line in match]
-    decided: list[float] = []
-    for i, truths in enumerate(match):
-        false = [seen[i][c] for c, truth in enumerate(truths) if not truth]
-        for c, truth in enumerate(truths):
-            if truth:
-                others = [seen[j][c] for j in range(len(match)) if not match[j][c]]
-                decided += [seen[i][c] - max(false)] if false else []
-                margins[i][c] = (decided[-1] if false else None, seen[i][c] - max(others) if others else None)
+    true = [(i, c) for i, line in enumerate(match) for c, truth in enumerate(line) if truth]
+    compared = [(i, c, 0, seen[i][c] - seen[i][d]) for i, c in true for d, truth in enumerate(match[i]) if not truth]
+    compared += [(i, c, 1, seen[i][c] - seen[j][c]) for i, c in true for j, line in enumerate(match) if not line[c]]
+    margins = least_margins(len(match), len(outcome.item.texts), compared)
+    decided = [cell[0] for line in margins for cell in line if cell and cell[0] is not None]
     return ScoreTable(name, seen, outcome.blank, margins, decided)

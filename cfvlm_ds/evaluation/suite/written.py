@@ -26,7 +26,7 @@ from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Values
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.evaluation.suite.bootstrap import Bootstrap, intervals
+from cfvlm_ds.evaluation.suite.bootstrap import bootstrap_of, intervals
 
 SCHEMA, JOURNAL = "cfresults/1", "cfpartial/1"
 RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
@@ -95,11 +95,6 @@ def recorded(
     }
 
 
-def bootstrap_of(outcomes: Sequence[Outcome], seed: int = 0) -> Bootstrap:
-    """The bootstrap of some items: what shares a picture or a pair is drawn together."""
-    return Bootstrap([each.item.cluster or each.item.id for each in outcomes], seed)
-
-
 # Writing ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -128,11 +123,8 @@ def write_result(folder: Path, result: Result) -> None:
 
 def _row(outcome: Outcome) -> dict[str, Any]:
     """All of an item but its pictures, which the benchmark's own files name, and what was read of it."""
-    item = outcome.item
-    said = {"id": item.id, "texts": item.texts, "match": item.match, "prompt": item.prompt, "cluster": item.cluster}
-    said |= ({"listed": True} if item.listed else {}) | {"tags": dict(item.tags)}
-    read = {name: getattr(outcome, name) for name in ("seen", "blank", "shuffled", "consistency", "prior", "said")}
-    return said | {name: value for name, value in read.items() if value is not None}
+    every = vars(outcome.item) | vars(outcome)
+    return {name: value for name, value in every.items() if name not in ("item", "images") and value is not None}
 
 
 def _finite(value: Any) -> Any:
@@ -246,11 +238,9 @@ def _exact(value: Any) -> bytes:
 
 def kept(scores: GroupScores) -> dict[str, Any]:
     """A group's scores as plain numbers."""
-    rows: dict[str, Any] = {"logp": scores.logp.tolist(), "blank": scores.blank.tolist()}
-    return rows if scores.shuffled is None else rows | {"shuffled": scores.shuffled.tolist()}
+    return {name: part.tolist() for name, part in vars(scores).items() if part is not None}
 
 
 def taken(row: Mapping[str, Any]) -> GroupScores:
     """What ``kept`` has written."""
-    found = {name: torch.tensor(row[name], dtype=torch.float32) for name in ("logp", "blank", "shuffled") if name in row}
-    return GroupScores(found["logp"], found["blank"], found.get("shuffled"))
+    return GroupScores(**{name: torch.tensor(part, dtype=torch.float32) for name, part in row.items()})
