@@ -159,8 +159,6 @@ def _guessed(found: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
 
 def _length_norm(found: Sequence[Gap]) -> tuple[bool, str]:
     """Whether gaps grow with the length of the texts, and why."""
-    if not found:
-        return False, "len_norm none: there is nothing to compare"
     middle = quantile([gap.tokens for gap in found], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(found, middle, with_longer)) is not None]
     if not parted:

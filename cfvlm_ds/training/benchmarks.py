@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import Patience, World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
@@ -125,14 +124,9 @@ def write_benchmarks(
     identity = _identity(config, world, patience.alive) if exported and outcomes and world.is_main else {}
     for name, found in outcomes.items() if world.is_main else ():
         each = benchmarks[name]
-        header = {
-            "benchmark": each.chosen.name,
-            "probe": {"name": each.chosen.way.name, **asdict(each.chosen.way)},  # type: ignore[arg-type]
-            "model": {"name": str(run_dir), **{part: identity.get(part) for part in ("weights", "inputs", "adapter")}},
-            "data": dict(each.identity),
-            "settings": {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit},
-            "versions": {package: version(package) for package in ("cfvlm-ds", "torch", "transformers")},
-        }
+        model = {"name": str(run_dir), **{part: identity.get(part) for part in ("weights", "inputs", "adapter")}}
+        settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
+        header = each.chosen.header(model, each.identity, settings)
         record = recorded(each.chosen.benchmark, header, found, drawn[name], (), each.notes, **each.example)
         result = Result(name, each.chosen.label, record, tuple(found))
         write_result(result_folder(run_dir / FOLDER / name / each.chosen.label), result)

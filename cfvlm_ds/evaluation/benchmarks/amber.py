@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, yes_no
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
+from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
 
 QUERIES = File("data/query/query_discriminative.json", ("id", "image", "query"), 14_216)
 TRUTH = File("data/annotations.json", ("id", "type", "truth"))
@@ -14,7 +16,7 @@ ASK = " Please answer Yes or No."
 
 
 def item(row: Row) -> Item:
-    known = row.source.keyed(TRUTH, "id").get(str(row["id"]))
+    known = _truth(row.source).get(str(row["id"]))
     if known is None:
         raise row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files of one revision")
     kind = str(known["type"]).removeprefix("discriminative-").split("-")[0]
@@ -27,6 +29,16 @@ def item(row: Row) -> Item:
         tags={"type": {"hallucination": "existence"}.get(kind, kind)},
         cluster=str(row["image"]),
     )
+
+
+@lru_cache(1)
+def _truth(source: Source) -> dict[str, Row]:
+    found = {}
+    for row in source.rows(TRUTH):
+        if isinstance(row, DataError):
+            raise row
+        found[str(row["id"])] = row
+    return found
 
 
 def metrics(table: Sequence[Judged]) -> Values:

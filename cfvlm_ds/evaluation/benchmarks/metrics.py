@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from math import comb
+from math import comb, prod
 
 import numpy as np
 
@@ -71,10 +71,7 @@ def _nan(scores: Sequence[float]) -> bool:
 
 def all_right(judged: Judged) -> float:
     """Whether the texts of every image are right."""
-    found = 1.0
-    for image in range(len(judged.scores)):
-        found *= text_right(judged, image)
-    return found
+    return prod(text_right(judged, image) for image in range(len(judged.scores)))
 
 
 def image_right(judged: Judged) -> float:
@@ -141,12 +138,7 @@ QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
     """Share of the sets of items that a key puts together whose items are all right; None without any."""
-    found = []
-    for members in sets(table, key):
-        value = 1.0
-        for each in members:
-            value *= all_right(each)
-        found.append(value)
+    found = [prod(map(all_right, members)) for members in sets(table, key)]
     return mean(found) if found else None
 
 

@@ -129,7 +129,6 @@ class Source:
         self._brought: tuple[Path, ...] = ()
         """Folder of the pictures that the rows of the file at hand brought."""
         self._confined: dict[tuple[Path, ...], Confinement] = {}
-        self._keyed: dict[File, dict[str, Row]] = {}
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
         """Yield the rows of a file. A file that is missing or damaged is one DataError."""
@@ -162,17 +161,6 @@ class Source:
                     yield error
         except DataError as error:  # which names the file and what to do
             yield error
-
-    def keyed(self, file: File, column: str) -> dict[str, Row]:
-        """Return the rows of a file by the value of a column. Raises DataError for the first row that cannot be read."""
-        if file not in self._keyed:
-            found: dict[str, Row] = {}
-            for row in self.rows(file):
-                if isinstance(row, DataError):
-                    raise row
-                found[str(row[column])] = row
-            self._keyed[file] = found
-        return self._keyed[file]
 
     def _prepared(self, path: Path) -> _Placed:
         """The rows of Parquet files, of which JSON lines are made the first time; a line that is a text says what is wrong with its row."""

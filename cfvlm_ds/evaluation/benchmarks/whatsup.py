@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import PurePosixPath
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
@@ -64,12 +65,7 @@ def metrics(table: Sequence[Judged]) -> Values:
     for part, members in grouped(table, tag("part")).items():
         found[f"individual/{part}"] = accuracy(members)["accuracy"]
         for name, key, size in (("pair", "pair", 2), ("set", "set", 4)) if part in CONTROLLED else ():
-            right = 0.0
-            for scene in sets(members, tag(key)):
-                value = float(len(scene) == size)
-                for member in scene:
-                    value *= text_right(member)
-                right += value
+            right = sum((len(scene) == size) * prod(map(text_right, scene)) for scene in sets(members, tag(key)))
             found[f"{name}/{part}"] = 100 * right / (len(members) / size)
     return means(found, {"individual": "individual/"}) | found
 

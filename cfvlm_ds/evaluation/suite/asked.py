@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from cfvlm_ds.batching.batch import BLANK
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.distributed import Patience, World, agreed, gather_objects
-from cfvlm_ds.core.errors import ConfigError, DataError, InputError
+from cfvlm_ds.core.errors import ConfigError, InputError
 from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import own_output, refuse_link
-from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
@@ -31,8 +30,8 @@ from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as, warn_of_nonfinite
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
-from cfvlm_ds.evaluation.suite.chosen import SKIP, Chosen
-from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, fitting, token_lengths
+from cfvlm_ds.evaluation.suite.chosen import Chosen, refuse_problems
+from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, token_lengths
 from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 from cfvlm_ds.evaluation.suite.written import (
     RESULTS,
@@ -161,10 +160,7 @@ class _Evaluation:
         """What is on disk, or what the model says now; pictures that were ``seen`` are not opened again to be checked."""
         settings, world = self._settings, self._world
         checked = checked_items(self._loaded.items, self._chosen.way, self._model.collator, world, self._label, seen=seen)
-        if checked.left_out and not (settings.skip and checked.items):
-            more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
-            remedy = f"; {SKIP}" if checked.items else ""
-            raise DataError(f"benchmark {self._chosen.name}: {checked.left_out[0][1]}{more}{remedy}")
+        refuse_problems(self._chosen.name, [why for _, why in checked.left_out], len(checked.items), settings.skip)
         header = self._header(checked)
         found: Result | None = agreed(world, lambda: self._finished(header), self._patience)
         if found is not None:
@@ -178,21 +174,16 @@ class _Evaluation:
 
     def _header(self, checked: Checked) -> dict[str, Any]:
         """All that the scores depend on."""
-        way, settings = self._chosen.way, self._settings
-        return {
-            "benchmark": self._chosen.name,
-            "probe": {"name": way.name, **asdict(way)},  # type: ignore[arg-type]
-            "model": {name: self._model.identity.get(name) for name in (*_OF_MODEL, *["writing"] * isinstance(way, Generate))},
-            "data": checked.identity(),
-            "settings": {
-                "batch_size": settings.batch_size,
-                "max_tokens_per_forward": settings.max_tokens,
-                "shuffled": settings.shuffled,
-                "limit": self._loaded.limit,
-                **self._model.precision,
-            },
-            "versions": {name: version(name) for name in ("cfvlm-ds", "torch", "transformers")},
+        settings = self._settings
+        of_model = (*_OF_MODEL, *["writing"] * isinstance(self._chosen.way, Generate))
+        said = {
+            "batch_size": settings.batch_size,
+            "max_tokens_per_forward": settings.max_tokens,
+            "shuffled": settings.shuffled,
+            "limit": self._loaded.limit,
+            **self._model.precision,
         }
+        return self._chosen.header({name: self._model.identity.get(name) for name in of_model}, checked.identity(), said)
 
     def _finished(self, header: Mapping[str, Any]) -> Result | None:
         if not (self._folder / RESULTS).is_file():
@@ -254,7 +245,7 @@ class _Evaluation:
         """The scores of this rank's groups, a batch at a time; those that are ``known`` are not scored again."""
         groups, settings = asked.groups, self._settings
         collator = self._model.collator.of_run("full", None, pictures)
-        donors = fitting(groups, other_images(groups), collator, pictures) if settings.shuffled else None
+        donors = other_images(groups) if settings.shuffled else None
         options: dict[str, Any] = {"max_tokens": settings.max_tokens, "remedy": settings.remedy}
         for pictured in (True, False):  # a text alone has no blank row of its own
             every = [k for k, group in enumerate(groups) if bool(group.num_pictures) == pictured]

@@ -17,7 +17,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values, judged
 
 Interval = tuple[float, float]
-LEVEL = 0.95
+LEVEL, SEED = 0.95, 0
 LEAST_CLUSTERS = 6
 """Of n clusters the rarest of all exchanges has a share of 2 / 2^n, which is above 5 % where there are fewer."""
 FEWEST_DRAWN = 30
@@ -36,14 +36,13 @@ class Bootstrap:
 
     Args:
         clusters: the cluster of each item, in the tables' order.
-        seed: of the draws.
     """
 
-    def __init__(self, clusters: Sequence[str], seed: int = 0) -> None:
+    def __init__(self, clusters: Sequence[str]) -> None:
         found: dict[str, list[int]] = {}
         for number, name in enumerate(clusters):
             found.setdefault(name, []).append(number)
-        self._members, self._seed = list(found.values()), seed
+        self._members = list(found.values())
 
     @property
     def clusters(self) -> int:
@@ -52,7 +51,7 @@ class Bootstrap:
 
     def draw(self, k: int) -> list[tuple[int, int]]:
         """(item, which of its copies in this draw it is) of draw ``k``."""
-        chance = random.Random(f"{self._seed}/{k}")
+        chance = random.Random(f"{SEED}/{k}")
         copies = [0] * len(self._members)
         found = []
         for place in chance.choices(range(len(self._members)), k=len(self._members)):
@@ -71,7 +70,7 @@ class Bootstrap:
         rest = self._members[1:]
         ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
         if 2 ** len(rest) > draws:
-            chance = random.Random(f"{self._seed}/exchanges")
+            chance = random.Random(f"{SEED}/exchanges")
             ways = iter([(False,) * len(rest), *(chance.choices((False, True), k=len(rest)) for _ in range(draws))])
         for way in ways:
             yield {number for members, exchanged in zip(rest, way, strict=True) if exchanged for number in members}

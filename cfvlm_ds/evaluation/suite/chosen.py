@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.named import named, near
+from cfvlm_ds.core.versions import version
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, Loaded, load
 from cfvlm_ds.evaluation.probes import PROBES, Generate, Probe
 
 Way: TypeAlias = Probe | Generate
 
-SKIP = "name --on_error skip to leave such items out, counted and named"
+_SKIP = "name --on_error skip to leave such items out, counted and named"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ class Chosen:
     def place(self) -> str:
         """Where its results are, below their folder."""
         return f"{self.name}/{self.label}"
+
+    def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """All that scores depend on, as results.json says it."""
+        return {
+            "benchmark": self.name,
+            "probe": {"name": self.way.name, **asdict(self.way)},  # type: ignore[arg-type]
+            "model": dict(model),
+            "data": dict(data),
+            "settings": dict(settings),
+            "versions": {name: version(name) for name in ("cfvlm-ds", "torch", "transformers")},
+        }
 
 
 def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list[Chosen]:
@@ -76,10 +88,14 @@ def load_items(chosen: Chosen, say: Callable[[str], object], *, limit: int | Non
     """The items of a benchmark, about ``limit`` of them. Raises DataError for the first row that is none, or picture of these that is not
     there, unless such are to be skipped, and where none is left."""
     loaded = load(chosen.benchmark, chosen.root, say, limit)
-    if loaded.problems and not (skip and loaded.items):
-        more = f" ({len(loaded.problems) - 1} more)" if len(loaded.problems) > 1 else ""
-        remedy = f"; {SKIP}" if loaded.items else ""
-        raise DataError(f"benchmark {chosen.name}: {loaded.problems[0]}{more}{remedy}")
+    refuse_problems(chosen.name, loaded.problems, len(loaded.items), skip)
     for note in loaded.notes:
         say(f"{chosen.name}: {note}")
     return loaded
+
+
+def refuse_problems(name: str, problems: Sequence[object], num_items: int, skip: bool) -> None:
+    """Raise DataError for the first problem with a benchmark's items, unless such are to be skipped and there are others."""
+    if problems and not (skip and num_items):
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise DataError(f"benchmark {name}: {problems[0]}{more}{f'; {_SKIP}' if num_items else ''}")

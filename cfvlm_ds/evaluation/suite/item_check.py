@@ -18,9 +18,9 @@ from cfvlm_ds.batching.batch import BLANK_SIZE
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import Patience, World, cores_per_rank, gather_objects
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data.decoding import Size, open_image
+from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.picture_index import Picture, PictureTable, picture_of
 from cfvlm_ds.evaluation.benchmarks import Item
 from cfvlm_ds.evaluation.probes import Generate
@@ -116,43 +116,15 @@ def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
 def _unfit(item: Item, way: Way, collator: Collator, table: PictureTable) -> str | None:
     """Why a model cannot be asked an item, if it cannot."""
     try:
-        longest = max(_length(candidate, size, collator) for size in _sizes(item, table) for candidate in cells_of(item, way))
+        known = [tuple((found.width, found.height) for picture in image if (found := table.find(picture))) for image in item.images]
+        sizes = dict.fromkeys([*known, (BLANK_SIZE,) * len(item.images[0])])  # blank ones are shown too
+        longest = max(collator.row_length(cell.prompt, cell.text, size) for size in sizes for cell in cells_of(item, way))
     except DataError as error:
         return f"item {item.id!r}: {error}"
     longest += way.max_new_tokens if isinstance(way, Generate) else 0
     if longest > collator.max_length:
         return f"item {item.id!r}: {longest} tokens with its pictures, and the model's window is {collator.max_length}"
     return None
-
-
-def _sizes(item: Item, table: PictureTable) -> list[tuple[Size, ...]]:
-    """The sizes of an item's pictures, and of blank ones in their place."""
-    known = [tuple((found.width, found.height) for picture in image if (found := table.find(picture))) for image in item.images]
-    return list(dict.fromkeys([*known, (BLANK_SIZE,) * len(item.images[0])]))
-
-
-def _length(candidate: Candidate, sizes: tuple[Size, ...], collator: Collator) -> int:
-    return collator.row_length(candidate.prompt, candidate.text, sizes)
-
-
-def fitting(
-    groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None], collator: Collator, table: PictureTable
-) -> list[Pictures | None]:
-    """The pictures that groups are shown in place of their own, without those with which a text would be over the window."""
-
-    def sizes_of(pictures: Pictures) -> tuple[Size, ...]:
-        return tuple((found.width, found.height) for picture in pictures if (found := table.find(picture)))
-
-    def fits(group: CounterfactualGroup, donor: Pictures) -> bool:
-        sizes = sizes_of(donor)
-        try:
-            if collator.visual_tokens(sizes) <= max(collator.visual_tokens(sizes_of(image)) for image in group.images):
-                return True  # as its own do
-            return all(_length(each, sizes, collator) <= collator.max_length for each in group.candidates)
-        except DataError:
-            return False
-
-    return [donor if donor is not None and fits(group, donor) else None for group, donor in zip(groups, donors, strict=True)]
 
 
 def token_lengths(collator: Collator) -> Callable[[Candidate], int]:

@@ -26,7 +26,7 @@ from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Values
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.evaluation.suite.bootstrap import bootstrap_of, intervals
+from cfvlm_ds.evaluation.suite.bootstrap import SEED, bootstrap_of, intervals
 
 SCHEMA, JOURNAL = "cfresults/1", "cfpartial/1"
 RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
@@ -89,7 +89,7 @@ def recorded(
         "headline": benchmark.headline,
         "metrics": results(benchmark, outcomes),
         "intervals": {name: list(span) for name, span in intervals(drawn).items()},
-        "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": 0},
+        "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": SEED},
         "published": [asdict(each) for each in benchmark.published],
         "unofficial": benchmark.unofficial,
     }
