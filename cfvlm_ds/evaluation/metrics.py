@@ -98,15 +98,19 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
 
     def row(label: str) -> Accuracy:
         percent = {metric: 100 * points / counts[label][metric] for metric, points in sums[label].items()}
-        tables = ({metric: percent[each] for metric in METRICS if (each := prefix + metric) in percent} for prefix in _PREFIXES)
+        seen, blind, other = ({metric: percent[each] for metric in METRICS if (each := prefix + metric) in percent} for prefix in _PREFIXES)
         made, of_groups = ({metric: of[label][metric] for metric in METRICS + SHUFFLED if metric in of[label]} for of in (counts, used))
-        return Accuracy(label, num[label], *tables, made, of_groups)
+        return Accuracy(label, num[label], seen, blind, other, made, of_groups)
 
     rows = [row(label) for label in sorted(num) if label != _ALL]
     if groups:
-        means = (_means([getattr(row, name) for row in rows]) for name in ("metrics", "blind", "shuffled"))
+        seen, blind, other = (_means([getattr(row, name) for row in rows]) for name in ("metrics", "blind", "shuffled"))
         made, of_groups = ({metric: of[_ALL][metric] for metric in covered} for of in (counts, used))
-        rows.append(Accuracy("all", len(groups), *means, made, of_groups, {name: some for name, some in unused.items() if some}, mean=True))
+        rows.append(
+            Accuracy(
+                "all", len(groups), seen, blind, other, made, of_groups, {name: some for name, some in unused.items() if some}, mean=True
+            )
+        )
     return rows
 
 
@@ -163,7 +167,7 @@ def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
             prefix = f"eval/{split}" if row.mean else f"eval/{split}/{row.name}"
             flat.update({f"{prefix}/{metric}": value for metric, value in row.metrics.items()})
             if row.mean:
-                more = {f"blind_{metric}": value for metric, value in row.blind.items()}
+                more: dict[str, float | None] = {f"blind_{metric}": value for metric, value in row.blind.items()}
                 more |= {f"shuffled_{metric}": value for metric, value in row.shuffled.items()}
                 more |= {f"loss_{name}": term["value"] for name, term in row.losses.items()}
                 more |= {"loss": total_loss(row.losses), "nll": row.nll}

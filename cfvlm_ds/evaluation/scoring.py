@@ -175,7 +175,7 @@ def scored_batches(
     loaders: list[Any] = [
         DataLoader(
             Unraised(view),  # type: ignore[arg-type]
-            batch_sampler=mine,
+            batch_sampler=mine,  # type: ignore[arg-type]
             collate_fn=guarded(collator.scoring_everything(), max_tokens),
             num_workers=num_workers,
             worker_init_fn=shield_worker,
