@@ -82,8 +82,8 @@ def evaluate(
     if Path(arguments.out).resolve() == Path(arguments.benchmark_root).resolve():
         raise ConfigError(f"--out {arguments.out} is the folder of the benchmarks, whose files results would lie among; name another one")
     from cfvlm_ds.core.distributed import Patience, agreed, default_workers
-    from cfvlm_ds.evaluation.suite import Settings, choose, evaluate_benchmarks, load_items, results_held
-    from cfvlm_ds.evaluation.suite.asked import MAX_TOKENS
+    from cfvlm_ds.evaluation.suite.asked import MAX_TOKENS, Settings, evaluate_benchmarks, results_held
+    from cfvlm_ds.evaluation.suite.chosen import choose, load_items
     from cfvlm_ds.evaluation.suite.tables import omissions, overview, summary
 
     probes = [part for spec in arguments.probes for part in ([spec] if ":" in spec else spec.split(",")) if part]
@@ -129,9 +129,8 @@ def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
     """
     from cfvlm_ds.core.secrets import without_secrets
     from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
-    from cfvlm_ds.evaluation.suite import read_results
     from cfvlm_ds.evaluation.suite.tables import logged
-    from cfvlm_ds.evaluation.suite.written import RESULTS
+    from cfvlm_ds.evaluation.suite.written import RESULTS, read_results
     from cfvlm_ds.tracking import going_on, open_tracker
 
     results, metrics = read_results(out), dict[str, float]()
@@ -164,8 +163,8 @@ def _identity(model: Any, adapter: Path | None, alive: Callable[[], object], say
 def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:
     import torch
 
-    from cfvlm_ds.evaluation.generation import writer, writing_digest
-    from cfvlm_ds.evaluation.suite import Asked
+    from cfvlm_ds.evaluation.generation import write, writing_digest
+    from cfvlm_ds.evaluation.suite.asked import Asked
     from cfvlm_ds.models import attention
 
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -174,7 +173,7 @@ def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any
         "device": world.device.type,
         "attention": attention("auto", scorer.model.config),
     }
-    say = None if arguments.zero3 else writer(scorer.model, collator, world.device)
+    say = None if arguments.zero3 else partial(write, scorer.model, collator, world.device, do_sample=False, num_beams=1)
     if say is not None:
         identity = {**identity, "writing": writing_digest(scorer.model)}
     return Asked(scorer, collator, world, arguments.model, identity, precision, say)
@@ -182,9 +181,9 @@ def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any
 
 def _compare(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.core.secrets import print_line
-    from cfvlm_ds.evaluation.suite import compare_results, read_results
-    from cfvlm_ds.evaluation.suite.comparing import comparison_table
+    from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
     from cfvlm_ds.evaluation.suite.tables import overview, summary
+    from cfvlm_ds.evaluation.suite.written import read_results
 
     if len(arguments.results) > 2:
         raise ConfigError(f"compare takes one or two folders of results, not {len(arguments.results)}; name two at a time")

@@ -9,7 +9,6 @@ import torch
 
 from cfvlm_ds.cli.lmms import checked_model
 from cfvlm_ds.cli.models import load_scorer
-from cfvlm_ds.core.config import IMAGE_LIMITS
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data.decoding import MAX_PIXELS
@@ -43,7 +42,7 @@ class LmmsModel(lmms):
         batch_size: pictures, with all texts about them, in a batch of likelihoods.
         max_tokens_per_forward: tokens of a forward of likelihoods at most.
         per_token: likelihoods are means, as of lmms-eval's own models, and not sums.
-        limits: bounds on the visual tokens of a picture, as in training.
+        min_pixels, max_pixels, max_tiles: bounds on the visual tokens of a picture, as in training.
     """
 
     is_simple = True
@@ -57,15 +56,16 @@ class LmmsModel(lmms):
         max_batch_size: int | None = None,
         max_tokens_per_forward: int = MAX_TOKENS,
         per_token: bool = False,
-        **limits: Any,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_tiles: int | None = None,
     ) -> None:
         super().__init__()
-        if unknown := [name for name in limits if name not in IMAGE_LIMITS]:
-            taken = ("pretrained", "identity", "max_tokens_per_forward", "per_token", *IMAGE_LIMITS)
-            raise ConfigError(f"the model's argument {unknown[0]} is not known; the arguments are {', '.join(taken)}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"--batch_size {batch_size}: it is a number of pictures; give one of at least 1")
-        model, adapter = checked_model(str(pretrained), str(identity), {name: limits.get(name) for name in IMAGE_LIMITS})
+        model, adapter = checked_model(
+            str(pretrained), str(identity), {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_tiles": max_tiles}
+        )
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each rank has a whole model, and its share of the requests
             from accelerate import Accelerator
 

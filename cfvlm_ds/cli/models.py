@@ -101,10 +101,10 @@ def _score(arguments: argparse.Namespace) -> None:
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
     with whole_file(out) if own_rank() == 0 else open(os.devnull, "wb") as file:
-        world = joined(arguments.zero3)
+        where = _where(arguments)
         listed = Progress(say, "pictures of rows", len(groups), "groups")
         checked = PictureTable.of_files((picture for group in listed.over(groups) for image in group.images for picture in image), say)
-        scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked, world=world, zero3=arguments.zero3)
+        scorer, collator, world = load_scorer(model, checked=checked, **where)
         identity = data_identity(groups, groups.roots, checked, Progress(say, "identity", len(groups), "groups").advance)
         scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
         _refuse_nonfinite(arguments.model, groups, scores)
@@ -130,8 +130,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         own_output(Path(arguments.out), calibration.is_block, "calibrate", arguments.manifest)
     groups = sound_groups(arguments.manifest, arguments.root, arguments.format, arguments.limit, say)
-    options: dict[str, Any] = {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
-    scorer, collator, world = load_scorer(*model_of(arguments), **options)
+    scorer, collator, world = load_scorer(*model_of(arguments), **_where(arguments))
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
     _refuse_nonfinite(arguments.model, groups, scores)
 
@@ -170,8 +169,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         of_run = (Path(arguments.out).parent / "config.yaml").is_file()  # whose own results.json has the same form
         own_output(Path(arguments.out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
     splits = {name: sound_groups(path, arguments.root, arguments.format, arguments.limit, say) for name, path in manifests.items()}
-    options: dict[str, Any] = {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
-    scorer, collator, world = load_scorer(*model_of(arguments), **options)
+    scorer, collator, world = load_scorer(*model_of(arguments), **_where(arguments))
     results, _ = evaluate(scorer, collator, splits, world, shuffled=not arguments.no_shuffled, **_batches(arguments))
     if world.is_main:
         print(table(results))
@@ -218,6 +216,10 @@ def _track(arguments: argparse.Namespace) -> None:
 def _batches(arguments: argparse.Namespace) -> dict[str, Any]:
     remedy = f"lower --batch_size ({arguments.batch_size}), set --max_tokens_per_forward, --model.max_pixels or --model.max_tiles"
     return {"batch_size": arguments.batch_size, "max_tokens": arguments.max_tokens_per_forward, "remedy": remedy}
+
+
+def _where(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
 
 
 def joined(zero3: bool = False) -> World:

@@ -9,7 +9,7 @@ from typing import Any
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.evaluation.comparisons import UNLABELLED, Comparison, comparisons
+from cfvlm_ds.evaluation.comparisons import UNLABELLED
 from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
@@ -21,11 +21,9 @@ from cfvlm_ds.objectives import Objectives
 __all__ = [
     "UNLABELLED",
     "Accuracy",
-    "Comparison",
     "GroupScores",
     "accuracies",
     "changes",
-    "comparisons",
     "evaluate",
     "flat_metrics",
     "guarded",

@@ -9,11 +9,16 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import IO, Any, Literal
 
+import numpy as np
+import torch
+
+from cfvlm_ds.batching.batch_layout import wanted_cells
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.comparisons import Comparison, comparisons
+from cfvlm_ds.evaluation.comparisons import comparisons
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.objectives.base import MarginTerm
 
@@ -59,35 +64,20 @@ def gaps(
     """Every comparison of star cells, which csd and fcd make in training but for shams; fcd takes the hardest of a group alone. Scores must
     be finite; ``length`` counts the tokens of a group's factual text."""
     for group, score in zip(groups, scores, strict=True):
-        star, logp, blank = star_cells(group), score.logp.tolist(), score.blank.tolist()
-        tokens = length(group)
+        match = torch.tensor([[-1 if truth is None else truth for truth in line] for line in group.match])
+        star = wanted_cells([group], match[None], torch.tensor([group.prompt_ids]), "star")[0].tolist()
+        logp, blank, tokens = score.logp.tolist(), score.blank.tolist(), length(group)
         for each in comparisons(group):
-            if each.kind not in ("text", "image") or not star.issuperset(cells := _cells(each)):
+            if each.kind == "text":
+                i, c, d = each.at
+                j, prior = i, blank[c] - blank[d]
+            elif each.kind == "image":
+                c, i, j = each.at
+                d, prior = c, None
+            else:
                 continue
-            (i, c), (j, d) = cells
-            prior = None if each.kind == "image" else blank[c] - blank[d]
-            yield Gap(each.kind, each.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
-
-
-def _cells(each: Comparison) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The true cell of a comparison of two, and the false one; (image, text) each."""
-    if each.kind == "text":
-        i, c, d = each.at
-        return (i, c), (i, d)
-    c, i, j = each.at
-    return (i, c), (j, c)
-
-
-def star_cells(group: CounterfactualGroup) -> set[tuple[int, int]]:
-    """The cells that training scores for csd and fcd, see Cells."""
-    prompts = group.prompt_ids
-    known = {(i, c) for i, row in enumerate(group.match) for c, truth in enumerate(row) if truth is not None}
-    anchors = group.anchors
-    return {
-        (i, c)
-        for i, c in known
-        if group.match[i][c] == 1 or ((at := anchors.get(prompts[c])) is not None and (at[0] == i or at[1] == c)) or i == 0
-    }
+            if star[i][c] and star[j][d]:
+                yield Gap(each.kind, each.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
 
 
 def advise(found: Sequence[Gap]) -> Advice:
@@ -169,8 +159,6 @@ def _guessed(found: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
 
 def _length_norm(found: Sequence[Gap]) -> tuple[bool, str]:
     """Whether gaps grow with the length of the texts, and why."""
-    if not found:
-        return False, "len_norm none: there is nothing to compare"
     middle = quantile([gap.tokens for gap in found], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(found, middle, with_longer)) is not None]
     if not parted:
@@ -198,7 +186,7 @@ def _parted(found: Sequence[Gap], middle: float, with_longer: bool) -> tuple[flo
     short, long = ([gap for gap, longer in zip(found, is_long, strict=True) if longer == side] for side in (False, True))
     if min(len(short), len(long)) < _KNOWN:
         return None
-    return _mean([gap.tokens for gap in long]) / _mean([gap.tokens for gap in short]), short, long
+    return fmean([gap.tokens for gap in long]) / fmean([gap.tokens for gap in short]), short, long
 
 
 def table(found: Sequence[Gap]) -> str:
@@ -212,7 +200,7 @@ def table(found: Sequence[Gap]) -> str:
         rows: Mapping[str, list[Gap]] = {label: [gap for gap in of_side if label in gap.labels] for label in labels}
         for label, some in [*rows.items(), *([("all", of_side)] if of_side else [])]:
             blind = [(gap.prior > 0) + (gap.prior == 0) / 2 for gap in some if gap.prior is not None]
-            cells = [str(len(some)), f"{100 * _mean([gap.nats > 0 for gap in some]):.1f}", f"{100 * _mean(blind):.1f}" if blind else ""]
+            cells = [str(len(some)), f"{100 * fmean([gap.nats > 0 for gap in some]):.1f}", f"{100 * fmean(blind):.1f}" if blind else ""]
             for values, form in (([gap.nats for gap in some], ".2f"), ([gap.nats / gap.tokens for gap in some], ".3f")):
                 cells += [format(quantile(values, q), form) for q in QUANTILES]
             name = label if label != "all" or some is of_side else '"all"'
@@ -235,14 +223,7 @@ def is_block(file: IO[bytes]) -> bool:
 
 def quantile(values: Sequence[float], percent: float) -> float:
     """By linear interpolation between the two nearest of the sorted values."""
-    ordered = sorted(values)
-    at = percent / 100 * (len(ordered) - 1)
-    low = math.floor(at)
-    return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return float(np.percentile(values, percent))
 
 
 def _round(value: float) -> float:

@@ -5,30 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from cfvlm_ds.batching.batch import BLANK
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.errors import DataError, OutOfMemory, is_failure
 from cfvlm_ds.core.groups import Pictures, Prompt
-from cfvlm_ds.evaluation.asking import Say
 from cfvlm_ds.models.forest_attention import stock_attention
-
-
-def writer(model: Any, collator: Collator, device: torch.device) -> Callable[[int], Say]:
-    """For a number of tokens at most, what a model writes greedily about pictures (None: a blank one) when it is asked a prompt."""
-
-    def of_length(max_new_tokens: int) -> Say:
-        def say(pictures: Pictures | None, prompt: str) -> str:
-            shown = (BLANK,) if pictures is None else pictures
-            return write(model, collator, device, shown, prompt, max_new_tokens, do_sample=False, num_beams=1).strip()
-
-        return say
-
-    return of_length
 
 
 def writing_digest(model: Any) -> str:

@@ -12,23 +12,27 @@ import hashlib
 import io
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
+from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, simplest
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import Candidate, Pictures
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.evaluation.asking import Packing, Place
 from cfvlm_ds.evaluation.generation import write
-from cfvlm_ds.evaluation.likelihoods import Question, likelihoods
+from cfvlm_ds.evaluation.scoring import scored_batches
 from cfvlm_ds.models import Scorer
+from cfvlm_ds.models.chunked_logprobs import likeliest
 
 IMAGE = "<image>"
 """Where a task's text shows a picture."""
@@ -69,9 +73,10 @@ class Answers:
         progress, found, broken = Progress(self.world.say, "scoring", len(requests), "texts"), list[tuple[float, bool]](), 0
         for start in range(0, len(requests), _TOGETHER):
             part = requests[start : start + _TOGETHER]
-            with _picture_files() as files:
-                questions = [_question(request, documents, files) for request in part]
-                given = likelihoods(self.scorer, self.collator, questions, self.world, self.batch_size, self.max_tokens)
+            packing = Packing()
+            with tempfile.TemporaryDirectory() as folder:
+                places = [packing.add(*_question(request, documents, folder)) for request in part]
+                given = likelihoods(self, packing.groups(), places)
             for request, each in zip(part, given, strict=True):
                 value = each.logp / (each.tokens if self.per_token else 1)
                 finite = math.isfinite(value)
@@ -93,8 +98,8 @@ class Answers:
             context, given, visual, number, task, split = request.args
             until, limit, options = self._options(given)
             named = f"task {task!r}, row {number}"
-            with _picture_files() as files:
-                pictures = files.of(_shown(visual, documents, task, split, number), named)
+            with tempfile.TemporaryDirectory() as folder:
+                pictures = _as_files(_shown(visual, documents, task, split, number), folder, named)
                 prompt = _prompt(context, len(pictures))
                 try:
                     text = write(self.scorer.model, self.collator, self.world.device, pictures, prompt, limit, **options)
@@ -120,7 +125,55 @@ class Answers:
         return [end for end in ([until] if isinstance(until, str) else until) if end], limit, options
 
 
-def _question(request: Any, documents: Documents, files: _Files) -> Question:
+class Likelihood(NamedTuple):
+    """log p of a text in nats, without the end of the turn; its tokens; whether each of them is the likeliest one in its place."""
+
+    logp: float
+    tokens: int
+    greedy: bool
+
+
+def likelihoods(model: Answers, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
+    """What the model gives the texts at some places of the groups; this process alone, whatever others there are.
+
+    Raises DataError for a text or a picture that cannot be scored, OutOfMemory where memory runs out.
+    """
+    found: dict[Place, Likelihood] = {}
+    size = model.batch_size
+    with _misses(model.scorer) as missed:
+        options: dict[str, Any] = {"max_tokens": model.max_tokens, "remedy": f"lower the batch size ({size})", "reference": missed}
+        for pictured in (True, False):
+            mine = [number for number, group in enumerate(groups) if bool(group.num_pictures) == pictured]
+            batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+            turns = scored_batches(model.scorer, model.collator, groups, [groups], batches, model.world, 0, "scoring", **options)
+            for indices, (scores,) in turns:
+                assert scores.reference is not None
+                for j, number in enumerate(indices):
+                    for c in range(len(groups[number].candidates)):
+                        wrong, tokens = scores.reference[j, 0, c].item(), int(scores.layout.num_tokens[j, 0, c])
+                        found[number, (c,)] = Likelihood(scores.logp[j, 0, c].item(), tokens, wrong == 0)
+    return [found[place] for place in places]
+
+
+@contextmanager
+def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
+    """A function that says of the batch that was scored last how many tokens of each cell are not the likeliest in their places."""
+    head: Any = scorer.model.get_output_embeddings()
+    wrong: list[Tensor] = []
+
+    def compare(module: Any, given: tuple[Tensor, Tensor, Tensor], result: Tensor) -> None:
+        hidden, predicted_by, targets = given
+        wrong[:] = [(likeliest(hidden, module.weight)[predicted_by] != targets).float()]
+
+    hook = head.register_forward_hook(compare)
+    try:
+        yield lambda batch: batch.scores(wrong[0]).logp
+    finally:
+        hook.remove()
+
+
+def _question(request: Any, documents: Documents, folder: str) -> tuple[str, tuple[Pictures, ...], tuple[Candidate, ...]]:
+    """A request's name, by which an error names it, pictures and text."""
     if len(request.args) != 6:
         raise DataError(
             "the metric acc_mutual_info takes the largest of differences where lmms-eval's other metrics take the least value, so that no "
@@ -131,8 +184,8 @@ def _question(request: Any, documents: Documents, files: _Files) -> Question:
     text = str(target if isinstance(target, str) else target(documents[task][split][number])).strip()
     if not text:
         raise DataError(f"{named}: the text whose likelihood is asked for is empty; correct the task's options")
-    pictures = files.of(_shown(visual, documents, task, split, number), named)
-    return Question(pictures, Candidate(_prompt(context, len(pictures)), text), named)
+    pictures = _as_files(_shown(visual, documents, task, split, number), folder, named)
+    return named, (pictures,), (Candidate(_prompt(context, len(pictures)), text),)
 
 
 def _shown(visual: Any, documents: Documents, task: str, split: str, number: int) -> Sequence[Any]:
@@ -148,31 +201,19 @@ def _prompt(context: str, num_pictures: int) -> Prompt:
     return simplest((Turn("user", tuple(part for part in parts if part)),))
 
 
-class _Files:
-    """Pictures in memory as files, which is what groups name."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def of(self, visuals: Sequence[Any], named: str) -> Pictures:
-        """A file for each picture; the same one for the same picture, but within a row."""
-        found: list[Path] = []
-        for visual in visuals:
-            if not isinstance(visual, Image.Image):
-                raise DataError(
-                    f"{named} shows a {type(visual).__name__}, and pictures alone can be shown; leave out tasks of videos and sound"
-                )
-            written = io.BytesIO()
-            (visual if visual.mode in _AS_PNG else visual.convert("RGB")).save(written, "PNG", compress_level=1)
-            name = hashlib.sha256(written.getvalue()).hexdigest()
-            path = next(path for k in range(len(visuals)) if (path := self._folder / f"{name}-{k}.png") not in found)
-            if not path.exists():
-                path.write_bytes(written.getvalue())
-            found.append(path)
-        return tuple(found)
-
-
-@contextmanager
-def _picture_files() -> Iterator[_Files]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield _Files(Path(folder))
+def _as_files(visuals: Sequence[Any], folder: str, named: str) -> Pictures:
+    """Pictures in memory as files, which is what groups name: the same one for the same picture, but within a row."""
+    found: list[Path] = []
+    for visual in visuals:
+        if not isinstance(visual, Image.Image):
+            raise DataError(
+                f"{named} shows a {type(visual).__name__}, and pictures alone can be shown; leave out tasks of videos and sound"
+            )
+        written = io.BytesIO()
+        (visual if visual.mode in _AS_PNG else visual.convert("RGB")).save(written, "PNG", compress_level=1)
+        name = hashlib.sha256(written.getvalue()).hexdigest()
+        path = next(path for k in range(len(visuals)) if (path := Path(folder, f"{name}-{k}.png")) not in found)
+        if not path.exists():
+            path.write_bytes(written.getvalue())
+        found.append(path)
+    return tuple(found)

@@ -7,8 +7,9 @@ computed where the model without its adapters is that, and one that needs the te
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,26 +27,6 @@ NAMED = 5
 """Groups named that a term has nothing for; the others are counted."""
 Reference = Callable[[Batch], Tensor]
 """[G, I, C] log-likelihoods of a batch under the reference model; every rank calls it as often."""
-
-
-@dataclass
-class _Sums:
-    """Numerators and denominators of a term so far, and which groups it had nothing for."""
-
-    numerators: Tensor | None = None
-    denominators: Tensor | None = None
-    groups: int = 0
-    unused: list[tuple[int, str]] = field(default_factory=list)
-
-    def add(self, numerators: Tensor, below: Tensor) -> None:
-        both = numerators.detach().double(), below.double()
-        before = self.numerators, self.denominators
-        self.numerators, self.denominators = (new if old is None else old + new for old, new in zip(before, both, strict=True))
-
-    def note(self, group: tuple[int, str], used: bool) -> None:
-        self.groups += used
-        if not used:  # the first ones by their places are named in the end
-            self.unused = sorted([*self.unused, group])[:NAMED]
 
 
 @dataclass(frozen=True)
@@ -66,7 +47,8 @@ class EvaluationLoss:
 
     def __init__(self, objectives: Objectives, reference: Reference | None = None) -> None:
         self._objectives, self._cells = objectives, required_cells(objectives)
-        self._sums = {name: _Sums() for name in objectives}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # numerators and denominators so far
+        self._used, self._unused = Counter[str](), {name: list[tuple[int, str]]() for name in objectives}
         self._lacking: dict[str, str] = {}
         self._likelihood = [0.0, 0]
         for name, term in objectives.items():
@@ -88,11 +70,16 @@ class EvaluationLoss:
         for name, term in self._objectives.items():
             if name in self._lacking:
                 continue
-            sums, alone = self._sums[name], {name: term}
+            alone = {name: term}
             try:
-                sums.add(torch.atleast_1d(term.numerator(scores_of(name, term, scores))), denominators(alone, scores.layout)[name])
+                above, below = torch.atleast_1d(term.numerator(scores_of(name, term, scores))), denominators(alone, scores.layout)[name]
+                before = self._sums.get(name, (0, 0))
+                self._sums[name] = before[0] + above.detach().double(), before[1] + below.double()
                 for place, (number, group) in enumerate(zip(numbers, groups, strict=True)):
-                    sums.note((number, group.id), bool((denominators(alone, _one(scores.layout, place))[name] > 0).any()))
+                    used = bool((denominators(alone, _one(scores.layout, place))[name] > 0).any())
+                    self._used[name] += used
+                    if not used:  # the first ones by their places are named in the end
+                        self._unused[name] = sorted([*self._unused[name], (number, group.id)])[:NAMED]
             except Exception as error:  # of somebody's own term: it has trained, and what it lacks here must not cost the evaluation
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -102,35 +89,32 @@ class EvaluationLoss:
         Of a term ``value`` is its mean, unweighted; None where there is none, and ``lacking`` says why it could not be computed. ``groups``
         have something for it; ``unused`` names a few of the others.
         """
-        gathered = gather_objects((self._lacking, self._sums, self._likelihood), world)
-        nats, tokens = (sum(each[part] for *_, each in gathered) for part in (0, 1))
+        gathered = gather_objects((self._likelihood, self._lacking, self._sums, self._used, self._unused), world)
+        likelihoods, lacking, sums, used, unused = zip(*gathered, strict=True)
+        nats, tokens = (sum(each[part] for each in likelihoods) for part in (0, 1))
         found = {}
         for name, term in self._objectives.items():
-            reasons = [lacking[name] for lacking, *_ in gathered if name in lacking]
-            total, of_ranks = _Sums(), [sums[name] for _, sums, _ in gathered]
-            for each in of_ranks:
-                if each.numerators is not None and each.denominators is not None:
-                    total.add(each.numerators, each.denominators)
-            value = _mean(total)
+            reasons = [each[name] for each in lacking if name in each]
+            parts = [each[name] for each in sums if name in each]
+            value = _mean(*(sum(each) for each in zip(*parts, strict=True))) if parts else None
             if value is not None and not math.isfinite(value):
                 reasons.append("scores of some groups are not finite")
-            unused = sorted(entry for each in of_ranks for entry in each.unused)
+            without = sorted(entry for each in unused for entry in each[name])[:NAMED]
             found[name] = {
                 "weight": term.weight,
                 "value": None if reasons else value,
-                "groups": 0 if reasons else sum(each.groups for each in of_ranks),
-                "unused": [] if reasons else [identity for _, identity in unused[:NAMED]],
+                "groups": 0 if reasons else sum(each[name] for each in used),
+                "unused": [] if reasons else [identity for _, identity in without],
                 "lacking": reasons[0] if reasons else "",
             }
         return LossFound(found, nats / tokens if tokens and math.isfinite(nats) else None)
 
 
-def _mean(sums: _Sums) -> float | None:
+def _mean(above: Tensor, below: Tensor) -> float | None:
     """As in training: every part is divided by its own denominator, and one without any adds nothing; None where no part has one."""
-    if sums.numerators is None or sums.denominators is None or not bool((sums.denominators > 0).any()):
+    if not bool((below > 0).any()):
         return None
-    below = sums.denominators
-    return float(torch.where(below > 0, sums.numerators / below.clamp(min=torch.finfo(below.dtype).tiny), 0).sum())
+    return float(torch.where(below > 0, above / below.clamp(min=torch.finfo(below.dtype).tiny), 0).sum())
 
 
 def restricted(layout: GroupLayout, groups: Sequence[CounterfactualGroup], cells: Cells) -> GroupLayout:

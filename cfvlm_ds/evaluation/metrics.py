@@ -16,7 +16,8 @@ Text comparisons are exposed to the texts' prior likelihood; ``text_pmi`` and ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,71 +78,60 @@ class Accuracy:
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
     """One row per edit type, in alphabetical order, and last a row ``all`` whose accuracies are means over edit types."""
-    if len(groups) != len(scores):
-        raise ValueError(f"{len(groups)} groups and {len(scores)} scores")
-    slices: dict[str, _Slice] = {}
-    whole = _Slice()
+    sums, counts, used = (defaultdict[str, Counter[str]](Counter) for _ in range(3))  # label -> metric -> points, comparisons, groups
+    num = Counter[str]()
     covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)
     unused: dict[str, list[str]] = {metric: [] for metric in covered}
     for group, score in zip(groups, scores, strict=True):
-        named, measured = set[str](), set[str]()
-        for labels, outcome in _outcomes(group, score):
-            for label in labels:
-                slices.setdefault(label, _Slice()).add(outcome)
-            whole.add(outcome)
-            named.update(labels)
-            measured.update(outcome.metrics)
-        for each in (whole, *(slices[label] for label in named)):
-            each.next_group()
-        for metric in set(covered) - measured:
+        measured = defaultdict[str, set[str]](set)
+        for labels, points in _outcomes(group, score):
+            for label in (_ALL, *labels):
+                sums[label].update(points)
+                counts[label].update(points.keys())
+                measured[label] |= points.keys()
+        num.update(measured.keys())
+        for label, metrics in measured.items():
+            used[label].update(metrics)
+        for metric in set(covered) - measured[_ALL]:
             if len(unused[metric]) < NAMED:
                 unused[metric].append(group.id)
-    rows = [slices[label].row(label) for label in sorted(slices)]
+
+    def row(label: str) -> Accuracy:
+        percent = {metric: 100 * points / counts[label][metric] for metric, points in sums[label].items()}
+        seen, blind, other = ({metric: percent[each] for metric in METRICS if (each := prefix + metric) in percent} for prefix in _PREFIXES)
+        made, of_groups = ({metric: of[label][metric] for metric in METRICS + SHUFFLED if metric in of[label]} for of in (counts, used))
+        return Accuracy(label, num[label], seen, blind, other, made, of_groups)
+
+    rows = [row(label) for label in sorted(num) if label != _ALL]
     if groups:
-        everything = Accuracy(
-            "all",
-            len(groups),
-            _means([row.metrics for row in rows]),
-            _means([row.blind for row in rows]),
-            _means([row.shuffled for row in rows]),
-            comparisons={metric: whole.comparisons.get(metric, 0) for metric in covered},
-            groups={metric: whole.groups.get(metric, 0) for metric in covered},
-            unused={metric: names for metric, names in unused.items() if names},
-            mean=True,
+        seen, blind, other = (_means([getattr(row, name) for row in rows]) for name in ("metrics", "blind", "shuffled"))
+        made, of_groups = ({metric: of[_ALL][metric] for metric in covered} for of in (counts, used))
+        rows.append(
+            Accuracy(
+                "all", len(groups), seen, blind, other, made, of_groups, {name: some for name, some in unused.items() if some}, mean=True
+            )
         )
-        rows.append(everything)
     return rows
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What one comparison adds to each metric it belongs to: 1 where it is won, 0, or 1/2 for a tie without pictures."""
-
-    won: dict[str, float]
-    blind: dict[str, float]
-    shuffled: dict[str, float]
-
-    @property
-    def metrics(self) -> list[str]:
-        return [*self.won, *(f"shuffled_{metric}" for metric in self.shuffled)]
+_ALL = ""
+"""In place of an edit type: all comparisons."""
+_PREFIXES = ("", "blind_", "shuffled_")
 
 
-def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterable[tuple[tuple[str, ...], _Outcome]]:
+def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
+    """What each comparison adds to each metric, with its labels: 1 where it is won, 0, or 1/2 for a tie without pictures."""
     logp, debiased = score.logp.tolist(), (score.logp - score.blank).tolist()
-    blank = score.blank.tolist()
-    shuffled = None if score.shuffled is None or not len(score.shuffled) else score.shuffled.tolist()
+    without = {"blind_": score.blank.tolist()} | ({} if score.shuffled is None else {"shuffled_": score.shuffled.tolist()})
     for each in comparisons(group):
-        won = {name: float(rule(logp, debiased, *each.at)) for name, rule in _RULES[each.kind].items()}
-        language: dict[str, float] = {}
-        other: dict[str, float] = {}
+        points = {name: float(rule(logp, debiased, *each.at)) for name, rule in _RULES[each.kind].items()}
         if each.kind == "text":
             i, c, d = each.at
             if i == 0:
-                won["factual"] = won["pair"]
-            language = dict.fromkeys(won, (blank[c] > blank[d]) + (blank[c] == blank[d]) / 2)
-            if shuffled is not None:
-                other = dict.fromkeys(won, (shuffled[c] > shuffled[d]) + (shuffled[c] == shuffled[d]) / 2)
-        yield each.labels, _Outcome(won, language, other)
+                points["factual"] = points["pair"]
+            guesses = {prefix: (row[c] > row[d]) + (row[c] == row[d]) / 2 for prefix, row in without.items() if row}
+            points |= {prefix + name: guess for prefix, guess in guesses.items() for name in points}
+        yield each.labels, points
 
 
 def _text(s: Matrix, i: int, j: int, c: int, d: int) -> bool:
@@ -166,42 +156,6 @@ _RULES: Mapping[Kind, Mapping[str, Callable[..., bool]]] = {
 }
 
 
-class _Slice:
-    """Sums over the comparisons of one edit type, or of all."""
-
-    def __init__(self) -> None:
-        self.sums: tuple[dict[str, float], ...] = ({}, {}, {})
-        self.counts: tuple[dict[str, int], ...] = ({}, {}, {})  # won, blind, shuffled
-        self.groups: dict[str, int] = {}
-        self.num = 0
-        self._of_group: set[str] = set()
-
-    @property
-    def comparisons(self) -> dict[str, int]:
-        return self.counts[0] | {f"shuffled_{metric}": count for metric, count in self.counts[2].items()}
-
-    def add(self, outcome: _Outcome) -> None:
-        for values, sums, counts in zip((outcome.won, outcome.blind, outcome.shuffled), self.sums, self.counts, strict=True):
-            for metric, value in values.items():
-                sums[metric] = sums.get(metric, 0.0) + value
-                counts[metric] = counts.get(metric, 0) + 1
-        self._of_group.update(outcome.metrics)
-
-    def next_group(self) -> None:
-        for metric in self._of_group:
-            self.groups[metric] = self.groups.get(metric, 0) + 1
-        self.num += bool(self._of_group)
-        self._of_group = set()
-
-    def row(self, name: str) -> Accuracy:
-        metrics, blind, shuffled = (
-            {metric: 100 * sums[metric] / counts[metric] for metric in METRICS if metric in sums}
-            for sums, counts in zip(self.sums, self.counts, strict=True)
-        )
-        made, used = ({metric: of[metric] for metric in METRICS + SHUFFLED if metric in of} for of in (self.comparisons, self.groups))
-        return Accuracy(name, self.num, metrics, blind, shuffled, made, used)
-
-
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
     """The accuracies under the names metrics are logged by: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC by edit type.
 
@@ -213,13 +167,11 @@ def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
             prefix = f"eval/{split}" if row.mean else f"eval/{split}/{row.name}"
             flat.update({f"{prefix}/{metric}": value for metric, value in row.metrics.items()})
             if row.mean:
-                flat.update({f"{prefix}/blind_{metric}": value for metric, value in row.blind.items()})
-                flat.update({f"{prefix}/shuffled_{metric}": value for metric, value in row.shuffled.items()})
-                flat.update({f"{prefix}/loss_{name}": term["value"] for name, term in row.losses.items() if term["value"] is not None})
-                if (whole := total_loss(row.losses)) is not None:
-                    flat[f"{prefix}/loss"] = whole
-                if row.nll is not None:
-                    flat[f"{prefix}/nll"] = row.nll
+                more: dict[str, float | None] = {f"blind_{metric}": value for metric, value in row.blind.items()}
+                more |= {f"shuffled_{metric}": value for metric, value in row.shuffled.items()}
+                more |= {f"loss_{name}": term["value"] for name, term in row.losses.items()}
+                more |= {"loss": total_loss(row.losses), "nll": row.nll}
+                flat.update({f"{prefix}/{name}": value for name, value in more.items() if value is not None})
     return flat
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import string
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.evaluation.benchmarks.base import Item
 
 Row = tuple[float, ...]
-LETTERS = 26
+LETTERS = string.ascii_uppercase
 ALL_ORDERS = 4
 """Options of which all orders are asked; more are asked in cyclic orders."""
 
@@ -63,6 +64,10 @@ class Caption(Probe):
     mode: Literal["sum", "mean", "pmi"] = "sum"
     prompt: str = "Describe the image."
 
+    def __post_init__(self) -> None:
+        if self.mode not in ("sum", "mean", "pmi"):
+            raise ConfigError(f"mode must be sum or mean or pmi, not {self.mode!r}")
+
     @property
     def needs_lengths(self) -> bool:
         return self.mode == "mean"
@@ -91,6 +96,10 @@ class Match(Probe):
     name: ClassVar[str] = "match"
     template: str = 'Does this figure show "{text}"? Please answer Yes or No.'
 
+    def __post_init__(self) -> None:
+        if "{text}" not in self.template:
+            raise ConfigError(f"template must be a text with {{text}} in it, not {self.template!r}")
+
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         answers = (*variants("Yes"), *variants("No"))
         asked = [self.template.replace("{text}", text) for text in item.texts]
@@ -109,7 +118,10 @@ class Answers(Probe):
     name: ClassVar[str] = "yes_no"
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
-        _need_question(item, self.name)
+        if not item.prompt:
+            raise ConfigError(
+                f"item {item.id!r} is a caption and no question; the probe {self.name} cannot ask it, choose match or caption"
+            )
         return tuple(Candidate(item.prompt, written) for text in item.texts for written in variants(text))
 
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
@@ -146,17 +158,17 @@ class Letters(Probe):
         return self._asked(item, "") if self.prior and not item.listed else ()
 
     def _asked(self, item: Item, question: str) -> tuple[Candidate, ...]:
-        if len(item.texts) > LETTERS:
-            raise ConfigError(f"item {item.id!r} has {len(item.texts)} options, and there are {LETTERS} letters; choose another probe")
+        if len(item.texts) > len(LETTERS):
+            raise ConfigError(f"item {item.id!r} has {len(item.texts)} options, and there are {len(LETTERS)} letters; choose another probe")
         return tuple(
-            Candidate(self.asked(item, order, question), _letter(place))
+            Candidate(self.asked(item, order, question), LETTERS[place])
             for order in orders(len(item.texts))
             for place in range(len(item.texts))
         )
 
     def asked(self, item: Item, order: Sequence[int], question: str) -> str:
         """The question with the options in an order."""
-        listed = [f"{_letter(place)}. {item.texts[number]}" for place, number in enumerate(order)]
+        listed = [f"{LETTERS[place]}. {item.texts[number]}" for place, number in enumerate(order)]
         return "\n".join([*filter(None, [question]), *listed, self.instruction])
 
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
@@ -247,12 +259,3 @@ def _together(values: Sequence[float]) -> float:
 def _only_best(row: Row) -> int | None:
     best = max(row)
     return row.index(best) if row.count(best) == 1 else None
-
-
-def _letter(place: int) -> str:
-    return chr(ord("A") + place)
-
-
-def _need_question(item: Item, name: str) -> None:
-    if not item.prompt:
-        raise ConfigError(f"item {item.id!r} is a caption and no question; the probe {name} cannot ask it, choose match or caption")

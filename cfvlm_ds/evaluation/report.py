@@ -71,8 +71,7 @@ def _losses(row: Accuracy, plain: Callable[[str], str], reason: Callable[[str], 
     """A line for each term of the training's loss, and one for their weighted sum."""
     lines = []
     for name, term in row.losses.items():
-        without = row.num - term["groups"]
-        named = f"{without}: {', '.join(map(plain, term['unused']))}{', ...' * (without > len(term['unused']))}" if without else ""
+        named = _without(row.num - term["groups"], term["unused"], plain)
         value = "" if term["value"] is None else f"{term['value']:.4f}"
         shown = f"{value} | {term['groups']} | {named}" if not term["lacking"] else f"| | not computed: {reason(term['lacking'])}"
         lines.append(f"{name} | {term['weight']:g} | {shown} |")
@@ -88,10 +87,13 @@ def _coverage(row: Accuracy, plain: Callable[[str], str]) -> list[str]:
         alike.setdefault((row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))), []).append(metric)
     lines = []
     for (groups, comparisons, unused), metrics in alike.items():
-        without = row.num - groups
-        named = f"{without}: {', '.join(map(plain, unused))}{', ...' * (without > len(unused))}" if without else ""
-        lines.append(f"{', '.join(metrics)} | {groups} | {comparisons} | {named} |")
+        lines.append(f"{', '.join(metrics)} | {groups} | {comparisons} | {_without(row.num - groups, unused, plain)} |")
     return lines
+
+
+def _without(count: int, named: Sequence[str], plain: Callable[[str], str]) -> str:
+    """How many groups something is not made of, and some of them."""
+    return f"{count}: {', '.join(map(plain, named))}{', ...' * (count > len(named))}" if count else ""
 
 
 def headline_metric(rows: Sequence[Accuracy]) -> str | None:

@@ -6,7 +6,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.core.sequences import Lazy
+from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.evaluation.loss import EvaluationLoss
@@ -51,72 +52,40 @@ class GroupScores:
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
-class AllScores(Sequence[GroupScores]):
-    """The scores of many groups as numbers one after the other: four bytes each, and 20 a group.
-
-    Args:
-        parts: what each of several processes has scored; of a group that two have, the later one counts.
-    """
-
-    def __init__(self, parts: Sequence[ScoresPart]) -> None:
-        numbers, sizes = (np.concatenate([np.asarray(getattr(part, name)) for part in parts]) for name in ("numbers", "sizes"))
-        sizes = sizes.reshape(-1, 3).astype(np.int32)
-        lengths = sizes[:, 0].astype(np.int64) * sizes[:, 1] + sizes[:, 1] + sizes[:, 2].clip(min=0)
-        count = int(numbers.max()) + 1 if len(numbers) else 0
-        self._starts, self._sizes = np.full(count, -1, np.int64), np.zeros((count, 3), np.int32)
-        self._starts[numbers], self._sizes[numbers] = np.cumsum(lengths) - lengths, sizes
-        self._values = torch.cat([torch.empty(0), *(value for part in parts for value in part.values)])
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    @overload
-    def __getitem__(self, index: int) -> GroupScores: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[GroupScores]: ...
-
-    def __getitem__(self, index: int | slice) -> GroupScores | Sequence[GroupScores]:
-        if isinstance(index, slice):
-            return Lazy(self._scores, range(len(self))[index])
-        return self._scores(range(len(self))[index])
-
-    def _scores(self, index: int) -> GroupScores:
-        start, (images, texts, others) = int(self._starts[index]), self._sizes[index].tolist()
-        if start < 0:
-            raise KeyError(index)
-        cells = images * texts
-        values = self._values[start : start + cells + texts + max(others, 0)]
-        shuffled = values[cells + texts :] if others >= 0 else None
-        return GroupScores(values[:cells].view(images, texts), values[cells : cells + texts], shuffled)
-
-
 @dataclass
 class ScoresPart:
-    """Scores of some groups: their places, their numbers of images, texts and shuffled texts (-1 where none were asked for), all values."""
+    """Scores of some groups as numbers one after the other, four bytes each, and 20 a group: the place of each group, its numbers of
+    images, texts and shuffled texts (-1 where none were asked for), all values."""
 
     numbers: array[int] = field(default_factory=lambda: array("q"))
     sizes: array[int] = field(default_factory=lambda: array("i"))
-    values: list[Tensor] = field(default_factory=list)
+    values: array[float] = field(default_factory=lambda: array("f"))
 
     def add(self, number: int, scores: GroupScores) -> None:
         """Add a group's."""
         self.numbers.append(number)
         self.sizes.extend((*scores.logp.shape, -1 if scores.shuffled is None else len(scores.shuffled)))
-        self.values.append(torch.cat([scores.logp.flatten(), scores.blank, *([] if scores.shuffled is None else [scores.shuffled])]))
-        if len(self.values) >= _JOINED:
-            self.values = [torch.cat(self.values)]
-
-    def __getstate__(self) -> Any:
-        """One array of values: tensors would be pickled one by one."""
-        return self.numbers, self.sizes, torch.cat([torch.empty(0), *self.values]).numpy()
-
-    def __setstate__(self, state: Any) -> None:
-        self.numbers, self.sizes, values = state
-        self.values = [torch.from_numpy(values)]
+        for each in (scores.logp, scores.blank, scores.shuffled):
+            if each is not None:
+                self.values.frombytes(each.float().numpy().tobytes())
 
 
-_JOINED = 1 << 12
+def all_scores(parts: Sequence[ScoresPart]) -> Sequence[GroupScores]:
+    """What several processes have scored, each group once, by the groups' places."""
+    numbers, sizes, values = (
+        np.concatenate([np.asarray(getattr(part, name)) for part in parts]) for name in ("numbers", "sizes", "values")
+    )
+    sizes, order, joined = sizes.reshape(-1, 3), np.argsort(numbers), torch.from_numpy(values)
+    lengths = sizes[:, 0].astype(np.int64) * sizes[:, 1] + sizes[:, 1] + sizes[:, 2].clip(min=0)
+    starts = np.cumsum(lengths) - lengths
+
+    def scores(place: int) -> GroupScores:
+        at = order[place]
+        images, texts, others = sizes[at].tolist()
+        seen, blank, shuffled = joined[starts[at] : starts[at] + lengths[at]].split([images * texts, texts, max(others, 0)])
+        return GroupScores(seen.view(images, texts), blank, shuffled if others >= 0 else None)
+
+    return Lazy(scores, len(numbers))
 
 
 def guarded(
@@ -127,8 +96,10 @@ def guarded(
 
     def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
         try:
-            found = [group for group in groups if not isinstance(group, DataError)]
-            return next((each for each in groups if isinstance(each, DataError)), None) or collator.parts(found, max_tokens)
+            for group in groups:
+                if isinstance(group, DataError):
+                    raise group
+            return collator.parts(groups, max_tokens)  # type: ignore[arg-type]
         except DataError as error:
             return error
 
@@ -152,31 +123,32 @@ def score_groups(
     """Every cell of every group, and every text on a blank image, in the order of ``groups``; the same on every rank.
 
     ``forward`` is an engine or a Scorer in evaluation mode; ``batch_size`` counts groups per rank, which are scored in forwards of at most
-    ``max_tokens`` tokens. Every rank runs the same number of forwards, as ZeRO-3 requires: the last ones may repeat a group, or a part of
-    a batch, whose second result is dropped. ``shuffled`` scores every text on another group's image too, one more per group; ``loss`` is
-    told the scores on the groups' own images.
+    ``max_tokens`` tokens. Every rank runs the same number of forwards, as ZeRO-3 requires. ``shuffled`` scores every text on
+    another group's image too, one more per group; ``loss`` is told the scores on the groups' own images.
 
     Raises DataError as the collator does, on all ranks, and OutOfMemory with the ``remedy`` where memory runs out.
     """
-    rounds = -(-len(groups) // (batch_size * world.size))
-    mine = [batch_indices(len(groups), batch_size, world.rank, world.size, r) for r in range(rounds)]
-    donors = other_images(groups) if shuffled else None
-    mine_scored = ScoresPart()
+    batches = [range(start, min(start + batch_size, len(groups))) for start in range(0, len(groups), batch_size)]
+    donors, scored_here = other_images(groups) if shuffled else None, ScoresPart()
     progress = Progress(world.say, label, len(groups), "groups")
-    reference = None if loss is None else loss.reference
-    options: dict[str, Any] = {"max_tokens": max_tokens, "remedy": remedy, "reference": reference}
-    batches = scored_batches(forward, collator, groups, seen_as(groups, donors), mine, world, num_workers, label, **options)
-    for number, (indices, scored) in enumerate(batches):
-        if loss is not None and not indices_repeat(len(groups), batch_size, world.rank, world.size, number):
+    options: dict[str, Any] = {"max_tokens": max_tokens, "remedy": remedy, "reference": None if loss is None else loss.reference}
+    turns = scored_batches(forward, collator, groups, seen_as(groups, donors), batches, world, num_workers, label, **options)
+    for number, (indices, scored) in enumerate(turns):
+        if loss is not None and indices:
             loss.add(indices, [groups[index] for index in indices], scored[0])
-        for index, found_here in matrices(groups, indices, scored, donors).items():
-            mine_scored.add(index, found_here)
+        for index, scores in matrices(groups, indices, scored, donors).items():
+            scored_here.add(index, scores)
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
-    found: Sequence[GroupScores] = AllScores(gather_objects(mine_scored, world)) if len(groups) else []
-    if broken := [groups[index].id for index, scores in enumerate(found) if not scores.finite]:
-        named = f"{', '.join(map(repr, broken[:5]))}{', ...' * (len(broken) > 5)}"
-        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {named}")
+    found = all_scores(gather_objects(scored_here, world)) if len(groups) else []
+    warn_of_nonfinite(groups, found, world, label)
     return found
+
+
+def warn_of_nonfinite(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], world: World, label: str) -> None:
+    """Count the groups whose scores are no numbers, and name some."""
+    if broken := [group.id for group, found in zip(groups, scores, strict=True) if not found.finite]:
+        named = f"{', '.join(map(quoted, broken[:5]))}{', ...' * (len(broken) > 5)}"
+        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {named}")
 
 
 def scored_batches(
@@ -184,7 +156,7 @@ def scored_batches(
     collator: Collator,
     groups: Sequence[CounterfactualGroup],
     views: Sequence[Sequence[CounterfactualGroup]],
-    mine: Sequence[list[int]],
+    batches: Sequence[Sequence[int]],
     world: World,
     num_workers: int,
     label: str,
@@ -192,15 +164,18 @@ def scored_batches(
     max_tokens: int | None,
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
-) -> Iterator[tuple[list[int], list[Scores]]]:
-    """The scores, in each of its ``views`` (see ``seen_as``), of each batch of this rank, which ``mine`` gives by the places of its groups.
+) -> Iterator[tuple[Sequence[int], list[Scores]]]:
+    """This rank's share of the ``batches``, which are places of groups: each batch, and its scores in each of its ``views`` (see
+    ``seen_as``). Ranks take turns, and each gives as many: one that has none left scores a group again, and gives no places.
 
-    Every rank calls it with as many batches. Raises what ``score_batches`` raises.
+    Raises what ``score_batches`` raises.
     """
+    places = range(world.rank, -(-len(batches) // world.size) * world.size, world.size)
+    mine = [batches[place] if place < len(batches) else batches[-1][-1:] for place in places]
     loaders: list[Any] = [
         DataLoader(
             Unraised(view),  # type: ignore[arg-type]
-            batch_sampler=mine,
+            batch_sampler=mine,  # type: ignore[arg-type]
             collate_fn=guarded(collator.scoring_everything(), max_tokens),
             num_workers=num_workers,
             worker_init_fn=shield_worker,
@@ -208,8 +183,9 @@ def scored_batches(
         )
         for view in views
     ]
-    for indices, *batches in zip(mine, *loaders, strict=True):
-        yield indices, score_batches(forward, batches, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy, reference)
+    for place, indices, *parts in zip(places, mine, *loaders, strict=True):
+        scored = score_batches(forward, parts, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy, reference)
+        yield (indices if place < len(batches) else ()), scored
 
 
 def matrices(
@@ -234,17 +210,6 @@ def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | N
     if donors is not None:
         views.append(Lazy(lambda index: shown_instead(groups[index], donors[index]), len(groups)))
     return views
-
-
-def batch_indices(num_groups: int, batch_size: int, rank: int, world_size: int, number: int) -> list[int]:
-    """The groups of a rank's ``number``-th batch; past the end, the last group alone."""
-    start = min((number * world_size + rank) * batch_size, num_groups - 1)
-    return list(range(start, min(start + batch_size, num_groups)))
-
-
-def indices_repeat(num_groups: int, batch_size: int, rank: int, world_size: int, number: int) -> bool:
-    """Whether that batch is past the end, and its group belongs to another one."""
-    return (number * world_size + rank) * batch_size >= num_groups
 
 
 def score_batches(

@@ -22,7 +22,7 @@ from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
-from cfvlm_ds.page import MOST, Fact, Item, Page, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
+from cfvlm_ds.page import MOST, Fact, Item, Page, ScoreTable, Written, group_item, least_margins, refuse_foreign_folder, write_page
 
 SAMPLE = 200
 
@@ -109,26 +109,21 @@ def _stored(file: Path, groups: GroupStore) -> Mapping[str, StoredScores]:
 
 
 def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> list[int]:
-    """The places of the groups that a file names, one id a line. Raises DataError for one that is not there, or is named twice."""
+    """The places of the groups that a file names, one id a line. Raises DataError for one that is not there."""
     try:
         named = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]
     except (OSError, UnicodeError) as error:
         raise DataError(f"{file}: ids cannot be read ({error}); write one id a line, in UTF-8") from error
-    wanted: dict[str, int] = {}
-    for number, name in enumerate(named, 1):
-        if name and wanted.setdefault(name, number) != number:
-            raise DataError(f"{file}:{number}: group {quoted(name)} is named on line {wanted[name]} too; keep one")
+    wanted = list(dict.fromkeys(filter(None, named)))
     if not wanted:
         raise DataError(f"{file}: it names no group; write one id a line")
-    found: dict[str, int] = {}
-    for index, group in enumerate(groups):
-        if group.id in wanted:
-            found.setdefault(group.id, index)
-    for name, number in wanted.items():
+    asked = set(wanted)
+    found = {group.id: index for index, group in enumerate(groups) if group.id in asked}
+    for name in wanted:
         if name not in found:
-            near = difflib.get_close_matches(name, (group.id for group in islice(groups, MOST)), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "correct or remove the line"
-            raise DataError(f"{file}:{number}: {source} has no group {quoted(name)}; {hint}")
+            close = difflib.get_close_matches(name, (group.id for group in islice(groups, MOST)), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "correct or remove the line"
+            raise DataError(f"{file}:{named.index(name) + 1}: {source} has no group {quoted(name)}; {hint}")
     return [found[name] for name in wanted]
 
 
@@ -147,19 +142,13 @@ def score_table(group: CounterfactualGroup, stored: StoredScores, name: str = ""
     A tie is lost. Two images with two texts add no comparison of their own: they are right where those of their cells are.
     """
     logp = stored.logp
-    margins: list[list[list[float | None] | None]] = [[None] * len(group.candidates) for _ in group.images]
-    decided: list[float] = []
+    compared = []
     for each in comparisons(group):
-        if each.kind == "quad":
-            continue
         if each.kind == "text":
             i, c, d = each.at
-            side, margin = 0, logp[i][c] - logp[i][d]
-        else:
+            compared.append((i, c, 0, logp[i][c] - logp[i][d]))
+        elif each.kind != "quad":
             c, i, j = each.at
-            side, margin = 1, logp[i][c] - logp[j][c]
-        decided.append(margin)
-        cell = margins[i][c] = margins[i][c] or [None, None]
-        least = cell[side]
-        cell[side] = margin if least is None else min(least, margin)
-    return ScoreTable(name, logp, stored.blank, margins, decided)
+            compared.append((i, c, 1, logp[i][c] - logp[j][c]))
+    margins = least_margins(len(group.images), len(group.candidates), compared)
+    return ScoreTable(name, logp, stored.blank, margins, [margin for *_, margin in compared])

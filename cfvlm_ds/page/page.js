@@ -2,7 +2,7 @@
 // to search]; data/chunk-N.js set chunks[N], of each group [its HTML, that of its card].
 "use strict";
 (() => {
-  const SHEET = 24, KEPT_CHUNKS = 64;
+  const SHEET = 24;
   const [form, main, help, search, position, sheetButton, previous, next] =
     ["controls", "item", "help", "search", "position", "sheet", "previous", "next"].map((id) => document.getElementById(id));
   const filters = [...form.querySelectorAll(".filter")], loaded = new Map();
@@ -12,11 +12,10 @@
     if (!loaded.has(chunk)) loaded.set(chunk, new Promise((resolve, reject) => {
       const script = document.createElement("script");
       script.src = `data/chunk-${chunk}.js`;
-      script.onload = () => { resolve(chunks[chunk]); delete chunks[chunk]; script.remove(); };
+      script.onload = () => { resolve(chunks[chunk]); script.remove(); };
       script.onerror = reject;
       document.head.append(script);
     }));
-    if (loaded.size > KEPT_CHUNKS) loaded.delete(loaded.keys().next().value);
     return loaded.get(chunk);
   }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import Patience, World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
-from cfvlm_ds.evaluation.benchmarks.base import Values, judged
+from cfvlm_ds.evaluation.benchmarks.base import Values
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.suite import Chosen, Result, bootstrap_of, checked_items, choose, load_items, recorded, result_folder, write_result
-from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
-from cfvlm_ds.evaluation.suite.item_check import example_of
+from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
+from cfvlm_ds.evaluation.suite.chosen import Chosen, choose, load_items
+from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
 from cfvlm_ds.evaluation.suite.tables import logged
+from cfvlm_ds.evaluation.suite.written import Result, recorded, result_folder, write_result
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
@@ -119,20 +119,14 @@ def write_benchmarks(
     rank 0. They name the weights where the model is ``exported``, and so on disk."""
     run_dir, drawn, patience = Path(config.train.output_dir), dict[str, list[Values]](), Patience(world)
     for name, found in outcomes.items():
-        metrics, draws, label = benchmarks[name].chosen.benchmark.metrics, draws_for(len(found)), f"evaluating {name}"
-        drawn[name] = drawn_together(world, bootstrap_of(found), metrics, judged(found)["seen"], draws, label, patience)
+        drawn[name] = drawn_together(world, found, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", patience)
     written = []
     identity = _identity(config, world, patience.alive) if exported and outcomes and world.is_main else {}
     for name, found in outcomes.items() if world.is_main else ():
         each = benchmarks[name]
-        header = {
-            "benchmark": each.chosen.name,
-            "probe": {"name": each.chosen.way.name, **asdict(each.chosen.way)},  # type: ignore[arg-type]
-            "model": {"name": str(run_dir), **{part: identity.get(part) for part in ("weights", "inputs", "adapter")}},
-            "data": dict(each.identity),
-            "settings": {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit},
-            "versions": {package: version(package) for package in ("cfvlm-ds", "torch", "transformers")},
-        }
+        model = {"name": str(run_dir), **{part: identity.get(part) for part in ("weights", "inputs", "adapter")}}
+        settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
+        header = each.chosen.header(model, each.identity, settings)
         record = recorded(each.chosen.benchmark, header, found, drawn[name], (), each.notes, **each.example)
         result = Result(name, each.chosen.label, record, tuple(found))
         write_result(result_folder(run_dir / FOLDER / name / each.chosen.label), result)

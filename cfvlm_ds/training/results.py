@@ -18,7 +18,8 @@ from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, changes, table
-from cfvlm_ds.evaluation.suite import Result, markdown
+from cfvlm_ds.evaluation.suite.tables import markdown
+from cfvlm_ds.evaluation.suite.written import Result
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_others_model, refuse_replacing, write_card
 from cfvlm_ds.models import only_adapters_train

@@ -53,7 +53,7 @@ def item(row):
 
 
 mine = File("mine.tsv", columns=("n", "photo", "good", "bad"), rows=3)
-BENCHMARKS["mine"] = Benchmark("Mine", (mine,), "ours", item, accuracy, "accuracy", ("match", "caption"))
+BENCHMARKS["mine"] = Benchmark("Mine", (mine,), item, accuracy, "accuracy", ("match", "caption"))
 main(sys.argv[1:])
 '''
 

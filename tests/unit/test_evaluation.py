@@ -369,9 +369,8 @@ def test_ranks_share_the_groups_and_agree(
             assert found.terms[name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
 
 
-def test_scores_of_many_groups_are_kept_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of any shape, spread over ranks that send them to one another: bit for bit what was given; of two of a group the later."""
-    monkeypatch.setattr(scoring, "_JOINED", 3)
+def test_scores_of_many_groups_are_kept_as_numbers() -> None:
+    """Groups of any shape, spread over ranks that send them to one another: bit for bit what was given."""
     draw, chance = torch.Generator().manual_seed(0), random.Random(0)
     for asked in (False, True):
         given, parts = list[GroupScores](), [scoring.ScoresPart() for _ in range(3)]
@@ -380,11 +379,10 @@ def test_scores_of_many_groups_are_kept_as_numbers(monkeypatch: pytest.MonkeyPat
             shuffled = torch.randn(chance.choice((0, texts)), generator=draw) if asked else None
             given.append(GroupScores(torch.randn(images, texts, generator=draw), torch.randn(texts, generator=draw), shuffled))
             parts[number % 3].add(number, given[-1])
-        parts[2].add(0, again := GroupScores(torch.zeros(5, 2), torch.ones(2), torch.ones(1) if asked else None))
         sent = [pickle.loads(pickle.dumps(part)) for part in parts]
-        for found in (scoring.AllScores(sent), scoring.AllScores(parts)):
+        for found in (scoring.all_scores(sent), scoring.all_scores(parts)):
             assert len(found) == 40 and found[39].finite and len(list(found)) == 40
-            for one, other in zip(found, [again, *given[1:]], strict=True):
+            for one, other in zip(found, given, strict=True):
                 assert torch.equal(one.logp, other.logp) and torch.equal(one.blank, other.blank)
                 assert one.shuffled is other.shuffled is None or torch.equal(one.shuffled, other.shuffled)  # type: ignore[arg-type]
         assert len(pickle.dumps(parts[1])) < 4 * sum(each.logp.numel() + 2 * len(each.blank) for each in given[1::3]) + 2000

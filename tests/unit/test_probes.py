@@ -13,10 +13,10 @@ import torch
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Candidate, Pictures
-from cfvlm_ds.evaluation.asking import MOST_CELLS, generate, plan
+from cfvlm_ds.evaluation.asking import MOST_CELLS, plan, written
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Item, Outcome
 from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
-from cfvlm_ds.evaluation.probes import PROBES, Answers, Caption, Letters, Match, Probe, log_share, orders, variants
+from cfvlm_ds.evaluation.probes import PROBES, Answers, Caption, Generate, Letters, Match, Probe, log_share, orders, variants
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 A, B = (Path("a.png"),), (Path("b.png"),)
@@ -163,7 +163,7 @@ def test_groups_stay_within_bounds() -> None:
     assert max(len(group.candidates) for group in asked.groups) <= MOST_CELLS and sum(len(g.candidates) for g in asked.groups) == 600
     assert ask(many, Answers()) == [ask([item], Answers())[0] for item in many]
     huge = Item("huge", (A,), tuple(f"text {k}" for k in range(1025)), ((1, *[0] * 1024),), "Which?")
-    with pytest.raises(DataError, match="'huge' needs 1025 texts"):
+    with pytest.raises(DataError, match="group 'huge' has 1 images and 1025 texts"):
         plan([huge], Caption())
     with pytest.raises(ConfigError, match="26 letters"):
         plan([huge], Letters())
@@ -180,17 +180,11 @@ def test_without_another_picture_nothing_is_said_of_it() -> None:
 
 
 def test_generated_answers_are_scores() -> None:
-    prompts: list[str] = []
-
-    def say(pictures: Pictures | None, prompt: str) -> str:
-        prompts.append(prompt)
-        return {A: "Yes, it is.", None: "No."}.get(pictures, "I cannot tell")
-
-    found = generate([QUESTION], say, shuffled=[B])[0]
+    found = written(QUESTION, ["Yes, it is."], "No.", "I cannot tell", answer)
     assert (found.seen, found.blank, found.shuffled) == (((1.0, 0.0),), (0.0, 1.0), (0.0, 0.0)), "what cannot be read is a tie, and wrong"
-    generate([CHOICE, LISTED], lambda pictures, prompt: prompts.append(prompt) or "B")
-    assert prompts[-1] == LISTED.prompt and prompts[-4].startswith("Which colour?\nA. red\nB. blue\nC. green\n")
-    assert generate([CHOICE], lambda pictures, prompt: "(B) blue")[0].seen == ((0.0, 1.0, 0.0),)
+    asked = Generate().asked
+    assert asked(LISTED) == LISTED.prompt and asked(CHOICE).startswith("Which colour?\nA. red\nB. blue\nC. green\n")
+    assert written(CHOICE, ["(B) blue"], "", None, answer).seen == ((0.0, 1.0, 0.0),)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,12 @@ returns a sequence, and says how many without making them in ``parts(row)``. One
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.named import named
 from cfvlm_ds.data.formats.captions import Captions
 from cfvlm_ds.data.formats.cfgroup import native_group
 from cfvlm_ds.data.formats.cfvlm import Cfvlm
@@ -45,50 +43,16 @@ FORMATS: dict[str, Format] = {
 AUTO = "auto"
 """In place of a format: the one that the first row fits."""
 
-_OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCII)
-_FIXED = ("keys", "source")
-
 
 def format_named(spec: str, where: object) -> Format:
     """The format that ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` says; a value with a comma is in double quotes.
 
     Raises DataError, beginning with ``where``, for an unknown name or option.
     """
-    named, colon, options = spec.partition(":")
-    if named not in FORMATS:
-        near = difflib.get_close_matches(named, [*FORMATS, AUTO], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join([*FORMATS, AUTO])}"
-        raise DataError(f"{where}: unknown format {named!r}; {hint}")
-    found = FORMATS[named]
-    return _with_options(found, named, options, where) if colon else found
-
-
-def _with_options(found: Any, named: str, options: str, where: object) -> Format:
-    if not dataclasses.is_dataclass(found) or isinstance(found, type):
-        raise DataError(f"{where}: format {named!r} has no options; write {named!r} alone")
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(found) if field.name not in _FIXED}
-    values: dict[str, Any] = {}
-    place = 0
-    while place < len(options):
-        if (part := _OPTION.match(options, place)) is None:
-            raise DataError(
-                f"{where}: format {named}:{options} is not understood at {options[place:]!r}; write NAME:OPTION=VALUE,OPTION=VALUE"
-            )
-        option, place = part[1], part.end()
-        if option not in kinds:
-            near = difflib.get_close_matches(option, kinds, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(kinds)}"
-            raise DataError(f"{where}: format {named!r} has no option {option!r}; {hint}")
-        if option in values:
-            raise DataError(f"{where}: option {option!r} of format {named!r} is given twice; keep one of them")
-        value = part[3].strip() if part[2] is None else part[2]
-        if kinds[option] is bool and value not in ("true", "false"):
-            raise DataError(f"{where}: option {option!r} of format {named!r} must be true or false, not {value!r}")
-        values[option] = value == "true" if kinds[option] is bool else value
     try:
-        return cast(Format, dataclasses.replace(found, **values))
-    except DataError as error:
-        raise DataError(f"{where}: format {named}:{options}: {error}") from error
+        return cast(Format, named("format", spec, FORMATS, [AUTO], ("keys", "source")))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:

@@ -1,6 +1,7 @@
-"""Public benchmarks in their official files, one file each: rows to items, metrics with chance, published values and known traps.
+"""Public benchmarks in their official files, one file each: rows to items, metrics with chance, published values.
 
-Nothing is downloaded. A benchmark of your own is one more entry: ``BENCHMARKS["mine"] = Benchmark(...)``.
+Licences and known traps are in docs/benchmarks. Nothing is downloaded. A benchmark of your own is one more entry:
+``BENCHMARKS["mine"] = Benchmark(...)``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from cfvlm_ds.evaluation.benchmarks.base import (
     chance,
     load,
     results,
-    stored,
 )
 from cfvlm_ds.evaluation.benchmarks.bivlc import BIVLC
 from cfvlm_ds.evaluation.benchmarks.blink import BLINK
@@ -57,7 +57,6 @@ __all__ = [
     "chance",
     "load",
     "results",
-    "stored",
 ]
 
 BENCHMARKS: dict[str, Benchmark] = {

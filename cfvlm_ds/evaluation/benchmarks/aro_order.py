@@ -108,30 +108,22 @@ def _items(*folders: str) -> Callable[[Row], list[Item]]:
 
 
 _UNOFFICIAL = "the shuffles: drawn once by a hash, content words by a list in place of a tagger, repeated ones dropped"
-_TRAPS = (
-    "a language model alone finds the order in 95 %: as summed likelihood this measures fluency; read the blind row",
-    "in the authors' code the true caption is text 0 and a tie goes to it",
-)
 
 COCO_ORDER = Benchmark(
     title="ARO, COCO-Order",
     files=(File("coco_karpathy_test.json", ("image", "caption"), 5000),),
-    licence="MIT (code); captions and pictures: COCO",
     item=_items("", "images", "../coco"),
     metrics=by("options", accuracy),
     headline="accuracy",
     probes=("match", "caption"),
-    traps=_TRAPS,
     unofficial=_UNOFFICIAL,
 )
 FLICKR_ORDER = Benchmark(
     title="ARO, Flickr30k-Order",
     files=(File("flickr30k_test.json", ("image", "caption"), 1000),),
-    licence="MIT (code); captions and pictures: Flickr30k, research only",
     item=_items("", "images", "../flickr30k"),
     metrics=by("options", accuracy),
     headline="accuracy",
     probes=("match", "caption"),
-    traps=_TRAPS,
     unofficial=_UNOFFICIAL,
 )

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Pictures, normalised
@@ -50,8 +49,6 @@ class Item:
     def __post_init__(self) -> None:
         if not self.images or not self.texts:
             raise DataError(f"item {self.id!r} needs at least one image entry and one text")
-        if len({len(pictures) for pictures in self.images}) > 1:
-            raise DataError(f"item {self.id!r}: its images have different numbers of pictures")
         if [len(line) for line in self.match] != [len(self.texts)] * len(self.images):
             raise DataError(f"item {self.id!r}: match must be {len(self.images)} images x {len(self.texts)} texts")
         if empty := [number for number, text in enumerate(self.texts) if not text.strip()]:
@@ -95,21 +92,13 @@ class Outcome:
 class Judged:
     """An item and one table of scores for it. ``blind`` tables say the same of every image; a tie is a guess there, and wrong otherwise.
 
-    ``draw`` tells the copies of an item apart that a bootstrap draws: a pair that is drawn twice is two pairs. ``known`` keeps what was
-    found of the item, for metrics that are computed a thousand times.
+    ``draw`` tells the copies of an item apart that a bootstrap draws: a pair that is drawn twice is two pairs.
     """
 
     item: Item
     scores: Scores
     blind: bool = False
     draw: int = 0
-    known: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-
-    def copy(self, draw: int) -> Judged:
-        """The same item with the same scores as another copy of it; what is ``known`` of one is known of all."""
-        found = replace(self, draw=draw)
-        object.__setattr__(found, "known", self.known)
-        return found
 
 
 Values = dict[str, float]
@@ -134,7 +123,6 @@ class Benchmark:
     Args:
         title: what its authors call it.
         files: its official files; rows of those without columns are not read.
-        licence: what its repository or card states; pictures keep the licence of their source.
         item: makes an item of a row, or several; None for a row that does not count. Whatever it raises is said of the row.
         metrics: pure function of judged items.
         headline: the metric that a table shows.
@@ -142,13 +130,11 @@ class Benchmark:
         chance: values of random scores, for what is not the sum of independent comparisons; the others follow from ties.
         total: rows of all official files together.
         published: values to compare with.
-        traps: what goes wrong elsewhere, or differs here.
         unofficial: what of this is not the authors' own protocol.
     """
 
     title: str
     files: tuple[File, ...]
-    licence: str
     item: Callable[[Row], Item | Sequence[Item] | None]
     metrics: Metrics
     headline: str
@@ -156,7 +142,6 @@ class Benchmark:
     chance: Mapping[str, float] = field(default_factory=dict)
     total: int | None = None
     published: tuple[Published, ...] = ()
-    traps: tuple[str, ...] = ()
     unofficial: str = ""
 
 
@@ -185,7 +170,7 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
             problems.append(DataError(f"{root}: item {found.id!r} occurs twice; get the files again"))
         else:
             items[found.id] = found
-    notes = list(source.notes)
+    notes = []
     for file in benchmark.files:
         counted = source.counts.get(file.name)
         if counted is not None and file.rows is not None and counted != file.rows:
@@ -265,10 +250,3 @@ def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Valu
         found["seen"]["consistency"] = 100 * sum(consistent) / len(consistent)
     found["chance"] = chance(benchmark, [each.item for each in outcomes])
     return found
-
-
-def stored(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as JSON, without its item, which the benchmark's files have."""
-    plain: dict[str, Any] = {"id": outcome.item.id, "seen": outcome.seen, "blank": outcome.blank}
-    optional = {"shuffled": outcome.shuffled, "consistency": outcome.consistency, "prior": outcome.prior, "said": outcome.said}
-    return plain | {name: value for name, value in optional.items() if value is not None}

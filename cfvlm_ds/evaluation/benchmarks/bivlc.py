@@ -19,7 +19,6 @@ def item(row: Row) -> Item:
 BIVLC = Benchmark(
     title="BiVLC",
     files=(File("data/test-*.parquet", COLUMNS, 2933, lines="test.jsonl"),),
-    licence="MIT; pictures: COCO, and SDXL's",
     item=item,
     metrics=by("type", quads),
     headline="group",
@@ -30,5 +29,4 @@ BIVLC = Benchmark(
         Published("group", "VQAScore, CLIP-FlanT5-XXL", 76.5, SOURCE),
         Published("group", "human", 86.8, SOURCE),
     ),
-    traps=("the paper's I2T is text, its T2I image", "caption likelihood loses 33 points once both texts must win: the prior of the texts"),
 )

@@ -26,16 +26,10 @@ def item(row: Row) -> Item:
 BLINK = Benchmark(
     title="BLINK (validation)",
     files=tuple(File(f"{task}/val-*.parquet", COLUMNS, lines=f"{task}/val.jsonl", part=task) for task in TASKS),
-    licence="Apache-2.0",
     item=item,
     metrics=macro_by("task"),
     headline="macro",
     probes=("yes_no", "generate"),
     total=1901,
     published=(Published("macro", "LLaVA-1.5-7B", 37.1, "arXiv 2404.12390"), Published("macro", "random choice", 38.1, "arXiv 2404.12390")),
-    traps=(
-        "the answers of the test split are not public",
-        "a model that takes one picture cannot be asked most tasks",
-        "some evaluators read the T of 'The answer is B' as a letter: generated answers are parsed strictly",
-    ),
 )

@@ -21,14 +21,9 @@ def item(row: Row) -> Item:
 COLA = Benchmark(
     title="Cola (multi-object)",
     files=(File("data/COLA_multiobjects_matching_benchmark.json", COLUMNS, 210, unnamed=True),),
-    licence="MIT; pictures: Visual Genome, CC-BY-4.0",
     item=item,
     metrics=quads,
     headline="image",
     probes=("match", "caption"),
     chance=QUAD_CHANCE,
-    traps=(
-        "the authors' accuracy is the image score alone: a text looks for its picture",
-        "the rows name pictures by their address; the files have the last part of it as name",
-    ),
 )

@@ -25,7 +25,6 @@ def _file(name: str) -> str:
 CONME = Benchmark(
     title="ConMe",
     files=tuple(File(f"{part}.csv", COLUMNS, part=part) for part in PARTS),
-    licence="Apache-2.0; pictures: their sources",
     item=item,
     metrics=macro_by("part"),
     headline="macro",
@@ -33,11 +32,6 @@ CONME = Benchmark(
     published=(
         Published("macro", "LLaVA-1.5-7B, baseline of CF-VLM", 61.8, "arXiv 2506.17267"),
         Published("macro", "Qwen-VL-7B, baseline of CF-VLM", 82.6, "arXiv 2506.17267"),
-    ),
-    traps=(
-        "the authors draw the order of the options when they read the files; here letters are asked in both orders",
-        "the columns question and answer, which have the options in one order and its letter, are not read",
-        "there is also a version that people have filtered: put its three files in place of these, under the same names",
     ),
     unofficial="columns unverified: known from programs of others that read the files, not from the files themselves",
 )

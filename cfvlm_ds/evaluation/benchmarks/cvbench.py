@@ -38,13 +38,11 @@ def metrics(table: Sequence[Judged]) -> Values:
 CVBENCH = Benchmark(
     title="CV-Bench",
     files=tuple(File(f"test_{part}.jsonl", COLUMNS, part=part) for part in ("2d", "3d")),
-    licence="Apache-2.0; pictures: ADE20K, COCO, Omni3D",
     item=item,
     metrics=metrics,
     headline="cv_bench",
     probes=("letters", "generate"),
     total=2638,
     published=(Published("accuracy", "Qwen2.5-VL-7B (plain share)", 79.95, "in circulation, its source was not established"),),
-    traps=("one public evaluator reports the plain share, which the authors' formula is not",),
     unofficial="letters in all orders up to four options, and cyclic ones beyond",
 )

@@ -53,15 +53,10 @@ def _frame(path: Path) -> Image.Image:
 EQBEN = Benchmark(
     title="EqBen (mini)",
     files=(File("all_select.json", ("image0", "image1", "caption0", "caption1")),),
-    licence="Apache-2.0 (code); pictures: their sources",
     item=item,
     metrics=by("subset", quads),
     headline="group",
     probes=("match", "caption", "letters"),
     chance=QUAD_CHANCE,
     published=(Published("group", "VQAScore, CLIP-FlanT5-XXL", 47.9, "arXiv 2404.01291"),),
-    traps=(
-        "frames of videos are .npy files, blue before red: they are read so, and written once as PNG beside the official ones",
-        "LLaVA's group accuracy is 95.0 with options in one order and 0.0 in the other (EqBen README): letters are asked in both",
-    ),
 )

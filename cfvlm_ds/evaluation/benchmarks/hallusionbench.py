@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tags, together
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 KEY = ("category", "subcategory", "set_id", "figure_id", "question_id")
@@ -45,15 +45,14 @@ def _three(table: Sequence[Judged], ending: str) -> Values:
     if not table:
         return {}
     figures = [each for each in table if (each.item.tags["category"], each.item.tags["figure_id"]) != ("VS", "0")]
-    found = {"aAcc": accuracy(table)["accuracy"], "qAcc": together(table, tags("category", "subcategory", "set_id", "question_id"))}
-    found["fAcc"] = together(figures, tags("category", "subcategory", "set_id", "figure_id"))
+    found = {"aAcc": accuracy(table)["accuracy"], "qAcc": together(table, tag("category", "subcategory", "set_id", "question_id"))}
+    found["fAcc"] = together(figures, tag("category", "subcategory", "set_id", "figure_id"))
     return {f"{name}{ending}": value for name, value in found.items() if value is not None}
 
 
 HALLUSIONBENCH = Benchmark(
     title="HallusionBench",
     files=(File("HallusionBench.json", (*KEY, "visual_input", "question", "gt_answer"), 1129),),
-    licence="BSD-3-Clause",
     item=item,
     metrics=metrics,
     headline="mean_pictures",
@@ -63,11 +62,6 @@ HALLUSIONBENCH = Benchmark(
         Published("fAcc_pictures", "Qwen2.5-VL-7B", 48.0, "VLMEvalKit leaderboard"),
         Published("qAcc_pictures", "Qwen2.5-VL-7B", 47.3, "VLMEvalKit leaderboard"),
         Published("aAcc_pictures", "Qwen2-VL-7B", 67.9, "VLMEvalKit leaderboard"),
-    ),
-    traps=(
-        "the authors judge answers by GPT-4 on 1,129 questions, leaderboards match yes or no on the 951 with a picture: not comparable",
-        "the authors print aAcc, qAcc and fAcc of all rows; mean_pictures is what leaderboards print, the mean of the three with a picture",
-        "fAcc leaves out figure 0 of VS, which is no figure",
     ),
     unofficial="yes or no by likelihood in place of GPT-4 as a judge",
 )

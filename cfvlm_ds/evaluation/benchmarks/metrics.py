@@ -7,23 +7,21 @@ among the tied texts is worth; parts of a conjunction multiply. A metric that co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import groupby, pairwise
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from math import comb, prod
+
+import numpy as np
 
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
 
 Key = Callable[[Judged], str]
-Found = TypeVar("Found")
+_KNOWN = 1 << 16
+"""Items of which is kept what was found: a bootstrap draws each a thousand times."""
 
 
-def tag(name: str) -> Key:
-    """The value of a tag of an item."""
-    return lambda judged: judged.item.tags[name]
-
-
-def tags(*names: str) -> Key:
-    """The values of several tags together."""
+def tag(*names: str) -> Key:
+    """The value of a tag of an item, or of several together."""
     return lambda judged: "\0".join(judged.item.tags[name] for name in names)
 
 
@@ -50,18 +48,11 @@ def text_right(judged: Judged, image: int = 0) -> float:
 
     In a blind table, the probability that it does when ties are broken at random.
     """
-    return _once(judged, ("text right", image), _text_right, image)
+    return _text_right(judged.scores[image], judged.item.match[image], judged.blind)
 
 
-def _once(judged: Judged, name: Hashable, find: Callable[..., Found], *arguments: object) -> Found:
-    """What ``find(judged, *arguments)`` is, found once for an item however many draws have it."""
-    if name not in judged.known:
-        judged.known[name] = find(judged, *arguments)
-    return cast(Found, judged.known[name])
-
-
-def _text_right(judged: Judged, image: int) -> float:
-    scores, truth = judged.scores[image], judged.item.match[image]
+@lru_cache(_KNOWN)
+def _text_right(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> float:
     true = [score for score, value in zip(scores, truth, strict=True) if value]
     false = [score for score, value in zip(scores, truth, strict=True) if not value]
     if not true or not false:
@@ -69,17 +60,9 @@ def _text_right(judged: Judged, image: int) -> float:
     worst, best = min(true), max(false)
     if worst > best and not _nan(scores):
         return 1.0
-    if not judged.blind or worst != best or _nan(scores):
+    if not blind or worst != best or _nan(scores):
         return 0.0
-    return _shuffles(true.count(worst), false.count(worst))
-
-
-def _shuffles(true: int, false: int) -> float:
-    """Probability that all of the tied true texts come before all of the tied false ones."""
-    found = 1.0
-    for place in range(true):
-        found *= (true - place) / (true + false - place)
-    return found
+    return 1 / comb(true.count(worst) + false.count(worst), true.count(worst))
 
 
 def _nan(scores: Sequence[float]) -> bool:
@@ -88,10 +71,7 @@ def _nan(scores: Sequence[float]) -> bool:
 
 def all_right(judged: Judged) -> float:
     """Whether the texts of every image are right."""
-    found = 1.0
-    for image in range(len(judged.scores)):
-        found *= text_right(judged, image)
-    return found
+    return prod(text_right(judged, image) for image in range(len(judged.scores)))
 
 
 def image_right(judged: Judged) -> float:
@@ -113,8 +93,8 @@ def accuracy(table: Sequence[Judged]) -> Values:
 
 def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
     """Accuracy of each part, ``macro/PART``, and their mean; a part of fewer than ``least`` items does not count."""
-    parts = {name: accuracy(part)["accuracy"] for name, part in grouped(table, key).items() if len(part) >= least}
-    return {"macro": sum(parts.values()) / len(parts), **{f"macro/{name}": value for name, value in parts.items()}} if parts else {}
+    parts = {f"macro/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, key).items() if len(part) >= least}
+    return means(parts, {"macro": "macro/"}) | parts
 
 
 def sliced(table: Sequence[Judged], key: Key, metrics: Callable[[Sequence[Judged]], Values]) -> Values:
@@ -135,10 +115,10 @@ def macro_by(name: str, least: int = 1) -> Callable[[Sequence[Judged]], Values]:
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 
-def with_macros(values: Values, *names: str) -> Values:
-    """Add NAME_macro for each name: the mean of its parts among the ``values`` of ``sliced``."""
-    parts = {name: [value for key, value in values.items() if key.startswith(f"{name}/")] for name in names}
-    return values | {f"{name}_macro": sum(found) / len(found) for name, found in parts.items() if found}
+def means(values: Values, starts: Mapping[str, str]) -> Values:
+    """For each name the mean of those ``values`` whose names begin so; none where there is no such value."""
+    parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
+    return {name: sum(found) / len(found) for name, found in parts.items() if found}
 
 
 def quads(table: Sequence[Judged]) -> Values:
@@ -158,12 +138,7 @@ QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
     """Share of the sets of items that a key puts together whose items are all right; None without any."""
-    found = []
-    for members in sets(table, key):
-        value = 1.0
-        for each in members:
-            value *= all_right(each)
-        found.append(value)
+    found = [prod(map(all_right, members)) for members in sets(table, key)]
     return mean(found) if found else None
 
 
@@ -172,16 +147,13 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 def said(judged: Judged, text: int) -> float:
     """Whether the answer is this text: it beats all others. In a blind table a tie is a share of each; otherwise nothing was said."""
-    return _once(judged, ("said", text), _said, text)
+    return _said(judged.scores[0], text, judged.blind)
 
 
-def _said(judged: Judged, text: int) -> float:
-    scores = judged.scores[0]
-    best = max(scores)
-    if _nan(scores) or scores[text] != best:
-        return 0.0
-    tied = scores.count(best)
-    return 1.0 if tied == 1 else 1 / tied if judged.blind else 0.0
+@lru_cache(_KNOWN)
+def _said(scores: tuple[float, ...], text: int, blind: bool) -> float:
+    tied = scores.count(max(scores))
+    return 0.0 if _nan(scores) or scores[text] != max(scores) or (tied > 1 and not blind) else 1 / tied
 
 
 def binary(table: Sequence[Judged], positive: int = 0) -> Values:
@@ -206,11 +178,7 @@ def binary(table: Sequence[Judged], positive: int = 0) -> Values:
 
 def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
     """How much likelier yes is than no, and whether it is true."""
-    return [_once(each, "margin", _margin) for each in table]
-
-
-def _margin(judged: Judged) -> tuple[float, bool]:
-    return judged.scores[0][0] - judged.scores[0][1], bool(judged.item.match[0][0])
+    return [(each.scores[0][0] - each.scores[0][1], bool(each.item.match[0][0])) for each in table]
 
 
 def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
@@ -218,33 +186,20 @@ def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
 
     None where one of the two answers never occurs, or a score is no number.
     """
-    positives, negatives = sum(true for _, true in pairs), sum(not true for _, true in pairs)
-    if not positives or not negatives or any(margin != margin for margin, _ in pairs):
+    yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
+    if not len(yes) or not len(no) or np.isnan([*yes, *no]).any():
         return None
-    below, won = 0, 0.0
-    for _, tied in groupby(sorted(pairs), key=lambda pair: pair[0]):
-        answers = [true for _, true in tied]
-        no = answers.count(False)
-        won += (len(answers) - no) * (below + no / 2)
-        below += no
-    return 100 * won / (positives * negatives)
+    won = np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")
+    return float(100 * (won.sum() / 2) / (len(yes) * len(no)))
 
 
 def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
     """The margin above which to say yes so that the most of ``pairs`` are right; of several the one nearest to 0, then the smaller."""
-    ordered = sorted(pairs)
-    values = [margin for margin, _ in ordered]
-    cuts = [values[0] - 1.0] + [(a + b) / 2 for a, b in pairwise(values) if b > a] + [values[-1] + 1.0]
-    right, place = sum(true for _, true in ordered), 0
-    best: tuple[int, float, float] | None = None
-    for cut in sorted([*cuts, 0.0]):
-        while place < len(ordered) and values[place] <= cut:
-            right += -1 if ordered[place][1] else 1
-            place += 1
-        if best is None or (-right, abs(cut), cut) < best:
-            best = (-right, abs(cut), cut)
-    assert best is not None
-    return best[2]
+    yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
+    values = np.unique([margin for margin, _ in pairs])
+    cuts = np.concatenate([[0.0, values[0] - 1, values[-1] + 1], (values[1:] + values[:-1]) / 2])
+    right = len(yes) - np.searchsorted(yes, cuts, "right") + np.searchsorted(no, cuts, "right")
+    return float(cuts[np.lexsort((cuts, np.abs(cuts), -right))[0]])
 
 
 def calibrated(table: Sequence[Judged]) -> float | None:
@@ -256,7 +211,7 @@ def calibrated(table: Sequence[Judged]) -> float | None:
     for each, pair in zip(table, margins(table), strict=True):
         if pair[0] != pair[0] or abs(pair[0]) == float("inf"):
             return None
-        halves[_once(each, "half", _half)].append(pair)
+        halves[_half(each.item.cluster)].append(pair)
     if not all(halves):
         return None
     right = 0
@@ -266,8 +221,9 @@ def calibrated(table: Sequence[Judged]) -> float | None:
     return 100 * right / len(table)
 
 
-def _half(judged: Judged) -> int:
-    return hashlib.sha256(judged.item.cluster.encode("utf-8", "surrogatepass")).digest()[0] % 2
+@lru_cache(_KNOWN)
+def _half(cluster: str) -> int:
+    return hashlib.sha256(cluster.encode("utf-8", "surrogatepass")).digest()[0] % 2
 
 
 def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:

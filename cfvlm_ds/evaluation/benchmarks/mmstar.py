@@ -33,15 +33,9 @@ def item(row: Row) -> Item:
 MMSTAR = Benchmark(
     title="MMStar",
     files=(File("mmstar.parquet", COLUMNS, 1500, lines="mmstar.jsonl"),),
-    licence="none stated on the card",
     item=item,
     metrics=macro_by("category"),
     headline="macro",
     probes=("yes_no", "generate"),
     published=(Published("macro", "Qwen2.5-VL-7B", 62.5, "in circulation, its source was not established"),),
-    traps=(
-        "the authors ask for runs without the picture beside every score: that is the blind row",
-        "the question contains its options, so that their order is as released",
-        "reruns of published values differ by 14 points in an issue of a public evaluator (901 of lmms-eval)",
-    ),
 )

@@ -37,7 +37,6 @@ def metrics(table: Sequence[Judged]) -> Values:
 MMVP = Benchmark(
     title="MMVP",
     files=(File("Questions.csv", ("Question", "Options", "Correct Answer"), 300),),
-    licence="MIT (from memory, not checked)",
     item=item,
     metrics=metrics,
     headline="pair",
@@ -46,11 +45,6 @@ MMVP = Benchmark(
         Published("pair", "human", 95.7, "arXiv 2401.06209"),
         Published("pair", "GPT-4V", 38.7, "arXiv 2401.06209"),
         Published("pair", "LLaVA-1.5", 24.7, "arXiv 2401.06209"),
-    ),
-    traps=(
-        "two pairs are swapped in the released file (99/100 and 279/280): nothing is repaired here, other evaluators may",
-        "a copy on the hub has changed four answers",
-        "the authors judge free answers by GPT-4; here letters are scored in both orders",
     ),
     unofficial="letters in both orders in place of free answers with a judge",
 )

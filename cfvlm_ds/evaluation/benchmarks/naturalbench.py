@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, all_right, mean, sets, tag, text_right, together
@@ -44,13 +45,8 @@ def metrics(table: Sequence[Judged]) -> Values:
     """Of single answers; of questions right on both pictures; of pictures with both questions right; of groups with all four right."""
     if not table:
         return {}
-    pictures = []
-    for questions in sets(table, tag("group")):
-        for image in (0, 1):
-            value = float(len(questions) == 2)
-            for each_question in questions:
-                value *= text_right(each_question, image)
-            pictures.append(value)
+    groups = sets(table, tag("group"))
+    pictures = [(len(both) == 2) * prod(text_right(question, image) for question in both) for both in groups for image in (0, 1)]
     found = accuracy(table) | {"q_acc": mean([all_right(question) for question in table]), "i_acc": mean(pictures)}
     return found | {"g_acc": together(table, tag("group")) or 0.0}
 
@@ -58,15 +54,8 @@ def metrics(table: Sequence[Judged]) -> Values:
 NATURALBENCH = Benchmark(
     title="NaturalBench",
     files=(File("data/train-*.parquet", COLUMNS, 1900, lines="train.jsonl"),),
-    licence="see the card on the hub",
     item=items,
     metrics=metrics,
     headline="g_acc",
     probes=("yes_no", "generate"),
-    traps=(
-        "an answer that cannot be read counts as wrong",
-        "generate takes the authors' rule: the first yes or no, A or B, wherever it stands; so an article a is option A",
-        "the authors' script joins question and instruction without a space; here, as in public evaluators, there is one",
-        "the split for fine-tuning calls its type mcq, which the authors' own script refuses, and so does this",
-    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, with_macros, yes_no
+from cfvlm_ds.evaluation.benchmarks.metrics import means, sliced, tag, yes_no
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("question_id", "image", "text", "label")
@@ -27,13 +27,13 @@ def item(row: Row) -> Item:
 
 def metrics(table: Sequence[Judged]) -> Values:
     """Of all questions, of each split, and the mean of the splits, which papers report."""
-    return with_macros(sliced(table, tag("split"), yes_no), "f1", "accuracy")
+    found = sliced(table, tag("split"), yes_no)
+    return found | means(found, {"f1_macro": "f1/", "accuracy_macro": "accuracy/"})
 
 
 POPE = Benchmark(
     title="POPE (COCO)",
     files=tuple(File(f"output/coco/coco_pope_{split}.json", COLUMNS, 3000, part=split) for split in SPLITS),
-    licence="MIT; pictures: COCO",
     item=item,
     metrics=metrics,
     headline="f1_macro",
@@ -41,11 +41,5 @@ POPE = Benchmark(
     published=(
         Published("f1_macro", "LLaVA-1.5-7B (2,910 random questions)", 85.9, "haotian-liu/LLaVA, MODEL_ZOO"),
         Published("f1_macro", "LLaVA-1.5-13B", 85.9, "haotian-liu/LLaVA, MODEL_ZOO"),
-    ),
-    traps=(
-        "the files are JSON lines though they are named .json",
-        "LLaVA's revision has 2,910 random questions in place of 3,000",
-        "generate takes the authors' rule: an answer without a no is yes, an empty one too; by likelihood a tie is wrong and not predicted",
-        "yes_ratio is of predictions; one public evaluator gives that of the truth",
     ),
 )

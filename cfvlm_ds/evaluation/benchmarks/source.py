@@ -23,8 +23,8 @@ from cfvlm_ds.core.reading import MIB, DuplicateKey, lines, open_regular, parse_
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_foreign
 from cfvlm_ds.data.confinement import Confinement
-from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.containers.prepared import prepare, prepared_places
+from cfvlm_ds.data.containers.rows import rows_of
 from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
 from cfvlm_ds.data.formats.fields import further_keys
 from cfvlm_ds.data.picture_file import picture_file
@@ -114,95 +114,60 @@ def one_hot(gold: int, size: int) -> tuple[int, ...]:
     return tuple(int(each == gold) for each in range(size))
 
 
-_Placed = tuple[str, str, Any]
-"""The place of a value after the name of its file, its number, and the value or the DataError for it."""
-
-
 class Source:
     """The folder of a benchmark; ``say`` is told of long work on its files.
 
     Attributes:
         counts: file -> rows that were in it.
-        notes: what is worth saying of the files.
         absent: picture that rows name and that is not there -> the error for the first of these rows.
     """
 
     def __init__(self, root: Path, say: Callable[[str], object] = lambda line: None) -> None:
         self.root, self._say = root, say
         self.counts: dict[str, int] = {}
-        self.notes: list[str] = []
         self.absent: dict[Path, DataError] = {}
         self._brought: tuple[Path, ...] = ()
         """Folder of the pictures that the rows of the file at hand brought."""
         self._confined: dict[tuple[Path, ...], Confinement] = {}
-        self._keyed: dict[File, dict[str, Row]] = {}
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
         """Yield the rows of a file. A file that is missing or damaged is one DataError."""
-        path, read = self.root / file.name, _READERS.get(Path(file.name).suffix)
+        path = self.root / file.name
+        names = sorted(glob(file.name, root_dir=self.root, recursive=True))  # unlike Path.glob it goes through links
         if file.lines and (self.root / file.lines).is_file():
-            path, read = self.root / file.lines, _json_lines
-        elif path.suffix == ".parquet" and is_there(path):
-            read = self._prepared
-        elif "*" in file.name and read is not None:
-            names = sorted(glob(file.name, root_dir=self.root, recursive=True))  # unlike Path.glob it goes through links
-            if not names:
-                yield DataError(f"{path}: no {path.suffix} file; docs/benchmarks says where the files are and where they belong")
-            for name in names:
-                yield from self._rows(file, self.root / name, read)
-            return
-        if read is None or not is_there(path) or path.is_dir():
-            yield self._missing(path, file.lines)
-            return
-        yield from self._rows(file, path, read)
+            names = [file.lines]
+        elif path.suffix == ".parquet":
+            names = [file.name] * bool(names)
+        if not names:
+            there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, there, n=1)
+            hint = f"did you rename {near[0]!r}?" if near else "docs/benchmarks says where it is and where it belongs"
+            beside = f", nor {self.root / file.lines} with its rows as JSON lines" if file.lines else ""
+            yield DataError(f"{path}: no such file{beside}; {hint}")
+        for name in names:
+            yield from self._rows(file, name)
 
-    def _rows(self, file: File, path: Path, read: Callable[[Path], Iterator[_Placed]] | None) -> Iterator[Row | DataError]:
-        assert read is not None
-        self._brought, place = (), ""
+    def _rows(self, file: File, name: str) -> Iterator[Row | DataError]:
+        path, self._brought = self.root / name, ()
         self.counts.setdefault(file.name, 0)
-        name = path.relative_to(self.root).as_posix()
         try:
-            for place, number, value in read(path):
+            for place, value in rows_of(path, self._prepared if path.suffix == ".parquet" else _READERS[path.suffix]):
                 self.counts[file.name] += 1
-                where = f"{path}{place}"
-                values = DataError(f"{where}: {value}") if isinstance(value, DataError) else _checked(where, value, file)
-                yield values if isinstance(values, DataError) else Row(values, where, number, file.part, name, self)
+                kind, _, number = place.partition(" ")
+                where = f"{path}:{number}" if kind == "line" else f"{path}: {place}"
+                try:
+                    yield Row(_checked(where, value, file), where, number, file.part, name, self)
+                except DataError as error:
+                    yield error
         except DataError as error:  # which names the file and what to do
             yield error
-        except OSError as error:
-            yield DataError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions or get it again")
-        except Exception as error:  # parsers raise nearly anything on damaged bytes
-            after = f" after {place.lstrip(': ')}" if place else ""
-            yield DataError(f"{path}: cannot be read{after} ({error}); get the official file again, in UTF-8")
 
-    def keyed(self, file: File, column: str) -> dict[str, Row]:
-        """Return the rows of a file by the value of a column. Raises DataError for the first row that cannot be read."""
-        if file not in self._keyed:
-            found: dict[str, Row] = {}
-            for row in self.rows(file):
-                if isinstance(row, DataError):
-                    raise row
-                found[str(row[column])] = row
-            self._keyed[file] = found
-        return self._keyed[file]
-
-    def _prepared(self, path: Path) -> Iterator[_Placed]:
+    def _prepared(self, path: Path) -> _Placed:
         """The rows of Parquet files, of which JSON lines are made the first time; a line that is a text says what is wrong with its row."""
         made = prepare(path, "parquet", prepared_places(path, cache_folder()), self._say).lines
         self._brought = (made.parent,)
-        for place, number, value in _json_lines(made):
-            yield place, number, DataError(value) if isinstance(value, str) else value
-
-    def _missing(self, path: Path, lines: str) -> DataError:
-        if lines:
-            return DataError(
-                f"{path}: no such file, nor {self.root / lines} with its rows as JSON lines; docs/benchmarks says where it is and where it "
-                "belongs"
-            )
-        there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, there, n=1)
-        hint = f"did you rename {near[0]!r}?" if near else "docs/benchmarks says where it is and where it belongs"
-        return DataError(f"{path}: no such file; {hint}")
+        for place, value in _json_lines(made):
+            yield place, DataError(value) if isinstance(value, str) else value
 
     def picture(self, where: str, name: Any, *folders: str) -> Path:
         """The file of a picture that a row names, in the first of ``folders`` that has it; where none has, it is ``absent``.
@@ -244,24 +209,27 @@ def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
     return path
 
 
-def _checked(where: str, value: Any, file: File) -> dict[str, Any] | DataError:
+def _checked(where: str, value: Any, file: File) -> dict[str, Any]:
+    if isinstance(value, DataError):
+        raise DataError(f"{where}: {value}")
     if file.unnamed and (not isinstance(value, list) or len(value) != len(file.columns)):
-        return DataError(f"{where}: the row must be [{', '.join(file.columns)}], not {quoted(value)}; {_AGAIN}")
+        raise DataError(f"{where}: the row must be [{', '.join(file.columns)}], not {quoted(value)}; {_AGAIN}")
     if file.unnamed:
         return dict(zip(file.columns, value, strict=True))
     if not isinstance(value, dict):
-        return DataError(f"{where}: the row is a {type(value).__name__}, not an object; {_AGAIN}")
-    try:
-        further_keys(value, file.columns, where)
-    except DataError as error:
-        return error
+        raise DataError(f"{where}: the row is a {type(value).__name__}, not an object; {_AGAIN}")
+    further_keys(value, file.columns, where)
     if absent := [name for name in file.columns if name not in value]:
         has = ", ".join(map(str, list(value)[:20]))
-        return DataError(f"{where}: column {absent[0]!r} is missing (there are: {has}); {_AGAIN}")
+        raise DataError(f"{where}: column {absent[0]!r} is missing (there are: {has}); {_AGAIN}")
     return value
 
 
-def _json_values(path: Path) -> Iterator[_Placed]:
+_Placed = Iterator[tuple[str, Any]]
+"""Values of a file with their places, or the DataError for one."""
+
+
+def _json_values(path: Path) -> _Placed:
     """Of one JSON value, or of one object per line: published files of either kind are named .json."""
     content = read_bytes(path, MAX_FILE).decode("utf-8-sig")
     try:
@@ -273,17 +241,13 @@ def _json_values(path: Path) -> Iterator[_Placed]:
             raise
         yield from _json_lines(path)
         return
-    if isinstance(value, list):
-        yield from ((f": item {number}", str(number), row) for number, row in enumerate(value, 1))
-    elif isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
-        yield from ((f": key {key!r}", str(key), row) for key, row in value.items())
-    elif isinstance(value, dict):
-        yield ": item 1", "1", value
+    if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
+        yield from ((f"key {key}", row) for key, row in value.items())
     else:
-        raise ValueError(f"it holds a {type(value).__name__}, not a list of rows")
+        yield from ((f"item {number}", row) for number, row in enumerate(value if isinstance(value, list) else [value], 1))
 
 
-def _json_lines(path: Path) -> Iterator[_Placed]:
+def _json_lines(path: Path) -> _Placed:
     with open_regular(path) as handle:
         for number, line in enumerate(lines(handle, MAX_ROW), 1):
             if not line.strip():
@@ -292,30 +256,21 @@ def _json_lines(path: Path) -> Iterator[_Placed]:
                 value = parse_json(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 value = DataError(f"broken JSON ({error}); {_AGAIN}")
-            yield f":{number}", str(number), value
+            yield f"line {number}", value
 
 
-def _text_lines(path: Path) -> Iterator[_Placed]:
+def _text_lines(path: Path) -> _Placed:
     """Split each line at its last tab."""
     content = read_bytes(path, MIB).decode("utf-8-sig")
     for number, line in enumerate((line for line in content.splitlines() if line.strip()), 1):
         before, _, after = line.rpartition("\t")
-        yield f":{number}", str(number), [before, after]
+        yield f"line {number}", [before, after]
 
 
-def _table(read: Callable[[Path], Iterator[tuple[str, Any]]]) -> Callable[[Path], Iterator[_Placed]]:
-    def values(path: Path) -> Iterator[_Placed]:
-        for place, value in read(path):
-            number = place.removeprefix("line ")
-            yield f":{number}", number, value
-
-    return values
-
-
-_READERS: dict[str, Callable[[Path], Iterator[_Placed]]] = {
+_READERS: dict[str, Callable[[Path], _Placed]] = {
     ".json": _json_values,
     ".jsonl": _json_lines,
     ".txt": _text_lines,
-    ".csv": _table(csv_rows),
-    ".tsv": _table(tsv_rows),
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, tag
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, means, tag
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 ROWS = {
@@ -24,17 +24,12 @@ def item(row: Row) -> Item:
 def metrics(table: Sequence[Judged]) -> Values:
     """The mean of the subsets, each subset, and the means of the three kinds."""
     found = macro(table, tag("subset"))
-    for kind in ("add", "replace", "swap"):
-        parts = [value for name, value in found.items() if name.startswith(f"macro/{kind}_")]
-        if parts:
-            found[f"macro/{kind}"] = sum(parts) / len(parts)
-    return found | accuracy(table)
+    return found | means(found, {f"macro/{kind}": f"macro/{kind}_" for kind in ("add", "replace", "swap")}) | accuracy(table)
 
 
 SUGARCREPE = Benchmark(
     title="SugarCrepe",
     files=tuple(File(f"data/{subset}.json", COLUMNS, rows, part=subset) for subset, rows in ROWS.items()),
-    licence="MIT (annotations); pictures: COCO, terms of Flickr",
     item=item,
     metrics=metrics,
     headline="macro",
@@ -46,10 +41,5 @@ SUGARCREPE = Benchmark(
         Published("macro/add_obj", "GPT-4V, mean of both orders", 91.6, "RAIVNLab/sugar-crepe, gpt-4v-results"),
         Published("accuracy", "VQAScore, CLIP-FlanT5-XXL", 93.7, "BiVLC, arXiv 2406.09952"),
         Published("accuracy", "human", 98.9, "BiVLC, arXiv 2406.09952"),
-    ),
-    traps=(
-        "language alone finds 94 % of add_obj by summed likelihood and 23 % by its mean per token: read the blind row",
-        "the order of options moves GPT-4V by 5 points on swap_obj: letters are asked in both orders",
-        "the paper counts 246 rows of swap_obj, the released file has 245",
     ),
 )

@@ -20,15 +20,9 @@ def item(row: Row) -> Item:
 SUGARCREPE_PP = Benchmark(
     title="SugarCrepe++",
     files=tuple(File(f"data/{subset}.json", ("id", "filename", *CAPTIONS), part=subset) for subset in SUBSETS),
-    licence="CC-BY-4.0 by its read-me, MIT by its licence file; pictures: COCO",
     item=item,
     metrics=macro_by("subset"),
     headline="macro",
     probes=("match", "caption"),
     total=4757,
-    traps=(
-        "chance is one in three: both of two true captions must win",
-        "in four rows the two true captions are equal: they count as they are",
-        "the authors' second task is of texts alone, and is not here",
-    ),
 )

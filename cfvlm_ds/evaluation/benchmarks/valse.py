@@ -30,10 +30,8 @@ def item(row: Row) -> Item | None:
 VALSE = Benchmark(
     title="VALSE",
     files=tuple(File(f"data/{part}.json", COLUMNS, valid, part=part) for part, valid in VALID.items()),
-    licence="MIT; pictures: COCO, Visual7W, SWiG, VisDial",
     item=item,
     metrics=macro_by("part"),
     headline="macro",
     probes=("match", "caption", "letters"),
-    traps=("the files also hold rows that the annotators rejected: only those with two of three votes count",),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values, quad
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, quads, sliced, tag, with_macros
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, means, quads, sliced, tag
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("image_0", "text_0", "image_1", "text_1", "category")
@@ -19,13 +19,13 @@ def item(row: Row) -> Item:
 
 def metrics(table: Sequence[Judged]) -> Values:
     """The authors report categories; their mean is ``group_macro``, beside the mean over items."""
-    return with_macros(sliced(table, tag("category"), quads), "text", "image", "group")
+    found = sliced(table, tag("category"), quads)
+    return found | means(found, {f"{name}_macro": f"{name}/" for name in ("text", "image", "group")})
 
 
 VISMIN = Benchmark(
     title="VisMin",
     files=(File("data/test-*.parquet", COLUMNS, 2084, lines="test.jsonl"),),
-    licence="see the card on the hub",
     item=item,
     metrics=metrics,
     headline="group_macro",
@@ -37,6 +37,5 @@ VISMIN = Benchmark(
         Published("group/relation", "LLaVA-1.6-7B", 7.4, SOURCE),
         Published("group/counting", "LLaVA-1.6-7B", 20.2, SOURCE),
     ),
-    traps=("the authors ask large models four questions, two of them of both pictures at once; here all four cells are scored",),
     unofficial="one score per cell in place of the authors' questions of both pictures",
 )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-
+from cfvlm_ds.data.formats.fields import as_list
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
@@ -26,12 +25,7 @@ def item(row: Row) -> Item:
 
 def _answers(row: Row, column: str) -> list[str]:
     """A text, or several in the form of a Python list, as one revision of the files has them."""
-    value = row.text(column) if isinstance(row[column], str) else row[column]
-    if isinstance(value, str) and value.startswith("[") and len(value) < 10_000:
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise row.error(f"{column!r} is no list of texts ({error})") from error
+    value = as_list(row[column])
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not found or not all(isinstance(each, str) and each.strip() for each in found):
         raise row.error(f"{column!r} must be a text or a list of texts")
@@ -44,15 +38,10 @@ VISUAL_COUNTERFACT = Benchmark(
         File("data/color-*.parquet", COLUMNS, 493, "color.jsonl", part="color"),
         File("data/size-*.parquet", COLUMNS, 727, "size.jsonl", part="size"),
     ),
-    licence="none stated on the card",
     item=item,
     metrics=by("part", quads),
     headline="text",  # a model that answers from memory has the first picture alone, and no text score
     probes=("caption", "generate"),
     chance=QUAD_CHANCE,
-    traps=(
-        "answers are texts in one revision and lists written as texts in another",
-        "the authors draw the order of the two objects at random; here it is alphabetical, the same for both pictures",
-    ),
     unofficial="the order of objects in the question of size",
 )

@@ -27,12 +27,10 @@ def metrics(table: Sequence[Judged]) -> Values:
 VSR = Benchmark(
     title="VSR (zero-shot)",
     files=(File("data/splits/zeroshot/test.jsonl", COLUMNS, 1222),),
-    licence="Apache-2.0; pictures: COCO",
     item=item,
     metrics=metrics,
     headline="accuracy",
     probes=("yes_no", "generate"),
     published=(Published("accuracy", "human", 95.4, "arXiv 2205.00363"),),
-    traps=("VSR's training pictures are also SugarCrepe's (71), POPE's (33) and COCO-Order's (202)",),
     unofficial="the question: the authors train classifiers, and state none",
 )

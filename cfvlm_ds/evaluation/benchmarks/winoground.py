@@ -25,12 +25,10 @@ def _named(row: Row, name: object) -> Path:
 WINOGROUND = Benchmark(
     title="Winoground",
     files=(File("data/examples.jsonl", COLUMNS, 400),),
-    licence="gated, research only: not to be redistributed",
     item=item,
     metrics=by("tag", quads),
     headline="group",
     probes=("match", "caption", "letters"),
     chance=QUAD_CHANCE,
     published=(Published("group", "VQAScore, CLIP-FlanT5-XXL", 46.0, "arXiv 2404.01291"),),
-    traps=("the files are gated: agree to the terms on the hub first", "chance of group is one in six, not one in sixteen"),
 )

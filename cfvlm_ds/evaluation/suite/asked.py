@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,26 @@ from cfvlm_ds.batching.batch import BLANK
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.distributed import Patience, World, agreed, gather_objects
-from cfvlm_ds.core.errors import ConfigError, DataError, InputError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, InputError
 from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import open_regular
 from cfvlm_ds.core.secrets import without_secrets
-from cfvlm_ds.core.text import one_line
-from cfvlm_ds.core.untrusted import refuse_link
-from cfvlm_ds.core.versions import version
-from cfvlm_ds.data.picture_index import Picture
-from cfvlm_ds.evaluation.asking import Plan, Say, plan, written
+from cfvlm_ds.core.untrusted import own_output, refuse_link
+from cfvlm_ds.data.picture_index import Picture, PictureTable
+from cfvlm_ds.evaluation.asking import Plan, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
-from cfvlm_ds.evaluation.benchmarks.base import judged
 from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
-from cfvlm_ds.evaluation.probes import Generate, Probe
-from cfvlm_ds.evaluation.scoring import Forward, GroupScores, matrices, other_images, scored_batches, seen_as
-from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
-from cfvlm_ds.evaluation.suite.chosen import SKIP, Chosen
-from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, fitting, token_lengths
+from cfvlm_ds.evaluation.probes import Generate
+from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as, warn_of_nonfinite
+from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
+from cfvlm_ds.evaluation.suite.chosen import Chosen, refuse_problems
+from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, token_lengths
 from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 from cfvlm_ds.evaluation.suite.written import (
     RESULTS,
     Partial,
     Result,
-    bootstrap_of,
     kept,
     read_result,
     read_results,
@@ -52,6 +47,8 @@ from cfvlm_ds.evaluation.suite.written import (
     write_result,
 )
 
+_Rows = dict[int, dict[str, Any]]
+"""What is kept of groups or items, by their numbers."""
 MAX_TOKENS = 16_384
 """Tokens of a forward where nobody says: a hundred questions of a picture, whatever the model."""
 _TABLES = "results.md"
@@ -63,8 +60,8 @@ class Asked:
     """A model that is asked: its forward, in evaluation mode on every rank, and what it is recognised by.
 
     ``identity`` has the hashes of its ``weights``, its ``inputs`` (see cfvlm_ds.models.identity) and, where it has adapters, its
-    ``adapter``; where it writes, of its options of ``writing``. ``say`` writes greedily; None for a model that cannot, such as one in parts
-    on several GPUs.
+    ``adapter``; where it writes, of its options of ``writing``. ``say`` writes so many tokens at most about pictures, when it is asked a
+    prompt; None for a model that cannot, such as one in parts on several GPUs.
     """
 
     forward: Forward
@@ -73,7 +70,7 @@ class Asked:
     name: str
     identity: Mapping[str, str]
     precision: Mapping[str, str]
-    say: Callable[[int], Say] | None = None
+    say: Callable[[Pictures, str, int], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,13 +107,8 @@ def results_held(out: Path, world: World) -> Iterator[None]:
             raise ConfigError(f"{out} is a file, and results are a folder; name another one with --out")
         if (out / "config.yaml").exists():
             raise ConfigError(f"{out} is a training's folder, whose own results would be written over; name another one with --out")
-        if (out / _TABLES).exists() and not _is_ours(out / _TABLES):
-            raise ConfigError(f"{out / _TABLES} is not of an evaluation, and would be written over; name another folder with --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            held.append(RunLock(out, world.say, "folder with --out"))
-        except OSError as error:
-            raise StorageError(f"{unwritten(out, error)}; name another folder with --out") from error
+        own_output(out / _TABLES, lambda file: file.read(len(HEADING)) == HEADING.encode(), "evaluate")
+        held.append(RunLock(out, world.say, "folder with --out"))
 
     agreed(world, hold)
     try:
@@ -126,14 +118,6 @@ def results_held(out: Path, world: World) -> Iterator[None]:
         if held:  # nothing is left of what was refused
             with contextlib.suppress(OSError):
                 out.rmdir()
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        with open_regular(path) as file:
-            return bool(file.read(len(HEADING)) == HEADING.encode())
-    except (OSError, ValueError):
-        return False
 
 
 def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], out: Path, settings: Settings) -> list[Result]:
@@ -152,14 +136,7 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
         )
     seen: dict[Path, Picture | str] = {}
     found = [_Evaluation(model, each, loaded, out, settings).result(seen) for each, loaded in chosen]
-
-    def write() -> None:
-        try:
-            write_whole(out / _TABLES, (markdown(read_results(out)) + "\n").encode())
-        except OSError as error:
-            raise StorageError(f"{unwritten(out / _TABLES, error)}; make room, and start again: nothing is asked twice") from error
-
-    agreed(world, write)
+    agreed(world, lambda: write_whole(out / _TABLES, (markdown(read_results(out)) + "\n").encode()))
     return found
 
 
@@ -183,39 +160,30 @@ class _Evaluation:
         """What is on disk, or what the model says now; pictures that were ``seen`` are not opened again to be checked."""
         settings, world = self._settings, self._world
         checked = checked_items(self._loaded.items, self._chosen.way, self._model.collator, world, self._label, seen=seen)
-        if checked.left_out and not (settings.skip and checked.items):
-            more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
-            remedy = f"; {SKIP}" if checked.items else ""
-            raise DataError(f"benchmark {self._chosen.name}: {checked.left_out[0][1]}{more}{remedy}")
+        refuse_problems(self._chosen.name, [why for _, why in checked.left_out], len(checked.items), settings.skip)
         header = self._header(checked)
         found: Result | None = agreed(world, lambda: self._finished(header), self._patience)
         if found is not None:
             world.say(f"{self._label}: {len(found.outcomes)} items are in {self._folder} already")
             return found
         journal: Partial = agreed(world, lambda: Partial(result_folder(self._folder), header), self._patience)
-        collator = self._model.collator.of_run("full", None, checked.pictures)
-        outcomes = self._outcomes(checked, collator, journal)
+        outcomes = self._outcomes(checked, journal)
         result = Result(self._chosen.name, self._chosen.label, self._record(header, checked, outcomes), tuple(outcomes))
         agreed(world, lambda: write_result(self._folder, result))
         return result
 
     def _header(self, checked: Checked) -> dict[str, Any]:
         """All that the scores depend on."""
-        way, settings = self._chosen.way, self._settings
-        return {
-            "benchmark": self._chosen.name,
-            "probe": {"name": way.name, **asdict(way)},  # type: ignore[arg-type]
-            "model": {name: self._model.identity.get(name) for name in (*_OF_MODEL, *["writing"] * isinstance(way, Generate))},
-            "data": checked.identity(),
-            "settings": {
-                "batch_size": settings.batch_size,
-                "max_tokens_per_forward": settings.max_tokens,
-                "shuffled": settings.shuffled,
-                "limit": self._loaded.limit,
-                **self._model.precision,
-            },
-            "versions": {name: version(name) for name in ("cfvlm-ds", "torch", "transformers")},
+        settings = self._settings
+        of_model = (*_OF_MODEL, *["writing"] * isinstance(self._chosen.way, Generate))
+        said = {
+            "batch_size": settings.batch_size,
+            "max_tokens_per_forward": settings.max_tokens,
+            "shuffled": settings.shuffled,
+            "limit": self._loaded.limit,
+            **self._model.precision,
         }
+        return self._chosen.header({name: self._model.identity.get(name) for name in of_model}, checked.identity(), said)
 
     def _finished(self, header: Mapping[str, Any]) -> Result | None:
         if not (self._folder / RESULTS).is_file():
@@ -226,7 +194,6 @@ class _Evaluation:
 
     def _record(self, header: Mapping[str, Any], checked: Checked, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """What results.json says."""
-        draws = draws_for(len(outcomes)) if self._settings.draws is None else self._settings.draws
         left_out = [("", str(problem)) for problem in self._loaded.problems] + list(checked.left_out)
 
         def placed(said: str) -> str:
@@ -237,15 +204,7 @@ class _Evaluation:
             self._chosen.benchmark,
             {**header, "model": {"name": without_secrets(self._model.name), **header["model"]}},
             outcomes,
-            drawn_together(
-                self._world,
-                bootstrap_of(outcomes),
-                self._chosen.benchmark.metrics,
-                judged(outcomes)["seen"],
-                draws,
-                self._label,
-                self._patience,
-            ),
+            drawn_together(self._world, outcomes, self._chosen.benchmark.metrics, self._settings.draws, self._label, self._patience),
             [(name, placed(why)) for name, why in left_out],
             [placed(note) for note in self._loaded.notes],
             in_files=self._loaded.in_files,
@@ -254,102 +213,78 @@ class _Evaluation:
 
     # What the model says ---------------------------------------------------------------------------------------------------------------
 
-    def _outcomes(self, checked: Checked, collator: Collator, journal: Partial) -> list[Outcome]:
-        way = self._chosen.way
+    def _outcomes(self, checked: Checked, journal: Partial) -> list[Outcome]:
+        way, rows, world = self._chosen.way, journal.rows, self._world
         if isinstance(way, Generate):
-            return self._written(checked, way, journal)
-        return self._scored(checked, way, collator, journal)
-
-    def _scored(self, checked: Checked, probe: Probe, collator: Collator, journal: Partial) -> list[Outcome]:
-        """Items by the likelihood of texts."""
-        asked, settings = plan(checked.items, probe), self._settings
-        donors = fitting(asked.groups, other_images(asked.groups), collator, checked.pictures) if settings.shuffled else None
-        scores = {k: taken(row) for k, row in journal.rows.items()}
-        progress = self._progress(len(asked.groups), len(scores), "groups")
-        for pictured in (True, False):  # a text alone has no blank row of its own
-            every = [k for k, group in enumerate(asked.groups) if bool(group.num_pictures) == pictured]
-            views = seen_as(asked.groups, donors) if pictured else [asked.groups]
-            batches = [every[start : start + settings.batch_size] for start in range(0, len(every), settings.batch_size)]
-            left = [batch for batch in batches if not all(k in scores for k in batch)]
-            for batch in self._batches(asked, views, left, donors, collator):
-                agreed(self._world, partial(journal.add, {k: kept(each) for k, each in batch.items()}))
-                scores |= batch
-                progress.advance(len(batch))
-        if broken := [asked.groups[k].id for k, found in scores.items() if not found.finite]:
-            named = ", ".join(one_line(each, 60) for each in broken[:5])
-            self._world.say(f"warning: {self._label}: scores of {len(broken)} groups are not finite, and count as wrong: {named}")
-        lengths = token_lengths(collator) if probe.needs_lengths else None
-        return asked.outcomes([scores[k] for k in range(len(asked.groups))], lengths)
-
-    def _batches(
-        self,
-        asked: Plan,
-        views: Sequence[Sequence[CounterfactualGroup]],
-        batches: Sequence[list[int]],
-        donors: Sequence[Pictures | None] | None,
-        collator: Collator,
-    ) -> Iterator[dict[int, GroupScores]]:
-        """The scores of the groups of as many batches as there are ranks, on all of them, until there are no more."""
-        world, settings = self._world, self._settings
-        turns = -(-len(batches) // world.size)
-        places = [turn * world.size + world.rank for turn in range(turns)]
-        mine = [batches[place] if place < len(batches) else batches[-1][-1:] for place in places]  # ZeRO-3 waits for every rank
-        options: dict[str, Any] = {"max_tokens": settings.max_tokens, "remedy": settings.remedy}
-        scored = scored_batches(
-            self._model.forward, collator, asked.groups, views, mine, world, settings.num_workers, self._label, **options
-        )
-        for place, (indices, found) in zip(places, scored, strict=True):
-            own = matrices(asked.groups, indices, found, donors) if place < len(batches) else {}
-            together: dict[int, GroupScores] = {}
-            for part in gather_objects(own, world):
-                together |= part
-            yield together
-
-    def _written(self, checked: Checked, way: Generate, journal: Partial) -> list[Outcome]:
-        """Items by what the model writes about them; each rank writes about its own."""
-        if self._model.say is None:
-            raise ConfigError(
-                "the probe generate needs a whole model on each rank, and this one is in parts; leave out --zero3, or name another probe"
-            )
-        say, world, settings = self._model.say(way.max_new_tokens), self._world, self._settings
-        shown = [CounterfactualGroup(item.id, item.images, (Candidate("", "x"),), _first_true(item)) for item in checked.items]
-        donors = other_images(shown) if settings.shuffled else [None] * len(shown)
-        left = [k for k in range(len(checked.items)) if k not in journal.rows]
-        progress = self._progress(len(checked.items), len(checked.items) - len(left), "items")
-        for start in range(0, len(left), settings.batch_size * world.size):
-            turn = left[start : start + settings.batch_size * world.size]
-            own, problem = dict[int, dict[str, Any]](), None
-            try:
-                for k in turn[world.rank :: world.size]:
-                    item, donor, asked = checked.items[k], donors[k], way.asked(checked.items[k])
-                    own[k] = {"said": [say(image, asked) for image in item.images], "blank": say(_blank(item), asked)}
-                    own[k] |= {} if donor is None else {"shuffled": say(donor, asked)}
-                    self._patience.alive()
-            except InputError as error:
-                problem = error
+            unit, total, turns = "items", len(checked.items), self._written(checked.items, way, rows)
+        else:
+            asked = plan(checked.items, way)
+            unit, total, turns = "groups", len(asked.groups), self._scored(asked, checked.pictures, rows)
+        if rows:
+            world.say(f"{self._label}: {len(rows)} of {total} {unit} are on disk, and it goes on from there")
+        progress = Progress(world.say, self._label, total - len(rows), unit)
+        for own in _with_problem(turns):
             self._patience.meet()
-            together: dict[int, dict[str, Any]] = {}
-            for part, wrong in gather_objects((own, problem), world):
+            together: _Rows = {}
+            for part, wrong in gather_objects(own, world):
                 if wrong is not None:
                     raise wrong
                 together |= part
             agreed(world, partial(journal.add, together))
-            journal.rows.update(together)
-            progress.advance(len(turn))
-        parse = PARSERS.get(self._chosen.name, answer)
-        rows = [(item, journal.rows[k]) for k, item in enumerate(checked.items)]
-        return [written(item, row["said"], row["blank"], row.get("shuffled"), parse) for item, row in rows]
+            rows |= together
+            progress.advance(len(together))
+        if isinstance(way, Generate):
+            parse = PARSERS.get(self._chosen.name, answer)
+            found = [(item, rows[k]) for k, item in enumerate(checked.items)]
+            return [written(item, row["said"], row["blank"], row.get("shuffled"), parse) for item, row in found]
+        scores = [taken(rows[k]) for k in range(total)]
+        warn_of_nonfinite(asked.groups, scores, world, self._label)
+        return asked.outcomes(scores, token_lengths(self._model.collator) if way.needs_lengths else None)
 
-    def _progress(self, total: int, done: int, unit: str) -> Progress:
-        if done:
-            self._world.say(f"{self._label}: {done} of {total} {unit} are on disk, and it goes on from there")
-        return Progress(self._world.say, self._label, total - done, unit)
+    def _scored(self, asked: Plan, pictures: PictureTable, known: _Rows) -> Iterator[_Rows]:
+        """The scores of this rank's groups, a batch at a time; those that are ``known`` are not scored again."""
+        groups, settings = asked.groups, self._settings
+        collator = self._model.collator.of_run("full", None, pictures)
+        donors = other_images(groups) if settings.shuffled else None
+        options: dict[str, Any] = {"max_tokens": settings.max_tokens, "remedy": settings.remedy}
+        for pictured in (True, False):  # a text alone has no blank row of its own
+            every = [k for k, group in enumerate(groups) if bool(group.num_pictures) == pictured]
+            batches = [every[start : start + settings.batch_size] for start in range(0, len(every), settings.batch_size)]
+            left = [batch for batch in batches if not all(k in known for k in batch)]
+            views = seen_as(groups, donors) if pictured else [groups]
+            turns = scored_batches(
+                self._model.forward, collator, groups, views, left, self._world, settings.num_workers, self._label, **options
+            )
+            for indices, scored in turns:
+                yield {k: kept(scores) for k, scores in matrices(groups, indices, scored, donors).items()}
+
+    def _written(self, items: Sequence[Item], way: Generate, known: _Rows) -> Iterator[_Rows]:
+        """What the model writes about this rank's items, a batch at a time."""
+        say, world, settings, most = self._model.say, self._world, self._settings, way.max_new_tokens
+        if say is None:
+            raise ConfigError(
+                "the probe generate needs a whole model on each rank, and this one is in parts; leave out --zero3, or name another probe"
+            )
+        shown = [
+            CounterfactualGroup(each.id, each.images, (Candidate("", "x"),), ((1,), *[(None,)] * (len(each.images) - 1))) for each in items
+        ]
+        donors = other_images(shown) if settings.shuffled else [None] * len(shown)
+        left = [k for k in range(len(items)) if k not in known]
+        for start in range(0, len(left), settings.batch_size * world.size):
+            own: _Rows = {}
+            for k in left[start : start + settings.batch_size * world.size][world.rank :: world.size]:
+                item, donor, asked = items[k], donors[k], way.asked(items[k])
+                blank = tuple(BLANK.with_suffix(f".{number}") for number in range(len(item.images[0])))
+                own[k] = {"said": [say(image, asked, most) for image in item.images], "blank": say(blank, asked, most)}
+                own[k] |= {} if donor is None else {"shuffled": say(donor, asked, most)}
+                self._patience.alive()
+            yield own
 
 
-def _first_true(item: Item) -> tuple[tuple[int | None], ...]:
-    return tuple((1 if i == 0 else None,) for i in range(len(item.images)))
-
-
-def _blank(item: Item) -> Pictures:
-    """As many blank pictures as the item shows."""
-    return tuple(BLANK.with_suffix(f".{k}") for k in range(len(item.images[0])))
+def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
+    """The turns of a rank, and what ended them, which all ranks have to know."""
+    try:
+        for own in turns:
+            yield own, None
+    except InputError as error:
+        yield {}, error

@@ -10,15 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from cfvlm_ds.core.distributed import Patience, World, gather_objects
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values, judged
 
-Metrics = Callable[[Sequence[Judged]], Values]
 Interval = tuple[float, float]
-LEVEL = 0.95
+LEVEL, SEED = 0.95, 0
 LEAST_CLUSTERS = 6
 """Of n clusters the rarest of all exchanges has a share of 2 / 2^n, which is above 5 % where there are fewer."""
 FEWEST_DRAWN = 30
@@ -37,14 +36,13 @@ class Bootstrap:
 
     Args:
         clusters: the cluster of each item, in the tables' order.
-        seed: of the draws.
     """
 
-    def __init__(self, clusters: Sequence[str], seed: int = 0) -> None:
+    def __init__(self, clusters: Sequence[str]) -> None:
         found: dict[str, list[int]] = {}
         for number, name in enumerate(clusters):
             found.setdefault(name, []).append(number)
-        self._members, self._seed = list(found.values()), seed
+        self._members = list(found.values())
 
     @property
     def clusters(self) -> int:
@@ -53,7 +51,7 @@ class Bootstrap:
 
     def draw(self, k: int) -> list[tuple[int, int]]:
         """(item, which of its copies in this draw it is) of draw ``k``."""
-        chance = random.Random(f"{self._seed}/{k}")
+        chance = random.Random(f"{SEED}/{k}")
         copies = [0] * len(self._members)
         found = []
         for place in chance.choices(range(len(self._members)), k=len(self._members)):
@@ -63,16 +61,8 @@ class Bootstrap:
 
     def values(self, metrics: Metrics, table: Sequence[Judged], draws: Sequence[int]) -> list[Values]:
         """For each draw the metrics of the table on it."""
-        known: dict[tuple[int, int], Judged] = {}
-
-        def copy(at: tuple[int, int]) -> Judged:
-            if not at[1]:
-                return table[at[0]]
-            if at not in known:
-                known[at] = table[at[0]].copy(at[1])
-            return known[at]
-
-        return [metrics([copy(at) for at in drawn]) for drawn in map(self.draw, draws)]
+        drawn = ([(table[n], copy) for n, copy in self.draw(k)] for k in draws)
+        return [metrics([Judged(each.item, each.scores, draw=copy) if copy else each for each, copy in members]) for members in drawn]
 
     def exchanges(self, draws: int) -> Iterator[set[int]]:
         """Items that two models exchange, whole clusters at a time: first none; then every choice of clusters, or ``draws`` at random where
@@ -80,17 +70,24 @@ class Bootstrap:
         rest = self._members[1:]
         ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
         if 2 ** len(rest) > draws:
-            chance = random.Random(f"{self._seed}/exchanges")
+            chance = random.Random(f"{SEED}/exchanges")
             ways = iter([(False,) * len(rest), *(chance.choices((False, True), k=len(rest)) for _ in range(draws))])
         for way in ways:
             yield {number for members, exchanged in zip(rest, way, strict=True) if exchanged for number in members}
 
 
+def bootstrap_of(outcomes: Sequence[Outcome]) -> Bootstrap:
+    """The bootstrap of some items: what shares a picture or a pair is drawn together."""
+    return Bootstrap([each.item.cluster or each.item.id for each in outcomes])
+
+
 def drawn_together(
-    world: World, bootstrap: Bootstrap, metrics: Metrics, table: Sequence[Judged], draws: int, label: str, patience: Patience
+    world: World, outcomes: Sequence[Outcome], metrics: Metrics, draws: int | None, label: str, patience: Patience
 ) -> list[Values]:
     """The metrics of each draw, in order, on every rank, none of too few clusters; ranks share the draws, and wait as long as one of them
     makes progress."""
+    bootstrap, table = bootstrap_of(outcomes), judged(outcomes)["seen"]
+    draws = draws_for(len(outcomes)) if draws is None else draws
     if bootstrap.clusters < FEWEST_DRAWN:
         return []
     found: dict[int, Values] = {}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.named import named, near
+from cfvlm_ds.core.versions import version
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, Loaded, load
 from cfvlm_ds.evaluation.probes import PROBES, Generate, Probe
 
 Way: TypeAlias = Probe | Generate
 
-_OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCII)
-SKIP = "name --on_error skip to leave such items out, counted and named"
+_SKIP = "name --on_error skip to leave such items out, counted and named"
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,17 @@ class Chosen:
     def place(self) -> str:
         """Where its results are, below their folder."""
         return f"{self.name}/{self.label}"
+
+    def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """All that scores depend on, as results.json says it."""
+        return {
+            "benchmark": self.name,
+            "probe": {"name": self.way.name, **asdict(self.way)},  # type: ignore[arg-type]
+            "model": dict(model),
+            "data": dict(data),
+            "settings": dict(settings),
+            "versions": {name: version(name) for name in ("cfvlm-ds", "torch", "transformers")},
+        }
 
 
 def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list[Chosen]:
@@ -58,65 +68,34 @@ def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list
 def benchmark_named(name: str) -> Benchmark:
     """Raises ConfigError for a name that is no benchmark's."""
     if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(BENCHMARKS)}"
+        hint = near(name, BENCHMARKS, "known: ")
         raise ConfigError(f"unknown benchmark {name!r}; {hint} (one of your own is registered in a script before this is called)")
     return BENCHMARKS[name]
 
 
 def way_named(spec: str) -> tuple[str, Way]:
     """Label and probe of ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``. Raises ConfigError for an unknown name or option."""
-    name, _, options = spec.partition(":")
     known: dict[str, Way] = {**PROBES, Generate.name: Generate()}
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(f"unknown probe {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))
-    values = _values(spec, name, options, known[name])
-    changed = {option: value for option, value in values.items() if value != getattr(known[name], option)}
-    ending = "".join(f".{re.sub(r'[^A-Za-z0-9_-]+', '_', str(value))[:40]}" for value in changed.values())
     try:
-        return f"{name}{ending}", dataclasses.replace(known[name], **changed)  # type: ignore[type-var]
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"probe {spec}: {error}; correct its options") from error
-
-
-def _values(spec: str, name: str, options: str, probe: Any) -> dict[str, Any]:
-    kinds = {field.name: field for field in dataclasses.fields(probe)}
-    found: dict[str, Any] = {}
-    place = 0
-    while place < len(options):
-        if (part := _OPTION.match(options, place)) is None:
-            raise ConfigError(f"probe {spec} is not understood at {options[place:]!r}; write NAME:OPTION=VALUE,OPTION=VALUE")
-        option, place = part[1], part.end()
-        if option not in kinds:
-            has = f"it has {', '.join(kinds)}" if kinds else "it has none"
-            raise ConfigError(f"probe {name!r} has no option {option!r}; {has}")
-        value, default = part[3].strip() if part[2] is None else part[2], getattr(probe, option)
-        if isinstance(default, bool):
-            allowed: dict[str, Any] = {"true": True, "false": False}
-        elif isinstance(default, int):
-            allowed = {value: int(value)} if re.fullmatch(r"[0-9]{1,9}", value, re.ASCII) else {}
-        elif option == "mode":
-            allowed = {each: each for each in ("sum", "mean", "pmi")}
-        else:
-            allowed = {value: value} if value and ("{text}" in value or option != "template") else {}
-        if value not in allowed:
-            must = " or ".join(allowed) or ("a text with {text} in it" if option == "template" else "a whole number or a text")
-            raise ConfigError(f"option {option!r} of probe {name!r} must be {must}, not {value!r}")
-        found[option] = allowed[value]
-    return found
+        way: Way = named("probe", spec, known)
+    except ValueError as error:
+        raise ConfigError(f"{error}") from error
+    changed = [value for option, value in vars(way).items() if value != vars(known[way.name])[option]]
+    return "".join([way.name, *(f".{re.sub(r'[^A-Za-z0-9_-]+', '_', str(value))[:40]}" for value in changed)]), way
 
 
 def load_items(chosen: Chosen, say: Callable[[str], object], *, limit: int | None = None, skip: bool = False) -> Loaded:
     """The items of a benchmark, about ``limit`` of them. Raises DataError for the first row that is none, or picture of these that is not
     there, unless such are to be skipped, and where none is left."""
     loaded = load(chosen.benchmark, chosen.root, say, limit)
-    if loaded.problems and not (skip and loaded.items):
-        more = f" ({len(loaded.problems) - 1} more)" if len(loaded.problems) > 1 else ""
-        remedy = f"; {SKIP}" if loaded.items else ""
-        raise DataError(f"benchmark {chosen.name}: {loaded.problems[0]}{more}{remedy}")
+    refuse_problems(chosen.name, loaded.problems, len(loaded.items), skip)
     for note in loaded.notes:
         say(f"{chosen.name}: {note}")
     return loaded
+
+
+def refuse_problems(name: str, problems: Sequence[object], num_items: int, skip: bool) -> None:
+    """Raise DataError for the first problem with a benchmark's items, unless such are to be skipped and there are others."""
+    if problems and not (skip and num_items):
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise DataError(f"benchmark {name}: {problems[0]}{more}{f'; {_SKIP}' if num_items else ''}")

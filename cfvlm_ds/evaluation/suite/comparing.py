@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
 from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
-from cfvlm_ds.evaluation.suite.bootstrap import LEAST_CLUSTERS, Interval, draws_for, exchange_intervals
+from cfvlm_ds.evaluation.suite.bootstrap import LEAST_CLUSTERS, Interval, bootstrap_of, draws_for, exchange_intervals
 from cfvlm_ds.evaluation.suite.chosen import benchmark_named
 from cfvlm_ds.evaluation.suite.tables import between, number
-from cfvlm_ds.evaluation.suite.written import Result, bootstrap_of, read_results
+from cfvlm_ds.evaluation.suite.written import Result, read_results
 
 RESOLVED = (
     "Resolved: at most 5 % of exchanges of the two models' answers, whole clusters (pictures, pairs) at a time, give such a difference. "
@@ -110,17 +110,11 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
     bootstrap = bootstrap_of([pair[0] for pair in pairs])
     draws = draws_for(len(pairs)) if draws is None else draws
     drawn: list[Values] = []
-    try:
-        was, now = (benchmark.metrics(table) for table in tables)
-        exchanges = bootstrap.exchanges(draws) if draws and bootstrap.clusters >= LEAST_CLUSTERS else ()
-        for exchanged in Progress(say, f"{before.place}: intervals", draws, "exchanges").over(exchanges):
-            one, other = (benchmark.metrics([tables[k ^ (n in exchanged)][n] for n in range(len(pairs))]) for k in (0, 1))
-            drawn.append({name: other[name] - one[name] for name in one if name in other})
-    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
-        raise DataError(
-            f"{before.place}: the items of the two results are none of {benchmark.title} ({type(error).__name__}: {error}); "
-            "write them again with `cfvlm-ds evaluate`"
-        ) from error
+    was, now = (benchmark.metrics(table) for table in tables)
+    exchanges = bootstrap.exchanges(draws) if draws and bootstrap.clusters >= LEAST_CLUSTERS else ()
+    for exchanged in Progress(say, f"{before.place}: intervals", draws, "exchanges").over(exchanges):
+        one, other = (benchmark.metrics([tables[k ^ (n in exchanged)][n] for n in range(len(pairs))]) for k in (0, 1))
+        drawn.append({name: other[name] - one[name] for name in one if name in other})
     tested = [name for name in was if drawn and all(each.get(name, math.nan) == each.get(name, math.nan) for each in drawn)]
     spans = exchange_intervals(drawn, tested)
     differences = {name: Difference(was[name], now[name], spans.get(name), bootstrap.clusters) for name in was if name in now}

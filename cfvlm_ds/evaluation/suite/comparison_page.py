@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
@@ -13,17 +13,7 @@ from cfvlm_ds.evaluation.suite.chosen import benchmark_named
 from cfvlm_ds.evaluation.suite.comparing import RESOLVED, Compared, is_right
 from cfvlm_ds.evaluation.suite.tables import between, number, summary
 from cfvlm_ds.evaluation.suite.written import Result
-from cfvlm_ds.page import Fact, Image, Item, Page, ScoreTable, Text, Written, refuse_foreign_folder, write_page
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """An item that is shown: its benchmark and what one or two models made of it."""
-
-    name: str
-    place: str
-    benchmark: Benchmark
-    outcomes: tuple[Outcome, ...]
+from cfvlm_ds.page import Fact, Image, Item, Page, ScoreTable, Text, Written, least_margins, refuse_foreign_folder, write_page
 
 
 def results_page(
@@ -41,33 +31,29 @@ def results_page(
     Raises DataError where a benchmark's files are not there, ConfigError for a folder that is no page.
     """
     refuse_foreign_folder(out)
-    shown: list[_Shown] = []
     facts: list[Fact] = list(zip(("before", "after") if len(names) > 1 else ("results",), names, strict=False))
-    pictures: dict[str, Mapping[str, tuple[Pictures, ...]]] = {}
+    pictures: dict[str, dict[str, tuple[Pictures, ...]]] = {}
+    items: list[Callable[[], Item]] = []
     for each in results:
-        found = _of(each)
-        name = found[0].name if found else ""
-        if found and name not in pictures:
-            pictures[name] = _pictures(found[0].benchmark, root / name, say)
-        chosen = sorted(found, key=_order)
-        left_out, half = max(0, len(found) - sample), sample // 2 or 1
-        shown += chosen[:half] + chosen[half + left_out :]
+        first = each.before if isinstance(each, Compared) else each
+        benchmark, place = benchmark_named(first.name), each.place
+        found = each.pairs if isinstance(each, Compared) else [(outcome,) for outcome in each.outcomes]
+        if found and first.name not in pictures:
+            loaded = load(benchmark, root / first.name, say)
+            if not loaded.items:
+                raise DataError(f"{loaded.problems[0]}; pictures of the page are read there")
+            pictures[first.name] = {item.id: item.images for item in loaded.items}
+        left_out, half, ordered = max(0, len(found) - sample), sample // 2 or 1, sorted(found, key=_order)
+        chosen = ordered[:half] + ordered[half + left_out :]
+        items += [partial(_item, place, benchmark, outcomes, names, pictures[first.name]) for outcomes in chosen]
         told = _facts(each)
         if left_out:
             count = f"{len(found) - left_out} of {len(found)} items are shown, the worst and best"
-            told = [(label, f"{said}; {count}") for label, said in told] or [(found[0].place, count)]
+            told = [(label, f"{said}; {count}") for label, said in told] or [(place, count)]
         facts += told
     if len(names) > 1:
         facts.append(("resolved", RESOLVED))
-    items = (_item(each, names, pictures) for each in shown)
-    return write_page(Page(" and ".join(names), items, len(shown), facts, "score of the probe"), out, say=say)
-
-
-def _of(result: Result | Compared) -> list[_Shown]:
-    if isinstance(result, Compared):
-        return [_Shown(result.before.name, result.place, result.benchmark, pair) for pair in result.pairs]
-    benchmark = benchmark_named(result.name)
-    return [_Shown(result.name, result.place, benchmark, (outcome,)) for outcome in result.outcomes]
+    return write_page(Page(" and ".join(names), (make() for make in items), len(items), facts, "score of the probe"), out, say=say)
 
 
 def _facts(result: Result | Compared) -> list[Fact]:
@@ -83,52 +69,43 @@ def _facts(result: Result | Compared) -> list[Fact]:
     return [(f"{result.place}: {headline}", f"{said}; {len(better)} items got better, {len(worse)} worse")]
 
 
-def _pictures(benchmark: Benchmark, root: Path, say: Callable[[str], object]) -> dict[str, tuple[Pictures, ...]]:
-    loaded = load(benchmark, root, say)
-    if not loaded.items:
-        raise DataError(f"{loaded.problems[0]}; pictures of the page are read there")
-    return {item.id: item.images for item in loaded.items}
-
-
-def _order(shown: _Shown) -> float:
+def _order(outcomes: Sequence[Outcome]) -> float:
     """Of one model the least margin by which a true text beats the best false one, of two how that has changed."""
-    *before, last = (_table("", outcome).worst or 0.0 for outcome in shown.outcomes)
+    *before, last = (_table("", outcome).worst or 0.0 for outcome in outcomes)
     return last - sum(before)
 
 
-def _item(shown: _Shown, names: Sequence[str], pictures: Mapping[str, Mapping[str, tuple[Pictures, ...]]]) -> Item:
-    item = shown.outcomes[0].item
-    images = pictures[shown.name].get(item.id, item.images)
-    words = ["right" if is_right(shown.benchmark, outcome) else "wrong" for outcome in shown.outcomes]
+def _item(
+    place: str, benchmark: Benchmark, outcomes: Sequence[Outcome], names: Sequence[str], pictures: Mapping[str, tuple[Pictures, ...]]
+) -> Item:
+    item = outcomes[0].item
+    images = pictures.get(item.id, item.images)
+    words = ["right" if is_right(benchmark, outcome) else "wrong" for outcome in outcomes]
     verdict = {"result": words} if len(words) == 1 else {"change": [f"{words[0]} before, {words[1]} after"]}
     said = [
         (f"{name}: wrote about image {i}" if i or len(item.images) > 1 else f"{name}: wrote", text)
-        for name, outcome in zip(names, shown.outcomes, strict=True)
+        for name, outcome in zip(names, outcomes, strict=True)
         for i, text in enumerate(outcome.said or ())
     ]
     true = next((c for c, truth in enumerate(item.match[0]) if truth), None)
     return Item(
-        id=f"{shown.place}: {item.id}",
+        id=f"{place}: {item.id}",
         images=[Image(each, "") for each in (images if len(images) == len(item.images) else item.images)],
         texts=[Text(text, reference=None if c == true or len(text.split()) < 2 else true) for c, text in enumerate(item.texts)],
         match=item.match,
         prompts=[item.prompt] * bool(item.prompt),
         facts=[*said, *item.tags.items()],
-        scores=[_table(name if len(names) > 1 else "", outcome) for name, outcome in zip(names, shown.outcomes, strict=True)],
-        filters={"benchmark": [shown.place], **verdict},
+        scores=[_table(name if len(names) > 1 else "", outcome) for name, outcome in zip(names, outcomes, strict=True)],
+        filters={"benchmark": [place], **verdict},
     )
 
 
 def _table(name: str, outcome: Outcome) -> ScoreTable:
     """An item's scores with the margins of its true cells over false texts on the same image, and over images that the text is false of."""
     match, seen = outcome.item.match, outcome.seen
-    margins: list[list[tuple[float | None, float | None] | None]] = [[None] * len(line) for line in match]
-    decided: list[float] = []
-    for i, truths in enumerate(match):
-        false = [seen[i][c] for c, truth in enumerate(truths) if not truth]
-        for c, truth in enumerate(truths):
-            if truth:
-                others = [seen[j][c] for j in range(len(match)) if not match[j][c]]
-                decided += [seen[i][c] - max(false)] if false else []
-                margins[i][c] = (decided[-1] if false else None, seen[i][c] - max(others) if others else None)
+    true = [(i, c) for i, line in enumerate(match) for c, truth in enumerate(line) if truth]
+    compared = [(i, c, 0, seen[i][c] - seen[i][d]) for i, c in true for d, truth in enumerate(match[i]) if not truth]
+    compared += [(i, c, 1, seen[i][c] - seen[j][c]) for i, c in true for j, line in enumerate(match) if not line[c]]
+    margins = least_margins(len(match), len(outcome.item.texts), compared)
+    decided = [cell[0] for line in margins for cell in line if cell and cell[0] is not None]
     return ScoreTable(name, seen, outcome.blank, margins, decided)

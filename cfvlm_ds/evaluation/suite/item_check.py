@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,9 @@ from cfvlm_ds.batching.batch import BLANK_SIZE
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import Patience, World, cores_per_rank, gather_objects
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data.decoding import Size, open_image
+from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.picture_index import Picture, PictureTable, picture_of
 from cfvlm_ds.evaluation.benchmarks import Item
 from cfvlm_ds.evaluation.probes import Generate
@@ -62,38 +62,33 @@ def checked_items(
     """Look at all items; collective. Nothing is raised for what is wrong with one of them. Pictures that were ``seen`` before are not
     opened again, and the others are added to these."""
     patience = Patience(world, alive)
+
+    def together(found: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+        own = {}
+        for key, value in found:
+            own[key] = value
+            patience.alive()
+        patience.meet()
+        return {key: value for part in gather_objects(own, world) for key, value in part.items()}
+
     found: dict[Path, Picture | str] = {} if seen is None else seen
     shown = [picture for picture in dict.fromkeys(p for item in items for image in item.images for p in image) if picture not in found]
     mine = shown[world.rank :: world.size]
     progress = Progress(world.say, f"{label}: pictures{' of this rank' * (world.size > 1)}", len(mine), "pictures")
-    opened: dict[Path, Picture | str] = {}
-    for path, picture in _opened(mine, collator.files.max_pixels, progress):
-        opened[path] = picture
-        patience.alive()
-    patience.meet()
-    for part in gather_objects(opened, world):
-        found |= part
-    table = PictureTable.of((path, picture) for path, picture in found.items() if isinstance(picture, Picture))
-    problems: dict[int, str] = {}
-    progress = Progress(world.say, f"{label}: texts", len(items), "items")
-    for number in range(world.rank, len(items), world.size):
-        patience.alive()
-        item = items[number]
-        unread = (found[picture] for image in item.images for picture in image)
-        problem = next((each for each in unread if isinstance(each, str)), None)
-        if problem := problem or _unfit(item, way, collator, table):
-            problems[number] = problem
-        progress.advance(world.size)
-    patience.meet()
-    for part in gather_objects(problems, world):
-        problems |= part
-    kept = tuple(item for number, item in enumerate(items) if number not in problems)
-    return Checked(kept, tuple((items[number].id, problems[number]) for number in sorted(problems)), table)
-
-
-def _opened(paths: Sequence[Path], max_pixels: int, progress: Progress) -> Iterator[tuple[Path, Picture | str]]:
     with ThreadPoolExecutor(cores_per_rank()) as pool:
-        yield from progress.over(zip(paths, pool.map(partial(_open, max_pixels=max_pixels), paths), strict=True))
+        opened = pool.map(partial(_open, max_pixels=collator.files.max_pixels), mine)
+        found |= together(progress.over(zip(mine, opened, strict=True)))
+    table = PictureTable.of((path, picture) for path, picture in found.items() if isinstance(picture, Picture))
+
+    def problem(item: Item) -> str | None:
+        unread = (found[picture] for image in item.images for picture in image)
+        return next((each for each in unread if isinstance(each, str)), None) or _unfit(item, way, collator, table)
+
+    numbers = range(world.rank, len(items), world.size)
+    progress = Progress(world.say, f"{label}: texts{' of this rank' * (world.size > 1)}", len(numbers), "items")
+    problems = together((number, problem(items[number])) for number in progress.over(numbers))
+    kept = tuple(item for number, item in enumerate(items) if problems[number] is None)
+    return Checked(kept, tuple((items[number].id, why) for number, why in sorted(problems.items()) if why is not None), table)
 
 
 def _open(path: Path, max_pixels: int) -> Picture | str:
@@ -121,43 +116,15 @@ def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
 def _unfit(item: Item, way: Way, collator: Collator, table: PictureTable) -> str | None:
     """Why a model cannot be asked an item, if it cannot."""
     try:
-        longest = max(_length(candidate, size, collator) for size in _sizes(item, table) for candidate in cells_of(item, way))
+        known = [tuple((found.width, found.height) for picture in image if (found := table.find(picture))) for image in item.images]
+        sizes = dict.fromkeys([*known, (BLANK_SIZE,) * len(item.images[0])])  # blank ones are shown too
+        longest = max(collator.row_length(cell.prompt, cell.text, size) for size in sizes for cell in cells_of(item, way))
     except DataError as error:
         return f"item {item.id!r}: {error}"
     longest += way.max_new_tokens if isinstance(way, Generate) else 0
     if longest > collator.max_length:
         return f"item {item.id!r}: {longest} tokens with its pictures, and the model's window is {collator.max_length}"
     return None
-
-
-def _sizes(item: Item, table: PictureTable) -> list[tuple[Size, ...]]:
-    """The sizes of an item's pictures, and of blank ones in their place."""
-    known = [tuple((found.width, found.height) for picture in image if (found := table.find(picture))) for image in item.images]
-    return list(dict.fromkeys([*known, (BLANK_SIZE,) * len(item.images[0])]))
-
-
-def _length(candidate: Candidate, sizes: tuple[Size, ...], collator: Collator) -> int:
-    return collator.row_length(candidate.prompt, candidate.text, sizes)
-
-
-def fitting(
-    groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None], collator: Collator, table: PictureTable
-) -> list[Pictures | None]:
-    """The pictures that groups are shown in place of their own, without those with which a text would be over the window."""
-
-    def sizes_of(pictures: Pictures) -> tuple[Size, ...]:
-        return tuple((found.width, found.height) for picture in pictures if (found := table.find(picture)))
-
-    def fits(group: CounterfactualGroup, donor: Pictures) -> bool:
-        sizes = sizes_of(donor)
-        try:
-            if collator.visual_tokens(sizes) <= max(collator.visual_tokens(sizes_of(image)) for image in group.images):
-                return True  # as its own do
-            return all(_length(each, sizes, collator) <= collator.max_length for each in group.candidates)
-        except DataError:
-            return False
-
-    return [donor if donor is not None and fits(group, donor) else None for group, donor in zip(groups, donors, strict=True)]
 
 
 def token_lengths(collator: Collator) -> Callable[[Candidate], int]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.evaluation.benchmarks.base import Values
-from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN
-from cfvlm_ds.evaluation.suite.written import Result, bootstrap_of
+from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, bootstrap_of
+from cfvlm_ds.evaluation.suite.written import Result
 
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "chance": "chance"}
 """The tables beside what was seen, as people call them."""
@@ -53,12 +53,12 @@ def summary(result: Result) -> str:
 
 def omissions(result: Result) -> list[str]:
     """What of a benchmark was not asked, or counts as wrong because its scores are no numbers: counted, and a few named."""
-    left_out, broken = result.record.get("left_out") or [], result.record.get("not_finite") or []
+    left_out, broken = result.record["left_out"], result.record["not_finite"]
     found = []
     if left_out:
-        found.append(f"{result.place}: {len(left_out)} items left out, the first: {one_line(str(left_out[0][1]), 300)}")
+        found.append(f"{result.place}: {len(left_out)} items left out, the first: {one_line(left_out[0][1], 300)}")
     if broken:
-        named = ", ".join(one_line(str(each), 60) for each in broken[:5])
+        named = ", ".join(one_line(each, 60) for each in broken[:5])
         found.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {named}")
     return found
 
@@ -71,21 +71,20 @@ def markdown(results: Sequence[Result]) -> str:
 
 def _section(result: Result) -> list[str]:
     record = result.record
-    counts = record.get("items") or {}
     asked = [
-        f"- model: {in_cell(str(record['model'].get('name')), 300)}",
-        f"- asked by `{in_cell(result.label)}`: `{one_line(str(record.get('prompt')), 400).replace('`', chr(39))}`",
-        f"- items: {len(result.outcomes)} of {counts.get('in files', len(result.outcomes))}",
-        *(f"- {in_cell(str(note), 300)}" for note in record.get("notes") or ()),
-        *(f"- unofficial: {in_cell(str(each), 300)}" for each in [record.get("unofficial")] if each),
+        f"- model: {in_cell(record['model']['name'], 300)}",
+        f"- asked by `{in_cell(result.label)}`: `{one_line(record['prompt'], 400).replace('`', chr(39))}`",
+        f"- items: {len(result.outcomes)} of {record['items']['in files']}",
+        *(f"- {in_cell(note, 300)}" for note in record["notes"]),
+        *[f"- unofficial: {in_cell(record['unofficial'], 300)}"] * bool(record["unofficial"]),
     ]
-    heading = f"## {in_cell(str(record.get('title')))} ({in_cell(result.label)})"
+    heading = f"## {in_cell(record['title'])} ({in_cell(result.label)})"
     parts = [heading, "\n".join(asked), every_metric(result.metrics, record["intervals"])]
-    if left_out := record.get("left_out"):
-        named = [f"- {in_cell(str(reason), 300)}" for _, reason in left_out[:_NAMED]]
+    if left_out := record["left_out"]:
+        named = [f"- {in_cell(reason, 300)}" for _, reason in left_out[:_NAMED]]
         more = [f"- and {len(left_out) - _NAMED} more, in results.json"] * (len(left_out) > _NAMED)
         parts.append("\n".join([f"Left out, {len(left_out)}:", "", *named, *more]))
-    if published := record.get("published"):
+    if published := record["published"]:
         lines = [f"- {each['metric']} {each['value']:g}: {each['model']} ({each['source']})" for each in published]
         parts.append("\n".join(["Published:", "", *lines]))
     return parts

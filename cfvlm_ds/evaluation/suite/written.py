@@ -23,10 +23,10 @@ from cfvlm_ds.core.journal import Journal, records
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
-from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results, stored
+from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Values
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.evaluation.suite.bootstrap import Bootstrap, intervals
+from cfvlm_ds.evaluation.suite.bootstrap import SEED, bootstrap_of, intervals
 
 SCHEMA, JOURNAL = "cfresults/1", "cfpartial/1"
 RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
@@ -89,16 +89,10 @@ def recorded(
         "headline": benchmark.headline,
         "metrics": results(benchmark, outcomes),
         "intervals": {name: list(span) for name, span in intervals(drawn).items()},
-        "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": 0},
+        "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": SEED},
         "published": [asdict(each) for each in benchmark.published],
-        "traps": list(benchmark.traps),
         "unofficial": benchmark.unofficial,
     }
-
-
-def bootstrap_of(outcomes: Sequence[Outcome], seed: int = 0) -> Bootstrap:
-    """The bootstrap of some items: what shares a picture or a pair is drawn together."""
-    return Bootstrap([each.item.cluster or each.item.id for each in outcomes], seed)
 
 
 # Writing ------------------------------------------------------------------------------------------------------------------------------
@@ -108,8 +102,6 @@ def result_folder(folder: Path) -> Path:
     """A folder for the files of one result, made if it is not there. Raises ConfigError for what would end elsewhere."""
     for each in (folder.parent, folder, *(folder / name for name in (RESULTS, ITEMS, SCORES))):
         refuse_link(each, "name another folder with --out")
-    if any(each.exists() and not each.is_dir() for each in (folder.parent, folder)):
-        raise ConfigError(f"{folder} is no folder, and results would be written to it; name another one with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,21 +114,17 @@ def write_result(folder: Path, result: Result) -> None:
     try:
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
-                file.write(_line({**_item(outcome.item), **stored(outcome)}))
+                file.write(json.dumps(_finite(_row(outcome))).encode() + b"\n")
         replace(folder / RESULTS, (json.dumps(_finite(result.record), indent=1) + "\n").encode())
         (folder / SCORES).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{unwritten(folder / RESULTS, error)}; make room, and the same command goes on with what was scored") from error
 
 
-def _item(item: Item) -> dict[str, Any]:
-    """All of an item but its pictures, which the benchmark's own files name."""
-    said = {"id": item.id, "texts": item.texts, "match": item.match, "prompt": item.prompt, "cluster": item.cluster}
-    return said | ({"listed": True} if item.listed else {}) | {"tags": dict(item.tags)}
-
-
-def _line(value: Any) -> bytes:
-    return json.dumps(_finite(value)).encode() + b"\n"
+def _row(outcome: Outcome) -> dict[str, Any]:
+    """All of an item but its pictures, which the benchmark's own files name, and what was read of it."""
+    every = vars(outcome.item) | vars(outcome)
+    return {name: value for name, value in every.items() if name not in ("item", "images") and value is not None}
 
 
 def _finite(value: Any) -> Any:
@@ -214,18 +202,15 @@ class Partial:
         """What was found there, by the number of its group."""
         self._journal = Journal(path, alone=False)
         found = [record for _, record in records(path, "remove it")]
-        if not found:
-            self._journal.append(_exact(header))
-        elif found[0].get("schema") != JOURNAL:
-            raise DataError(f"{path}: not the scores of an evaluation that was ended (its schema is not {JOURNAL!r}); remove it")
-        else:
+        if found:
             refuse_other(path, found[0], header)
             self.rows = {row.pop("group"): row for row in found[1:]}
+        else:
+            self._journal.append(_exact(header))
 
     def add(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Keep the scores of more groups. Raises StorageError; what was kept before stays."""
         self._journal.append(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
-        self.rows |= dict(rows)
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -253,11 +238,9 @@ def _exact(value: Any) -> bytes:
 
 def kept(scores: GroupScores) -> dict[str, Any]:
     """A group's scores as plain numbers."""
-    rows: dict[str, Any] = {"logp": scores.logp.tolist(), "blank": scores.blank.tolist()}
-    return rows if scores.shuffled is None else rows | {"shuffled": scores.shuffled.tolist()}
+    return {name: part.tolist() for name, part in vars(scores).items() if part is not None}
 
 
 def taken(row: Mapping[str, Any]) -> GroupScores:
     """What ``kept`` has written."""
-    found = {name: torch.tensor(row[name], dtype=torch.float32) for name in ("logp", "blank", "shuffled") if name in row}
-    return GroupScores(found["logp"], found["blank"], found.get("shuffled"))
+    return GroupScores(**{name: torch.tensor(part, dtype=torch.float32) for name, part in row.items()})

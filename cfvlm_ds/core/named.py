@@ -1,0 +1,56 @@
+"""What ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` names: an entry of a registry, with other values of its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+_OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCII)
+_READ: dict[type, tuple[str, str, Callable[[str], Any]]] = {
+    bool: ("true|false", "true or false", "true".__eq__),
+    int: ("[0-9]{1,9}", "a whole number", int),
+}
+
+
+def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = (), fixed: Collection[str] = ()) -> Any:
+    """The entry of ``known`` that ``spec`` names; a value with a comma is in double quotes.
+
+    The options of an entry are its fields, if it is a dataclass, but those that are ``fixed``: truths, whole numbers or texts. ``besides``
+    are names that the caller knows. Raises ValueError for an unknown name, option or value.
+    """
+    name, colon, options = spec.partition(":")
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; {near(name, [*known, *besides], 'known: ')}")
+    found = known[name]
+    fields = dataclasses.fields(found) if dataclasses.is_dataclass(found) and not isinstance(found, type) else ()
+    defaults = {field.name: getattr(found, field.name) for field in fields if field.name not in fixed}
+    if colon and not defaults:
+        raise ValueError(f"{kind} {name!r} has no options; write {name!r} alone")
+    values: dict[str, Any] = {}
+    place = 0
+    while place < len(options):
+        if (part := _OPTION.match(options, place)) is None:
+            raise ValueError(f"{kind} {spec} is not understood at {options[place:]!r}; write NAME:OPTION=VALUE,OPTION=VALUE")
+        option, place = part[1], part.end()
+        if option not in defaults:
+            raise ValueError(f"{kind} {name!r} has no option {option!r}; {near(option, defaults, 'it has ')}")
+        if option in values:
+            raise ValueError(f"option {option!r} of {kind} {name!r} is given twice; keep one of them")
+        value = part[3].strip() if part[2] is None else part[2]
+        form, must, read = _READ.get(type(defaults[option]), ("(?s).*", "", str))
+        if not re.fullmatch(form, value):
+            raise ValueError(f"option {option!r} of {kind} {name!r} must be {must}, not {value!r}")
+        values[option] = read(value)
+    try:
+        return dataclasses.replace(found, **values) if values else found
+    except ValueError as error:
+        raise ValueError(f"{kind} {spec}: {error}") from error
+
+
+def near(given: str, known: Collection[str], otherwise: str) -> str:
+    """The known name that is nearest to what was given, or all of them."""
+    found = difflib.get_close_matches(given, known, n=1)
+    return f"did you mean {found[0]!r}?" if found else f"{otherwise}{', '.join(known)}"
