@@ -78,7 +78,7 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
             check()
         except OSError as error:  # a name that is too long, a folder that must not be read
             raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
-        held.append(RunLock(run_dir, world.say))
+        held.append(RunLock(run_dir))
 
     agreed(world, hold)
     lock: Any = held[0] if held else contextlib.nullcontext()

@@ -114,7 +114,7 @@ def results_held(out: Path, world: World) -> Iterator[None]:
             raise ConfigError(f"{out / _TABLES} is not of an evaluation, and would be written over; name another folder with --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            held.append(RunLock(out, world.say, "folder with --out"))
+            held.append(RunLock(out, "folder with --out"))
         except OSError as error:
             raise StorageError(f"{unwritten(out, error)}; name another folder with --out") from error
 
