@@ -30,23 +30,18 @@ bookkeeping = partial(_declared, "bookkeeping")
 """An option of names, records, checks and stops, or of what is compared by its contents; it may change on a resume."""
 
 
-def kinds(section: type, prefix: str) -> dict[str, Kind | None]:
-    """What a change of each option of a section means on a resume, by its name after ``prefix``; None where its field does not say."""
-    found: dict[str, Kind | None] = {}
+def declared(section: type, prefix: str, what: Literal["kind", "within"]) -> dict[str, Any]:
+    """What the options of a section declare, by their names after ``prefix``: what a change means on a resume, or their bounds; None where
+    a field does not say."""
+    found: dict[str, Any] = {}
     for option in fields(section):
         if is_dataclass(option.default_factory):
-            found |= kinds(option.default_factory, f"{prefix}{option.name}.")
+            found |= declared(option.default_factory, f"{prefix}{option.name}.", what)
         else:
-            found[prefix + option.name] = option.metadata.get("kind")
+            found[prefix + option.name] = option.metadata.get(what)
     return found
 
 
 def ranges(section: type, prefix: str) -> dict[str, Range]:
     """The least and the most of each option of a section that has bounds, by its name after ``prefix``."""
-    found: dict[str, Range] = {}
-    for option in fields(section):
-        if is_dataclass(option.default_factory):
-            found |= ranges(option.default_factory, f"{prefix}{option.name}.")
-        elif (within := option.metadata.get("within")) is not None:
-            found[prefix + option.name] = within
-    return found
+    return {name: within for name, within in declared(section, prefix, "within").items() if within is not None}
