@@ -205,20 +205,3 @@ def keep(path: Path, text: str, say: Say) -> bool:
         say(f"warning: {unwritten(path, error)}; the run goes on without it")
         return False
     return True
-
-
-def append(path: Path, line: str, say: Say) -> bool:
-    """Add a whole line or nothing; a failure is only a warning. Returns whether it was added."""
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab", buffering=0) as file:
-            size, content = file.tell(), line.encode() + b"\n"
-            try:
-                while content:
-                    content = content[file.write(content) :]
-            except OSError:
-                file.truncate(size)  # takes no room
-                raise
-    except OSError as error:
-        say(f"warning: {unwritten(path, error)}; the run goes on without this line of it: {line}")
-        return False
-    return True

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.config import MICRO_BATCH_SIZE, SECTIONS, ModelConfig, RunConfig
-from cfvlm_ds.core.files import append
+from cfvlm_ds.core.journal import append
 from cfvlm_ds.core.options import Kind, declared
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
