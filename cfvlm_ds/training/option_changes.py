@@ -20,6 +20,10 @@ from cfvlm_ds.core.options import Kind, declared
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
 
+KINDS: dict[str, Kind | None] = {
+    name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.", "kind").items()
+}
+"""What a change of each option means."""
 DEEPSPEED: dict[str, Kind] = {
     # compared as what _effective makes of them, or as train.*, which "auto" takes and the JSON may not contradict
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "speed"),
@@ -135,11 +139,10 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     """The part of a record that decides what is trained: values in use, where several make one value that one in their place."""
-    kinds = {name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.", "kind").items()}
     options = dict(_flat(record["options"]))
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
-    modules = [name.split(".")[1] for name in kinds if name.endswith(".tuning")]
+    modules = [name.split(".")[1] for name in KINDS if name.endswith(".tuning")]
     adapted = any(options[f"model.{module}.tuning"] == "lora" for module in modules)
     values: dict[str, tuple[Any, Kind]] = {}
     for name, value in options.items():
@@ -147,7 +150,7 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
         if section == "objective":
             if part not in absent or _is_weight(name):
                 values[name] = (value, "meaning")
-        elif (kind := kinds.get(name)) in ("meaning", "fixed") and not (
+        elif (kind := KINDS.get(name)) in ("meaning", "fixed") and not (
             name == "train.bf16"
             or (section == "model" and part == "lora" and not adapted)
             or (name.endswith(".learning_rate") and part in modules and options[f"model.{part}.tuning"] == "frozen")

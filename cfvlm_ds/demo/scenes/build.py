@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from PIL import Image, ImageChops
 
@@ -253,29 +254,29 @@ def settings_of(config: ScenesConfig) -> dict[str, object]:
 
 def config_in(out: Path) -> ScenesConfig | None:
     """The settings of the world that a folder holds; None where it holds none. Raises DataError where they are none of this revision's."""
-    record = out / "scenes.json"
-    if not record.is_file():
-        return None
-    try:
-        settings = dict(read_json(record)["settings"])
-        if settings.pop("generator") != GENERATOR:
-            raise ValueError("another revision has drawn them")
-        return ScenesConfig(str(out), **settings)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"{record}: no settings of scenes ({type(error).__name__}: {error}); draw them again in another folder") from error
+    settings = _recorded(out)
+    if settings and settings.pop("generator") != GENERATOR:
+        raise DataError(f"{out} holds scenes that another revision has drawn; draw them again in another folder")
+    return ScenesConfig(str(out), **settings) if settings else None
 
 
 def is_complete(out: Path, settings: dict[str, object]) -> bool:
     """True: holds these scenes; False: free to build. Raises DataError if the folder holds anything else."""
-    record = out / "scenes.json"
-    if record.exists():
-        try:
-            found = json.loads(record.read_text(encoding="utf-8")).get("settings")
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{record} is unreadable ({error}); delete the folder {out} or choose another out_dir") from error
+    if found := _recorded(out):
         if found != settings:
             raise DataError(f"{out} holds scenes of other settings ({found}); choose another out_dir or delete the folder")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and was not made by build_scenes; choose another out_dir")
     return False
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    """The settings in a folder of scenes, and which revision of this file has drawn them; empty where it is none."""
+    record = out / "scenes.json"
+    if not record.exists():
+        return {}
+    try:
+        return {"generator": None} | read_json(record)["settings"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{record}: no settings of scenes ({type(error).__name__}: {error}); draw them again in another folder") from error
