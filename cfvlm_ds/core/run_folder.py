@@ -22,7 +22,7 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 FILES = (
     "config.yaml", "ds_config.json", "environment.json", "data.json",
-    "metrics.jsonl", ".mlflow_delivery.json", "params.json", "params_*.json",
+    "metrics.jsonl", ".mlflow_delivery.json",
     "mlflow.db*", "finished.json", "resume_changes.jsonl", "skipped.json", "nonfinite.jsonl",
     "results.md", "results.json", "results_start.json",
     "scores-*.png", "learning_curves.png", "run.lock*", "data_check.json", "zero_to_*.py",

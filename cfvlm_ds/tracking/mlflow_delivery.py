@@ -22,7 +22,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.files import keep, put_in_place
+from cfvlm_ds.core.files import put_in_place
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, say
@@ -222,7 +222,7 @@ class Delivery:
         return client.create_run(experiment_id, self.record.start_ms, {_TOKEN_TAG: self.record.token}, self.record.run_name)
 
     def _describe(self, client: Any, run: Any) -> None:
-        """Send parameters, tags, data sets and the full configuration, and record the run's id."""
+        """Send parameters, tags and data sets, and record the run's id."""
         entities = _mlflow("mlflow.entities")
         run_id = run.info.run_id
         params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _flat(self.record.params).items()}
@@ -233,9 +233,6 @@ class Delivery:
         send(client, run_id, "tags", [entities.RunTag(name, text) for name, text in tags.items()])
         self._log_inputs(client, run)
         self._change(run_id=run_id)
-        suffix = f"_resumed_at_{self.record.resume_step}" if self.record.resume_step else ""
-        if keep(config := self._run_dir / f"params{suffix}.json", json.dumps(self.record.params, indent=2), say):
-            self.add_artifact(str(config), "config")
 
     def _log_inputs(self, client: Any, run: Any) -> None:
         """Log the data sets that the run does not have yet."""
