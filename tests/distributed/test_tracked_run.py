@@ -238,7 +238,6 @@ def test_a_crashed_run_is_marked_failed(client: Any, model_dir: Path, manifests:
         "ds_config.json",
         "environment.json",
         "data.json",
-        "config",
     }
 
 
