@@ -46,6 +46,10 @@ class TrainState:
         self.best = {"step": self.step, "value": value}
         return True
 
+    def note(self, **known: Any) -> None:
+        """Set what is known by now: the ``record`` of this start, its ``data``, its ``run_id``; or ``best``, to be forgotten."""
+        vars(self).update(known)
+
     def displacement(self, lp: float) -> float:
         """By how many nats per token the factual log-likelihood has fallen since the first value given here."""
         if self.baseline_lp is None:

@@ -27,8 +27,9 @@ class RunLock:
             while (held := fresh(self.path)) is None:
                 holder = _holder(self.path)
                 if not here["job"] or holder.get("job") != here["job"] or holder.get("restart") == here["restart"]:
-                    remedy = f"choose another {option}, or remove {self.path} if that run is gone"
-                    raise ConfigError(f"{folder} is in use by {_named(holder)}; {remedy}")
+                    raise ConfigError(
+                        f"{folder} is in use by {_named(holder)}; choose another {option}, or remove {self.path} if that run is gone"
+                    )
                 self.path.unlink(
                     missing_ok=True
                 )  # of an earlier start of this job, on a node that is down: Slurm runs no job twice at a time

@@ -53,7 +53,7 @@ class Start:
             )
         sampler.load_state_dict(state.sampler or {})
         if state.record["options"]["train"]["save_best"] != config.train.save_best:
-            state.best = None  # it was by another metric
+            state.note(best=None)  # it was by another metric
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
         """The record for the run's checkpoints, made once the model is there: a hub's model may not have been when the run was started."""

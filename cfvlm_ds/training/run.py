@@ -121,7 +121,7 @@ def _run(config: RunConfig, world: World) -> None:
         if start.found is not None:
             _restore(config, world, ds_engine, state, start, sampler)
             _checked(config, world, refuse_nonfinite, ds_engine.module.model, str(start.found))
-        state.record = start.complete_record(config, world)
+        state.note(record=start.complete_record(config, world))
         with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
             _check_scores(config, world, ds_engine, collator, data, sampler)
             if (data.splits or data.benchmarks) and state.step < total_steps:
@@ -247,7 +247,7 @@ def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState,
     start.check(state, config, sampler)
     if start.changed:
         engine.apply_optimizer_options(ds_engine, options)
-    state.data = start.data
+    state.note(data=start.data)
     world.say(f"resumed from {found} at step {state.step}")
 
 
