@@ -331,8 +331,8 @@ def _glm(model_type: str, folder: Path) -> Parts:
         "image_size": 56,
         "patch_size": 14,
     }
-    text, vision = text | {"model_type": "glm4v_text"}, vision | {"model_type": "glm4v_vision"}
-    config = t.AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **ids)
+    parts = {"text_config": {**text, "model_type": "glm4v_text"}, "vision_config": {**vision, "model_type": "glm4v_vision"}}
+    config = t.AutoConfig.for_model(model_type, **parts, **ids)
     size = {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}  # both frames of a picture are counted
     template = _GLM.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")
     if model_type == "glm4v":

@@ -115,9 +115,10 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
     blues = LinearSegmentedColormap.from_list("scores", colormaps["Blues"]([0.06, 0.3, 0.6, 0.92])).with_extremes(bad="#f4f5f7")
     cells = axes.pcolormesh(np.arange(num_captions + 1), np.arange(num_images + 1), scores, cmap=blues, edgecolors="white", linewidth=4)
     for (i, c), score in np.ndenumerate(scores.filled(np.nan)):
+        shade: Any = cells.norm(score)
         valid = math.isfinite(score)
         text = f"{score:.1f}".replace("-", "\N{MINUS SIGN}") if valid else "\N{EN DASH}"
-        colour = MUTED if not valid else "white" if cells.norm(score) > 0.55 else INK
+        colour = MUTED if not valid else "white" if shade > 0.55 else INK
         axes.text(c + 0.5, i + 0.5, text, ha="center", va="center", fontsize=12, color=colour)
         if group["match"][i][c] == 1:
             box = Rectangle((c + 0.02, i + 0.03), 0.96, 0.94, fill=False, edgecolor=TRUE_COLOUR, linewidth=2.6, clip_on=False)

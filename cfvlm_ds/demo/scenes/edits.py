@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from random import Random
+from typing import Any
 
 from cfvlm_ds.demo.scenes.world import COLOURS, COUNTS, SHAPES, SIZES, TEXTURES, Scene, Thing
 
 EditFunction = Callable[[Scene, Random, bool], "Scene | None"]
 
 
-def _values(factor: str, scene: Scene, thing: Thing) -> list[str] | list[int]:
+def _values(factor: str, scene: Scene, thing: Thing) -> list[Any]:
     """What a factor of one thing may be changed to."""
     overlap = scene.relation in ("front", "behind")
     if factor == "colour":
