@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.deepspeed_compat import settings as settings
 from cfvlm_ds.engine.configuration import unusable, warmup_steps
 
@@ -174,7 +174,6 @@ def _try_schedule(config: RunConfig) -> None:
             optimizer.step()
             schedule.step()
     except Exception as error:  # a schedule that asks for options or metrics which a run does not give it
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ConfigError(
-            f"train.lr_scheduler_type {name!r} cannot be used here ({reason}); use cosine, or another without options"
+            f"train.lr_scheduler_type {name!r} cannot be used here ({first_line(error)}); use cosine, or another without options"
         ) from error

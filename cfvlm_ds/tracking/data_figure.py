@@ -69,12 +69,10 @@ def _draw_bars(axes: Axes, title: str, unit: str, counts: Mapping[str, int]) -> 
     if rest:
         shown.append((f"{len(rest)} others", sum(count for _, count in rest)))
     places = range(len(shown))
-    axes.barh(places, [count for _, count in shown], color=LINES[0], height=0.7)
+    axes.bar_label(axes.barh(places, [count for _, count in shown], color=LINES[0], height=0.7), fmt="%d", padding=3, fontsize=8, color=INK)
     axes.set_yticks(places, [one_line(name, _NAME_CHARS) for name, _ in shown])
     axes.set_ylim(max(len(shown), _ROOM) - 0.5, -0.5)
     for label in axes.get_yticklabels():
         label.set(**AS_WRITTEN)
-    for place, (_, count) in zip(places, shown, strict=True):
-        axes.annotate(str(count), (count, place), xytext=(3, 0), textcoords="offset points", fontsize=8, color=INK, va="center")
     axes.margins(x=0.14)
     in_style(axes, title, unit, "x")

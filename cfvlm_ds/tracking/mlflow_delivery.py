@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.core.files import put_in_place
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
@@ -138,7 +138,7 @@ class Delivery:
             except Exception as error:  # whatever a store raises, the training goes on
                 failures += 1
                 if failures == 1:
-                    say(f"MLflow at {self._uri} does not answer, will try again; metrics are kept in {METRICS_FILE} ({_first_line(error)})")
+                    say(f"MLflow at {self._uri} does not answer, will try again; metrics are kept in {METRICS_FILE} ({first_line(error)})")
             backoff = min(_POLL_SECONDS * 2**failures, _MAX_BACKOFF_SECONDS)
             if self._closing.is_set():
                 self._stop.wait(min(backoff, _CLOSING_BACKOFF_SECONDS) if failures else 0)
@@ -296,7 +296,7 @@ def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "ta
             if error.error_code not in _REFUSED:
                 raise
             if len(part) == 1:
-                say(f"MLflow refuses {kind[:-1]} {part[0].key!r}: {_first_line(error)}")
+                say(f"MLflow refuses {kind[:-1]} {part[0].key!r}: {first_line(error)}")
             else:
                 for entity in part:
                     send(client, run_id, kind, [entity])
@@ -314,10 +314,6 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _name(name: str) -> str:
     return _UNFIT_FOR_A_NAME.sub("_", name)[:_MAX_NAME_CHARS]
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _make_store(uri: str) -> None:
