@@ -25,7 +25,7 @@ demo: install
 # The demo's pretrained model, made anew: hours on two cores; it goes on where it was stopped.
 base: install
 	deepspeed --num_gpus 2 train.py --deepspeed ds_configs/z2.json --config benchmarks/base.yaml
-	python -m cfvlm_ds.demo.base runs/base
+	rm -r cfvlm_ds/demo/base_checkpoint && cp -r runs/base/export cfvlm_ds/demo/base_checkpoint
 
 test: install
 	$(MAKE) --jobs 2 --output-sync check

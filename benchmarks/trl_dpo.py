@@ -189,7 +189,7 @@ def write_model(out: Path, settings: Settings, size: dict[str, int], seed: int) 
     """The family's small checkpoint at another size, with queries sharp enough for positions and masks to matter."""
 
     def make(partial: Path) -> tuple[Any, Any]:
-        config, processor = SMALL["qwen2_5_vl"](partial)
+        config, processor = SMALL["qwen2_5_vl"]("qwen2_5_vl", partial)
         head = size["hidden_size"] // size["num_attention_heads"] // 2
         rope = {"rope_type": "default", "mrope_section": [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8], "rope_theta": 1e6}
         text, vision = config.text_config.to_dict(), config.vision_config.to_dict()

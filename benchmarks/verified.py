@@ -112,7 +112,7 @@ def edited(out: Path, scenes: Path, name: str, faults: float, attempts: int) -> 
 
 
 def truth_of(work: Path, scenes: Path, faults: float) -> Truth:
-    config, folder, truth = editor.scenes_config(scenes), WorkFolder.open(work), Truth()
+    config, folder, truth = editor.config_in(scenes), WorkFolder.open(work), Truth()
     texts = {each["id"]: (line["source"], each["text"]) for line in folder.records("propose", 0) for each in line.get("edits", ())}
     for record in folder.records("edit", 0):
         if not record.get("picture"):

@@ -66,7 +66,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
     reports = gather_objects((reason_of(failures[0], partial) if failures else None, files), world)
     problem = next((f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(reports) if failure), None)
     if world.is_main and problem is None:
-        description = {"schema": SCHEMA, "step": state.step, "world_size": world.size, "run_id": state.run_id, "loop": state.state_dict()}
+        description = {"schema": SCHEMA, "step": state.step, "world_size": world.size, "run_id": state.run_id, "loop": vars(state)}
         with kept_failures(failures):
             _publish(partial, final, description, {name: entry for _, each in reports for name, entry in each.items()})
         problem = failures[0] if failures else None

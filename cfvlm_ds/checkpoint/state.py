@@ -34,25 +34,10 @@ class TrainState:
     record: dict[str, Any] | None = None
     retained: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
     def step_done(self, sampler: dict[str, Any]) -> None:
         """Note that an optimizer step is finished; ``sampler`` says where the data continue."""
         self.step += 1
         self.sampler = sampler
-
-    def configured_by(self, record: dict[str, Any]) -> None:
-        """The record of this start's options."""
-        self.record = record
-
-    def trained_on(self, data: dict[str, Any]) -> None:
-        """Note the identity of the groups that are trained on from here."""
-        self.data = data
-
-    def tracked_as(self, run_id: str | None) -> None:
-        """Note the MLflow run, once its server has answered."""
-        self.run_id = run_id
 
     def evaluated(self, value: float) -> bool:
         """Whether this value of the metric ``train.save_best`` is the best so far; if so, it is noted."""
@@ -61,9 +46,9 @@ class TrainState:
         self.best = {"step": self.step, "value": value}
         return True
 
-    def forget_best(self) -> None:
-        """Forget the best evaluation: it was by another metric."""
-        self.best = None
+    def note(self, **known: Any) -> None:
+        """Set what is known by now: the ``record`` of this start, its ``data``, its ``run_id``; or ``best``, to be forgotten."""
+        vars(self).update(known)
 
     def displacement(self, lp: float) -> float:
         """By how many nats per token the factual log-likelihood has fallen since the first value given here."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.versions import PACKAGE, version
 
@@ -55,7 +55,7 @@ def gpu_fault(expected: int) -> str | None:
         try:
             torch.ones(8, device=f"cuda:{index}").sum().item()
         except RuntimeError as error:
-            return f"GPU {index} does not compute: {_first_line(error)}"
+            return f"GPU {index} does not compute: {first_line(error)}"
     return None
 
 
@@ -78,7 +78,7 @@ def _check(name: str, timeout_s: float) -> str:
         store.set(f"node {rank}", "ok" if fault is None else "bad")
         others = [store.get(f"node {other}") for other in range(size)]
     except (dist.DistError, RuntimeError) as error:
-        return f"bad: {fault}" if fault else f"waited: no meeting at {place}:{port} within {timeout_s:g} s: {_first_line(error)}"
+        return f"bad: {fault}" if fault else f"waited: no meeting at {place}:{port} within {timeout_s:g} s: {first_line(error)}"
     if fault:
         return f"bad: {fault}"
     if b"bad" in others:
@@ -86,7 +86,7 @@ def _check(name: str, timeout_s: float) -> str:
     try:
         _collective(store, rank, size, limit)
     except (dist.DistError, RuntimeError) as error:
-        return f"waited: the collective failed: {_first_line(error)}"
+        return f"waited: the collective failed: {first_line(error)}"
     if rank == 0:
         print(f"{size} nodes with {own}", flush=True)
     return "ok"
@@ -108,7 +108,3 @@ def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> No
 
 def _difference(one: str, other: str) -> str:
     return ", ".join(part for part in one.split(", ") if part not in other.split(", "))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import math
 import os
@@ -69,61 +68,28 @@ def meeting_point() -> Iterator[None]:
     """Inside the block MASTER_PORT is a port at which the ranks can meet; at its end they have met.
 
     DeepSpeed's launcher gives every training port 29500, so that a second one on the machine would fail. Ranks of one node that were given
-    that port, or none, take a free one instead: rank 0 chooses it and leaves it in a file named after the launcher, their parent. Of any
-    other port rank 0 says when it is in use. Where torchrun has started the ranks, its agent holds the port.
+    that port, or none, take a free one instead: rank 0 chooses it and leaves it in a file named after the launcher, their parent. Any other
+    port is the user's, or that of torchrun's agent.
     """
-    if dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ:
+    foreign = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
+    if foreign or os.environ.get("MASTER_PORT", _EVERYBODYS) != _EVERYBODYS:
         yield
         return
-    main, given = os.environ["RANK"] == "0", os.environ.get("MASTER_PORT", _EVERYBODYS)
-    if given != _EVERYBODYS or os.environ.get("CROSS_SIZE") != "1":
-        if main and not _is_free(int(given)):
-            raise _port_in_use(given)
+    main, published = os.environ["RANK"] == "0", Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{launcher()}.port"
+    if main:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            replace(published, str(probe.getsockname()[1]).encode(), shared=True)
+    os.environ["MASTER_PORT"] = _published_port(published)
+    try:
         yield
-    elif os.environ["WORLD_SIZE"] == "1":
-        os.environ["MASTER_PORT"] = str(_free_port())
-        yield
-    else:
-        published = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{launcher()}.port"
-        os.environ["MASTER_PORT"] = _publish_port(published) if main else _published_port(published)
-        try:
-            yield
-        finally:
-            if main:
-                published.unlink(missing_ok=True)
+    finally:
+        if main:
+            published.unlink(missing_ok=True)
 
 
 _EVERYBODYS = "29500"
-_PORTS = range(20_000, 29_500)  # below those that systems give to outgoing connections
 _PATIENCE_S = 300.0
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store that will listen there does
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            return error.errno != errno.EADDRINUSE
-    return True
-
-
-def _free_port() -> int:
-    chance = random.SystemRandom()
-    return next(port for port in (chance.choice(_PORTS) for _ in itertools.count()) if _is_free(port))
-
-
-def _port_in_use(port: str) -> Exception:
-    sentence = f"port {port} of {socket.gethostname()}, at which the ranks would meet, is in use"
-    if "SLURM_JOB_ID" in os.environ:  # the next start of the job has another one
-        return RuntimeError(sentence)
-    return ConfigError(f"{sentence}; give the launcher another --master_port, or on one machine none")
-
-
-def _publish_port(file: Path) -> str:
-    port = str(_free_port())
-    replace(file, port.encode(), shared=True)
-    return port
 
 
 def _published_port(file: Path) -> str:

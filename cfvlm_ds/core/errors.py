@@ -13,6 +13,11 @@ def unwritten(path: Path, error: OSError) -> str:
     return f"{path} cannot be written ({error.strerror or error})"
 
 
+def first_line(error: BaseException) -> str:
+    """The kind of a library's error, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 class InputError(ValueError):
     """What the user can correct: input, or the room that a run is given. A command ends with it and exit code 2.
 

@@ -52,11 +52,11 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
     try:
-        if (held := _fresh(temporary)) is None:
+        if (held := fresh(temporary)) is None:
             raise ConfigError(f"{path} is being written by another process; wait for it, or name another file")
         with os.fdopen(os.dup(held), "wb") as file:
             yield file
-        if not shared and not _is(temporary, held):  # on a file system without locks
+        if not shared and not is_same(temporary, held):  # on a file system without locks
             raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(path))
         os.replace(temporary, path)
     except OSError as error:
@@ -66,12 +66,12 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     finally:
         if held is not None:
             with contextlib.suppress(OSError):
-                if _is(temporary, held):
+                if is_same(temporary, held):
                     temporary.unlink()
             os.close(held)
 
 
-def _fresh(path: Path) -> int | None:
+def fresh(path: Path) -> int | None:
     """A new file, open and locked, in place of what a kill has left under its name; None where another process holds it."""
     while True:
         new = not os.path.lexists(path)
@@ -87,7 +87,7 @@ def _fresh(path: Path) -> int | None:
             continue
         try:
             mine = lock(handle, path)
-            if mine and _is(path, handle):
+            if mine and is_same(path, handle):
                 if new:
                     return handle
                 path.unlink()
@@ -102,13 +102,13 @@ def _fresh(path: Path) -> int | None:
 @contextlib.contextmanager
 def alone(path: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold a lock, a file that is there meanwhile. A process that waits for it calls ``waiting`` once, and ``alive`` again and again."""
-    held = _fresh(path)
+    held = fresh(path)
     if held is None:
         waiting()
     while held is None:
         alive()
         time.sleep(_LOOK_S)
-        held = _fresh(path)
+        held = fresh(path)
     try:
         yield
     finally:
@@ -153,19 +153,19 @@ def whole_folder(final: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         made = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)  # as long as it is open nothing else has its number
         yield partial
-        if not _is(partial, made):
+        if not is_same(partial, made):
             raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(final))
         remove(older)
         put_in_place(partial, final, older)
         remove(older)
     finally:
         if made is not None:
-            if _is(partial, made):
+            if is_same(partial, made):
                 remove(partial)
             os.close(made)
 
 
-def _is(path: Path, opened: int) -> bool:
+def is_same(path: Path, opened: int) -> bool:
     """Whether a path still leads to what was opened there."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(opened))
 
@@ -207,22 +207,5 @@ def keep(path: Path, text: str, say: Say) -> bool:
         replace(path, text.encode())
     except OSError as error:
         say(f"warning: {unwritten(path, error)}; the run goes on without it")
-        return False
-    return True
-
-
-def append(path: Path, line: str, say: Say) -> bool:
-    """Add a whole line or nothing; a failure is only a warning. Returns whether it was added."""
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab", buffering=0) as file:
-            size, content = file.tell(), line.encode() + b"\n"
-            try:
-                while content:
-                    content = content[file.write(content) :]
-            except OSError:
-                file.truncate(size)  # takes no room
-                raise
-    except OSError as error:
-        say(f"warning: {unwritten(path, error)}; the run goes on without this line of it: {line}")
         return False
     return True

@@ -6,13 +6,13 @@ import errno
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
-from cfvlm_ds.core.files import lock
+from cfvlm_ds.core.files import Say, lock
 from cfvlm_ds.core.secrets import print_line
 
 _BLOCK = 1 << 20
@@ -104,6 +104,17 @@ def records(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
             start += len(line)
 
 
+def append(path: Path, line: str, say: Say) -> bool:
+    """Add a whole line or nothing; a failure is only a warning. Returns whether it was added."""
+    try:
+        with closing(Journal(path, alone=False)) as journal:
+            journal.append(line.encode() + b"\n")
+    except StorageError as error:
+        say(f"warning: {error}; the run goes on without this line of it: {line}")
+        return False
+    return True
+
+
 class Waiting:
     """A journal that never ends its process: lines that the disk does not take wait in memory, and every later line tries again, in order.
 
@@ -111,7 +122,7 @@ class Waiting:
         say: gets a sentence when writing fails for the first time, and when it works again.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], object]) -> None:
+    def __init__(self, path: Path, say: Say) -> None:
         self.path, self._say = path, say
         self._journal: Journal | None = None
         self._lines = deque[bytes]()

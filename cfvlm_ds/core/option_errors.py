@@ -156,13 +156,12 @@ def _of_option(option: str, value: Any, types: Mapping[str, Any], said: bool = F
     except ValueError:
         read = value
     if option == "data.train" and isinstance(read, list):
-        return next((f"data.train: {wrong}; {_SOURCES}" for each in read if (wrong := _of_source(each))), None)
+        return next(filter(None, (_of_part(option, each, Source, _SOURCES) for each in read)), None)
     if option == "data.evaluation":
         if not isinstance(read, Mapping):
             return f"data.evaluation: {read} has no name; {SPLITS}"
-        known = get_type_hints(EvaluationSet)
-        strange = [each for each in read.values() if not isinstance(each, str) and _misfit(each, known) is not None]
-        return f"data.evaluation: {strange[0]!r} is not a manifest; {SPLITS}" if strange else None
+        sets = {name: each for name, each in read.items() if not isinstance(each, str)}
+        return next(filter(None, (_of_part(f"{option}.{name}", each, EvaluationSet, SPLITS) for name, each in sets.items())), None)
     if read is None or _fits(read, types[option]) or (said and _fits(value, types[option])):
         return None
     kinds = _kinds(types[option])
@@ -170,23 +169,11 @@ def _of_option(option: str, value: Any, types: Mapping[str, Any], said: bool = F
     return f"{option}: expected {expected}, got {value}"
 
 
-def _of_source(given: Any) -> str | None:
-    known = get_type_hints(Source)
-    if not isinstance(given, Mapping):
-        return "an entry is not a source"
-    if (name := _misfit(given, known)) in known:
-        return f"{name} of a source cannot be {given[name]}"
-    if name is not None:
-        near = nearest(name, list(known))
-        return f"a source has no {name!r}" + (f"; did you mean {near!r}?" if near else "")
-    return None if "path" in given else "a source has no path"
-
-
-def _misfit(given: Any, known: Mapping[str, Any]) -> str | None:
-    """The first name that is not known, or whose value is of another type; empty where nothing has a name."""
-    if not isinstance(given, Mapping):
-        return ""
-    return next((str(name) for name, value in given.items() if name not in known or not _fits(value, known[name])), None)
+def _of_part(option: str, given: Any, kind: type, remedy: str) -> str | None:
+    """What is wrong with a source of a mixture, or an evaluation set."""
+    if not isinstance(given, Mapping) or (kind is Source and "path" not in given):
+        return f"{option}: {given!r} is not a manifest; {remedy}"
+    return _in_section(f"{option}.", given, types_of({option: kind}))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import field, fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
+from functools import partial
 from typing import Any, Literal
 
 Kind = Literal["meaning", "fixed", "speed", "bookkeeping"]
@@ -14,48 +15,33 @@ ENDLESS = 2**53
 COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e38)
 
 
-def _declared(kind: Kind, default: Any, default_factory: Any, within: Range | None) -> Any:
-    given = {"default": default} if default_factory is None else {"default_factory": default_factory}
+def _declared(kind: Kind, default: Any = MISSING, default_factory: Any = MISSING, within: Range | None = None) -> Any:
+    given = {"default": default} if default_factory is MISSING else {"default_factory": default_factory}
     return field(**given, metadata={"kind": kind, "within": within})
 
 
-def meaning(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
-    """An option that decides what is trained: changed on a resume, it is refused unless ``train.resume_changes`` allows it."""
-    return _declared("meaning", default, default_factory, within)
+meaning = partial(_declared, "meaning")
+"""An option that decides what is trained: changed on a resume, it is refused unless ``train.resume_changes`` allows it."""
+fixed = partial(_declared, "fixed")
+"""An option of ``meaning`` with which no checkpoint of another value can be continued."""
+speed = partial(_declared, "speed")
+"""An option that decides how fast and with how much memory the same is trained; it may change on a resume."""
+bookkeeping = partial(_declared, "bookkeeping")
+"""An option of names, records, checks and stops, or of what is compared by its contents; it may change on a resume."""
 
 
-def fixed(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
-    """An option of ``meaning`` with which no checkpoint of another value can be continued."""
-    return _declared("fixed", default, default_factory, within)
-
-
-def speed(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
-    """An option that decides how fast and with how much memory the same is trained; it may change on a resume."""
-    return _declared("speed", default, default_factory, within)
-
-
-def bookkeeping(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
-    """An option of names, records, checks and stops, or of what is compared by its contents; it may change on a resume."""
-    return _declared("bookkeeping", default, default_factory, within)
-
-
-def kinds(section: type, prefix: str) -> dict[str, Kind | None]:
-    """What a change of each option of a section means on a resume, by its name after ``prefix``; None where its field does not say."""
-    found: dict[str, Kind | None] = {}
+def declared(section: type, prefix: str, what: Literal["kind", "within"]) -> dict[str, Any]:
+    """What the options of a section declare, by their names after ``prefix``: what a change means on a resume, or their bounds; None where
+    a field does not say."""
+    found: dict[str, Any] = {}
     for option in fields(section):
         if is_dataclass(option.default_factory):
-            found |= kinds(option.default_factory, f"{prefix}{option.name}.")
+            found |= declared(option.default_factory, f"{prefix}{option.name}.", what)
         else:
-            found[prefix + option.name] = option.metadata.get("kind")
+            found[prefix + option.name] = option.metadata.get(what)
     return found
 
 
 def ranges(section: type, prefix: str) -> dict[str, Range]:
     """The least and the most of each option of a section that has bounds, by its name after ``prefix``."""
-    found: dict[str, Range] = {}
-    for option in fields(section):
-        if is_dataclass(option.default_factory):
-            found |= ranges(option.default_factory, f"{prefix}{option.name}.")
-        elif (within := option.metadata.get("within")) is not None:
-            found[prefix + option.name] = within
-    return found
+    return {name: within for name, within in declared(section, prefix, "within").items() if within is not None}

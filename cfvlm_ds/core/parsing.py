@@ -46,9 +46,9 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     except ConfigError:
         raise
     except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
-        given = ", ".join(_config_files(argv)) or "the options"
+        given = ", ".join(value for _, value in documents(argv, types)) or "the options"
         raise ConfigError(f"{given}: not a configuration ({type(error).__name__}: {error}); write YAML as in examples/") from error
-    named = _named_terms(argv)
+    named = _named_terms(argv, [value for option, value in documents(argv, types) if option == "config"])
     if unknown := named - set(objectives):  # one with options has been named by the parser
         raise ConfigError(f"unknown term of the objective {min(unknown)!r}; the terms are {', '.join(objectives)}")
     terms = {name: getattr(built.objective, name) for name in objectives if name in named}
@@ -126,20 +126,15 @@ def _with_shipped(argv: Sequence[str]) -> list[str]:
     return taken
 
 
-def _named_terms(argv: Sequence[str]) -> set[str]:
+def _named_terms(argv: Sequence[str], files: Sequence[str]) -> set[str]:
     """The terms of the objective: those of the YAML files, or the default where they state none, and those that the command line adds."""
     stated: set[str] = set()
-    for path in _config_files(argv):
+    for path in files:
         given = read_yaml(path)
         section = given.get("objective") if isinstance(given, Mapping) else None
         dotted = (name.removeprefix("objective.") for name in given or () if name.startswith("objective."))
         stated |= {str(name).partition(".")[0] for name in (*(section if isinstance(section, Mapping) else ()), *dotted)}
     return (stated or set(CFVLM)) | {option.split(".")[1].partition("=")[0] for option in argv if option.startswith("--objective.")}
-
-
-def _config_files(argv: Sequence[str]) -> list[str]:
-    separate = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
-    return separate + [option.removeprefix("--config=") for option in argv if option.startswith("--config=")]
 
 
 def _refuse_repeated(argv: Sequence[str], types: Mapping[str, Any]) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,6 @@ MIB = 2**20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 _SPARE = 100  # of the thousand calls within one another that Python allows
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]')
 
 
 class TooLarge(ValueError):
@@ -125,17 +124,12 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming key and lines.
+    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming the key.
 
     Raises RecursionError for lists and objects within one another by the hundred, some of which could just be read: not where the stack
     is deeper, though, and they could not be written.
     """
-    try:
-        return _loaded(text, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
-    except DuplicateKey:
-        key, first, second = _duplicate(text)
-        where = f"on lines {first} and {second}" if second > first else f"on line {second}" if "\n" in text.strip() else ""
-        raise DuplicateKey(f"key {key!r} occurs twice in one object{f' ({where})' if where else ''}; keep one of them") from None
+    return _loaded(text, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 
 
 def _loaded(text: str, frames: int) -> Any:
@@ -147,28 +141,9 @@ def _loaded(text: str, frames: int) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise DuplicateKey
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise DuplicateKey(f"key {twice!r} occurs twice in one object; keep one of them")
     return found
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each text
-
-
-def _duplicate(text: str) -> tuple[str, int, int]:
-    """The first repeated key of well-formed JSON, and its lines."""
-    objects: list[dict[str, int]] = []
-    last = ""
-    line, end = 1, 0
-    for token in _TOKEN.finditer(text):
-        line, end = line + text.count("\n", end, token.start()), token.start()
-        if token[0] in "{[":
-            objects.append({})
-        elif token[0] in "}]":
-            objects.pop()
-        elif token[0] == ":":
-            if (key := json.loads(last)) in objects[-1]:
-                return key, objects[-1][key], line
-            objects[-1][key] = line
-        else:
-            last = token[0]
-    raise AssertionError("no key occurs twice")

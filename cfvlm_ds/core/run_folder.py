@@ -1,7 +1,4 @@
-"""What a run folder or a folder of adapters says of its model, so that commands that take a model take these too.
-
-Such folders are untrusted: their contents are checked before they are read, and before a run writes beside them.
-"""
+"""What a run folder or a folder of adapters says of its model, so that commands that take a model take these too."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_json, read_yaml
-from cfvlm_ds.core.untrusted import own_file, refuse_link
+from cfvlm_ds.core.untrusted import refuse_link
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 FILES = (
     "config.yaml", "ds_config.json", "environment.json", "data.json",
-    "metrics.jsonl", ".mlflow_delivery.json", "params.json", "params_*.json",
+    "metrics.jsonl", ".mlflow_delivery.json",
     "mlflow.db*", "finished.json", "resume_changes.jsonl", "skipped.json", "nonfinite.jsonl",
     "results.md", "results.json", "results_start.json",
     "scores-*.png", "learning_curves.png", "run.lock*", "zero_to_*.py",
@@ -141,22 +138,21 @@ def recorded_model(run_dir: Path) -> ModelConfig:
 
 def recorded_evaluation(run_dir: Path) -> dict[str, EvaluationSet]:
     """The manifests on which a run is evaluated, as the configuration in its folder names them. Raises ConfigError if that is not one."""
-    return _recorded(run_dir, "data", DataConfig, "evaluation", "format", "root").evaluation_sets
+    return _recorded(run_dir, "data", DataConfig).evaluation_sets
 
 
-def _recorded(run_dir: Path, section: str, kind: type[T], *only: str) -> T:
-    """A section of a run's configuration, or some of its options alone."""
+def _recorded(run_dir: Path, section: str, kind: type[T]) -> T:
+    """A section of a run's configuration."""
     from jsonargparse import ArgumentParser
 
     path = run_dir / "config.yaml"
     options = recorded_options(run_dir).get(section)
     if not isinstance(options, dict):
         raise ConfigError(f"{path} is not a run's configuration (it has no section {section}); restore it")
-    recorded = {section: {name: value for name, value in options.items() if not only or name in only}}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, section)
     try:
-        found: T = parser.instantiate(parser.parse_object(recorded))[section]
+        found: T = parser.instantiate(parser.parse_object({section: options}))[section]
         return found
     except Exception as error:  # the parser and YAML raise nearly anything on what is no configuration
         raise ConfigError(f"{path} is not a run's configuration ({type(error).__name__}: {error}); restore it") from error
@@ -166,14 +162,12 @@ def base_of(folder: Path) -> str:
     """The model that adapters in peft's format were trained on. Raises ConfigError where the folder holds no such adapters."""
     remedy = "name a folder that `cfvlm-ds export --adapter` wrote"
     try:
-        described: Any = read_json(own_file(folder, ADAPTER, folder))
+        described: Any = read_json(folder / ADAPTER)
         kind, base = described["peft_type"], described["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{folder / ADAPTER} describes no adapters ({type(error).__name__}: {error}); {remedy}") from error
     if kind != "LORA" or not isinstance(base, str) or not base:
         raise ConfigError(f"{folder / ADAPTER}: adapters of kind {kind!r} on {base!r} are not known; {remedy}")
-    if not own_file(folder, ADAPTER_WEIGHTS, folder).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}; {remedy}")
     return base

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
-from cfvlm_ds.core.files import create as create
-from cfvlm_ds.core.files import remove as remove
 from cfvlm_ds.core.reading import open_regular
 
 _LONGEST_NAME = 255  # bytes: what file systems take

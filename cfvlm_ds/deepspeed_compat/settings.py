@@ -1,10 +1,8 @@
-"""DeepSpeed's optimizers, schedules, types and extensions, and its estimates of memory."""
+"""Names of DeepSpeed's settings, and its estimates of memory."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
 
 
 def field_names(model: str, inside: list[str]) -> list[str]:
@@ -20,51 +18,6 @@ def field_names(model: str, inside: list[str]) -> list[str]:
         kinds = [named[part].annotation, *getattr(named[part].annotation, "__args__", ())] if part in named else []
         found = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
     return [name for key, field in found.model_fields.items() for name in (key, field.alias) if name] if found else []
-
-
-def optimizer_names() -> list[str]:
-    """Optimizers of DeepSpeed's own."""
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
-    return list(DEEPSPEED_OPTIMIZERS)
-
-
-def is_tested_under_zero(optimizer: type) -> bool:
-    """Whether ZeRO accepts this class of optimizers without zero_allow_untested_optimizer."""
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
-    return optimizer in ZERO_SUPPORTED_OPTIMIZERS
-
-
-def optimizer_class(name: str, offloaded: bool, torch_adam: bool) -> Any:
-    """The class that DeepSpeed makes for an optimizer of this name, if it makes a single one."""
-    from deepspeed.ops import adam, lamb, lion
-
-    if name in ("adam", "adamw"):
-        if torch_adam:
-            return torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-        return adam.DeepSpeedCPUAdam if offloaded else adam.FusedAdam
-    if name == "lamb":
-        return lamb.FusedLamb
-    if name == "lion":
-        return lion.DeepSpeedCPULion if offloaded else lion.FusedLion
-    found = getattr(torch.optim, name, None)
-    return found if isinstance(found, type) and issubclass(found, torch.optim.Optimizer) else None
-
-
-def schedule_names() -> list[str]:
-    """Schedules of DeepSpeed's own."""
-    from deepspeed.runtime import lr_schedules
-
-    return list(lr_schedules.VALID_LR_SCHEDULES)
-
-
-def schedule_class(name: str) -> Any:
-    """The schedule that DeepSpeed makes for this name: its own, or torch's; None where there is none."""
-    from deepspeed.runtime import lr_schedules
-
-    own = getattr(lr_schedules, name, None) if name in lr_schedules.VALID_LR_SCHEDULES else None
-    return own or getattr(torch.optim.lr_scheduler, name, None)
 
 
 def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, nodes: int, optimizer: bool, weights: bool) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
@@ -49,6 +50,8 @@ _GLM = (
 
 Parts = tuple[Any, Any]
 """(configuration or model, processor)"""
+t: Any = transformers
+"""Its constructors take what its configuration classes leave to ``**kwargs``, hence Any."""
 
 
 def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
@@ -60,12 +63,11 @@ def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
         raise ConfigError(f"no small model of type {model_type!r}; there are {', '.join(SMALL)}")
     if out_dir.exists():
         raise ConfigError(f"{out_dir} is there already; name another folder")
-    from transformers import AutoModelForImageTextToText
 
     def make(folder: Path) -> Parts:
-        config, processor = SMALL[model_type](folder)
+        config, processor = SMALL[model_type](model_type, folder)
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        model = t.AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
@@ -78,7 +80,6 @@ def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
 def _tokenizer(special: Sequence[str], end: str, pad: str, corpus: Sequence[str] = _CORPUS, **named: Any) -> Any:
     """A byte-level BPE tokenizer with the family's control tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,16 +88,9 @@ def _tokenizer(special: Sequence[str], end: str, pad: str, corpus: Sequence[str]
     tokenizer.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
     )
-    return PreTrainedTokenizerFast(
+    return t.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=end, pad_token=pad, additional_special_tokens=list(special), model_max_length=4096, **named
     )
-
-
-def _transformers() -> Any:
-    """The library, when it is needed; its constructors take what its configuration classes leave to ``**kwargs``, hence Any."""
-    import transformers
-
-    return transformers
 
 
 def _ids(tokenizer: Any) -> dict[str, int]:
@@ -104,15 +98,18 @@ def _ids(tokenizer: Any) -> dict[str, int]:
     return {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
 
 
-def _llava(folder: Path) -> Parts:
+def _processor(model_type: str, *parts: Any, **options: Any) -> Any:
+    """The processor of the type's own class."""
+    return getattr(t, t.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES[model_type])(*parts, **options)
+
+
+def _llava(model_type: str, folder: Path) -> Parts:
     config = TinyLlavaConfig(str(folder), hidden_size=32, vision_hidden_size=32)
     processor = llava_processor(folder, config, _CORPUS)
     return llava_config(config, processor), processor
 
 
-def _qwen(model_type: str) -> Parts:
-    t = _transformers()
-
+def _qwen(model_type: str, folder: Path) -> Parts:
     names = ["object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end", "vision_start", "vision_end"]
     names += ["vision_pad", "image_pad", "video_pad"]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|{name}|>" for name in names)]
@@ -124,41 +121,34 @@ def _qwen(model_type: str) -> Parts:
     text: dict[str, Any] = {**_TEXT, **_ids(tokenizer), "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
     vision: dict[str, Any] = {"depth": 3, "num_heads": 4, "hidden_size": 32}
     template = _CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    video = t.Qwen2VLVideoProcessor if model_type.startswith("qwen2") else t.Qwen3VLVideoProcessor
     if model_type == "qwen2_vl":
-        kind, processor_kind, video = t.Qwen2VLConfig, t.Qwen2VLProcessor, t.Qwen2VLVideoProcessor
         vision |= {"embed_dim": 32, "mlp_ratio": 2, "patch_size": 14}
     elif model_type == "qwen2_5_vl":
-        kind, processor_kind, video = t.Qwen2_5_VLConfig, t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor
         vision |= {"intermediate_size": 64, "out_hidden_size": 32, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
-    elif model_type.startswith("qwen3_5"):
-        kind = t.Qwen3_5MoeConfig if model_type == "qwen3_5_moe" else t.Qwen3_5Config
-        processor_kind, video = t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor
+    else:
         vision |= {"intermediate_size": 64, "out_hidden_size": 32, "patch_size": 16, "num_position_embeddings": 64}
+    if model_type.startswith("qwen3_5"):
         del text["rope_scaling"]
         text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}}
         text |= {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
         text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}  # three gated delta nets, then one layer of attention
-        if model_type == "qwen3_5_moe":
-            text |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-            del text["intermediate_size"]
-    else:
-        kind = t.Qwen3VLMoeConfig if model_type == "qwen3_vl_moe" else t.Qwen3VLConfig
-        processor_kind, video = t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor
-        vision |= {"intermediate_size": 64, "out_hidden_size": 32, "patch_size": 16}
-        vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    elif model_type.startswith("qwen3"):
+        vision["deepstack_visual_indexes"] = [0, 1]
         text |= {"head_dim": 8, "num_hidden_layers": 3}  # features added after the last layer would reach no text
-        if model_type == "qwen3_vl_moe":
-            text |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    if model_type.endswith("moe"):
+        text |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    if model_type == "qwen3_5_moe":
+        text["shared_expert_intermediate_size"] = 16
+        del text["intermediate_size"]
     side = 2 * vision["patch_size"]
     images = t.Qwen2VLImageProcessor(patch_size=vision["patch_size"], size={"shortest_edge": side**2, "longest_edge": 64 * side**2})
-    config = kind(text_config=text, vision_config=vision, **placeholders)
+    config = t.AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **placeholders)
     template = template if model_type.startswith("qwen3") else _SYSTEM + template
-    return config, processor_kind(images, tokenizer, video(), chat_template=template)
+    return config, _processor(model_type, images, tokenizer, video(), chat_template=template)
 
 
-def _llava_next() -> Parts:
-    t = _transformers()
-
+def _llava_next(model_type: str, folder: Path) -> Parts:
     tokenizer = _tokenizer(["<unk>", "<s>", "</s>", "<image>"], "</s>", "<unk>", bos_token="<s>")
     config = t.LlavaNextConfig(
         vision_config=t.CLIPVisionConfig(**_WIDTHS, image_size=28, patch_size=14),
@@ -178,9 +168,7 @@ def _llava_next() -> Parts:
     return config, processor
 
 
-def _llava_onevision() -> Parts:
-    t = _transformers()
-
+def _llava_onevision(model_type: str, folder: Path) -> Parts:
     tokenizer = _tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"], "<|im_end|>", "<|endoftext|>")
     config = t.LlavaOnevisionConfig(
         vision_config=t.SiglipVisionConfig(**_WIDTHS, image_size=28, patch_size=7, vision_use_head=False),
@@ -200,9 +188,7 @@ def _llava_onevision() -> Parts:
     return config, processor
 
 
-def _internvl() -> Parts:
-    t = _transformers()
-
+def _internvl(model_type: str, folder: Path) -> Parts:
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
     tokenizer = _tokenizer(special, "<|im_end|>", "<|endoftext|>", extra_special_tokens=named)
@@ -218,9 +204,7 @@ def _internvl() -> Parts:
     return config, t.InternVLProcessor(images, tokenizer, video, image_seq_length=4, chat_template=template)
 
 
-def _idefics(model_type: str) -> Parts:
-    t = _transformers()
-
+def _idefics(model_type: str, folder: Path) -> Parts:
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     special += ["<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5))]
     tokenizer = _tokenizer(special, "<end_of_utterance>", "<|pad|>", bos_token="<|begin_of_text|>")
@@ -230,16 +214,13 @@ def _idefics(model_type: str) -> Parts:
     placeholder = tokenizer.convert_tokens_to_ids("<image>")
     sizes = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
     options = {"image_seq_len": 4, "chat_template": _IDEFICS.replace("IMAGE", "<image>")}
-    kind = t.Idefics3Config if model_type == "idefics3" else t.SmolVLMConfig
-    config = kind(vision_config=vision, text_config=text, image_token_id=placeholder, scale_factor=2, **pad)
+    config = t.AutoConfig.for_model(model_type, vision_config=vision, text_config=text, image_token_id=placeholder, scale_factor=2, **pad)
     if model_type == "idefics3":
-        return config, t.Idefics3Processor(t.Idefics3ImageProcessor(**sizes), tokenizer, **options)
-    return config, t.SmolVLMProcessor(t.SmolVLMImageProcessor(**sizes), tokenizer, t.SmolVLMVideoProcessor(), **options)
+        return config, _processor(model_type, t.Idefics3ImageProcessor(**sizes), tokenizer, **options)
+    return config, _processor(model_type, t.SmolVLMImageProcessor(**sizes), tokenizer, t.SmolVLMVideoProcessor(), **options)
 
 
-def _gemma3() -> Parts:
-    t = _transformers()
-
+def _gemma3(model_type: str, folder: Path) -> Parts:
     named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *named.values()]
     tokenizer = _tokenizer(special, "<end_of_turn>", "<pad>", _CORPUS + _NEWLINES, bos_token="<bos>", extra_special_tokens=named)
@@ -258,11 +239,9 @@ def _gemma3() -> Parts:
     return config, t.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
 
 
-def _gemma4() -> Parts:
+def _gemma4(model_type: str, folder: Path) -> Parts:
     """All that Gemma 4 has beside its mixture of experts: embeddings for each layer and shared keys and values are of its smaller models,
     pictures that are seen as a whole, and full layers whose values are their keys, of its larger ones."""
-    t = _transformers()
-
     named = {f"{kind}_token": f"<|{kind}|>" for kind in ("image", "audio")}
     named |= {"boi_token": "<|image>", "eoi_token": "<image|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
     special = ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>", *named.values()]
@@ -292,9 +271,7 @@ def _gemma4() -> Parts:
     return config, t.Gemma4Processor(*parts, chat_template=template, image_seq_length=70)
 
 
-def _mistral3() -> Parts:
-    t = _transformers()
-
+def _mistral3(model_type: str, folder: Path) -> Parts:
     tokenizer = _tokenizer(
         ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"], "</s>", "<unk>", bos_token="<s>"
     )
@@ -309,9 +286,7 @@ def _mistral3() -> Parts:
     return config, t.PixtralProcessor(images, tokenizer, **options)
 
 
-def _cohere(model_type: str) -> Parts:
-    t = _transformers()
-
+def _cohere(model_type: str, folder: Path) -> Parts:
     named = {"boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>", "image_token": "<|IMG_PATCH|>"}
     named |= {"img_line_break_token": "<|IMG_LINE_BREAK|>"}
     special = [
@@ -339,9 +314,7 @@ def _cohere(model_type: str) -> Parts:
     return config, t.AyaVisionProcessor(images, tokenizer, **options)
 
 
-def _glm(model_type: str) -> Parts:
-    t = _transformers()
-
+def _glm(model_type: str, folder: Path) -> Parts:
     marks = ["image", "video", "begin_of_image", "end_of_image", "begin_of_video", "end_of_video"]
     special = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", *(f"<|{mark}|>" for mark in marks)]
     tokenizer = _tokenizer(special, "<|endoftext|>", "<|endoftext|>")
@@ -358,34 +331,28 @@ def _glm(model_type: str) -> Parts:
         "image_size": 56,
         "patch_size": 14,
     }
-    kind = t.Glm4vConfig if model_type == "glm4v" else t.Glm46VConfig
-    config = kind(text_config={**text, "model_type": "glm4v_text"}, vision_config={**vision, "model_type": "glm4v_vision"}, **ids)
+    parts = {"text_config": {**text, "model_type": "glm4v_text"}, "vision_config": {**vision, "model_type": "glm4v_vision"}}
+    config = t.AutoConfig.for_model(model_type, **parts, **ids)
     size = {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}  # both frames of a picture are counted
     template = _GLM.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")
     if model_type == "glm4v":
-        return config, t.Glm4vProcessor(t.Glm4vImageProcessor(size=size), tokenizer, t.Glm4vVideoProcessor(), chat_template=template)
-    return config, t.Glm46VProcessor(t.Glm46VImageProcessor(size=size), tokenizer, t.Glm46VVideoProcessor(), chat_template=template)
+        images, video = t.Glm4vImageProcessor, t.Glm4vVideoProcessor
+    else:
+        images, video = t.Glm46VImageProcessor, t.Glm46VVideoProcessor
+    return config, _processor(model_type, images(size=size), tokenizer, video(), chat_template=template)
 
 
-SMALL: dict[str, Callable[[Path], Parts]] = {
+SMALL: dict[str, Callable[[str, Path], Parts]] = {
     "llava": _llava,
-    "llava_next": lambda folder: _llava_next(),
-    "llava_onevision": lambda folder: _llava_onevision(),
-    "qwen2_vl": lambda folder: _qwen("qwen2_vl"),
-    "qwen2_5_vl": lambda folder: _qwen("qwen2_5_vl"),
-    "qwen3_vl": lambda folder: _qwen("qwen3_vl"),
-    "qwen3_vl_moe": lambda folder: _qwen("qwen3_vl_moe"),
-    "qwen3_5": lambda folder: _qwen("qwen3_5"),
-    "qwen3_5_moe": lambda folder: _qwen("qwen3_5_moe"),
-    "internvl": lambda folder: _internvl(),
-    "idefics3": lambda folder: _idefics("idefics3"),
-    "smolvlm": lambda folder: _idefics("smolvlm"),
-    "gemma3": lambda folder: _gemma3(),
-    "gemma4": lambda folder: _gemma4(),
-    "mistral3": lambda folder: _mistral3(),
-    "glm4v": lambda folder: _glm("glm4v"),
-    "glm46v": lambda folder: _glm("glm46v"),
-    "aya_vision": lambda folder: _cohere("aya_vision"),
-    "cohere2_vision": lambda folder: _cohere("cohere2_vision"),
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _qwen),
+    "internvl": _internvl,
+    **dict.fromkeys(("idefics3", "smolvlm"), _idefics),
+    "gemma3": _gemma3,
+    "gemma4": _gemma4,
+    "mistral3": _mistral3,
+    **dict.fromkeys(("glm4v", "glm46v"), _glm),
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), _cohere),
 }
-"""Model type -> its parts; a tokenizer that is a file of its own is put into the folder."""
+"""Model type -> what makes its parts; a tokenizer that is a file of its own is put into the folder."""

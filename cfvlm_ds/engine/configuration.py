@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.shipped import listed
 
@@ -97,8 +97,7 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
 
 def unusable(path: str, error: Exception) -> ConfigError:
     """The ConfigError for a JSON that raises ``error`` in DeepSpeed or transformers."""
-    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return ConfigError(f"{path}: not a DeepSpeed configuration ({reason}); compare it with those of ds_configs")
+    return ConfigError(f"{path}: not a DeepSpeed configuration ({first_line(error)}); compare it with those of ds_configs")
 
 
 def _autos(node: Any, path: str = "") -> Iterator[str]:

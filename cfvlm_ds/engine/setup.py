@@ -97,14 +97,8 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
     """Load the model (partitioned as it loads under ZeRO-3) and hand it to DeepSpeed; returns the engine, whose module is a Scorer."""
     import deepspeed
     from transformers import get_scheduler
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-    dtype = resolved.dtype()
-    set_hf_deepspeed_config(resolved)  # from_pretrained finds ZeRO-3 through it
-    try:
-        model = load_model(config.model, dtype)
-    finally:
-        unset_hf_deepspeed_config()  # a later from_pretrained, such as the export's, is an ordinary one
+    model = _loaded(config.model, resolved.dtype(), resolved)
     if config.model.gradient_checkpointing:
         recompute_activations(model)
     scorer = Scorer(model, family_of(model.config))
@@ -132,7 +126,13 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
             lr_scheduler=None if "scheduler" in resolved.config else schedule,
             config=resolved.config,
         )
-    except (AssertionError, ValueError, NotImplementedError) as error:  # a combination that it refuses, and check.py does not know
+    except (
+        AssertionError,
+        AttributeError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ) as error:  # what it refuses, and check.py does not know
         raise unusable(config.deepspeed, error) from error
     return engine
 
@@ -141,7 +141,7 @@ def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
     """A model that is in parts over all ranks (ZeRO-3), for forwards alone; returns the engine, whose module is a Scorer in evaluation
     mode."""
     import deepspeed
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -149,15 +149,20 @@ def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {"stage": 3},
     }
-    found_by_transformers = HfDeepSpeedConfig(settings)  # from_pretrained finds ZeRO-3 through it
-    try:
-        model = load_model(config, dtype)
-    finally:
-        del found_by_transformers
-        unset_hf_deepspeed_config()
+    model = _loaded(config, dtype, HfDeepSpeedConfig(settings))
     engine, *_ = deepspeed.initialize(model=Scorer(model, family_of(model.config)), config=settings)
     engine.eval()
     return engine
+
+
+def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    set_hf_deepspeed_config(ds_config)  # from_pretrained finds ZeRO-3 through it
+    try:
+        return load_model(config, dtype)
+    finally:
+        unset_hf_deepspeed_config()  # a later from_pretrained, such as the export's, is an ordinary one
 
 
 def recompute_activations(model: Any) -> None:

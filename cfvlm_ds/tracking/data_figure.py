@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_output
-from cfvlm_ds.tracking.figures import AS_WRITTEN, DPI, INK, LINES, MUTED, RULE
+from cfvlm_ds.tracking.figures import AS_WRITTEN, INK, LINES, in_style, paged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,20 +28,13 @@ def data_figure(
 
     Raises ValueError for none.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    panels = len(histograms) + len(bars)
-    if not panels:
+    if not histograms and not bars:
         raise ValueError("the data set has no group: nothing to draw")
-    columns = min(2, panels)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
-    size = (5.2 * columns, 2.6 * math.ceil(panels / columns))
-    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout=layout)
-    for index, (title, unit, values) in enumerate(histograms):
-        _draw_histogram(figure.add_subplot(math.ceil(panels / columns), columns, index + 1), title, unit, values)
-    for index, (title, unit, counts) in enumerate(bars, len(histograms)):
-        _draw_bars(figure.add_subplot(math.ceil(panels / columns), columns, index + 1), title, unit, counts)
+    figure, places = paged(len(histograms) + len(bars), 2.6)
+    for axes, histogram in zip(places, histograms, strict=False):
+        _draw_histogram(axes, *histogram)
+    for axes, counted in zip(places[len(histograms) :], bars, strict=True):
+        _draw_bars(axes, *counted)
     figure.savefig(file, format="png", metadata={"Software": _SOFTWARE})
 
 
@@ -67,8 +60,7 @@ def _draw_histogram(axes: Axes, title: str, unit: str, values: Sequence[int]) ->
     middle = float(np.percentile(found, 50, method="lower"))
     axes.axvline(middle, color=LINES[1], linewidth=1.5)
     axes.set_xlim(low - 2 * step, high + 2 * step)
-    _in_style(axes, title, "y")
-    axes.set_xlabel(f"{unit} (line: median, {middle:.0f})", fontsize=8.5, color=MUTED)
+    in_style(axes, title, f"{unit} (line: median, {middle:.0f})", "y")
 
 
 def _draw_bars(axes: Axes, title: str, unit: str, counts: Mapping[str, int]) -> None:
@@ -77,23 +69,10 @@ def _draw_bars(axes: Axes, title: str, unit: str, counts: Mapping[str, int]) -> 
     if rest:
         shown.append((f"{len(rest)} others", sum(count for _, count in rest)))
     places = range(len(shown))
-    axes.barh(places, [count for _, count in shown], color=LINES[0], height=0.7)
+    axes.bar_label(axes.barh(places, [count for _, count in shown], color=LINES[0], height=0.7), fmt="%d", padding=3, fontsize=8, color=INK)
     axes.set_yticks(places, [one_line(name, _NAME_CHARS) for name, _ in shown])
     axes.set_ylim(max(len(shown), _ROOM) - 0.5, -0.5)
     for label in axes.get_yticklabels():
         label.set(**AS_WRITTEN)
-    for place, (_, count) in zip(places, shown, strict=True):
-        axes.annotate(str(count), (count, place), xytext=(3, 0), textcoords="offset points", fontsize=8, color=INK, va="center")
     axes.margins(x=0.14)
-    _in_style(axes, title, "x")
-    axes.set_xlabel(unit, fontsize=8.5, color=MUTED)
-
-
-def _in_style(axes: Axes, title: str, grid: str) -> None:
-    axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.grid(axis=grid, color=RULE, linewidth=0.7)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
+    in_style(axes, title, unit, "x")

@@ -10,19 +10,20 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from cfvlm_ds.core.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
 TRUE_COLOUR = "#e8710a"
 LINES = ("#2563a8", "#e8710a", "#2f9e62", "#8a4fbf", "#c2334d", "#6b7785", "#b08900", "#1296a8")
 DPI = 160
 
-# Inches. A cell is as high as a thumbnail, so that an image is beside its own row.
-_CELL_W, _CELL_H, _THUMB, _MARGIN, _LINE, _TITLE, _GAP = 1.75, 1.05, 1.05, 0.2, 0.145, 0.24, 0.3
+_CELL_W, _CELL_H, _THUMB, _LINE = 1.75, 1.05, 1.05, 0.145  # inches
 _CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
 _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
 _MOST_SERIES, _SERIES_CHARS = 8, 30
@@ -45,6 +46,7 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
         ValueError: no groups, or a group whose parts differ in shape.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     if not groups:
         raise ValueError("no groups to draw")
@@ -54,107 +56,73 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
             if any(len(row) != shape[1] for row in group[part]) or len(group[part]) != shape[0]:
                 raise ValueError(f"{part} is not [{shape[0]} images][{shape[1]} captions] in the group {group.get('title', '')!r}")
     groups = [_readable(group) for group in groups]
-    width = 2 * _MARGIN + _THUMB + 0.1 + max(len(group["captions"]) for group in groups) * _CELL_W
-    heights = [_group_height(group) for group in groups]
-    height = sum(heights) + _GAP * len(groups) + 2 * _MARGIN
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    top = _MARGIN
-    for group, group_height in zip(groups, heights, strict=True):
-        _draw_group(figure, group, top)
-        top += group_height + _GAP
-    _legend(figure, top)
+    columns = max(len(group["captions"]) for group in groups)
+    lines = [max(caption.count("\n") + 1 for caption in group["captions"]) for group in groups]
+    heights = [0.4 + number * _LINE + len(group["images"]) * _CELL_H for number, group in zip(lines, groups, strict=True)]
+    figure = Figure(figsize=(0.4 + _THUMB + columns * _CELL_W, 0.4 + sum(heights)), dpi=DPI, facecolor="white", layout="constrained")
+    for part, group in zip(figure.subfigures(len(groups), height_ratios=heights, squeeze=False).flat, groups, strict=True):
+        _draw_group(part, group, columns)
+    text = "true   |   log p(caption given image), nats   |   darker: likelier"
+    outlined = Rectangle((0, 0), 1, 1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.8, label=text)
+    figure.legend(handles=[outlined], loc="outside lower left", fontsize=8, frameon=False, labelcolor=MUTED)
     figure.savefig(path)
 
 
 def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
     """The group's first images and captions, as many as can be read; its title counts the others."""
     images, captions = len(group["images"]), len(group["captions"])
-    title = _short(str(group.get("title", "")), _TITLE_CHARS)
+    title = one_line(str(group.get("title", "")), _TITLE_CHARS)
     if images > _MOST_IMAGES or captions > _MOST_CAPTIONS:
         shown = f"{min(images, _MOST_IMAGES)} of {images} images, {min(captions, _MOST_CAPTIONS)} of {captions} captions"
         title = f"{title} ({shown})".strip()
     rows = {part: [row[:_MOST_CAPTIONS] for row in group[part][:_MOST_IMAGES]] for part in ("scores", "match")}
-    return {"title": title, "images": group["images"][:_MOST_IMAGES], "captions": group["captions"][:_MOST_CAPTIONS], **rows}
+    return {
+        "title": title,
+        "images": group["images"][:_MOST_IMAGES],
+        "captions": [_wrapped(caption) for caption in group["captions"][:_MOST_CAPTIONS]],
+        **rows,
+    }
 
 
-def _short(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _wrapped(caption: str) -> list[str]:
+def _wrapped(caption: str) -> str:
     caption = caption[: 2 * _CAPTION_CHARS * _CAPTION_LINES]  # wrapping takes time for a caption of megabytes
-    return textwrap.wrap(caption, _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=" \N{HORIZONTAL ELLIPSIS}") or [""]
+    return textwrap.fill(caption, _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=" \N{HORIZONTAL ELLIPSIS}")
 
 
-def _caption_height(group: Mapping[str, Any]) -> float:
-    return max(len(_wrapped(caption)) for caption in group["captions"]) * _LINE + 0.1
-
-
-def _group_height(group: Mapping[str, Any]) -> float:
-    return (_TITLE if group.get("title") else 0.0) + _caption_height(group) + len(group["images"]) * _CELL_H
-
-
-def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place given in inches from the top left corner, without frame or ticks."""
-    total_w, total_h = figure.get_size_inches()
-    axes = figure.add_axes((left / total_w, 1 - (top + height) / total_h, width / total_w, height / total_h))
-    axes.set_axis_off()
-    return axes
-
-
-def _draw_group(figure: Figure, group: Mapping[str, Any], top: float) -> None:
+def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> None:
+    import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
     num_images, num_captions = len(group["images"]), len(group["captions"])
-    cells_left, cells_top = _MARGIN + _THUMB + 0.1, top + _group_height(group) - num_images * _CELL_H
-    total_w, total_h = figure.get_size_inches()
-    if group.get("title"):
-        figure.text(_MARGIN / total_w, 1 - top / total_h, group["title"], fontsize=10.5, weight="bold", color=INK, va="top", **AS_WRITTEN)
-    for c, caption in enumerate(group["captions"]):
-        x = (cells_left + (c + 0.5) * _CELL_W) / total_w
-        y = 1 - (cells_top - 0.07) / total_h
-        lines = "\n".join(_wrapped(caption))
-        figure.text(x, y, lines, fontsize=8.5, color=INK, ha="center", va="bottom", linespacing=1.2, **AS_WRITTEN)
-    for i, pictures in enumerate(group["images"]):
-        part = _THUMB / max(1, len(pictures))
-        for k, picture in enumerate(pictures):
-            _axes(figure, _MARGIN + k * part, cells_top + i * _CELL_H + 0.03, part, _CELL_H - 0.06).imshow(picture)
+    figure.suptitle(group["title"], x=0.01, ha="left", fontsize=10.5, weight="bold", color=INK, **AS_WRITTEN)
+    axes = figure.add_subplot(frameon=False)
+    for i, pictures in enumerate(group["images"]):  # left of their row, which is as high as a thumbnail
         if not pictures:
-            thumbnail = _axes(figure, _MARGIN, cells_top + i * _CELL_H + 0.03, _THUMB, _CELL_H - 0.06)
-            thumbnail.text(0.5, 0.5, "no image", fontsize=8.5, color=MUTED, ha="center", va="center")
-
-    axes = _axes(figure, cells_left, cells_top, num_captions * _CELL_W, num_images * _CELL_H)
-    axes.set_xlim(0, num_captions)
-    axes.set_ylim(num_images, 0)
-    known = [float(score) for row in group["scores"] for score in row if score is not None and math.isfinite(score)]
-    low, high = (min(known), max(known)) if known else (0.0, 0.0)
-    blues = LinearSegmentedColormap.from_list("scores", colormaps["Blues"]([0.06, 0.3, 0.6, 0.92]))
-    for i in range(num_images):
-        for c in range(num_captions):
-            score, match = group["scores"][i][c], group["match"][i][c]
-            valid = score is not None and math.isfinite(score)
-            shade = (score - low) / (high - low) if valid and high > low else 0.5
-            face = blues(shade) if valid else "#f4f5f7"
-            pad_x, pad_y = 0.035 / _CELL_W, 0.035 / _CELL_H
-            box = (c + pad_x, i + pad_y), 1 - 2 * pad_x, 1 - 2 * pad_y
-            edge = TRUE_COLOUR if match == 1 else "none"
-            axes.add_patch(Rectangle(*box, facecolor=face, edgecolor=edge, linewidth=2.6 if match == 1 else 0, clip_on=False))
-            colour = MUTED if not valid else "white" if shade > 0.55 else INK
-            text = f"{score:.1f}".replace("-", "\N{MINUS SIGN}") if valid else "\N{EN DASH}"
-            axes.text(c + 0.5, i + 0.5, text, ha="center", va="center", fontsize=12, color=colour)
-
-
-def _legend(figure: Figure, top: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    axes = _axes(figure, _MARGIN, top - 0.12, 4.0, 0.2)
-    axes.set_xlim(0, 4.0)
-    axes.set_ylim(0, 0.2)
-    axes.add_patch(Rectangle((0.02, 0.04), 0.17, 0.12, facecolor="none", edgecolor=TRUE_COLOUR, linewidth=1.8))
-    axes.text(0.27, 0.1, "true   |   log p(caption given image), nats   |   darker: likelier", fontsize=8, color=MUTED, va="center")
+            axes.text(-0.06 - _THUMB / 2 / _CELL_W, i + 0.5, "no image", fontsize=8.5, color=MUTED, ha="center", va="center")
+        for k, picture in enumerate(pictures):
+            room = _THUMB / len(pictures)
+            x, scale = -0.06 + ((k + 0.5) * room - _THUMB) / _CELL_W, min(room / picture.width, 0.97 * _CELL_H / picture.height) / 2
+            wide, high = picture.width * scale / _CELL_W, picture.height * scale / _CELL_H
+            axes.imshow(picture, extent=(x - wide, x + wide, i + 0.5 + high, i + 0.5 - high), aspect="auto")
+    axes.set(xlim=(-0.06 - _THUMB / _CELL_W, columns), ylim=(num_images, 0), yticks=[])
+    axes.set_xticks(np.arange(num_captions) + 0.5, group["captions"], fontsize=8.5, color=INK, linespacing=1.2)
+    axes.tick_params(length=0, bottom=False, labelbottom=False, labeltop=True)
+    for label in axes.get_xticklabels():
+        label.set(**AS_WRITTEN)
+    scores = np.ma.masked_invalid(np.array(group["scores"], dtype=float))
+    blues = LinearSegmentedColormap.from_list("scores", colormaps["Blues"]([0.06, 0.3, 0.6, 0.92])).with_extremes(bad="#f4f5f7")
+    cells = axes.pcolormesh(np.arange(num_captions + 1), np.arange(num_images + 1), scores, cmap=blues, edgecolors="white", linewidth=4)
+    for (i, c), score in np.ndenumerate(scores.filled(np.nan)):
+        shade: Any = cells.norm(score)
+        valid = math.isfinite(score)
+        text = f"{score:.1f}".replace("-", "\N{MINUS SIGN}") if valid else "\N{EN DASH}"
+        colour = MUTED if not valid else "white" if shade > 0.55 else INK
+        axes.text(c + 0.5, i + 0.5, text, ha="center", va="center", fontsize=12, color=colour)
+        if group["match"][i][c] == 1:
+            box = Rectangle((c + 0.02, i + 0.03), 0.96, 0.94, fill=False, edgecolor=TRUE_COLOUR, linewidth=2.6, clip_on=False)
+            axes.add_patch(box)
 
 
 def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
@@ -168,9 +136,6 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     Raises:
         FileNotFoundError: no such file. ValueError: it holds none of these metrics.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     series = _read_series(metrics_jsonl)
     panels = []
     for title, label, prefix, place in _PANELS:
@@ -180,14 +145,33 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
             panels.append((title, label, {name: series[name] for name in shown}, sum(n.startswith(prefix) for n in series) - len(shown)))
     if not panels:
         raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
-    figure = Figure(figsize=(5.2 * columns, 3.0 * rows), dpi=DPI, facecolor="white", layout=layout)
-    for index, (title, label, chosen, others) in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        _draw_curves(axes, title, label, chosen, others)
+    figure, places = paged(len(panels), 3.0)
+    for axes, panel in zip(places, panels, strict=True):
+        _draw_curves(axes, *panel)
     figure.savefig(path)
+
+
+def paged(panels: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels in one or two columns, each so many inches high."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rows, columns = math.ceil(panels / 2), min(2, panels)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
+    figure = Figure(figsize=(5.2 * columns, height * rows), dpi=DPI, facecolor="white", layout=layout)
+    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, panels + 1)]
+
+
+def in_style(axes: Axes, title: str, label: str, grid: Literal["x", "y"]) -> None:
+    """The look of a panel, with what its horizontal axis counts."""
+    axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
+    axes.set_xlabel(label, fontsize=8.5, color=MUTED)
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.grid(axis=grid, color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")
@@ -238,21 +222,14 @@ def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[t
         if dense:
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         marker = "o" if len(points) <= 30 else ""
-        short = _short(name.split("/", 1)[1], _SERIES_CHARS)
+        short = one_line(name.split("/", 1)[1], _SERIES_CHARS)
         # matplotlib leaves a label that begins with an underscore out of the legend
         axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
-    axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
-    axes.set_xlabel("optimizer step", fontsize=8.5, color=MUTED)
+    in_style(axes, title, "optimizer step", "y")
     axes.set_ylabel(label, fontsize=8.5, color=MUTED)
     if label in ("fraction", "%"):
         axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.grid(axis="y", color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
     if others:
         note = f"and {others} more in metrics.jsonl"
         axes.plot([], [], linestyle="none", label=note)

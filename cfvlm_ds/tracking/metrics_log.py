@@ -57,14 +57,6 @@ def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[
     return names, new_offset
 
 
-def last_step(path: Path) -> int:
-    """The last step that has a record; -1 where there is none."""
-    if not path.is_file():
-        return -1
-    with path.open("rb") as file:
-        return max((row["step"] for line in file if (row := parse_line(line)) is not None), default=-1)
-
-
 def last_values(path: Path) -> tuple[dict[str, float], int]:
     """The last value of each metric, and the last step that has a record; -1 where there is none."""
     values: dict[str, float] = {}

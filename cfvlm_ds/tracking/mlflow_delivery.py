@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.files import keep, put_in_place
+from cfvlm_ds.core.errors import ConfigError, first_line
+from cfvlm_ds.core.files import put_in_place
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, say
@@ -138,7 +138,7 @@ class Delivery:
             except Exception as error:  # whatever a store raises, the training goes on
                 failures += 1
                 if failures == 1:
-                    say(f"MLflow at {self._uri} does not answer, will try again; metrics are kept in {METRICS_FILE} ({_first_line(error)})")
+                    say(f"MLflow at {self._uri} does not answer, will try again; metrics are kept in {METRICS_FILE} ({first_line(error)})")
             backoff = min(_POLL_SECONDS * 2**failures, _MAX_BACKOFF_SECONDS)
             if self._closing.is_set():
                 self._stop.wait(min(backoff, _CLOSING_BACKOFF_SECONDS) if failures else 0)
@@ -222,7 +222,7 @@ class Delivery:
         return client.create_run(experiment_id, self.record.start_ms, {_TOKEN_TAG: self.record.token}, self.record.run_name)
 
     def _describe(self, client: Any, run: Any) -> None:
-        """Send parameters, tags, data sets and the full configuration, and record the run's id."""
+        """Send parameters, tags and data sets, and record the run's id."""
         entities = _mlflow("mlflow.entities")
         run_id = run.info.run_id
         params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _flat(self.record.params).items()}
@@ -233,9 +233,6 @@ class Delivery:
         send(client, run_id, "tags", [entities.RunTag(name, text) for name, text in tags.items()])
         self._log_inputs(client, run)
         self._change(run_id=run_id)
-        suffix = f"_resumed_at_{self.record.resume_step}" if self.record.resume_step else ""
-        if keep(config := self._run_dir / f"params{suffix}.json", json.dumps(self.record.params, indent=2), say):
-            self.add_artifact(str(config), "config")
 
     def _log_inputs(self, client: Any, run: Any) -> None:
         """Log the data sets that the run does not have yet."""
@@ -299,7 +296,7 @@ def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "ta
             if error.error_code not in _REFUSED:
                 raise
             if len(part) == 1:
-                say(f"MLflow refuses {kind[:-1]} {part[0].key!r}: {_first_line(error)}")
+                say(f"MLflow refuses {kind[:-1]} {part[0].key!r}: {first_line(error)}")
             else:
                 for entity in part:
                     send(client, run_id, kind, [entity])
@@ -317,10 +314,6 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _name(name: str) -> str:
     return _UNFIT_FOR_A_NAME.sub("_", name)[:_MAX_NAME_CHARS]
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _make_store(uri: str) -> None:

@@ -48,7 +48,7 @@ def open_tracker(
     Args:
         run_dir: the run's folder; created if missing.
         experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides the first).
-        params: nested mapping. MLflow gets it flattened with dots and cut at its length limits, and whole as an artifact in ``config/``.
+        params: nested mapping. MLflow gets it flattened with dots and cut at its length limits.
             Secrets are masked, here and in the tags and inputs. On resume a changed value becomes a tag ``param_changed.<name>``, since
             MLflow's parameters are immutable.
         tags: plain strings.

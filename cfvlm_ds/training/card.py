@@ -22,19 +22,13 @@ from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.evaluation import Accuracy, table
 from cfvlm_ds.export.folder import CARD, sealed
+from cfvlm_ds.training.option_changes import KINDS
 
 _PAPER = "https://arxiv.org/abs/2506.17267"
 _LONGEST = 200  # characters of a value
 _MOST_ROWS = 50  # of a split in the table of results
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
-
-_SETTINGS = (
-    "train.learning_rate", "train.lr_scheduler_type", "train.warmup_ratio", "train.weight_decay", "train.max_grad_norm",
-    "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "data.max_tokens_per_micro_batch", "train.seed",
-    "model.vision_tower.tuning", "model.projector.tuning", "model.language_model.tuning", "model.min_pixels", "model.max_pixels",
-    "model.max_tiles",
-)  # fmt: skip
-_OF_ADAPTERS = tuple(f"model.lora.{name}" for name in ("rank", "alpha", "dropout", "dora", "rslora", "load_in_4bit"))
+_STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
 
 def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None) -> str | None:
@@ -120,10 +114,9 @@ def _objective(terms: Any) -> list[str]:
 
 
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
-    modules = ("vision_tower", "projector", "language_model")
-    adapted = any(_at(options, f"model.{module}.tuning") == "lora" for module in modules)
-    rates = (f"model.{module}.learning_rate" for module in modules)
-    given = {name: _at(options, name) for name in (*_SETTINGS, *(_OF_ADAPTERS if adapted else ()), *rates)}
+    adapted = any(_at(options, f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
+    decide = (name for name, kind in KINDS.items() if kind in ("meaning", "fixed") or name in _STEP)
+    given = {name: _at(options, name) for name in decide if adapted or not name.startswith("model.lora.")}
     known = {"optimizer steps": step, "ranks": _at(environment, "world_size"), "device": _at(environment, "device")}
     known |= {"ZeRO stage": _at(ds_config, "zero_optimization.stage"), "bfloat16": _at(ds_config, "bf16.enabled")}
     known |= {name: value for name, value in given.items() if value is not None}

@@ -36,15 +36,14 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self._numbers: dict[_Key, list[float]] = {}  # [sum, count] of what was given as Python's numbers, and of tensors below
-        self._tensors: dict[_Key, list[Tensor | None]] = {}
+        self._sums: dict[_Key, list[Tensor | float]] = {}  # [sum, count]
         self._waited = 0.0
         self.since = time.monotonic()
         if self.gathering is not None:
             self.gathering()
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._sums)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float, part: int = 0) -> None:
         """Add to the sum and count of a part of a metric, which is the sum of the means of its parts, in float64.
@@ -58,13 +57,9 @@ class Meter:
         self._add(_Key(name, is_rate=True), amount, 1)
 
     def _add(self, key: _Key, total: Tensor | float, count: Tensor | float) -> None:
-        numbers, tensors = self._numbers.setdefault(key, [0.0, 0.0]), self._tensors.setdefault(key, [None, None])
+        sums = self._sums.setdefault(key, [0.0, 0.0])
         for place, value in enumerate((total, count)):
-            if isinstance(value, Tensor):
-                before, value = tensors[place], value.detach().double()
-                tensors[place] = value if before is None else before + value
-            else:
-                numbers[place] += value
+            sums[place] += value.detach().double() if isinstance(value, Tensor) else value
 
     def wait(self, seconds: float) -> None:
         """Count seconds that a step has waited for its data."""
@@ -73,12 +68,8 @@ class Meter:
     def reduce(self, world: World) -> dict[str, float]:
         """Global means, and rates per second of the wall clock. A collective, and the only fetch from the device for a record; starts the
         next record."""
-        keys = list(self._numbers)
-        numbers = torch.tensor([self._numbers[key] for key in keys], dtype=torch.float64)
-        none = torch.zeros((), dtype=torch.float64)
-        tensors = torch.stack([(none if value is None else value).to(world.device) for key in keys for value in self._tensors[key]])
-        local = numbers.to(world.device) + tensors.view_as(numbers)
-        both = dict(zip(keys, all_reduce_sums([local], world.device)[0].tolist(), strict=True))
+        values = [torch.as_tensor(value, dtype=torch.float64, device=world.device) for sums in self._sums.values() for value in sums]
+        both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))
         elapsed = time.monotonic() - self.since
         metrics: dict[str, float] = {}
         for key, (total, count) in both.items():

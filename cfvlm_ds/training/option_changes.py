@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.config import MICRO_BATCH_SIZE, SECTIONS, ModelConfig, RunConfig
-from cfvlm_ds.core.files import append
-from cfvlm_ds.core.options import Kind, kinds
+from cfvlm_ds.core.journal import append
+from cfvlm_ds.core.options import Kind, declared
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
 
+KINDS: dict[str, Kind | None] = {
+    name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.", "kind").items()
+}
+"""What a change of each option means."""
 DEEPSPEED: dict[str, Kind] = {
     # compared as what _effective makes of them, or as train.*, which "auto" takes and the JSON may not contradict
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "speed"),
@@ -135,11 +139,10 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     """The part of a record that decides what is trained: values in use, where several make one value that one in their place."""
-    declared = {name: kind for section, options in SECTIONS.items() for name, kind in kinds(options, f"{section}.").items()}
     options = dict(_flat(record["options"]))
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
-    modules = [name.split(".")[1] for name in declared if name.endswith(".tuning")]
+    modules = [name.split(".")[1] for name in KINDS if name.endswith(".tuning")]
     adapted = any(options[f"model.{module}.tuning"] == "lora" for module in modules)
     values: dict[str, tuple[Any, Kind]] = {}
     for name, value in options.items():
@@ -147,7 +150,7 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
         if section == "objective":
             if part not in absent or _is_weight(name):
                 values[name] = (value, "meaning")
-        elif (kind := declared.get(name)) in ("meaning", "fixed") and not (
+        elif (kind := KINDS.get(name)) in ("meaning", "fixed") and not (
             name == "train.bf16"
             or (section == "model" and part == "lora" and not adapted)
             or (name.endswith(".learning_rate") and part in modules and options[f"model.{part}.tuning"] == "frozen")
@@ -172,8 +175,8 @@ def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     """The DeepSpeed settings that decide what is trained."""
     given = {**_UNSET, **dict(_flat(deepspeed))}
     given.setdefault("scheduler.type", "train.lr_scheduler_type")
-    declared = ((name, value, kind_of(name)) for name, value in given.items())
-    found: dict[str, tuple[Any, Kind]] = {f"--deepspeed {n}": (value, kind) for n, value, kind in declared if kind in ("meaning", "fixed")}
+    all_kinds = ((name, value, kind_of(name)) for name, value in given.items())
+    found: dict[str, tuple[Any, Kind]] = {f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("meaning", "fixed")}
     half = [name for name in ("bf16", "fp16") if given.get(f"{name}.enabled")]
     steps = f"{given.get('optimizer.type', 'AdamW')}"  # three programs under one name, each with a state of its own form
     if "optimizer.type" not in given or given.get("optimizer.params.torch_adam"):

@@ -17,7 +17,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
-from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_step
+from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values
 from cfvlm_ds.training import option_changes
 from cfvlm_ds.training.option_changes import Change
 
@@ -53,7 +53,7 @@ class Start:
             )
         sampler.load_state_dict(state.sampler or {})
         if state.record["options"]["train"]["save_best"] != config.train.save_best:
-            state.forget_best()
+            state.note(best=None)  # it was by another metric
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
         """The record for the run's checkpoints, made once the model is there: a hub's model may not have been when the run was started."""
@@ -134,7 +134,7 @@ def _finished_at(run_dir: Path) -> int | None:
     if not isinstance(found, dict) or type(step := found.get("step")) is not int:
         return None
     try:
-        done = (run_dir / f"checkpoint-{step}").is_dir() or last_step(run_dir / METRICS_FILE) >= step
+        done = (run_dir / f"checkpoint-{step}").is_dir() or last_values(run_dir / METRICS_FILE)[1] >= step
     except (OSError, ValueError):
         done = False
     if not done:

@@ -87,7 +87,7 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
             check()
         except OSError as error:  # a name that is too long, a folder that must not be read
             raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
-        held.append(RunLock(run_dir, world.say))
+        held.append(RunLock(run_dir))
 
     agreed(world, hold)
     lock: Any = held[0] if held else contextlib.nullcontext()
@@ -130,7 +130,7 @@ def _run(config: RunConfig, world: World) -> None:
         if start.found is not None:
             _restore(config, world, ds_engine, state, start, sampler)
             _checked(config, world, refuse_nonfinite, ds_engine.module.model, str(start.found))
-        state.configured_by(start.complete_record(config, world))
+        state.note(record=start.complete_record(config, world))
         with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
             _check_scores(config, world, ds_engine, collator, data, sampler)
             if (data.splits or data.benchmarks) and state.step < total_steps:
@@ -260,7 +260,7 @@ def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState,
     start.check(state, config, sampler)
     if start.changed:
         engine.apply_optimizer_options(ds_engine, options)
-    state.trained_on(start.data)
+    state.note(data=start.data)
     world.say(f"resumed from {found} at step {state.step}")
 
 

@@ -14,7 +14,8 @@ from cfvlm_ds.core.config import TrainConfig
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import append, keep
+from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.journal import append
 
 _MOST_IN_A_ROW = 10
 

@@ -114,7 +114,7 @@ class Trainer:
             if (state.step % train.logging_steps == 0 or last) and len(meter):  # there are none where every step was left out
                 passed_s = time.monotonic() - started
                 self._record(tracker, meter, time_left(passed_s, state.step - first_step, self.total_steps - first_step))
-            state.tracked_as(tracker.run_id)
+            state.note(run_id=tracker.run_id)
             if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
                 try:
                     save_due |= self._evaluate(tracker)

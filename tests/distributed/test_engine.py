@@ -23,7 +23,6 @@ from cfvlm_ds import engine
 from cfvlm_ds.cluster import node_check as cluster
 from cfvlm_ds.core import distributed, versions
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import meeting_point
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.deepspeed_compat import starting as starting
@@ -321,24 +320,6 @@ def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_s
     assert ports[0] != ports[1] and 29500 not in ports
     assert said == [[str(port), str(2.0 * port)] * 2 for port in ports]
     assert not list(tmp_path.iterdir()), "nothing is left of how they met"
-
-
-def test_a_port_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        port = str(other.getsockname()[1])
-        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port, "CROSS_SIZE": "2"}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-        with pytest.raises(ConfigError, match=f"^port {port} of .* is in use; give the launcher another --master_port"), meeting_point():
-            pass
-        monkeypatch.setenv("SLURM_JOB_ID", "1")
-        with pytest.raises(RuntimeError, match=r"is in use$"), meeting_point():  # exit code 1: the job starts again, with another port
-            pass
-    with meeting_point():
-        assert os.environ["MASTER_PORT"] == port
 
 
 def test_a_port_file_of_somebody_else_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ They run one after the other. What one raises is printed by every rank, and the 
 """
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -162,12 +163,16 @@ def without(index: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def taken(lock: str) -> Iterator[None]:
-    """Another machine has the run folder."""
-    if rank() == 0:
-        Path(lock).parent.mkdir()
-        holder = {"host": "node9", "pid": 7, "processes": "another machine", "job": "4711", "started": "yesterday"}
-        Path(lock).write_text(json.dumps(holder))
-    yield
+    """Another run has the run folder."""
+    if rank() != 0:
+        yield
+        return
+    Path(lock).parent.mkdir()
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        json.dump({"host": "node9", "pid": 7, "job": "4711", "started": "yesterday"}, file)
+        file.flush()
+        yield
 
 
 class Stopped(Exception):

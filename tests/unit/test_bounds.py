@@ -202,10 +202,9 @@ def test_a_key_given_twice_in_json_is_refused(folder: Path, tmp_path: Path) -> N
     assert problem(manifest(folder, row("a"), twice)) == f"{folder}/m.jsonl:2: key 'prompt' occurs twice in one object; keep one of them"
     path = manifest(folder, json.dumps([row()], indent=1), name="list.json")
     path.write_text(path.read_text().replace('"edits": [', '"edits": [],\n  "edits": ['))
-    first, second = [number for number, line in enumerate(path.read_text().splitlines(), 1) if '"edits"' in line]
-    assert f"key 'edits' occurs twice in one object (on lines {first} and {second})" in problem(path)
+    assert "item 1: key 'edits' occurs twice in one object; keep one of them" in problem(path)
     (ds := tmp_path / "ds.json").write_text('{"bf16": {"enabled": true},\n "zero_optimization": {"stage": 3,\n "stage": 2}}')
-    with pytest.raises(ConfigError, match=r"ds\.json: .*key 'stage' occurs twice in one object \(on lines 2 and 3\); keep one"):
+    with pytest.raises(ConfigError, match=r"ds\.json: .*key 'stage' occurs twice in one object; keep one"):
         engine.read_json(str(ds))
     assert parse_json('[{"a": {"a": ["a", {"a": 1}]}, "b": "a:"}, {"a": "\\"a\\": {"}]') == [
         {"a": {"a": ["a", {"a": 1}]}, "b": "a:"},

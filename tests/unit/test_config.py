@@ -82,6 +82,9 @@ def test_an_evaluation_set_is_a_manifest_or_a_benchmark(written) -> None:
         ("{benchmark: pope, root: /a, path: m.jsonl}", "has neither path nor format"),
         ("{path: m.jsonl, probe: match}", "probe 'match' is of a benchmark, and 'm.jsonl' is a manifest"),
         ("{root: /a}", "'crepe' is not a manifest; give NAME: PATH"),
+        ("3", "data.evaluation.crepe: 3 is not a manifest; give NAME: PATH"),
+        ("{pth: a}", "unknown option 'data.evaluation.crepe.pth'; did you mean 'data.evaluation.crepe.path'"),
+        ("{path: a, root: 3}", "data.evaluation.crepe.root: expected a list of texts, a text or null, got 3"),
     ):
         with pytest.raises(ConfigError, match=said) as caught:
             parse(*written(f"data: {{evaluation: {{crepe: {given}}}}}"))
@@ -117,10 +120,10 @@ def test_training_data_may_be_a_list_of_sources(written) -> None:
         ("{path: a.jsonl, weight: -1}", "weight of 'a.jsonl' must be from"),
         ("{path: a.jsonl, limit: 0}", "limit of 'a.jsonl' must be from 1"),
         ("{path: a.jsonl, objectives: []}", "objectives of 'a.jsonl' is an empty list"),
-        ("{path: a.jsonl, wieght: 1}", "a source has no 'wieght'; did you mean 'weight'?"),
-        ("{path: a.jsonl, weight: much}", "weight of a source cannot be much"),
-        ("{weight: 1}", "a source has no path"),
-        ("3", "data.train: an entry is not a source"),
+        ("{path: a.jsonl, wieght: 1}", "unknown option 'data.train.wieght'; did you mean 'data.train.weight'?"),
+        ("{path: a.jsonl, weight: much}", "data.train.weight: expected a number or null, got much"),
+        ("{weight: 1}", "data.train: {'weight': 1} is not a manifest; give FILE, or a list of"),
+        ("3", "data.train: 3 is not a manifest; give FILE, or a list of"),
     ],
 )
 def test_a_source_that_is_none_is_one_sentence(written, source: str, sentence: str) -> None:

@@ -89,7 +89,7 @@ def test_a_group_that_cannot_be_read_whole_is_cut_and_counted(tmp_path: Path, dr
     score_matrix_figure(tmp_path / "x.png", [large])
     (figure,) = drawn
     assert max(figure.get_size_inches()) < 20
-    assert any("(6 of 40 images, 8 of 1000 captions)" in text.get_text() for text in figure.texts)
+    assert any("(6 of 40 images, 8 of 1000 captions)" in part.get_suptitle() for part in figure.subfigs)
 
 
 @pytest.fixture

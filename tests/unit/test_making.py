@@ -101,7 +101,7 @@ class Oracle:
     """A scorer that sees what is drawn, through noise: log P(yes) is high where a claim holds of the scene behind a picture."""
 
     def __init__(self, work: Path, scenes: Path, noise: float = 0.0) -> None:
-        self.config, self.noise, self.calls = scene_editor.scenes_config(scenes), noise, 0
+        self.config, self.noise, self.calls = scene_editor.config_in(scenes), noise, 0
         self.truth: dict[tuple[str, int], bool] = {}
         self._behind: dict[str, Any] = {}
         folder = WorkFolder.open(work)

@@ -24,7 +24,7 @@ SIZES = [(60, 40), (90, 30)]
 
 
 def make(model_type: str, folder: Path) -> Collator:
-    config, processor = SMALL[model_type](folder)
+    config, processor = SMALL[model_type](model_type, folder)
     return Collator(processor, family_of(config), config, "full", 4096)
 
 

@@ -48,7 +48,7 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on() -> Non
     assert first.evaluated(found(1.0)) == {"retention/kept/nll": 0.0}
     (line,) = said
     assert line == "retention: data.evaluation.kept was not evaluated at the start; it is compared with step 30 from here on"
-    continued = TrainState(**{**state.state_dict(), "step": 40})
+    continued = TrainState(**{**vars(state), "step": 40})
     said.clear()
     same = Retention(run, continued, {"kept": identity(4, None)}, said.append)  # whose pictures are not looked at this time
     assert same.evaluated(found(1.3)) == {"retention/kept/nll": 1.3 - 1.0} and "lost 0.30 nats per token since step 30" in said[0]

@@ -24,8 +24,8 @@ from conftest import draw
 from cfvlm_ds.cluster import heartbeat
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, StorageError
-from cfvlm_ds.core.files import append, keep, replace, update, whole_file, whole_folder
-from cfvlm_ds.core.journal import Journal, Waiting, as_line
+from cfvlm_ds.core.files import keep, replace, update, whole_file, whole_folder
+from cfvlm_ds.core.journal import Journal, Waiting, append, as_line
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.tracking import open_tracker

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +52,6 @@ def said(tmp_path: Path, changes: dict[str, Any], *argv: str, base: str = "z3", 
         ({"flops_profiler": {"enabled": False, "profil_step": 1}}, "'flops_profiler.profil_step'; did you mean 'profile_step'?"),
         ({"activation_checkpointing": {"profil": True}}, "'activation_checkpointing.profil'; did you mean 'profile'?"),
         ({"optimizer": {"typ": "AdamW"}}, "unknown key 'optimizer.typ'; did you mean 'type'?"),
-        ({"optimizer": {"type": "AdamW", "params": {"beta": [0.9, 0.9]}}}, "'optimizer.params.beta'; did you mean 'betas'?"),
         ({"csv_monitor": {"enabled": False, "output": "x"}}, "unknown key 'csv_monitor.output'; did you mean 'output_path'?"),
     ],
 )
@@ -71,11 +68,6 @@ def test_comments_and_every_key_that_deepspeed_asks_for_pass(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"steps_per_print": "ten"}, 'steps_per_print must be a whole number, not "ten"'),
-        ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown must be true or false, not "yes"'),
-        ({"gradient_predivide_factor": True}, "gradient_predivide_factor must be a number, not true"),
-        ({"pipeline": []}, "pipeline must be an object with options in it, not []"),
-        ({"flops_profiler": True}, "flops_profiler must be an object with options in it, not true"),
         ({"bf16": {"enabled": "false"}}, 'bf16.enabled must be true, false or "auto", not "false"'),
         ({"fp16": {"enabled": 1}}, 'fp16.enabled must be true, false or "auto", not 1'),
         ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage must be 0, 1, 2 or 3, not "3"'),
@@ -102,8 +94,6 @@ def test_a_value_of_the_wrong_type_is_named(changes: dict[str, Any], sentence: s
         ("z3", {"fp16": {"enabled": True}}, "fp16.enabled=true needs a GPU, and this machine has none"),
         ("z3_zeropp", {}, "zero_quantized_weights=true has kernels for GPUs alone"),
         ("z3", {"optimizer": {"params": {}}}, "optimizer.type is missing"),
-        ("z3", {"optimizer": {"type": "AdamX"}}, "optimizer.type 'AdamX' is not known to DeepSpeed or torch; did you mean 'Adam'?"),
-        ("z3", {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}}, "has not been tested under ZeRO; use AdamW"),
         ("z3", {"zero_optimization": {"stage": 0}}, "stage 0 keeps checkpoints that cannot be exported"),
         ("z2", {"gradient_allreduce_op": "sum"}, "gradient_allreduce_op=sum makes gradients as many times larger"),
         ("z2", {"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm=false leaves nothing to clip"),
@@ -115,8 +105,6 @@ def test_a_value_of_the_wrong_type_is_named(changes: dict[str, Any], sentence: s
         ("z3", {"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not used here"),
         ("z3", {"sequence_parallel_size": 2}, "sequence_parallel_size is not used here"),
         ("z3", {"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not used here"),
-        ("z3", {"scheduler": {"type": "WarmupDecay"}}, 'scheduler.type "WarmupDecay" is no schedule of DeepSpeed or torch; did you mean'),
-        ("z3", {"scheduler": {"type": "WarmupLR", "params": {"steps": 3}}}, "scheduler 'WarmupLR' cannot be used here (TypeError"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused(base: str, changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -131,20 +119,6 @@ def test_a_group_of_ranks_that_does_not_divide_them_is_refused(tmp_path: Path) -
     plain = {"zero_optimization": {"zero_quantized_weights": False, "zero_quantized_gradients": False}}
     assert said(tmp_path, plain, base="z3_zeropp", ranks=16) == said(tmp_path, plain, base="z3_zeropp", ranks=2) == ""
     assert "zero_hpz_partition_size=8 must divide the number of ranks, which is 12" in said(tmp_path, plain, base="z3_zeropp", ranks=12)
-
-
-def absent(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    """Have these packages be nowhere."""
-    find: Callable[..., Any] = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name in packages else find(name, package))
-
-
-def test_missing_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent(monkeypatch, "ninja")
-    assert said(tmp_path, {}, base="z3_offload") == ""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    message = said(tmp_path, {}, base="z3_offload")
-    assert "DeepSpeedCPUAdam" in message and "there is no ninja" in message and '"torch_adam": true' in message
 
 
 @pytest.mark.parametrize(

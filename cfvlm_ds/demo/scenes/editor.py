@@ -6,18 +6,17 @@ A source is a group of a folder of scenes, by its id. Failing on purpose shows w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import call_options
 from cfvlm_ds.counterfactuals.options import EditOptions
-from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, draw_group
+from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, config_in, draw_group
 from cfvlm_ds.demo.scenes.edits import EDITS
 from cfvlm_ds.demo.scenes.grammar import describe, holds, say
 from cfvlm_ds.demo.scenes.render import render
@@ -34,7 +33,9 @@ class SceneEditor:
     varies, threads = True, 1
 
     def __init__(self, options: EditOptions) -> None:
-        self._config = scenes_config(Path(options.folder))
+        if (config := config_in(Path(options.folder))) is None:
+            raise ConfigError(f"--folder {options.folder}: no folder of scenes; build one with `cfvlm-ds data build FOLDER`")
+        self._config = config
         share = call_options(options.options).get("faults", 0.0)
         if isinstance(share, (str, bool)) or not 0 <= share <= 1:
             raise ConfigError(f"--options faults={share}: a share of the attempts, from 0 to 1")
@@ -54,16 +55,6 @@ class SceneEditor:
             return Refused("the world has no picture of this text that differs in one thing")
         fault = fault_of(task.seed, self._share)
         return Picture(render(failed(drawn.scenes[0], scene, fault, task.seed), self._config.image_size), {"fault": fault} if fault else {})
-
-
-def scenes_config(folder: Path) -> ScenesConfig:
-    """The settings of a folder of scenes. Raises ConfigError."""
-    try:
-        settings = dict(read_json(folder / "scenes.json")["settings"])
-        known = {each.name for each in fields(ScenesConfig)}
-        return ScenesConfig(str(folder), **{name: value for name, value in settings.items() if name in known})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--folder {folder}: no folder of scenes ({error}); build one with `cfvlm-ds data build FOLDER`") from error
 
 
 def drawn_group(config: ScenesConfig, source: str) -> SceneGroup | None:

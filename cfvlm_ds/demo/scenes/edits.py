@@ -7,58 +7,43 @@ bag of words. An edit only goes between values a caption says, so both captions 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from random import Random
+from typing import Any
 
 from cfvlm_ds.demo.scenes.world import COLOURS, COUNTS, SHAPES, SIZES, TEXTURES, Scene, Thing
 
 EditFunction = Callable[[Scene, Random, bool], "Scene | None"]
 
 
-def _replace_one(scene: Scene, rng: Random, may_hold_out: bool, options: Callable[[Thing], list[Thing]]) -> Scene | None:
-    """One thing replaced by one of its options, both drawn uniformly; options that combine held-out attributes are skipped."""
-    for index in rng.sample((0, 1), 2):
-        allowed = [thing for thing in options(scene.things[index]) if may_hold_out or not thing.held_out]
-        if allowed:
-            thing = rng.choice(allowed)
-            return replace(scene, things=(thing, scene.things[1]) if index == 0 else (scene.things[0], thing))
-    return None
+def _values(factor: str, scene: Scene, thing: Thing) -> list[Any]:
+    """What a factor of one thing may be changed to."""
+    overlap = scene.relation in ("front", "behind")
+    if factor == "colour":
+        return [colour for colour in COLOURS if colour != thing.colour]
+    if factor == "shape":
+        return [shape for shape in SHAPES if shape not in {each.shape for each in scene.things}]
+    if factor == "size":
+        return [] if thing.size == "medium" else [size for size in SIZES[1:] if size != thing.size]
+    if factor == "texture":
+        said = [texture for texture in TEXTURES[1:] if not (texture == "hollow" and overlap)]
+        return [] if thing.texture == "plain" else [texture for texture in said if texture != thing.texture]
+    legible = thing.size == "medium" and thing.texture == "plain"
+    return [count for count in COUNTS if count != thing.count] if legible else []
 
 
-def _colour(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
-    return _replace_one(scene, rng, may_hold_out, lambda t: [replace(t, colour=c) for c in COLOURS if c != t.colour])
-
-
-def _shape(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
-    taken = {thing.shape for thing in scene.things}
-    return _replace_one(scene, rng, may_hold_out, lambda t: [replace(t, shape=s) for s in SHAPES if s not in taken])
-
-
-def _size(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
-    def options(thing: Thing) -> list[Thing]:
-        return [] if thing.size == "medium" else [replace(thing, size=s) for s in SIZES[1:] if s != thing.size]
-
-    return _replace_one(scene, rng, may_hold_out, options)
-
-
-def _texture(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
-    said = [t for t in TEXTURES if t != "plain" and not (t == "hollow" and scene.relation in ("front", "behind"))]
-
-    def options(thing: Thing) -> list[Thing]:
-        return [] if thing.texture == "plain" else [replace(thing, texture=t) for t in said if t != thing.texture]
-
-    return _replace_one(scene, rng, may_hold_out, options)
-
-
-def _count(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
-    if scene.relation in ("front", "behind"):
+def _replace(scene: Scene, rng: Random, may_hold_out: bool, factor: str) -> Scene | None:
+    """One thing with another value of a factor, both drawn uniformly; values that make a held-out combination are skipped."""
+    if factor == "count" and scene.relation in ("front", "behind"):
         return None
-
-    def options(thing: Thing) -> list[Thing]:
-        legible = thing.size == "medium" and thing.texture == "plain"
-        return [replace(thing, count=n) for n in COUNTS if n != thing.count] if legible else []
-
-    return _replace_one(scene, rng, may_hold_out, options)
+    for index in rng.sample((0, 1), 2):
+        thing = scene.things[index]
+        changed = [replace(thing, **{factor: value}) for value in _values(factor, scene, thing)]
+        if allowed := [each for each in changed if may_hold_out or not each.held_out]:
+            chosen = rng.choice(allowed)
+            return replace(scene, things=(chosen, scene.things[1]) if index == 0 else (scene.things[0], chosen))
+    return None
 
 
 def _relation(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
@@ -69,51 +54,20 @@ def _depth(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
     return replace(scene, front=1 - scene.front) if scene.relation in ("front", "behind") else None
 
 
-def _swap(scene: Scene, may_hold_out: bool, factor: str) -> Scene | None:
+def _swap(scene: Scene, rng: Random, may_hold_out: bool, factor: str) -> Scene | None:
     a, b = scene.things
     if getattr(a, factor) == getattr(b, factor):
         return None
+    if factor == "shape" and (a.count == 1) != (b.count == 1):
+        return None  # "two stars, a circle" against "two circles, a star" is another bag of words
     things = replace(a, **{factor: getattr(b, factor)}), replace(b, **{factor: getattr(a, factor)})
     return replace(scene, things=things) if may_hold_out or not any(thing.held_out for thing in things) else None
 
 
-def _colour_swap(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
-    return _swap(scene, may_hold_out, "colour")
-
-
-def _shape_swap(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
-    a, b = scene.things
-    if (a.count == 1) != (b.count == 1):
-        return None  # "two stars, a circle" against "two circles, a star" is another bag of words
-    return _swap(scene, may_hold_out, "shape")
-
-
 EDITS: dict[str, EditFunction] = {
-    "colour": _colour,
-    "shape": _shape,
-    "size": _size,
-    "texture": _texture,
-    "count": _count,
+    **{factor: partial(_replace, factor=factor) for factor in ("colour", "shape", "size", "texture", "count")},
     "relation": _relation,
     "depth": _depth,
-    "colour_swap": _colour_swap,
-    "shape_swap": _shape_swap,
+    "colour_swap": partial(_swap, factor="colour"),
+    "shape_swap": partial(_swap, factor="shape"),
 }
-
-
-def scene_difference(before: Scene, after: Scene) -> set[str]:
-    """What differs between two scene graphs: "0.colour", "1.shape", ... for the things, else the name of the Scene field."""
-    changed = {f.name for f in fields(Scene) if f.name != "things" and getattr(before, f.name) != getattr(after, f.name)}
-    for index, (old, new) in enumerate(zip(before.things, after.things, strict=True)):
-        changed |= {f"{index}.{f.name}" for f in fields(Thing) if getattr(old, f.name) != getattr(new, f.name)}
-    return changed
-
-
-def is_minimal(kind: str, changed: set[str]) -> bool:
-    """Whether an edit of this type may have made exactly these changes (of scene_difference)."""
-    if kind in ("relation", "depth"):
-        return changed == {"spots" if kind == "relation" else "front"}
-    if kind.endswith("_swap"):
-        factor = kind.removesuffix("_swap")
-        return changed == {f"0.{factor}", f"1.{factor}"}
-    return changed in ({f"0.{kind}"}, {f"1.{kind}"})

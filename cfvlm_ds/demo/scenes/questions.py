@@ -71,8 +71,6 @@ def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, r
     """A question of ``kind`` that scene 0 answers with text 0 and scene 1 with text 1; further scenes may answer with neither.
 
     An answer is its own key.
-
-    Raises ValueError where the two scenes do not differ in what is asked.
     """
     exclude = set[str]()
     if kind == "yes_no":
@@ -88,8 +86,6 @@ def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, r
         answers = (_NUMBERS[numbers[0]], _NUMBERS[numbers[1]])
         said = [[int(_number_of(shape, scene) == number) for number in numbers] for scene in scenes]
         exclude = {_NUMBERS[number] for scene in scenes if (number := _number_of(shape, scene)) in _NUMBERS}
-    if sorted((said[0], said[1])) != [[0, 1], [1, 0]]:
-        raise ValueError(f"both scenes answer {prompt!r} alike")
     if not said[0][0]:
         answers, said = answers[::-1], [line[::-1] for line in said]
     candidates = tuple(Candidate(prompt, answer) for answer in answers)
@@ -135,10 +131,8 @@ def _be(thing: Description) -> str:
 
 def _counted(before: Scene, after: Scene) -> tuple[str, tuple[int, int]]:
     """The shape whose number differs between two scenes, and its numbers."""
-    for old, new in zip(before.things, after.things, strict=True):
-        if old.shape == new.shape and old.count != new.count:
-            return old.shape, (old.count, new.count)
-    raise ValueError("the two scenes hold as many of everything")
+    old, new = next(pair for pair in zip(before.things, after.things, strict=True) if pair[0].count != pair[1].count)
+    return old.shape, (old.count, new.count)
 
 
 def _number_of(shape: str, scene: Scene) -> int:

@@ -108,7 +108,7 @@ def results_held(out: Path, world: World) -> Iterator[None]:
         if (out / "config.yaml").exists():
             raise ConfigError(f"{out} is a training's folder, whose own results would be written over; name another one with --out")
         own_output(out / _TABLES, lambda file: file.read(len(HEADING)) == HEADING.encode(), "evaluate")
-        held.append(RunLock(out, world.say, "folder with --out"))
+        held.append(RunLock(out, "folder with --out"))
 
     agreed(world, hold)
     try:
