@@ -96,7 +96,7 @@ def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str
     repeats = dict(_repeated(store, np.concatenate(ids), scan))
     report.problems.extend(repeats.values())
     found = SeenRows(pictures.sorted(), list(repeats))
-    report.num_images += len(found.pictures[0])
+    report.add(CheckReport(report.manifest, num_images=len(found.pictures[0])))
     return found
 
 

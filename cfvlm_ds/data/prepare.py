@@ -211,7 +211,7 @@ class _Job:
                 with whole_file(units.file(number, "npy"), shared=True) as handle:
                     np.save(handle, np.sort(np.array(found, _PLACE), order="key"), allow_pickle=False)
             if problems and self.options.on_error == "error":  # looked at again by the next call
-                self.report.problems += problems
+                self.report.problems.extend(problems)
             else:
                 units.note(number, written, pictures=len(found), broken=broken)
 
