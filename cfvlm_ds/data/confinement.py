@@ -27,8 +27,16 @@ class Confinement:
         self.resolved_roots = [root.resolve() for root in roots]
         self._folders: dict[str, tuple[str, bool]] = {}
         self._containers: dict[str, Path] = {}
+        self._files: dict[Path, Path] = {}
 
     def __call__(self, path: Path) -> Path:
+        if (known := self._files.get(path)) is None:  # rows that follow one another often show one picture
+            if len(self._files) >= _FOLDERS:
+                self._files.clear()
+            known = self._files[path] = self._confined(path)
+        return known
+
+    def _confined(self, path: Path) -> Path:
         if self._containers and (known := self._containers.get(_container(path))) is not None:
             return known / path
         if not path.name:
@@ -85,4 +93,4 @@ def is_link(path: str) -> bool:
         return False
 
 
-_FOLDERS = 4096  # and containers, that are remembered: a million rows may also have a folder each
+_FOLDERS = 4096  # and containers and files, that are remembered: a million rows may also have a folder each

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ class Picture(NamedTuple):
     height: int
 
 
+@lru_cache(_AT_ONCE)
 def picture_key(path: Path) -> int:
     """A hash of a picture's absolute path, 64 bits."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).digest(), "little")
@@ -83,6 +84,7 @@ class PictureTable:
 
     def __init__(self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], file: Path | None = None) -> None:
         self._keys, self._facts, self.file = keys, facts, file
+        self._recent: dict[Path, Picture | None] = {}
 
     @classmethod
     def opened(cls, file: Path) -> PictureTable:
@@ -134,7 +136,11 @@ class PictureTable:
 
     def find(self, path: Path) -> Picture | None:
         """What is known of the picture."""
-        return self.of_key(picture_key(path))
+        if path not in self._recent:
+            if len(self._recent) >= _AT_ONCE:
+                self._recent.clear()
+            self._recent[path] = self.of_key(picture_key(path))
+        return self._recent[path]
 
     def of_key(self, key: int) -> Picture | None:
         """What is known by a key."""
