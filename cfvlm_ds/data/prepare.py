@@ -31,7 +31,7 @@ from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data import lines
-from cfvlm_ds.data.check import look_at_rows, note_characters
+from cfvlm_ds.data.check import check_texts, look_at_rows, note_characters
 from cfvlm_ds.data.containers.kinds import sources_state
 from cfvlm_ds.data.decoding import ENDINGS
 from cfvlm_ds.data.formats.cfgroup import to_row
@@ -43,7 +43,7 @@ from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, key_of, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
-from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, index_sum, is_store
+from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, StoredPictures, index_sum, is_store
 
 PICTURED = 1 << 15
 """Groups whose pictures are one unit of work: with ``pack`` a tar of a few GB of photographs, some hundred files for ten million groups."""
@@ -105,16 +105,20 @@ def prepare(
     *,
     shard: int = 0,
     of: int = 1,
-    known: PictureTable | None = None,
+    anew: bool = False,
     scan: Scan | None = None,
 ) -> Prepared:
     """Check a data set, and write the shards of one process among ``of`` that share the work.
 
-    Every row is looked at by each of them, every picture is opened once, except those that are ``known`` and have not been written since.
-    What is there from an earlier call is not made again. The pictures of all shards must be looked at before any rows are written: where
-    some are missing, the same call does the rest later. With problems in the report, and ``on_error`` error, nothing more is written.
-    Raises ConfigError for a folder that holds something else, OSError.
+    Every row is looked at by each of them, every picture is opened once. What is there from an earlier call is not made again. The pictures
+    of all shards must be looked at before any rows are written: where some are missing, the same call does the rest later. With problems in
+    the report, and ``on_error`` error, nothing more is written.
+
+    What a call has begun for another state of the data set is begun anew, unless others share the work, and a whole store if ``anew`` says
+    so; pictures that were opened then and have not been written since are not opened again. Otherwise raises ConfigError for a folder that
+    holds something else, OSError.
     """
+    known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
     work, report = _begun(source, out, stamp), CheckReport(str(source.path))
     job = _Job(source, out, work, stamp, options, say, shard, of, known, scan or Scan(), report)
     try:
@@ -139,7 +143,7 @@ class _Job:
     say: Say
     shard: int
     of: int
-    known: PictureTable | None
+    known: PictureTables
     scan: Scan
     report: CheckReport
 
@@ -154,6 +158,7 @@ class _Job:
         if self.options.open_pictures or self.options.pack:
             self._look_at_pictures(units, *seen.pictures)
             if strict and self.report.problems:
+                self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan))
                 return False
             if missing := units.missing():
                 self.say(
@@ -188,7 +193,7 @@ class _Job:
                 places[within],
                 self.options.max_pixels,
                 self.scan,
-                self._known(units.file(number, "npy")),
+                None if self.options.pack else PictureTables([*_opened_before(self.work, number), self.known]),
                 contents=self.options.pack,
             )
             try:
@@ -214,16 +219,6 @@ class _Job:
                 self.report.problems.extend(problems)
             else:
                 units.note(number, written, pictures=len(found), broken=broken)
-
-    def _known(self, left: Path) -> PictureTable | None:
-        """The pictures that need not be opened, with those of a call that was stopped; none where their bytes are wanted."""
-        if self.options.pack:
-            return None
-        tables = [self.known] * (self.known is not None)
-        with contextlib.suppress(OSError, ValueError):
-            found = np.load(left, allow_pickle=False)
-            tables.append(PictureTable(found["key"], found["facts"]))
-        return PictureTables([each for each in tables if each is not None])
 
     def _write_rows(self, files: _Files, number: int, writer: _Lines, progress: Progress) -> None:
         """Write a file of rows, its index, and what is to be known of its groups."""
@@ -414,6 +409,34 @@ class _Files:
         return [read_json(self.file(number, "json")) for number in range(self.count)]
 
 
+def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
+    """The pictures that were opened by calls that were stopped, or have found problems; of one unit of work, or of all."""
+    tables = []
+    for file in sorted(work.glob("images-*.npy" if number is None else f"images-{number:05}.npy")):
+        with contextlib.suppress(OSError, ValueError):
+            found = np.load(file, allow_pickle=False)
+            tables.append(PictureTable(found["key"], found["facts"]))
+    return tables
+
+
+def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
+    """Remove a store of another state of the data set, or what was begun of one, if that may be; returns its pictures."""
+    whole, known = out / FILE, list[PictureTable]()
+    if not (remove_it and is_store(out)) or _stamp_of(whole if whole.is_file() else out / BEGUN) == stamp:
+        return PictureTables([])
+    with contextlib.suppress(OSError, ValueError):
+        known.append(StoredPictures(source.roots, PictureTable.opened(out / PICTURES), None))
+    known += _opened_before(out / PARTS)
+    remove(out)
+    return PictureTables(known)
+
+
+def _stamp_of(file: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        return str(read_json(file)["source"])
+    return None
+
+
 def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
     """The folder of what is under way. Raises ConfigError where the store is of other data, or no store."""
     refuse_link(out, "name the folder itself with --out")
@@ -424,9 +447,8 @@ def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
         work.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             replace(file, json.dumps({"source": stamp}).encode(), shared=True)
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-        if read_json(whole if whole.is_file() else file)["source"] == stamp:
-            return work
+    if _stamp_of(whole if whole.is_file() else file) == stamp:
+        return work
     raise ConfigError(
         f"{out} was prepared from another state of {source.path}, or with other options; remove it, or name another with --out"
     )

@@ -20,7 +20,7 @@ from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
 from cfvlm_ds.core.data_config import DataConfig, DataSet
 from cfvlm_ds.core.distributed import Patience, World, agreed, gather_objects
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
-from cfvlm_ds.core.files import keep, remove
+from cfvlm_ds.core.files import keep, replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.reading import read_json
@@ -34,8 +34,8 @@ from cfvlm_ds.data.overlap import keys_of, shared_with
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_index import PictureTable, PictureTables
 from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state
-from cfvlm_ds.data.stored import BEGUN, PICTURES, StoredPictures, StoredRows, is_store
 from cfvlm_ds.data.stored import FILE as STORE
+from cfvlm_ds.data.stored import StoredRows, is_store
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
@@ -178,7 +178,14 @@ def forget(config: RunConfig, world: World) -> None:
     manifest stays the same. Pictures that have not been written since are not opened again."""
     if world.is_main:
         for each in config.data.train_sets.values():
-            (_folder(config, each) / STORE).unlink(missing_ok=True)
+            _disown(_folder(config, each))
+
+
+def _disown(folder: Path) -> None:
+    """Make a store one of no data set, so that it is prepared again; what it knows of pictures stays."""
+    with contextlib.suppress(OSError):
+        if (folder / STORE).exists():
+            replace(folder / STORE, b"{}")
 
 
 def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: None) -> dict[str, str]:
@@ -232,9 +239,11 @@ class _Stores:
             raise DataError(f"{each.path}: {missing}; correct data.train or data.evaluation") from error
         folder, format = _folder(config, each), each.format or config.data.format
         stamp = source_stamp(path, state, data_roots(path, each.root), format, each.limit, self._options)
-        with contextlib.suppress(DataError):  # a damaged one is made again
+        try:
             if StoredRows(folder).stamp == stamp:
                 return str(folder)
+        except DataError:  # a damaged one is made again
+            _disown(folder)
         groups = self._source(each)
         if self._most_rows is not None and len(groups) > self._most_rows:
             roots = [each.root] if isinstance(each.root, str) else each.root or []
@@ -244,16 +253,11 @@ class _Stores:
                 f"{each.path}: has {len(groups)} groups, and a run prepares {self._most_rows} of a data set itself; run "
                 f"`cfvlm-ds data prepare {each.path}{options} --out {each.path}.store` first, and name {each.path}.store in its place"
             )
-        before = None
-        with contextlib.suppress(OSError, ValueError):  # of an earlier state of the data set
-            before = StoredPictures(groups.roots, PictureTable.opened(folder / PICTURES), None)
-        if _recorded(folder / BEGUN).get("source") != stamp:
-            remove(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        report = prepare(groups, folder, stamp, self._options, say, known=before, scan=self._scan).report
+        report = prepare(groups, folder, stamp, self._options, say, anew=True, scan=self._scan).report
         self._refuse(each, report)
         if source_state(path) != state:
-            (folder / STORE).unlink(missing_ok=True)
+            _disown(folder)
             raise DataError(f"{each.path}: the manifest was written while it was checked; start again when it is whole")
         return str(folder)
 

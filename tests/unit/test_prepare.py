@@ -26,7 +26,7 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import check_manifest, lines, open_groups, prepare, read_manifest, stored
+from cfvlm_ds.data import check_manifest, lines, open_groups, picture_check, prepare, read_manifest, stored
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.permutation import RowsTogether
@@ -340,7 +340,7 @@ def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: P
     assert calls > 3 and files(out) == files(store)
 
 
-def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_path: Path) -> None:
+def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(source.parent, tmp_path / "data")
     broken = read_manifest(tmp_path / "data" / "m.jsonl")[8].images[0][0]
     broken.write_bytes(b"no picture")
@@ -351,9 +351,17 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_pa
     rows = (tmp_path / "data" / "m.jsonl").read_text().splitlines()
     (tmp_path / "data" / "m.jsonl").write_text("\n".join([*rows, rows[0]]))
     with pytest.raises(ConfigError, match="prepared from another state of"):
-        preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
+        preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store", 0, 2)
+    opened = []
+    monkeypatch.setattr(picture_check, "open_image", lambda path, pixels: opened.append(path) or open_image(path, pixels))
     with pytest.raises(DataError, match="repeats"):
-        preparing(tmp_path / "data" / "m.jsonl", tmp_path / "other")
+        preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
+    assert opened == [broken], "the others were not written since"
+    shutil.copy(read_manifest(source)[8].images[0][0], broken)
+    (tmp_path / "data" / "m.jsonl").write_text("\n".join(rows))
+    assert preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store") and opened[1:] == [broken]
+    with pytest.raises(ConfigError, match="with other options; remove it"):
+        preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store", pack=True)
 
 
 def test_a_store_of_the_same_rows_read_otherwise_is_another(tmp_path: Path) -> None:
