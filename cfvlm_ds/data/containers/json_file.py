@@ -161,25 +161,17 @@ class _Text:
                 raise self._broken(str(error), self._at) from error
             if end < len(self._text) or not self._longer():  # a number may go on
                 break
-        written, before = self._text[self._at : end], self._text[: self._at]
+        written = self._text[self._at : end]
         self._at = end
         if len(written) > MAX_ROW:
             return DataError(f"the row has more than {MAX_ROW} characters, the bound for one row; shorten it")
         try:
             parse_json(written)
-        except DuplicateKey:
-            return self._twice(written, self._lines + before.count("\n"))
+        except DuplicateKey as error:
+            return DataError(str(error))
         except RecursionError as error:
             return DataError(f"JSON that cannot be parsed ({error}); correct it")
         return value
-
-    def _twice(self, written: str, lines: int) -> DataError:
-        """What is wrong with a value that has a key twice, by lines of the file."""
-        try:
-            parse_json("\n" * lines + written)
-        except DuplicateKey as error:
-            return DataError(str(error))
-        raise AssertionError
 
     def end(self) -> None:
         """Nothing may follow."""
