@@ -30,13 +30,8 @@ class Confinement:
         self._files: dict[Path, Path] = {}
 
     def __call__(self, path: Path) -> Path:
-        if (known := self._files.get(path)) is None:  # rows that follow one another often show one picture
-            if len(self._files) >= _FOLDERS:
-                self._files.clear()
-            known = self._files[path] = self._confined(path)
-        return known
-
-    def _confined(self, path: Path) -> Path:
+        if (found := self._files.get(path)) is not None:  # rows that follow one another often show one picture
+            return found
         if self._containers and (known := self._containers.get(_container(path))) is not None:
             return known / path
         if not path.name:
@@ -49,7 +44,8 @@ class Confinement:
         try:
             folder, name = os.path.split(full)
             really, inside = self._folder(folder)
-            if ".." in path.parts or is_link(f"{really}/{file_name(name)}"):
+            mode = mode_of(f"{really}/{file_name(name)}")
+            if ".." in path.parts or (mode is not None and stat.S_ISLNK(mode)):
                 target, inside = self._followed(picture_file(full))
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
@@ -60,6 +56,10 @@ class Confinement:
             if len(self._containers) >= _FOLDERS:
                 self._containers.clear()
             self._containers[container] = self.roots[joined.index(full)]
+        if mode is not None:  # what is not there yet may become a link
+            if len(self._files) >= _FOLDERS:
+                self._files.clear()
+            self._files[path] = full
         return full
 
     def _folder(self, folder: str) -> tuple[str, bool]:
@@ -85,12 +85,12 @@ def _container(path: Path) -> str:
     return "" if inner == name else str(path)[: len(inner) - len(name)]
 
 
-def is_link(path: str) -> bool:
-    """Raises OSError for a path that cannot be looked at, but not for one that is not there."""
+def mode_of(path: str) -> int | None:
+    """The mode of a file, not of what a link leads to; None where there is none. Raises OSError for a path that cannot be looked at."""
     try:
-        return stat.S_ISLNK(os.lstat(path).st_mode)
+        return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
 
 
 _FOLDERS = 4096  # and containers and files, that are remembered: a million rows may also have a folder each

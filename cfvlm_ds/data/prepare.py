@@ -287,7 +287,7 @@ class _Job:
             "source": self.stamp,
             "of": without_secrets(str(self.source.path)),
             "format": self.source.format,
-            "roots": [os.path.abspath(root) for root in self.source.roots],
+            "roots": [without_secrets(os.path.abspath(root)) for root in self.source.roots],
             "identity": identity,
             "found": {
                 "images": self.report.num_images,

@@ -214,7 +214,8 @@ class _Stores:
         folder = Path(prepared or fetched(each.path))
         found, problem = list[GroupStore](), None
         try:
-            found.append(open_groups(folder, None if prepared else each.root, "cfgroup"))
+            root = [os.path.abspath(root) for root in data_roots(fetched(each.path), each.root)] if prepared else each.root
+            found.append(open_groups(folder, root, "cfgroup"))
         except DataError as error:
             problem = str(error)
             if prepared and not self._world.is_main:

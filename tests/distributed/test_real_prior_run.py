@@ -12,7 +12,7 @@ import pytest
 from conftest import REPO, run_ranks
 from cut_outs import write_cut_outs, write_language_model
 
-SIZES = {"natural": 16, "train": 8, "validation": 4, "test": 8, "yes_no": 4, "names": 2}
+SIZES = {"natural": 32, "train": 8, "validation": 4, "test": 8, "yes_no": 4, "names": 2}
 
 
 @pytest.mark.long
