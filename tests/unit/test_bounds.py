@@ -311,3 +311,20 @@ def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> 
         with pytest.raises(DataError, match=r"more than the \d+ tokens of the model's window; show fewer"):
             collator.row_length(PROMPT, "a", ((48, 48),) * 100_000)
     assert collator.row_length(PROMPT, "a " * (limit // 2 - 1) + "a", ((48, 48),)) > collator.max_length  # told by its tokens
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "a.png", "caption": "x", "note": "a" * 10**6},
+        {"image": "a.png", "caption": "x", "note": "#1+" * 300_000},
+        {"image": "a.png", "caption": "x", "note": "['a'" + ", 'a'" * 150_000},
+        {"image": "a.png", "conversations": [{"from": "human", "value": "x" + "\n" * 10**6 + "y"}, {"from": "gpt", "value": "z"}]},
+        {"orig_input": "<|vision_start|>a.png" * 40_000, "orig_output": "x", "cf_samples": [{"cf_text": "y", "cf_image_path": "a.png"}]},
+    ],
+    ids=["letters", "parts", "list", "lines", "pictures"],
+)  # fmt: skip
+def test_a_text_of_a_megabyte_is_read_in_a_pass(row: dict[str, Any], folder: Path) -> None:
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with within(10), contextlib.suppress(DataError):
+        check_manifest(folder / "rows.jsonl", progress=str)

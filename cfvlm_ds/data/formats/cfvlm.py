@@ -9,7 +9,6 @@ Its files hold one object per line and are named .json. Further keys, of a row o
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from cfvlm_ds.data.formats.truth import listed
 
 _KEYS = ("orig_input", "orig_output", "cf_samples")
 _SAMPLE_KEYS = ("cf_text", "cf_image_path")
-_INPUT = re.compile(r"(?P<before>.*?)<\|vision_start\|>(?P<path>.+?)<\|vision_end\|>(?P<after>.*)", re.DOTALL)
+_START, _END = "<|vision_start|>", "<|vision_end|>"
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,9 @@ class Cfvlm:
         """
         row = {key: value for key, value in row.items() if key not in listed(self.ignore)}
         further = further_keys(row, _KEYS, "row")
-        found = _INPUT.fullmatch(string(row, "orig_input", "row"))
-        if found is None or "<|vision_start|>" in found["after"]:
+        before, _, rest = string(row, "orig_input", "row").partition(_START)
+        path, end, after = rest.partition(_END)
+        if not path or not end or _START in after:
             raise DataError("row: 'orig_input' must hold one image as <|vision_start|>PATH<|vision_end|>; write it so")
         samples = row.get("cf_samples")
         if not isinstance(samples, list) or not all(isinstance(sample, Mapping) for sample in samples):
@@ -58,9 +58,9 @@ class Cfvlm:
         of_samples = [further_keys(sample, _SAMPLE_KEYS, "row: cf_samples") for sample in samples]
         if any(of_samples):
             further["cf_samples"] = of_samples
-        paths = [found["path"].strip(), *(string(sample, "cf_image_path", "row: cf_samples") for sample in samples)]
+        paths = [path.strip(), *(string(sample, "cf_image_path", "row: cf_samples") for sample in samples)]
         texts = [string(row, "orig_output", "row"), *(string(sample, "cf_text", "row: cf_samples") for sample in samples)]
-        prompt = f"{found['before']} {found['after']}".strip() or self.ask
+        prompt = f"{before} {after}".strip() or self.ask
         digest = hashlib.sha256("\0".join([prompt, *paths, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
         size = range(len(paths))
         return CounterfactualGroup(

@@ -8,7 +8,6 @@ what is said. A column that is null is one that is not there, as Parquet writes 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,7 +30,7 @@ ROLES = {
 }  # fmt: skip
 _TOOLS = ("tool", "tools", "function", "function_call", "tool_call", "observation", "ipython")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
-_PLACE = re.compile(r"\n*<image>\n*")
+_PLACE = "<image>"
 _KINDS = {"image": ("image", "path", "url", "value"), "image_url": ("image_url", "value"), "input_image": ("image_url",)}
 _TEXT_KINDS = ("text", "input_text", "output_text")
 
@@ -79,8 +78,8 @@ def read_messages(value: Any, where: str) -> Spoken:
 def read_text(text: str) -> tuple[Part, ...]:
     """A text and its places of pictures as parts."""
     parts: list[Part] = []
-    for number, said in enumerate(_PLACE.split(text.strip())):
-        parts += [PICTURE] * (number > 0) + [said] * bool(said.strip())
+    for number, said in enumerate(text.strip().split(_PLACE)):
+        parts += [PICTURE] * (number > 0) + [said.strip("\n")] * bool(said.strip())
     return tuple(parts)
 
 

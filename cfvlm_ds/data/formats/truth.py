@@ -52,13 +52,17 @@ _FALSE_TEXTS = _MEANS_FALSE | {
 _INVERTS = _FALSE_TEXTS | {"not", "non", "error", "errors", "erroneous", "noise", "noisy", "misaligned", "unrelated", "irrelevant"}
 """Words of a label's name by which its yes may mean no."""
 
-_PHRASE = re.compile(r"[^\W\d_].*\s\S|\S\s.*[^\W\d_]|[^\W\d_a-zA-Z]{4}", re.DOTALL)
-"""Several words, or a few letters of a script that need not part them."""
+_LETTER, _SCRIPT = re.compile(r"[^\W\d_]"), re.compile(r"[^\W\d_a-zA-Z]{4}")
 _PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|#\d+\+\d+$", re.IGNORECASE)
 """The name of a picture, or of its bytes in a container."""
 _MEMBER = re.compile(r"\.(txt|text|caption|cls|value|content|image|img|png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _FEW = 5  # different values of a label
 _DEEP = 8  # objects within objects that are looked into
+
+
+def _is_phrase(text: str) -> bool:
+    """Whether a text has several words, or a few letters of a script that need not part them."""
+    return bool((len(text.split(None, 1)) > 1 and _LETTER.search(text)) or _SCRIPT.search(text))
 
 
 class Column:
@@ -72,7 +76,7 @@ class Column:
     def add(self, value: Any, blind: bool) -> None:
         value = as_list(value)
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str) and (_PHRASE.search(each) or _PICTURE.search(each)):
+            if isinstance(each, str) and (_is_phrase(each) or _PICTURE.search(each)):
                 self.phrase = self.phrase or each
                 if blind and _PICTURE.search(each):
                     self.unseen = self.unseen or each
