@@ -43,9 +43,10 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import check_manifest, picture_check, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.objectives import OBJECTIVES, required_cells
 from cfvlm_ds.training import read_data as preflight
 from cfvlm_ds.training import resume, token_counts
+from cfvlm_ds.training import run as training_run
 from cfvlm_ds.training.token_counts import group_tokens
 
 ONE = World(0, 1, 0, torch.device("cpu"))
@@ -175,6 +176,22 @@ def test_a_large_manifest_is_prepared_before_the_run(config: RunConfig, data: Pa
     assert again.identity == stored.identity and len(opened) == 24
     preflight.read_data(run, ONE, most_rows=5)
     assert len(opened) == 24, "what is prepared is taken, whatever its size"
+
+
+def test_a_run_is_prepared_before_it_has_its_gpus(
+    data: Path, model_dir: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its configuration alone: the start opens, measures and counts nothing."""
+    named = {"model": {"name_or_path": str(model_dir)}, "data": {"train": str(data), "max_tokens_per_micro_batch": 4000}}
+    (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run"), "bf16": False}}))
+    cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
+    assert len(opened) == 12
+    for module, name in ((picture_check, "open_image"), (preflight, "check_texts"), (token_counts, "_counted")):
+        monkeypatch.setattr(module, name, pytest.fail)
+    run = parse_config(["--config", str(tmp_path / "run.yaml")], OBJECTIVES)
+    read = preflight.read_data(run, ONE)
+    collator = load_collator(run.model, "full").of_run(required_cells(run.objective), None, read.pictures)
+    assert len(training_run._tokens(run, ONE, read, collator)) == 6
 
 
 @pytest.mark.parametrize("after", range(1, 40, 6))
