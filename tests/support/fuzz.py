@@ -245,7 +245,7 @@ def public_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
         what = chance.choice(["row", "row", "row", "bytes", "bytes", "form", "any", "nothing"])
         done.append(what)
         with contextlib.suppress(ValueError, IndexError, OSError):  # an earlier mutation left nothing to change, or no text
-            if what == "row" and path.suffix in (".json", ".jsonl"):
+            if what == "row" and path.suffix in (".json", ".jsonl") and path.is_file():  # and no pipe by now
                 text = path.read_text()
                 rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
                 rows, change = mutated(rows, chance)
