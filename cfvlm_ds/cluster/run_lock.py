@@ -30,9 +30,8 @@ class RunLock:
                     raise ConfigError(
                         f"{folder} is in use by {_named(holder)}; choose another {option}, or remove {self.path} if that run is gone"
                     )
-                self.path.unlink(
-                    missing_ok=True
-                )  # of an earlier start of this job, on a node that is down: Slurm runs no job twice at a time
+                # The holder is an earlier start of this job, on a node that is down: Slurm runs no job twice at a time.
+                self.path.unlink(missing_ok=True)
             self._held = held
             os.write(held, json.dumps(here).encode())
         except OSError as error:

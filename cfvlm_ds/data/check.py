@@ -152,7 +152,7 @@ def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[tuple[int, 
 def check_texts(
     store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Callable[[str], object], scan: Scan
 ) -> CheckReport:
-    """Compare the images of each group, and measure its texts: in tokens of a model, whose visual tokens are counted too, or in characters.
+    """Compare the images of each group and measure its texts: in tokens of a model, which also has visual tokens, or in characters.
 
     ``pictures`` are the sound ones. Groups that are none, and images that are not known, were named before.
     """

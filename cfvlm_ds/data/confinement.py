@@ -86,7 +86,7 @@ def _container(path: Path) -> str:
 
 
 def mode_of(path: str) -> int | None:
-    """The mode of a file, not of what a link leads to; None where there is none. Raises OSError for a path that cannot be looked at."""
+    """Return the mode of a file, not of what a link leads to; None where there is none. Raises OSError as lstat does."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

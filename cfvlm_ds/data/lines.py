@@ -69,7 +69,7 @@ class IndexedLines:
     def scanned(
         cls, path: Path, *, alive: Callable[[], object] = lambda: None, progress: Callable[[str], object] = lambda line: None
     ) -> IndexedLines:
-        """The lines of a regular file, which is read once. Raises OSError, and ValueError without the file's name, where it cannot be."""
+        """Index the lines of a regular file, which is read once. Raises OSError, and ValueError without the file's name."""
         held = HeldFile(path)
         state = state_of(held)
         index = _scanned(held, state[0], alive, Progress(progress, f"index of {path}", state[0] / 1e6, "MB"))
@@ -79,7 +79,7 @@ class IndexedLines:
 
     @classmethod
     def mapped(cls, path: Path) -> IndexedLines:
-        """The lines of a file that is not written any more, by the index beside it (write_index). Raises OSError, ValueError."""
+        """Open the lines of a file that is not written any more, by the index beside it (write_index). Raises OSError, ValueError."""
         held = HeldFile(path)
         return cls(path, held, _mapped(file := index_file(path), state_of(held)[0]), file)
 
@@ -131,7 +131,7 @@ def state_of(held: HeldFile) -> State:
 
 
 def index_file(path: Path) -> Path:
-    """The index of a file that is not written any more."""
+    """Return the path of a file's index."""
     return path.with_name(f"{path.name}.idx")
 
 

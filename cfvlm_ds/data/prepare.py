@@ -1,4 +1,4 @@
-"""Prepare a data set: check all of it, and write it as a store (cfvlm_ds/data/stored.py), which training opens.
+"""Preparation of a data set: all of it is checked and written as a store (cfvlm_ds/data/stored.py), which training opens.
 
 Pictures are opened before rows are written, a range of groups at a time: the pictures that come first in a range are one unit of work, and
 with ``pack`` one uncompressed tar, in which each lies once and is read by its offset. What a file is made of depends on the data set
@@ -85,12 +85,12 @@ class Prepared(NamedTuple):
 
 
 def source_state(path: Path) -> list[int]:
-    """The state of a data set's files: an old time of change can be set again, but not the last one of all. Raises OSError, DataError."""
+    """Return the state of a data set's files: an old time of change can be set again, but not ctime. Raises OSError, DataError."""
     return list(sources_state(path / FILE if path.is_dir() and is_store(path) else path))
 
 
 def source_stamp(path: Path, state: Sequence[int], roots: Sequence[Path], format: str, limit: int | None, options: PrepareOptions) -> str:
-    """A hash that tells a data set, as it is now and as it is read, from others."""
+    """Compute a hash of a data set, as it is now and as it is read."""
     form = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, *dataclasses.astuple(options)]
     parts = [*form, os.path.abspath(path), list(state), [os.path.abspath(root) for root in roots], format, limit]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()
@@ -410,7 +410,7 @@ class _Files:
 
 
 def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
-    """The pictures that were opened by calls that were stopped, or have found problems; of one unit of work, or of all."""
+    """Load the pictures that stopped calls have opened, and calls that found problems; of one unit of work, or of all."""
     tables = []
     for file in sorted(work.glob("images-*.npy" if number is None else f"images-{number:05}.npy")):
         with contextlib.suppress(OSError, ValueError):
@@ -455,7 +455,7 @@ def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
 
 
 def _holds_something(out: Path) -> bool:
-    """Whether a folder holds more than a call leaves that was killed, or is, before it has written anything: in the end that is removed."""
+    """Tell whether a folder holds more than a call leaves that was killed before it had written anything."""
     return any(
         each.relative_to(out) != Path(PARTS) and not each.name.endswith(".tmp") for each in (*out.iterdir(), *(out / PARTS).glob("*"))
     )

@@ -39,7 +39,7 @@ _OPEN = 200  # files of rows that a process keeps open
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder is a store, or is to become one."""
+    """Tell whether a folder is a store, or is to become one."""
     return os.path.lexists(folder / FILE) or (folder / BEGUN).is_file()
 
 

@@ -126,13 +126,7 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
             lr_scheduler=None if "scheduler" in resolved.config else schedule,
             config=resolved.config,
         )
-    except (
-        AssertionError,
-        AttributeError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as error:  # what it refuses, and check.py does not know
+    except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:  # DeepSpeed's own validation
         raise unusable(config.deepspeed, error) from error
     return engine
 

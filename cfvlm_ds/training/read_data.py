@@ -100,7 +100,7 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None, *, mos
 
 
 def stored_rows(groups: GroupStore) -> StoredRows:
-    """The store that groups are read from."""
+    """Return the store that groups are read from."""
     assert isinstance(groups.rows, StoredRows)
     return groups.rows
 
@@ -209,7 +209,7 @@ class _Stores:
         self.collator: Collator | None = None
 
     def open(self, each: DataSet) -> GroupStore:
-        """The groups of a data set; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
+        """Open the groups of a data set; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
         prepared = self._by_rank_0(lambda: self._prepared(each))
         folder = Path(prepared or fetched(each.path))
         found, problem = list[GroupStore](), None
@@ -229,7 +229,7 @@ class _Stores:
         return by_rank_0(self._world, self._patience, f"the preparation of {self._config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
-        """The folder in which a data set was prepared for this run; None for a store, which is used where it is."""
+        """Prepare a data set for this run unless it is prepared; returns its folder, or None for a store, which is used where it is."""
         path, config, say = fetched(each.path), self._config, self._world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None
@@ -263,7 +263,7 @@ class _Stores:
         return str(folder)
 
     def _source(self, each: DataSet) -> GroupStore:
-        """The groups of a data set that is no store, whose problems are named by its own rows."""
+        """Open the groups of a data set that is no store, whose problems are named by its own rows."""
         format = each.format or self._config.data.format
         return open_groups(each.path, each.root, format, limit=each.limit, scan=self._scan, progress=self._world.say)
 
@@ -277,7 +277,7 @@ class _Stores:
         raise DataError(report.problems[0] + remedy * (self._config.data.on_error == "skip") + others)
 
     def _summary(self, each: DataSet, groups: GroupStore, prepared: bool) -> str:
-        """What a data set holds, in a line. Raises DataError for a text or an image that the model cannot take."""
+        """Describe a data set in a line. Raises DataError for a text or an image that the model cannot take."""
         store, config = stored_rows(groups), self._config
         summary = f"{each.path}: {len(groups)} groups"
         if store.found.get("left_out"):
@@ -298,7 +298,7 @@ class _Stores:
         return without_secrets(summary + (f", metadata {store.found['metadata']}" if store.found["metadata"] else ""))
 
     def _measured_by(self, store: StoredRows) -> str:
-        """A hash of what the lengths of a store's texts depend on."""
+        """Compute a hash of what the lengths of a store's texts depend on."""
         model = self._config.model
         inputs = None
         with contextlib.suppress(OSError, ConfigError):  # named where they are read to be used
@@ -309,7 +309,7 @@ class _Stores:
 
 
 def _named(each: DataSet) -> str:
-    """The name of a data set's files in the run folder."""
+    """Return the name of a data set's files in the run folder."""
     root = each.root if isinstance(each.root, str | None) else list(each.root)
     parts = [os.path.abspath(each.path), root, each.format, each.limit]
     name = hashlib.blake2b(without_secrets(json.dumps(parts)).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
@@ -317,7 +317,7 @@ def _named(each: DataSet) -> str:
 
 
 def _folder(config: RunConfig, each: DataSet) -> Path:
-    """Where a data set is prepared for a run."""
+    """Return the folder in which a data set is prepared for a run."""
     return Path(config.train.output_dir) / _FOLDER / _named(each)
 
 

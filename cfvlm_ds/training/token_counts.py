@@ -42,7 +42,7 @@ def group_tokens(
     folders: Sequence[Path] = (),
     depends_on: Callable[[], Any] | None = None,
 ) -> Tokens:
-    """Tokens of every group in the rows that ``collator`` builds, counted by rank 0 on all its cores.
+    """Count the tokens of every group in the rows that ``collator`` builds: rank 0 does, on all its cores.
 
     Headers are read of images that ``pictures`` do not know. The counts are kept in the first of ``folders`` that can be written, under a
     name that says what they depend on: all ranks map one file, and the next start finds it. Nothing is kept where that is not known. Raises
@@ -123,7 +123,7 @@ def _measured(
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:
-    """Where counts are kept: nowhere if what they depend on is not known."""
+    """Name the files of the counts: none if what they depend on is not known."""
     if depends_on is None:
         return []
     try:
