@@ -66,7 +66,7 @@ def add(commands: Any) -> None:
     )
     text = "leave out rows that are no group and those with a picture that cannot be used, and list them in FOLDER/left_out.jsonl"
     command.add_argument("--on_error", choices=("error", "skip"), default="error", help=f"skip: {text}")
-    text = "prepare every N-th part from number I on, 0 to N-1; the others are for other calls, at the same time or not"
+    text = "prepare every N-th part from number I on, 0 to N-1; the others are for other calls, all of which are made twice"
     command.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help=text)
     add_data_options(command)
 
@@ -103,19 +103,21 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.config is not None:
-        _prepare_run(arguments.config)
+        _prepare_run(arguments)
         return
     if arguments.manifest is None or arguments.out is None:
         raise ConfigError("name a manifest and --out FOLDER, or --config RUN.yaml")
     from cfvlm_ds.data import data_roots, open_groups
     from cfvlm_ds.data.containers.hub import fetched
-    from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state
+    from cfvlm_ds.data.prepare import LEFT_OUT, PrepareOptions, prepare, source_stamp, source_state
+    from cfvlm_ds.data.stored import StoredRows
 
     out, (shard, of), limit = Path(arguments.out), arguments.shard, arguments.limit
     options = PrepareOptions(arguments.pack, True, arguments.max_pixels, arguments.on_error)
-    groups = open_groups(arguments.manifest, arguments.root, arguments.format, limit=limit, progress=print_line)
     path = fetched(arguments.manifest)
-    stamp = source_stamp(path, source_state(path), data_roots(path, arguments.root), groups.format, limit, options)
+    state = source_state(path)
+    groups = open_groups(arguments.manifest, arguments.root, arguments.format, limit=limit, progress=print_line)
+    stamp = source_stamp(path, state, data_roots(path, arguments.root), groups.format, limit, options)
     try:
         report, whole = prepare(groups, out, stamp, options, print_line, shard=shard, of=of)
     except OSError as error:
@@ -125,10 +127,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
         if options.on_error == "error":
             _refuse(report)
     if whole:
-        print(f"prepared {len(open_groups(out))} groups in {out}: a data set by this name, as data.train for instance")
+        store = StoredRows(out)
+        without = f" without {left_out}, which {out / LEFT_OUT} lists," if (left_out := store.found["left_out"]) else ""
+        print(f"prepared {store.identity['rows']} groups{without} in {out}: a data set by this name, as data.train for instance")
 
 
-def _prepare_run(config: str) -> None:
+def _prepare_run(arguments: argparse.Namespace) -> None:
     import torch
 
     from cfvlm_ds.core.distributed import World
@@ -136,9 +140,12 @@ def _prepare_run(config: str) -> None:
     from cfvlm_ds.objectives import OBJECTIVES
     from cfvlm_ds.training.run import prepare
 
-    run = parse_config(["--config", config], OBJECTIVES)
+    others = ("manifest", "out", "limit", "pack", "on_error", "shard", "format", "root", "max_pixels")
+    if given := [name for name in others if getattr(arguments, name) != arguments.asked_for.get_default(name)]:
+        raise ConfigError(f"--config names all that is prepared, not with {', '.join(given)}; set them in {arguments.config}")
+    run = parse_config(["--config", arguments.config], OBJECTIVES)
     prepare(run, World(0, 1, 0, torch.device("cpu")))
-    print(f"prepared the data of {config} in {run.train.output_dir}/prepared")
+    print(f"prepared the data of {arguments.config} in {run.train.output_dir}/prepared")
 
 
 def _refuse(report: CheckReport) -> None:

@@ -233,7 +233,7 @@ _SOME_SIZE = (56, 56)  # of pictures of which none is known: a text may have mor
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
     """Sizes of an image's pictures; None where one is not known."""
     found = [pictures.find(picture) for picture in image]
-    known = [(picture.width, picture.height) for picture in found if picture is not None]
+    known = [(picture.width, picture.height) for picture in found if picture is not None and picture.width]
     return tuple(known) if len(known) == len(image) else None
 
 

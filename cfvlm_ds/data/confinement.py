@@ -47,12 +47,14 @@ class Confinement:
             mode = mode_of(f"{really}/{file_name(name)}")
             if ".." in path.parts or (mode is not None and stat.S_ISLNK(mode)):
                 target, inside = self._followed(picture_file(full))
+                if ".." in path.parts:  # which after a link leads elsewhere than its letters say
+                    full = target.with_name(target.name + name[len(file_name(name)) :])
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
         if not inside:
             roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
             raise DataError(f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); {self._remedy}")
-        if (container := _container(path)) and os.path.lexists(picture_file(full)):
+        if full in joined and (container := _container(path)) and os.path.lexists(picture_file(full)):
             if len(self._containers) >= _FOLDERS:
                 self._containers.clear()
             self._containers[container] = self.roots[joined.index(full)]

@@ -24,7 +24,7 @@ _PARTS = {
     "paths": "image paths",
     "pictures": "contents of pictures",
 }
-_SUMS = ("ids", *_PARTS)
+SUMS = ("ids", *_PARTS)
 _OF_SCORES = ("texts", "paths", "pictures")
 _MODULUS = 1 << 128
 
@@ -61,7 +61,7 @@ def identity_part(
 ) -> IdentityPart:
     """Compute what consecutive groups add to the identity of their data set."""
     prefixes = [root.parts for root in roots]
-    sums: dict[str, int] = dict.fromkeys(_SUMS, 0)
+    sums: dict[str, int] = dict.fromkeys(SUMS, 0)
     order, rows, known = bytearray(), 0, pictures is not None
     for group in groups:
         rows += 1
@@ -85,7 +85,7 @@ def identity_part(
 
 def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
     """Join consecutive parts to one."""
-    sums = {name: sum(part.sums[name] for part in parts) % _MODULUS for name in _SUMS}
+    sums = {name: sum(part.sums[name] for part in parts) % _MODULUS for name in SUMS}
     return IdentityPart(sum(part.rows for part in parts), b"".join(part.order for part in parts), all(part.known for part in parts), sums)
 
 
@@ -104,7 +104,7 @@ def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any
     """The identity of a mixture: that of its sources, their names and the objectives that each counts in."""
     known = all(identity.get("pictures") is not None for identity in sources.values())
     parts: dict[str, Any] = {}
-    for part in ("order", *_SUMS):
+    for part in ("order", *SUMS):
         parts[part] = f"{_hash([[name, identity[part]] for name, identity in sources.items()]):032x}"
     parts["mixture"] = f"{_hash([[name, objectives[name]] for name in sources]):032x}"
     rows = sum(int(identity["rows"] or 0) for identity in sources.values())

@@ -115,11 +115,11 @@ def opened_picture(path: Path, known: PictureTable | None, prepared: PictureTabl
     """
     try:
         before = None if known is None else known.find(path)
-        if before is not None and 0 < before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.mtime):
+        if before is not None and 0 < before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.ctime):
             return before
         found = picture_of(path, *open_image(path, max_pixels).size)
         before = None if prepared is None else prepared.find(path)
-        if before is not None and before._replace(mtime=found.mtime) != found:
+        if before is not None and before._replace(ctime=found.ctime) != found:
             return f"{path}: the picture is not the one that was prepared; restore it, or prepare the data again"
         return found
     except DataError as error:

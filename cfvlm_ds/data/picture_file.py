@@ -40,13 +40,13 @@ def file_name(name: str) -> str:
 
 
 def picture_stat(path: Path) -> tuple[int, int]:
-    """A picture's size in bytes, and the time of the last change of its file, in ns.
+    """A picture's size in bytes, and the time of the last change of its file, in ns, which nobody can set back.
 
     Raises OSError, and DataError for a part that its file does not hold.
     """
     stat = picture_file(path).stat()
     part = _part(path)
-    return (stat.st_size if part is None else _inside(path, part, stat.st_size)[1]), stat.st_mtime_ns
+    return (stat.st_size if part is None else _inside(path, part, stat.st_size)[1]), stat.st_ctime_ns
 
 
 def open_raw(path: Path) -> io.RawIOBase:

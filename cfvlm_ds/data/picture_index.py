@@ -26,7 +26,7 @@ from cfvlm_ds.core.reading import TooLarge
 from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
 from cfvlm_ds.data.picture_file import open_picture, picture_stat
 
-FACTS = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
+FACTS = np.dtype([("size", "<i8"), ("ctime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 RECORD = np.dtype([("key", "<u8"), ("facts", FACTS)])
 _BLOCK = 1 << 20  # bytes read at a time, and records written
 _DIGEST = 16  # bytes
@@ -34,10 +34,13 @@ _AT_ONCE = 4096  # pictures
 
 
 class Picture(NamedTuple):
-    """A file that holds a sound picture: size in bytes, time of its last change, hash of its bytes, width and height in pixels."""
+    """A file that holds a sound picture.
+
+    Size in bytes; time of its last change in ns, 0 where the file's own says nothing; hash of its bytes; width and height in pixels.
+    """
 
     size: int
-    mtime: int
+    ctime: int
     digest: bytes
     width: int
     height: int
@@ -147,8 +150,8 @@ class PictureTable:
         place = int(self._keys.searchsorted(np.uint64(key)))
         if place == len(self._keys) or int(self._keys[place]) != key:
             return None
-        size, mtime, digest, width, height = self._facts[place].item()
-        return Picture(size, mtime, bytes(digest), width, height)
+        size, ctime, digest, width, height = self._facts[place].item()
+        return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
         """Raise DataError when the file has other contents than the picture that is known by its path; what is not known passes."""
@@ -156,8 +159,8 @@ class PictureTable:
         if known is None:
             return
         try:
-            size, mtime = picture_stat(path)
-            if (size, mtime) == (known.size, known.mtime):
+            size, ctime = picture_stat(path)
+            if (size, ctime) == (known.size, known.ctime):
                 return
             same = size == known.size and content_digest(path) == known.digest
         except (OSError, ValueError):

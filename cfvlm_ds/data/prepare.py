@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,7 @@ from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, key_of, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
-from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, StoredPictures, index_sum, is_store
+from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, StoredPictures, file_sum, is_store
 
 PICTURED = 1 << 15
 """Groups whose pictures are one unit of work: with ``pack`` a tar of a few GB of photographs, some hundred files for ten million groups."""
@@ -52,6 +53,8 @@ ROWS = 1 << 18
 """Groups in one file of rows: some tens of files that a process keeps open."""
 
 LEFT_OUT = "left_out.jsonl"
+_ANY_SCHEMA = SCHEMA.partition("/")[0]
+_OURS = ("groups-[0-9]*.jsonl*", "images-[0-9]*.tar", PICTURES, TOGETHER, ROW_KEYS, PICTURE_KEYS, LEFT_OUT, "tokens", "*.tmp", PARTS, FILE)
 _PLACE = np.dtype([("key", "<u8"), ("name", "<u8"), ("tar", "<u4"), ("start", "<i8"), ("facts", FACTS)])
 _SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
@@ -85,8 +88,11 @@ class Prepared(NamedTuple):
 
 
 def source_state(path: Path) -> list[int]:
-    """Return the state of a data set's files: an old time of change can be set again, but not ctime. Raises OSError, DataError."""
-    return list(sources_state(path / FILE if path.is_dir() and is_store(path) else path))
+    """Return the state of a data set's files, which nobody can set back; nothing for files that cannot be read. Raises DataError."""
+    try:
+        return list(sources_state(path / FILE if path.is_dir() and is_store(path) else path))
+    except OSError:
+        return []
 
 
 def source_stamp(path: Path, state: Sequence[int], roots: Sequence[Path], format: str, limit: int | None, options: PrepareOptions) -> str:
@@ -118,13 +124,14 @@ def prepare(
     so; pictures that were opened then and have not been written since are not opened again. Otherwise raises ConfigError for a folder that
     holds something else, OSError.
     """
+    refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
-    work, report = _begun(source, out, stamp), CheckReport(str(source.path))
+    work, report = _begun(out, stamp), CheckReport(str(source.path))
     job = _Job(source, out, work, stamp, options, say, shard, of, known, scan or Scan(), report)
     try:
-        whole = (out / FILE).exists() or job.run()
+        whole = job.is_ended() or job.run()
     except FileNotFoundError:  # others have ended it at the same time, and taken what this call was writing for what was left
-        if not (whole := (out / FILE).exists()):
+        if not ((out / FILE).exists() and (whole := job.is_ended())):
             raise
     if whole:
         remove(work)
@@ -151,7 +158,7 @@ class _Job:
         """Do this call's part; returns whether the store is whole."""
         source, out, strict = self.source, self.out, self.options.on_error == "error"
         seen = look_at_rows(self.report, source, self.say, self.scan)
-        if (out / FILE).exists():  # others have been as far meanwhile
+        if self.is_ended():
             return True
         units, files = (_Files(self.work, kind, -(-len(source) // size)) for kind, size in (("images", PICTURED), ("groups", ROWS)))
         found, broken = None, dict[int, str]()
@@ -181,6 +188,17 @@ class _Job:
             return False
         return self._end(units, files, found)
 
+    def is_ended(self) -> bool:
+        """Tell whether the store is whole by now. Raises ConfigError where it is one of other data, or becomes one."""
+        for name in (FILE, BEGUN, FILE):  # the first appears before the second goes
+            if (found := _stamp_of(self.out / name)) == self.stamp:
+                return name == FILE
+            if found is not None:
+                break
+        raise ConfigError(
+            f"{self.out} was prepared from another state of {self.source.path}, or with other options; remove it, or name another --out"
+        )
+
     def _look_at_pictures(self, units: _Files, keys: Array, places: Array) -> None:
         progress = Progress(self.say, "pictures", int((places // PICTURED % self.of == self.shard).sum()), "pictures")
         for number in units.missing(self.shard, self.of):
@@ -208,7 +226,7 @@ class _Job:
                         else:
                             start = _add(written, f"{number:05}-{k:07}", each.path, each.content)
                             name = key_of(self.out / part_name(written.path.name, start, len(each.content)), self.out)
-                            found.append((key, name, number, start, tuple(each.found._replace(mtime=0))))
+                            found.append((key, name, number, start, tuple(each.found._replace(ctime=0))))
                     if written is not None:
                         written.write(bytes(2 * tarfile.BLOCKSIZE))
                         written.write(bytes(-written.size % tarfile.RECORDSIZE))
@@ -240,7 +258,7 @@ class _Job:
             number,
             written,
             groups=identity.rows,
-            index=index_sum(lines.write_index(written.path)),
+            index=file_sum(lines.write_index(written.path)),
             known=identity.known,
             sums={name: str(value) for name, value in identity.sums.items()},
             problems=report.problems,
@@ -261,8 +279,9 @@ class _Job:
         keys = joined_keys([Keys(held["row_keys"], held["picture_keys"]) for held in arrays])
         rows = np.concatenate([held["rows"] for held in arrays])
         left_out = len(self.source) - len(rows)
+        problems = list(dict.fromkeys([*self.report.problems, *itertools.chain(*(each["problems"] for each in records))]))
         if not len(rows):
-            raise DataError(f"{self.report.problems[0]} (and so are all {left_out} groups)")
+            raise DataError(f"{problems[0]} (and none of the {left_out} groups can be used)")
         tables = [_written(self.out / ROW_KEYS, keys.rows), _written(self.out / PICTURE_KEYS, keys.pictures)]
         if found is not None:
             order = np.argsort(found["name"], kind="stable")
@@ -275,7 +294,6 @@ class _Job:
             firsts = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(rows))
             tables.append(_written(self.out / TOGETHER, firsts.astype("<u4")))
         if left_out:
-            problems = dict.fromkeys([*self.report.problems, *itertools.chain(*(each["problems"] for each in records))])
             with _Summed.of(self.out / LEFT_OUT) as written:
                 for problem in problems:
                     written.write(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n")
@@ -291,6 +309,7 @@ class _Job:
             "identity": identity,
             "found": {
                 "images": self.report.num_images,
+                "most_pixels": 0 if found is None else _most_pixels(found["facts"]),
                 "false_cells": self.report.num_false_cells,
                 "metadata": self.report.unused if self.report.metadata else "",
                 "left_out": left_out,
@@ -299,6 +318,7 @@ class _Job:
             "images": [{name: each[name] for name in shown if name in each} for each in units.records()] if self.options.pack else [],
             "tables": tables,
         }
+        self.is_ended()
         for left in self.out.glob("*.tmp"):  # by calls that were killed
             left.unlink(missing_ok=True)
         replace(self.out / FILE, json.dumps(record, indent=1).encode(), shared=True)
@@ -422,24 +442,33 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
     """Remove a store of another state of the data set, or what was begun of one, if that may be; returns its pictures."""
     whole, known = out / FILE, list[PictureTable]()
-    if not (remove_it and is_store(out)) or _stamp_of(whole if whole.is_file() else out / BEGUN) == stamp:
+    ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
+    if not (remove_it and (ours or (out / BEGUN).is_file())) or _stamp_of(whole if whole.is_file() else out / BEGUN) == stamp:
         return PictureTables([])
     with contextlib.suppress(OSError, ValueError):
-        known.append(StoredPictures(source.roots, PictureTable.opened(out / PICTURES), None))
+        known.append(StoredPictures(source.roots, PictureTable.opened(out / PICTURES)))
     known += _opened_before(out / PARTS)
-    remove(out)
+    for file in itertools.chain(*map(out.glob, _OURS)):
+        remove(file)
     return PictureTables(known)
 
 
 def _stamp_of(file: Path) -> str | None:
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-        return str(read_json(file)["source"])
+    return _read(file, "source")
+
+
+def _read(file: Path, key: str) -> str | None:
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
+        return str(read_json(file)[key])
     return None
 
 
-def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
-    """The folder of what is under way. Raises ConfigError where the store is of other data, or no store."""
-    refuse_link(out, "name the folder itself with --out")
+def _most_pixels(facts: Array) -> int:
+    return int((facts["width"].astype(np.int64) * facts["height"]).max(initial=0))
+
+
+def _begun(out: Path, stamp: str) -> Path:
+    """Make the folder of what is under way. Raises ConfigError for a folder that holds something else."""
     work, whole, file = out / PARTS, out / FILE, out / BEGUN
     if out.exists() and not (file.is_file() or whole.is_file()) and (not out.is_dir() or _holds_something(out)):
         raise ConfigError(f"{out} is there and no store; name another folder with --out")
@@ -447,11 +476,7 @@ def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
         work.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             replace(file, json.dumps({"source": stamp}).encode(), shared=True)
-    if _stamp_of(whole if whole.is_file() else file) == stamp:
-        return work
-    raise ConfigError(
-        f"{out} was prepared from another state of {source.path}, or with other options; remove it, or name another with --out"
-    )
+    return work
 
 
 def _holds_something(out: Path) -> bool:
@@ -481,10 +506,10 @@ def _written(file: Path, array: Array) -> dict[str, Any]:
 
 
 class _Summed:
-    """A file that is written, its size and its sum."""
+    """A file that is written, its size and its sums: a slow one against forgery and a fast one for who opens it."""
 
     def __init__(self, path: Path, handle: IO[bytes]) -> None:
-        self.path, self._handle, self._sum, self.size = path, handle, hashlib.sha256(), 0
+        self.path, self._handle, self._sum, self._crc32, self.size = path, handle, hashlib.sha256(), 0, 0
 
     @classmethod
     @contextlib.contextmanager
@@ -497,8 +522,9 @@ class _Summed:
         """Write data."""
         self._handle.write(data)
         self._sum.update(data)
+        self._crc32 = zlib.crc32(data, self._crc32)
         self.size += len(data)
 
     def record(self) -> dict[str, Any]:
-        """Name, size and sum of what was written."""
-        return {"file": self.path.name, "bytes": self.size, "sha256": self._sum.hexdigest()}
+        """Name, size and sums of what was written."""
+        return {"file": self.path.name, "bytes": self.size, "sha256": self._sum.hexdigest(), "crc32": self._crc32}

@@ -12,7 +12,7 @@ import hashlib
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MIB, HeldFile, read_json
 from cfvlm_ds.core.untrusted import own_file
-from cfvlm_ds.data.decoding import MAX_ASPECT, MAX_PIXELS
+from cfvlm_ds.data.decoding import MAX_ASPECT
+from cfvlm_ds.data.identity import SUMS
 from cfvlm_ds.data.lines import IndexedLines, index_file, state_of
 from cfvlm_ds.data.overlap import Keys
-from cfvlm_ds.data.picture_file import picture_file
 from cfvlm_ds.data.picture_index import Picture, PictureTable, key_of
 from cfvlm_ds.data.rows import LineRows
 
@@ -36,6 +36,9 @@ PARTS = "parts"
 """Folder of what is under way."""
 BEGUN = f"{PARTS}/source.json"
 _OPEN = 200  # files of rows that a process keeps open
+_MOST_PIXELS = 1 << 30
+_IDENTITY = {"rows", "order", *SUMS}
+_FOUND = {"images": int, "most_pixels": int, "false_cells": int, "metadata": str, "left_out": int}
 
 
 def is_store(folder: Path) -> bool:
@@ -48,7 +51,7 @@ class StoredRows:
 
     Args:
         folder: the store.
-        roots: folders that the pictures may be in now, before those where they were when it was prepared.
+        roots: folders that the pictures are in, if those where they were when it was prepared are gone.
 
     Raises DataError for a folder that is no store, or whose files are not those that its store.json names.
     """
@@ -67,20 +70,23 @@ class StoredRows:
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             self._sums = dict[str, str]()
-            for each in (*record["rows"], *record["images"], *record["tables"]):
+            for each in (files := [*record["rows"], *record["images"], *record["tables"]]):
                 file = own_file(folder, each["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != each["bytes"]:
                     raise ValueError(f"{file.name} has {size} bytes and not {each['bytes']}")
                 self._sums[file.name] = str(each["sha256"])
-            packed = bool(record["images"])
-            self.roots = (folder,) if packed else (*roots, *map(Path, record["roots"]))
+            if len(self._sums) != len(files):
+                raise ValueError("it names a file twice")
+            if strange := next((each["file"] for each in record["tables"] if file_sum(folder / each["file"]) != each["crc32"]), None):
+                raise ValueError(f"{strange} is not the file that was prepared")
+            before = [Path(str(root)) for root in record["roots"]]
+            self.roots = (folder,) if record["images"] else tuple(before if before[0].is_dir() or not roots else roots)
             """Folders that the names of pictures are relative to."""
             self.stamp, self.identity, self.found = str(record["source"]), dict(record["identity"]), dict(record["found"])
             """What the data set is recognised by, before and after it is read, and what the check has counted."""
-            times = {str(each["file"]): (folder / each["file"]).stat().st_mtime_ns for each in record["images"]} if packed else None
             table = PictureTable.opened(folder / PICTURES) if PICTURES in self._sums else None
-            self.pictures = None if table is None else StoredPictures(self.roots, table, times)
+            self.pictures = None if table is None else StoredPictures(self.roots, table)
             """What was known of each picture when it was prepared; None where none was opened."""
             self.keys = Keys(*(_mapped(folder / name) for name in (ROW_KEYS, PICTURE_KEYS)))
             self.together = _mapped(folder / TOGETHER) if TOGETHER in self._sums else None
@@ -89,9 +95,14 @@ class StoredRows:
             self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
             if not self._shards or any(groups < 1 for *_, groups in self._shards):
                 raise ValueError("it has a file of no rows, or none at all")
+            if not self._firsts[-1] == record["groups"] == self.identity["rows"]:
+                raise ValueError("its files have another number of groups")
+            counted = all(type(self.found.get(name)) is kind for name, kind in _FOUND.items())
+            if not (self.identity.keys() >= _IDENTITY and counted):
+                raise ValueError("it does not say what it was made of")
             if self.together is not None and not _are_firsts(self.together, self._firsts[-1]):
                 raise ValueError(f"{TOGETHER} does not fit its groups")
-        except (OSError, ValueError, EOFError, TypeError, KeyError, IndexError, RecursionError) as error:
+        except (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             reason = error.strerror if isinstance(error, OSError) else f"key {error}" if isinstance(error, KeyError) else error
@@ -144,7 +155,7 @@ class StoredRows:
         file, index, groups = self._shards[shard]
         try:
             lines = IndexedLines.mapped(file)
-            if index_sum(index_file(file)) != index or len(lines) != groups:
+            if file_sum(index_file(file)) != index or len(lines) != groups:
                 raise ValueError("its index is another than store.json says")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -163,38 +174,32 @@ def _mapped(file: Path) -> Any:
 
 
 class StoredPictures(PictureTable):
-    """The pictures of a store by their names in it, wherever it is. What its table says is believed as far as a picture may be.
+    """The pictures of a store by their names in it. Of one that no picture can be as large as, the size is not known.
 
     Args:
         roots: folders that the names are relative to.
         table: the facts by ``key_of`` each name.
-        times: of the tars that hold the pictures: one that is written from now on is of another time; None for files of their own.
     """
 
-    def __init__(self, roots: Sequence[Path], table: PictureTable, times: Mapping[str, int] | None) -> None:
-        self._roots, self._table, self._times, self.file = tuple(roots), table, times, table.file
+    def __init__(self, roots: Sequence[Path], table: PictureTable) -> None:
+        self._roots, self._table, self.file = tuple(roots), table, table.file
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __reduce__(self) -> Any:
-        return StoredPictures, (self._roots, self._table, self._times)
+        return StoredPictures, (self._roots, self._table)
 
     def find(self, path: Path) -> Picture | None:
         """What was known of a picture."""
         known = next((each for root in self._roots if (each := self._table.of_key(key_of(path, root))) is not None), None)
-        if known is None or not 0 < known.width * known.height <= MAX_PIXELS:
-            return None
-        if max(known.width, known.height) > MAX_ASPECT * min(known.width, known.height):
-            return None
-        if self._times is None:
+        if known is None or (0 < known.width * known.height <= _MOST_PIXELS and max(known[3:]) <= MAX_ASPECT * min(known[3:])):
             return known
-        time = self._times.get(picture_file(path).name)
-        return None if time is None else known._replace(mtime=time)
+        return known._replace(width=0, height=0)
 
 
-def index_sum(file: Path) -> int:
-    """The checksum of an index."""
+def file_sum(file: Path) -> int:
+    """Compute the CRC-32 of a file."""
     total, held, place = 0, HeldFile(file), 0
     while block := held.read(place, MIB):
         total, place = zlib.crc32(block, total), place + len(block)

@@ -35,7 +35,7 @@ from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_index import PictureTable, PictureTables
 from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state
 from cfvlm_ds.data.stored import FILE as STORE
-from cfvlm_ds.data.stored import StoredRows, is_store
+from cfvlm_ds.data.stored import SCHEMA, StoredRows, is_store
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
@@ -126,7 +126,7 @@ def _name_shared(
 
 def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
     """Raise ConfigError for terms with nothing to do: no training group that counts in them has a text that is known to be false."""
-    sets = [(each.objectives, stored_rows(train[name]).found.get("false_cells") == 0) for name, each in config.data.train_sets.items()]
+    sets = [(each.objectives, stored_rows(train[name]).found["false_cells"] == 0) for name, each in config.data.train_sets.items()]
     one = torch.ones(1, 1, 1, dtype=torch.int64)
     plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
     idle = []
@@ -185,7 +185,7 @@ def _disown(folder: Path) -> None:
     """Make a store one of no data set, so that it is prepared again; what it knows of pictures stays."""
     with contextlib.suppress(OSError):
         if (folder / STORE).exists():
-            replace(folder / STORE, b"{}")
+            replace(folder / STORE, json.dumps({"schema": SCHEMA}).encode())
 
 
 def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: None) -> dict[str, str]:
@@ -233,12 +233,7 @@ class _Stores:
         path, config, say = fetched(each.path), self._config, self._world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None
-        try:
-            state = source_state(path)
-        except OSError as error:
-            missing = "no such manifest" if isinstance(error, FileNotFoundError) else f"the manifest cannot be read ({error.strerror})"
-            raise DataError(f"{each.path}: {missing}; correct data.train or data.evaluation") from error
-        folder, format = _folder(config, each), each.format or config.data.format
+        folder, format, state = _folder(config, each), each.format or config.data.format, source_state(path)
         stamp = source_stamp(path, state, data_roots(path, each.root), format, each.limit, self._options)
         try:
             if StoredRows(folder).stamp == stamp:
@@ -280,8 +275,12 @@ class _Stores:
         """Describe a data set in a line. Raises DataError for a text or an image that the model cannot take."""
         store, config = stored_rows(groups), self._config
         summary = f"{each.path}: {len(groups)} groups"
-        if store.found.get("left_out"):
+        if store.found["left_out"]:
             summary += f" ({store.found['left_out']} were left out when they were prepared)"
+        if (pixels := store.found["most_pixels"]) > (most := config.data.max_pixels):
+            raise DataError(
+                f"{each.path}: has a picture of {pixels} pixels, and data.max_pixels is {most}; raise it, or leave the picture out"
+            )
         if config.data.check != "full":
             return summary
         file = Path(config.train.output_dir) / _FOLDER / f"{_named(each)}.json"

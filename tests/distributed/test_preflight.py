@@ -293,7 +293,7 @@ def test_a_check_that_is_killed_goes_on(
     for group in read.groups:
         for (picture,) in group.images:
             found, stat = read.pictures.find(picture), picture.stat()
-            assert found == (stat.st_size, stat.st_mtime_ns, hashlib.blake2b(picture.read_bytes(), digest_size=16).digest(), 48, 48)
+            assert found == (stat.st_size, stat.st_ctime_ns, hashlib.blake2b(picture.read_bytes(), digest_size=16).digest(), 48, 48)
 
 
 def test_a_picture_is_held_against_the_check_when_it_is_opened(config: RunConfig, data: Path, tmp_path: Path) -> None:

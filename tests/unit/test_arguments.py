@@ -80,6 +80,8 @@ def test_help_ends_with_an_example_that_is_a_command(command: tuple[str, ...], c
         ("lmms_args nothing", "model.name_or_path 'nothing' does not exist"),
         ("lmms_args images", "model.name_or_path 'images' cannot be read"),
         ("cluster check images", "nodes are checked by tasks of srun that know where to meet, and SLURM_PROCID is not set"),
+        ("data prepare none.jsonl --out b", "none.jsonl: no such manifest; did you mean"),
+        ("data prepare a.jsonl --config c.yaml --pack", "not with manifest, pack; set them in c.yaml"),
         ("data check none.jsonl", "none.jsonl: no such manifest; did you mean"),
         ("data check model", "model is a folder without"),
         ("data stats words.txt", "words.txt:1: broken JSON at column 1"),

@@ -50,8 +50,8 @@ def test_a_part_is_the_file(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(open_image(part)), np.asarray(open_image(file))), file
         assert image_size(part) == image_size(file) and content_digest(part) == content_digest(file)
         assert picture_bytes(part, 1 << 20) == file.read_bytes() and picture_stat(part)[0] == file.stat().st_size
-        assert picture_stat(part)[1] == (tmp_path / "a.tar").stat().st_mtime_ns and picture_file(part) == tmp_path / "a.tar"
-        assert picture_file(file) == file and picture_stat(file) == (file.stat().st_size, file.stat().st_mtime_ns)
+        assert picture_stat(part)[1] == (tmp_path / "a.tar").stat().st_ctime_ns and picture_file(part) == tmp_path / "a.tar"
+        assert picture_file(file) == file and picture_stat(file) == (file.stat().st_size, file.stat().st_ctime_ns)
     with open_picture(parts[0]) as handle:
         size = picture_stat(parts[0])[0]
         assert handle.seek(-3, os.SEEK_END) == size - 3 and handle.read() == files[0].read_bytes()[-3:] and not handle.read()

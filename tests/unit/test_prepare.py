@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ from conftest import write_manifest
 from public_data import PUBLIC, write_pictures
 from stores import preparing
 
+from cfvlm_ds.__main__ import main
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError
@@ -117,19 +119,46 @@ def test_a_store_is_the_data_set(packs: bool, source: Path, stores: dict[bool, P
 
 
 def test_pictures_of_a_store_may_move(source: Path, stores: dict[bool, Path], tmp_path: Path) -> None:
-    """The folder that they are in now is named as root; they are known by their names, and one with other contents is refused."""
-    shutil.copytree(source.parent, moved := tmp_path / "moved", copy_function=shutil.copyfile)
-    opened = open_groups(stores[False], moved)
-    shown = [picture for group in opened for image in group.images for picture in image]
-    known = StoredRows(stores[False], [moved]).pictures
-    assert known is not None and all(moved in picture.parents for picture in shown)
-    for picture in shown:
-        there = known.find(picture)
-        assert there is not None and there._replace(mtime=0) == picture_of(picture, *open_image(picture).size)._replace(mtime=0)
+    """Once they have, the folder that they are in is named as root; they are known by their names there."""
+    shutil.copytree(source.parent, tmp_path / "data")
+    out = tmp_path / "store"
+    assert preparing(tmp_path / "data" / "m.jsonl", out)
+    assert all(tmp_path / "data" in picture.parents for picture in shown_in(out, source.parent)), "where they still are"
+    (tmp_path / "data").rename(moved := tmp_path / "moved")
+    known = StoredRows(out, [moved]).pictures
+    for picture in (shown := shown_in(out, moved)):
+        assert known is not None and moved in picture.parents
+        assert known.find(picture) == picture_of(picture, *open_image(picture).size)
         known.verify(picture)
-    shown[0].write_bytes(shown[0].read_bytes()[:-1] + b"!")
+    edit_unseen(shown[0])
     with pytest.raises(DataError, match="other contents than when the data were checked"):
         known.verify(shown[0])
+
+
+def edit_unseen(picture: Path) -> None:
+    """Change a picture as nothing shows that a user can set: neither its size nor its time."""
+    before = picture.stat()
+    picture.write_bytes(picture.read_bytes()[:-1] + b"!")
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_path_that_goes_back_after_a_link_names_the_same_picture(packs: bool, source: Path, tmp_path: Path) -> None:
+    """The system follows the link first: LINK/../x.png is beside where it leads."""
+    shutil.copytree(source.parent, data := tmp_path / "data")
+    first, second = [group.images[0][0] for group in read_manifest(data / "m.jsonl")[1:3]]
+    assert first.read_bytes() != second.read_bytes()
+    (data / "deep" / "er").mkdir(parents=True)
+    shutil.copy(first, data / "x.png")
+    shutil.copy(second, data / "deep" / "x.png")
+    (data / "link").symlink_to("deep/er")
+    rows = [
+        {"id": path, "images": [{"id": "i0", "path": path}], "texts": [{"id": "t0", "text": "a"}], "match": [["i0", "t0", 1]]}
+        for path in ("x.png", "link/../x.png")
+    ]
+    (data / "linked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert preparing(data / "linked.jsonl", tmp_path / "store", pack=packs)
+    assert [picture_bytes(picture, 1 << 20) for picture in shown_in(tmp_path / "store")] == [first.read_bytes(), second.read_bytes()]
 
 
 @pytest.mark.parametrize("packs", [True, False])
@@ -173,8 +202,8 @@ def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
         assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-def shown_in(folder: Path) -> list[Path]:
-    return [picture for group in open_groups(folder) for image in group.images for picture in image]
+def shown_in(folder: Path, root: Path | None = None) -> list[Path]:
+    return [picture for group in open_groups(folder, root) for image in group.images for picture in image]
 
 
 def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: Path) -> None:
@@ -184,7 +213,7 @@ def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: 
         known = StoredRows(folder).pictures
         assert known is not None and len(known) == len(set(shown_in(folder)))
         for picture in shown_in(folder):
-            assert known.find(picture) == picture_of(picture, *open_image(picture).size)
+            assert known.find(picture) == picture_of(picture, *open_image(picture).size)._replace(ctime=0)
             assert known.find(tmp_path / picture.name) is None and known.find(picture.with_name("images-00000.tar#0+1")) is None
     picture = shown_in(copied)[0]
     known = StoredRows(copied).pictures
@@ -200,7 +229,7 @@ def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: 
 
 
 def test_what_a_table_says_is_believed_as_far_as_a_picture_may_be(store: Path, tmp_path: Path) -> None:
-    """A processor would be given a picture of that size to count its tokens."""
+    """A processor would be given a picture of that size to count its tokens; the contents are compared all the same."""
     shutil.copytree(store, copied := tmp_path / "store")
     table = copied / stored.PICTURES
     count = table.stat().st_size // 48
@@ -210,8 +239,10 @@ def test_what_a_table_says_is_believed_as_far_as_a_picture_may_be(store: Path, t
             at = 8 * count + 40 * k + 32
             data[at : at + 8] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
         table.write_bytes(data)
+        edited(copied, lambda record: [each.update(crc32=stored.file_sum(copied / each["file"])) for each in record["tables"]])
         known = StoredRows(copied).pictures
-        assert known is not None and all(known.find(picture) is None for picture in shown_in(copied))
+        for picture in shown_in(copied):
+            assert known is not None and known.find(picture) == picture_of(picture, 0, 0)._replace(ctime=0)
 
 
 def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
@@ -231,24 +262,24 @@ def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
     assert open_groups(path, format="llava").together is None
     for wrong in ([0, 3, 2, 8], [0, 8, 9], [1, 8], [8]):
         np.save(out / "together.npy", np.array(wrong, "<u4"))
-        edited(out, lambda record: record["tables"][-1].update(bytes=(out / "together.npy").stat().st_size))
+        written = {"bytes": (out / "together.npy").stat().st_size, "crc32": stored.file_sum(out / "together.npy")}
+        edited(out, lambda record, written=written: record["tables"][-1].update(written))  # type: ignore[misc]
         with pytest.raises(DataError, match=r"together.npy does not fit its groups"):
             open_groups(out)
 
 
-@pytest.mark.parametrize("where", ["picture", "header", "table"])
+@pytest.mark.parametrize("where", ["picture", "header"])
 def test_every_byte_of_a_store_is_held_against_its_sum(where: str, store: Path, tmp_path: Path) -> None:
-    """A byte is changed, and no size: the check names the file, and the picture where one is another now."""
+    """A byte of a tar is changed, and no size: the check names the file, and the picture where one is another now."""
     shutil.copytree(store, copied := tmp_path / "store")
     assert check_manifest(copied, progress=str).ok
     tar, _, place = shown_in(copied)[0].name.partition("#")
-    file = {"picture": tar, "header": tar, "table": "pictures.table"}[where]
-    data = bytearray((copied / file).read_bytes())
-    data[{"picture": int(place.partition("+")[0]) + 70, "header": 100, "table": -20}[where]] ^= 1
-    (copied / file).write_bytes(data)
+    data = bytearray((copied / tar).read_bytes())
+    data[{"picture": int(place.partition("+")[0]) + 70, "header": 100}[where]] ^= 1
+    (copied / tar).write_bytes(data)
     problems = check_manifest(copied, progress=str).problems
-    assert f"{copied / file}: it is not the file that was prepared (its sha256 is another); prepare the data again" in problems[-1]
-    about = {"picture": f"{tar}#", "header": None, "table": "is not the one that was prepared"}[where]
+    assert f"{copied / tar}: it is not the file that was prepared (its sha256 is another); prepare the data again" in problems[-1]
+    about = {"picture": f"{tar}#", "header": None}[where]
     assert len(problems) == (1 if about is None else 2) and (about or "sha256") in problems[0]
 
 
@@ -295,7 +326,7 @@ def test_shards_together_are_the_store_of_one(of: int, packs: bool, source: Path
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
 
 
-@pytest.mark.parametrize("function", ["_add", "_written", "index_sum"])
+@pytest.mark.parametrize("function", ["_add", "_written", "file_sum"])
 def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(
     function: str, source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +369,61 @@ def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: P
             break
         assert status == signal.SIGKILL
     assert calls > 3 and files(out) == files(store)
+
+
+def test_whoever_prepares_other_data_in_the_same_folder_meanwhile_is_named(
+    source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They remove what this call has begun, and end theirs between its pictures and its rows: theirs stays whole."""
+    right, out = prepare._Job._write_rows, tmp_path / "store"
+
+    def overtaken(*given: Any) -> Any:
+        monkeypatch.setattr(prepare._Job, "_write_rows", right)
+        assert preparing(source, out, pack=True)
+        return right(*given)
+
+    monkeypatch.setattr(prepare._Job, "_write_rows", overtaken)
+    with pytest.raises(ConfigError, match="was prepared from another state of"):
+        preparing(open_groups(source, limit=9), out, pack=True)
+    assert files(out).keys() - {"parts"} == files(store).keys() and [plain(group) for group in open_groups(out)] == [
+        plain(group) for group in open_groups(store)
+    ]
+
+
+def test_a_command_says_how_much_it_has_left_out(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(source.parent, tmp_path / "data")
+    path = tmp_path / "data" / "m.jsonl"
+    path.write_text(path.read_text() + "\n{\n[]\n")
+    out = tmp_path / "store"
+    for _ in range(2):
+        main(["data", "prepare", str(path), "--out", str(out), "--on_error", "skip"])
+        assert f"prepared 17 groups without 2, which {out}/left_out.jsonl lists, in {out}" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_used_the_first_reason_is_named(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source.parent, tmp_path / "data")
+    path = tmp_path / "data" / "m.jsonl"
+    path.write_text(path.read_text().splitlines()[2])
+    for picture in read_manifest(path)[0].images[0]:
+        picture.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"no image in it.* \(and none of the 1 groups can be used\)"):
+        preparing(path, tmp_path / "store", on_error="skip")
+
+
+def test_a_run_refuses_pictures_larger_than_its_own_limit(source: Path, stores: dict[bool, Path], model_dir: Path, tmp_path: Path) -> None:
+    """The store was prepared with another one."""
+    found = StoredRows(stores[False]).found["most_pixels"]
+    assert found == max(np.prod(open_image(picture).size) for picture in shown_in(stores[False]))
+
+    def limited(most: int) -> RunData:
+        config = reading(stores[False], tmp_path / "run", model_dir, "full")
+        return read_data(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, max_pixels=most)), World(0, 1, 0, torch.device("cpu"))
+        )
+
+    limited(found)
+    with pytest.raises(DataError, match=rf"has a picture of {found} pixels, and data.max_pixels is {found - 1}"):
+        limited(found - 1)
 
 
 def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +469,20 @@ def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Pat
     for name, reason in (("mine", "no store"), ("link", "is a link"), ("file", "no store"), ("book", "no store")):
         with pytest.raises(ConfigError, match=reason):
             preparing(source, tmp_path / name)
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "store.json").write_text('{"name": "a shop"}')
+    groups, options = open_groups(source), prepare.PrepareOptions()
+    for folder in (shop, tmp_path / "link"):
+        with pytest.raises(ConfigError):
+            prepare.prepare(groups, folder, "another", options, str, anew=True)
+    assert os.listdir(shop) == ["store.json"]
+    out = tmp_path / "ours"
+    assert preparing(source, out)
+    (out / "thesis.txt").write_text("x")
+    with pytest.raises(ConfigError, match="no store"):
+        prepare.prepare(groups, out, "another", options, str, anew=True)
+    assert os.listdir(out) == ["thesis.txt"], "what somebody else has put there"
     assert os.listdir(tmp_path / "mine") == os.listdir(tmp_path / "book" / "parts") == ["thesis.txt"]
     with pytest.raises(DataError, match=r"is a folder without .*, and no store; name the data file"):
         open_groups(tmp_path / "mine")
@@ -406,7 +506,7 @@ def swapped(store: Path) -> None:
         (store / name).write_bytes((store / name).read_bytes().ljust(5999) + b"\n")
         lines.write_index(store / name)
     edited(store, lambda record: [each.update(bytes=6000) for each in record["rows"][:2]])
-    edited(store, lambda record: [each.update(index=stored.index_sum(store / f"{each['file']}.idx")) for each in record["rows"]])
+    edited(store, lambda record: [each.update(index=stored.file_sum(store / f"{each['file']}.idx")) for each in record["rows"]])
     assert len(open_groups(store)) == 17, "and so far it is one"
     renamed(store, "groups-00000.jsonl", "groups-00001.jsonl")
     renamed(store, "groups-00000.jsonl.idx", "groups-00001.jsonl.idx")
@@ -431,6 +531,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "table cut": lambda store: os.truncate(store / "pictures.table", 48),
     "no table": lambda store: (store / "pictures.table").unlink(),
     "a table elsewhere": lambda store: edited(store, lambda record: record["tables"][2].update(file="../pictures.table")),
+    "another table": lambda store: np.save(store / "row_keys.npy", np.load(store / "row_keys.npy")[::-1]),
+    "a file twice": lambda store: edited(store, lambda record: record["tables"].append(record["tables"][0])),
+    "another number of groups": lambda store: edited(store, lambda record: record["identity"].update(rows=3)),
+    "no identity": lambda store: edited(store, lambda record: record.update(identity={"rows": record["groups"]})),
+    "nothing found": lambda store: edited(store, lambda record: record.update(found={})),
+    "a text for a count": lambda store: edited(store, lambda record: record["found"].update(left_out="\x1b[31mX")),
+    "infinite": lambda store: edited(store, lambda record: record["rows"][0].update(groups=float("inf"))),
     "a table of nothing": lambda store: edited(store, lambda record: record.update(tables=[1])),
 }
 
