@@ -53,7 +53,7 @@ from cfvlm_ds.cli.main import main as cfvlm
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import read_scores
 from cfvlm_ds.demo.family_checkpoints import SMALL

@@ -108,13 +108,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.manifest is None or arguments.out is None:
         raise ConfigError("name a manifest and --out FOLDER, or --config RUN.yaml")
     from cfvlm_ds.data import data_roots, open_groups
-    from cfvlm_ds.data.containers.hub import fetched
+    from cfvlm_ds.data.manifest import here
     from cfvlm_ds.data.prepare import LEFT_OUT, PrepareOptions, prepare, source_stamp, source_state
     from cfvlm_ds.data.stored import StoredRows
 
     out, (shard, of), limit = Path(arguments.out), arguments.shard, arguments.limit
     options = PrepareOptions(arguments.pack, True, arguments.max_pixels, arguments.on_error)
-    path = fetched(arguments.manifest)
+    path = here(arguments.manifest)
     state = source_state(path)
     groups = open_groups(arguments.manifest, arguments.root, arguments.format, limit=limit, progress=print_line)
     stamp = source_stamp(path, state, data_roots(path, arguments.root), groups.format, limit, options)

@@ -85,8 +85,8 @@ def add(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.core.data_config import is_hub
     from cfvlm_ds.data import sound_groups
-    from cfvlm_ds.data.containers.hub import is_hub
     from cfvlm_ds.data.identity import data_identity
     from cfvlm_ds.data.picture_index import PictureTable
     from cfvlm_ds.data.stored_scores import is_written, score_lines

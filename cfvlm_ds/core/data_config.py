@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -9,6 +10,14 @@ from typing import Literal
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, bookkeeping, meaning, speed
+
+AUTO = "auto"
+"""In place of a format: the one that the first row fits."""
+
+
+def is_hub(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a path is an address on the Hugging Face hub."""
+    return str(path).startswith("hf:/")
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class DataConfig:
         evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
             format: NAME, limit: N} where a manifest has a root, format or limit of its own (``--data.evaluation.NAME.root FOLDER``); or
             name -> {benchmark: NAME, root: FOLDER} for a public benchmark.
-        format: format of the rows, NAME (of ``cfvlm_ds.data.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
+        format: format of the rows, NAME (of ``cfvlm_ds.data.formats.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
             ``captions:image=file_name,caption=text``; ``auto`` takes the one that the first row has by its keys, and says which.
         root: folder of the images, or a list of folders; the manifest's own when not given. Paths in a manifest are absolute, or relative
             to the first of them that has the file; what a path leads to, through links too, must be inside one of them.
@@ -103,7 +112,7 @@ class DataConfig:
     train: list[Source] | str = bookkeeping("")
     stopping_strategy: Literal["all_exhausted", "first_exhausted"] = meaning("all_exhausted")
     evaluation: dict[str, str | EvaluationSet] = bookkeeping(default_factory=dict)
-    format: str = bookkeeping("auto")
+    format: str = bookkeeping(AUTO)
     root: list[str] | str | None = bookkeeping(None)
     scores: str | None = bookkeeping(None)
     max_pixels: int = bookkeeping(50_000_000, within=AT_LEAST_ONE)

@@ -6,6 +6,7 @@ Errors are ValueError or OSError without the file's name; the caller knows it an
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import stat
@@ -18,6 +19,11 @@ MIB = 2**20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 _SPARE = 100  # of the thousand calls within one another that Python allows
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a path, or a file of a pattern such as ``train-*.parquet``, is there."""
+    return os.path.exists(path) or (glob.has_magic(path.name) and any(glob.iglob(path.name, root_dir=path.parent)))
 
 
 class TooLarge(ValueError):

@@ -27,8 +27,8 @@ from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresho
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
 from cfvlm_ds.counterfactuals.options import SelectOptions
 from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
+from cfvlm_ds.data.cfgroup import SCHEMA, to_row
 from cfvlm_ds.data.containers.prepared import ENDING
-from cfvlm_ds.data.formats.cfgroup import SCHEMA, to_row
 from cfvlm_ds.data.lines import MAX_LINE
 
 KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"

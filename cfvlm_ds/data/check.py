@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.decoding import MAX_PIXELS
-from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
 from cfvlm_ds.data.passes import Done, Firsts, Scan, contains
 from cfvlm_ds.data.picture_check import equal_images, open_pictures

@@ -47,8 +47,10 @@ class Confinement:
             mode = mode_of(f"{really}/{file_name(name)}")
             if ".." in path.parts or (mode is not None and stat.S_ISLNK(mode)):
                 target, inside = self._followed(picture_file(full))
-                if ".." in path.parts:  # which after a link leads elsewhere than its letters say
-                    full = target.with_name(target.name + name[len(file_name(name)) :])
+                if ".." in path.parts:
+                    full = Path(os.path.normpath(full))
+                    if picture_file(full).resolve() != target:  # after a link it leads elsewhere than its letters say
+                        full = target.with_name(target.name + name[len(file_name(name)) :])
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
         if not inside:

@@ -15,12 +15,11 @@ from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import new_output, own_output
+from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.check import look_at_rows
-from cfvlm_ds.data.containers.hub import fetched
 from cfvlm_ds.data.decoding import MAX_PIXELS
-from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
-from cfvlm_ds.data.manifest import Root, data_roots, open_groups, repeated
+from cfvlm_ds.data.manifest import Root, data_roots, here, open_groups, repeated
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_check import equal_images, open_pictures, opened_picture
 from cfvlm_ds.data.report import CheckReport
@@ -53,7 +52,7 @@ def convert(
     new_output(out, path)
     listed = list_of_skipped(out)
     with whole_file(out) as file:
-        path = fetched(path, say=say)
+        path = here(path, progress=say)
         roots = [each.absolute() for each in data_roots(path, root)]
         folder = out.parent.absolute()
         base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]

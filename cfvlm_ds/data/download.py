@@ -27,10 +27,11 @@ from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import new_output, refuse_link
-from cfvlm_ds.data.containers.hub import fetched
+from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.convert import list_of_skipped, list_skipped
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
-from cfvlm_ds.data.rows import Rows, open_rows
+from cfvlm_ds.data.manifest import here
+from cfvlm_ds.data.rows import Rows
 
 MAX_DOWNLOAD = 64 << 20
 """Bytes of a picture."""
@@ -70,7 +71,7 @@ def download(
     listed = list_of_skipped(out)
     rows, files, problems, said = 0, set[str](), list[str](), time.monotonic()
     with whole_file(out) as file, ThreadPoolExecutor(threads) as pool:
-        path = fetched(path, say=say)
+        path = here(path, progress=say)
         for chunk in _chunks(open_rows(path, progress=say)):
             wanted = {address: None for _, row in chunk for address in _addresses(row)}
             found = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))

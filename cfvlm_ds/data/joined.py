@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data.formats import apply
 from cfvlm_ds.data.formats.truth import Claim
 from cfvlm_ds.data.rows import Rows
+from cfvlm_ds.data.store import apply
 
 
 class JoinedRows:

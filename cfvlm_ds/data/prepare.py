@@ -32,10 +32,10 @@ from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data import lines
+from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.check import check_texts, look_at_rows, note_characters
 from cfvlm_ds.data.containers.kinds import sources_state
 from cfvlm_ds.data.decoding import ENDINGS
-from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.identity import IdentityPart, identity_part, joined_identity, joined_part
 from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
 from cfvlm_ds.data.passes import Done, Scan

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, normalised
@@ -24,7 +25,6 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.data.check import Lengths
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size, image_size
-from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.manifest import Root, open_groups
 from cfvlm_ds.data.overlap import row_key
 from cfvlm_ds.data.picture_file import picture_stat

@@ -7,7 +7,7 @@ happens here once for all formats, so that a format cannot forget it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -18,11 +18,13 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
-from cfvlm_ds.data.formats import Format, apply
-from cfvlm_ds.data.formats.truth import joined
+from cfvlm_ds.data.lines import State
 from cfvlm_ds.data.rows import Rows
 
 T = TypeVar("T")
+
+Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
+"""Row -> group, or groups, with image paths as written in the row. Raises DataError without file and line."""
 
 
 class GroupStore(Sequence[CounterfactualGroup]):
@@ -31,9 +33,9 @@ class GroupStore(Sequence[CounterfactualGroup]):
     Args:
         rows: the manifest's.
         roots: folders that pictures may be in, the one that paths are relative to first.
-        convert: the format's function.
+        convert: the format's function, or what takes the claims of several rows.
         firsts: number of groups before each row, and in all; None where every row is one.
-        again: what to call with which arguments in a process that gets the store as a pickle.
+        again: what opens it in a process that gets it as a pickle, and the arguments.
         format: name of the format, with its options.
         limit: groups that it has at most, the first ones.
     """
@@ -42,7 +44,7 @@ class GroupStore(Sequence[CounterfactualGroup]):
         self,
         rows: Rows,
         roots: Sequence[Path],
-        convert: Format,
+        convert: Callable[[Any], CounterfactualGroup | Sequence[CounterfactualGroup]],
         firsts: npt.NDArray[Any] | None = None,
         again: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
         format: str = "",
@@ -87,7 +89,7 @@ class GroupStore(Sequence[CounterfactualGroup]):
     def __reduce__(self) -> Any:
         if self._again is None:
             raise TypeError("these groups cannot be pickled; use them in this process and its forks")
-        return self._again
+        return _reopened, (self.rows.state, *self._again)
 
     def where(self, index: int) -> str:
         """The place of a group's row."""
@@ -145,6 +147,13 @@ class GroupStore(Sequence[CounterfactualGroup]):
         return groups
 
 
+def _reopened(state: State, opened: Callable[..., GroupStore], given: tuple[Any, ...]) -> GroupStore:
+    store = opened(*given)
+    if store.rows.state != state:
+        raise DataError(f"{store.path}: the data set was written while it is used; start again")
+    return store
+
+
 class Unraised(Sequence[CounterfactualGroup | DataError]):
     """Groups for a data worker, with what is wrong in place of one whose row cannot be read: raised there, it would lose its message."""
 
@@ -196,12 +205,23 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
         return 1
 
 
-def converted(row: Any, convert: Format) -> Sequence[CounterfactualGroup]:
+def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[CounterfactualGroup]:
     """The groups of a row, with pictures as it names them. Raises DataError without the row's place."""
-    if isinstance(row, tuple):
-        return [joined(row)]  # claims of several rows
-    found = apply(convert, row)
+    found = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple has the claims of several rows
     return [found] if isinstance(found, CounterfactualGroup) else found
+
+
+def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
+    """Apply a format's function to a row. Whatever it raises on a row that it did not expect is a DataError without the row's place."""
+    if not isinstance(row, dict):
+        raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
+    try:
+        return function(row)
+    except DataError:
+        raise
+    except Exception as error:  # such as a number in place of a list
+        problem = f"a value in the row is not what the format expects ({type(error).__name__}: {error})"
+        raise DataError(f"{problem}; compare it with the format's description") from error
 
 
 def confined(group: CounterfactualGroup, confine: Confinement) -> CounterfactualGroup:

@@ -23,12 +23,14 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MIB, HeldFile, read_json
 from cfvlm_ds.core.untrusted import own_file
+from cfvlm_ds.data.cfgroup import NATIVE, native_group
 from cfvlm_ds.data.decoding import MAX_ASPECT
 from cfvlm_ds.data.identity import SUMS
 from cfvlm_ds.data.lines import IndexedLines, index_file, state_of
 from cfvlm_ds.data.overlap import Keys
 from cfvlm_ds.data.picture_index import Picture, PictureTable, key_of
 from cfvlm_ds.data.rows import LineRows
+from cfvlm_ds.data.store import GroupStore
 
 SCHEMA = "cfstore/2"
 FILE, PICTURES, TOGETHER, ROW_KEYS, PICTURE_KEYS = "store.json", "pictures.table", "together.npy", "row_keys.npy", "picture_keys.npy"
@@ -171,6 +173,12 @@ def _are_firsts(together: Any, groups: int) -> bool:
 
 def _mapped(file: Path) -> Any:
     return np.lib.format.open_memmap(file, mode="r")
+
+
+def open_store(path: Path, roots: Sequence[Path] = (), limit: int | None = None) -> GroupStore:
+    """Open the groups of a store; see StoredRows."""
+    stored = StoredRows(path, roots)
+    return GroupStore(stored, stored.roots, native_group, None, (open_store, (path, stored.roots, limit)), NATIVE, limit)
 
 
 class StoredPictures(PictureTable):

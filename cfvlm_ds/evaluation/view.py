@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.run_folder import recorded_evaluation
@@ -18,7 +19,6 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import bare_name
 from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
-from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons

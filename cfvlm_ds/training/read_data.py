@@ -17,7 +17,7 @@ import transformers
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cluster.signals import WorkerLost, last_word, shield_worker, worker_deaths
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
-from cfvlm_ds.core.data_config import DataConfig, DataSet
+from cfvlm_ds.core.data_config import DataConfig, DataSet, is_hub
 from cfvlm_ds.core.distributed import Patience, World, agreed, gather_objects
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import keep, replace
@@ -27,15 +27,14 @@ from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, data_roots, open_groups
 from cfvlm_ds.data.check import check_texts
-from cfvlm_ds.data.containers.hub import fetched, is_hub
 from cfvlm_ds.data.identity import Identity, digest, mixed_identity
+from cfvlm_ds.data.manifest import here
 from cfvlm_ds.data.mixture import MixedGroups
 from cfvlm_ds.data.overlap import keys_of, shared_with
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_index import PictureTable, PictureTables
-from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state
 from cfvlm_ds.data.stored import FILE as STORE
-from cfvlm_ds.data.stored import SCHEMA, StoredRows, is_store
+from cfvlm_ds.data.stored import SCHEMA, StoredRows, is_store, open_store
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
@@ -83,8 +82,9 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None, *, mos
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
     patience, train_sets, evaluation_sets = Patience(world, tick), data.train_sets, data.evaluation_sets
+    scan = Scan(patience.alive, shield_worker)
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
-        agreed(world, lambda: [str(fetched(path, patience.alive, world.say)) for path in hub], patience)
+        agreed(world, lambda: [str(here(path, scan, world.say)) for path in hub], patience)
     stores = _Stores(config, world, patience, most_rows)
     train = {name: stores.open(each) for name, each in train_sets.items()}
     splits = {name: stores.open(each) for name, each in evaluation_sets.items()}
@@ -204,18 +204,15 @@ class _Stores:
     def __init__(self, config: RunConfig, world: World, patience: Patience, most_rows: int | None) -> None:
         self._config, self._world, self._patience, self._most_rows = config, world, patience, most_rows
         self._scan = Scan(patience.alive, shield_worker)
-        data = config.data
-        self._options = PrepareOptions(open_pictures=data.check == "full", max_pixels=data.max_pixels)
         self.collator: Collator | None = None
 
     def open(self, each: DataSet) -> GroupStore:
         """Open the groups of a data set; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
         prepared = self._by_rank_0(lambda: self._prepared(each))
-        folder = Path(prepared or fetched(each.path))
         found, problem = list[GroupStore](), None
         try:
-            root = [os.path.abspath(root) for root in data_roots(fetched(each.path), each.root)] if prepared else each.root
-            found.append(open_groups(folder, root, "cfgroup"))
+            roots = () if prepared or each.root is None else data_roots(each.path, each.root)
+            found.append(open_store(Path(prepared or each.path), roots))
         except DataError as error:
             problem = str(error)
             if prepared and not self._world.is_main:
@@ -230,11 +227,14 @@ class _Stores:
 
     def _prepared(self, each: DataSet) -> str | None:
         """Prepare a data set for this run unless it is prepared; returns its folder, or None for a store, which is used where it is."""
-        path, config, say = fetched(each.path), self._config, self._world.say
+        path, config, say = here(each.path), self._config, self._world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None
+        from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state  # with all formats
+
+        options = PrepareOptions(open_pictures=config.data.check == "full", max_pixels=config.data.max_pixels)
         folder, format, state = _folder(config, each), each.format or config.data.format, source_state(path)
-        stamp = source_stamp(path, state, data_roots(path, each.root), format, each.limit, self._options)
+        stamp = source_stamp(path, state, data_roots(path, each.root), format, each.limit, options)
         try:
             if StoredRows(folder).stamp == stamp:
                 return str(folder)
@@ -244,13 +244,13 @@ class _Stores:
         if self._most_rows is not None and len(groups) > self._most_rows:
             roots = [each.root] if isinstance(each.root, str) else each.root or []
             given = [("format", format), *(("root", root) for root in roots), ("limit", each.limit)]
-            options = "".join(f" --{name} {value}" for name, value in given if value is not None)
+            written = "".join(f" --{name} {value}" for name, value in given if value is not None)
             raise DataError(
                 f"{each.path}: has {len(groups)} groups, and a run prepares {self._most_rows} of a data set itself; run "
-                f"`cfvlm-ds data prepare {each.path}{options} --out {each.path}.store` first, and name {each.path}.store in its place"
+                f"`cfvlm-ds data prepare {each.path}{written} --out {each.path}.store` first, and name {each.path}.store in its place"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        report = prepare(groups, folder, stamp, self._options, say, anew=True, scan=self._scan).report
+        report = prepare(groups, folder, stamp, options, say, anew=True, scan=self._scan).report
         self._refuse(each, report)
         if source_state(path) != state:
             _disown(folder)

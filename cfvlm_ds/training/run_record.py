@@ -15,14 +15,13 @@ import yaml
 
 from cfvlm_ds import checkpoint
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.data_config import DataSet
+from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import World, broadcast_object
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import update
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.data import GroupStore
-from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.identity import Identity, digest
 from cfvlm_ds.models import Scorer, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker

@@ -12,11 +12,11 @@ import torch
 
 from cfvlm_ds import engine
 from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.data_config import is_hub
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.reading import is_there
 from cfvlm_ds.data import open_groups
-from cfvlm_ds.data.containers.hub import is_hub
-from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_balanced, check_model, load_config, only_adapters_train
 from cfvlm_ds.objectives import batch_terms, required_cells

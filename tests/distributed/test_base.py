@@ -10,7 +10,7 @@ import pytest
 from conftest import run
 
 from cfvlm_ds.core.config import ScenesConfig
-from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.demo.base import write_base
 from cfvlm_ds.demo.scenes.build import as_group, draw_group
 from cfvlm_ds.demo.scenes.edits import EDITS

@@ -10,7 +10,7 @@ import pytest
 from conftest import losses, metrics, run_ranks, train_arguments, write_manifest
 
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.mixture import MixedOrder, shares_of
 
 Trained = tuple[Path, dict[str, str]]

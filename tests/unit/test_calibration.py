@@ -23,7 +23,7 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.evaluation.calibration import Gap, advise, block, gaps, quantile, table
 from cfvlm_ds.evaluation.scoring import GroupScores, score_groups
 from cfvlm_ds.objectives import OBJECTIVES, Csd

@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw
 from cfvlm_ds.cli import main
 from cfvlm_ds.cli.train import with_quickstart
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import FORMATS, read_manifest
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.formats import FORMATS
 from cfvlm_ds.objectives import OBJECTIVES
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]

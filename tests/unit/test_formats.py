@@ -14,10 +14,10 @@ from public_data import PUBLIC, lines, llava_row, picture, preference_trl_row, t
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, Candidate, Turn
-from cfvlm_ds.data import FORMATS, check_manifest, open_groups, read_manifest, sound_groups
+from cfvlm_ds.data import check_manifest, open_groups, read_manifest, sound_groups
+from cfvlm_ds.data.cfgroup import from_row, to_row
 from cfvlm_ds.data.convert import convert
-from cfvlm_ds.data.formats import format_named
-from cfvlm_ds.data.formats.cfgroup import from_row, to_row
+from cfvlm_ds.data.formats import FORMATS, format_named
 from cfvlm_ds.data.formats.recognise import SAMPLES, recognised
 from cfvlm_ds.data.stats import statistics
 

@@ -15,10 +15,11 @@ import huggingface_hub
 import pytest
 from public_data import PUBLIC
 
+from cfvlm_ds.core.data_config import is_hub
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import open_groups, read_manifest
 from cfvlm_ds.data.containers import hub
-from cfvlm_ds.data.containers.hub import fetched, is_hub
+from cfvlm_ds.data.containers.hub import fetched
 
 COMMIT = "a" * 40
 

@@ -77,6 +77,28 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
+def at_once(path: Path) -> Iterator[str]:
+    """Modules that a file imports when it is imported, with the packages that they are in."""
+    tree = ast.Module([node for node in parsed(path).body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    for node in tree.body:
+        assert isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names:
+            parts = (alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}").split(".")
+            yield from (name for k in range(len(parts)) if (name := ".".join(parts[: k + 1])) in MODULES)
+
+
+def test_training_opens_stores_and_loads_nothing_that_reads_other_data() -> None:
+    """Formats, containers and the hub's client come with the first data set that is no store."""
+    loaded, waiting = set[str](), ["cfvlm_ds.training.run", "cfvlm_ds.cli.train"]
+    while waiting:
+        if (name := waiting.pop()) not in loaded:
+            loaded.add(name)
+            waiting.extend(at_once(MODULES[name]))
+    assert "cfvlm_ds.data.stored" in loaded and len(loaded) > 100
+    other = ("cfvlm_ds.data.formats", "cfvlm_ds.data.containers", "cfvlm_ds.data.prepare")
+    assert not [name for name in loaded if name.startswith(other)]
+
+
 def test_every_room_has_a_floor_and_one_sentence_at_its_door() -> None:
     assert {path.relative_to(PACKAGE).parts[0] for path in FILES} == set(FLOOR)
     for room in FLOOR:

@@ -17,7 +17,7 @@ from conftest import REPO, write_manifest
 
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.data.formats.cfgroup import from_row
+from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.demo import report as demo_report
 from cfvlm_ds.demo.scenes.edits import EDITS
 from cfvlm_ds.objectives import OBJECTIVES, required_cells

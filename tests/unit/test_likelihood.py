@@ -18,8 +18,8 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, normalised_scores, score_matrix, token_counts, token_logprobs
-from cfvlm_ds.data.formats.cfgroup import from_row, to_row
-from cfvlm_ds.data.formats.fields import check_keys
+from cfvlm_ds.data.cfgroup import from_row, to_row
+from cfvlm_ds.data.fields import check_keys
 from cfvlm_ds.models.chunked_logprobs import head_logprobs
 
 torch.set_num_threads(1)

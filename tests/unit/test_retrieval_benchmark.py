@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import REPO, write_manifest
 
-from cfvlm_ds.data.formats.cfgroup import from_row
+from cfvlm_ds.data.cfgroup import from_row
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from PIL import Image
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
-from cfvlm_ds.data.formats.cfgroup import from_row
+from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.demo.scenes import all_captions, all_texts, build_scenes
 from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, as_group, draw_group
 from cfvlm_ds.demo.scenes.edits import EDITS

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.data import FORMATS, check_groups, check_manifest, check_rows, lines, open_groups, passes, read_manifest
+from cfvlm_ds.data import check_groups, check_manifest, check_rows, lines, open_groups, passes, read_manifest
+from cfvlm_ds.data.formats import FORMATS
 from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.lines import IndexedLines

@@ -14,7 +14,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError, InputError, StorageErro
 from cfvlm_ds.core.files import create, remove
 from cfvlm_ds.core.text import in_cell, one_line, printable, quoted
 from cfvlm_ds.core.untrusted import bare_name, output_file, own_file, refuse_foreign
-from cfvlm_ds.data.formats.cfgroup import native_group
+from cfvlm_ds.data.cfgroup import native_group
 from cfvlm_ds.data.report import CheckReport
 
 PATHS = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "x\0", "x\n", "\ud800", "n" * 256, "é" * 200, None, 3, ["x"], {"x": 1}]

@@ -20,7 +20,7 @@ from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.propose.balance import Move, balanced, sampled
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 from cfvlm_ds.counterfactuals.work_folder import seed_of
-from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.evaluation.comparisons import factual_texts
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from cfvlm_ds.core.data_config import is_hub
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import cache_folder, replace
 from cfvlm_ds.core.reading import read_json
@@ -37,11 +38,6 @@ class _Address(NamedTuple):
     name: str
     revision: str
     files: str
-
-
-def is_hub(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is an address on the hub."""
-    return str(path).startswith(("hf://", "hf:/"))
 
 
 def fetched(

@@ -85,11 +85,6 @@ def sources_state(path: Path) -> tuple[int, int, int]:
     return sum(state[1] for state in states), max(state[2] for state in states), int.from_bytes(digest, "little")
 
 
-def is_there(path: Path) -> bool:
-    """Whether a path, or a file of a pattern, is there."""
-    return os.path.exists(path) or (glob.has_magic(path.name) and any(glob.iglob(path.name, root_dir=path.parent)))
-
-
 def _together() -> list[str]:
     return [kind for kind in CONTAINERS if kind != "json"]
 

@@ -25,8 +25,8 @@ from cfvlm_ds.core.conversation import DESCRIBE, Prompt, check_conversation, nor
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
+from cfvlm_ds.data.fields import as_list, as_meta, json_object, name, row_id, value_of, without
 from cfvlm_ds.data.formats.chat import PATHS, placed, read_pictures, row_pictures, without_nulls
-from cfvlm_ds.data.formats.fields import as_list, as_meta, json_object, name, row_id, value_of, without
 from cfvlm_ds.data.formats.messages import spoken_as
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, is_question, joined, truth_of
 

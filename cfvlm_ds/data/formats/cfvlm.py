@@ -17,7 +17,7 @@ from typing import Any
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
-from cfvlm_ds.data.formats.fields import as_meta, further_keys, string
+from cfvlm_ds.data.fields import as_meta, further_keys, string
 from cfvlm_ds.data.formats.truth import listed
 
 _KEYS = ("orig_input", "orig_output", "cf_samples")

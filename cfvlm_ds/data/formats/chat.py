@@ -18,7 +18,7 @@ from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conver
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.formats.fields import as_meta, row_id, value_of, without
+from cfvlm_ds.data.fields import as_meta, row_id, value_of, without
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed, truth_of
 
 IMAGES = ("image", "images")

@@ -19,7 +19,7 @@ from typing import Any
 
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
-from cfvlm_ds.data.formats.fields import as_meta, further_keys, name, string
+from cfvlm_ds.data.fields import as_meta, further_keys, name, string
 from cfvlm_ds.data.formats.truth import listed
 
 _PAIR_KEYS = ("image_0", "image_1", "caption_0", "caption_1")

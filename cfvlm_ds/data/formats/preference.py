@@ -23,6 +23,7 @@ from typing import Any
 from cfvlm_ds.core.conversation import Turn, check_conversation, simplest, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.data.fields import as_meta, json_object, row_id
 from cfvlm_ds.data.formats.chat import (
     IMAGES,
     Spoken,
@@ -35,7 +36,6 @@ from cfvlm_ds.data.formats.chat import (
     with_system,
     without_nulls,
 )
-from cfvlm_ds.data.formats.fields import as_meta, json_object, row_id
 from cfvlm_ds.data.formats.messages import ASKED, asked_in, only, spoken_as
 
 _CONVERSATIONS = ("conversations", "messages")

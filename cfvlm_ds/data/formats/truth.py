@@ -17,7 +17,7 @@ from cfvlm_ds.core.conversation import Prompt, normalised, normalised_prompt, sp
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.formats.fields import as_list, as_meta, json_object, row_id
+from cfvlm_ds.data.fields import as_list, as_meta, json_object, row_id
 
 _TRUE = (
     "1", "true", "t", "yes", "y", "correct", "right", "positive", "match", "matched", "entailment", "entailed", "valid", "real",

@@ -25,7 +25,7 @@ from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.demo.scenes.edits import EDITS
 from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, difference
 from cfvlm_ds.demo.scenes.questions import QUESTIONS, asking, describing

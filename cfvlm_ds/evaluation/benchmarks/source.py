@@ -23,10 +23,7 @@ from cfvlm_ds.core.reading import MIB, DuplicateKey, lines, open_regular, parse_
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_foreign
 from cfvlm_ds.data.confinement import Confinement
-from cfvlm_ds.data.containers.prepared import prepare, prepared_places
-from cfvlm_ds.data.containers.rows import rows_of
-from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
-from cfvlm_ds.data.formats.fields import further_keys
+from cfvlm_ds.data.fields import further_keys
 from cfvlm_ds.data.picture_file import picture_file
 
 MAX_FILE = 256 * MIB
@@ -148,10 +145,12 @@ class Source:
             yield from self._rows(file, name)
 
     def _rows(self, file: File, name: str) -> Iterator[Row | DataError]:
+        from cfvlm_ds.data.containers.rows import rows_of  # which training without benchmarks does without, as below
+
         path, self._brought = self.root / name, ()
         self.counts.setdefault(file.name, 0)
         try:
-            for place, value in rows_of(path, self._prepared if path.suffix == ".parquet" else _READERS[path.suffix]):
+            for place, value in rows_of(path, self._reader(path.suffix)):
                 self.counts[file.name] += 1
                 kind, _, number = place.partition(" ")
                 where = f"{path}:{number}" if kind == "line" else f"{path}: {place}"
@@ -162,8 +161,22 @@ class Source:
         except DataError as error:  # which names the file and what to do
             yield error
 
+    def _reader(self, suffix: str) -> Callable[[Path], _Placed]:
+        from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
+
+        return {
+            ".json": _json_values,
+            ".jsonl": _json_lines,
+            ".txt": _text_lines,
+            ".csv": csv_rows,
+            ".tsv": tsv_rows,
+            ".parquet": self._prepared,
+        }[suffix]
+
     def _prepared(self, path: Path) -> _Placed:
         """The rows of Parquet files, of which JSON lines are made the first time; a line that is a text says what is wrong with its row."""
+        from cfvlm_ds.data.containers.prepared import prepare, prepared_places
+
         made = prepare(path, "parquet", prepared_places(path, cache_folder()), self._say).lines
         self._brought = (made.parent,)
         for place, value in _json_lines(made):
@@ -265,12 +278,3 @@ def _text_lines(path: Path) -> _Placed:
     for number, line in enumerate((line for line in content.splitlines() if line.strip()), 1):
         before, _, after = line.rpartition("\t")
         yield f"line {number}", [before, after]
-
-
-_READERS: dict[str, Callable[[Path], _Placed]] = {
-    ".json": _json_values,
-    ".jsonl": _json_lines,
-    ".txt": _text_lines,
-    ".csv": csv_rows,
-    ".tsv": tsv_rows,
-}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.data.formats.fields import as_list
+from cfvlm_ds.data.fields import as_list
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
 from cfvlm_ds.evaluation.benchmarks.source import File, Row

@@ -27,9 +27,10 @@ from typing import Any
 from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conversation, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures, check_side
-from cfvlm_ds.data.formats.fields import all_objects, as_meta, check_keys, index, items, lookup, name, number, required, string
+from cfvlm_ds.data.fields import all_objects, as_meta, check_keys, index, items, lookup, name, number, required, string
 
-SCHEMA = "cfgroup/1"
+NATIVE = "cfgroup"
+SCHEMA = f"{NATIVE}/1"
 _KEPT, _KEPT_OF_IMAGE, _KEPT_OF_TEXT = ("split", "license"), ("role", "sha256", "meta"), ("role", "meta")
 _AS_WRITTEN = Path()
 _BESIDE, _BESIDE_PARTS = frozenset(_KEPT), frozenset((*_KEPT_OF_IMAGE, *_KEPT_OF_TEXT))

@@ -1,0 +1,177 @@
+"""Groups of data of any format, and the columns of them that no option names."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfvlm_ds.core.conversation import spelled
+from cfvlm_ds.core.data_config import AUTO
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.text import quoted
+from cfvlm_ds.data.cfgroup import NATIVE
+from cfvlm_ds.data.containers.kinds import container_of
+from cfvlm_ds.data.containers.open import open_rows
+from cfvlm_ds.data.formats import format_named
+from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
+from cfvlm_ds.data.formats.recognise import kto_label, recognised
+from cfvlm_ds.data.formats.truth import Column, joined, leaves, marks, option_value
+from cfvlm_ds.data.joined import JoinedRows
+from cfvlm_ds.data.passes import Scan
+from cfvlm_ds.data.rows import Rows
+from cfvlm_ds.data.store import Format, GroupStore, count_parts
+
+
+def open_data(
+    path: Path,
+    roots: Sequence[Path],
+    format: str,
+    limit: int | None = None,
+    scan: Scan | None = None,
+    progress: Callable[[str], object] = lambda line: None,
+    cache: Sequence[Path] | None = None,
+) -> GroupStore:
+    """Open the groups of data that are no store; see cfvlm_ds.data.open_groups."""
+    scan = scan or Scan()
+    rows = open_rows(path, cache=cache, alive=scan.alive, progress=progress)
+    if format == AUTO and (format := _taken(rows)) != NATIVE:
+        progress(f"{path}: taken as {container_of(path)}, format {format}")
+    convert: Format = format_named(format, path)
+    _refuse_absent_columns(rows, convert, scan.alive, progress)
+
+    def over(work: Callable[[Sequence[int], Callable[[], object]], Any], doing: str) -> Iterator[Any]:
+        return scan.over(range(len(rows)), work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
+
+    firsts = count_parts(rows, convert, lambda work: over(work, "groups of each row"))
+    if claim := getattr(convert, "claim", None):
+        rows = JoinedRows(rows, claim, lambda work: over(work, "labels"))
+    own = [each for each in rows.roots if each not in roots]
+    store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, (open_data, (path, roots, format, limit)), format, limit)
+    if hasattr(convert, "ignore"):
+        _refuse_marks(store, convert, scan.alive)
+    if claim:
+        _say_understood(store, convert, progress)
+    return store
+
+
+def _taken(rows: Rows) -> str:
+    """The format of the first row that has a known one, among the first; the native one where none of those can be read. Raises DataError
+    where they are of no format."""
+    unknown: DataError | None = None
+    first = [rows.value(row) for row in range(min(len(rows), _LOOKED_AT))]
+    for row, value in enumerate(first):
+        if isinstance(value, Mapping):
+            try:
+                named = recognised(value, rows.where(row))
+                label = kto_label(first) if named in ("llava", "messages") else None
+                return f"{named}:label={label}" if label else named
+            except DataError as error:
+                unknown = unknown or error
+    if unknown is not None:
+        raise unknown
+    return NATIVE
+
+
+_LOOKED_AT = 100  # rows whose format is looked for
+_LOOKED_FOR_MARKS, _STRETCH = 2048, 64  # groups whose metadata are looked at for labels; of more, as many stretches over the whole file
+
+
+def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
+    """Raise DataError for a column that an option of the format names and that no row has, or that ``ignore`` names too."""
+    absent = {(option, column) for option in (*DEFAULTS, "label", "ignore") for column in getattr(convert, option, "").split("+") if column}
+    if both := sorted((column, option) for option, column in absent if option != "ignore" and ("ignore", column) in absent):
+        raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; leave it out of one of them")
+    counted = Progress(progress, f"{rows.path}: columns", len(rows), "rows")
+    for row in counted.over(range(len(rows)) if absent else ()):
+        alive()
+        if isinstance(value := rows.value(row), Mapping):
+            names = _columns(value)
+            whole = {option for option, _ in absent if getattr(convert, option) in names}  # a name with a + in it
+            if not (absent := {each for each in absent if each[0] not in whole and each[1] not in names}):
+                return
+    for option, column in sorted(absent):
+        first = next((value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)), {})
+        near = difflib.get_close_matches(column, there := list(_columns(first)), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, there[:20])) or 'none'}"
+        raise DataError(f"{rows.path}: no row has the column {column!r}, which {option} names; {hint}")
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, None]:
+    """The names by which options may name a row's columns: its own, those within them, and of a tar's sample those of its json."""
+    found = dict.fromkeys(row)
+    for name, _ in leaves(row):
+        parts = name.split(".")
+        found |= dict.fromkeys(".".join(parts[: k + 1]) for k in range(len(parts)))
+    if "__key__" not in row:
+        return found
+    inner = {name.removeprefix("json.") for name in found}
+    return dict.fromkeys(each for name in (*found, *sorted(inner)) for each in (name, name.lower(), f"sample.{name}"))
+
+
+def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
+    """Raise DataError for columns of metadata, of which none is named, that look like labels or hold false texts: all of them at once."""
+    number, most = -(-len(store) // _STRETCH), _LOOKED_FOR_MARKS // _STRETCH
+    starts = np.unique(np.linspace(0, max(0, len(store) - _STRETCH), min(number, most)).astype(int)).tolist()
+    stretches = [range(start, min(start + _STRETCH, len(store))) for start in starts]
+
+    def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
+        for stretch in stretches:
+            alive()
+            for index, group in zip(stretch, store.batch(stretch), strict=True):
+                if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
+                    yield index, meta, not group.num_pictures
+
+    label = getattr(convert, "label", None)  # None: the format has no such option
+    every = {column.partition(".")[0] for option in DEFAULTS for column in getattr(convert, option, "").split("+") if "." in column}
+    found = [each for each in marks(metadata(), convert.ignore, every) if each.name != label]
+    if not found:
+        return
+    named, _, options = store.format.partition(":")
+
+    def spec(*given: str, ignored: Sequence[Column] = ()) -> str:
+        again = "|".join(["ignore", *(each.partition("=")[0] for each in given)])
+        kept = re.sub(rf'(^|,)\s*({again})\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
+        ignore = option_value("+".join(filter(None, [convert.ignore, *(each.name for each in ignored)])))
+        return f"{named}:{','.join(filter(None, [kept, *given, ignore and f'ignore={ignore}']))}"
+
+    first, others = found[0], found[1:]
+    what, use = "may have what is false of the row's picture", []
+    if not label and isinstance(convert, Captions):
+        by_option: dict[str, list[str]] = {}
+        for each in found:
+            by_option.setdefault(each.negative, convert.columns_of(store.rows.value(each.row), each.negative)).append(each.name)
+        use = [spec(*(f"{option}={option_value('+'.join(names))}" for option, names in by_option.items())) + " if so"]
+    elif hasattr(convert, "caption"):
+        use = [f"{first.negative} as its name if so"] * (not label)
+    else:
+        use = ["'rejected' as its name, and the format preference, if so" if label == "" else "a row for each false text if so"]
+    if not (first.is_label or first.is_false_texts):
+        what, use = "may name pictures of rows that show none", ["image as its name if so"]
+    if first.is_label:
+        what, use = "may say whether the text is true", []
+        if label == "":
+            use = [f"{spec(first.option, ignored=others)} if {'the first' if others else 'it'} does"]
+            if isinstance(convert, Captions) and (mapped := convert.as_answer(store.rows.value(first.row), first.name)):
+                use += [f"{mapped} if it answers what the text asks"]
+    use += [f"{spec(ignored=found)} if not"]
+    columns = f"column{'s' * bool(others)} {', '.join(map(str, found))}"
+    raise DataError(f"{store.where(first.row)}: {columns} {what}, and would not be read; say {', '.join(use)}")
+
+
+def _say_understood(store: GroupStore, convert: Any, progress: Callable[[str], object]) -> None:
+    """Say how a label is read, by the first group that has a false text."""
+    for index in range(min(len(store), _LOOKED_AT)):
+        (group,) = store.batch([index])
+        if not isinstance(group, DataError) and 0 in group.match[0]:
+            texts = [group.candidates[group.match[0].index(truth)].text for truth in (1, 0)]
+            shown = ", ".join(map(str, group.images[0])) or "its prompt"
+            said = f"{quoted(texts[0], 80)} is true of {shown}, and {quoted(texts[1], 80)} is false"
+            progress(f"{store.path}: by {convert.label!r}, {said}, as answers to {quoted(spelled(group.candidates[0].prompt), 80)}")
+            return
