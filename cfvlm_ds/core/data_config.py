@@ -98,7 +98,7 @@ class DataConfig:
         check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
         on_error: what all ranks do when a training group cannot be read, for instance because an image was damaged after the check:
             ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those. What is broken before the run starts is
-            refused; ``cfvlm-ds data convert --on_error skip`` leaves it out.
+            refused; ``cfvlm-ds data prepare --on_error skip`` leaves it out.
         max_skipped: groups that ``skip`` may leave out in a run; one more is an error.
         num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
         max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of

@@ -63,7 +63,7 @@ def check_groups(store: GroupStore, *, lengths: Lengths | None, max_pixels: int,
     """Check the groups of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest."""
     scan, report = Scan(), CheckReport(str(store.path))
     seen = look_at_rows(report, store, progress, scan)
-    pictures = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
+    pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     report.add(check_texts(store, lengths, pictures, progress, scan))
     return report
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,18 +10,17 @@ from typing import IO, Literal, NamedTuple
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import new_output, own_output
-from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.check import look_at_rows
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.lines import MAX_LINE
-from cfvlm_ds.data.manifest import Root, data_roots, here, open_groups, repeated
+from cfvlm_ds.data.manifest import Root, data_roots, here, open_groups
 from cfvlm_ds.data.passes import Scan
-from cfvlm_ds.data.picture_check import equal_images, open_pictures, opened_picture
+from cfvlm_ds.data.picture_check import open_pictures
+from cfvlm_ds.data.prepare import RowLines
 from cfvlm_ds.data.report import CheckReport
-from cfvlm_ds.data.store import GroupStore
 
 
 class Converted(NamedTuple):
@@ -46,57 +43,38 @@ def convert(
     """Write the groups of a manifest to ``out``, which appears whole or not at all. Pictures that had to be copied lie in its folder.
 
     ``skip`` opens every picture, leaves out rows that are no group and groups with a picture that a check refuses, and lists them in a file
-    beside ``out``; ``max_pixels`` as in open_image. Otherwise no picture is opened, and the first row that is no group raises DataError.
+    beside ``out``; ``max_pixels`` as in open_image. Otherwise no picture is opened, and a row that is no group raises DataError.
     Raises DataError where nothing is left; ConfigError or StorageError where ``out`` cannot be written, or is there already.
     """
     new_output(out, path)
-    listed = list_of_skipped(out)
+    listed, scan, pictures, broken = list_of_skipped(out), Scan(), None, dict[int, str]()
     with whole_file(out) as file:
-        path = here(path, progress=say)
+        path = here(path, scan, say)
         roots = [each.absolute() for each in data_roots(path, root)]
         folder = out.parent.absolute()
         base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
-        groups, described, repeats, problems, seen = 0, 0, 0, list[str](), dict[int, int]()
         store = open_groups(path, root, format, progress=say, cache=[out.parent])
         what = "groups" if len(store) != store.num_rows else "rows"
-        unsound = _unsound(store, max_pixels, say) if on_error == "skip" else lambda group: None
-        for index, item in store.entries():
-            if not isinstance(item, DataError) and (problem := unsound(item)) is not None:
-                item = DataError(f"{store.where(index)}: {problem}")
-            if not isinstance(item, DataError) and (key := hash(item.id)) in seen:
-                item = DataError(repeated(store, index, seen[key], item.id))
-                repeats += 1
-            if isinstance(item, DataError):
-                if on_error == "error":
-                    raise DataError(f"{item} (or leave such rows out with --on_error skip)")
-                problems.append(str(item))
-                continue
-            seen[key] = index
-            described += all(candidate.prompt == DESCRIBE for candidate in item.candidates)
-            file.write(json.dumps(to_row(_absolute(item), base), ensure_ascii=False).encode() + b"\n")
-            groups += 1
+        report = CheckReport(str(store.path))
+        seen = look_at_rows(report, store, say, scan)
+        if on_error == "skip":
+            pictures, broken = open_pictures(CheckReport(str(store.path)), store, *seen.pictures, max_pixels, say, scan)
+        elif report.problems:
+            raise DataError(f"{report.problems[0]} (or leave such rows out with --on_error skip)")
+        groups, writer = 0, RowLines(store, base, pictures, broken, frozenset(seen.repeats))
+        for part in scan.over(range(len(store)), writer, Progress(say, "rows", len(store), "groups")):
+            file.write(part.lines)
+            groups += len(part.rows)
+            report.problems += part.report.problems
         if not groups:
+            problems = report.problems
             raise DataError(problems[0] + f" (and so are all {len(problems)} {what})" * (len(problems) > 1))
-    if described:
-        say(f"{described} of {groups} groups ask {DESCRIBE!r}, as captions without a prompt of their own do (the option ask= asks another)")
-    list_skipped(listed, problems, say, what)
-    if repeats:
-        say(f"{repeats} of the {what} that were left out repeat an earlier one, or its id")
-    return Converted(groups, problems, base)
-
-
-def _unsound(store: GroupStore, max_pixels: int, say: Callable[[str], object]) -> Callable[[CounterfactualGroup], str | None]:
-    """Open each picture of a manifest; returns what says why a check refuses the pictures of a group, or None."""
-    scan, report = Scan(), CheckReport(str(store.path))
-    sound = open_pictures(report, store, *look_at_rows(report, store, say, scan).pictures, max_pixels, say, scan)
-
-    def problem(group: CounterfactualGroup) -> str | None:
-        for picture in itertools.chain(*group.images):
-            if sound.find(picture) is None and isinstance(found := opened_picture(picture, None, None, max_pixels), str):
-                return found
-        return next(equal_images(group, sound), None)
-
-    return problem
+    if described := report.prompts[repr(DESCRIBE)]:
+        say(f"{described} of {report.num_groups} groups read ask {DESCRIBE!r}, as captions without a prompt do (ask= asks another)")
+    list_skipped(listed, report.problems, say, what)
+    if seen.repeats:
+        say(f"{len(seen.repeats)} of the {what} that were left out repeat an earlier one, or its id")
+    return Converted(groups, report.problems, base)
 
 
 def list_of_skipped(out: Path) -> Path:
@@ -116,7 +94,3 @@ def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], obj
     with whole_file(listed) as file:
         file.writelines(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n" for problem in problems)
     say(f"left out {len(problems)} {what if len(problems) > 1 else what[:-1]}, listed in {listed}; the first: {problems[0]}")
-
-
-def _absolute(group: CounterfactualGroup) -> CounterfactualGroup:
-    return dataclasses.replace(group, images=tuple(tuple(picture.absolute() for picture in image) for image in group.images))

@@ -30,8 +30,12 @@ Array = npt.NDArray[Any]
 
 def open_pictures(
     report: CheckReport, store: GroupStore, keys: Array, places: Array, max_pixels: int, progress: Callable[[str], object], scan: Scan
-) -> PictureTable:
-    """Open each picture once; returns those that are sound. A problem is named by the first group that shows the picture."""
+) -> tuple[PictureTable, dict[int, str]]:
+    """Open each picture once; returns those that are sound, and what is wrong with each other one by its key.
+
+    A problem is named by the first group that shows the picture.
+    """
+    broken = dict[int, str]()
 
     def sound() -> Iterator[tuple[Path, Picture]]:
         counted = Progress(progress, "check of images", len(keys), "images")
@@ -39,9 +43,10 @@ def open_pictures(
             if isinstance(each.found, Picture):
                 yield each.path, each.found
             else:
+                broken[picture_key(each.path)] = each.found
                 report.problems.append(f"{store.where(each.group)}: {each.found}")
 
-    return PictureTable.of(sound())
+    return PictureTable.of(sound()), broken
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:

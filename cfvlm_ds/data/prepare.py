@@ -177,7 +177,9 @@ class _Job:
             broken = {int(key): reason for record in units.records() for key, reason in record["broken"].items()}
         if strict and self.report.problems:
             return False
-        writer = _Lines(source, out, self.options.pack, found, broken, frozenset(seen.repeats))
+        table = None if found is None else PictureTable(found["key"], found["facts"])
+        names = partial(_packed_name, out, found) if self.options.pack and found is not None else None
+        writer = RowLines(source, out if self.options.pack else source.roots[0], table, broken, frozenset(seen.repeats), names)
         progress = Progress(self.say, "rows", len(source) / self.of, "groups")
         for number in files.missing(self.shard, self.of):
             self._write_rows(files, number, writer, progress)
@@ -238,7 +240,7 @@ class _Job:
             else:
                 units.note(number, written, pictures=len(found), broken=broken)
 
-    def _write_rows(self, files: _Files, number: int, writer: _Lines, progress: Progress) -> None:
+    def _write_rows(self, files: _Files, number: int, writer: RowLines, progress: Progress) -> None:
         """Write a file of rows, its index, and what is to be known of its groups."""
         places, parts = range(number * ROWS, min((number + 1) * ROWS, len(self.source))), []
         report = CheckReport(self.report.manifest)
@@ -328,7 +330,7 @@ class _Job:
 # Rows --------------------------------------------------------------------------------------------------------------------------------
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """The lines of some groups, and what is known of them; ``rows`` has the source's row of each."""
 
     lines: bytes
@@ -339,26 +341,34 @@ class _Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Lines:
-    """Writes a chunk of groups, without those that cannot be used."""
+class RowLines:
+    """Writes a chunk of groups as rows of the internal form, without those that cannot be used.
+
+    Args:
+        source: the data set.
+        root: folder that the pictures' paths are relative to.
+        pictures: what is known of the pictures; None where none was opened.
+        broken: what is wrong with a picture, by its key.
+        repeats: groups that repeat an earlier one, or its id.
+        name: the path to write in place of a picture's own.
+    """
 
     source: GroupStore
-    out: Path
-    packed: bool
-    found: Array | None
+    root: Path
+    pictures: PictureTable | None
     broken: Mapping[int, str]
     repeats: frozenset[int]
+    name: Callable[[Path], Path] | None = None
 
-    def __call__(self, places: Sequence[int], done: Done) -> _Chunk:
+    def __call__(self, places: Sequence[int], done: Done) -> Chunk:
         report, written, groups, kept = CheckReport(str(self.source.path)), list[bytes](), list[CounterfactualGroup](), list[int]()
-        table = None if self.found is None else PictureTable(self.found["key"], self.found["facts"])
-        root = Path(os.path.abspath(self.out if self.packed else self.source.roots[0]))
+        root = Path(os.path.abspath(self.root))
         for index, group in self.source.entries(places):
             done()
             if isinstance(group, DataError) or index in self.repeats:  # reported with the rows
                 continue
             try:
-                line = self._line(group, table, root)
+                line = self._line(group, root)
             except DataError as error:
                 report.problems.append(f"{self.source.where(index)}: {error}")
                 continue
@@ -369,33 +379,34 @@ class _Lines:
         rows, together = np.array(kept, np.int64), self.source.together
         if together is not None:
             rows = np.searchsorted(together, rows, "right") - 1
-        return _Chunk(b"".join(written), rows, identity_part(groups, self.source.roots, table), keys_of(groups, table), report)
+        identity, keys = identity_part(groups, self.source.roots, self.pictures), keys_of(groups, self.pictures)
+        return Chunk(b"".join(written), rows, identity, keys, report)
 
-    def _line(self, group: CounterfactualGroup, table: PictureTable | None, root: Path) -> bytes:
+    def _line(self, group: CounterfactualGroup, root: Path) -> bytes:
         for picture in itertools.chain(*group.images):
             if self.broken and (reason := self.broken.get(picture_key(picture))) is not None:
-                raise DataError(f"group {group.id!r}: {reason}")
-        if table is not None and (problem := next(equal_images(group, table), None)) is not None:
+                raise DataError(reason)
+        if self.pictures is not None and (problem := next(equal_images(group, self.pictures), None)) is not None:
             raise DataError(problem)
-        named = dataclasses.replace(group, images=tuple(tuple(map(self._named, image)) for image in group.images))
+        name = self.name or _absolute
+        named = dataclasses.replace(group, images=tuple(tuple(map(name, image)) for image in group.images))
         line = json.dumps(to_row(named, root), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
         if len(line) > lines.MAX_LINE:
             raise DataError(f"the row has more than {lines.MAX_LINE} bytes; split it")
         return line
 
-    def _named(self, picture: Path) -> Path:
-        """The path of a picture, in the store where it is packed."""
-        if not self.packed:
-            return Path(os.path.abspath(picture))
-        assert self.found is not None
-        key = np.uint64(picture_key(picture))
-        at = int(self.found["key"].searchsorted(key))
-        if at == len(self.found) or (place := self.found[at])["key"] != key:
-            raise DataError(
-                f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and prepare it again"
-            )
-        name = part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"]))
-        return Path(os.path.abspath(self.out / name))
+
+def _absolute(picture: Path) -> Path:
+    return Path(os.path.abspath(picture))
+
+
+def _packed_name(out: Path, found: Array, picture: Path) -> Path:
+    """Return the path of a picture in a tar of the store."""
+    key = np.uint64(picture_key(picture))
+    at = int(found["key"].searchsorted(key))
+    if at == len(found) or (place := found[at])["key"] != key:
+        raise DataError(f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and prepare it again")
+    return _absolute(out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"])))
 
 
 # Files -------------------------------------------------------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ class _Stores:
         if not report.problems:
             return
         more = len(report.problems) - 1
-        remedy = f"; data.on_error is about what breaks later, and `cfvlm-ds data convert {each.path} --on_error skip` leaves this out"
+        remedy = "; data.on_error is about what breaks later, and `cfvlm-ds data prepare --on_error skip` leaves this out"
         others = f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""
         raise DataError(report.problems[0] + remedy * (self._config.data.on_error == "skip") + others)
 

@@ -507,7 +507,7 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert listed == done.problems and [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 4, 6)]
     assert said[1] == f"left out 3 rows, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"
-    assert said[0].startswith("3 of 3 groups ask 'Describe the image.'") and said[2].startswith("1 of the rows") and len(said) == 3
+    assert said[0].startswith("4 of 4 groups read ask 'Describe the image.'") and said[2].startswith("1 of the rows") and len(said) == 3
     assert f"repeats {path}:5" in listed[2]
     with pytest.raises(ConfigError, match=r"out.jsonl is there, and would be replaced; remove it"):
         convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
