@@ -65,7 +65,7 @@ def convert(
         for part in scan.over(range(len(store)), writer, Progress(say, "rows", len(store), "groups")):
             file.write(part.lines)
             groups += len(part.rows)
-            report.problems += part.report.problems
+            report.problems.extend(part.report.problems)
         if not groups:
             problems = report.problems
             raise DataError(problems[0] + f" (and so are all {len(problems)} {what})" * (len(problems) > 1))
