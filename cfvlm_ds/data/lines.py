@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 import zlib
+from array import array
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.progress import Progress
@@ -25,12 +24,9 @@ from cfvlm_ds.core.reading import MIB, HeldFile, TooLarge
 MAX_LINE = 4 * MIB
 """Bytes of a row of JSON lines: four times as many as a group of a thousand captions has."""
 
-_BLOCK = 16 * MIB
 _NUMBERED = 64  # rows from one whose line number is noted to the next one
 _MAGIC = b"cfvlm_ds lines 2"
 _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8"), ("lines", "<i8")])
-_SPACE = np.zeros(256, bool)
-_SPACE[list(b" \t\n\r\x0b\x0c")] = True
 
 Array = npt.NDArray[Any]
 State = tuple[int, int, int]
@@ -147,69 +143,25 @@ def write_index(path: Path) -> Path:
     return file
 
 
-class _Block(NamedTuple):
-    starts: Array
-    sums: Array
-    lines: Array
-    total: int
-    long: bool
-    size: int
-
-
 def _scanned(held: HeldFile, size: int, alive: Callable[[], object], progress: Progress) -> LineIndex:
-    """Go through a file once: blocks side by side, for reading and looking for line breaks hold no interpreter lock."""
-    starts, sums, numbers = [np.empty(0, "<u8")], [np.empty(0, "<u4")], [np.empty(0, "<u8")]
-    lines, rows, long = 0, 0, False
-    pool = ThreadPoolExecutor(threads := cores_per_rank())
-    try:
-        offsets = iter(range(0, size, _BLOCK))
-        waiting: list[Future[_Block]] = []
-        while not long:
-            for offset in offsets:
-                waiting.append(pool.submit(_block, held, offset, size))
-                if len(waiting) > threads:
-                    break
-            if not waiting:
-                break
-            alive()
-            block = waiting.pop(0).result()
-            starts.append(block.starts)
-            sums.append(block.sums)
-            numbers.append((lines + 1 + block.lines[-rows % _NUMBERED :: _NUMBERED]).astype("<u8"))
-            lines, rows, long = lines + block.total, rows + len(block.starts), block.long
-            progress.advance(block.size / 1e6)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    starts.append(np.array([size], "<u8"))
-    return LineIndex(np.concatenate(starts), np.concatenate(sums), np.concatenate(numbers), lines, long)
-
-
-def _block(held: HeldFile, offset: int, size: int) -> _Block:
-    """The rows that begin in a block."""
-    first = max(0, offset - 1)  # the byte before it says whether a line begins with it
-    data = held.read(first, min(size, offset + _BLOCK) - first)
-    breaks = np.flatnonzero(np.frombuffer(data, np.uint8) == 10)
-    begins = np.concatenate([np.zeros(int(offset == 0), np.int64), breaks + 1])
-    begins = begins[begins < len(data)]
-    if not len(begins):
-        return _Block(np.empty(0, "<u8"), np.empty(0, "<u4"), begins, 0, False, len(data))
-    whole = len(data)
-    if data[-1:] != b"\n" and first + whole < size:  # the last line goes on in the next block
-        wanted = MAX_LINE + 1 - (whole - int(begins[-1]))
-        more = held.read(first + whole, max(0, wanted))
-        data += more[: more.find(b"\n") + 1 or len(more)]
-    ends = np.append(begins[1:], len(data))
-    over = np.flatnonzero(ends - begins > MAX_LINE)
-    long = len(over) > 0
-    if long:  # nothing behind it counts
-        begins, ends = begins[: over[0] + 1], ends[: over[0] + 1]
-    heads = np.frombuffer(data, np.uint8)[begins]
-    kept = heads != 10
-    for k in np.flatnonzero(kept & _SPACE[heads]).tolist():
-        kept[k] = bool(data[begins[k] : ends[k]].strip()) or (long and k == len(begins) - 1)
-    rows, view = np.flatnonzero(kept), memoryview(data)
-    sums = [zlib.crc32(view[a:b]) for a, b in zip(begins[rows].tolist(), ends[rows].tolist(), strict=True)]
-    return _Block((begins[rows] + first).astype("<u8"), np.array(sums, "<u4"), rows, len(begins), long, whole)
+    """Go through a file once."""
+    starts, sums, numbers = array("Q"), array("I"), array("Q")
+    place, lines, long, said = 0, 0, False, 0
+    with open(held.number, "rb", buffering=MIB, closefd=False) as file:
+        while not long and (line := file.readline(MAX_LINE + 1)):
+            lines, long = lines + 1, len(line) > MAX_LINE
+            if long or not line.isspace():
+                if len(starts) % _NUMBERED == 0:
+                    numbers.append(lines)
+                starts.append(place)
+                sums.append(zlib.crc32(line))
+            place += len(line)
+            if place - said >= MIB:
+                alive()
+                progress.advance((place - said) / 1e6)
+                said = place
+    starts.append(size)
+    return LineIndex(np.array(starts, "<u8"), np.array(sums, "<u4"), np.array(numbers, "<u8"), lines, long)
 
 
 def _mapped(file: Path, size: int) -> LineIndex:

@@ -43,7 +43,7 @@ def rows(found: IndexedLines) -> list[tuple[str, bytes]]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of a few bytes have blocks and numbered rows."""
-    for name, value in (("_BLOCK", 64), ("_NUMBERED", 4), ("MAX_LINE", 100)):
+    for name, value in (("MIB", 64), ("_NUMBERED", 4), ("MAX_LINE", 100)):
         monkeypatch.setattr(lines, name, value)
 
 
