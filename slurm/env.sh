@@ -19,8 +19,12 @@ export HF_HOME="${HF_HOME:-$HOME/.cache/huggingface}"
 # export HF_HUB_OFFLINE=1
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/cfvlm_ds-$SLURM_JOB_ID/triton}"
 
+# Memory of GPUs: of segments that grow, less is lost between rows of different lengths.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+
 # Network.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# export CFVLM_MIN_GB_S=20    # between nodes; a job whose nodes exchange less is not started
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 # Tracking; without it the store is the run folder.

@@ -9,6 +9,8 @@ set -euo pipefail
 unset SLURM_EXPORT_ENV # else srun would start its tasks with an empty environment
 source slurm/env.sh
 
+ulimit -l unlimited 2>/dev/null || : # InfiniBand pins memory; srun hands the limit on
+
 say() { echo "$(date '+%F %T') slurm/launch.sh: $*"; }
 
 if [[ -e ${CFVLM_SECRETS:=} ]]; then
@@ -41,7 +43,7 @@ if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     mounts=${CONTAINER_MOUNTS:-$PWD:$PWD,$HF_HOME:$HF_HOME,/tmp:/tmp}
     : "${CONTAINER_RUNTIME:=$(container_runtime)}"
     case $CONTAINER_RUNTIME in
-        pyxis) container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD") ;;
+        pyxis) container=(--container-image="$CONTAINER_IMAGE" --container-name="cfvlm_ds-$SLURM_JOB_ID" --container-mounts="$mounts" --container-workdir="$PWD") ;;
         apptainer | singularity)
             inside=("$CONTAINER_RUNTIME" exec --bind "$mounts" --pwd "$PWD")
             if ((${SLURM_GPUS_ON_NODE:-0})); then inside+=(--nv); fi
@@ -115,9 +117,11 @@ await() {
 
 # preflight: checks every node, names the bad ones, and fills good and bad; fault is what no node in particular is to blame for.
 preflight() {
-    local reports=$start_dir/nodes limit=$((${CFVLM_PREFLIGHT_S:-60} - 15)) node line
+    # The limit counts within the container, whose making has ten minutes of its own.
+    local reports=$start_dir/nodes limit=${CFVLM_PREFLIGHT_S:-300} making=0 node line
+    if [[ -n ${CONTAINER_IMAGE:-} ]]; then making=600; fi
     mkdir -p "$reports"
-    MASTER_PORT=$((MASTER_PORT + 1)) step_limit=$((limit + 10)) step --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --ntasks-per-node=1 --kill-on-bad-exit=0 -- \
+    MASTER_PORT=$((MASTER_PORT + 1)) step_limit=$((limit + making + 15)) step --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --ntasks-per-node=1 --kill-on-bad-exit=0 -- \
         timeout --kill-after=5 "$limit" cfvlm-ds cluster check "$reports" --timeout_s $((limit / 3)) &>"$start_dir/preflight.log" &
     await $!
     sed 's/^/    /' "$start_dir/preflight.log"
@@ -175,7 +179,7 @@ launch() {
     # is a pattern to srun, a folder is not; files that srun would write itself would keep it waiting for a lost node.
     # shellcheck disable=SC2016
     shield=(sh -c 'trap "" USR1 TERM; cd "$0" && exec "$@"' "$PWD")
-    step "${place[@]}" --chdir="$start_dir" --output=rank-%t.log -- python train.py "$@" &
+    step "${place[@]}" --distribution=block:block --chdir="$start_dir" --output=rank-%t.log -- python train.py "$@" &
     ranks=$!
     tail --pid=$ranks -n +1 -F "$start_dir/rank-0.log" 2>/dev/null &
     shown=$!

@@ -1,9 +1,9 @@
-"""The check of a Slurm job's nodes before ranks are started on them: one task per node, in less than a minute, with the bad one named.
+"""The check of a Slurm job's nodes before ranks are started on them: one task per node, with the bad one named.
 
 Each task looks at its own node (GPUs, packages, code), meets the others at the first node's TCP store, compares what it runs with the
-first node, and takes part in one small collective. It leaves one line in ``FOLDER/NODE``: ``ok``, ``bad: WHY``, or ``waited: WHY`` where
-the fault is somewhere else. A node that leaves nothing cannot start Python, sees another file system or does not answer:
-slurm/launch.sh names it too.
+first node, and takes part in one collective, whose bandwidth the first node prints. It leaves one line in ``FOLDER/NODE``: ``ok``,
+``bad: WHY``, or ``waited: WHY`` where the fault is somewhere else. A node that leaves nothing cannot start Python, sees another file
+system or does not answer: slurm/launch.sh names it too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.versions import PACKAGE, version
 
 PACKAGES = ("torch", "transformers", "deepspeed", "mlflow", "peft")
+FLOOR = "CFVLM_MIN_GB_S"
+"""Variable that has the bandwidth which the nodes must reach."""
 
 
 def check(folder: Path, timeout_s: float) -> str:
@@ -46,10 +49,10 @@ def software() -> str:
     return ", ".join([f"python {platform.python_version()}", *versions, f"code {digest.hexdigest()[:12]}"])
 
 
-def gpu_fault(expected: int) -> str | None:
-    """What is wrong with the GPUs of this node where Slurm gave ``expected``, or None."""
+def gpu_fault(expected: int | None) -> str | None:
+    """Describe what is wrong with the GPUs of this node, where Slurm gave ``expected`` or does not count them; None where nothing is."""
     visible = torch.cuda.device_count()
-    if visible != expected:
+    if expected is not None and visible != expected:
         return f"Slurm gave {expected} GPUs and torch sees {visible}"
     for index in range(visible):
         try:
@@ -65,7 +68,8 @@ def _check(name: str, timeout_s: float) -> str:
         raise ConfigError(f"nodes are checked by tasks of srun that know where to meet, and {absent[0]} is not set; see slurm/launch.sh")
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     own = software()
-    fault = gpu_fault(int(os.environ.get("SLURM_GPUS_ON_NODE") or 0))
+    given = os.environ.get("SLURM_GPUS_ON_NODE")
+    fault = gpu_fault(int(given) if given else None)
     place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=timeout_s)
     try:
@@ -84,26 +88,39 @@ def _check(name: str, timeout_s: float) -> str:
     if b"bad" in others:
         return "ok"
     try:
-        _collective(store, rank, size, limit)
+        rate = _collective(store, rank, size, limit)
     except (dist.DistError, RuntimeError) as error:
         return f"waited: the collective failed: {first_line(error)}"
     if rank == 0:
-        print(f"{size} nodes with {own}", flush=True)
+        print(f"{size} nodes with {own}\nall-reduce between the nodes: {rate:.1f} GB/s", flush=True)
+    if size > 1 and rate < (least := float(os.environ.get(FLOOR) or 0)):
+        return f"waited: the nodes exchange {rate:.1f} GB/s, and {FLOOR} is {least:g}; look for a link that is down, or another network"
     return "ok"
 
 
-def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> None:
-    """One MiB added over all nodes, over the network that the ranks will use; all leave together. RuntimeError when it fails."""
+def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> float:
+    """Add 256 MiB (on CPUs 16) over all nodes, over the network that the ranks will use; all leave together.
+
+    Returns the slowest node's bus bandwidth in GB/s, as nccl-tests define it: 2 (n - 1) / n bytes sent for each that is added. Raises
+    RuntimeError when it fails.
+    """
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
-    ones = torch.ones(2**18, device="cuda" if cuda else "cpu")
-    dist.all_reduce(ones)
-    if not bool((ones == size).all()):
-        raise RuntimeError("the sum is wrong")
+    for _ in range(2):  # the first one connects
+        ones = torch.ones(2 ** (26 if cuda else 22), device="cuda" if cuda else "cpu")
+        dist.barrier()
+        begun = time.perf_counter()
+        dist.all_reduce(ones)
+        if not bool((ones == size).all()):
+            raise RuntimeError("the sum is wrong")
+        taken = torch.tensor(time.perf_counter() - begun, device=ones.device)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    rate = ones.nbytes * 2 * (size - 1) / size / taken.item() / 1e9
     dist.destroy_process_group()
     store.set(f"left {rank}", "")
     for other in range(size) if rank == 0 else ():  # it holds the store
         store.get(f"left {other}")
+    return rate
 
 
 def _difference(one: str, other: str) -> str:

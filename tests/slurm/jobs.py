@@ -15,7 +15,7 @@ from slurm.cluster import LIVE, Cluster, wait_until
 REPO = Path(__file__).resolve().parent.parent.parent
 # Eight ranks on two cores: no compiler that is not used, and time for everybody.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-ENVIRONMENT |= {"CFVLM_PREFLIGHT_S": "300", "PYTHONPATH": str(REPO), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+ENVIRONMENT |= {"PYTHONPATH": str(REPO), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 @dataclass

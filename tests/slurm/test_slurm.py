@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, draw, losses, many_rows, run_ranks
+from conftest import REPO, draw, free_port, losses, many_rows, run_ranks
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
 from slurm.jobs import ENVIRONMENT, sbatch, submit
@@ -223,7 +224,7 @@ def test_steps_run_in_a_container_by_pyxis_or_apptainer(tmp_path: Path) -> None:
     mounts = f"{REPO}:{REPO},{tmp_path}/.cache/huggingface:{tmp_path}/.cache/huggingface,/tmp:/tmp"
     common = "<srun><--export=ALL><--kill-on-bad-exit=1>"
     pyxis = sourced(train, tmp_path, CONTAINER_IMAGE=image, SRUN_HELP="      --container-image=[USER@]")
-    options = f"<--container-image={image}><--container-mounts={mounts}><--container-workdir={REPO}>"
+    options = f"<--container-image={image}><--container-name=cfvlm_ds-7><--container-mounts={mounts}><--container-workdir={REPO}>"
     assert pyxis.stdout == f"{common}{options}<--ntasks=2><shield><python><train.py><a b>", pyxis
     assert (tmp_path / ".cache" / "huggingface").is_dir(), "what is mounted has to be there"
     apptainer = sourced(train, tmp_path, CONTAINER_IMAGE=image, SLURM_GPUS_ON_NODE="8")
@@ -256,8 +257,45 @@ def test_signals_before_python_answers_them_do_not_end_a_rank(tmp_path: Path) ->
     assert process.communicate("go on\n", timeout=60)[0] == "SIGUSR1\n" and process.returncode == 0
 
 
+def test_nodes_that_exchange_too_little_are_refused(tmp_path: Path) -> None:
+    """Two tasks as srun starts them: what the first node measures is printed, and held against the floor of slurm/env.sh."""
+    for floor in ("", "1e6"):
+        given = dict(os.environ) | ENVIRONMENT | {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        given["CFVLM_MIN_GB_S"] = floor
+        command = [sys.executable, "-m", "cfvlm_ds", "cluster", "check", str(tmp_path), "--timeout_s", "60"]
+        tasks = [
+            subprocess.Popen(
+                command, env=given | {"SLURM_PROCID": str(k), "SLURMD_NODENAME": f"node{k}"}, stdout=subprocess.PIPE, text=True
+            )
+            for k in range(2)
+        ]
+        said = [task.communicate(timeout=120)[0] for task in tasks]
+        rate = float(re.findall(r"all-reduce between the nodes: ([\d.]+) GB/s", said[0])[0])
+        lines = [(tmp_path / f"node{k}").read_text() for k in range(2)]
+        if floor:
+            assert all(line.startswith("waited: the nodes exchange ") and "CFVLM_MIN_GB_S is 1e+06" in line for line in lines), lines
+        else:
+            assert lines == ["ok\n", "ok\n"] and rate > 0
+
+
+@pytest.mark.long
+def test_a_node_that_starts_slowly_is_waited_for(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    """As a first import from a shared file system is, or the making of a container: a minute."""
+    own = Path(sys.executable).with_name("cfvlm-ds")
+    slow = tmp_path / "cfvlm-ds"
+    slow.write_text(f'#!/bin/sh\nsleep 60\nexec {sys.executable} -m cfvlm_ds "$@"\n')
+    slow.chmod(0o755)
+    cluster.mount("node6", slow, own)
+    one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
+    job = submit(cluster, tmp_path / "run", one_step, "-N2", "--nodelist=node5,node6")
+    state = job.end()
+    cluster.unmount("node6", own)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), job.log
+
+
 def test_missing_gpus_are_named() -> None:
-    assert gpu_fault(torch.cuda.device_count()) is None
+    """Where Slurm counts them: a site whose Slurm knows of none has them all the same."""
+    assert gpu_fault(torch.cuda.device_count()) is None and gpu_fault(None) is None
     assert gpu_fault(torch.cuda.device_count() + 8).startswith("Slurm gave ")  # type: ignore[union-attr]
 
 
