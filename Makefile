@@ -2,6 +2,8 @@
 # lint, types and documentation.
 # make test-long: what takes minutes (fault campaigns, fuzzing, learning); it prints tables, which are for docs/reliability.md.
 PYTHON ?= python3
+TORCH ?= torch>=2.8
+EXTRAS ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
 # Slurm's daemons are in sbin, which is not on every PATH.
@@ -60,8 +62,8 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml tests/pipeline.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel packaging ninja py-cpuinfo
-	$(BIN)/python -m pip install --quiet --no-compile "torch>=2.8" "torchvision>=0.23" "numpy>=1.26"
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" "torchvision>=0.23" "numpy>=1.26"
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[$(EXTRAS)]"
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --require-hashes --requirement tests/pipeline.txt
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib cfvlm_ds >/dev/null 2>&1 || true
 	touch $@

@@ -64,9 +64,9 @@ def test_what_the_lines_do(name: str, tmp_path: Path) -> None:
     done = run("nothing")
     assert done.returncode == 0 and done.stdout.splitlines() == [
         f"apt-get update in {tmp_path}",
-        f"apt-get install -y --no-install-recommends git make g++ in {tmp_path}",
+        f"apt-get install -y --no-install-recommends git make g++ libibverbs1 ibverbs-providers librdmacm1 in {tmp_path}",
         f"rm -rf /var/lib/apt/lists/* in {tmp_path}",
-        f"make install in {home}",
+        f"make install TORCH=torch==2.8.* EXTRAS=dev,gpu in {home}",
     ], done  # fmt: skip
     for step in ("update", "install"):
         assert run(step).returncode != 0, "an image of which a part is missing"
@@ -100,6 +100,6 @@ def test_their_targets_and_paths_are_those_of_the_makefile(tmp_path: Path) -> No
 def test_the_page_installs_what_the_makefile_installs_and_says_unbuilt() -> None:
     page, makefile = INSTALL.splitlines(), (REPO / "Makefile").read_text()
     for line in (each for each in page if each.startswith("pip install") and "dist/" not in each):
-        wanted = re.sub(r"\s--(?:quiet|no-compile)", "", makefile)
+        wanted = re.sub(r"\s--(?:quiet|no-compile)", "", makefile).replace("$(TORCH)", re.findall(r"TORCH \?= (.*)", makefile)[0])
         assert line.replace("pip install", "-m pip install") in wanted, line
     assert "**Unbuilt**" in INSTALL and all(f"containers/{name}" in INSTALL for name in os.listdir(REPO / "containers"))
