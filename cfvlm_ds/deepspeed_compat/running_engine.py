@@ -88,6 +88,13 @@ def invalidate_prefetch_trace(engine: Any) -> None:
         coordinator._invalidate_trace()
 
 
+def drop_prefetch_recording(engine: Any) -> None:
+    """Drop the prefetch trace that ZeRO-3 records of a forward without a backward; it records the next forward with its backward."""
+    coordinator = _coordinator(engine)
+    if coordinator is not None and coordinator.is_record_trace():
+        coordinator._invalidate_trace()
+
+
 def _coordinator(engine: Any) -> Any:
     """ZeRO-3's parameter coordinator, which fetches weights; None where weights are not partitioned."""
     offload = getattr(engine.optimizer, "parameter_offload", None)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.deepspeed_compat.running_engine import apply_optimizer_options, gather_clock, invalidate_prefetch_trace, optimizer_options
+from cfvlm_ds.deepspeed_compat.running_engine import (
+    apply_optimizer_options,
+    drop_prefetch_recording,
+    gather_clock,
+    invalidate_prefetch_trace,
+    optimizer_options,
+)
 from cfvlm_ds.engine.check import validate
 from cfvlm_ds.engine.configuration import read_json, resolve
 from cfvlm_ds.engine.memory import activations, attention_without_data, model_states, offloaded
@@ -12,6 +18,7 @@ __all__ = [
     "activations",
     "apply_optimizer_options",
     "attention_without_data",
+    "drop_prefetch_recording",
     "gather_clock",
     "hidden_size",
     "in_parts",

@@ -160,17 +160,27 @@ def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any
 
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Inside the block the model computes as it did without adapters."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    """Inside the block the model computes as it did without adapters.
 
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    trains = {parameter: parameter.requires_grad for layer in layers for parameter in layer.parameters()}
+    They run and count 0 times, because ZeRO-3 prefetches weights in the order in which modules run. Those of DoRA, which also rescale the
+    weights they adapt, do not run.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    rescaling = [layer for layer in layers if layer.lora_variant]
+    trains = {parameter: parameter.requires_grad for layer in rescaling for parameter in layer.parameters()}
+    scalings = [layer.scaling for layer in layers]
     try:
         for layer in layers:
+            layer.scaling = dict.fromkeys(layer.scaling, 0.0)
+        for layer in rescaling:
             layer.enable_adapters(False)
         yield
     finally:
-        for layer in layers:
+        for layer, scaling in zip(layers, scalings, strict=True):
+            layer.scaling = scaling
+        for layer in rescaling:
             layer.enable_adapters(True)
         for parameter, before in trains.items():  # peft switches gradients with the adapters
             parameter.requires_grad_(before)

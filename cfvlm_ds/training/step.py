@@ -21,6 +21,7 @@ from cfvlm_ds.cluster.signals import WorkerLost, reason
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, all_reduce_sums, gather_objects
 from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.engine import drop_prefetch_recording
 from cfvlm_ds.models import Routed, adapters_off
 from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
 from cfvlm_ds.training.gradient_cache import forward
@@ -214,6 +215,7 @@ class OptimizerStep:
         self._engine.eval()
         with torch.no_grad(), adapters_off(self._engine.module.model):
             logp = batch.scores(self._engine(**batch.model_inputs)).logp
+        drop_prefetch_recording(self._engine)  # the trained forward begins like this one, and goes on with a backward
         self._engine.train()
         return logp
 

@@ -476,14 +476,16 @@ def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_pat
         "z2": ["--deepspeed", "ds_configs/z2.json"],
         "z3": [f"--data.evaluation.test={manifests['test']}", "--train.export", "true"],
         "dpo": [*dpo, "--data.scores", str(scores_file), f"--data.evaluation.test={manifests['test']}"],
-        "stored": [*adapters, "--data.scores", str(scores_file), "--model.lora.dropout", "0"],
-        "off": [*adapters, "--train.export", "true", f"--data.evaluation.test={manifests['test']}"],
+        "stored": [*adapters, "--data.scores", str(scores_file), "--model.lora.dropout", "0", "--train.max_steps", "3"],
+        "off": [*adapters, "--train.max_steps", "3", "--train.export", "true", f"--data.evaluation.test={manifests['test']}"],
     }
     options = {
         name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", "--train.warmup_ratio", "0", *more)
         for name, more in extra.items()
     }
-    run_trainings(1, *options.values(), said=folder / "said")
+    output = run_trainings(1, *options.values(), said=folder / "said", by="rank_functions:traced")
+    traces = re.findall(r"^invalidated (\[.*\])$", output, re.MULTILINE)
+    (folder / "traces.json").write_text(json.dumps(dict(zip(options, map(json.loads, traces), strict=True))))
     return folder
 
 
@@ -509,8 +511,14 @@ def test_dpo_starts_at_log_2(runs: Path) -> None:
     assert abs(second["loss/dpo"] - math.log(2)) > 1e-4, "the policy moves away from the reference"
 
 
+def test_a_reference_without_adapters_leaves_the_prefetch_of_weights_alone(runs: Path) -> None:
+    """Once a step is recorded, ZeRO-3 fetches weights before they are used, in that forward and in the trained one."""
+    traces = json.loads((runs / "traces.json").read_text())
+    assert traces["off"][2] == traces["stored"][2] == 0 < traces["off"][0]
+
+
 def test_without_its_adapters_the_model_is_the_reference(runs: Path) -> None:
-    """The same losses as with the scores that the model had before, two steps under ZeRO-3."""
+    """The same losses as with the scores that the model had before, three steps under ZeRO-3."""
     assert losses(runs / "off") == pytest.approx(losses(runs / "stored"), rel=1e-5)
     assert losses(runs / "off")[0] != pytest.approx(losses(runs / "off")[1], abs=1e-4)
 

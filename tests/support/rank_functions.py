@@ -57,3 +57,27 @@ def counted(listed: Path) -> None:
     for line in listed.read_text().splitlines():
         run(json.loads(line))
     print("tower", tower, "language", language)
+
+
+def traced(listed: Path) -> None:
+    """Trainings that print how often the modules of a step ran in another order than ZeRO-3 had recorded, for each step."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    from cfvlm_ds.training.step import OptimizerStep
+
+    right, take, invalid = Coordinator._invalidate_trace, OptimizerStep.take, [0]
+
+    def invalidated(self: Any) -> None:
+        invalid[-1] += 1
+        right(self)
+
+    def counting(self: Any, *given: Any, **named: Any) -> Any:
+        invalid.append(0)
+        return take(self, *given, **named)
+
+    Coordinator._invalidate_trace = invalidated
+    OptimizerStep.take = counting  # type: ignore[method-assign]
+    for line in listed.read_text().splitlines():
+        run(json.loads(line))
+        print("invalidated", invalid[1:])
+        invalid[:] = [0]
