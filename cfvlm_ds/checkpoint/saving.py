@@ -1,7 +1,8 @@
 """Checkpoints: DeepSpeed's shards plus the state of the loop, complete or invisible.
 
-A checkpoint is written as ``checkpoint-STEP.partial``. Every rank flushes its own files to the disk and takes their CRC-32; sizes and sums
-are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A folder that does not match its list is never resumed from.
+A checkpoint is written as ``checkpoint-STEP.partial``. Every rank takes the CRC-32 of its own files as it writes them, and flushes them to
+the disk; sizes and sums are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A folder that does not match its list
+is never resumed from.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import gc
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -54,15 +56,17 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
 
         return call
 
-    with guarded_writes(engine, guard) as written:
+    files: dict[str, tuple[int, int]] = {}
+
+    def write(state_dict: Any, path: str | Path) -> None:
+        files[str(Path(path).relative_to(partial))] = _written(state_dict, Path(path))
+
+    with guarded_writes(engine, guard, write):
         engine.save_checkpoint(str(output_dir), tag=partial.name, client_state={}, save_latest=False)
     if failures:
         gc.collect()  # in newer versions of torch the error's frames are a cycle
-    files: dict[str, tuple[int, int]] = {}
-    with kept_failures(failures):
-        written.append(partial / RANDOM_STATE.format(world.rank))  # of every rank: ZeRO-1 and 2 keep the client state of the first alone
-        torch.save(random_state(world.device), written[-1])
-        files.update((str(file.relative_to(partial)), flushed(file)) for file in written)
+    with kept_failures(failures):  # of every rank: ZeRO-1 and 2 keep the client state of the first alone
+        write(random_state(world.device), partial / RANDOM_STATE.format(world.rank))
     reports = gather_objects((reason_of(failures[0], partial) if failures else None, files), world)
     problem = next((f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(reports) if failure), None)
     if world.is_main and problem is None:
@@ -100,6 +104,29 @@ def reason_of(failure: str, folder: Path) -> str:
     except OSError as error:
         return str(error)
     return failure
+
+
+def _written(states: Any, file: Path) -> tuple[int, int]:
+    """Write states to a file and flush it to the disk; returns its size and CRC-32, for which it is not read again."""
+    with file.open("wb") as handle:
+        summed: Any = _Summed(handle)  # torch writes a file from its beginning to its end
+        torch.save(states, summed)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return summed.size, summed.crc32
+
+
+class _Summed:
+    """A file that is written, with its size and CRC-32."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self._handle, self.size, self.crc32, self.flush = handle, 0, 0, handle.flush
+
+    def write(self, data: bytes) -> int:
+        """Write more of it."""
+        self._handle.write(data)
+        self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
+        return len(data)
 
 
 def flushed(file: Path) -> tuple[int, int]:

@@ -17,22 +17,16 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @contextlib.contextmanager
-def guarded_writes(engine: Any, guard: Guard) -> Iterator[list[Path]]:
-    """Inside the block every write of ``engine.save_checkpoint`` goes through ``guard``; yields the files of this rank.
+def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> Iterator[None]:
+    """Inside the block ``engine.save_checkpoint`` writes its states by ``write``, and all that it writes goes through ``guard``.
 
     After its writes come collectives, in which the other ranks would wait for a rank that had left with an exception.
     """
-    written: list[Path] = []
     writer, script = engine.checkpoint_engine, engine._copy_recovery_script
     save, makedirs = writer.save, writer.makedirs
-
-    def noted(state_dict: Any, path: str) -> None:
-        written.append(Path(path))
-        save(state_dict, path)
-
-    writer.save, writer.makedirs, engine._copy_recovery_script = guard(noted), guard(makedirs), guard(script)
+    writer.save, writer.makedirs, engine._copy_recovery_script = guard(write), guard(makedirs), guard(script)
     try:
-        yield written
+        yield
     finally:
         writer.save, writer.makedirs, engine._copy_recovery_script = save, makedirs, script
 

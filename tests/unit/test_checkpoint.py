@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from cfvlm_ds import checkpoint
-from cfvlm_ds.checkpoint import TrainState, saving
+from cfvlm_ds.checkpoint import TrainState, finding, saving
 from cfvlm_ds.checkpoint.saving import flushed
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
@@ -37,11 +37,10 @@ def _process_group() -> Iterator[None]:
 class Engine:
     """Writes and reads files where DeepSpeed would, through a writer like DeepSpeed's, with a script that only rank 0 copies."""
 
-    def __init__(self) -> None:
-        self.checkpoint_engine = SimpleNamespace(save=self.write, load=self.read, makedirs=os.makedirs)
+    weights: Any = None
 
-    def write(self, state_dict: Any, path: str) -> None:
-        torch.save(state_dict, path)
+    def __init__(self) -> None:
+        self.checkpoint_engine = SimpleNamespace(save=None, load=self.read, makedirs=os.makedirs)
 
     def _copy_recovery_script(self, folder: str) -> None:
         (Path(folder) / "script.py").write_text("pass")
@@ -49,7 +48,9 @@ class Engine:
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
         assert not save_latest, "a `latest` file would point at folders that are not finished"
         self.checkpoint_engine.makedirs(os.path.join(folder, tag, "shards"))
-        self.checkpoint_engine.save(state_dict=client_state, path=os.path.join(folder, tag, "shards", "rank0.pt"))
+        self.checkpoint_engine.save(
+            state_dict={"weights": self.weights, **client_state}, path=os.path.join(folder, tag, "shards", "rank0.pt")
+        )
         self._copy_recovery_script(os.path.join(folder, tag))
         dist.barrier()  # the other ranks would wait here for one that had left
 
@@ -60,10 +61,13 @@ class Engine:
         return torch.load(path, map_location, weights_only=False)
 
 
-class FullDisk(Engine):
-    def write(self, state_dict: Any, path: str) -> None:
-        super().write(state_dict, path)
+class Full:
+    def __reduce__(self) -> Any:
         raise OSError(28, "No space left on device")
+
+
+class FullDisk(Engine):
+    weights = Full()
 
 
 def make(output_dir: Path, step: int, ranks: int = 1, complete: bool = True) -> Path:
@@ -238,8 +242,7 @@ def test_a_write_that_torch_cannot_end_is_named_and_gives_its_room_back(tmp_path
     """The system refuses the file; one that is removed and still open would keep the disk full."""
 
     class Large(Engine):
-        def write(self, state_dict: Any, path: str) -> None:
-            torch.save({"weights": torch.zeros(100_000), **state_dict}, path)
+        weights = torch.zeros(100_000)
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
@@ -275,6 +278,23 @@ def test_a_damaged_file_is_named_and_the_next_older_checkpoint_taken(tmp_path: P
         checkpoint.find(tmp_path, str(saved), ONE)
     (saved / "script.py").write_text("fail")
     assert checkpoint.damaged(saved, ["script.py"]), "files that no rank has noted are summed too"
+
+
+def test_a_sum_is_taken_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights as zlib finds it in the file: a checkpoint of a large model is not read again."""
+
+    class Large(Engine):
+        weights = torch.arange(100_000)
+
+    read = list[str]()
+    monkeypatch.setattr(saving, "crc32_of", lambda file: read.append(file.name) or finding.crc32_of(file))
+    saved = checkpoint.save(Large(), TrainState(step=1), tmp_path, ONE, keep=1)
+    files = json.loads((saved / "complete.json").read_text())["files"]
+    assert set(read) == {"script.py", "complete.json"} and {"shards/rank0.pt", "random-state-0.pt"} < set(files)
+    for name, (size, crc32) in files.items():
+        content = (saved / name).read_bytes()
+        assert (size, crc32) == (len(content), zlib.crc32(content))
+    assert torch.equal(torch.load(saved / "shards" / "rank0.pt", mmap=True)["weights"], Large.weights)
 
 
 def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
