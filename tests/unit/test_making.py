@@ -184,6 +184,8 @@ def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: 
     if step == "edit":
         with open(out / "pictures" / "shard-00000.tar", "ab") as tar:  # a picture whose record was not written any more
             tar.write(b"torn" * 1000)
+    whole_lines = journal.read_bytes().count(b"\n")
+    assert len(list(WorkFolder.open(out).records(step, 0))) == whole_lines, "looked at before it goes on"
     begun(scenes, out)
     edit(out, scene_options(scenes), 0, quiet)
     oracle = Oracle(out, scenes, noise=2.5)
