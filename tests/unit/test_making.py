@@ -266,7 +266,8 @@ def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes:
         propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)
     with pytest.raises(ConfigError, match=r"source\.path: "):
         propose(open_groups(scenes / "test_combo.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)
-    with pytest.raises(ConfigError, match="propose is not through with shard 0; run `cfvlm-ds data propose"):
+    named = re.escape(f"{scenes / 'test_iid.jsonl'} --out {out} --shard 0/1` first")
+    with pytest.raises(ConfigError, match=f"propose is not through with shard 0; run `cfvlm-ds data propose {named}"):
         edit(out, scene_options(scenes), 0, quiet)
     with pytest.raises(ConfigError, match="is cut in 1 shards, and --shard says 3/4"):
         edit(out, scene_options(scenes), 3, quiet, 4)
