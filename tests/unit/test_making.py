@@ -1338,12 +1338,16 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
     bench = tmp_path / "bench"
     bench.mkdir()
     Image.open(tmp_path / "9-1.png").save(bench / "x.jpg", quality=80)  # an edited picture that is a benchmark's
+    (bench / "y.png").write_bytes(b"no picture")
+    with pytest.raises(DataError) as broken:
+        open_image(bench / "y.png")
     (bench / "text.jsonl").write_text(json.dumps({"image": "x.jpg", "caption": rows[11]["texts"][1]["text"].upper()}) + "\n")
     found, sets = audited(tmp_path, {"train": rows[:20], "test": rows[20:]}, against=f"{bench},{bench / 'text.jsonl'}")
     said = {sentence: ids for sentence, ids in found.faults}
     assert [(sorted(ids), sentence) for sentence, ids in said.items()] == [
         (["g3", "g5"], "train: 1 pairs of originals are the same picture (1) or nearly so (0)"),
         (["g25", "g7"], "train and test share 1 originals or nearly so, and 0 picture files"),
+        ([], f"{bench}: 1 of its 2 pictures cannot be read, and are not compared; the first: {broken.value}"),
         (["g9"], "train has 0 pictures of bench, and 2 that are nearly one of them"),  # its original is alike, but for a disc
         (["g9"], "train has 0 pictures of text.jsonl, and 2 that are nearly one of them"),
         (["g11"], f"train: 1 groups have a text of text.jsonl, such as {rows[11]['texts'][1]['text']!r}"),
