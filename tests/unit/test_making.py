@@ -1089,6 +1089,8 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
             select(whole, tmp_path / "x.jsonl", SelectOptions(splits=text), quiet)
     with pytest.raises(ConfigError, match=r"no candidate is left; this is what became of them: .*score: "):
         select(whole, tmp_path / "x.jsonl", SelectOptions(margin=1000.0), quiet)
+    with pytest.raises(ConfigError, match="--margin is of scores"):
+        select(whole, tmp_path / "x.jsonl", SelectOptions(rule="checks", margin=1.0), quiet)
     assert not list(tmp_path.glob("x*"))
     (hostile := Survival()).add("a\x1b[2J|b\n", "c\x1b|d")
     assert hostile.table().splitlines()[0] == r"| | a\\x1b\[2J\|b | all | |"
