@@ -141,28 +141,23 @@ class Patience:
     """Lets ranks wait for one another as long as any of them makes progress, whatever the time limit of collectives is.
 
     Every rank makes one at the same point of the program, calls ``alive`` while it works, and ``meet`` where all have to arrive.
-
-    Args:
-        world: this process among its peers.
-        tick: called at least every second, also while waiting; may raise in order to leave.
-        limit_s: seconds without a sign of life from any rank after which ``meet`` raises TimeoutError, naming the missing ranks.
     """
 
-    def __init__(self, world: World, tick: Callable[[], object] = lambda: None, limit_s: float = 1800.0) -> None:
-        self._world, self._tick, self._limit_s = world, tick, limit_s
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._name, self._meetings = f"cfvlm_ds/patience/{next(_PATIENCES)}", 0
         self._store: Any = None if world.size == 1 else dist.distributed_c10d._get_default_store()
         self._spoken = -math.inf
 
     def alive(self) -> None:
         """Note that this rank makes progress; cheap enough for every item of work."""
-        self._tick()
         if self._store is not None and (now := time.monotonic()) - self._spoken > _SIGN_OF_LIFE_S:
             self._spoken = now
             self._store.add(f"{self._name}/alive", 1)
 
     def meet(self) -> None:
-        """Wait for every rank, so that the next collective finds all of them there."""
+        """Wait for every rank, so that the next collective finds all of them there. Raises TimeoutError, naming the missing ranks, after
+        half an hour without a sign of life from any."""
         self.alive()
         if self._store is None:
             return
@@ -171,12 +166,11 @@ class Patience:
         self._store.set(here[self._world.rank], "here")
         signs, since = -1, time.monotonic()
         while not self._store.check(here):
-            self._tick()
             if (now_signs := self._store.add(f"{self._name}/alive", 0)) != signs:
                 signs, since = now_signs, time.monotonic()
-            if time.monotonic() - since > self._limit_s:
+            if time.monotonic() - since > _LIMIT_S:
                 missing = ", ".join(str(rank) for rank, key in enumerate(here) if not self._store.check([key]))
-                raise TimeoutError(f"rank {missing} shows no life for {self._limit_s:.0f} s")
+                raise TimeoutError(f"rank {missing} shows no life for {_LIMIT_S:.0f} s")
             time.sleep(_POLL_S)
 
 
@@ -205,7 +199,7 @@ def agreed(world: World, function: Callable[[], Any], patience: Patience | None 
 
 
 _PATIENCES = itertools.count()
-_SIGN_OF_LIFE_S, _POLL_S = 5.0, 0.1
+_SIGN_OF_LIFE_S, _POLL_S, _LIMIT_S = 5.0, 0.1, 1800.0
 
 
 def seed_everything(seed: int) -> None:

@@ -89,13 +89,16 @@ class Journal:
 
 
 def records(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Where each line of a journal begins, and its record; none where there is no file.
+    """Where each line of a journal begins, and its record; none where there is no file. A last line without its end is still being written,
+    or was cut off and is dropped by who goes on with the journal.
 
     Raises DataError naming file, line and ``remedy``.
     """
     start = 0
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
             try:
                 record = dict(json.loads(line))
             except (ValueError, TypeError, RecursionError) as error:

@@ -120,7 +120,7 @@ def _with_shipped(argv: Sequence[str]) -> list[str]:
         if flag == "--config" and equals:
             value = found(value, "examples")
             if not re.search(r"[\s:{]", value) or os.path.lexists(value):  # which options themselves have in them
-                refuse_no_file(value, value, "examples")
+                refuse_no_file(value, value)
             option = value if equals == " " else f"{flag}={value}"
         taken.append(option)
     return taken

@@ -84,9 +84,9 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
     return path
 
 
-def refuse_filled(folder: Path, remedy: str) -> None:
+def refuse_filled(folder: Path) -> None:
     """Raise ConfigError for a folder that would be put in place of files of somebody's own."""
-    refuse_link(folder, remedy)
+    refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there and not empty, and would be replaced; {remedy}")
 

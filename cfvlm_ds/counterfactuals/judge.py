@@ -192,7 +192,10 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
             raise ConfigError(
                 f"--thresholds {file}: no thresholds ({error}); write them as `cfvlm-ds data verify --calibrate` does"
             ) from error
-    return replace(found, rule=rule or found.rule, margin=found.margin if margin is None else margin)
+    found = replace(found, rule=rule or found.rule, margin=found.margin if margin is None else margin)
+    if found.rule == "checks" and margin is not None:
+        raise ConfigError("--margin is of scores, and the rule checks compares pixels alone; run verify with --scorer, or leave it out")
+    return found
 
 
 @dataclass(frozen=True)

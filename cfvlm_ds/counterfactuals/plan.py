@@ -77,7 +77,7 @@ def read_plan(file: str) -> Plan:
     """The plan of a YAML file, of the user's own or one that comes with the package; an option without a value has its default. Raises
     ConfigError naming the key."""
     path = shipped_file(file, "examples")
-    refuse_no_file(file, path, "examples")
+    refuse_no_file(file, path)
     try:
         given = read_yaml(path)
     except (OSError, ValueError, RecursionError) as error:

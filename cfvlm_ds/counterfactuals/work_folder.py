@@ -169,7 +169,8 @@ class WorkFolder:
     def need(self, step: str, shard: int) -> None:
         """Raise ConfigError where a step is not through with a shard, DataError where what it or one before it has written is damaged."""
         if self.done(step, shard) is None:
-            remedy = f"run `cfvlm-ds data {step} {self.path} --shard {shard}/{self.shards}` first"
+            begun = f"{self.about['source']['path']} --out {self.path}" if step == STEPS[0] else self.path
+            remedy = f"run `cfvlm-ds data {step} {begun} --shard {shard}/{self.shards}` first"
             raise ConfigError(f"{self.path}: {step} is not through with shard {shard}; {remedy}")
         for each in STEPS[: STEPS.index(step) + 1]:
             if wrong := self.damage(each, shard):

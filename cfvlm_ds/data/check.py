@@ -52,10 +52,10 @@ class Lengths(Protocol):
         ...
 
 
-def check_rows(store: GroupStore, *, progress: Callable[[str], object], scan: Scan | None = None) -> CheckReport:
+def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> CheckReport:
     """Check the rows, and count what they contain: nothing is opened but the manifest."""
-    scan, report = scan or Scan(), CheckReport(str(store.path))
-    look_at_rows(report, store, progress, scan)
+    report = CheckReport(str(store.path))
+    look_at_rows(report, store, progress, Scan())
     return report
 
 

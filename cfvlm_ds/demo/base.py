@@ -19,7 +19,7 @@ def write_base(out_dir: str | Path) -> Path:
         return out
     if not (FOLDER / "config.json").is_file():
         raise ConfigError(f"{FOLDER} is missing; install the package whole, or make the base with `make base`")
-    refuse_filled(out, "name another folder")
+    refuse_filled(out)
     with whole_folder(out) as partial:
         shutil.copytree(FOLDER, partial, dirs_exist_ok=True)
     return out

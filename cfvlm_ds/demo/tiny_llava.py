@@ -41,7 +41,7 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
 
 def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
     """Save the (model, processor) that ``make`` gives; it may put files into the folder it gets. ``out_dir`` is complete or absent."""
-    refuse_filled(out_dir, "name another folder")
+    refuse_filled(out_dir)
     with whole_folder(out_dir) as partial:
         for part in make(partial):
             part.save_pretrained(partial)

@@ -62,17 +62,15 @@ def chosen_of(name: str, each: EvaluationSet) -> Chosen:
     return chosen
 
 
-def read_benchmarks(
-    config: RunConfig, world: World, collator: Collator | None, tick: Callable[[], object] = lambda: None
-) -> dict[str, RunBenchmark]:
+def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) -> dict[str, RunBenchmark]:
     """The benchmarks of data.evaluation, every item of which the model can be asked; collective. Raises DataError for the first that it
     cannot."""
     found = {}
     for name, each in config.data.benchmark_sets.items():
         collator = collator or load_collator(config.model, "full", config.data.max_pixels)
         chosen = chosen_of(name, each)
-        loaded = agreed(world, partial(load_items, chosen, world.say, limit=each.limit), Patience(world, tick))
-        checked = checked_items(loaded.items, chosen.way, collator, world, f"data.evaluation.{name}", tick)
+        loaded = agreed(world, partial(load_items, chosen, world.say, limit=each.limit), Patience(world))
+        checked = checked_items(loaded.items, chosen.way, collator, world, f"data.evaluation.{name}")
         if checked.left_out:
             more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
             raise DataError(f"data.evaluation.{name}: {checked.left_out[0][1]}{more}; take that data set out, or correct its files")

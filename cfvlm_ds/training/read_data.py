@@ -41,8 +41,6 @@ from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
 """Groups of a data set that a run prepares itself, while its GPUs wait."""
-Tick = Callable[[], object]
-"""Called at least every second in whatever takes long here; may raise in order to leave."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class SourceData(NamedTuple):
     identity: Identity
 
 
-def read_data(config: RunConfig, world: World, tick: Tick = lambda: None, *, most_rows: int | None = MOST_ROWS) -> RunData:
+def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_ROWS) -> RunData:
     """Open the stores of the training groups and evaluation splits; what is none yet is prepared by rank 0 (cfvlm_ds/data/prepare.py),
     unless it has more than ``most_rows`` groups.
 
@@ -81,7 +79,7 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None, *, mos
     data = config.data
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
-    patience, train_sets, evaluation_sets = Patience(world, tick), data.train_sets, data.evaluation_sets
+    patience, train_sets, evaluation_sets = Patience(world), data.train_sets, data.evaluation_sets
     scan = Scan(patience.alive, shield_worker)
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
         agreed(world, lambda: [str(here(path, scan, world.say)) for path in hub], patience)
@@ -91,7 +89,7 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None, *, mos
     sources = {name: SourceData(groups, stored_rows(groups).identity) for name, groups in train.items()}
     identities = {name: stored_rows(groups).identity for name, groups in splits.items()}
     groups, identity = _together(data, sources)
-    benchmarks = read_benchmarks(config, world, stores.collator, tick)
+    benchmarks = read_benchmarks(config, world, stores.collator)
     collator = next((each.collator for each in benchmarks.values()), stores.collator)
     tables = [table for each in (*train.values(), *splits.values()) if (table := stored_rows(each).pictures) is not None]
     _name_shared(config, world, train, splits, benchmarks)
@@ -188,9 +186,9 @@ def _disown(folder: Path) -> None:
             replace(folder / STORE, json.dumps({"schema": SCHEMA}).encode())
 
 
-def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: None) -> dict[str, str]:
+def model_fingerprint(model: ModelConfig, world: World) -> dict[str, str]:
     """``fingerprint``, for which rank 0 reads all weights. Raises ConfigError on every rank when they cannot be read."""
-    patience = Patience(world, tick)
+    patience = Patience(world)
     return agreed(world, lambda: fingerprint(model, patience.alive, world.say), patience)
 
 

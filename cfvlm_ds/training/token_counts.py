@@ -37,7 +37,6 @@ def group_tokens(
     data: DataConfig,
     world: World,
     pictures: PictureTable | None = None,
-    tick: Callable[[], object] = lambda: None,
     *,
     folders: Sequence[Path] = (),
     depends_on: Callable[[], Any] | None = None,
@@ -49,7 +48,7 @@ def group_tokens(
     DataError on every rank, naming a file without a header, or a group that exceeds a limit of ``data``: with all its images and texts that
     of a micro-batch, with one image and one text that of a forward.
     """
-    patience, counted = Patience(world, tick), list[Tokens]()
+    patience, counted = Patience(world), list[Tokens]()
 
     def find() -> Path | None:
         files = _files(folders, depends_on, collator)

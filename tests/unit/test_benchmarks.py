@@ -995,6 +995,12 @@ def test_amber_needs_both_files_of_one_revision(tmp_path: Path) -> None:
     amber(tmp_path)
     put(tmp_path / "data/annotations.json", [{"id": 1, "type": "generative", "truth": []}])
     assert "both files of one revision" in str(load(BENCHMARKS["amber"], tmp_path).problems[0])
+    amber(tmp_path)
+    truth = json.loads((tmp_path / "data/annotations.json").read_text())
+    put(tmp_path / "data/annotations.json", [None, *truth[:-1], {"id": 1008}])
+    loaded = load(BENCHMARKS["amber"], tmp_path)
+    assert [item.id for item in loaded.items] == ["1005", "1006", "1007"] and len(loaded.problems) == 1, "the others have their truth"
+    assert "annotations.json: item 1: the row is a NoneType" in str(loaded.problems[0])
 
 
 # One's own --------------------------------------------------------------------------------------------------------------------------------

@@ -184,6 +184,8 @@ def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: 
     if step == "edit":
         with open(out / "pictures" / "shard-00000.tar", "ab") as tar:  # a picture whose record was not written any more
             tar.write(b"torn" * 1000)
+    whole_lines = journal.read_bytes().count(b"\n")
+    assert len(list(WorkFolder.open(out).records(step, 0))) == whole_lines, "looked at before it goes on"
     begun(scenes, out)
     edit(out, scene_options(scenes), 0, quiet)
     oracle = Oracle(out, scenes, noise=2.5)
@@ -264,7 +266,8 @@ def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes:
         propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)
     with pytest.raises(ConfigError, match=r"source\.path: "):
         propose(open_groups(scenes / "test_combo.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)
-    with pytest.raises(ConfigError, match="propose is not through with shard 0; run `cfvlm-ds data propose"):
+    named = re.escape(f"{scenes / 'test_iid.jsonl'} --out {out} --shard 0/1` first")
+    with pytest.raises(ConfigError, match=f"propose is not through with shard 0; run `cfvlm-ds data propose {named}"):
         edit(out, scene_options(scenes), 0, quiet)
     with pytest.raises(ConfigError, match="is cut in 1 shards, and --shard says 3/4"):
         edit(out, scene_options(scenes), 3, quiet, 4)
@@ -1086,6 +1089,8 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
             select(whole, tmp_path / "x.jsonl", SelectOptions(splits=text), quiet)
     with pytest.raises(ConfigError, match=r"no candidate is left; this is what became of them: .*score: "):
         select(whole, tmp_path / "x.jsonl", SelectOptions(margin=1000.0), quiet)
+    with pytest.raises(ConfigError, match="--margin is of scores"):
+        select(whole, tmp_path / "x.jsonl", SelectOptions(rule="checks", margin=1.0), quiet)
     assert not list(tmp_path.glob("x*"))
     (hostile := Survival()).add("a\x1b[2J|b\n", "c\x1b|d")
     assert hostile.table().splitlines()[0] == r"| | a\\x1b\[2J\|b | all | |"
@@ -1335,12 +1340,16 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
     bench = tmp_path / "bench"
     bench.mkdir()
     Image.open(tmp_path / "9-1.png").save(bench / "x.jpg", quality=80)  # an edited picture that is a benchmark's
+    (bench / "y.png").write_bytes(b"no picture")
+    with pytest.raises(DataError) as broken:
+        open_image(bench / "y.png")
     (bench / "text.jsonl").write_text(json.dumps({"image": "x.jpg", "caption": rows[11]["texts"][1]["text"].upper()}) + "\n")
     found, sets = audited(tmp_path, {"train": rows[:20], "test": rows[20:]}, against=f"{bench},{bench / 'text.jsonl'}")
     said = {sentence: ids for sentence, ids in found.faults}
     assert [(sorted(ids), sentence) for sentence, ids in said.items()] == [
         (["g3", "g5"], "train: 1 pairs of originals are the same picture (1) or nearly so (0)"),
         (["g25", "g7"], "train and test share 1 originals or nearly so, and 0 picture files"),
+        ([], f"{bench}: 1 of its 2 pictures cannot be read, and are not compared; the first: {broken.value}"),
         (["g9"], "train has 0 pictures of bench, and 2 that are nearly one of them"),  # its original is alike, but for a disc
         (["g9"], "train has 0 pictures of text.jsonl, and 2 that are nearly one of them"),
         (["g11"], f"train: 1 groups have a text of text.jsonl, such as {rows[11]['texts'][1]['text']!r}"),

@@ -705,12 +705,15 @@ def test_a_page_shows_the_worst_and_the_best(scorer: Scorer, collator: Collator,
         (RESULTS, {"schema": "cfresults/9"}, "schema"),
         (RESULTS, "", "not the results of a benchmark"),
         (ITEMS, "{}\n", "items.jsonl: not the results of a benchmark .KeyError"),
-        (ITEMS, "x" * 100, "items.jsonl:1: no record"),
+        (ITEMS, "x" * 100 + "\n", "items.jsonl:1: no record"),
+        (ITEMS, None, "items.jsonl: not the results of a benchmark .ValueError: 0 of its 2 items"),
     ],
 )
 def test_a_damaged_file_is_one_sentence(name: str, content: Any, said: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "one", rows([True, False])) / "sugarcrepe" / "match"
-    (folder / name).write_text(json.dumps(content) if isinstance(content, dict) else content)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(json.dumps(content) if isinstance(content, dict) else content)
     with pytest.raises(DataError, match=said) as raised:
         read_results(tmp_path / "one")
     assert "\n" not in str(raised.value) and str(folder) in str(raised.value)

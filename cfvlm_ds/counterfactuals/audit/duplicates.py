@@ -51,7 +51,7 @@ def look(path: Path) -> Look | str:
         return str(error)
 
 
-def near_pairs(first: Sequence[Look], second: Sequence[Look], most_bits: int = NEAR) -> Iterator[Pair]:
+def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[Pair]:
     """Pairs of one sequence and another that are the same or nearly so. Flat pictures, whose hash says nothing, only count when equal."""
     by_digest: dict[bytes, list[int]] = {}
     for j, each in enumerate(second):
@@ -62,7 +62,7 @@ def near_pairs(first: Sequence[Look], second: Sequence[Look], most_bits: int = N
             exact.add((i, j))
             yield Pair(i, j, -1)
     ours, theirs = (np.array([each.hash for each in side], np.uint64) for side in (first, second))
-    for i, j in _close(ours, theirs, most_bits):
+    for i, j in _close(ours, theirs):
         if (i, j) not in exact and not (_is_flat(first[i].hash) or _is_flat(second[j].hash)):
             yield Pair(i, j, (first[i].hash ^ second[j].hash).bit_count())
 
@@ -71,11 +71,11 @@ def _is_flat(value: int) -> bool:
     return not 8 <= value.bit_count() <= 56
 
 
-def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], most_bits: int) -> Iterator[tuple[int, int]]:
-    """Yield all pairs that differ by at most so many bits: with 1 and -1 for bits, the product of two hashes is 64 less 2 for each."""
+def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Yield all pairs that differ by at most NEAR bits: with 1 and -1 for bits, the product of two hashes is 64 less 2 for each."""
     first, second = (np.unpackbits(side[:, None].view(np.uint8), axis=1) * np.float32(2) - 1 for side in (ours, theirs))
     for start in range(0, len(first), _BLOCK):
-        for i, j in np.argwhere(first[start : start + _BLOCK] @ second.T >= 64 - 2 * most_bits):
+        for i, j in np.argwhere(first[start : start + _BLOCK] @ second.T >= 64 - 2 * NEAR):
             yield start + int(i), int(j)
 
 

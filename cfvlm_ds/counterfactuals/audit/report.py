@@ -238,10 +238,11 @@ def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None
             for group in store:
                 pictures += [picture for image in group.images for picture in image]
                 texts += [candidate.text for candidate in group.candidates if len(candidate.text.split()) > 3]
-        theirs = [each for each in _looks(path.name, dict.fromkeys(pictures), say) if not isinstance(each, str)]
+        looks = list(_looks(path.name, dict.fromkeys(pictures), say))
+        theirs = [each for each in looks if not isinstance(each, str)]
         found.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
-        if pictures and not theirs:
-            found.fault(f"{path}: none of its {len(pictures)} pictures could be read, so nothing was compared")
+        if unread := [each for each in looks if isinstance(each, str)]:
+            found.fault(f"{path}: {len(unread)} of its {len(looks)} pictures cannot be read, and are not compared; the first: {unread[0]}")
         for each in sets:
             mine = list(each.looks.values())
             pairs = list(near_pairs(mine, theirs))

@@ -137,15 +137,15 @@ def picture_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
     return IMAGES if any(key in row for key in IMAGES) else PATHS
 
 
-def row_pictures(row: Mapping[str, Any], keys: Sequence[str], where: str = "row") -> Pictures:
+def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
     """The pictures of the first of these columns that a row has; none where it has none. Raises DataError for other media."""
     for key in _OTHER_MEDIA:
         if key in row:
-            raise DataError(f"{where}: {key!r} is not read; pictures and texts are, leave the row out")
+            raise DataError(f"row: {key!r} is not read; pictures and texts are, leave the row out")
     given = [key for key in keys if key in row]
     if len(given) > 1:
-        raise DataError(f"{where}: both {given[0]!r} and {given[1]!r} name pictures; keep one of them")
-    return read_pictures(row[given[0]], f"{where}: {given[0]!r}") if given else ()
+        raise DataError(f"row: both {given[0]!r} and {given[1]!r} name pictures; keep one of them")
+    return read_pictures(row[given[0]], f"row: {given[0]!r}") if given else ()
 
 
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
@@ -170,24 +170,24 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
     return spoken.turns, given
 
 
-def answer_of(turn: Turn, where: str) -> str:
+def answer_of(turn: Turn) -> str:
     """What the assistant says in a turn that is scored."""
     if turn.role != "assistant":
-        raise DataError(f"{where}: the conversation ends with the {turn.role}; its last message must be the assistant's, add or remove one")
+        raise DataError(f"row: the conversation ends with the {turn.role}; its last message must be the assistant's, add or remove one")
     if PICTURE in turn.parts:
-        raise DataError(f"{where}: an answer has a picture; pictures are shown by the user, move it or leave the row out")
+        raise DataError("row: an answer has a picture; pictures are shown by the user, move it or leave the row out")
     return " ".join(part for part in turn.parts if isinstance(part, str))
 
 
-def with_system(spoken: Spoken, row: Mapping[str, Any], where: str) -> Spoken:
+def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
     """The conversation behind the row's own ``system``, which some data sets have beside it."""
     said = row.get("system", "")
     if not isinstance(said, str):
-        raise DataError(f"{where}: 'system' must be a string, not {quoted(said)}")
+        raise DataError(f"row: 'system' must be a string, not {quoted(said)}")
     if not said.strip():
         return spoken
     if spoken.turns[0].role == "system":
-        raise DataError(f"{where}: both 'system' and the first message are of the system; keep one of them")
+        raise DataError("row: both 'system' and the first message are of the system; keep one of them")
     return spoken._replace(turns=(Turn("system", (said.strip(),)), *spoken.turns))
 
 
@@ -272,10 +272,10 @@ class Instruct:
     def _read(self, row: Mapping[str, Any]) -> _Read:
         row = without_nulls(row, self.ignore)
         spoken, used = self._spoken(row)
-        spoken = with_system(spoken, row, "row")
+        spoken = with_system(spoken, row)
         columns = IMAGES if any(spoken.pictures) else picture_columns(row)
         turns, pictures = placed(spoken, row_pictures(row, columns), "row")
-        answer_of(turns[-1], "row")
+        answer_of(turns[-1])
         kept = without(row, [*used, *columns, "id", "system", self.label])
         beside: list[dict[str, Any]] = [{}] * (len(turns) - len(spoken.further)) + spoken.further
         return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
@@ -289,7 +289,7 @@ class Instruct:
         """What the answer of a turn answers, with the pictures shown by then, and the answer."""
         before, last = read.turns[:number], read.turns[number]
         check_conversation(before, "row")
-        return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last, "row")
+        return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last)
 
     def _spoken(self, row: Mapping[str, Any]) -> tuple[Spoken, tuple[str, ...]]:
         for key in self.keys:

@@ -59,7 +59,7 @@ class Preference:
         """One row as a group. Raises DataError without file and line."""
         row = unpacked(without_nulls(row, self.ignore))
         used, asked, chosen, rejected, further = _said(row)
-        asked = with_system(asked, row, "row")
+        asked = with_system(asked, row)
         paths = IMAGES if any(asked.pictures) else picture_columns(row)
         turns, pictures = placed(asked, row_pictures(row, paths), "row")
         check_conversation(turns, "row")
@@ -147,4 +147,4 @@ def _after(asked: Spoken, said: Spoken) -> str:
     turns = said.turns[len(asked.turns) :] if repeats else said.turns
     if len(turns) != 1:
         raise DataError(f"row: an answer of {len(turns)} turns; chosen and rejected must differ in one answer of the assistant, the last")
-    return answer_of(turns[0], "row")
+    return answer_of(turns[0])

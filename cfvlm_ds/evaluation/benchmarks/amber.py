@@ -16,9 +16,9 @@ ASK = " Please answer Yes or No."
 
 
 def item(row: Row) -> Item:
-    known = _truth(row.source).get(str(row["id"]))
-    if known is None:
-        raise row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files of one revision")
+    truth, broken = _truth(row.source)
+    if (known := truth.get(str(row["id"]))) is None:
+        raise broken or row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files of one revision")
     kind = str(known["type"]).removeprefix("discriminative-").split("-")[0]
     return Item(
         str(row["id"]),
@@ -32,13 +32,10 @@ def item(row: Row) -> Item:
 
 
 @lru_cache(1)
-def _truth(source: Source) -> dict[str, Row]:
-    found = {}
-    for row in source.rows(TRUTH):
-        if isinstance(row, DataError):
-            raise row
-        found[str(row["id"])] = row
-    return found
+def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
+    """The annotations by id, and the first that cannot be read."""
+    rows = list(source.rows(TRUTH))
+    return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
 
 
 def metrics(table: Sequence[Judged]) -> Values:

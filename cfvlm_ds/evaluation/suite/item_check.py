@@ -56,12 +56,11 @@ def checked_items(
     collator: Collator,
     world: World,
     label: str,
-    alive: Callable[[], object] = lambda: None,
     seen: dict[Path, Picture | str] | None = None,
 ) -> Checked:
     """Look at all items; collective. Nothing is raised for what is wrong with one of them. Pictures that were ``seen`` before are not
     opened again, and the others are added to these."""
-    patience = Patience(world, alive)
+    patience = Patience(world)
 
     def together(found: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
         own = {}

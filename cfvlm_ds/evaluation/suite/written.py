@@ -160,6 +160,8 @@ def read_result(folder: Path) -> Result:
             raise ValueError(f"its schema is not {SCHEMA!r}")
         path = folder / ITEMS
         outcomes = tuple(_outcome(row) for _, row in records(path, remedy))
+        if len(outcomes) != (asked := record["items"]["asked"]):
+            raise ValueError(f"{len(outcomes)} of its {asked} items are there")
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, DataError):
             raise
