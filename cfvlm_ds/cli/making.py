@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from cfvlm_ds.cli.options import add_command, add_data_options, model_named, val
 from cfvlm_ds.core.config import IMAGE_LIMITS
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.ranks import num_ranks, own_rank
+from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.core.untrusted import refuse_one_file
@@ -25,7 +25,7 @@ from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeO
 
 if TYPE_CHECKING:
     from cfvlm_ds.counterfactuals.plan import Plan
-    from cfvlm_ds.counterfactuals.scorer import RankedScorer
+    from cfvlm_ds.counterfactuals.verify import Score
 
 _WORK = "work folder that `data propose` began"
 
@@ -84,10 +84,8 @@ def add(data: Any) -> None:
     _add_shard(command)
 
     text = "how far a work folder is, and which shards are missing"
-    command = add_command(data, "status", _status, text, "cfvlm-ds data status W --check")
+    command = add_command(data, "status", _status, text, "cfvlm-ds data status W")
     command.add_argument("work", help=_WORK)
-    text = "also compare what is there with what was written, journals by sha256 and tars by length; exit code 1 where a shard is damaged"
-    command.add_argument("--check", action="store_true", help=text)
 
 
 def _add_shard(command: argparse.ArgumentParser) -> None:
@@ -149,6 +147,7 @@ def _edited(work: Path, options: EditOptions, shard: tuple[int, int | None] | No
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    _one_process("verify")
     options = _values(arguments, "verify")
     if arguments.calibrate:
         from cfvlm_ds.counterfactuals.history import thresholds_of
@@ -171,16 +170,7 @@ def _verified(work: Path, options: VerifyOptions, shard: tuple[int, int | None] 
     number, of = shard or (0, None)
     done = WorkFolder.open(work).finished("verify", number, of, settings_of(options))
     score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and done is None else (None, None)
-    if score is None:
-        if own_rank() == 0:
-            _print_done("verify", verify(work, options, number, _say, None, of))
-    elif score.world.is_main:
-        try:
-            _print_done("verify", verify(work, options, number, _say, score, of, identity))
-        finally:
-            score.end()
-    else:
-        score.follow()
+    _print_done("verify", verify(work, options, number, _say, score, of, identity))
 
 
 def _select(arguments: argparse.Namespace) -> None:
@@ -269,11 +259,7 @@ def _one_shard(plan: Plan, shard: int) -> None:
 def _status(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.counterfactuals.status import status
 
-    found = status(Path(arguments.work), arguments.check)
-    print(found.text)
-    if found.damaged:
-        sys.stdout.flush()
-        sys.exit(1)
+    print(status(Path(arguments.work)))
 
 
 def _opened(manifest: str, root: Any, format: str) -> Any:
@@ -282,23 +268,36 @@ def _opened(manifest: str, root: Any, format: str) -> Any:
     return open_groups(manifest, root, format, progress=_say)
 
 
-def _scoring(name: str, batch_size: int) -> tuple[RankedScorer, dict[str, Any]]:
+def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
     """What scores groups with a model, and which weights do."""
     from cfvlm_ds.cli.models import load_scorer
-    from cfvlm_ds.counterfactuals.scorer import RankedScorer
+    from cfvlm_ds.core.distributed import World
     from cfvlm_ds.data.decoding import MAX_PIXELS
+    from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint
+
+    class Quiet(World):
+        """The step says how far it is; its batches do not."""
+
+        def say(self, message: str) -> None:
+            if message.startswith("warning: "):
+                super().say(message)
 
     model, adapter = model_named(name, dict.fromkeys(IMAGE_LIMITS))
     scorer, collator, world = load_scorer(model, adapter, max_pixels=MAX_PIXELS)
     identity: dict[str, Any] = {"model": name, **fingerprint(model)}
-    return RankedScorer(scorer, collator, world, batch_size), identity | ({"adapter": str(adapter)} if adapter else {})
+    quiet = Quiet(*vars(world).values())
+
+    def score(groups: Sequence[Any]) -> Sequence[Any]:
+        return score_groups(scorer, collator, groups, quiet, batch_size, remedy=f"lower --batch_size ({batch_size})")
+
+    return score, identity | ({"adapter": str(adapter)} if adapter else {})
 
 
 def _one_process(command: str) -> None:
     """Raise ConfigError where a launcher has started several: they would do the same work side by side."""
     if num_ranks() > 1:
-        raise ConfigError(f"data {command} is for one process, and {num_ranks()} were started; several ranks are for data verify --scorer")
+        raise ConfigError(f"data {command} is for one process, and {num_ranks()} were started; give each a shard of its own with --shard")
 
 
 def _say(line: str) -> None:

@@ -38,7 +38,6 @@ class ProposeOptions:
         seed: draws which of several possible edits is proposed.
         words: YAML of TYPE: [WORD, ...], the words that edits of a type may lead to, all as often; where not given, those of the built-in
             lists as often as the captions use them.
-        budget_tokens: tokens of a language model that a shard may spend. 0 for no bound.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of its model.
         llm_see: also send the picture.
@@ -52,7 +51,6 @@ class ProposeOptions:
     per_type: int = 1
     seed: int = 0
     words: str = ""
-    budget_tokens: int = 0
     llm_url: str = ""
     llm_model: str = ""
     llm_see: bool = False
@@ -61,7 +59,7 @@ class ProposeOptions:
     llm_attempts: int = 4
 
     def __post_init__(self) -> None:
-        _at_least(self, per_type=1, budget_tokens=0, llm_calls=1, llm_timeout_s=_SOON, llm_attempts=1)
+        _at_least(self, per_type=1, llm_calls=1, llm_timeout_s=_SOON, llm_attempts=1)
 
     @property
     def wanted(self) -> tuple[str, ...]:

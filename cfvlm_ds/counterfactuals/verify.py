@@ -34,9 +34,6 @@ from cfvlm_ds.evaluation.probes import Caption, Match
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 STEP = "verify"
-BATCHES = 8
-"""Batches of candidates that are scored together, by as many ranks at most: they are cut from the shard alone, never from where a kill
-was."""
 _DECIMALS = 4
 _LABELS = 1 << 20  # bytes of a line of labels
 
@@ -66,7 +63,7 @@ def verify(
             step.expect(record, edit=candidate.record["edit"], attempt=candidate.record["attempt"])
         total = (work.done("edit", shard) or {"records": 0})["records"]
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
-        size = BATCHES * options.batch_size
+        size = options.batch_size  # batches are cut from the shard alone, never from where a kill was
         whole = step.count // size * size
         looked = side_by_side(_looked_at, islice(candidates(work, shard), whole, None), cores_per_rank(), size)
         while part := list(islice(looked, size)):

@@ -5,7 +5,6 @@
     W/STEP/shard-00003.jsonl          a line a unit of work
     W/STEP/shard-00003.done.json      when the shard is through: its sha256, and that of the step before it that it was made of
     W/pictures/shard-00003.tar        edited pictures, named by their places in it
-    W/llm/shard-00003.jsonl           replies of a language model by request
     W/shards.bin                      the shard of each row, where there are several
     W/prices.json                     how often each word of the data may come and go, of the back end rules
     W/mine/slots.bin                  captions with one word left open, of the back end mine
@@ -21,6 +20,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from cfvlm_ds.data.store import GroupStore
 
 SCHEMA = "cfwork/1"
 STEPS = ("propose", "edit", "verify")
-_FOLDERS = (*STEPS, "pictures", "llm", "mine")
+_FOLDERS = (*STEPS, "pictures", "mine")
 MAX_SHARDS = 100_000
 OUTDATED = "was made of other records of the step before it than there are now"
 
@@ -154,32 +154,21 @@ class WorkFolder:
             return Path(named["path"])
         return self.path.absolute() / "pictures" / part_name(named["file"], named["start"], named["length"])
 
-    def damage(self, step: str, shard: int) -> str:
-        """What is wrong with the journal and the pictures of a shard that a step is through with; empty where they are what was written."""
-        done, file, tar = self.done(step, shard), self.file(step, shard), self.tar(shard)
-        if done is not None and sha256_of_file(file) != done["sha256"]:
-            return f"{file} is not what it was when the shard was through"
-        if done is not None and (size := tar.stat().st_size if tar.is_file() else 0) < done.get("pictures", 0):
-            return f"{tar} has {size} bytes, and {done['pictures']} when the shard was through"
-        before = self.done(STEPS[STEPS.index(step) - 1], shard)
-        return (
-            f"{file} {OUTDATED}" if done is not None and before is not None and done.get("of", before["sha256"]) != before["sha256"] else ""
-        )
-
     def need(self, step: str, shard: int) -> None:
-        """Raise ConfigError where a step is not through with a shard, DataError where what it or one before it has written is damaged."""
+        """Raise ConfigError where a step is not through with a shard, DataError where it or one before it was made of other records."""
         if self.done(step, shard) is None:
             remedy = f"run `cfvlm-ds data {step} {self.path} --shard {shard}/{self.shards}` first"
             raise ConfigError(f"{self.path}: {step} is not through with shard {shard}; {remedy}")
-        for each in STEPS[: STEPS.index(step) + 1]:
-            if wrong := self.damage(each, shard):
-                raise DataError(f"{wrong}; {self.again(each, shard)}")
+        for before, each in pairwise(STEPS[: STEPS.index(step) + 1]):
+            made, now = self.done(each, shard) or {}, self.done(before, shard) or {}
+            if made.get("of") != now.get("sha256"):
+                raise DataError(f"{self.file(each, shard)} {OUTDATED}; {self.again(each, shard)}")
 
     def finished(self, step: str, shard: int, of: int | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the completion of a shard that a step is through with; None where the step is still to be done.
 
         Raises ConfigError for what can be refused before anything is loaded for it: a shard that is none of this folder's, a step before
-        that is not through with it, and options that differ from those that the step was begun with. DataError for damage.
+        that is not through with it, and options that differ from those that the step was begun with. DataError for records of old ones.
         """
         of = self.shards if of is None else of
         if of != self.shards or not 0 <= shard < of:
@@ -221,8 +210,6 @@ class ShardStep:
             counted(record, counts)
         self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
-        if self.step == "edit":
-            done["pictures"] = self.work.tar(self.shard).stat().st_size
         if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
             done["of"] = before["sha256"]
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)

@@ -43,18 +43,14 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     if (done := work.finished(STEP, shard, of, said)) is not None:
         say(f"{out}: propose is through with shard {shard}")
         return done
-    context = Context(options, store, work, shard, words, say)
+    context = Context(options, store, work, words, say)
     back_ends = {name: PROPOSERS[name](context) for name in names}
     own = {name: dict(back_end.settings()) for name, back_end in back_ends.items()}
     work.settle(STEP, {**said, "settings": own})
     places = places_of(store, work, shard, say)
-    try:
-        with ShardStep(work, STEP, shard) as step:
-            _through(step, _distinct(store, places), back_ends, say, len(places))
-            return step.finish(counted)
-    finally:
-        for back_end in back_ends.values():
-            getattr(back_end, "close", lambda: None)()
+    with ShardStep(work, STEP, shard) as step:
+        _through(step, _distinct(store, places), back_ends, say, len(places))
+        return step.finish(counted)
 
 
 def settings_of(options: ProposeOptions) -> dict[str, Any]:
