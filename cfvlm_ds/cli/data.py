@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfvlm_ds.cli import looking, making
-from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, positive, values_of
+from cfvlm_ds.cli.options import OnError, Positive, add_command, add_data_options, add_function, add_model_options, model_of, positive
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.core.config import BuildConfig, ScenesConfig
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
@@ -23,16 +23,13 @@ def add(commands: Any) -> None:
     text, example = "make, check, convert, prepare and look at data", "cfvlm-ds data convert captions.csv --root images --out groups.jsonl"
     command = commands.add_parser("data", help=text, description=text, epilog=f"example: {example}")
     data = command.add_subparsers(dest="action", required=True)
-    command = add_command(data, "build", _build, "write the embedded world of scenes", "cfvlm-ds data build runs/scenes --num_train 4000")
-    add_fields(command, ScenesConfig)
-    text = "also write its test groups, or those of a world that is there, into this folder as SugarCrepe, NaturalBench and POPE"
-    command.add_argument("--benchmarks", metavar="FOLDER", help=text)
+    add_function(data, _build)
     command = add_command(data, "check", _check, "report everything wrong with a manifest", "cfvlm-ds data check groups.jsonl")
     command.add_argument("manifest")
     add_data_options(command)
     command.add_argument("--model", help="model folder or hub name; also checks that every text fits its window")
     add_model_options(command)
-    add_command(data, "formats", _formats, "list the formats of rows and the containers of files", "cfvlm-ds data formats")
+    add_function(data, _formats)
     example = "cfvlm-ds data convert llava_665k.json --root /data/coco --out groups.jsonl"
     command = add_command(data, "convert", _convert, "write any data as groups, one JSON object per line", example)
     command.add_argument("manifest")
@@ -44,14 +41,7 @@ def add(commands: Any) -> None:
         help="skip rows that are no group and those with broken pictures, and list them",
     )
     add_data_options(command)
-    example = "cfvlm-ds data download rows.jsonl --out local.jsonl"
-    text = "fetch the pictures that rows name by http(s) address, or hold as text, and write the rows with files in their place"
-    command = add_command(data, "download", _download, text, example)
-    command.add_argument("manifest")
-    command.add_argument("--out", required=True, help="JSON lines to write; the pictures go to the folder OUT.pictures beside it")
-    command.add_argument("--on_error", choices=("error", "skip"), default="error", help="skip rows without their pictures, and list them")
-    command.add_argument("--threads", type=positive, default=16, help="pictures fetched side by side (default 16)")
-
+    add_function(data, _download)
     looking.add(data)
     making.add(data)
     example = "cfvlm-ds data prepare groups.jsonl --out STORE --pack"
@@ -69,28 +59,40 @@ def add(commands: Any) -> None:
     text = "prepare every N-th part from number I on, 0 to N-1; the others are for other calls, all of which are made twice"
     command.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help=text)
     add_data_options(command)
-
-    command = add_command(commands, "tiny", _tiny, "write a small random model for smoke tests", "cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen")
-    command.add_argument("family", help="a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl")
-    command.add_argument("out_dir", help="folder to write")
-    command.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
+    add_function(commands, _tiny)
 
 
-def _build(arguments: argparse.Namespace) -> None:
+def _build(scenes: ScenesConfig, *, benchmarks: str | None = None) -> None:
+    """Write the embedded world of scenes.
+
+    Example: cfvlm-ds data build runs/scenes --num_train 4000
+
+    Args:
+        benchmarks: also write its test groups, or those of a world that is there, into this folder as SugarCrepe, NaturalBench and POPE.
+    """
     from cfvlm_ds.demo.scenes import build_benchmarks, config_in
 
-    config = ScenesConfig(**values_of(arguments, ScenesConfig))
-    if arguments.benchmarks and config == ScenesConfig(config.out_dir):  # without options, the world that is there
+    config = scenes
+    if benchmarks and config == ScenesConfig(config.out_dir):  # without options, the world that is there
         config = config_in(Path(config.out_dir)) or config
     build(BuildConfig(scenes=config))
-    if arguments.benchmarks:
-        print(f"wrote {build_benchmarks(config, Path(arguments.benchmarks))}: sugarcrepe, naturalbench, pope")
+    if benchmarks:
+        print(f"wrote {build_benchmarks(config, Path(benchmarks))}: sugarcrepe, naturalbench, pope")
 
 
-def _tiny(arguments: argparse.Namespace) -> None:
+def _tiny(family: str, out_dir: str, *, seed: int = 0) -> None:
+    """Write a small random model for smoke tests.
+
+    Example: cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen
+
+    Args:
+        family: a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl.
+        out_dir: folder to write.
+        seed: seed of the weights.
+    """
     from cfvlm_ds.demo.family_checkpoints import write_small
 
-    print(f"wrote {write_small(arguments.family, Path(arguments.out_dir), arguments.seed)}")
+    print(f"wrote {write_small(family, Path(out_dir), seed)}")
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -155,7 +157,11 @@ def _refuse(report: CheckReport) -> None:
         raise DataError(report.problems[0] + (f" ({more} more, listed above)" if more else ""))
 
 
-def _formats(arguments: argparse.Namespace) -> None:
+def _formats() -> None:
+    """List the formats of rows and the containers of files.
+
+    Example: cfvlm-ds data formats
+    """
     from cfvlm_ds.data.containers.kinds import CONTAINERS
     from cfvlm_ds.data.formats import FORMATS
     from cfvlm_ds.data.formats.recognise import SAMPLES
@@ -177,11 +183,21 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"wrote {out}: {done.groups} groups; paths of pictures are relative to {where}")
 
 
-def _download(arguments: argparse.Namespace) -> None:
+def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
+    """Fetch the pictures that rows name by http(s) address, or hold as text, and write the rows with files in their place.
+
+    Example: cfvlm-ds data download rows.jsonl --out local.jsonl
+
+    Args:
+        manifest: any data of a known format.
+        out: JSON lines to write; the pictures go to the folder OUT.pictures beside it.
+        on_error: skip rows without their pictures, and list them.
+        threads: pictures fetched side by side.
+    """
     from cfvlm_ds.data.download import COLUMNS, download
 
-    done = download(Path(arguments.manifest), Path(arguments.out), arguments.on_error, arguments.threads, print)
-    print(f"wrote {arguments.out}: {done.rows} rows with {done.pictures} pictures in {Path(arguments.out).name}.pictures")
+    done = download(Path(manifest), Path(out), on_error, threads, print)
+    print(f"wrote {out}: {done.rows} rows with {done.pictures} pictures in {Path(out).name}.pictures")
     if not done.pictures:
         print(f"no row names an address, which is looked for in the columns {', '.join(sorted(COLUMNS))}: rename a column that has some")
 

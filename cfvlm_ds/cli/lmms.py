@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.cli.options import add_command, add_model_options, model_named
-from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
+from cfvlm_ds.cli.options import ImageLimits, add_function, model_named
+from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 
 NAME = "cfvlm_ds"
@@ -16,10 +14,7 @@ NAME = "cfvlm_ds"
 
 def add(commands: Any) -> None:
     """Add the command to a parser's."""
-    text = 'arguments by which lmms-eval asks a model: lmms-eval --model cfvlm_ds --model_args "$(cfvlm-ds lmms_args runs/mine)" ...'
-    command = add_command(commands, "lmms_args", _lmms_args, text, "cfvlm-ds lmms_args runs/mine")
-    command.add_argument("model", help="model folder or hub name, run folder, or folder of adapters")
-    add_model_options(command)
+    add_function(commands, _lmms_args)
 
 
 def manifest() -> Any:
@@ -29,7 +24,7 @@ def manifest() -> Any:
     return ModelManifest(model_id=NAME, simple_class_path="cfvlm_ds.cli.lmms_model.LmmsModel")
 
 
-def checked_model(name: str, identity: str, limits: Mapping[str, int | None]) -> tuple[ModelConfig, Path | None]:
+def checked_model(name: str, identity: str, limits: ImageLimits) -> tuple[ModelConfig, Path | None]:
     """The model of lmms-eval's arguments, and its adapters.
 
     lmms-eval keeps answers by a model's name and arguments, and would serve those of weights that have been replaced since. So the
@@ -57,10 +52,16 @@ def _identity(model: ModelConfig, adapter: Path | None) -> str:
     return "w" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _lmms_args(arguments: argparse.Namespace) -> None:
-    if set(arguments.model) & set(",={}[]\"'") or arguments.model != arguments.model.strip():
-        raise ConfigError(f"{arguments.model}: lmms-eval's arguments take no such letters in a value; give the folder another name")
-    limits = {name: getattr(arguments, f"model.{name}") for name in IMAGE_LIMITS}
-    given = {name: value for name, value in limits.items() if value}
-    identity = _identity(*model_named(arguments.model, limits))
-    print(",".join(f"{name}={value}" for name, value in {"pretrained": arguments.model, "identity": identity, **given}.items()))
+def _lmms_args(model: str, *, limits: ImageLimits) -> None:
+    """Print the arguments by which lmms-eval asks a model: lmms-eval --model cfvlm_ds --model_args "$(cfvlm-ds lmms_args runs/mine)" ...
+
+    Example: cfvlm-ds lmms_args runs/mine
+
+    Args:
+        model: model folder or hub name, run folder, or folder of adapters.
+    """
+    if set(model) & set(",={}[]\"'") or model != model.strip():
+        raise ConfigError(f"{model}: lmms-eval's arguments take no such letters in a value; give the folder another name")
+    given = {name: value for name, value in vars(limits).items() if value}
+    found = {"pretrained": model, "identity": _identity(*model_named(model, limits)), **given}
+    print(",".join(f"{name}={value}" for name, value in found.items()))

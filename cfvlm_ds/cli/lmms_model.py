@@ -9,6 +9,7 @@ import torch
 
 from cfvlm_ds.cli.lmms import checked_model
 from cfvlm_ds.cli.models import load_scorer
+from cfvlm_ds.cli.options import ImageLimits
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data.decoding import MAX_PIXELS
@@ -63,9 +64,7 @@ class LmmsModel(lmms):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"--batch_size {batch_size}: it is a number of pictures; give one of at least 1")
-        model, adapter = checked_model(
-            str(pretrained), str(identity), {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_tiles": max_tiles}
-        )
+        model, adapter = checked_model(str(pretrained), str(identity), ImageLimits(min_pixels, max_pixels, max_tiles))
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each rank has a whole model, and its share of the requests
             from accelerate import Accelerator
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from cfvlm_ds.cli import cluster, data, lmms, models, package
 from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
 from cfvlm_ds.cli.options import Parser, add_verbosity, refuse_empty, refuse_unknown
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import asked, show
 
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         refuse_empty(arguments)
+        if arguments.command == "data" and num_ranks() > 1:  # they would do the same work side by side
+            raise ConfigError(f"data {arguments.action} is for one process, and {num_ranks()} were started; start one, of each shard")
         arguments.function(arguments)
 
     exit_cleanly(lambda: files_named(run))
@@ -46,7 +50,7 @@ def parser() -> Parser:
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
     top = Parser(prog="cfvlm-ds", description=text, epilog="example: cfvlm-ds data check groups.jsonl --root images")
     top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and end")
-    top.set_defaults(quiet=False, verbose=False, parser=top)
+    top.set_defaults(quiet=False, verbose=False)
     add_verbosity(top)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
