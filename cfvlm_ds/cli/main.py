@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from cfvlm_ds.cli import cluster, data, lmms, models, package
+from cfvlm_ds.cli import cluster, data, models, package
 from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
 from cfvlm_ds.cli.options import Parser, add_verbosity, refuse_empty, refuse_unknown
 from cfvlm_ds.core.errors import ConfigError
@@ -54,7 +54,7 @@ def parser() -> Parser:
     add_verbosity(top)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
-    for group in (data, models, lmms, cluster, package):
+    for group in (data, models, cluster, package):
         group.add(commands)
     return top
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -119,15 +120,22 @@ def add_function(parent: Any, function: Callable[..., None]) -> None:
 
 
 def _add_parameters(command: argparse.ArgumentParser, described: Callable[..., Any]) -> None:
+    for name, given in _parameters(described):
+        command.add_argument(name, **given)
+
+
+@functools.cache
+def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What add_argument takes for the parameters of a function, or the fields of a dataclass."""
     args = inspect.cleandoc(described.__doc__ or "").partition("Args:\n")[2]
     said = dict(re.findall(r"^    (\w+): (.+?)(?=\n    \w|\n*\Z)", args, re.MULTILINE | re.DOTALL))
-    hints, prefix = get_type_hints(described, include_extras=True), getattr(described, "PREFIX", "")
+    hints, prefix, found = get_type_hints(described, include_extras=True), getattr(described, "PREFIX", ""), []
     for each in inspect.signature(described).parameters.values():
         hint, default = hints[each.name], each.default
         kind = get_args(hint)[0] if NoneType in get_args(hint) else hint
         kind, more = (kind.__origin__, dict(kind.__metadata__)) if get_origin(kind) is Annotated else (kind, {})
         if is_dataclass(kind):
-            _add_parameters(command, kind)
+            found += _parameters(kind)
         if is_dataclass(kind) or get_origin(kind) is dict:  # nested values belong in YAML
             continue
         shown = "" if kind is bool or default in (None, "", each.empty) else f" (default {default})"
@@ -143,17 +151,17 @@ def _add_parameters(command: argparse.ArgumentParser, described: Callable[..., A
             given["nargs"] = "+"
         else:
             given["type"] = kind
-        given |= {} if default in (each.empty, False) else {"default": default}
-        name = f"--{prefix}{each.name}".replace("--back_ends", "--with") if is_option else each.name
-        command.add_argument(name, **given | more)
+        given |= {} if kind is bool or default is each.empty else {"default": default}
+        found.append((f"--{prefix}{each.name}".replace("--back_ends", "--with") if is_option else each.name, given | more))
+    return found
 
 
 def _called(function: Callable[..., Any], arguments: argparse.Namespace) -> Any:
     """Call a function, or make a dataclass, with what was given for its parameters."""
     hints, prefix, given = get_type_hints(function), getattr(function, "PREFIX", ""), vars(arguments)
     names = inspect.signature(function).parameters
-    values = {name: _called(hints[name], arguments) for name in names if is_dataclass(hints[name])}
-    return function(**values, **{name: given[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in given})
+    sections = {name: _called(hints[name], arguments) for name in names if is_dataclass(hints[name])}
+    return function(**{name: given[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in given} | sections)
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,8 +53,12 @@ def _init(folder: str) -> None:
     to.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=to) as partial:
         for name in SHIPPED:
-            source, target = shipped(name), Path(partial) / name
-            shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+            source = shipped(name)
+            for path in source.iterdir() if source.is_dir() else [source]:
+                if path.is_file():
+                    target = Path(partial) / path.relative_to(source.parent)
+                    target.parent.mkdir(exist_ok=True)
+                    target.write_bytes(path.read_bytes())
         environment = Path(partial) / "slurm" / "env.sh"
         environment.write_text(_with_python(environment.read_text()))
         for name in SHIPPED:

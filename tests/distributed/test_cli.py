@@ -61,7 +61,6 @@ COMMANDS = [
     ["compare"],
     ["track"],
     ["export"],
-    ["lmms_args"],
     ["init"],
     ["completion"],
     *(["cluster", name] for name in ("check", "output_dir")),

@@ -1376,7 +1376,8 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
     plan.write_text(text)
     said_by(capsys, "data", "run", "--config", plan)
     for words, message in (
-        (["--shard", "3"], "has shards 0 to 2"), (["--shard", "0/4"], "has 3 shards"), (["--config", "none.yaml"], "no such file"),
+        (["--shard", "3"], "has shards 0 to 2"), (["--shard", "0/4"], "say one of them, or I/3"),
+        (["--config", "none.yaml"], "no such file"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             main.main(["data", "run", "--config", str(plan), *words])
