@@ -113,7 +113,7 @@ def _verify(
         print(step.calibrate(folder.path, Path(calibrate), thresholds_of(folder, rule=rule), precision))
         print(f"wrote {folder.path / 'thresholds.json'}, which select takes")
         return
-    done = folder.finished("verify", number, of, step.settings_of(options))
+    done = folder.finished("verify", number, of, options)
     score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and done is None else (None, None)
     _print_done("verify", step.verify(folder.path, options, number, _say, score, of, identity))
 

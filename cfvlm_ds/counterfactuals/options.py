@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from cfvlm_ds.core.errors import ConfigError
 
@@ -21,6 +22,11 @@ def _at_least(options: object, **least: float) -> None:
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= low):
             raise ConfigError(f"--{name} {value}: it is at least {low:g}")
+
+
+def meaning(options: Any) -> dict[str, Any]:
+    """What of the options of a step decides its records; the others may change when it goes on."""
+    return {name: value for name, value in asdict(options).items() if name not in options.FREE}
 
 
 _SOON = 0.001
@@ -46,6 +52,7 @@ class ProposeOptions:
         llm_attempts: calls for a caption before its failure is noted.
     """
 
+    FREE: ClassVar = ("llm_calls", "llm_timeout_s", "llm_attempts", "words")
     back_ends: str = "rules"
     types: str = ",".join(TYPES[:-1])
     per_type: int = 1
@@ -92,6 +99,7 @@ class EditOptions:
         threads: pictures that command is asked for side by side.
     """
 
+    FREE: ClassVar = ("threads", "timeout_s")
     back_ends: str = "flip,none"
     model: str = ""
     attempts: int = 1
@@ -120,6 +128,7 @@ class VerifyOptions:
         clip: folder or hub name of a CLIP or SigLIP, whose cosines of pictures and texts are written down too.
     """
 
+    FREE: ClassVar = ("batch_size",)
     scorer: str = ""
     template: str = TEMPLATE
     prompt: str = PROMPT

@@ -22,24 +22,27 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.journal import Journal, as_line, records
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MIB, open_regular, read_json
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
+from cfvlm_ds.counterfactuals.options import meaning
 from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.store import GroupStore
 
-SCHEMA = "cfwork/1"
+SCHEMA = "cfwork/2"
 STEPS = ("propose", "edit", "verify")
 _FOLDERS = (*STEPS, "pictures", "mine")
 MAX_SHARDS = 100_000
+T = TypeVar("T")
 OUTDATED = "was made of other records of the step before it than there are now"
 
 
@@ -108,15 +111,14 @@ class WorkFolder:
             raise ConfigError(f"{path} is no work folder; begin one with `cfvlm-ds data propose`")
         return cls(path, about)
 
-    def settle(self, step: str, settings: Mapping[str, Any]) -> None:
+    def settle(self, step: str, options: Any, **more: Any) -> None:
         """Write what decides a step, without secrets, or refuse what differs from an earlier shard or call. A secret may change."""
-        _settled(self.path / f"{step}.json", masked({**settings, "cfvlm-ds": version("cfvlm-ds")}), self.path)
+        _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
-    def refuse_other(self, step: str, options: Mapping[str, Any]) -> None:
+    def refuse_other(self, step: str, options: Any) -> None:
         """Refuse options that differ from those that a step was begun with, before anything is loaded for it."""
-        if (path := self.path / f"{step}.json").exists():
-            begun = self.settings(step)
-            _settled(path, {**begun, **masked(options)} if begun else options, self.path)
+        if begun := self.settings(step):
+            _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
         """What decides a step; empty where it was not begun."""
@@ -164,7 +166,9 @@ class WorkFolder:
             if made.get("of") != now.get("sha256"):
                 raise DataError(f"{self.file(each, shard)} {OUTDATED}; {self.again(each, shard)}")
 
-    def finished(self, step: str, shard: int, of: int | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    def finished(
+        self, step: str, shard: int, of: int | None, options: Any, say: Callable[[str], object] = lambda line: None
+    ) -> dict[str, Any] | None:
         """Return the completion of a shard that a step is through with; None where the step is still to be done.
 
         Raises ConfigError for what can be refused before anything is loaded for it: a shard that is none of this folder's, a step before
@@ -180,6 +184,7 @@ class WorkFolder:
         self.refuse_other(step, options)
         if (done := self.done(step, shard)) is not None:
             self.need(step, shard)
+            say(f"{self.path}: {step} is through with shard {shard}")
         return done
 
 
@@ -203,11 +208,22 @@ class ShardStep:
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path}: it has a record of {quoted(record)[:120]} in place of {named}; start a new work folder")
 
-    def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None]) -> dict[str, Any]:
-        """The shard is through."""
-        counts: Counter[str] = Counter()
+    def remaining(
+        self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
+    ) -> Iterator[T]:
+        """The units that have no record yet; each counts as done when the next one is asked for."""
+        for record, each in zip(self.work.records(self.step, self.shard), units, strict=False):
+            self.expect(record, **named(each))
+        yield from Progress(say, self.step, max(total - self.count, 1), unit).over(units)
+
+    def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], say: Callable[[str], object]) -> dict[str, Any]:
+        """The shard is through. The first row or picture that cannot be used is named."""
+        counts, unusable = Counter[str](), ""
         for record in self.work.records(self.step, self.shard):
             counted(record, counts)
+            unusable = unusable or record.get("detail", "")
+        if unusable:
+            say(f"warning: {self.step}: some rows or pictures cannot be used, and are counted; the first: {unusable}")
         self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
         if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:

@@ -336,7 +336,7 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text("\n".join(rows) + "\n")
     done = propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "W", ProposeOptions(), 0, quiet)
     assert done["counts"]["unreadable rows"] == 4 and done["counts"]["captions"] == 1
-    problems = [record["problem"] for record in WorkFolder.open(tmp_path / "W").records("propose", 0) if "problem" in record]
+    problems = [record["detail"] for record in WorkFolder.open(tmp_path / "W").records("propose", 0) if "problem" in record]
     assert "c.jsonl:2: id 'a' is used by an earlier row" in problems[0] and "c.jsonl:3" in problems[1] and "c.jsonl:4" in problems[2]
     assert problems[3] == f"{tmp_path}/c.jsonl:5: an id of 1001 characters; shorten it to 1000"
 
@@ -447,7 +447,7 @@ def test_pictures_that_are_not_there_are_said(photos: Path, tmp_path: Path) -> N
     propose(open_groups(photos, None, "auto"), tmp_path / "V", ProposeOptions(), 0, quiet)
     edit(tmp_path / "V", EditOptions(), 0, said.append)
     (line,) = [line for line in said if line.startswith("warning: ")]
-    assert re.search(r"some pictures cannot be read, .*; the first: .*3\.png", line)
+    assert re.search(r"edit: some rows or pictures cannot be used, .*; the first: .*3\.png", line)
 
 
 def test_a_caption_that_is_corrected_is_noticed_whatever_the_size(photos: Path, tmp_path: Path) -> None:
@@ -995,7 +995,7 @@ def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: s
         Diffusers(EditOptions(model=options.model, options="steps=2"))
     with pytest.raises(ConfigError, match="no pipeline of diffusers"):
         Diffusers(EditOptions(model=str(tmp_path)))
-    unit = Unit(task(path, seed=1, mask=tmp_path / "m.png"), "diffusers", "")
+    unit = Unit(task(path, seed=1, mask=tmp_path / "m.png"), "diffusers", {"original": "", "proposal": {}})
     record, made = make(unit, {"diffusers": editor}, EditOptions())
     assert made is not None and record["picture"]["size"] == [50, 41]
     pixels, original, inside = np.asarray(Image.open(io.BytesIO(made))), np.asarray(open_image(path)), np.asarray(mask) > 0
