@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.journal import Journal, as_line, records
+from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MIB, open_regular, read_json
 from cfvlm_ds.core.secrets import masked
@@ -146,9 +147,8 @@ class WorkFolder:
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
-        """Yield the records of a step and shard. Raises DataError naming file and line for what is none."""
-        for _, record in records(self.file(step, shard), self.again(step, shard)):
-            yield record
+        """The records of a step and shard. Raises DataError naming file and line for what is none."""
+        return records(self.file(step, shard), self.again(step, shard))
 
     def picture(self, named: Mapping[str, Any]) -> Path:
         """The picture that an attempt names, a file or a part of a tar, as every reader of pictures takes it."""
@@ -264,21 +264,10 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
     remedy = f"take the same ones, or another folder than {folder}"
     if path.stem in STEPS:
         remedy += f"; to do {path.stem} again, remove {path} and {path.with_suffix('')}, and those of the steps after it"
-    differing = _differing(found, now)
-    shown = "; ".join(f"{key}: {quoted(then, 160)} then, {quoted(value, 160)} now" for key, then, value in differing[:4])
+    then, new = flat(found), flat(now)
+    differing = [(key, then.get(key), new.get(key)) for key in sorted({*then, *new}) if then.get(key) != new.get(key)]
+    shown = "; ".join(f"{key}: {quoted(was, 160)} then, {quoted(value, 160)} now" for key, was, value in differing[:4])
     raise ConfigError(f"{path} was begun with other settings ({shown}); {remedy}")
-
-
-def _differing(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted names of what differs, with both values."""
-    found: list[tuple[str, Any, Any]] = []
-    for key in sorted({*then, *now}):
-        one, other = then.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += _differing(one, other, f"{prefix}{key}.")
-        elif one != other:
-            found.append((f"{prefix}{key}", one, other))
-    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

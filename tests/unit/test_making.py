@@ -228,9 +228,9 @@ def candidates_of(out: Path, step: str) -> dict[tuple[str, int], Any]:
     work, found = WorkFolder.open(out), {}
     for shard in range(work.shards):
         for record in work.records(step, shard):
-            picture = record.get("picture")
-            if isinstance(picture, dict):
-                record["picture"] = picture.get("sha256")
+            for each in (record, record.get("made", {})):
+                if isinstance(picture := each.get("picture"), dict):
+                    each["picture"] = picture.get("sha256")
             found[record.get("edit") or record["source"], record.get("attempt", 0)] = record
     return found
 
@@ -286,9 +286,9 @@ def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes:
 def test_damaged_records_are_named(line: bytes, whole: Path, scenes: Path, tmp_path: Path) -> None:
     out = tmp_path / "W"
     shutil.copytree(whole, out)
-    lines = (out / "edit" / "shard-00000.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "edit" / "shard-00000.jsonl").write_bytes(b"".join([*lines[:2], line + b"\n", *lines[3:]]))
-    with pytest.raises(DataError, match=r"edit/shard-00000\.jsonl:3: no record .*; remove "):
+    lines = (out / "verify" / "shard-00000.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "verify" / "shard-00000.jsonl").write_bytes(b"".join([*lines[:2], line + b"\n", *lines[3:]]))
+    with pytest.raises(DataError, match=r"verify/shard-00000\.jsonl:3: no record .*; remove "):
         select(out, tmp_path / "groups.jsonl", SelectOptions(), quiet)
     assert not (tmp_path / "groups.jsonl").exists()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.named import near
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import printable
@@ -110,9 +110,7 @@ def named(listed: str, known: Mapping[str, Any], option: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise ConfigError(f"{option} {name}: no such back end; {hint}")
+            raise ConfigError(f"{option} {name}: no such back end; {near(name, known, 'there are ')}")
     if not names:
         raise ConfigError(f"{option} names none; there are {', '.join(known)}")
     return names
