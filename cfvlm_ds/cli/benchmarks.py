@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Positive, Scoring, model_named
+from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Positive, Scoring, model_named, say
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.verbosity import shows_progress
 
 
 class _InPlaceOfManifests(argparse.Action):
@@ -149,10 +148,10 @@ def _asked(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, ident
         "device": world.device.type,
         "attention": attention("auto", scorer.model.config),
     }
-    say = None if zero3 else partial(write, scorer.model, collator, world.device, do_sample=False, num_beams=1)
-    if say is not None:
+    writing = None if zero3 else partial(write, scorer.model, collator, world.device, do_sample=False, num_beams=1)
+    if writing is not None:
         identity = {**identity, "writing": writing_digest(scorer.model)}
-    return Asked(scorer, collator, world, name, identity, precision, say)
+    return Asked(scorer, collator, world, name, identity, precision, writing)
 
 
 def compare(
@@ -174,7 +173,6 @@ def compare(
         sample: items of each benchmark on the page.
         draws: exchanges of the two models' answers that are drawn, by default as draws of evaluate.
     """
-    from cfvlm_ds.core.secrets import print_line
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
     from cfvlm_ds.evaluation.suite.tables import overview, summary
     from cfvlm_ds.evaluation.suite.written import read_results
@@ -183,7 +181,6 @@ def compare(
         raise ConfigError(f"compare takes one or two folders of results, not {len(results)}; name two at a time")
     if out and not benchmark_root:
         raise ConfigError("--out needs --benchmark_root, the folder of the benchmarks, from which the page takes the pictures; add it")
-    say: Callable[[str], object] = print_line if shows_progress() else lambda line: None
     first, *more = (Path(each) for each in results)
     if out:
         from cfvlm_ds.page import refuse_foreign_folder

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.cli.options import ImageLimits, Positive, Reading, add_function, model_named
+from cfvlm_ds.cli.options import ImageLimits, Positive, Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.core.verbosity import shows_progress
 
 
 def add(data: Any) -> None:
@@ -45,7 +43,6 @@ def _view(
     if sample and ids:
         raise ConfigError("--sample draws groups, and --ids names them; give one of the two")
     number, folder = sample or 200, Path(out)
-    say = print_line if shows_progress() else lambda line: None
     if (Path(source) / "run.json").is_file():
         from cfvlm_ds.counterfactuals.looking import view_work
 
@@ -83,8 +80,7 @@ def _stats(manifest: str, *, out: str | None = None, reading: Reading, model: st
         from cfvlm_ds.batching.collator import load_collator
 
         lengths = load_collator(model_named(model, limits)[0], "full", reading.max_pixels)
-    options: dict[str, Any] = {} if shows_progress() else {"progress": lambda line: None}
-    found = statistics(manifest, reading.root, reading.format, lengths=lengths, max_pixels=reading.max_pixels, **options)
+    found = statistics(manifest, reading.root, reading.format, lengths=lengths, max_pixels=reading.max_pixels, progress=say)
     if not found.num_groups and found.problems:
         raise DataError(found.problems[0])
     print(found)

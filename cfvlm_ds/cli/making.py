@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cfvlm_ds.cli.options import Reading, add_function, model_named
+from cfvlm_ds.cli.options import Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.core.untrusted import refuse_one_file
-from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 
 if TYPE_CHECKING:
@@ -62,10 +60,11 @@ def _propose(manifest: str, *, out: str, options: ProposeOptions, part: Part, re
         out: work folder, made where it is not there.
     """
     from cfvlm_ds.counterfactuals.propose.step import propose
+    from cfvlm_ds.data import open_groups
 
     number, of = part.shard or (0, None)
-    store = _opened(manifest, reading.root, reading.format)
-    _print_done("propose", propose(store, Path(out), options, number, _say, of or 1))
+    store = open_groups(manifest, reading.root, reading.format, progress=say)
+    _print_done("propose", propose(store, Path(out), options, number, say, of or 1))
 
 
 def _edit(work: str, *, options: EditOptions, part: Part) -> None:
@@ -79,7 +78,7 @@ def _edit(work: str, *, options: EditOptions, part: Part) -> None:
     from cfvlm_ds.counterfactuals.edit.step import edit
 
     number, of = part.shard or (0, None)
-    _print_done("edit", edit(Path(work), options, number, _say, of))
+    _print_done("edit", edit(Path(work), options, number, say, of))
 
 
 def _verify(
@@ -115,7 +114,7 @@ def _verify(
         return
     done = folder.finished("verify", number, of, options)
     score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and done is None else (None, None)
-    _print_done("verify", step.verify(folder.path, options, number, _say, score, of, identity))
+    _print_done("verify", step.verify(folder.path, options, number, say, score, of, identity))
 
 
 def _select(work: str, *, out: str, figure: str | None = None, options: SelectOptions) -> None:
@@ -132,7 +131,7 @@ def _select(work: str, *, out: str, figure: str | None = None, options: SelectOp
     from cfvlm_ds.tracking.data_figure import data_figure, figure_file
 
     drawn = [] if figure is None else [figure_file(figure, "--figure")]
-    survival = select(Path(work), Path(out), options, _say, *drawn)
+    survival = select(Path(work), Path(out), options, say, *drawn)
     print(survival.table())
     print("\n" + survival.captions())
     for name, count in survival.files.items():
@@ -167,8 +166,8 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
             )
         refined_file(Path(options.refine), *manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
-    found, sets = audit(manifest, reading.root, reading.format, options, _say, score)
-    write_report(found, sets, folder, _say)
+    found, sets = audit(manifest, reading.root, reading.format, options, say, score)
+    write_report(found, sets, folder, say)
     print(found.markdown())
     print(f"wrote {folder.with_name(folder.name + '.md')}, {folder.with_name(folder.name + '.json')} and {folder / 'index.html'}")
     if options.strict and found.faults:
@@ -187,6 +186,7 @@ def _run(*, config: str, part: Part) -> None:
     from cfvlm_ds.core.run_folder import named_model, refuse_absent
     from cfvlm_ds.counterfactuals.plan import read_plan
     from cfvlm_ds.counterfactuals.propose.step import propose
+    from cfvlm_ds.data import open_groups
 
     plan = read_plan(config)
     plan.check()
@@ -196,8 +196,8 @@ def _run(*, config: str, part: Part) -> None:
     if shard is not None and (shard[1] not in (None, plan.shards) or shard[0] >= plan.shards):
         raise ConfigError(f"--shard: the plan {config} has shards 0 to {plan.shards - 1}; say one of them, or I/{plan.shards}")
     for number in range(plan.shards) if shard is None else [shard[0]]:
-        store = _opened(plan.data, plan.root, plan.format)
-        _print_done("propose", propose(store, Path(plan.out), plan.propose, number, _say, plan.shards))
+        store = open_groups(plan.data, plan.root, plan.format, progress=say)
+        _print_done("propose", propose(store, Path(plan.out), plan.propose, number, say, plan.shards))
         _edit(plan.out, options=plan.edit, part=Part((number, plan.shards)))
         _verify(plan.out, options=plan.verify, part=Part((number, plan.shards)))
     if plan.groups and shard is None:
@@ -215,12 +215,6 @@ def _status(work: str) -> None:
     from cfvlm_ds.counterfactuals.status import status
 
     print(status(Path(work)))
-
-
-def _opened(manifest: str, root: Any, format: str) -> Any:
-    from cfvlm_ds.data.manifest import open_groups
-
-    return open_groups(manifest, root, format, progress=_say)
 
 
 def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
@@ -247,11 +241,6 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
         return score_groups(scorer, collator, groups, quiet, batch_size, remedy=f"lower --batch_size ({batch_size})")
 
     return score, identity | ({"adapter": str(adapter)} if adapter else {})
-
-
-def _say(line: str) -> None:
-    if shows_progress() or line.startswith(("warning: ", "note: ")):
-        print_line(line)
 
 
 def _print_done(step: str, done: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.run_folder import recorded_model
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import own_output
-from cfvlm_ds.core.verbosity import shows_progress
 
 if TYPE_CHECKING:
     from cfvlm_ds.batching.collator import Collator
@@ -217,7 +216,6 @@ def _export(run: str, *, adapter: bool = False, out: str | None = None) -> None:
     folder = Path(out or run_dir / ("adapter" if adapter else "export"))
     refuse_others_model(folder)
     write = export_adapter if adapter else export_hf
-    say = print if shows_progress() else lambda message: None
     card = card_of(checkpoint, print, adapter=adapter)
     print(f"exported to {write(checkpoint, model.name_or_path, folder, say=say, lora=model.lora, card=card)}")
 

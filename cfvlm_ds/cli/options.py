@@ -20,7 +20,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.ranks import own_rank
 from cfvlm_ds.core.run_folder import named_model, refuse_absent
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.core.verbosity import VERBOSITY
+from cfvlm_ds.core.verbosity import VERBOSITY, shows_progress
 
 
 def positive(text: str) -> int:
@@ -216,8 +216,8 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on rank 0 alone, before ranks have met."""
-    if own_rank() == 0:
+    """Print a line on rank 0 alone, before ranks have met; with --quiet only what is a warning."""
+    if own_rank() == 0 and (shows_progress() or line.startswith(("warning: ", "note: "))):
         print_line(line)
 
 

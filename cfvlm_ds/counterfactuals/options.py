@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.named import near
 
 TYPES = (
     "colour", "size", "material", "texture", "count", "relation", "object", "action", "swap_attribute", "swap_object", "other",
@@ -22,6 +24,17 @@ def _at_least(options: object, **least: float) -> None:
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= low):
             raise ConfigError(f"--{name} {value}: it is at least {low:g}")
+
+
+def named(listed: str, known: Collection[str], option: str, what: str = "back end") -> list[str]:
+    """The names of a list. Raises ConfigError for one that is not known, or none."""
+    names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} {name}: no such {what}; {near(name, known, 'there are ')}")
+    if not names:
+        raise ConfigError(f"{option} names none; there are {', '.join(known)}")
+    return names
 
 
 def meaning(options: Any) -> dict[str, Any]:
@@ -67,17 +80,12 @@ class ProposeOptions:
 
     def __post_init__(self) -> None:
         _at_least(self, per_type=1, llm_calls=1, llm_timeout_s=_SOON, llm_attempts=1)
+        _ = self.wanted  # which refuses an unknown one
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """The types. Raises ConfigError for an unknown one."""
-        names = tuple(dict.fromkeys(name.strip() for name in self.types.split(",") if name.strip()))
-        for name in names:
-            if name not in TYPES:
-                raise ConfigError(f"--types {name}: no such type of edit; there are {', '.join(TYPES)}")
-        if not names:
-            raise ConfigError(f"--types names none; there are {', '.join(TYPES)}")
-        return names
+        return tuple(named(self.types, TYPES, "--types", "type of edit"))
 
 
 @dataclass(frozen=True)

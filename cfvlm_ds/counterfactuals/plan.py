@@ -13,7 +13,7 @@ from cfvlm_ds.core.option_errors import problem_in, types_of
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.shipped import found as shipped_file
 from cfvlm_ds.core.shipped import refuse_no_file
-from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions
+from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions, named
 from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, STEPS, WorkFolder
 
 
@@ -60,7 +60,7 @@ class Plan:
         from cfvlm_ds.counterfactuals.propose import step as propose
         from cfvlm_ds.counterfactuals.select import checked as check_select
 
-        propose.named(self.propose.back_ends, PROPOSERS, "propose.with")
+        named(self.propose.back_ends, PROPOSERS, "propose.with")
         propose.read_words(self.propose.words)
         edit.checked(self.edit)
         if self.groups:

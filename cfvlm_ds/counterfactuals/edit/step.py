@@ -19,8 +19,7 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.edit import EDITORS
 from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task, picture_by_id, sha256_of
 from cfvlm_ds.counterfactuals.edit.outside import png
-from cfvlm_ds.counterfactuals.options import EditOptions
-from cfvlm_ds.counterfactuals.propose.step import named
+from cfvlm_ds.counterfactuals.options import EditOptions, named
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.decoding import MAX_BYTES
 from cfvlm_ds.data.picture_file import picture_bytes

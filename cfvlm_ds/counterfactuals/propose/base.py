@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data.store import GroupStore
@@ -104,8 +105,6 @@ def sources(store: GroupStore, places: Sequence[int] | None = None) -> Iterator[
 
 def license_of(meta: str) -> str:
     """The licence that a group's metadata state; empty for none."""
-    from cfvlm_ds.core.reading import parse_json
-
     try:
         said = parse_json(meta).get("license") if meta else None
     except (ValueError, AttributeError, RecursionError):

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.named import near
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import printable
-from cfvlm_ds.counterfactuals.options import ProposeOptions
+from cfvlm_ds.counterfactuals.options import ProposeOptions, named
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, sources
 from cfvlm_ds.counterfactuals.propose.places import places_of
@@ -103,17 +102,6 @@ def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | Dat
                 else:
                     seen.add(number)
             yield source
-
-
-def named(listed: str, known: Mapping[str, Any], option: str) -> list[str]:
-    """The back ends of a list. Raises ConfigError for one that is not known."""
-    names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{option} {name}: no such back end; {near(name, known, 'there are ')}")
-    if not names:
-        raise ConfigError(f"{option} names none; there are {', '.join(known)}")
-    return names
 
 
 def read_words(file: str) -> dict[str, list[str]]:
