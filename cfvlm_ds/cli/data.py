@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfvlm_ds.cli import looking, making
-from cfvlm_ds.cli.options import OnError, Positive, add_command, add_data_options, add_function, add_model_options, model_of, positive
+from cfvlm_ds.cli.making import Part
+from cfvlm_ds.cli.options import ImageLimits, OnError, Positive, Reading, add_function, model_named
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.core.config import BuildConfig, ScenesConfig
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
@@ -23,42 +23,10 @@ def add(commands: Any) -> None:
     text, example = "make, check, convert, prepare and look at data", "cfvlm-ds data convert captions.csv --root images --out groups.jsonl"
     command = commands.add_parser("data", help=text, description=text, epilog=f"example: {example}")
     data = command.add_subparsers(dest="action", required=True)
-    add_function(data, _build)
-    command = add_command(data, "check", _check, "report everything wrong with a manifest", "cfvlm-ds data check groups.jsonl")
-    command.add_argument("manifest")
-    add_data_options(command)
-    command.add_argument("--model", help="model folder or hub name; also checks that every text fits its window")
-    add_model_options(command)
-    add_function(data, _formats)
-    example = "cfvlm-ds data convert llava_665k.json --root /data/coco --out groups.jsonl"
-    command = add_command(data, "convert", _convert, "write any data as groups, one JSON object per line", example)
-    command.add_argument("manifest")
-    command.add_argument("--out", required=True, help="file to write")
-    command.add_argument(
-        "--on_error",
-        choices=("error", "skip"),
-        default="error",
-        help="skip rows that are no group and those with broken pictures, and list them",
-    )
-    add_data_options(command)
-    add_function(data, _download)
+    for function in (_build, _check, _formats, _convert, _download, _prepare):
+        add_function(data, function)
     looking.add(data)
     making.add(data)
-    example = "cfvlm-ds data prepare groups.jsonl --out STORE --pack"
-    command = add_command(data, "prepare", _prepare, "check a data set and write it as a store, which training opens", example)
-    command.add_argument("manifest", nargs="?", help="any data of a known format")
-    text = "configuration of a run, in place of a manifest: all of its data are prepared in its folder, as its first start would do"
-    command.add_argument("--config", metavar="RUN.yaml", help=text)
-    command.add_argument("--out", metavar="FOLDER", help="folder to write; what an earlier call has prepared is not prepared again")
-    command.add_argument("--limit", type=positive, metavar="N", help="the first N groups alone")
-    command.add_argument(
-        "--pack", action="store_true", help="copy the pictures into tars of the store; otherwise rows name them where they are"
-    )
-    text = "leave out rows that are no group and those with a picture that cannot be used, and list them in FOLDER/left_out.jsonl"
-    command.add_argument("--on_error", choices=("error", "skip"), default="error", help=f"skip: {text}")
-    text = "prepare every N-th part from number I on, 0 to N-1; the others are for other calls, all of which are made twice"
-    command.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help=text)
-    add_data_options(command)
     add_function(commands, _tiny)
 
 
@@ -95,46 +63,64 @@ def _tiny(family: str, out_dir: str, *, seed: int = 0) -> None:
     print(f"wrote {write_small(family, Path(out_dir), seed)}")
 
 
-def _shard(text: str) -> tuple[int, int]:
-    """An argument's type: 3/64 is the fourth of 64 parts."""
-    number, slash, of = text.partition("/")
-    if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
-    return int(number), int(of)
+def _prepare(
+    manifest: str | None = None,
+    *,
+    config: str | None = None,
+    out: str | None = None,
+    limit: Positive | None = None,
+    pack: bool = False,
+    on_error: OnError = "error",
+    part: Part,
+    reading: Reading,
+) -> None:
+    """Check a data set and write it as a store, which training opens.
 
+    Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 
-def _prepare(arguments: argparse.Namespace) -> None:
-    if arguments.config is not None:
-        _prepare_run(arguments)
+    Args:
+        manifest: any data of a known format.
+        config: configuration of a run, in place of a manifest: all of its data are prepared in its folder, as its first start would do.
+        out: folder to write; what an earlier call has prepared is not prepared again.
+        limit: the first N groups alone.
+        pack: copy the pictures into tars of the store; otherwise rows name them where they are.
+        on_error: skip rows that are no group and those with a picture that cannot be used, and list them in OUT/left_out.jsonl.
+    """
+    if config is not None:
+        others = {"manifest": manifest, "out": out, "limit": limit, "pack": pack, "on_error": on_error != "error", "shard": part.shard}
+        others |= {name: value != getattr(Reading, name) for name, value in vars(reading).items()}
+        _prepare_run(config, [name for name, value in others.items() if value])
         return
-    if arguments.manifest is None or arguments.out is None:
+    if manifest is None or out is None:
         raise ConfigError("name a manifest and --out FOLDER, or --config RUN.yaml")
     from cfvlm_ds.data import data_roots, open_groups
     from cfvlm_ds.data.containers.hub import fetched
     from cfvlm_ds.data.prepare import LEFT_OUT, PrepareOptions, prepare, source_stamp, source_state
     from cfvlm_ds.data.stored import StoredRows
 
-    out, (shard, of), limit = Path(arguments.out), arguments.shard, arguments.limit
-    options = PrepareOptions(arguments.pack, True, arguments.max_pixels, arguments.on_error)
-    path = fetched(arguments.manifest)
+    folder, (shard, of) = Path(out), part.shard or (0, 1)
+    if of is None:
+        raise ConfigError(f"--shard {shard}: say of how many, as I/N")
+    options = PrepareOptions(pack, True, reading.max_pixels, on_error)
+    path = fetched(manifest)
     state = source_state(path)
-    groups = open_groups(arguments.manifest, arguments.root, arguments.format, limit=limit, progress=print_line)
-    stamp = source_stamp(path, state, data_roots(path, arguments.root), groups.format, limit, options)
+    groups = open_groups(manifest, reading.root, reading.format, limit=limit, progress=print_line)
+    stamp = source_stamp(path, state, data_roots(path, reading.root), groups.format, limit, options)
     try:
-        report, whole = prepare(groups, out, stamp, options, print_line, shard=shard, of=of)
+        report, whole = prepare(groups, folder, stamp, options, print_line, shard=shard, of=of)
     except OSError as error:
-        raise StorageError(f"{unwritten(out, error)}; make room, or correct --out: what is prepared is kept") from error
+        raise StorageError(f"{unwritten(folder, error)}; make room, or correct --out: what is prepared is kept") from error
     if report.problems:
         print(report)
         if options.on_error == "error":
             _refuse(report)
     if whole:
-        store = StoredRows(out)
-        without = f" without {left_out}, which {out / LEFT_OUT} lists," if (left_out := store.found["left_out"]) else ""
-        print(f"prepared {store.identity['rows']} groups{without} in {out}: a data set by this name, as data.train for instance")
+        store = StoredRows(folder)
+        without = f" without {left_out}, which {folder / LEFT_OUT} lists," if (left_out := store.found["left_out"]) else ""
+        print(f"prepared {store.identity['rows']} groups{without} in {folder}: a data set by this name, as data.train for instance")
 
 
-def _prepare_run(arguments: argparse.Namespace) -> None:
+def _prepare_run(config: str, given: list[str]) -> None:
     import torch
 
     from cfvlm_ds.core.distributed import World
@@ -142,12 +128,11 @@ def _prepare_run(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.objectives import OBJECTIVES
     from cfvlm_ds.training.run import prepare
 
-    others = ("manifest", "out", "limit", "pack", "on_error", "shard", "format", "root", "max_pixels")
-    if given := [name for name in others if getattr(arguments, name) != arguments.asked_for.get_default(name)]:
-        raise ConfigError(f"--config names all that is prepared, not with {', '.join(given)}; set them in {arguments.config}")
-    run = parse_config(["--config", arguments.config], OBJECTIVES)
+    if given:
+        raise ConfigError(f"--config names all that is prepared, not with {', '.join(given)}; set them in {config}")
+    run = parse_config(["--config", config], OBJECTIVES)
     prepare(run, World(0, 1, 0, torch.device("cpu")))
-    print(f"prepared the data of {arguments.config} in {run.train.output_dir}/prepared")
+    print(f"prepared the data of {config} in {run.train.output_dir}/prepared")
 
 
 def _refuse(report: CheckReport) -> None:
@@ -174,13 +159,22 @@ def _formats() -> None:
     print("Without --format it is the one that the first row has by its keys.")
 
 
-def _convert(arguments: argparse.Namespace) -> None:
+def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: Reading) -> None:
+    """Write any data as groups, one JSON object per line.
+
+    Example: cfvlm-ds data convert llava_665k.json --root /data/coco --out groups.jsonl
+
+    Args:
+        manifest: any data of a known format.
+        out: file to write.
+        on_error: skip rows that are no group and those with broken pictures, and list them.
+    """
     from cfvlm_ds.data.convert import convert
 
-    out = Path(arguments.out)
-    done = convert(Path(arguments.manifest), arguments.root, arguments.format, out, arguments.on_error, print, arguments.max_pixels)
-    where = "its folder" if done.root == out.parent.absolute() else f"{done.root}, which is to be named as root"
-    print(f"wrote {out}: {done.groups} groups; paths of pictures are relative to {where}")
+    file = Path(out)
+    done = convert(Path(manifest), reading.root, reading.format, file, on_error, print, reading.max_pixels)
+    where = "its folder" if done.root == file.parent.absolute() else f"{done.root}, which is to be named as root"
+    print(f"wrote {file}: {done.groups} groups; paths of pictures are relative to {where}")
 
 
 def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
@@ -202,18 +196,20 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
         print(f"no row names an address, which is looked for in the columns {', '.join(sorted(COLUMNS))}: rename a column that has some")
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:
+    """Report everything wrong with a manifest.
+
+    Example: cfvlm-ds data check groups.jsonl
+
+    Args:
+        manifest: any data of a known format.
+        model: model folder or hub name; also checks that every text fits its window.
+    """
     from cfvlm_ds.batching.collator import load_collator
     from cfvlm_ds.data import check_manifest
 
-    collator = load_collator(model_of(arguments)[0], "full", arguments.max_pixels) if arguments.model else None
-    report = check_manifest(
-        arguments.manifest,
-        arguments.root,
-        arguments.format,
-        lengths=collator,
-        max_pixels=arguments.max_pixels,
-    )
+    collator = load_collator(model_named(model, limits)[0], "full", reading.max_pixels) if model else None
+    report = check_manifest(manifest, reading.root, reading.format, lengths=collator, max_pixels=reading.max_pixels)
     if report.num_groups or len(report.problems) > 1:
         print(report)
     _refuse(report)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a command is added to its parser."""
+"""Options that several commands share, and how a function becomes a command."""
 
 from __future__ import annotations
 
@@ -99,14 +99,6 @@ class ImageLimits:
     max_tiles: Positive | None = None
 
 
-def add_command(parent: Any, name: str, function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
-    """A command of ``parent``'s that runs ``function``; its help ends with the example."""
-    command: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text, epilog=f"example: {example}")
-    command.set_defaults(function=function, asked_for=command)
-    add_verbosity(command)
-    return command
-
-
 def add_function(parent: Any, function: Callable[..., None]) -> None:
     """Add a command of ``parent``'s that calls a function. Its help are the docstring's first paragraph, the example and Args.
 
@@ -114,13 +106,11 @@ def add_function(parent: Any, function: Callable[..., None]) -> None:
     argument, the others are options. Annotated adds what add_argument takes.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
-    name = function.__name__.removeprefix("_")
-    command = add_command(parent, name, lambda arguments: _called(function, arguments), " ".join(text.split()), more.splitlines()[0])
-    _add_parameters(command, function)
-
-
-def _add_parameters(command: argparse.ArgumentParser, described: Callable[..., Any]) -> None:
-    for name, given in _parameters(described):
+    text = " ".join(text.split())
+    command = parent.add_parser(function.__name__.removeprefix("_"), help=text, description=text, epilog=f"example: {more.splitlines()[0]}")
+    command.set_defaults(function=lambda arguments: _called(function, arguments), asked_for=command)
+    add_verbosity(command)
+    for name, given in _parameters(function):
         command.add_argument(name, **given)
 
 
@@ -143,6 +133,8 @@ def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]
         is_option = each.kind is each.KEYWORD_ONLY or (inspect.isclass(described) and default is not each.empty)
         if is_option:
             given |= {"dest": f"{prefix}{each.name}", "required": default is each.empty}
+        elif default is not each.empty:
+            given["nargs"] = "?"
         if kind is bool:
             given["action"] = "store_true"
         elif get_origin(kind) is Literal:
@@ -210,25 +202,10 @@ def add_verbosity(command: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
-def add_data_options(command: argparse.ArgumentParser) -> None:
-    """How a manifest is read: --format, --root, --max_pixels."""
-    _add_parameters(command, Reading)
-
-
 def say(line: str) -> None:
     """Print a line on rank 0 alone, before ranks have met; with --quiet only what is a warning."""
     if own_rank() == 0 and (shows_progress() or line.startswith(("warning: ", "note: "))):
         print_line(line)
-
-
-def add_model_options(command: argparse.ArgumentParser) -> None:
-    """Bounds on the visual tokens of an image."""
-    _add_parameters(command, ImageLimits)
-
-
-def model_of(arguments: argparse.Namespace) -> tuple[ModelConfig, Path | None]:
-    """The model that a command names; see model_named."""
-    return model_named(arguments.model, _called(ImageLimits, arguments))
 
 
 def model_named(name: str, limits: ImageLimits = ImageLimits()) -> tuple[ModelConfig, Path | None]:
