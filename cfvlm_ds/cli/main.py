@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from cfvlm_ds.cli import cluster, data, models, package
 from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
+from cfvlm_ds.cli.making import ALONE
 from cfvlm_ds.cli.options import Parser, add_verbosity, refuse_empty, refuse_unknown
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.ranks import num_ranks
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         refuse_empty(arguments)
-        if arguments.command == "data" and num_ranks() > 1:  # they would do the same work side by side
+        if arguments.command == "data" and arguments.action in ALONE and num_ranks() > 1:  # they would do the same work side by side
             raise ConfigError(f"data {arguments.action} is for one process, and {num_ranks()} were started; start one, of each shard")
         arguments.function(arguments)
 

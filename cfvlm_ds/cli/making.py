@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from cfvlm_ds.counterfactuals.verify import Score
 
 
+ALONE = ("propose", "edit", "verify", "select", "audit", "run")
+"""Commands that one process runs."""
+
+
 def add(data: Any) -> None:
     """Add the commands to those of ``data``."""
     for function in (_propose, _edit, _verify, _select, _audit, _run, _status):

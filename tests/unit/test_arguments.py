@@ -105,6 +105,12 @@ def test_an_empty_argument_is_no_folder(arguments: str, here: Path, ended: Calla
     assert sorted(here.iterdir()) == before
 
 
+def test_a_step_of_several_ranks_is_refused(here: Path, ended: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for step in ("edit W", "verify W", "select W --out g.jsonl"):
+        assert f"data {step.split()[0]} is for one process, and 2 were started" in ended("data", *step.split())
+
+
 def test_a_check_says_what_is_wrong_with_every_row_of_data_that_hold_no_group(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "words.txt").write_text("hello\nworld\n")
     with pytest.raises(SystemExit):
