@@ -106,7 +106,8 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
         progress = Progress(say, "select", work.shards, "shards")
         written = Counter[str]()
         for shard in progress.over(range(work.shards)):
-            survival.sources.update(_problems(work, shard))
+            counts = (work.done("propose", shard) or {"counts": {}})["counts"]
+            survival.sources.update({name: count for name, count in counts.items() if not name.startswith(("edit", "back end"))})
             for history in histories(work, shard, thresholds):
                 name = _split(history, shares, options.seed)
                 if kept := _kept(history, options, cuts, survival, name, shares):
@@ -157,20 +158,6 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
             if path.startswith("/"):
                 known = [root for root in roots if Path(path).is_relative_to(root)]
                 yield from (known or [folder for folder in Path(path).parents if folder.name.endswith(ENDING)])[:1]
-
-
-def _problems(work: WorkFolder, shard: int) -> Counter[str]:
-    """What happened to captions of which there are no edits."""
-    found: Counter[str] = Counter()
-    for line in work.records("propose", shard):
-        if "problem" in line:
-            found["rows that cannot be read"] += 1
-            continue
-        found["captions"] += 1
-        found["with a proposal"] += bool(line.get("edits"))
-        for each in line.get("rejected") or ():
-            found["without a reply" if each.get("failed") else f"not proposed: {each.get('reason')}"] += 1
-    return found
 
 
 def _ranked(history: History) -> list[Edited]:

@@ -335,7 +335,7 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
     ]
     (tmp_path / "c.jsonl").write_text("\n".join(rows) + "\n")
     done = propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "W", ProposeOptions(), 0, quiet)
-    assert done["counts"]["unreadable rows"] == 4 and done["counts"]["captions"] == 1
+    assert done["counts"]["rows that cannot be read"] == 4 and done["counts"]["captions"] == 1
     problems = [record["detail"] for record in WorkFolder.open(tmp_path / "W").records("propose", 0) if "problem" in record]
     assert "c.jsonl:2: id 'a' is used by an earlier row" in problems[0] and "c.jsonl:3" in problems[1] and "c.jsonl:4" in problems[2]
     assert problems[3] == f"{tmp_path}/c.jsonl:5: an id of 1001 characters; shorten it to 1000"

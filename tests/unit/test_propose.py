@@ -515,7 +515,7 @@ def test_a_fault_is_retried(fault: str, captions: Path, tmp_path: Path, at_once:
     server = Server(answers)
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
-    assert len(server.asked) == 8 and len(at_once) == 4 and done["counts"]["edits"] == 1 and "failed" not in done["counts"]
+    assert len(server.asked) == 8 and len(at_once) == 4 and done["counts"]["edits"] == 1 and "without a reply" not in done["counts"]
     assert all(0 < pause <= 60 for pause in at_once)
     if fault == "too many calls":
         assert all(pause >= 7 for pause in at_once)
@@ -538,7 +538,7 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
     server = Server(lambda body, number: (500, b"boom", {}))
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
-        assert done["counts"]["failed"] == 4 and len(server.asked) == 12
+        assert done["counts"]["without a reply"] == 4 and len(server.asked) == 12
         assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == "no usable reply: status 500: boom"
         monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
         with pytest.raises(ConfigError, match="3 captions in a row without a usable reply"):
@@ -557,7 +557,7 @@ def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
     server = Server(lambda body, number: (status, b"too long", {}) if "red car" in json.dumps(body) else (200, reply([]), {}))
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
-    assert done["counts"]["failed"] == 1 and len(server.asked) == 4 and not at_once
+    assert done["counts"]["without a reply"] == 1 and len(server.asked) == 4 and not at_once
     assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == f"no usable reply: status {status}: too long"
     monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
     server = Server(lambda body, number: (status, b"no such option", {}))

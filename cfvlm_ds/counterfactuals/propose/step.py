@@ -76,17 +76,16 @@ def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:
 
 
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Add what a record has: edits by type and back end, reasons."""
+    """Add what a record has: edits by type and back end, and what happened to the caption, which `select` tells too."""
     if "problem" in record:
-        counts["unreadable rows"] += 1
+        counts["rows that cannot be read"] += 1
         return
     counts["captions"] += 1
+    counts["with a proposal"] += bool(record["edits"])
     for edit in record["edits"]:
-        counts["edits"] += 1
-        counts[f"edit: {edit['type']}"] += 1
-        counts[f"back end: {edit['back_end']}"] += 1
+        counts.update(["edits", f"edit: {edit['type']}", f"back end: {edit['back_end']}"])
     for each in record["rejected"]:
-        counts["failed" if each.get("failed") else f"rejected: {each['back_end']}: {each['reason'][:80]}"] += 1
+        counts["without a reply" if each.get("failed") else f"not proposed: {each['reason']}"] += 1
 
 
 def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
