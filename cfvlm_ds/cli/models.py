@@ -108,8 +108,7 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
     if out:
         own_output(Path(out), calibration.is_block, "calibrate", manifest)
     groups = sound_groups(manifest, reading.root, reading.format, scoring.limit, say)
-    world = joined(scoring.zero3)
-    scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, world=world, zero3=scoring.zero3)
+    scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
     scores = _scores(model, groups, scorer, collator, world, scoring)
 
     def length(group: CounterfactualGroup) -> int:
@@ -173,8 +172,7 @@ def _evaluate(
         of_run = (Path(out).parent / "config.yaml").is_file()  # whose own results.json has the same form
         own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
     splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
-    world = joined(scoring.zero3)
-    scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, world=world, zero3=scoring.zero3)
+    scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
     batches: dict[str, Any] = {"batch_size": scoring.batch_size, "max_tokens": scoring.max_tokens_per_forward, "remedy": scoring.remedy}
     results, _ = evaluate(scorer, collator, splits, world, shuffled=not no_shuffled, **batches)
     if world.is_main:
@@ -257,14 +255,14 @@ def load_scorer(
     zero3: bool = False,
 ) -> tuple[Any, Collator, World]:
     """A model, with the adapters of a folder if one is named, on every rank, on the GPU if there is one; with ``zero3`` in parts over all
-    of them. Without a ``world`` this process is the only one."""
+    of them. Without a ``world`` the ranks of the launch meet here."""
     import torch
 
     from cfvlm_ds.batching.collator import load_collator
     from cfvlm_ds.models import Scorer, attach_adapters, family_of, load_model
     from cfvlm_ds.training.self_check import refuse_unusable
 
-    world = world or joined()
+    world = world or joined(zero3)
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     if zero3:
         from cfvlm_ds import engine
