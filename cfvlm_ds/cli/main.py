@@ -9,11 +9,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from cfvlm_ds.cli import cluster, data, models, package
 from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
 from cfvlm_ds.cli.making import ALONE
-from cfvlm_ds.cli.options import Parser, add_verbosity, refuse_empty, refuse_unknown
+from cfvlm_ds.cli.options import Parser, add_function, add_verbosity, refuse_empty, refuse_unknown
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.secrets import mask_tracebacks
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         refuse_empty(arguments)
-        if arguments.command == "data" and arguments.action in ALONE and num_ranks() > 1:  # they would do the same work side by side
+        if getattr(arguments, "action", None) in ALONE and num_ranks() > 1:  # they would do the same work side by side
             raise ConfigError(f"data {arguments.action} is for one process, and {num_ranks()} were started; start one, of each shard")
         arguments.function(arguments)
 
@@ -55,9 +56,22 @@ def parser() -> Parser:
     add_verbosity(top)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
-    for group in (data, models, cluster, package):
+    for group in (data, models, cluster):
         group.add(commands)
+    for function in (package.init, _completion):
+        add_function(commands, function)
     return top
+
+
+def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
+    """Print what a shell reads to complete commands, options and files: eval it, or keep it where the shell looks for such files.
+
+    Example: cfvlm-ds completion bash
+
+    Args:
+        shell: whose language it is in.
+    """
+    print(package.completion(parser(), shell))
 
 
 def _train(argv: list[str]) -> None:

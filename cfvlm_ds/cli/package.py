@@ -10,16 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from cfvlm_ds.cli.options import add_function
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.shipped import SHIPPED, shipped
 from cfvlm_ds.core.untrusted import refuse_link
-
-
-def add(commands: Any) -> None:
-    """Add the commands to a parser's."""
-    add_function(commands, _init)
-    add_function(commands, _completion)
 
 
 class ShowVersion(argparse.Action):
@@ -35,7 +28,7 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def _init(folder: str) -> None:
+def init(folder: str) -> None:
     """Write train.py, ds_configs, examples and slurm into a folder, to edit and to submit jobs from.
 
     Example: cfvlm-ds init my-runs
@@ -62,7 +55,7 @@ def _init(folder: str) -> None:
         environment = Path(partial) / "slurm" / "env.sh"
         environment.write_text(_with_python(environment.read_text()))
         for name in SHIPPED:
-            os.rename(Path(partial) / name, to / name)
+            os.replace(Path(partial) / name, to / name)
     print(f"wrote {', '.join(SHIPPED)} to {to}; next: cd {to}, edit slurm/env.sh, sbatch slurm/train_1node.sh --config FILE")
 
 
@@ -76,24 +69,16 @@ def _with_python(environment: str) -> str:
 _OWN_VENV = "if [ -d .venv ]; then"
 
 
-def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
-    """Print what a shell reads to complete commands, options and files: eval it, or keep it where the shell looks for such files.
-
-    Example: cfvlm-ds completion bash
-
-    Args:
-        shell: whose language it is in.
-    """
-    from cfvlm_ds.cli.main import parser
-
+def completion(top: argparse.ArgumentParser, shell: str) -> str:
+    """What a shell reads to complete the commands of a parser."""
     try:
         import shtab
     except ImportError as error:
         raise ConfigError("completion is written by shtab, which is not installed; `pip install shtab`") from error
-    top = parser()
     _add_train_options(_subparsers(top)["train"])
     _complete_files(top, shtab.FILE)
-    print(shtab.complete(top, shell))
+    written: str = shtab.complete(top, shell)
+    return written
 
 
 def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
