@@ -192,7 +192,7 @@ def compare(
     else:
         found = compare_results(first, more[0], draws, say)
         print(comparison_table(found, *results))
-    if out:
+    if out and benchmark_root:
         from cfvlm_ds.evaluation.suite.comparison_page import results_page
 
         written = results_page(found, results, Path(benchmark_root), Path(out), sample=sample, say=say)

@@ -81,7 +81,8 @@ def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options:
     for line in work.records("propose", shard):
         for proposal in line.get("edits", ()):
             about = {"proposal": proposal, "caption": line["caption"], "original": line["picture"], "license": line.get("license", "")}
-            name, words = proposal["id"], (line["caption"], *(proposal[key] for key in ("text", "from", "to", "instruction")))
+            name = proposal["id"]
+            words = line["caption"], proposal["text"], proposal["from"], proposal["to"], proposal["instruction"]
             mask = picture_by_id(masks, name, (".png",)) if masks is not None else None
             for attempt in range(options.attempts):
                 seed = seed_of(options.seed, name, attempt) % 2**53
