@@ -16,8 +16,8 @@ from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.journal import records
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import lines, open_regular, parse_json
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.checks import compared
@@ -36,7 +36,6 @@ STEP = "verify"
 BATCHES = 8
 """Batches of candidates that are scored together: they are cut from the shard alone, never from where a kill was."""
 _DECIMALS = 4
-_LABELS = 1 << 20  # bytes of a line of labels
 
 Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
@@ -221,18 +220,15 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
     Raises DataError for labels that cannot be read or name no candidate, ConfigError where no margin reaches the precision.
     """
     work = WorkFolder.open(out)
+    if not labelled.is_file():
+        raise DataError(f"{labelled}: no such file; write one JSON object a line")
     labels: dict[tuple[str, int], bool] = {}
-    try:
-        with open_regular(labelled) as handle:
-            for number, line in enumerate(lines(handle, _LABELS), 1):
-                row = parse_json(line.decode())
-                right = isinstance(row, dict) and isinstance(row.get("edit"), str) and isinstance(row.get("good"), bool)
-                if not right or type(attempt := row.get("attempt", 0)) is not int:
-                    raise ValueError(f'line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
-                if labels.setdefault((row["edit"], attempt), row["good"]) != row["good"]:
-                    raise ValueError(f"line {number} says of {row['edit']!r}, attempt {attempt}, the opposite of an earlier line")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{labelled}: no labels ({error}); write one JSON object a line") from error
+    for number, row in enumerate(records(labelled, "write one JSON object a line"), 1):
+        edit, attempt, good = row.get("edit"), row.get("attempt", 0), row.get("good")
+        if not isinstance(edit, str) or type(attempt) is not int or not isinstance(good, bool):
+            raise DataError(f'{labelled}: line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
+        if labels.setdefault((edit, attempt), good) != good:
+            raise DataError(f"{labelled}: line {number} says of {edit!r}, attempt {attempt}, the opposite of an earlier line")
     found: list[tuple[Mapping[str, Any], bool]] = []
     for shard in range(work.shards):
         for record in work.records(STEP, shard):
