@@ -1,16 +1,27 @@
-"""``cfvlm-ds evaluate --benchmarks`` and ``cfvlm-ds compare``: public benchmarks, and two models on them side by side."""
+"""``cfvlm-ds evaluate`` and ``compare``: accuracies of groups and of public benchmarks, and two models on them side by side."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
-from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Positive, Scoring, model_named, say
+from cfvlm_ds.cli.models import joined, load_scorer
+from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Positive, Reading, Scoring, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.reading import parse_json
+from cfvlm_ds.core.untrusted import own_output
+
+
+def add(commands: Any) -> None:
+    """Add the commands to a parser's."""
+    add_function(commands, _evaluate)
+    add_function(commands, _compare)
 
 
 class _InPlaceOfManifests(argparse.Action):
@@ -50,7 +61,61 @@ class Asking:
     experiment: str | None = None
 
 
-def evaluate(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int) -> None:
+def _evaluate(
+    model: str,
+    manifest: list[str],
+    *,
+    out: str | None = None,
+    scoring: Scoring,
+    no_shuffled: bool = False,
+    asking: Asking,
+    reading: Reading,
+    limits: ImageLimits,
+) -> None:
+    """Measure accuracies by edit type, with rows for chance and for what language alone achieves; or accuracies of public benchmarks:
+    cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
+
+    Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl
+
+    Args:
+        model: model folder or hub name, run folder, or folder of adapters.
+        manifest: groups to evaluate; or --benchmarks in their place.
+        out: JSON file to write, with --benchmarks a folder.
+        no_shuffled: leave out the row of another group's image, which costs one more image and its texts per group.
+    """
+    if asking.benchmarks is not None and manifest:
+        raise ConfigError(f"evaluate is given both {manifest[0]} and --benchmarks; give manifests, or benchmarks")
+    if asking.benchmarks is not None:
+        more: dict[str, Any] = {"shuffled": not no_shuffled, "scoring": scoring, "limits": limits, "max_pixels": reading.max_pixels}
+        _ask(model, asking, out, **more)
+        return
+    if given := [name for name, value in vars(asking).items() if value != getattr(Asking, name)]:
+        raise ConfigError(f"--{given[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
+    from cfvlm_ds.data import named_apart, sound_groups
+    from cfvlm_ds.evaluation import evaluate, table
+
+    manifests = named_apart(manifest)
+    if out:
+        of_run = (Path(out).parent / "config.yaml").is_file()  # whose own results.json has the same form
+        own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
+    splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
+    scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
+    batches: dict[str, Any] = {"batch_size": scoring.batch_size, "max_tokens": scoring.max_tokens_per_forward, "remedy": scoring.remedy}
+    results, _ = evaluate(scorer, collator, splits, world, shuffled=not no_shuffled, **batches)
+    if world.is_main:
+        print(table(results))
+    if out and world.is_main:
+        found = {split: [vars(row) for row in rows] for split, rows in results.items()}
+        replace(Path(out), json.dumps(found, indent=1).encode())
+
+
+def _is_evaluated(file: IO[bytes]) -> bool:
+    """Whether a file has tables of accuracies by split, and nothing else."""
+    found = parse_json(file.read().decode())
+    return bool(found) and all(row.keys() >= {"name", "num", "metrics"} for rows in found.values() for row in rows)
+
+
+def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int) -> None:
     """Ask a model benchmarks; every rank runs it. Nothing is loaded before the benchmarks' files are read."""
     for option, value in (("benchmark_root", asking.benchmark_root), ("out", out)):
         if not value:
@@ -58,7 +123,6 @@ def evaluate(name: str, asking: Asking, out: str | None, *, shuffled: bool, scor
     root, folder = Path(str(asking.benchmark_root)), Path(str(out))
     if folder.resolve() == root.resolve():
         raise ConfigError(f"--out {out} is the folder of the benchmarks, whose files results would lie among; name another one")
-    from cfvlm_ds.cli.models import joined, load_scorer
     from cfvlm_ds.core.distributed import Patience, agreed, default_workers
     from cfvlm_ds.evaluation.suite.asked import MAX_TOKENS, Settings, evaluate_benchmarks, results_held
     from cfvlm_ds.evaluation.suite.chosen import choose, load_items
@@ -154,7 +218,7 @@ def _asked(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, ident
     return Asked(scorer, collator, world, name, identity, precision, writing)
 
 
-def compare(
+def _compare(
     results: list[str],
     *,
     out: str | None = None,

@@ -1,24 +1,21 @@
-"""``cfvlm-ds score``, ``calibrate``, ``evaluate``, ``compare`` and ``export``: what is done with a model after, or before, its training.
+"""``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: what is done with a model after, or before, its training; and how one is loaded.
 
-``score``, ``calibrate`` and ``evaluate`` may be started by deepspeed, torchrun or srun: then all ranks share the work.
+``score``, ``calibrate`` and ``evaluate`` (benchmarks.py) may be started by deepspeed, torchrun or srun: then all ranks share the work.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from cfvlm_ds.cli import benchmarks
 from cfvlm_ds.cli.options import ImageLimits, Reading, Scoring, add_function, model_named, say
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import num_ranks, own_rank
-from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.run_folder import recorded_model
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import own_output
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
-    for function in (_score, _calibrate, _evaluate, benchmarks.compare, _export, _track):
+    for function in (_score, _calibrate, _export, _track):
         add_function(commands, function)
 
 
@@ -132,60 +129,6 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
     print("\n\n".join(part for part in (calibration.table(found), without, few, reasons, calibration.block(advice)) if part))
     if out:
         replace(Path(out), f"{calibration.block(advice)}\n".encode())
-
-
-def _evaluate(
-    model: str,
-    manifest: list[str],
-    *,
-    out: str | None = None,
-    scoring: Scoring,
-    no_shuffled: bool = False,
-    asking: benchmarks.Asking,
-    reading: Reading,
-    limits: ImageLimits,
-) -> None:
-    """Measure accuracies by edit type, with rows for chance and for what language alone achieves; or accuracies of public benchmarks:
-    cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
-
-    Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl
-
-    Args:
-        model: model folder or hub name, run folder, or folder of adapters.
-        manifest: groups to evaluate; or --benchmarks in their place.
-        out: JSON file to write, with --benchmarks a folder.
-        no_shuffled: leave out the row of another group's image, which costs one more image and its texts per group.
-    """
-    if asking.benchmarks is not None and manifest:
-        raise ConfigError(f"evaluate is given both {manifest[0]} and --benchmarks; give manifests, or benchmarks")
-    if asking.benchmarks is not None:
-        more: dict[str, Any] = {"shuffled": not no_shuffled, "scoring": scoring, "limits": limits, "max_pixels": reading.max_pixels}
-        benchmarks.evaluate(model, asking, out, **more)
-        return
-    if given := [name for name, value in vars(asking).items() if value != getattr(benchmarks.Asking, name)]:
-        raise ConfigError(f"--{given[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
-    from cfvlm_ds.data import named_apart, sound_groups
-    from cfvlm_ds.evaluation import evaluate, table
-
-    manifests = named_apart(manifest)
-    if out:
-        of_run = (Path(out).parent / "config.yaml").is_file()  # whose own results.json has the same form
-        own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
-    splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
-    scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
-    batches: dict[str, Any] = {"batch_size": scoring.batch_size, "max_tokens": scoring.max_tokens_per_forward, "remedy": scoring.remedy}
-    results, _ = evaluate(scorer, collator, splits, world, shuffled=not no_shuffled, **batches)
-    if world.is_main:
-        print(table(results))
-    if out and world.is_main:
-        found = {split: [vars(row) for row in rows] for split, rows in results.items()}
-        replace(Path(out), json.dumps(found, indent=1).encode())
-
-
-def _is_evaluated(file: IO[bytes]) -> bool:
-    """Whether a file has tables of accuracies by split, and nothing else."""
-    found = parse_json(file.read().decode())
-    return bool(found) and all(row.keys() >= {"name", "num", "metrics"} for rows in found.values() for row in rows)
 
 
 def _export(run: str, *, adapter: bool = False, out: str | None = None) -> None:

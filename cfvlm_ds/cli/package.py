@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import put_in_place
 from cfvlm_ds.core.shipped import SHIPPED, shipped
 from cfvlm_ds.core.untrusted import refuse_link
 
@@ -55,7 +56,7 @@ def init(folder: str) -> None:
         environment = Path(partial) / "slurm" / "env.sh"
         environment.write_text(_with_python(environment.read_text()))
         for name in SHIPPED:
-            os.replace(Path(partial) / name, to / name)
+            put_in_place(Path(partial) / name, to / name, Path(partial) / "older")
     print(f"wrote {', '.join(SHIPPED)} to {to}; next: cd {to}, edit slurm/env.sh, sbatch slurm/train_1node.sh --config FILE")
 
 
