@@ -1,4 +1,4 @@
-"""``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: what is done with a model after, or before, its training; and how one is loaded.
+"""``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: what is done with a model before, or after, its training.
 
 ``score``, ``calibrate`` and ``evaluate`` (benchmarks.py) may be started by deepspeed, torchrun or srun: then all ranks share the work.
 """
