@@ -124,9 +124,9 @@ def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]
         hint, default = hints[each.name], each.default
         kind = get_args(hint)[0] if NoneType in get_args(hint) else hint
         kind, more = (kind.__origin__, dict(kind.__metadata__)) if get_origin(kind) is Annotated else (kind, {})
-        if is_section := is_dataclass(kind):
-            found += _parameters(kind)
-        if is_section or get_origin(kind) is dict:  # nested values belong in YAML
+        if is_dataclass(kind):
+            found += _parameters(kind)  # type: ignore[arg-type]
+        if is_dataclass(kind) or get_origin(kind) is dict:  # nested values belong in YAML
             continue
         shown = "" if kind is bool or default in (None, "", each.empty) else f" (default {default})"
         given: dict[str, Any] = {"help": f"{' '.join(said[each.name].split()).rstrip('.')}{shown}".replace("%", "%%")}
