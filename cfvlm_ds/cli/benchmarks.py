@@ -1,51 +1,27 @@
-"""``cfvlm-ds evaluate --benchmarks`` and ``cfvlm-ds compare``: public benchmarks, and two models on them side by side."""
+"""``cfvlm-ds evaluate`` and ``compare``: accuracies of groups and of public benchmarks, and two models on them side by side."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Annotated, Any
 
-from cfvlm_ds.cli.options import add_command, count, model_of, positive
+from cfvlm_ds.cli.models import joined, load_scorer
+from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Positive, Reading, Scoring, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.verbosity import shows_progress
-
-
-def add_options(command: argparse.ArgumentParser) -> None:
-    """What ``evaluate`` takes for benchmarks."""
-    group = command.add_argument_group(
-        "benchmarks",
-        "in place of manifests: cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results",
-    )
-    group.add_argument(
-        "--benchmarks", metavar="NAMES", action=_InPlaceOfManifests, help="names of public benchmarks, or of your own, joined by commas"
-    )
-    group.add_argument("--benchmark_root", metavar="FOLDER", help="folder with a folder of official files for each of them")
-    text = "NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each asks the benchmarks that it fits (default: each one's own)"
-    group.add_argument("--probes", nargs="+", default=[], metavar="PROBE", help=text)
-    text = "what comes of an item that cannot be asked: error, or skip it, counted and named (default error)"
-    group.add_argument("--on_error", choices=("error", "skip"), default="error", help=text)
-    text = "draws of the bootstrap; 0 for no intervals (default: 1000, fewer of benchmarks of over 10,000 items)"
-    group.add_argument("--draws", type=count, metavar="N", help=text)
-    group.add_argument("--num_workers", type=count, metavar="N", help="processes that prepare batches, per rank (default: spare cores)")
-    text = "also send the metrics to MLflow: to the server of MLFLOW_TRACKING_URI, or to mlflow.db in the folder with --out (default none)"
-    group.add_argument("--experiment", metavar="NAME", help=text)
+from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.reading import parse_json
+from cfvlm_ds.core.untrusted import own_output
 
 
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
-    text = "two folders of results side by side: differences with intervals, what got better and worse, a page to look at"
-    example = "cfvlm-ds compare results/base results/tuned --out page --benchmark_root /data/benchmarks"
-    command = add_command(commands, "compare", _compare, text, example)
-    command.add_argument("results", nargs="+", help="folder that `cfvlm-ds evaluate --benchmarks` wrote; two to compare, one to look at")
-    command.add_argument("--out", metavar="FOLDER", help="page to write, or to write again, of the worst and best items (default none)")
-    command.add_argument("--benchmark_root", metavar="FOLDER", help="folder of the benchmarks, from which the page takes the pictures")
-    command.add_argument("--sample", type=positive, default=200, metavar="N", help="items of each benchmark on the page (default 200)")
-    command.add_argument(
-        "--draws", type=count, metavar="N", help="exchanges of the two models' answers that are drawn (default: as draws of evaluate)"
-    )
+    add_function(commands, _evaluate)
+    add_function(commands, _compare)
 
 
 class _InPlaceOfManifests(argparse.Action):
@@ -59,63 +35,133 @@ class _InPlaceOfManifests(argparse.Action):
                 action.nargs, action.required = "*", False
 
 
-def asked_for(arguments: argparse.Namespace) -> bool:
-    """Whether benchmarks are to be evaluated, and not manifests. Raises ConfigError for both."""
-    if arguments.benchmarks is not None and arguments.manifest:
-        raise ConfigError(f"evaluate is given both {arguments.manifest[0]} and --benchmarks; give manifests, or benchmarks")
-    alone = ("benchmark_root", "probes", "draws", "experiment")
-    if arguments.manifest and (given := [name for name in alone if getattr(arguments, name)]):
-        raise ConfigError(f"--{given[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
-    return arguments.benchmarks is not None
+Names = Annotated[str, ("action", _InPlaceOfManifests), ("metavar", "NAMES")]
 
 
-def evaluate(
-    arguments: argparse.Namespace,
-    joined: Callable[[bool], Any],
-    load_scorer: Callable[..., tuple[Any, Any, Any]],
-    batches: Mapping[str, Any],
+@dataclass(frozen=True)
+class Asking:
+    """How benchmarks are asked.
+
+    Args:
+        benchmarks: names of public benchmarks, or of your own, joined by commas, in place of manifests.
+        benchmark_root: folder with a folder of official files for each of them.
+        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each asks the benchmarks that it fits, by default each one's own.
+        on_error: what comes of an item of a benchmark that cannot be asked: error, or skip it, counted and named.
+        draws: draws of the bootstrap; 0 for no intervals, by default 1000, fewer of benchmarks of over 10,000 items.
+        num_workers: processes that prepare batches of a benchmark, per rank, by default spare cores.
+        experiment: also send the metrics of benchmarks to MLflow, to the server of MLFLOW_TRACKING_URI, or to mlflow.db in the folder OUT.
+    """
+
+    benchmarks: Names | None = None
+    benchmark_root: str | None = None
+    probes: list[str] | None = None
+    on_error: OnError = "error"
+    draws: Count | None = None
+    num_workers: Count | None = None
+    experiment: str | None = None
+
+
+def _evaluate(
+    model: str,
+    manifest: list[str],
+    *,
+    out: str | None = None,
+    scoring: Scoring,
+    no_shuffled: bool = False,
+    asking: Asking,
+    reading: Reading,
+    limits: ImageLimits,
 ) -> None:
+    """Measure accuracies by edit type, with rows for chance and for what language alone achieves; or accuracies of public benchmarks:
+    cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
+
+    Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl
+
+    Args:
+        model: model folder or hub name, run folder, or folder of adapters.
+        manifest: groups to evaluate; or --benchmarks in their place.
+        out: JSON file to write, with --benchmarks a folder.
+        no_shuffled: leave out the row of another group's image, which costs one more image and its texts per group.
+    """
+    if asking.benchmarks is not None and manifest:
+        raise ConfigError(f"evaluate is given both {manifest[0]} and --benchmarks; give manifests, or benchmarks")
+    if asking.benchmarks is not None:
+        more: dict[str, Any] = {"shuffled": not no_shuffled, "scoring": scoring, "limits": limits, "max_pixels": reading.max_pixels}
+        _ask(model, asking, out, **more)
+        return
+    if given := [name for name, value in vars(asking).items() if value != getattr(Asking, name)]:
+        raise ConfigError(f"--{given[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
+    from cfvlm_ds.data import named_apart, sound_groups
+    from cfvlm_ds.evaluation import evaluate, table
+
+    manifests = named_apart(manifest)
+    if out:
+        of_run = (Path(out).parent / "config.yaml").is_file()  # whose own results.json has the same form
+        own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
+    splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
+    scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
+    batches: dict[str, Any] = {"batch_size": scoring.batch_size, "max_tokens": scoring.max_tokens_per_forward, "remedy": scoring.remedy}
+    results, _ = evaluate(scorer, collator, splits, world, shuffled=not no_shuffled, **batches)
+    if world.is_main:
+        print(table(results))
+    if out and world.is_main:
+        found = {split: [vars(row) for row in rows] for split, rows in results.items()}
+        replace(Path(out), json.dumps(found, indent=1).encode())
+
+
+def _is_evaluated(file: IO[bytes]) -> bool:
+    """Whether a file has tables of accuracies by split, and nothing else."""
+    found = parse_json(file.read().decode())
+    return bool(found) and all(row.keys() >= {"name", "num", "metrics"} for rows in found.values() for row in rows)
+
+
+def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int) -> None:
     """Ask a model benchmarks; every rank runs it. Nothing is loaded before the benchmarks' files are read."""
-    for name in ("benchmark_root", "out"):
-        if not getattr(arguments, name):
-            raise ConfigError(f"--benchmarks needs --{name}, a folder; add it")
-    if Path(arguments.out).resolve() == Path(arguments.benchmark_root).resolve():
-        raise ConfigError(f"--out {arguments.out} is the folder of the benchmarks, whose files results would lie among; name another one")
+    for option, value in (("benchmark_root", asking.benchmark_root), ("out", out)):
+        if not value:
+            raise ConfigError(f"--benchmarks needs --{option}, a folder; add it")
+    root, folder = Path(str(asking.benchmark_root)), Path(str(out))
+    if folder.resolve() == root.resolve():
+        raise ConfigError(f"--out {out} is the folder of the benchmarks, whose files results would lie among; name another one")
     from cfvlm_ds.core.distributed import Patience, agreed, default_workers
     from cfvlm_ds.evaluation.suite.asked import MAX_TOKENS, Settings, evaluate_benchmarks, results_held
     from cfvlm_ds.evaluation.suite.chosen import choose, load_items
     from cfvlm_ds.evaluation.suite.tables import omissions, overview, summary
+    from cfvlm_ds.models import adapter_fingerprint, fingerprint
 
-    probes = [part for spec in arguments.probes for part in ([spec] if ":" in spec else spec.split(",")) if part]
-    names = [name.strip() for name in arguments.benchmarks.split(",") if name.strip()]
-    chosen = choose(names, Path(arguments.benchmark_root), probes)
-    model, adapter = model_of(arguments)
-    world, out, skip = joined(arguments.zero3), Path(arguments.out), arguments.on_error == "skip"
-    with results_held(out, world):
+    probes = [part for spec in asking.probes or () for part in ([spec] if ":" in spec else spec.split(",")) if part]
+    chosen = choose([each.strip() for each in str(asking.benchmarks).split(",") if each.strip()], root, probes)
+    model, adapter = model_named(name, limits)
+    world, skip = joined(scoring.zero3), asking.on_error == "skip"
+    with results_held(folder, world):
         patience = Patience(world)
+
+        def identity() -> dict[str, str]:
+            found = fingerprint(model, patience.alive, world.say)
+            return found if adapter is None else found | {"adapter": adapter_fingerprint(adapter, patience.alive)}
+
         loaded = {
-            name: agreed(world, partial(load_items, each, world.say, limit=arguments.limit, skip=skip), patience)
-            for name, each in {each.name: each for each in chosen}.items()
+            each.name: agreed(world, partial(load_items, each, world.say, limit=scoring.limit, skip=skip), patience)
+            for each in {each.name: each for each in chosen}.values()
         }
-        identity = agreed(world, lambda: _identity(model, adapter, patience.alive, world.say), patience)
-        options = {"max_pixels": arguments.max_pixels, "world": world, "zero3": arguments.zero3}
-        scorer, collator, world = load_scorer(model, adapter, **options)
-        asked = _asked(arguments, scorer, collator, world, identity)
+        weights = agreed(world, identity, patience)
+        scorer, collator, world = load_scorer(model, adapter, max_pixels=max_pixels, world=world, zero3=scoring.zero3)
         settings = Settings(
-            batch_size=arguments.batch_size,
-            max_tokens=arguments.max_tokens_per_forward or MAX_TOKENS,
-            num_workers=default_workers() if arguments.num_workers is None else arguments.num_workers,
-            shuffled=not arguments.no_shuffled,
+            batch_size=scoring.batch_size,
+            max_tokens=scoring.max_tokens_per_forward or MAX_TOKENS,
+            num_workers=default_workers() if asking.num_workers is None else asking.num_workers,
+            shuffled=shuffled,
             skip=skip,
-            draws=arguments.draws,
-            remedy=batches["remedy"].replace("set --max_tokens", "lower --max_tokens"),
+            draws=asking.draws,
+            remedy=scoring.remedy.replace("set --max_tokens", "lower --max_tokens"),
         )
-        results = evaluate_benchmarks(asked, [(each, loaded[each.name]) for each in chosen], out, settings)
-        if arguments.experiment and world.is_main:
-            track(arguments.experiment, results, out)
+        asked = _asked(name, scoring.zero3, scorer, collator, world, weights)
+        results = evaluate_benchmarks(asked, [(each, loaded[each.name]) for each in chosen], folder, settings)
+        if asking.experiment and world.is_main:
+            track(asking.experiment, results, folder)
     if world.is_main:
         print("\n".join([overview(results), "", *map(summary, results), *(line for each in results for line in omissions(each))]))
-        print(f"wrote {out / 'results.md'}")
+        print(f"wrote {folder / 'results.md'}")
 
 
 _DELIVERED_WITHIN_S = 300.0  # MLflow is imported then, and makes its database
@@ -153,14 +199,7 @@ def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
         tracker.artifact(out / "results.md")
 
 
-def _identity(model: Any, adapter: Path | None, alive: Callable[[], object], say: Callable[[str], object]) -> dict[str, str]:
-    from cfvlm_ds.models import adapter_fingerprint, fingerprint
-
-    found = fingerprint(model, alive, say)
-    return found if adapter is None else found | {"adapter": adapter_fingerprint(adapter, alive)}
-
-
-def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:
+def _asked(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:
     import torch
 
     from cfvlm_ds.evaluation.generation import write, writing_digest
@@ -173,40 +212,54 @@ def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any
         "device": world.device.type,
         "attention": attention("auto", scorer.model.config),
     }
-    say = None if arguments.zero3 else partial(write, scorer.model, collator, world.device, do_sample=False, num_beams=1)
-    if say is not None:
+    writing = None if zero3 else partial(write, scorer.model, collator, world.device, do_sample=False, num_beams=1)
+    if writing is not None:
         identity = {**identity, "writing": writing_digest(scorer.model)}
-    return Asked(scorer, collator, world, arguments.model, identity, precision, say)
+    return Asked(scorer, collator, world, name, identity, precision, writing)
 
 
-def _compare(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.core.secrets import print_line
+def _compare(
+    results: list[str],
+    *,
+    out: str | None = None,
+    benchmark_root: str | None = None,
+    sample: Positive = 200,
+    draws: Count | None = None,
+) -> None:
+    """Put two folders of results side by side: differences with intervals, what got better and worse, a page to look at.
+
+    Example: cfvlm-ds compare results/base results/tuned --out page --benchmark_root /data/benchmarks
+
+    Args:
+        results: folder that `cfvlm-ds evaluate --benchmarks` wrote; two to compare, one to look at.
+        out: page to write, or to write again, of the worst and best items.
+        benchmark_root: folder of the benchmarks, from which the page takes the pictures.
+        sample: items of each benchmark on the page.
+        draws: exchanges of the two models' answers that are drawn, by default as draws of evaluate.
+    """
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
     from cfvlm_ds.evaluation.suite.tables import overview, summary
     from cfvlm_ds.evaluation.suite.written import read_results
 
-    if len(arguments.results) > 2:
-        raise ConfigError(f"compare takes one or two folders of results, not {len(arguments.results)}; name two at a time")
-    if arguments.out and not arguments.benchmark_root:
+    if len(results) > 2:
+        raise ConfigError(f"compare takes one or two folders of results, not {len(results)}; name two at a time")
+    if out and not benchmark_root:
         raise ConfigError("--out needs --benchmark_root, the folder of the benchmarks, from which the page takes the pictures; add it")
-    say: Callable[[str], object] = print_line if shows_progress() else lambda line: None
-    first, *more = (Path(each) for each in arguments.results)
-    if arguments.out:
+    first, *more = (Path(each) for each in results)
+    if out:
         from cfvlm_ds.page import refuse_foreign_folder
 
-        refuse_foreign_folder(Path(arguments.out))
+        refuse_foreign_folder(Path(out))
     if not more:
         found: Any = read_results(first)
         print("\n".join([overview(found), "", *map(summary, found)]))
     else:
-        found = compare_results(first, more[0], arguments.draws, say)
-        print(comparison_table(found, *arguments.results))
-    if arguments.out:
+        found = compare_results(first, more[0], draws, say)
+        print(comparison_table(found, *results))
+    if out and benchmark_root:
         from cfvlm_ds.evaluation.suite.comparison_page import results_page
 
-        written = results_page(
-            found, arguments.results, Path(arguments.benchmark_root), Path(arguments.out), sample=arguments.sample, say=say
-        )
-        print(f"wrote {Path(arguments.out) / 'index.html'}: {written.num_items} items, {written.num_pictures} pictures")
+        written = results_page(found, results, Path(benchmark_root), Path(out), sample=sample, say=say)
+        print(f"wrote {Path(out) / 'index.html'}: {written.num_items} items, {written.num_pictures} pictures")
         if written.problems:
             print(f"{len(written.problems)} pictures could not be shown; the first: {next(iter(written.problems.values()))}")

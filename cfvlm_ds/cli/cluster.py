@@ -6,35 +6,48 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cfvlm_ds.cli.options import add_command
+from cfvlm_ds.cli.options import add_function
 
 
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
     cluster = commands.add_parser("cluster", help="what slurm/launch.sh asks").add_subparsers(dest="action", required=True)
-    command = add_command(cluster, "check", _check, "check the nodes of a job, one task each", "cfvlm-ds cluster check runs/mine/nodes")
-    command.add_argument("folder", help="shared folder for one line per node")
-    command.add_argument("--timeout_s", type=float, default=30.0, help="seconds for the meeting, and for the collective (default 30)")
-    text = "the output_dir that options of train.py mean"
-    example = "cfvlm-ds cluster output_dir -- --config examples/quickstart.yaml"
-    command = add_command(cluster, "output_dir", _output_dir, text, example)
-    command.add_argument("options", nargs=argparse.REMAINDER, help="options of train.py, after --")
+    add_function(cluster, _check)
+    add_function(cluster, _output_dir)
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(folder: str, *, timeout_s: float = 30.0) -> None:
+    """Check the nodes of a job, one task each.
+
+    Example: cfvlm-ds cluster check runs/mine/nodes
+
+    Args:
+        folder: shared folder for one line per node.
+        timeout_s: seconds for the meeting, and for the collective.
+    """
     from cfvlm_ds.cluster.node_check import check
 
-    line = check(Path(arguments.folder), arguments.timeout_s)
+    line = check(Path(folder), timeout_s)
     sys.stdout.flush()
     os._exit(0 if line == "ok" else 1)  # tearing down torch takes longer than the check
 
 
-def _output_dir(arguments: argparse.Namespace) -> None:
+Rest = Annotated[list[str], ("nargs", argparse.REMAINDER)]
+
+
+def _output_dir(options: Rest) -> None:
+    """Print the output_dir that options of train.py mean.
+
+    Example: cfvlm-ds cluster output_dir -- --config examples/quickstart.yaml
+
+    Args:
+        options: options of train.py, after --.
+    """
     from cfvlm_ds.cli.train import with_quickstart
     from cfvlm_ds.core.parsing import parse_config
     from cfvlm_ds.objectives import OBJECTIVES
 
-    options = arguments.options[1:] if arguments.options[:1] == ["--"] else arguments.options
-    print(Path(parse_config(with_quickstart(options), OBJECTIVES, prog="train.py").train.output_dir).absolute())
+    given = options[1:] if options[:1] == ["--"] else options
+    print(Path(parse_config(with_quickstart(given), OBJECTIVES, prog="train.py").train.output_dir).absolute())

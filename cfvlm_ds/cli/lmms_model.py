@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from cfvlm_ds.cli.lmms import checked_model
 from cfvlm_ds.cli.models import load_scorer
+from cfvlm_ds.cli.options import ImageLimits, model_named
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data.decoding import MAX_PIXELS
@@ -38,7 +38,6 @@ class LmmsModel(lmms):
 
     Args:
         pretrained: model folder or hub name, run folder, or folder of adapters.
-        identity: of its weights and processor, as `cfvlm-ds lmms_args` prints it.
         batch_size: pictures, with all texts about them, in a batch of likelihoods.
         max_tokens_per_forward: tokens of a forward of likelihoods at most.
         per_token: likelihoods are means, as of lmms-eval's own models, and not sums.
@@ -50,7 +49,6 @@ class LmmsModel(lmms):
     def __init__(
         self,
         pretrained: str = "",
-        identity: str = "",
         batch_size: int | str = 1,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -63,9 +61,9 @@ class LmmsModel(lmms):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"--batch_size {batch_size}: it is a number of pictures; give one of at least 1")
-        model, adapter = checked_model(
-            str(pretrained), str(identity), {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_tiles": max_tiles}
-        )
+        if not pretrained:
+            raise ConfigError("the model's arguments lack pretrained=MODEL; add it")
+        model, adapter = model_named(str(pretrained), ImageLimits(min_pixels, max_pixels, max_tiles))
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each rank has a whole model, and its share of the requests
             from accelerate import Accelerator
 

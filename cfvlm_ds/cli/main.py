@@ -9,10 +9,14 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
-from cfvlm_ds.cli import cluster, data, lmms, models, package
+from cfvlm_ds.cli import benchmarks, cluster, data, models, package
 from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
-from cfvlm_ds.cli.options import Parser, add_verbosity, refuse_empty, refuse_unknown
+from cfvlm_ds.cli.making import ALONE
+from cfvlm_ds.cli.options import Parser, add_function, add_verbosity, refuse_empty, refuse_unknown
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import asked, show
 
@@ -36,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         refuse_empty(arguments)
+        if getattr(arguments, "action", None) in ALONE and num_ranks() > 1:  # they would do the same work side by side
+            raise ConfigError(f"data {arguments.action} is for one process, and {num_ranks()} were started; start one, of each shard")
         arguments.function(arguments)
 
     exit_cleanly(lambda: files_named(run))
@@ -46,13 +52,26 @@ def parser() -> Parser:
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
     top = Parser(prog="cfvlm-ds", description=text, epilog="example: cfvlm-ds data check groups.jsonl --root images")
     top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and end")
-    top.set_defaults(quiet=False, verbose=False, parser=top)
+    top.set_defaults(quiet=False, verbose=False)
     add_verbosity(top)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
-    for group in (data, models, lmms, cluster, package):
+    for group in (data, models, benchmarks, cluster):
         group.add(commands)
+    for function in (package.init, _completion):
+        add_function(commands, function)
     return top
+
+
+def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
+    """Print what a shell reads to complete commands, options and files: eval it, or keep it where the shell looks for such files.
+
+    Example: cfvlm-ds completion bash
+
+    Args:
+        shell: whose language it is in.
+    """
+    print(package.completion(parser(), shell))
 
 
 def _train(argv: list[str]) -> None:

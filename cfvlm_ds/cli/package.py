@@ -5,28 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from cfvlm_ds.cli.options import add_command
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.files import create
+from cfvlm_ds.core.files import put_in_place
 from cfvlm_ds.core.shipped import SHIPPED, shipped
 from cfvlm_ds.core.untrusted import refuse_link
-
-SHELLS = ("bash", "zsh", "tcsh")
-
-
-def add(commands: Any) -> None:
-    """Add the commands to a parser's."""
-    text = f"write {', '.join(SHIPPED)} into a folder, to edit and to submit jobs from"
-    command = add_command(commands, "init", _init, text, "cfvlm-ds init my-runs")
-    command.add_argument("folder", help="made if it is not there; nothing in it is overwritten")
-    text = "print what a shell reads to complete commands, options and files: eval it, or keep it where the shell looks for such files"
-    command = add_command(commands, "completion", _completion, text, "cfvlm-ds completion bash")
-    command.add_argument("shell", choices=SHELLS)
 
 
 class ShowVersion(argparse.Action):
@@ -42,29 +29,35 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def _init(arguments: argparse.Namespace) -> None:
-    folder = Path(arguments.folder)
-    refuse_link(folder, "name the folder itself")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is there and is no folder; name another one")
+def init(folder: str) -> None:
+    """Write train.py, ds_configs, examples and slurm into a folder, to edit and to submit jobs from.
+
+    Example: cfvlm-ds init my-runs
+
+    Args:
+        folder: made if it is not there; nothing in it is overwritten.
+    """
+    to = Path(folder)
+    refuse_link(to, "name the folder itself")
+    if to.exists() and not to.is_dir():
+        raise ConfigError(f"{to} is there and is no folder; name another one")
     for name in SHIPPED:
-        if os.path.lexists(folder / name):
-            raise ConfigError(f"{folder / name} is there, and nothing is overwritten; name another folder, or move it away")
-    made = folder if not folder.exists() else None
-    try:
+        if os.path.lexists(to / name):
+            raise ConfigError(f"{to / name} is there, and nothing is overwritten; name another folder, or move it away")
+    to.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=to) as partial:
         for name in SHIPPED:
             source = shipped(name)
-            for path in sorted(source.iterdir()) if source.is_dir() else [source]:
+            for path in source.iterdir() if source.is_dir() else [source]:
                 if path.is_file():
-                    target = folder / path.relative_to(source.parent)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with create(target) as copy:
-                        copy.write(_with_python(path.read_text()).encode() if path.name == "env.sh" else path.read_bytes())
-    except OSError:  # named by whoever called this; the next try finds nothing half done in its way
-        for each in [made] if made is not None else [folder / name for name in SHIPPED]:
-            shutil.rmtree(each, ignore_errors=True) if each.is_dir() else each.unlink(missing_ok=True)
-        raise
-    print(f"wrote {', '.join(SHIPPED)} to {folder}; next: cd {folder}, edit slurm/env.sh, sbatch slurm/train_1node.sh --config FILE")
+                    target = Path(partial) / path.relative_to(source.parent)
+                    target.parent.mkdir(exist_ok=True)
+                    target.write_bytes(path.read_bytes())
+        environment = Path(partial) / "slurm" / "env.sh"
+        environment.write_text(_with_python(environment.read_text()))
+        for name in SHIPPED:
+            put_in_place(Path(partial) / name, to / name, Path(partial) / "older")
+    print(f"wrote {', '.join(SHIPPED)} to {to}; next: cd {to}, edit slurm/env.sh, sbatch slurm/train_1node.sh --config FILE")
 
 
 def _with_python(environment: str) -> str:
@@ -77,14 +70,16 @@ def _with_python(environment: str) -> str:
 _OWN_VENV = "if [ -d .venv ]; then"
 
 
-def _completion(arguments: argparse.Namespace) -> None:
+def completion(top: argparse.ArgumentParser, shell: str) -> str:
+    """What a shell reads to complete the commands of a parser."""
     try:
         import shtab
     except ImportError as error:
         raise ConfigError("completion is written by shtab, which is not installed; `pip install shtab`") from error
-    _add_train_options(_subparsers(arguments.parser)["train"])
-    _complete_files(arguments.parser, shtab.FILE)
-    print(shtab.complete(arguments.parser, arguments.shell))
+    _add_train_options(_subparsers(top)["train"])
+    _complete_files(top, shtab.FILE)
+    written: str = shtab.complete(top, shell)
+    return written
 
 
 def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -70,12 +70,6 @@ class Journal:
         self.size += written
         return self.size - written
 
-    def read(self, start: int) -> Any:
-        """The record of the line that begins at a place."""
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            return json.loads(file.readline())
-
     def close(self) -> None:
         """Hand it to the disk. Later calls do nothing. Raises StorageError."""
         handle, self._handle = self._handle, -1
@@ -88,13 +82,13 @@ class Journal:
                 os.close(handle)
 
 
-def records(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Where each line of a journal begins, and its record; none where there is no file. A last line without its end is still being written,
-    or was cut off and is dropped by who goes on with the journal.
+def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
+    """The records of a journal; none where there is no file.
+
+    A last line without its end is left out: it is still being written, or was cut off and is dropped by who goes on with the journal.
 
     Raises DataError naming file, line and ``remedy``.
     """
-    start = 0
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -103,8 +97,7 @@ def records(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 record = dict(json.loads(line))
             except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: no record ({error}); {remedy}") from error
-            yield start, record
-            start += len(line)
+            yield record
 
 
 def append(path: Path, line: str, say: Say) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
 from functools import partial
 from typing import Any, Literal
@@ -39,6 +40,14 @@ def declared(section: type, prefix: str, what: Literal["kind", "within"]) -> dic
             found |= declared(option.default_factory, f"{prefix}{option.name}.", what)
         else:
             found[prefix + option.name] = option.metadata.get(what)
+    return found
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of nested sections."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
     return found
 
 

@@ -6,14 +6,14 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, TinyLlavaConfig
 from cfvlm_ds.core.data_config import Source
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.option_errors import SPLITS, documents, problem_of, types_of
-from cfvlm_ds.core.options import ENDLESS, ranges
+from cfvlm_ds.core.options import ENDLESS, flat, ranges
 from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml
 from cfvlm_ds.core.shipped import found, refuse_no_file
 from cfvlm_ds.core.verbosity import VERBOSITY, asked
@@ -192,7 +192,7 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
     train = resolved["train"]
     if not train["output_dir"]:
         raise ConfigError("train.output_dir is empty, as a variable is that was not set; name a folder, or leave it out for the default")
-    for option, value in _numbers(resolved):
+    for option, value in ((name, each) for name, each in flat(resolved).items() if isinstance(each, (int, float))):
         term = _TERM.get(option.rpartition(".")[2]) if option.startswith("objective.") else None
         low, high = term or _RANGES.get(option, (-ENDLESS, ENDLESS))
         if not low <= value <= high:
@@ -253,11 +253,3 @@ def _check_evaluation_set(split: str, given: Mapping[str, Any]) -> None:
         )
     if not benchmark and given["probe"] is not None:
         raise ConfigError(f"data.evaluation.{split}: probe {given['probe']!r} is of a benchmark, and {path!r} is a manifest; leave it out")
-
-
-def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, int | float]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{section}{name}.")
-        elif isinstance(value, (int, float)):
-            yield f"{section}{name}", value

@@ -45,14 +45,13 @@ def _item(history: History, edited: Edited) -> Item:
     best, kind = edited.best, str(edited.proposal["type"])
     images = [] if history.picture is None else [Image((history.picture,), "original")]
     match: list[list[int | None]] = [[1, 0]] if images else []
-    if best is not None and best.picture is not None:
-        images.append(Image((best.picture,), f"attempt {best.number}"))
+    if best.picture is not None:
+        images.append(Image((best.picture,), f"attempt {best.made['attempt']}"))
         match.append([0, 1])
-    texts = [Text(str(history.line["caption"]), "caption"), Text(str(edited.proposal["text"]), kind, reference=0)]
-    measured = best.measured if best is not None and best.measured is not None else {}
+    texts = [Text(history.caption, "caption"), Text(str(edited.proposal["text"]), kind, reference=0)]
     tables = []
-    if "scores" in measured:
-        tables = [ScoreTable("log P(yes)", measured["scores"]["match"], decided=list(margins(measured, "match").values()))]
+    if "scores" in best.measured:
+        tables = [ScoreTable("log P(yes)", best.measured["scores"]["match"], decided=list(margins(best.measured, "match").values()))]
     reason = edited.reason or "good"
     attempts = [{"edit": each.made, "verify": each.measured} for each in edited.attempts]
     return Item(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.named import near
 
 TYPES = (
     "colour", "size", "material", "texture", "count", "relation", "object", "action", "swap_attribute", "swap_object", "other",
@@ -23,6 +26,22 @@ def _at_least(options: object, **least: float) -> None:
             raise ConfigError(f"--{name} {value}: it is at least {low:g}")
 
 
+def named(listed: str, known: Collection[str], option: str, what: str = "back end") -> list[str]:
+    """The names of a list. Raises ConfigError for one that is not known, or none."""
+    names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} {name}: no such {what}; {near(name, known, 'there are ')}")
+    if not names:
+        raise ConfigError(f"{option} names none; there are {', '.join(known)}")
+    return names
+
+
+def meaning(options: Any) -> dict[str, Any]:
+    """What of the options of a step decides its records; the others may change when it goes on."""
+    return {name: value for name, value in asdict(options).items() if name not in options.FREE}
+
+
 _SOON = 0.001
 """Seconds: what a call may take at least."""
 
@@ -38,7 +57,6 @@ class ProposeOptions:
         seed: draws which of several possible edits is proposed.
         words: YAML of TYPE: [WORD, ...], the words that edits of a type may lead to, all as often; where not given, those of the built-in
             lists as often as the captions use them.
-        budget_tokens: tokens of a language model that a shard may spend. 0 for no bound.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of its model.
         llm_see: also send the picture.
@@ -47,12 +65,12 @@ class ProposeOptions:
         llm_attempts: calls for a caption before its failure is noted.
     """
 
+    FREE: ClassVar = ("llm_calls", "llm_timeout_s", "llm_attempts", "words")
     back_ends: str = "rules"
     types: str = ",".join(TYPES[:-1])
     per_type: int = 1
     seed: int = 0
     words: str = ""
-    budget_tokens: int = 0
     llm_url: str = ""
     llm_model: str = ""
     llm_see: bool = False
@@ -61,18 +79,13 @@ class ProposeOptions:
     llm_attempts: int = 4
 
     def __post_init__(self) -> None:
-        _at_least(self, per_type=1, budget_tokens=0, llm_calls=1, llm_timeout_s=_SOON, llm_attempts=1)
+        _at_least(self, per_type=1, llm_calls=1, llm_timeout_s=_SOON, llm_attempts=1)
+        _ = self.wanted  # which refuses an unknown one
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """The types. Raises ConfigError for an unknown one."""
-        names = tuple(dict.fromkeys(name.strip() for name in self.types.split(",") if name.strip()))
-        for name in names:
-            if name not in TYPES:
-                raise ConfigError(f"--types {name}: no such type of edit; there are {', '.join(TYPES)}")
-        if not names:
-            raise ConfigError(f"--types names none; there are {', '.join(TYPES)}")
-        return names
+        return tuple(named(self.types, TYPES, "--types", "type of edit"))
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ class EditOptions:
         threads: pictures that command is asked for side by side.
     """
 
+    FREE: ClassVar = ("threads", "timeout_s")
     back_ends: str = "flip,none"
     model: str = ""
     attempts: int = 1
@@ -122,6 +136,7 @@ class VerifyOptions:
         clip: folder or hub name of a CLIP or SigLIP, whose cosines of pictures and texts are written down too.
     """
 
+    FREE: ClassVar = ("batch_size",)
     scorer: str = ""
     template: str = TEMPLATE
     prompt: str = PROMPT

@@ -13,8 +13,8 @@ from cfvlm_ds.core.option_errors import problem_in, types_of
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.shipped import found as shipped_file
 from cfvlm_ds.core.shipped import refuse_no_file
-from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions
-from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, WorkFolder
+from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions, named
+from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, STEPS, WorkFolder
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,20 @@ class Plan:
     def check(self) -> None:
         """Raise ConfigError for what a later step would refuse, when all that comes before it is done: options that are wrong, or other
         ones than it was begun with."""
-        from cfvlm_ds.counterfactuals import verify
         from cfvlm_ds.counterfactuals.edit import step as edit
         from cfvlm_ds.counterfactuals.propose import PROPOSERS
         from cfvlm_ds.counterfactuals.propose import step as propose
         from cfvlm_ds.counterfactuals.select import checked as check_select
 
-        propose.named(self.propose.back_ends, PROPOSERS, "propose.with")
+        named(self.propose.back_ends, PROPOSERS, "propose.with")
         propose.read_words(self.propose.words)
         edit.checked(self.edit)
         if self.groups:
             check_select(Path(self.groups), self.select, self.data)
         if (Path(self.out) / "run.json").exists():
             work = WorkFolder.open(Path(self.out))
-            work.refuse_other("propose", propose.settings_of(self.propose))
-            work.refuse_other("edit", edit.settings_of(self.edit))
-            work.refuse_other("verify", verify.settings_of(self.verify))
+            for step in STEPS:
+                work.refuse_other(step, getattr(self, step))
 
 
 def read_plan(file: str) -> Plan:

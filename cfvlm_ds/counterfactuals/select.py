@@ -106,7 +106,8 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
         progress = Progress(say, "select", work.shards, "shards")
         written = Counter[str]()
         for shard in progress.over(range(work.shards)):
-            survival.sources.update(_problems(work, shard))
+            counts = (work.done("propose", shard) or {"counts": {}})["counts"]
+            survival.sources.update({name: count for name, count in counts.items() if not name.startswith(("edit", "back end"))})
             for history in histories(work, shard, thresholds):
                 name = _split(history, shares, options.seed)
                 if kept := _kept(history, options, cuts, survival, name, shares):
@@ -159,23 +160,9 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
                 yield from (known or [folder for folder in Path(path).parents if folder.name.endswith(ENDING)])[:1]
 
 
-def _problems(work: WorkFolder, shard: int) -> Counter[str]:
-    """What happened to captions of which there are no edits."""
-    found: Counter[str] = Counter()
-    for line in work.records("propose", shard):
-        if "problem" in line:
-            found["rows that cannot be read"] += 1
-            continue
-        found["captions"] += 1
-        found["with a proposal"] += bool(line.get("edits"))
-        for each in line.get("rejected") or ():
-            found["without a reply" if each.get("failed") else f"not proposed: {each.get('reason')}"] += 1
-    return found
-
-
 def _ranked(history: History) -> list[Edited]:
     """The good edits, in the order in which they stay where there are too many: drawn by their ids. By margin the easy ones would."""
-    return sorted((each for each in history.edits if each.reason == GOOD and each.best is not None), key=_draw)
+    return sorted((each for each in history.edits if each.reason == GOOD), key=_draw)
 
 
 def _draw(edited: Edited) -> int:
@@ -204,7 +191,7 @@ def _kept(
     split of the source, of which a real picture has to be too."""
     taken = _ranked(history)[: options.per_source]
     kept: list[Edited] = []
-    texts = {normalised(str(history.line["caption"]))}
+    texts = {normalised(history.caption)}
     for each in history.edits:
         kind = str(each.proposal["type"])
         if each.reason != GOOD:
@@ -227,7 +214,7 @@ def _kept(
 
 def _mined(edited: Edited) -> str:
     """The sha256 of the real picture that an edit has; empty where it has none."""
-    picture = (edited.best.made.get("picture") if edited.best is not None else None) or {}
+    picture = edited.best.made.get("picture") or {}
     return str(picture["sha256"]) if "path" in picture else ""
 
 
@@ -240,16 +227,13 @@ def _row(
     thresholds: Thresholds,
 ) -> dict[str, Any]:
     """The row of a group: what is known of its cells, and where everything comes from."""
-    caption = str(history.line["caption"])
-    original = history.picture
-    images: list[tuple[Path, ...]] = [() if original is None else (original.absolute(),)]
-    texts = [caption]
+    images: list[tuple[Path, ...]] = [() if history.picture is None else (history.picture.absolute(),)]
+    texts = [history.caption]
     edits, made_from = [], []
     match: list[list[int | None]] = [[1]]
     for each in kept:
         best = each.best
         text = str(each.proposal["text"])
-        assert best is not None
         texts.append(text)
         match[0].append(0)
         for line in match[1:]:
@@ -261,7 +245,7 @@ def _row(
             match.append([0, *[None] * (len(texts) - 2), 1])
         edits.append(Edit(str(each.proposal["type"]), image, len(texts) - 1, str(each.proposal["from"]), str(each.proposal["to"])))
         proposed = {key: value for key, value in each.proposal.items() if key not in ("text", "from", "to", "type")}
-        made_from.append({"propose": proposed, "edit": dict(best.made), "verify": dict(best.measured or {}), "margin": best.verdict.worst})
+        made_from.append({"propose": proposed, "edit": dict(best.made), "verify": dict(best.measured), "margin": best.verdict.worst})
     candidates = tuple(Candidate(options.prompt, text) for text in texts)
     group = CounterfactualGroup(history.id, tuple(images), candidates, tuple(map(tuple, match)), tuple(edits), source=options.source)
     meta: dict[str, Any] = {
@@ -272,7 +256,7 @@ def _row(
         "drop": thresholds.drop,
     }
     row = to_row(group, folder, meta)
-    return row | ({"license": history.line["license"]} if history.line.get("license") else {})
+    return row | ({"license": history.license} if history.license else {})
 
 
 def parse_splits(text: str) -> dict[str, float]:
@@ -294,7 +278,7 @@ def parse_splits(text: str) -> dict[str, float]:
 def _split(history: History, shares: Mapping[str, float], seed: int) -> str:
     """The split of a source, drawn by the contents of its picture: two rows of one picture go to the same one."""
     made = next((attempt.made for each in history.edits for attempt in each.attempts if "parent_sha256" in attempt.made), {})
-    name = str(made.get("parent_sha256") or history.line.get("picture") or history.id)
+    name = str(made.get("parent_sha256") or history.picture or history.id)
     return _drawn(name, shares, seed)
 
 

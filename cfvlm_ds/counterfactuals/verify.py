@@ -16,13 +16,12 @@ from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.journal import records
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import lines, open_regular, parse_json
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.checks import compared
 from cfvlm_ds.counterfactuals.edit.base import picture_by_id, sha256_of
-from cfvlm_ds.counterfactuals.history import attempts
 from cfvlm_ds.counterfactuals.judge import GOOD, Calibrated, Thresholds, calibrated, verdict
 from cfvlm_ds.counterfactuals.options import VerifyOptions
 from cfvlm_ds.counterfactuals.second_opinion import SecondOpinion
@@ -35,10 +34,8 @@ from cfvlm_ds.evaluation.scoring import GroupScores
 
 STEP = "verify"
 BATCHES = 8
-"""Batches of candidates that are scored together, by as many ranks at most: they are cut from the shard alone, never from where a kill
-was."""
+"""Batches of candidates that are scored together: they are cut from the shard alone, never from where a kill was."""
 _DECIMALS = 4
-_LABELS = 1 << 20  # bytes of a line of labels
 
 Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
@@ -56,11 +53,10 @@ def verify(
 ) -> dict[str, Any]:
     """Measure every candidate of a shard; returns its completion. ``identity`` says which weights score."""
     work = WorkFolder.open(out)
-    if (done := work.finished(STEP, shard, of, said := settings_of(options))) is not None:
-        say(f"{out}: verify is through with shard {shard}")
+    if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done
     clip = SecondOpinion(options.clip) if options.clip else None
-    work.settle(STEP, {**said, "scored": score is not None, "weights": dict(identity or {})})
+    work.settle(STEP, options, scored=score is not None, weights=dict(identity or {}))
     with ShardStep(work, STEP, shard) as step:
         for record, candidate in zip(work.records(STEP, shard), candidates(work, shard), strict=False):
             step.expect(record, edit=candidate.record["edit"], attempt=candidate.record["attempt"])
@@ -75,37 +71,33 @@ def verify(
             for record in new:
                 step.add(record)
             progress.advance(len(new))
-        return step.finish(counted)
-
-
-def settings_of(options: VerifyOptions) -> dict[str, Any]:
-    """What of the options decides the measures."""
-    return {key: getattr(options, key) for key in ("scorer", "template", "prompt", "clip")}
+        return step.finish(counted, say)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attempt with what it was made of: the record of the step edit, the proposal, the caption and both pictures."""
+    """An attempt: the record of the step edit, and its pictures."""
 
     record: Mapping[str, Any]
-    proposal: Mapping[str, Any]
-    caption: str
     original: Path | None
     edited: Path | None
     mask: Path | None = None
 
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The caption and the counterfactual one."""
+        return str(self.record["caption"]), str(self.record["proposal"]["text"])
+
 
 def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
-    """The attempts of a shard in their order, each with its proposal."""
+    """The attempts of a shard in their order."""
     named = work.settings("edit").get("masks")
     masks = Path(named) if isinstance(named, str) and named else None
-    for line, edits in attempts(work, shard):
-        original = Path(line["picture"]) if line.get("picture") else None
-        for proposal, tried in edits:
-            for record in tried:
-                edited = work.picture(record["picture"]) if record.get("picture") else None
-                mask = picture_by_id(masks, record["edit"], (".png",)) if masks is not None and "mask_sha256" in record else None
-                yield Candidate(record, proposal, line["caption"], original, edited, mask)
+    for record in work.records("edit", shard):
+        original = Path(record["original"]) if record["original"] else None
+        edited = work.picture(record["picture"]) if record.get("picture") else None
+        mask = picture_by_id(masks, record["edit"], (".png",)) if masks is not None and "mask_sha256" in record else None
+        yield Candidate(record, original, edited, mask)
 
 
 def measured(
@@ -116,7 +108,7 @@ def measured(
         for candidate, record in zip(chunk, found, strict=True):
             pictures = [open_image(each) for each in (candidate.original, candidate.edited) if each and "problem" not in record]
             if pictures:
-                record["models"] = {"clip": clip.cosines((candidate.caption, str(candidate.proposal["text"])), pictures)}
+                record["models"] = {"clip": clip.cosines(candidate.texts, pictures)}
     wanted = [k for k, record in enumerate(found) if "problem" not in record and chunk[k].original is not None]
     if score is None or not wanted:
         return found
@@ -149,7 +141,8 @@ def _looked_at(candidate: Candidate) -> dict[str, Any]:
         "edit": made["edit"],
         "source": made["source"],
         "attempt": made["attempt"],
-        "type": candidate.proposal["type"],
+        "type": made["proposal"]["type"],
+        "made": made,
     }
     if "refused" in made:
         return record | {"problem": f"no picture: {one_line(str(made['refused']), 200)}"}
@@ -182,8 +175,7 @@ def _replaced(candidate: Candidate) -> Path | None:
 
 def _item(candidate: Candidate) -> Item:
     images = ((candidate.original or Path(),),) if candidate.edited is None else ((candidate.original or Path(),), (candidate.edited,))
-    texts = (candidate.caption, str(candidate.proposal["text"]))
-    return Item(str(candidate.record["edit"]), images, texts, ((1, 0), (0, 1))[: len(images)])
+    return Item(str(candidate.record["edit"]), images, candidate.texts, ((1, 0), (0, 1))[: len(images)])
 
 
 def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
@@ -228,18 +220,15 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
     Raises DataError for labels that cannot be read or name no candidate, ConfigError where no margin reaches the precision.
     """
     work = WorkFolder.open(out)
+    if not labelled.is_file():
+        raise DataError(f"{labelled}: no such file; write one JSON object a line")
     labels: dict[tuple[str, int], bool] = {}
-    try:
-        with open_regular(labelled) as handle:
-            for number, line in enumerate(lines(handle, _LABELS), 1):
-                row = parse_json(line.decode())
-                right = isinstance(row, dict) and isinstance(row.get("edit"), str) and isinstance(row.get("good"), bool)
-                if not right or type(attempt := row.get("attempt", 0)) is not int:
-                    raise ValueError(f'line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
-                if labels.setdefault((row["edit"], attempt), row["good"]) != row["good"]:
-                    raise ValueError(f"line {number} says of {row['edit']!r}, attempt {attempt}, the opposite of an earlier line")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{labelled}: no labels ({error}); write one JSON object a line") from error
+    for number, row in enumerate(records(labelled, "write one JSON object a line"), 1):
+        edit, attempt, good = row.get("edit"), row.get("attempt", 0), row.get("good")
+        if not isinstance(edit, str) or type(attempt) is not int or not isinstance(good, bool):
+            raise DataError(f'{labelled}: line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
+        if labels.setdefault((edit, attempt), good) != good:
+            raise DataError(f"{labelled}: line {number} says of {edit!r}, attempt {attempt}, the opposite of an earlier line")
     found: list[tuple[Mapping[str, Any], bool]] = []
     for shard in range(work.shards):
         for record in work.records(STEP, shard):

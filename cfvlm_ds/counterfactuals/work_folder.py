@@ -5,7 +5,6 @@
     W/STEP/shard-00003.jsonl          a line a unit of work
     W/STEP/shard-00003.done.json      when the shard is through: its sha256, and that of the step before it that it was made of
     W/pictures/shard-00003.tar        edited pictures, named by their places in it
-    W/llm/shard-00003.jsonl           replies of a language model by request
     W/shards.bin                      the shard of each row, where there are several
     W/prices.json                     how often each word of the data may come and go, of the back end rules
     W/mine/slots.bin                  captions with one word left open, of the back end mine
@@ -21,25 +20,30 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.journal import Journal, as_line, records
+from cfvlm_ds.core.options import flat
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MIB, open_regular, read_json
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
+from cfvlm_ds.counterfactuals.options import meaning
 from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.store import GroupStore
 
-SCHEMA = "cfwork/1"
+SCHEMA = "cfwork/2"
 STEPS = ("propose", "edit", "verify")
-_FOLDERS = (*STEPS, "pictures", "llm", "mine")
+_FOLDERS = (*STEPS, "pictures", "mine")
 MAX_SHARDS = 100_000
+T = TypeVar("T")
 OUTDATED = "was made of other records of the step before it than there are now"
 
 
@@ -108,15 +112,14 @@ class WorkFolder:
             raise ConfigError(f"{path} is no work folder; begin one with `cfvlm-ds data propose`")
         return cls(path, about)
 
-    def settle(self, step: str, settings: Mapping[str, Any]) -> None:
+    def settle(self, step: str, options: Any, **more: Any) -> None:
         """Write what decides a step, without secrets, or refuse what differs from an earlier shard or call. A secret may change."""
-        _settled(self.path / f"{step}.json", masked({**settings, "cfvlm-ds": version("cfvlm-ds")}), self.path)
+        _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
-    def refuse_other(self, step: str, options: Mapping[str, Any]) -> None:
+    def refuse_other(self, step: str, options: Any) -> None:
         """Refuse options that differ from those that a step was begun with, before anything is loaded for it."""
-        if (path := self.path / f"{step}.json").exists():
-            begun = self.settings(step)
-            _settled(path, {**begun, **masked(options)} if begun else options, self.path)
+        if begun := self.settings(step):
+            _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
         """What decides a step; empty where it was not begun."""
@@ -144,9 +147,8 @@ class WorkFolder:
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
-        """Yield the records of a step and shard. Raises DataError naming file and line for what is none."""
-        for _, record in records(self.file(step, shard), self.again(step, shard)):
-            yield record
+        """The records of a step and shard. Raises DataError naming file and line for what is none."""
+        return records(self.file(step, shard), self.again(step, shard))
 
     def picture(self, named: Mapping[str, Any]) -> Path:
         """The picture that an attempt names, a file or a part of a tar, as every reader of pictures takes it."""
@@ -154,33 +156,24 @@ class WorkFolder:
             return Path(named["path"])
         return self.path.absolute() / "pictures" / part_name(named["file"], named["start"], named["length"])
 
-    def damage(self, step: str, shard: int) -> str:
-        """What is wrong with the journal and the pictures of a shard that a step is through with; empty where they are what was written."""
-        done, file, tar = self.done(step, shard), self.file(step, shard), self.tar(shard)
-        if done is not None and sha256_of_file(file) != done["sha256"]:
-            return f"{file} is not what it was when the shard was through"
-        if done is not None and (size := tar.stat().st_size if tar.is_file() else 0) < done.get("pictures", 0):
-            return f"{tar} has {size} bytes, and {done['pictures']} when the shard was through"
-        before = self.done(STEPS[STEPS.index(step) - 1], shard)
-        return (
-            f"{file} {OUTDATED}" if done is not None and before is not None and done.get("of", before["sha256"]) != before["sha256"] else ""
-        )
-
     def need(self, step: str, shard: int) -> None:
-        """Raise ConfigError where a step is not through with a shard, DataError where what it or one before it has written is damaged."""
+        """Raise ConfigError where a step is not through with a shard, DataError where it or one before it was made of other records."""
         if self.done(step, shard) is None:
             begun = f"{self.about['source']['path']} --out {self.path}" if step == STEPS[0] else self.path
             remedy = f"run `cfvlm-ds data {step} {begun} --shard {shard}/{self.shards}` first"
             raise ConfigError(f"{self.path}: {step} is not through with shard {shard}; {remedy}")
-        for each in STEPS[: STEPS.index(step) + 1]:
-            if wrong := self.damage(each, shard):
-                raise DataError(f"{wrong}; {self.again(each, shard)}")
+        for before, each in pairwise(STEPS[: STEPS.index(step) + 1]):
+            made, now = self.done(each, shard) or {}, self.done(before, shard) or {}
+            if made.get("of") != now.get("sha256"):
+                raise DataError(f"{self.file(each, shard)} {OUTDATED}; {self.again(each, shard)}")
 
-    def finished(self, step: str, shard: int, of: int | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    def finished(
+        self, step: str, shard: int, of: int | None, options: Any, say: Callable[[str], object] = lambda line: None
+    ) -> dict[str, Any] | None:
         """Return the completion of a shard that a step is through with; None where the step is still to be done.
 
         Raises ConfigError for what can be refused before anything is loaded for it: a shard that is none of this folder's, a step before
-        that is not through with it, and options that differ from those that the step was begun with. DataError for damage.
+        that is not through with it, and options that differ from those that the step was begun with. DataError for records of old ones.
         """
         of = self.shards if of is None else of
         if of != self.shards or not 0 <= shard < of:
@@ -192,6 +185,7 @@ class WorkFolder:
         self.refuse_other(step, options)
         if (done := self.done(step, shard)) is not None:
             self.need(step, shard)
+            say(f"{self.path}: {step} is through with shard {shard}")
         return done
 
 
@@ -215,15 +209,24 @@ class ShardStep:
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path}: it has a record of {quoted(record)[:120]} in place of {named}; start a new work folder")
 
-    def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None]) -> dict[str, Any]:
-        """The shard is through."""
-        counts: Counter[str] = Counter()
+    def remaining(
+        self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
+    ) -> Iterator[T]:
+        """The units that have no record yet; each counts as done when the next one is asked for."""
+        for record, each in zip(self.work.records(self.step, self.shard), units, strict=False):
+            self.expect(record, **named(each))
+        yield from Progress(say, self.step, max(total - self.count, 1), unit).over(units)
+
+    def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], say: Callable[[str], object]) -> dict[str, Any]:
+        """The shard is through. The first row or picture that cannot be used is named."""
+        counts, unusable = Counter[str](), ""
         for record in self.work.records(self.step, self.shard):
             counted(record, counts)
+            unusable = unusable or record.get("detail", "")
+        if unusable:
+            say(f"warning: {self.step}: some rows or pictures cannot be used, and are counted; the first: {unusable}")
         self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
-        if self.step == "edit":
-            done["pictures"] = self.work.tar(self.shard).stat().st_size
         if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
             done["of"] = before["sha256"]
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
@@ -262,21 +265,10 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
     remedy = f"take the same ones, or another folder than {folder}"
     if path.stem in STEPS:
         remedy += f"; to do {path.stem} again, remove {path} and {path.with_suffix('')}, and those of the steps after it"
-    differing = _differing(found, now)
-    shown = "; ".join(f"{key}: {quoted(then, 160)} then, {quoted(value, 160)} now" for key, then, value in differing[:4])
+    then, new = flat(found), flat(now)
+    differing = [(key, then.get(key), new.get(key)) for key in sorted({*then, *new}) if then.get(key) != new.get(key)]
+    shown = "; ".join(f"{key}: {quoted(was, 160)} then, {quoted(value, 160)} now" for key, was, value in differing[:4])
     raise ConfigError(f"{path} was begun with other settings ({shown}); {remedy}")
-
-
-def _differing(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted names of what differs, with both values."""
-    found: list[tuple[str, Any, Any]] = []
-    for key in sorted({*then, *now}):
-        one, other = then.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += _differing(one, other, f"{prefix}{key}.")
-        elif one != other:
-            found.append((f"{prefix}{key}", one, other))
-    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

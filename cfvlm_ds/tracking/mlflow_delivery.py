@@ -23,6 +23,7 @@ from urllib.parse import unquote
 
 from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.core.files import put_in_place
+from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, say
@@ -225,8 +226,8 @@ class Delivery:
         """Send parameters, tags and data sets, and record the run's id."""
         entities = _mlflow("mlflow.entities")
         run_id = run.info.run_id
-        params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _flat(self.record.params).items()}
-        tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _flat(self.record.tags).items()}
+        params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _texts(self.record.params).items()}
+        tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _texts(self.record.tags).items()}
         changed = {name: text for name, text in params.items() if run.data.params.get(name, text) != text}
         tags |= {_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()}
         send(client, run_id, "params", [entities.Param(name, text) for name, text in params.items() if name not in run.data.params])
@@ -302,14 +303,8 @@ def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "ta
                     send(client, run_id, kind, [entity])
 
 
-def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = json.dumps(value) if isinstance(value, (list, Mapping)) else str(value)
-    return flat
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value) if isinstance(value, (list, Mapping)) else str(value) for name, value in flat(values).items()}
 
 
 def _name(name: str) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.config import MICRO_BATCH_SIZE, SECTIONS, ModelConfig, RunConfig
 from cfvlm_ds.core.journal import append
-from cfvlm_ds.core.options import Kind, declared
+from cfvlm_ds.core.options import Kind, declared, flat
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
 
@@ -139,7 +139,7 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     """The part of a record that decides what is trained: values in use, where several make one value that one in their place."""
-    options = dict(_flat(record["options"]))
+    options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
     modules = [name.split(".")[1] for name in KINDS if name.endswith(".tuning")]
@@ -173,7 +173,7 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
 
 def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     """The DeepSpeed settings that decide what is trained."""
-    given = {**_UNSET, **dict(_flat(deepspeed))}
+    given = {**_UNSET, **flat(deepspeed)}
     given.setdefault("scheduler.type", "train.lr_scheduler_type")
     all_kinds = ((name, value, kind_of(name)) for name, value in given.items())
     found: dict[str, tuple[Any, Kind]] = {f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("meaning", "fixed")}
@@ -192,14 +192,6 @@ def kind_of(setting: str) -> Kind:
     while setting not in DEEPSPEED and "." in setting:
         setting = setting.rpartition(".")[0]
     return DEEPSPEED.get(setting, "meaning")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _quoted(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import io
@@ -30,9 +29,9 @@ from cfvlm_ds.checkpoint import SaveError
 from cfvlm_ds.cli.exits import exit_cleanly
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.cli.models import load_scorer
-from cfvlm_ds.cli.options import model_of
+from cfvlm_ds.cli.options import model_named
 from cfvlm_ds.cli.train import with_quickstart
-from cfvlm_ds.core.config import IMAGE_LIMITS, BuildConfig, ModelConfig, TinyLlavaConfig
+from cfvlm_ds.core.config import BuildConfig, ModelConfig, TinyLlavaConfig
 from cfvlm_ds.core.distributed import World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError, OutOfMemory, StorageError
 from cfvlm_ds.core.parsing import parse_config
@@ -61,7 +60,6 @@ COMMANDS = [
     ["compare"],
     ["track"],
     ["export"],
-    ["lmms_args"],
     ["init"],
     ["completion"],
     *(["cluster", name] for name in ("check", "output_dir")),
@@ -700,7 +698,7 @@ def test_evaluate_takes_run_folders_and_adapters(
     adapted, base = plain_scores(manifests["test"], f"{model_dir}+{runs / 'off' / 'adapter'}", str(model_dir))
     groups, tables = read_manifest(manifests["test"]), []
     for named in (runs / "off", runs / "off" / "adapter"):
-        model, adapter = model_of(argparse.Namespace(model=str(named), **{f"model.{name}": None for name in IMAGE_LIMITS}))
+        model, adapter = model_named(str(named))
         scorer, collator, world = load_scorer(model, adapter, max_pixels=MAX_PIXELS)
         for group, score in zip(groups, score_groups(scorer, collator, groups, world), strict=True):
             assert score.logp.tolist() == [pytest.approx(line, rel=1e-4) for line in adapted[group.id]], group.id

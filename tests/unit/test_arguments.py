@@ -77,8 +77,6 @@ def test_help_ends_with_an_example_that_is_a_command(command: tuple[str, ...], c
             "model is a folder without *.arrow, *.parquet, *.tar, and no store; it is of a model: name the data",
         ),
         ("evaluate a.jsonl a.jsonl", "model.name_or_path 'a.jsonl' is a file; give a model folder"),
-        ("lmms_args nothing", "model.name_or_path 'nothing' does not exist"),
-        ("lmms_args images", "model.name_or_path 'images' cannot be read"),
         ("cluster check images", "nodes are checked by tasks of srun that know where to meet, and SLURM_PROCID is not set"),
         ("data prepare none.jsonl --out b", "none.jsonl: no such manifest; did you mean"),
         ("data prepare a.jsonl --config c.yaml --pack", "not with manifest, pack; set them in c.yaml"),
@@ -97,7 +95,7 @@ def test_wrong_arguments_are_one_sentence(arguments: str, sentence: str, here: P
     "arguments",
     [
         "score model _", "score _ a.jsonl", "score model a.jsonl --out _", "evaluate model a.jsonl _", "data check a.jsonl --root _",
-        "data view _", "data convert _ --out b", "compare model _", "init _", "lmms_args _", "export _", "data prepare a.jsonl --out _",
+        "data view _", "data convert _ --out b", "compare model _", "init _", "export _", "data prepare a.jsonl --out _",
     ],
 )  # fmt: skip
 def test_an_empty_argument_is_no_folder(arguments: str, here: Path, ended: Callable[..., str]) -> None:
@@ -105,6 +103,12 @@ def test_an_empty_argument_is_no_folder(arguments: str, here: Path, ended: Calla
     before = sorted(here.iterdir())
     assert "is empty, as a variable is that was not set" in ended(*("" if each == "_" else each for each in arguments.split()))
     assert sorted(here.iterdir()) == before
+
+
+def test_a_step_of_several_ranks_is_refused(here: Path, ended: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for step in ("edit W", "verify W", "select W --out g.jsonl"):
+        assert f"data {step.split()[0]} is for one process, and 2 were started" in ended("data", *step.split())
 
 
 def test_a_check_says_what_is_wrong_with_every_row_of_data_that_hold_no_group(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -457,7 +457,7 @@ def test_what_a_model_says_is_judged_and_kept(
     assert [(each["type"], each["text"], each["from"], each["to"]) for each in first["edits"]] == [
         ("colour", "a blue car near two dogs", "red", "blue")
     ]
-    assert first["edits"][0]["id"] == "c0/0" and len(first["edits"][0]["request"]) == 64 and first["license"] == "CC0"
+    assert first["edits"][0]["id"] == "c0/0" and first["license"] == "CC0"
     assert [each["reason"] for each in first["rejected"]] == [
         "more than one thing changed", "a paraphrase", "a type that was not asked for", "an instruction that is not one printable line",
         "an edit without type, text and instruction", "one of its type is there already", "an edit without type, text and instruction",
@@ -469,7 +469,7 @@ def test_what_a_model_says_is_judged_and_kept(
         "data:image/jpeg"
     )
     kept = b"".join(path.read_bytes() for path in (tmp_path / "W").rglob("*") if path.is_file())
-    assert b"secret" not in kept and b"served/model-1" in kept and b'"tokens":100' in kept
+    assert b"secret" not in kept
 
 
 def drip(part: bytes, times: int, pause_s: float) -> Callable[[Any], None]:
@@ -503,7 +503,7 @@ FAULTS: dict[str, tuple[int, bytes | Callable[[Any], None], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_retried_and_never_kept(fault: str, captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+def test_a_fault_is_retried(fault: str, captions: Path, tmp_path: Path, at_once: list[float]) -> None:
     good = reply([edit("colour", "a blue car near two dogs")])
     seen: Counter[str] = Counter()
 
@@ -515,12 +515,10 @@ def test_a_fault_is_retried_and_never_kept(fault: str, captions: Path, tmp_path:
     server = Server(answers)
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
-    assert len(server.asked) == 8 and len(at_once) == 4 and done["counts"]["edits"] == 1 and "failed" not in done["counts"]
+    assert len(server.asked) == 8 and len(at_once) == 4 and done["counts"]["edits"] == 1 and "without a reply" not in done["counts"]
     assert all(0 < pause <= 60 for pause in at_once)
     if fault == "too many calls":
         assert all(pause >= 7 for pause in at_once)
-    kept = (tmp_path / "W" / "llm" / "shard-00000.jsonl").read_text().splitlines()
-    assert len(kept) == 4 and all("edits" in json.loads(line)["reply"] for line in kept)
 
 
 def test_a_reply_that_never_ends_is_left() -> None:
@@ -540,12 +538,11 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
     server = Server(lambda body, number: (500, b"boom", {}))
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
-        assert done["counts"]["failed"] == 4 and len(server.asked) == 12
+        assert done["counts"]["without a reply"] == 4 and len(server.asked) == 12
         assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == "no usable reply: status 500: boom"
         monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
         with pytest.raises(ConfigError, match="3 captions in a row without a usable reply"):
             asked_model(captions, tmp_path / "V", server, llm_calls=1)
-    assert not (tmp_path / "V" / "llm" / "shard-00000.jsonl").read_text()
     for status in (401, 404, 302):
         server = Server(lambda body, number, status=status: (status, b"bad model", {"Location": "http://elsewhere/"}))
         with server.running(), pytest.raises(ConfigError, match=f"answers {status} .*bad model.*; correct the address"):
@@ -560,7 +557,7 @@ def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
     server = Server(lambda body, number: (status, b"too long", {}) if "red car" in json.dumps(body) else (200, reply([]), {}))
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
-    assert done["counts"]["failed"] == 1 and len(server.asked) == 4 and not at_once
+    assert done["counts"]["without a reply"] == 1 and len(server.asked) == 4 and not at_once
     assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == f"no usable reply: status {status}: too long"
     monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
     server = Server(lambda body, number: (status, b"no such option", {}))
@@ -571,59 +568,30 @@ def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
         asked_model(captions, tmp_path / "V", server, llm_calls=1)
 
 
-def test_a_restart_costs_nothing_and_gives_the_same(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+def test_a_restart_asks_of_no_caption_that_has_its_record(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
     def answers(body: dict[str, Any], number: int) -> Any:
         threading.Event().wait(0.1)  # so that calls meet
-        return 200, reply([edit("colour", f"a {'blue' if number < 4 else 'green'} car near two dogs")]), {}
+        return 200, reply([edit("colour", "a blue car near two dogs")]), {}
 
     server, out = Server(answers), tmp_path / "W"
     with server.running():
         asked_model(captions, out, server, llm_calls=3)
         assert len(server.asked) == 4 and 1 < server.most_at_once <= 3
         whole = {path.name: path.read_bytes() for path in (out / "propose").iterdir()}
-        journal = (out / "llm" / "shard-00000.jsonl").read_bytes()
         (out / "propose" / "shard-00000.jsonl").write_bytes(whole["shard-00000.jsonl"][:-100])  # a kill in the midst of a line
         (out / "propose" / "shard-00000.done.json").unlink()
-        with open(out / "llm" / "shard-00000.jsonl", "ab") as file:
-            file.write(b'{"request": "torn')
         asked_model(captions, out, server, llm_calls=3)
-        assert len(server.asked) == 4
-        lines = [json.dumps(json.loads(line), indent=None, ensure_ascii=False) for line in journal.decode().splitlines()]
-        (out / "llm" / "shard-00000.jsonl").write_text("\n".join(lines) + "\n")  # as another program writes it
-        (out / "propose" / "shard-00000.jsonl").unlink()
-        asked_model(captions, out, server, llm_calls=3)
-        assert len(server.asked) == 4 and {path.name: path.read_bytes() for path in (out / "propose").iterdir()} == whole
-        (out / "llm" / "shard-00000.jsonl").write_bytes(journal + b"x\n")
-        (out / "propose" / "shard-00000.jsonl").unlink()
-        with pytest.raises(DataError, match=r"llm/shard-00000\.jsonl:5: no record \(.*\); remove the file"):
-            asked_model(captions, out, server, llm_calls=3)
-        (out / "llm" / "shard-00000.jsonl").write_bytes(journal)
-        asked_model(captions, out, server, llm_calls=3)
+        assert len(server.asked) == 5 and "fog" in json.dumps(server.asked[4])
         assert {path.name: path.read_bytes() for path in (out / "propose").iterdir()} == whole
-        assert (out / "llm" / "shard-00000.jsonl").read_bytes() == journal
         with pytest.raises(ConfigError, match=r"begun with other settings \(.*llm_model: 'm' then, 'n' now.*\)"):
             (out / "propose" / "shard-00000.done.json").unlink()
             asked_model(captions, out, server, llm_model="n")
 
 
-def test_a_budget_of_tokens_is_not_passed_by_far(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
-    server = Server(lambda body, number: (200, reply([]), {}))
-    with server.running():
-        done = asked_model(captions, tmp_path / "W", server, llm_calls=1, budget_tokens=150)
-    assert len(server.asked) == 2 and done["counts"]["failed"] == 2
-    assert lines_of(tmp_path / "W")[3]["rejected"][0]["reason"] == "no usable reply: the budget of 150 tokens is spent"
-    silent = json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": '{"edits": []}'}}]}).encode()
-    for answer, asked in ((silent, 1), (reply("prose"), 6)):  # a cost that is not said, and one that bought nothing
-        server = Server(lambda body, number, answer=answer: (200, answer, {}))
-        with server.running():
-            asked_model(captions, tmp_path / f"V{asked}", server, llm_calls=1, budget_tokens=400, llm_attempts=3)
-        assert len(server.asked) == asked
-
-
 @pytest.mark.parametrize(
     "section, values",
     [
-        (ProposeOptions, {"per_type": 0}), (ProposeOptions, {"llm_timeout_s": math.nan}), (ProposeOptions, {"budget_tokens": -1}),
+        (ProposeOptions, {"per_type": 0}), (ProposeOptions, {"llm_timeout_s": math.nan}),
         (ProposeOptions, {"llm_calls": 0}), (ProposeOptions, {"llm_timeout_s": 0.0}), (ProposeOptions, {"llm_attempts": 0}),
         (EditOptions, {"attempts": 0}), (EditOptions, {"threads": -1}), (EditOptions, {"timeout_s": math.inf}),
         (VerifyOptions, {"batch_size": 0}), (SelectOptions, {"per_type": -1}),

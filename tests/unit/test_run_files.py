@@ -113,7 +113,7 @@ def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path: Path, capsys: pyte
         assert (f"{path}: its last line was cut off" in capsys.readouterr().err) == (cut != kept)
         for number in range(ends.index(kept), 3):
             assert journal.append(entries[number]) == ends[number]
-        assert path.read_bytes() == whole and journal.read(ends[2]) == {"a": "xx"}
+        assert path.read_bytes() == whole
         journal.close()
     journal = Journal(path)
     forked(second, path)

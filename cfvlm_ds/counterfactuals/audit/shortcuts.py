@@ -79,7 +79,7 @@ def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortc
             counts[side].update(set(words(text)))
     weight = {word: math.log((counts[1][word] + 0.5) / (counts[0][word] + 0.5)) for word in {*counts[0], *counts[1]}}
     judged = [pair for pair, fitted in zip(pairs, halves, strict=True) if not fitted]
-    scores = [[sum(weight.get(word, 0.0) for word in set(words(pair[side]))) for pair in judged] for side in (1, 0)]
+    scores = [[math.fsum(weight.get(word, 0.0) for word in set(words(pair[side]))) for pair in judged] for side in (1, 0)]
     most = sorted(weight, key=lambda word: (-abs(weight[word]) * math.sqrt(counts[0][word] + counts[1][word]), word))[:_TELLING]
     telling = tuple(f"{word} ({counts[0][word]} original, {counts[1][word]} counterfactual)" for word in most)
     return Shortcut("texts by their words", *auc(*scores), len(judged), telling)

@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_file
+from cfvlm_ds.counterfactuals.options import EditOptions
 from cfvlm_ds.data.decoding import open_image
 
 
@@ -62,22 +63,25 @@ class Refused:
     reason: str
 
 
-class Editor(Protocol):
-    """A back end of `data edit`. ``varies``: another seed gives another picture, so that further attempts make sense. ``threads`` are the
-    tasks that it is given side by side. It is made with the options of the step."""
+class Editor:
+    """A back end of `data edit`, made with the options of the step. ``varies``: another seed gives another picture, so that further
+    attempts make sense. ``threads`` are the tasks that it is given side by side."""
 
-    varies: bool
-    threads: int
+    varies, threads = False, 1
 
-    def settings(self) -> Mapping[str, Any]: ...
+    def __init__(self, options: EditOptions) -> None: ...
+
+    def settings(self) -> Mapping[str, Any]:
+        """What decides its pictures; kept with them."""
+        return {"version": 1}
 
     def takes(self, task: Task) -> bool:
         """Whether an edit is one for this editor, by its words alone."""
-        ...
+        return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
         """The edited picture, as large as the original; None for text alone."""
-        ...
+        return None
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:

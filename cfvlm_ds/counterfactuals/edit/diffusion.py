@@ -15,7 +15,7 @@ from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError, is_failure
 from cfvlm_ds.core.versions import version
-from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
 from cfvlm_ds.counterfactuals.options import EditOptions
 
 _MULTIPLE = 32  # pixels that every known pipeline's sides can be multiples of
@@ -24,7 +24,7 @@ OLDEST = "0.42.1"
 folder names."""
 
 
-class Diffusers:
+class Diffusers(Editor):
     """The editor ``diffusers``. A batch has one picture: with more, the same seed gives another one."""
 
     varies, threads = True, 1

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from PIL import ImageOps
 
-from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task
-from cfvlm_ds.counterfactuals.options import EditOptions
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
 from cfvlm_ds.counterfactuals.propose.vocabulary import LETTERING
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 
 
-class Flip:
+class Flip(Editor):
     """The editor ``flip``: for captions whose only sides are those that the edit exchanges."""
-
-    varies, threads = False, 1
-
-    def __init__(self, options: EditOptions) -> None:
-        pass
-
-    def settings(self) -> Mapping[str, Any]:
-        return {"version": 1}
 
     def takes(self, task: Task) -> bool:
         """Whether the text is the caption with every left and right exchanged."""

@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task, opened, picture_by_id
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task, opened, picture_by_id
 from cfvlm_ds.counterfactuals.options import EditOptions
 
 
-class Folder:
+class Folder(Editor):
     """The editor ``folder``: FOLDER/SOURCE/NUMBER.png is the edited picture of the edit SOURCE/NUMBER; one without is not its own."""
-
-    varies, threads = False, 1
 
     def __init__(self, options: EditOptions) -> None:
         self._folder = Path(options.folder)
         if not options.folder or not self._folder.is_dir():
             raise ConfigError(f"--with folder needs --folder, the folder of edited pictures; {options.folder!r} is none")
-
-    def settings(self) -> Mapping[str, Any]:
-        return {"version": 1}
 
     def takes(self, task: Task) -> bool:
         return picture_by_id(self._folder, task.id) is not None
@@ -32,19 +27,8 @@ class Folder:
         return Refused("no such file") if path is None else opened(path, str(path))
 
 
-class TextAlone:
+class TextAlone(Editor):
     """The editor ``none``: the edit stays one of the text."""
-
-    varies, threads = False, 1
-
-    def __init__(self, options: EditOptions) -> None:
-        pass
 
     def settings(self) -> Mapping[str, Any]:
         return {}
-
-    def takes(self, task: Task) -> bool:
-        return True
-
-    def edit(self, task: Task) -> Picture | Refused | None:
-        return None

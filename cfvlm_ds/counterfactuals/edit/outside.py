@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task, opened
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task, opened
 from cfvlm_ds.counterfactuals.options import EditOptions
 
 
@@ -28,7 +28,7 @@ def png(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
-class Command:
+class Command(Editor):
     """The editor ``command``: a command with ``{request}``, a JSON file that names the picture and says what to do, and ``{output}``, the
     file to write. Nothing that a model or a row has said is part of the command line."""
 
@@ -45,9 +45,6 @@ class Command:
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": 1, "command": self._command}
-
-    def takes(self, task: Task) -> bool:
-        return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
         with tempfile.TemporaryDirectory() as place:

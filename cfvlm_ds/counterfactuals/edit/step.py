@@ -5,7 +5,6 @@ from __future__ import annotations
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,55 +13,57 @@ from PIL import Image, ImageFilter
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.journal import Journal
-from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.edit import EDITORS
 from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task, picture_by_id, sha256_of
 from cfvlm_ds.counterfactuals.edit.outside import png
-from cfvlm_ds.counterfactuals.options import EditOptions
-from cfvlm_ds.counterfactuals.propose.step import named
+from cfvlm_ds.counterfactuals.options import EditOptions, named
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.decoding import MAX_BYTES
 from cfvlm_ds.data.picture_file import picture_bytes
 
 STEP = "edit"
 COMPOSITES = ("mask", "difference", "none")
-_NOT_MEANING = ("threads", "timeout_s")
-NO_PICTURE = Path()
 _CHANGED = 24  # levels of 255 from which a difference counts where the composite is made of it
 
 Say = Callable[[str], object]
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, and what makes it; ``mined`` is the real picture that it already has."""
+    """An attempt at an edit, what makes it, and what its record has of the proposal and its source."""
 
     task: Task
     editor: str
-    mined: str
+    about: Mapping[str, Any]
 
 
 def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None = None) -> dict[str, Any]:
     """Edit the pictures of a shard; returns its completion. What an earlier call has done is not done again."""
     names = checked(options)
     work = WorkFolder.open(out)
-    if (done := work.finished(STEP, shard, of, said := settings_of(options))) is not None:
-        say(f"{out}: edit is through with shard {shard}")
+    if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done
     editors = {name: EDITORS[name](options) for name in names}
-    own = {name: dict(editor.settings()) for name, editor in editors.items()}
-    work.settle(STEP, {**said, "settings": own})
+    work.settle(STEP, options, settings={name: dict(editor.settings()) for name, editor in editors.items()})
+    proposed = (work.done("propose", shard) or {"counts": {}})["counts"].get("edits", 0)
+    most = options.attempts if any(editor.varies for editor in editors.values()) else 1
+    threads = max(editor.threads for editor in editors.values())
     with ShardStep(work, STEP, shard) as step:
+        units = step.remaining(
+            _units(work, shard, editors, options),
+            lambda unit: {"edit": unit.task.id, "attempt": unit.task.attempt},
+            say,
+            proposed * most,
+            "pictures",
+        )
         with _Tar(work, shard) as tar:
-            _through(step, tar, editors, options, say)
-        return step.finish(counted)
-
-
-def settings_of(options: EditOptions) -> dict[str, Any]:
-    """What of the options decides the pictures."""
-    return {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
+            for _, (record, content) in side_by_side(lambda unit: make(unit, editors, options), units, threads, threads):
+                if content is not None:
+                    record["picture"] |= {"file": tar.path.name, **tar.add(f"{step.count:08d}.png", content)}
+                step.add(record)
+        return step.finish(counted, say)
 
 
 def checked(options: EditOptions) -> list[str]:
@@ -74,49 +75,23 @@ def checked(options: EditOptions) -> list[str]:
     return named(options.back_ends, EDITORS, "--with")
 
 
-def _through(step: ShardStep, tar: _Tar, editors: Mapping[str, Editor], options: EditOptions, say: Say) -> None:
-    units = _units(step.work, step.shard, editors, options)
-    for record, unit in zip(step.work.records(STEP, step.shard), units, strict=False):
-        step.expect(record, edit=unit.task.id, attempt=unit.task.attempt)
-    proposed = (step.work.done("propose", step.shard) or {"counts": {}})["counts"].get("edits", 0)
-    most = options.attempts if any(editor.varies for editor in editors.values()) else 1
-    progress = Progress(say, STEP, max(proposed * most - step.count, 1), "pictures")
-    threads = max(editor.threads for editor in editors.values())
-    unread: list[str] = []
-    for _, (record, content) in side_by_side(lambda unit: make(unit, editors, options), units, threads, threads):
-        unread += [record["detail"]] if "detail" in record and not unread else []
-        if content is not None:
-            record["picture"] |= {"file": tar.path.name, **tar.add(f"{step.count:08d}.png", content)}
-        step.add(record)
-        progress.advance()
-    if unread:
-        say(f"warning: some pictures cannot be read, and are no example of anything; the first: {unread[0]}")
-
-
 def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
     """Yield the attempts in their order: one at each edit, or all of them where its editor draws."""
     masks = Path(options.masks) if options.masks else None
-    for record in work.records("propose", shard):
-        for each in record.get("edits", ()):
+    for line in work.records("propose", shard):
+        for proposal in line.get("edits", ()):
+            about = {"proposal": proposal, "caption": line["caption"], "original": line["picture"], "license": line.get("license", "")}
+            name = proposal["id"]
+            words = line["caption"], proposal["text"], proposal["from"], proposal["to"], proposal["instruction"]
+            mask = picture_by_id(masks, name, (".png",)) if masks is not None else None
             for attempt in range(options.attempts):
-                task = _task(record, each, attempt, options, masks)
-                if task.picture == NO_PICTURE:
-                    name = "none"
-                else:
-                    name = (
-                        "" if each.get("picture") else next((name for name, editor in editors.items() if editor.takes(task)), "none taken")
-                    )
-                yield Unit(task, name, str(each.get("picture") or ""))
-                if name not in editors or not editors[name].varies:
+                seed = seed_of(options.seed, name, attempt) % 2**53
+                task = Task(name, line["source"], proposal["type"], Path(line["picture"] or ""), *words, attempt, seed, mask)
+                editor = next((name for name, editor in editors.items() if editor.takes(task)), "none taken")
+                editor = "none" if line["picture"] is None else "mine" if proposal.get("picture") else editor
+                yield Unit(task, editor, about)
+                if editor not in editors or not editors[editor].varies:
                     break
-
-
-def _task(record: Mapping[str, Any], each: Mapping[str, Any], attempt: int, options: EditOptions, masks: Path | None) -> Task:
-    name, words = each["id"], (record["caption"], each["text"], each["from"], each["to"], each["instruction"])
-    mask = picture_by_id(masks, name, (".png",)) if masks is not None else None
-    seed = seed_of(options.seed, name, attempt) % 2**53
-    picture = NO_PICTURE if record["picture"] is None else Path(record["picture"])
-    return Task(name, record["source"], each["type"], picture, *words, attempt, seed, mask)
 
 
 def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tuple[dict[str, Any], bytes | None]:
@@ -127,18 +102,18 @@ def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tup
         "source": task.source,
         "attempt": task.attempt,
         "seed": task.seed,
-        "editor": unit.editor or "mine",
+        "editor": unit.editor,
+        **unit.about,
     }
     try:
-        if task.picture == NO_PICTURE:
+        if unit.about["original"] is None:
             return record | {"picture": None}, None
-        parent = sha256_of(picture_bytes(task.picture, MAX_BYTES))
-        record["parent_sha256"] = parent
-        if unit.mined:
-            return record | {"picture": {"path": unit.mined, "sha256": sha256_of(picture_bytes(Path(unit.mined), MAX_BYTES))}}, None
-        if unit.editor not in editors and unit.editor != "none":
+        record["parent_sha256"] = sha256_of(picture_bytes(task.picture, MAX_BYTES))
+        if real := unit.about["proposal"].get("picture"):
+            return record | {"picture": {"path": real, "sha256": sha256_of(picture_bytes(Path(real), MAX_BYTES))}}, None
+        if unit.editor not in editors:
             return record | {"refused": "no editor takes it"}, None
-        found = editors[unit.editor].edit(task) if unit.editor in editors else None
+        found = editors[unit.editor].edit(task)
         if found is None:
             return record | {"picture": None}, None
         if isinstance(found, Refused):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data.store import GroupStore
@@ -26,7 +27,7 @@ class Source:
 @dataclass(frozen=True)
 class Proposal:
     """A counterfactual caption that differs in one thing. ``source`` and ``target`` are the words that changed, ``instruction`` is what an
-    editor of pictures is told; ``picture`` is a real picture that the text is said of; ``request`` names the reply that it is from."""
+    editor of pictures is told; ``picture`` is a real picture that the text is said of."""
 
     type: str
     text: str
@@ -35,7 +36,6 @@ class Proposal:
     instruction: str
     back_end: str
     picture: Path | None = None
-    request: str = ""
 
     def record(self, name: str) -> dict[str, Any]:
         """As a journal has it."""
@@ -43,7 +43,7 @@ class Proposal:
             "id": name, "type": self.type, "text": self.text, "from": self.source, "to": self.target,
             "instruction": self.instruction, "back_end": self.back_end,
         }  # fmt: skip
-        return found | ({"picture": str(self.picture)} if self.picture else {}) | ({"request": self.request} if self.request else {})
+        return found | ({"picture": str(self.picture)} if self.picture else {})
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ class Context:
     options: ProposeOptions
     store: GroupStore
     work: WorkFolder
-    shard: int = 0
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     say: Callable[[str], object] = lambda line: None
 
@@ -106,8 +105,6 @@ def sources(store: GroupStore, places: Sequence[int] | None = None) -> Iterator[
 
 def license_of(meta: str) -> str:
     """The licence that a group's metadata state; empty for none."""
-    from cfvlm_ds.core.reading import parse_json
-
     try:
         said = parse_json(meta).get("license") if meta else None
     except (ValueError, AttributeError, RecursionError):

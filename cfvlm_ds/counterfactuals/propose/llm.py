@@ -1,7 +1,4 @@
-"""Edits that a language model proposes, over an OpenAI-compatible address. What it says is data: every edit is judged by our own rules.
-
-Replies that can be used are kept by the hash of their request, so that a restart costs nothing; failures are never kept.
-"""
+"""Edits that a language model proposes, over an OpenAI-compatible address. What it says is data: every edit is judged by our own rules."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.journal import Journal, as_line, records
+from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.counterfactuals.http import LONGEST_WAIT_S, CallFailed, Unfit, Unreachable, check_url, post
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source
@@ -34,7 +31,6 @@ _MOST_BYTES = 1 << 20
 _MAX_TOKENS = 700  # white space without end is a known failure: the bound is what makes it a short one
 _SIDE = 768  # pixels of a picture that is sent
 _MOST_EDITS = 32
-_UNSAID = 400  # tokens of a request whose cost the server does not say
 IN_A_ROW = 20
 """Captions without any usable reply, after which the server is taken to be down, or to take nothing."""
 pause = time.sleep
@@ -50,10 +46,6 @@ Rules for every edit:
 For swap_attribute and swap_object the new caption has the same words in another order. Leave out what the caption does not allow."""
 
 
-class Spent(CallFailed):
-    """No call: a budget does not allow it."""
-
-
 class LanguageModel:
     """The back end ``llm``."""
 
@@ -65,41 +57,25 @@ class LanguageModel:
         self._url = address._replace(path=f"{address.path}/chat/completions").geturl()
         self._types, self.threads = options.wanted, max(1, options.llm_calls)
         self._token = os.environ.get("CFVLM_LLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "")
-        self._journal = Journal(context.work.path / "llm" / f"shard-{context.shard:05d}.jsonl")
-        self._lock, self._known, self.tokens = threading.Lock(), dict[str, int](), 0
-        self._answered, self._in_a_row = False, 0
-        try:
-            for place, record in records(self._journal.path, "remove the file, and they are asked for again"):
-                self._known[record["request"]] = place
-                self._answered = True
-                self.tokens += record["tokens"]
-        except DataError:
-            self._journal.close()
-            raise
+        self._lock, self._answered, self._in_a_row = threading.Lock(), False, 0
 
     def settings(self) -> Mapping[str, Any]:
         told = hashlib.sha256(SYSTEM.encode()).hexdigest()
         asked = {"url": self._url, "model": self._options.llm_model, "see": self._options.llm_see, "max_tokens": _MAX_TOKENS}
         return {"version": VERSION, "prompt_sha256": told, **asked}
 
-    def close(self) -> None:
-        """Hand the replies to the disk."""
-        self._journal.close()
-
     def propose(self, source: Source) -> Found:
         try:
             body = self._request(source)
         except DataError as error:
             return [Rejected("llm", one_line(f"the picture cannot be sent: {error}", 300))]
-        name = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         try:
-            content = self._reply(name, body)
+            edits = self._reply(body)
         except CallFailed as failure:
-            if not isinstance(failure, Spent):
-                self._count(failure)
+            self._count(failure)
             return [Rejected("llm", f"no usable reply: {failure}", failed=True)]
         self._answered, self._in_a_row = True, 0
-        return self._judged(source, parsed(content), name)
+        return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
         """Count a request that was given up: one is a failure, many in a row end the step, which goes on when the server is mended.
@@ -116,46 +92,18 @@ class LanguageModel:
                     "correct the address, the model's name or its options"
                 ) from failure
 
-    def _reply(self, name: str, body: dict[str, Any]) -> str:
-        with self._lock:
-            if name in self._known:
-                reply: str = self._journal.read(self._known[name])["reply"]
-                return reply
-            budget = self._options.budget_tokens
-            if budget and self.tokens >= budget:
-                raise Spent(f"the budget of {budget} tokens is spent")
-
-        def call() -> tuple[str, int, Any]:
-            value = post(self._url, body, token=self._token, timeout_s=self._options.llm_timeout_s, most_bytes=_MOST_BYTES)
-            spent = _spent(value)
-            with self._lock:
-                self.tokens += spent  # of a reply that cannot be used, too
+    def _reply(self, body: dict[str, Any]) -> list[Any]:
+        """The edits of the first usable reply. Raises CallFailed."""
+        draw = random.Random(seed_of(json.dumps(body, sort_keys=True)))
+        number = 0
+        while True:
+            number += 1
             try:
-                choice = value["choices"][0]
-                ended, content = choice["finish_reason"], choice["message"]["content"]
-            except (KeyError, IndexError, TypeError):
-                raise CallFailed("the reply has no choice with a finish_reason and a message") from None
-            if ended == "length":
-                raise CallFailed("the reply was cut off at its bound of tokens")
-            if not isinstance(content, str):
-                raise CallFailed("the reply has no text")
-            parsed(content)
-            model = value.get("model")
-            return content, spent, model if isinstance(model, str) else ""
-
-        draw = random.Random(seed_of(name))
-        for number in range(1, self._options.llm_attempts + 1):
-            try:
-                content, spent, model = call()
-                break
+                return edits_of(post(self._url, body, token=self._token, timeout_s=self._options.llm_timeout_s, most_bytes=_MOST_BYTES))
             except CallFailed as failure:
                 if number == self._options.llm_attempts or isinstance(failure, Unfit):
                     raise
                 pause(max(failure.after_s, min(2.0 ** (number - 1), LONGEST_WAIT_S) * (0.5 + draw.random() / 2)))
-        with self._lock:
-            kept = {"request": name, "reply": content, "tokens": spent, "model": one_line(str(model), 200)}
-            self._known[name] = self._journal.append(as_line(kept))
-        return content
 
     def _request(self, source: Source) -> dict[str, Any]:
         asked = f"Caption: {json.dumps(source.caption)}\nPropose at most one edit of each of these types: {', '.join(self._types)}."
@@ -178,7 +126,7 @@ class LanguageModel:
         edits = {"type": "array", "items": edit, "maxItems": len(self._types)}
         return {"type": "object", "properties": {"edits": edits}, "required": ["edits"], "additionalProperties": False}
 
-    def _judged(self, source: Source, edits: list[Any], request: str) -> Found:
+    def _judged(self, source: Source, edits: list[Any]) -> Found:
         """Proposals, and why what is none is none: our own words for what differs, never the model's."""
         found: list[Proposal | Rejected] = []
         made: Counter[str] = Counter()
@@ -199,23 +147,23 @@ class LanguageModel:
                 continue
             made[kind] += 1
             differs = difference(source.caption, text)
-            found.append(Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), told, "llm", request=request))
+            found.append(Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), told, "llm"))
         if len(edits) > _MOST_EDITS:
             found.append(Rejected("llm", f"{len(edits) - _MOST_EDITS} more edits than can be meant"))
         return found
 
 
-def _spent(value: Any) -> int:
-    """Tokens that a reply says it cost; about as many as its bytes make where it says nothing, so that a budget ends anyway."""
-    used = value.get("usage") if isinstance(value, dict) else None
-    spent = used.get("total_tokens") if isinstance(used, dict) else None
-    return spent if type(spent) is int and 0 <= spent < 1 << 31 else _UNSAID + len(str(value)) // 4
-
-
-def parsed(content: str) -> list[Any]:
-    """The edits of a reply. Raises CallFailed for prose, cut JSON and other objects."""
-    from cfvlm_ds.core.reading import parse_json
-
+def edits_of(reply: Any) -> list[Any]:
+    """The edits of a reply. Raises CallFailed for one that was cut off, prose, cut JSON and other objects."""
+    try:
+        choice = reply["choices"][0]
+        ended, content = choice["finish_reason"], choice["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise CallFailed("the reply has no choice with a finish_reason and a message") from None
+    if ended == "length":
+        raise CallFailed("the reply was cut off at its bound of tokens")
+    if not isinstance(content, str):
+        raise CallFailed("the reply has no text")
     text = content.strip()
     if text.startswith("```") and text.endswith("```"):  # some servers ignore the schema and write a block
         text = text.strip("`").removeprefix("json").strip()

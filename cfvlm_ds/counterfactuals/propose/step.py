@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import printable
-from cfvlm_ds.counterfactuals.options import ProposeOptions
+from cfvlm_ds.counterfactuals.options import ProposeOptions, named
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
-from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Proposer, Rejected, Source, sources
+from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, sources
 from cfvlm_ds.counterfactuals.propose.places import places_of
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.store import GroupStore
 
 STEP = "propose"
-_NOT_MEANING = ("llm_calls", "llm_timeout_s", "llm_attempts", "words")
-"""Options that may change when a step goes on."""
 _LONGEST_ID = 1000  # characters: every record and every edit of a group has it
 
 Say = Callable[[str], object]
@@ -38,62 +33,31 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     if all(isinstance(entry, DataError) for k in range(len(store)) for entry in store.batch([k])):
         raise DataError(str(store.batch([0])[0]) + f" (and so are all {len(store)} groups)" * (len(store) > 1))
     words = read_words(options.words)
-    said = settings_of(options)
     work = WorkFolder.begin(out, store, of)
-    if (done := work.finished(STEP, shard, of, said)) is not None:
-        say(f"{out}: propose is through with shard {shard}")
+    if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done
-    context = Context(options, store, work, shard, words, say)
+    context = Context(options, store, work, words, say)
     back_ends = {name: PROPOSERS[name](context) for name in names}
-    own = {name: dict(back_end.settings()) for name, back_end in back_ends.items()}
-    work.settle(STEP, {**said, "settings": own})
+    work.settle(STEP, options, settings={name: dict(back_end.settings()) for name, back_end in back_ends.items()})
     places = places_of(store, work, shard, say)
-    try:
-        with ShardStep(work, STEP, shard) as step:
-            _through(step, _distinct(store, places), back_ends, say, len(places))
-            return step.finish(counted)
-    finally:
-        for back_end in back_ends.values():
-            getattr(back_end, "close", lambda: None)()
-
-
-def settings_of(options: ProposeOptions) -> dict[str, Any]:
-    """What of the options decides the proposals."""
-    return {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING} | {"types": ",".join(options.wanted)}
-
-
-def _through(step: ShardStep, units: Iterator[Source | DataError], back_ends: Mapping[str, Proposer], say: Say, total: float) -> None:
-    """Propose for every unit that has no record yet."""
-    problems: list[str] = []
-    for record, unit in zip(step.work.records(STEP, step.shard), units, strict=False):
-        problems += [str(unit)] if isinstance(unit, DataError) and not problems else []
-        step.expect(record, **({"problem": str(unit)} if isinstance(unit, DataError) else {"source": unit.id, "caption": unit.caption}))
-    progress = Progress(say, STEP, max(total - step.count, 1), "captions")
     threads = max(back_end.threads for back_end in back_ends.values())
-    made = 0
-    for unit, answers in _asked(units, back_ends, threads):
-        if isinstance(unit, DataError):
-            problems += [str(unit)] if not problems else []
-            step.add({"problem": str(unit)})
-        else:
-            record = record_of(unit, answers)
-            made += len(record["edits"])
+
+    def asked(unit: Source | DataError) -> dict[str, Any]:
+        return (
+            {"problem": "unreadable", "detail": str(unit)}
+            if isinstance(unit, DataError)
+            else record_of(unit, [back_end.propose(unit) for back_end in back_ends.values()])
+        )
+
+    with ShardStep(work, STEP, shard) as step:
+        units = step.remaining(_distinct(store, places), _named, say, len(places), "captions")
+        for _, record in side_by_side(asked, units, threads, threads):
             step.add(record)
-        progress.advance()
-    say(f"{STEP}: shard {step.shard}: {made} edits proposed")
-    if problems:
-        say(f"warning: some rows cannot be used, and are counted as unreadable; the first: {problems[0]}")
+        return step.finish(counted, say)
 
 
-def _asked(
-    units: Iterator[Source | DataError], back_ends: Mapping[str, Proposer], threads: int
-) -> Iterator[tuple[Source | DataError, list[Found]]]:
-    """The units in their order with what each back end says of them; a bounded number of them is asked about side by side."""
-
-    def ask(unit: Source | DataError) -> list[Found]:
-        return [] if isinstance(unit, DataError) else [back_end.propose(unit) for back_end in back_ends.values()]
-
-    return side_by_side(ask, units, threads, threads)
+def _named(unit: Source | DataError) -> dict[str, str]:
+    return {"detail": str(unit)} if isinstance(unit, DataError) else {"source": unit.id, "caption": unit.caption}
 
 
 def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:
@@ -112,17 +76,16 @@ def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:
 
 
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Add what a record has: edits by type and back end, reasons."""
+    """Add what a record has: edits by type and back end, and what happened to the caption, which `select` tells too."""
     if "problem" in record:
-        counts["unreadable rows"] += 1
+        counts["rows that cannot be read"] += 1
         return
     counts["captions"] += 1
+    counts["with a proposal"] += bool(record["edits"])
     for edit in record["edits"]:
-        counts["edits"] += 1
-        counts[f"edit: {edit['type']}"] += 1
-        counts[f"back end: {edit['back_end']}"] += 1
+        counts.update(["edits", f"edit: {edit['type']}", f"back end: {edit['back_end']}"])
     for each in record["rejected"]:
-        counts["failed" if each.get("failed") else f"rejected: {each['back_end']}: {each['reason'][:80]}"] += 1
+        counts["without a reply" if each.get("failed") else f"not proposed: {each['reason']}"] += 1
 
 
 def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
@@ -138,19 +101,6 @@ def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | Dat
                 else:
                     seen.add(number)
             yield source
-
-
-def named(listed: str, known: Mapping[str, Any], option: str) -> list[str]:
-    """The back ends of a list. Raises ConfigError for one that is not known."""
-    names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise ConfigError(f"{option} {name}: no such back end; {hint}")
-    if not names:
-        raise ConfigError(f"{option} names none; there are {', '.join(known)}")
-    return names
 
 
 def read_words(file: str) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import call_options
 from cfvlm_ds.counterfactuals.options import EditOptions
 from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, config_in, draw_group
@@ -26,7 +26,7 @@ FAULTS = ("wrong", "nothing", "rerendered", "two")
 """Another thing than asked for is changed; nothing is; everything is drawn anew with the edit in it; a second thing is changed too."""
 
 
-class SceneEditor:
+class SceneEditor(Editor):
     """The editor ``scenes``. ``--folder`` is the folder of scenes; ``--options faults=0.5`` the share of attempts that fail, in one of
     FAULTS each."""
 
@@ -43,9 +43,6 @@ class SceneEditor:
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": 1, "faults": self._share}
-
-    def takes(self, task: Task) -> bool:
-        return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
         drawn = drawn_group(self._config, task.source)

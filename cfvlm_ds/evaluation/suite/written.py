@@ -20,6 +20,7 @@ import torch
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.journal import Journal, records
+from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
@@ -159,7 +160,7 @@ def read_result(folder: Path) -> Result:
         if record["schema"] != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA!r}")
         path = folder / ITEMS
-        outcomes = tuple(_outcome(row) for _, row in records(path, remedy))
+        outcomes = tuple(map(_outcome, records(path, remedy)))
         if len(outcomes) != (asked := record["items"]["asked"]):
             raise ValueError(f"{len(outcomes)} of its {asked} items are there")
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -203,7 +204,7 @@ class Partial:
         self.rows: dict[int, Any] = {}
         """What was found there, by the number of its group."""
         self._journal = Journal(path, alone=False)
-        found = [record for _, record in records(path, "remove it")]
+        found = list(records(path, "remove it"))
         if found:
             refuse_other(path, found[0], header)
             self.rows = {row.pop("group"): row for row in found[1:]}
@@ -217,7 +218,7 @@ class Partial:
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError where a file is of another evaluation, naming what differs."""
-    known, asked = _flat(before), _flat(now)
+    known, asked = (flat(json.loads(json.dumps(each))) for each in (before, now))
     for name in sorted(asked, key=lambda name: not name.startswith("settings.")):  # a limit rather than the items that come of it
         was, value = known.get(name), asked[name]
         if was != value:
@@ -225,12 +226,6 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
                 f"{path.parent} holds results of another evaluation: {name} was {quoted(was, 80)}, and is {quoted(value, 80)}; name "
                 "another folder with --out, or remove that one"
             )
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {name: json.loads(json.dumps(value))}
-    return {key: each for part, inner in value.items() for key, each in _flat(inner, f"{name}.{part}" if name else str(part)).items()}
 
 
 def _exact(value: Any) -> bytes:
