@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from cfvlm_ds.cli.options import add_command, add_data_options, model_named, val
 from cfvlm_ds.core.config import IMAGE_LIMITS
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.options import sentences
 from cfvlm_ds.core.ranks import num_ranks, own_rank
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import one_line, printable
@@ -109,9 +109,9 @@ SECTIONS = {"propose": ProposeOptions, "edit": EditOptions, "verify": VerifyOpti
 def _add_section(command: argparse.ArgumentParser, name: str) -> None:
     """An option for each field of a step's options, with the sentence that its class has for it."""
     section = SECTIONS[name]
-    said = dict(re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n*\s*\Z)", (section.__doc__ or "").split("Args:")[-1], re.MULTILINE | re.DOTALL))
+    said = sentences(section)
     for each in dataclasses.fields(section):
-        option, text = f"--{each.name}".replace("--back_ends", "--with"), " ".join(said[each.name].split()).rstrip(".").replace("%", "%%")
+        option, text = f"--{each.name}".replace("--back_ends", "--with"), said[each.name]
         if each.type == "bool":
             command.add_argument(option, dest=each.name, action="store_true", help=text)
         else:

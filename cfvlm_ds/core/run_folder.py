@@ -13,6 +13,7 @@ from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_json, read_yaml
+from cfvlm_ds.core.strict import build
 from cfvlm_ds.core.untrusted import refuse_link
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -143,19 +144,15 @@ def recorded_evaluation(run_dir: Path) -> dict[str, EvaluationSet]:
 
 def _recorded(run_dir: Path, section: str, kind: type[T]) -> T:
     """A section of a run's configuration."""
-    from jsonargparse import ArgumentParser
-
     path = run_dir / "config.yaml"
     options = recorded_options(run_dir).get(section)
     if not isinstance(options, dict):
         raise ConfigError(f"{path} is not a run's configuration (it has no section {section}); restore it")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, section)
     try:
-        found: T = parser.instantiate(parser.parse_object({section: options}))[section]
+        found: T = build(kind, options, section)
         return found
-    except Exception as error:  # the parser and YAML raise nearly anything on what is no configuration
-        raise ConfigError(f"{path} is not a run's configuration ({type(error).__name__}: {error}); restore it") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not a run's configuration ({error}); restore it") from error
 
 
 def base_of(folder: Path) -> str:
