@@ -145,11 +145,10 @@ class Patience:
     Args:
         world: this process among its peers.
         tick: called at least every second, also while waiting; may raise in order to leave.
-        limit_s: seconds without a sign of life from any rank after which ``meet`` raises TimeoutError, naming the missing ranks.
     """
 
-    def __init__(self, world: World, tick: Callable[[], object] = lambda: None, limit_s: float = 1800.0) -> None:
-        self._world, self._tick, self._limit_s = world, tick, limit_s
+    def __init__(self, world: World, tick: Callable[[], object] = lambda: None) -> None:
+        self._world, self._tick = world, tick
         self._name, self._meetings = f"cfvlm_ds/patience/{next(_PATIENCES)}", 0
         self._store: Any = None if world.size == 1 else dist.distributed_c10d._get_default_store()
         self._spoken = -math.inf
@@ -162,7 +161,8 @@ class Patience:
             self._store.add(f"{self._name}/alive", 1)
 
     def meet(self) -> None:
-        """Wait for every rank, so that the next collective finds all of them there."""
+        """Wait for every rank, so that the next collective finds all of them there. Raises TimeoutError, naming the ranks that are missing,
+        where none has shown life for long."""
         self.alive()
         if self._store is None:
             return
@@ -174,9 +174,9 @@ class Patience:
             self._tick()
             if (now_signs := self._store.add(f"{self._name}/alive", 0)) != signs:
                 signs, since = now_signs, time.monotonic()
-            if time.monotonic() - since > self._limit_s:
+            if time.monotonic() - since > _SILENCE_S:
                 missing = ", ".join(str(rank) for rank, key in enumerate(here) if not self._store.check([key]))
-                raise TimeoutError(f"rank {missing} shows no life for {self._limit_s:.0f} s")
+                raise TimeoutError(f"rank {missing} shows no life for {_SILENCE_S:.0f} s")
             time.sleep(_POLL_S)
 
 
@@ -205,7 +205,7 @@ def agreed(world: World, function: Callable[[], Any], patience: Patience | None 
 
 
 _PATIENCES = itertools.count()
-_SIGN_OF_LIFE_S, _POLL_S = 5.0, 0.1
+_SIGN_OF_LIFE_S, _POLL_S, _SILENCE_S = 5.0, 0.1, 1800.0
 
 
 def seed_everything(seed: int) -> None:

@@ -136,7 +136,7 @@ def _item(source: _Source, index: int) -> Item:
     return group_item(group, tables, filters=filters)
 
 
-def score_table(group: CounterfactualGroup, stored: StoredScores, name: str = "") -> ScoreTable:
+def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
     """A group's stored scores with the margins of every true cell, over the comparisons that evaluation makes of it (docs/evaluation.md).
 
     A tie is lost. Two images with two texts add no comparison of their own: they are right where those of their cells are.
@@ -151,4 +151,4 @@ def score_table(group: CounterfactualGroup, stored: StoredScores, name: str = ""
             c, i, j = each.at
             compared.append((i, c, 1, logp[i][c] - logp[j][c]))
     margins = least_margins(len(group.images), len(group.candidates), compared)
-    return ScoreTable(name, logp, stored.blank, margins, [margin for *_, margin in compared])
+    return ScoreTable("", logp, stored.blank, margins, [margin for *_, margin in compared])
