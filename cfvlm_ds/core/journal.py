@@ -28,18 +28,20 @@ class Journal:
 
     Args:
         alone: lock the file; not needed in a folder that has a lock of its own.
+        end: where the next entry goes, in a file of other entries than lines; what follows it is dropped.
 
     Raises ConfigError where another process has the file, StorageError where it cannot be written.
     """
 
-    def __init__(self, path: Path, *, alone: bool = True) -> None:
+    def __init__(self, path: Path, *, alone: bool = True, end: int | None = None) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             if alone and not lock(self._handle, path):
                 raise ConfigError(f"{path} is written by another process; wait for it, or end it")
-            self.size = self._whole_lines(os.fstat(self._handle).st_size)
+            size = os.fstat(self._handle).st_size
+            self.size = self._whole_lines(size) if end is None else end
             os.ftruncate(self._handle, self.size)
         except OSError as error:
             raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error

@@ -65,7 +65,7 @@ def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]
         if (inside := next(filter(is_dataclass, (hint, *get_args(hint))), None)) is None:
             yield prefix + option.name, kind, option, hint
         else:
-            yield from dotted(inside, f"{prefix}{option.name}.")
+            yield from dotted(inside, f"{prefix}{option.name}.")  # type: ignore[arg-type]
 
 
 def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> Any:
