@@ -104,20 +104,13 @@ class NullTracker:
 
     run_id: str | None = None
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+    def log(self, *given: Any, **options: Any) -> None:
+        """Do nothing, as ``artifact`` and ``close`` do."""
 
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Nothing."""
-
-    def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
-        """Nothing."""
+    artifact = close = __exit__ = log
 
     def __enter__(self) -> NullTracker:
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        return None
 
 
 class Tracker:
