@@ -86,7 +86,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
             near = nearest(at, [*known, *(option for option, *_ in dotted(kind, prefix))])
             raise ConfigError(f"unknown option {at!r}" + (f"; did you mean {near!r}?" if near else "; see --help"))
         within = TERM.get(key) if name.startswith("objective.") else options[key].metadata.get("within")
-        values[key] = _fitted(hints[key], value, at, within or (-ENDLESS, ENDLESS), known)
+        values[key] = fitted(hints[key], value, at, within or (-ENDLESS, ENDLESS), known)
     needed = [each.name for each in options.values() if each.default is MISSING and each.default_factory is MISSING]
     if absent := [each for each in needed if each not in values]:
         raise ConfigError(f"{name}: {quoted(given)} {getattr(kind, 'FORM', f'has no {absent[0]}, which has no default; name one')}")
@@ -96,8 +96,8 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
         raise ConfigError(re.sub("^--", prefix, str(error))) from error
 
 
-def _fitted(hint: Any, value: Any, option: str, within: Range, known: Sequence[str]) -> Any:
-    """A value as its type has it."""
+def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
+    """A value as its type has it. Raises ConfigError, beginning with the ``option``, for another one."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain = value
     if isinstance(value, Given):
@@ -111,10 +111,10 @@ def _fitted(hint: Any, value: Any, option: str, within: Range, known: Sequence[s
             if is_dataclass(kind):
                 return build(kind, value, option, known)  # type: ignore[arg-type]
             if origin is dict:
-                return {str(key): _fitted(inside[1], each, f"{option}.{key}", within, known) for key, each in value.items()}
+                return {str(key): fitted(inside[1], each, f"{option}.{key}", within, known) for key, each in value.items()}
         elif isinstance(value, list):
             if origin is list:
-                return [_fitted(inside[0], each, option, within, known) for each in value]
+                return [fitted(inside[0], each, option, within, known) for each in value]
         elif origin is Literal:
             if (chosen := plain if plain in inside else value) in inside:
                 return inside[inside.index(chosen)]
