@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, field, make_dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig
-from cfvlm_ds.core.data_config import EvaluationSet
+from cfvlm_ds.core.config import CFVLM, SECTIONS, ModelConfig, RunConfig, TrainConfig
+from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import sentences
 from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml
@@ -43,7 +43,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     resolved["objective"] = {name: resolved["objective"][name] for name in active}
     if set(VERBOSITY) <= switches:
         raise ConfigError("--quiet and --verbose contradict each other; give one of them")
-    _check(resolved)
+    _check(built.model, built.data, built.train)
     if not active:
         raise ConfigError(
             f"every objective that is named has weight 0 ({', '.join(named)}); name one with a weight, or none for the default"
@@ -163,49 +163,43 @@ def _put(whole: dict[str, Any], path: Sequence[str], value: Any, once: bool = Fa
         whole[name] = [*(before if isinstance(before, list) else [before] * bool(before)), value] if more else value
 
 
-def _check(resolved: Mapping[str, Any]) -> None:
+def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
     """Raise ConfigError for options that no run can have together."""
-    train, data = resolved["train"], resolved["data"]
-    if not train["output_dir"]:
+    if not train.output_dir:
         raise ConfigError("train.output_dir is empty, as a variable is that was not set; name a folder, or leave it out for the default")
-    if train["max_steps"] == 0:
+    if train.max_steps == 0:
         raise ConfigError("train.max_steps must be at least 1, or -1 to use train.num_train_epochs, not 0")
-    for source in [] if isinstance(data["train"], str) else data["train"]:
-        if not source["path"]:
+    for source in [] if isinstance(data.train, str) else data.train:
+        if not source.path:
             raise ConfigError("data.train: a source has an empty path, as a variable is that was not set; name its manifest")
-        if source["objectives"] == []:
-            raise ConfigError(
-                f"data.train: objectives of {source['path']!r} is an empty list; name those that its groups count in, or none"
-            )
-    for split, given in data["evaluation"].items():
-        _check_evaluation_set(split, given)
-    tower = resolved["model"]["vision_tower"]["tuning"]
-    if (folder := data["feature_cache"]) is not None and tower != "frozen":
+        if source.objectives == []:
+            raise ConfigError(f"data.train: objectives of {source.path!r} is an empty list; name those that its groups count in, or none")
+    for split, given in data.evaluation.items():
+        _check_evaluation_set(split, EvaluationSet(given) if isinstance(given, str) else given)
+    if data.feature_cache is not None and model.vision_tower.tuning != "frozen":
         raise ConfigError(
-            f"data.feature_cache {folder!r} keeps what a frozen tower gives, and model.vision_tower.tuning is {tower}; set that to frozen "
-            "or leave the cache out"
+            f"data.feature_cache {data.feature_cache!r} keeps what a frozen tower gives, and model.vision_tower.tuning is "
+            f"{model.vision_tower.tuning}; set that to frozen or leave the cache out"
         )
-    if (best := train["save_best"]) is not None:
-        splits = sorted(data["evaluation"])
-        if not train["eval_steps"]:
+    if (best := train.save_best) is not None:
+        if not train.eval_steps:
             raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
-        if not any(best.startswith(f"eval/{split}/") for split in splits):
-            raise ConfigError(
-                f"train.save_best {best!r} is no metric of data.evaluation ({', '.join(splits) or 'empty'}); write eval/SPLIT/METRIC"
-            )
+        if not any(best.startswith(f"eval/{split}/") for split in data.evaluation):
+            splits = ", ".join(sorted(data.evaluation)) or "empty"
+            raise ConfigError(f"train.save_best {best!r} is no metric of data.evaluation ({splits}); write eval/SPLIT/METRIC")
 
 
-def _check_evaluation_set(split: str, given: Any) -> None:
+def _check_evaluation_set(split: str, given: EvaluationSet) -> None:
     """Raise ConfigError for what is neither a manifest nor a benchmark, or both."""
     if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
         raise ConfigError(f"data.evaluation: {split!r} names files and metrics; use letters, digits and _ . + - for it")
-    whole = {"path": given, "benchmark": None, "probe": None} if isinstance(given, str) else given
-    path, benchmark = whole["path"], whole["benchmark"]
-    if not path and not benchmark:
+    if not given.path and not given.benchmark:
         raise ConfigError(f"data.evaluation: {split!r} {EvaluationSet.FORM}")
-    if benchmark and (path or whole["format"] or not isinstance(whole["root"], str)):
+    if given.benchmark and (given.path or given.format or not isinstance(given.root, str)):
         raise ConfigError(
-            f"data.evaluation.{split}: benchmark {benchmark!r} needs root, one folder, and has neither path nor format; correct these"
+            f"data.evaluation.{split}: benchmark {given.benchmark!r} needs root, one folder, and has neither path nor format; correct these"
         )
-    if not benchmark and whole["probe"] is not None:
-        raise ConfigError(f"data.evaluation.{split}: probe {whole['probe']!r} is of a benchmark, and {path!r} is a manifest; leave it out")
+    if not given.benchmark and given.probe is not None:
+        raise ConfigError(
+            f"data.evaluation.{split}: probe {given.probe!r} is of a benchmark, and {given.path!r} is a manifest; leave it out"
+        )
