@@ -103,7 +103,7 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
     if isinstance(value, Given):
         try:
             plain = parse_yaml(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             plain = str(value)
     for kind in sorted(kinds, key=lambda kind: kind is str):
         origin, inside = get_origin(kind), get_args(kind)
@@ -113,8 +113,8 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
             if origin is dict:
                 return {str(key): fitted(inside[1], each, f"{option}.{key}", within, known) for key, each in value.items()}
         elif isinstance(value, list):
-            if origin is list:
-                return [fitted(inside[0], each, option, within, known) for each in value]
+            if origin in (list, tuple):
+                return origin(fitted(inside[0], each, option, within, known) for each in value)
         elif origin is Literal:
             if (chosen := plain if plain in inside else value) in inside:
                 return inside[inside.index(chosen)]
@@ -126,8 +126,11 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
             return number
         elif kind is str and isinstance(value, str):
             return str(value)
-        elif (kind in (bool, NoneType) and isinstance(plain, kind)) or not (kind in _KINDS or origin or is_dataclass(kind)):
-            return plain  # the second: a type of somebody's own term
+        elif kind in (bool, NoneType):
+            if isinstance(plain, kind):
+                return plain
+        elif not (kind in _KINDS or origin or is_dataclass(kind)):  # of somebody's own term, such as a path
+            return kind(plain) if isinstance(kind, type) else plain
     raise ConfigError(one_line(f"{option}{_misfit(hint, plain, option)}", 1000))
 
 

@@ -291,6 +291,8 @@ def test_bf16_is_spelled_as_yaml_and_the_command_line_do(written, spelled: str, 
 def test_missing_config_file() -> None:
     with pytest.raises(ConfigError, match=r"no/such\.yaml"):
         parse("--config", "no/such.yaml")
+    with pytest.raises(ConfigError, match=r"train\.seed: expected a whole number"):
+        parse("--train.seed", "[" * 5000)
 
 
 @pytest.mark.parametrize(
@@ -368,10 +370,14 @@ def test_a_researcher_s_objective_gets_its_options() -> None:
     class Mine:
         weight: float = 1.0
         sharpness: int = 2
+        layers: tuple[int, ...] = ()
+        words: Path | None = None
 
     mapping = {**OBJECTIVES, "mine": Mine}
     config = parse_config(["--objective.mine.weight", "0.5", "--objective.mine.sharpness", "4"], mapping)
     assert config.objective["mine"] == Mine(0.5, 4)
+    config = parse_config(["--objective.mine", "{layers: [1, 2], words: a.txt}"], mapping)
+    assert config.objective["mine"] == Mine(layers=(1, 2), words=Path("a.txt"))
     assert "mine" not in parse_config([], mapping).objective, "being registered switches nothing on"
     with pytest.raises(ConfigError, match=r"unknown option 'objective\.mine\.sharpnes'; did you mean 'objective\.mine\.sharpness'"):
         parse_config(["--objective.mine.sharpnes", "4"], mapping)
