@@ -103,12 +103,12 @@ def _section(prefix: str, section: Any, kind: str | None) -> str:
 
 
 def _row(prefix: str, option: Any, hint: Any, sentence: str, kind: str) -> str:
-    from cfvlm_ds.core.parsing import _TERM
+    from cfvlm_ds.core.strict import TERM
 
     made = option.default_factory is not dataclasses.MISSING
     default = option.default_factory() if made else option.default
     shown = "required" if default is dataclasses.MISSING else "none" if default in (None, "", {}) else f"`{_written(default)}`"
-    within = _TERM.get(option.name) if prefix.startswith("objective.") else option.metadata.get("within")
+    within = TERM.get(option.name) if prefix.startswith("objective.") else option.metadata.get("within")
     cells = (f"`{prefix}{option.name}`", _type(hint), shown, _range(within), kind, _plain(sentence))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

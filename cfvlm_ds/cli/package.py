@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import put_in_place
@@ -92,13 +92,9 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
     from cfvlm_ds.objectives import OBJECTIVES
 
     for action in option_parser(OBJECTIVES)._actions:
-        kind = getattr(action, "_typehint", None)
-        words = ("true", "false") if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
         if action.option_strings:
-            help = str(action.help).partition("\n")[0].replace("%", "%%")
-            added = train.add_argument(*action.option_strings, help=help)
-            added.nargs = 0 if action.nargs == 0 else None
-            added.choices = [str(word).lower() for word in words] or None
+            added = train.add_argument(*action.option_strings, help=action.help)
+            added.nargs, added.choices = 0 if action.nargs == 0 else None, action.choices
 
 
 def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, bookkeeping, meaning, speed
@@ -52,6 +52,9 @@ class Source(DataSet):
         scores: as ``data.scores``, for this source.
     """
 
+    FORM: ClassVar[str] = (
+        "is not a manifest; give FILE, or a list of {path: FILE, weight: NUMBER, root: FOLDER, format: NAME} with any of the last three"
+    )
     name: str | None = None
     weight: float | None = meaning(None, within=(1e-9, 1e9))
     objectives: list[str] | None = None
@@ -71,6 +74,10 @@ class EvaluationSet(DataSet):
         probe: how the benchmark is asked; its own default when not given.
     """
 
+    FORM: ClassVar[str] = (
+        "is not a manifest; give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with any of the last two, or "
+        "NAME: {benchmark: NAME, root: FOLDER}"
+    )
     path: str = ""
     benchmark: str | None = None
     probe: str | None = None

@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, get_type_hints
+
+from cfvlm_ds.core.strict import Given, fitted
 
 _OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCII)
-_READ: dict[type, tuple[str, str, Callable[[str], Any]]] = {
-    bool: ("true|false", "true or false", "true".__eq__),
-    int: ("[0-9]{1,9}", "a whole number", int),
-}
 
 
 def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = (), fixed: Collection[str] = ()) -> Any:
     """The entry of ``known`` that ``spec`` names; a value with a comma is in double quotes.
 
-    The options of an entry are its fields, if it is a dataclass, but those that are ``fixed``: truths, whole numbers or texts. ``besides``
-    are names that the caller knows. Raises ValueError for an unknown name, option or value.
+    The options of an entry are its fields, if it is a dataclass, but those that are ``fixed``. ``besides`` are names that the caller knows.
+    Raises ValueError for an unknown name, option or value.
     """
     name, colon, options = spec.partition(":")
     if name not in known:
@@ -39,11 +37,8 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
             raise ValueError(f"{kind} {name!r} has no option {option!r}; {near(option, defaults, 'it has ')}")
         if option in values:
             raise ValueError(f"option {option!r} of {kind} {name!r} is given twice; keep one of them")
-        value = part[3].strip() if part[2] is None else part[2]
-        form, must, read = _READ.get(type(defaults[option]), ("(?s).*", "", str))
-        if not re.fullmatch(form, value):
-            raise ValueError(f"option {option!r} of {kind} {name!r} must be {must}, not {value!r}")
-        values[option] = read(value)
+        value = Given(part[3].strip() if part[2] is None else part[2])
+        values[option] = fitted(get_type_hints(type(found))[option], value, f"option {option!r} of {kind} {name!r}")
     try:
         return dataclasses.replace(found, **values) if values else found
     except ValueError as error:

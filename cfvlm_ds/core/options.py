@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
 from functools import partial
@@ -31,15 +32,14 @@ bookkeeping = partial(_declared, "bookkeeping")
 """An option of names, records, checks and stops, or of what is compared by its contents; it may change on a resume."""
 
 
-def declared(section: type, prefix: str, what: Literal["kind", "within"]) -> dict[str, Any]:
-    """What the options of a section declare, by their names after ``prefix``: what a change means on a resume, or their bounds; None where
-    a field does not say."""
-    found: dict[str, Any] = {}
+def declared(section: type, prefix: str) -> dict[str, Kind | None]:
+    """What a change of each option of a section means on a resume, by its name after ``prefix``; None where a field does not say."""
+    found: dict[str, Kind | None] = {}
     for option in fields(section):
         if is_dataclass(option.default_factory):
-            found |= declared(option.default_factory, f"{prefix}{option.name}.", what)
+            found |= declared(option.default_factory, f"{prefix}{option.name}.")
         else:
-            found[prefix + option.name] = option.metadata.get(what)
+            found[prefix + option.name] = option.metadata.get("kind")
     return found
 
 
@@ -51,6 +51,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def ranges(section: type, prefix: str) -> dict[str, Range]:
-    """The least and the most of each option of a section that has bounds, by its name after ``prefix``."""
-    return {name: within for name, within in declared(section, prefix, "within").items() if within is not None}
+def sentences(section: type) -> dict[str, str]:
+    """What each option of a class does, by the part of its docstring under ``Args:``, as the help of argparse takes it."""
+    listed = (section.__doc__ or "").split("Args:")[-1]
+    found = re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n*\s*\Z)", listed, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()).rstrip(".").replace("%", "%%") for name, text in found}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
+import argparse
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import MISSING, asdict, field, make_dataclass
+from typing import Any, Literal, get_args, get_origin
 
-from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, TinyLlavaConfig
-from cfvlm_ds.core.data_config import Source
+from cfvlm_ds.core.config import CFVLM, SECTIONS, ModelConfig, RunConfig, TrainConfig
+from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.option_errors import SPLITS, documents, problem_of, types_of
-from cfvlm_ds.core.options import ENDLESS, flat, ranges
+from cfvlm_ds.core.options import sentences
 from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml
 from cfvlm_ds.core.shipped import found, refuse_no_file
+from cfvlm_ds.core.strict import Given, build, dotted
 from cfvlm_ds.core.verbosity import VERBOSITY, asked
 
 
@@ -30,78 +29,62 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     Raises ConfigError on an unknown option (naming the nearest valid one) or a value of the wrong type. ``--help`` and ``--print_config``
     print and exit.
     """
-    from jsonargparse import ArgumentError
-
-    parser = option_parser(objectives, prog)
-    argv = _with_shipped(argv)
-    types = types_of(SECTIONS | {f"objective.{name}": term for name, term in objectives.items()})
-    _refuse_repeated(argv, types)
-    try:
-        parsed = parser.parse_args(list(argv))
-        resolved = parsed.clone().as_dict()
-        _refuse_nulls(resolved, parser.get_defaults().as_dict())
-        built = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise ConfigError(problem_of(argv, types) or " ".join(str(error).split())) from error
-    except ConfigError:
-        raise
-    except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
-        given = ", ".join(value for _, value in documents(argv, types)) or "the options"
-        raise ConfigError(f"{given}: not a configuration ({type(error).__name__}: {error}); write YAML as in examples/") from error
-    named = _named_terms(argv, [value for option, value in documents(argv, types) if option == "config"])
-    if unknown := named - set(objectives):  # one with options has been named by the parser
+    if {"-h", "--help"} & set(argv):
+        option_parser(objectives, prog).print_help()
+        raise SystemExit(0)
+    switches = {name for name in (*VERBOSITY, "print_config") if f"--{name}" in argv}
+    given, terms = _read([each for each in argv if each.removeprefix("--") not in switches])
+    if unknown := terms - set(objectives):
         raise ConfigError(f"unknown term of the objective {min(unknown)!r}; the terms are {', '.join(objectives)}")
-    terms = {name: getattr(built.objective, name) for name in objectives if name in named}
-    active = {name: term for name, term in terms.items() if term.weight != 0}
+    built = build(_options(objectives), given)
+    resolved = asdict(built)
+    named = {name: getattr(built.objective, name) for name in objectives if name in terms}
+    active = {name: term for name, term in named.items() if term.weight != 0}
     resolved["objective"] = {name: resolved["objective"][name] for name in active}
-    printed = resolved.pop("print_config")
-    for key in ("config", "local_rank", "quiet", "verbose"):
-        resolved.pop(key, None)
-    if parsed.quiet and parsed.verbose:
+    if set(VERBOSITY) <= switches:
         raise ConfigError("--quiet and --verbose contradict each other; give one of them")
-    _check_ranges(resolved)
+    _check(built.model, built.data, built.train)
     if not active:
         raise ConfigError(
-            f"every objective that is named has weight 0 ({', '.join(terms)}); name one with a weight, or none for the default"
+            f"every objective that is named has weight 0 ({', '.join(named)}); name one with a weight, or none for the default"
         )
-    if printed:
+    if "print_config" in switches:
         import yaml
 
         print(yaml.safe_dump(resolved, sort_keys=False), end="")
         raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
-    json_file, shows = found(parsed.deepspeed, "ds_configs"), asked(parsed.quiet, parsed.verbose)
+    json_file, shows = found(built.deepspeed, "ds_configs"), asked("quiet" in switches, "verbose" in switches)
     return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows)
 
 
-def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> Any:
-    """The parser of a run's options, jsonargparse's; it takes longer to make than to use, and may be used any number of times."""
-    return _parser(tuple(objectives.items()), prog)
+def _options(objectives: Mapping[str, type]) -> type:
+    """All options of a run as a class."""
+    terms = make_dataclass("Objective", [(name, term, field(default_factory=term)) for name, term in objectives.items()])
+    sections = {**SECTIONS, "objective": terms}
+    parts: list[Any] = [(name, section, field(default_factory=section)) for name, section in sections.items()]
+    return make_dataclass("Options", [("deepspeed", str, field(default="ds_configs/z3.json")), *parts], frozen=True)
 
 
-@functools.lru_cache(8)
-def _parser(objectives: tuple[tuple[str, type], ...], prog: str | None) -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser
-
+def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> argparse.ArgumentParser:
+    """The options of a run as argparse has them: for their help, and for a shell that completes them."""
     started = "deepspeed train.py" if prog in (None, "train.py") else prog
-    parser = ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=prog,
-        exit_on_error=False,
-        allow_abbrev=False,
-        print_config=None,
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
         description="Fine-tune a vision-language model with counterfactual objectives under DeepSpeed.",
         epilog=f"{_WHERE} example: {started} {_EXAMPLE}",
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
-    parser.add_argument("--deepspeed", type=str, default="ds_configs/z3.json", help="DeepSpeed JSON; its 'auto' values take the run's")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     parser.add_argument("--print_config", action="store_true", help="print the configuration of this run as YAML and exit")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; ignored")
     for name, text in VERBOSITY.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
-    for name, section in SECTIONS.items():
-        parser.add_class_arguments(section, name)
-    for name, objective in objectives:
-        parser.add_class_arguments(objective, f"objective.{name}")
+    for name, section, option, hint in dotted(_options(objectives)):
+        text = sentences(section).get(option.name, "DeepSpeed JSON; its 'auto' values take the run's")
+        shown = "" if option.default in (None, MISSING) else " (default: %(default)s)"
+        words = ("true", "false") if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
+        choices = [str(word).lower() for word in words] or None
+        parser.add_argument(f"--{name}", choices=choices, metavar=None if words else "VALUE", default=option.default, help=text + shown)
     return parser
 
 
@@ -112,144 +95,111 @@ _WHERE = (
 _EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100"
 
 
-def _with_shipped(argv: Sequence[str]) -> list[str]:
-    """The same options, with the file that each --config means. Raises ConfigError for one that neither the user nor the package has."""
-    taken: list[str] = []
-    for before, option in itertools.pairwise(["", *argv]):
-        flag, equals, value = ("--config", " ", option) if before == "--config" else option.partition("=")
-        if flag == "--config" and equals:
-            value = found(value, "examples")
-            if not re.search(r"[\s:{]", value) or os.path.lexists(value):  # which options themselves have in them
-                refuse_no_file(value, value)
-            option = value if equals == " " else f"{flag}={value}"
-        taken.append(option)
-    return taken
+def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """All that is given, later values in place of earlier ones; and the terms of the objective: those of the YAML files, or the default
+    where they state none, and those that the command line adds."""
+    whole, stated, added, words = dict[str, Any](), set[str](), set[str](), list(argv)
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        option = flag.removeprefix("--")
+        if option == flag:
+            remedy = f"a file of options is given by --config {flag}" if flag.endswith((".yaml", ".yml")) else "see --help"
+            raise ConfigError(f"unknown option {flag!r}; {remedy}")
+        if not equals and (not words or words[0].startswith("--")):
+            raise ConfigError(f"{flag} needs a value; write {flag} VALUE, which is true or false where the option is a switch")
+        value = value if equals else words.pop(0)
+        if option == "config":
+            document = _document(value)
+            stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
+            _merge(whole, document)
+        elif option != "local_rank":  # the launcher's
+            added |= {option.split(".")[1]} if option.startswith("objective.") else set()
+            _put(whole, option.removesuffix("+").split("."), _plain(value), more=option.endswith("+"))
+    return whole, (stated or set(CFVLM)) | added
 
 
-def _named_terms(argv: Sequence[str], files: Sequence[str]) -> set[str]:
-    """The terms of the objective: those of the YAML files, or the default where they state none, and those that the command line adds."""
-    stated: set[str] = set()
-    for path in files:
-        given = read_yaml(path)
-        section = given.get("objective") if isinstance(given, Mapping) else None
-        dotted = (name.removeprefix("objective.") for name in given or () if name.startswith("objective."))
-        stated |= {str(name).partition(".")[0] for name in (*(section if isinstance(section, Mapping) else ()), *dotted)}
-    return (stated or set(CFVLM)) | {option.split(".")[1].partition("=")[0] for option in argv if option.startswith("--objective.")}
+def _document(given: str) -> dict[str, Any]:
+    """The options of a YAML file, sections within each other. Raises ConfigError for what is none, and for an option given twice."""
+    path = found(given, "examples")
+    refuse_no_file(given, path)
+    try:
+        options = read_yaml(path)
+        if not isinstance(options, Mapping):
+            raise ValueError("no options in it")
+        nested: dict[str, Any] = {}
+        _merge(nested, options, once=True)
+        return nested
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}; write YAML as in examples/") from error
 
 
-def _refuse_repeated(argv: Sequence[str], types: Mapping[str, Any]) -> None:
-    """ConfigError on an option given twice in one document, of which the parser would silently take the last."""
-    inline = (value for option in argv for value in (option, option.partition("=")[2]) if value.startswith("{"))
-    for reader, given in (*((read_yaml, file) for _, file in documents(argv, types)), *((parse_yaml, value) for value in inline)):
-        try:
-            document = reader(given)
-        except DuplicateKey as error:
-            raise ConfigError(f"{given}: {error}") from error
-        except (OSError, ValueError, RecursionError):
-            continue  # named by the parser
-        try:
-            _refuse_divided(document, given)
-        except RecursionError as error:
-            raise ConfigError(f"{given}: a section contains itself; write its values out") from error
+def _plain(value: str) -> Any:
+    """A value of the command line: what is no list or mapping is read by the type of its option."""
+    try:
+        read = parse_yaml(value)
+    except DuplicateKey as error:
+        raise ConfigError(f"{value}: {error}") from error
+    except (ValueError, RecursionError):
+        read = None
+    return read if isinstance(read, (Mapping, list)) else Given(value)
 
 
-def _refuse_divided(section: Any, named: str) -> None:
-    """Raise ConfigError for ``train.seed`` beside a section ``train``: the parser keeps the later one and drops the other."""
-    for name, value in section.items() if isinstance(section, Mapping) else ():
-        if dotted := next((each for each in section if str(each).startswith(f"{name}.")), None):
-            raise ConfigError(
-                f"{named}: {dotted!r} stands beside a section {name!r}, and one of them would be lost; move it into the section"
-            )
-        if str(name).rpartition(".")[2] != "evaluation":  # whose names may have dots
-            _refuse_divided(value, named)
+def _merge(whole: dict[str, Any], part: Mapping[Any, Any], once: bool = False) -> None:
+    """Put options into others; where ``once``, none that is there."""
+    for name, value in part.items():
+        _put(whole, str(name).split("."), value, once)
 
 
-def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str = "") -> None:
-    """jsonargparse lets a null pass for any option, and a plain value for a section: ConfigError for both."""
-    for name, default in defaults.items():
-        option, value = f"{section}{name}", values[name]
-        if default is not None and value is None:
-            remedy = (
-                f"write {name}: {{}} for the term with its defaults" if section == "objective." else "leave the option out for its default"
-            )
-            raise ConfigError(f"{option}: null is not a value; {remedy}")
-        if isinstance(default, dict):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{option}: expected options below it, got {value!r}; write it as in examples/")
-            _refuse_nulls(value, default, f"{option}.")
+def _put(whole: dict[str, Any], path: Sequence[str], value: Any, once: bool = False, more: bool = False) -> None:
+    """Put an option at its place. Names of evaluation sets may have dots, and the sets are given together."""
+    name, *inside = path
+    before = whole.get(name)
+    if inside or (isinstance(value, Mapping) and name != "evaluation"):
+        whole[name] = before = dict(before) if isinstance(before, Mapping) else {}
+        _put(before, inside, value, once, more) if inside else _merge(before, value, once)
+    elif once and name in whole:
+        raise ConfigError(f"{name!r} occurs twice, by itself and in its section; keep one of them")
+    else:
+        whole[name] = [*(before if isinstance(before, list) else [before] * bool(before)), value] if more else value
 
 
-_RANGES = {
-    **{option: within for name, section in SECTIONS.items() for option, within in ranges(section, f"{name}.").items()},
-    **ranges(TinyLlavaConfig, "build.tiny_llava."),
-}
-_TERM = {"weight": (0, 1e9), "warmup": (0, 1)}
-"""Of every term of the objective; they check the rest of their options themselves."""
-
-
-def _check_ranges(resolved: Mapping[str, Any]) -> None:
-    """ConfigError on a number that no run can have: one that is not finite, or outside the range of its option."""
-    train = resolved["train"]
-    if not train["output_dir"]:
+def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
+    """Raise ConfigError for options that no run can have together."""
+    if not train.output_dir:
         raise ConfigError("train.output_dir is empty, as a variable is that was not set; name a folder, or leave it out for the default")
-    for option, value in ((name, each) for name, each in flat(resolved).items() if isinstance(each, (int, float))):
-        term = _TERM.get(option.rpartition(".")[2]) if option.startswith("objective.") else None
-        low, high = term or _RANGES.get(option, (-ENDLESS, ENDLESS))
-        if not low <= value <= high:
-            wrong = f"must not be negative, and is {value}" if value < low == 0 else f"must be from {low:.16g} to {high:.16g}, not {value}"
-            raise ConfigError(f"{option} {wrong}; leave it out for the default")
-    if train["max_steps"] == 0:
+    if train.max_steps == 0:
         raise ConfigError("train.max_steps must be at least 1, or -1 to use train.num_train_epochs, not 0")
-    sources = [] if isinstance(resolved["data"]["train"], str) else resolved["data"]["train"]
-    if any(not source["path"] for source in sources):
-        raise ConfigError("data.train: a source has an empty path, as a variable is that was not set; name its manifest")
-    for given in [*sources, *(each for each in resolved["data"]["evaluation"].values() if isinstance(each, Mapping))]:
-        _check_data_set(given)
-    for split, given in resolved["data"]["evaluation"].items():
-        if isinstance(given, str) and (not given or given.lstrip().startswith("{")):  # the parser takes an object it cannot read for a path
-            raise ConfigError(
-                f"data.evaluation: {given or 'nothing'} is not a manifest; give NAME: PATH, or NAME: {{path: PATH, root: ..., format: ...}}"
-            )
-        if isinstance(given, Mapping):
-            _check_evaluation_set(split, given)
-        if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
-            raise ConfigError(f"data.evaluation: {split!r} names files and metrics; use letters, digits and _ . + - for it")
-    tower = resolved["model"]["vision_tower"]["tuning"]
-    if (folder := resolved["data"]["feature_cache"]) is not None and tower != "frozen":
+    for source in [] if isinstance(data.train, str) else data.train:
+        if not source.path:
+            raise ConfigError("data.train: a source has an empty path, as a variable is that was not set; name its manifest")
+        if source.objectives == []:
+            raise ConfigError(f"data.train: objectives of {source.path!r} is an empty list; name those that its groups count in, or none")
+    for split, given in data.evaluation.items():
+        _check_evaluation_set(split, EvaluationSet(given) if isinstance(given, str) else given)
+    if data.feature_cache is not None and model.vision_tower.tuning != "frozen":
         raise ConfigError(
-            f"data.feature_cache {folder!r} keeps what a frozen tower gives, and model.vision_tower.tuning is {tower}; set that to frozen "
-            "or leave the cache out"
+            f"data.feature_cache {data.feature_cache!r} keeps what a frozen tower gives, and model.vision_tower.tuning is "
+            f"{model.vision_tower.tuning}; set that to frozen or leave the cache out"
         )
-    if (best := train["save_best"]) is not None:
-        splits = sorted(resolved["data"]["evaluation"])
-        if not train["eval_steps"]:
+    if (best := train.save_best) is not None:
+        if not train.eval_steps:
             raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
-        if not any(best.startswith(f"eval/{split}/") for split in splits):
-            raise ConfigError(
-                f"train.save_best {best!r} is no metric of data.evaluation ({', '.join(splits) or 'empty'}); write eval/SPLIT/METRIC"
-            )
+        if not any(best.startswith(f"eval/{split}/") for split in data.evaluation):
+            splits = ", ".join(sorted(data.evaluation)) or "empty"
+            raise ConfigError(f"train.save_best {best!r} is no metric of data.evaluation ({splits}); write eval/SPLIT/METRIC")
 
 
-def _check_data_set(given: Mapping[str, Any]) -> None:
-    """As ``_check_ranges``, for one source or evaluation set."""
-    named = given["path"] or given.get("benchmark")
-    for name, (low, high) in ranges(Source, "").items():
-        if (value := given.get(name)) is not None and not low <= value <= high:
-            raise ConfigError(
-                f"data: {name} of {named!r} must be from {low:.16g} to {high:.16g}, not {value}; leave it out for the default"
-            )
-    if given.get("objectives") == []:
-        raise ConfigError(f"data: objectives of {named!r} is an empty list; name those that its groups count in, or leave it out for all")
-
-
-def _check_evaluation_set(split: str, given: Mapping[str, Any]) -> None:
+def _check_evaluation_set(split: str, given: EvaluationSet) -> None:
     """Raise ConfigError for what is neither a manifest nor a benchmark, or both."""
-    path, benchmark = given["path"], given["benchmark"]
-    if not path and not benchmark:
-        raise ConfigError(f"data.evaluation: {split!r} is not a manifest; {SPLITS}")
-    if benchmark and (path or given["format"] or not isinstance(given["root"], str)):
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
+        raise ConfigError(f"data.evaluation: {split!r} names files and metrics; use letters, digits and _ . + - for it")
+    if not given.path and not given.benchmark:
+        raise ConfigError(f"data.evaluation: {split!r} {EvaluationSet.FORM}")
+    if given.benchmark and (given.path or given.format or not isinstance(given.root, str)):
         raise ConfigError(
-            f"data.evaluation.{split}: benchmark {benchmark!r} needs root, one folder, and has neither path nor format; {SPLITS}"
+            f"data.evaluation.{split}: benchmark {given.benchmark!r} needs root, one folder, and has neither path nor format; correct these"
         )
-    if not benchmark and given["probe"] is not None:
-        raise ConfigError(f"data.evaluation.{split}: probe {given['probe']!r} is of a benchmark, and {path!r} is a manifest; leave it out")
+    if not given.benchmark and given.probe is not None:
+        raise ConfigError(
+            f"data.evaluation.{split}: probe {given.probe!r} is of a benchmark, and {given.path!r} is a manifest; leave it out"
+        )

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_json, read_yaml
+from cfvlm_ds.core.strict import build
 from cfvlm_ds.core.untrusted import refuse_link
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,9 +28,6 @@ FILES = (
 )  # fmt: skip
 FOLDERS = ("mlartifacts", "scores", "benchmarks", "heartbeat", "prepared", "export", "adapter")
 """Names that a run writes into its folder, except checkpoints, which are made elsewhere and renamed."""
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def recorded_options(run_dir: Path) -> dict[str, Any]:
 
 def recorded_model(run_dir: Path) -> ModelConfig:
     """The model of a run, from the configuration in its folder. Raises ConfigError if that is not one."""
-    model = _recorded(run_dir, "model", ModelConfig)
+    model: ModelConfig = _recorded(run_dir, "model", ModelConfig)
     if not model.name_or_path:
         raise ConfigError(f"{run_dir / 'config.yaml'} is not a run's configuration (model.name_or_path is empty); restore it")
     return model
@@ -138,24 +136,20 @@ def recorded_model(run_dir: Path) -> ModelConfig:
 
 def recorded_evaluation(run_dir: Path) -> dict[str, EvaluationSet]:
     """The manifests on which a run is evaluated, as the configuration in its folder names them. Raises ConfigError if that is not one."""
-    return _recorded(run_dir, "data", DataConfig).evaluation_sets
+    data: DataConfig = _recorded(run_dir, "data", DataConfig)
+    return data.evaluation_sets
 
 
-def _recorded(run_dir: Path, section: str, kind: type[T]) -> T:
+def _recorded(run_dir: Path, section: str, kind: type) -> Any:
     """A section of a run's configuration."""
-    from jsonargparse import ArgumentParser
-
     path = run_dir / "config.yaml"
     options = recorded_options(run_dir).get(section)
     if not isinstance(options, dict):
         raise ConfigError(f"{path} is not a run's configuration (it has no section {section}); restore it")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, section)
     try:
-        found: T = parser.instantiate(parser.parse_object({section: options}))[section]
-        return found
-    except Exception as error:  # the parser and YAML raise nearly anything on what is no configuration
-        raise ConfigError(f"{path} is not a run's configuration ({type(error).__name__}: {error}); restore it") from error
+        return build(kind, options, section)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not a run's configuration ({error}); restore it") from error
 
 
 def base_of(folder: Path) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.option_errors import problem_in, types_of
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.shipped import found as shipped_file
 from cfvlm_ds.core.shipped import refuse_no_file
+from cfvlm_ds.core.strict import build, dotted
 from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions, named
 from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, STEPS, WorkFolder
 
@@ -87,20 +86,16 @@ def read_plan(file: str) -> Plan:
         section |= {name: ",".join(map(str, value)) for name, value in section.items() if isinstance(value, list)}
     if isinstance(listed.get("root"), str):
         listed["root"] = [listed["root"]]
-    known = {name.replace("back_ends", "with"): hint for name, hint in types_of({"plan": Plan}).items()}
-    if wrong := problem_in("plan", listed, known):
-        raise ConfigError(f"{path}: {wrong.replace('plan.', '')}")
-    for name, kind in get_type_hints(Plan).items():
-        if dataclasses.is_dataclass(kind):
-            listed[name] = _built(kind, listed.get(name) or {}, f"{path}: {name}.")
-    plan: Plan = _built(Plan, listed, f"{path}: ")
+    options = {name: _given(value) for name, value in listed.items() if value is not None}
+    try:
+        plan: Plan = build(Plan, options, known=[option.replace("back_ends", "with") for option, *_ in dotted(Plan)])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return plan
 
 
-def _built(section: Any, given: Mapping[str, Any], where: str) -> Any:
-    hints = get_type_hints(section)
-    values = {{"with": "back_ends"}.get(name, name): value for name, value in given.items() if value is not None}
-    try:
-        return section(**{name: float(value) if hints[name] in (float, float | None) else value for name, value in values.items()})
-    except ConfigError as error:
-        raise ConfigError(f"{where}{str(error).removeprefix('--')}") from error
+def _given(value: Any) -> Any:
+    """An option, or a section without those that have no value."""
+    if not isinstance(value, Mapping):
+        return value
+    return {{"with": "back_ends"}.get(name, name): each for name, each in value.items() if each is not None}

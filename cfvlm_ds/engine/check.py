@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -109,15 +108,6 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
         yield "fp16.enabled=true needs a GPU, and this machine has none; set it to false (bf16 trains on CPUs)"
     if offloads["param"] != "none" and zero.stage != 3:
         yield f"zero_optimization.offload_param needs stage 3, and stage is {int(zero.stage)}; set its device to none"
-    if offloads["optimizer"] != "none" and zero.stage == 0:
-        yield "zero_optimization.offload_optimizer needs stage 1, 2 or 3, and stage is 0; set its device to none"
-    for name, where in offloads.items():
-        options = getattr(zero, f"offload_{name}")
-        if where == "nvme":
-            if zero.stage != 3:
-                yield f"zero_optimization.offload_{name}.device nvme needs stage 3, and stage is {int(zero.stage)}; use cpu"
-            if options.nvme_path is None or not os.path.isdir(options.nvme_path):
-                yield f"zero_optimization.offload_{name}.nvme_path {options.nvme_path} is no folder; name one on a local NVMe disk"
     if "optimizer" not in found and offloads["optimizer"] != "none" and parsed.zero_force_ds_cpu_optimizer:
         yield (
             'zero_optimization.offload_optimizer needs an "optimizer" section, from which DeepSpeed makes its Adam for CPUs; copy that '

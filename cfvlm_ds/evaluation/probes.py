@@ -80,8 +80,6 @@ class Caption(Probe):
             return values
         if self.mode == "pmi":
             return tuple(value - prior for value, prior in zip(values, blank, strict=True))
-        if not lengths:
-            raise ConfigError("the probe caption with mode mean needs the number of tokens of each text; choose sum or pmi")
         return tuple(value / length for value, length in zip(values, lengths, strict=True))
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import heapq
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +20,7 @@ from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
-from cfvlm_ds.page import MOST, Fact, Item, Page, ScoreTable, Written, group_item, least_margins, refuse_foreign_folder, write_page
+from cfvlm_ds.page import Fact, Item, Page, ScoreTable, Written, group_item, least_margins, refuse_foreign_folder, write_page
 
 SAMPLE = 200
 
@@ -121,9 +119,7 @@ def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> li
     found = {group.id: index for index, group in enumerate(groups) if group.id in asked}
     for name in wanted:
         if name not in found:
-            close = difflib.get_close_matches(name, (group.id for group in islice(groups, MOST)), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "correct or remove the line"
-            raise DataError(f"{file}:{named.index(name) + 1}: {source} has no group {quoted(name)}; {hint}")
+            raise DataError(f"{file}:{named.index(name) + 1}: {source} has no group {quoted(name)}; correct or remove the line")
     return [found[name] for name in wanted]
 
 

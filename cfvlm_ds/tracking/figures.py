@@ -41,20 +41,10 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
         path: the PNG to write.
         groups: mappings with ``images`` (I lists of the PIL images shown together), ``captions`` (C texts), ``scores`` ([I][C], nats; None
             or NaN where there is none), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
-
-    Raises:
-        ValueError: no groups, or a group whose parts differ in shape.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    if not groups:
-        raise ValueError("no groups to draw")
-    for group in groups:
-        shape = (len(group["images"]), len(group["captions"]))
-        for part in ("scores", "match"):
-            if any(len(row) != shape[1] for row in group[part]) or len(group[part]) != shape[0]:
-                raise ValueError(f"{part} is not [{shape[0]} images][{shape[1]} captions] in the group {group.get('title', '')!r}")
     groups = [_readable(group) for group in groups]
     columns = max(len(group["captions"]) for group in groups)
     lines = [max(caption.count("\n") + 1 for caption in group["captions"]) for group in groups]

@@ -88,7 +88,6 @@ class Delivery:
         self._lock = threading.Lock()  # guards the record; not held during a request
         self._closing, self._stop = threading.Event(), threading.Event()
         self._client: Any = None
-        self._monitor: Any = None
         self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None: this process has created the run
         self._done, self._unsaved = not wanted, False
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-tracking", daemon=True)
@@ -152,11 +151,6 @@ class Delivery:
             self._connect()
         while self._deliver_metrics():
             pass
-        if status is None:
-            self._monitor_system()
-        elif self._monitor is not None:
-            self._monitor.finish()
-            self._monitor = None
         if status == "SCHEDULED":  # no end time
             self._client.update_run(self.record.run_id, status=status)
         elif status is not None:  # before the artifacts, which an unfit artifact store may refuse for ever
@@ -170,12 +164,8 @@ class Delivery:
             raise ConfigError(
                 f"the address of a database in {folder} cannot have its ? or %; set MLFLOW_TRACKING_URI, or rename the folder"
             )
-        try:
-            client_class = _mlflow().MlflowClient
-        except RuntimeError as error:  # Path.home()
-            raise ConfigError(f"{error} MLflow needs one: set HOME to a folder that may be written") from error
+        client_class = _mlflow().MlflowClient
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables..."
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)  # its warnings hold the URI with its password
         _make_store(self._uri)
         client = client_class(tracking_uri=self._uri)
         run = self._find_run(client) or self._create_run(client)
@@ -183,13 +173,6 @@ class Delivery:
         self._client = client
         if shows_progress():
             say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
-
-    def _monitor_system(self) -> None:
-        """Keep MLflow's monitor of CPU, memory, disk, network and GPU going; it ends by itself at the first failed request."""
-        if self._monitor is None or not self._monitor._process.is_alive():
-            module = _mlflow("mlflow.system_metrics.system_metrics_monitor")
-            self._monitor = module.SystemMetricsMonitor(self.record.run_id, resume_logging=True, tracking_uri=self._uri)
-            self._monitor.start()
 
     def _find_run(self, client: Any) -> Any:
         """Return the run that exists, set to RUNNING, or None. A run that this server does not know is delivered again as a new one."""

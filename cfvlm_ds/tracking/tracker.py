@@ -60,13 +60,10 @@ def open_tracker(
         inputs: data sets with the keys cfvlm_ds.tracking.delivery_record.INPUT; one that the run has already is not logged again.
 
     Raises:
-        ValueError: a run id without a step to resume at.
         OSError: ``metrics.jsonl`` cannot be truncated. Any other trouble with a full disk or MLflow is reported on stderr and never raised.
     """
     if not enabled:
         return NullTracker()
-    if run_id is not None and resume_step is None:
-        raise ValueError("a run id without resume_step: pass the step of the checkpoint that the run continues from")
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     if resume_step is None:
@@ -107,20 +104,13 @@ class NullTracker:
 
     run_id: str | None = None
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+    def log(self, *given: Any, **options: Any) -> None:
+        """Do nothing, as ``artifact`` and ``close`` do."""
 
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Nothing."""
-
-    def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
-        """Nothing."""
+    artifact = close = __exit__ = log
 
     def __enter__(self) -> NullTracker:
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        return None
 
 
 class Tracker:
@@ -146,7 +136,7 @@ class Tracker:
         What the disk does not take waits in memory, with a warning, and goes to the file in order as soon as it does.
 
         Raises:
-            ValueError: a metric named "step" or "time", or a closed tracker. TypeError: a value that is not a number.
+            ValueError: a metric named "step" or "time". TypeError: a value that is not a number.
         """
         line: dict[str, Any] = {"step": int(step), "time": now_ms() / 1000}
         for name, value in metrics.items():
@@ -156,8 +146,6 @@ class Tracker:
                 continue  # such as the evaluation at a checkpoint's step, logged before the interruption and computed again
             number = float(value)
             line[name] = number if math.isfinite(number) else str(number)
-        if self._lines.closed:
-            raise ValueError("this tracker is closed")
         self._lines.write(json.dumps(line))
 
     def artifact(self, path: Path, folder: str = "") -> None:

@@ -21,7 +21,7 @@ from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
 
 KINDS: dict[str, Kind | None] = {
-    name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.", "kind").items()
+    name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.").items()
 }
 """What a change of each option means."""
 DEEPSPEED: dict[str, Kind] = {

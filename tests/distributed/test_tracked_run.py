@@ -51,9 +51,8 @@ def the_run(client: Any, experiment: str) -> Any:
 
 
 def on_server(client: Any, run: Any) -> dict[str, list[tuple[int, float]]]:
-    """Every metric's (step, value) in order, except MLflow's own measurements of the machine."""
-    names = [name for name in run.data.metrics if not name.startswith("system/")]
-    return {name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in names}
+    """Every metric's (step, value) in order."""
+    return {name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics}
 
 
 def on_disk(output_dir: Path) -> dict[str, list[tuple[int, float]]]:

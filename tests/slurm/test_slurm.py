@@ -148,7 +148,7 @@ def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, copies:
 
 def test_a_bad_node_is_named_and_left_out(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
     """One of three nodes has other code than the first; the job was given one node more than it needs."""
-    cluster.mount("node6", REPO / "cfvlm_ds" / "core" / "option_errors.py", REPO / "cfvlm_ds" / "tracking" / "figures.py")
+    cluster.mount("node6", REPO / "cfvlm_ds" / "core" / "parsing.py", REPO / "cfvlm_ds" / "tracking" / "figures.py")
     one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
     job = submit(cluster, tmp_path / "run", one_step, "-N3", "--nodelist=node5,node6,node7", CFVLM_SPARE_NODES="1")
     state = job.end()

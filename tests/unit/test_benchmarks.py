@@ -971,8 +971,7 @@ def test_files_that_are_no_files_of_rows(tmp_path: Path) -> None:
     assert "broken JSON" in str(load(BENCHMARKS["winoground"], tmp_path).problems[0])
     assert "no such folder" in str(load(BENCHMARKS["winoground"], tmp_path / "none").problems[0])
     path.unlink()
-    put(tmp_path / "data/example.jsonl")
-    assert "did you rename 'example.jsonl'" in str(load(BENCHMARKS["winoground"], tmp_path).problems[0])
+    assert "examples.jsonl: no such file" in str(load(BENCHMARKS["winoground"], tmp_path).problems[0])
     mmvp(tmp_path)
     (tmp_path / "Questions.csv").write_text(
         "Index,Question,Options,Correct Answer\n1,Which?,(a) x (b) y,(c)\n2,Which?\n0,Which?,(a) x (b) y,(a)\n"

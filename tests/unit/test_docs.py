@@ -182,7 +182,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def test_the_reference_lists_what_the_parser_takes() -> None:
-    """Names and defaults, compared with what jsonargparse makes of an option that is the default."""
+    """Names and defaults, compared with what a run has where no option is given."""
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in site_hooks().options().splitlines()]
     rows = {row[0].strip("`"): row for row in cells if row and row[0].startswith("`")}
     every_term = [part for name in OBJECTIVES for part in (f"--objective.{name}.weight", "1")]

@@ -49,15 +49,6 @@ def test_score_matrix_shows_images_and_outlines_true_cells(tmp_path: Path) -> No
         assert three.height > 2.5 * one.height and three.width == one.width
 
 
-@pytest.mark.parametrize("part", ["scores", "match"])
-def test_score_matrix_of_the_wrong_shape_is_named(tmp_path: Path, part: str) -> None:
-    for wrong in ([[1.0, 2.0]], [[1.0], [2.0]]):
-        with pytest.raises(ValueError, match=f"{part} is not .*count"):
-            score_matrix_figure(tmp_path / "x.png", [_group(**{part: wrong})])
-    with pytest.raises(ValueError, match="no groups"):
-        score_matrix_figure(tmp_path / "x.png", [])
-
-
 def test_learning_curves_have_a_panel_for_what_there_is(tmp_path: Path) -> None:
     loss = [{"step": step, "loss/lm": 1.0 / step, "lr": 0.1} for step in range(1, 101)]
     learning_curves_figure(tmp_path / "loss.png", _write(tmp_path / "loss.jsonl", [*loss, {"step": 101, "loss/lm": "nan"}]))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import REPO, environment
 
-ABSENT = ("mlflow", "jsonargparse", "peft", "matplotlib", "PIL", "torchvision", "pyarrow", "sentencepiece")
+ABSENT = ("mlflow", "peft", "matplotlib", "PIL", "torchvision", "pyarrow", "sentencepiece")
 """What the package otherwise needs and a bare machine may lack."""
 
 

@@ -56,12 +56,9 @@ def test_an_unsupported_model_type_is_refused_naming_the_supported_ones() -> Non
     with pytest.raises(ConfigError, match=rf"'llama' has no vision tower; name a vision-language model of one of these types: {known}$"):
         family_of(LlamaConfig())
     config = LlavaConfig()
-    for model_type, near in {"zebra": "", "blip_2": "", "pixtral": "", "llava-next": r" \(the nearest is 'llava_next'\)"}.items():
-        config.model_type = model_type
-        with pytest.raises(
-            ConfigError, match=rf"'{model_type}' is not supported{near}; supported: {known}; a family is one record, and docs"
-        ):
-            family_of(config)
+    config.model_type = "blip_2"
+    with pytest.raises(ConfigError, match=rf"'blip_2' is not supported; supported: {known}; a family is one record, and docs"):
+        family_of(config)
 
 
 def test_every_parameter_belongs_to_the_module_it_sits_in(model_dir: Path) -> None:

@@ -406,7 +406,7 @@ def test_names_and_options_of_probes() -> None:
     assert way_named("generate:max_new_tokens=8") == ("generate.8", Generate(8))
     assert way_named('caption:prompt="What, then?",mode=mean')[1] == Caption("mean", "What, then?")
     for spec, said in (
-        ("captions", "did you mean 'caption'"), ("caption:mood=pmi", "has no option 'mood'"), ("caption:mode=pim", "sum or mean or pmi"),
+        ("captions", "did you mean 'caption'"), ("caption:mood=pmi", "has no option 'mood'"), ("caption:mode=pim", "sum, mean or pmi"),
         ("yes_no:mode=sum", "has no options"), ("generate:max_new_tokens=0", "writes 1 to"), ("match:template=no", "with {text} in it"),
         ("caption:mode", "not understood"),
     ):  # fmt: skip

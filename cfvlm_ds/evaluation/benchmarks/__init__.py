@@ -1,6 +1,6 @@
-"""Public benchmarks in their official files, one file each: rows to items, metrics with chance, published values.
+"""Public benchmarks in their official files, one file each: rows to items, metrics with chance.
 
-Licences and known traps are in docs/benchmarks. Nothing is downloaded. A benchmark of your own is one more entry:
+Licences, known traps and published values are in docs/benchmarks. Nothing is downloaded. A benchmark of your own is one more entry:
 ``BENCHMARKS["mine"] = Benchmark(...)``.
 """
 
@@ -15,7 +15,6 @@ from cfvlm_ds.evaluation.benchmarks.base import (
     Judged,
     Loaded,
     Outcome,
-    Published,
     chance,
     load,
     results,
@@ -51,7 +50,6 @@ __all__ = [
     "Judged",
     "Loaded",
     "Outcome",
-    "Published",
     "Row",
     "Source",
     "chance",

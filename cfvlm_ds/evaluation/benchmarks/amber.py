@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, yes_no
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
 
@@ -50,10 +50,5 @@ AMBER = Benchmark(
     metrics=metrics,
     headline="f1",
     probes=("yes_no", "generate"),
-    published=(
-        Published("f1", "LLaVA-1.5", 74.7, "arXiv 2311.07397"),
-        Published("accuracy", "LLaVA-1.5", 72.0, "arXiv 2311.07397"),
-        Published("f1", "Qwen-VL", 84.9, "arXiv 2311.07397"),
-    ),
     unofficial=f"the instruction {ASK.strip()!r}",
 )

@@ -107,16 +107,6 @@ Metrics = Callable[[Sequence[Judged]], Values]
 
 
 @dataclass(frozen=True)
-class Published:
-    """A value that somebody published: what was measured, of which model, and where it stands."""
-
-    metric: str
-    model: str
-    value: float
-    source: str
-
-
-@dataclass(frozen=True)
 class Benchmark:
     """A public benchmark, or one of your own: ``BENCHMARKS["mine"] = Benchmark(...)``.
 
@@ -129,7 +119,6 @@ class Benchmark:
         probes: names of the probes that fit, the default first.
         chance: values of random scores, for what is not the sum of independent comparisons; the others follow from ties.
         total: rows of all official files together.
-        published: values to compare with.
         unofficial: what of this is not the authors' own protocol.
     """
 
@@ -141,7 +130,6 @@ class Benchmark:
     probes: tuple[str, ...]
     chance: Mapping[str, float] = field(default_factory=dict)
     total: int | None = None
-    published: tuple[Published, ...] = ()
     unofficial: str = ""
 
 

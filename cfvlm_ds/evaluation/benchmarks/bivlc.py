@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Published, quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("image", "caption", "negative_caption", "negative_image", "type", "subtype")
-SOURCE = "arXiv 2406.09952, table of main results"
 
 
 def item(row: Row) -> Item:
@@ -24,9 +23,4 @@ BIVLC = Benchmark(
     headline="group",
     probes=("match", "caption", "letters"),
     chance=QUAD_CHANCE,
-    published=(
-        Published("group", "Open CapPa, caption likelihood", 42.0, SOURCE),
-        Published("group", "VQAScore, CLIP-FlanT5-XXL", 76.5, SOURCE),
-        Published("group", "human", 86.8, SOURCE),
-    ),
 )

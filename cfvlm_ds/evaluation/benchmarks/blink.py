@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Published
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -31,5 +31,4 @@ BLINK = Benchmark(
     headline="macro",
     probes=("yes_no", "generate"),
     total=1901,
-    published=(Published("macro", "LLaVA-1.5-7B", 37.1, "arXiv 2404.12390"), Published("macro", "random choice", 38.1, "arXiv 2404.12390")),
 )

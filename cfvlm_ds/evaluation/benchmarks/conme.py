@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Published
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -29,9 +29,5 @@ CONME = Benchmark(
     metrics=macro_by("part"),
     headline="macro",
     probes=("letters", "caption", "generate"),
-    published=(
-        Published("macro", "LLaVA-1.5-7B, baseline of CF-VLM", 61.8, "arXiv 2506.17267"),
-        Published("macro", "Qwen-VL-7B, baseline of CF-VLM", 82.6, "arXiv 2506.17267"),
-    ),
     unofficial="columns unverified: known from programs of others that read the files, not from the files themselves",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, tag
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -43,6 +43,5 @@ CVBENCH = Benchmark(
     headline="cv_bench",
     probes=("letters", "generate"),
     total=2638,
-    published=(Published("accuracy", "Qwen2.5-VL-7B (plain share)", 79.95, "in circulation, its source was not established"),),
     unofficial="letters in all orders up to four options, and cyclic ones beyond",
 )

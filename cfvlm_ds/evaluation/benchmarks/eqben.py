@@ -10,7 +10,7 @@ from PIL import Image
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.decoding import MAX_PIXELS
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Published, quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, keep_picture
 
@@ -58,5 +58,4 @@ EQBEN = Benchmark(
     headline="group",
     probes=("match", "caption", "letters"),
     chance=QUAD_CHANCE,
-    published=(Published("group", "VQAScore, CLIP-FlanT5-XXL", 47.9, "arXiv 2404.01291"),),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -57,11 +57,5 @@ HALLUSIONBENCH = Benchmark(
     metrics=metrics,
     headline="mean_pictures",
     probes=("yes_no", "generate"),
-    published=(
-        Published("aAcc_pictures", "Qwen2.5-VL-7B", 71.8, "VLMEvalKit leaderboard"),
-        Published("fAcc_pictures", "Qwen2.5-VL-7B", 48.0, "VLMEvalKit leaderboard"),
-        Published("qAcc_pictures", "Qwen2.5-VL-7B", 47.3, "VLMEvalKit leaderboard"),
-        Published("aAcc_pictures", "Qwen2-VL-7B", 67.9, "VLMEvalKit leaderboard"),
-    ),
     unofficial="yes or no by likelihood in place of GPT-4 as a judge",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, tag, together
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -51,8 +51,4 @@ MME = Benchmark(
     headline="perception",
     probes=("yes_no", "generate"),
     total=2374,
-    published=(
-        Published("perception", "LLaVA-1.5-7B", 1510.7, "haotian-liu/LLaVA, MODEL_ZOO"),
-        Published("perception", "LLaVA-1.5-13B", 1531.3, "haotian-liu/LLaVA, MODEL_ZOO"),
-    ),
 )

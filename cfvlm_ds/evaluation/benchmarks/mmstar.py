@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Published
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -37,5 +37,4 @@ MMSTAR = Benchmark(
     metrics=macro_by("category"),
     headline="macro",
     probes=("yes_no", "generate"),
-    published=(Published("macro", "Qwen2.5-VL-7B", 62.5, "in circulation, its source was not established"),),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
@@ -41,10 +41,5 @@ MMVP = Benchmark(
     metrics=metrics,
     headline="pair",
     probes=("letters", "yes_no", "generate"),
-    published=(
-        Published("pair", "human", 95.7, "arXiv 2401.06209"),
-        Published("pair", "GPT-4V", 38.7, "arXiv 2401.06209"),
-        Published("pair", "LLaVA-1.5", 24.7, "arXiv 2401.06209"),
-    ),
     unofficial="letters in both orders in place of free answers with a judge",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import means, sliced, tag, yes_no
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -38,8 +38,4 @@ POPE = Benchmark(
     metrics=metrics,
     headline="f1_macro",
     probes=("yes_no", "generate"),
-    published=(
-        Published("f1_macro", "LLaVA-1.5-7B (2,910 random questions)", 85.9, "haotian-liu/LLaVA, MODEL_ZOO"),
-        Published("f1_macro", "LLaVA-1.5-13B", 85.9, "haotian-liu/LLaVA, MODEL_ZOO"),
-    ),
 )

@@ -7,7 +7,6 @@ and the pictures in them into parts of one file (cfvlm_ds.data.containers).
 
 from __future__ import annotations
 
-import difflib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -136,11 +135,8 @@ class Source:
         elif path.suffix == ".parquet":
             names = [file.name] * bool(names)
         if not names:
-            there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = difflib.get_close_matches(path.name, there, n=1)
-            hint = f"did you rename {near[0]!r}?" if near else "docs/benchmarks says where it is and where it belongs"
             beside = f", nor {self.root / file.lines} with its rows as JSON lines" if file.lines else ""
-            yield DataError(f"{path}: no such file{beside}; {hint}")
+            yield DataError(f"{path}: no such file{beside}; docs/benchmarks says where it is and where it belongs")
         for name in names:
             yield from self._rows(file, name)
 

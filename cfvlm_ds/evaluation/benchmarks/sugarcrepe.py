@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, means, tag
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -34,12 +34,4 @@ SUGARCREPE = Benchmark(
     metrics=metrics,
     headline="macro",
     probes=("match", "caption", "letters", "generate"),
-    published=(
-        Published("macro/swap_att", "GPT-4V, mean of both orders", 90.1, "RAIVNLab/sugar-crepe, gpt-4v-results"),
-        Published("macro/swap_obj", "GPT-4V, mean of both orders", 83.1, "RAIVNLab/sugar-crepe, gpt-4v-results"),
-        Published("macro/add_att", "GPT-4V, mean of both orders", 91.8, "RAIVNLab/sugar-crepe, gpt-4v-results"),
-        Published("macro/add_obj", "GPT-4V, mean of both orders", 91.6, "RAIVNLab/sugar-crepe, gpt-4v-results"),
-        Published("accuracy", "VQAScore, CLIP-FlanT5-XXL", 93.7, "BiVLC, arXiv 2406.09952"),
-        Published("accuracy", "human", 98.9, "BiVLC, arXiv 2406.09952"),
-    ),
 )

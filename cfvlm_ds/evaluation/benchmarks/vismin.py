@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values, quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, means, quads, sliced, tag
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("image_0", "text_0", "image_1", "text_1", "category")
-SOURCE = "arXiv 2407.16772"
 
 
 def item(row: Row) -> Item:
@@ -31,11 +30,5 @@ VISMIN = Benchmark(
     headline="group_macro",
     probes=("match", "caption", "letters"),
     chance=QUAD_CHANCE | {f"{name}_macro": QUAD_CHANCE[name] for name in ("text", "image", "group")},
-    published=(
-        Published("group/object", "LLaVA-1.6-7B", 32.2, SOURCE),
-        Published("group/attribute", "LLaVA-1.6-7B", 33.3, SOURCE),
-        Published("group/relation", "LLaVA-1.6-7B", 7.4, SOURCE),
-        Published("group/counting", "LLaVA-1.6-7B", 20.2, SOURCE),
-    ),
     unofficial="one score per cell in place of the authors' questions of both pictures",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import macro, tag, yes_no
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -31,6 +31,5 @@ VSR = Benchmark(
     metrics=metrics,
     headline="accuracy",
     probes=("yes_no", "generate"),
-    published=(Published("accuracy", "human", 95.4, "arXiv 2205.00363"),),
     unofficial="the question: the authors train classifiers, and state none",
 )

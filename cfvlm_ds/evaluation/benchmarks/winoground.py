@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Published, quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
 from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
@@ -30,5 +30,4 @@ WINOGROUND = Benchmark(
     headline="group",
     probes=("match", "caption", "letters"),
     chance=QUAD_CHANCE,
-    published=(Published("group", "VQAScore, CLIP-FlanT5-XXL", 46.0, "arXiv 2404.01291"),),
 )

@@ -84,9 +84,6 @@ def _section(result: Result) -> list[str]:
         named = [f"- {in_cell(reason, 300)}" for _, reason in left_out[:_NAMED]]
         more = [f"- and {len(left_out) - _NAMED} more, in results.json"] * (len(left_out) > _NAMED)
         parts.append("\n".join([f"Left out, {len(left_out)}:", "", *named, *more]))
-    if published := record["published"]:
-        lines = [f"- {each['metric']} {each['value']:g}: {each['model']} ({each['source']})" for each in published]
-        parts.append("\n".join(["Published:", "", *lines]))
     return parts
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,6 @@ def recorded(
         "metrics": results(benchmark, outcomes),
         "intervals": {name: list(span) for name, span in intervals(drawn).items()},
         "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": SEED},
-        "published": [asdict(each) for each in benchmark.published],
         "unofficial": benchmark.unofficial,
     }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.core.errors import ConfigError
@@ -44,10 +42,8 @@ def family_of(config: PreTrainedConfig) -> Family:
             f"model type {config.model_type!r} has no vision tower; name a vision-language model of one of these types: "
             f"{', '.join(FAMILIES)}"
         )
-    near = difflib.get_close_matches(config.model_type, FAMILIES, n=1, cutoff=_MISSPELT)
-    hint = f" (the nearest is {near[0]!r})" if near else ""
     raise ConfigError(
-        f"model type {config.model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}; a family is one "
+        f"model type {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}; a family is one "
         "record, and docs/extending.md shows how to add one"
     )
 
@@ -57,6 +53,3 @@ _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
 phimoe's ``long_mscale`` scales any of them by it."""
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")
 """Those that rows of trees compute. ``chunked_attention`` and the length scaling beside it count from the row's first token."""
-
-
-_MISSPELT = 0.85  # likeness from which on a name is another's misspelling rather than another family's

@@ -1,0 +1,186 @@
+"""Options as dataclasses, built from plain values. What does not fit is one sentence with the option, its value and a remedy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.options import ENDLESS, Range
+from cfvlm_ds.core.reading import parse_yaml
+from cfvlm_ds.core.text import one_line, quoted
+
+_ELSEWHERE_CALLED = {
+    **dict.fromkeys(("bs", "batch_size", "micro_batch_size"), "train.per_device_train_batch_size"),
+    **dict.fromkeys(("grad_accum", "accumulation_steps"), "train.gradient_accumulation_steps"),
+    **dict.fromkeys(("model", "model.path"), "model.name_or_path"),
+    **dict.fromkeys(("manifest", "data.path", "dataset", "train_file", "train_dataset"), "data.train"),
+    **dict.fromkeys(("image_folder", "media_dir", "dataset_dir"), "data.root"),
+    **dict.fromkeys(("validation", "eval_dataset", "val_dataset"), "data.evaluation"),
+    **dict.fromkeys(("freeze_vision_tower", "freeze_vit"), "model.vision_tower.tuning"),
+    **dict.fromkeys(("freeze_multi_modal_projector", "freeze_aligner"), "model.projector.tuning"),
+    **dict.fromkeys(("freeze_llm", "finetuning_type", "train_type", "use_peft", "target_modules"), "model.language_model.tuning"),
+    **dict.fromkeys(("lora_r", "lora_rank", "model.lora.r"), "model.lora.rank"),
+    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "train.eval_steps"),
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), "train.save_best"),
+    **dict.fromkeys(("fp16", "torch_dtype"), "train.bf16"),
+    "deepspeed": "deepspeed",
+    "epochs": "train.num_train_epochs",
+    "flash_attn": "model.attn_implementation",
+    "lora_alpha": "model.lora.alpha",
+    "lr": "train.learning_rate",
+    "packing": "data.max_tokens_per_micro_batch",
+    "quantization_bit": "model.lora.load_in_4bit",
+    "report_to": "tracking.enabled",
+    "resume_from_checkpoint": "train.resume",
+    "warmup_steps": "train.warmup_ratio",
+}
+"""An option, or its last part, under the name that other programs give it -> its name here."""
+_MEANT = {"model": "name_or_path", "data": "train", "lora": "rank"} | dict.fromkeys(
+    ("vision_tower", "projector", "language_model"), "tuning"
+)
+"""The option of a section that somebody means who gives the section a value."""
+_KINDS = {
+    float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list of texts", dict: "NAME: VALUE",
+    NoneType: "null",
+}  # fmt: skip
+_LIKE, _LIKE_IN_SECTION = 0.75, 0.65
+TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
+"""Of every term of the objective; they check the rest of their options themselves."""
+
+
+class Given(str):
+    """A value of the command line: a text, or what YAML makes of it."""
+
+
+def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:
+    """(name, class, field, type) of every option, those of optional sections included."""
+    hints = get_type_hints(kind)
+    for option in fields(kind):
+        hint = hints[option.name]
+        if (inside := next(filter(is_dataclass, (hint, *get_args(hint))), None)) is None:
+            yield prefix + option.name, kind, option, hint
+        else:
+            yield from dotted(inside, f"{prefix}{option.name}.")  # type: ignore[arg-type]
+
+
+def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> Any:
+    """The dataclass ``kind`` with the options that are ``given``, where they stand below ``name``.
+
+    Raises ConfigError on an unknown option, naming the nearest of its own and those that are ``known``, and on a value of another type or
+    out of range.
+    """
+    prefix, hints, values = f"{name}." if name else "", get_type_hints(kind), {}
+    known = known or [option for option, *_ in dotted(kind, prefix)]
+    options = {option.name: option for option in fields(kind)}
+    for key, value in given.items():
+        at = f"{prefix}{key}"
+        if key not in options:
+            while isinstance(value, Mapping) and value:
+                key, value = next(iter(value.items()))
+                at = f"{at}.{key}"
+            near = nearest(at, [*known, *(option for option, *_ in dotted(kind, prefix))])
+            raise ConfigError(f"unknown option {at!r}" + (f"; did you mean {near!r}?" if near else "; see --help"))
+        within = TERM.get(key) if name.startswith("objective.") else options[key].metadata.get("within")
+        values[key] = fitted(hints[key], value, at, within or (-ENDLESS, ENDLESS), known)
+    needed = [each.name for each in options.values() if each.default is MISSING and each.default_factory is MISSING]
+    if absent := [each for each in needed if each not in values]:
+        raise ConfigError(f"{name}: {quoted(given)} {getattr(kind, 'FORM', f'has no {absent[0]}, which has no default; name one')}")
+    try:
+        return kind(**values)
+    except ValueError as error:  # of a check of its own
+        raise ConfigError(re.sub("^--", prefix, str(error))) from error
+
+
+def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
+    """A value as its type has it. Raises ConfigError, beginning with the ``option``, for another one."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    plain = value
+    if isinstance(value, Given):
+        try:
+            plain = parse_yaml(value)
+        except (ValueError, RecursionError):
+            plain = str(value)
+    for kind in sorted(kinds, key=lambda kind: kind is str):
+        origin, inside = get_origin(kind), get_args(kind)
+        if isinstance(value, Mapping):
+            if is_dataclass(kind):
+                return build(kind, value, option, known)  # type: ignore[arg-type]
+            if origin is dict:
+                return {str(key): fitted(inside[1], each, f"{option}.{key}", within, known) for key, each in value.items()}
+        elif isinstance(value, list):
+            if origin in (list, tuple):
+                return origin(fitted(inside[0], each, option, within, known) for each in value)
+        elif origin is Literal:
+            if (chosen := plain if plain in inside else value) in inside:
+                return inside[inside.index(chosen)]
+        elif kind in (int, float) and not isinstance(plain, bool) and (number := _number(kind, plain)) is not None:
+            low, high = within
+            if not low <= number <= high:
+                must = "must not be negative, and is" if number < low == 0 else f"must be from {low:.16g} to {high:.16g}, not"
+                raise ConfigError(f"{option} {must} {number}; leave it out for the default")
+            return number
+        elif kind is str and isinstance(value, str):
+            return str(value)
+        elif kind in (bool, NoneType):
+            if isinstance(plain, kind):
+                return plain
+        elif not (kind in _KINDS or origin or is_dataclass(kind)):  # of somebody's own term, such as a path
+            return kind(plain) if isinstance(kind, type) else plain
+    raise ConfigError(one_line(f"{option}{_misfit(hint, plain, option)}", 1000))
+
+
+def _number(kind: Any, plain: Any) -> Any:
+    """A number of this kind; 1e-5 is a text to YAML."""
+    if kind is int or not isinstance(plain, (int, float, str)):
+        return plain if isinstance(plain, int) else None
+    try:
+        return float(plain)
+    except ValueError:
+        return None
+
+
+def _misfit(hint: Any, value: Any, option: str) -> str:
+    """What an option must be, after its name."""
+    if form := _form(hint):
+        return f": {value!r} {form}"
+    if is_dataclass(hint) and value is not None:
+        inside = _MEANT.get(option.rpartition(".")[2])
+        return f" is a section of options, not {value!r}; {f'set {option}.{inside} to it' if inside else 'see --help'}"
+    if value is None:
+        whole = (
+            f"write {option.rpartition('.')[2]}: {{}} for its defaults" if is_dataclass(hint) else "leave the option out for its default"
+        )
+        return f": null is not a value; {whole}"
+    *before, last = _called(hint)
+    return f": expected {', '.join(before)}{' or ' * bool(before)}{last}, got {value}"
+
+
+def _form(hint: Any) -> str | None:
+    """What stands for a data set, where that is what is asked for."""
+    return next(filter(None, (getattr(hint, "FORM", None), *map(_form, get_args(hint)))), None)
+
+
+def _called(hint: Any) -> list[str]:
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return [str(each).lower() for each in get_args(hint)]
+    return [_KINDS[kind]] if kind in _KINDS else [name for each in get_args(hint) for name in _called(each)] or ["options"]
+
+
+def nearest(option: str, names: Sequence[str]) -> str | None:
+    """The one of ``names``, dotted options, that ``option`` may have meant, or None: the option that other programs call so, or the
+    likeliest misspelling, where its last part is like the given one's too: most options of a section share half of their letters."""
+    section, _, last = option.rpartition(".")
+    called = _ELSEWHERE_CALLED.get(option) or (None if section.startswith(("objective", "build")) else _ELSEWHERE_CALLED.get(last))
+    if called in names:
+        return called
+    by_form = {name if section else name.rpartition(".")[2]: name for name in sorted(reversed(names), key=lambda name: -name.count("."))}
+    like = _LIKE_IN_SECTION if section else _LIKE
+    forms = difflib.get_close_matches(option, by_form, n=3, cutoff=like)
+    likely = [form for form in forms if difflib.SequenceMatcher(None, last, form.rpartition(".")[2]).ratio() >= like]
+    return by_form[likely[0]] if likely else None
