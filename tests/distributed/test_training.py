@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,10 +14,23 @@ from pathlib import Path
 import forkserver_ranks
 import pytest
 import torch
-from conftest import REPO, environment, losses, metrics, run_trainings, selected, train_arguments
+from conftest import (
+    REPO,
+    environment,
+    losses,
+    metrics,
+    run_ranks,
+    run_trainings,
+    save_groups,
+    selected,
+    train_arguments,
+    write_manifest,
+)
 
 from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.cfgroup import from_row, to_row
 from cfvlm_ds.training.gradient_cache import forward
 
 GLOBAL_BATCH = 16
@@ -182,3 +196,31 @@ def test_two_passes_draw_the_same_random_numbers() -> None:
     backward(loss_of(scores))
     torch.testing.assert_close(weight.grad, expected)
     assert boundaries == [False, False, True] and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("tower", ["full", pytest.param("frozen", marks=pytest.mark.long)])
+def test_ranks_whose_rows_differ_make_the_same_collectives(tower: str, model_dir: Path, tmp_path: Path) -> None:
+    """Text alone, one picture, several at once, or nothing, since a picture is broken: a rank without pictures would not gather the tower's
+    weights, and the others wait for ever (DeepSpeed#7170). torch compares every collective of the ranks, and the losses are one rank's."""
+    groups = read_manifest(write_manifest(tmp_path / "m.jsonl", 12, seed=2))
+    other = groups[0].images[0]
+    for place, kind in enumerate(("text", "one", "several", "broken", "one", "text", "text", "several", "one", "one", "text", "several")):
+        own = groups[place].images[0]
+        pictures = {"text": (), "several": (*own, *other)}.get(kind, own)
+        shown = dataclasses.replace(groups[place], images=(pictures,), match=groups[place].match[:1], edits=())
+        prompt = "" if kind == "text" else [{"type": "image"}] * len(pictures)
+        row = to_row(shown, tmp_path) | {"prompt": [{"role": "user", "content": [*prompt, {"type": "text", "text": "Describe."}]}]}
+        groups[place] = from_row(row, tmp_path)
+        if kind == "broken":
+            pictures[0].write_bytes(b"no picture")
+    manifests = {"train": save_groups(tmp_path / "rows.jsonl", groups)}
+    options = ["--model.vision_tower.tuning", tower, "--train.max_steps", "4", "--data.check", "rows", "--data.on_error", "skip"]
+    for ranks in (1, 3):
+        size = ["--train.per_device_train_batch_size", str(3 // ranks)]
+        arguments = train_arguments(model_dir, manifests, tmp_path / str(ranks), *options, *size)
+        for code, output in run_ranks(
+            ranks, "forkserver_ranks:train_script", arguments, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, said=tmp_path / f"said-{ranks}"
+        ):
+            assert code == 0, output[-4000:]
+    assert len(losses(tmp_path / "1")) == 4 and losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=2e-4)
+    assert json.loads((tmp_path / "3" / "skipped.json").read_text())
