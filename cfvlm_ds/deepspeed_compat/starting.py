@@ -1,10 +1,61 @@
-"""Importing DeepSpeed."""
+"""Importing DeepSpeed, and build locks of torch's extensions that a killed process has left."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "fuse.sshfs", "ceph", "9p", "wekafs")
+_STALE_AFTER_S = 300.0
+
+
+def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] = print) -> list[Path]:
+    """Remove build locks that a killed process left in torch's extension cache, where every later start would wait for ever.
+
+    The holder of a lock keeps it open, so a lock that no process of this machine has open is stale; on a network file system the holder may
+    be elsewhere, and the lock must also be untouched for five minutes. Returns the locks removed.
+    """
+    if folder is None:
+        from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
+
+        probe = Path(_get_build_directory("probe", verbose=False))
+        folder = probe.parent
+        with contextlib.suppress(OSError):
+            probe.rmdir()
+    removed = []
+    for lock in sorted(folder.glob("*/lock")):
+        while (reason := _held(lock)) and reason != "process":
+            say(f"waiting for the extension build lock {lock}: {reason}")
+            time.sleep(5)
+        if reason is None and lock.exists():
+            lock.unlink(missing_ok=True)
+            removed.append(lock)
+            say(f"removed the stale extension build lock {lock}, left by a process that was killed")
+    return removed
+
+
+def _held(lock: Path) -> str | None:
+    """Why a lock may still be in use: ``process``, another reason, or None when it is stale or gone."""
+    import psutil
+
+    with contextlib.suppress(OSError):
+        identity = lock.stat()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        other = entry.stat()
+                        if (other.st_dev, other.st_ino) == (identity.st_dev, identity.st_ino):
+                            return "process"
+        mounts = [p for p in psutil.disk_partitions(all=True) if lock.resolve().is_relative_to(p.mountpoint)]
+        mount = max(mounts, key=lambda p: len(p.mountpoint))
+        newest = max(path.stat().st_mtime for path in [lock, *lock.parent.iterdir()])
+        if mount.fstype in _NETWORK_FILE_SYSTEMS and time.time() - newest < _STALE_AFTER_S:
+            return f"{mount.fstype} is shared and another machine may be building"
+    return None
 
 
 def import_deepspeed() -> None:

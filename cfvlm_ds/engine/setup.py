@@ -17,7 +17,7 @@ from cfvlm_ds.core.distributed import World, cores_per_rank, default_workers, la
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
-from cfvlm_ds.deepspeed_compat.starting import import_deepspeed
+from cfvlm_ds.deepspeed_compat.starting import clear_stale_locks, import_deepspeed
 from cfvlm_ds.deepspeed_compat.versions import unknown_version
 from cfvlm_ds.engine.configuration import unusable, warmup_steps
 from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainable
@@ -39,6 +39,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     import deepspeed
 
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank == 0:
+        clear_stale_locks()
     cuda = torch.cuda.is_available()
     if cuda:
         index = device_index(local_rank, torch.cuda.device_count())

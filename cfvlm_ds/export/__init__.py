@@ -18,11 +18,11 @@ from torch import Tensor
 
 from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.core.config import LoraConfig
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import create
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
-from cfvlm_ds.export.files import Files, write_index
+from cfvlm_ds.export.files import Files, verify, write_index
 from cfvlm_ds.export.folder import place_card, refuse_replacing, replaced
 from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
 from cfvlm_ds.export.source import Saved, read_saved, skeleton
@@ -47,8 +47,9 @@ def export_hf(
     Adapters, which ``lora`` describes, are merged into the weights they adapt. ``alive`` is called while it gets on. ``card`` is the
     folder's README.md, unless there is one that somebody else has written.
 
-    The folder appears complete or not at all, and replaces an older export only then. Raises ConfigError when the checkpoint is incomplete
-    or does not fit the source, when a trained weight is missing, and StorageError when the folder cannot be written.
+    The folder appears complete or not at all, and replaces an older export only then. Names, shapes and dtypes are read
+    back and compared with the source's. Raises ConfigError when the checkpoint is incomplete or does not
+    fit the source, when a trained weight is missing, and StorageError when the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -59,18 +60,25 @@ def export_hf(
     check_files(folder)
     saved, metadata = read_saved(folder, model)
     zero = MergedWeights(checkpoint, lora)
-    jobs = fill(find_jobs(model, saved), model, zero, checkpoint, source)
+    jobs = fill(find_jobs(model, saved, say), model, zero, checkpoint, source)
     if copied := [name for job in jobs if not job.weights for name in job.stored]:
         if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
             raise ConfigError(f"{checkpoint} lacks {copied[0]}, and {source} has no safetensors to copy it from; name a folder that has")
         say(f"export: {len(copied)} tensors that the checkpoint does not hold come from {source}, such as {copied[0]}")
     with replaced(out_dir, "config.json", (folder, checkpoint.resolve())) as partial:
+        _refuse_full_disk(partial, out_dir, sum(tensor.nbytes for tensor in saved.values()))
         _copy_files(folder, partial)
         files = Files(partial, saved, say, alive)
         _write(files, saved, jobs, model, zero, folder)
         write_index(partial, saved, metadata)
+        verify(partial, saved, source)
         place_card(partial, out_dir, card)
     return out_dir
+
+
+def _refuse_full_disk(partial: Path, named: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(partial).free) < needed:
+        raise StorageError(f"{named} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; name another folder with --out")
 
 
 def _copy_files(folder: Path, partial: Path) -> None:

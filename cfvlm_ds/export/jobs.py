@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Job:
     conversions: list[Any] | None = None
 
 
-def find_jobs(model: Any, saved: Mapping[str, Saved]) -> list[Job]:
+def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], object]) -> list[Job]:
     """Which weights make which stored tensors, by the rules transformers loads with; one without weights is unknown to the model.
 
     A reversed conversion is tried on tensors without data first, and used when it gives the names and shapes of the source.
@@ -68,12 +68,22 @@ def find_jobs(model: Any, saved: Mapping[str, Saved]) -> list[Job]:
                 return Job(job.stored, job.weights, conversions)
         return None
 
+    failed: list[Job] = []
     for first, (converter, names) in converted.items():
-        job = reversible(Job(tuple(names), tuple(converter.convert(first, model=model, config=model.config))))
-        if job is None:
-            raise ConfigError(f"transformers has no way back from {first} to the source's {names[0]}; update transformers")
-        jobs.append(job)
-    return jobs
+        job = Job(tuple(names), tuple(converter.convert(first, model=model, config=model.config)))
+        found = reversible(job)
+        (jobs if found else failed).append(found or job)
+    if not failed:
+        return jobs
+    for members in (failed, failed + [job for job in jobs if job.weights]):
+        together = Job(tuple(name for job in members for name in job.stored), tuple({name: 0 for job in members for name in job.weights}))
+        if found := reversible(together):
+            size = sum(saved[name].nbytes for name in together.stored)
+            say(f"export: {len(together.weights)} weights can only be converted together, which takes {size / 1e9:.1f} GB of memory twice")
+            return [*(job for job in jobs if job not in members), found]
+    raise ConfigError(
+        f"transformers has no way back from {failed[0].weights[0]} to the source's {failed[0].stored[0]}; update transformers"
+    )
 
 
 def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.modeling_utils import str_to_torch_dtype
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models import load_config
 from cfvlm_ds.models.model_files import INDEX, SINGLE, explained, header, read_index, weight_files
 
-DTYPE_NAMES = {dtype: name for name, dtype in reversed(str_to_torch_dtype.items())}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,11 @@ def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Saved]:
     found: dict[str, Saved] = {}
     for file in files:
         for name, (shape, dtype) in header(folder / file).items():
-            if dtype not in str_to_torch_dtype:
+            if dtype not in DTYPES:
                 raise ConfigError(f"{folder / file} stores {name} as {dtype}, which is no dtype to export to; name another source")
             if name in found:
                 raise ConfigError(f"{folder / file} stores {name}, and so does {found[name].file}; get the model again")
-            found[name] = Saved(file, shape, str_to_torch_dtype[dtype])
+            found[name] = Saved(file, shape, DTYPES[dtype])
     return found
 
 

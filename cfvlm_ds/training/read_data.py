@@ -209,8 +209,8 @@ class _Stores:
         prepared = self._by_rank_0(lambda: self._prepared(each))
         found, problem = list[GroupStore](), None
         try:
-            roots = () if prepared or each.root is None else data_roots(each.path, each.root)
-            found.append(open_store(Path(prepared or each.path), roots))
+            roots = data_roots(here(each.path), each.root) if prepared or each.root is not None else ()
+            found.append(open_store(Path(prepared or each.path), [Path(os.path.abspath(root)) for root in roots]))
         except DataError as error:
             problem = str(error)
             if prepared and not self._world.is_main:

@@ -434,7 +434,9 @@ def older(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_full_disk_leaves_the_older_export(older: Path, checkpoints: dict[str, Path], sources: dict[str, Path]) -> None:
+def test_a_full_disk_leaves_the_older_export(
+    older: Path, checkpoints: dict[str, Path], sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -442,6 +444,9 @@ def test_a_full_disk_leaves_the_older_export(older: Path, checkpoints: dict[str,
             export_hf(checkpoints["z3"], str(sources["llava"]), older)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    with pytest.raises(StorageError, match=r"out needs 0\.0 GB and its disk has 0\.0 GB free; name another folder"):
+        export_hf(checkpoints["z3"], str(sources["llava"]), older)
 
 
 def test_folders_that_must_not_be_replaced(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:

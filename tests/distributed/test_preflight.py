@@ -134,7 +134,9 @@ def test_what_was_checked_is_checked_again_under_other_options_only(
     assert not read(check="rows").pictures and not opened
 
 
-def test_what_is_written_while_it_is_checked_is_looked_at_again(config: RunConfig, data: Path, tmp_path: Path) -> None:
+def test_what_is_written_while_it_is_checked_is_looked_at_again(
+    config: RunConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A manifest that changes after it was read, or under its old time, is another one; what was read is what a run is recognised by."""
     run = configured(config, tmp_path / "run", train=str(data))
     before, text, unchanged = data.stat(), data.read_text(), read_manifest(data)
@@ -148,8 +150,10 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(config: RunConfi
             data.write_text(flipped)
 
     first = preflight.read_data(configured(config, tmp_path / "first", train=str(data)), ONE)
-    with pytest.raises(DataError, match="the manifest was written while it was checked; start again when it is whole"):
-        preflight.read_data(run, ONE, write)
+    said = "the manifest was written while it was checked; start again when it is whole"
+    with monkeypatch.context() as patched, pytest.raises(DataError, match=said):
+        patched.setattr(preflight.Patience, "alive", lambda patience: write())
+        preflight.read_data(run, ONE)
     assert data.read_text() == flipped
     assert list(first.groups) == unchanged, "a run reads what it has prepared"
     second = preflight.read_data(run, ONE)
@@ -200,8 +204,12 @@ def test_a_first_start_that_is_killed_goes_on(config: RunConfig, data: Path, tmp
     run = configured(config, tmp_path / "run", train=str(data))
     left = itertools.count(after, -1)
     if not (child := os.fork()):
-        preflight.read_data(run, ONE, lambda: next(left) or os.kill(os.getpid(), signal.SIGKILL))
-        os._exit(0)
+        try:
+            preflight.Patience.alive = lambda patience: next(left) or os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            preflight.read_data(run, ONE)
+            os._exit(0)
+        finally:
+            os._exit(3)
     assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
     whole = preflight.read_data(configured(config, tmp_path / "other", train=str(data)), ONE)
     assert (found := preflight.read_data(run, ONE)).identity == whole.identity and list(found.groups) == list(whole.groups)
@@ -280,8 +288,9 @@ def test_a_check_that_is_killed_goes_on(
         if len(opened) >= 7:
             raise SystemExit(85)
 
-    with pytest.raises(SystemExit):
-        preflight.read_data(run, ONE, leave)
+    with pytest.raises(SystemExit), monkeypatch.context() as patched:
+        patched.setattr(preflight.Patience, "alive", lambda patience: leave())
+        preflight.read_data(run, ONE)
     (found,) = (tmp_path / "run" / "prepared").glob("*/parts/images-00000.npy")
     kept = len(np.load(found))
     assert 4 <= kept < 12

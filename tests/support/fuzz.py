@@ -45,8 +45,9 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import DataError, InputError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import FORMATS, check_manifest, open_groups, read_manifest
+from cfvlm_ds.data import check_manifest, open_groups, read_manifest
 from cfvlm_ds.data.cfgroup import from_row, to_row
+from cfvlm_ds.data.formats import FORMATS
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training import read_data as preflight
