@@ -592,7 +592,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             step = 1 if self.path == "/drip.png" else 50
             for k in range(0, len(content), step):
                 self.wfile.write(content[k : k + step])
-                time.sleep(0.2 if self.path in ("/slow.png", "/drip.png") else 0)
+                time.sleep({"/slow.png": 1.0, "/drip.png": 0.2}.get(self.path, 0))
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -608,7 +608,7 @@ def server() -> Iterator[str]:
 
 
 def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("MAX_DOWNLOAD", 4000), ("WHOLE_S", 0.3), ("TIMEOUT_S", 2.0), ("PAUSE_S", 0.0)):
+    for name, value in (("MAX_DOWNLOAD", 4000), ("WHOLE_S", 1.0), ("TIMEOUT_S", 2.0), ("PAUSE_S", 0.0)):
         monkeypatch.setattr(downloading, name, value)
     text = "data:image/png;base64," + base64.b64encode(picture(3)).decode()
     said = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": text}}]}, {"role": "assistant", "content": "x"}]
@@ -620,7 +620,7 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, se
     bad = {
         "none": "the server answers 404 Not Found", "away": "it leads to ftp://127.0.0.1/x", "loop": "infinite loop|error that would lead",
         "page": "what came is no picture", "large": "it has more than 4000 bytes", "cut": "bytes came|IncompleteRead|bytes read",
-        "slow": "it takes more than 0 s",
+        "slow": "it takes more than 1 s",
     }  # fmt: skip
     rows = [
         *good,
