@@ -17,6 +17,7 @@ from cfvlm_ds.cli.exits import exit_cleanly
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.options import sentences
 from cfvlm_ds.core.ranks import own_rank
 from cfvlm_ds.core.run_folder import named_model, refuse_absent
 from cfvlm_ds.core.secrets import print_line
@@ -117,9 +118,8 @@ def add_function(parent: Any, function: Callable[..., None]) -> None:
 @functools.cache
 def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]]]:
     """What add_argument takes for the parameters of a function, or the fields of a dataclass."""
-    args = inspect.cleandoc(described.__doc__ or "").partition("Args:\n")[2]
-    said = dict(re.findall(r"^    (\w+): (.+?)(?=\n    \w|\n*\Z)", args, re.MULTILINE | re.DOTALL))
-    hints, prefix, found = get_type_hints(described, include_extras=True), getattr(described, "PREFIX", ""), []
+    said, hints = sentences(described), get_type_hints(described, include_extras=True)
+    prefix, found = getattr(described, "PREFIX", ""), []
     for each in inspect.signature(described).parameters.values():
         hint, default = hints[each.name], each.default
         kind = get_args(hint)[0] if NoneType in get_args(hint) else hint
@@ -129,7 +129,7 @@ def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]
         if is_dataclass(kind) or get_origin(kind) is dict:  # nested values belong in YAML
             continue
         shown = "" if kind is bool or default in (None, "", each.empty) else f" (default {default})"
-        given: dict[str, Any] = {"help": f"{' '.join(said[each.name].split()).rstrip('.')}{shown}".replace("%", "%%")}
+        given: dict[str, Any] = {"help": said[each.name] + shown.replace("%", "%%")}
         is_option = each.kind is each.KEYWORD_ONLY or (inspect.isclass(described) and default is not each.empty)
         if is_option:
             given |= {"dest": f"{prefix}{each.name}", "required": default is each.empty}

@@ -51,8 +51,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def sentences(section: type) -> dict[str, str]:
-    """What each option of a class does, by the part of its docstring under ``Args:``, as the help of argparse takes it."""
-    listed = (section.__doc__ or "").split("Args:")[-1]
+def sentences(described: Any) -> dict[str, str]:
+    """Find what each option of a class or function does, by the part of its docstring under ``Args:``, as the help of argparse takes it."""
+    listed = (described.__doc__ or "").split("Args:")[-1]
     found = re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n*\s*\Z)", listed, re.MULTILINE | re.DOTALL)
     return {name: " ".join(text.split()).rstrip(".").replace("%", "%%") for name, text in found}
