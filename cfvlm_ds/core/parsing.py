@@ -113,8 +113,10 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
             _merge(whole, document)
         elif option != "local_rank":  # the launcher's
+            plain = _plain(value)
             added |= {option.split(".")[1]} if option.startswith("objective.") else set()
-            _put(whole, option.removesuffix("+").split("."), _plain(value), more=option.endswith("+"))
+            added |= {str(key).partition(".")[0] for key in plain} if option == "objective" and isinstance(plain, Mapping) else set()
+            _put(whole, option.removesuffix("+").split("."), plain, more=option.endswith("+"))
     return whole, (stated or set(CFVLM)) | added
 
 
@@ -154,7 +156,10 @@ def _put(whole: dict[str, Any], path: Sequence[str], value: Any, once: bool = Fa
     """Put an option at its place. Names of evaluation sets may have dots, and the sets are given together."""
     name, *inside = path
     before = whole.get(name)
-    if inside or (isinstance(value, Mapping) and name != "evaluation"):
+    section = bool(inside) or (isinstance(value, Mapping) and name != "evaluation" and not more)
+    if once and section and name in whole and before is not None and not isinstance(before, Mapping):
+        raise ConfigError(f"{name!r} occurs twice, by itself and in its section; keep one of them")
+    if section:
         whole[name] = before = dict(before) if isinstance(before, Mapping) else {}
         _put(before, inside, value, once, more) if inside else _merge(before, value, once)
     elif once and name in whole:

@@ -80,7 +80,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
     for key, value in given.items():
         at = f"{prefix}{key}"
         if key not in options:
-            while isinstance(value, Mapping) and value:
+            while isinstance(value, Mapping) and value and at.count(".") < 9:  # YAML may contain itself
                 key, value = next(iter(value.items()))
                 at = f"{at}.{key}"
             near = nearest(at, [*known, *(option for option, *_ in dotted(kind, prefix))])
@@ -140,7 +140,7 @@ def _number(kind: Any, plain: Any) -> Any:
         return plain if isinstance(plain, int) else None
     try:
         return float(plain)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -451,3 +451,20 @@ def test_data_are_no_file_of_options(tmp_path: Path) -> None:
     data.write_text("{\n" * 300_000)
     for given in (["--data.train", str(data)], [f"--data.train={data}"]):
         assert parse_config([*given, f"--data.evaluation.test={data}"], OBJECTIVES).data.train == str(data)
+
+
+def test_what_is_given_in_an_unusual_place_is_read_or_refused(tmp_path: Path) -> None:
+    """A term of the command line by its section, one more source, a scalar beside its own section, YAML that contains itself."""
+    model = ["--model.name_or_path", "x"]
+    run = parse_config(
+        [*model, "--objective", "{retain: {weight: 3}}", "--data.train", "[{path: a}]", "--data.train+", "{path: b}"], OBJECTIVES
+    )
+    assert run.objective["retain"].weight == 3 and [each.path for each in run.data.train] == ["a", "b"]  # type: ignore[union-attr]
+    (tmp_path / "a.yaml").write_text("train: 5\ntrain.seed: 3\n")
+    for given, reason in (
+        (["--config", str(tmp_path / "a.yaml")], "'train' occurs twice, by itself and in its section"),
+        (["--data.evaluation", "&a {b: *a}"], "unknown option 'data.evaluation.b.b"),
+        (["--train.learning_rate", "9" * 400], "train.learning_rate: expected a number"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            parse_config([*model, *given], OBJECTIVES)
