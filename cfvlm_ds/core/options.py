@@ -53,6 +53,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def sentences(described: Any) -> dict[str, str]:
     """Find what each option of a class or function does, by the part of its docstring under ``Args:``, as the help of argparse takes it."""
-    listed = (described.__doc__ or "").split("Args:")[-1]
-    found = re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n*\s*\Z)", listed, re.MULTILINE | re.DOTALL)
+    listed = [(each.__doc__ or "").partition("Args:")[2] for each in reversed(getattr(described, "__mro__", (described,)))]
+    found = [pair for part in listed for pair in re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n*\s*\Z)", part, re.MULTILINE | re.DOTALL)]
     return {name: " ".join(text.split()).rstrip(".").replace("%", "%%") for name, text in found}
