@@ -7,7 +7,6 @@ from typing import Any
 
 from cfvlm_ds.cli.options import ImageLimits, Positive, Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.files import whole_file
 
 
 def add(data: Any) -> None:
@@ -61,30 +60,23 @@ def _view(
         print(f"{len(written.problems)} pictures could not be shown, and their places say why; the first: {first}")
 
 
-def _stats(manifest: str, *, out: str | None = None, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:
+def _stats(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:
     """Count what a manifest holds: groups, lengths, edit types, unknown cells, duplicates.
 
-    Example: cfvlm-ds data stats groups.jsonl --out stats.png
+    Example: cfvlm-ds data stats groups.jsonl
 
     Args:
         manifest: any data of a known format.
-        out: figure to write, FILE.png.
         model: model folder or hub name; lengths are then in its tokens.
     """
     from cfvlm_ds.data.stats import statistics
-    from cfvlm_ds.tracking.data_figure import data_figure, figure_file
 
-    file = None if out is None else figure_file(out, "--out")
     lengths = None
     if model:
         from cfvlm_ds.batching.collator import load_collator
 
         lengths = load_collator(model_named(model, limits)[0], "full", reading.max_pixels)
     found = statistics(manifest, reading.root, reading.format, lengths=lengths, max_pixels=reading.max_pixels, progress=say)
-    if not found.num_groups and found.problems:
-        raise DataError(found.problems[0])
+    if not found.report.num_groups and found.report.problems:
+        raise DataError(found.report.problems[0])
     print(found)
-    if file is not None and found.num_groups:
-        with whole_file(file) as handle:
-            data_figure(handle, found.histograms, found.bars)
-        print(f"wrote {out}")

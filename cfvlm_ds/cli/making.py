@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cfvlm_ds.cli.options import Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.core.untrusted import refuse_one_file
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
@@ -121,7 +120,7 @@ def _verify(
     _print_done("verify", step.verify(folder.path, options, number, say, score, of, identity))
 
 
-def _select(work: str, *, out: str, figure: str | None = None, options: SelectOptions) -> None:
+def _select(work: str, *, out: str, options: SelectOptions) -> None:
     """Write groups of the best candidates, and what became of the others.
 
     Example: cfvlm-ds data select W --out groups.jsonl
@@ -129,24 +128,16 @@ def _select(work: str, *, out: str, figure: str | None = None, options: SelectOp
     Args:
         work: work folder that `data propose` began.
         out: file of groups to write.
-        figure: draw what became of the candidates, FILE.png.
     """
-    from cfvlm_ds.counterfactuals.select import KEPT, select
-    from cfvlm_ds.tracking.data_figure import data_figure, figure_file
+    from cfvlm_ds.counterfactuals.select import select
 
-    drawn = [] if figure is None else [figure_file(figure, "--figure")]
-    survival = select(Path(work), Path(out), options, say, *drawn)
+    survival = select(Path(work), Path(out), options, say)
     print(survival.table())
     print("\n" + survival.captions())
     for name, count in survival.files.items():
         print(f"wrote {name}: {count} groups")
     if survival.roots:
         print(f"their pictures lie in several folders; read them with {printable(' '.join(f'--root {root}' for root in survival.roots))}")
-    for path in drawn:
-        kept = {kind: counts[KEPT] for kind, counts in survival.by_type.items()}
-        with whole_file(path) as file:
-            data_figure(file, [], [("what became of the edits", "edits", survival.total), ("kept", "edits", kept)])
-        print(f"wrote {path}")
 
 
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:

@@ -21,7 +21,7 @@ from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalise
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.core.untrusted import own_output, refuse_one_file
+from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
@@ -80,8 +80,8 @@ class Survival:
         return "\n".join(["| captions | |", "|---|---:|", *rows])
 
 
-def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Path) -> Survival:
-    """Write the groups of all shards to ``file``, and beside it FILE.survival.md; ``outputs`` are what the caller writes then.
+def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
+    """Write the groups of all shards to ``file``, and beside it FILE.survival.md.
 
     Raises ConfigError where a shard is not verified yet, naming all of them, or nothing is left.
     """
@@ -93,7 +93,6 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
     for shard in range(work.shards):
         work.need("verify", shard)
     files, shares = checked(file, options, work.about["source"]["path"])
-    refuse_one_file(*files.values(), _beside(file), *outputs)
     survival = Survival()
     with ExitStack() as stack:
         handles: dict[str, IO[bytes]] = {name: stack.enter_context(whole_file(path)) for name, path in files.items()}

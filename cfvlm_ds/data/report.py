@@ -99,7 +99,7 @@ class CheckReport:
     @property
     def unused(self) -> str:
         """The keys of ``metadata`` with their counts, the most frequent ones by name."""
-        return f"{_counted(self.metadata)} (kept, not used)"
+        return f"{counted(self.metadata)} (kept, not used)"
 
     def __str__(self) -> str:
         lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # zeros say nothing
@@ -119,9 +119,9 @@ class CheckReport:
             ("groups", str(self.num_groups)),
             ("images", f"{self.num_images} distinct files"),
             ("texts", str(self.num_texts)),
-            ("prompts", _counted(self.prompts) or "none"),
+            ("prompts", counted(self.prompts) or "none"),
             ("unknown cells", f"{self.num_unknown_cells} of {self.num_cells}"),
-            ("edit types", _counted(self.edit_types) or "none named"),
+            ("edit types", counted(self.edit_types) or "none named"),
             ("counterfactuals", ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none"),
             (
                 "longest text",
@@ -144,8 +144,8 @@ def without_place(problem: str) -> str:
 _PLACE = re.compile(r"(?::|\bitem |\brow )\d+: ")
 
 
-def _counted(counts: Counter[str]) -> str:
+def counted(counts: Counter[str]) -> str:
     """Names with their counts, on one line that ends."""
-    shown = [f"{one_line(name, _SHOWN_CHARS)} {count}" for name, count in counts.most_common(_SHOWN)]
+    shown = [f"{one_line(name, _SHOWN_CHARS)}: {count}" for name, count in counts.most_common(_SHOWN)]
     more = len(counts) - len(shown)
     return ", ".join([*shown, *[f"and {more} more"] * bool(more)])

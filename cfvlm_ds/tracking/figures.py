@@ -10,7 +10,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cfvlm_ds.core.text import one_line
 
@@ -152,12 +152,12 @@ def paged(panels: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(rows, columns, place) for place in range(1, panels + 1)]
 
 
-def in_style(axes: Axes, title: str, label: str, grid: Literal["x", "y"]) -> None:
+def in_style(axes: Axes, title: str, label: str) -> None:
     """The look of a panel, with what its horizontal axis counts."""
     axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
     axes.set_xlabel(label, fontsize=8.5, color=MUTED)
     axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.grid(axis=grid, color=RULE, linewidth=0.7)
+    axes.grid(axis="y", color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -215,7 +215,7 @@ def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[t
         short = one_line(name.split("/", 1)[1], _SERIES_CHARS)
         # matplotlib leaves a label that begins with an underscore out of the legend
         axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
-    in_style(axes, title, "optimizer step", "y")
+    in_style(axes, title, "optimizer step")
     axes.set_ylabel(label, fontsize=8.5, color=MUTED)
     if label in ("fraction", "%"):
         axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))

@@ -257,7 +257,7 @@ def test_a_training_says_which_keys_of_its_rows_are_not_used(
     for _ in range(2):  # looked at, and known
         preflight.read_data(run, ONE)
         assert "train.jsonl: 6 groups, 12 images, visual tokens min" in (said := capsys.readouterr().out)
-        assert "metadata 'tag' 6 (kept, not used)" in said
+        assert "metadata 'tag': 6 (kept, not used)" in said
 
 
 def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config: RunConfig, data: Path) -> None:

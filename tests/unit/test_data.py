@@ -297,7 +297,7 @@ def test_further_keys_of_published_rows_are_metadata(folder: Path) -> None:
     assert [json.loads(group.meta or "{}") for group in groups] == [kept, {}, {"tag": {"a": ["\u00e9"]}}]
     report = check_manifest(path, format="pairs", progress=pytest.fail)
     assert report.ok and report.metadata == {"'tag'": 2, "'secondary_tag'": 1, "'num_main_preds'": 1, "'collapsed_tag'": 1}
-    assert "metadata         'tag' 2, 'secondary_tag' 1" in str(report) and "(kept, not used)" in str(report)
+    assert "metadata         'tag': 2, 'secondary_tag': 1" in str(report) and "(kept, not used)" in str(report)
     # As a row of the native format, it is still there, and that format refuses any other key.
     row_of = to_row(groups[0], folder)
     assert row_of["meta"] == kept and from_row(row_of, folder) == groups[0]
@@ -469,7 +469,7 @@ def test_what_a_native_row_has_beside_is_kept_and_counted(folder: Path) -> None:
         assert from_row(to_row(group, folder), folder) == group, "and is there after it is written again"
     report = check_manifest(path)
     assert report.ok and report.metadata["'images.sha256'"] == 1 and report.metadata["'license'"] == 2 and report.metadata["'split'"] == 2
-    assert "'images.sha256' 1" in str(report) and "(kept, not used)" in str(report)
+    assert "'images.sha256': 1" in str(report) and "(kept, not used)" in str(report)
 
 
 def test_a_header_that_is_read_byte_by_byte_is_bounded(tmp_path: Path) -> None:
@@ -800,4 +800,4 @@ def test_a_report_of_endless_names_ends(folder: Path) -> None:
     assert report.ok and len(report.edit_types) == 40 and len(report.metadata) == 41
     lines = str(report).splitlines()
     assert max(map(len, lines)) < 3000 and sum(line.endswith("and 10 more") for line in lines) == 1
-    assert any("metadata         'tag' 40, 'key 0' 1, " in line and line.endswith("and 11 more (kept, not used)") for line in lines)
+    assert any("metadata         'tag': 40, 'key 0': 1, " in line and line.endswith("and 11 more (kept, not used)") for line in lines)

@@ -1085,34 +1085,27 @@ def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, c
 def test_what_lies_beside_the_groups_is_replaced_where_it_is_ours_alone(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Figures, tables of what became of the candidates, reports and thinned sets: each twice, and each in place of somebody's file."""
+    """Tables of what became of the candidates, reports and thinned sets: each twice, and each in place of somebody's file."""
     out, groups = tmp_path / "W", tmp_path / "g.jsonl"
     edited(photos, out)
     verify(out, VerifyOptions(), 0, quiet, None)
-    selecting = ["data", "select", out, "--out", groups, "--figure", tmp_path / "f.png"]
+    selecting = ["data", "select", out, "--out", groups]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | {"meta": {"steps": {}}}) + "\n" for row in pair_rows(tmp_path, 20)))
     auditing = ["data", "audit", tmp_path / "pairs.jsonl", "--out", tmp_path / "a", "--refine", tmp_path / "thin.jsonl"]
-    counting = ["data", "stats", groups, "--root", tmp_path, "--root", out, "--out", tmp_path / "s.png"]
     theirs = {
-        "f.png": selecting, "g.jsonl.survival.md": selecting,
-        "a.md": auditing, "a.json": auditing, "thin.jsonl": auditing, "s.png": counting,
+        "g.jsonl.survival.md": selecting,
+        "a.md": auditing, "a.json": auditing, "thin.jsonl": auditing,
     }  # fmt: skip
-    for words in (selecting, auditing, counting) * 2:
+    for words in (selecting, auditing) * 2:
         said_by(capsys, *words)
     assert "thin.jsonl is there, and select has not written it" in refused(capsys, *selecting[:4], tmp_path / "thin.jsonl")
-    for words, twice in (
-        (["data", "select", out, "--out", tmp_path / "both.png", "--figure", tmp_path / "both.png"], "both.png"),
-        ([*auditing[:-1], tmp_path / "a.md"], "a.md"),
-    ):
-        assert f"{twice} would be written twice, with different contents" in refused(capsys, *words)
+    assert "a.md would be written twice, with different contents" in refused(capsys, *auditing[:-1], tmp_path / "a.md")
     assert "lies in the folder of the page" in refused(capsys, *auditing[:-1], tmp_path / "a" / "thin.jsonl")
     own = {name: (tmp_path / name).read_bytes() for name in theirs}
     for name, words in theirs.items():
-        (tmp_path / name).write_bytes((tmp_path / "0.png").read_bytes() if name.endswith(".png") else b'{"facts": 1}\n')
+        (tmp_path / name).write_bytes(b'{"facts": 1}\n')
         before = contents(tmp_path)
-        assert re.search(
-            rf"{name} is there, and (select|audit|audit --refine|this package) has not written it; name", refused(capsys, *words)
-        )
+        assert re.search(rf"{name} is there, and (select|audit|audit --refine) has not written it; name", refused(capsys, *words))
         assert contents(tmp_path) == before
         (tmp_path / name).write_bytes(own[name])
 
@@ -1340,8 +1333,8 @@ def test_the_commands_go_from_captions_to_groups(photos: Path, tmp_path: Path, c
     assert "6 editor: flip" in said_by(capsys, "data", "edit", out, "--with", "flip,none")
     assert "12 candidates" in said_by(capsys, "data", "verify", out)
     assert "all shards are through" in said_by(capsys, "data", "status", out)
-    said = said_by(capsys, "data", "select", out, "--out", groups, "--figure", tmp_path / "f.png")
-    assert "| kept | 6 | 6 | 12 | 100.0 % |" in said and (tmp_path / "f.png").stat().st_size > 10_000
+    said = said_by(capsys, "data", "select", out, "--out", groups)
+    assert "| kept | 6 | 6 | 12 | 100.0 % |" in said
     assert len(read_manifest(groups)) == 6
     assert "wrote" in said_by(capsys, "data", "view", out, "--out", tmp_path / "page")
     with pytest.raises(SystemExit) as ended:
