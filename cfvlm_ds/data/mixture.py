@@ -22,7 +22,8 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.data.permutation import RowsTogether, named_order, permuted
+from cfvlm_ds.data import permutation
+from cfvlm_ds.data.permutation import COMPUTED, TOGETHER, RowsTogether, permuted
 
 WINDOW = 1000
 """Draws in which every source has its share, to one."""
@@ -132,77 +133,71 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequ
 
 
 @dataclass(frozen=True)
-class MixedOrder:
-    """The stream of a mixture: numbers of groups in the concatenation of its sources, each of which goes through its own epochs.
+class Order:
+    """The stream of groups that a sampler cuts into steps: one data set, epoch after epoch, each in a permutation of its own; or a mixture,
+    whose sources go through epochs of their own.
 
     Args:
-        sizes: groups of each source.
-        shares: of the draws, one for each source; they add up to 1.
+        sizes: groups of each source; the groups of the sources follow each other.
+        shares: of the draws, one for each source; they add up to 1. None at all for one data set.
         seed: of the permutations.
         stop: an epoch of the mixture ends when ``all_exhausted`` sources have been seen whole, or when the ``first_exhausted`` has.
-        shuffle: draw each source in a new permutation every epoch of its own; else in its order.
-        rows: of each source whose rows have several groups, which stay together; None for another, or for all of them.
+        rows: of each source whose rows have several groups, which stay together; None for another.
     """
 
     sizes: tuple[int, ...]
     shares: tuple[Fraction, ...]
     seed: int
     stop: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
-    shuffle: bool = True
-    rows: tuple[RowsTogether | None, ...] | None = None
+    rows: tuple[RowsTogether | None, ...] = ()
+
+    @property
+    def draws(self) -> Draws:
+        """The order in which sources are drawn from."""
+        return Draws(self.shares or (Fraction(1),))
 
     @functools.cached_property
     def length(self) -> int:
-        """Draws of an epoch of the mixture."""
-        ends = [Draws(self.shares).place_of(source, size - 1) + 1 for source, size in enumerate(self.sizes) if self.shares[source]]
+        """Places of an epoch."""
+        ends = [self.draws.place_of(source, size - 1) + 1 for source, size in enumerate(self.sizes) if self.draws.shares[source]]
         return max(ends) if self.stop == "all_exhausted" else min(ends)
 
     def at(self, start: int, count: int) -> list[int]:
         """The groups at ``count`` places of the stream."""
-        sources, numbers = Draws(self.shares).at(start, count)
+        sources, numbers = self.draws.at(start, count)
         found = np.empty(count, np.int64)
         first = 0
         for source, size in enumerate(self.sizes):
-            places = np.flatnonzero(sources == source)
+            places, seed = np.flatnonzero(sources == source), f"{self.seed}/{source}" if self.shares else self.seed
             while len(places):  # a source's draws follow each other: one stretch of each of its epochs
                 epoch, offset = divmod(int(numbers[places[0]]), size)
                 stretch = places[: size - offset]
-                found[stretch] = first + np.array(self._drawn(offset, len(stretch), source, epoch), np.int64)
+                if rows := self.rows[source] if self.rows else None:
+                    drawn = rows.permuted(offset, len(stretch), seed, epoch)
+                else:
+                    drawn = permuted(offset, len(stretch), size, seed, epoch)
+                found[stretch] = first + np.array(drawn, np.int64)
                 places = places[len(stretch) :]
             first += size
         return found.tolist()
 
-    def _drawn(self, offset: int, count: int, source: int, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(offset, offset + count))
-        if self.rows is not None and (rows := self.rows[source]) is not None:
-            return rows.permuted(offset, count, f"{self.seed}/{source}", epoch)
-        return permuted(offset, count, self.sizes[source], f"{self.seed}/{source}", epoch)
-
     def mean(self, values: npt.NDArray[Any]) -> Fraction:
-        """What a draw has on average of what each group has."""
+        """What a place has on average of what each group has."""
         parts = np.split(values, np.cumsum(self.sizes)[:-1])
-        return sum(
-            (share * Fraction(int(part.sum(dtype=np.int64)), len(part)) for share, part in zip(self.shares, parts, strict=True)),
-            Fraction(0),
-        )
+        means = (Fraction(int(part.sum(dtype=np.int64)), len(part)) for part in parts)
+        return sum((share * mean for share, mean in zip(self.draws.shares, means, strict=True)), Fraction(0))
 
     def epochs(self, seen: int) -> list[float]:
-        """Passes over each source after so many draws."""
+        """Passes over each source of a mixture after so many places; none of one data set."""
         window, rest = divmod(seen, WINDOW)
-        drawn = Draws(self.shares).before(window) + np.bincount(Draws(self.shares).at(window * WINDOW, rest)[0], minlength=len(self.sizes))
-        return (drawn / np.array(self.sizes)).tolist()
+        drawn = self.draws.before(window) + np.bincount(self.draws.at(window * WINDOW, rest)[0], minlength=len(self.sizes))
+        return (drawn / np.array(self.sizes)).tolist() if self.shares else []
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a place to mean the same groups."""
-        return {
-            "num_groups": sum(self.sizes),
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "sizes": list(self.sizes),
-            "shares": [str(share) for share in self.shares],
-            **named_order(self.shuffle, self.sizes, self.rows or ()),
-        }
+        """What must be equal for a place to mean the same group; JSON."""
+        mixed = {"sizes": list(self.sizes), "shares": [str(share) for share in self.shares]} if self.shares else {}
+        kinds = [*[COMPUTED] * (max(self.sizes) > permutation.STORED), *[TOGETHER] * any(each is not None for each in self.rows)]
+        return {"num_groups": sum(self.sizes), "seed": self.seed, **mixed, **({"order": "+".join(kinds)} if kinds else {})}
 
 
 class MixedGroups(Sequence[CounterfactualGroup]):

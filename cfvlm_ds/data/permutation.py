@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,12 +40,6 @@ def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: in
         found += _computed(block, num_groups, seed, epoch)[offset : offset + stop - start]
         start = (block + 1) * _BLOCK
     return found
-
-
-def named_order(shuffle: bool, sizes: Sequence[int], rows: Sequence[RowsTogether | None]) -> dict[str, str]:
-    """What the state of a sampler says of an order that is not the first and simplest one."""
-    kinds = [*[COMPUTED] * (max(sizes) > STORED), *[TOGETHER] * any(each is not None for each in rows)] if shuffle else []
-    return {"order": "+".join(kinds)} if kinds else {}
 
 
 class RowsTogether:

@@ -18,81 +18,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data.permutation import RowsTogether, named_order, permuted
-
-
-class Order(Protocol):
-    """The stream that a sampler cuts into steps."""
-
-    @property
-    def length(self) -> int:
-        """Places of an epoch."""
-        ...
-
-    def at(self, start: int, count: int) -> list[int]:
-        """The groups at ``count`` places from ``start`` on."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for a place to mean the same group; JSON."""
-        ...
-
-    def mean(self, values: npt.NDArray[Any]) -> Fraction:
-        """What a place has on average of what each group has."""
-        ...
-
-    def epochs(self, seen: int) -> list[float]:
-        """Passes over each source of a mixture after so many places; none of one data set."""
-        ...
-
-
-@dataclass(frozen=True)
-class OneAfterTheOther:
-    """One data set, epoch after epoch, each in a permutation of its own, or as it is without ``shuffle``; groups of one of the ``rows``
-    together."""
-
-    num_groups: int
-    seed: int
-    shuffle: bool = True
-    rows: RowsTogether | None = None
-
-    @property
-    def length(self) -> int:
-        return self.num_groups
-
-    def at(self, start: int, count: int) -> list[int]:
-        indices: list[int] = []
-        while len(indices) < count:
-            epoch, offset = divmod(start + len(indices), self.num_groups)
-            stop = offset + count - len(indices)
-            if self.shuffle and self.rows is not None:
-                indices += self.rows.permuted(offset, stop - offset, self.seed, epoch)
-            elif self.shuffle:
-                indices += permuted(offset, stop - offset, self.num_groups, self.seed, epoch)
-            else:
-                indices += range(offset, min(stop, self.num_groups))
-        return indices
-
-    def identity(self) -> dict[str, Any]:
-        return {
-            "num_groups": self.num_groups,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            **named_order(self.shuffle, [self.num_groups], [self.rows]),
-        }
-
-    def mean(self, values: npt.NDArray[Any]) -> Fraction:
-        return Fraction(int(values.sum(dtype=np.int64)), len(values))
-
-    def epochs(self, seen: int) -> list[float]:
-        return []
+from cfvlm_ds.data.mixture import Order
 
 
 class GroupSampler:
@@ -111,13 +44,11 @@ class GroupSampler:
         rank: int,
         world_size: int,
         seed: int,
-        shuffle: bool = True,
         order: Order | None = None,
     ) -> None:
         """Raises DataError if there are no groups, ValueError on a size below 1 or a rank outside the world.
 
-        ``order`` is that of a mixture's groups; without it they are one data set, in an order by ``seed``, or as they are without
-        ``shuffle``.
+        ``order`` is that of a mixture's groups, or of rows of several groups; without it they are one data set, in an order by ``seed``.
         """
         if num_groups < 1:
             raise DataError("the data has no groups to sample; check the manifest")
@@ -133,7 +64,7 @@ class GroupSampler:
         self.groups_per_step = groups_per_micro_batch * gradient_accumulation_steps * world_size
         self.rank = rank
         self.world_size = world_size
-        self.order = order or OneAfterTheOther(num_groups, seed, shuffle)
+        self.order = order or Order((num_groups,), (), seed)
         self.samples_seen = 0
 
     @property
@@ -177,7 +108,7 @@ class GroupSampler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Move to a saved position. World size, accumulation and micro-batch may differ from those of the saved run: it counts groups.
 
-        Raises DataError if the state is of other data (num_groups) or another order (seed, shuffle), or is not a sampler's state.
+        Raises DataError if the state is of other data (num_groups) or another order (seed), or is not a sampler's state.
         """
         for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:

@@ -24,9 +24,8 @@ from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, GroupStore, PackedSampler
-from cfvlm_ds.data.mixture import MixedOrder, shares_of
+from cfvlm_ds.data.mixture import Order, shares_of
 from cfvlm_ds.data.permutation import RowsTogether
-from cfvlm_ds.data.sampler import OneAfterTheOther
 from cfvlm_ds.data.stored import is_store
 from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
 from cfvlm_ds.models import inputs_fingerprint
@@ -187,12 +186,7 @@ def _tokens(config: RunConfig, world: World, data: RunData, collator: Collator) 
 def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator) -> GroupSampler:
     options, limit, tokens = config.train, config.data.max_tokens_per_micro_batch, _tokens(config, world, data, collator)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
-    place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
-    rows = [_rows_of(each.groups) for each in data.sources.values()]
-    if config.data.is_mixture:
-        place["order"] = _mixed_order(config, data, rows)
-    elif rows[0] is not None:
-        place["order"] = OneAfterTheOther(len(data.groups), options.seed, rows=rows[0])
+    place |= {"gradient_accumulation_steps": options.gradient_accumulation_steps, "order": _order(config, data)}
     if limit is not None:
         return PackedSampler(tokens=tokens, max_tokens=limit, **place)
     return GroupSampler(num_groups=len(data.groups), groups_per_micro_batch=options.micro_batch_size, **place)
@@ -204,7 +198,7 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
     Raises ConfigError where steps that are asked for need more, and would have groups twice.
     """
     train, ranks = config.train, world.size
-    epoch = _mixed_order(config, data, [None] * len(data.sources)).length if config.data.is_mixture else len(data.groups)
+    epoch = _order(config, data).length
     packed, accumulated = config.data.max_tokens_per_micro_batch is not None, train.gradient_accumulation_steps
     size, fits = 1 if packed else train.micro_batch_size, epoch // (accumulated * ranks)
     if size <= fits:
@@ -232,11 +226,12 @@ def _rows_of(groups: Sequence[CounterfactualGroup]) -> RowsTogether | None:
     return None if firsts is None else RowsTogether(firsts, len(groups))
 
 
-def _mixed_order(config: RunConfig, data: RunData, rows: Sequence[RowsTogether | None]) -> MixedOrder:
+def _order(config: RunConfig, data: RunData) -> Order:
     sources = config.data.train_sets
     sizes = tuple(len(each.groups) for each in data.sources.values())
-    shares = shares_of([each.weight for each in sources.values()], sizes, list(sources))
-    return MixedOrder(sizes, shares, config.train.seed, config.data.stopping_strategy, rows=tuple(rows))
+    shares = shares_of([each.weight for each in sources.values()], sizes, list(sources)) if config.data.is_mixture else ()
+    rows = tuple(_rows_of(each.groups) for each in data.sources.values())
+    return Order(sizes, shares, config.train.seed, config.data.stopping_strategy, rows)
 
 
 def _with_features(

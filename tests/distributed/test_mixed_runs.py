@@ -11,7 +11,7 @@ from conftest import losses, metrics, run_ranks, train_arguments, write_manifest
 
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import to_row
-from cfvlm_ds.data.mixture import MixedOrder, shares_of
+from cfvlm_ds.data.mixture import Order, shares_of
 
 Trained = tuple[Path, dict[str, str]]
 
@@ -86,7 +86,7 @@ def test_sources_are_seen_by_their_shares(trained: Trained) -> None:
     """Passes over each source after every step, by counting the order of the whole stream from its start."""
     folder, _ = trained
     sizes = (30, 20, 3)
-    drawn = MixedOrder(sizes, shares_of([4, 3, 1], sizes, "abc"), 0).at(0, 32)
+    drawn = Order(sizes, shares_of([4, 3, 1], sizes, "abc"), 0).at(0, 32)
     ends = (0, 30, 50, 53)
     rows = [row for row in metrics(folder / "one") if "loss" in row]
     for step, row in enumerate(rows, 1):

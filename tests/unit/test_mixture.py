@@ -14,7 +14,7 @@ import pytest
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import GroupSampler, PackedSampler, permutation
-from cfvlm_ds.data.mixture import WINDOW, Draws, MixedOrder, shares_of
+from cfvlm_ds.data.mixture import WINDOW, Draws, Order, shares_of
 
 WEIGHTS = [
     [1.0],
@@ -113,8 +113,8 @@ def test_far_places_and_rare_sources_take_no_time() -> None:
 SIZES = (7, 3, 11)
 
 
-def order(stop: Literal["all_exhausted", "first_exhausted"] = "all_exhausted", weights: tuple[float, ...] = (3, 1, 2)) -> MixedOrder:
-    return MixedOrder(SIZES, shares_of(list(weights), SIZES, "abc"), 5, stop)
+def order(stop: Literal["all_exhausted", "first_exhausted"] = "all_exhausted", weights: tuple[float, ...] = (3, 1, 2)) -> Order:
+    return Order(SIZES, shares_of(list(weights), SIZES, "abc"), 5, stop)
 
 
 def test_every_source_goes_through_all_of_its_groups_before_any_is_repeated() -> None:
@@ -128,7 +128,7 @@ def test_every_source_goes_through_all_of_its_groups_before_any_is_repeated() ->
         assert len(set(epochs)) > 3
     for start, count in ((0, 1), (17, 40), (399, 1), (123, 0)):
         assert order().at(start, count) == drawn[start : start + count]
-    twins = MixedOrder((9, 9), shares_of([1, 1], (9, 9), "ab"), 0).at(0, 18)
+    twins = Order((9, 9), shares_of([1, 1], (9, 9), "ab"), 0).at(0, 18)
     assert [group for group in twins if group < 9] != [group - 9 for group in twins if group >= 9]
 
 

@@ -13,13 +13,11 @@ from torch.utils.data import DataLoader
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import GroupSampler, PackedSampler, permutation
+from cfvlm_ds.data.mixture import Order
 from cfvlm_ds.data.permutation import RowsTogether
-from cfvlm_ds.data.sampler import OneAfterTheOther
 
 
-def make(
-    num_groups: int = 23, mb: int = 1, accumulation: int = 1, rank: int = 0, world: int = 1, seed: int = 3, **rest: bool
-) -> GroupSampler:
+def make(num_groups: int = 23, mb: int = 1, accumulation: int = 1, rank: int = 0, world: int = 1, seed: int = 3) -> GroupSampler:
     return GroupSampler(
         num_groups=num_groups,
         groups_per_micro_batch=mb,
@@ -27,7 +25,6 @@ def make(
         rank=rank,
         world_size=world,
         seed=seed,
-        **rest,
     )
 
 
@@ -53,10 +50,6 @@ def test_every_group_once_per_epoch_in_another_order() -> None:
     # Neither another seed, nor another seed's later epoch: (seed 4, epoch 0) is not (seed 3, epoch 1).
     others = {tuple(stream(23, seed=seed)) for seed in (0, 1, 2, 4)}
     assert len(others) == 4 and not others & {tuple(epoch) for epoch in epochs}
-
-
-def test_unshuffled_is_file_order() -> None:
-    assert take(make(5, mb=3, shuffle=False), 4) == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
 
 
 def test_global_random_state_is_left_alone() -> None:
@@ -109,11 +102,10 @@ def test_resume_on_another_world_keeps_the_position() -> None:
 
 def test_state_of_other_data_is_refused() -> None:
     state = make().state_dict()
-    assert state == {"samples_seen": 0, "num_groups": 23, "seed": 3, "shuffle": True}
+    assert state == {"samples_seen": 0, "num_groups": 23, "seed": 3}
     for bad, name in [
         (make(24).state_dict(), "num_groups 24"),
         (make(seed=4).state_dict(), "seed 4"),
-        (make(shuffle=False).state_dict(), "shuffle False"),
         ({}, "num_groups None"),
         (state | {"samples_seen": -1}, "samples_seen -1"),
         (state | {"samples_seen": 1.5}, "samples_seen 1.5"),
@@ -255,7 +247,7 @@ def test_groups_of_a_row_come_together(computed: bool, monkeypatch: pytest.Monke
             assert sorted(whole) == list(range(limit)) and rows.permuted(0, limit, 3, epoch) == whole
             for start, count in ((0, 1), (5, 17), (limit - 1, 9), (limit // 2, limit)):
                 assert rows.permuted(start, count, 3, epoch) == whole[start : start + count]
-        order = OneAfterTheOther(limit, 3, rows=rows)
+        order = Order((limit,), (), 3, rows=(rows,))
         elements = order.at(0, 4 * limit)
         options = {"num_groups": limit, "gradient_accumulation_steps": 2, "seed": 3, "order": order}
         ranks = [GroupSampler(rank=rank, world_size=2, groups_per_micro_batch=3, **options) for rank in range(2)]

@@ -17,8 +17,7 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.conversation import messages
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import MAX_PIXELS, open_groups
-from cfvlm_ds.data.mixture import MixedOrder, shares_of
-from cfvlm_ds.data.sampler import OneAfterTheOther
+from cfvlm_ds.data.mixture import Order, shares_of
 from cfvlm_ds.models.forest_attention import stock_attention
 from cfvlm_ds.training.run import _rows_of
 
@@ -67,9 +66,9 @@ def test_the_answers_of_a_conversation_meet_in_a_micro_batch(tmp_path: Path) -> 
     groups = open_groups(lines(tmp_path / "rows.jsonl", rows), format="llava:per_turn=true")
     together = _rows_of(groups)
     assert together is not None and _rows_of(list(groups)) is None and len(groups) == 80
-    mixed = MixedOrder((80, 10), shares_of([1, 1], (80, 10), "ab"), 0, rows=(together, None))
+    mixed = Order((80, 10), shares_of([1, 1], (80, 10), "ab"), 0, rows=(together, None))
     from_mixture = [group for group in mixed.at(0, 400) if group < 80]
-    for drawn in (OneAfterTheOther(80, 0, rows=together).at(0, 160), from_mixture[:160]):
+    for drawn in (Order((80,), (), 0, rows=(together,)).at(0, 160), from_mixture[:160]):
         assert sorted(drawn[:80]) == sorted(drawn[80:]) == list(range(80)) and drawn[:80] != drawn[80:]
         assert all(len({group // 2 for group in drawn[start : start + 8]}) == 4 for start in range(0, 160, 8))
     assert mixed.identity()["order"] == "rows-1"
