@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import DuplicateKey, TooLarge, parse_json
+from cfvlm_ds.core.reading import DuplicateKey, parse_json
 from cfvlm_ds.data.lines import IndexedLines, State
 
 
@@ -51,9 +51,6 @@ class LineRows:
             line = self._lines.line(row)
         except DataError as error:
             return error
-        except TooLarge as error:
-            remedy = "shorten it, or split the file into lines (what follows was not read)"
-            return DataError(f"{self.where(row)}: {error}; {remedy}")
         except OSError as error:
             return DataError(f"{self.where(row)}: the row cannot be read ({error.strerror}); look at the file's disk and start again")
         value = _parsed(line, lambda: self.where(row), "write one JSON object per line, or put a list in a file named .json")
