@@ -15,6 +15,7 @@ from typing import Any
 
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import crc32_of
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import own_file
 
@@ -22,17 +23,6 @@ COMPLETE = "complete.json"
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-_BLOCK = 1 << 24  # bytes read at a time
-
-
-def crc32_of(file: Path) -> int:
-    found = 0
-    with file.open("rb", buffering=0) as handle:
-        while block := handle.read(_BLOCK):
-            found = zlib.crc32(block, found)
-    return found
 
 
 def own_sum(listed: Mapping[str, Any]) -> int:

@@ -12,20 +12,19 @@ import gc
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cfvlm_ds.checkpoint.finding import COMPLETE, crc32_of, own_sum
+from cfvlm_ds.checkpoint.finding import COMPLETE, own_sum
 from cfvlm_ds.checkpoint.retention import delete_older
 from cfvlm_ds.checkpoint.state import SCHEMA, TrainState
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, random_state
 from cfvlm_ds.core.errors import StorageError
-from cfvlm_ds.core.files import put_in_place, remove
+from cfvlm_ds.core.files import Summed, crc32_of, put_in_place, remove
 from cfvlm_ds.deepspeed_compat.checkpoint_files import guarded_writes
 
 RANDOM_STATE = "random-state-{}.pt"
@@ -109,24 +108,11 @@ def reason_of(failure: str, folder: Path) -> str:
 def _written(states: Any, file: Path) -> tuple[int, int]:
     """Write states to a file and flush it to the disk; returns its size and CRC-32, for which it is not read again."""
     with file.open("wb") as handle:
-        summed: Any = _Summed(handle)  # torch writes a file from its beginning to its end
+        summed: Any = Summed(handle)
         torch.save(states, summed)
         handle.flush()
         os.fsync(handle.fileno())
     return summed.size, summed.crc32
-
-
-class _Summed:
-    """A file that is written, with its size and CRC-32."""
-
-    def __init__(self, handle: IO[bytes]) -> None:
-        self._handle, self.size, self.crc32, self.flush = handle, 0, 0, handle.flush
-
-    def write(self, data: bytes) -> int:
-        """Write more of it."""
-        self._handle.write(data)
-        self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
-        return len(data)
 
 
 def flushed(file: Path) -> tuple[int, int]:

@@ -12,9 +12,10 @@ import fcntl
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 from cfvlm_ds.core.errors import ConfigError, unwritten
@@ -27,6 +28,32 @@ def create(path: Path) -> IO[bytes]:
     """A new file to write, in place of a file or a link of this name; never the file that a link leads to. Raises OSError."""
     path.unlink(missing_ok=True)
     return open(path, "xb")
+
+
+class Summed:
+    """A file that is written from its beginning to its end, with its size and CRC-32."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self._handle, self.size, self.crc32, self.flush = handle, 0, 0, handle.flush
+
+    def write(self, data: Any) -> int:
+        """Write more of it."""
+        self._handle.write(data)
+        self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
+        return len(data)
+
+
+def crc32_of(file: Path, read: Callable[[int], object] = lambda size: None) -> int:
+    """Compute the CRC-32 of a file; ``read`` is called with the bytes of each block. Raises OSError."""
+    found = 0
+    with file.open("rb", buffering=0) as handle:
+        while block := handle.read(_BLOCK):
+            found = zlib.crc32(block, found)
+            read(len(block))
+    return found
+
+
+_BLOCK = 1 << 24  # bytes read at a time
 
 
 def cache_folder() -> Path:

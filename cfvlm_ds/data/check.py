@@ -264,7 +264,7 @@ def check_manifest(
 
     ``lengths`` (a Collator, say) knows how many tokens a row takes; with it, rows beyond the model's window are problems and visual tokens
     are counted. ``max_pixels`` as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds of work.
-    Of a store every file is held against its sha256 too. Problems are collected, not raised; DataError is raised for an unknown
+    Of a store every file is held against its sum too. Problems are collected, not raised; DataError is raised for an unknown
     format.
     """
     known_format(path, format)
@@ -275,5 +275,5 @@ def check_manifest(
         return CheckReport(str(path), problems=[str(error)])
     report = check_groups(store, lengths=lengths, max_pixels=max_pixels, progress=progress)
     if isinstance(store.rows, StoredRows):
-        report.problems.extend(store.rows.altered(progress, lambda: None))
+        report.problems.extend(store.rows.altered(progress))
     return report

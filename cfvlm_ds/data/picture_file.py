@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import re
+import tarfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,13 @@ _OPEN = 256  # containers that a process keeps open: opening a file is what para
 def part_name(container: str, start: int, length: int) -> str:
     """The name of ``length`` bytes of a container from ``start`` on."""
     return f"{container}#{start}+{length}"
+
+
+def tar_member(name: str, content: bytes) -> bytes:
+    """A picture as a member of an uncompressed tar; its bytes begin behind a header of ``tarfile.BLOCKSIZE``."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    return b"".join([member.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)])
 
 
 def picture_file(path: Path) -> Path:

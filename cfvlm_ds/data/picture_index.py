@@ -23,7 +23,7 @@ from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import TooLarge
-from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
+from cfvlm_ds.data.decoding import MAX_ASPECT, MAX_BYTES, Size, image_size
 from cfvlm_ds.data.picture_file import open_picture, picture_stat
 
 FACTS = np.dtype([("size", "<i8"), ("ctime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
@@ -31,6 +31,7 @@ RECORD = np.dtype([("key", "<u8"), ("facts", FACTS)])
 _BLOCK = 1 << 20  # bytes read at a time, and records written
 _DIGEST = 16  # bytes
 _AT_ONCE = 4096  # pictures
+_MOST_PIXELS = 1 << 30
 
 
 class Picture(NamedTuple):
@@ -47,14 +48,9 @@ class Picture(NamedTuple):
 
 
 @lru_cache(_AT_ONCE)
-def picture_key(path: Path) -> int:
-    """A hash of a picture's absolute path, 64 bits."""
-    return int.from_bytes(hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).digest(), "little")
-
-
-def key_of(path: Path, root: Path) -> int:
-    """A hash of a picture's name in a store: its path relative to ``root``, or whole where it is elsewhere; 64 bits."""
-    name, folder = os.path.abspath(path), os.path.join(os.path.abspath(root), "")
+def picture_key(path: Path, root: Path | None = None) -> int:
+    """A hash of a picture's path, 64 bits: relative to ``root``, as stores have it, or whole where it is elsewhere."""
+    name, folder = os.path.abspath(path), "" if root is None else os.path.join(os.path.abspath(root), "")
     return int.from_bytes(hashlib.blake2b(os.fsencode(name.removeprefix(folder)), digest_size=8).digest(), "little")
 
 
@@ -83,25 +79,35 @@ def picture_of(path: Path, width: int, height: int) -> Picture:
 
 
 class PictureTable:
-    """Pictures by path: sorted keys, and the facts of each."""
+    """Pictures by path: sorted keys, and the facts of each; of one that no picture can be as large as, the size is not known.
 
-    def __init__(self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], file: Path | None = None) -> None:
-        self._keys, self._facts, self.file = keys, facts, file
+    ``roots`` are the folders of a store that its keys are relative to.
+    """
+
+    def __init__(
+        self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], file: Path | None = None, roots: Sequence[Path | None] = (None,)
+    ) -> None:
+        self._keys, self._facts, self._file, self._roots = keys, facts, file, roots
         self._recent: dict[Path, Picture | None] = {}
 
     @classmethod
-    def opened(cls, file: Path) -> PictureTable:
+    def opened(cls, file: Path, roots: Sequence[Path | None] = (None,)) -> PictureTable:
         """The table in a file, mapped: its pages are shared by all processes and given back when memory is short. Raises OSError."""
         count = file.stat().st_size // RECORD.itemsize
         if not count:
             return cls.of(())
         keys = np.memmap(file, np.dtype("<u8"), "r", 0, (count,))
-        return cls(np.asarray(keys), np.asarray(np.memmap(file, FACTS, "r", keys.nbytes, (count,))), file)
+        return cls(np.asarray(keys), np.asarray(np.memmap(file, FACTS, "r", keys.nbytes, (count,))), file, roots)
 
     @classmethod
     def of(cls, pictures: Iterable[tuple[Path, Picture]]) -> PictureTable:
-        """A table of a few pictures, in memory."""
-        return cls.of_records(_records(pictures))
+        """A table of a few pictures, in memory, of which a few at a time are objects. Of several with one path, the last one holds."""
+        items, parts = iter(pictures), [np.empty(0, RECORD)]
+        while some := list(islice(items, _AT_ONCE)):
+            parts.append(np.array([(picture_key(path), tuple(picture)) for path, picture in some], RECORD))
+        records = np.concatenate(parts)[::-1]
+        keys, place = np.unique(records["key"], return_index=True)
+        return cls(keys, records["facts"][place])
 
     @classmethod
     def of_files(cls, paths: Iterable[Path], say: Callable[[str], object] = lambda line: None) -> PictureTable:
@@ -118,12 +124,6 @@ class PictureTable:
             found = zip(distinct, counted.over(pool.map(look, distinct)), strict=True)
             return cls.of((path, picture) for path, picture in found if picture is not None)
 
-    @classmethod
-    def of_records(cls, records: npt.NDArray[Any]) -> PictureTable:
-        """A table of keys and facts (RECORD). Of several with the same key, the last one holds."""
-        keys, place = np.unique(records["key"][::-1], return_index=True)
-        return cls(keys, records["facts"][::-1][place])
-
     def parts(self) -> Iterator[bytes]:
         """What ``opened`` reads, one part after the other."""
         for array in (self._keys, self._facts):
@@ -135,22 +135,23 @@ class PictureTable:
 
     def __reduce__(self) -> Any:
         """A data worker that is not a fork maps the file itself."""
-        return (PictureTable.opened, (self.file,)) if self.file else (PictureTable, (self._keys, self._facts))
+        return (PictureTable.opened, (self._file, self._roots)) if self._file else (PictureTable, (self._keys, self._facts))
 
     def find(self, path: Path) -> Picture | None:
         """What is known of the picture."""
         if path not in self._recent:
             if len(self._recent) >= _AT_ONCE:
                 self._recent.clear()
-            self._recent[path] = self.of_key(picture_key(path))
+            self._recent[path] = next((found for root in self._roots if (found := self._of_key(picture_key(path, root)))), None)
         return self._recent[path]
 
-    def of_key(self, key: int) -> Picture | None:
-        """What is known by a key."""
+    def _of_key(self, key: int) -> Picture | None:
         place = int(self._keys.searchsorted(np.uint64(key)))
         if place == len(self._keys) or int(self._keys[place]) != key:
             return None
         size, ctime, digest, width, height = self._facts[place].item()
+        if width * height > _MOST_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+            width = height = 0
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
@@ -176,7 +177,7 @@ class PictureTables(PictureTable):
     """Several tables as one: of a picture, what the first one says that knows it."""
 
     def __init__(self, tables: Sequence[PictureTable]) -> None:
-        self._tables, self.file = tuple(tables), None
+        self._tables = tuple(tables)
 
     def __len__(self) -> int:
         return sum(map(len, self._tables))
@@ -195,11 +196,3 @@ def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int,
     unknown = [path for path in distinct if path not in found]
     sizes = {path: (picture.width, picture.height) for path, picture in found.items()}
     return sizes | dict(zip(unknown, pool.map(partial(image_size, max_pixels=max_pixels), unknown), strict=True))
-
-
-def _records(pictures: Iterable[tuple[Path, Picture]]) -> npt.NDArray[Any]:
-    """An array of RECORD; the pictures are in memory as objects a few at a time."""
-    items, parts = iter(pictures), [np.empty(0, RECORD)]
-    while some := list(islice(items, _AT_ONCE)):
-        parts.append(np.array([(picture_key(path), tuple(picture)) for path, picture in some], RECORD))
-    return np.concatenate(parts)

@@ -14,18 +14,17 @@ import itertools
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.files import remove, replace, whole_file
+from cfvlm_ds.core.files import Summed, crc32_of, remove, replace, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
@@ -40,11 +39,11 @@ from cfvlm_ds.data.identity import IdentityPart, identity_part, joined_identity,
 from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
 from cfvlm_ds.data.passes import Done, Scan
 from cfvlm_ds.data.picture_check import equal_images, opened_pictures
-from cfvlm_ds.data.picture_file import part_name
-from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, key_of, picture_key
+from cfvlm_ds.data.picture_file import part_name, tar_member
+from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
-from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, StoredPictures, file_sum, is_store
+from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, is_store
 
 PICTURED = 1 << 15
 """Groups whose pictures are one unit of work: with ``pack`` a tar of a few GB of photographs, some hundred files for ten million groups."""
@@ -206,7 +205,8 @@ class _Job:
         for number in units.missing(self.shard, self.of):
             within = places // PICTURED == number
             found, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
-            tar = _Summed.of(self.out / f"{units.name(number)}.tar") if self.options.pack else contextlib.nullcontext()
+            file = self.out / f"{units.name(number)}.tar"
+            tar = _summed(file) if self.options.pack else contextlib.nullcontext()
             wanted = opened_pictures(
                 self.source,
                 keys[within],
@@ -224,10 +224,11 @@ class _Job:
                             broken[key] = each.found
                             problems.append(f"{self.source.where(each.group)}: {each.found}")
                         elif written is None:
-                            found.append((key, key_of(each.path, self.source.roots[0]), 0, 0, tuple(each.found)))
+                            found.append((key, picture_key(each.path, self.source.roots[0]), 0, 0, tuple(each.found)))
                         else:
-                            start = _add(written, f"{number:05}-{k:07}", each.path, each.content)
-                            name = key_of(self.out / part_name(written.path.name, start, len(each.content)), self.out)
+                            suffix, start = each.path.suffix.lower(), written.size + tarfile.BLOCKSIZE
+                            written.write(tar_member(f"{number:05}-{k:07}{suffix if suffix in _SUFFIXES else ''}", each.content))
+                            name = picture_key(self.out / part_name(file.name, start, len(each.content)), self.out)
                             found.append((key, name, number, start, tuple(each.found._replace(ctime=0))))
                     if written is not None:
                         written.write(bytes(2 * tarfile.BLOCKSIZE))
@@ -238,13 +239,13 @@ class _Job:
             if problems and self.options.on_error == "error":  # looked at again by the next call
                 self.report.problems.extend(problems)
             else:
-                units.note(number, written, pictures=len(found), broken=broken)
+                units.note(number, pictures=len(found), broken=broken, **({} if written is None else _record(file, written)))
 
     def _write_rows(self, files: _Files, number: int, writer: RowLines, progress: Progress) -> None:
         """Write a file of rows, its index, and what is to be known of its groups."""
         places, parts = range(number * ROWS, min((number + 1) * ROWS, len(self.source))), []
         report = CheckReport(self.report.manifest)
-        with _Summed.of(self.out / f"{files.name(number)}.jsonl") as written:
+        with _summed(file := self.out / f"{files.name(number)}.jsonl") as written:
             for part in self.scan.over(places, writer, progress):
                 written.write(part.lines)
                 report.add(part.report)
@@ -258,9 +259,9 @@ class _Job:
             np.savez(handle, order=np.frombuffer(identity.order, np.uint8), rows=rows, row_keys=keys.rows, picture_keys=keys.pictures)
         files.note(
             number,
-            written,
+            **_record(file, written),
             groups=identity.rows,
-            index=file_sum(lines.write_index(written.path)),
+            index=crc32_of(lines.write_index(file)),
             known=identity.known,
             sums={name: str(value) for name, value in identity.sums.items()},
             problems=report.problems,
@@ -288,19 +289,19 @@ class _Job:
         if found is not None:
             order = np.argsort(found["name"], kind="stable")
             table = PictureTable(found["name"][order], found["facts"][order])
-            with _Summed.of(self.out / PICTURES) as written:
+            with _summed(self.out / PICTURES) as written:
                 for part in table.parts():
                     written.write(part)
-            tables.append(written.record())
+            tables.append(_record(self.out / PICTURES, written))
         if self.source.together is not None:
             firsts = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(rows))
             tables.append(_written(self.out / TOGETHER, firsts.astype("<u4")))
         if left_out:
-            with _Summed.of(self.out / LEFT_OUT) as written:
+            with _summed(self.out / LEFT_OUT) as written:
                 for problem in problems:
                     written.write(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n")
-            tables.append(written.record())
-        shown = ("file", "bytes", "sha256", "groups", "index", "pictures")
+            tables.append(_record(self.out / LEFT_OUT, written))
+        shown = ("file", "bytes", "crc32", "groups", "index", "pictures")
         record = {
             "schema": SCHEMA,
             "groups": len(rows),
@@ -430,9 +431,8 @@ class _Files:
         """The files of a shard that are not whole."""
         return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
 
-    def note(self, number: int, written: _Summed | None, **more: Any) -> None:
+    def note(self, number: int, **record: Any) -> None:
         """A file is whole."""
-        record = {**({} if written is None else written.record()), **more}
         replace(self.file(number, "json"), json.dumps(record).encode(), shared=True)
 
     def records(self) -> list[Any]:
@@ -457,7 +457,7 @@ def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool)
     if not (remove_it and (ours or (out / BEGUN).is_file())) or _stamp_of(whole if whole.is_file() else out / BEGUN) == stamp:
         return PictureTables([])
     with contextlib.suppress(OSError, ValueError):
-        known.append(StoredPictures(source.roots, PictureTable.opened(out / PICTURES)))
+        known.append(PictureTable.opened(out / PICTURES, source.roots))
     known += _opened_before(out / PARTS)
     for file in itertools.chain(*map(out.glob, _OURS)):
         remove(file)
@@ -497,45 +497,20 @@ def _holds_something(out: Path) -> bool:
     )
 
 
-def _add(tar: _Summed, name: str, path: Path, content: bytes) -> int:
-    """Add a picture to a tar; returns where its bytes begin."""
-    suffix = path.suffix.lower()
-    member = tarfile.TarInfo(f"{name}{suffix if suffix in _SUFFIXES else ''}")
-    member.size = len(content)
-    tar.write(member.tobuf(tarfile.USTAR_FORMAT))
-    start = tar.size
-    tar.write(content)
-    tar.write(bytes(-len(content) % tarfile.BLOCKSIZE))
-    return start
-
-
 def _written(file: Path, array: Array) -> dict[str, Any]:
     """Write an array; returns the record of its file."""
-    with _Summed.of(file) as written:
+    with _summed(file) as written:
         np.lib.format.write_array(written, array, allow_pickle=False)
-    return written.record()
+    return _record(file, written)
 
 
-class _Summed:
-    """A file that is written, its size and its sums: a slow one against forgery and a fast one for who opens it."""
+@contextlib.contextmanager
+def _summed(path: Path) -> Iterator[Summed]:
+    """A file to write that appears whole at the end of the block."""
+    with whole_file(path, shared=True) as handle:
+        yield Summed(handle)
 
-    def __init__(self, path: Path, handle: IO[bytes]) -> None:
-        self.path, self._handle, self._sum, self._crc32, self.size = path, handle, hashlib.sha256(), 0, 0
 
-    @classmethod
-    @contextlib.contextmanager
-    def of(cls, path: Path) -> Iterator[_Summed]:
-        """A file that appears whole at the end of the block."""
-        with whole_file(path, shared=True) as handle:
-            yield cls(path, handle)
-
-    def write(self, data: bytes) -> None:
-        """Write data."""
-        self._handle.write(data)
-        self._sum.update(data)
-        self._crc32 = zlib.crc32(data, self._crc32)
-        self.size += len(data)
-
-    def record(self) -> dict[str, Any]:
-        """Name, size and sums of what was written."""
-        return {"file": self.path.name, "bytes": self.size, "sha256": self._sum.hexdigest(), "crc32": self._crc32}
+def _record(file: Path, written: Summed) -> dict[str, Any]:
+    """Name, size and sum of what was written."""
+    return {"file": file.name, "bytes": written.size, "crc32": written.crc32}

@@ -1,6 +1,6 @@
 """A store, which ``cfvlm-ds data prepare`` writes and training opens: files of rows with their indexes, a table of pictures, store.json.
 
-It is written once. Files are compared with their sizes and the checksums of their indexes, not with times, so that a copy is as good. The
+It is written once. Files are compared with their sizes and the sums of their indexes, not with times, so that a copy is as good. The
 pictures are in tars of the store, or where the data set has them; the table has size, contents and dimensions of each, so that none has to
 be opened to know them.
 """
@@ -8,9 +8,7 @@ be opened to know them.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -20,25 +18,24 @@ from typing import Any
 import numpy as np
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import crc32_of
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import MIB, HeldFile, read_json
+from cfvlm_ds.core.reading import HeldFile, read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.cfgroup import NATIVE, native_group
-from cfvlm_ds.data.decoding import MAX_ASPECT
 from cfvlm_ds.data.identity import SUMS
 from cfvlm_ds.data.lines import IndexedLines, index_file, state_of
 from cfvlm_ds.data.overlap import Keys
-from cfvlm_ds.data.picture_index import Picture, PictureTable, key_of
+from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.rows import LineRows
 from cfvlm_ds.data.store import GroupStore
 
-SCHEMA = "cfstore/2"
+SCHEMA = "cfstore/3"
 FILE, PICTURES, TOGETHER, ROW_KEYS, PICTURE_KEYS = "store.json", "pictures.table", "together.npy", "row_keys.npy", "picture_keys.npy"
 PARTS = "parts"
 """Folder of what is under way."""
 BEGUN = f"{PARTS}/source.json"
 _OPEN = 200  # files of rows that a process keeps open
-_MOST_PIXELS = 1 << 30
 _IDENTITY = {"rows", "order", *SUMS}
 _FOUND = {"images": int, "most_pixels": int, "false_cells": int, "metadata": str, "left_out": int}
 
@@ -71,24 +68,23 @@ class StoredRows:
             record = read_json(self._file)
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            self._sums = dict[str, str]()
+            self._sums = dict[str, int]()
             for each in (files := [*record["rows"], *record["images"], *record["tables"]]):
                 file = own_file(folder, each["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != each["bytes"]:
                     raise ValueError(f"{file.name} has {size} bytes and not {each['bytes']}")
-                self._sums[file.name] = str(each["sha256"])
+                self._sums[file.name] = int(each["crc32"])
             if len(self._sums) != len(files):
                 raise ValueError("it names a file twice")
-            if strange := next((each["file"] for each in record["tables"] if file_sum(folder / each["file"]) != each["crc32"]), None):
-                raise ValueError(f"{strange} is not the file that was prepared")
+            if strange := [each["file"] for each in record["tables"] if crc32_of(folder / each["file"]) != each["crc32"]]:
+                raise ValueError(f"{strange[0]} is not the file that was prepared")
             before = [Path(str(root)) for root in record["roots"]]
             self.roots = (folder,) if record["images"] else tuple(before if before[0].is_dir() or not roots else roots)
             """Folders that the names of pictures are relative to."""
             self.stamp, self.identity, self.found = str(record["source"]), dict(record["identity"]), dict(record["found"])
             """What the data set is recognised by, before and after it is read, and what the check has counted."""
-            table = PictureTable.opened(folder / PICTURES) if PICTURES in self._sums else None
-            self.pictures = None if table is None else StoredPictures(self.roots, table)
+            self.pictures = PictureTable.opened(folder / PICTURES, self.roots) if PICTURES in self._sums else None
             """What was known of each picture when it was prepared; None where none was opened."""
             self.keys = Keys(*(_mapped(folder / name) for name in (ROW_KEYS, PICTURE_KEYS)))
             self.together = _mapped(folder / TOGETHER) if TOGETHER in self._sums else None
@@ -128,25 +124,18 @@ class StoredRows:
         rows, place = self._find(row)
         return rows.value(place)
 
-    def altered(self, progress: Callable[[str], object], alive: Callable[[], object]) -> Iterator[str]:
-        """A sentence for each file whose sha256 is not that of store.json; reads them all."""
-        counted = Progress(progress, f"sha256 of the files of {self.path}", sum(map(self._size, self._sums)) / 1e6, "MB")
-        for name, expected in self._sums.items():
+    def altered(self, progress: Callable[[str], object]) -> Iterator[str]:
+        """A sentence for each file whose CRC-32 is not that of store.json; reads them all."""
+        files = [self.path / name for name in self._sums]
+        counted = Progress(progress, f"sums of the files of {self.path}", sum(file.stat().st_size for file in files) / 1e6, "MB")
+        for file in files:
             try:
-                held, found, place = HeldFile(self.path / name), hashlib.sha256(), 0
-                while block := held.read(place, MIB):
-                    found.update(block)
-                    place += len(block)
-                    counted.advance(len(block) / 1e6)
-                    alive()
-            except (OSError, ValueError) as error:
-                yield f"{self.path / name}: the file cannot be read ({error}); {self._remedy}"
+                found = crc32_of(file, lambda size: counted.advance(size / 1e6))
+            except OSError as error:
+                yield f"{file}: the file cannot be read ({error}); {self._remedy}"
                 continue
-            if found.hexdigest() != expected:
-                yield f"{self.path / name}: it is not the file that was prepared (its sha256 is another); {self._remedy}"
-
-    def _size(self, name: str) -> int:
-        return (self.path / name).stat().st_size
+            if found != self._sums[file.name]:
+                yield f"{file}: it is not the file that was prepared (its CRC-32 is another); {self._remedy}"
 
     def _find(self, row: int) -> tuple[LineRows, int]:
         shard = bisect_right(self._firsts, row) - 1
@@ -157,7 +146,7 @@ class StoredRows:
         file, index, groups = self._shards[shard]
         try:
             lines = IndexedLines.mapped(file)
-            if file_sum(index_file(file)) != index or len(lines) != groups:
+            if crc32_of(index_file(file)) != index or len(lines) != groups:
                 raise ValueError("its index is another than store.json says")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -179,36 +168,3 @@ def open_store(path: Path, roots: Sequence[Path] = (), limit: int | None = None)
     """Open the groups of a store; see StoredRows."""
     stored = StoredRows(path, roots)
     return GroupStore(stored, stored.roots, native_group, None, (open_store, (path, stored.roots, limit)), NATIVE, limit)
-
-
-class StoredPictures(PictureTable):
-    """The pictures of a store by their names in it. Of one that no picture can be as large as, the size is not known.
-
-    Args:
-        roots: folders that the names are relative to.
-        table: the facts by ``key_of`` each name.
-    """
-
-    def __init__(self, roots: Sequence[Path], table: PictureTable) -> None:
-        self._roots, self._table, self.file = tuple(roots), table, table.file
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __reduce__(self) -> Any:
-        return StoredPictures, (self._roots, self._table)
-
-    def find(self, path: Path) -> Picture | None:
-        """What was known of a picture."""
-        known = next((each for root in self._roots if (each := self._table.of_key(key_of(path, root))) is not None), None)
-        if known is None or (0 < known.width * known.height <= _MOST_PIXELS and max(known[3:]) <= MAX_ASPECT * min(known[3:])):
-            return known
-        return known._replace(width=0, height=0)
-
-
-def file_sum(file: Path) -> int:
-    """Compute the CRC-32 of a file."""
-    total, held, place = 0, HeldFile(file), 0
-    while block := held.read(place, MIB):
-        total, place = zlib.crc32(block, total), place + len(block)
-    return total

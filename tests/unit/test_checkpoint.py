@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from cfvlm_ds import checkpoint
-from cfvlm_ds.checkpoint import TrainState, finding, saving
+from cfvlm_ds.checkpoint import TrainState, saving
 from cfvlm_ds.checkpoint.saving import flushed
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import crc32_of
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -287,7 +288,7 @@ def test_a_sum_is_taken_while_a_file_is_written(tmp_path: Path, monkeypatch: pyt
         weights = torch.arange(100_000)
 
     read = list[str]()
-    monkeypatch.setattr(saving, "crc32_of", lambda file: read.append(file.name) or finding.crc32_of(file))
+    monkeypatch.setattr(saving, "crc32_of", lambda file: read.append(file.name) or crc32_of(file))
     saved = checkpoint.save(Large(), TrainState(step=1), tmp_path, ONE, keep=1)
     files = json.loads((saved / "complete.json").read_text())["files"]
     assert set(read) == {"script.py", "complete.json"} and {"shards/rank0.pt", "random-state-0.pt"} < set(files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -11,6 +10,7 @@ import random
 import shutil
 import signal
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cfvlm_ds.__main__ import main
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import Summed, crc32_of
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import check_manifest, lines, open_groups, picture_check, prepare, read_manifest, stored
@@ -199,7 +200,7 @@ def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
     record = json.loads((store / "store.json").read_text())
     for each in (*record["rows"], *record["images"], *record["tables"]):
         content = (store / each["file"]).read_bytes()
-        assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+        assert (each["bytes"], each["crc32"]) == (len(content), zlib.crc32(content))
 
 
 def shown_in(folder: Path, root: Path | None = None) -> list[Path]:
@@ -239,7 +240,7 @@ def test_what_a_table_says_is_believed_as_far_as_a_picture_may_be(store: Path, t
             at = 8 * count + 40 * k + 32
             data[at : at + 8] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
         table.write_bytes(data)
-        edited(copied, lambda record: [each.update(crc32=stored.file_sum(copied / each["file"])) for each in record["tables"]])
+        edited(copied, lambda record: [each.update(crc32=crc32_of(copied / each["file"])) for each in record["tables"]])
         known = StoredRows(copied).pictures
         for picture in shown_in(copied):
             assert known is not None and known.find(picture) == picture_of(picture, 0, 0)._replace(ctime=0)
@@ -262,7 +263,7 @@ def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
     assert open_groups(path, format="llava").together is None
     for wrong in ([0, 3, 2, 8], [0, 8, 9], [1, 8], [8]):
         np.save(out / "together.npy", np.array(wrong, "<u4"))
-        written = {"bytes": (out / "together.npy").stat().st_size, "crc32": stored.file_sum(out / "together.npy")}
+        written = {"bytes": (out / "together.npy").stat().st_size, "crc32": crc32_of(out / "together.npy")}
         edited(out, lambda record, written=written: record["tables"][-1].update(written))  # type: ignore[misc]
         with pytest.raises(DataError, match=r"together.npy does not fit its groups"):
             open_groups(out)
@@ -278,9 +279,9 @@ def test_every_byte_of_a_store_is_held_against_its_sum(where: str, store: Path, 
     data[{"picture": int(place.partition("+")[0]) + 70, "header": 100}[where]] ^= 1
     (copied / tar).write_bytes(data)
     problems = check_manifest(copied, progress=str).problems
-    assert f"{copied / tar}: it is not the file that was prepared (its sha256 is another); prepare the data again" in problems[-1]
+    assert f"{copied / tar}: it is not the file that was prepared (its CRC-32 is another); prepare the data again" in problems[-1]
     about = {"picture": f"{tar}#", "header": None}[where]
-    assert len(problems) == (1 if about is None else 2) and (about or "sha256") in problems[0]
+    assert len(problems) == (1 if about is None else 2) and (about or "CRC-32") in problems[0]
 
 
 def reading(train: Path, run: Path, model: Path, check: str) -> Any:
@@ -326,7 +327,7 @@ def test_shards_together_are_the_store_of_one(of: int, packs: bool, source: Path
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
 
 
-@pytest.mark.parametrize("function", ["_add", "_written", "file_sum"])
+@pytest.mark.parametrize("function", ["tar_member", "_written", "crc32_of"])
 def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(
     function: str, source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,7 +336,7 @@ def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(
 
     def overtaken(*given: Any) -> Any:
         monkeypatch.setattr(prepare, function, right)
-        with prepare._Summed.of(out / "other.tar") as written:
+        with prepare._summed(out / "other.tar") as written:
             written.write(b"x")
             assert preparing(source, out, pack=True)
         return right(*given)
@@ -346,16 +347,16 @@ def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(
 
 def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL after ever more writes: what was finished is not made again, and the bytes are the same in the end."""
-    out, right, finished = tmp_path / "store", prepare._Summed.write, dict[str, int]()
+    out, right, finished = tmp_path / "store", Summed.write, dict[str, int]()
     for calls in itertools.count(1):
         left = itertools.count(8 * calls, -1)
 
-        def write(self: Any, data: bytes, left: Iterator[int] = left) -> None:
+        def write(self: Any, data: Any, left: Iterator[int] = left) -> int:
             if not next(left):
                 os.kill(os.getpid(), signal.SIGKILL)
-            right(self, data)
+            return right(self, data)
 
-        monkeypatch.setattr(prepare._Summed, "write", write)
+        monkeypatch.setattr(Summed, "write", write)
         if not (child := os.fork()):
             try:
                 os._exit(0 if preparing(source, out, pack=True) else 3)
@@ -506,7 +507,7 @@ def swapped(store: Path) -> None:
         (store / name).write_bytes((store / name).read_bytes().ljust(5999) + b"\n")
         lines.write_index(store / name)
     edited(store, lambda record: [each.update(bytes=6000) for each in record["rows"][:2]])
-    edited(store, lambda record: [each.update(index=stored.file_sum(store / f"{each['file']}.idx")) for each in record["rows"]])
+    edited(store, lambda record: [each.update(index=crc32_of(store / f"{each['file']}.idx")) for each in record["rows"]])
     assert len(open_groups(store)) == 17, "and so far it is one"
     renamed(store, "groups-00000.jsonl", "groups-00001.jsonl")
     renamed(store, "groups-00000.jsonl.idx", "groups-00001.jsonl.idx")

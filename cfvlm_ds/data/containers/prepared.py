@@ -23,6 +23,7 @@ from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of
 from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
+from cfvlm_ds.data.picture_file import part_name, tar_member
 
 _FORM = 2  # of what is written; another number has everything made again
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
@@ -164,11 +165,7 @@ class _Pictures:
     def _add(self, value: bytes) -> str:
         if self._handle is None:
             self._handle = open(self._path, "xb")  # noqa: SIM115  # closed by close()
-        member = tarfile.TarInfo(f"{self._count:09d}.img")
-        member.size = len(value)
-        self._handle.write(member.tobuf(tarfile.USTAR_FORMAT))
-        place = self._handle.tell()
-        self._handle.write(value)
-        self._handle.write(bytes(-len(value) % tarfile.BLOCKSIZE))
+        place = self._handle.tell() + tarfile.BLOCKSIZE
+        self._handle.write(tar_member(f"{self._count:09d}.img", value))
         self._count, self.size = self._count + 1, self.size + len(value)
-        return f"{_PICTURES}#{place}+{len(value)}"
+        return part_name(_PICTURES, place, len(value))
