@@ -180,7 +180,7 @@ class _Texts:
             if not isinstance(group, DataError):
                 report.problems.extend(f"{self.store.where(index)}: {problem}" for problem in equal_images(group, self.pictures))
                 if self.lengths is None:
-                    note_characters(report, group, lambda: self.store.where(index))  # noqa: B023  # called at once
+                    note_characters(report, group, partial(self.store.where, index))
                 else:
                     self._measure(report, index, group, self.lengths, images)
             done()
@@ -206,25 +206,18 @@ class _Texts:
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: text {number}: {error}")
                 continue
-            report.note_length(length, "tokens", self._where_text(index, number))
+            report.note_length(length, "tokens", partial(self.store.where, index), number)
             if length > lengths.max_length:
                 report.problems.append(
                     f"{self.store.where(index)}: group {group.id!r}: text {number} is {length} tokens long with its prompt and image, over "
                     f"the model's window of {lengths.max_length}; shorten it, or allow more tokens if the model does"
                 )
 
-    def _where_text(self, index: int, number: int) -> Callable[[], str]:
-        return lambda: f"{self.store.where(index)}, text {number}"
-
 
 def note_characters(report: CheckReport, group: CounterfactualGroup, where: Callable[[], str]) -> None:
     """Note the lengths of a group's texts in characters."""
     for number, candidate in enumerate(group.candidates):
-        report.note_length(len(candidate.text), "characters", partial(_text_at, where, number))
-
-
-def _text_at(where: Callable[[], str], number: int) -> str:
-    return f"{where()}, text {number}"
+        report.note_length(len(candidate.text), "characters", where, number)
 
 
 _SOME_SIZE = (56, 56)  # of pictures of which none is known: a text may have more against it than its length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ class Confinement:
     def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
         self.roots, self._remedy = roots, remedy
         self.resolved_roots = [root.resolve() for root in roots]
-        self._folders: dict[str, tuple[str, bool]] = {}
+        self._folder = functools.lru_cache(_FOLDERS)(self._really)
         self._containers: dict[str, Path] = {}
         self._files: dict[Path, Path] = {}
 
@@ -66,15 +67,11 @@ class Confinement:
             self._files[path] = full
         return full
 
-    def _folder(self, folder: str) -> tuple[str, bool]:
+    def _really(self, folder: str) -> tuple[str, bool]:
         """Where a folder really is, and whether that is inside a root. A million images sit in few folders: resolving each of those once
         leaves one system call per image on a network file system."""
-        if (found := self._folders.get(folder)) is None:
-            if len(self._folders) >= _FOLDERS:
-                self._folders.clear()
-            target, inside = self._followed(Path(folder))
-            found = self._folders[folder] = str(target), inside
-        return found
+        target, inside = self._followed(Path(folder))
+        return str(target), inside
 
     def _followed(self, path: Path) -> tuple[Path, bool]:
         target = path.resolve()

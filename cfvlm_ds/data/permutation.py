@@ -53,13 +53,13 @@ class RowsTogether:
     def __init__(self, firsts: npt.NDArray[Any], num_groups: int | None = None) -> None:
         self.num_groups = int(firsts[-1]) if num_groups is None else num_groups
         self._firsts, self._rows = firsts, int(np.searchsorted(firsts, self.num_groups))
-        self._before: dict[tuple[int | str, int], npt.NDArray[np.int64]] = {}
+        self._before = functools.lru_cache(maxsize=2)(self._groups_before)  # of the epoch in progress, and where prefetching is
         self._kept = functools.lru_cache(maxsize=8)(self._block)
 
     def permuted(self, start: int, count: int, seed: int | str, epoch: int) -> list[int]:
         """As the function ``permuted``."""
         stop, found = min(start + count, self.num_groups), list[int]()
-        before = self._groups_before(seed, epoch)
+        before = self._before(seed, epoch)
         while start < stop:
             block = int(before.searchsorted(start, "right")) - 1
             first, sizes, ends = self._kept(block, seed, epoch)
@@ -70,13 +70,9 @@ class RowsTogether:
         return found
 
     def _groups_before(self, seed: int | str, epoch: int) -> npt.NDArray[np.int64]:
-        """Groups before each block of rows, and in all: of the epoch in progress and of the one that prefetching has reached."""
-        if (seed, epoch) not in self._before:
-            while len(self._before) > 1:
-                del self._before[next(iter(self._before))]
-            sizes = [int(self._block(block, seed, epoch)[2][-1]) for block in range(-(-self._rows // _BLOCK))]
-            self._before[seed, epoch] = np.cumsum([0, *sizes], dtype=np.int64)
-        return self._before[seed, epoch]
+        """Groups before each block of rows, and in all."""
+        sizes = [int(self._block(block, seed, epoch)[2][-1]) for block in range(-(-self._rows // _BLOCK))]
+        return np.cumsum([0, *sizes], dtype=np.int64)
 
     def _block(self, block: int, seed: int | str, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
         """First group, number of groups, and number up to its last, of each row of a block of the order."""

@@ -18,7 +18,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.decoding import MAX_BYTES, open_image
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
-from cfvlm_ds.data.picture_index import Picture, PictureTable, digest_of, picture_key, picture_of
+from cfvlm_ds.data.picture_index import Picture, PictureTable, digest_of, find, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore, told_apart
 from cfvlm_ds.data.stored import StoredRows
@@ -59,12 +59,6 @@ def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[
                 if (found := find(keys, picture_key(picture))) is not None and left[found] and places[found] == index:
                     left[found] = False
                     yield index, picture
-
-
-def find(keys: Array, key: int) -> int | None:
-    """The place of a key among sorted ones."""
-    place = int(keys.searchsorted(np.uint64(key)))
-    return place if place < len(keys) and int(keys[place]) == key else None
 
 
 class OpenedPicture(NamedTuple):

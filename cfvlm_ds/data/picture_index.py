@@ -54,6 +54,12 @@ def picture_key(path: Path, root: Path | None = None) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(name.removeprefix(folder)), digest_size=8).digest(), "little")
 
 
+def find(keys: npt.NDArray[Any], key: int) -> int | None:
+    """The place of a key among sorted ones."""
+    place = int(keys.searchsorted(np.uint64(key)))
+    return place if place < len(keys) and int(keys[place]) == key else None
+
+
 def content_digest(path: Path) -> bytes:
     """128 bits of the file's contents. Raises OSError, and ValueError for what is no regular file or has more than MAX_BYTES."""
     digest = hashlib.blake2b(digest_size=_DIGEST)
@@ -146,8 +152,7 @@ class PictureTable:
         return self._recent[path]
 
     def _of_key(self, key: int) -> Picture | None:
-        place = int(self._keys.searchsorted(np.uint64(key)))
-        if place == len(self._keys) or int(self._keys[place]) != key:
+        if (place := find(self._keys, key)) is None:
             return None
         size, ctime, digest, width, height = self._facts[place].item()
         if width * height > _MOST_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):

@@ -40,7 +40,7 @@ from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
 from cfvlm_ds.data.passes import Done, Scan
 from cfvlm_ds.data.picture_check import equal_images, opened_pictures
 from cfvlm_ds.data.picture_file import part_name, tar_member
-from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, picture_key
+from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, find, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, is_store
@@ -403,10 +403,9 @@ def _absolute(picture: Path) -> Path:
 
 def _packed_name(out: Path, found: Array, picture: Path) -> Path:
     """Return the path of a picture in a tar of the store."""
-    key = np.uint64(picture_key(picture))
-    at = int(found["key"].searchsorted(key))
-    if at == len(found) or (place := found[at])["key"] != key:
+    if (at := find(found["key"], picture_key(picture))) is None:
         raise DataError(f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and prepare it again")
+    place = found[at]
     return _absolute(out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"])))
 
 

@@ -63,11 +63,11 @@ class CheckReport:
         images = sum(line[0] != 1 for i, line in enumerate(group.match) if i not in shams)
         self.num_counterfactuals[max(images, sum(truth != 1 for truth in group.match[0]))] += 1
 
-    def note_length(self, length: int, unit: str, where: Callable[[], str]) -> None:
-        """A text's length in ``unit``, the same for all of them; the longest is reported."""
+    def note_length(self, length: int, unit: str, where: Callable[[], str], number: int) -> None:
+        """A text's length in ``unit``, the same for all of them, its group's place and its number there; the longest is reported."""
         self.longest_text_unit = unit
         if length > self.longest_text:
-            self.longest_text, self.longest_text_where = length, where()
+            self.longest_text, self.longest_text_where = length, f"{where()}, text {number}"
 
     def add(self, other: CheckReport) -> None:
         """Add what was found in later rows of the same manifest."""
@@ -75,8 +75,9 @@ class CheckReport:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("prompts", "edit_types", "num_counterfactuals", "visual_tokens", "metadata"):
             getattr(self, name).update(getattr(other, name))
-        if other.longest_text_where:
-            self.note_length(other.longest_text, other.longest_text_unit, lambda: other.longest_text_where)
+        if other.longest_text > self.longest_text:
+            for name in ("longest_text", "longest_text_unit", "longest_text_where"):
+                setattr(self, name, getattr(other, name))
         self.problems += other.problems
 
     @property

@@ -91,11 +91,8 @@ class GroupSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         """Micro-batches of this rank from the consumed position on: ``gradient_accumulation_steps`` of them make a step. Never ends."""
-        start = self.samples_seen + self.rank * self.groups_per_micro_batch
-        while True:
-            yield self.order.at(start, self.groups_per_micro_batch)
-            # Steps are whole multiples of this stride, so one stride serves within a step and from one step to the next.
-            start += self.groups_per_micro_batch * self.world_size
+        for step in self.steps():
+            yield from step[self.rank :: self.world_size]
 
     def num_steps(self, num_epochs: float, say: Callable[[str], object] = lambda line: None) -> int:
         """Optimizer steps until every group has been seen so many times."""
@@ -108,7 +105,7 @@ class GroupSampler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Move to a saved position. World size, accumulation and micro-batch may differ from those of the saved run: it counts groups.
 
-        Raises DataError if the state is of other data (num_groups) or another order (seed), or is not a sampler's state.
+        Raises DataError if the state is of other data (num_groups) or another order (seed).
         """
         for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
@@ -116,12 +113,7 @@ class GroupSampler:
                     f"the checkpoint's sampler has {name} {state.get(name)!r} and this run has {value!r}; resume with the data and seed of "
                     "the saved run, or start a new run"
                 )
-        position = state.get("samples_seen")
-        if type(position) is not int or position < 0:
-            raise DataError(
-                f"the checkpoint's sampler has samples_seen {position!r}, not a count of groups; resume from another checkpoint"
-            )
-        self.samples_seen = position
+        self.samples_seen = state["samples_seen"]
 
 
 @dataclass(frozen=True)
@@ -182,11 +174,6 @@ class PackedSampler(GroupSampler):
             bins, position = self._pack(position)
             yield self._rebalanced(bins)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Micro-batches of this rank from the consumed position on: ``gradient_accumulation_steps`` of them make a step. Never ends."""
-        for step in self.steps():
-            yield from step[self.rank :: self.world_size]
-
     def num_steps(self, num_epochs: float, say: Callable[[str], object] = lambda line: None) -> int:
         """Optimizer steps until every group has been seen so many times.
 
@@ -213,11 +200,8 @@ class PackedSampler(GroupSampler):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Move to a saved position; raises DataError as GroupSampler does, and for the state of a run that did not pack."""
         super().load_state_dict(state)
-        waiting = state.get("waiting")
-        if not isinstance(waiting, list):
+        if (waiting := state.get("waiting")) is None:
             raise DataError("the checkpoint's sampler did not pack; resume without data.max_tokens_per_micro_batch, or start a new run")
-        if odd := [group for group in waiting if type(group) is not int or not 0 <= group < self.num_groups]:
-            raise DataError(f"the checkpoint's sampler has group {odd[0]!r} waiting, which is none; resume from another checkpoint")
         self._position = _Position(self.samples_seen + len(waiting), tuple(waiting))
 
     def _pack(self, position: _Position) -> tuple[list[list[int]], _Position]:

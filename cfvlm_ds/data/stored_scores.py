@@ -112,14 +112,6 @@ class ScoresFile(Mapping[str, StoredScores]):
                 return place
         raise KeyError(group_id)
 
-    def twice(self) -> tuple[int, str] | None:
-        """The row and id of a group that an earlier row has too; None where there is none."""
-        for at in np.flatnonzero(self._keys[1:] == self._keys[:-1]).tolist():  # of equal keys, rows are in their order
-            name = str(self._row(later := int(self._places[at + 1]))["id"])
-            if self.row_of(name) != later:
-                return later, name
-        return None
-
     def _row(self, place: int) -> Any:
         return _parsed(self._rows, place)
 
@@ -166,8 +158,6 @@ def read_scores(
             raise ValueError("it is empty")
         _check_header(path, _parsed(rows, 0), data, made_by)
         found, elsewhere = _checked(rows, groups, Progress(say, f"{path}: scores", len(rows) - 1, "groups"))
-        if again := found.twice():
-            raise DataError(_one_too_many(rows, *again))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
@@ -176,7 +166,7 @@ def read_scores(
     for place in (*elsewhere, *range(len(found), len(groups))):
         group = groups[place]
         if group.id not in found:
-            raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete; {_REMEDY}")
+            raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete, or has another twice; {_REMEDY}")
         _check_matrix(rows, found.row_of(group.id), group, found[group.id])
     return found
 
@@ -190,7 +180,7 @@ def _checked(rows: IndexedLines, groups: Sequence[CounterfactualGroup], progress
     for place in progress.over(range(1, len(rows))):
         row = _parsed(rows, place)
         if place > len(groups):
-            raise DataError(_one_too_many(rows, place, row["id"]))
+            raise DataError(f"{rows.where(place)}: group {quoted(row['id'])} is one too many, or occurs twice; {_REMEDY}")
         keys[place - 1] = _key(row["id"])
         scores, group = _scores_of(row), groups[place - 1]
         if group.id == row["id"]:
@@ -217,10 +207,6 @@ def _check_matrix(rows: IndexedLines, place: int, group: CounterfactualGroup, sc
     finite = all(isinstance(value, float) and abs(value) < _FLOAT32 for line in rows_of for value in line)
     if [len(line) for line in rows_of] != [texts] * (images + 1) or not finite:
         raise DataError(f"{rows.where(place)}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind ones; {_REMEDY}")
-
-
-def _one_too_many(rows: IndexedLines, place: int, name: object) -> str:
-    return f"{rows.where(place)}: group {quoted(name)} is one too many, or occurs twice; {_REMEDY}"
 
 
 def _parsed(rows: IndexedLines, place: int) -> Any:

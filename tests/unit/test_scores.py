@@ -93,7 +93,7 @@ def test_a_group_that_is_there_twice_is_named(path: Path, groups: list[Counterfa
     path.write_text("".join([*lines[:-1], lines[2]]))
     for key in (stored_scores._key, lambda name: 7):
         monkeypatch.setattr(stored_scores, "_key", key)
-        with pytest.raises(DataError, match=f"scores.jsonl:{len(lines)}: group '{groups[1].id}' is one too many, or occurs twice"):
+        with pytest.raises(DataError, match=f"no scores for group '{groups[-1].id}', the file is incomplete, or has another twice"):
             read_scores(path, groups, of(groups))
 
 
