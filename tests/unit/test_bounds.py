@@ -27,6 +27,7 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.reading import DuplicateKey, parse_json
 from cfvlm_ds.data import check_manifest, image_size, lines, open_image, read_manifest
 from cfvlm_ds.data import stored_scores as scores
+from cfvlm_ds.data.containers import json_file
 from cfvlm_ds.data.decoding import MAX_BYTES
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.picture_index import Picture, PictureTable
@@ -84,7 +85,7 @@ def test_lines_of_a_manifest_are_bounded(folder: Path, monkeypatch: pytest.Monke
     assert found.startswith(f"{path}:2: the line has more than {lines.MAX_LINE} bytes, the bound for one row")
     (folder / "list.json").write_bytes(b"[")
     os.truncate(folder / "list.json", 2**36)
-    assert "list.json: broken JSON at column 2 (Expecting value)" in problem(folder / "list.json")
+    assert f"list.json: it has more than {json_file.MAX_JSON} bytes" in problem(folder / "list.json")
     monkeypatch.setattr(lines, "MAX_LINE", 300)
     for spaces, fits in ((300, True), (301, False)):
         path.write_text(json.dumps(pair()).ljust(spaces))

@@ -139,8 +139,8 @@ def test_another_process_that_prepares_is_waited_for_alive(folder: Path, cache: 
     assert said == ["waiting"] and len(seen) == 2
 
 
-def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents of every form, with blocks so small that each of their parts is cut somewhere."""
+def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path: Path) -> None:
+    """Documents of every form."""
     chance = random.Random(0)
 
     def value(depth: int) -> Any:
@@ -150,15 +150,13 @@ def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path: Path, monkeypatc
         return chance.choice(kinds)()
 
     path = tmp_path / "a.json"
-    for size in (1, 2, 3, 7, 64, 4096):
-        monkeypatch.setattr(json_file, "_BLOCK", size)
-        for round in range(40):
-            rows = [{"a": value(3), "b": value(2)} for _ in range(chance.randrange(1, 5))]
-            path.write_text(json.dumps(rows, ensure_ascii=bool(round % 2), indent=chance.choice([None, 0, 3])), encoding="utf-8")
-            assert [row for _, row in json_file.json_rows(path)] == rows, path.read_text()
-            numbered = {str(k): row for k, row in enumerate(rows)}
-            path.write_text(json.dumps(numbered, indent=round % 3), encoding="utf-8-sig")
-            assert [row for _, row in json_file.json_rows(path)] == rows
+    for round in range(80):
+        rows = [{"a": value(3), "b": value(2)} for _ in range(chance.randrange(1, 5))]
+        path.write_text(json.dumps(rows, ensure_ascii=bool(round % 2), indent=chance.choice([None, 0, 3])), encoding="utf-8")
+        assert [row for _, row in json_file.json_rows(path)] == rows, path.read_text()
+        numbered = {str(k): row for k, row in enumerate(rows)}
+        path.write_text(json.dumps(numbered, indent=round % 3), encoding="utf-8-sig")
+        assert [row for _, row in json_file.json_rows(path)] == rows
 
 
 def test_pictures_of_arrow_stay_and_those_of_parquet_are_copied_once(tmp_path: Path) -> None:
@@ -350,13 +348,14 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "wrong column": (table("image,cap\nimages/000.png,a dog\n"), "item 1: row: no column says what the caption is"),
     "missing field": (table(HEAD + ",a dog\n"), "item 1: row: column 'image' names no picture"),
     "truncated list": (table(json.dumps([CAPTION, CAPTION])[:-20], "a.json"), "broken JSON at column .*; correct it, or name the file"),
-    "list with a comma too few": (table(f"[{ROW},\n{ROW}\n{ROW}]", "a.json"), r"broken JSON at line 3, column 1 \(Expecting ',' or ']'\)"),
+    "list with a comma too few": (table(f"[{ROW},\n{ROW}\n{ROW}]", "a.json"), r"broken JSON at line 3, column 1 \(Expecting ','"),
     "something behind a list": (table(f"[{ROW}] x", "a.json"), r"broken JSON at column 51 \(Extra data\)"),
     "list in Latin-1": (table('[{"caption": "é"}]'.encode("latin-1"), "a.json"), "byte 15 is not UTF-8; save the file as UTF-8"),
     "key twice in an item": (table('[{"a": 1, "a": 2}]', "a.json"), "item 1: key 'a' occurs twice in one object; keep one of them"),
     "half a character": (table(json.dumps([CAPTION | {"x": "\ud800"}]), "a.json"), r"item 1: \\ud800 is half of a character"),
     "nested without end": (table("[" * 100_000, "a.json"), "JSON that cannot be parsed .*; correct it|broken JSON"),
-    "endless number": (table("[" + "9" * 5000 + "]", "a.json"), "broken JSON at column 2 "),
+    "endless number": (table("[" + "9" * 5000 + "]", "a.json"), "JSON that cannot be parsed "),
+    "key twice within an item": (table('[{"a": {"b": 1, "b": 2}}]', "a.json"), "item 1: key 'b' occurs twice in one object"),
     "item that is no row": (table("[[1]]", "a.json"), "item 1: the row is a list, not an object; write it as"),
     "a number": (table("7", "a.json"), "holds a int, not a list of rows"),
     "another object": (table(json.dumps({"data": [CAPTION], "x": 1}, indent=1), "a.json"), "holds a dict, not a list of rows"),

@@ -1,4 +1,4 @@
-"""One JSON value in a file, gone through without holding it: a list of rows, COCO's captions, or an object of numbered rows.
+"""One JSON value in a file, which is read whole: a list of rows, COCO's captions, or an object of numbered rows.
 
 COCO's file has pictures and captions apart: a row is a picture with all its captions, and with a list under each further key of theirs. In
 an object of numbered rows, as SugarCrepe's, the values are the rows.
@@ -6,40 +6,57 @@ an object of numbered rows, as SugarCrepe's, the values are the rows.
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import MIB, DuplicateKey, open_regular, parse_json
+from cfvlm_ds.core.reading import TooLarge, open_regular, read_bytes
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
+MAX_JSON = 4 << 30
+"""Bytes of one JSON value: its rows are in memory until they are written as JSON lines, in several times as many bytes."""
+
 _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
-_SPACE = " \t\n\r"
-_BLOCK = 4 * MIB
 
 
 def json_rows(path: Path) -> Rows:
-    """The rows of a file."""
-    with open_regular(path) as handle:
-        text = _Text(path, handle)
-        first = text.peek()
-        if first == "[":
-            for number, value in enumerate(text.items(), 1):
-                yield f"item {number}", _row(value)
-        elif first == "{":
-            yield from _of_object(path, text)
-        else:
-            value = text.value()
-            kind = type(value).__name__
-            raise (
-                value
-                if isinstance(value, DataError)
-                else DataError(f"{path}: holds a {kind}, not a list of rows; write [...] or name the file .jsonl")
-            )
-        text.end()
+    """The rows of a file; a DataError stands in place of an object with a key given twice."""
+    try:
+        value = _DECODER.decode(read_bytes(path, MAX_JSON).decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{path}: broken JSON at {line}column {error.colno} ({error.msg}); {_REMEDY}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+    except TooLarge as error:
+        raise DataError(f"{path}: {error}; write one object per line, and name the file .jsonl") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: JSON that cannot be parsed ({error}); {_REMEDY}") from error
+    if isinstance(value, list):
+        yield from ((f"item {number}", _row(each)) for number, each in enumerate(value, 1))
+    elif isinstance(value, dict) and all(key.isdecimal() and isinstance(each, dict | DataError) for key, each in value.items()):
+        yield from ((f"key {key}", _row(each)) for key, each in value.items())
+    elif isinstance(value, dict) and all(isinstance(value.get(key), list) for key in ("images", "annotations")):
+        yield from _of_coco(path, value["images"], value["annotations"])
+    elif isinstance(value, DataError):
+        raise DataError(f"{path}: {value}")
+    else:
+        keys = f" ({', '.join(map(repr, sorted(value)[:10]))})" if isinstance(value, dict) else ""
+        raise DataError(f"{path}: holds a {type(value).__name__}, not a list of rows{keys}; write [...] or name the file .jsonl")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+    return DataError(f"key {twice!r} occurs twice in one object; keep one of them")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _row(value: Any) -> Row | DataError:
@@ -48,28 +65,12 @@ def _row(value: Any) -> Row | DataError:
     return DataError(f"the row is a {type(value).__name__}, not an object; write it as {{...}}")
 
 
-def _of_object(path: Path, text: _Text) -> Rows:
+def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) -> Rows:
     images, captions = dict[Any, Row](), dict[Any, list[Row]]()
-    seen: set[str] = set()
-    for key in text.members():
-        if key in seen:
-            raise DataError(f"{path}: key {key!r} occurs twice in one object; keep one of them")
-        seen.add(key)
-        if key in ("images", "annotations") and text.peek() == "[":
-            for number, value in enumerate(text.items(), 1):
-                _take(path, f"{key}, item {number}", value, images if key == "images" else None, captions)
-        elif key.isdecimal() and not {"images", "annotations"} & seen and text.peek() == "{":
-            yield f"key {key}", _row(text.value())
-        elif not all(each.isdecimal() for each in seen):
-            text.value()  # info, licenses and the like
-        else:
-            raise DataError(f"{path}: holds a dict, not a list of rows; write [...] or name the file .jsonl")
-    if all(key.isdecimal() for key in seen):
-        return
-    if not {"images", "annotations"} <= seen:
-        raise DataError(
-            f"{path}: holds a dict, not a list of rows ({', '.join(map(repr, sorted(seen)[:10]))}); write [...] or name the file .jsonl"
-        )
+    for number, value in enumerate(pictures, 1):
+        _take(path, f"images, item {number}", value, images, captions)
+    for number, value in enumerate(annotations, 1):
+        _take(path, f"annotations, item {number}", value, None, captions)
     for number, (image_id, row) in enumerate(images.items(), 1):
         said = captions.pop(image_id, [])
         beside = {key: [each.get(key) for each in said] for key in dict.fromkeys(key for each in said for key in each)}
@@ -101,115 +102,6 @@ def _take(path: Path, where: str, value: Any, images: dict[Any, Row] | None, cap
         raise DataError(f"{path}: {where}: image id {row['id']!r} occurs twice; keep one of them")
     else:
         images[row["id"]] = {"id": row["id"], "image": row["file_name"], **{key: value for key, value in row.items() if key not in needed}}
-
-
-class _Text:
-    """JSON text of which a part is in memory. Raises DataError that names the place where it is broken."""
-
-    def __init__(self, path: Path, handle: IO[bytes]) -> None:
-        self._path, self._handle = path, handle
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._text, self._at, self._lines, self._column, self._ended = "", 0, 0, 0, False
-        self._bytes = 0
-        self._scan = json.JSONDecoder().raw_decode
-
-    def peek(self) -> str:
-        """The next character that is no white space; an empty string at the end."""
-        while True:
-            while self._at < len(self._text) and self._text[self._at] in _SPACE:
-                self._at += 1
-            if self._at < len(self._text) or not self._more():
-                return self._text[self._at : self._at + 1]
-
-    def items(self) -> Iterator[Any]:
-        """The items of a list; one that is broken within, such as by a key given twice, is a DataError in its place."""
-        self._expect("[")
-        if self.peek() == "]":
-            self._at += 1
-            return
-        while True:
-            yield self.value()
-            if self._expect(",]") == "]":
-                return
-
-    def members(self) -> Iterator[str]:
-        """The keys of an object; whoever asks for the next one has taken the value."""
-        self._expect("{")
-        if self.peek() == "}":
-            self._at += 1
-            return
-        while True:
-            if self.peek() != '"':
-                raise self._broken("Expecting property name enclosed in double quotes", self._at)
-            key = self.value()
-            self._expect(":")
-            yield key
-            if self._expect(",}") == "}":
-                return
-
-    def value(self) -> Any:
-        """The value that begins here, or a DataError for one with a key given twice."""
-        self.peek()
-        while True:
-            try:
-                value, end = self._scan(self._text, self._at)
-            except json.JSONDecodeError as error:
-                if self._longer():
-                    continue
-                raise self._broken(error.msg, error.pos) from error
-            except (ValueError, RecursionError) as error:
-                raise self._broken(str(error), self._at) from error
-            if end < len(self._text) or not self._longer():  # a number may go on
-                break
-        written = self._text[self._at : end]
-        self._at = end
-        if len(written) > MAX_ROW:
-            return DataError(f"the row has more than {MAX_ROW} characters, the bound for one row; shorten it")
-        try:
-            parse_json(written)
-        except DuplicateKey as error:
-            return DataError(str(error))
-        except RecursionError as error:
-            return DataError(f"JSON that cannot be parsed ({error}); correct it")
-        return value
-
-    def end(self) -> None:
-        """Nothing may follow."""
-        if self.peek():
-            raise self._broken("Extra data", self._at)
-
-    def _expect(self, characters: str) -> str:
-        found = self.peek()
-        if not found or found not in characters:
-            raise self._broken(f"Expecting {' or '.join(repr(each) for each in characters)}", self._at)
-        self._at += 1
-        return found
-
-    def _longer(self) -> bool:
-        """Have more text of a value that does not end in what is there."""
-        return len(self._text) - self._at <= MAX_ROW and self._more()
-
-    def _more(self) -> bool:
-        if self._ended:
-            return False
-        block = self._handle.read(_BLOCK)
-        self._ended = not block
-        try:
-            more = self._decoder.decode(block, final=self._ended)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self._path}: byte {self._bytes + error.start + 1} is not UTF-8; save the file as UTF-8") from error
-        self._bytes += len(block)
-        gone = self._text[: self._at]
-        self._lines += gone.count("\n")
-        self._column = len(gone) - gone.rfind("\n") - 1 if "\n" in gone else self._column + len(gone)
-        self._text, self._at = self._text[self._at :] + more, 0
-        return bool(more) or not self._ended
-
-    def _broken(self, message: str, place: int) -> DataError:
-        before = self._text[:place]
-        line = self._lines + before.count("\n") + 1
-        column = place - before.rfind("\n") if "\n" in before else self._column + place + 1
-        return DataError(f"{self._path}: broken JSON at {f'line {line}, ' if line > 1 else ''}column {column} ({message}); {_REMEDY}")
 
 
 def is_lines(path: Path) -> bool:

@@ -43,10 +43,16 @@ class ListRows:
         if isinstance(value, DataError):
             return DataError(f"{self.where(row)}: {value}")
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False, default=_raised).encode()
+        except DataError as error:  # in place of an object within the row
+            return DataError(f"{self.where(row)}: {error}")
         except UnicodeEncodeError as error:
             return half_of_character(error, self.where(row))
         return value
+
+
+def _raised(error: DataError) -> Any:
+    raise error
 
 
 class PreparedRows(LineRows):
