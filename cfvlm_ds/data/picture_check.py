@@ -97,34 +97,24 @@ def opened_pictures(
 def _opened(
     path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int, contents: bool
 ) -> tuple[Picture | str, bytes]:
-    try:
-        found = opened_picture(path, known, prepared, max_pixels)
-        content = picture_bytes(path, MAX_BYTES) if contents and isinstance(found, Picture) else b""
-        if content and isinstance(found, Picture) and digest_of(content) != found.digest:
-            return f"{path}: the picture was written while it was read; start again when it is whole", b""
-        return found, content
-    except (OSError, ValueError) as error:
-        return f"{path}: image cannot be read ({error}); restore it", b""
-
-
-def opened_picture(path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int) -> Picture | str:
-    """Open a picture unless it is known and has not been written since; returns what is wrong with it in place of what is to be known.
-
-    One of a store must be the one that was ``prepared``.
-    """
+    """What is to be known of a picture, or what is wrong with it, and its bytes if they are wanted: opened unless it is ``known`` and has
+    not been written since. One of a store must be the one that was ``prepared``."""
     try:
         before = None if known is None else known.find(path)
         if before is not None and 0 < before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.ctime):
-            return before
+            return before, b""
         found = picture_of(path, *open_image(path, max_pixels).size)
         before = None if prepared is None else prepared.find(path)
         if before is not None and before._replace(ctime=found.ctime) != found:
-            return f"{path}: the picture is not the one that was prepared; restore it, or prepare the data again"
-        return found
+            return f"{path}: the picture is not the one that was prepared; restore it, or prepare the data again", b""
+        content = picture_bytes(path, MAX_BYTES) if contents else b""
+        if contents and digest_of(content) != found.digest:
+            return f"{path}: the picture was written while it was read; start again when it is whole", b""
+        return found, content
     except DataError as error:
-        return str(error)
-    except OSError as error:
-        return f"{path}: image cannot be read ({error.strerror}); restore it, or correct its path in the manifest"
+        return str(error), b""
+    except (OSError, ValueError) as error:
+        return f"{path}: image cannot be read ({error}); restore it, or correct its path in the manifest", b""
 
 
 def equal_images(group: CounterfactualGroup, pictures: PictureTable) -> Iterator[str]:

@@ -75,7 +75,7 @@ class WithNegatives(Sequence[Entry]):
     def __getitems__(self, batch: StepPart) -> list[Entry]:
         """A micro-batch, with what is wrong in place of a group whose row cannot be read."""
         if self._last is None or self._last[0] != batch.step:  # a worker that has several micro-batches of a step reads it once
-            self._last = batch.step, _Step(self._groups.__getitems__(batch.step), self._terms, self._seed)
+            self._last = batch.step, _Step([self._groups[index] for index in batch.step], self._terms, self._seed)
         return [self._last[1].group_at(place) for place in batch.places]
 
 

@@ -247,4 +247,4 @@ def test_a_batch_is_its_groups_one_by_one(tmp_path: Path) -> None:
     (path := tmp_path / "turns.jsonl").write_text("\n".join(map(json.dumps, rows)))
     several = open_groups(path, format="llava:per_turn=true")
     places = [6, 0, 1, 5, 2, 6]
-    assert several.batch(places) == [several[place] for place in places] and len(several) == 9
+    assert [several.entry(place) for place in places] == [several[place] for place in places] and len(several) == 9

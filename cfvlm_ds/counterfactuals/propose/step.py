@@ -30,8 +30,8 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     Raises ConfigError for options that are unknown or differ from those of the work folder.
     """
     names = named(options.back_ends, PROPOSERS, "--with")
-    if all(isinstance(entry, DataError) for k in range(len(store)) for entry in store.batch([k])):
-        raise DataError(str(store.batch([0])[0]) + f" (and so are all {len(store)} groups)" * (len(store) > 1))
+    if all(isinstance(entry, DataError) for _, entry in store.entries()):
+        raise DataError(str(store.entry(0)) + f" (and so are all {len(store)} groups)" * (len(store) > 1))
     words = read_words(options.words)
     work = WorkFolder.begin(out, store, of)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:

@@ -124,7 +124,7 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
         for stretch in stretches:
             alive()
-            for index, group in zip(stretch, store.batch(stretch), strict=True):
+            for index, group in store.entries(stretch):
                 if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
                     yield index, meta, not group.num_pictures
 
@@ -167,8 +167,7 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
 
 def _say_understood(store: GroupStore, convert: Any, progress: Callable[[str], object]) -> None:
     """Say how a label is read, by the first group that has a false text."""
-    for index in range(min(len(store), _LOOKED_AT)):
-        (group,) = store.batch([index])
+    for _, group in store.entries(range(min(len(store), _LOOKED_AT))):
         if not isinstance(group, DataError) and 0 in group.match[0]:
             texts = [group.candidates[group.match[0].index(truth)].text for truth in (1, 0)]
             shown = ", ".join(map(str, group.images[0])) or "its prompt"
