@@ -129,19 +129,19 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"broken YAML {where}") from error
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming the key.
+def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
+    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming the key unless a ``decoder`` of its own reads it.
 
     Raises RecursionError for lists and objects within one another by the hundred, some of which could just be read: not where the stack
     is deeper, though, and they could not be written.
     """
-    return _loaded(text, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
+    return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 
 
-def _loaded(text: str, frames: int) -> Any:
+def _loaded(text: str, decoder: json.JSONDecoder, frames: int) -> Any:
     if frames:
-        return _loaded(text, frames - 1)
-    return json.loads(text) if text.startswith("\ufeff") else _DECODER.decode(text)  # the former says what is wrong with it
+        return _loaded(text, decoder, frames - 1)
+    return json.loads(text) if text.startswith("\ufeff") else decoder.decode(text)  # the former says what is wrong with it
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

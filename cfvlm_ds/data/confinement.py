@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data.picture_file import file_name, picture_file
+from cfvlm_ds.data.picture_file import picture_file
 
 _OF_DATA = (
     "add the folder that holds it to data.root, which may be a list of folders (cfvlm-ds: --root, once for each), or correct the path"
@@ -27,44 +27,41 @@ class Confinement:
         self.roots, self._remedy = roots, remedy
         self.resolved_roots = [root.resolve() for root in roots]
         self._folder = functools.lru_cache(_FOLDERS)(self._really)
-        self._containers: dict[str, Path] = {}
         self._files: dict[Path, Path] = {}
 
     def __call__(self, path: Path) -> Path:
-        if (found := self._files.get(path)) is not None:  # rows that follow one another often show one picture
-            return found
-        if self._containers and (known := self._containers.get(_container(path))) is not None:
-            return known / path
+        file = picture_file(path)
+        if (full := self._files.get(file)) is None:  # rows that follow one another often show one picture, or those of one container
+            full = self._confined(path, file)
+        return full if file is path else full.with_name(full.name + path.name[len(file.name) :])
+
+    def _confined(self, path: Path, file: Path) -> Path:
+        """The ``file`` that a picture's path leads to."""
         if not path.name:
             raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
         if "\0" in str(path):
             raise DataError(f"image path {str(path)!r} cannot be followed (it has a null byte); correct it")
-        joined = [root / path for root in (self.roots if not path.is_absolute() else self.roots[:1])]
-        full = joined[0] if len(joined) == 1 else next((each for each in joined if os.path.lexists(picture_file(each))), joined[0])
-        target = full
+        joined = [root / file for root in (self.roots if not file.is_absolute() else self.roots[:1])]
+        full = target = joined[0] if len(joined) == 1 else next((each for each in joined if os.path.lexists(each)), joined[0])
         try:
             folder, name = os.path.split(full)
             really, inside = self._folder(folder)
-            mode = mode_of(f"{really}/{file_name(name)}")
-            if ".." in path.parts or (mode is not None and stat.S_ISLNK(mode)):
-                target, inside = self._followed(picture_file(full))
-                if ".." in path.parts:
+            mode = mode_of(f"{really}/{name}")
+            if ".." in file.parts or (mode is not None and stat.S_ISLNK(mode)):
+                target, inside = self._followed(full)
+                if ".." in file.parts:
                     full = Path(os.path.normpath(full))
-                    if picture_file(full).resolve() != target:  # after a link it leads elsewhere than its letters say
-                        full = target.with_name(target.name + name[len(file_name(name)) :])
+                    if full.resolve() != target:  # after a link it leads elsewhere than its letters say
+                        full = target
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
         if not inside:
             roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
             raise DataError(f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); {self._remedy}")
-        if full in joined and (container := _container(path)) and os.path.lexists(picture_file(full)):
-            if len(self._containers) >= _FOLDERS:
-                self._containers.clear()
-            self._containers[container] = self.roots[joined.index(full)]
         if mode is not None:  # what is not there yet may become a link
             if len(self._files) >= _FOLDERS:
                 self._files.clear()
-            self._files[path] = full
+            self._files[file] = full
         return full
 
     def _really(self, folder: str) -> tuple[str, bool]:
@@ -78,14 +75,6 @@ class Confinement:
         return target, any(target.is_relative_to(root) for root in self.resolved_roots)
 
 
-def _container(path: Path) -> str:
-    """The path of the file that a picture is a part of, as it is written; nothing for a file of its own. Some tars have the pictures of
-    all rows: where each is, is asked once."""
-    name = path.name
-    inner = file_name(name)
-    return "" if inner == name else str(path)[: len(inner) - len(name)]
-
-
 def mode_of(path: str) -> int | None:
     """Return the mode of a file, not of what a link leads to; None where there is none. Raises OSError as lstat does."""
     try:
@@ -94,4 +83,4 @@ def mode_of(path: str) -> int | None:
         return None
 
 
-_FOLDERS = 4096  # and containers and files, that are remembered: a million rows may also have a folder each
+_FOLDERS = 4096  # and files, that are remembered: a million rows may also have a folder each

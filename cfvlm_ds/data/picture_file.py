@@ -37,14 +37,8 @@ def tar_member(name: str, content: bytes) -> bytes:
 
 def picture_file(path: Path) -> Path:
     """The file that a picture is in: itself as a rule. Confinement and questions of existence are about this one."""
-    name = file_name(path.name)
-    return path if name == path.name else path.with_name(name)
-
-
-def file_name(name: str) -> str:
-    """The same for the last part of a path."""
-    found = _PART.fullmatch(name) if "#" in name else None
-    return name if found is None else found["file"]
+    found = _PART.fullmatch(path.name) if "#" in path.name else None
+    return path if found is None else path.with_name(found["file"])
 
 
 def picture_stat(path: Path) -> tuple[int, int]:

@@ -69,14 +69,12 @@ class StoredRows:
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             self._sums = dict[str, int]()
-            for each in (files := [*record["rows"], *record["images"], *record["tables"]]):
+            for each in (*record["rows"], *record["images"], *record["tables"]):
                 file = own_file(folder, each["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != each["bytes"]:
                     raise ValueError(f"{file.name} has {size} bytes and not {each['bytes']}")
                 self._sums[file.name] = int(each["crc32"])
-            if len(self._sums) != len(files):
-                raise ValueError("it names a file twice")
             if strange := [each["file"] for each in record["tables"] if crc32_of(folder / each["file"]) != each["crc32"]]:
                 raise ValueError(f"{strange[0]} is not the file that was prepared")
             before = [Path(str(root)) for root in record["roots"]]
@@ -91,15 +89,11 @@ class StoredRows:
             """Groups before each of the rows that they were made of, and in all, where a row had several."""
             self._shards = [(folder / each["file"], int(each["index"]), int(each["groups"])) for each in record["rows"]]
             self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
-            if not self._shards or any(groups < 1 for *_, groups in self._shards):
-                raise ValueError("it has a file of no rows, or none at all")
-            if not self._firsts[-1] == record["groups"] == self.identity["rows"]:
+            if not 0 < self._firsts[-1] == record["groups"] == self.identity["rows"]:
                 raise ValueError("its files have another number of groups")
             counted = all(type(self.found.get(name)) is kind for name, kind in _FOUND.items())
             if not (self.identity.keys() >= _IDENTITY and counted):
                 raise ValueError("it does not say what it was made of")
-            if self.together is not None and not _are_firsts(self.together, self._firsts[-1]):
-                raise ValueError(f"{TOGETHER} does not fit its groups")
         except (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
@@ -152,12 +146,6 @@ class StoredRows:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"{file}: the rows cannot be read ({reason}); {self._remedy}") from error
         return LineRows(lines)
-
-
-def _are_firsts(together: Any, groups: int) -> bool:
-    """Whether an array says how many groups are before each row, and in all."""
-    fits = together.dtype == np.uint32 and together.ndim == 1 and len(together) > 1 and together[0] == 0 and together[-1] == groups
-    return bool(fits and (together[1:] > together[:-1]).all())
 
 
 def _mapped(file: Path) -> Any:

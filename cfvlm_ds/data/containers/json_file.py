@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import TooLarge, open_regular, read_bytes
+from cfvlm_ds.core.reading import TooLarge, open_regular, parse_json, read_bytes
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 MAX_JSON = 4 << 30
@@ -25,7 +25,7 @@ _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
 def json_rows(path: Path) -> Rows:
     """The rows of a file; a DataError stands in place of an object with a key given twice."""
     try:
-        value = _DECODER.decode(read_bytes(path, MAX_JSON).decode("utf-8-sig"))
+        value = parse_json(read_bytes(path, MAX_JSON).decode("utf-8-sig"), _DECODER)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{path}: broken JSON at {line}column {error.colno} ({error.msg}); {_REMEDY}") from error

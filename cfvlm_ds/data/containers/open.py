@@ -44,7 +44,7 @@ class ListRows:
             return DataError(f"{self.where(row)}: {value}")
         try:
             json.dumps(value, ensure_ascii=False, default=_raised).encode()
-        except (DataError, RecursionError) as error:  # the former in place of an object within the row
+        except DataError as error:  # in place of an object within the row
             return DataError(f"{self.where(row)}: {error}")
         except UnicodeEncodeError as error:
             return half_of_character(error, self.where(row))

@@ -142,10 +142,16 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
     for key in _OTHER_MEDIA:
         if key in row:
             raise DataError(f"row: {key!r} is not read; pictures and texts are, leave the row out")
-    given = [key for key in keys if key in row]
+    key = only(row, keys, "name pictures")
+    return read_pictures(row[key], f"row: {key!r}") if key else ()
+
+
+def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
+    """The one of these columns that a row has, or an empty string. Raises DataError for two."""
+    given = [key for key in columns if key in row]
     if len(given) > 1:
-        raise DataError(f"row: both {given[0]!r} and {given[1]!r} name pictures; keep one of them")
-    return read_pictures(row[given[0]], f"row: {given[0]!r}") if given else ()
+        raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one of them, or ignore the other (ignore=COLUMN)")
+    return given[0] if given else ""
 
 
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:

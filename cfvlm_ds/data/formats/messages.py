@@ -21,7 +21,7 @@ from typing import Any
 from cfvlm_ds.core.conversation import Turn
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.formats.chat import Instruct, Spoken, read_messages, read_text
+from cfvlm_ds.data.formats.chat import Instruct, Spoken, only, read_messages, read_text
 
 ASKED = ("prompt", "question", "query", "instruction")
 """Columns of what is asked."""
@@ -65,14 +65,6 @@ def asked_in(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str,
                 before = spoken_as(text, role, "history")
                 spoken = Spoken(*(one + other for one, other in zip(before, spoken, strict=True)))  # type: ignore[operator]
     return (key, *(each for each in beside if each in row)), spoken
-
-
-def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
-    """The one of these columns that a row has, or an empty string. Raises DataError for two."""
-    given = [key for key in columns if key in row]
-    if len(given) > 1:
-        raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one of them, or ignore the other (ignore=COLUMN)")
-    return given[0] if given else ""
 
 
 def spoken_as(value: Any, role: str, key: str) -> Spoken:

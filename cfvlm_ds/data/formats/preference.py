@@ -28,6 +28,7 @@ from cfvlm_ds.data.formats.chat import (
     IMAGES,
     Spoken,
     answer_of,
+    only,
     picture_columns,
     placed,
     read_messages,
@@ -36,7 +37,7 @@ from cfvlm_ds.data.formats.chat import (
     with_system,
     without_nulls,
 )
-from cfvlm_ds.data.formats.messages import ASKED, asked_in, only, spoken_as
+from cfvlm_ds.data.formats.messages import ASKED, asked_in, spoken_as
 
 _CONVERSATIONS = ("conversations", "messages")
 _CHOSEN = ("chosen", "chosen_messages")

@@ -10,7 +10,7 @@ Labels are read as in ``captions``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.decoding import ENDINGS
 from cfvlm_ds.data.formats.captions import Captions
-from cfvlm_ds.data.formats.chat import IMAGES, without_nulls
+from cfvlm_ds.data.formats.chat import IMAGES, only, without_nulls
 from cfvlm_ds.data.formats.llava import Llava
 from cfvlm_ds.data.formats.messages import Messages
 from cfvlm_ds.data.formats.preference import Preference
@@ -97,7 +97,7 @@ class WebDataset:
         if not isinstance(said, Mapping):
             raise DataError(f"sample {row.get('__key__')!r}: its json is a {type(said).__name__}, not an object; write it as {{...}}")
         said = without_nulls(said, self.ignore)
-        picture = _only(row, PICTURES)
+        picture = only(row, PICTURES, "are pictures")
         labels: dict[str, Any] = {"label": self.label, "true": self.true, "false": self.false, "ignore": self.ignore}
         for keys, read in (
             (("conversations",), Llava(**labels)),
@@ -109,14 +109,14 @@ class WebDataset:
                     problem = f"its json has {keys[0]!r}, and caption={self.caption} would not be read; leave the option out"
                     raise DataError(f"sample {row.get('__key__')!r}: {problem}")
                 return read, {"id": row.get("__key__"), **_about_sample(said, row, picture)}
-        if picture is None and (named := [key for key in ("image", "jpg", "png") if isinstance(said.get(key), str)]):
+        if not picture and (named := [key for key in ("image", "jpg", "png") if isinstance(said.get(key), str)]):
             row["image"], picture = said[named[0]], "image"
-        if picture is None:
+        if not picture:
             raise DataError(
                 f"sample {row.get('__key__')!r} has no picture ({', '.join(row)}); its member must end in one of {', '.join(PICTURES)}"
             )
         texts = [
-            _only(row, members) or next((key for key in keys if key in said), "")
+            only(row, members, "are texts") or next((key for key in keys if key in said), "")
             for members, keys in ((_TEXTS, ("caption", "text")), (_NEGATIVE_TEXTS, ("negative_caption", "neg_caption")))
         ]
         texts[0] = self.caption or texts[0]
@@ -128,27 +128,17 @@ class WebDataset:
             "image": picture,
             "caption": texts[0],
             "negative_caption": texts[1],
-            "negative_image": _only(row, _NEGATIVE) or "",
+            "negative_image": only(row, _NEGATIVE, "are negative pictures"),
             "id": "__key__",
         }
         return _Members(**columns, json=self.json, ask=self.ask, **labels), {**said, **row}
 
 
-def _about_sample(said: Mapping[str, Any], row: Mapping[str, Any], picture: str | None) -> dict[str, Any]:
+def _about_sample(said: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
     """A row about the sample's picture, which it may name as it was called elsewhere; that and further members are kept beside."""
     kept = {f"sample.{key}": value for key, value in row.items() if key not in ("__key__", picture)}
     named = [key for key in IMAGES if key in said and (not isinstance(said[key], list) or len(said[key]) == 1)]
-    if picture is None or (len(named) != 1 and any(key in said for key in IMAGES)):
+    if not picture or (len(named) != 1 and any(key in said for key in IMAGES)):
         return {**said, **kept}
     others = {key: value for key, value in said.items() if key not in IMAGES}
     return {**others, **kept, "image": row[picture], **{f"json.{key}": said[key] for key in named}}
-
-
-def _only(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """The one of these members that the sample has. Raises DataError for two."""
-    given = [key for key in keys if key in row]
-    if len(given) > 1:
-        raise DataError(
-            f"sample {row.get('__key__')!r} has both {given[0]!r} and {given[1]!r}; which of them is meant is not known, remove one"
-        )
-    return given[0] if given else None
