@@ -23,7 +23,7 @@ class JoinedRows:
     """
 
     def __init__(self, rows: Rows, claim: Callable[[Mapping[str, Any]], Claim], over: Callable[..., Iterator[Any]]) -> None:
-        self.path, self.state, self.roots = rows.path, rows.state, rows.roots
+        self.path, self.roots = rows.path, rows.roots
         self._rows, self._claim = rows, claim
         keys = np.concatenate([*over(self._keys)])
         _, first, of = np.unique(keys, return_index=True, return_inverse=True)

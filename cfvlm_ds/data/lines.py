@@ -26,8 +26,6 @@ _MAGIC = b"cfvlm_ds lines 3"
 _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8")])
 
 Array = npt.NDArray[Any]
-State = tuple[int, int, int]
-"""Size and times of a file; an old time of change can be set again, but not the last one of all."""
 
 
 class IndexedLines:
@@ -43,7 +41,6 @@ class IndexedLines:
 
     def __init__(self, path: Path, held: HeldFile, starts: Array, sums: Array, numbers: Array | None = None) -> None:
         self.path, self.starts, self.sums, self._numbers = path, starts, sums, numbers
-        self.state = state_of(held)
         self._held = held
 
     @classmethod
@@ -53,8 +50,8 @@ class IndexedLines:
         """Index the lines of a regular file, which is read once. Raises OSError, ValueError without the file's name, and DataError for a
         line of more than MAX_LINE bytes."""
         held = HeldFile(path)
-        state = state_of(held)
-        shown = Progress(progress, f"index of {path}", state[0] / 1e6, "MB")
+        stat = os.fstat(held.number)
+        shown = Progress(progress, f"index of {path}", stat.st_size / 1e6, "MB")
         starts, sums, numbers = array("Q"), array("I"), array("I")
         place, lines, said = 0, 0, 0
         with open(held.number, "rb", buffering=MIB, closefd=False) as file:
@@ -72,8 +69,9 @@ class IndexedLines:
                     alive()
                     shown.advance((place - said) / 1e6)
                     said = place
-        starts.append(state[0])
-        if state_of(held) != state:
+        starts.append(stat.st_size)
+        now = os.fstat(held.number)
+        if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns):
             raise ValueError("it was written while it was indexed; start again when it is whole")
         return cls(path, held, np.array(starts), np.array(sums), np.array(numbers) if lines > len(sums) else None)
 
@@ -84,7 +82,7 @@ class IndexedLines:
         data = np.memmap(file, np.uint8, "r") if file.stat().st_size >= _HEADER.itemsize else np.zeros(_HEADER.itemsize, np.uint8)
         magic, size, rows = np.frombuffer(data[: _HEADER.itemsize].tobytes(), _HEADER, 1)[0].item()
         begin, end = _HEADER.itemsize, _HEADER.itemsize + 8 * (rows + 1)
-        if magic != _MAGIC or size != state_of(held)[0] or rows < 0 or end + 4 * rows != len(data):
+        if magic != _MAGIC or size != os.fstat(held.number).st_size or rows < 0 or end + 4 * rows != len(data):
             raise ValueError("its index is of another file")
         starts, sums = np.asarray(data[begin:end]).view("<u8"), np.asarray(data[end:]).view("<u4")
         if int(starts[-1]) != size or not bool((starts[1:] > starts[:-1]).all()):
@@ -111,12 +109,6 @@ class IndexedLines:
         return line.rstrip(b"\r\n")
 
 
-def state_of(held: HeldFile) -> State:
-    """The state of an open file."""
-    stat = os.fstat(held.number)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
 def index_file(path: Path) -> Path:
     """Return the path of a file's index."""
     return path.with_name(f"{path.name}.idx")
@@ -126,6 +118,6 @@ def write_index(path: Path) -> Path:
     """Index a file of a store, which has no blank lines. Raises OSError."""
     found, file = IndexedLines.scanned(path), index_file(path)
     with whole_file(file, shared=True) as handle:
-        for each in (np.array([(_MAGIC, found.state[0], len(found))], _HEADER), found.starts.astype("<u8"), found.sums.astype("<u4")):
+        for each in (np.array([(_MAGIC, found.starts[-1], len(found))], _HEADER), found.starts.astype("<u8"), found.sums.astype("<u4")):
             handle.write(each.data)
     return file

@@ -90,10 +90,8 @@ class PictureTable:
     ``roots`` are the folders of a store that its keys are relative to.
     """
 
-    def __init__(
-        self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], file: Path | None = None, roots: Sequence[Path | None] = (None,)
-    ) -> None:
-        self._keys, self._facts, self._file, self._roots = keys, facts, file, roots
+    def __init__(self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], roots: Sequence[Path | None] = (None,)) -> None:
+        self._keys, self._facts, self._roots = keys, facts, roots
         self._recent: dict[Path, Picture | None] = {}
 
     @classmethod
@@ -103,7 +101,7 @@ class PictureTable:
         if not count:
             return cls.of(())
         keys = np.memmap(file, np.dtype("<u8"), "r", 0, (count,))
-        return cls(np.asarray(keys), np.asarray(np.memmap(file, FACTS, "r", keys.nbytes, (count,))), file, roots)
+        return cls(np.asarray(keys), np.asarray(np.memmap(file, FACTS, "r", keys.nbytes, (count,))), roots)
 
     @classmethod
     def of(cls, pictures: Iterable[tuple[Path, Picture]]) -> PictureTable:
@@ -138,10 +136,6 @@ class PictureTable:
 
     def __len__(self) -> int:
         return len(self._keys)
-
-    def __reduce__(self) -> Any:
-        """A data worker that is not a fork maps the file itself."""
-        return (PictureTable.opened, (self._file, self._roots)) if self._file else (PictureTable, (self._keys, self._facts))
 
     def find(self, path: Path) -> Picture | None:
         """What is known of the picture."""
@@ -186,9 +180,6 @@ class PictureTables(PictureTable):
 
     def __len__(self) -> int:
         return sum(map(len, self._tables))
-
-    def __reduce__(self) -> Any:
-        return PictureTables, (self._tables,)
 
     def find(self, path: Path) -> Picture | None:
         return next((found for table in self._tables if (found := table.find(path)) is not None), None)

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import DuplicateKey, parse_json
-from cfvlm_ds.data.lines import IndexedLines, State
+from cfvlm_ds.data.lines import IndexedLines
 
 
 class Rows(Protocol):
     """Rows of a file, by number; one object serves all threads, and processes that are forked."""
 
     path: Path
-    state: State
     roots: tuple[Path, ...]
     """Folders that the names of a container's own pictures are relative to."""
 
@@ -38,7 +37,7 @@ class LineRows:
     roots: tuple[Path, ...] = ()
 
     def __init__(self, lines: IndexedLines) -> None:
-        self.path, self.state, self._lines = lines.path, lines.state, lines
+        self.path, self._lines = lines.path, lines
 
     def __len__(self) -> int:
         return len(self._lines)

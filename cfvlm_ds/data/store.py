@@ -18,7 +18,6 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
-from cfvlm_ds.data.lines import State
 from cfvlm_ds.data.rows import Rows
 
 T = TypeVar("T")
@@ -28,14 +27,13 @@ Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[Counterfac
 
 
 class GroupStore(Sequence[CounterfactualGroup]):
-    """The groups of a manifest. One object serves all threads, and processes that are forked; pickled, it opens the files again.
+    """The groups of a manifest. One object serves all threads, and processes that are forked.
 
     Args:
         rows: the manifest's.
         roots: folders that pictures may be in, the one that paths are relative to first.
         convert: the format's function, or what takes the claims of several rows.
         firsts: number of groups before each row, and in all; None where every row is one.
-        again: what opens it in a process that gets it as a pickle, and the arguments.
         format: name of the format, with its options.
         limit: groups that it has at most, the first ones.
     """
@@ -46,12 +44,11 @@ class GroupStore(Sequence[CounterfactualGroup]):
         roots: Sequence[Path],
         convert: Callable[[Any], CounterfactualGroup | Sequence[CounterfactualGroup]],
         firsts: npt.NDArray[Any] | None = None,
-        again: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
         format: str = "",
         limit: int | None = None,
     ) -> None:
         self.rows, self.roots, self.firsts, self.format, self._limit = rows, roots, firsts, format, limit
-        self._convert, self._confine, self._again = convert, Confinement(roots), again
+        self._convert, self._confine = convert, Confinement(roots)
         self._last: tuple[int, Sequence[CounterfactualGroup] | DataError] = (-1, ())
 
     @property
@@ -85,11 +82,6 @@ class GroupStore(Sequence[CounterfactualGroup]):
         if isinstance(index, slice):
             return Lazy(self._group, range(len(self))[index])
         return self._group(range(len(self))[index])
-
-    def __reduce__(self) -> Any:
-        if self._again is None:
-            raise TypeError("these groups cannot be pickled; use them in this process and its forks")
-        return _reopened, (self.rows.state, *self._again)
 
     def where(self, index: int) -> str:
         """The place of a group's row."""
@@ -130,13 +122,6 @@ class GroupStore(Sequence[CounterfactualGroup]):
         except DataError as error:
             raise DataError(f"{self.rows.where(row)}: {error}") from error
         return groups
-
-
-def _reopened(state: State, opened: Callable[..., GroupStore], given: tuple[Any, ...]) -> GroupStore:
-    store = opened(*given)
-    if store.rows.state != state:
-        raise DataError(f"{store.path}: the data set was written while it is used; start again")
-    return store
 
 
 class Unraised(Sequence[CounterfactualGroup | DataError]):

@@ -20,11 +20,11 @@ import numpy as np
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import crc32_of
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import HeldFile, read_json
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.cfgroup import NATIVE, native_group
 from cfvlm_ds.data.identity import SUMS
-from cfvlm_ds.data.lines import IndexedLines, index_file, state_of
+from cfvlm_ds.data.lines import IndexedLines, index_file
 from cfvlm_ds.data.overlap import Keys
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.rows import LineRows
@@ -64,7 +64,6 @@ class StoredRows:
             )
             raise DataError(f"{folder} is a folder and no store{begun}")
         try:
-            self.state = state_of(HeldFile(self._file))
             record = read_json(self._file)
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
@@ -155,4 +154,4 @@ def _mapped(file: Path) -> Any:
 def open_store(path: Path, roots: Sequence[Path] = (), limit: int | None = None) -> GroupStore:
     """Open the groups of a store; see StoredRows."""
     stored = StoredRows(path, roots)
-    return GroupStore(stored, stored.roots, native_group, None, (open_store, (path, stored.roots, limit)), NATIVE, limit)
+    return GroupStore(stored, stored.roots, native_group, None, NATIVE, limit)

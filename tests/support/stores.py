@@ -8,7 +8,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import open_groups
-from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp
+from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state
 from cfvlm_ds.data.store import GroupStore
 
 
@@ -18,7 +18,7 @@ def preparing(
     """Prepare a data set; returns whether its store is whole. Raises DataError with the first problem, unless it is to be skipped."""
     groups = source if isinstance(source, GroupStore) else open_groups(source)
     chosen = PrepareOptions(**options)
-    stamp = source_stamp(groups.path, groups.rows.state, groups.roots, groups.format, groups._limit, chosen)
+    stamp = source_stamp(groups.path, source_state(groups.path), groups.roots, groups.format, groups._limit, chosen)
     report, whole = prepare(groups, out, stamp, chosen, say, shard=shard, of=of)
     if report.problems and chosen.on_error == "error":
         raise DataError(report.problems[0])

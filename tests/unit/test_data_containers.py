@@ -9,7 +9,6 @@ import http.server
 import io
 import json
 import os
-import pickle
 import random
 import re
 import subprocess
@@ -278,7 +277,7 @@ def test_what_a_path_is_taken_for(folder: Path) -> None:
         said: list[str] = []
         groups = open_groups(folder / name, progress=said.append)
         assert said == [f"{folder / name}: taken as {kind}, format captions"]
-        assert [group.candidates[0].text for group in groups] == ["a dog"] and pickle.loads(pickle.dumps(groups))[0] == groups[0]
+        assert [group.candidates[0].text for group in groups] == ["a dog"]
 
 
 # ---- bad files

@@ -440,7 +440,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "answer to nothing": ("messages", {"response": "b"}, "'response' answers nothing"),
     "sample without a picture": ("webdataset", {"__key__": "a", "txt": "x"}, "sample 'a' has no picture"),
     "sample without a text": ("webdataset", {"__key__": "a", "jpg": IMAGE}, "sample 'a' has no text"),
-    "sample with two pictures": ("webdataset", {"__key__": "a", "jpg": IMAGE, "png": IMAGE, "txt": "x"}, "both 'jpg' and 'png' are pictures"),
+    "sample with two pictures": ("webdataset", {"__key__": "a", "jpg": IMAGE, "png": IMAGE, "txt": "x"}, "both 'jpg' and 'png' are"),
     "sample whose json is a list": ("webdataset", {"__key__": "a", "jpg": IMAGE, "json": [1]}, "its json is a list, not an object"),
     "winoground": ("pairs", {"image_0": "ex_1_img_0", "image_1": 7, "caption_0": "a", "caption_1": "b"}, "'image_1' must be a string"),
 }  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,26 +129,15 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_store_is_the_list(manifest: Path) -> None:
-    """In any order, by slices, in a pickle, in forked workers."""
+    """In any order, by slices, in forked workers."""
     store, groups = open_groups(manifest), read_manifest(manifest)
     assert len(store) == 12 and list(store) == groups and [store[k] for k in (-1, 3, 0, 3)] == [groups[k] for k in (-1, 3, 0, 3)]
     assert list(store[2:9:3]) == groups[2:9:3] and list(store[::-1][1:3]) == groups[::-1][1:3] and len(store[20:]) == 0
     with pytest.raises(IndexError):
         store[12]
     assert [store.where(k) for k in (0, 1, 5, 11)] == [f"{manifest}:{line}" for line in (1, 3, 11, 17)]
-    again = pickle.loads(pickle.dumps(store))
-    assert list(again) == groups and again.where(11) == store.where(11)
     loaded: Any = DataLoader(store, batch_size=5, num_workers=2, collate_fn=list)  # type: ignore[arg-type]
     assert [group for batch in loaded for group in batch] == groups
-
-
-def test_a_pickle_of_a_file_that_was_written_since_is_refused(manifest: Path, tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
-    path.write_text(manifest.read_text())
-    pickled = pickle.dumps(open_groups(path, manifest.parent))
-    path.write_text(path.read_text() + "\n")
-    with pytest.raises(DataError, match="was written while it is used"):
-        pickle.loads(pickled)
 
 
 def test_the_first_problem_of_a_row_is_raised_where_it_is_used(manifest: Path, tmp_path: Path) -> None:
@@ -180,7 +168,6 @@ def test_rows_of_several_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     store = open_groups(path, format="doubled")
     assert [group.id for group in store] == ["0-0", "0-1", "1-0", "2-0", "2-1", "2-2"] == [group.id for group in reversed(store)][::-1]
     assert [store.where(k) for k in range(6)] == [f"{path}:{line}" for line in (1, 1, 2, 3, 3, 3)]
-    assert [group.id for group in pickle.loads(pickle.dumps(store))] == [group.id for group in store]
     rows[2]["caption_1"] = "x"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, [], {"times": "three"}]))
     problems = check_rows(open_groups(path, format="doubled"), progress=pytest.fail).problems

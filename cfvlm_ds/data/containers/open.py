@@ -14,10 +14,10 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder
 from cfvlm_ds.core.reading import MIB, is_there
 from cfvlm_ds.data.containers.json_file import json_rows
-from cfvlm_ds.data.containers.kinds import LINES, container_of, sources_state
+from cfvlm_ds.data.containers.kinds import LINES, container_of
 from cfvlm_ds.data.containers.prepared import Prepared, prepare, prepared_places
 from cfvlm_ds.data.containers.rows import rows_of
-from cfvlm_ds.data.lines import IndexedLines, State
+from cfvlm_ds.data.lines import IndexedLines
 from cfvlm_ds.data.rows import LineRows, Rows, half_of_character
 
 MAX_LIST = 16 * MIB
@@ -29,8 +29,8 @@ class ListRows:
 
     roots: tuple[Path, ...] = ()
 
-    def __init__(self, path: Path, state: State, items: list[tuple[str, Any]]) -> None:
-        self.path, self.state, self._items = path, state, items
+    def __init__(self, path: Path, items: list[tuple[str, Any]]) -> None:
+        self.path, self._items = path, items
 
     def __len__(self) -> int:
         return len(self._items)
@@ -58,9 +58,9 @@ def _raised(error: DataError) -> Any:
 class PreparedRows(LineRows):
     """Rows of a container, of which JSON lines were made: row n is line n."""
 
-    def __init__(self, path: Path, state: State, lines: IndexedLines, made: Prepared) -> None:
+    def __init__(self, path: Path, lines: IndexedLines, made: Prepared) -> None:
         super().__init__(lines)
-        self.path, self.state, self.roots = path, state, made.roots
+        self.path, self.roots = path, made.roots
         self._files = [name for name, _ in made.sources]
         self._ends = list(accumulate(rows for _, rows in made.sources))
 
@@ -90,11 +90,10 @@ def open_rows(
         if kind == LINES:
             found: Rows = LineRows(IndexedLines.scanned(path, **options))
         elif kind == "json" and path.stat().st_size <= MAX_LIST:
-            found = ListRows(path, sources_state(path), list(rows_of(path, json_rows)))
+            found = ListRows(path, list(rows_of(path, json_rows)))
         else:
-            state = sources_state(path)
             made = prepare(path, kind, prepared_places(path, cache_folder()) if cache is None else cache, progress, alive)
-            found = PreparedRows(path, state, IndexedLines.scanned(made.lines, **options), made)
+            found = PreparedRows(path, IndexedLines.scanned(made.lines, **options), made)
     except DataError:
         raise
     except FileNotFoundError as error:

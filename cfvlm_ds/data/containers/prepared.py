@@ -21,11 +21,11 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import alone, whole_folder
 from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.reading import read_json
-from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of
+from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of, sources_state
 from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
 from cfvlm_ds.data.picture_file import part_name, tar_member
 
-_FORM = 2  # of what is written; another number has everything made again
+_FORM = 3  # of what is written; another number has everything made again
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
 """Of the name of a folder that rows were prepared in, which has the state of the data in it."""
@@ -59,7 +59,7 @@ def prepare(
     """
     sources = sources_of(path)
     try:
-        name = _name(path, container, sources)
+        name = _name(path, container)
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror}); correct the path") from error
     for folder in cache:
@@ -88,9 +88,9 @@ def _prepared(path: Path, folder: Path) -> Prepared:
     return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, folder), sources)
 
 
-def _name(path: Path, container: str, sources: Sequence[Path]) -> str:
-    state = [[str(each), (stat := os.stat(each)).st_size, stat.st_mtime_ns, stat.st_ctime_ns] for each in sources]
-    digest = hashlib.blake2b(json.dumps([_FORM, container, os.path.abspath(path), state]).encode("utf-8", "surrogatepass"), digest_size=8)
+def _name(path: Path, container: str) -> str:
+    state = json.dumps([_FORM, container, os.path.abspath(path), sources_state(path)])
+    digest = hashlib.blake2b(state.encode("utf-8", "surrogatepass"), digest_size=8)
     return f"{path.name[:80].replace('*', '_')}.{digest.hexdigest()}{ENDING}"
 
 

@@ -53,7 +53,7 @@ def open_data(
     if claim := getattr(convert, "claim", None):
         rows = JoinedRows(rows, claim, lambda work: over(work, "labels"))
     own = [each for each in rows.roots if each not in roots]
-    store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, (open_data, (path, roots, format, limit)), format, limit)
+    store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, format, limit)
     if hasattr(convert, "ignore"):
         _refuse_marks(store, convert, scan.alive)
     if claim:
