@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, MicroBatch
 from cfvlm_ds.batching.batch_layout import group_layout, in_batch_texts, stored_scores, with_in_batch_negatives, without_broken_negatives
-from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, Size, Unprocessable, with_names
+from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, Size, Unprocessable, with_names
 from cfvlm_ds.batching.packing import Material, PromptLength, Tree, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.core.config import ModelConfig
@@ -76,7 +76,7 @@ class Collator:
         self.share_prefix = share_prefix
         self.prompts = Prompts(processor, max_length, family.around, model_config.get_text_config().vocab_size)
         self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
-        self.images: ImageSource = self.files
+        self.images: ImageFiles | CachedFeatures = self.files
         self.packs_again = False
 
     @cached_property
@@ -124,7 +124,7 @@ class Collator:
         groups = [without_broken_negatives(group, self.prompts) for group in groups]
         layout = self._layout(groups)
         trees = self._trees(groups, layout)
-        opened = {key: self.images.open(key) for key in dict.fromkeys(key for tree in trees for key in tree.pictures)}
+        opened: dict[Any, Any] = {key: self.images.open(key) for key in dict.fromkeys(key for tree in trees for key in tree.pictures)}
         reference, prior = (None, None) if self.stored is None else stored_scores(self.stored, groups, layout)
         batches = []
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,16 +29,6 @@ Size = tuple[int, int]
 
 PictureKey = tuple[Path, bool]
 """What tells the pictures of a batch apart: the file, and whether the model treats it differently beside others in its prompt."""
-
-
-class ImageSource(Protocol):
-    """What packing needs of the images of a batch."""
-
-    def open(self, key: PictureKey) -> Any:
-        """A picture, or its stored features; either has a ``size``. Raises DataError naming the file."""
-
-    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """The model's inputs for the pictures (those that share a prompt with others last), and each picture's placeholder ids."""
 
 
 class Unprocessable(DataError):
@@ -123,7 +113,9 @@ class ImageFiles:
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore it, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """As in ImageSource. Raises Unprocessable, without file and group, for the first picture that the processor cannot take."""
+        """The model's inputs for the pictures (those that share a prompt with others last), and each picture's placeholder ids.
+
+        Raises Unprocessable, without file and group, for the first picture that the processor cannot take."""
         return self._processed(list(opened), sum(together for _, together in keys))
 
     def num_placeholders(self, size: Size, together: bool) -> tuple[int, int]:
@@ -189,7 +181,7 @@ class CachedFeatures:
         return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """As in ImageSource; the tower does not run on these."""
+        """As in ImageFiles; the tower does not run on these."""
         tower = {name: torch.cat([picture.tower[name] for picture in opened]) for name in opened[0].tower}
         inputs = {name: torch.cat([picture.inputs[name] for picture in opened]) for name in opened[0].inputs}
         rows = [len(next(iter(picture.tower.values()))) for picture in opened]

@@ -1,8 +1,15 @@
-"""Texts of somebody else's, such as names in rows of data, where a person reads them."""
+"""Texts of somebody else's, such as names in rows of data, where a person reads them; and what stands for one."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+
+
+def hashed(content: str | bytes) -> int:
+    """64 bits that stand for a text, or for bytes."""
+    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def printable(text: str) -> str:

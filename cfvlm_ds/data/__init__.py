@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.data.check import check_groups, check_manifest, check_rows, sound_groups
+from cfvlm_ds.data.check import check_manifest, check_rows, sound_groups
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size, open_image
 from cfvlm_ds.data.manifest import Root, data_roots, named_apart, open_groups, read_manifest
 from cfvlm_ds.data.passes import Scan
@@ -19,7 +19,6 @@ __all__ = [
     "PackedSampler",
     "Root",
     "Scan",
-    "check_groups",
     "check_manifest",
     "check_rows",
     "data_roots",

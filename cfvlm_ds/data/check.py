@@ -6,7 +6,6 @@ distinct picture.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
 from cfvlm_ds.data.passes import Done, Firsts, Scan, contains
@@ -56,15 +56,6 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
     """Check the rows, and count what they contain: nothing is opened but the manifest."""
     report = CheckReport(str(store.path))
     look_at_rows(report, store, progress, Scan())
-    return report
-
-
-def check_groups(store: GroupStore, *, lengths: Lengths | None, max_pixels: int, progress: Callable[[str], object]) -> CheckReport:
-    """Check the groups of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest."""
-    scan, report = Scan(), CheckReport(str(store.path))
-    seen = look_at_rows(report, store, progress, scan)
-    pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
-    report.add(check_texts(store, lengths, pictures, progress, scan))
     return report
 
 
@@ -123,15 +114,12 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
 
 
 def _id_key(group_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(group_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
+    return hashed(group_id) or 1
 
 
 def _image_key(image: Pictures) -> int:
     """A hash of an image by those of its pictures."""
-    keys = [picture_key(picture) for picture in image]
-    if len(keys) == 1:
-        return keys[0]
-    return int.from_bytes(hashlib.blake2b(np.array(keys, np.uint64).tobytes(), digest_size=8).digest(), "little")
+    return hashed(np.array([picture_key(picture) for picture in image], np.uint64).tobytes())
 
 
 def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[tuple[int, str]]:
@@ -266,7 +254,10 @@ def check_manifest(
         store = open_groups(path, root, format, progress=progress)
     except DataError as error:
         return CheckReport(str(path), problems=[str(error)])
-    report = check_groups(store, lengths=lengths, max_pixels=max_pixels, progress=progress)
+    scan, report = Scan(), CheckReport(str(store.path))
+    seen = look_at_rows(report, store, progress, scan)
+    pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
+    report.add(check_texts(store, lengths, pictures, progress, scan))
     if isinstance(store.rows, StoredRows):
         report.problems.extend(store.rows.altered(progress))
     return report

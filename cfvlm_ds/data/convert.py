@@ -54,7 +54,6 @@ def convert(
         folder = out.parent.absolute()
         base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
         store = open_groups(path, root, format, progress=say, cache=[out.parent])
-        what = "groups" if len(store) != store.num_rows else "rows"
         report = CheckReport(str(store.path))
         seen = look_at_rows(report, store, say, scan)
         if on_error == "skip":
@@ -68,12 +67,12 @@ def convert(
             report.problems.extend(part.report.problems)
         if not groups:
             problems = report.problems
-            raise DataError(problems[0] + f" (and so are all {len(problems)} {what})" * (len(problems) > 1))
+            raise DataError(problems[0] + f" (and so are all {len(problems)} groups)" * (len(problems) > 1))
     if described := report.prompts[repr(DESCRIBE)]:
         say(f"{described} of {report.num_groups} groups read ask {DESCRIBE!r}, as captions without a prompt do (ask= asks another)")
-    list_skipped(listed, report.problems, say, what)
+    list_skipped(listed, report.problems, say, "groups")
     if seen.repeats:
-        say(f"{len(seen.repeats)} of the {what} that were left out repeat an earlier one, or its id")
+        say(f"{len(seen.repeats)} of the groups that were left out repeat an earlier one, or its id")
     return Converted(groups, report.problems, base)
 
 

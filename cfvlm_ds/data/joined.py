@@ -34,11 +34,6 @@ class JoinedRows:
     def __len__(self) -> int:
         return len(self._ends)
 
-    @property
-    def num_lines(self) -> int:
-        """How many rows are joined."""
-        return len(self._rows)
-
     def where(self, row: int) -> str:
         """The place of the first row."""
         return self._rows.where(self._of(row)[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from cfvlm_ds.core.conversation import normalised, normalised_prompt
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.passes import contains
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 
@@ -67,8 +67,7 @@ def row_key(group: CounterfactualGroup, pictures: Sequence[Sequence[int]]) -> in
     """64 bits that stand for what a row says, whatever its id, the order of its texts and images, or its labels; ``pictures`` are the keys
     of each image's."""
     texts = sorted((json.dumps(normalised_prompt(each.prompt), default=str), normalised(each.text)) for each in group.candidates)
-    content = json.dumps([texts, sorted(map(list, pictures))], ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return hashed(json.dumps([texts, sorted(map(list, pictures))], ensure_ascii=False))
 
 
 def _picture(path: Any, pictures: PictureTable | None) -> int:

@@ -23,6 +23,7 @@ from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import TooLarge
+from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_ASPECT, MAX_BYTES, Size, image_size
 from cfvlm_ds.data.picture_file import open_picture, picture_stat
 
@@ -51,7 +52,7 @@ class Picture(NamedTuple):
 def picture_key(path: Path, root: Path | None = None) -> int:
     """A hash of a picture's path, 64 bits: relative to ``root``, as stores have it, or whole where it is elsewhere."""
     name, folder = os.path.abspath(path), "" if root is None else os.path.join(os.path.abspath(root), "")
-    return int.from_bytes(hashlib.blake2b(os.fsencode(name.removeprefix(folder)), digest_size=8).digest(), "little")
+    return hashed(os.fsencode(name.removeprefix(folder)))
 
 
 def find(keys: npt.NDArray[Any], key: int) -> int | None:

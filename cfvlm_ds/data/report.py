@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.text import one_line
@@ -90,12 +92,8 @@ class CheckReport:
         """Least, median and most visual tokens of an image; empty where the model is not known or nothing is shown."""
         if not self.visual_tokens:
             return ""
-        counts = sorted(self.visual_tokens.items())
-        half = (self.visual_tokens.total() + 1) // 2
-        middle = next(
-            tokens for (tokens, _), below in zip(counts, itertools.accumulate(n for _, n in counts), strict=True) if below >= half
-        )
-        return f"min {counts[0][0]}, median {middle}, max {counts[-1][0]} an image"
+        low, middle, most = quantiles(self.visual_tokens, 0, 50, 100)
+        return f"min {low}, median {middle}, max {most} an image"
 
     @property
     def unused(self) -> str:
@@ -143,6 +141,11 @@ def without_place(problem: str) -> str:
 
 
 _PLACE = re.compile(r"(?::|\bitem |\brow )\d+: ")
+
+
+def quantiles(counts: Counter[int], *percent: float) -> list[int]:
+    """The values below which so many percent of all are."""
+    return np.percentile(np.repeat(list(counts), list(counts.values())), percent, method="lower").tolist()
 
 
 def counted(counts: Counter[str]) -> str:

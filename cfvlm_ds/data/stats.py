@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,14 +20,14 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, normalised
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import hashed, one_line
 from cfvlm_ds.data.check import Lengths
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size, image_size
 from cfvlm_ds.data.manifest import Root, open_groups
 from cfvlm_ds.data.overlap import row_key
 from cfvlm_ds.data.picture_file import picture_stat
 from cfvlm_ds.data.picture_index import content_digest, picture_key
-from cfvlm_ds.data.report import CheckReport, counted, without_place
+from cfvlm_ds.data.report import CheckReport, counted, quantiles, without_place
 
 _SHOWN_PROBLEMS = 5
 _CHUNK = 1024
@@ -68,12 +67,12 @@ class Statistics:
     def add_group(self, group: CounterfactualGroup, lengths: Lengths | None) -> None:
         """Count what a group holds, whose pictures are known."""
         self.report.add_group(group)
-        self.ids.append(_key(group.id))
+        self.ids.append(hashed(group.id))
         self.rows.append(row_key(group, [[picture_key(picture) for picture in image] for image in group.images]))
         self.shapes[f"{len(group.images) if group.num_pictures else 0} x {len(group.candidates)}"] += 1
         self.sources[group.source or "(none)"] += 1
-        self.texts.extend(_key(normalised(candidate.text)) for candidate in group.candidates)
-        self.prompts.update(_key(repr(candidate.prompt)) for candidate in group.candidates)
+        self.texts.extend(hashed(normalised(candidate.text)) for candidate in group.candidates)
+        self.prompts.update(hashed(repr(candidate.prompt)) for candidate in group.candidates)
         if lengths is None:
             self.text_lengths.update(len(candidate.text) for candidate in group.candidates)
             return
@@ -166,11 +165,6 @@ def _digest(picture: Path) -> bytes:
         return b""
 
 
-def _key(text: str) -> int:
-    """64 bits that stand for a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
 def _occurrences(values: Sequence[int]) -> tuple[int, int]:
     """How many different values there are, and how many occur more than once."""
     _, counts = np.unique(np.asarray(values), return_counts=True)
@@ -181,6 +175,5 @@ def _spread(counts: Counter[int], unit: str, before: str = "") -> str:
     """Least, median, 95th percentile and most."""
     if not counts:
         return "" if before else "none"
-    values = np.repeat(list(counts), list(counts.values()))
-    low, middle, high, most = np.percentile(values, [0, 50, 95, 100], method="lower").tolist()
+    low, middle, high, most = quantiles(counts, 0, 50, 95, 100)
     return f"{before}min {low}, median {middle}, 95 % up to {high}, max {most} {unit}"

@@ -57,11 +57,6 @@ class GroupStore(Sequence[CounterfactualGroup]):
         return self.rows.path
 
     @property
-    def num_rows(self) -> int:
-        """How many rows of the file the groups are of."""
-        return int(getattr(self.rows, "num_lines", len(self.rows)))
-
-    @property
     def together(self) -> npt.NDArray[Any] | None:
         """Number of groups before each row, and in all, where a row has several: of a store those of the data that were prepared."""
         found: npt.NDArray[Any] | None = getattr(self.rows, "together", None)

@@ -8,7 +8,6 @@ leaves them out. A line is read when its group is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from array import array
@@ -25,7 +24,7 @@ from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import lines, parse_json
-from cfvlm_ds.core.text import quoted
+from cfvlm_ds.core.text import hashed, quoted
 from cfvlm_ds.data.identity import Identity, changes
 from cfvlm_ds.data.lines import MAX_LINE as MAX_LINE
 from cfvlm_ds.data.lines import IndexedLines
@@ -221,4 +220,4 @@ def _key(name: str) -> int:
     """64 bits that stand for an id. Raises TypeError for what is no text."""
     if not isinstance(name, str):
         raise TypeError(f"an id is a {type(name).__name__}")
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return hashed(name)

@@ -504,8 +504,8 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     assert (done.groups, len(done.problems)) == (3, 3) and [g.id for g in read_manifest(folder / "out.jsonl")] == ["0", "1", "2"]
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert listed == done.problems and [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 4, 6)]
-    assert said[1] == f"left out 3 rows, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"
-    assert said[0].startswith("4 of 4 groups read ask 'Describe the image.'") and said[2].startswith("1 of the rows") and len(said) == 3
+    assert said[1] == f"left out 3 groups, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"
+    assert said[0].startswith("4 of 4 groups read ask 'Describe the image.'") and said[2].startswith("1 of the groups") and len(said) == 3
     assert f"repeats {path}:5" in listed[2]
     with pytest.raises(ConfigError, match=r"out.jsonl is there, and would be replaced; remove it"):
         convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
@@ -514,7 +514,7 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     assert not (folder / "out.jsonl.skipped.jsonl").exists(), "nothing was left out the second time"
     with pytest.raises(ConfigError, match="is read here, and would be replaced; name another file"):
         convert(path, None, "captions", path)
-    with pytest.raises(DataError, match=r"and so are all 2 rows"):
+    with pytest.raises(DataError, match=r"and so are all 2 groups"):
         convert(lines(folder / "bad.jsonl", ["{", "{"]), None, "captions", folder / "none.jsonl", "skip")
     assert not (folder / "none.jsonl").exists()
 
@@ -553,7 +553,7 @@ def test_conversion_leaves_out_pictures_that_a_check_refuses(folder: Path) -> No
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert done.groups == 2 and listed == done.problems and set(broken) < set(listed)
     assert [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 3, 4, 5, 6)]
-    assert said[-1].startswith(f"left out 5 rows, listed in {folder}/out.jsonl.skipped.jsonl")
+    assert said[-1].startswith(f"left out 5 groups, listed in {folder}/out.jsonl.skipped.jsonl")
     report = check_manifest(folder / "out.jsonl", max_pixels=80_000, progress=str)
     assert report.ok and report.num_groups == 2 and report.num_images == 2
 

@@ -18,7 +18,7 @@ from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data.fields import as_meta, further_keys, string
-from cfvlm_ds.data.formats.truth import listed
+from cfvlm_ds.data.formats.chat import without_nulls
 
 _KEYS = ("orig_input", "orig_output", "cf_samples")
 _SAMPLE_KEYS = ("cf_text", "cf_image_path")
@@ -46,7 +46,7 @@ class Cfvlm:
         DataError (without file and line) on a missing or misspelt key, a value of another type, an input without exactly one image, or
         anything CounterfactualGroup refuses.
         """
-        row = {key: value for key, value in row.items() if key not in listed(self.ignore)}
+        row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")
         before, _, rest = string(row, "orig_input", "row").partition(_START)
         path, end, after = rest.partition(_END)

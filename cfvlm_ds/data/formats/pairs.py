@@ -20,7 +20,7 @@ from typing import Any
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data.fields import as_meta, further_keys, name, string
-from cfvlm_ds.data.formats.truth import listed
+from cfvlm_ds.data.formats.chat import without_nulls
 
 _PAIR_KEYS = ("image_0", "image_1", "caption_0", "caption_1")
 _KEYS = (*_PAIR_KEYS, "id", "prompt", "edit")
@@ -46,7 +46,7 @@ class Pairs:
         found as a duplicate id. Raises DataError (without file and line) on a missing or misspelt key, a value that is not a string, or
         anything CounterfactualGroup refuses, such as two equal captions.
         """
-        row = {key: value for key, value in row.items() if key not in listed(self.ignore)}
+        row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")
         image_0, image_1, caption_0, caption_1 = values = [string(row, key, "row") for key in _PAIR_KEYS]
         prompt = (string(row, "prompt", "row") if "prompt" in row else "") or self.ask

@@ -7,7 +7,6 @@ prompt, are one group.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from cfvlm_ds.core.conversation import Prompt, normalised, normalised_prompt, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
-from cfvlm_ds.core.text import quoted
+from cfvlm_ds.core.text import hashed, quoted
 from cfvlm_ds.data.fields import as_list, as_meta, json_object, row_id
 
 _TRUE = (
@@ -247,8 +246,7 @@ class Claim(NamedTuple):
     def key(self) -> int:
         """A hash of the picture and the prompt, positive and of 63 bits."""
         about = [[str(picture) for picture in self.pictures], spelled(normalised_prompt(self.prompt))]
-        digest = hashlib.blake2b(json.dumps(about).encode("utf-8", "surrogatepass"), digest_size=8)
-        return int.from_bytes(digest.digest(), "little") >> 1
+        return hashed(json.dumps(about)) >> 1
 
 
 def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
