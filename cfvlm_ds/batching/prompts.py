@@ -7,10 +7,10 @@ that thinks before it answers this is an empty thought, as the template writes i
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from cfvlm_ds.core.conversation import Prompt, Turn, messages, texts_of
@@ -85,8 +85,8 @@ class Prompts:
         self.max_length = max_length
         self._around, self._vocabulary = around, vocabulary
         self._texts: dict[tuple[Prompt, str, int], Encoded] = {}
-        self._heads: dict[tuple[Prompt, int], _Head] = {}
-        self._ends: dict[str, tuple[int, ...]] = {}
+        self._head = functools.lru_cache(_CACHED)(self._new_head)
+        self._end_of_turn = functools.lru_cache(_CACHED)(self._end)
 
     def check(self, name: str) -> None:
         """Raises ConfigError where the chat template or tokenizer of the model ``name`` cannot be used."""
@@ -167,14 +167,6 @@ class Prompts:
                 )
         return Encoded(head.text, head.ids, tuple(answer), self._end_of_turn(head.after))
 
-    def _head(self, prompt: Prompt, num_pictures: int) -> _Head:
-        key = (prompt, num_pictures)
-        if key not in self._heads:
-            if len(self._heads) >= _CACHED:
-                self._heads.clear()
-            self._heads[key] = self._new_head(*key)
-        return self._heads[key]
-
     def _new_head(self, prompt: Prompt, num_pictures: int) -> _Head:
         """Where the answer begins. Raises _ModelFails for a template or tokenizer that raises."""
         asked = self._asked(prompt, num_pictures)
@@ -228,21 +220,18 @@ class Prompts:
         """Whether the template has the option ``enable_thinking``; passed to one without it, it would reach the image processor."""
         return "enable_thinking" in str(self.processor.chat_template)
 
-    @cached_property
+    @functools.cached_property
     def _control(self) -> frozenset[int]:
         """Ids of the control tokens, which mark the parts of a conversation; no text may contain them."""
         tokenizer = self.processor.tokenizer
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
 
-    def _end_of_turn(self, tail: str) -> tuple[int, ...]:
+    def _end(self, tail: str) -> tuple[int, ...]:
         """The control token with which the template ends an answer."""
-        if tail not in self._ends:
-            tokenizer = self.processor.tokenizer
-            found = [i for i in self._tokens(tail) if i in self._control]
-            end = found[0] if found else tokenizer.eos_token_id
-            self._ends[tail] = () if end is None else (end,)
-        return self._ends[tail]
+        found = [i for i in self._tokens(tail) if i in self._control]
+        end = found[0] if found else self.processor.tokenizer.eos_token_id
+        return () if end is None else (end,)
 
 
 _ROLES_SHOWN = 8

@@ -48,7 +48,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
         defect = _defect(path, world)
         if defect is None:
             for other, step in others:
-                if step > _step_of(path):
+                if step > description(path)["step"]:
                     world.say(
                         f"{other} is a checkpoint of step {step} and not continued from for its name; give train.resume its path to do so"
                     )
@@ -76,10 +76,6 @@ def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             found.append((listed.parent, int(description(listed.parent)["step"])))
     return found
-
-
-def _step_of(path: Path) -> int:
-    return int(description(path)["step"])
 
 
 def newest(output_dir: Path) -> Path:

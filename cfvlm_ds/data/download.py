@@ -73,30 +73,24 @@ def download(
     with whole_file(out) as file, ThreadPoolExecutor(threads) as pool:
         path = here(path, progress=say)
         for chunk in _chunks(open_rows(path, progress=say)):
-            wanted = {address: None for _, row in chunk for address in _addresses(row)}
+            named = [_addresses(row) for _, row in chunk]
+            wanted = dict.fromkeys(address for each in named for address in each)
             found = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))
             if time.monotonic() - said >= EVERY_S:
                 said = time.monotonic()
                 say(f"pictures of {path}: {rows} rows, {len(problems)} left out")
-            for where, row in chunk:
-                if wrong := _wrong(where, row, found):
-                    problems.append(wrong)
+            for (where, row), addresses in zip(chunk, named, strict=True):
+                failed = next((each for address in addresses if isinstance(each := found[address], DataError)), None)
+                if isinstance(row, DataError) or failed is not None:
+                    problems.append(str(row) if failed is None else f"{where}: {failed}")
                     if on_error == "error":
                         raise DataError(f"{problems[0]} (or leave such rows out with --on_error skip)")
                     continue
-                files.update(str(found[address]) for address in _addresses(row))
-                file.write(json.dumps(_with_files(row, found), ensure_ascii=False).encode() + b"\n")
+                files.update(str(found[address]) for address in addresses)
+                file.write(json.dumps(_with_files(row, found.__getitem__), ensure_ascii=False).encode() + b"\n")
                 rows += 1
     list_skipped(listed, problems, say)
     return Downloaded(rows, len(files), problems)
-
-
-def _wrong(where: str, row: Any, found: Mapping[str, str | DataError]) -> str | None:
-    """What is wrong with a row or one of its pictures."""
-    if isinstance(row, DataError):
-        return str(row)
-    first = next((each for address in _addresses(row) if isinstance(each := found[address], DataError)), None)
-    return None if first is None else f"{where}: {first}"
 
 
 def _chunks(rows: Rows) -> Iterator[list[tuple[str, Any]]]:
@@ -104,24 +98,21 @@ def _chunks(rows: Rows) -> Iterator[list[tuple[str, Any]]]:
         yield [(rows.where(row), rows.value(row)) for row in range(first, min(first + _CHUNK, len(rows)))]
 
 
-def _addresses(value: Any, key: str = "") -> Iterator[str]:
+def _addresses(row: Any) -> list[str]:
     """The addresses where a row names pictures, and the pictures that it holds as text."""
-    if isinstance(value, Mapping):
-        for name, each in value.items():
-            yield from _addresses(each, name)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _addresses(each, key)
-    elif isinstance(value, str) and key in COLUMNS and value.startswith(("http://", "https://", "data:image/")):
-        yield value
+    found = list[str]()
+    _with_files(row, found.append)
+    return found
 
 
-def _with_files(value: Any, found: Mapping[str, str | DataError], key: str = "") -> Any:
+def _with_files(value: Any, file: Callable[[str], Any], key: str = "") -> Any:
+    """A row with the ``file`` of each address in its place."""
     if isinstance(value, Mapping):
-        return {name: _with_files(each, found, name) for name, each in value.items()}
+        return {name: _with_files(each, file, name) for name, each in value.items()}
     if isinstance(value, list):
-        return [_with_files(each, found, key) for each in value]
-    return found[value] if isinstance(value, str) and key in COLUMNS and value in found else value
+        return [_with_files(each, file, key) for each in value]
+    is_address = isinstance(value, str) and key in COLUMNS and value.startswith(("http://", "https://", "data:image/"))
+    return file(value) if is_address else value
 
 
 def _fetched(address: str, folder: Path) -> str | DataError:

@@ -93,7 +93,7 @@ class PictureTable:
 
     def __init__(self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], roots: Sequence[Path | None] = (None,)) -> None:
         self._keys, self._facts, self._roots = keys, facts, roots
-        self._recent: dict[Path, Picture | None] = {}
+        self._recent = lru_cache(_AT_ONCE)(self._find)
 
     @classmethod
     def opened(cls, file: Path, roots: Sequence[Path | None] = (None,)) -> PictureTable:
@@ -140,14 +140,11 @@ class PictureTable:
 
     def find(self, path: Path) -> Picture | None:
         """What is known of the picture."""
-        if path not in self._recent:
-            if len(self._recent) >= _AT_ONCE:
-                self._recent.clear()
-            self._recent[path] = next((found for root in self._roots if (found := self._of_key(picture_key(path, root)))), None)
-        return self._recent[path]
+        return self._recent(path)
 
-    def _of_key(self, key: int) -> Picture | None:
-        if (place := find(self._keys, key)) is None:
+    def _find(self, path: Path) -> Picture | None:
+        place = next((place for root in self._roots if (place := find(self._keys, picture_key(path, root))) is not None), None)
+        if place is None:
             return None
         size, ctime, digest, width, height = self._facts[place].item()
         if width * height > _MOST_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
