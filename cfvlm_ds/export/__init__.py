@@ -22,7 +22,7 @@ from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import create
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
-from cfvlm_ds.export.files import Files, verify, write_index
+from cfvlm_ds.export.files import Files, write_index
 from cfvlm_ds.export.folder import place_card, refuse_replacing, replaced
 from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
 from cfvlm_ds.export.source import Saved, read_saved, skeleton
@@ -47,9 +47,9 @@ def export_hf(
     Adapters, which ``lora`` describes, are merged into the weights they adapt. ``alive`` is called while it gets on. ``card`` is the
     folder's README.md, unless there is one that somebody else has written.
 
-    The folder appears complete or not at all, and replaces an older export only then. Names, shapes and dtypes are read
-    back and compared with the source's. Raises ConfigError when the checkpoint is incomplete or does not
-    fit the source, when a trained weight is missing, and StorageError when the folder cannot be written.
+    The folder appears complete or not at all, and replaces an older export only then. Names, shapes and dtypes are those of the source.
+    Raises ConfigError when the checkpoint is incomplete or does not fit the source, when a trained weight is missing, and StorageError
+    when the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -71,7 +71,6 @@ def export_hf(
         files = Files(partial, saved, say, alive)
         _write(files, saved, jobs, model, zero, folder)
         write_index(partial, saved, metadata)
-        verify(partial, saved, source)
         place_card(partial, out_dir, card)
     return out_dir
 

@@ -1,4 +1,4 @@
-"""Safetensors files, written tensor by tensor and read back."""
+"""Safetensors files, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import create
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.export.source import DTYPE_NAMES, Saved, read_headers
+from cfvlm_ds.export.source import DTYPE_NAMES, Saved
 from cfvlm_ds.models.model_files import INDEX, SINGLE
 
 
@@ -67,11 +67,3 @@ def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str,
     index = {"metadata": {**metadata, "total_size": total}, "weight_map": {name: tensor.file for name, tensor in sorted(saved.items())}}
     with create(folder / INDEX) as handle:
         handle.write((json.dumps(index, indent=2) + "\n").encode())
-
-
-def verify(folder: Path, saved: Mapping[str, Saved], source: str) -> None:
-    """Read back every tensor's name, file, shape and dtype."""
-    written = read_headers(folder, sorted({tensor.file for tensor in saved.values()}))
-    if written != saved:
-        different = sorted(name for name in written.keys() | saved.keys() if written.get(name) != saved.get(name))
-        raise ConfigError(f"export of {source} would change {len(different)} tensors' names, shapes or dtypes, such as {different[0]}")

@@ -8,7 +8,7 @@ what is said. A column that is null is one that is not there, as Parquet writes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -132,11 +132,6 @@ def read_pictures(value: Any, where: str) -> Pictures:
     return tuple(read_picture(each, where) for each in (value if isinstance(value, list) else [value]))
 
 
-def picture_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns that may name a row's pictures."""
-    return IMAGES if any(key in row for key in IMAGES) else PATHS
-
-
 def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
     """The pictures of the first of these columns that a row has; none where it has none. Raises DataError for other media."""
     for key in _OTHER_MEDIA:
@@ -174,6 +169,12 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
         remedy = "add the pictures, or remove the places" if places > len(given) else "write <image> where each picture is shown"
         raise DataError(f"{where}: {places} places <image> and {len(given)} pictures; {remedy}")
     return spoken.turns, given
+
+
+def shown_in(row: Mapping[str, Any], spoken: Spoken) -> tuple[tuple[Turn, ...], Pictures, tuple[str, ...]]:
+    """The turns of a row and their pictures as ``placed`` gives them, and the columns that may name pictures."""
+    columns = IMAGES if any(spoken.pictures) or any(key in row for key in IMAGES) else PATHS
+    return *placed(spoken, row_pictures(row, columns), "row"), columns
 
 
 def answer_of(turn: Turn) -> str:
@@ -279,8 +280,7 @@ class Instruct:
         row = without_nulls(row, self.ignore)
         spoken, used = self._spoken(row)
         spoken = with_system(spoken, row)
-        columns = IMAGES if any(spoken.pictures) else picture_columns(row)
-        turns, pictures = placed(spoken, row_pictures(row, columns), "row")
+        turns, pictures, columns = shown_in(row, spoken)
         answer_of(turns[-1])
         kept = without(row, [*used, *columns, "id", "system", self.label])
         beside: list[dict[str, Any]] = [{}] * (len(turns) - len(spoken.further)) + spoken.further
@@ -302,11 +302,3 @@ class Instruct:
             if key in row:
                 return read_messages(row[key], f"row: {key!r}"), (key,)
         raise DataError(f"row: key {self.keys[0]!r} is missing; add it, or name another format")
-
-
-def shared_beginning(first: Sequence[Turn], second: Sequence[Turn]) -> Iterator[Turn]:
-    """The turns with which both conversations begin."""
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            return
-        yield one

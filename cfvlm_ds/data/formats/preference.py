@@ -18,22 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
-from cfvlm_ds.core.conversation import Turn, check_conversation, simplest, spelled
+from cfvlm_ds.core.conversation import check_conversation, simplest, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data.fields import as_meta, json_object, row_id
 from cfvlm_ds.data.formats.chat import (
-    IMAGES,
     Spoken,
     answer_of,
     only,
-    picture_columns,
-    placed,
     read_messages,
     row_pictures,
-    shared_beginning,
+    shown_in,
     with_system,
     without_nulls,
 )
@@ -61,8 +59,7 @@ class Preference:
         row = unpacked(without_nulls(row, self.ignore))
         used, asked, chosen, rejected, further = _said(row)
         asked = with_system(asked, row)
-        paths = IMAGES if any(asked.pictures) else picture_columns(row)
-        turns, pictures = placed(asked, row_pictures(row, paths), "row")
+        turns, pictures, paths = shown_in(row, asked)
         check_conversation(turns, "row")
         others = row_pictures({key: row[key] for key in _REJECTED_IMAGES if key in row}, _REJECTED_IMAGES)
         if others == pictures:
@@ -135,8 +132,10 @@ def _nothing() -> Spoken:
 
 def _shared(chosen: Spoken, rejected: Spoken | None) -> Spoken:
     """What two whole conversations begin with; the one of ``chosen`` but its answer where nothing is rejected."""
-    turns: list[Turn] = list(chosen.turns[:-1] if rejected is None else shared_beginning(chosen.turns[:-1], rejected.turns))
-    return Spoken(tuple(turns), chosen.pictures, chosen.further) if turns else _nothing()
+    turns = chosen.turns[:-1]
+    if rejected is not None:
+        turns = turns[: len([*takewhile(lambda pair: pair[0] == pair[1], zip(turns, rejected.turns, strict=False))])]
+    return Spoken(turns, chosen.pictures, chosen.further) if turns else _nothing()
 
 
 def _after(asked: Spoken, said: Spoken) -> str:
