@@ -85,7 +85,7 @@ def _look(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world:
     sizes: dict[bytes, int] = {}
     for place, key in enumerate(keys):
         digest, size, damage = shares[place % world.size][place // world.size]
-        cache.note(key, digest)
+        cache.known[key] = digest
         if damage:
             world.say(f"warning: {damage}; it is computed again")
         if size is not None:
@@ -131,7 +131,7 @@ def _fill(
     wrong = {digest: why for _, found in written for digest, why in found.items()}
     for key, known in list(cache.known.items()):
         if isinstance(known, bytes) and known in wrong:
-            cache.note(key, wrong[known])
+            cache.known[key] = wrong[known]
     return {digest: size for found, _ in written for digest, size in found.items()}
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from cfvlm_ds.checkpoint.finding import description
-from cfvlm_ds.checkpoint.reshard import reshard
 from cfvlm_ds.checkpoint.saving import RANDOM_STATE, kept_failures, reason_of
 from cfvlm_ds.checkpoint.state import TrainState, refuse_other_version
 from cfvlm_ds.core.distributed import World, gather_objects, set_random_state
 from cfvlm_ds.core.errors import ConfigError, StorageError
-from cfvlm_ds.core.files import remove
+from cfvlm_ds.core.files import create, remove
 from cfvlm_ds.deepspeed_compat.checkpoint_files import flat_tensors, read_states, reading_tensors_alone
+from cfvlm_ds.deepspeed_compat.shards import Shapes, Shards
 from cfvlm_ds.models.model_files import explained
 
 
@@ -46,6 +48,20 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     finally:
         if world.is_main:
             shutil.rmtree(resharded, ignore_errors=True)
+
+
+def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:
+    """Write the files of ``rank`` of ``ranks`` into ``target``, a folder that DeepSpeed then loads as its own.
+
+    ``shapes`` is the engine's layout of the new run, and ``sizes`` the elements of this rank's flat tensors. Raises ConfigError when the
+    checkpoint's weights are not this run's.
+    """
+    shards = Shards(source)
+    if shards.trained != {name for group in shapes for name in group}:
+        raise ConfigError(f"{source} trained other weights than this run does; restore model.*.tuning or choose another output_dir")
+    for name, contents in shards.resharded(rank, ranks, shapes, sizes):
+        with create(target / name) as handle:
+            torch.save(contents, handle)
 
 
 def kept_state(path: Path) -> TrainState:

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cfvlm_ds.checkpoint.finding import COMPLETE, own_sum
-from cfvlm_ds.checkpoint.retention import delete_older
+from cfvlm_ds.checkpoint.finding import COMPLETE, by_step, own_sum, step_of
 from cfvlm_ds.checkpoint.state import SCHEMA, TrainState
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, random_state
 from cfvlm_ds.core.errors import StorageError
@@ -80,9 +79,18 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
             f"{final} cannot be written ({problem}); make room or correct the folder's permissions; older checkpoints are whole"
         )
     if world.is_main:
-        delete_older(output_dir, state, keep, keep_every)
+        _delete_older(output_dir, state, keep, keep_every)
     dist.barrier()
     return final
+
+
+def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: int) -> None:
+    """Delete checkpoints of ``output_dir`` up to the step of ``state``. The newest ``keep`` stay (0 keeps all), the best one, and those
+    whose step is a multiple of ``keep_every`` (0 for none)."""
+    older = [path for path in by_step(output_dir) if step_of(path) <= state.step]
+    for path in older[keep:] if keep else ():
+        if not (keep_every and step_of(path) % keep_every == 0) and not (state.best and step_of(path) == state.best["step"]):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

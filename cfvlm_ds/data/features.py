@@ -52,10 +52,6 @@ class FeatureCache:
     def __post_init__(self) -> None:
         self.place = self.folder / hashlib.sha256(json.dumps(dict(self.origin), sort_keys=True).encode()).hexdigest()[:16]
 
-    def note(self, picture: Any, digest: bytes | str) -> None:
-        """Note what is known of a picture."""
-        self.known[picture] = digest
-
     def file(self, digest: bytes) -> Path:
         """Where the features of a picture are, or will be."""
         name = digest.hex()

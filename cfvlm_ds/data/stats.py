@@ -57,8 +57,8 @@ class Statistics:
     text_lengths: Counter[int] = field(default_factory=Counter)
     visual_tokens: Counter[int] = field(default_factory=Counter)
     pictures: dict[Path, _Seen] = field(default_factory=dict)
-    equal_pictures: int = 0
-    """Files with the same bytes as another file."""
+    digests: Counter[bytes] = field(default_factory=Counter)
+    """Of the pictures that have as many bytes as another one."""
     texts: array[int] = field(default_factory=lambda: array("Q"))
     prompts: set[int] = field(default_factory=set)
     ids: array[int] = field(default_factory=lambda: array("Q"))
@@ -89,7 +89,7 @@ class Statistics:
         report, num_texts = self.report, len(self.texts)
         (num_ids, _), (different, repeated), (_, equal_rows) = map(_occurrences, (self.ids, self.texts, self.rows))
         equal_ids, true = len(self.ids) - num_ids, report.num_cells - report.num_false_cells - report.num_unknown_cells
-        problems = len(report.problems) + equal_ids
+        problems, equal = len(report.problems) + equal_ids, sum(count for digest, count in self.digests.items() if count > 1 and digest)
         sides = Counter(max(each.size) for each in self.pictures.values() if not each.problem)
         first = {without_place(problem): problem for problem in reversed(report.problems)}
         lines = [
@@ -105,7 +105,7 @@ class Statistics:
             ("sources", counted(self.sources)),
             ("equal rows", f"{equal_rows} of {report.num_groups} have another's texts and pictures" if equal_rows else "none"),
             ("equal texts", f"{repeated} of {num_texts} are said more than once" if repeated else "none"),
-            ("equal pictures", f"{self.equal_pictures} of {len(self.pictures)} files" if self.equal_pictures else "none"),
+            ("equal pictures", f"{equal} of {len(self.pictures)} files" if equal else "none"),
             ("equal ids", f"{equal_ids} rows" if equal_ids else "none"),
             ("problems", f"{problems} (`cfvlm-ds data check` names all)" if problems else "none"),
         ]
@@ -144,10 +144,9 @@ def statistics(
             counter.advance(len(chunk))
         files = Counter(seen.num_bytes for seen in found.pictures.values())
         alike = [picture for picture, seen in found.pictures.items() if seen.num_bytes and files[seen.num_bytes] > 1]
-        counter, digests = Progress(progress, "pictures with as many bytes as another", len(alike), "pictures"), Counter[bytes]()
+        counter = Progress(progress, "pictures with as many bytes as another", len(alike), "pictures")
         for start in range(0, len(alike), _CHUNK):
-            digests.update(counter.over(pool.map(_digest, alike[start : start + _CHUNK])))
-    found.equal_pictures = sum(count for digest, count in digests.items() if count > 1 and digest)
+            found.digests.update(counter.over(pool.map(_digest, alike[start : start + _CHUNK])))
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import REPO, losses, metrics, run_ranks, selected, train_arguments
 
-from cfvlm_ds.checkpoint.reshard import reshard
+from cfvlm_ds.checkpoint.loading import reshard
 from cfvlm_ds.export.zero import ZeroWeights
 
 STEPS, GROUPS = 6, 16
