@@ -622,7 +622,7 @@ def test_report_counts(folder: Path) -> None:
     )
     assert report.ok
     table = str(report)
-    assert all(part in table for part in ("4 distinct files", "4 of 13", "count 2, sham 1", "K=0: 2 groups, K=1: 2 groups", "none"))
+    assert all(part in table for part in ("4 distinct files", "4 of 13", "count: 2, sham: 1", "K=0: 2 groups, K=1: 2 groups", "none"))
 
 
 def test_all_problems_are_collected(folder: Path) -> None:
