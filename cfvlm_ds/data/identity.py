@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,14 +33,12 @@ def data_identity(
     groups: Iterable[CounterfactualGroup],
     roots: Sequence[Path],
     pictures: PictureTable | None = None,
-    alive: Callable[[], object] = lambda: None,
 ) -> Identity:
-    """The identity of groups whose pictures are in ``roots`` (data_roots); moved with their folder, they are the same. ``alive`` is called
-    for each.
+    """The identity of groups whose pictures are in ``roots`` (data_roots); moved with their folder, they are the same.
 
     Edits are not part of it: they name rows of a table of results, and nothing is trained or scored by them.
     """
-    return joined_identity([identity_part(groups, roots, pictures, alive)])
+    return joined_identity([identity_part(groups, roots, pictures)])
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,6 @@ def identity_part(
     groups: Iterable[CounterfactualGroup],
     roots: Sequence[Path],
     pictures: PictureTable | None,
-    done: Callable[[], object] = lambda: None,
 ) -> IdentityPart:
     """Compute what consecutive groups add to the identity of their data set."""
     prefixes = [root.parts for root in roots]
@@ -79,7 +76,6 @@ def identity_part(
             parts["pictures"] = [[picture.size, picture.digest.hex()] for each in found for picture in each if picture is not None]
         for name, part in parts.items():
             sums[name] = (sums[name] + _hash([group.id, part])) % _MODULUS
-        done()
     return IdentityPart(rows, bytes(order), known, sums)
 
 
