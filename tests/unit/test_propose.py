@@ -701,9 +701,10 @@ def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.Mo
         if shard == 5:
             (out / "shards.bin").unlink()
             (out / "shards.bin.tmp").write_bytes(b"a kill")
+        store = open_groups(tmp_path / "c.jsonl", None, "auto")
         read.clear()
-        propose(open_groups(tmp_path / "c.jsonl", None, "auto"), out, ProposeOptions(), shard, quiet, 7)
-        once = [*(range(60) if shard == 3 else ()), *(range(60) if shard in (3, 5) else ())]  # words, shards
+        propose(store, out, ProposeOptions(), shard, quiet, 7)
+        once = [0, *(range(60) if shard == 3 else ()), *(range(60) if shard in (3, 5) else ())]  # whether any can be read, words, shards
         assert not list(out.glob("*.tmp")) and read == [*once, *expected[shard]] and len(expected[shard]) > 3
         records = [json.loads(line) for line in (out / "propose" / f"shard-{shard:05d}.jsonl").read_text().splitlines()]
         assert [record.get("source") for record in records] == [f"r{k}" if k % 9 != 4 else None for k in expected[shard]]
