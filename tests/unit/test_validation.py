@@ -16,7 +16,7 @@ from cfvlm_ds.core.errors import ConfigError, InputError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.dry_run import dry_run
-from cfvlm_ds.training.read_data import RunData
+from cfvlm_ds.training.read_data import RunData, SourceData
 from cfvlm_ds.training.run import _fitted
 from cfvlm_ds.training.validation import validate
 
@@ -234,7 +234,7 @@ def test_a_step_takes_no_group_twice(options: dict[str, int], ranks: int, fits: 
     sections = {name: "data" if name.startswith("max") else "train" for name in options}
     config = parse_config([part for name, value in options.items() for part in (f"--{sections[name]}.{name}", str(value))], OBJECTIVES)
     groups: Any = range(25)
-    data, world = RunData(groups, {}, {}, None), World(0, ranks, 0, CPU)
+    data, world = RunData(groups, {}, {}, None, sources={"train": SourceData(groups, {})}), World(0, ranks, 0, CPU)
     if isinstance(fits, str):
         with pytest.raises(ConfigError, match=fits):
             _fitted(config, data, world)
