@@ -28,7 +28,7 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.manifest import Root, named_apart, open_groups
 from cfvlm_ds.evaluation.comparisons import factual_texts
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.page import Item, Page, Written, group_item, refuse_foreign_folder, write_page
+from cfvlm_ds.page import Item, Written, group_item, refuse_foreign_folder, write_page
 
 LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
@@ -314,4 +314,4 @@ def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Writ
     replace(as_json, found.as_json().encode())
     shown = [*found.facts, *((each.name, str(each)) for each in found.shortcuts)]
     shown += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
-    return write_page(Page("Audit", items, len(items), shown), out, say=say)
+    return write_page("Audit", items, len(items), out, facts=shown, say=say)

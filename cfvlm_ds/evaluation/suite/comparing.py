@@ -26,6 +26,7 @@ RESOLVED = (
     "The interval excludes 0 exactly then. All metrics of a benchmark are tested together (max-T of Westfall and Young), each benchmark by "
     f"itself. Fewer than {LEAST_CLUSTERS} clusters resolve nothing."
 )
+_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,19 @@ def _said(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
-    """The headline of each benchmark, every other metric whose difference is resolved, what got better and worse, what resolved means, and
-    notes."""
+    """The headline of each benchmark, every other metric whose difference is resolved, the items that got better and worse, what resolved
+    means, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",
         "|---|---|---|---:|---:|---:|---|---|---:|---:|",
     ]
+    flipped = []
     for each in found:
         better, worse = each.changes()
+        for word, ids in (("better", better), ("worse", worse)):
+            named = ", ".join(one_line(name, 60) for name in ids[:_NAMED])
+            flipped += [f"{each.place}: {len(ids)} items got {word}: {named}{', ...' * (len(ids) > _NAMED)}"] * bool(ids)
         headline = each.benchmark.headline
         names = [headline] * (headline in each.differences)
         names += [name for name, difference in each.differences.items() if name != headline and difference.resolved]
@@ -171,7 +176,7 @@ def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
             lines.append(
                 f"| {in_cell(each.before.called)} | {in_cell(each.before.label)} | {_row(name, each.differences[name])} | {counts} |"
             )
-    return "\n".join([*lines, "", RESOLVED, *(f"{each.place}: {note}" for each in found for note in each.notes)])
+    return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{each.place}: {note}" for each in found for note in each.notes)])
 
 
 def _row(name: str, found: Difference) -> str:
