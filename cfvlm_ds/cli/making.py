@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cfvlm_ds.cli.options import Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
@@ -91,7 +91,7 @@ def _verify(
     options: VerifyOptions,
     calibrate: str | None = None,
     precision: float = 0.95,
-    rule: str = "match",
+    rule: Literal["match", "likelihood", "both"] = "match",
     part: Part,
 ) -> None:
     """Score every candidate's 2 x 2 matrix, and compare its pictures.
@@ -103,7 +103,7 @@ def _verify(
         calibrate: fit margin and drop to the labels of this file ({"edit": ID, "attempt": 0, "good": true} a line) of what was verified,
             and write W/thresholds.json.
         precision: that they reach.
-        rule: scores that it is fitted to: match, likelihood, both.
+        rule: scores that it is fitted to.
     """
     from cfvlm_ds.counterfactuals import verify as step
     from cfvlm_ds.counterfactuals.history import thresholds_of
@@ -111,6 +111,8 @@ def _verify(
 
     folder, (number, of) = WorkFolder.open(Path(work)), part.shard or (0, None)
     if calibrate:
+        if (options, part) != (VerifyOptions(), Part()):
+            raise ConfigError("--calibrate scores nothing, and takes what all shards of W have; leave the scorer's options and --shard out")
         if not 0 < precision <= 1:
             raise ConfigError(f"--precision {precision}: a share from above 0 to 1")
         print(step.calibrate(folder.path, Path(calibrate), thresholds_of(folder, rule=rule), precision))
