@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,12 +27,12 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.manifest import Root, named_apart, open_groups
 from cfvlm_ds.evaluation.comparisons import factual_texts
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.page import Item, Written, group_item, refuse_foreign_folder, write_page
+from cfvlm_ds.page import Written, group_item, refuse_foreign_folder, write_page
 
 LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
 LIMIT_NEGATED = 0.1
-_SHOWN = 400
+_SHOWN = 20  # groups of a page, where there is no fault
 _SCORED = 256  # groups at a time
 _HEAD = b"# Audit\n\n| | |\n|---|---|"
 """Begins a report, by which one is known."""
@@ -97,7 +96,9 @@ def audit(
     found, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_looked_at(name, store, broken, say) for name, store in stores.items()]
-    _balance(found, sets)
+    listed = ", ".join(f"{each.name} ({len(each.groups)})" for each in sets)
+    found.facts.append(("groups", f"{sum(len(each.groups) for each in sets)} in {listed}"))
+    _negations(found, sets)
     if broken:
         found.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
     _shortcuts(found, sets, options, say)
@@ -111,31 +112,12 @@ def audit(
     return found, sets
 
 
-def _balance(found: Audit, sets: Sequence[_Set]) -> None:
-    kinds, sources = Counter[str](), Counter[str]()
-    shams = pictured = negated = pairs = 0
-    for each in sets:
-        for group in each.groups:
-            edits = [edit for edit in group.edits if edit.type != SHAM]
-            sources[group.source or "(none)"] += 1
-            shams += len(edits) < len(group.edits)
-            kinds.update(edit.type for edit in edits)
-            pictured += sum(edit.image is not None for edit in edits)
-            for true, false in text_pairs(group):
-                pairs += 1
-                negated += bool(_NEGATIONS & set(false.lower().split()) - set(true.lower().split()))
-    groups = sum(sources.values())
-    facts = [
-        ("groups", f"{groups} in {', '.join(f'{each.name} ({len(each.groups)})' for each in sets)}"),
-        ("sources", ", ".join(f"{name} {count}" for name, count in sources.most_common(8))),
-        ("edits by type", ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) or "none"),
-        ("edits with a picture of their own", f"{pictured} of {sum(kinds.values())}"),
-        ("groups with a sham", f"{shams} of {groups}"),
-    ]
-    found.facts.extend(facts)
-    if pairs and negated / pairs > LIMIT_NEGATED:
+def _negations(found: Audit, sets: Sequence[_Set]) -> None:
+    pairs = [pair for each in sets for group in each.groups for pair in text_pairs(group)]
+    negated = sum(bool(_NEGATIONS & set(false.lower().split()) - set(true.lower().split())) for true, false in pairs)
+    if pairs and negated / len(pairs) > LIMIT_NEGATED:
         found.fault(
-            f"{negated} of {pairs} false texts negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})"
+            f"{negated} of {len(pairs)} false texts negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})"
         )
 
 
@@ -216,12 +198,6 @@ def _duplicates(found: Audit, sets: Sequence[_Set]) -> None:
             if pairs or shared:
                 ids = [name for pair in pairs for name in (mine[pair.first][1], theirs[pair.second][1])]
                 found.fault(f"{each.name} and {other.name} share {len(pairs)} originals or nearly so, and {len(shared)} picture files", ids)
-    repeated: Counter[str] = Counter()
-    for each in sets:
-        for group in each.groups:
-            repeated["\0".join(sorted(candidate.text for candidate in group.candidates)) + str(sorted(map(str, group.images)))] += 1
-    if more := sum(count - 1 for count in repeated.values()):
-        found.fault(f"{more} groups repeat another one, with the same texts and pictures")
 
 
 def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None:
@@ -303,15 +279,13 @@ def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Writ
     for sentence, ids in found.faults:
         for name in ids:
             about.setdefault(name, []).append(one_line(sentence, 80))
-    items: list[Item] = []
-    for each in sets:
-        for group in each.groups:
-            if len(items) < _SHOWN and (group.id in about or (not about and len(items) < 20)):
-                said = about.get(group.id, ["nothing"])
-                items.append(group_item(group, facts=[("found", "; ".join(said))], filters={"found": said}))
+    every = [group for each in sets for group in each.groups]
+    shown = [group for group in every if group.id in about] or every[:_SHOWN]
+    said = ((group, about.get(group.id, ["nothing"])) for group in shown)
+    items = (group_item(group, facts=[("found", "; ".join(names))], filters={"found": names}) for group, names in said)
     as_text, as_json = report_files(out)
     replace(as_text, found.markdown().encode())
     replace(as_json, found.as_json().encode())
-    shown = [*found.facts, *((each.name, str(each)) for each in found.shortcuts)]
-    shown += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
-    return write_page("Audit", items, len(items), out, facts=shown, say=say)
+    facts = [*found.facts, *((each.name, str(each)) for each in found.shortcuts)]
+    facts += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
+    return write_page("Audit", items, len(shown), out, facts=facts, say=say)
