@@ -68,16 +68,11 @@ def gaps(
         star = wanted_cells([group], match[None], torch.tensor([group.prompt_ids]), "star")[0].tolist()
         logp, blank, tokens = score.logp.tolist(), score.blank.tolist(), length(group)
         for each in comparisons(group):
-            if each.kind == "text":
-                i, c, d = each.at
-                j, prior = i, blank[c] - blank[d]
-            elif each.kind == "image":
-                c, i, j = each.at
-                d, prior = c, None
-            else:
-                continue
-            if star[i][c] and star[j][d]:
-                yield Gap(each.kind, each.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
+            if each.kind in TERMS:
+                (i, c), (j, d) = each.cells
+                prior = blank[c] - blank[d] if each.kind == "text" else None
+                if star[i][c] and star[j][d]:
+                    yield Gap(each.kind, each.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
 
 
 def advise(found: Sequence[Gap]) -> Advice:

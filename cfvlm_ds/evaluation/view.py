@@ -20,7 +20,7 @@ from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
-from cfvlm_ds.page import Fact, Item, ScoreTable, Written, group_item, least_margins, refuse_foreign_folder, write_page
+from cfvlm_ds.page import Fact, Item, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
 
 SAMPLE = 200
 
@@ -137,14 +137,14 @@ def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
 
     A tie is lost. Two images with two texts add no comparison of their own: they are right where those of their cells are.
     """
-    logp = stored.logp
-    compared = []
+    logp, decided = stored.logp, list[float]()
+    margins: list[list[list[float | None] | None]] = [[None] * len(group.candidates) for _ in group.images]
     for each in comparisons(group):
-        if each.kind == "text":
-            i, c, d = each.at
-            compared.append((i, c, 0, logp[i][c] - logp[i][d]))
-        elif each.kind != "quad":
-            c, i, j = each.at
-            compared.append((i, c, 1, logp[i][c] - logp[j][c]))
-    margins = least_margins(len(group.images), len(group.candidates), compared)
-    return ScoreTable(logp, stored.blank, margins, [margin for *_, margin in compared])
+        if each.kind != "quad":
+            (i, c), (j, d) = each.cells
+            decided.append(logp[i][c] - logp[j][d])
+            cell, side = (margins[i][c] or [None, None]), int(each.kind != "text")
+            least = cell[side]
+            cell[side] = decided[-1] if least is None else min(least, decided[-1])
+            margins[i][c] = cell
+    return ScoreTable(logp, stored.blank, margins, decided)

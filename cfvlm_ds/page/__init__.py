@@ -98,18 +98,6 @@ class ScoreTable:
         return min((margin for margin in self.decided if margin == margin), default=None)
 
 
-def least_margins(
-    num_images: int, num_texts: int, compared: Iterable[tuple[int, int, int, float]]
-) -> list[list[list[float | None] | None]]:
-    """The margins of a ScoreTable of (image, text, 0 over texts or 1 over images, margin) of comparisons that a true cell is in."""
-    margins: list[list[list[float | None] | None]] = [[None] * num_texts for _ in range(num_images)]
-    for i, c, side, margin in compared:
-        cell = margins[i][c] = margins[i][c] or [None, None]
-        least = cell[side]
-        cell[side] = margin if least is None else min(least, margin)
-    return margins
-
-
 @dataclass(frozen=True)
 class Item:
     """One group: pictures, texts, a truth table of 1, 0 or None (unknown), and what is known of it.

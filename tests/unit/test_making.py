@@ -47,7 +47,7 @@ from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_th
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose.step import propose
-from cfvlm_ds.counterfactuals.select import Survival, ranges, select
+from cfvlm_ds.counterfactuals.select import REPEATED, Survival, ranges, select
 from cfvlm_ds.counterfactuals.status import status
 from cfvlm_ds.counterfactuals.verify import calibrate, verify
 from cfvlm_ds.counterfactuals.work_folder import OUTDATED, WorkFolder
@@ -361,6 +361,14 @@ def through_all(photos: Path, out: Path, shards: int) -> None:
         propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation"), shard, quiet, shards)
         edit(out, EditOptions(), shard, quiet)
         verify(out, VerifyOptions(), shard, quiet, None)
+
+
+def test_an_id_that_is_in_two_shards_is_counted_and_left_out_the_second_time(photos: Path, tmp_path: Path) -> None:
+    with open(photos, "a") as file:
+        file.write(json.dumps({"id": "p0", "image": "1.png", "caption": "a cup to the left of a box"}) + "\n")
+    through_all(photos, tmp_path / "W", 4)  # rows 0 and 6 are of the shards 0 and 2
+    survival = select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(), quiet)
+    assert survival.total[REPEATED] > 0 and len(read_manifest(tmp_path / "g.jsonl")) == 6
 
 
 def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_bytes(

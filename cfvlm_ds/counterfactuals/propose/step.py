@@ -14,7 +14,6 @@ from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.options import ProposeOptions, named
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, sources
-from cfvlm_ds.counterfactuals.propose.places import places_of
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.store import GroupStore
 
@@ -39,7 +38,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     context = Context(options, store, work, words, say)
     back_ends = {name: PROPOSERS[name](context) for name in names}
     work.settle(STEP, options, settings={name: dict(back_end.settings()) for name, back_end in back_ends.items()})
-    places = places_of(store, work, shard, say)
+    places = range(shard, len(store), work.shards)
     threads = max(back_end.threads for back_end in back_ends.values())
 
     def asked(unit: Source | DataError) -> dict[str, Any]:
