@@ -1424,7 +1424,7 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
         ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "rule 'best'"),
         ("select: {thresholds: none.yaml}", "--thresholds none.yaml"),
         ("select: {margin: -1}", "plan.yaml: select.margin -1.0"),
-        ("propose: {words: words.yaml}", "--words words.yaml: '' of 'colour' is no word"),
+        ("propose: {words: words.yaml}", "--words words.yaml: words.colour: expected a text"),
         ("data: other.jsonl", "key 'data' occurs twice"),
         ("groups: captions.jsonl", "captions.jsonl is read here"),
     ],
@@ -1434,7 +1434,7 @@ def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     groups = "" if section.startswith("groups") else "groups: g.jsonl\n"
-    (tmp_path / "words.yaml").write_text("colour: [red, '']")
+    (tmp_path / "words.yaml").write_text("colour: [red, 3]")
     (tmp_path / "plan.yaml").write_text(f"data: captions.jsonl\nout: W\n{groups}{section}\n")
     with pytest.raises(SystemExit) as ended:
         main.main(["data", "run", "--config", "plan.yaml"])

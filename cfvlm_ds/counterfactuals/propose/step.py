@@ -10,7 +10,7 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.sequences import side_by_side
-from cfvlm_ds.core.text import printable
+from cfvlm_ds.core.strict import fitted
 from cfvlm_ds.counterfactuals.options import ProposeOptions, named
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, sources
@@ -107,16 +107,7 @@ def read_words(file: str) -> dict[str, list[str]]:
     if not file:
         return {}
     try:
-        value = read_yaml(file)
+        found: dict[str, list[str]] = fitted(dict[str, list[str]], read_yaml(file), "words")
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--words {file}: cannot be read ({error}); write YAML such as colour: [red, green]") from error
-    right = isinstance(value, dict) and all(
-        isinstance(kind, str) and isinstance(words, list) and all(isinstance(word, str) for word in words) for kind, words in value.items()
-    )
-    if not right:
-        raise ConfigError(f"--words {file}: lists of words by type are wanted; write YAML such as colour: [red, green]")
-    for kind, words in value.items():
-        for word in words:
-            if not word or printable(word.strip()) != word:
-                raise ConfigError(f"--words {file}: {word!r} of {kind!r} is no word; write a word of one line")
-    return {kind: list(words) for kind, words in value.items()}
+        raise ConfigError(f"--words {file}: {error}; write YAML such as colour: [red, green]") from error
+    return found

@@ -27,47 +27,9 @@ _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa
 SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",").split(",")) for word in group.split()}
 """Word -> a number that words of one meaning share: a change between them is none, and neither may be proposed for the other."""
 
-EMPTY_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "some",
-        "of",
-        "to",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "being",
-        "been",
-        "that",
-        "this",
-        "these",
-        "those",
-        "there",
-        "it",
-        "its",
-        "and",
-        "also",
-        "very",
-        "quite",
-        "just",
-        "really",
-        "has",
-        "have",
-        "with",
-        "i",
-        "we",
-        "you",
-        "he",
-        "she",
-        "they",
-        "which",
-        "who",
-    ]
-)
+_EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
+    has have with i we you he she they which who"""
+EMPTY_WORDS = frozenset(_EMPTY.split())
 """Words whose change alone cannot be seen in a picture."""
 
 
