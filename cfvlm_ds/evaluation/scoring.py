@@ -22,7 +22,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.core.text import quoted
+from cfvlm_ds.core.text import few
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.evaluation.loss import EvaluationLoss
@@ -128,8 +128,7 @@ def score_groups(
 def warn_of_nonfinite(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], world: World, label: str) -> None:
     """Count the groups whose scores are no numbers, and name some."""
     if broken := [group.id for group, found in zip(groups, scores, strict=True) if not found.finite]:
-        named = f"{', '.join(map(quoted, broken[:5]))}{', ...' * (len(broken) > 5)}"
-        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {named}")
+        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {few(broken)}")
 
 
 def scored_batches(

@@ -5,7 +5,6 @@ Plain data in, one PNG out; matplotlib is imported when a figure is drawn.
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cfvlm_ds.core.text import one_line
+from cfvlm_ds.tracking.metrics_log import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +126,10 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     Raises:
         FileNotFoundError: no such file. ValueError: it holds none of these metrics.
     """
-    series = _read_series(metrics_jsonl)
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in read_rows(metrics_jsonl):
+        for name, value in row.items():
+            series.setdefault(name, []).append((row["step"], float(value)))
     panels = []
     for title, label, prefix, place in _PANELS:
         fit = sorted((rank, name) for name in series if (rank := place(name)) is not None)
@@ -185,19 +188,6 @@ _PANELS: tuple[tuple[str, str, str, Callable[[str], int | None]], ...] = (
     ("Evaluation accuracy", "%", "eval/", _accuracy),
 )
 """(title, unit, prefix of all names that belong to it, the place of a name among those that are shown)."""
-
-
-def _read_series(metrics_jsonl: Path) -> dict[str, list[tuple[int, float]]]:
-    series: dict[str, list[tuple[int, float]]] = {}
-    with metrics_jsonl.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                break  # still being written
-            row = json.loads(line)
-            for name, value in row.items():
-                if name not in ("step", "time"):
-                    series.setdefault(name, []).append((row["step"], float(value)))
-    return series
 
 
 def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[tuple[int, float]]], others: int) -> None:

@@ -546,7 +546,7 @@ def test_scores_that_are_not_finite_are_counted_and_named(
     named = [group.id for group in groups]  # each has a blank image, which is a tree of its own
     said = capsys.readouterr().out
     assert f"warning: evaluating test: scores of {len(named)} of {len(groups)} groups are not finite, and count as wrong: " in said
-    assert ", ".join(map(repr, named[:5])) in said
+    assert ", ".join(named[:5]) in said
     score_groups(scorer, collator, groups, ALONE, 1)
     assert "not finite" not in capsys.readouterr().out
     broken = replace(scores([[-1.0, -2.0], [-2.0, -1.0]]), shuffled=torch.tensor([torch.nan, torch.nan]))

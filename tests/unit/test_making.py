@@ -1419,9 +1419,9 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
     "section, said",
     [
         ("propose: {with: rulez}", "propose.with rulez: no such back end"), ("edit: {with: flipp}", "--with flipp: no such back end"),
-        ("edit: {masks: nowhere}", "--masks nowhere: no such folder"), ("edit: {composite: all}", "--composite all"),
+        ("edit: {masks: nowhere}", "--masks nowhere: no such folder"), ("edit: {composite: all}", "edit.composite: expected mask"),
         ("verify: {scorer: nowhere}", "plan.yaml: verify.scorer: model.name_or_path 'nowhere' does not exist"),
-        ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "rule 'best'"),
+        ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "select.rule: expected match"),
         ("select: {thresholds: none.yaml}", "--thresholds none.yaml"),
         ("select: {margin: -1}", "plan.yaml: select.margin -1.0"),
         ("propose: {words: words.yaml}", "--words words.yaml: words.colour: expected a text"),

@@ -16,7 +16,7 @@ from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import parse_json
-from cfvlm_ds.core.text import in_cell, one_line
+from cfvlm_ds.core.text import few, in_cell, one_line
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
 from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
@@ -64,8 +64,7 @@ class Audit:
             lines.append(f"| {each.name} | {measured} | {each.pairs} | {in_cell(told, 400)} |")
         lines += ["", "## What passes a limit", ""]
         for sentence, ids in self.faults:
-            named = f" ({', '.join(one_line(each, 60) for each in ids[:5])}{', ...' * (len(ids) > 5)})" if ids else ""
-            lines.append(f"- {in_cell(sentence + named, 600)}")
+            lines.append(f"- {in_cell(sentence + f' ({few(ids)})' * bool(ids), 600)}")
         return "\n".join([*lines, *(["Nothing."] if not self.faults else [])]) + "\n"
 
     def as_json(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.text import in_cell, one_line
+from cfvlm_ds.core.text import few, in_cell
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
 from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
@@ -135,9 +135,9 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
     changed += list(later)
     notes = []
     if changed:
-        named = ", ".join(one_line(each, 40) for each in changed[:5])
         notes.append(
-            f"{len(changed)} items are in one of the results only, or have other texts, parts or clusters, and are not compared: {named}"
+            f"{len(changed)} items are in one of the results only, or have other texts, parts or clusters, and are not compared: "
+            f"{few(changed)}"
         )
     one, other_data = before.record["data"], after.record["data"]
     if not changed and one.get("pictures") != other_data.get("pictures"):
@@ -166,8 +166,7 @@ def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
     for each in found:
         better, worse = each.changes()
         for word, ids in (("better", better), ("worse", worse)):
-            named = ", ".join(one_line(name, 60) for name in ids[:_NAMED])
-            flipped += [f"{each.place}: {len(ids)} items got {word}: {named}{', ...' * (len(ids) > _NAMED)}"] * bool(ids)
+            flipped += [f"{each.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
         headline = each.benchmark.headline
         names = [headline] * (headline in each.differences)
         names += [name for name, difference in each.differences.items() if name != headline and difference.resolved]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cfvlm_ds.core.text import in_cell, one_line
+from cfvlm_ds.core.text import few, in_cell, one_line
 from cfvlm_ds.evaluation.benchmarks.base import Values
 from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, bootstrap_of
 from cfvlm_ds.evaluation.suite.written import Result
@@ -58,8 +58,7 @@ def omissions(result: Result) -> list[str]:
     if left_out:
         found.append(f"{result.place}: {len(left_out)} items left out, the first: {one_line(left_out[0][1], 300)}")
     if broken:
-        named = ", ".join(one_line(each, 60) for each in broken[:5])
-        found.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {named}")
+        found.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {few(broken)}")
     return found
 
 
