@@ -482,7 +482,7 @@ def test_intervals_have_the_width_of_independent_clusters() -> None:
     for copies in (1, 4):
         found = [outcome(copies * n + k, right, str(n)) for n, right in enumerate(rights) for k in range(copies)]
         bootstrap = Bootstrap([each.item.cluster for each in found])
-        values = [drawn["accuracy"] for drawn in bootstrap.values(accuracy, seen(found), range(300))]
+        values = [drawn["accuracy"] for drawn in (bootstrap.values(accuracy, seen(found), k) for k in range(300))]
         share = sum(rights) / 400
         assert bootstrap.clusters == 400 and statistics.mean(values) == pytest.approx(100 * share, abs=0.6)
         assert statistics.stdev(values) == pytest.approx(100 * math.sqrt(share * (1 - share) / 400), rel=0.15)
@@ -500,7 +500,7 @@ def test_a_pair_that_is_drawn_twice_is_two_pairs() -> None:
     for k in range(20):
         drawn = bootstrap.draw(k)
         clusters = [number // 2 for number, _ in drawn[::2]]
-        (value,) = bootstrap.values(pairs, seen(found), [k])
+        value = bootstrap.values(pairs, seen(found), k)
         assert value["pair"] == pytest.approx(100 * sum(cluster != 0 for cluster in clusters) / 3)
     assert bootstrap.draw(1) == Bootstrap([each.item.cluster for each in found]).draw(1) != bootstrap.draw(2)
     assert interval([1.0]) is None and interval([1.0, 3.0]) == pytest.approx((1.05, 2.95)) and intervals([{"a": 1.0}, {"b": 2.0}]) == {}
@@ -516,7 +516,7 @@ def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch: pytest.Monkey
     monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
     found = drawn_together(world, outcomes, metrics, 8, "evaluating it", Patience(world))
-    assert found == bootstrap.values(metrics, seen(outcomes), range(8))
+    assert found == [bootstrap.values(metrics, seen(outcomes), k) for k in range(8)]
     assert said[0].startswith("evaluating it: bootstrap: 1 of 8 draws, ") and said[0].endswith(" left") and len(said) == 4
     assert drawn_together(world, outcomes[1:], metrics, 8, "evaluating it", Patience(world)) == []
 
@@ -543,7 +543,7 @@ def result(outcomes: Sequence[Outcome], name: str = "sugarcrepe", called: str = 
     header = {"benchmark": name, "probe": {"name": "match"}, "model": {"name": identity}, "data": {"items": len(outcomes), "pictures": "p"}}
     metrics = BENCHMARKS[name].metrics
     bootstrap = Bootstrap([each.item.cluster for each in outcomes])
-    drawn = bootstrap.values(metrics, seen(outcomes), range(draws))
+    drawn = [bootstrap.values(metrics, seen(outcomes), k) for k in range(draws)]
     return Result(called or name, "match", recorded(BENCHMARKS[name], header, outcomes, drawn, prompt="?"), tuple(outcomes))
 
 

@@ -31,12 +31,10 @@ from cfvlm_ds.page import Written, group_item, refuse_foreign_folder, write_page
 
 LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
-LIMIT_NEGATED = 0.1
 _SHOWN = 20  # groups of a page, where there is no fault
 _SCORED = 256  # groups at a time
 _HEAD = b"# Audit\n\n| | |\n|---|---|"
 """Begins a report, by which one is known."""
-_NEGATIONS = {"no", "not", "without", "never", "none"}
 
 Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
@@ -97,7 +95,6 @@ def audit(
     sets = [_looked_at(name, store, broken, say) for name, store in stores.items()]
     listed = ", ".join(f"{each.name} ({len(each.groups)})" for each in sets)
     found.facts.append(("groups", f"{sum(len(each.groups) for each in sets)} in {listed}"))
-    _negations(found, sets)
     if broken:
         found.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
     _shortcuts(found, sets, options, say)
@@ -109,15 +106,6 @@ def audit(
         groups = [group for each in sets for group in each.groups]
         found.facts.append(("refined", refine(groups, margins, options.seed, Path(options.refine))))
     return found, sets
-
-
-def _negations(found: Audit, sets: Sequence[_Set]) -> None:
-    pairs = [pair for each in sets for group in each.groups for pair in text_pairs(group)]
-    negated = sum(bool(_NEGATIONS & set(false.lower().split()) - set(true.lower().split())) for true, false in pairs)
-    if pairs and negated / len(pairs) > LIMIT_NEGATED:
-        found.fault(
-            f"{negated} of {len(pairs)} false texts negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})"
-        )
 
 
 def _looked_at(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
