@@ -111,7 +111,6 @@ class Oracle:
                 if made.get("picture"):
                     proposal, line = proposals[made["edit"]]
                     drawn = scene_editor.drawn_group(self.config, line["source"])
-                    assert drawn is not None
                     fault = scene_editor.fault_of(made["seed"], FAULTS)
                     wanted = scene_editor.shown_by(drawn, proposal["text"])
                     assert wanted is not None and made.get("info", {}).get("fault", "") == fault
