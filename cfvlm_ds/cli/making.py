@@ -15,7 +15,6 @@ from cfvlm_ds.cli.options import Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.text import one_line, printable
-from cfvlm_ds.core.untrusted import refuse_one_file
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 
 if TYPE_CHECKING:
@@ -158,13 +157,13 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
 
     Args:
         manifest: groups; several are the splits of one set.
-        out: folder of the page; OUT.md and OUT.json lie beside it.
+        out: folder of the page, with report.md and report.json.
     """
     from cfvlm_ds.counterfactuals.audit.refine import refined_file
-    from cfvlm_ds.counterfactuals.audit.report import audit, report_files, write_report
+    from cfvlm_ds.counterfactuals.audit.report import audit, write_report
+    from cfvlm_ds.page import refuse_foreign_folder
 
-    folder = Path(out)
-    refuse_one_file(*report_files(folder), *([Path(options.refine)] if options.refine else []))
+    folder = refuse_foreign_folder(Path(out))
     if options.refine:
         if Path(os.path.realpath(options.refine)).is_relative_to(os.path.realpath(folder)):
             raise ConfigError(
@@ -175,7 +174,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     found, sets = audit(manifest, reading.root, reading.format, options, say, score)
     write_report(found, sets, folder, say)
     print(found.markdown())
-    print(f"wrote {folder.with_name(folder.name + '.md')}, {folder.with_name(folder.name + '.json')} and {folder / 'index.html'}")
+    print(f"wrote {folder}: index.html, report.md and report.json")
     if options.strict and found.faults:
         sys.stdout.flush()
         sys.exit(1)

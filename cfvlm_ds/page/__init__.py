@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby, islice, takewhile, zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader
@@ -49,7 +50,7 @@ MAX_COMPARED = 40_000
 _SEARCHED = 1000  # characters of a group's texts
 _ASSETS = ("page.css", "page.js")
 _MARKER = "page.json"
-_NAMES = {"index.html", "pictures", _MARKER, *_ASSETS}
+_NAMES = {"index.html", "pictures", "report.md", "report.json", _MARKER, *_ASSETS}
 
 
 # ---- records: nothing here knows of manifests, models or HTML
@@ -207,11 +208,12 @@ def write_page(
     *,
     facts: Sequence[Fact] = (),
     scored: str = "log p(text | image) in nats",
+    beside: Mapping[str, str] = MappingProxyType({}),
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = lambda line: None,
 ) -> Written:
     """Write a page of ``total`` items into a folder, in place of an earlier page there; until all of it is written, what was there stays.
-    ``scored`` says what the numbers of score tables are.
+    ``scored`` says what the numbers of score tables are; ``beside`` are texts by the names of further files.
 
     Items are asked for one by one. Memory: the page without its pictures, and what the last 2048 pictures are compared by (57 MB at most).
 
@@ -241,6 +243,8 @@ def write_page(
                 title=title, facts=facts, scored=scored, filters=filters, groups=groups
             )
             (folder / "index.html").write_text(page, "utf-8", "xmlcharrefreplace")
+            for name, text in beside.items():
+                (folder / name).write_text(text, "utf-8")
             for name in _ASSETS:
                 shutil.copyfile(Path(__file__).with_name(name), folder / name)
             (folder / _MARKER).write_text(json.dumps({"schema": "cfpage/3"}))

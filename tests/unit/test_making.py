@@ -1103,24 +1103,19 @@ def test_what_lies_beside_the_groups_is_replaced_where_it_is_ours_alone(
     counting = ["data", "stats", groups, "--root", tmp_path, "--root", out, "--out", tmp_path / "s.png"]
     theirs = {
         "f.png": selecting, "g.jsonl.survival.md": selecting,
-        "a.md": auditing, "a.json": auditing, "thin.jsonl": auditing, "s.png": counting,
+        "thin.jsonl": auditing, "s.png": counting,
     }  # fmt: skip
     for words in (selecting, auditing, counting) * 2:
         said_by(capsys, *words)
     assert "thin.jsonl is there, and select has not written it" in refused(capsys, *selecting[:4], tmp_path / "thin.jsonl")
-    for words, twice in (
-        (["data", "select", out, "--out", tmp_path / "both.png", "--figure", tmp_path / "both.png"], "both.png"),
-        ([*auditing[:-1], tmp_path / "a.md"], "a.md"),
-    ):
-        assert f"{twice} would be written twice, with different contents" in refused(capsys, *words)
+    twice = ["data", "select", out, "--out", tmp_path / "both.png", "--figure", tmp_path / "both.png"]
+    assert "both.png would be written twice, with different contents" in refused(capsys, *twice)
     assert "lies in the folder of the page" in refused(capsys, *auditing[:-1], tmp_path / "a" / "thin.jsonl")
     own = {name: (tmp_path / name).read_bytes() for name in theirs}
     for name, words in theirs.items():
         (tmp_path / name).write_bytes((tmp_path / "0.png").read_bytes() if name.endswith(".png") else b'{"facts": 1}\n')
         before = contents(tmp_path)
-        assert re.search(
-            rf"{name} is there, and (select|audit|audit --refine|this package) has not written it; name", refused(capsys, *words)
-        )
+        assert re.search(rf"{name} is there, and (select|audit --refine|this package) has not written it; name", refused(capsys, *words))
         assert contents(tmp_path) == before
         (tmp_path / name).write_bytes(own[name])
 
@@ -1231,7 +1226,7 @@ def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path: Path) -> Non
     found, sets = audited(tmp_path, {"train": clean[:40], "test": clean[40:]})
     assert found.faults == []
     write_report(found, sets, tmp_path / "page", quiet)
-    assert "Nothing." in (tmp_path / "page.md").read_text() and (tmp_path / "page" / "index.html").is_file()
+    assert "Nothing." in (tmp_path / "page" / "report.md").read_text() and (tmp_path / "page" / "index.html").is_file()
 
     (tmp_path / "cue").mkdir()
     found, _ = audited(tmp_path / "cue", {"train": pair_rows(tmp_path / "cue", 40, cue=" indeed")})
@@ -1284,9 +1279,9 @@ def test_what_is_not_measured_has_no_number(tmp_path: Path) -> None:
     alone = [{key: row[key] for key in ("images", "texts", "match", "edits")} | {"id": f"g{k}"} for k in range(6)]
     found, sets = audited(tmp_path, {"train": alone})
     write_report(found, sets, tmp_path / "page", quiet)
-    table = (tmp_path / "page.md").read_text()
+    table = (tmp_path / "page" / "report.md").read_text()
     assert "| texts by their words | not measured | | 0 | one half has no pair" in table and "0.500" not in table
-    assert json.loads((tmp_path / "page.json").read_text())["shortcuts"][1]["auc"] is None
+    assert json.loads((tmp_path / "page" / "report.json").read_text())["shortcuts"][1]["auc"] is None
     apart = [{"id": "g", "images": row["images"][:1], "texts": [text | {"prompt": text["id"]} for text in row["texts"]],
               "match": [["i0", "t0", 1], ["i0", "t1", 0]]}]  # fmt: skip
     found, _ = audited(tmp_path, {"train": apart}, lambda groups: [GroupScores(torch.zeros(1, 2), torch.zeros(2)) for _ in groups])
@@ -1368,7 +1363,7 @@ def test_the_commands_go_from_captions_to_groups(photos: Path, tmp_path: Path, c
                 str(tmp_path / "0.png").replace("0.png", ""),
             ]
         )
-    assert ended.value.code == 1 and "that are nearly one of them" in (tmp_path / "audit.md").read_text()
+    assert ended.value.code == 1 and "that are nearly one of them" in (tmp_path / "audit" / "report.md").read_text()
 
 
 def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,16 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.text import few, in_cell, one_line
-from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
 from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
 from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, by_grain, by_length, by_words, grain
@@ -27,14 +24,12 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.manifest import Root, named_apart, open_groups
 from cfvlm_ds.evaluation.comparisons import factual_texts
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.page import Written, group_item, refuse_foreign_folder, write_page
+from cfvlm_ds.page import Written, group_item, write_page
 
 LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
 _SHOWN = 20  # groups of a page, where there is no fault
 _SCORED = 256  # groups at a time
-_HEAD = b"# Audit\n\n| | |\n|---|---|"
-"""Begins a report, by which one is known."""
 
 Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
@@ -54,7 +49,7 @@ class Audit:
 
     def markdown(self) -> str:
         """The report."""
-        lines = [_HEAD.decode(), *(f"| {in_cell(name, 400)} | {in_cell(value, 400)} |" for name, value in self.facts), ""]
+        lines = ["# Audit\n\n| | |\n|---|---|", *(f"| {in_cell(name, 400)} | {in_cell(value, 400)} |" for name, value in self.facts), ""]
         lines += ["| told apart | AUC | 95 % interval | pairs | goes by |", "|---|---:|---|---:|---|"]
         for each in self.shortcuts:
             told = ", ".join(each.telling[:8])
@@ -243,25 +238,8 @@ def _blind(found: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[f
     return [sum(group) / max(len(group), 1) for group in margins]
 
 
-def report_files(out: Path) -> tuple[Path, Path]:
-    """OUT.md and OUT.json. Raises ConfigError where one of them is somebody else's, or the folder OUT is."""
-    refuse_foreign_folder(out)
-    files = out.with_name(f"{out.name}.md"), out.with_name(f"{out.name}.json")
-    for path, ours in zip(files, (_is_report, _is_record), strict=True):
-        own_output(path, ours, "audit")
-    return files
-
-
-def _is_report(file: IO[bytes]) -> bool:
-    return file.read(len(_HEAD)) == _HEAD
-
-
-def _is_record(file: IO[bytes]) -> bool:
-    return set(parse_json(file.read().decode())) == {"facts", "shortcuts", "faults"}
-
-
 def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """OUT.md, OUT.json, and a page in the folder OUT of the groups that a fault names."""
+    """A page in the folder OUT of the groups that a fault names, with report.md and report.json."""
     about: dict[str, list[str]] = {}
     for sentence, ids in found.faults:
         for name in ids:
@@ -270,9 +248,7 @@ def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Writ
     shown = [group for group in every if group.id in about] or every[:_SHOWN]
     said = ((group, about.get(group.id, ["nothing"])) for group in shown)
     items = (group_item(group, facts=[("found", "; ".join(names))], filters={"found": names}) for group, names in said)
-    as_text, as_json = report_files(out)
-    replace(as_text, found.markdown().encode())
-    replace(as_json, found.as_json().encode())
+    beside = {"report.md": found.markdown(), "report.json": found.as_json()}
     facts = [*found.facts, *((each.name, str(each)) for each in found.shortcuts)]
     facts += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
-    return write_page("Audit", items, len(shown), out, facts=facts, say=say)
+    return write_page("Audit", items, len(shown), out, facts=facts, beside=beside, say=say)
