@@ -200,8 +200,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
     """Add what a record has, with the verdict by default thresholds."""
     counts["candidates"] += 1
     counts["scored"] += "scores" in record
-    rule = "match" if "scores" in record else "checks"
-    reason = verdict(record, Thresholds(rule=rule)).reason
+    reason = verdict(record, Thresholds(rule="match" if "scores" in record else "checks")).reason
     counts["good by default thresholds" if reason == GOOD else f"not: {reason[:80]}"] += 1
 
 

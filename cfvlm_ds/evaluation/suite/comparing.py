@@ -55,7 +55,6 @@ class Compared:
     """A benchmark that two models were asked in the same way: the outcomes of the items that both have, and what differs."""
 
     before: Result
-    after: Result
     benchmark: Benchmark
     pairs: tuple[tuple[Outcome, Outcome], ...]
     differences: Mapping[str, Difference]
@@ -119,7 +118,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
     tested = [name for name in was if drawn and all(each.get(name, math.nan) == each.get(name, math.nan) for each in drawn)]
     spans = exchange_intervals(drawn, tested)
     differences = {name: Difference(was[name], now[name], spans.get(name), bootstrap.clusters) for name in was if name in now}
-    return Compared(before, after, benchmark, tuple(pairs), differences, tuple(notes))
+    return Compared(before, benchmark, tuple(pairs), differences, tuple(notes))
 
 
 def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]], list[str]]:

@@ -90,8 +90,7 @@ def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
     """The metrics under the names that they are logged by: eval/NAME/METRIC, and blind_METRIC, shuffled_METRIC of what is had without
     looking."""
     prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
-    shown = {table: values for table, values in tables.items() if table in prefixes}
-    return {f"eval/{name}/{prefixes[table]}{metric}": value for table, values in shown.items() for metric, value in values.items()}
+    return {f"eval/{name}/{prefix}{each}": value for table, prefix in prefixes.items() for each, value in tables.get(table, {}).items()}
 
 
 def every_metric(metrics: Mapping[str, Values], spans: Mapping[str, Sequence[float]]) -> str:
