@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby, islice, takewhile, zip_longest
+from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -31,6 +31,7 @@ from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data.decoding import MAX_PIXELS
@@ -274,8 +275,8 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
     """
     found = [list(_WORD.finditer(text)) for text in (reference, other)]
     words = [[match[0] for match in matches] for matches in found]
-    first = _shared(*words)
-    last = _shared(*(part[first:][::-1] for part in words))
+    first = shared_start(*words)
+    last = shared_start(*(part[first:][::-1] for part in words))
     one, two = (part[first : len(part) - last] for part in words)
     changes = [("replace", 0, len(one), 0, len(two))]
     if len(one) * len(two) <= MAX_COMPARED:
@@ -286,11 +287,6 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
             if kind != "equal" and start < end:
                 spans[side].append((found[side][first + start].start(), found[side][first + end - 1].end()))
     return spans
-
-
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many words two lists have in common at their beginning."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _marks(texts: Sequence[Text]) -> list[bytes]:

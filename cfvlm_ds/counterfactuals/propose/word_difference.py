@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfvlm_ds.core.conversation import normalised
+from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
 
@@ -55,9 +56,8 @@ class Difference:
 def difference(caption: str, text: str) -> Difference:
     """What lies between the common beginning and the common end of two texts."""
     old, new = words(caption), words(text)
-    shorter = min(len(old), len(new))
-    first = next((k for k in range(shorter) if old[k] != new[k]), shorter)
-    last = next((k for k in range(shorter - first) if old[-1 - k] != new[-1 - k]), shorter - first)
+    first = shared_start(old, new)
+    last = shared_start(old[first:][::-1], new[first:][::-1])
     return Difference(old[first : len(old) - last], new[first : len(new) - last], first, last, sorted(old) == sorted(new))
 
 
