@@ -119,8 +119,8 @@ def truth_of(work: Path, scenes: Path, faults: float) -> Truth:
             continue
         source, text = texts[record["edit"]]
         drawn = editor.drawn_group(config, source)
-        wanted = None if drawn is None else editor.shown_by(drawn, text)
-        if drawn is None or wanted is None:
+        wanted = editor.shown_by(drawn, text)
+        if wanted is None:
             raise SystemExit(f"{record['edit']}: the world does not know what it drew")
         fault = editor.fault_of(record["seed"], faults)
         scene = editor.failed(drawn.scenes[0], wanted, fault, record["seed"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 
 from cfvlm_ds.cli.models import joined, load_scorer
-from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Positive, Reading, Scoring, add_function, model_named, say
+from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Reading, Scoring, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import parse_json
@@ -218,48 +218,16 @@ def _asked(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, ident
     return Asked(scorer, collator, world, name, identity, precision, writing)
 
 
-def _compare(
-    results: list[str],
-    *,
-    out: str | None = None,
-    benchmark_root: str | None = None,
-    sample: Positive = 200,
-    draws: Count | None = None,
-) -> None:
-    """Put two folders of results side by side: differences with intervals, what got better and worse, a page to look at.
+def _compare(before: str, after: str, *, draws: Count | None = None) -> None:
+    """Put two folders of results side by side: differences with intervals, and what got better and worse.
 
-    Example: cfvlm-ds compare results/base results/tuned --out page --benchmark_root /data/benchmarks
+    Example: cfvlm-ds compare results/base results/tuned
 
     Args:
-        results: folder that `cfvlm-ds evaluate --benchmarks` wrote; two to compare, one to look at.
-        out: page to write, or to write again, of the worst and best items.
-        benchmark_root: folder of the benchmarks, from which the page takes the pictures.
-        sample: items of each benchmark on the page.
+        before: folder that `cfvlm-ds evaluate --benchmarks` wrote.
+        after: another one.
         draws: exchanges of the two models' answers that are drawn, by default as draws of evaluate.
     """
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
-    from cfvlm_ds.evaluation.suite.tables import overview, summary
-    from cfvlm_ds.evaluation.suite.written import read_results
 
-    if len(results) > 2:
-        raise ConfigError(f"compare takes one or two folders of results, not {len(results)}; name two at a time")
-    if out and not benchmark_root:
-        raise ConfigError("--out needs --benchmark_root, the folder of the benchmarks, from which the page takes the pictures; add it")
-    first, *more = (Path(each) for each in results)
-    if out:
-        from cfvlm_ds.page import refuse_foreign_folder
-
-        refuse_foreign_folder(Path(out))
-    if not more:
-        found: Any = read_results(first)
-        print("\n".join([overview(found), "", *map(summary, found)]))
-    else:
-        found = compare_results(first, more[0], draws, say)
-        print(comparison_table(found, *results))
-    if out and benchmark_root:
-        from cfvlm_ds.evaluation.suite.comparison_page import results_page
-
-        written = results_page(found, results, Path(benchmark_root), Path(out), sample=sample, say=say)
-        print(f"wrote {Path(out) / 'index.html'}: {written.num_items} items, {written.num_pictures} pictures")
-        if written.problems:
-            print(f"{len(written.problems)} pictures could not be shown; the first: {next(iter(written.problems.values()))}")
+    print(comparison_table(compare_results(Path(before), Path(after), draws, say), before, after))

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cfvlm_ds.cli.options import Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.text import one_line, printable
-from cfvlm_ds.core.untrusted import refuse_one_file
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def _verify(
     options: VerifyOptions,
     calibrate: str | None = None,
     precision: float = 0.95,
-    rule: str = "match",
+    rule: Literal["match", "likelihood", "both"] = "match",
     part: Part,
 ) -> None:
     """Score every candidate's 2 x 2 matrix, and compare its pictures.
@@ -102,7 +101,7 @@ def _verify(
         calibrate: fit margin and drop to the labels of this file ({"edit": ID, "attempt": 0, "good": true} a line) of what was verified,
             and write W/thresholds.json.
         precision: that they reach.
-        rule: scores that it is fitted to: match, likelihood, both.
+        rule: scores that it is fitted to.
     """
     from cfvlm_ds.counterfactuals import verify as step
     from cfvlm_ds.counterfactuals.history import thresholds_of
@@ -110,6 +109,8 @@ def _verify(
 
     folder, (number, of) = WorkFolder.open(Path(work)), part.shard or (0, None)
     if calibrate:
+        if (options, part) != (VerifyOptions(), Part()):
+            raise ConfigError("--calibrate scores nothing, and takes what all shards of W have; leave the scorer's options and --shard out")
         if not 0 < precision <= 1:
             raise ConfigError(f"--precision {precision}: a share from above 0 to 1")
         print(step.calibrate(folder.path, Path(calibrate), thresholds_of(folder, rule=rule), precision))
@@ -147,13 +148,13 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
 
     Args:
         manifest: groups; several are the splits of one set.
-        out: folder of the page; OUT.md and OUT.json lie beside it.
+        out: folder of the page, with report.md and report.json.
     """
     from cfvlm_ds.counterfactuals.audit.refine import refined_file
-    from cfvlm_ds.counterfactuals.audit.report import audit, report_files, write_report
+    from cfvlm_ds.counterfactuals.audit.report import audit, write_report
+    from cfvlm_ds.page import refuse_foreign_folder
 
-    folder = Path(out)
-    refuse_one_file(*report_files(folder), *([Path(options.refine)] if options.refine else []))
+    folder = refuse_foreign_folder(Path(out))
     if options.refine:
         if Path(os.path.realpath(options.refine)).is_relative_to(os.path.realpath(folder)):
             raise ConfigError(
@@ -164,7 +165,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     found, sets = audit(manifest, reading.root, reading.format, options, say, score)
     write_report(found, sets, folder, say)
     print(found.markdown())
-    print(f"wrote {folder.with_name(folder.name + '.md')}, {folder.with_name(folder.name + '.json')} and {folder / 'index.html'}")
+    print(f"wrote {folder}: index.html, report.md and report.json")
     if options.strict and found.faults:
         sys.stdout.flush()
         sys.exit(1)

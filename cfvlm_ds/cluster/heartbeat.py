@@ -43,9 +43,7 @@ def prepare(run_dir: Path) -> Path:
     folder = run_dir / FOLDER
     try:
         remove(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.iterdir():  # a verdict or beats of an earlier start would be taken for this one's
-            left.unlink()
+        folder.mkdir(parents=True)  # a verdict or beats of an earlier start would be taken for this one's
     except OSError as error:
         raise StorageError(f"{unwritten(folder, error)}; make room, or choose another train.output_dir that may be written") from error
     return folder

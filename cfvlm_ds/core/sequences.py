@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TypeVar, overload
 
 T = TypeVar("T")
@@ -29,6 +29,11 @@ class Lazy(Sequence[T]):
 
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         return Lazy(self._make, self._places[index]) if isinstance(index, slice) else self._make(self._places[index])
+
+
+def shared_start(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many words two texts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def side_by_side(function: Callable[[T], R], items: Iterator[T], threads: int, ahead: int) -> Iterator[tuple[T, R]]:

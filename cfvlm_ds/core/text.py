@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
+from itertools import islice
 
 
 def hashed(content: str | bytes) -> int:
@@ -22,6 +24,11 @@ def one_line(text: str, most: int) -> str:
     """The text on one line of a log or table, of at most ``most`` characters and three dots."""
     text = printable(" ".join(text[: 2 * most].split()) if len(text) > 2 * most else " ".join(text.split()))
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def few(names: Collection[str], most: int = 5) -> str:
+    """The first of some names, each on one line, and dots where there are more."""
+    return ", ".join(one_line(each, 60) for each in islice(names, most)) + ", ..." * (len(names) > most)
 
 
 def quoted(value: object, most: int = 200) -> str:

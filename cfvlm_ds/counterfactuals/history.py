@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, Verdict, read_thresholds, verdict
+from cfvlm_ds.counterfactuals.options import Rule
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 
 
@@ -51,12 +52,12 @@ class History:
     edits: list[Edited]
 
 
-def thresholds_of(work: WorkFolder, file: str = "", rule: str = "", margin: float | None = None) -> Thresholds:
+def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
     """The thresholds that are given, or those of W/thresholds.json; only pixels decide where nothing is given and no candidate scored."""
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")
     scored = work.settings("verify").get("scored") is True
-    return read_thresholds(given, rule or ("" if given or scored else "checks"), margin)
+    return read_thresholds(given, rule or (None if given or scored else "checks"), margin)
 
 
 def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:

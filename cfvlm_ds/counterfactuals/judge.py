@@ -9,30 +9,24 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.options import COUNT, SHARE
 from cfvlm_ds.core.reading import read_json, read_yaml
+from cfvlm_ds.core.strict import build
+from cfvlm_ds.counterfactuals.options import Rule
 
-RULES = ("match", "likelihood", "both", "checks")
 GOOD = ""
 _CERTAIN = 40.0  # log-odds of what a float can only call certain
-_BOUNDS = {
-    "margin": (0.0, sys.float_info.max), "drop": (0.0, sys.float_info.max), "largest": (0.0, 1.0), "outside": (0.0, 1.0),
-    "clip": (0.0, 2.0),
-}  # fmt: skip
-"""What a threshold can be. Of those by which a comparison must be won none is below 0: there the wrong text has won it."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """What a candidate must reach.
-
-    Raises ConfigError for a number outside of its bounds: what a verdict compares with it would decide nothing, or the wrong way round.
 
     Args:
         rule: scores that count: match, log-odds of "yes, the picture shows it"; likelihood, of the texts as captions, less that on a blank
@@ -43,31 +37,21 @@ class Thresholds:
         outside: most share of the pixels outside of the mask that may differ.
         drop: most nats by which the new text, as a caption of the edited picture, may be less likely than the caption of the original; null
             for it not to count. All four comparisons can be won where something else changed as well; then this is large.
-        clip: cosine by which each of the four comparisons of a CLIP must be won; null for what it says not to count.
     """
 
-    rule: str = "match"
-    margin: float = 0.0
-    changed: Mapping[str, tuple[float, float]] = field(
-        default_factory=lambda: {"*": (0.002, 0.6), "relation": (0.002, 1.0), "swap_object": (0.002, 1.0)}
+    rule: Rule = "match"
+    margin: float = field(default=0.0, metadata={"within": COUNT})
+    changed: dict[str, tuple[float, float]] = field(
+        default_factory=lambda: {"*": (0.002, 0.6), "relation": (0.002, 1.0), "swap_object": (0.002, 1.0)}, metadata={"within": SHARE}
     )
-    largest: float = 0.05
-    outside: float = 0.0
-    drop: float | None = None
-    clip: float | None = None
+    largest: float = field(default=0.05, metadata={"within": SHARE})
+    outside: float = field(default=0.0, metadata={"within": SHARE})
+    drop: float | None = field(default=None, metadata={"within": COUNT})
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ConfigError(f"rule {self.rule!r} of the thresholds: it is one of {', '.join(RULES)}")
-        for name, (low, high) in _BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                wrong = "accepts a candidate of which a cell is wrong" if name in ("margin", "clip") and value < low else "decides nothing"
-                bounds = f"from {low:g} to {high:g}" if high < sys.float_info.max else f"of at least {low:g}"
-                raise ConfigError(f"{name} {value:g} of the thresholds {wrong}; give a number {bounds}")
-        for kind, (low, high) in self.changed.items():
-            if not 0 <= low <= high <= 1:
-                raise ConfigError(f"changed of {kind!r} {low:g} to {high:g} in the thresholds: give two shares, 0 to 1, the smaller first")
+        for kind, shares in self.changed.items():
+            if len(shares) != 2 or sorted(shares) != list(shares):
+                raise ConfigError(f"changed.{kind} must be two shares, the smaller first, not {shares}")
 
     def bounds(self, kind: str) -> tuple[float, float]:
         """Least and most share of changed pixels of a type."""
@@ -91,11 +75,6 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
     checks = record.get("checks")
     if checks is not None and (reason := _picture_defect(checks, str(record.get("type", "")), thresholds, bool(record.get("mined")))):
         return Verdict(reason, -math.inf, 1)
-    if thresholds.clip is not None:
-        cosines = [[_number(value) for value in row] for row in (record.get("models") or {}).get("clip", ((math.nan, math.nan),))]
-        for name, by in _four(cosines, cosines, "").items():
-            if not by > thresholds.clip:  # a number that is missing or not finite is not, either
-                return Verdict(f"clip: {name}", -math.inf, 1)
     if thresholds.rule == "checks":
         return Verdict(GOOD, 0.0, 2)
     named = margins(record, thresholds.rule)
@@ -173,26 +152,16 @@ def _log_odds(log_share: float | None) -> float:
     return max(-_CERTAIN, min(_CERTAIN, log_share - math.log(-math.expm1(log_share))))
 
 
-def read_thresholds(file: str | Path | None, rule: str = "", margin: float | None = None) -> Thresholds:
-    """Thresholds of a JSON or YAML file, the defaults for what it does not say. Raises ConfigError."""
-    found = Thresholds()
-    if file:
-        try:
-            value = read_json(file) if str(file).endswith(".json") else read_yaml(file)
-            known = [each.name for each in fields(Thresholds)]
-            if not isinstance(value, dict) or not set(value) <= set(known):
-                raise ValueError(f"its keys are {', '.join(known)}")
-            if "changed" in value:
-                value["changed"] = {str(kind): (float(low), float(high)) for kind, (low, high) in dict(value["changed"]).items()}
-            numbers = [name for name in _BOUNDS if name in value and (value[name] is not None or getattr(found, name) is not None)]
-            found = replace(found, **value | {name: float(value[name]) for name in numbers})
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            if isinstance(error, ConfigError):
-                raise ConfigError(f"--thresholds {file}: {error}") from error
-            raise ConfigError(
-                f"--thresholds {file}: no thresholds ({error}); write them as `cfvlm-ds data verify --calibrate` does"
-            ) from error
-    found = replace(found, rule=rule or found.rule, margin=found.margin if margin is None else margin)
+def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | None = None) -> Thresholds:
+    """Thresholds of a JSON or YAML file, if one is named, the defaults for what it does not say. Raises ConfigError."""
+    given = {name: value for name, value in (("rule", rule), ("margin", margin)) if value is not None}
+    try:
+        value = {} if not file else read_json(file) if str(file).endswith(".json") else read_yaml(file)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no thresholds; write them as `cfvlm-ds data verify --calibrate` does")
+        found: Thresholds = build(Thresholds, value | given)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--thresholds {file}: {error}") from error
     if found.rule == "checks" and margin is not None:
         raise ConfigError("--margin is of scores, and the rule checks compares pixels alone; run verify with --scorer, or leave it out")
     return found
@@ -228,10 +197,8 @@ def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresh
     """The margin and the drop with which most labelled records are kept at a precision. The margin is never below 0; no drop is set where
     the margin alone keeps as many.
 
-    Raises ConfigError where none do, and for a rule without a margin.
+    Raises ConfigError where none do.
     """
-    if start.rule == "checks":
-        raise ConfigError("rule checks compares pixels alone and has no margin to fit; name match, likelihood or both with --rule")
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]
     good = sum(each for _, _, each in judged)

@@ -12,7 +12,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, margins
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
-from cfvlm_ds.page import Image, Item, Page, ScoreTable, Text, Written, write_page
+from cfvlm_ds.page import Image, Item, ScoreTable, Text, Written, write_page
 
 
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Callable[[str], object]) -> Written:
@@ -38,7 +38,7 @@ def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, 
         raise ConfigError(f"{out}: there is no {'rejected ' * rejected}candidate to show")
     items = (_item(history, edited) for _, _, history, edited in sorted(chosen, key=lambda each: str(each[3].proposal["id"])))
     facts = [("work folder", str(out)), ("candidates", f"{len(chosen)} of {seen}" + " that are not good" * rejected)]
-    return write_page(Page(out.name, items, len(chosen), facts, "log P(yes)"), page, say=say)
+    return write_page(out.name, items, len(chosen), page, facts=facts, scored="log P(yes)", say=say)
 
 
 def _item(history: History, edited: Edited) -> Item:
@@ -49,16 +49,16 @@ def _item(history: History, edited: Edited) -> Item:
         images.append(Image((best.picture,), f"attempt {best.made['attempt']}"))
         match.append([0, 1])
     texts = [Text(history.caption, "caption"), Text(str(edited.proposal["text"]), kind, reference=0)]
-    tables = []
+    table = None
     if "scores" in best.measured:
-        tables = [ScoreTable("log P(yes)", best.measured["scores"]["match"], decided=list(margins(best.measured, "match").values()))]
+        table = ScoreTable(best.measured["scores"]["match"], decided=list(margins(best.measured, "match").values()))
     reason = edited.reason or "good"
     attempts = [{"edit": each.made, "verify": each.measured} for each in edited.attempts]
     return Item(
         str(edited.proposal["id"]), images or [Image((), "no picture")], texts, match or [[1, 0]],
         facts=[("verdict", reason), ("attempts", str(len(edited.attempts)))],
         changes=[f"{kind}: {edited.proposal['from']} \N{RIGHTWARDS ARROW} {edited.proposal['to']}"],
-        scores=tables,
+        scores=table,
         filters={"edit type": [kind], "verdict": [reason], "back end": [str(edited.proposal["back_end"])]},
         meta=json.dumps({"propose": edited.proposal, "attempts": attempts}, indent=1),
     )  # fmt: skip

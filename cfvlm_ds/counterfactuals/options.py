@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.named import near
@@ -16,6 +16,7 @@ TYPES = (
 """What an edit changes. ``other`` is what only `mine` and a language model find."""
 TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
 PROMPT = "Describe the image."
+Rule = Literal["match", "likelihood", "both", "checks"]
 
 
 def _at_least(options: object, **least: float) -> None:
@@ -114,7 +115,7 @@ class EditOptions:
     seed: int = 0
     folder: str = ""
     masks: str = ""
-    composite: str = "mask"
+    composite: Literal["mask", "difference", "none"] = "mask"
     command: str = ""
     options: str = ""
     timeout_s: float = 120.0
@@ -133,7 +134,6 @@ class VerifyOptions:
         template: question whether a picture shows a text, with {text} in it; the default is that of VQAScore.
         prompt: what a caption answers.
         batch_size: candidates per batch of the scorer.
-        clip: folder or hub name of a CLIP or SigLIP, whose cosines of pictures and texts are written down too.
     """
 
     FREE: ClassVar = ("batch_size",)
@@ -141,7 +141,6 @@ class VerifyOptions:
     template: str = TEMPLATE
     prompt: str = PROMPT
     batch_size: int = 32
-    clip: str = ""
 
     def __post_init__(self) -> None:
         _at_least(self, batch_size=1)
@@ -165,7 +164,7 @@ class SelectOptions:
         seed: draws which picture belongs to which split.
     """
 
-    rule: str = ""
+    rule: Rule | None = None
     margin: float | None = None
     thresholds: str = ""
     per_type: int = 0

@@ -33,6 +33,7 @@ from cfvlm_ds.data.lines import MAX_LINE
 
 KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"
 TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real picture is of another split"
+REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
 """What of a step's settings belongs to every group: back ends, models and versions, by which it can be made again."""
@@ -103,12 +104,17 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         settings = {step: work.settings(step) for step in STEPS}
         steps = {step: {key: found[key] for key in _SHOWN if key in found} for step, found in settings.items()}
         progress = Progress(say, "select", work.shards, "shards")
-        written = Counter[str]()
+        written, seen = Counter[str](), set[int]()
         for shard in progress.over(range(work.shards)):
             counts = (work.done("propose", shard) or {"counts": {}})["counts"]
             survival.sources.update({name: count for name, count in counts.items() if not name.startswith(("edit", "back end"))})
             for history in histories(work, shard, thresholds):
                 name = _split(history, shares, options.seed)
+                if (number := seed_of(history.id)) in seen:  # in another shard
+                    for each in history.edits:
+                        survival.add(str(each.proposal["type"]), REPEATED)
+                    continue
+                seen.add(number)
                 if kept := _kept(history, options, cuts, survival, name, shares):
                     row = _row(history, kept, options, folder, steps, thresholds)
                     handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")

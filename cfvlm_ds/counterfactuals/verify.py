@@ -24,7 +24,6 @@ from cfvlm_ds.counterfactuals.checks import compared
 from cfvlm_ds.counterfactuals.edit.base import picture_by_id, sha256_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Calibrated, Thresholds, calibrated, verdict
 from cfvlm_ds.counterfactuals.options import VerifyOptions
-from cfvlm_ds.counterfactuals.second_opinion import SecondOpinion
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder
 from cfvlm_ds.data.decoding import MAX_BYTES, open_image
 from cfvlm_ds.data.picture_file import picture_bytes
@@ -55,7 +54,6 @@ def verify(
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done
-    clip = SecondOpinion(options.clip) if options.clip else None
     work.settle(STEP, options, scored=score is not None, weights=dict(identity or {}))
     with ShardStep(work, STEP, shard) as step:
         for record, candidate in zip(work.records(STEP, shard), candidates(work, shard), strict=False):
@@ -66,7 +64,7 @@ def verify(
         whole = step.count // size * size
         looked = side_by_side(_looked_at, islice(candidates(work, shard), whole, None), cores_per_rank(), size)
         while part := list(islice(looked, size)):
-            new = measured([each for each, _ in part], [found for _, found in part], options, score, clip)[step.count - whole :]
+            new = measured([each for each, _ in part], [found for _, found in part], options, score)[step.count - whole :]
             whole += len(part)
             for record in new:
                 step.add(record)
@@ -100,15 +98,8 @@ def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
         yield Candidate(record, original, edited, mask)
 
 
-def measured(
-    chunk: Sequence[Candidate], found: list[dict[str, Any]], options: VerifyOptions, score: Score | None, clip: SecondOpinion | None
-) -> list[dict[str, Any]]:
-    """The records of some candidates: ``found``, what the pixels say, with what models say."""
-    if clip is not None:
-        for candidate, record in zip(chunk, found, strict=True):
-            pictures = [open_image(each) for each in (candidate.original, candidate.edited) if each and "problem" not in record]
-            if pictures:
-                record["models"] = {"clip": clip.cosines(candidate.texts, pictures)}
+def measured(chunk: Sequence[Candidate], found: list[dict[str, Any]], options: VerifyOptions, score: Score | None) -> list[dict[str, Any]]:
+    """The records of some candidates: ``found``, what the pixels say, with what the scorer says."""
     wanted = [k for k, record in enumerate(found) if "problem" not in record and chunk[k].original is not None]
     if score is None or not wanted:
         return found
@@ -209,8 +200,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
     """Add what a record has, with the verdict by default thresholds."""
     counts["candidates"] += 1
     counts["scored"] += "scores" in record
-    rule = "match" if "scores" in record else "checks"
-    reason = verdict(record, Thresholds(rule=rule)).reason
+    reason = verdict(record, Thresholds(rule="match" if "scores" in record else "checks")).reason
     counts["good by default thresholds" if reason == GOOD else f"not: {reason[:80]}"] += 1
 
 

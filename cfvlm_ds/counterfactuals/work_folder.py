@@ -5,11 +5,11 @@
     W/STEP/shard-00003.jsonl          a line a unit of work
     W/STEP/shard-00003.done.json      when the shard is through: its sha256, and that of the step before it that it was made of
     W/pictures/shard-00003.tar        edited pictures, named by their places in it
-    W/shards.bin                      the shard of each row, where there are several
     W/prices.json                     how often each word of the data may come and go, of the back end rules
     W/mine/slots.bin                  captions with one word left open, of the back end mine
 
-A source belongs to the shard that its id says, whatever else there is: one shard and many give the same candidates.
+Of N shards each has every Nth row of the data. What a step makes of a source does not depend on them: one shard and many give the same
+candidates.
 """
 
 from __future__ import annotations
@@ -39,17 +39,12 @@ from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.store import GroupStore
 
-SCHEMA = "cfwork/2"
+SCHEMA = "cfwork/3"
 STEPS = ("propose", "edit", "verify")
 _FOLDERS = (*STEPS, "pictures", "mine")
 MAX_SHARDS = 100_000
 T = TypeVar("T")
 OUTDATED = "was made of other records of the step before it than there are now"
-
-
-def shard_of(source: str, shards: int) -> int:
-    """The shard that a source's id belongs to."""
-    return int.from_bytes(hashlib.sha256(source.encode("utf-8", "surrogatepass")).digest()[:8], "big") % shards
 
 
 def seed_of(*parts: object) -> int:

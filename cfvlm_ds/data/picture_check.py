@@ -84,7 +84,7 @@ def opened_pictures(
     # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
     prepared = store.rows.pictures if isinstance(store.rows, StoredRows) else None
     wanted, pool = first_uses(store, keys, places), ThreadPoolExecutor(cores_per_rank())
-    look = partial(_opened, known=known, prepared=prepared, max_pixels=max_pixels, contents=contents)
+    look = partial(opened_picture, known=known, prepared=prepared, max_pixels=max_pixels, contents=contents)
     try:
         while chunk := [use for _, use in zip(range(_CHUNK), wanted, strict=False)]:
             for (index, path), found in zip(chunk, pool.map(look, [path for _, path in chunk]), strict=True):
@@ -94,7 +94,7 @@ def opened_pictures(
         pool.shutdown(cancel_futures=True)
 
 
-def _opened(
+def opened_picture(
     path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int, contents: bool
 ) -> tuple[Picture | str, bytes]:
     """What is to be known of a picture, or what is wrong with it, and its bytes if they are wanted: opened unless it is ``known`` and has

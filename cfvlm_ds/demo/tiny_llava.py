@@ -28,13 +28,18 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
 
     ``texts`` train the tokenizer.
     """
+    from transformers import LlavaForConditionalGeneration
+
     out_dir = Path(config.out_dir)
     if (out_dir / "config.json").exists():
         return out_dir
 
     def make(folder: Path) -> tuple[Any, Any]:
         processor = llava_processor(folder, config, texts)
-        return _model(config, processor), processor
+        torch.manual_seed(config.seed)
+        model = LlavaForConditionalGeneration(llava_config(config, processor))
+        _place_positions(model.model.vision_tower, config.image_size // config.patch_size)
+        return model, processor
 
     return write_checkpoint(out_dir, make)
 
@@ -81,15 +86,6 @@ def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str])
     )
     processor.chat_template = CHAT_TEMPLATE
     return processor
-
-
-def _model(config: TinyLlavaConfig, processor: Any) -> Any:
-    from transformers import LlavaForConditionalGeneration
-
-    torch.manual_seed(config.seed)
-    model = LlavaForConditionalGeneration(llava_config(config, processor))
-    _place_positions(model.model.vision_tower, config.image_size // config.patch_size)
-    return model
 
 
 def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cfvlm_ds.core.conversation import normalised, normalised_prompt
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures, Prompt
+from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.evaluation.benchmarks.base import Item, Outcome
 from cfvlm_ds.evaluation.benchmarks.parsers import Parser
 from cfvlm_ds.evaluation.probes import Probe, Row
@@ -77,7 +78,7 @@ class Plan:
     def _outcome(self, number: int, scores: Sequence[GroupScores], lengths: Lengths | None) -> Outcome:
         item, (place, columns), alone = self.items[number], self.places[number], self.alone[number]
         found, candidates = scores[place], self.groups[place].candidates
-        counts = [lengths(candidates[column]) for column in columns] if lengths else []
+        counts = Lazy(lambda place: lengths(candidates[columns[place]]), len(columns)) if lengths else ()
         blank = _taken(found.blank.tolist(), columns)
         seen = [_taken(line, columns) for line in found.logp.tolist()]
         shuffled = None if found.shuffled is None or not len(found.shuffled) else _taken(found.shuffled.tolist(), columns)

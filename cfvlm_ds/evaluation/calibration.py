@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from cfvlm_ds.batching.batch_layout import wanted_cells
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.comparisons import comparisons
+from cfvlm_ds.evaluation.comparisons import Kind, comparisons
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.objectives.base import MarginTerm
 
@@ -42,7 +42,7 @@ class Gap:
     """One comparison of a ``group``: nats by which the true one wins, tokens of the factual text, and, between texts, nats by which
     language alone prefers the true one."""
 
-    side: Literal["text", "image"]
+    side: Kind
     labels: tuple[str, ...]
     nats: float
     tokens: int
@@ -68,16 +68,11 @@ def gaps(
         star = wanted_cells([group], match[None], torch.tensor([group.prompt_ids]), "star")[0].tolist()
         logp, blank, tokens = score.logp.tolist(), score.blank.tolist(), length(group)
         for each in comparisons(group):
-            if each.kind == "text":
-                i, c, d = each.at
-                j, prior = i, blank[c] - blank[d]
-            elif each.kind == "image":
-                c, i, j = each.at
-                d, prior = c, None
-            else:
-                continue
-            if star[i][c] and star[j][d]:
-                yield Gap(each.kind, each.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
+            if each.kind in TERMS:
+                (i, c), (j, d) = each.cells
+                prior = blank[c] - blank[d] if each.kind == "text" else None
+                if star[i][c] and star[j][d]:
+                    yield Gap(each.kind, each.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
 
 
 def advise(found: Sequence[Gap]) -> Advice:

@@ -37,6 +37,12 @@ class Comparison:
     at: tuple[int, ...]
     labels: tuple[str, ...]
 
+    @property
+    def cells(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(image, text) of the true cell and of the one that it is compared with; of all kinds but ``quad``."""
+        a, b, c = self.at
+        return ((a, b), (a, c)) if self.kind == "text" else ((b, a), (c, a))
+
 
 def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
     """Every comparison of the group, in a fixed order."""
@@ -67,7 +73,7 @@ def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
 
 def factual_texts(group: CounterfactualGroup) -> list[tuple[int, int]]:
     """The text comparisons on the factual image: each true text with each false one of the same prompt."""
-    return [(each.at[1], each.at[2]) for each in comparisons(group) if each.kind == "text" and each.at[0] == 0]
+    return [each.at[1:] for each in comparisons(group) if each.kind == "text" and each.at[0] == 0]  # type: ignore[misc]
 
 
 class _Labels:

@@ -41,7 +41,7 @@ def write(
                 f"{inputs.input_ids.shape[1]} tokens of a question and {max_new_tokens} of its answer are over the model's window "
                 f"of {collator.max_length}; lower max_new_tokens"
             )
-        inputs = {name: _of(value, model.dtype) for name, value in inputs.items()}
+        inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         with torch.no_grad(), stock_attention(model):
             whole = model.generate(
                 **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, return_dict_in_generate=False, **options
@@ -56,8 +56,3 @@ def write(
         raise DataError(f"{', '.join(map(str, shown))}: the model cannot be asked ({type(error).__name__}: {error})") from error
     text: str = tokenizer.decode(whole[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
-
-
-def _of(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Pictures in the model's precision, ids as they are."""
-    return value.to(dtype) if value.is_floating_point() else value

@@ -17,7 +17,7 @@ Text comparisons are exposed to the texts' prior likelihood; ``text_pmi`` and ``
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.evaluation.comparisons import Kind, comparisons
+from cfvlm_ds.evaluation.comparisons import comparisons
 from cfvlm_ds.evaluation.loss import NAMED
 from cfvlm_ds.evaluation.scoring import GroupScores
 
@@ -121,12 +121,15 @@ _PREFIXES = ("", "blind_", "shuffled_")
 
 def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
     """What each comparison adds to each metric, with its labels: 1 where it is won, 0, or 1/2 for a tie without pictures."""
-    logp, debiased = score.logp.tolist(), (score.logp - score.blank).tolist()
+    matrices = {"": score.logp.tolist(), "_pmi": (score.logp - score.blank).tolist()}
     without = {"blind_": score.blank.tolist()} | ({} if score.shuffled is None else {"shuffled_": score.shuffled.tolist()})
     for each in comparisons(group):
-        points = {name: float(rule(logp, debiased, *each.at)) for name, rule in _RULES[each.kind].items()}
+        if each.kind == "quad":
+            yield each.labels, {f"{name}{of}": float(won) for of, s in matrices.items() for name, won in _quad(s, *each.at).items()}
+            continue
+        (i, c), (j, d) = each.cells
+        points = {_SINGLE[each.kind]: float(matrices[""][i][c] > matrices[""][j][d])}
         if each.kind == "text":
-            i, c, d = each.at
             if i == 0:
                 points["factual"] = points["pair"]
             guesses = {prefix: (row[c] > row[d]) + (row[c] == row[d]) / 2 for prefix, row in without.items() if row}
@@ -134,26 +137,13 @@ def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[
         yield each.labels, points
 
 
-def _text(s: Matrix, i: int, j: int, c: int, d: int) -> bool:
-    return s[i][c] > s[i][d] and s[j][d] > s[j][c]
+def _quad(s: Matrix, i: int, j: int, c: int, d: int) -> dict[str, bool]:
+    text, image = s[i][c] > s[i][d] and s[j][d] > s[j][c], s[i][c] > s[j][c] and s[j][d] > s[i][d]
+    return {"text": text, "image": image, "group": text and image}
 
 
-def _image(s: Matrix, i: int, j: int, c: int, d: int) -> bool:
-    return s[i][c] > s[j][c] and s[j][d] > s[i][d]
-
-
-_RULES: Mapping[Kind, Mapping[str, Callable[..., bool]]] = {
-    "quad": {
-        "text": lambda s, _, *at: _text(s, *at),
-        "image": lambda s, _, *at: _image(s, *at),
-        "group": lambda s, _, *at: _text(s, *at) and _image(s, *at),
-        "text_pmi": lambda _, s, *at: _text(s, *at),
-        "group_pmi": lambda _, s, *at: _text(s, *at) and _image(s, *at),
-    },
-    "text": {"pair": lambda s, _, i, c, d: s[i][c] > s[i][d]},
-    "image": {"image_pair": lambda s, _, c, i, j: s[i][c] > s[j][c]},
-    "sham": {"sham": lambda s, _, c, i, j: s[i][c] > s[j][c]},
-}
+_SINGLE = {"text": "pair", "image": "image_pair", "sham": "sham"}
+"""Kind of a comparison of two cells -> the metric that it counts for."""
 
 
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:

@@ -33,11 +33,6 @@ class Probe(ABC):
     @abstractmethod
     def cells(self, item: Item) -> tuple[Candidate, ...]: ...
 
-    @property
-    def needs_lengths(self) -> bool:
-        """Whether ``row`` needs the tokens of each cell."""
-        return False
-
     @abstractmethod
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
         """``blank`` are the same cells on a blank picture, ``lengths`` the tokens of each; empty where nothing was counted."""
@@ -63,14 +58,6 @@ class Caption(Probe):
     name: ClassVar[str] = "caption"
     mode: Literal["sum", "mean", "pmi"] = "sum"
     prompt: str = "Describe the image."
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("sum", "mean", "pmi"):
-            raise ConfigError(f"mode must be sum or mean or pmi, not {self.mode!r}")
-
-    @property
-    def needs_lengths(self) -> bool:
-        return self.mode == "mean"
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         return tuple(Candidate(item.prompt or self.prompt, text) for text in item.texts)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.core.text import quoted
+from cfvlm_ds.core.text import few
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.evaluation.loss import EvaluationLoss
@@ -52,40 +51,22 @@ class GroupScores:
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
-@dataclass
-class ScoresPart:
-    """Scores of some groups as numbers one after the other, four bytes each, and 20 a group: the place of each group, its numbers of
-    images, texts and shuffled texts (-1 where none were asked for), all values."""
-
-    numbers: array[int] = field(default_factory=lambda: array("q"))
-    sizes: array[int] = field(default_factory=lambda: array("i"))
-    values: array[float] = field(default_factory=lambda: array("f"))
-
-    def add(self, number: int, scores: GroupScores) -> None:
-        """Add a group's."""
-        self.numbers.append(number)
-        self.sizes.extend((*scores.logp.shape, -1 if scores.shuffled is None else len(scores.shuffled)))
-        for each in (scores.logp, scores.blank, scores.shuffled):
-            if each is not None:
-                self.values.frombytes(each.float().numpy().tobytes())
+Packed = tuple[tuple[int, int, int], bytes]
+"""A group's scores in four bytes each, after its numbers of images, texts and shuffled texts, -1 where none were asked for."""
 
 
-def all_scores(parts: Sequence[ScoresPart]) -> Sequence[GroupScores]:
-    """What several processes have scored, each group once, by the groups' places."""
-    numbers, sizes, values = (
-        np.concatenate([np.asarray(getattr(part, name)) for part in parts]) for name in ("numbers", "sizes", "values")
-    )
-    sizes, order, joined = sizes.reshape(-1, 3), np.argsort(numbers), torch.from_numpy(values)
-    lengths = sizes[:, 0].astype(np.int64) * sizes[:, 1] + sizes[:, 1] + sizes[:, 2].clip(min=0)
-    starts = np.cumsum(lengths) - lengths
+def packed(scores: GroupScores) -> Packed:
+    """What ``unpacked`` reads."""
+    parts = [each.flatten() for each in (scores.logp, scores.blank, scores.shuffled) if each is not None]
+    images, texts = scores.logp.shape
+    return (images, texts, -1 if scores.shuffled is None else len(scores.shuffled)), torch.cat(parts).float().numpy().tobytes()
 
-    def scores(place: int) -> GroupScores:
-        at = order[place]
-        images, texts, others = sizes[at].tolist()
-        seen, blank, shuffled = joined[starts[at] : starts[at] + lengths[at]].split([images * texts, texts, max(others, 0)])
-        return GroupScores(seen.view(images, texts), blank, shuffled if others >= 0 else None)
 
-    return Lazy(scores, len(numbers))
+def unpacked(given: Packed) -> GroupScores:
+    """The scores of a group."""
+    (images, texts, others), values = given
+    seen, blank, shuffled = torch.tensor(np.frombuffer(values, np.float32)).split([images * texts, texts, max(others, 0)])
+    return GroupScores(seen.view(images, texts), blank, shuffled if others >= 0 else None)
 
 
 def guarded(
@@ -129,17 +110,17 @@ def score_groups(
     Raises DataError as the collator does, on all ranks, and OutOfMemory with the ``remedy`` where memory runs out.
     """
     batches = [range(start, min(start + batch_size, len(groups))) for start in range(0, len(groups), batch_size)]
-    donors, scored_here = other_images(groups) if shuffled else None, ScoresPart()
+    donors, scored_here = other_images(groups) if shuffled else None, dict[int, Packed]()
     progress = Progress(world.say, label, len(groups), "groups")
     options: dict[str, Any] = {"max_tokens": max_tokens, "remedy": remedy, "reference": None if loss is None else loss.reference}
     turns = scored_batches(forward, collator, groups, seen_as(groups, donors), batches, world, num_workers, label, **options)
     for number, (indices, scored) in enumerate(turns):
         if loss is not None and indices:
             loss.add(indices, [groups[index] for index in indices], scored[0])
-        for index, scores in matrices(groups, indices, scored, donors).items():
-            scored_here.add(index, scores)
+        scored_here |= {index: packed(scores) for index, scores in matrices(groups, indices, scored, donors).items()}
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
-    found = all_scores(gather_objects(scored_here, world)) if len(groups) else []
+    every = {index: each for part in gather_objects(scored_here, world) for index, each in part.items()}
+    found = Lazy(lambda index: unpacked(every[index]), len(groups))
     warn_of_nonfinite(groups, found, world, label)
     return found
 
@@ -147,8 +128,7 @@ def score_groups(
 def warn_of_nonfinite(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], world: World, label: str) -> None:
     """Count the groups whose scores are no numbers, and name some."""
     if broken := [group.id for group, found in zip(groups, scores, strict=True) if not found.finite]:
-        named = f"{', '.join(map(quoted, broken[:5]))}{', ...' * (len(broken) > 5)}"
-        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {named}")
+        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {few(broken)}")
 
 
 def scored_batches(

@@ -20,7 +20,7 @@ from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
-from cfvlm_ds.page import Fact, Item, Page, ScoreTable, Written, group_item, least_margins, refuse_foreign_folder, write_page
+from cfvlm_ds.page import Fact, Item, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
 
 SAMPLE = 200
 
@@ -83,8 +83,8 @@ def view(
         shown = [(0, index) for index in chosen]
     number, total = len(shown), sum(len(each.groups) for each in sources)
     facts = [("source", str(source)), ("groups", f"{number} of {total} ({how})" if total > number else str(number)), *facts]
-    page = Page(Path(os.path.normpath(source)).name, (_item(sources[k], index) for k, index in shown), number, facts)
-    return write_page(page, Path(out), max_pixels=max_pixels, say=say)
+    items = (_item(sources[k], index) for k, index in shown)
+    return write_page(Path(os.path.normpath(source)).name, items, number, Path(out), facts=facts, max_pixels=max_pixels, say=say)
 
 
 def _of_run(run_dir: Path) -> list[_Source]:
@@ -126,10 +126,10 @@ def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> li
 def _item(source: _Source, index: int) -> Item:
     group = source.groups[index]
     filters: dict[str, list[str]] = {"split": [source.split]} if source.split else {}
-    tables = [score_table(group, source.scores[group.id])] if source.scores else []
-    for table in tables:
+    table = score_table(group, source.scores[group.id]) if source.scores else None
+    if table is not None:
         filters["comparisons"] = ["none" if not table.decided else "some lost" if table.lost else "all won"]
-    return group_item(group, tables, filters=filters)
+    return group_item(group, table, filters=filters)
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
@@ -137,14 +137,14 @@ def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
 
     A tie is lost. Two images with two texts add no comparison of their own: they are right where those of their cells are.
     """
-    logp = stored.logp
-    compared = []
+    logp, decided = stored.logp, list[float]()
+    margins: list[list[list[float | None] | None]] = [[None] * len(group.candidates) for _ in group.images]
     for each in comparisons(group):
-        if each.kind == "text":
-            i, c, d = each.at
-            compared.append((i, c, 0, logp[i][c] - logp[i][d]))
-        elif each.kind != "quad":
-            c, i, j = each.at
-            compared.append((i, c, 1, logp[i][c] - logp[j][c]))
-    margins = least_margins(len(group.images), len(group.candidates), compared)
-    return ScoreTable("", logp, stored.blank, margins, [margin for *_, margin in compared])
+        if each.kind != "quad":
+            (i, c), (j, d) = each.cells
+            decided.append(logp[i][c] - logp[j][d])
+            cell, side = (margins[i][c] or [None, None]), int(each.kind != "text")
+            least = cell[side]
+            cell[side] = decided[-1] if least is None else min(least, decided[-1])
+            margins[i][c] = cell
+    return ScoreTable(logp, stored.blank, margins, decided)

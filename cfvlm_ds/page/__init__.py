@@ -1,8 +1,8 @@
 """Static pages: groups of pictures and texts to look at in a browser, from a folder, without a server.
 
 Plain records in, a folder out. page.html.jinja draws them with autoescape, so that what they say is text on the page and never HTML, a
-script or the name of a file. The HTML of groups is strings in JavaScript files, loaded when one is looked at: browsers refuse to fetch
-from the disk, but load scripts. Shapes: I images, C texts.
+script or the name of a file. Each group is a ``<template>`` of the one document, whose pictures are loaded when it is looked at. Shapes:
+I images, C texts.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby, takewhile, zip_longest
+from itertools import groupby, islice, zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader
@@ -30,6 +31,7 @@ from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data.decoding import MAX_PIXELS
@@ -40,17 +42,16 @@ Fact: TypeAlias = tuple[str, str]
 Span: TypeAlias = tuple[int, int]
 """First character, and the one past the last."""
 
-MOST = 100_000
-"""Groups of a page."""
+MOST = 1000
+"""Groups of a page; of more it shows the first ones, and says so."""
 MAX_TEXT = 20_000
 """Characters of a text that are shown."""
 MAX_COMPARED = 40_000
 """Pairs of words of two texts, between their common beginning and end, that are compared: a hostile pair takes the cube of its length."""
-_CHUNK_GROUPS, _CHUNK_CELLS = 32, 2048
 _SEARCHED = 1000  # characters of a group's texts
 _ASSETS = ("page.css", "page.js")
 _MARKER = "page.json"
-_NAMES = {"index.html", "data", "pictures", _MARKER, *_ASSETS}
+_NAMES = {"index.html", "pictures", "report.md", "report.json", _MARKER, *_ASSETS}
 
 
 # ---- records: nothing here knows of manifests, models or HTML
@@ -76,14 +77,13 @@ class Text:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of every cell, such as a model's log-likelihoods; several tables of one item are shown side by side.
+    """Scores of every cell, such as a model's log-likelihoods.
 
     ``rows`` is ``[I][C]``; ``blank`` ``[C]`` are the texts without an image. ``margins`` is ``[I][C]``: by how much a true cell beats the
     best false text on its image, and the best false image for its text, None where there is none; None for all other cells. ``decided``
     are the margins of the comparisons that the table decides.
     """
 
-    name: str
     rows: Sequence[Sequence[float | None]]
     blank: Sequence[float] = ()
     margins: Sequence[Sequence[Sequence[float | None] | None]] = ()
@@ -100,18 +100,6 @@ class ScoreTable:
         return min((margin for margin in self.decided if margin == margin), default=None)
 
 
-def least_margins(
-    num_images: int, num_texts: int, compared: Iterable[tuple[int, int, int, float]]
-) -> list[list[list[float | None] | None]]:
-    """The margins of a ScoreTable of (image, text, 0 over texts or 1 over images, margin) of comparisons that a true cell is in."""
-    margins: list[list[list[float | None] | None]] = [[None] * num_texts for _ in range(num_images)]
-    for i, c, side, margin in compared:
-        cell = margins[i][c] = margins[i][c] or [None, None]
-        least = cell[side]
-        cell[side] = margin if least is None else min(least, margin)
-    return margins
-
-
 @dataclass(frozen=True)
 class Item:
     """One group: pictures, texts, a truth table of 1, 0 or None (unknown), and what is known of it.
@@ -126,21 +114,9 @@ class Item:
     prompts: Sequence[Prompt] = ()
     facts: Sequence[Fact] = ()
     changes: Sequence[str] = ()
-    scores: Sequence[ScoreTable] = ()
+    scores: ScoreTable | None = None
     filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
     meta: str = ""
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page of items, which are asked for one by one and once. ``total`` is how many there will be, for the progress; ``scored`` says what
-    the numbers of its score tables are."""
-
-    title: str
-    items: Iterable[Item]
-    total: int
-    facts: Sequence[Fact] = ()
-    scored: str = "log p(text | image) in nats"
 
 
 @dataclass(frozen=True)
@@ -160,7 +136,7 @@ class Written:
 
 def group_item(
     group: CounterfactualGroup,
-    scores: Sequence[ScoreTable] = (),
+    scores: ScoreTable | None = None,
     facts: Sequence[Fact] = (),
     filters: Mapping[str, Sequence[str]] | None = None,
 ) -> Item:
@@ -225,67 +201,58 @@ def refuse_foreign_folder(out: Path) -> Path:
     return final
 
 
-def write_page(page: Page, out: Path, *, max_pixels: int = MAX_PIXELS, say: Callable[[str], object] = lambda line: None) -> Written:
-    """Write a page into a folder, in place of an earlier page there; until all of it is written, what was there stays.
+def write_page(
+    title: str,
+    items: Iterable[Item],
+    total: int,
+    out: Path,
+    *,
+    facts: Sequence[Fact] = (),
+    scored: str = "log p(text | image) in nats",
+    beside: Mapping[str, str] = MappingProxyType({}),
+    max_pixels: int = MAX_PIXELS,
+    say: Callable[[str], object] = lambda line: None,
+) -> Written:
+    """Write a page of ``total`` items into a folder, in place of an earlier page there; until all of it is written, what was there stays.
+    ``scored`` says what the numbers of score tables are; ``beside`` are texts by the names of further files.
 
-    Items are asked for one by one. Memory: the pictures of a few items, what the last 2048 pictures are compared by (57 MB at most),
-    and for each item its filters and searched text.
+    Items are asked for one by one. Memory: the page without its pictures, and what the last 2048 pictures are compared by (57 MB at most).
 
-    Raises ConfigError for more items than a browser takes, and as refuse_foreign_folder does; StorageError where the folder cannot be
-    written.
+    Raises ConfigError as refuse_foreign_folder does; StorageError where the folder cannot be written.
     """
     final = refuse_foreign_folder(out)
-    if page.total > MOST:
-        raise ConfigError(f"a page of {page.total} groups is more than the {MOST} that a browser takes; show fewer of them")
+    if total > MOST:
+        facts = [*facts, ("shown", f"the first {MOST} of {total}, which is what a browser takes; show fewer of them")]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(runs=runs, number=_number)
-    template: Any = environment.get_template("page.html.jinja").module
-    rows: list[tuple[int, int, float | None, dict[str, list[str]], str]] = []
+    groups: list[dict[str, Any]] = []
     filters: dict[str, Counter[str]] = defaultdict(Counter)
     problems: dict[Path, str] = {}
     try:
         with whole_folder(final) as folder, ThreadPoolExecutor(cores_per_rank()) as pool:
-            (folder / "data").mkdir()
             (folder / "pictures").mkdir()
-            look, progress = looks(folder, max_pixels), Progress(say, "page", page.total, "groups")
-            for number, chunk in enumerate(_chunks(page.items)):
-                list(pool.map(look, dict.fromkeys(picture for item in chunk for image in item.images for picture in image.pictures)))
-                drawn = []
-                for place, item in enumerate(chunk):
-                    marks, pictures = _marks(item.texts), _pictures(item, look, problems)
-                    drawn.append((template.group(item, marks, pictures, page.scored), template.card(item, marks, pictures)))
-                    worst = min((table.worst for table in item.scores if table.worst is not None), default=None)
-                    searched = " ".join([item.id, *(text.text[:_SEARCHED] for text in item.texts)])[:_SEARCHED]
-                    chosen = {name: [printable(value) for value in dict.fromkeys(values)] for name, values in item.filters.items()}
-                    for name, values in chosen.items():
-                        filters[name].update(values)
-                    rows.append((number, place, worst, chosen, " ".join(searched.lower().split())))
-                    progress.advance()
-                (folder / "data" / f"chunk-{number}.js").write_text(f"chunks[{number}] = {json.dumps(drawn)};\n")
-            (folder / "data" / "index.js").write_text(f"const chunks = {{}}, rows = {json.dumps(rows)};\n")
-            html = template.page(page, filters, any(row[2] is not None for row in rows))
-            (folder / "index.html").write_text(html, "utf-8", "xmlcharrefreplace")
+            look = looks(folder, max_pixels)
+            for item in Progress(say, "page", min(total, MOST), "groups").over(islice(items, MOST)):
+                list(pool.map(look, dict.fromkeys(picture for image in item.images for picture in image.pictures)))
+                searched = " ".join([item.id, *(text.text[:_SEARCHED] for text in item.texts)])[:_SEARCHED]
+                chosen = {name: [printable(value) for value in dict.fromkeys(values)] for name, values in item.filters.items()}
+                for name, values in chosen.items():
+                    filters[name].update(values)
+                about = {"filters": json.dumps(chosen), "searched": " ".join(searched.lower().split())}
+                groups.append({"item": item, "marks": _marks(item.texts), "pictures": _pictures(item, look, problems), **about})
+            page = environment.get_template("page.html.jinja").render(
+                title=title, facts=facts, scored=scored, filters=filters, groups=groups
+            )
+            (folder / "index.html").write_text(page, "utf-8", "xmlcharrefreplace")
+            for name, text in beside.items():
+                (folder / name).write_text(text, "utf-8")
             for name in _ASSETS:
                 shutil.copyfile(Path(__file__).with_name(name), folder / name)
-            (folder / _MARKER).write_text(json.dumps({"schema": "cfpage/2"}))
+            (folder / _MARKER).write_text(json.dumps({"schema": "cfpage/3"}))
             shown = len(os.listdir(folder / "pictures"))
     except OSError as error:
         raise StorageError(f"{unwritten(out, error)}; what was there is unchanged; name another folder with --out") from error
-    return Written(final, len(rows), shown, problems)
-
-
-def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """A few items at a time, whose pictures are decoded side by side and whose HTML is one file."""
-    chunk: list[Item] = []
-    size = 0
-    for item in items:
-        chunk.append(item)
-        size += sum(16 * len(image.pictures) + len(item.texts) for image in item.images)
-        if len(chunk) == _CHUNK_GROUPS or size >= _CHUNK_CELLS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    return Written(final, len(groups), shown, problems)
 
 
 def _number(value: float | None, signed: bool = False) -> str:
@@ -308,8 +275,8 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
     """
     found = [list(_WORD.finditer(text)) for text in (reference, other)]
     words = [[match[0] for match in matches] for matches in found]
-    first = _shared(*words)
-    last = _shared(*(part[first:][::-1] for part in words))
+    first = shared_start(*words)
+    last = shared_start(*(part[first:][::-1] for part in words))
     one, two = (part[first : len(part) - last] for part in words)
     changes = [("replace", 0, len(one), 0, len(two))]
     if len(one) * len(two) <= MAX_COMPARED:
@@ -320,11 +287,6 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
             if kind != "equal" and start < end:
                 spans[side].append((found[side][first + start].start(), found[side][first + end - 1].end()))
     return spans
-
-
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many words two lists have in common at their beginning."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _marks(texts: Sequence[Text]) -> list[bytes]:

@@ -1,36 +1,19 @@
-// Shows one group of a page, or many. data/index.js sets `rows`, of each group [chunk, place in it, least margin, values by filter, words
-// to search]; data/chunk-N.js set chunks[N], of each group [its HTML, that of its card].
+// Shows one group of a page, or many. Each is a template: what filters and searches go by, the group as a whole, and its card.
 "use strict";
 (() => {
   const SHEET = 24;
   const [form, main, help, search, position, sheetButton, previous, next] =
     ["controls", "item", "help", "search", "position", "sheet", "previous", "next"].map((id) => document.getElementById(id));
-  const filters = [...form.querySelectorAll(".filter")], loaded = new Map();
-  let listed = [], place = 0, outlines = true, sheet = false, turn = 0;
+  const filters = [...form.querySelectorAll(".filter")];
+  const rows = [...document.querySelectorAll("template")].map(({ dataset, content }) => ({
+    ...dataset, filters: JSON.parse(dataset.filters), worst: parseFloat(dataset.worst), parts: content.children,
+  }));
+  let listed = [], place = 0, outlines = true, sheet = false;
 
-  function load(chunk) {
-    if (!loaded.has(chunk)) loaded.set(chunk, new Promise((resolve, reject) => {
-      const script = document.createElement("script");
-      script.src = `data/chunk-${chunk}.js`;
-      script.onload = () => { resolve(chunks[chunk]); script.remove(); };
-      script.onerror = reject;
-      document.head.append(script);
-    }));
-    return loaded.get(chunk);
-  }
+  const drawn = (number) => document.importNode(rows[number].parts[sheet ? 1 : 0], true);
 
-  async function html(number) {
-    const [chunk, at] = rows[number];
-    try {
-      return (await load(chunk))[at][sheet ? 1 : 0];
-    } catch {
-      loaded.delete(chunk);
-      return `<p class="empty">data/chunk-${chunk}.js cannot be loaded: the page's folder is not whole. Write the page again.</p>`;
-    }
-  }
-
-  async function show() {
-    const start = sheet ? place - place % SHEET : place, end = Math.min(listed.length, start + (sheet ? SHEET : 1)), mine = ++turn;
+  function show() {
+    const start = sheet ? place - place % SHEET : place, end = Math.min(listed.length, start + (sheet ? SHEET : 1));
     previous.disabled = start <= 0;
     next.disabled = end >= listed.length;
     sheetButton.setAttribute("aria-pressed", sheet);
@@ -38,13 +21,12 @@
     position.textContent = shown + (listed.length < rows.length ? ` of ${rows.length}` : "");
     const said = [["group", listed[place] + 1], ...new FormData(form), ["overview", sheet ? 1 : ""]].filter(([, value]) => value);
     try { history.replaceState(null, "", `#${new URLSearchParams(said)}`); } catch { /* some browsers take a hundred in half a minute */ }
-    const drawn = await Promise.all(listed.slice(start, end).map(html));
-    if (mine !== turn) return; // somebody has gone on meanwhile
-    main.innerHTML = drawn.join("") || `<p class="empty">${rows.length ? "No group is left by the filters and the search." : "There are no groups."}</p>`;
+    main.replaceChildren(...listed.slice(start, end).map(drawn));
+    if (!end) main.innerHTML = `<p class="empty">${rows.length ? "No group is left by the filters and the search." : "There are no groups."}</p>`;
     main.querySelectorAll("[data-style]").forEach((element) => { element.style.cssText = element.dataset.style; });
     main.className = sheet && end ? "sheet" : outlines ? "" : "plain";
-    if (sheet) main.children[place - start].classList.add("here");
-    else for (const each of [place + 1, place - 1]) if (each in listed) html(listed[each]).then((ahead) => { document.createElement("div").innerHTML = ahead; });
+    if (sheet && end) main.children[place - start].classList.add("here");
+    else for (const ahead of [place + 1, place - 1]) if (ahead in listed) drawn(listed[ahead]); // loads its pictures
   }
 
   function go(to) {
@@ -57,10 +39,10 @@
   const overview = (wanted) => { sheet = wanted; go(place); };
 
   function list(keep) {
-    const words = search.value.toLowerCase().split(/\s+/), worst = (number) => rows[number][2] ?? Infinity;
-    listed = [...rows.keys()].filter((number) => filters.every(({ name, value }) => !value || rows[number][3][name]?.includes(value))
-      && words.every((word) => rows[number][4].includes(word)));
-    if (form.elements.order?.value) listed.sort((one, other) => worst(one) - worst(other));
+    const words = search.value.toLowerCase().split(/\s+/);
+    listed = [...rows.keys()].filter((number) => filters.every(({ name, value }) => !value || rows[number].filters[name]?.includes(value))
+      && words.every((word) => rows[number].searched.includes(word)));
+    if (form.elements.order?.value) listed.sort((one, other) => rows[one].worst - rows[other].worst || one - other);
     place = Math.max(0, listed.indexOf(keep));
     show();
   }

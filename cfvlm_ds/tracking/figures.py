@@ -5,14 +5,14 @@ Plain data in, one PNG out; matplotlib is imported when a figure is drawn.
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfvlm_ds.core.text import one_line
+from cfvlm_ds.tracking.metrics_log import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,13 +126,16 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     Raises:
         FileNotFoundError: no such file. ValueError: it holds none of these metrics.
     """
-    series = _read_series(metrics_jsonl)
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in read_rows(metrics_jsonl):
+        for name, value in row.items():
+            series.setdefault(name, []).append((row["step"], float(value)))
     panels = []
-    for title, label, prefix, place in _PANELS:
-        fit = sorted((rank, name) for name in series if (rank := place(name)) is not None)
-        if fit:
-            shown = [name for _, name in fit[:_MOST_SERIES]]
-            panels.append((title, label, {name: series[name] for name in shown}, sum(n.startswith(prefix) for n in series) - len(shown)))
+    for title, label, prefix in _PANELS:
+        named = [name for name in series if name.startswith(prefix)]
+        if fit := sorted((rank, name) for name in named if (rank := _place(name)) is not None):
+            shown = {name: series[name] for _, name in fit[:_MOST_SERIES]}
+            panels.append((title, label, shown, len(named) - len(shown)))
     if not panels:
         raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
     figure, places = paged(len(panels), 3.0)
@@ -166,38 +169,21 @@ def in_style(axes: Axes, title: str, label: str) -> None:
 
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")
 """In the order in which they are shown, as far as there is room."""
-
-
-def _accuracy(name: str) -> int | None:
-    """The place of an accuracy of a whole split among those that are shown; None for any other name."""
-    parts = name.split("/")
-    return _ACCURACIES.index(parts[2]) if len(parts) == 3 and parts[0] == "eval" and parts[2] in _ACCURACIES else None
-
-
-def _named(prefix: str) -> Callable[[str], int | None]:
-    return lambda name: 0 if name.startswith(prefix) else None
-
-
-_PANELS: tuple[tuple[str, str, str, Callable[[str], int | None]], ...] = (
-    ("Loss terms", "loss", "loss/", _named("loss/")),
-    ("Log-probabilities of the four kinds of cell", "nats per token", "logp/", _named("logp/")),
-    ("Active fraction", "fraction", "active/", _named("active/")),
-    ("Evaluation accuracy", "%", "eval/", _accuracy),
+_PANELS = (
+    ("Loss terms", "loss", "loss/"),
+    ("Log-probabilities of the four kinds of cell", "nats per token", "logp/"),
+    ("Active fraction", "fraction", "active/"),
+    ("Evaluation accuracy", "%", "eval/"),
 )
-"""(title, unit, prefix of all names that belong to it, the place of a name among those that are shown)."""
+"""(title, unit, prefix of all names that belong to it)."""
 
 
-def _read_series(metrics_jsonl: Path) -> dict[str, list[tuple[int, float]]]:
-    series: dict[str, list[tuple[int, float]]] = {}
-    with metrics_jsonl.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                break  # still being written
-            row = json.loads(line)
-            for name, value in row.items():
-                if name not in ("step", "time"):
-                    series.setdefault(name, []).append((row["step"], float(value)))
-    return series
+def _place(name: str) -> int | None:
+    """The place of a name among those of its panel; None for one that is not shown, such as an accuracy of an edit type."""
+    first, *_, metric = parts = name.split("/")
+    if first != "eval":
+        return 0
+    return _ACCURACIES.index(metric) if len(parts) == 3 and metric in _ACCURACIES else None
 
 
 def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[tuple[int, float]]], others: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,16 @@ def last_values(path: Path) -> tuple[dict[str, float], int]:
     """The last value of each metric, and the last step that has a record; -1 where there is none."""
     values: dict[str, float] = {}
     step = -1
-    if path.is_file():
-        with path.open("rb") as file:
-            for line in file:
-                if (row := parse_line(line)) is not None:
-                    step = max(step, row.pop("step"))
-                    values |= {name: float(value) for name, value in row.items() if name != "time"}
+    for row in read_rows(path) if path.is_file() else ():
+        step = max(step, row.pop("step"))
+        values |= {name: float(value) for name, value in row.items() if name != "time"}
     return values, step
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines that are whole."""
+    with path.open("rb") as file:
+        yield from (row for line in file if (row := parse_line(line)) is not None)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:

@@ -136,12 +136,10 @@ class Tracker:
         What the disk does not take waits in memory, with a warning, and goes to the file in order as soon as it does.
 
         Raises:
-            ValueError: a metric named "step" or "time". TypeError: a value that is not a number.
+            TypeError: a value that is not a number.
         """
         line: dict[str, Any] = {"step": int(step), "time": now_ms() / 1000}
         for name, value in metrics.items():
-            if name in ("step", "time"):
-                raise ValueError(f"{name!r} is reserved in {METRICS_FILE}: give the metric another name")
             if step == self._delivery.record.resume_step and name in self._kept_names:
                 continue  # such as the evaluation at a checkpoint's step, logged before the interruption and computed again
             number = float(value)

@@ -70,8 +70,7 @@ class Evaluator:
             for name, each in self._benchmarks.items():
                 options: dict[str, Any] = {"num_workers": self._num_workers, "label": f"evaluating {name}", "shuffled": shuffled}
                 scores = score_groups(self._engine, self._collator, each.plan.groups, self._world, **options, **self._options())
-                lengths = token_lengths(self._collator) if each.plan.probe.needs_lengths else None
-                found[name] = each.plan.outcomes(scores, lengths)
+                found[name] = each.plan.outcomes(scores, token_lengths(self._collator))
         return found
 
     @contextlib.contextmanager

@@ -20,11 +20,12 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.demo.scenes import all_captions, all_texts, build_scenes
+from cfvlm_ds.demo.scenes import render as drawing
 from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, as_group, draw_group
 from cfvlm_ds.demo.scenes.edits import EDITS
 from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, holds, key, say, true_keys
 from cfvlm_ds.demo.scenes.questions import QUESTIONS
-from cfvlm_ds.demo.scenes.render import boxes, render
+from cfvlm_ds.demo.scenes.render import render
 from cfvlm_ds.demo.scenes.world import BACKGROUNDS, COLOURS, HELD_OUT, RELATIONS, SHAPES, Rule, Scene, draw_plan, draw_scene, shake
 
 SMALL = {"num_train": 24, "num_test": 16}
@@ -96,14 +97,18 @@ def test_same_seed_same_content_and_another_seed_another(built: Path, tmp_path: 
     same = build_scenes(ScenesConfig(str(tmp_path / "same"), **SMALL))
     other = build_scenes(ScenesConfig(str(tmp_path / "other"), **SMALL, seed=1))
     assert content(same) == content(built)
-    hashes = [json.loads((folder / "scenes.json").read_text())["content_sha256"] for folder in (built, same, other)]
-    assert hashes[0] == hashes[1] != hashes[2]
     assert not set(content(other).values()) & set(content(built).values())
 
 
 def test_more_groups_leave_the_first_ones_alone(built: Path, tmp_path: Path) -> None:
     more = build_scenes(ScenesConfig(str(tmp_path / "more"), num_train=30, num_test=16))
     assert (more / "train.jsonl").read_text().startswith((built / "train.jsonl").read_text())
+
+
+def boxes(scene: Scene, index: int) -> list[tuple[int, int, int, int]]:
+    """Pixel boxes (left, top, right, bottom) outside which thing ``index`` paints nothing; one for each member of a cluster."""
+    half = drawing._half_width(drawing._sample_radius(scene.things[index], scene.looks[index].scale, 48), 48)
+    return [drawing._box_at(x, y, half, 48) for x, y in drawing._centres(scene, index)]
 
 
 def test_content_is_pinned() -> None:
@@ -165,7 +170,7 @@ def test_edit_changes_only_what_it_names(kind: str) -> None:
         for scene in (before, after):
             for index in (0, 1):
                 if changed & {"spots", "front", f"{index}.{kind.removesuffix('_swap')}"}:
-                    for left, top, right, bottom in boxes(scene, index, 48):
+                    for left, top, right, bottom in boxes(scene, index):
                         near[max(top, 0) : bottom, max(left, 0) : right] = True
         assert differs.any() and not (differs & ~near).any()
 
@@ -368,7 +373,7 @@ def test_scenes_are_varied_and_things_stay_on_the_canvas() -> None:
     assert {s.relation for s in scenes} == set(RELATIONS) and {s.backdrop.kind for s in scenes} == set(BACKGROUNDS)
     assert {len(s.distractors) for s in scenes} == {0, 1, 2}
     for scene in scenes:
-        covered = [box for index in (0, 1) for box in boxes(scene, index, 48)]
+        covered = [box for index in (0, 1) for box in boxes(scene, index)]
         assert all(min(box) >= -1 and max(box) <= 49 for box in covered)
         for mark in scene.distractors:
             x, y = mark.x, mark.y

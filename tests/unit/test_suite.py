@@ -54,7 +54,6 @@ from cfvlm_ds.evaluation.suite.bootstrap import (
 )
 from cfvlm_ds.evaluation.suite.chosen import choose, load_items, way_named
 from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
-from cfvlm_ds.evaluation.suite.comparison_page import results_page
 from cfvlm_ds.evaluation.suite.tables import markdown, omissions, overview, summary
 from cfvlm_ds.evaluation.suite.written import ITEMS, RESULTS, SCORES, Result, read_results, recorded, result_folder, write_result
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
@@ -483,7 +482,7 @@ def test_intervals_have_the_width_of_independent_clusters() -> None:
     for copies in (1, 4):
         found = [outcome(copies * n + k, right, str(n)) for n, right in enumerate(rights) for k in range(copies)]
         bootstrap = Bootstrap([each.item.cluster for each in found])
-        values = [drawn["accuracy"] for drawn in bootstrap.values(accuracy, seen(found), range(300))]
+        values = [drawn["accuracy"] for drawn in (bootstrap.values(accuracy, seen(found), k) for k in range(300))]
         share = sum(rights) / 400
         assert bootstrap.clusters == 400 and statistics.mean(values) == pytest.approx(100 * share, abs=0.6)
         assert statistics.stdev(values) == pytest.approx(100 * math.sqrt(share * (1 - share) / 400), rel=0.15)
@@ -501,7 +500,7 @@ def test_a_pair_that_is_drawn_twice_is_two_pairs() -> None:
     for k in range(20):
         drawn = bootstrap.draw(k)
         clusters = [number // 2 for number, _ in drawn[::2]]
-        (value,) = bootstrap.values(pairs, seen(found), [k])
+        value = bootstrap.values(pairs, seen(found), k)
         assert value["pair"] == pytest.approx(100 * sum(cluster != 0 for cluster in clusters) / 3)
     assert bootstrap.draw(1) == Bootstrap([each.item.cluster for each in found]).draw(1) != bootstrap.draw(2)
     assert interval([1.0]) is None and interval([1.0, 3.0]) == pytest.approx((1.05, 2.95)) and intervals([{"a": 1.0}, {"b": 2.0}]) == {}
@@ -517,7 +516,7 @@ def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch: pytest.Monkey
     monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
     found = drawn_together(world, outcomes, metrics, 8, "evaluating it", Patience(world))
-    assert found == bootstrap.values(metrics, seen(outcomes), range(8))
+    assert found == [bootstrap.values(metrics, seen(outcomes), k) for k in range(8)]
     assert said[0].startswith("evaluating it: bootstrap: 1 of 8 draws, ") and said[0].endswith(" left") and len(said) == 4
     assert drawn_together(world, outcomes[1:], metrics, 8, "evaluating it", Patience(world)) == []
 
@@ -544,7 +543,7 @@ def result(outcomes: Sequence[Outcome], name: str = "sugarcrepe", called: str = 
     header = {"benchmark": name, "probe": {"name": "match"}, "model": {"name": identity}, "data": {"items": len(outcomes), "pictures": "p"}}
     metrics = BENCHMARKS[name].metrics
     bootstrap = Bootstrap([each.item.cluster for each in outcomes])
-    drawn = bootstrap.values(metrics, seen(outcomes), range(draws))
+    drawn = [bootstrap.values(metrics, seen(outcomes), k) for k in range(draws)]
     return Result(called or name, "match", recorded(BENCHMARKS[name], header, outcomes, drawn, prompt="?"), tuple(outcomes))
 
 
@@ -613,6 +612,7 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     assert better == [str(n) for n in range(80, 100)] and worse == [str(n) for n in range(6)]
     table = comparison_table([found], "one", "other")
     assert re_row(table, "macro") == ["sugarcrepe", "match", "macro", "60.0", "74.0", "+14.0", "4.0 to 24.0", "yes", "20", "6"]
+    assert f"sugarcrepe/match: 20 items got better: {', '.join(better)}\n" in table and "6 items got worse: 0, 1, 2, 3, 4, 5\n" in table
     (same,) = compare_results(one, one)
     assert not any(each.resolved for each in same.differences.values()) and same.changes() == ([], [])
     assert compare_results(one, other)[0].differences == found.differences, "seeded"
@@ -673,25 +673,6 @@ def test_what_is_not_compared_is_named(tmp_path: Path) -> None:
         compare_results(one, written(tmp_path / "texts", changed[:1]))
     with pytest.raises(DataError, match="no such folder of results"):
         compare_results(one, tmp_path / "nowhere")
-
-
-def test_a_page_shows_the_worst_and_the_best(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
-    ask(asked(scorer, collator), root, tmp_path / "one", "sugarcrepe", "match", settings=Settings(draws=0))
-    (read,) = read_results(tmp_path / "one")
-    flipped = [replace(each, seen=(each.seen[0][::-1],)) if n < 3 else each for n, each in enumerate(read.outcomes)]
-    (tmp_path / "other/sugarcrepe/match").mkdir(parents=True)
-    write_result(tmp_path / "other/sugarcrepe/match", replace(read, outcomes=tuple(flipped)))
-    found = compare_results(tmp_path / "one", tmp_path / "other", 5)
-    page = results_page(found, ["one", "other"], root, tmp_path / "page", sample=6)
-    assert page.num_items == 6 and not page.problems and page.num_pictures >= 1
-    shown = "".join(path.read_text() for path in sorted((tmp_path / "page" / "data").glob("chunk-*.js")))
-    index = (tmp_path / "page" / "index.html").read_text()
-    assert all(f"sugarcrepe/match: {each.item.id}" in shown for each in flipped[:3]) and "circle" in shown
-    assert "right before, wrong after" in index or "wrong before, right after" in index
-    single = results_page(read_results(tmp_path / "one"), ["one"], root, tmp_path / "page", sample=1)
-    assert single.num_items == 1 and "without looking" in (tmp_path / "page" / "index.html").read_text()
-    with pytest.raises(DataError, match="pictures of the page are read there"):
-        results_page(found, ["one", "other"], tmp_path, tmp_path / "page")
 
 
 # Files that are damaged -------------------------------------------------------------------------------------------------------------------

@@ -382,11 +382,9 @@ def test_a_damaged_record_is_left_aside(tmp_path: Path, left: bytes, capsys: pyt
     assert "is damaged and left aside" in capsys.readouterr().err
 
 
-def test_misuse_is_named(remote: Server, tmp_path: Path) -> None:
+def test_a_folder_without_a_record_is_named(remote: Server, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no record"):
         deliver(tmp_path)
-    with _open(tmp_path) as tracker, pytest.raises(ValueError, match="reserved"):
-        tracker.log(1, {"step": 1.0})
 
 
 def test_a_moved_run_knows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

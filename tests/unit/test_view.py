@@ -28,7 +28,7 @@ from cfvlm_ds.data.stats import statistics
 from cfvlm_ds.data.stored_scores import StoredScores, write_scores
 from cfvlm_ds.evaluation import view
 from cfvlm_ds.evaluation.view import score_table
-from cfvlm_ds.page import MAX_TEXT, Item, Page, ScoreTable, Text, changed_words, pictures, runs, write_page
+from cfvlm_ds.page import MAX_TEXT, Item, ScoreTable, Text, changed_words, pictures, runs, write_page
 from cfvlm_ds.page import Image as Shown
 from cfvlm_ds.page.pictures import difference, reduced
 
@@ -102,16 +102,14 @@ class Elements(HTMLParser):
         return [attrs[name] for _, attrs, _ in self.found if name in attrs]
 
 
-def data(page: Path, name: str) -> Any:
-    """What a file of data sets its last variable to."""
-    return json.loads(re.sub(r"^(const chunks = {}, rows|chunks\[\d+\]) = |;\n$", "", (page / "data" / name).read_bytes().decode("ascii")))
+def templates(page: Path) -> list[str]:
+    """The groups of a page, each with its card, in their order."""
+    return re.findall(r"<template .*?</template>", (page / "index.html").read_text(), re.DOTALL)
 
 
 def drawn(page: Path) -> list[Elements]:
-    """The groups, in the order of the index."""
-    chunks = {number: data(page, f"chunk-{number}.js") for number in {row[0] for row in data(page, "index.js")}}
-    assert len(chunks) == len(list((page / "data").iterdir())) - 1
-    return [Elements(chunks[chunk][place][0]) for chunk, place, *_ in data(page, "index.js")]
+    """The groups alone."""
+    return [Elements(re.findall(r"<article>.*</article>", each, re.DOTALL)[0]) for each in templates(page)]
 
 
 def names(page: Path) -> list[str]:
@@ -119,7 +117,8 @@ def names(page: Path) -> list[str]:
 
 
 def index(page: Path) -> Elements:
-    return Elements((page / "index.html").read_text())
+    """The document without its groups."""
+    return Elements(re.sub(r"<template .*</template>", "", (page / "index.html").read_text(), flags=re.DOTALL))
 
 
 # ---- the page
@@ -136,9 +135,9 @@ def test_a_page_has_what_its_groups_have(folder: Path) -> None:
     assert first["li"] == ["count: two \u2192 three (image 1, text 1)"] and first.all("alt")[1].endswith("of which is true: three red dogs")
     assert first["label"] == ["image 0: factual", "image 1: count", "prompt", "text 0: factual", "text 1: count"]
     assert index(folder / "page")["option"] == ["all", "count (1)", "unlabelled (1)", "all", "lawn (1)", "(none) (1)"]
-    assert data(folder / "page", "index.js")[1] == [
-        0, 1, None, {"edit type": ["unlabelled"], "source": ["(none)"]}, "h two red dogs three red dogs"
-    ]  # fmt: skip
+    about = Elements(templates(folder / "page")[1]).found[0][1]
+    assert json.loads(about.pop("data-filters")) == {"edit type": ["unlabelled"], "source": ["(none)"]}
+    assert about == {"data-searched": "h two red dogs three red dogs", "data-worst": "Infinity"}
 
 
 def hostile_rows() -> list[dict[str, Any]]:
@@ -170,11 +169,14 @@ def test_whatever_the_data_say_is_text(folder: Path) -> None:
         assert all(re.fullmatch(r"pictures/[0-9a-fx-]+\.png", address) for address in each.all("src") + each.all("href"))
         written = re.sub("[\x00\x1b\u2028-\u202e]", lambda c: f"U+{ord(c[0]):04X}", text)
         assert not text or (each["words"][0] == written and written in each["h2"][0] and written in each["li"][0])
-    assert each["file"][0].endswith(name) and str(folder / name) in each.all("title")
+    assert each["file"][0] == str(folder / name)
     document, other = index(page), index(plain)
+    for each, text in zip(map(Elements, templates(page)), [*HOSTILE, ""], strict=True):
+        assert not text or json.loads(each.all("data-filters")[0])["source"] == [pages.printable(text)]
+        assert [list(attrs) for tag, attrs, _ in each.found if tag == "template"] == [["data-filters", "data-searched", "data-worst"]]
     assert document["title"] == document["h1"] == [title]
     assert [tag for tag, _, _ in document.found if tag != "option"] == [tag for tag, _, _ in other.found if tag != "option"]
-    assert document.all("src") + document.all("href") == ["data/index.js", "page.js", "page.css"]
+    assert document.all("src") + document.all("href") == ["page.js", "page.css"]
     assert not [name for _, attrs, _ in document.found for name in attrs if name.startswith("on") or name == "style"]
     assert "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'" in document.all(
         "content"
@@ -285,15 +287,14 @@ def test_copies_are_small_and_hold_the_pixels_alone(folder: Path) -> None:
         assert each.suffix == ".jpg" and Image.open(each).size == (768, 256)
 
 
-def test_many_groups_are_in_chunks_and_share_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a chunk holds is bounded, and a picture is decoded once."""
+def test_groups_share_pictures_and_those_beyond_the_most_are_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture is decoded once."""
     opened, right = list[Path](), pictures.open_image
     monkeypatch.setattr(pictures, "open_image", lambda path, most: opened.append(path) or right(path, most))
-    rows = [group(f"g{k}") for k in range(70)]
-    rows[40] |= {"texts": [{"id": f"t{c}", "text": f"text {c}"} for c in range(1000)]}
-    page = view(manifest(folder, *rows), folder / "page").folder
-    assert len(opened) == len(list((page / "pictures").iterdir())) == 2 and names(page) == [f"g{k}" for k in range(70)]
-    assert [row[0] for row in data(page, "index.js")] == [0] * 32 + [1] * 9 + [2] * 29
+    monkeypatch.setattr(pages, "MOST", 60)
+    page = view(manifest(folder, *(group(f"g{k}") for k in range(70))), folder / "page").folder
+    assert len(opened) == len(list((page / "pictures").iterdir())) == 2 and names(page) == [f"g{k}" for k in range(60)]
+    assert any(each.startswith("the first 60 of 70") for each in index(page)["dd"])
 
 
 # ---- the folder
@@ -326,12 +327,9 @@ def test_a_page_is_replaced_as_a_whole_or_not_at_all(folder: Path) -> None:
 
     path = manifest(folder, *(group(f"g{k}") for k in range(70)))
     view(path, folder / "page")
-    assert names(view(path, folder / "page", sample=1).folder) and sorted(p.name for p in (folder / "page/data").iterdir()) == [
-        "chunk-0.js",
-        "index.js",
-    ]
+    assert len(names(view(path, folder / "page", sample=1).folder)) == 1
     with pytest.raises(KeyboardInterrupt):
-        write_page(Page("second", some(), 2), folder / "page")
+        write_page("second", some(), 2, folder / "page")
     assert index(folder / "page")["title"] == ["groups.jsonl"] and sorted(p.name for p in folder.glob("page*")) == ["page"]
 
 
@@ -409,7 +407,11 @@ def test_a_run_shows_its_worst_groups(folder: Path) -> None:
     rows = {"test": [group("a"), group("b")], "other": [group("c"), group("d"), group("none", match=[["i0", "t0", 1]])]}
     run = run_folder(folder, rows, scores)
     view(run, folder / "page", sample=3)
-    assert names(folder / "page") == ["d", "b", "c"] and [row[2] for row in data(folder / "page", "index.js")] == [-7.0, -2.0, 1.0]
+    assert names(folder / "page") == ["d", "b", "c"] and [Elements(each).all("data-worst") for each in templates(folder / "page")] == [
+        ["-7.0"],
+        ["-2.0"],
+        ["1.0"],
+    ]
     document = index(folder / "page")
     assert document["option"][:6] == ["all", "other (2)", "test (1)", "all", "some lost (2)", "all won (1)"]
     assert document["dd"][:3] == [str(run), "3 of 5 (worst first)", "1 groups without anything to compare"]
@@ -603,24 +605,24 @@ def test_keys_filters_and_address(folder: Path, tab: Tab) -> None:
 @pytest.mark.browser
 def test_what_is_large_or_rare_is_drawn(folder: Path, tab: Tab) -> None:
     def conversation(images: int, texts: int) -> Item:
-        """Turns, two models' scores, many cells."""
+        """Turns, scores, many cells."""
         return Item(
             "talk",
             [Shown([folder / "a.png"], "")] * images,
             [Text(f"a text {c}") for c in range(texts)],
             [[1, *[0] * (texts - 1)]] * images,
             prompts=[(Turn("system", ("Be brief.",)), Turn("user", (PICTURE, "What is it?")))],
-            scores=[ScoreTable(name, [[float("nan")] * texts] * images, decided=(-1.0, 2.0)) for name in ("before", "after")],
+            scores=ScoreTable([[float("nan")] * texts] * images, decided=(-1.0, 2.0)),
         )
 
     alone = Item("alone", [Shown([], "")], [Text("x")], [[None]])
     lost = Item("lost", [Shown([folder / "gone.png"], "")], [Text("x")], [[1]])
-    worst = Item("worst", [Shown([], "")], [Text("x")], [[1]], scores=[ScoreTable("", [[0.0]], decided=(-9.0,))])
+    worst = Item("worst", [Shown([], "")], [Text("x")], [[1]], scores=ScoreTable([[0.0]], decided=(-9.0,)))
     some = [conversation(20, 100), alone, lost, *[conversation(1, 2)] * 29, worst]
-    page = write_page(Page("p", some, len(some)), folder / "page").folder
+    page = write_page("p", some, len(some), folder / "page").folder
     tab.draw(page)
     assert [tab.count(each) for each in ("tbody .text", "th.image", ".slot", ".turn")] == [100, 20, 1, 2]
-    assert tab.text(".cell").count("nan") == 2 and tab.text(".verdict") == "before: 1 of 2 comparisons lost, least margin \u22121.0"
+    assert tab.text(".cell").count("nan") == 1 and tab.text(".verdict") == "1 of 2 comparisons lost, least margin \u22121.0"
     tab.press("j")
     assert tab.text(".cell") == "? unknown " and "text alone" in tab.text("body")
     tab.press("j")
@@ -636,14 +638,10 @@ def test_what_is_large_or_rare_is_drawn(folder: Path, tab: Tab) -> None:
     assert tab.text("h2") == "worst" and tab.text(".title .verdict") == "lost, margin \u22129.0"
     tab.press("End")
     assert tab.text("h2") == "lost"
-    (page / "data" / "chunk-0.js").unlink()
-    tab.draw(page)
-    assert "data/chunk-0.js cannot be loaded" in tab.text(".empty")
-    tab.complaints.clear()
 
 
 @pytest.mark.browser
-def test_ten_thousand_groups_are_there_at_once(folder: Path, tab: Tab) -> None:
+def test_a_thousand_groups_are_there_at_once(folder: Path, tab: Tab) -> None:
     """The first group in 2 s, the next in 100 ms: the median, and nine of ten."""
     draw = random.Random(0)
     for k in range(64):
@@ -656,9 +654,9 @@ def test_ten_thousand_groups_are_there_at_once(folder: Path, tab: Tab) -> None:
             texts=[{"id": f"t{c}", "text": f"{' '.join(draw.choices(words, k=12))} {k} {c}"} for c in range(2)],
             edits=[{"type": draw.choice(words), "image": "i1", "text": "t1"}],
         )
-        for k in range(10_000)
+        for k in range(1000)
     ]
-    first = tab.draw(view(manifest(folder, *rows), folder / "page", sample=10_000).folder)
+    first = tab.draw(view(manifest(folder, *rows), folder / "page", sample=1000).folder)
     steps = sorted(tab.run(NEXT) for _ in range(100))
-    print(f"10,000 groups: first after {first:.0f} ms, next after {steps[50]:.0f} ms (median), {steps[89]:.0f} ms (nine of ten)")
+    print(f"1,000 groups: first after {first:.0f} ms, next after {steps[50]:.0f} ms (median), {steps[89]:.0f} ms (nine of ten)")
     assert first < 2000 and steps[89] < 100

@@ -53,17 +53,11 @@ def look(path: Path) -> Look | str:
 
 def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[Pair]:
     """Pairs of one sequence and another that are the same or nearly so. Flat pictures, whose hash says nothing, only count when equal."""
-    by_digest: dict[bytes, list[int]] = {}
-    for j, each in enumerate(second):
-        by_digest.setdefault(each.digest, []).append(j)
-    exact = set()
-    for i, each in enumerate(first):
-        for j in by_digest.get(each.digest, ()):
-            exact.add((i, j))
-            yield Pair(i, j, -1)
     ours, theirs = (np.array([each.hash for each in side], np.uint64) for side in (first, second))
     for i, j in _close(ours, theirs):
-        if (i, j) not in exact and not (_is_flat(first[i].hash) or _is_flat(second[j].hash)):
+        if first[i].digest == second[j].digest:
+            yield Pair(i, j, -1)
+        elif not (_is_flat(first[i].hash) or _is_flat(second[j].hash)):
             yield Pair(i, j, (first[i].hash ^ second[j].hash).bit_count())
 
 

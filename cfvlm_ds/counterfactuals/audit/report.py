@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import parse_json
-from cfvlm_ds.core.text import in_cell, one_line
-from cfvlm_ds.core.untrusted import own_output
+from cfvlm_ds.core.text import few, in_cell, one_line
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
 from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
 from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, by_grain, by_length, by_words, grain
@@ -28,16 +24,12 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.manifest import Root, named_apart, open_groups
 from cfvlm_ds.evaluation.comparisons import factual_texts
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.page import Item, Page, Written, group_item, refuse_foreign_folder, write_page
+from cfvlm_ds.page import Written, group_item, write_page
 
 LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
-LIMIT_NEGATED = 0.1
-_SHOWN = 400
+_SHOWN = 20  # groups of a page, where there is no fault
 _SCORED = 256  # groups at a time
-_HEAD = b"# Audit\n\n| | |\n|---|---|"
-"""Begins a report, by which one is known."""
-_NEGATIONS = {"no", "not", "without", "never", "none"}
 
 Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
@@ -57,7 +49,7 @@ class Audit:
 
     def markdown(self) -> str:
         """The report."""
-        lines = [_HEAD.decode(), *(f"| {in_cell(name, 400)} | {in_cell(value, 400)} |" for name, value in self.facts), ""]
+        lines = ["# Audit\n\n| | |\n|---|---|", *(f"| {in_cell(name, 400)} | {in_cell(value, 400)} |" for name, value in self.facts), ""]
         lines += ["| told apart | AUC | 95 % interval | pairs | goes by |", "|---|---:|---|---:|---|"]
         for each in self.shortcuts:
             told = ", ".join(each.telling[:8])
@@ -65,8 +57,7 @@ class Audit:
             lines.append(f"| {each.name} | {measured} | {each.pairs} | {in_cell(told, 400)} |")
         lines += ["", "## What passes a limit", ""]
         for sentence, ids in self.faults:
-            named = f" ({', '.join(one_line(each, 60) for each in ids[:5])}{', ...' * (len(ids) > 5)})" if ids else ""
-            lines.append(f"- {in_cell(sentence + named, 600)}")
+            lines.append(f"- {in_cell(sentence + f' ({few(ids)})' * bool(ids), 600)}")
         return "\n".join([*lines, *(["Nothing."] if not self.faults else [])]) + "\n"
 
     def as_json(self) -> str:
@@ -97,7 +88,8 @@ def audit(
     found, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_looked_at(name, store, broken, say) for name, store in stores.items()]
-    _balance(found, sets)
+    listed = ", ".join(f"{each.name} ({len(each.groups)})" for each in sets)
+    found.facts.append(("groups", f"{sum(len(each.groups) for each in sets)} in {listed}"))
     if broken:
         found.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
     _shortcuts(found, sets, options, say)
@@ -109,34 +101,6 @@ def audit(
         groups = [group for each in sets for group in each.groups]
         found.facts.append(("refined", refine(groups, margins, options.seed, Path(options.refine))))
     return found, sets
-
-
-def _balance(found: Audit, sets: Sequence[_Set]) -> None:
-    kinds, sources = Counter[str](), Counter[str]()
-    shams = pictured = negated = pairs = 0
-    for each in sets:
-        for group in each.groups:
-            edits = [edit for edit in group.edits if edit.type != SHAM]
-            sources[group.source or "(none)"] += 1
-            shams += len(edits) < len(group.edits)
-            kinds.update(edit.type for edit in edits)
-            pictured += sum(edit.image is not None for edit in edits)
-            for true, false in text_pairs(group):
-                pairs += 1
-                negated += bool(_NEGATIONS & set(false.lower().split()) - set(true.lower().split()))
-    groups = sum(sources.values())
-    facts = [
-        ("groups", f"{groups} in {', '.join(f'{each.name} ({len(each.groups)})' for each in sets)}"),
-        ("sources", ", ".join(f"{name} {count}" for name, count in sources.most_common(8))),
-        ("edits by type", ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) or "none"),
-        ("edits with a picture of their own", f"{pictured} of {sum(kinds.values())}"),
-        ("groups with a sham", f"{shams} of {groups}"),
-    ]
-    found.facts.extend(facts)
-    if pairs and negated / pairs > LIMIT_NEGATED:
-        found.fault(
-            f"{negated} of {pairs} false texts negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})"
-        )
 
 
 def _looked_at(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
@@ -216,12 +180,6 @@ def _duplicates(found: Audit, sets: Sequence[_Set]) -> None:
             if pairs or shared:
                 ids = [name for pair in pairs for name in (mine[pair.first][1], theirs[pair.second][1])]
                 found.fault(f"{each.name} and {other.name} share {len(pairs)} originals or nearly so, and {len(shared)} picture files", ids)
-    repeated: Counter[str] = Counter()
-    for each in sets:
-        for group in each.groups:
-            repeated["\0".join(sorted(candidate.text for candidate in group.candidates)) + str(sorted(map(str, group.images)))] += 1
-    if more := sum(count - 1 for count in repeated.values()):
-        found.fault(f"{more} groups repeat another one, with the same texts and pictures")
 
 
 def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None:
@@ -280,38 +238,17 @@ def _blind(found: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[f
     return [sum(group) / max(len(group), 1) for group in margins]
 
 
-def report_files(out: Path) -> tuple[Path, Path]:
-    """OUT.md and OUT.json. Raises ConfigError where one of them is somebody else's, or the folder OUT is."""
-    refuse_foreign_folder(out)
-    files = out.with_name(f"{out.name}.md"), out.with_name(f"{out.name}.json")
-    for path, ours in zip(files, (_is_report, _is_record), strict=True):
-        own_output(path, ours, "audit")
-    return files
-
-
-def _is_report(file: IO[bytes]) -> bool:
-    return file.read(len(_HEAD)) == _HEAD
-
-
-def _is_record(file: IO[bytes]) -> bool:
-    return set(parse_json(file.read().decode())) == {"facts", "shortcuts", "faults"}
-
-
 def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """OUT.md, OUT.json, and a page in the folder OUT of the groups that a fault names."""
+    """A page in the folder OUT of the groups that a fault names, with report.md and report.json."""
     about: dict[str, list[str]] = {}
     for sentence, ids in found.faults:
         for name in ids:
             about.setdefault(name, []).append(one_line(sentence, 80))
-    items: list[Item] = []
-    for each in sets:
-        for group in each.groups:
-            if len(items) < _SHOWN and (group.id in about or (not about and len(items) < 20)):
-                said = about.get(group.id, ["nothing"])
-                items.append(group_item(group, facts=[("found", "; ".join(said))], filters={"found": said}))
-    as_text, as_json = report_files(out)
-    replace(as_text, found.markdown().encode())
-    replace(as_json, found.as_json().encode())
-    shown = [*found.facts, *((each.name, str(each)) for each in found.shortcuts)]
-    shown += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
-    return write_page(Page("Audit", items, len(items), shown), out, say=say)
+    every = [group for each in sets for group in each.groups]
+    shown = [group for group in every if group.id in about] or every[:_SHOWN]
+    said = ((group, about.get(group.id, ["nothing"])) for group in shown)
+    items = (group_item(group, facts=[("found", "; ".join(names))], filters={"found": names}) for group, names in said)
+    beside = {"report.md": found.markdown(), "report.json": found.as_json()}
+    facts = [*found.facts, *((each.name, str(each)) for each in found.shortcuts)]
+    facts += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
+    return write_page("Audit", items, len(shown), out, facts=facts, beside=beside, say=say)

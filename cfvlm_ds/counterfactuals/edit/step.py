@@ -25,7 +25,6 @@ from cfvlm_ds.data.decoding import MAX_BYTES
 from cfvlm_ds.data.picture_file import picture_bytes
 
 STEP = "edit"
-COMPOSITES = ("mask", "difference", "none")
 _CHANGED = 24  # levels of 255 from which a difference counts where the composite is made of it
 
 Say = Callable[[str], object]
@@ -68,8 +67,6 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
 
 def checked(options: EditOptions) -> list[str]:
     """The editors. Raises ConfigError for options that no picture can be edited with."""
-    if options.composite not in COMPOSITES:
-        raise ConfigError(f"--composite {options.composite}: it is one of {', '.join(COMPOSITES)}")
     if options.masks and not Path(options.masks).is_dir():
         raise ConfigError(f"--masks {options.masks}: no such folder; name the one that holds masks by id, SOURCE/NUMBER.png")
     return named(options.back_ends, EDITORS, "--with")

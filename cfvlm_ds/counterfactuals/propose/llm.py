@@ -30,7 +30,6 @@ VERSION = 1
 _MOST_BYTES = 1 << 20
 _MAX_TOKENS = 700  # white space without end is a known failure: the bound is what makes it a short one
 _SIDE = 768  # pixels of a picture that is sent
-_MOST_EDITS = 32
 IN_A_ROW = 20
 """Captions without any usable reply, after which the server is taken to be down, or to take nothing."""
 pause = time.sleep
@@ -130,7 +129,7 @@ class LanguageModel:
         """Proposals, and why what is none is none: our own words for what differs, never the model's."""
         found: list[Proposal | Rejected] = []
         made: Counter[str] = Counter()
-        for edit in edits[:_MOST_EDITS]:
+        for edit in edits:
             kind, text, told = (edit.get(key) if isinstance(edit, dict) else None for key in ("type", "text", "instruction"))
             if not isinstance(kind, str) or not isinstance(text, str) or not isinstance(told, str):
                 found.append(Rejected("llm", "an edit without type, text and instruction"))
@@ -148,8 +147,6 @@ class LanguageModel:
             made[kind] += 1
             differs = difference(source.caption, text)
             found.append(Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), told, "llm"))
-        if len(edits) > _MOST_EDITS:
-            found.append(Rejected("llm", f"{len(edits) - _MOST_EDITS} more edits than can be meant"))
         return found
 
 

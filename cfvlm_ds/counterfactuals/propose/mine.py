@@ -36,13 +36,11 @@ class Mine:
         self._index = opened(context.work.path / "mine" / "slots.bin", self._captions(context))
 
     def _captions(self, context: Context) -> Iterator[tuple[int, str]]:
-        count = len(self._store)
-        progress = Progress(context.say, "mine: index", count, "captions")
-        for row in range(count):
+        progress = Progress(context.say, "mine: index", len(self._store), "captions")
+        for row in progress.over(range(len(self._store))):
             for source in sources(self._store, [row]):
                 if not isinstance(source, DataError) and source.picture is not None:
                     yield row, source.caption
-            progress.advance()
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": VERSION}

@@ -10,11 +10,10 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.sequences import side_by_side
-from cfvlm_ds.core.text import printable
+from cfvlm_ds.core.strict import fitted
 from cfvlm_ds.counterfactuals.options import ProposeOptions, named
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, sources
-from cfvlm_ds.counterfactuals.propose.places import places_of
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.store import GroupStore
 
@@ -39,7 +38,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     context = Context(options, store, work, words, say)
     back_ends = {name: PROPOSERS[name](context) for name in names}
     work.settle(STEP, options, settings={name: dict(back_end.settings()) for name, back_end in back_ends.items()})
-    places = places_of(store, work, shard, say)
+    places = range(shard, len(store), work.shards)
     threads = max(back_end.threads for back_end in back_ends.values())
 
     def asked(unit: Source | DataError) -> dict[str, Any]:
@@ -108,16 +107,7 @@ def read_words(file: str) -> dict[str, list[str]]:
     if not file:
         return {}
     try:
-        value = read_yaml(file)
+        found: dict[str, list[str]] = fitted(dict[str, list[str]], read_yaml(file), "words")
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--words {file}: cannot be read ({error}); write YAML such as colour: [red, green]") from error
-    right = isinstance(value, dict) and all(
-        isinstance(kind, str) and isinstance(words, list) and all(isinstance(word, str) for word in words) for kind, words in value.items()
-    )
-    if not right:
-        raise ConfigError(f"--words {file}: lists of words by type are wanted; write YAML such as colour: [red, green]")
-    for kind, words in value.items():
-        for word in words:
-            if not word or printable(word.strip()) != word:
-                raise ConfigError(f"--words {file}: {word!r} of {kind!r} is no word; write a word of one line")
-    return {kind: list(words) for kind, words in value.items()}
+        raise ConfigError(f"--words {file}: {error}; write YAML such as colour: [red, green]") from error
+    return found

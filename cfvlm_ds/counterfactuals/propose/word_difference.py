@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfvlm_ds.core.conversation import normalised
+from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
 
@@ -27,47 +28,9 @@ _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa
 SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",").split(",")) for word in group.split()}
 """Word -> a number that words of one meaning share: a change between them is none, and neither may be proposed for the other."""
 
-EMPTY_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "some",
-        "of",
-        "to",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "being",
-        "been",
-        "that",
-        "this",
-        "these",
-        "those",
-        "there",
-        "it",
-        "its",
-        "and",
-        "also",
-        "very",
-        "quite",
-        "just",
-        "really",
-        "has",
-        "have",
-        "with",
-        "i",
-        "we",
-        "you",
-        "he",
-        "she",
-        "they",
-        "which",
-        "who",
-    ]
-)
+_EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
+    has have with i we you he she they which who"""
+EMPTY_WORDS = frozenset(_EMPTY.split())
 """Words whose change alone cannot be seen in a picture."""
 
 
@@ -93,9 +56,8 @@ class Difference:
 def difference(caption: str, text: str) -> Difference:
     """What lies between the common beginning and the common end of two texts."""
     old, new = words(caption), words(text)
-    shorter = min(len(old), len(new))
-    first = next((k for k in range(shorter) if old[k] != new[k]), shorter)
-    last = next((k for k in range(shorter - first) if old[-1 - k] != new[-1 - k]), shorter - first)
+    first = shared_start(old, new)
+    last = shared_start(old[first:][::-1], new[first:][::-1])
     return Difference(old[first : len(old) - last], new[first : len(new) - last], first, last, sorted(old) == sorted(new))
 
 

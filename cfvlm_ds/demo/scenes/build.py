@@ -7,16 +7,14 @@ of ``test_yes_no``, ``test_choice`` and ``test_count`` ask a question of scenes 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from PIL import Image, ImageChops
+from PIL import ImageChops
 
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import DataError
@@ -86,40 +84,18 @@ def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print
     if is_complete(out, settings):
         return out
     sizes = {split: config.num_train if split == "train" else config.num_test for split in RULES}
-    began = time.monotonic()
+    shown = Progress(progress, "scenes", sum(sizes.values()), "groups")
     with whole_folder(out) as folder:
-        digest, num_images = _write_splits(config, sizes, folder, Progress(progress, "scenes", sum(sizes.values()), "groups"), alive)
-        rate = num_images / (time.monotonic() - began)
-        record = {
-            "settings": settings,
-            "content_sha256": digest,
-            "num_groups": sizes,
-            "num_images": num_images,
-            "scenes_per_second": round(rate, 1),
-        }
-        (folder / "scenes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    progress(f"scenes: {sum(sizes.values())} groups, {num_images} images in {out}, {rate:.0f} scenes/s")
+        for split, size in sizes.items():
+            (folder / "images" / split).mkdir(parents=True)
+            with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest:
+                for index in range(size):
+                    alive()
+                    manifest.write(_write_group(config, split, index, folder) + "\n")
+                    shown.advance()
+        (folder / "scenes.json").write_text(json.dumps({"settings": settings}, indent=2) + "\n", encoding="utf-8")
+    progress(f"scenes: {sum(sizes.values())} groups in {out}")
     return out
-
-
-def _write_splits(
-    config: ScenesConfig, sizes: Mapping[str, int], folder: Path, progress: Progress, alive: Callable[[], object]
-) -> tuple[str, int]:
-    """Write every split; sha256 over all rows and pixels, and the number of images."""
-    digest, num_images = hashlib.sha256(), 0
-    for split, size in sizes.items():
-        (folder / "images" / split).mkdir(parents=True)
-        with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest:
-            for index in range(size):
-                alive()
-                line, images = _write_group(config, split, index, folder)
-                manifest.write(line + "\n")
-                digest.update(line.encode())
-                for image in images:
-                    digest.update(image.tobytes())
-                num_images += len(images)
-                progress.advance()
-    return digest.hexdigest(), num_images
 
 
 def _check(config: ScenesConfig) -> None:
@@ -233,19 +209,17 @@ def _shuffled(rng: Random, weights: Mapping[str, float]) -> list[str]:
     return order
 
 
-def _write_group(config: ScenesConfig, split: str, index: int, root: Path) -> tuple[str, list[Image.Image]]:
-    """Write the images of a group; returns its manifest line and the images."""
+def _write_group(config: ScenesConfig, split: str, index: int, root: Path) -> str:
+    """Write the images of a group; returns its manifest line."""
     drawn = draw_group(config, split, index)
     group_id = f"{split}-{index:05d}"
     paths = tuple(root / "images" / split / f"{group_id}-{i}.png" for i in range(len(drawn.pictured)))
-    images = [render(scene, config.image_size) for scene in drawn.pictured]
-    for path, image in zip(paths, images, strict=True):
-        image.save(path, compress_level=1)
+    for path, scene in zip(paths, drawn.pictured, strict=True):
+        render(scene, config.image_size).save(path, compress_level=1)
     group = as_group(drawn, group_id, paths)
     if drawn.question and split == "train":
         group = replace(group, weight=config.question_weight)
-    row = to_row(group, root)
-    return json.dumps(row, ensure_ascii=False, sort_keys=False), images
+    return json.dumps(to_row(group, root), ensure_ascii=False)
 
 
 def settings_of(config: ScenesConfig) -> dict[str, object]:

@@ -16,7 +16,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import call_options
 from cfvlm_ds.counterfactuals.options import EditOptions
-from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, config_in, draw_group
+from cfvlm_ds.demo.scenes.build import SceneGroup, config_in, draw_group
 from cfvlm_ds.demo.scenes.edits import EDITS
 from cfvlm_ds.demo.scenes.grammar import describe, holds, say
 from cfvlm_ds.demo.scenes.render import render
@@ -36,28 +36,23 @@ class SceneEditor(Editor):
         if (config := config_in(Path(options.folder))) is None:
             raise ConfigError(f"--folder {options.folder}: no folder of scenes; build one with `cfvlm-ds data build FOLDER`")
         self._config = config
-        share = call_options(options.options).get("faults", 0.0)
-        if isinstance(share, (str, bool)) or not 0 <= share <= 1:
-            raise ConfigError(f"--options faults={share}: a share of the attempts, from 0 to 1")
-        self._share = float(share)
+        self._share = float(call_options(options.options).get("faults", 0.0))
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": 1, "faults": self._share}
 
     def edit(self, task: Task) -> Picture | Refused | None:
         drawn = drawn_group(self._config, task.source)
-        if drawn is None:
-            return Refused("no group of the scenes has this id")
         if (scene := shown_by(drawn, task.text)) is None:
             return Refused("the world has no picture of this text that differs in one thing")
         fault = fault_of(task.seed, self._share)
         return Picture(render(failed(drawn.scenes[0], scene, fault, task.seed), self._config.image_size), {"fault": fault} if fault else {})
 
 
-def drawn_group(config: ScenesConfig, source: str) -> SceneGroup | None:
+def drawn_group(config: ScenesConfig, source: str) -> SceneGroup:
     """The group that an id such as test_iid-00017 names."""
     split, _, number = source.partition("#")[0].rpartition("-")
-    return draw_group(config, split, int(number)) if split in RULES and number.isdecimal() and len(number) < 9 else None
+    return draw_group(config, split, int(number))
 
 
 def shown_by(drawn: SceneGroup, text: str) -> Scene | None:

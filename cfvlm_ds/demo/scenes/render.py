@@ -83,13 +83,6 @@ def render(scene: Scene, image_size: int) -> Image.Image:
     return image
 
 
-def boxes(scene: Scene, index: int, image_size: int) -> list[Box]:
-    """Pixel boxes (left, top, right, bottom) outside which thing ``index`` paints nothing; one for each member of a cluster."""
-    thing, look = scene.things[index], scene.looks[index]
-    half = _half_width(_sample_radius(thing, look.scale, image_size), image_size)
-    return [_box_at(x, y, half, image_size) for x, y in _centres(scene, index)]
-
-
 def _centres(scene: Scene, index: int) -> list[tuple[int, int]]:
     x, y = scene.spots[index]
     return [(x + dx, y + dy) for dx, dy in _CLUSTER[scene.things[index].count]]

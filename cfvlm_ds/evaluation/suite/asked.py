@@ -239,7 +239,7 @@ class _Evaluation:
             return [written(item, row["said"], row["blank"], row.get("shuffled"), parse) for item, row in found]
         scores = [taken(rows[k]) for k in range(total)]
         warn_of_nonfinite(asked.groups, scores, world, self._label)
-        return asked.outcomes(scores, token_lengths(self._model.collator) if way.needs_lengths else None)
+        return asked.outcomes(scores, token_lengths(self._model.collator))
 
     def _scored(self, asked: Plan, pictures: PictureTable, known: _Rows) -> Iterator[_Rows]:
         """The scores of this rank's groups, a batch at a time; those that are ``known`` are not scored again."""

@@ -12,6 +12,8 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from cfvlm_ds.core.distributed import Patience, World, gather_objects
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values, judged
@@ -59,10 +61,9 @@ class Bootstrap:
             copies[place] += 1
         return found
 
-    def values(self, metrics: Metrics, table: Sequence[Judged], draws: Sequence[int]) -> list[Values]:
-        """For each draw the metrics of the table on it."""
-        drawn = ([(table[n], copy) for n, copy in self.draw(k)] for k in draws)
-        return [metrics([Judged(each.item, each.scores, draw=copy) if copy else each for each, copy in members]) for members in drawn]
+    def values(self, metrics: Metrics, table: Sequence[Judged], k: int) -> Values:
+        """The metrics of the table on draw ``k``."""
+        return metrics([Judged(table[n].item, table[n].scores, draw=copy) if copy else table[n] for n, copy in self.draw(k)])
 
     def exchanges(self, draws: int) -> Iterator[set[int]]:
         """Items that two models exchange, whole clusters at a time: first none; then every choice of clusters, or ``draws`` at random where
@@ -93,7 +94,7 @@ def drawn_together(
     found: dict[int, Values] = {}
     progress = Progress(world.say, f"{label}: bootstrap", draws, "draws")
     for k in range(world.rank, draws, world.size):
-        found[k] = bootstrap.values(metrics, table, [k])[0]
+        found[k] = bootstrap.values(metrics, table, k)
         progress.advance(world.size)
         patience.alive()
     patience.meet()
@@ -105,17 +106,11 @@ def drawn_together(
 
 def interval(values: Sequence[float]) -> Interval | None:
     """The central ``LEVEL`` of the values, between neighbours in proportion; None of fewer than two."""
-    ordered = sorted(value for value in values if value == value)
-    if len(ordered) < 2:
+    found = [value for value in values if value == value]
+    if len(found) < 2:
         return None
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return at((1 - LEVEL) / 2), at((1 + LEVEL) / 2)
+    low, high = np.quantile(found, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
+    return low, high
 
 
 def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:

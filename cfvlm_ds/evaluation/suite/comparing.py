@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.text import in_cell, one_line
+from cfvlm_ds.core.text import few, in_cell
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
 from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
@@ -26,6 +26,7 @@ RESOLVED = (
     "The interval excludes 0 exactly then. All metrics of a benchmark are tested together (max-T of Westfall and Young), each benchmark by "
     f"itself. Fewer than {LEAST_CLUSTERS} clusters resolve nothing."
 )
+_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Compared:
     """A benchmark that two models were asked in the same way: the outcomes of the items that both have, and what differs."""
 
     before: Result
-    after: Result
     benchmark: Benchmark
     pairs: tuple[tuple[Outcome, Outcome], ...]
     differences: Mapping[str, Difference]
@@ -118,7 +118,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
     tested = [name for name in was if drawn and all(each.get(name, math.nan) == each.get(name, math.nan) for each in drawn)]
     spans = exchange_intervals(drawn, tested)
     differences = {name: Difference(was[name], now[name], spans.get(name), bootstrap.clusters) for name in was if name in now}
-    return Compared(before, after, benchmark, tuple(pairs), differences, tuple(notes))
+    return Compared(before, benchmark, tuple(pairs), differences, tuple(notes))
 
 
 def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]], list[str]]:
@@ -134,9 +134,9 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
     changed += list(later)
     notes = []
     if changed:
-        named = ", ".join(one_line(each, 40) for each in changed[:5])
         notes.append(
-            f"{len(changed)} items are in one of the results only, or have other texts, parts or clusters, and are not compared: {named}"
+            f"{len(changed)} items are in one of the results only, or have other texts, parts or clusters, and are not compared: "
+            f"{few(changed)}"
         )
     one, other_data = before.record["data"], after.record["data"]
     if not changed and one.get("pictures") != other_data.get("pictures"):
@@ -154,15 +154,18 @@ def _said(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
-    """The headline of each benchmark, every other metric whose difference is resolved, what got better and worse, what resolved means, and
-    notes."""
+    """The headline of each benchmark, every other metric whose difference is resolved, the items that got better and worse, what resolved
+    means, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",
         "|---|---|---|---:|---:|---:|---|---|---:|---:|",
     ]
+    flipped = []
     for each in found:
         better, worse = each.changes()
+        for word, ids in (("better", better), ("worse", worse)):
+            flipped += [f"{each.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
         headline = each.benchmark.headline
         names = [headline] * (headline in each.differences)
         names += [name for name, difference in each.differences.items() if name != headline and difference.resolved]
@@ -171,7 +174,7 @@ def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
             lines.append(
                 f"| {in_cell(each.before.called)} | {in_cell(each.before.label)} | {_row(name, each.differences[name])} | {counts} |"
             )
-    return "\n".join([*lines, "", RESOLVED, *(f"{each.place}: {note}" for each in found for note in each.notes)])
+    return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{each.place}: {note}" for each in found for note in each.notes)])
 
 
 def _row(name: str, found: Difference) -> str:

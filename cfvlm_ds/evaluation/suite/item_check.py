@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from cfvlm_ds.core.distributed import Patience, World, cores_per_rank, gather_ob
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data.decoding import open_image
-from cfvlm_ds.data.picture_index import Picture, PictureTable, picture_of
+from cfvlm_ds.data.picture_check import opened_picture
+from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.benchmarks import Item
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite.chosen import Way
@@ -75,7 +74,7 @@ def checked_items(
     mine = shown[world.rank :: world.size]
     progress = Progress(world.say, f"{label}: pictures{' of this rank' * (world.size > 1)}", len(mine), "pictures")
     with ThreadPoolExecutor(cores_per_rank()) as pool:
-        opened = pool.map(partial(_open, max_pixels=collator.files.max_pixels), mine)
+        opened = pool.map(lambda path: opened_picture(path, None, None, collator.files.max_pixels, False)[0], mine)
         found |= together(progress.over(zip(mine, opened, strict=True)))
     table = PictureTable.of((path, picture) for path, picture in found.items() if isinstance(picture, Picture))
 
@@ -88,15 +87,6 @@ def checked_items(
     problems = together((number, problem(items[number])) for number in progress.over(numbers))
     kept = tuple(item for number, item in enumerate(items) if problems[number] is None)
     return Checked(kept, tuple((items[number].id, why) for number, why in sorted(problems.items()) if why is not None), table)
-
-
-def _open(path: Path, max_pixels: int) -> Picture | str:
-    try:
-        return picture_of(path, *open_image(path, max_pixels).size)
-    except (DataError, ValueError) as error:
-        return str(error)
-    except OSError as error:
-        return f"{path}: image cannot be read ({error.strerror or error}); get it again"
 
 
 def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:

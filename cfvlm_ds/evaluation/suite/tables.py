@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cfvlm_ds.core.text import in_cell, one_line
+from cfvlm_ds.core.text import few, in_cell, one_line
 from cfvlm_ds.evaluation.benchmarks.base import Values
 from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, bootstrap_of
 from cfvlm_ds.evaluation.suite.written import Result
@@ -58,8 +58,7 @@ def omissions(result: Result) -> list[str]:
     if left_out:
         found.append(f"{result.place}: {len(left_out)} items left out, the first: {one_line(left_out[0][1], 300)}")
     if broken:
-        named = ", ".join(one_line(each, 60) for each in broken[:5])
-        found.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {named}")
+        found.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {few(broken)}")
     return found
 
 
@@ -91,8 +90,7 @@ def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
     """The metrics under the names that they are logged by: eval/NAME/METRIC, and blind_METRIC, shuffled_METRIC of what is had without
     looking."""
     prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
-    shown = {table: values for table, values in tables.items() if table in prefixes}
-    return {f"eval/{name}/{prefixes[table]}{metric}": value for table, values in shown.items() for metric, value in values.items()}
+    return {f"eval/{name}/{prefix}{each}": value for table, prefix in prefixes.items() for each, value in tables.get(table, {}).items()}
 
 
 def every_metric(metrics: Mapping[str, Values], spans: Mapping[str, Sequence[float]]) -> str:
