@@ -250,7 +250,7 @@ def rows_of(part: str, case: str, result: dict[str, Any], results: Results) -> I
                 remark,
             )
     else:
-        plan = result["plan"]["states"] + result["plan"]["activations"]
+        plan = result["plan"]["states"] + result["plan"]["working"]
         remark = f"planned {plan / 1e9:.3g} GB ({result['plan']['states'] / 1e9:.3g} states); {result['backend']}; "
         remark += f"losses {result['losses'][0]:.3f} to {result['losses'][-1]:.3f}" + ("" if result["finite"] else ", NOT FINITE")
         remark += f"; off those of one rank by {result['loss_off']:.1e}" if "loss_off" in result else ""

@@ -330,7 +330,8 @@ def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, 
     planned = meta_model(config.model, run.dtype, engine.attention_without_data())
     states, _ = engine.model_states(planned, resolved.config, world.size, world.size)
     tokens = sizes.visual + PROMPT + max(sizes.texts) * TEXT
-    plan = {"states": states, "activations": engine.activations(planned, tokens, recompute=False)}
+    working = engine.working_memory(planned, resolved.config, tokens, recompute=False)
+    plan = {"states": states, "working": sum(working.values()) - working["CUDA and NCCL"]}  # which torch does not count
     del planned
     before = scoring.reset_peak(world.device)
     driver = engine.initialize(config, resolved, world, steps)

@@ -157,7 +157,10 @@ def _called(function: Callable[..., Any], arguments: argparse.Namespace) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's own prints its usage, of ten lines and more, before what is wrong."""
+    """argparse's own prints its usage, of ten lines and more, before what is wrong, and takes the beginning of a name for it."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """End with one sentence, as every other refusal does."""

@@ -54,5 +54,5 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def sentences(described: Any) -> dict[str, str]:
     """Find what each option of a class or function does, by the part of its docstring under ``Args:``, as the help of argparse takes it."""
     listed = [(each.__doc__ or "").partition("Args:")[2] for each in reversed(getattr(described, "__mro__", (described,)))]
-    found = [pair for part in listed for pair in re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n*\s*\Z)", part, re.MULTILINE | re.DOTALL)]
-    return {name: " ".join(text.split()).rstrip(".").replace("%", "%%") for name, text in found}
+    found = [pair for part in listed for pair in re.findall(r"^( +)(\w+): (.+?)(?=\n\1\w+: |\n*\s*\Z)", part, re.MULTILINE | re.DOTALL)]
+    return {name: " ".join(text.split()).rstrip(".").replace("%", "%%") for _, name, text in found}

@@ -33,7 +33,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         option_parser(objectives, prog).print_help()
         raise SystemExit(0)
     switches = {name for name in (*VERBOSITY, "print_config") if f"--{name}" in argv}
-    given, terms = _read([each for each in argv if each.removeprefix("--") not in switches])
+    given, terms = _read([each for each in argv if each not in {f"--{name}" for name in switches}])
     if unknown := terms - set(objectives):
         raise ConfigError(f"unknown term of the objective {min(unknown)!r}; the terms are {', '.join(objectives)}")
     built = build(_options(objectives), given)
@@ -108,6 +108,8 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
         if not equals and (not words or words[0].startswith("--")):
             raise ConfigError(f"{flag} needs a value; write {flag} VALUE, which is true or false where the option is a switch")
         value = value if equals else words.pop(0)
+        if not value.strip():
+            raise ConfigError(f"{flag} is empty, as a variable is that was not set; give its value, or leave it out for the default")
         if option == "config":
             document = _document(value)
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
@@ -136,14 +138,14 @@ def _document(given: str) -> dict[str, Any]:
 
 
 def _plain(value: str) -> Any:
-    """A value of the command line: what is no list or mapping is read by the type of its option."""
+    """A value of the command line: what is no list, mapping or null is read by the type of its option."""
     try:
         read = parse_yaml(value)
     except DuplicateKey as error:
         raise ConfigError(f"{value}: {error}") from error
     except (ValueError, RecursionError):
-        read = None
-    return read if isinstance(read, (Mapping, list)) else Given(value)
+        read = ""
+    return read if isinstance(read, (Mapping, list)) or (read is None and value[0] != "#") else Given(value)
 
 
 def _merge(whole: dict[str, Any], part: Mapping[Any, Any], once: bool = False) -> None:
@@ -157,13 +159,13 @@ def _put(whole: dict[str, Any], path: Sequence[str], value: Any, once: bool = Fa
     name, *inside = path
     before = whole.get(name)
     section = bool(inside) or (isinstance(value, Mapping) and name != "evaluation" and not more)
-    if once and section and name in whole and before is not None and not isinstance(before, Mapping):
+    if (before is not None and not isinstance(before, Mapping)) if section else (once and name in whole):
         raise ConfigError(f"{name!r} occurs twice, by itself and in its section; keep one of them")
     if section:
         whole[name] = before = dict(before) if isinstance(before, Mapping) else {}
+        if name == "evaluation" and isinstance(file := before.get(inside[0]), str) and (inside[1:] or isinstance(value, Mapping)):
+            before[inside[0]] = {"path": file}
         _put(before, inside, value, once, more) if inside else _merge(before, value, once)
-    elif once and name in whole:
-        raise ConfigError(f"{name!r} occurs twice, by itself and in its section; keep one of them")
     else:
         whole[name] = [*(before if isinstance(before, list) else [before] * bool(before)), value] if more else value
 

@@ -9,16 +9,25 @@ import errno
 import glob
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 MIB = 2**20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 _SPARE = 100  # of the thousand calls within one another that Python allows
+_YAML_VALUES = (
+    ("null", "null|Null|NULL|~|", ("n", "N", "~", "")),
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", "[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?((\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("merge", "<<", "<"),
+)
+"""Kind of a value without quotes, its form in YAML 1.2 (https://yaml.org/spec/1.2.2, 10.3.2), and what it begins with."""
 
 
 def is_there(path: Path) -> bool:
@@ -108,10 +117,13 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises ValueError for what is none, DuplicateKey naming key and lines."""
+    """The value of a YAML text as YAML 1.2 has it: 1e-5 is a number; off, 1:30 and a date are texts. Raises ValueError for what is none and
+    for a value within itself, DuplicateKey naming key and lines."""
     import yaml
 
     class Once(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             lines: dict[str, int] = {}
             for key, line in ((str(key.value), key.start_mark.line + 1) for key, _ in node.value):
@@ -121,8 +133,12 @@ def parse_yaml(text: str) -> Any:
                 lines[key] = line
             return super().construct_mapping(node, deep)
 
+    for name, form, begins in _YAML_VALUES:
+        Once.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"({form})\\Z"), list(begins))
     try:
-        return Once(text).get_single_data()
+        loader = Once(text)
+        loader.deep_construct = True  # which refuses a value within itself
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"at line {mark.line + 1}, column {mark.column + 1} ({getattr(error, 'problem', '')})" if mark else f"({error})"

@@ -27,16 +27,14 @@ def found(given: str, folder: str) -> str:
     *before, name = given.split("/")
     if os.path.lexists(given) or before not in ([], [folder]) or name in ("", ".", ".."):
         return given
-    path = shipped(folder) / name
-    return str(path) if path.is_file() else given
+    path = str(shipped(folder) / name)
+    return path if os.path.isfile(path) else given
 
 
 def refuse_no_file(given: str, path: str) -> None:
     """Raise ConfigError for the ``path`` that ``given`` to --config means, and that is no file."""
     if os.path.isdir(path):
         raise ConfigError(f"--config {given} is a folder; name the file of options in it")
-    if not given:
-        raise ConfigError("--config is empty, as a variable is that was not set; name a file of options")
     if not os.path.lexists(path):
         raise ConfigError(f"--config {given}: no such file; give the path of yours, or one of {listed('examples', given)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -54,7 +55,7 @@ TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
 
 
 class Given(str):
-    """A value of the command line: a text, or what YAML makes of it."""
+    """A value of the command line that is no list, section or null: a text, or what YAML makes of it."""
 
 
 def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:
@@ -80,7 +81,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
     for key, value in given.items():
         at = f"{prefix}{key}"
         if key not in options:
-            while isinstance(value, Mapping) and value and at.count(".") < 9:  # YAML may contain itself
+            while isinstance(value, Mapping) and value:
                 key, value = next(iter(value.items()))
                 at = f"{at}.{key}"
             near = nearest(at, [*known, *(option for option, *_ in dotted(kind, prefix))])
@@ -99,12 +100,11 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
     """A value as its type has it. Raises ConfigError, beginning with the ``option``, for another one."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    plain = value
-    if isinstance(value, Given):
-        try:
-            plain = parse_yaml(value)
-        except (ValueError, RecursionError):
-            plain = str(value)
+    plain, text = value, isinstance(value, Given)
+    if text:
+        plain = str(value)
+        with suppress(ValueError, RecursionError):
+            plain = parse_yaml(value) if plain[0] != "#" else plain
     for kind in sorted(kinds, key=lambda kind: kind is str):
         origin, inside = get_origin(kind), get_args(kind)
         if isinstance(value, Mapping):
@@ -116,13 +116,14 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
             if origin in (list, tuple):
                 return origin(fitted(inside[0], each, option, within, known) for each in value)
         elif origin is Literal:
-            if (chosen := plain if plain in inside else value) in inside:
-                return inside[inside.index(chosen)]
+            for each in inside:
+                if repr(each) in (repr(plain), repr(str(value))):  # 1 is not True
+                    return each
         elif kind in (int, float) and not isinstance(plain, bool) and (number := _number(kind, plain)) is not None:
             low, high = within
             if not low <= number <= high:
                 must = "must not be negative, and is" if number < low == 0 else f"must be from {low:.16g} to {high:.16g}, not"
-                raise ConfigError(f"{option} {must} {number}; leave it out for the default")
+                raise ConfigError(f"{option} {must} {value if text else number}; leave it out for the default")
             return number
         elif kind is str and isinstance(value, str):
             return str(value)
@@ -131,16 +132,16 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
                 return plain
         elif not (kind in _KINDS or origin or is_dataclass(kind)):  # of somebody's own term, such as a path
             return kind(plain) if isinstance(kind, type) else plain
-    raise ConfigError(one_line(f"{option}{_misfit(hint, plain, option)}", 1000))
+    raise ConfigError(one_line(f"{option}{_misfit(hint, str(value) if text else plain, option)}", 1000))
 
 
 def _number(kind: Any, plain: Any) -> Any:
-    """A number of this kind; 1e-5 is a text to YAML."""
-    if kind is int or not isinstance(plain, (int, float, str)):
+    """A number of this kind, or None for what is none."""
+    if kind is int or not isinstance(plain, (int, float)):
         return plain if isinstance(plain, int) else None
     try:
         return float(plain)
-    except (ValueError, OverflowError):
+    except OverflowError:
         return None
 
 
@@ -157,7 +158,7 @@ def _misfit(hint: Any, value: Any, option: str) -> str:
         )
         return f": null is not a value; {whole}"
     *before, last = _called(hint)
-    return f": expected {', '.join(before)}{' or ' * bool(before)}{last}, got {value}"
+    return f": expected {', '.join(before)}{' or ' * bool(before)}{last}, got {value!r}"
 
 
 def _form(hint: Any) -> str | None:

@@ -11,7 +11,7 @@ from cfvlm_ds.deepspeed_compat.running_engine import (
 )
 from cfvlm_ds.engine.check import validate
 from cfvlm_ds.engine.configuration import read_json, resolve
-from cfvlm_ds.engine.memory import activations, attention_without_data, model_states, offloaded
+from cfvlm_ds.engine.memory import activations, attention_without_data, model_states, offloaded, working_memory
 from cfvlm_ds.engine.setup import hidden_size, in_parts, initialize, recompute_activations, start
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "resolve",
     "start",
     "validate",
+    "working_memory",
 ]

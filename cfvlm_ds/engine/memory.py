@@ -1,13 +1,17 @@
-"""Memory of a model's states under ZeRO, by DeepSpeed's own estimates, and of what a forward keeps, counted on meta tensors."""
+"""Memory of a model's states under ZeRO, by DeepSpeed's own estimates, and of a forward and backward, counted on meta tensors."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cfvlm_ds.deepspeed_compat import settings as settings
 from cfvlm_ds.engine.setup import recompute_activations
+from cfvlm_ds.models.chunked_logprobs import LOGITS
 
 
 def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
@@ -41,30 +45,70 @@ def attention_without_data() -> str:
     return "no_data"
 
 
-def activations(model: Any, tokens: int, recompute: bool) -> int:
-    """Bytes that autograd keeps of a forward of the language model over so many tokens, weights excluded.
+def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute: bool) -> dict[str, int]:
+    """Bytes per GPU that a forward and backward over so many tokens takes besides ``model_states``, by what they are for.
 
-    The model is on the meta device with ``attention_without_data``; ``recompute`` is gradient checkpointing.
+    The model is on the meta device with ``attention_without_data``; ``recompute`` is gradient checkpointing. A tower that trains is not in
+    it: a frozen one works before the language model does, and keeps nothing.
     """
+    zero = ds_config.get("zero_optimization", {})
+    found = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
+    if zero.get("stage", 0) == 3:
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        found["gathered weights"] = 2 * min(weights, int(zero.get("stage3_max_live_parameters", 1e9)))
+    return found | {"CUDA and NCCL": _CONTEXT}
+
+
+_LOGIT_BYTES = 12
+"""A logit in bfloat16, in float32, and its gradient in both."""
+_CONTEXT = 3 << 29
+
+
+def activations(model: Any, tokens: int, recompute: bool) -> int:
+    """Bytes at the peak of the language model's forward and backward over so many tokens; weights, and gradients of weights once they are
+    whole, are not counted. Model and ``recompute`` are those of ``working_memory``."""
     if recompute:
         recompute_activations(model)
     else:
         model.gradient_checkpointing_disable()
-    kept: dict[int, torch.UntypedStorage] = {}
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}  # of which a linear layer keeps a transposed view
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (storage := tensor.untyped_storage())._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
     text, further = model.config.get_text_config(), {}
-    embedded = torch.empty(1, tokens, text.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    if size := getattr(text, "hidden_size_per_layer_input", 0):  # embeddings of each layer's own, which tokens have (Gemma 4)
-        further["per_layer_inputs"] = embedded.new_empty(1, tokens, text.num_hidden_layers, size)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train().get_decoder()(inputs_embeds=embedded, use_cache=False, **further)
-    return sum(storage.nbytes() for storage in kept.values())
+    freed = [p.register_post_accumulate_grad_hook(_free_gradient) for p in model.parameters() if p.requires_grad]
+    with _Peak() as memory:
+        embedded = torch.empty(1, tokens, text.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        if size := getattr(text, "hidden_size_per_layer_input", 0):  # embeddings of each layer's own, which tokens have (Gemma 4)
+            further["per_layer_inputs"] = embedded.new_empty(1, tokens, text.num_hidden_layers, size)
+        state = model.train().get_decoder()(inputs_embeds=embedded, use_cache=False, **further).last_hidden_state
+        state.backward(torch.empty_like(state))
+    for hook in freed:
+        hook.remove()
+    return memory.peak
+
+
+def _free_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+class _Peak(TorchDispatchMode):
+    """Counts the bytes of what is computed, while it is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._seen = weakref.WeakSet[torch.UntypedStorage]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in given and storage not in self._seen:
+                self._seen.add(storage)
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self._now)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self._now -= size
 
 
 class _Attention(torch.autograd.Function):
@@ -75,6 +119,10 @@ class _Attention(torch.autograd.Function):
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output, output.new_empty(output.shape[:-1], dtype=torch.float32))
         return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
 
 
 def _attention(

@@ -158,6 +158,17 @@ def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
 
 
+BYTES_OF_4BIT = 0.5 + 4 / 64
+"""Of a weight in 4 bits, with its share of the float32 scale that 64 of them have."""
+
+
+def linear_weights(model: Any, family: Family) -> int:
+    """The weights that ``quantisation`` loads in 4 bits: of the language model's linear layers, adapters and output head left out."""
+    linear = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    named = ((f"{name}.weight", weight) for name, weight in linear if name != family.output_head)
+    return sum(weight.numel() for name, weight in named if family.module_of(name) == "language_model" and not is_adapter(name))
+
+
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
     """Inside the block the model computes as it did without adapters.

@@ -11,26 +11,27 @@ import torch
 from cfvlm_ds import engine
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.models import MODULES, attention, family_of, meta_model, parameter_counts
+from cfvlm_ds.models.adapters import BYTES_OF_4BIT, linear_weights
 from cfvlm_ds.training.validation import validate
 
 _GPUS = (1, 2, 4, 8, 16, 32, 64)
 _GPUS_PER_NODE = 8
-_TOKENS = 1024
+_TOKENS = 8192
 _GIB = 1 << 30
 
 
 def dry_run(config: RunConfig) -> str:
     """Resolve the configuration and the DeepSpeed JSON, build the model without data, and report. Raises ConfigError as a run would.
 
-    The states of the model (weights, gradients, optimizer) are DeepSpeed's own estimates for mixed precision. Activations are those that
-    the language model keeps for its backward pass in bfloat16, measured on meta tensors.
+    The states of the model (weights, gradients, optimizer) are DeepSpeed's own estimates for mixed precision. Activations are the language
+    model's at the peak of a forward and backward in bfloat16, on meta tensors.
     """
     validate(config, None)
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
     model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
     lines = [f"model type       {model.config.model_type}", f"attention        {attention(config.model.attn_implementation, model.config)}"]
     lines += [f"objective        {config.loss}", *config.model.unused, ""]
-    return "\n".join([*lines, *_modules(model, config), "", *_states(model, resolved.config), "", *_activations(model, config)])
+    return "\n".join([*lines, *_modules(model, config), "", *_memory(model, config, resolved.config)])
 
 
 def _modules(model: Any, config: RunConfig) -> Iterator[str]:
@@ -44,25 +45,25 @@ def _modules(model: Any, config: RunConfig) -> Iterator[str]:
     yield f"{'all':<16} {total:>16,} {trains:>16,}"
 
 
-def _states(model: Any, ds_config: dict[str, Any]) -> Iterator[str]:
+def _memory(model: Any, config: RunConfig, ds_config: dict[str, Any]) -> Iterator[str]:
+    """Without a budget of tokens, of 8192 a forward; the images' prompts count as the texts do."""
+    data, recompute = config.data, config.model.gradient_checkpointing
+    tokens = data.max_tokens_per_forward or data.max_tokens_per_micro_batch or _TOKENS
+    working = engine.working_memory(model, ds_config, tokens, recompute)
+    quantised = config.model.lora.load_in_4bit and linear_weights(model, family_of(model.config))
+    saved = int(quantised * (2 - BYTES_OF_4BIT))
     stage, away = ds_config.get("zero_optimization", {}).get("stage", 0), engine.offloaded(ds_config)
-    yield f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs a node{_offloaded(away)}"
-    yield f"{'GPUs':>6} {'GiB per GPU':>12} {'GiB of host memory per node':>28}"
+    yield f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs a node{_offloaded(away)}; peak: {tokens} tokens a forward"
+    yield f"{'GPUs':>6} {'GiB per GPU':>12} {'peak':>8} {'GiB of host memory per node':>28}"
     for gpus in _GPUS:
         card, host = engine.model_states(model, ds_config, gpus, _GPUS_PER_NODE)
-        yield f"{gpus:>6} {card / _GIB:>12.1f} {host / _GIB:>28.1f}"
+        card -= saved
+        yield f"{gpus:>6} {card / _GIB:>12.1f} {(card + sum(working.values())) / _GIB:>8.1f} {host / _GIB:>28.1f}"
+    parts = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in working.items())
+    other = engine.activations(model, tokens, not recompute) / _GIB
+    yield f"beside the states: {parts} GiB; activations {'without' if recompute else 'with'} gradient checkpointing: {other:.1f} GiB"
 
 
 def _offloaded(offload: dict[str, bool]) -> str:
     named = [{"optimizer": "optimizer", "param": "weights"}[name] for name, away in offload.items() if away]
     return f", {' and '.join(named)} offloaded" if named else ""
-
-
-def _activations(model: Any, config: RunConfig) -> Iterator[str]:
-    """Per 1024 tokens of a micro-batch; the images' prompts count as the texts do."""
-    chosen = config.model.gradient_checkpointing
-    for recompute in (True, False):
-        size = engine.activations(model, _TOKENS, recompute)
-        mark = " (configured)" if recompute == chosen else ""
-        how = "with" if recompute else "without"
-        yield f"activations      {size / _GIB:.2f} GiB per {_TOKENS} tokens {how} gradient checkpointing{mark}"

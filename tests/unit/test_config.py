@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet, Source
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.reading import parse_yaml, read_yaml
 from cfvlm_ds.objectives import OBJECTIVES
 
 
@@ -53,7 +55,7 @@ def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path: Path) -> 
         ("", '{"a": {"pth": "b.jsonl"}}', "unknown option 'data.evaluation.a.pth'; did you mean 'data.evaluation.a.path'"),
         ("", '{"a": {"path": "b.jsonl", "root": 3}}', "data.evaluation.a.root: expected a list of texts, a text or null, got 3"),
         (".a.root", "/x", "data.evaluation: 'a' is not a manifest; give NAME: PATH"),
-        (".a", "", "data.evaluation: 'a' is not a manifest; give NAME: PATH"),
+        ("", "{a: ''}", "data.evaluation: 'a' is not a manifest; give NAME: PATH"),
     ):
         with pytest.raises(ConfigError, match=said):
             parse(f"--data.evaluation{place}", given)
@@ -120,7 +122,7 @@ def test_training_data_may_be_a_list_of_sources(written) -> None:
         ("{path: a.jsonl, limit: 0}", "data.train.limit must be from 1"),
         ("{path: a.jsonl, objectives: []}", "objectives of 'a.jsonl' is an empty list"),
         ("{path: a.jsonl, wieght: 1}", "unknown option 'data.train.wieght'; did you mean 'data.train.weight'?"),
-        ("{path: a.jsonl, weight: much}", "data.train.weight: expected a number or null, got much"),
+        ("{path: a.jsonl, weight: much}", "data.train.weight: expected a number or null, got 'much'"),
         ("{weight: 1}", "data.train: {'weight': 1} is not a manifest; give FILE, or a list of"),
         ("3", "data.train: 3 is not a manifest; give FILE, or a list of"),
     ],
@@ -212,10 +214,10 @@ MISTAKES = [
     ("objective: {csd: {wieght: 1}}", "unknown option 'objective.csd.wieght'; did you mean 'objective.csd.weight'?"),
     ("build: {scenes: {out_dir: x, num_trian: 3}}", "unknown option 'build.scenes.num_trian'; did you mean 'build.scenes.num_train'?"),
     ("lr: 3", "unknown option 'lr'; did you mean 'train.learning_rate'?"),
-    ("train: {learning_rate: fast}", "train.learning_rate: expected a number, got fast"),
+    ("train: {learning_rate: fast}", "train.learning_rate: expected a number, got 'fast'"),
     ("train: {max_steps: 1.5}", "train.max_steps: expected a whole number, got 1.5"),
-    ("train: {bf16: maybe}", "train.bf16: expected auto, true or false, got maybe"),
-    ("model: {vision_tower: {tuning: freeze}}", "model.vision_tower.tuning: expected full, lora or frozen, got freeze"),
+    ("train: {bf16: maybe}", "train.bf16: expected auto, true or false, got 'maybe'"),
+    ("model: {vision_tower: {tuning: freeze}}", "model.vision_tower.tuning: expected full, lora or frozen, got 'freeze'"),
     ("data: {root: 3}", "data.root: expected a list of texts, a text or null, got 3"),
     ("data: {evaluation: test.jsonl}", "data.evaluation: 'test.jsonl' is not a manifest; give NAME: PATH, or NAME: {path: PATH"),
     ("model: {vision_tower: frozen}", "model.vision_tower is a section of options, not 'frozen'; set model.vision_tower.tuning to it"),
@@ -228,7 +230,7 @@ MISTAKES = [
     (["my.yaml"], "unknown option 'my.yaml'; a file of options is given by --config my.yaml"),
     (["--train.dry_run"], "--train.dry_run needs a value; write --train.dry_run VALUE, which is true or false where"),
     (["--train.seed", "--train.max_steps", "3"], "--train.seed needs a value; write --train.seed VALUE"),
-    (["--train.learning_rate=fast"], "train.learning_rate: expected a number, got fast"),
+    (["--train.learning_rate=fast"], "train.learning_rate: expected a number, got 'fast'"),
     (["--objective.csd.mode", "crossed"], "objective.csd.mode: expected "),
     (["--model", "org/name"], "model is a section of options, not 'org/name'; set model.name_or_path to it"),
     (["--config", "qwen2_vl.yaml"], "or one of examples/qwen2_5_vl_72b.yaml"),
@@ -402,9 +404,9 @@ def test_every_example_parses(path: Path) -> None:
     [
         (["--train.save_best", "eval/iid/group"], "needs evaluations during training; set train.eval_steps"),
         (["--train.save_best", "eval/ood/group", "--train.eval_steps", "5"], "is no metric of data.evaluation (iid); write eval/SPLIT/"),
-        (["--train.adam_beta2", "1"], "train.adam_beta2 must be from 0 to 0.9999999999999999, not 1.0"),
+        (["--train.adam_beta2", "1"], "train.adam_beta2 must be from 0 to 0.9999999999999999, not 1"),
         (["--train.per_device_train_batch_size", "0"], "train.per_device_train_batch_size must be from 1 to 1000000, not 0"),
-        (["--train.learning_rate", ".nan"], "train.learning_rate must be from 0 to 1e+38, not nan"),
+        (["--train.learning_rate", ".nan"], "train.learning_rate must be from 0 to 1e+38, not .nan"),
         (["--objective.csd.warmup", "1.5"], "objective.csd.warmup must be from 0 to 1, not 1.5"),
         (["--objective.fcd.soft", "-1"], "soft must not be negative"),
         (["--objective.csd.hinge_cap", "-1"], "hinge_cap must not be negative"),
@@ -412,7 +414,7 @@ def test_every_example_parses(path: Path) -> None:
         (["--objective.dpo.beta", "0"], "beta must be positive"),
         (["--train.max_steps", "0"], "train.max_steps must be at least 1, or -1"),
         (["--data.evaluation", '{"a/b": "x.jsonl"}'], "data.evaluation: 'a/b' names files and metrics"),
-        (["--train.save_minutes", "-1"], "train.save_minutes must not be negative, and is -1.0"),
+        (["--train.save_minutes", "-1"], "train.save_minutes must not be negative, and is -1"),
     ],
 )
 def test_values_that_no_run_can_have(argv: list[str], said: str) -> None:
@@ -463,8 +465,54 @@ def test_what_is_given_in_an_unusual_place_is_read_or_refused(tmp_path: Path) ->
     (tmp_path / "a.yaml").write_text("train: 5\ntrain.seed: 3\n")
     for given, reason in (
         (["--config", str(tmp_path / "a.yaml")], "'train' occurs twice, by itself and in its section"),
-        (["--data.evaluation", "&a {b: *a}"], "unknown option 'data.evaluation.b.b"),
+        (["--data.evaluation", "&a {b: *a}"], "data.evaluation: '&a {b: \\*a}' is not a manifest"),
         (["--train.learning_rate", "9" * 400], "train.learning_rate: expected a number"),
     ):
         with pytest.raises(ConfigError, match=reason):
             parse_config([*model, *given], OBJECTIVES)
+
+
+def test_values_without_quotes_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    """PyYAML knows 1.1, to which off is false, 010 is 8, 1:30 is 90 and 1e-5 is a text."""
+    file = tmp_path / "a.yaml"
+    given = {
+        "off": "off", "no": "no", "1:30": "1:30", "2024-01-02": "2024-01-02", "010": 10.0, "1e-5": 1e-5, "-3": -3, "0x1F": 31, "1.": 1.0,
+        ".5": 0.5, "true": True, "FALSE": False, "null": None, "~": None, "": None, "1_000": "1_000", "-": [None], "'5'": "5", "0": 0,
+    }  # fmt: skip
+    for text, value in given.items():
+        file.write_text(f"key: {text}\n" if text != "-" else "key:\n-\n")
+        read = read_yaml(file)["key"]
+        assert (type(read), read) == (type(value), value), text
+    assert math.isnan(parse_yaml(".nan")) and parse_yaml("-.inf") == -math.inf
+    assert parse_yaml("a: &a {b: 1}\nc: {<<: *a, d: 2}") == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}
+    file.write_text("train: {self_check: off}\n")
+    assert parse_config(["--model.name_or_path", "x", "--config", str(file)], OBJECTIVES).train.self_check == "off"
+
+
+def test_an_option_given_in_a_wrong_way_is_refused_and_never_lost(tmp_path: Path) -> None:
+    """What an attack found: values dropped, read as another value, or a traceback."""
+    model = ["--model.name_or_path", "x"]
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("train: 5\n")
+    second.write_text("train.seed: 3\n")
+    for given, reason in (
+        (["--config", str(first), "--config", str(second)], "'train' occurs twice"),
+        (["--config", str(first), "--train.seed", "3"], "'train' occurs twice"),
+        (["--data.root", ""], "--data.root is empty"),
+        (["--deepspeed="], "--deepspeed is empty"),
+        (["--quiet", "quiet"], "unknown option 'quiet'"),
+        (["--data", "&a {b: *a}"], "data"),
+        (["--train.seed", "0x" + "f" * 5000], "train.seed must be from"),
+        (["--config", "x" * 300], "no such file"),
+        (["--train.bf16", "1"], "train.bf16: expected .*, got '1'"),
+        (["--train.max_steps", "010"], "train.max_steps: expected a whole number, got '010'"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            parse_config([*model, *given], OBJECTIVES)
+    run = parse_config([*model, "--data.root", "#x", "--data.train", "[{path: a}]"], OBJECTIVES)
+    assert run.data.root == "#x"
+    assert parse_config([*model, "--data.root", "null", "--data.root+", "b"], OBJECTIVES).data.root == ["b"]
+    second.write_text("data.evaluation: {test: a.jsonl}\n")
+    for more, path in ((["--data.evaluation.test", "{path: b, root: c}"], "b"), (["--data.evaluation.test.root", "c"], "a.jsonl")):
+        other = parse_config([*model, "--config", str(second), *more], OBJECTIVES)
+        assert other.data.evaluation["test"] == EvaluationSet(path, "c")

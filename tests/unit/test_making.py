@@ -1393,7 +1393,7 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
     for text, message in (
         ("data: a\nout: b\nshard: 3", "unknown option 'shard'; did you mean 'shards'"), ("data: a", "out is empty"),
         ("- a", "it holds a list"),
-        ("data: a\nout: b\nedit: {attempts: many}", "edit.attempts: expected a whole number, got many"),
+        ("data: a\nout: b\nedit: {attempts: many}", "edit.attempts: expected a whole number, got 'many'"),
         ("data: a\nout: b\nedit: 3", "edit is a section of options, not 3"),
         ("data: a\nout: b\npropose: {wiht: x}", "did you mean 'propose.with'"), ("data: [", "cannot be read"),
         ("data: a\nout: b\nshards: 0", r"plan\.yaml: shards 0: it is 1 to"), ("data: ''\nout: b", r"plan\.yaml: data is empty"),

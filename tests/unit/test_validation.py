@@ -148,8 +148,8 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--model.name_or_path", ""], "model.name_or_path is not set"),
-        (["--data.train", ""], "data.train is not set"),
+        (["--model", "{name_or_path: ''}"], "model.name_or_path is not set"),
+        (["--data.train", "[]"], "data.train is not set"),
         (
             ["--objective.batch_align.pmi", "0", "--train.hard_negatives", "1"],
             "batch_align compares with texts of other groups that are drawn before any is scored, and train.hard_negatives leaves out",
