@@ -146,6 +146,16 @@ def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, copies:
     assert "giving up: a rank failed" in job.log and "2 starts in a row have not got beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
 
 
+@pytest.mark.long
+def test_two_jobs_of_one_gpu_share_a_node(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
+    jobs = [submit(cluster, tmp_path / name, one_step, "--nodelist=node1", script="train_1gpu.sh") for name in ("a", "b")]
+    wait_until(lambda: all(job.record["JobState"] == "RUNNING" for job in jobs), 300, "both jobs")
+    for job in jobs:
+        state = job.end()
+        assert (state["JobState"], state["NumCPUs"], len(job.losses)) == ("COMPLETED", "8", 1), job.log
+
+
 def test_a_bad_node_is_named_and_left_out(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
     """One of three nodes has other code than the first; the job was given one node more than it needs."""
     cluster.mount("node6", REPO / "cfvlm_ds" / "core" / "parsing.py", REPO / "cfvlm_ds" / "tracking" / "figures.py")

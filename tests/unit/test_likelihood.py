@@ -25,6 +25,7 @@ from cfvlm_ds.models.chunked_logprobs import head_logprobs
 torch.set_num_threads(1)
 
 ROOT = Path("/data/root")
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def layout(num_tokens: list[list[list[int]]], match: list[list[list[int]]] | None = None) -> GroupLayout:
@@ -103,14 +104,21 @@ def test_head_logprobs_equal_those_of_all_logits(
 
 
 @pytest.mark.parametrize("rows", [8, 100])
-def test_half_precision_heads_have_an_fp32_softmax(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly the fp32 result of the bfloat16 logits."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_heads_in_half_precision_give_no_rounded_logits(device: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of up to 40, whose bfloat16 is a tenth of a nat off, are those of float64; so are the gradients, but for their type."""
     monkeypatch.setattr("cfvlm_ds.models.chunked_logprobs.LOGITS", rows * 5000)
     torch.manual_seed(1)
-    hidden, weight = torch.randn(20, 16).bfloat16(), torch.randn(5000, 16).bfloat16()
-    predicted_by, targets = torch.arange(20).repeat(2), torch.randint(5000, (40,))
+    hidden, weight = (torch.randn(size, 64, device=device).bfloat16().requires_grad_() for size in (20, 5000))
+    predicted_by, targets = torch.arange(20, device=device).repeat(2), torch.randint(5000, (40,), device=device)
     found = head_logprobs(hidden, weight, predicted_by, targets)
-    assert torch.equal(found, token_logprobs((hidden @ weight.T)[predicted_by], targets))
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    exact = token_logprobs((wide[0] @ wide[1].T)[predicted_by], targets)
+    rounded = token_logprobs((hidden @ weight.T).detach()[predicted_by], targets)
+    assert (found - exact).abs().max() < 1e-4 < 0.05 < (rounded - exact).abs().max()
+    for ours, theirs in zip(torch.autograd.grad(found.sum(), (hidden, weight)), torch.autograd.grad(exact.sum(), wide), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
 
 
 # Score matrix -------------------------------------------------------------------------------------------------------------------------
