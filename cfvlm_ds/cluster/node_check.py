@@ -12,13 +12,13 @@ import hashlib
 import os
 import platform
 import socket
-import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from cfvlm_ds.core.distributed import all_reduce_rate
 from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.versions import PACKAGE, version
@@ -99,23 +99,10 @@ def _check(name: str, timeout_s: float) -> str:
 
 
 def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> float:
-    """Add 256 MiB (on CPUs 16) over all nodes, over the network that the ranks will use; all leave together.
-
-    Returns the slowest node's bus bandwidth in GB/s, as nccl-tests define it: 2 (n - 1) / n bytes sent for each that is added. Raises
-    RuntimeError when it fails.
-    """
-    cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
-    for _ in range(2):  # the first one connects
-        ones = torch.ones(2 ** (26 if cuda else 22), device="cuda" if cuda else "cpu")
-        dist.barrier()
-        begun = time.perf_counter()
-        dist.all_reduce(ones)
-        if not bool((ones == size).all()):
-            raise RuntimeError("the sum is wrong")
-        taken = torch.tensor(time.perf_counter() - begun, device=ones.device)
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    rate = ones.nbytes * 2 * (size - 1) / size / taken.item() / 1e9
+    """Measure the network that the ranks will use, between the nodes; all leave together. Raises as ``all_reduce_rate`` does."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    rate = all_reduce_rate(device)
     dist.destroy_process_group()
     store.set(f"left {rank}", "")
     for other in range(size) if rank == 0 else ():  # it holds the store

@@ -121,6 +121,25 @@ def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tens
     return [part.view(value.shape) for value, part in zip(values, parts, strict=True)]
 
 
+def all_reduce_rate(device: torch.device) -> float:
+    """Add 256 MiB (on CPUs 16) over all ranks, after a first time that connects them.
+
+    Returns the slowest rank's bus bandwidth in GB/s, as nccl-tests define it: 2 (n - 1) / n bytes sent for each that is added. Raises
+    RuntimeError where the sum is wrong.
+    """
+    size = dist.get_world_size()
+    for _ in range(2):
+        ones = torch.ones(2 ** (26 if device.type == "cuda" else 22), device=device)
+        dist.barrier()
+        begun = time.perf_counter()
+        dist.all_reduce(ones)
+        if not bool((ones == size).all()):
+            raise RuntimeError("the sum is wrong")
+        taken = torch.tensor(time.perf_counter() - begun, device=device)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return ones.nbytes * 2 * (size - 1) / size / taken.item() / 1e9
+
+
 def gather_objects(item: Any, world: World) -> list[Any]:
     """Every rank's ``item``, in rank order, on every rank; needs no process group when there is one rank."""
     if world.size == 1:

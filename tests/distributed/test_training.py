@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,9 +219,12 @@ def test_ranks_whose_rows_differ_make_the_same_collectives(tower: str, model_dir
     for ranks in (1, 3):
         size = ["--train.per_device_train_batch_size", str(3 // ranks)]
         arguments = train_arguments(model_dir, manifests, tmp_path / str(ranks), *options, *size)
-        for code, output in run_ranks(
+        ended = run_ranks(
             ranks, "forkserver_ranks:train_script", arguments, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, said=tmp_path / f"said-{ranks}"
-        ):
+        )
+        for code, output in ended:
             assert code == 0, output[-4000:]
+        rates = re.findall(r"all-reduce over 3 ranks: ([\d.]+) GB/s", ended[0][1])
+        assert [float(rate) > 0 for rate in rates] == [True] * (ranks > 1)
     assert len(losses(tmp_path / "1")) == 4 and losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=2e-4)
     assert json.loads((tmp_path / "3" / "skipped.json").read_text())
