@@ -179,7 +179,7 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
         ("data: {evaluation: {a: x, b: y, a: z}}", "key 'a' occurs twice"),
         ('{"train": {"seed": 1,\n"seed": 2}}', "key 'seed' occurs twice in one section (on line 2, after line 1)"),
         ("train.max_steps: 1\ntrain: {max_steps: 2}\n", "'max_steps' occurs twice, by itself and in its section"),
-        ("model: &model {lora: *model}", "recursion"),
+        ("model: &model {lora: *model}", "recursive"),
     ],
 )
 def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, tmp_path: Path) -> None:
