@@ -60,7 +60,7 @@ def test_figures_that_pages_quote_are_those_of_their_tables() -> None:
     """Words of a sentence find its numbers, a # each: they are those of the table, rounded to as many digits as are quoted."""
     names = ("base", "NLL, all pairs | 1e-3", "default objective", "mDPO", "SymMPO")
     arms = measured("learning.py --table objectives", *names)
-    base, nll, default, mdpo, symmpo = arms
+    *_, mdpo, symmpo = arms
     (paper,) = measured("learning.py --table parts", "the paper's sum | 1e-4")
     starts = ("base", "NLL, all pairs, 2e-3", "default objective, 2e-3", "DPO, 5e-4")
     habit = [row["conflict"] for row in measured("real_prior.py --table arms", *starts)]
