@@ -41,7 +41,7 @@ from typing import Any
 
 from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, SHARP, STEPS, VALIDATION, WORLD, Job, lengthened, rows_of
 from learning_shown import TABLES, Record, missing, text_of
-from learning_tables import BEST, choices, figure, over_time, renewed, tables, told
+from learning_tables import BEST, choices, figure, over_time, renew_pages, tables, told
 
 REPO = Path(__file__).resolve().parent.parent
 DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
@@ -352,9 +352,7 @@ def write_pages(records: Mapping[str, Record], base: dict[str, Any], chosen: lis
             print(f"--table {name} lacks {len(lacking)} runs, such as {lacking[0]}, and stays as it is")
         else:
             commands[f"benchmarks/learning.py --table {name}"] = text_of(table, records, base)
-    for page in PAGES:
-        text = page.read_text()
-        page.write_text(renewed(text, [(command, table) for command, table in commands.items() if f"`python {command}`" in text]))
+    renew_pages(PAGES, commands.items())
 
 
 def for_demo(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

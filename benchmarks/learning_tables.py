@@ -96,6 +96,14 @@ def renewed(page: str, tables: Iterable[tuple[str, str]]) -> str:
     return page
 
 
+def renew_pages(pages: Iterable[Path], tables: Iterable[tuple[str, str]]) -> None:
+    """Put tables, each with its command, into the pages that show them."""
+    shown = list(tables)
+    for page in pages:
+        text = page.read_text()
+        page.write_text(renewed(text, [(command, table) for command, table in shown if f"`python {command}`" in text]))
+
+
 def values(record: dict[str, Any], edits: list[str], questions: list[str]) -> list[float]:
     found = record["results"]
     return [found["combo"][edit]["group"] for edit in edits] + [found[split]["all"]["group"] for split in questions]

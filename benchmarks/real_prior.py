@@ -42,7 +42,7 @@ import prior_pictures
 import prior_projector
 from learning import processor, run_process
 from learning_arms import NO_CONTRAST
-from learning_tables import half_width, renewed
+from learning_tables import half_width, renew_pages
 
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
@@ -78,7 +78,7 @@ SHOWN = {
 """Seeds of each arm and rate in RESULTS.md."""
 TABLES = ("arms", "edits")
 RECORDS = REPO / "benchmarks" / "real_prior"
-PAGE = REPO / "benchmarks" / "RESULTS.md"
+PAGES = (REPO / "benchmarks" / "RESULTS.md", REPO / "benchmarks" / "TRIALS.md")
 GUESSED = ("colour", "count", "place")
 """Edits of which one side is what is usual."""
 
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.out / "real_prior.md").write_text("\n\n".join(found) + "\n")
     print(found[TABLES.index(options.table)] if options.table else "\n\n".join(found))
     if options.report and options.records == RECORDS:
-        PAGE.write_text(renewed(PAGE.read_text(), zip(COMMANDS, found, strict=False)))
+        renew_pages(PAGES, zip(COMMANDS, found, strict=False))
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

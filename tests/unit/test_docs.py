@@ -49,8 +49,9 @@ def test_the_readme_is_short_and_uses_no_word_that_it_does_not_explain() -> None
 
 
 def measured(command: str, *starts: str) -> list[dict[str, str]]:
-    """The first rows that begin with some cells, of the table of RESULTS.md that follows a command, by their columns."""
-    after = (REPO / "benchmarks" / "RESULTS.md").read_text().split(f"python benchmarks/{command}", 1)[1]
+    """The first rows that begin with some cells, of the table that follows a command in RESULTS.md or TRIALS.md, by their columns."""
+    pages = "".join((REPO / "benchmarks" / name).read_text() for name in ("RESULTS.md", "TRIALS.md"))
+    after = pages.split(f"python benchmarks/{command}", 1)[1]
     lines = re.findall(r"^\|.*\|$", after.split("\n\n", 2)[1], re.MULTILINE)
     rows = [[cell.strip(" *") for cell in line[1:-1].split("|")] for line in lines]
     return [dict(zip(rows[0], next(row for row in rows if " | ".join(row).startswith(start)), strict=True)) for start in starts]
