@@ -95,6 +95,10 @@ _WHERE = (
 _EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100"
 
 
+_LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master_addr", "master_port")
+"""Options that stand before train.py."""
+
+
 def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
     """All that is given, later values in place of earlier ones; and the terms of the objective: those of the YAML files, or the default
     where they state none, and those that the command line adds."""
@@ -103,13 +107,17 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
         flag, equals, value = words.pop(0).partition("=")
         option = flag.removeprefix("--")
         if option == flag:
-            remedy = f"a file of options is given by --config {flag}" if flag.endswith((".yaml", ".yml")) else "see --help"
+            remedy = "a model is given by --model.name_or_path MODEL and data by --data.train DATA"
+            if flag.endswith((".yaml", ".yml")):
+                remedy = f"a file of options is given by --config {flag}"
             raise ConfigError(f"unknown option {flag!r}; {remedy}")
         if not equals and (not words or words[0].startswith("--")):
             raise ConfigError(f"{flag} needs a value; write {flag} VALUE, which is true or false where the option is a switch")
         value = value if equals else words.pop(0)
         if not value.strip():
             raise ConfigError(f"{flag} is empty, as a variable is that was not set; give its value, or leave it out for the default")
+        if option in _LAUNCHERS:
+            raise ConfigError(f"{flag} is an option of the launcher; write `deepspeed {flag} {value} train.py` and the run's options")
         if option == "config":
             document = _document(value)
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
