@@ -233,7 +233,13 @@ def test_a_full_disk_is_tried_again_after_a_pause_within_the_bound(tmp_path: Pat
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     for start in range(3):
-        given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_PARTITION": "x", "SLURM_NTASKS": "1", "HOME": str(tmp_path)}
+        given = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_JOB_PARTITION": "x",
+            "SLURM_NTASKS": "1",
+            "HOME": str(tmp_path),
+        }
         given |= {"SLURM_RESTART_COUNT": str(start), "PATH": f"{tmp_path}:/usr/bin:/bin", "CFVLM_FULL_DISK_PAUSE_S": "2"}
         before = time.monotonic()
         command = ["bash", "-c", "source slurm/launch.sh; launch"]
