@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import errno
+import io
 import json
 import math
 import os

@@ -203,7 +203,7 @@ def test_benchmarks_go_on_after_a_requeue(cluster: Cluster, copies: Path, model_
     state = cluster.finish(job, 900)
     said = (tmp_path / "log").read_text()
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), said
-    assert "requeue: the time limit is near" in said and "groups are on disk, and it goes on from there" in said
+    assert "requeue: the time limit is near" in said and "items are on disk, and it goes on from there" in said
     main(["evaluate", str(model_dir), *options, "--out", str(tmp_path / "alone")])
     for name in ("results.json", "items.jsonl"):
         assert (out / "pope" / "yes_no" / name).read_bytes() == (tmp_path / "alone" / "pope" / "yes_no" / name).read_bytes()

@@ -59,6 +59,13 @@ def test_help_ends_with_an_example_that_is_a_command(command: tuple[str, ...], c
     assert callable(parser().parse_args(example).function)
 
 
+def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert "| --benchmarks" in usage and "manifest [manifest ...]" not in usage
+
+
 # --- wrong arguments --------------------------------------------------------------------------------------------------------------------
 
 

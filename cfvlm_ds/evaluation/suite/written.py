@@ -128,7 +128,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
 
 
 def _finite(value: Any, infinite: bool = False) -> Any:
-    """Replace numbers that JSON cannot write by null; of scores, ``infinite`` ones by "inf" and "-inf", for they win and lose comparisons."""
+    """Replace numbers that JSON cannot write by null, or ``infinite`` scores by "inf" and "-inf", since they win and lose comparisons."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value) if infinite and value == value else None
     if isinstance(value, Mapping):
