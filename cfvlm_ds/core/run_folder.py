@@ -65,8 +65,8 @@ def refuse_absent(name_or_path: str, where: str = "") -> None:
     if os.path.isfile(name_or_path):
         raise ConfigError(f"{where}model.name_or_path {name_or_path!r} is a file; give a model folder or a hub name such as org/name")
     if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
-        remedy = f"give a model folder or a hub name such as org/name{counted_from(name_or_path)}"
-        raise ConfigError(f"{where}model.name_or_path {name_or_path!r} does not exist; {remedy}")
+        wrong = f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name"
+        raise ConfigError(f"{wrong}{counted_from(name_or_path)}")
 
 
 def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:

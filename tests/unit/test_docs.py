@@ -163,7 +163,8 @@ def test_every_command_of_the_pages_parses(name: str, words: list[str], tmp_path
     monkeypatch.setattr(main, "exit_cleanly", ran.append)
     for folder in ("examples", "ds_configs"):
         (tmp_path / folder).symlink_to(REPO / folder)
-    (tmp_path / "my.yaml").write_text("model: {name_or_path: some/model}\n")
+    for config in ("my.yaml", "made.yaml"):
+        (tmp_path / config).write_text("model: {name_or_path: some/model}\n")
     monkeypatch.chdir(tmp_path)
     script = next((place for place, word in enumerate(words) if word.endswith(("train.py", "node.sh"))), None)
     if words[0] == "cfvlm-ds" and words[1] != "train":
