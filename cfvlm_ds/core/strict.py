@@ -104,7 +104,7 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
     if text:
         plain = str(value)
         with suppress(ValueError, RecursionError):
-            plain = parse_yaml(value) if plain[0] != "#" else plain
+            plain = parse_yaml(value) if plain[:1] != "#" else plain
     for kind in sorted(kinds, key=lambda kind: kind is str):
         origin, inside = get_origin(kind), get_args(kind)
         if isinstance(value, Mapping):
