@@ -754,7 +754,7 @@ def test_columns_that_are_null_are_not_there(change: dict[str, Any], tmp_path: P
         ("captions:imag=x", "format 'captions' has no option 'imag'; did you mean 'image'"),
         ("captions:image", "is not understood at 'image'; write NAME:OPTION=VALUE"),
         ("captions:image=a,image=b", "option 'image' of format 'captions' is given twice"),
-        ("captions:paired=maybe", "expected true or false, got maybe"),
+        ("captions:paired=maybe", "expected true or false, got 'maybe'"),
         ("llava:keys=x", "has no option 'keys'; it has per_turn, label, true, false, ignore"),
         ("cfgroup:x=y", "format 'cfgroup' has no options"),
         ("captions:label=l,negative_caption=n", "negative_caption= is not read beside label="),
