@@ -2,7 +2,7 @@
 # The one way from an allocation to running ranks, for one node and for eight: sourced by the scripts beside it, which hold the #SBATCH lines.
 #
 #   start -> bound -> pre-flight -> srun train.py -> exit code 0: finished, 2: bad input  -> end with that code
-#                                                    else (85 stopped, 86 hang, crash)    -> requeue, resume
+#                                                    else (85 stopped, 86 hang, crash)    -> requeue, resume; 87 full disk: after a pause
 #
 # Every start without a newer checkpoint counts, whoever requeued the job; CFVLM_MAX_STARTS of them in a row end it. See docs/slurm.md.
 set -euo pipefail
@@ -138,7 +138,7 @@ preflight() {
 
 # launch TRAIN-OPTIONS...: train.py on every task of the allocation, on all nodes but CFVLM_SPARE_NODES of them.
 launch() {
-    local nodes=() good=() bad=() spare=${CFVLM_SPARE_NODES:-0} fault="" place=() before=-2 shown code
+    local nodes=() good=() bad=() spare=${CFVLM_SPARE_NODES:-0} fault="" place=() before=-2 shown code pause=${CFVLM_FULL_DISK_PAUSE_S:-300}
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${nodes[*]}"
     say "command:$(printf ' %q' train.py "$@")"
@@ -196,6 +196,12 @@ launch() {
             say "giving up: the input has to be corrected" && exit 2
             ;;
         85) again "stopped on request" 85 ;;
+        87)
+            say "a disk is full: make room within $pause s (CFVLM_FULL_DISK_PAUSE_S), after which the job is requeued"
+            sleep "$pause" &
+            ranks="" && await $!
+            again "a disk was full" 87
+            ;;
         *)
             sed -nE 's/^(\[rank[0-9]+\]: )?((error:|[A-Za-z_.]+(Error|Exception)\b).*)/\2/p' "$start_dir"/rank-*.log | sort | uniq -c | tail -n 8 | cut -c -400
             again "a rank failed, see $start_dir" "$rc"

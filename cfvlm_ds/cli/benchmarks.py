@@ -21,6 +21,7 @@ from cfvlm_ds.core.untrusted import own_output
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
     add_function(commands, _evaluate)
+    commands.choices["evaluate"].usage = "%(prog)s MODEL (MANIFEST ... | --benchmarks NAMES --benchmark_root FOLDER --out FOLDER) [OPTIONS]"
     add_function(commands, _compare)
 
 

@@ -74,7 +74,8 @@ def _prepare(
     part: Part,
     reading: Reading,
 ) -> None:
-    """Check a data set and write it as a store, which training opens.
+    """Check a data set and write it as a store, which training opens. Call every --shard I/N, and once more when all of them have ended:
+    the first calls look at the pictures, the second ones write the rows, and the last of these makes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 

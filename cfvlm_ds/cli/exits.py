@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 import traceback
 from collections.abc import Callable
 
-from cfvlm_ds.cluster.signals import EXIT_INTERRUPTED
+from cfvlm_ds.cluster.signals import EXIT_DISK_FULL, EXIT_INTERRUPTED
 from cfvlm_ds.core.errors import InputError, StorageError
 from cfvlm_ds.core.ranks import said_once
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import shows_everything
 
+_DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 _PIPE_CLOSED = 141  # what shells have for a program that SIGPIPE has ended
 
 
@@ -43,7 +45,7 @@ def files_named(function: Callable[[], None]) -> None:
 
 def exit_cleanly(function: Callable[[], None]) -> None:
     """Bad input is the user's to correct: one sentence on stderr and exit code 2, and a traceback only with --verbose. Of several ranks one
-    prints it."""
+    prints it. A full disk has a code of its own, since room may come back without a correction."""
     try:
         function()
     except InputError as error:
@@ -52,7 +54,8 @@ def exit_cleanly(function: Callable[[], None]) -> None:
                 print_line(traceback.format_exc().rstrip("\n"), error=True)
             if mine:
                 print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        full = isinstance(error, StorageError) and any(reason in str(error) for reason in _DISK_FULL)  # ranks exchange the text alone
+        sys.exit(EXIT_DISK_FULL if full else 2)
     except KeyboardInterrupt:  # of a command; a training answers Ctrl-C itself
         sys.exit(EXIT_INTERRUPTED)
 

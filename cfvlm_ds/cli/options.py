@@ -7,6 +7,8 @@ import difflib
 import functools
 import inspect
 import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -161,6 +163,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse options before the command that takes them, of which argparse would take the value for the command."""
+        given = list(sys.argv[1:] if args is None else args)
+        commands = next((each.choices for each in self._actions if isinstance(each, argparse._SubParsersAction)), {})
+        place = next((place for place, word in enumerate(given) if word in commands), 0)
+        if wrong := next((word for word in given[:place] if word.startswith("-") and word not in self._option_string_actions), None):
+            first = given.index(wrong)
+            right = shlex.join([*self.prog.split(), *given[:first], *given[place:], *given[first:place]])
+            self.error(f"{wrong} stands before its command; write `{right}`")
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         """End with one sentence, as every other refusal does."""

@@ -34,6 +34,8 @@ EXIT_STOPPED = 85
 """Exit code of a run that stopped because it was asked to: saved, and to be continued."""
 EXIT_HANG = 86
 """Exit code of every rank that has found one of them hanging (see heartbeat.py)."""
+EXIT_DISK_FULL = 87
+"""Exit code of a command that ended because a disk, or a quota, is full."""
 EXIT_INTERRUPTED = 130
 """Exit code of a run that a second Ctrl-C has ended at once: what it did since its last checkpoint is lost."""
 

@@ -311,6 +311,8 @@ class RunConfig:
     """The same configuration as plain nested values, every default filled in."""
     shows: Shows = "progress"
     """How much the run prints; not a part of what it is."""
+    yaml_folder: str = ""
+    """Folder of the last file of options; relative paths in it count from the working folder all the same."""
 
     @property
     def loss(self) -> str:

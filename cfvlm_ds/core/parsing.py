@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, field, make_dataclass
@@ -33,7 +34,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         option_parser(objectives, prog).print_help()
         raise SystemExit(0)
     switches = {name for name in (*VERBOSITY, "print_config") if f"--{name}" in argv}
-    given, terms = _read([each for each in argv if each not in {f"--{name}" for name in switches}])
+    given, terms, folder = _read([each for each in argv if each not in {f"--{name}" for name in switches}])
     if unknown := terms - set(objectives):
         raise ConfigError(f"unknown term of the objective {min(unknown)!r}; the terms are {', '.join(objectives)}")
     built = build(_options(objectives), given)
@@ -55,7 +56,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
     json_file, shows = found(built.deepspeed, "ds_configs"), asked("quiet" in switches, "verbose" in switches)
-    return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows)
+    return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows, yaml_folder=folder)
 
 
 def _options(objectives: Mapping[str, type]) -> type:
@@ -95,23 +96,31 @@ _WHERE = (
 _EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100"
 
 
-def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+_LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master_addr", "master_port")
+"""Options that stand before train.py."""
+
+
+def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
     """All that is given, later values in place of earlier ones; and the terms of the objective: those of the YAML files, or the default
-    where they state none, and those that the command line adds."""
-    whole, stated, added, words = dict[str, Any](), set[str](), set[str](), list(argv)
+    where they state none, and those that the command line adds; and the folder of the last YAML file."""
+    whole, stated, added, words, folder = dict[str, Any](), set[str](), set[str](), list(argv), ""
     while words:
         flag, equals, value = words.pop(0).partition("=")
         option = flag.removeprefix("--")
         if option == flag:
-            remedy = f"a file of options is given by --config {flag}" if flag.endswith((".yaml", ".yml")) else "see --help"
+            remedy = "a model is given by --model.name_or_path MODEL and data by --data.train DATA"
+            if flag.endswith((".yaml", ".yml")):
+                remedy = f"a file of options is given by --config {flag}"
             raise ConfigError(f"unknown option {flag!r}; {remedy}")
         if not equals and (not words or words[0].startswith("--")):
             raise ConfigError(f"{flag} needs a value; write {flag} VALUE, which is true or false where the option is a switch")
         value = value if equals else words.pop(0)
         if not value.strip():
             raise ConfigError(f"{flag} is empty, as a variable is that was not set; give its value, or leave it out for the default")
+        if option in _LAUNCHERS:
+            raise ConfigError(f"{flag} is an option of the launcher; write `deepspeed {flag} {value} train.py` and the run's options")
         if option == "config":
-            document = _document(value)
+            document, folder = _document(value), os.path.dirname(found(value, "examples"))
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
             _merge(whole, document)
         elif option != "local_rank":  # the launcher's
@@ -119,7 +128,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
             added |= {option.split(".")[1]} if option.startswith("objective.") else set()
             added |= {str(key).partition(".")[0] for key in plain} if option == "objective" and isinstance(plain, Mapping) else set()
             _put(whole, option.removesuffix("+").split("."), plain, more=option.endswith("+"))
-    return whole, (stated or set(CFVLM)) | added
+    return whole, (stated or set(CFVLM)) | added, folder
 
 
 def _document(given: str) -> dict[str, Any]:

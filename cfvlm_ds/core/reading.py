@@ -35,6 +35,11 @@ def is_there(path: Path) -> bool:
     return os.path.exists(path) or (glob.has_magic(path.name) and any(glob.iglob(path.name, root_dir=path.parent)))
 
 
+def counted_from(path: str | Path) -> str:
+    """Say from which folder a relative path counts, at the end of a sentence about one that is missing."""
+    return "" if os.path.isabs(path) else f" (a relative path counts from {os.getcwd()})"
+
+
 class TooLarge(ValueError):
     """A file or line is longer than its bound."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import read_json, read_yaml
+from cfvlm_ds.core.reading import counted_from, read_json, read_yaml
 from cfvlm_ds.core.strict import build
 from cfvlm_ds.core.untrusted import refuse_link
 
@@ -65,7 +65,8 @@ def refuse_absent(name_or_path: str, where: str = "") -> None:
     if os.path.isfile(name_or_path):
         raise ConfigError(f"{where}model.name_or_path {name_or_path!r} is a file; give a model folder or a hub name such as org/name")
     if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
-        raise ConfigError(f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
+        wrong = f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name"
+        raise ConfigError(f"{wrong}{counted_from(name_or_path)}")
 
 
 def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:

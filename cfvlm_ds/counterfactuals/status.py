@@ -28,6 +28,8 @@ def status(out: Path) -> str:
             if (done := work.done(step, shard)) is not None:
                 counts.update(done["counts"])
                 records += done["records"]
+            elif (journal := work.file(step, shard)).is_file():
+                records += journal.read_bytes().count(b"\n")
         through = work.shards - len(missing)
         lines.append(f"{step}: {through} of {work.shards} shards, {records} records")
         shown = counts.most_common(_MOST)

@@ -32,8 +32,6 @@ from cfvlm_ds.evaluation.probes import Caption, Match
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 STEP = "verify"
-BATCHES = 8
-"""Batches of candidates that are scored together: they are cut from the shard alone, never from where a kill was."""
 _DECIMALS = 4
 
 Say = Callable[[str], object]
@@ -60,8 +58,8 @@ def verify(
             step.expect(record, edit=candidate.record["edit"], attempt=candidate.record["attempt"])
         total = (work.done("edit", shard) or {"records": 0})["records"]
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
-        size = BATCHES * options.batch_size
-        whole = step.count // size * size
+        size = options.batch_size
+        whole = step.count // size * size  # batches are cut from the shard alone, never from where a kill was
         looked = side_by_side(_looked_at, islice(candidates(work, shard), whole, None), cores_per_rank(), size)
         while part := list(islice(looked, size)):
             new = measured([each for each, _ in part], [found for _, found in part], options, score)[step.count - whole :]

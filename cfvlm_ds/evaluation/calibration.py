@@ -125,7 +125,7 @@ def _why_weight(anchored: bool, size: float) -> str:
     if size <= _MEASURED_TOKENS:
         return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} with which 1 was measured{divided}"
     heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
-    return f"texts have {size:.0f} tokens; align is a mean over them, and {heavier}{divided}"
+    return f"texts have {size:.0f} tokens; align averages over them, and {heavier}{divided}"
 
 
 def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[float, str]:

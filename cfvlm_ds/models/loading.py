@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import pickle
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.run_folder import refuse_absent
+from cfvlm_ds.core.run_folder import named_model, refuse_absent
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.adapters import (
     adapted_modules,
@@ -38,15 +40,30 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     if not name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     refuse_absent(name_or_path)
-    folder = Path(name_or_path)
-    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.name_or_path {name_or_path!r} is a run folder; name its export, {folder / 'export'}")
+    if (named := named_model(name_or_path)).adapter is not None:
+        remedy = f"go on from its base {named.name_or_path}, or from a model in which they are merged, the export/ of `cfvlm-ds export RUN`"
+        raise ConfigError(f"model.name_or_path {name_or_path!r} holds adapters and no model to train; {remedy}")
+    if named.name_or_path != name_or_path:
+        raise ConfigError(f"model.name_or_path {name_or_path!r} is a run folder; name its export, {named.name_or_path}")
     what, remedy = f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"
     if not os.path.isdir(name_or_path):
         what = f"model.name_or_path {name_or_path!r} is no folder here, and could not be read from the hub"
         remedy = f"correct it, or fetch it first where there is a network: hf download {name_or_path}"
+        _go_offline_without_hub(name_or_path)
     with explained(what, remedy):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+@functools.cache
+def _go_offline_without_hub(name: str) -> None:
+    """Set HF_HUB_OFFLINE for this process where the hub cannot be reached: its client retries for half a minute for each file that the
+    cache lacks, and a processor has eight such optional files."""
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HfHubHTTPError:  # an answer, such as 404
+        return
+    except Exception:  # of any layer of the network
+        constants.HF_HUB_OFFLINE = True
 
 
 def _check_folder(name_or_path: str) -> None:

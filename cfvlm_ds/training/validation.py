@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from cfvlm_ds import engine
-from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.config import BuildConfig, RunConfig
 from cfvlm_ds.core.data_config import is_hub
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import is_there
+from cfvlm_ds.core.reading import counted_from, is_there
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_balanced, check_model, load_config, only_adapters_train
@@ -34,6 +34,7 @@ def validate(config: RunConfig, world: World | None) -> None:
     raw, model = engine.read_json(config.deepspeed), config.model
     if not model.name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
+    _refuse_beside_yaml(config, with_data=world is not None)
     built = [folder for folder in (config.build.base, config.build.tiny_llava and config.build.tiny_llava.out_dir) if folder]
     there = os.path.exists(model.name_or_path) or not any(_is_below(model.name_or_path, folder) for folder in built)
     check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, there, weights=world is not None)
@@ -48,6 +49,17 @@ def validate(config: RunConfig, world: World | None) -> None:
             raise ConfigError(f"train.resume {resume!r} is no folder; give auto, never, restart or the path of a checkpoint")
         _check_data(config)
         _check_step(config, size)
+
+
+def _refuse_beside_yaml(config: RunConfig, with_data: bool) -> None:
+    """Raise ConfigError for a path that is absent in the working folder and present beside the YAML file."""
+    data, named = config.data, [config.model.name_or_path]
+    for each in (*data.train_sets.values(), *data.evaluation_sets.values(), *data.benchmark_sets.values()) if with_data else ():
+        roots = [each.root] if isinstance(each.root, str) else each.root or []
+        named += [each.path, *roots, getattr(each, "scores", None) or ""]
+    for path in named if config.build == BuildConfig() else ():  # else a path may be one that is built first
+        if path and not is_there(Path(path)) and is_there(beside := Path(config.yaml_folder, path)):
+            raise ConfigError(f"{path} is not there{counted_from(path)}; {beside}, beside the file of options, is: name that")
 
 
 def _check_step(config: RunConfig, ranks: int) -> None:

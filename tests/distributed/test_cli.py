@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -31,6 +32,7 @@ from cfvlm_ds.cli.main import main
 from cfvlm_ds.cli.models import load_scorer
 from cfvlm_ds.cli.options import model_named
 from cfvlm_ds.cli.train import with_quickstart
+from cfvlm_ds.cluster.signals import EXIT_DISK_FULL
 from cfvlm_ds.core.config import BuildConfig, ModelConfig, TinyLlavaConfig
 from cfvlm_ds.core.distributed import World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError, OutOfMemory, StorageError
@@ -121,6 +123,17 @@ def test_what_a_user_can_correct_is_one_sentence_and_exit_code_2(kind: type[Inpu
         exit_cleanly(found)
     assert ended.value.code == 2 and capsys.readouterr().err == "error: the disk of x is full; make room\n"
     assert issubclass(kind, ConfigError) == (kind is ConfigError)
+
+
+def test_a_full_disk_has_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for number, code in ((errno.ENOSPC, EXIT_DISK_FULL), (errno.EDQUOT, EXIT_DISK_FULL), (errno.EACCES, 2)):
+
+        def write(number: int = number) -> None:
+            raise OSError(number, os.strerror(number), "x")
+
+        with pytest.raises(SystemExit) as ended:
+            exit_cleanly(lambda: agreed(World(0, 1, 0, torch.device("cpu")), write))
+        assert ended.value.code == code and capsys.readouterr().err.startswith("error: [Errno")
 
 
 def test_a_reader_that_has_enough_is_no_error(bad: dict[str, Path]) -> None:

@@ -109,7 +109,7 @@ def test_ranks_and_a_kill_give_the_bytes_of_one_undisturbed_rank(model_dir: Path
     assert all(code for code, _ in ended) and "sugarcrepe/caption/scores.jsonl" in files(tmp_path / "killed"), ended
     ended = started(2, COMMAND, options(model_dir, root, tmp_path / "killed"), tmp_path, "again")
     assert [code for code, _ in ended] == [0, 0], ended
-    assert "groups are on disk, and it goes on from there" in ended[0][1]
+    assert "items are on disk, and it goes on from there" in ended[0][1]
     assert files(tmp_path / "killed") == whole
 
 

@@ -277,14 +277,14 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(
 def test_copies_that_fail_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").touch()
 
-    def full(path: Path) -> bytes:
-        raise OSError(28, "No space left on device", str(path))
+    def broken(path: Path) -> bytes:
+        raise OSError(5, "Input/output error", str(path))
 
     with monkeypatch.context() as patch:
         read = Path.read_bytes
-        patch.setattr(Path, "read_bytes", lambda path: full(path) if path.suffix == ".yaml" else read(path))
-        assert "No space left on device; make room" in refused(capsys, "init", tmp_path)
-        assert "No space left on device; make room" in refused(capsys, "init", tmp_path / "new")
+        patch.setattr(Path, "read_bytes", lambda path: broken(path) if path.suffix == ".yaml" else read(path))
+        assert "Input/output error; make room" in refused(capsys, "init", tmp_path)
+        assert "Input/output error; make room" in refused(capsys, "init", tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"] and not list((tmp_path / "new").iterdir())
     main(["init", str(tmp_path)])
 

@@ -21,6 +21,7 @@ from slurm.jobs import ENVIRONMENT, sbatch, submit
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.cluster.node_check import gpu_fault
+from cfvlm_ds.cluster.signals import EXIT_DISK_FULL
 from cfvlm_ds.core.distributed import _tasks_on_node
 
 STEPS = 10
@@ -202,7 +203,7 @@ def test_benchmarks_go_on_after_a_requeue(cluster: Cluster, copies: Path, model_
     state = cluster.finish(job, 900)
     said = (tmp_path / "log").read_text()
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), said
-    assert "requeue: the time limit is near" in said and "groups are on disk, and it goes on from there" in said
+    assert "requeue: the time limit is near" in said and "items are on disk, and it goes on from there" in said
     main(["evaluate", str(model_dir), *options, "--out", str(tmp_path / "alone")])
     for name in ("results.json", "items.jsonl"):
         assert (out / "pope" / "yes_no" / name).read_bytes() == (tmp_path / "alone" / "pope" / "yes_no" / name).read_bytes()
@@ -217,6 +218,34 @@ def sourced(script: str, folder: Path, **variables: str) -> subprocess.Completed
     given = {"SLURM_JOB_ID": "7", "HOME": str(folder), "PATH": f"{folder}:/usr/bin:/bin", "SRUN_HELP": "--ntasks"} | variables
     command = ["bash", "-c", f"source slurm/launch.sh; {script}"]
     return subprocess.run(command, cwd=REPO, env=given, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_full_disk_is_tried_again_after_a_pause_within_the_bound(tmp_path: Path) -> None:
+    """The whole of ``launch`` with programs in place of Slurm's, of which the training leaves as one does that finds a disk full."""
+    for name, text in {
+        "srun": f"""case "$*" in
+            *output_dir*) echo {tmp_path}/run ;;
+            *"cluster check"*) echo ok >{tmp_path}/run/slurm/7/$SLURM_RESTART_COUNT/nodes/localhost ;;
+            *train.py*) exit {EXIT_DISK_FULL} ;;
+        esac""",
+        "scontrol": f"""case "$*" in "show hostnames"*) echo localhost ;; requeue*) echo again >>{tmp_path}/requeued ;; esac""",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    for start in range(3):
+        given = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_JOB_PARTITION": "x",
+            "SLURM_NTASKS": "1",
+            "HOME": str(tmp_path),
+        }
+        given |= {"SLURM_RESTART_COUNT": str(start), "PATH": f"{tmp_path}:/usr/bin:/bin", "CFVLM_FULL_DISK_PAUSE_S": "2"}
+        before = time.monotonic()
+        command = ["bash", "-c", "source slurm/launch.sh; launch"]
+        done = subprocess.run(command, cwd=REPO, env=given, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == EXIT_DISK_FULL and "input" not in done.stdout and time.monotonic() - before > 2, done
+    assert (tmp_path / "requeued").read_text() == "again\n" * 2 and "giving up: a disk was full; 3 starts" in done.stdout
 
 
 def test_secrets_are_read_through_a_link_to_a_file_that_is_closed_to_others(tmp_path: Path) -> None:

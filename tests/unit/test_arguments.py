@@ -59,6 +59,13 @@ def test_help_ends_with_an_example_that_is_a_command(command: tuple[str, ...], c
     assert callable(parser().parse_args(example).function)
 
 
+def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert "| --benchmarks" in usage and "manifest [manifest ...]" not in usage
+
+
 # --- wrong arguments --------------------------------------------------------------------------------------------------------------------
 
 
@@ -67,6 +74,10 @@ def test_help_ends_with_an_example_that_is_a_command(command: tuple[str, ...], c
     [
         ("", "cfvlm-ds: the following arguments are required: command; see `cfvlm-ds --help`"),
         ("data chek a.jsonl", "did you mean check?"),
+        ("data --root X check a.jsonl", "write `cfvlm-ds data check a.jsonl --root X`"),
+        ("--quiet --root data check a.jsonl", "write `cfvlm-ds --quiet data check a.jsonl --root`"),
+        ("--option train", "write `cfvlm-ds train --option`"),
+        ("--train.seed 3 train", "write `cfvlm-ds train --train.seed 3`"),
         ("data convert a.jsonl", "cfvlm-ds data convert: the following arguments are required: --out; see `cfvlm-ds data convert --help`"),
         ("data convert a.jsonl --out b --on_error skp", "did you mean skip?"),
         ("score model a.jsonl --limit x", "argument --limit: must be a whole number of at least 1, not 'x'"),

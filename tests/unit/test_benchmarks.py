@@ -470,6 +470,7 @@ def test_another_revision_is_named(name: str, root: Path) -> None:
     notes = "\n".join(loaded.notes)
     assert len(re.findall("another revision", notes)) >= bool(stated)
     assert all(str(file.rows) in notes for file in stated) and loaded.items
+    assert all(Path(path).is_file() for path in re.findall(r"^(\S+) has ", notes, re.M)), notes
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -228,6 +228,8 @@ MISTAKES = [
     ("train: {seed: 1", "run.yaml: broken YAML at line 1, column 16 (expected ',' or '}'"),
     ("train:\n\tseed: 1", "run.yaml: broken YAML at line 2, column 1 ("),
     (["my.yaml"], "unknown option 'my.yaml'; a file of options is given by --config my.yaml"),
+    (["org/name", "a.jsonl"], "unknown option 'org/name'; a model is given by --model.name_or_path MODEL and data by --data.train DATA"),
+    (["--local_rank=0", "--num_gpus", "1"], "write `deepspeed --num_gpus 1 train.py`"),
     (["--train.dry_run"], "--train.dry_run needs a value; write --train.dry_run VALUE, which is true or false where"),
     (["--train.seed", "--train.max_steps", "3"], "--train.seed needs a value; write --train.seed VALUE"),
     (["--train.learning_rate=fast"], "train.learning_rate: expected a number, got 'fast'"),

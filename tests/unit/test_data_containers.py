@@ -264,6 +264,32 @@ def test_several_files_are_one_source(folder: Path) -> None:
         assert said in refusal(folder / pattern)
 
 
+def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path: Path) -> None:
+    """The same groups by folder, by pattern and by table; a picture without a caption is named, and a changed caption is read again."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32), ("red", "blue")[name == "b"]).save(pictures / f"{name}.png")
+    assert "put the caption of a.png into a.txt beside it" in refusal(pictures)
+    for name in ("a", "b"):
+        (pictures / f"{name}.txt").write_text(f"a picture called {name}\n")
+
+    def read(path: Path) -> list[tuple[str, str]]:
+        return [(group.images[0][0].name, group.candidates[0].text) for group in read_manifest(path)]
+
+    expected = [("a.png", "a picture called a"), ("b.png", "a picture called b")]
+    assert read(pictures) == read(pictures / "*.png") == expected
+    (pictures / "a.txt").write_text("another caption")
+    assert read(pictures) == [("a.png", "another caption"), expected[1]]
+    (pictures / "b.txt").unlink()
+    assert check_manifest(pictures).problems == [
+        f"{pictures}: b.png, item 1: the picture has no caption in b.txt beside it; write one, or leave the picture out"
+    ]
+    (pictures / "a.txt").unlink()
+    (pictures / "metadata.csv").write_text("file_name,text\na.png,a picture called a\nb.png,a picture called b\n")
+    assert f"name {pictures / 'metadata.csv'}" in refusal(pictures) and read(pictures / "metadata.csv") == expected
+
+
 QUOTES = "put fields with separators in quotes"
 
 

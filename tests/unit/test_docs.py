@@ -160,7 +160,8 @@ def test_every_command_of_the_pages_parses(name: str, words: list[str], tmp_path
     monkeypatch.setattr(main, "exit_cleanly", ran.append)
     for folder in ("examples", "ds_configs"):
         (tmp_path / folder).symlink_to(REPO / folder)
-    (tmp_path / "my.yaml").write_text("model: {name_or_path: some/model}\n")
+    for config in ("my.yaml", "made.yaml"):
+        (tmp_path / config).write_text("model: {name_or_path: some/model}\n")
     monkeypatch.chdir(tmp_path)
     script = next((place for place, word in enumerate(words) if word.endswith(("train.py", "node.sh"))), None)
     if words[0] == "cfvlm-ds" and words[1] != "train":
@@ -232,6 +233,17 @@ def test_the_format_of_the_page_reads_rows(tmp_path: Path, monkeypatch: pytest.M
     assert [each.text for each in group.candidates] == ["a dog", "no dog"]
 
 
+def test_the_two_pages_of_commands_write_no_file_of_each_other_and_import_what_they_use() -> None:
+    pages = [FENCE.findall((REPO / "docs" / name).read_text()) for name in ("tutorial.md", "making_data.md")]
+    written = [
+        {name for language, title, block in page for name in (title, *re.findall(r"(?:--out|cfvlm-ds tiny \w+) (\S+)", block)) if name}
+        for page in pages
+    ]
+    assert {"captions.csv", "groups.jsonl", "my.yaml"} <= written[0] and len(written[1]) > 5 and not written[0] & written[1]
+    for block in (block for page in pages for language, _, block in page if language == "python"):
+        subprocess.run(["ruff", "check", "--isolated", "--select", "F821", "-"], input=block, text=True, check=True, capture_output=True)
+
+
 @pytest.mark.long
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     """Its files and commands as they stand, in order, on pictures drawn for its table, which has more lines of the same kind."""
@@ -258,24 +270,24 @@ def test_data_are_made_as_the_page_says(tmp_path: Path) -> None:
     """From drawn pictures and a table of captions to adapters, without a network: the page's first section as it stands."""
     for name in ("train.py", "cfvlm_ds", "ds_configs"):
         (tmp_path / name).symlink_to(REPO / name)
-    (tmp_path / "photos").mkdir()
+    (tmp_path / "pictures").mkdir()
     said = ""
     page = (REPO / "docs" / "making_data.md").read_text().split("\n## The whole way without a network\n")[1].split("\n## propose\n")[0]
     for language, title, block in FENCE.findall(page):
         if title:
             (tmp_path / title).write_text(block)
-        for number, row in enumerate(csv.DictReader(block.splitlines()) if title == "captions.csv" else ()):
+        for number, row in enumerate(csv.DictReader(block.splitlines()) if title == "plain.csv" else ()):
             picture = Image.new("RGB", (64, 48), (200, 200, 200))
             ImageDraw.Draw(picture).ellipse((4, 10, 28, 34), fill=("red", "blue", "yellow")[number])
             ImageDraw.Draw(picture).rectangle((38, 10, 60, 34), fill="green")
-            picture.save(tmp_path / "photos" / row["image"])
+            picture.save(tmp_path / "pictures" / row["image"])
         for command in block.splitlines() if language == "bash" else ():
             done = subprocess.run(
                 command, shell=True, cwd=tmp_path, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300
             )
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
             said += done.stdout
-    groups = read_manifest(tmp_path / "groups.jsonl", [tmp_path, tmp_path / "photos", tmp_path / "W"])
+    groups = read_manifest(tmp_path / "made.jsonl", [tmp_path, tmp_path / "pictures", tmp_path / "W"])
     assert len(groups) == 3 and "back end: mine" in said and "editor: flip" in said and "step 4/4" in said
     assert any(len(group.images) > 1 and "shard-" in str(group.images[1][0]) for group in groups)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

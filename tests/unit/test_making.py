@@ -193,6 +193,16 @@ def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: 
     assert oracle.calls > 0 and (step != "verify" or part < 0.9 or oracle.calls <= 64)
 
 
+def test_verify_counts_a_batch_as_soon_as_it_is_scored(whole: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfvlm_ds.core.progress.FIRST_S", 0.0)
+    out, said = tmp_path / "W", list[str]()
+    shutil.copytree(whole, out)
+    for file in (out / "verify").iterdir():
+        file.unlink()
+    verify(out, VerifyOptions(batch_size=4), 0, said.append, Oracle(out, scenes, noise=2.5))
+    assert said[0].startswith("verify: 4 of ") and contents(out) == contents(whole)
+
+
 def written(out: Path) -> int:
     """Bytes of candidates on the disk; the folder is there a moment before its file."""
     shard = out / "edit" / "shard-00000.jsonl"
@@ -349,6 +359,10 @@ def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -
         propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(), shard, quiet, 6)
     text = status(out)
     assert "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5")
+    begun = WorkFolder.open(out).file("propose", 3)
+    begun.write_bytes(b"{}\n{}\n{")  # a kill has cut off the third record
+    before, after = (int(re.findall(r"propose: 3 of 6 shards, (\d+) records", each)[0]) for each in (text, status(out)))
+    assert after == before + 2
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and ranges([]) == ""
     with pytest.raises(ConfigError, match=r"verify is not through with 6 of 6 shards; run them first: --array=0-5"):
         select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)

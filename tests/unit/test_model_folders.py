@@ -21,7 +21,7 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.run_folder import named_model, recorded_model
 from cfvlm_ds.export.source import skeleton
-from cfvlm_ds.models import attach_adapters, fingerprint, load_model, meta_model
+from cfvlm_ds.models import attach_adapters, fingerprint, load_config, load_model, meta_model
 from cfvlm_ds.models.model_files import hashed_files, weight_patterns
 
 
@@ -209,6 +209,8 @@ def test_a_run_folder_means_its_export_or_its_adapters(tmp_path: Path) -> None:
     named = named_model(str(run))
     assert (named.name_or_path, named.adapter, named.recorded.max_tiles) == ("org/base", run / "adapter", 3)
     assert named_model(str(run / "adapter")).name_or_path == "org/base"
+    with pytest.raises(ConfigError, match="holds adapters and no model to train; go on from its base org/base"):
+        load_config(str(run / "adapter"))
     (run / "export").mkdir()
     (run / "export" / "config.json").write_text("{}")
     assert (named_model(str(run)).name_or_path, named_model(str(run)).adapter) == (str(run / "export"), None)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -290,6 +291,18 @@ def test_a_small_qwen_is_asked_everything(tmp_path: Path, monkeypatch: pytest.Mo
     results = ask(asked(qwen, load_collator(config, "full")), root, tmp_path / "out", ",".join(BENCHMARKS), settings=Settings(draws=3))
     assert len(results) == len(BENCHMARKS)
     assert not [result.place for result in results if result.record["not_finite"]]
+
+
+def test_progress_counts_items(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pope many questions share a picture, and so a group."""
+    said: list[str] = []
+    monkeypatch.setattr("cfvlm_ds.core.progress.FIRST_S", 0.0)
+    monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
+    (found,) = ask(asked(scorer, collator), root, tmp_path, "pope")
+    (line,) = [line for line in said if line.startswith("pope (yes_no): ") and " left" in line and "items" in line][-1:]
+    done, total = map(int, re.findall(r": (\d+) of (\d+) items", line)[0])
+    pictures = {each.item.id: each.item.images for each in found.outcomes}
+    assert total == len(pictures) and done % (len(pictures) // len(set(pictures.values()))) == 0 < done
 
 
 # What is on disk ------------------------------------------------------------------------------------------------------------------------
@@ -582,6 +595,8 @@ def test_what_compares_images_is_summed_up_by_single_comparisons() -> None:
     item = Item("1", ((Path("a"),), (Path("b"),)), ("x y", "y x"), ((1, 0), (0, 1)), tags={"tag": "Object"}, cluster="1")
     found = result([Outcome(item, ((1.0, 0.0), (0.0, 1.0)), (2.0, 1.0))], "winoground")
     assert summary(found) == "winoground/match: 0.0 of 50.0 points over chance are had without looking (pair)"
+    blank = result([replace(each, blank=(1.0, 0.0)) for each in rows([True, True, True, False])])
+    assert summary(blank) == "sugarcrepe/match: 25.0 points over chance, and 50.0 without looking (macro)"
 
 
 # Two results side by side -----------------------------------------------------------------------------------------------------------------
@@ -717,6 +732,19 @@ def test_scores_that_are_no_numbers_are_kept_counted_and_wrong(tmp_path: Path) -
     (read,) = read_results(folder)
     assert math.isnan(read.outcomes[0].seen[0][0]) and read.metrics["seen"]["macro"] == 50
     assert "scores of 1 items are not finite and count as wrong: 0" in omissions(read)[0]
+
+
+def test_a_comparison_with_an_infinite_score_is_the_same_after_it_was_read(tmp_path: Path) -> None:
+    """A text that a model thinks impossible loses, and one beside NaN does not win."""
+    lost, won = -math.inf, math.inf
+    outcomes = [
+        replace(each, seen=(seen,))
+        for each, seen in zip(rows([True] * 4), [(0.0, lost), (lost, 0.0), (won, 0.0), (0.0, math.nan)], strict=True)
+    ]
+    folder = written(tmp_path / "one", outcomes)
+    (found,) = compare_results(folder, folder)
+    assert found.before.metrics["seen"]["macro"] == 50 == found.differences["macro"].before
+    assert found.before.outcomes[:3] == tuple(outcomes[:3])
 
 
 def test_nothing_is_written_through_a_link(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:

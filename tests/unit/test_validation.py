@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,25 @@ def test_what_is_built_first_is_not_looked_for(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=sentence):
             validate(parse_config([*quickstart, *options], OBJECTIVES), world)
+
+
+@pytest.mark.parametrize("option", ["data.train", "data.root", "data.scores", "data.evaluation.test", "model.name_or_path"])
+def test_a_path_that_is_only_beside_the_yaml_is_named(
+    option: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (manifest := tmp_path / "train.jsonl").touch()
+    given = train_arguments(model_dir, {"train": manifest}, tmp_path / "run")
+    arguments = [str(REPO / each) if (REPO / each).is_file() else each for each in given]
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "run.yaml").write_text("train: {seed: 1}")
+    config = parse_config([*arguments, "--config", "conf/run.yaml", f"--{option}", "mine"], OBJECTIVES)
+    if option not in ("data.root", "data.scores"):  # which nothing needs here
+        with pytest.raises(InputError, match=re.escape(f"a relative path counts from {tmp_path}")):
+            validate(config, World(0, 1, 0, CPU))
+    (tmp_path / "conf" / "mine").mkdir()
+    with pytest.raises(ConfigError, match=rf"mine is not there \(a relative path counts from {tmp_path}\); conf/mine, beside the file"):
+        validate(config, World(0, 1, 0, CPU))
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.containers.arrow import arrow_rows, parquet_rows
+from cfvlm_ds.data.containers.image_folder import picture_rows
 from cfvlm_ds.data.containers.json_file import is_lines, json_rows
 from cfvlm_ds.data.containers.rows import Rows
 from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
 from cfvlm_ds.data.containers.tar import tar_rows
+from cfvlm_ds.data.decoding import ENDINGS
 
 LINES = "jsonl"
 """JSON lines: what every other container becomes."""
@@ -29,10 +31,12 @@ CONTAINERS: dict[str, Callable[[Path], Rows]] = {
     "parquet": parquet_rows,
     "arrow": arrow_rows,
     "tar": tar_rows,
+    "pictures": picture_rows,
 }
 """Kind of a file -> its rows."""
 
 _SUFFIXES = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
+_SUFFIXES |= {f".{ending}": "pictures" for ending in ENDINGS}
 _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
 _OF_MODELS = ("config.json", "config.yaml")
 """Files of a model's folder, and of a run's."""
@@ -77,12 +81,18 @@ def sources_state(path: Path) -> tuple[int, int, int]:
 
     Raises OSError, and DataError as sources_of does.
     """
-    files = [(each.name, each.stat()) for each in sources_of(path)]
+    sources = sources_of(path)
+    captions = [text for each in sources if _is_picture(each) and (text := each.with_suffix(".txt")).is_file()]
+    files = [(each.name, each.stat()) for each in (*sources, *captions)]
     states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in files]
     if len(states) == 1 and not path.is_dir():
         return states[0][1:]
     digest = hashlib.blake2b(repr(states).encode("utf-8", "surrogatepass"), digest_size=7).digest()
     return sum(state[1] for state in states), max(state[2] for state in states), int.from_bytes(digest, "little")
+
+
+def _is_picture(path: Path) -> bool:
+    return _SUFFIXES.get(path.suffix.lower()) == "pictures"
 
 
 def _together() -> list[str]:
@@ -128,8 +138,15 @@ def _in_folder(path: Path) -> list[Path]:
                 one = path / f"{names[0]}-*{found[0].suffix}"
                 raise DataError(f"{path}: holds several splits ({', '.join(names[:10])}); name the files of one of them, such as {one}")
             return found
+    pictures = sorted(filter(_is_picture, path.iterdir()))
+    if any(each.with_suffix(".txt").is_file() for each in pictures):
+        return pictures
     below = sorted({each.parent for pattern in _IN_FOLDERS for each in path.glob(f"*/{pattern}")})
     hint = f"name {' or '.join(map(str, below[:3]))}, which has some" if below else "name the data file"
+    if named := next((name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None):
+        hint = f"name {path / named}"
+    elif pictures:
+        hint = f"put the caption of {pictures[0].name} into {pictures[0].with_suffix('.txt').name} beside it, or name the data file"
     if any((path / name).is_file() for name in _OF_MODELS):
         hint = "it is of a model: name the data, after the model where a command takes both"
     raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)}, and no store; {hint}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder
-from cfvlm_ds.core.reading import MIB, is_there
+from cfvlm_ds.core.reading import MIB, counted_from, is_there
 from cfvlm_ds.data.containers.json_file import json_rows
 from cfvlm_ds.data.containers.kinds import LINES, container_of
 from cfvlm_ds.data.containers.prepared import Prepared, prepare, prepared_places
@@ -109,7 +109,7 @@ def open_rows(
 
 def _missing(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"{path}: no such manifest, nor its folder {path.parent}; correct the path"
+        return f"{path}: no such manifest, nor its folder {path.parent}; correct the path{counted_from(path)}"
     near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=3)
     hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "correct the path"
-    return f"{path}: no such manifest; {hint}"
+    return f"{path}: no such manifest; {hint}{counted_from(path)}"

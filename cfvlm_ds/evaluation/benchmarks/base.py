@@ -162,7 +162,7 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
     for file in benchmark.files:
         counted = source.counts.get(file.name)
         if counted is not None and file.rows is not None and counted != file.rows:
-            notes.append(f"{root / file.name} has {counted} rows, and the official file {file.rows}: another revision")
+            notes.append(f"{root / source.read[file.name]} has {counted} rows, and the official file {file.rows}: another revision")
     if benchmark.total is not None and (count := sum(source.counts.values())) not in (0, benchmark.total):
         notes.append(f"the files in {root} have {count} rows together, and the official ones {benchmark.total}: another revision")
     if twice := [item.id for item in items.values() if item.repeats]:

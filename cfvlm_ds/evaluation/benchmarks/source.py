@@ -114,13 +114,15 @@ class Source:
     """The folder of a benchmark; ``say`` is told of long work on its files.
 
     Attributes:
-        counts: file -> rows that were in it.
+        counts: official file -> rows that were in it.
+        read: official file -> the file that was read for it.
         absent: picture that rows name and that is not there -> the error for the first of these rows.
     """
 
     def __init__(self, root: Path, say: Callable[[str], object] = lambda line: None) -> None:
         self.root, self._say = root, say
         self.counts: dict[str, int] = {}
+        self.read: dict[str, str] = {}
         self.absent: dict[Path, DataError] = {}
         self._brought: tuple[Path, ...] = ()
         """Folder of the pictures that the rows of the file at hand brought."""
@@ -145,6 +147,7 @@ class Source:
 
         path, self._brought = self.root / name, ()
         self.counts.setdefault(file.name, 0)
+        self.read[file.name] = name
         try:
             for place, value in rows_of(path, self._reader(path.suffix)):
                 self.counts[file.name] += 1

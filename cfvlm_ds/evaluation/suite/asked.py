@@ -7,6 +7,7 @@ was killed. So the results are the same bytes.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -216,13 +217,14 @@ class _Evaluation:
     def _outcomes(self, checked: Checked, journal: Partial) -> list[Outcome]:
         way, rows, world = self._chosen.way, journal.rows, self._world
         if isinstance(way, Generate):
-            unit, total, turns = "items", len(checked.items), self._written(checked.items, way, rows)
+            held, turns = Counter(range(len(checked.items))), self._written(checked.items, way, rows)
         else:
             asked = plan(checked.items, way)
-            unit, total, turns = "groups", len(asked.groups), self._scored(asked, checked.pictures, rows)
+            held, turns = Counter(group for group, _ in asked.places), self._scored(asked, checked.pictures, rows)
+        total, on_disk = len(checked.items), sum(held[k] for k in rows)
         if rows:
-            world.say(f"{self._label}: {len(rows)} of {total} {unit} are on disk, and it goes on from there")
-        progress = Progress(world.say, self._label, total - len(rows), unit)
+            world.say(f"{self._label}: {on_disk} of {total} items are on disk, and it goes on from there")
+        progress = Progress(world.say, self._label, total - on_disk, "items")
         for own in _with_problem(turns):
             self._patience.meet()
             together: _Rows = {}
@@ -232,12 +234,12 @@ class _Evaluation:
                 together |= part
             agreed(world, partial(journal.add, together))
             rows |= together
-            progress.advance(len(together))
+            progress.advance(sum(held[k] for k in together))
         if isinstance(way, Generate):
             parse = PARSERS.get(self._chosen.name, answer)
             found = [(item, rows[k]) for k, item in enumerate(checked.items)]
             return [written(item, row["said"], row["blank"], row.get("shuffled"), parse) for item, row in found]
-        scores = [taken(rows[k]) for k in range(total)]
+        scores = [taken(rows[k]) for k in range(len(asked.groups))]
         warn_of_nonfinite(asked.groups, scores, world, self._label)
         return asked.outcomes(scores, token_lengths(self._model.collator))
 

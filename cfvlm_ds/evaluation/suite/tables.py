@@ -48,6 +48,8 @@ def summary(result: Result) -> str:
     over, had = seen[metric] - chance[metric], blank[metric] - chance[metric]
     if over <= 0:
         return f"{result.place}: no points over chance ({metric} {seen[metric]:.1f}, chance {chance[metric]:.1f})"
+    if had > over:
+        return f"{result.place}: {over:.1f} points over chance, and {had:.1f} without looking ({metric})"
     return f"{result.place}: {max(had, 0.0):.1f} of {over:.1f} points over chance are had without looking ({metric})"
 
 

@@ -1,0 +1,20 @@
+"""Pictures with captions in text files beside them: ``dog.png`` and ``dog.txt``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.reading import read_bytes
+from cfvlm_ds.data.containers.rows import MAX_ROW, Rows
+
+
+def picture_rows(path: Path) -> Rows:
+    """The row of a picture, or a DataError in place of one without a caption."""
+    text = path.with_suffix(".txt")
+    try:
+        yield path.name, {"image": path.name, "caption": read_bytes(text, MAX_ROW).decode("utf-8-sig").strip()}
+    except FileNotFoundError:
+        yield path.name, DataError(f"the picture has no caption in {text.name} beside it; write one, or leave the picture out")
+    except (OSError, ValueError) as error:
+        yield path.name, DataError(f"{text.name} cannot be read ({error}); save it as UTF-8")
