@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models.flex_attention import flex
@@ -109,11 +109,10 @@ def sees_trees(text: Any) -> bool:
 
 def registered(backend: str) -> str:
     """Register a back end with transformers and return its name there, which contains none of the names that the library treats
-    specially."""
+    specially, and for which it makes no mask."""
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
     attend = {"sdpa": _sdpa, "flash_attention_2": flash, "varlen": varlen, "flex": flex}[backend]
     AttentionInterface.register(name, _interface(attend))
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     return name
 
 

@@ -25,7 +25,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 aten = torch.ops.aten
 WAITS: Counter[str] = Counter()
-"""How often the host has waited, by file and function, or by operation where the backward pass alone is on the stack."""
+"""How often the host has waited, by function of the model, or by operation where the backward pass alone is on the stack."""
 CALLS: list[dict[str, Any]] = []
 """Arguments of the calls of flash-attn's kernel."""
 
@@ -100,9 +100,8 @@ def _wait(what: str) -> None:
     frame: Any = sys._getframe(1)
     while frame.f_back and any(part in frame.f_code.co_filename for part in ("pretend_device", "/torch/", "/unittest/", "<")):
         frame = frame.f_back
-    file, function = frame.f_code.co_filename.rsplit("/", 1)[-1], frame.f_code.co_name
-    library = any(part in frame.f_code.co_filename for part in ("transformers", "cfvlm_ds"))
-    WAITS[f"{file.removeprefix('modeling_')}:{function}" if library else f"{what}"] += 1
+    ours = any(part in frame.f_code.co_filename for part in ("transformers", "cfvlm_ds"))
+    WAITS[frame.f_code.co_name if ours else what] += 1
 
 
 def _here(value: Any) -> bool:

@@ -23,7 +23,7 @@ from cfvlm_ds.core.config import ModelConfig, ModuleConfig
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.demo.family_checkpoints import SMALL, write_small
 from cfvlm_ds.engine.setup import recompute_activations
-from cfvlm_ds.models import Scorer, family_of, load_model, loading
+from cfvlm_ds.models import Scorer, chunked_logprobs, family_of, load_model, loading
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.objectives import Align, Csd, denominators, weighted_loss
 
@@ -56,6 +56,7 @@ def step(folder: Path, groups: list[CounterfactualGroup], backend: str, dtype: t
     config = ModelConfig(str(folder), vision_tower=ModuleConfig("full"), attn_implementation=backend)
     with ExitStack() as patches:
         patches.enter_context(patch.object(loading, "attention", lambda *arguments: backend))
+        patches.enter_context(patch.object(chunked_logprobs, "LOGITS", 1 << 12))  # the head in several parts
         for place in (
             "modeling_utils.PreTrainedModel._flash_attn_can_dispatch",
             "modeling_flash_attention_utils.is_flash_attn_2_available",
@@ -86,196 +87,17 @@ def step(folder: Path, groups: list[CounterfactualGroup], backend: str, dtype: t
     return read(loss).item(), torch.cat([read(each.grad).float().flatten() for each in trained.values()]).numpy(), waits
 
 
-WAITS: dict[str, dict[str, int]] = {
-    "llava": {
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "llava_next": {
-        "llava_next.py:image_size_to_num_patches": 4,
-        "llava_next.py:get_anyres_image_grid_shape": 4,
-        "llava_next.py:unpad_image": 4,
-        "llava_next.py:pack_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "llava_onevision": {
-        "llava_onevision.py:<listcomp>": 8,
-        "llava_onevision.py:image_size_to_num_patches": 4,
-        "llava_onevision.py:get_anyres_image_grid_shape": 4,
-        "llava_onevision.py:unpad_image": 4,
-        "llava_onevision.py:pack_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "qwen2_vl": {
-        "vision_utils.py:get_vision_position_ids": 3,
-        "vision_utils.py:get_vision_cu_seqlens": 1,
-        "generic.py:get_max_seqlen": 1,
-        "qwen2_vl.py:get_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "qwen2_5_vl": {
-        "vision_utils.py:get_vision_position_ids": 3,
-        "vision_utils.py:get_vision_cu_seqlens": 1,
-        "generic.py:get_max_seqlen": 2,
-        "vision_utils.py:get_vision_window_index": 3,
-        "qwen2_5_vl.py:permute_input_for_window_attn": 3,
-        "qwen2_5_vl.py:forward": 1,
-        "qwen2_5_vl.py:get_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "scorer.py:logp": 1,
-        "index_put": 3,
-        "masked_scatter_backward": 1,
-    },
-    "qwen3_vl": {
-        "vision_utils.py:get_vision_interpolation_indices_and_weights": 4,
-        "vision_utils.py:get_vision_position_ids": 3,
-        "vision_utils.py:get_vision_cu_seqlens": 1,
-        "generic.py:get_max_seqlen": 1,
-        "qwen3_vl.py:get_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "qwen3_vl.py:_deepstack_process": 4,
-        "scorer.py:logp": 1,
-        "index_put": 5,
-        "index": 2,
-        "masked_scatter_backward": 1,
-    },
-    "qwen3_vl_moe": {
-        "vision_utils.py:get_vision_interpolation_indices_and_weights": 4,
-        "vision_utils.py:get_vision_position_ids": 3,
-        "vision_utils.py:get_vision_cu_seqlens": 1,
-        "generic.py:get_max_seqlen": 1,
-        "qwen3_vl_moe.py:get_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "qwen3_vl_moe.py:_deepstack_process": 4,
-        "scorer.py:logp": 1,
-        "index_put": 5,
-        "index": 2,
-        "masked_scatter_backward": 1,
-    },
-    "qwen3_5": {
-        "vision_utils.py:get_vision_interpolation_indices_and_weights": 4,
-        "vision_utils.py:get_vision_position_ids": 3,
-        "vision_utils.py:get_vision_cu_seqlens": 1,
-        "generic.py:get_max_seqlen": 1,
-        "qwen3_5.py:get_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "qwen3_5_moe": {
-        "vision_utils.py:get_vision_interpolation_indices_and_weights": 4,
-        "vision_utils.py:get_vision_position_ids": 3,
-        "vision_utils.py:get_vision_cu_seqlens": 1,
-        "generic.py:get_max_seqlen": 1,
-        "qwen3_5_moe.py:get_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "internvl": {
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "idefics3": {
-        "idefics3.py:get_image_features": 3,
-        "masking_utils.py:flash_attention_mask": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "smolvlm": {
-        "smolvlm.py:get_image_features": 3,
-        "masking_utils.py:flash_attention_mask": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "gemma3": {
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 3,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "gemma4": {
-        "masking_utils.py:flash_attention_mask": 1,
-        "flash_attention_utils.py:_get_unpad_data": 8,
-        "gemma4.py:forward": 2,
-        "gemma4.py:get_image_features": 1,
-        "masking_utils.py:find_packed_sequence_indices": 3,
-        "scorer.py:logp": 1,
-        "index_put": 2,
-        "masked_scatter_backward": 1,
-    },
-    "mistral3": {
-        "pixtral.py:<listcomp>": 8,
-        "pixtral.py:forward": 1,
-        "mistral3.py:forward": 12,
-        "mistral3.py:get_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "glm4v": {
-        "vision_utils.py:get_vision_position_ids": 3,
-        "vision_utils.py:get_vision_cu_seqlens": 1,
-        "generic.py:get_max_seqlen": 1,
-        "glm4v.py:get_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "glm46v": {
-        "vision_utils.py:get_vision_position_ids": 3,
-        "vision_utils.py:get_vision_cu_seqlens": 1,
-        "generic.py:get_max_seqlen": 1,
-        "glm46v.py:get_image_features": 1,
-        "import_utils.py:torch_compilable_check": 1,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "aya_vision": {
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 2,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
-    "cohere2_vision": {
-        "import_utils.py:torch_compilable_check": 1,
-        "masking_utils.py:find_packed_sequence_indices": 2,
-        "scorer.py:logp": 1,
-        "index_put": 1,
-        "masked_scatter_backward": 1,
-    },
+TILES = {"pack_image_features": 1}  # numbers of tiles' features become a tensor
+PADDED = {"get_image_features": 3, "flash_attention_mask": 1}  # pictures of zeros are padding, which its model looks for
+WAITS: dict[str, dict[str, int]] = {kind: {} for kind in SMALL} | {
+    "llava_next": TILES,
+    "llava_onevision": TILES,
+    "idefics3": PADDED,
+    "smolvlm": PADDED,
+    "mistral3": {"forward": 1, "get_image_features": 2},  # sizes of pictures become tensors, and a list again
+    "gemma4": {"flash_attention_mask": 1, "_get_unpad_data": 8, "forward": 1, "get_image_features": 1, "index_put": 1},
 }
+"""Where the host waits in a step, all of it in transformers; the same in pictures of any number and layers of any number."""
 
 
 @pytest.mark.parametrize("kind", [pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.long) for name in SMALL])
@@ -286,7 +108,7 @@ def test_a_step_of_every_family_mixes_no_devices_and_seldom_waits(
     folder = write_small(kind, tmp_path / kind)
     loss, grads, waits = card.submit(step, folder, groups, "flash_attention_2", torch.bfloat16, True).result()
     assert np.isfinite(loss) and np.isfinite(grads).all()
-    assert waits == WAITS[kind]
+    assert waits == WAITS[kind] and sum(waits.values()) <= 6
 
 
 def test_the_device_computes_what_a_cpu_does_and_refuses_what_is_not_on_it(
