@@ -44,14 +44,8 @@ def start() -> None:
     _setup_privateuseone_for_python_backend("pretend")
     torch.utils.checkpoint._infer_device_type = lambda *arguments: "cpu"  # type: ignore[assignment]
     flash: Any = types.ModuleType("flash_attn")
-    flash.__spec__, flash.__version__ = importlib.machinery.ModuleSpec("flash_attn", None), "2.8.3"
-    flash.flash_attn_varlen_func, flash.flash_attn_func = flash_attn_varlen_func, flash_attn_func
-    flash.flash_attn_with_kvcache = None
-    padding: Any = types.ModuleType("flash_attn.bert_padding")
-    from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input
-
-    padding.pad_input, padding.unpad_input = _pad_input, _unpad_input
-    sys.modules |= {"flash_attn": flash, "flash_attn.bert_padding": padding}
+    flash.__spec__, flash.flash_attn_varlen_func = importlib.machinery.ModuleSpec("flash_attn", None), flash_attn_varlen_func
+    sys.modules["flash_attn"] = flash
 
 
 def device() -> torch.device:
@@ -215,10 +209,3 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, at: list[int], of: list[int], sca
             logits = logits if bound < 0 else logits.masked_fill(side > bound, -torch.inf)
         found.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype))
     return torch.cat(found)
-
-
-def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> Tensor:
-    """The same for a batch of equal lengths [B, T, H, D]."""
-    begins = [torch.arange(0, (len(each) + 1) * each.shape[1], each.shape[1], dtype=torch.int32, device=each.device) for each in (q, k)]
-    flat = (each.flatten(0, 1) for each in (q, k, v))
-    return flash_attn_varlen_func(*flat, *begins, q.shape[1], k.shape[1], *options, **named).view(q.shape)
