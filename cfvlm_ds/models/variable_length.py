@@ -73,9 +73,13 @@ def _attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, forest: F
 
 
 def _flash(window: tuple[int, int], scale: float, *segments: Any) -> Any:
-    name = "flash_attn" if importlib.util.find_spec("flash_attn") else "flash_attn_interface"  # version 3, which is called alike
-    kernel = importlib.import_module(name).flash_attn_varlen_func
-    return kernel(*segments, softmax_scale=scale, causal=window[1] == 0, window_size=window if window[0] >= 0 else (-1, -1))
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from flash_attn_interface import flash_attn_varlen_func  # version 3, which is called alike
+
+    reach = window if window[0] >= 0 else (-1, -1)
+    return flash_attn_varlen_func(*segments, softmax_scale=scale, causal=window[1] == 0, window_size=reach)
 
 
 def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
