@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cfvlm_ds.models.forest import Forest, Sight
 
-Kernel = Callable[[tuple[int, int], float, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+Kernel = Callable[..., Tensor]
 """(how many keys a query sees before and after its own, -1 for all; scale; query [T, H, D], key and value [gathered, J, D], where queries
 and keys of each segment begin [S + 1] int32, longest of each) -> [T, H, D]."""
 
@@ -93,15 +93,16 @@ def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tens
     """Segments that see themselves as a whole, padded to the longest; nothing waits for the device to learn their lengths."""
     tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
     places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
-    spread = (each[places.clamp(max=len(q) - 1)].transpose(1, 2) for each in (q, k, v))
+    query, key, value = (each[places.clamp(max=len(q) - 1)].transpose(1, 2) for each in (q, k, v))
     seen = (places < at[1:].unsqueeze(1))[:, None, None]
-    out = torch.nn.functional.scaled_dot_product_attention(*spread, attn_mask=seen, scale=scale).transpose(1, 2).flatten(0, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
     segment = torch.searchsorted(at[1:], tokens, right=True)
-    return out[segment * longest + tokens - at[segment]]
+    return out.transpose(1, 2).flatten(0, 1)[segment * longest + tokens - at[segment]]
 
 
 KERNELS: dict[str, Kernel] = {"flash_attention_2": _flash, "varlen": _varlen, "sdpa": _padded}
-flash, varlen = functools.partial(_attend, _flash), functools.partial(_attend, _varlen)
+flash: Kernel = functools.partial(_attend, _flash)
+varlen: Kernel = functools.partial(_attend, _varlen)
 
 
 def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
