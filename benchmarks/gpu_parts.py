@@ -351,7 +351,7 @@ def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, 
         losses.append(float(total))
         times.append(clock(world.device) - start)
     peak = scoring.peak(world.device) - before
-    counted = sum(flops.of(inputs, int(inputs["scored"].sum())) for _, inputs in own)
+    counted = sum(flops.of(inputs, len(inputs["scored"])) for _, inputs in own)
     driver.destroy()
     figures = {"losses": losses, "finite": all(map(math.isfinite, losses)), "time": statistics.median(times[1:]), "times": times}
     return figures | {"flop": counted, "tokens": tokens * len(own), "peak": peak, "plan": plan, "backend": torch.distributed.get_backend()}

@@ -135,13 +135,14 @@ class Part:
 
 def in_one_row(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Trees of several images beside each other, as cfvlm_ds.batching.collator lays them out."""
-    scored = [int(part["scored"].sum()) for part in parts]
+    scored = [len(part["scored"]) for part in parts]
     forests = [part["forest"] for part in parts]
+    starts = [sum(forest.bounds[-1] for forest in forests[:k]) for k in range(len(parts))]
     return {
         "input_ids": torch.cat([part["input_ids"] for part in parts], 1),
         "position_ids": torch.cat([part["position_ids"] for part in parts], -1),
         "forest": Forest.of([forest.lengths[0] for forest in forests], [forest.lengths[1:] for forest in forests]),
-        "scored": torch.cat([part["scored"] for part in parts], 1),
+        **{name: torch.cat([part[name] + start for part, start in zip(parts, starts, strict=True)]) for name in ("visual", "scored")},
         "predicted_by": torch.cat([part["predicted_by"] + sum(scored[:k]) for k, part in enumerate(parts)]),
         "targets": torch.cat([part["targets"] for part in parts]),
         "images_of_tree": [(k,) for k in range(len(parts))],

@@ -32,6 +32,13 @@ def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
     return replace(group, images=(blank,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
+def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The model's inputs for pictures on ``device``; their sizes, which models read on the host, stay where they are."""
+    sizes = {name: image_inputs[name] for name in ("image_sizes", "image_grid_thw", "batch_num_images") if name in image_inputs}
+    moved: dict[str, Any] = _mapped(image_inputs, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+    return moved | sizes
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
@@ -53,8 +60,10 @@ class Batch:
     """What the row was packed of (cfvlm_ds.batching.packing.Material), where it may be packed again."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on ``device``."""
-        return _mapped(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch with its tensors on ``device``, but for sizes of pictures."""
+        moved: Batch = _mapped(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+        moved.model_inputs["image_inputs"] = on_device(self.model_inputs["image_inputs"], device)
+        return moved
 
     def pin_memory(self) -> Batch:
         """The same batch in memory that a GPU copies from while it computes; a DataLoader calls it."""

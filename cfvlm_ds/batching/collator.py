@@ -174,8 +174,7 @@ class Collator:
             if not all(isinstance(each, Tensor) and len(each) == len(batch.material.keys) for each in inputs.values()):
                 material = replace(material, keys=batch.material.keys, placeholders=batch.material.placeholders)
             elif len(left) < len(batch.material.keys):
-                places = torch.tensor(left).to(batch.cell.device)
-                inputs = {name: each[places] for name, each in inputs.items()}
+                inputs = {name: each[left] for name, each in inputs.items()}
             if material.trees:
                 packed = self._packed(material, inputs, layout, batch.reference, batch.prior)
                 forwards.append(packed.to(batch.cell.device))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE
@@ -129,7 +128,7 @@ class ImageFiles:
             self._counted[size, together] = len(ids), ids.count(self.config.image_token_id)
         return self._counted[size, together]
 
-    def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Tensor], Features]:
+    def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
         """What the model's ``get_image_features`` takes of one picture, and its features but for what the tower gives.
 
         A picture that is not alone in its prompt is given twice, so that it is processed as one of several. Raises DataError naming a file
@@ -142,7 +141,7 @@ class ImageFiles:
             raise DataError(f"{key[0]}: {error}") from error
         return inputs, Features(picture.size, placeholders[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
 
-    def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Tensor], list[list[int]]]:
+    def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Any], list[list[int]]]:
         """The last ``together`` pictures are given to the processor as those of one prompt."""
         token, tokenizer = self.processor.image_token, self.processor.tokenizer
         alone = len(opened) - together
@@ -167,7 +166,10 @@ class ImageFiles:
             kept = kept[: len(kept) - after]
             each = len(kept) // len(pictures)  # pictures shown together are not cut into tiles, and so are of one length
             placeholders += [kept[k * each : (k + 1) * each] for k in range(len(pictures))]
-        return {name: inputs[name] for name in self.family.image_inputs}, placeholders
+        given: dict[str, Any] = {name: inputs[name] for name in self.family.image_inputs}
+        if self.family.grid and self.family.from_grids:
+            given |= self.family.from_grids(self.config, given[self.family.grid])
+        return given, placeholders
 
 
 class CachedFeatures:

@@ -149,7 +149,7 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
     """
     shown = [tuple(material.keys.index(key) for key in tree.pictures) for tree in material.trees]
     tokens = _Tokens()
-    grids = image_inputs[family.grid].cpu() if family.grid else torch.empty(0)  # those of a row that is packed again are on the device
+    grids = image_inputs[family.grid] if family.grid else torch.empty(0)
     for tree, pictures in zip(material.trees, shown, strict=True):
         tokens.grow(_prompts(tree, pictures, material.placeholders, grids, family, config, image_token))
     places, predicted_by = torch.tensor(tokens.predicts).unique(return_inverse=True)
@@ -160,7 +160,8 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
         "input_ids": ids.unsqueeze(0),
         "position_ids": torch.cat(tokens.positions, -1).unsqueeze(-2),
         "forest": Forest(tuple(tokens.lengths), tuple(tokens.parents), blocks, whole == "everywhere"),
-        "scored": torch.zeros(1, tokens.length, dtype=torch.bool).index_fill(1, places, True),
+        "visual": (ids == config.image_token_id).nonzero().squeeze(1),
+        "scored": places,
         "predicted_by": predicted_by,
         "targets": torch.tensor(tokens.targets),
         "images_of_tree": shown,

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cfvlm_ds.batching.batch import on_device
 from cfvlm_ds.batching.image_source import ImageFiles, PictureKey
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.config import ModelConfig
@@ -114,7 +115,7 @@ def _fill(
     for number, (wanted, prepared) in enumerate(zip(mine, loader, strict=True)):
         inputs, features = files.tower_inputs(blank) if prepared is None or isinstance(prepared, str) else prepared
         with torch.no_grad():
-            tower = engine(image_inputs={name: tensor.to(world.device) for name, tensor in inputs.items()})
+            tower = engine(image_inputs=on_device(inputs, world.device))
         if wanted is not None and isinstance(prepared, str):
             unreadable[wanted[1]] = prepared
         elif wanted is not None:

@@ -211,7 +211,7 @@ def _asked(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, ident
     precision = {
         "dtype": str(dtype).removeprefix("torch."),
         "device": world.device.type,
-        "attention": attention("auto", scorer.model.config),
+        "attention": attention("auto", scorer.model.config, dtype),
     }
     writing = None if zero3 else partial(write, scorer.model, collator, world.device, do_sample=False, num_beams=1)
     if writing is not None:

@@ -65,8 +65,8 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: ``auto`` takes flash-attn where it is available, else sdpa; or ``flash_attention_2``, ``varlen`` or
-            ``flex`` (torch's kernels, GPU), or ``sdpa``.
+        attn_implementation: ``auto`` takes flash-attn or torch's ``varlen`` where a GPU has them, else sdpa; or ``flash_attention_2``,
+            ``varlen`` or ``flex`` (torch's kernels, GPU), or ``sdpa``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
         max_pixels: scale larger images down to this many pixels, and so bound their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).

@@ -36,12 +36,13 @@ class _HeadLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         normaliser, logp = hidden.new_empty(len(hidden), dtype=wide), hidden.new_empty(len(targets), dtype=wide)
-        parts, kept = _parts(hidden, weight, predicted_by), None
-        for part, mine in parts:
+        parts, kept = _parts(hidden, weight), None
+        for part in parts:
             kept = _product(hidden[part], weight)
             logits = _capped(kept, cap)
             normaliser[part] = logits.logsumexp(-1)
-            logp[mine] = logits[predicted_by[mine] - part.start, targets[mine]] - normaliser[predicted_by[mine]]
+            mine, row = _of_part(predicted_by, part)
+            logp = torch.where(mine, logits[row, targets] - normaliser[predicted_by], logp)
         ctx.save_for_backward(hidden, weight, predicted_by, targets, normaliser, kept if len(parts) == 1 else None)
         ctx.cap = cap
         return logp
@@ -52,11 +53,12 @@ class _HeadLogProbs(torch.autograd.Function):
         of_state = torch.zeros_like(normaliser).index_add(0, predicted_by, grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
-        for part, mine in _parts(hidden, weight, predicted_by):
+        for part in _parts(hidden, weight):
             logits = _capped(_product(hidden[part], weight) if kept is None else kept, ctx.cap)
             # d log p(y) / d logits = [y] - softmax
             pull = (logits - normaliser[part].unsqueeze(1)).exp_().mul_(-of_state[part].unsqueeze(1))
-            pull = pull.index_put_((predicted_by[mine] - part.start, targets[mine]), grad[mine], accumulate=True)
+            mine, row = _of_part(predicted_by, part)
+            pull = pull.index_put_((row, targets), grad.where(mine, 0), accumulate=True)
             pull = (pull if ctx.cap is None else pull * (1 - (logits / ctx.cap).square())).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = pull @ weight
@@ -78,12 +80,13 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _parts(hidden: Tensor, weight: Tensor, predicted_by: Tensor) -> list[tuple[slice, Tensor | slice]]:
-    """States whose logits are in memory together, and the targets they predict."""
+def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """States whose logits are in memory together."""
     rows = max(1, LOGITS // len(weight))
-    if len(hidden) <= rows:
-        return [(slice(0, len(hidden)), slice(None))]
-    starts = range(0, len(hidden), rows)
-    return [
-        (slice(start, start + rows), ((predicted_by >= start) & (predicted_by < start + rows)).nonzero().squeeze(1)) for start in starts
-    ]
+    return [slice(start, min(start + rows, len(hidden))) for start in range(0, max(1, len(hidden)), rows)]
+
+
+def _of_part(predicted_by: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """[N] which targets a part predicts, and by which of its rows; choosing these targets would wait for the device."""
+    row = predicted_by - part.start
+    return (row >= 0) & (predicted_by < part.stop), row.clamp(0, part.stop - part.start - 1)

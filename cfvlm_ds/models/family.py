@@ -72,7 +72,7 @@ class Family:
         positions: position ids of a prompt; a text after it goes on at the largest plus one, on every axis.
         tiles_alone: whether an image is cut into tiles only if it is alone in its prompt.
         arrange: what the model does between its projector and its language model.
-        one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
+        from_grids: further arguments of ``get_image_features``, which the tower would wait for the device to derive from its grids.
         unused: prefixes of weights that the checkpoint has and the forward does not use.
         take_trees: makes what is not attention compute rows of trees; called once a model, before it scores.
         around: what the processor writes around each picture, which its tokenizer joins with the words beside it.
@@ -94,7 +94,7 @@ class Family:
     positions: Positions = sequential
     tiles_alone: bool = False
     arrange: Arrange = as_projected
-    one_tensor: bool = False
+    from_grids: Callable[[PreTrainedConfig, Tensor], dict[str, Any]] | None = None
     unused: Callable[[PreTrainedConfig], tuple[str, ...]] = everything_used
     take_trees: Callable[[nn.Module], None] = as_loaded
     around: tuple[str, str] = ("", "")

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models.flex_attention import flex
 from cfvlm_ds.models.forest import Forest, Sight
-from cfvlm_ds.models.variable_length import flash, varlen
+from cfvlm_ds.models.variable_length import flash, tower, varlen
 
 BACKENDS = ("sdpa", "flash_attention_2", "varlen", "flex")
 _PADDED = 1.25  # trees are padded to one length while the longest has at most this many times the tokens of the shortest
@@ -109,23 +110,36 @@ def sees_trees(text: Any) -> bool:
 
 def registered(backend: str) -> str:
     """Register a back end with transformers and return its name there, which contains none of the names that the library treats
-    specially."""
+    specially, and for which it makes no mask."""
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
     attend = {"sdpa": _sdpa, "flash_attention_2": flash, "varlen": varlen, "flex": flex}[backend]
     AttentionInterface.register(name, _interface(attend))
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     return name
+
+
+def by_segments(vision: Any) -> None:
+    """Let a tower of this configuration compute its pictures or windows by one variable-length kernel, where it would go one by one.
+
+    The library tells a back end where they begin if its name has "flash" in it, and would look for the package while it loads a model.
+    """
+    AttentionInterface.register("pictures_flash", tower)
+    AttentionMaskInterface.register("pictures_flash", sdpa_mask)
+    if not getattr(vision, "attention_dropout", 0):
+        vision._attn_implementation = "pictures_flash"
 
 
 @contextlib.contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
     """Inside the block the model's forward is the library's own, on ordinary rows: an independent reference for its scores."""
-    text = model.config.get_text_config()
-    chosen, text._attn_implementation = text._attn_implementation, "sdpa"
+    parts = model.config.get_text_config(), model.config.vision_config
+    chosen = [part._attn_implementation for part in parts]
+    for part in parts:
+        part._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        text._attn_implementation = chosen
+        for part, own in zip(parts, chosen, strict=True):
+            part._attn_implementation = own
 
 
 def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float, Sight], Tensor]) -> Callable[..., tuple[Tensor, None]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import pickle
 import re
@@ -30,9 +29,10 @@ from cfvlm_ds.models.adapters import (
 )
 from cfvlm_ds.models.families import family_of
 from cfvlm_ds.models.family import MODULES, Family, Module
-from cfvlm_ds.models.forest_attention import BACKENDS, registered
+from cfvlm_ds.models.forest_attention import BACKENDS, by_segments, registered
 from cfvlm_ds.models.model_files import check_files, explained
 from cfvlm_ds.models.scorer import Scorer
+from cfvlm_ds.models.variable_length import fastest, has_varlen, takes
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
@@ -137,7 +137,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     family = family_of(model_config)
     _check_folder(config.name_or_path)
     quantised = quantisation(family, config, dtype)
-    backends = _implementations(attention(config.attn_implementation, model_config))
+    trees = registered(attention(config.attn_implementation, model_config, dtype))
+    backends = _in_each_part("sdpa") | {"text_config": trees}
     with explained(f"the model {config.name_or_path!r} cannot be loaded", "compare its config.json and weights with the published ones"):
         return _loaded(config, family, dtype, backends, quantised)
 
@@ -170,6 +171,7 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
     _limit_images(config, None, model.config)
     # Under ZeRO-3 this version of transformers keeps conversions it did not use, and would rename every weight at save time.
     model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
+    by_segments(model.config.vision_config)
     tune(model, family, config)
     return model
 
@@ -211,45 +213,37 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
             yield scorer.family.module_of(name), name, parameter
 
 
-def attention(requested: str, model_config: PreTrainedConfig | None = None) -> str:
-    """The attention back end (see forest_attention.py) for a request: ``auto`` takes flash-attn if there are a GPU and the package, else
-    sdpa.
+def attention(requested: str, model_config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The attention back end (see forest_attention.py) for a request: ``auto`` takes what is ``fastest`` on this machine for the model.
 
     Raises ConfigError when a request cannot be met, by this machine or for this model.
     """
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-    widest = 0 if model_config is None else _widest_head(model_config.get_text_config())
+    heads = set[int]() if model_config is None else _heads(model_config.get_text_config())
     if requested == "auto":
-        return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() and widest <= _FLASH_HEAD else "sdpa"
+        return fastest(dtype, heads, torch.cuda.is_available())
     if requested not in BACKENDS:
         raise ConfigError(f"model.attn_implementation {requested!r} is not known; use auto, {', '.join(BACKENDS)}")
-    if requested == "flash_attention_2" and not is_flash_attn_2_available():
+    if requested == "flash_attention_2" and not (is_flash_attn_2_available() or is_flash_attn_3_available()):
         raise ConfigError(
             "model.attn_implementation flash_attention_2 needs a CUDA device and the flash-attn package; "
             "install it with `pip install flash-attn --no-build-isolation` or use auto"
         )
-    if requested in ("flash_attention_2", "varlen") and widest > _FLASH_HEAD:
+    if requested in ("flash_attention_2", "varlen") and not takes(dtype, heads):
         raise ConfigError(
-            f"model.attn_implementation {requested} takes heads of {_FLASH_HEAD} at most, and the model has {widest}; use auto"
+            f"model.attn_implementation {requested} takes half precision and heads of at most 256, a multiple of 8, and the model has "
+            f"{str(dtype).removeprefix('torch.')} and heads of {', '.join(map(str, heads))}; use auto"
         )
     if requested in ("varlen", "flex") and not torch.cuda.is_available():
         raise ConfigError(f"model.attn_implementation {requested} needs a CUDA device; use auto")
-    if requested == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    if requested == "varlen" and not has_varlen():
         raise ConfigError(f"model.attn_implementation varlen needs a newer torch than {torch.__version__}; use auto")
     return requested
 
 
-_FLASH_HEAD = 256  # the widest head that flash attention's kernels take (Gemma 4 has wider ones in its full layers)
-
-
-def _widest_head(text: Any) -> int:
-    return max(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in text.per_layer_config)
-
-
-def _implementations(backend: str) -> dict[str, str]:
-    """In transformers' terms: the forest in the language model, an ordinary kernel in the tower."""
-    return {"": "sdpa", "text_config": registered(backend), "vision_config": backend if backend == "flash_attention_2" else "sdpa"}
+def _heads(text: Any) -> set[int]:
+    return {getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in text.per_layer_config}
 
 
 def parameter_counts(model: PreTrainedModel, family: Family) -> Mapping[str, tuple[int, int]]:

@@ -90,6 +90,7 @@ class Scorer(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor,
         forest: Forest,
+        visual: Tensor,
         scored: Tensor,
         predicted_by: Tensor,
         targets: Tensor,
@@ -100,29 +101,39 @@ class Scorer(nn.Module):
         """Log-probs [N], nats, fp32, of ``targets`` [N].
 
         ``input_ids`` [1, T]; ``position_ids`` [1, T] or [axes, 1, T]; ``forest`` says which tokens are prefixes and which their branches;
-        ``scored`` [1, T] bool marks the positions whose logits are needed, and ``predicted_by`` [N] is the rank among them of the one that
-        predicts each target; ``images_of_tree`` the indices of each tree's images among the distinct images of ``image_inputs``;
-        ``visual_tokens`` the number of visual tokens of each distinct image. Where ``image_inputs`` has ``tower_features``, the tower does
-        not run.
+        ``visual`` are the places of visual tokens; ``scored`` [P] those of the positions whose logits are needed, and ``predicted_by`` [N]
+        is the rank among them of the one that predicts each target; ``images_of_tree`` the indices of each tree's images among the distinct
+        images of ``image_inputs``; ``visual_tokens`` the number of visual tokens of each distinct image. Where ``image_inputs`` has
+        ``tower_features``, the tower does not run.
         """
-        encoded, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
-        # An image that no tree shows takes part in the backward pass as if one did: ZeRO-3 waits for every rank at every module, and where
-        # the text's embeddings are frozen it is the image through which gradients pass all of the language model.
-        through = self.model.get_input_embeddings().register_forward_hook(lambda module, args, embedded: embedded + 0 * unused)
+        features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
+
+        def show(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            """Put features at their places, which the model would find by waiting for the device."""
+            embedded = named["inputs_embeds"]
+            if features:
+                embedded = embedded.index_copy(1, visual, features[0].to(embedded.dtype).unsqueeze(0))
+            if features[1:]:
+                named |= {"visual_pos_masks": visual, "deepstack_visual_embeds": features[1:]}
+            # An image that no tree shows takes part in the backward pass as if one did: ZeRO-3 waits for every rank at every module, and
+            # where the text's embeddings are frozen it is the image through which gradients pass all of the language model.
+            return args, named | {"inputs_embeds": embedded + 0 * unused}
+
+        language_model = self.model.get_submodule(self.family.language_model[0])
+        through = language_model.register_forward_pre_hook(show, with_kwargs=True)
         try:
             with self._routers as routers:
                 hidden = self.model.base_model(
                     input_ids=input_ids,
                     position_ids=position_ids,
                     forest=forest,
-                    mm_encoder_outputs=encoded,
                     use_cache=False,
                     **self._marked(input_ids),
                 ).last_hidden_state
                 self.routed = routers.routed(forest)
         finally:
             through.remove()
-        return self.model.get_output_embeddings()(hidden[scored], predicted_by, targets)
+        return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets)
 
     def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Which tokens are visual, for a family whose own masks depend on it: they are used where its attention is a stock one."""
@@ -131,23 +142,16 @@ class Scorer(nn.Module):
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
-    ) -> tuple[dict[str, Any], Tensor]:
-        """The trees' image features in the form that the model's forward takes, and the sum of the features that no tree uses."""
+    ) -> tuple[list[Tensor], Tensor]:
+        """The trees' image features, those for the embeddings first and then any for layers, and the sum of those that no tree uses."""
         model: Any = self.model
         known = "tower_features" in image_inputs
         output = self._projected(**image_inputs) if known else model.get_image_features(**image_inputs, return_dict=True)
         shown = [i for images in images_of_tree for i in images]
-        # Further features, for layers inside the language model, are used and left unused as the first ones are.
         layers = [_per_image(layer, visual_tokens) for layer in (output.pooler_output, *getattr(output, "deepstack_features", ()))]
         hidden = [layer[i].sum() for layer in layers for i in range(len(visual_tokens)) if i not in shown]
         unused = torch.stack(hidden).sum() if hidden else torch.zeros((), dtype=layers[0][0].dtype, device=layers[0][0].device)
-        if not shown:
-            return {}, unused
-        first, *further = ([layer[i] for i in shown] for layer in layers)
-        output.pooler_output = torch.cat(first).unsqueeze(0) if self.family.one_tensor else first
-        if further:
-            output.deepstack_features = further
-        return {"image": output}, unused
+        return [torch.cat([layer[i] for i in shown]) for layer in layers if shown], unused
 
     def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
         """The result of ``get_image_features``, computed from the tower's output; each image has ``rows`` of the projector's output."""

@@ -1,4 +1,5 @@
-"""Attention over a row of trees by variable-length kernels: a node's queries, and gathered for them the keys of their path.
+"""Attention by variable-length kernels. Over a row of trees: a node's queries, and gathered for them the keys of their path. In a tower:
+its pictures, or windows of them, one after the other.
 
 Such a kernel is causal, with the last query of a segment at its last key, so that a sliding window reaches back along the path. A picture
 whose tokens see each other in both directions is a segment of a second call, which is not causal and ends with the picture.
@@ -8,26 +9,26 @@ Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S se
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cfvlm_ds.models.forest import Forest, Sight
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, tuple[int, int]], Tensor]
-"""(query [T, H, D], key and value [gathered, J, D], where queries and keys of each segment begin [S + 1] int32, longest of each, how many
-keys a query sees before and after its own, -1 for all) -> [T, H, D]."""
+Kernel = Callable[..., Tensor]
+"""(how many keys a query sees before and after its own, -1 for all; scale; query [T, H, D], key and value [gathered, J, D], where queries
+and keys of each segment begin [S + 1] int32, longest of each) -> [T, H, D]."""
 
 
-_Call = tuple[Tensor | None, Tensor, Tensor, Tensor, int, int, tuple[int, int]]
-"""Places in the row of a call's queries (None: all of them, in order) and keys, and what the kernel takes besides."""
-
-
-def _calls(forest: Forest, sight: Sight) -> tuple[list[_Call], Tensor | None]:
-    """What the kernel is called with; each token's place in what the calls give, one after the other, if that is not its own."""
+def _calls(forest: Forest, sight: Sight) -> tuple[list[Any], Tensor | None]:
+    """Places in the row of each call's queries (None: all of them, in order) and keys, and what the kernel takes besides; each token's
+    place in what the calls give, one after the other, if that is not its own."""
     blocks = dict(forest.blocks) if sight.blocks else {}
     causal, whole = list[tuple[int, int, int]](), list[tuple[int, int, int]]()  # (node, begin, end)
     for node in range(len(forest.lengths)):
@@ -46,7 +47,7 @@ def _calls(forest: Forest, sight: Sight) -> tuple[list[_Call], Tensor | None]:
     return calls, torch.tensor([place for _, begin, end in causal + whole for place in range(begin, end)]).argsort()
 
 
-def _call(forest: Forest, segments: list[tuple[int, int, int]], window: int | None, reach: tuple[int, int]) -> _Call:
+def _call(forest: Forest, segments: list[tuple[int, int, int]], window: int | None, reach: tuple[int, int]) -> Any:
     queries, keys = [torch.arange(begin, end) for _, begin, end in segments], []
     for node, begin, end in segments:
         path = [torch.arange(forest.starts[each], forest.starts[each + 1]) for each in forest.ancestors[node]]
@@ -60,38 +61,88 @@ def _call(forest: Forest, segments: list[tuple[int, int, int]], window: int | No
     return torch.cat(queries), torch.cat(keys), begins(queries), begins(keys), longest, most, reach
 
 
-def _attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, forest: Forest, sight: Sight) -> Tensor:
+def _attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
+    """Query [1, H, T, D], key and value [1, J, T, D] -> [1, T, H, D]."""
     calls, back = forest.on(_calls, query.device, sight)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     outputs = [
-        kernel(q if queries is None else q.index_select(0, queries), k.index_select(0, keys), v.index_select(0, keys), *rest)
-        for queries, keys, *rest in calls
+        kernel(reach, scale, q if queries is None else q.index_select(0, queries), *(t.index_select(0, keys) for t in (k, v)), *rest)
+        for queries, keys, *rest, reach in calls
     ]
     return (outputs[0] if back is None else torch.cat(outputs).index_select(0, back)).unsqueeze(0)
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """By flash-attn's kernel. Query [1, H, T, D], key and value [1, J, T, D] -> [1, T, H, D]."""
-    from flash_attn import flash_attn_varlen_func
+def _flash(window: tuple[int, int], scale: float, *segments: Any) -> Any:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from flash_attn_interface import flash_attn_varlen_func  # version 3, which is called alike
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, q_max: int, k_max: int, window: tuple[int, int]) -> Tensor:
-        options = {"causal": window[1] == 0, "window_size": window if window[0] >= 0 else (-1, -1)}
-        out: Tensor = flash_attn_varlen_func(q, k, v, q_at, k_at, q_max, k_max, softmax_scale=scale, **options)
-        return out
-
-    return _attend(kernel, query, key, value, forest, sight)
+    reach = window if window[0] >= 0 else (-1, -1)
+    return flash_attn_varlen_func(*segments, softmax_scale=scale, causal=window[1] == 0, window_size=reach)
 
 
-def varlen(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """The same by torch's own kernel."""
+def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": scale}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before, it took fewer heads of keys unasked
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    grouped = segments[0].shape[1] != segments[1].shape[1]
+    return varlen_attn(*segments, scale=scale, window_size=window, enable_gqa=grouped)
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, q_max: int, k_max: int, window: tuple[int, int]) -> Tensor:
-        out: Any = varlen_attn(q, k, v, q_at, k_at, q_max, k_max, window_size=window, **options)
-        return out
 
-    return _attend(kernel, query, key, value, forest, sight)
+def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tensor, at: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
+    """Segments that see themselves as a whole, padded to the longest; nothing waits for the device to learn their lengths."""
+    tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
+    places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
+    query, key, value = (each[places.clamp(max=len(q) - 1)].transpose(1, 2) for each in (q, k, v))
+    seen = (places < at[1:].unsqueeze(1))[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+    segment = torch.searchsorted(at[1:], tokens, right=True)
+    return out.transpose(1, 2).flatten(0, 1)[segment * longest + tokens - at[segment]]
+
+
+KERNELS: dict[str, Kernel] = {"flash_attention_2": _flash, "varlen": _varlen, "sdpa": _padded}
+flash: Kernel = functools.partial(_attend, _flash)
+varlen: Kernel = functools.partial(_attend, _varlen)
+
+
+def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
+    """Whether kernels of flash attention take heads of these sizes. Gemma 4 has wider ones in its full layers."""
+    return dtype in (torch.float16, torch.bfloat16) and all(head <= 256 and head % 8 == 0 for head in heads)
+
+
+def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
+    """The first of KERNELS that is installed and takes these heads."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if not on_gpu or not takes(dtype, heads):
+        return "sdpa"
+    return "flash_attention_2" if is_flash_attn_2_available() or is_flash_attn_3_available() else "varlen" if has_varlen() else "sdpa"
+
+
+def has_varlen() -> bool:
+    """Whether torch's own kernel takes a scale and a window, which that of 2.10 does not."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def tower(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **options: Any,
+) -> Any:
+    """A tower's attention [B, H, T, D] -> [B, T, H, D]: torch's, but where the tower says where its pictures or windows begin."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    kernel = KERNELS[fastest(query.dtype, query.shape[-1:], query.device.type != "cpu")]
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    out = kernel((-1, -1), scaling, q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return out.unsqueeze(0), None

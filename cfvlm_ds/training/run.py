@@ -28,7 +28,7 @@ from cfvlm_ds.data.mixture import Order, shares_of
 from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.stored import is_store
 from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
-from cfvlm_ds.models import inputs_fingerprint
+from cfvlm_ds.models import attention, inputs_fingerprint
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import resume
@@ -124,13 +124,15 @@ def _run(config: RunConfig, world: World) -> None:
     with heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s) as pulse:
         importing = import_mlflow() if world.is_main and config.tracking.enabled else None
         ds_engine, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=start.data)
+        model = ds_engine.module.model
+        world.say(f"attention: {attention(config.model.attn_implementation, model.config, model.dtype)}")
         num_workers = forkable(config.data.workers, importing)
-        _checked(config, world, refuse_nonfinite, ds_engine.module.model, config.model.name_or_path)
+        _checked(config, world, refuse_nonfinite, model, config.model.name_or_path)
         collator = _with_features(config, world, ds_engine, collator, data, pulse, num_workers)
         trainer = Trainer(config, world, ds_engine, collator, data, sampler, state, total_steps, pulse, num_workers)
         if start.found is not None:
             _restore(config, world, ds_engine, state, start, sampler)
-            _checked(config, world, refuse_nonfinite, ds_engine.module.model, str(start.found))
+            _checked(config, world, refuse_nonfinite, model, str(start.found))
         state.note(record=start.complete_record(config, world))
         with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
             _check_scores(config, world, ds_engine, collator, data, sampler)

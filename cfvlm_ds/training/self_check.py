@@ -106,7 +106,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
             cells += [_compared(forward, model, packed, place) for place in more]
             worst = _largest([cell.off / cell.tokens for cell in cells], world)
             allowed = max(bound, worst * _SPREADS / _spreads(forward, model, cells, dtype, world))
-    backend = attention(config.model.attn_implementation, model.config)
+    backend = attention(config.model.attn_implementation, model.config, dtype)
     if not worst <= allowed:
         other = "" if backend == "sdpa" else "use sdpa, or "
         raise ConfigError(

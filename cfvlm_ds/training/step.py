@@ -186,7 +186,7 @@ class OptimizerStep:
                 if last:
                     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
                 # DeepSpeed takes no step whose gradient's global norm is not finite: the last loss is so on every rank or on none.
-                backward(loss * torch.nan if last and not finite else loss)
+                backward(loss * torch.where(finite > 0, 1.0, torch.nan) if last else loss)
                 measured.append(self._measured(micro_batch, scores, loss.detach() / world.size, shares, balance))
             engine.step()
         return measured, bool(finite)

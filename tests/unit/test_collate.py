@@ -607,7 +607,7 @@ def test_bf16_states_have_fp32_logits(make: Any, narrow: Scorer, groups: list[Co
         rounded = narrow.model.lm_head(states[0])
     chosen, targets = logits[inputs["predicted_by"]], inputs["targets"]
     assert rounded.dtype == torch.bfloat16 and found.dtype == torch.float32
-    assert len(states[0]) == inputs["scored"].sum() < inputs["scored"].numel(), "the output head runs on scored positions only"
+    assert len(states[0]) == len(inputs["scored"]) < inputs["input_ids"].numel(), "the output head runs on scored positions only"
     torch.testing.assert_close(found, chosen.log_softmax(-1).gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=1e-6)
     assert (found - token_logprobs(rounded[inputs["predicted_by"]], targets)).abs().max() > 1e-3
     assert torch.equal(found, token_logprobs(chosen, targets))

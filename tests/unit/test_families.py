@@ -37,6 +37,7 @@ from cfvlm_ds.evaluation.suite.item_check import token_lengths
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, load_model, load_processor
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
+from cfvlm_ds.models.visual_token_limits import patches
 from cfvlm_ds.objectives import Align, denominators, weighted_loss
 
 UNLIKE = (
@@ -451,7 +452,7 @@ def test_limits_bound_the_visual_tokens(folder: Path, scorer: Scorer, collator: 
     least = {"gemma4": 70, "mistral3": 4}.get(
         scorer.model.config.model_type, 2
     )  # visual tokens; Gemma 4 has budgets, and the first of them
-    options = {"max_pixels": least * side**2} if "max_pixels" in family.limited_by else {"max_tiles": 1 if family.one_tensor else 2}
+    options = {"max_pixels": least * side**2} if "max_pixels" in family.limited_by else {"max_tiles": 1 if family.limit is patches else 2}
     if least == 70:
         collator = load_collator(configured(folder, max_pixels=2 * least * side**2), "full")
     tight = configured(folder, **options)

@@ -14,13 +14,14 @@ from test_attention import FORESTS, NARROWED, SEVERAL_BLOCKS, call, dense, input
 from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.variable_length import has_varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BACKENDS = [
     "sdpa",
     pytest.param(
         "varlen",
-        marks=pytest.mark.skipif(importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="needs torch 2.10 or newer"),
+        marks=pytest.mark.skipif(not has_varlen(), reason="needs torch 2.11 or newer"),
     ),
     "flex",
     pytest.param(

@@ -155,11 +155,27 @@ def test_flash_attention_without_the_package_is_refused_with_the_install_line(mo
         attention("varlen")
 
 
-@pytest.mark.parametrize(("cuda", "package", "expected"), [(True, True, "flash_attention_2"), (True, False, "sdpa"), (False, True, "sdpa")])
-def test_auto_attention(cuda: bool, package: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cuda", "package", "options", "expected"),
+    [
+        (True, True, {}, "flash_attention_2"),
+        (True, False, {}, "varlen"),
+        (False, True, {}, "sdpa"),
+        (True, True, {"dtype": torch.float32}, "sdpa"),
+        (True, True, {"model_config": LlavaConfig(text_config=LlamaConfig(hidden_size=48, num_attention_heads=4))}, "sdpa"),
+    ],
+)
+def test_auto_attention(cuda: bool, package: bool, options: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of flash attention take half precision and heads of a multiple of 8; torch's is used if it takes a scale and a window."""
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: package)
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    assert attention("auto") == expected
+    assert attention("auto", **options) == expected
+    if expected == "sdpa" and options:
+        with pytest.raises(ConfigError, match="flash_attention_2 takes half precision and heads of at most 256, a multiple of 8"):
+            attention("flash_attention_2", **options)
+    if expected == "varlen":  # in torch 2.10
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
+        assert attention("auto") == "sdpa"
 
 
 # Freezing -----------------------------------------------------------------------------------------------------------------------------

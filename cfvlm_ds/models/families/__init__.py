@@ -12,10 +12,10 @@ from cfvlm_ds.models.families.idefics import IDEFICS
 from cfvlm_ds.models.families.internvl import INTERNVL
 from cfvlm_ds.models.families.llava import LLAVA, NEXT, ONEVISION
 from cfvlm_ds.models.families.mistral import MISTRAL_3
-from cfvlm_ds.models.families.qwen import QWEN_3_5, QWEN_VL
+from cfvlm_ds.models.families.qwen import QWEN_3_5, QWEN_3_VL, QWEN_VL
 from cfvlm_ds.models.family import Family
 
-_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, QWEN_3_5, INTERNVL, IDEFICS, GEMMA_3, GEMMA_4, MISTRAL_3, GLM_4V, AYA, COMMAND)
+_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, QWEN_3_VL, QWEN_3_5, INTERNVL, IDEFICS, GEMMA_3, GEMMA_4, MISTRAL_3, GLM_4V, AYA, COMMAND)
 FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
 
 

@@ -54,7 +54,6 @@ GEMMA_3 = Family(
     vision_tower=("model.vision_tower",),
     projector=("model.multi_modal_projector",),
     language_model=("model.language_model", "lm_head"),
-    one_tensor=True,
     unused=pooled_output,
     around=("\n\n", "\n\n"),
     whole_pictures=lambda config: "everywhere",

@@ -10,7 +10,6 @@ INTERNVL = Family(
     vision_tower=("model.vision_tower",),
     projector=("model.multi_modal_projector",),
     language_model=("model.language_model", "lm_head"),
-    one_tensor=True,
     limit=patches,
     limited_by=("max_tiles",),
 )

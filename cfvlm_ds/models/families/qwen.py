@@ -5,16 +5,21 @@ In Qwen3.5 three of four layers are gated delta nets, which start each text from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
-from transformers.vision_utils import get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.family import Family
@@ -48,8 +53,36 @@ def out_of_windows(model: Any, projected: Tensor, rows: Sequence[int], inputs: d
     return projected[order.argsort().to(projected.device)]
 
 
+def of_tower(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
+    """What the tower derives from its grids, as the library does."""
+    vision = config.vision_config
+    merge, begins = vision.spatial_merge_size, get_vision_cu_seqlens(grids)
+    found = {"position_ids": get_vision_position_ids(grids, merge), "cu_seqlens": begins, "max_seqlen": int(begins.diff().max())}
+    if hasattr(vision, "window_size"):
+        found["window_index"], windows = get_vision_window_index(grids, merge, vision.window_size, vision.patch_size)
+        found |= {"cu_window_seqlens": windows, "max_window_seqlen": int(windows.diff().max())}
+    if hasattr(vision, "num_position_embeddings"):
+        side = int(vision.num_position_embeddings**0.5)
+        options = {"mode": "bilinear", "align_corners": True, "spatial_merge_size": merge}
+        found["interp_indices"], found["interp_weights"] = get_vision_interpolation_indices_and_weights(grids, side, **options)
+    return {f"image_{name}": value for name, value in found.items()}
+
+
+def add_at_places(model: nn.Module) -> None:
+    """Let the language model add features to layers at the ``places`` of visual tokens; those of an ordinary row are a mask."""
+    text: Any = model.get_submodule("model.language_model")
+    library: Callable[..., Tensor] = type(text)._deepstack_process
+
+    def add(hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
+        if places.dtype == torch.bool:
+            return library(text, hidden, places, features)
+        return hidden.index_add(1, places, features.to(hidden.dtype).unsqueeze(0))
+
+    text._deepstack_process = add
+
+
 QWEN_VL = Family(
-    model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    model_types=("qwen2_vl", "qwen2_5_vl"),
     vision_tower=("model.visual",),
     projector=("model.visual.deepstack_merger_list", "model.visual.merger"),
     language_model=("model.language_model", "lm_head"),
@@ -57,11 +90,13 @@ QWEN_VL = Family(
     per_image=("image_grid_thw",),
     grid="image_grid_thw",
     positions=m_rope,
+    from_grids=of_tower,
     arrange=out_of_windows,
     limit=pixels,
     limited_by=("min_pixels", "max_pixels"),
 )
 
+QWEN_3_VL = replace(QWEN_VL, model_types=("qwen3_vl", "qwen3_vl_moe"), take_trees=add_at_places)
 QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("model.visual.merger",), take_trees=fork_states)
 
 
