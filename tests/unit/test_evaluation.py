@@ -323,7 +323,7 @@ def test_ranks_share_the_groups_and_agree(
     num: int, batch_size: int, ranks: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Ranks as threads: as many forwards on each, also where the groups run out; the same whole list on every rank."""
+    """Ranks as threads with a model each: as many forwards on each, also where the groups run out; the same whole list on every rank."""
     barrier, parts, calls, results, found_losses = threading.Barrier(ranks, timeout=60), {}, [0] * ranks, {}, {}
     shares: dict[int, int] = {}
 
@@ -339,10 +339,12 @@ def test_ranks_share_the_groups_and_agree(
     for module in (scoring, losses):
         monkeypatch.setattr(module, "gather_objects", gather)
 
+    models = [copy.deepcopy(scorer) for _ in range(ranks)]
+
     def work(rank: int) -> None:
         def forward(**inputs: Any) -> torch.Tensor:
             calls[rank] += 1
-            return scorer(**inputs)
+            return models[rank](**inputs)
 
         world = World(rank, ranks, rank, torch.device("cpu"))
         loss = EvaluationLoss(TERMS)
