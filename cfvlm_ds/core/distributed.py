@@ -122,7 +122,7 @@ def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tens
 
 
 def all_reduce_rate(device: torch.device) -> float:
-    """Add 256 MiB (on CPUs 16) over all ranks, after a first time that connects them.
+    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks, after one that connects them.
 
     Returns the slowest rank's bus bandwidth in GB/s, as nccl-tests define it: 2 (n - 1) / n bytes sent for each that is added. Raises
     RuntimeError where the sum is wrong.

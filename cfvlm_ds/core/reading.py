@@ -122,8 +122,10 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text as YAML 1.2 has it: 1e-5 is a number; off, 1:30 and a date are texts. Raises ValueError for what is none and
-    for a value within itself, DuplicateKey naming key and lines."""
+    """Parse a YAML 1.2 text: 1e-5 is a number; off, 1:30 and dates are strings.
+
+    Raises ValueError for broken YAML and for a value within itself, DuplicateKey naming key and lines.
+    """
     import yaml
 
     class Once(yaml.SafeLoader):

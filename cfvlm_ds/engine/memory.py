@@ -15,13 +15,13 @@ from cfvlm_ds.models.chunked_logprobs import LOGITS
 
 
 def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
-    """Whether ``optimizer`` states and ``param``, the weights, are kept elsewhere than on the GPU."""
+    """Tell whether ``optimizer`` states and weights (``param``) are offloaded from the GPU."""
     zero = ds_config.get("zero_optimization", {})
     return {name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")}
 
 
 def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, gpus_per_node: int) -> tuple[int, int]:
-    """Bytes per GPU, and of host memory per node, of weights, gradients and optimizer states in mixed precision."""
+    """Estimate weights, gradients and optimizer states in mixed precision: bytes per GPU, and bytes of host memory per node."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     away, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
@@ -38,7 +38,7 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
 
 
 def attention_without_data() -> str:
-    """Register an attention for a model on the meta device, which keeps what flash attention keeps; its name in transformers."""
+    """Register an attention for models on the meta device that keeps what flash attention keeps, and return its name in transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register("no_data", _attention)
@@ -46,10 +46,10 @@ def attention_without_data() -> str:
 
 
 def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute: bool) -> dict[str, int]:
-    """Bytes per GPU that a forward and backward over so many tokens takes besides ``model_states``, by what they are for.
+    """Estimate what a forward and backward over ``tokens`` tokens adds to ``model_states``: bytes per GPU, by purpose.
 
-    The model is on the meta device with ``attention_without_data``; ``recompute`` is gradient checkpointing. A tower that trains is not in
-    it: a frozen one works before the language model does, and keeps nothing.
+    The model is on the meta device with ``attention_without_data``; ``recompute`` is gradient checkpointing. A tower that trains is not
+    counted. A frozen tower runs before the language model and keeps nothing.
     """
     zero = ds_config.get("zero_optimization", {})
     found = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
@@ -60,13 +60,15 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
 
 
 _LOGIT_BYTES = 12
-"""A logit in bfloat16, in float32, and its gradient in both."""
+"""A logit, its probability and its gradient, in float32."""
 _CONTEXT = 3 << 29
 
 
 def activations(model: Any, tokens: int, recompute: bool) -> int:
-    """Bytes at the peak of the language model's forward and backward over so many tokens; weights, and gradients of weights once they are
-    whole, are not counted. Model and ``recompute`` are those of ``working_memory``."""
+    """Measure the peak of the language model's forward and backward over ``tokens`` tokens, in bytes.
+
+    Weights and their finished gradients are not counted. ``model`` and ``recompute`` are as in ``working_memory``.
+    """
     if recompute:
         recompute_activations(model)
     else:

@@ -163,7 +163,7 @@ BYTES_OF_4BIT = 0.5 + 4 / 64
 
 
 def linear_weights(model: Any, family: Family) -> int:
-    """The weights that ``quantisation`` loads in 4 bits: of the language model's linear layers, adapters and output head left out."""
+    """Count the weights that ``quantisation`` loads in 4 bits: the language model's linear layers without adapters and output head."""
     linear = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     named = ((f"{name}.weight", weight) for name, weight in linear if name != family.output_head)
     return sum(weight.numel() for name, weight in named if family.module_of(name) == "language_model" and not is_adapter(name))

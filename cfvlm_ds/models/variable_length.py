@@ -106,12 +106,12 @@ varlen: Kernel = functools.partial(_attend, _varlen)
 
 
 def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
-    """Whether kernels of flash attention take heads of these sizes. Gemma 4 has wider ones in its full layers."""
+    """Tell whether flash attention takes this dtype and these head sizes. Gemma 4 has wider heads in its full layers."""
     return dtype in (torch.float16, torch.bfloat16) and all(head <= 256 and head % 8 == 0 for head in heads)
 
 
 def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
-    """The first of KERNELS that is installed and takes these heads."""
+    """Name the first of KERNELS that is installed and takes these heads."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     if not on_gpu or not takes(dtype, heads):
@@ -120,7 +120,7 @@ def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
 
 
 def has_varlen() -> bool:
-    """Whether torch's own kernel takes a scale and a window, which that of 2.10 does not."""
+    """Tell whether torch's kernel takes a scale and a window. That of torch 2.10 does not."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn

@@ -46,7 +46,7 @@ def _modules(model: Any, config: RunConfig) -> Iterator[str]:
 
 
 def _memory(model: Any, config: RunConfig, ds_config: dict[str, Any]) -> Iterator[str]:
-    """Without a budget of tokens, of 8192 a forward; the images' prompts count as the texts do."""
+    """Report memory by number of GPUs. Without a token budget a forward has 8192 tokens, prompts and images included."""
     data, recompute = config.data, config.model.gradient_checkpointing
     tokens = data.max_tokens_per_forward or data.max_tokens_per_micro_batch or _TOKENS
     working = engine.working_memory(model, ds_config, tokens, recompute)

@@ -73,12 +73,10 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     """Open the stores of the training groups and evaluation splits; what is none yet is prepared by rank 0 (cfvlm_ds/data/prepare.py),
     unless it has more than ``most_rows`` groups.
 
-    A problem is raised on every rank: ConfigError when no training manifest is named, or a rank is lost, DataError for anything wrong with
+    A problem is raised on every rank: ConfigError when a rank is lost, DataError for anything wrong with
     a manifest, an image or a text.
     """
     data = config.data
-    if not data.train:
-        raise ConfigError("data.train is not set; give the manifest of your training groups")
     patience, train_sets, evaluation_sets = Patience(world), data.train_sets, data.evaluation_sets
     scan = Scan(patience.alive, shield_worker)
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
