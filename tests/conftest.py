@@ -27,7 +27,6 @@ from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.models.forest_attention import stock_attention
 
-pytest_plugins = ["budget"]
 REPO = Path(__file__).resolve().parent.parent
 PROMPT = "Describe the image."
 COLOURS = ("red", "green", "blue", "yellow")
@@ -49,10 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if sys.version_info < (3, 11) and (without := [item for item in items if "diffusers" in item.keywords]):
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if item not in without]
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        item.add_marker(pytest.mark.timeout(3600 if "long" in item.keywords else 600))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 class FileScheduling(LoadFileScheduling):

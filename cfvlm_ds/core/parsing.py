@@ -13,7 +13,7 @@ from cfvlm_ds.core.config import CFVLM, SECTIONS, ModelConfig, RunConfig, TrainC
 from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import sentences
-from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml
+from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml, yaml_of
 from cfvlm_ds.core.shipped import found, refuse_no_file
 from cfvlm_ds.core.strict import Given, build, dotted
 from cfvlm_ds.core.verbosity import VERBOSITY, asked
@@ -50,9 +50,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
             f"every objective that is named has weight 0 ({', '.join(named)}); name one with a weight, or none for the default"
         )
     if "print_config" in switches:
-        import yaml
-
-        print(yaml.safe_dump(resolved, sort_keys=False), end="")
+        print(yaml_of(resolved), end="")
         raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
     json_file, shows = found(built.deepspeed, "ds_configs"), asked("quiet" in switches, "verbose" in switches)

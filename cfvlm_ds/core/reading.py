@@ -152,6 +152,18 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"broken YAML {where}") from error
 
 
+def yaml_of(value: Any) -> str:
+    """Write a value as YAML that ``parse_yaml``, and a reader of YAML 1.1, read as the same."""
+    import yaml
+
+    class Quoting(yaml.SafeDumper):
+        pass
+
+    for name, form, begins in _YAML_VALUES:
+        Quoting.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"({form})\\Z"), list(begins))
+    return str(yaml.dump(value, Dumper=Quoting, sort_keys=False))
+
+
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming the key unless a ``decoder`` of its own reads it.
 

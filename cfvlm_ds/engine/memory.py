@@ -26,7 +26,8 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     away, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
     place = min(gpus, gpus_per_node), nodes
-    if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3:
         layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
         card, host = settings.states_of_stage_3(trained, layer, *place, away["optimizer"], away["param"])
         card += 0 if away["param"] else 2 * frozen // gpus
@@ -34,6 +35,8 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
     else:
         card, host = settings.states_of_stage_2(trained, *place, away["optimizer"])
         card += 2 * frozen
+        if stage < 2:  # gradients are whole on every GPU, summed in float32; without ZeRO the optimizer's states are, too
+            card += (4 if stage == 1 else 16) * trained * (gpus - 1) // gpus
     return card, host
 
 

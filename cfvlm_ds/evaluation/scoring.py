@@ -34,12 +34,18 @@ Forward = Callable[..., Tensor]
 class GroupScores:
     """One group's full score matrix: ``logp`` [I, C] and ``blank`` [C] (the texts on a blank image), in nats.
 
-    ``shuffled`` [C] are the texts on another group's image: empty if there is none, None if that was not requested.
+    ``shuffled`` [C] are the texts on another group's image: empty if there is none, None if that was not requested. A score that is not
+    finite becomes NaN, which wins no comparison.
     """
 
     logp: Tensor
     blank: Tensor
     shuffled: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, scores in vars(self).items():
+            if scores is not None:
+                object.__setattr__(self, name, scores.where(scores.isfinite(), torch.nan))
 
     @property
     def finite(self) -> bool:

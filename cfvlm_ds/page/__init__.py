@@ -222,7 +222,8 @@ def write_page(
     """
     final = refuse_foreign_folder(out)
     if total > MOST:
-        facts = [*facts, ("shown", f"the first {MOST} of {total}, which is what a browser takes; show fewer of them")]
+        facts = [*facts, ("shown", shown := f"the first {MOST} of {total}, which is what a browser takes; show fewer of them")]
+        say(f"note: {shown}")
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(runs=runs, number=_number)
     groups: list[dict[str, Any]] = []
@@ -249,10 +250,10 @@ def write_page(
             for name in _ASSETS:
                 shutil.copyfile(Path(__file__).with_name(name), folder / name)
             (folder / _MARKER).write_text(json.dumps({"schema": "cfpage/3"}))
-            shown = len(os.listdir(folder / "pictures"))
+            pictures = len(os.listdir(folder / "pictures"))
     except OSError as error:
         raise StorageError(f"{unwritten(out, error)}; what was there is unchanged; name another folder with --out") from error
-    return Written(final, len(groups), shown, problems)
+    return Written(final, len(groups), pictures, problems)
 
 
 def _number(value: float | None, signed: bool = False) -> str:

@@ -60,6 +60,10 @@ def _memory(model: Any, config: RunConfig, ds_config: dict[str, Any]) -> Iterato
         card -= saved
         yield f"{gpus:>6} {card / _GIB:>12.1f} {(card + sum(working.values())) / _GIB:>8.1f} {host / _GIB:>28.1f}"
     parts = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in working.items())
+    if config.model.vision_tower.tuning != "frozen":
+        yield "not counted: what the vision tower keeps, which trains"
+    if config.train.bf16 is False:
+        yield "all of it in bfloat16; train.bf16 is false, and weights and activations of float32 take twice as much"
     other = engine.activations(model, tokens, not recompute) / _GIB
     yield f"beside the states: {parts} GiB; activations {'without' if recompute else 'with'} gradient checkpointing: {other:.1f} GiB"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from cfvlm_ds import checkpoint
 from cfvlm_ds.core.config import RunConfig
@@ -19,6 +18,7 @@ from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import World, broadcast_object
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import update
+from cfvlm_ds.core.reading import yaml_of
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.data import GroupStore
@@ -43,7 +43,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
         "parameters": {name: {"total": total, "trainable": trains} for name, (total, trains) in counts.items()},
     }
     contents = {
-        run_dir / "config.yaml": yaml.safe_dump(masked(config.resolved), sort_keys=False),
+        run_dir / "config.yaml": yaml_of(masked(config.resolved)),
         run_dir / "ds_config.json": json.dumps(masked(ds_config), indent=2),
         run_dir / "environment.json": json.dumps(environment, indent=2),
         run_dir / "data.json": json.dumps(described(config, data), indent=2),

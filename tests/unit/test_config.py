@@ -491,6 +491,20 @@ def test_values_without_quotes_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     assert parse_config(["--model.name_or_path", "x", "--config", str(file)], OBJECTIVES).train.self_check == "off"
 
 
+def test_a_printed_configuration_reads_back_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts that are numbers or switches to YAML 1.1 or 1.2 are quoted."""
+    names = {"1e5": "a", "08": "b", "off": "c", "1_0": "d", "12e03": "e"}
+    given = "".join(f"    '{name}': {path}\n" for name, path in names.items())
+    (file := tmp_path / "a.yaml").write_text(f"data:\n  evaluation:\n{given}")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            parse_config(["--model.name_or_path", "1.e5", "--config", str(file), "--print_config"], OBJECTIVES)
+        file.write_text(capsys.readouterr().out)
+    run = parse_config(["--config", str(file)], OBJECTIVES)
+    assert (run.data.evaluation, run.model.name_or_path) == (names, "1.e5")
+    assert yaml.safe_load(file.read_text())["data"]["evaluation"] == names
+
+
 def test_an_option_given_in_a_wrong_way_is_refused_and_never_lost(tmp_path: Path) -> None:
     """What an attack found: values dropped, read as another value, or a traceback."""
     model = ["--model.name_or_path", "x"]

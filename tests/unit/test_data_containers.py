@@ -279,8 +279,22 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
 
     expected = [("a.png", "a picture called a"), ("b.png", "a picture called b")]
     assert read(pictures) == read(pictures / "*.png") == expected
-    (pictures / "a.txt").write_text("another caption")
-    assert read(pictures) == [("a.png", "another caption"), expected[1]]
+    (pictures / "a.txt").write_bytes(b"another\r\ncaption\r\n")
+    assert read(pictures) == [("a.png", "another\ncaption"), expected[1]]
+    for name in ("c.txt", "B.TXT", "metadata.csv"):
+        (pictures / name).write_text("a caption of nothing")
+        assert f"{name} would not be read" in refusal(pictures) and len(read(pictures / "*.png")) == 2
+        (pictures / name).unlink()
+    (pictures / "a.jpg").write_bytes((pictures / "a.png").read_bytes())
+    assert "a.txt is the caption of several pictures" in refusal(pictures)
+    (pictures / "a.jpg").unlink()
+    (tmp_path / "secret.txt").write_text("of somebody else")
+    (pictures / "c.png").write_bytes((pictures / "a.png").read_bytes())
+    (pictures / "c.txt").symlink_to(tmp_path / "secret.txt")
+    (problem,) = check_manifest(pictures).problems
+    assert "c.txt is a link out of the folder" in problem
+    for name in ("c.txt", "c.png"):
+        (pictures / name).unlink()
     (pictures / "b.txt").unlink()
     assert check_manifest(pictures).problems == [
         f"{pictures}: b.png, item 1: the picture has no caption in b.txt beside it; write one, or leave the picture out"

@@ -554,6 +554,9 @@ def test_scores_that_are_not_finite_are_counted_and_named(
     broken = replace(scores([[-1.0, -2.0], [-2.0, -1.0]]), shuffled=torch.tensor([torch.nan, torch.nan]))
     assert not broken.finite, "not taken for a group without a donor"
     assert accuracies([group()], [broken])[-1].comparisons["shuffled_pair"] == 2
+    for infinite in ([[-5.0, -torch.inf], [-torch.inf, -5.0]], [[torch.inf, -5.0], [-5.0, torch.inf]]):
+        of = accuracies([group()], [scores(infinite)])[-1]
+        assert set(of.metrics.values()) == {0.0}, "the warning says that they count as wrong"
 
 
 def test_memory_that_runs_out_is_explained(collator: Collator, groups: list[CounterfactualGroup]) -> None:

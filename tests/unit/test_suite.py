@@ -734,19 +734,6 @@ def test_scores_that_are_no_numbers_are_kept_counted_and_wrong(tmp_path: Path) -
     assert "scores of 1 items are not finite and count as wrong: 0" in omissions(read)[0]
 
 
-def test_a_comparison_with_an_infinite_score_is_the_same_after_it_was_read(tmp_path: Path) -> None:
-    """A text that a model thinks impossible loses, and one beside NaN does not win."""
-    lost, won = -math.inf, math.inf
-    outcomes = [
-        replace(each, seen=(seen,))
-        for each, seen in zip(rows([True] * 4), [(0.0, lost), (lost, 0.0), (won, 0.0), (0.0, math.nan)], strict=True)
-    ]
-    folder = written(tmp_path / "one", outcomes)
-    (found,) = compare_results(folder, folder)
-    assert found.before.metrics["seen"]["macro"] == 50 == found.differences["macro"].before
-    assert found.before.outcomes[:3] == tuple(outcomes[:3])
-
-
 def test_nothing_is_written_through_a_link(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "elsewhere").mkdir()

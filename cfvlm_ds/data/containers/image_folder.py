@@ -13,8 +13,15 @@ def picture_rows(path: Path) -> Rows:
     """The row of a picture, or a DataError in place of one without a caption."""
     text = path.with_suffix(".txt")
     try:
-        yield path.name, {"image": path.name, "caption": read_bytes(text, MAX_ROW).decode("utf-8-sig").strip()}
+        if not text.resolve().is_relative_to(path.parent.resolve()):
+            raise DataError(f"{text.name} is a link out of the folder; put the caption itself there")
+        caption = read_bytes(text, MAX_ROW).decode("utf-8-sig")
+        yield path.name, {"image": path.name, "caption": caption.replace("\r\n", "\n").strip()}
+    except DataError as error:
+        yield path.name, error
     except FileNotFoundError:
         yield path.name, DataError(f"the picture has no caption in {text.name} beside it; write one, or leave the picture out")
-    except (OSError, ValueError) as error:
+    except UnicodeDecodeError as error:
         yield path.name, DataError(f"{text.name} cannot be read ({error}); save it as UTF-8")
+    except (OSError, ValueError) as error:
+        yield path.name, DataError(f"{text.name} cannot be read ({error}); write the caption into a file of that name")

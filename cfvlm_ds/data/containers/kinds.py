@@ -123,6 +123,22 @@ def _compressed(file: Path) -> bool:
         return handle.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
 
 
+def _refuse_unread(path: Path, pictures: list[Path]) -> None:
+    """Raise DataError for captions of an image folder that belong to no picture, or to two, and for what it holds besides."""
+    texts = {each.with_suffix(".txt").name: each.name for each in pictures}
+    others = sorted(each.name for each in path.iterdir() if each.suffix.lower() == ".txt" and each.name not in texts)
+    others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]
+    others += sorted(each.name for each in path.iterdir() if each.is_dir() and any(map(_is_picture, each.iterdir())))
+    if others:
+        named = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
+        raise DataError(f"{path}: {named} would not be read beside captions in .txt files; move it, or name the pictures by {path}/*.png")
+    if len(texts) < len(pictures):
+        twice = next(each for each in pictures if texts[each.with_suffix(".txt").name] != each.name)
+        raise DataError(
+            f"{path}: {twice.with_suffix('.txt').name} is the caption of several pictures, such as {twice.name}; rename one of them"
+        )
+
+
 def _in_folder(path: Path) -> list[Path]:
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir())[:10])
@@ -140,6 +156,7 @@ def _in_folder(path: Path) -> list[Path]:
             return found
     pictures = sorted(filter(_is_picture, path.iterdir()))
     if any(each.with_suffix(".txt").is_file() for each in pictures):
+        _refuse_unread(path, pictures)
         return pictures
     below = sorted({each.parent for pattern in _IN_FOLDERS for each in path.glob(f"*/{pattern}")})
     hint = f"name {' or '.join(map(str, below[:3]))}, which has some" if below else "name the data file"

@@ -16,7 +16,7 @@ from cfvlm_ds.core.reading import MIB, counted_from, is_there
 from cfvlm_ds.data.containers.json_file import json_rows
 from cfvlm_ds.data.containers.kinds import LINES, container_of
 from cfvlm_ds.data.containers.prepared import Prepared, prepare, prepared_places
-from cfvlm_ds.data.containers.rows import rows_of
+from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
 from cfvlm_ds.data.lines import IndexedLines
 from cfvlm_ds.data.rows import LineRows, Rows, half_of_character
 
@@ -43,7 +43,8 @@ class ListRows:
         if isinstance(value, DataError):
             return DataError(f"{self.where(row)}: {value}")
         try:
-            json.dumps(value, ensure_ascii=False, default=_raised).encode()
+            if len(json.dumps(value, ensure_ascii=False, default=_raised).encode()) > MAX_ROW:
+                return DataError(f"{self.where(row)}: the row has more than {MAX_ROW} bytes; split it")
         except DataError as error:  # in place of an object within the row
             return DataError(f"{self.where(row)}: {error}")
         except UnicodeEncodeError as error:

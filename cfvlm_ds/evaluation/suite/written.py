@@ -114,7 +114,7 @@ def write_result(folder: Path, result: Result) -> None:
     try:
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
-                file.write(json.dumps(_finite(_row(outcome), infinite=True)).encode() + b"\n")
+                file.write(json.dumps(_finite(_row(outcome))).encode() + b"\n")
         replace(folder / RESULTS, (json.dumps(_finite(result.record), indent=1) + "\n").encode())
         (folder / SCORES).unlink(missing_ok=True)
     except OSError as error:
@@ -127,13 +127,13 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     return {name: value for name, value in every.items() if name not in ("item", "images") and value is not None}
 
 
-def _finite(value: Any, infinite: bool = False) -> Any:
-    """Replace numbers that JSON cannot write by null, or ``infinite`` scores by "inf" and "-inf", since they win and lose comparisons."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value) if infinite and value == value else None
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON cannot write by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(each, infinite) for key, each in value.items()}
-    return [_finite(each, infinite) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 # Reading ------------------------------------------------------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ def read_result(folder: Path) -> Result:
 
 
 def _outcome(row: Mapping[str, Any]) -> Outcome:
-    def scores(values: Sequence[float | str | None]) -> tuple[float, ...]:
-        return tuple(math.nan if value is None else float(value) for value in values)
+    def scores(values: Sequence[float | None]) -> tuple[float, ...]:
+        return tuple(math.nan if value is None else value for value in values)
 
     match = tuple(map(tuple, row["match"]))
     said = (tuple(row["texts"]), match, row["prompt"], row.get("listed", False), row["tags"], row["cluster"])
