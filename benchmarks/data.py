@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cfvlm_ds.core.distributed import apart
+from cfvlm_ds.core.distributed import isolated_rng
 from cfvlm_ds.core.files import remove
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_groups
 from cfvlm_ds.data.prepare import PrepareOptions, prepare
@@ -159,7 +159,7 @@ def starting(folder: Path, rows: str) -> dict[str, float]:
     groups, tokens = open_groups(folder / f"{rows}.store"), np.load(folder / f"{rows}.npy", mmap_mode="r")
     sampler = PackedSampler(tokens=tokens, max_tokens=8192, gradient_accumulation_steps=2, rank=0, world_size=4, seed=0)
     sampler.num_steps(1.0)
-    loader: Any = DataLoader(groups, batch_sampler=sampler, collate_fn=list, num_workers=1, generator=apart())  # type: ignore[arg-type]
+    loader: Any = DataLoader(groups, batch_sampler=sampler, collate_fn=list, num_workers=1, generator=isolated_rng())  # type: ignore[arg-type]
     next(iter(loader))
     return {"s": time.perf_counter() - began, "mb": private_mb() - before}
 
@@ -174,7 +174,7 @@ def reading(folder: Path, rows: str) -> dict[str, float]:
         collate_fn=len,
         num_workers=1,
         prefetch_factor=4,
-        generator=apart(),
+        generator=isolated_rng(),
     )
     batches = iter(loader)
     next(batches)
@@ -238,7 +238,7 @@ def consuming(folder: Path, *given: str) -> dict[str, float]:
         seed=0,
     )
     sampler.load_state_dict({**sampler.state_dict(), "samples_seen": first * STEP})
-    loader: Any = DataLoader(groups, batch_sampler=sampler, collate_fn=list, num_workers=1, generator=apart())  # type: ignore[arg-type]
+    loader: Any = DataLoader(groups, batch_sampler=sampler, collate_fn=list, num_workers=1, generator=isolated_rng())  # type: ignore[arg-type]
     with Path(given[5]).open("w", buffering=1) as out:
         for batch in islice(loader, last - first):
             out.write(",".join(group.id for group in batch) + "\n")

@@ -77,7 +77,7 @@ def options() -> str:
     from cfvlm_ds.objectives import OBJECTIVES
 
     tables = [_section(f"{name}.", section, None) for name, section in SECTIONS.items()]
-    return "\n".join(tables + [_section(f"objective.{name}.", term, "meaning") for name, term in OBJECTIVES.items()])
+    return "\n".join(tables + [_section(f"objective.{name}.", term, "confirm") for name, term in OBJECTIVES.items()])
 
 
 def _section(prefix: str, section: Any, kind: str | None) -> str:
@@ -90,15 +90,15 @@ def _section(prefix: str, section: Any, kind: str | None) -> str:
     for option in dataclasses.fields(section):
         if option.name not in said:
             raise PluginError(f"{section.__name__}.{option.name} has no sentence under Args, and the reference of options needs one")
-        hint, own = hints[option.name], option.metadata.get("kind") or kind
+        hint, own = hints[option.name], option.metadata.get("on_resume") or kind
         nested = next(filter(dataclasses.is_dataclass, _parts(hint)), None)
         kinds = {typing.get_origin(part) for part in _parts(hint)}  # several by name, or in a list
         several = "NAME." if dict in kinds else f"{nested.__name__.upper()}." if nested and list in kinds else ""
         if nested:
             inside.append(_section(f"{prefix}{option.name}.{several}", nested, own))
         if not nested or several:
-            rows.append(_row(prefix, option, hint, said[option.name], own or "bookkeeping"))
-    table = "| option | type | default | range | class | |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
+            rows.append(_row(prefix, option, hint, said[option.name], own or "ignored"))
+    table = "| option | type | default | range | on resume | |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
     return f"### {prefix.rstrip('.')}\n\n{_plain(inspect.getdoc(section).split('Args:')[0])}\n\n{table}\n" + "\n".join(inside)
 
 

@@ -22,7 +22,7 @@ from cfvlm_ds.batching.batch import on_device
 from cfvlm_ds.batching.image_source import ImageFiles, PictureKey
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.config import ModelConfig
-from cfvlm_ds.core.distributed import World, apart, broadcast_object, cores_per_rank, gather_objects
+from cfvlm_ds.core.distributed import World, broadcast_object, cores_per_rank, gather_objects, isolated_rng
 from cfvlm_ds.core.errors import DataError, StorageError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
@@ -107,7 +107,7 @@ def _fill(
         collate_fn=_preparing(files),
         num_workers=num_workers,
         worker_init_fn=shield_worker,
-        generator=apart(),
+        generator=isolated_rng(),
     )
     sizes, unreadable = {}, {}
     problem: str | None = None

@@ -124,9 +124,9 @@ def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring:
     root, folder = Path(str(asking.benchmark_root)), Path(str(out))
     if folder.resolve() == root.resolve():
         raise ConfigError(f"--out {out} is the folder of the benchmarks, whose files results would lie among; name another one")
-    from cfvlm_ds.core.distributed import Patience, agreed, default_workers
-    from cfvlm_ds.evaluation.suite.asked import MAX_TOKENS, Settings, evaluate_benchmarks, results_held
-    from cfvlm_ds.evaluation.suite.chosen import choose, load_items
+    from cfvlm_ds.core.distributed import ProgressBarrier, default_workers, run_on_rank0
+    from cfvlm_ds.evaluation.suite.runner import MAX_TOKENS, Settings, evaluate_benchmarks, results_held
+    from cfvlm_ds.evaluation.suite.selection import choose, load_items
     from cfvlm_ds.evaluation.suite.tables import omissions, overview, summary
     from cfvlm_ds.models import adapter_fingerprint, fingerprint
 
@@ -135,17 +135,17 @@ def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring:
     model, adapter = model_named(name, limits)
     world, skip = joined(scoring.zero3), asking.on_error == "skip"
     with results_held(folder, world):
-        patience = Patience(world)
+        barrier = ProgressBarrier(world)
 
         def identity() -> dict[str, str]:
-            found = fingerprint(model, patience.alive, world.say)
-            return found if adapter is None else found | {"adapter": adapter_fingerprint(adapter, patience.alive)}
+            found = fingerprint(model, barrier.alive, world.say)
+            return found if adapter is None else found | {"adapter": adapter_fingerprint(adapter, barrier.alive)}
 
         loaded = {
-            each.name: agreed(world, partial(load_items, each, world.say, limit=scoring.limit, skip=skip), patience)
+            each.name: run_on_rank0(world, partial(load_items, each, world.say, limit=scoring.limit, skip=skip), barrier)
             for each in {each.name: each for each in chosen}.values()
         }
-        weights = agreed(world, identity, patience)
+        weights = run_on_rank0(world, identity, barrier)
         scorer, collator, world = load_scorer(model, adapter, max_pixels=max_pixels, world=world, zero3=scoring.zero3)
         settings = Settings(
             batch_size=scoring.batch_size,
@@ -176,8 +176,8 @@ def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
     """
     from cfvlm_ds.core.secrets import without_secrets
     from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
+    from cfvlm_ds.evaluation.suite.results import RESULTS, read_results
     from cfvlm_ds.evaluation.suite.tables import logged
-    from cfvlm_ds.evaluation.suite.written import RESULTS, read_results
     from cfvlm_ds.tracking import going_on, open_tracker
 
     results, metrics = read_results(out), dict[str, float]()
@@ -204,7 +204,7 @@ def _asked(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, ident
     import torch
 
     from cfvlm_ds.evaluation.generation import write, writing_digest
-    from cfvlm_ds.evaluation.suite.asked import Asked
+    from cfvlm_ds.evaluation.suite.runner import Asked
     from cfvlm_ds.models import attention
 
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32

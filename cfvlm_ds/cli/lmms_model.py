@@ -13,7 +13,7 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.evaluation.lmms_requests import Answers
-from cfvlm_ds.evaluation.suite.asked import MAX_TOKENS
+from cfvlm_ds.evaluation.suite.runner import MAX_TOKENS
 
 try:
     from lmms_eval.api.instance import GenerationResult

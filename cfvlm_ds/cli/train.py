@@ -66,10 +66,10 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
 def build_once(config: BuildConfig, world: World) -> None:
     """``build`` on rank 0; all ranks call it, and wait as long as it gets on. What it raises about its options is raised on all of them."""
-    from cfvlm_ds.core.distributed import Patience, agreed
+    from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
 
-    patience = Patience(world)
-    agreed(world, lambda: build(config, patience.alive), patience)
+    barrier = ProgressBarrier(world)
+    run_on_rank0(world, lambda: build(config, barrier.alive), barrier)
 
 
 def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cfvlm_ds.core.data_config import DataConfig
-from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, bookkeeping, fixed, meaning, speed
+from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 from cfvlm_ds.core.verbosity import Shows
 
 CFVLM = ("align", "csd", "fcd")
@@ -29,8 +29,8 @@ class ModuleConfig:
         learning_rate: the module's own peak learning rate; ``train.learning_rate`` when not given.
     """
 
-    tuning: Literal["full", "lora", "frozen"] = fixed("full")
-    learning_rate: float | None = meaning(None, within=FINITE)
+    tuning: Literal["full", "lora", "frozen"] = option("full", on_resume="refuse")
+    learning_rate: float | None = option(None, within=FINITE, on_resume="confirm")
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class LoraConfig:
         rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
-    rank: int = fixed(16, within=(1, 1e6))
-    alpha: float = meaning(32.0)
-    dropout: float = meaning(0.0, within=SHARE)
-    dora: bool = fixed(False)
-    rslora: bool = meaning(False)
-    load_in_4bit: bool = fixed(False)
+    rank: int = option(16, within=(1, 1e6), on_resume="refuse")
+    alpha: float = option(32.0, on_resume="confirm")
+    dropout: float = option(0.0, within=SHARE, on_resume="confirm")
+    dora: bool = option(False, on_resume="refuse")
+    rslora: bool = option(False, on_resume="confirm")
+    load_in_4bit: bool = option(False, on_resume="refuse")
 
     @property
     def scaling(self) -> float:
@@ -77,12 +77,12 @@ class ModelConfig:
         lora: the adapters of the modules that are tuned by them.
     """
 
-    name_or_path: str = bookkeeping("")
-    attn_implementation: str = speed("auto")
-    gradient_checkpointing: bool = speed(False)
-    min_pixels: int | None = meaning(None, within=AT_LEAST_ONE)
-    max_pixels: int | None = meaning(None, within=AT_LEAST_ONE)
-    max_tiles: int | None = meaning(None, within=AT_LEAST_ONE)
+    name_or_path: str = option("", on_resume="ignored")
+    attn_implementation: str = option("auto", on_resume="free")
+    gradient_checkpointing: bool = option(False, on_resume="free")
+    min_pixels: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
+    max_pixels: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
+    max_tiles: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
     vision_tower: ModuleConfig = field(default_factory=ModuleConfig)
     projector: ModuleConfig = field(default_factory=ModuleConfig)
     language_model: ModuleConfig = field(default_factory=ModuleConfig)
@@ -163,44 +163,44 @@ class TrainConfig:
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
     """
 
-    output_dir: str = bookkeeping("runs/default")
-    per_device_train_batch_size: int | None = speed(None, within=(1, 1e6))
-    gradient_accumulation_steps: int = speed(1, within=(1, 1e6))
-    per_device_eval_batch_size: int = speed(16, within=(1, 1e6))
-    learning_rate: float = meaning(1e-5, within=FINITE)
-    weight_decay: float = meaning(0.0, within=FINITE)
-    adam_beta1: float = meaning(0.9, within=(0, math.nextafter(1, 0)))
-    adam_beta2: float = meaning(0.999, within=(0, math.nextafter(1, 0)))
-    adam_epsilon: float = meaning(1e-8, within=SHARE)
-    max_grad_norm: float = meaning(1.0, within=FINITE)
-    router_balance: float = meaning(0.0, within=FINITE)
-    hard_negatives: int | None = meaning(None, within=AT_LEAST_ONE)
-    lr_scheduler_type: str = meaning("cosine")
-    warmup_ratio: float = meaning(0.03, within=SHARE)
-    num_train_epochs: float = meaning(1.0, within=(1e-6, 1e6))
-    max_steps: int = meaning(-1, within=(-1, 1e9))
-    seed: int = fixed(0, within=(0, 2**32 - 1))
-    bf16: Literal["auto", True, False] = meaning("auto")
-    logging_steps: int = bookkeeping(10, within=AT_LEAST_ONE)
-    eval_steps: int = bookkeeping(0, within=COUNT)
-    eval_on_start: bool = bookkeeping(False)
-    eval_shuffled: bool = bookkeeping(True)
-    save_steps: int = bookkeeping(500, within=COUNT)
-    save_minutes: float = bookkeeping(0.0, within=(0, 1e8))
-    save_total_limit: int = bookkeeping(2, within=COUNT)
-    save_keep_every: int = bookkeeping(0, within=COUNT)
-    save_best: str | None = bookkeeping(None)
-    resume: str = bookkeeping("auto")
-    resume_changes: Literal["refuse", "allow"] = bookkeeping("refuse")
-    on_nonfinite: Literal["stop", "skip"] = bookkeeping("stop")
-    stop_margin_s: float = bookkeeping(120.0, within=(0, 1e8))
-    hang_timeout_s: float = bookkeeping(600.0, within=(0, 1e8))
-    self_check: Literal["error", "warn", "off"] = bookkeeping("error")
-    displacement_warning: float = bookkeeping(0.1)
-    retention: list[str] | None = bookkeeping(None)
-    figures: bool = bookkeeping(True)
-    export: bool = bookkeeping(True)
-    dry_run: bool = bookkeeping(False)
+    output_dir: str = option("runs/default", on_resume="ignored")
+    per_device_train_batch_size: int | None = option(None, within=(1, 1e6), on_resume="free")
+    gradient_accumulation_steps: int = option(1, within=(1, 1e6), on_resume="free")
+    per_device_eval_batch_size: int = option(16, within=(1, 1e6), on_resume="free")
+    learning_rate: float = option(1e-5, within=FINITE, on_resume="confirm")
+    weight_decay: float = option(0.0, within=FINITE, on_resume="confirm")
+    adam_beta1: float = option(0.9, within=(0, math.nextafter(1, 0)), on_resume="confirm")
+    adam_beta2: float = option(0.999, within=(0, math.nextafter(1, 0)), on_resume="confirm")
+    adam_epsilon: float = option(1e-8, within=SHARE, on_resume="confirm")
+    max_grad_norm: float = option(1.0, within=FINITE, on_resume="confirm")
+    router_balance: float = option(0.0, within=FINITE, on_resume="confirm")
+    hard_negatives: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
+    lr_scheduler_type: str = option("cosine", on_resume="confirm")
+    warmup_ratio: float = option(0.03, within=SHARE, on_resume="confirm")
+    num_train_epochs: float = option(1.0, within=(1e-6, 1e6), on_resume="confirm")
+    max_steps: int = option(-1, within=(-1, 1e9), on_resume="confirm")
+    seed: int = option(0, within=(0, 2**32 - 1), on_resume="refuse")
+    bf16: Literal["auto", True, False] = option("auto", on_resume="confirm")
+    logging_steps: int = option(10, within=AT_LEAST_ONE, on_resume="ignored")
+    eval_steps: int = option(0, within=COUNT, on_resume="ignored")
+    eval_on_start: bool = option(False, on_resume="ignored")
+    eval_shuffled: bool = option(True, on_resume="ignored")
+    save_steps: int = option(500, within=COUNT, on_resume="ignored")
+    save_minutes: float = option(0.0, within=(0, 1e8), on_resume="ignored")
+    save_total_limit: int = option(2, within=COUNT, on_resume="ignored")
+    save_keep_every: int = option(0, within=COUNT, on_resume="ignored")
+    save_best: str | None = option(None, on_resume="ignored")
+    resume: str = option("auto", on_resume="ignored")
+    resume_changes: Literal["refuse", "allow"] = option("refuse", on_resume="ignored")
+    on_nonfinite: Literal["stop", "skip"] = option("stop", on_resume="ignored")
+    stop_margin_s: float = option(120.0, within=(0, 1e8), on_resume="ignored")
+    hang_timeout_s: float = option(600.0, within=(0, 1e8), on_resume="ignored")
+    self_check: Literal["error", "warn", "off"] = option("error", on_resume="ignored")
+    displacement_warning: float = option(0.1, on_resume="ignored")
+    retention: list[str] | None = option(None, on_resume="ignored")
+    figures: bool = option(True, on_resume="ignored")
+    export: bool = option(True, on_resume="ignored")
+    dry_run: bool = option(False, on_resume="ignored")
 
     @property
     def micro_batch_size(self) -> int:
@@ -219,9 +219,9 @@ class TrackingConfig:
         run_name: run name; the output folder's name when not given.
     """
 
-    enabled: bool = bookkeeping(True)
-    experiment: str = bookkeeping("cfvlm_ds")
-    run_name: str | None = bookkeeping(None)
+    enabled: bool = option(True, on_resume="ignored")
+    experiment: str = option("cfvlm_ds", on_resume="ignored")
+    run_name: str | None = option(None, on_resume="ignored")
 
 
 @dataclass(frozen=True)
@@ -269,12 +269,12 @@ class TinyLlavaConfig:
     """
 
     out_dir: str
-    image_size: int = bookkeeping(48, within=(1, 1e4))
-    patch_size: int = bookkeeping(12, within=(1, 1e4))
-    hidden_size: int = bookkeeping(128, within=(1, 1e4))
-    vision_hidden_size: int = bookkeeping(64, within=(1, 1e4))
-    num_layers: int = bookkeeping(3, within=(1, 100))
-    vision_num_layers: int = bookkeeping(2, within=(1, 100))
+    image_size: int = option(48, within=(1, 1e4), on_resume="ignored")
+    patch_size: int = option(12, within=(1, 1e4), on_resume="ignored")
+    hidden_size: int = option(128, within=(1, 1e4), on_resume="ignored")
+    vision_hidden_size: int = option(64, within=(1, 1e4), on_resume="ignored")
+    num_layers: int = option(3, within=(1, 100), on_resume="ignored")
+    vision_num_layers: int = option(2, within=(1, 100), on_resume="ignored")
     seed: int = 0
 
 
@@ -288,9 +288,9 @@ class BuildConfig:
         base: folder for a copy of the package's pretrained small model, which knows the world's words and things.
     """
 
-    scenes: ScenesConfig | None = bookkeeping(None)
-    tiny_llava: TinyLlavaConfig | None = bookkeeping(None)
-    base: str | None = bookkeeping(None)
+    scenes: ScenesConfig | None = option(None, on_resume="ignored")
+    tiny_llava: TinyLlavaConfig | None = option(None, on_resume="ignored")
+    base: str | None = option(None, on_resume="ignored")
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tracking": TrackingConfig, "build": BuildConfig}

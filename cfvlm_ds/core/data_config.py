@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import ClassVar, Literal
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, bookkeeping, meaning, speed
+from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, option
 
 AUTO = "auto"
 """In place of a format: the one that the first row fits."""
@@ -34,7 +34,7 @@ class DataSet:
     path: str
     root: list[str] | str | None = None
     format: str | None = None
-    limit: int | None = meaning(None, within=AT_LEAST_ONE)
+    limit: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Source(DataSet):
         "is not a manifest; give FILE, or a list of {path: FILE, weight: NUMBER, root: FOLDER, format: NAME} with any of the last three"
     )
     name: str | None = None
-    weight: float | None = meaning(None, within=(1e-9, 1e9))
+    weight: float | None = option(None, within=(1e-9, 1e9), on_resume="confirm")
     objectives: list[str] | None = None
     scores: str | None = None
 
@@ -116,20 +116,20 @@ class DataConfig:
             never runs. Every rank must see it; runs may share it. docs/families.md says how large it gets.
     """
 
-    train: list[Source] | str = bookkeeping("")
-    stopping_strategy: Literal["all_exhausted", "first_exhausted"] = meaning("all_exhausted")
-    evaluation: dict[str, str | EvaluationSet] = bookkeeping(default_factory=dict)
-    format: str = bookkeeping(AUTO)
-    root: list[str] | str | None = bookkeeping(None)
-    scores: str | None = bookkeeping(None)
-    max_pixels: int = bookkeeping(50_000_000, within=AT_LEAST_ONE)
-    check: Literal["full", "rows"] = bookkeeping("full")
-    on_error: Literal["error", "skip"] = bookkeeping("error")
-    max_skipped: int = bookkeeping(10, within=COUNT)
-    num_workers: int | None = speed(None, within=(0, 1024))
-    max_tokens_per_micro_batch: int | None = meaning(None, within=AT_LEAST_ONE)
-    max_tokens_per_forward: int | None = speed(None, within=AT_LEAST_ONE)
-    feature_cache: str | None = speed(None)
+    train: list[Source] | str = option("", on_resume="ignored")
+    stopping_strategy: Literal["all_exhausted", "first_exhausted"] = option("all_exhausted", on_resume="confirm")
+    evaluation: dict[str, str | EvaluationSet] = option(default_factory=dict, on_resume="ignored")
+    format: str = option(AUTO, on_resume="ignored")
+    root: list[str] | str | None = option(None, on_resume="ignored")
+    scores: str | None = option(None, on_resume="ignored")
+    max_pixels: int = option(50_000_000, within=AT_LEAST_ONE, on_resume="ignored")
+    check: Literal["full", "rows"] = option("full", on_resume="ignored")
+    on_error: Literal["error", "skip"] = option("error", on_resume="ignored")
+    max_skipped: int = option(10, within=COUNT, on_resume="ignored")
+    num_workers: int | None = option(None, within=(0, 1024), on_resume="free")
+    max_tokens_per_micro_batch: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
+    max_tokens_per_forward: int | None = option(None, within=AT_LEAST_ONE, on_resume="free")
+    feature_cache: str | None = option(None, on_resume="free")
 
     @property
     def is_mixture(self) -> bool:

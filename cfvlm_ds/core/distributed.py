@@ -156,7 +156,7 @@ def broadcast_object(item: Any) -> Any:
     return box[0]
 
 
-class Patience:
+class ProgressBarrier:
     """Lets ranks wait for one another as long as any of them makes progress, whatever the time limit of collectives is.
 
     Every rank makes one at the same point of the program, calls ``alive`` while it works, and ``meet`` where all have to arrive.
@@ -164,7 +164,7 @@ class Patience:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._name, self._meetings = f"cfvlm_ds/patience/{next(_PATIENCES)}", 0
+        self._name, self._meetings = f"cfvlm_ds/barrier/{next(_BARRIERS)}", 0
         self._store: Any = None if world.size == 1 else dist.distributed_c10d._get_default_store()
         self._spoken = -math.inf
 
@@ -193,8 +193,8 @@ class Patience:
             time.sleep(_POLL_S)
 
 
-def agreed(world: World, function: Callable[[], Any], patience: Patience | None = None) -> Any:
-    """The result of a call on rank 0, or its error, on every rank; the others wait with ``patience`` where it may take long."""
+def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
+    """The result of a call on rank 0, or its error, on every rank; the others wait with ``barrier`` where it may take long."""
     found: Any = None
     problem: InputError | None = None
     if world.is_main:
@@ -208,8 +208,8 @@ def agreed(world: World, function: Callable[[], Any], patience: Patience | None 
             problem = StorageError(str(error))
         finally:
             _waited_for = before
-    if patience is not None:
-        patience.meet()
+    if barrier is not None:
+        barrier.meet()
     if world.size > 1:
         found, problem = broadcast_object((found, problem))
     if problem is not None:
@@ -217,7 +217,7 @@ def agreed(world: World, function: Callable[[], Any], patience: Patience | None 
     return found
 
 
-_PATIENCES = itertools.count()
+_BARRIERS = itertools.count()
 _SIGN_OF_LIFE_S, _POLL_S, _LIMIT_S = 5.0, 0.1, 1800.0
 
 
@@ -227,7 +227,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def apart() -> torch.Generator:
+def isolated_rng() -> torch.Generator:
     """The ``generator`` of every DataLoader: its iterators draw a seed. Taken from the common random numbers, it would be missing to
     dropout after a resume, where an uninterrupted run draws none.
     """
@@ -249,7 +249,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def random_kept(device: torch.device) -> Iterator[None]:
+def preserve_rng(device: torch.device) -> Iterator[None]:
     """Random numbers drawn inside the block do not change those drawn after it."""
     state = random_state(device)
     try:
@@ -262,7 +262,7 @@ _waited_for = False
 
 
 def cores_per_rank() -> int:
-    """Cores of this machine for each rank on it; all of them for rank 0 while the others wait for it in ``agreed``."""
+    """Cores of this machine for each rank on it; all of them for rank 0 while the others wait for it in ``run_on_rank0``."""
     local_ranks = 1 if _waited_for else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // local_ranks)

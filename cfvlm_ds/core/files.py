@@ -228,7 +228,7 @@ def update(path: Path, content: bytes) -> None:
     replace(path, content)
 
 
-def keep(path: Path, text: str, say: Say) -> bool:
+def write_if_possible(path: Path, text: str, say: Say) -> bool:
     """``replace``, but a file that cannot be written is only a warning; returns whether it was written."""
     try:
         replace(path, text.encode())

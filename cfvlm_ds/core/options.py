@@ -1,14 +1,16 @@
-"""How an option of the configuration is declared: its default, its bounds, and what its change means when a run goes on."""
+"""Declarations of options: default, bounds, and what a resume does if the value changed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
-from functools import partial
 from typing import Any, Literal
 
-Kind = Literal["meaning", "fixed", "speed", "bookkeeping"]
+OnResume = Literal["confirm", "refuse", "free", "ignored"]
+"""What a resume does if an option changed. "confirm": it refuses, unless ``train.resume_changes`` allows the change. "refuse": it always
+refuses, because no checkpoint of another value can be continued. "free": the result is the same, at another speed or in other memory.
+"ignored": names, records, checks, and files that are compared by their contents."""
 
 Range = tuple[float, float]
 """The least and the most that an option's number can be."""
@@ -17,29 +19,20 @@ ENDLESS = 2**53
 COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e38)
 
 
-def _declared(kind: Kind, default: Any = MISSING, default_factory: Any = MISSING, within: Range | None = None) -> Any:
+def option(default: Any = MISSING, default_factory: Any = MISSING, within: Range | None = None, *, on_resume: OnResume) -> Any:
+    """Declare an option of the configuration: its default, the least and most it can be, and what a resume does if it changed."""
     given = {"default": default} if default_factory is MISSING else {"default_factory": default_factory}
-    return field(**given, metadata={"kind": kind, "within": within})
+    return field(**given, metadata={"on_resume": on_resume, "within": within})
 
 
-meaning = partial(_declared, "meaning")
-"""An option that decides what is trained: changed on a resume, it is refused unless ``train.resume_changes`` allows it."""
-fixed = partial(_declared, "fixed")
-"""An option of ``meaning`` with which no checkpoint of another value can be continued."""
-speed = partial(_declared, "speed")
-"""An option that decides how fast and with how much memory the same is trained; it may change on a resume."""
-bookkeeping = partial(_declared, "bookkeeping")
-"""An option of names, records, checks and stops, or of what is compared by its contents; it may change on a resume."""
-
-
-def declared(section: type, prefix: str) -> dict[str, Kind | None]:
-    """What a change of each option of a section means on a resume, by its name after ``prefix``; None where a field does not say."""
-    found: dict[str, Kind | None] = {}
-    for option in fields(section):
-        if is_dataclass(option.default_factory):
-            found |= declared(option.default_factory, f"{prefix}{option.name}.")
+def declared(section: type, prefix: str) -> dict[str, OnResume | None]:
+    """Map each option of a section, named after ``prefix``, to what a resume does if it changed; None where a field does not declare it."""
+    found: dict[str, OnResume | None] = {}
+    for each in fields(section):
+        if is_dataclass(each.default_factory):
+            found |= declared(each.default_factory, f"{prefix}{each.name}.")
         else:
-            found[prefix + option.name] = option.metadata.get("kind")
+            found[prefix + each.name] = each.metadata.get("on_resume")
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader
 
-from cfvlm_ds.core.distributed import apart, cores_per_rank
+from cfvlm_ds.core.distributed import cores_per_rank, isolated_rng
 from cfvlm_ds.core.progress import Progress
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Scan:
             collate_fn=partial(work, done=lambda: None),  # type: ignore[call-arg]
             num_workers=cores,
             worker_init_fn=self.shield,
-            generator=apart(),
+            generator=isolated_rng(),
         )
         for chunk, found in zip(chunks, loader, strict=True):
             self.alive()

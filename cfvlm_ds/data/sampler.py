@@ -172,7 +172,7 @@ class PackedSampler(GroupSampler):
         position = self._position
         while True:
             bins, position = self._pack(position)
-            yield self._rebalanced(bins)
+            yield self._balance(bins)
 
     def num_steps(self, num_epochs: float, say: Callable[[str], object] = lambda line: None) -> int:
         """Optimizer steps until every group has been seen so many times.
@@ -228,30 +228,35 @@ class PackedSampler(GroupSampler):
             bisect.insort(room, (left - tokens, chosen))
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
-    def _rebalanced(self, bins: list[list[int]]) -> list[list[int]]:
-        """The micro-batches, fullest first, after the fullest and the emptiest have exchanged groups as long as that brought them
-        closer."""
-        tokens = {group: int(self.tokens[group]) for each in bins for group in each}
-        ranked = sorted((sum(tokens[group] for group in each), b) for b, each in enumerate(bins))
+    def _balance(self, bins: list[list[int]]) -> list[list[int]]:
+        """Exchange groups between the fullest and the emptiest micro-batch while that brings them closer; returns the fullest first."""
+        ranked = sorted((int(self.tokens[each].sum()), b) for b, each in enumerate(bins))
         while True:
-            (least, e), (most, f) = ranked[0], ranked[-1]
-            emptiest, fullest, gap = bins[e], bins[f], most - least
-            emptiest.sort(key=lambda group: tokens[group])
-            sizes = [0, *(tokens[group] for group in emptiest)]  # a group goes for another one, or for none
-            apart, i, j = gap, 0, 0
-            for k, group in enumerate(fullest):
-                at = bisect.bisect_left(sizes, tokens[group] - gap / 2)  # of what moves, half the gap is best
-                near = ((abs(gap - 2 * (tokens[group] - sizes[n])), k, n) for n in (at - 1, at) if 0 <= n < len(sizes))
-                apart, i, j = min((apart, i, j), *near)
-            if apart == gap:
+            (least, emptiest), (most, fullest) = ranked[0], ranked[-1]
+            bins[emptiest].sort(key=self.tokens.__getitem__)
+            given, taken = self.tokens[bins[fullest]].tolist(), [0, *self.tokens[bins[emptiest]].tolist()]
+            if (swap := find_best_swap(given, taken, most - least)) is None:
                 return [bins[b] for _, b in reversed(ranked)]
-            moved = tokens[fullest[i]] - sizes[j]
-            back = [emptiest.pop(j - 1)] if j else []
-            emptiest.append(fullest.pop(i))
-            fullest += back
+            i, j = swap
+            back = [bins[emptiest].pop(j - 1)] if j else []
+            bins[emptiest].append(bins[fullest].pop(i))
+            bins[fullest] += back
+            moved = given[i] - taken[j]
             ranked = ranked[1:-1]
-            bisect.insort(ranked, (least + moved, e))
-            bisect.insort(ranked, (most - moved, f))
+            bisect.insort(ranked, (least + moved, emptiest))
+            bisect.insort(ranked, (most - moved, fullest))
+
+
+def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, int] | None:
+    """Find the places of the tokens whose exchange leaves the smallest ``gap``; None where no exchange makes it smaller.
+
+    ``taken`` is sorted and starts with 0, the exchange for nothing. The best exchange moves half the gap.
+    """
+    best = gap, 0, 0
+    for i, tokens in enumerate(given):
+        at = bisect.bisect_left(taken, tokens - gap / 2)
+        best = min(best, *((abs(gap - 2 * (tokens - taken[j])), i, j) for j in (at - 1, at) if 0 <= j < len(taken)))
+    return None if best[0] == gap else best[1:]
 
 
 _COUNTED, _TRIED = 1 << 18, 1 << 16  # groups whose steps are counted, or tried: seconds, or a fraction of one

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cfvlm_ds.batching.batch import BLANK
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.core.distributed import Patience, World, agreed, cores_per_rank
+from cfvlm_ds.core.distributed import ProgressBarrier, World, cores_per_rank, run_on_rank0
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.picture_index import sizes_of
@@ -43,10 +43,10 @@ def rehearse(
 
     Raises what ``score_groups`` raises, on all ranks.
     """
-    patience = Patience(world)  # rank 0 may have headers of very many pictures to read
+    barrier = ProgressBarrier(world)  # rank 0 may have headers of very many pictures to read
     collator = collator.scoring_everything()
-    find = partial(_largest, collator, splits, batch_size, max_tokens, shuffled, patience.alive)
-    for split, groups, tokens, _ in agreed(world, find, patience):
+    find = partial(_largest, collator, splits, batch_size, max_tokens, shuffled, barrier.alive)
+    for split, groups, tokens, _ in run_on_rank0(world, find, barrier):
         parts = guarded(collator, max_tokens)(groups)
         score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {split},", remedy)
         forwards = 0 if isinstance(parts, DataError) else len(parts)

@@ -16,7 +16,7 @@ from cfvlm_ds.batching.batch import Batch, blinded
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.batching.out_of_memory import explain_out_of_memory
 from cfvlm_ds.cluster.signals import shield_worker
-from cfvlm_ds.core.distributed import World, apart, gather_objects
+from cfvlm_ds.core.distributed import World, gather_objects, isolated_rng
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
@@ -165,7 +165,7 @@ def scored_batches(
             collate_fn=guarded(collator.scoring_everything(), max_tokens),
             num_workers=num_workers,
             worker_init_fn=shield_worker,
-            generator=apart(),
+            generator=isolated_rng(),
         )
         for view in views
     ]

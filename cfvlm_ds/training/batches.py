@@ -13,7 +13,7 @@ from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster import signals
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import World, apart
+from cfvlm_ds.core.distributed import World, isolated_rng
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
@@ -44,7 +44,7 @@ def micro_batches(
         prefetch_factor=4 if num_workers else None,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=signals.shield_worker,
-        generator=apart(),
+        generator=isolated_rng(),
     )
     iterator = iter(loader)
     if num_workers:

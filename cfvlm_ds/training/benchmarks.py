@@ -11,7 +11,7 @@ from typing import Any
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
-from cfvlm_ds.core.distributed import Patience, World, agreed
+from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
@@ -19,10 +19,10 @@ from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Values
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
-from cfvlm_ds.evaluation.suite.chosen import Chosen, choose, load_items
 from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
+from cfvlm_ds.evaluation.suite.results import Result, recorded, result_folder, write_result
+from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items
 from cfvlm_ds.evaluation.suite.tables import logged
-from cfvlm_ds.evaluation.suite.written import Result, recorded, result_folder, write_result
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
@@ -69,7 +69,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
     for name, each in config.data.benchmark_sets.items():
         collator = collator or load_collator(config.model, "full", config.data.max_pixels)
         chosen = chosen_of(name, each)
-        loaded = agreed(world, partial(load_items, chosen, world.say, limit=each.limit), Patience(world))
+        loaded = run_on_rank0(world, partial(load_items, chosen, world.say, limit=each.limit), ProgressBarrier(world))
         checked = checked_items(loaded.items, chosen.way, collator, world, f"data.evaluation.{name}")
         if checked.left_out:
             more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
@@ -115,11 +115,11 @@ def write_benchmarks(
 ) -> list[Result]:
     """Write the results of every benchmark into the run's folder, on rank 0; collective, since ranks share the bootstrap. The results, on
     rank 0. They name the weights where the model is ``exported``, and so on disk."""
-    run_dir, drawn, patience = Path(config.train.output_dir), dict[str, list[Values]](), Patience(world)
+    run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, found in outcomes.items():
-        drawn[name] = drawn_together(world, found, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", patience)
+        drawn[name] = drawn_together(world, found, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", barrier)
     written = []
-    identity = _identity(config, world, patience.alive) if exported and outcomes and world.is_main else {}
+    identity = _identity(config, world, barrier.alive) if exported and outcomes and world.is_main else {}
     for name, found in outcomes.items() if world.is_main else ():
         each = benchmarks[name]
         model = {"name": str(run_dir), **{part: identity.get(part) for part in ("weights", "inputs", "adapter")}}

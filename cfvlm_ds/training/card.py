@@ -22,7 +22,7 @@ from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.evaluation import Accuracy, table
 from cfvlm_ds.export.folder import CARD, sealed
-from cfvlm_ds.training.option_changes import KINDS
+from cfvlm_ds.training.option_changes import ON_RESUME
 
 _PAPER = "https://arxiv.org/abs/2506.17267"
 _LONGEST = 200  # characters of a value
@@ -115,7 +115,7 @@ def _objective(terms: Any) -> list[str]:
 
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
     adapted = any(_at(options, f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
-    decide = (name for name, kind in KINDS.items() if kind in ("meaning", "fixed") or name in _STEP)
+    decide = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
     given = {name: _at(options, name) for name in decide if adapted or not name.startswith("model.lora.")}
     known = {"optimizer steps": step, "ranks": _at(environment, "world_size"), "device": _at(environment, "device")}
     known |= {"ZeRO stage": _at(ds_config, "zero_optimization.stage"), "bfloat16": _at(ds_config, "bf16.enabled")}

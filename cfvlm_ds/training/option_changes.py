@@ -16,27 +16,27 @@ from typing import Any
 
 from cfvlm_ds.core.config import MICRO_BATCH_SIZE, SECTIONS, ModelConfig, RunConfig
 from cfvlm_ds.core.journal import append
-from cfvlm_ds.core.options import Kind, declared, flat
+from cfvlm_ds.core.options import OnResume, declared, flat
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
 
-KINDS: dict[str, Kind | None] = {
+ON_RESUME: dict[str, OnResume | None] = {
     name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.").items()
 }
 """What a change of each option means."""
-DEEPSPEED: dict[str, Kind] = {
+DEEPSPEED: dict[str, OnResume] = {
     # compared as what _effective makes of them, or as train.*, which "auto" takes and the JSON may not contradict
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "speed"),
-    **dict.fromkeys((f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")), "speed"),
-    **dict.fromkeys(("bf16.enabled", "fp16.enabled", "optimizer.type", "optimizer.params.torch_adam"), "speed"),
-    "scheduler.params.total_num_steps": "speed",
-    **dict.fromkeys(("bf16", "fp16", "communication_data_type", "data_types", "optimizer.params", "scheduler.params"), "meaning"),
-    **dict.fromkeys(("scheduler.type", "zero_optimization.stage"), "fixed"),
-    **dict.fromkeys((f"zero_optimization.zero_quantized_{what}" for what in ("weights", "gradients", "nontrainable_weights")), "meaning"),
-    **dict.fromkeys(("zero_optimization", "activation_checkpointing", "aio", "compile", "disable_allgather"), "speed"),
-    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), "speed"),
-    **dict.fromkeys(("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"), "bookkeeping"),
-    **dict.fromkeys(("comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"), "bookkeeping"),
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "free"),
+    **dict.fromkeys((f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")), "free"),
+    **dict.fromkeys(("bf16.enabled", "fp16.enabled", "optimizer.type", "optimizer.params.torch_adam"), "free"),
+    "scheduler.params.total_num_steps": "free",
+    **dict.fromkeys(("bf16", "fp16", "communication_data_type", "data_types", "optimizer.params", "scheduler.params"), "confirm"),
+    **dict.fromkeys(("scheduler.type", "zero_optimization.stage"), "refuse"),
+    **dict.fromkeys((f"zero_optimization.zero_quantized_{what}" for what in ("weights", "gradients", "nontrainable_weights")), "confirm"),
+    **dict.fromkeys(("zero_optimization", "activation_checkpointing", "aio", "compile", "disable_allgather"), "free"),
+    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), "free"),
+    **dict.fromkeys(("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"), "ignored"),
+    **dict.fromkeys(("comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"), "ignored"),
 }
 """What a change of a DeepSpeed setting, or of any below it, means; one that is not listed counts as ``meaning``, to be safe."""
 
@@ -99,7 +99,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     if _TOTAL in old:
         old, new = ({name: value for name, value in each.items() if name not in _STEPS} for each in (old, new))
     for one, other in ((old, new), (new, old)):
-        one.update({name: (0.0, "meaning") for name in other.keys() - one.keys() if name.startswith("objective.") and _is_weight(name)})
+        one.update({name: (0.0, "confirm") for name in other.keys() - one.keys() if name.startswith("objective.") and _is_weight(name)})
     changes = []
     for name in sorted(old.keys() & new.keys()):
         (was, kind), (value, _) = old[name], new[name]
@@ -107,7 +107,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
             packing = name == "data.max_tokens_per_micro_batch" and None in (was, value)
             if name in (_WEIGHTS, _INPUTS):
                 was, value = (f"{each['options']['model']['name_or_path']} ({what[:8]})" for each, what in ((before, was), (now, value)))
-            changes.append(Change(name, was, value, kind == "fixed" or packing))
+            changes.append(Change(name, was, value, kind == "refuse" or packing))
     return changes
 
 
@@ -137,20 +137,20 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
         append(path, line, say)
 
 
-def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
+def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
     """The part of a record that decides what is trained: values in use, where several make one value that one in their place."""
     options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
-    modules = [name.split(".")[1] for name in KINDS if name.endswith(".tuning")]
+    modules = [name.split(".")[1] for name in ON_RESUME if name.endswith(".tuning")]
     adapted = any(options[f"model.{module}.tuning"] == "lora" for module in modules)
-    values: dict[str, tuple[Any, Kind]] = {}
+    values: dict[str, tuple[Any, OnResume]] = {}
     for name, value in options.items():
         section, part, *_ = [*name.split("."), ""]
         if section == "objective":
             if part not in absent or _is_weight(name):
-                values[name] = (value, "meaning")
-        elif (kind := KINDS.get(name)) in ("meaning", "fixed") and not (
+                values[name] = (value, "confirm")
+        elif (kind := ON_RESUME.get(name)) in ("confirm", "refuse") and not (
             name == "train.bf16"
             or (section == "model" and part == "lora" and not adapted)
             or (name.endswith(".learning_rate") and part in modules and options[f"model.{part}.tuning"] == "frozen")
@@ -159,24 +159,26 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     accumulated, ranks = options["train.gradient_accumulation_steps"], record.get("ranks")
     if ranks is not None and options["data.max_tokens_per_micro_batch"] is None:
         groups = (options["train.per_device_train_batch_size"] or MICRO_BATCH_SIZE) * accumulated * ranks
-        values["groups per step (train.per_device_train_batch_size x train.gradient_accumulation_steps x ranks)"] = (groups, "meaning")
+        values["groups per step (train.per_device_train_batch_size x train.gradient_accumulation_steps x ranks)"] = (groups, "confirm")
     elif ranks is not None:
-        values["micro-batches per step (train.gradient_accumulation_steps x ranks)"] = (accumulated * ranks, "meaning")
+        values["micro-batches per step (train.gradient_accumulation_steps x ranks)"] = (accumulated * ranks, "confirm")
     if record.get("steps") is not None:
-        values[_TOTAL] = (record["steps"], "meaning")
+        values[_TOTAL] = (record["steps"], "confirm")
     if record.get("model"):
-        values |= {_WEIGHTS: (record["model"]["weights"], "fixed"), _INPUTS: (record["model"]["inputs"], "meaning")}
+        values |= {_WEIGHTS: (record["model"]["weights"], "refuse"), _INPUTS: (record["model"]["inputs"], "confirm")}
     if record.get("deepspeed") is not None:
         values |= _settings(record["deepspeed"])
     return values
 
 
-def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
+def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
     """The DeepSpeed settings that decide what is trained."""
     given = {**_UNSET, **flat(deepspeed)}
     given.setdefault("scheduler.type", "train.lr_scheduler_type")
-    all_kinds = ((name, value, kind_of(name)) for name, value in given.items())
-    found: dict[str, tuple[Any, Kind]] = {f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("meaning", "fixed")}
+    all_kinds = ((name, value, on_resume_of(name)) for name, value in given.items())
+    found: dict[str, tuple[Any, OnResume]] = {
+        f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("confirm", "refuse")
+    }
     half = [name for name in ("bf16", "fp16") if given.get(f"{name}.enabled")]
     steps = f"{given.get('optimizer.type', 'AdamW')}"  # three programs under one name, each with a state of its own form
     if "optimizer.type" not in given or given.get("optimizer.params.torch_adam"):
@@ -184,14 +186,14 @@ def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     elif given.get("zero_optimization.offload_optimizer.device", "none") != "none":
         steps += " of DeepSpeed on the CPU"
     made = {"precision (train.bf16, bf16 and fp16 of the DeepSpeed JSON)": " ".join(half) or "fp32", "--deepspeed optimizer": steps}
-    return found | {name: (value, "fixed") for name, value in made.items()}
+    return found | {name: (value, "refuse") for name, value in made.items()}
 
 
-def kind_of(setting: str) -> Kind:
-    """What a change of a DeepSpeed setting means."""
+def on_resume_of(setting: str) -> OnResume:
+    """Look up what a resume does if a DeepSpeed setting changed: the longest declared prefix of its name decides."""
     while setting not in DEEPSPEED and "." in setting:
         setting = setting.rpartition(".")[0]
-    return DEEPSPEED.get(setting, "meaning")
+    return DEEPSPEED.get(setting, "confirm")
 
 
 def _quoted(value: Any) -> str:

@@ -18,9 +18,9 @@ from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cluster.signals import WorkerLost, last_word, shield_worker, worker_deaths
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
 from cfvlm_ds.core.data_config import DataConfig, DataSet, is_hub
-from cfvlm_ds.core.distributed import Patience, World, agreed, gather_objects
+from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
-from cfvlm_ds.core.files import keep, replace
+from cfvlm_ds.core.files import replace, write_if_possible
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.reading import read_json
@@ -77,11 +77,11 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     a manifest, an image or a text.
     """
     data = config.data
-    patience, train_sets, evaluation_sets = Patience(world), data.train_sets, data.evaluation_sets
-    scan = Scan(patience.alive, shield_worker)
+    barrier, train_sets, evaluation_sets = ProgressBarrier(world), data.train_sets, data.evaluation_sets
+    scan = Scan(barrier.alive, shield_worker)
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
-        agreed(world, lambda: [str(here(path, scan, world.say)) for path in hub], patience)
-    stores = _Stores(config, world, patience, most_rows)
+        run_on_rank0(world, lambda: [str(here(path, scan, world.say)) for path in hub], barrier)
+    stores = _Stores(config, world, barrier, most_rows)
     train = {name: stores.open(each) for name, each in train_sets.items()}
     splits = {name: stores.open(each) for name, each in evaluation_sets.items()}
     sources = {name: SourceData(groups, stored_rows(groups).identity) for name, groups in train.items()}
@@ -137,7 +137,7 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
         )
 
 
-def by_rank_0(world: World, patience: Patience, what: str, function: Callable[[], Any]) -> Any:
+def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
     """Call a function on rank 0, with all cores of its machine, while the other ranks wait; returns its result on every rank.
 
     Raises its error on every rank, and StorageError where one of its processes was killed.
@@ -154,7 +154,7 @@ def by_rank_0(world: World, patience: Patience, what: str, function: Callable[[]
             ) from lost
 
     try:
-        return agreed(world, call, patience)
+        return run_on_rank0(world, call, barrier)
     except TimeoutError as error:
         raise ConfigError(f"{what} cannot end: {error}; look at its node and start again, nothing found is lost") from error
 
@@ -186,8 +186,8 @@ def _disown(folder: Path) -> None:
 
 def model_fingerprint(model: ModelConfig, world: World) -> dict[str, str]:
     """``fingerprint``, for which rank 0 reads all weights. Raises ConfigError on every rank when they cannot be read."""
-    patience = Patience(world)
-    return agreed(world, lambda: fingerprint(model, patience.alive, world.say), patience)
+    barrier = ProgressBarrier(world)
+    return run_on_rank0(world, lambda: fingerprint(model, barrier.alive, world.say), barrier)
 
 
 class _Stores:
@@ -197,9 +197,9 @@ class _Stores:
     lengths of its texts and its visual tokens, is noted there too.
     """
 
-    def __init__(self, config: RunConfig, world: World, patience: Patience, most_rows: int | None) -> None:
-        self._config, self._world, self._patience, self._most_rows = config, world, patience, most_rows
-        self._scan = Scan(patience.alive, shield_worker)
+    def __init__(self, config: RunConfig, world: World, barrier: ProgressBarrier, most_rows: int | None) -> None:
+        self._config, self._world, self._barrier, self._most_rows = config, world, barrier, most_rows
+        self._scan = Scan(barrier.alive, shield_worker)
         self.collator: Collator | None = None
 
     def open(self, each: DataSet) -> GroupStore:
@@ -219,7 +219,7 @@ class _Stores:
         return found[0]
 
     def _by_rank_0(self, function: Callable[[], Any]) -> Any:
-        return by_rank_0(self._world, self._patience, f"the preparation of {self._config.data.trained_on}", function)
+        return by_rank_0(self._world, self._barrier, f"the preparation of {self._config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
         """Prepare a data set for this run unless it is prepared; returns its folder, or None for a store, which is used where it is."""
@@ -287,7 +287,7 @@ class _Stores:
             self._refuse(each, report)
             known = {"key": key, "visual_tokens": report.visual_range}
             file.parent.mkdir(parents=True, exist_ok=True)
-            keep(file, json.dumps(known), self._world.say)
+            write_if_possible(file, json.dumps(known), self._world.say)
         summary += f", {store.found['images']} images"
         summary += f", visual tokens {known['visual_tokens']}" if known["visual_tokens"] else ""
         return without_secrets(summary + (f", metadata {store.found['metadata']}" if store.found["metadata"] else ""))

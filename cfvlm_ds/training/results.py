@@ -11,15 +11,15 @@ from typing import Any
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
-from cfvlm_ds.core.files import keep, replace
+from cfvlm_ds.core.files import replace, write_if_possible
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, changes, table
+from cfvlm_ds.evaluation.suite.results import Result
 from cfvlm_ds.evaluation.suite.tables import markdown
-from cfvlm_ds.evaluation.suite.written import Result
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_others_model, refuse_replacing, write_card
 from cfvlm_ds.models import only_adapters_train
@@ -100,7 +100,7 @@ def write_start(run_dir: Path, results: Mapping[str, Sequence[Accuracy]] | None,
         (run_dir / START).unlink(missing_ok=True)
         return
     found = {split: {row.name: row.metrics for row in rows} for split, rows in results.items()}
-    keep(run_dir / START, json.dumps(found, indent=1), say)
+    write_if_possible(run_dir / START, json.dumps(found, indent=1), say)
 
 
 def text_of(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], asked: Sequence[Result] = ()) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from cfvlm_ds import checkpoint
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import Patience, World, agreed
+from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data import GroupSampler
@@ -59,8 +59,8 @@ class Start:
         """The record for the run's checkpoints, made once the model is there: a hub's model may not have been when the run was started."""
         if self.record["model"]:
             return self.record
-        patience = Patience(world)  # rank 0 reads all weights of the model
-        hashes = agreed(world, lambda: option_changes.model_hashes(config.model.name_or_path, patience.alive, world.say), patience)
+        barrier = ProgressBarrier(world)  # rank 0 reads all weights of the model
+        hashes = run_on_rank0(world, lambda: option_changes.model_hashes(config.model.name_or_path, barrier.alive, world.say), barrier)
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
@@ -82,9 +82,9 @@ def decide(
     """
     run_dir, train = Path(config.train.output_dir), config.train
     allowed = train.resume_changes == "allow"
-    patience = Patience(world)  # rank 0 may read all weights of the model
-    made = partial(option_changes.record, config, deepspeed, world.size, total_steps, patience.alive, world.say)
-    record = agreed(world, made, patience)
+    barrier = ProgressBarrier(world)  # rank 0 may read all weights of the model
+    made = partial(option_changes.record, config, deepspeed, world.size, total_steps, barrier.alive, world.say)
+    record = run_on_rank0(world, made, barrier)
 
     def changed_since(before: Mapping[str, Any], what: Path, step: int) -> list[Change]:
         found = option_changes.compare(before, record)
@@ -93,21 +93,21 @@ def decide(
         return found
 
     if is_finished(config, total_steps, world):
-        agreed(world, lambda: changed_since(finished_record(run_dir), run_dir, total_steps))
+        run_on_rank0(world, lambda: changed_since(finished_record(run_dir), run_dir, total_steps))
         world.say(
             f"{run_dir} has finished at step {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again"
         )
         return None
     found = checkpoint.find(run_dir, train.resume, world)
     if found is None:
-        if train.resume == "auto" and (step := agreed(world, lambda: _finished_at(run_dir))) is not None:
+        if train.resume == "auto" and (step := run_on_rank0(world, lambda: _finished_at(run_dir))) is not None:
             raise ConfigError(
                 f"{run_dir} has finished at step {step} and holds no checkpoint to go on from to step {total_steps}; choose another "
                 "train.output_dir, or set train.resume to restart to start at step 0"
             )
         return Start(None, [], record, total_steps, data)
-    state = agreed(world, lambda: checkpoint.kept_state(found))
-    start = Start(found, agreed(world, lambda: changed_since(state.record or {}, found, state.step)), record, total_steps, data)
+    state = run_on_rank0(world, lambda: checkpoint.kept_state(found))
+    start = Start(found, run_on_rank0(world, lambda: changed_since(state.record or {}, found, state.step)), record, total_steps, data)
     start.check(state, config, sampler)
     return start
 
@@ -123,7 +123,7 @@ def is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
     """Whether a start with train.resume ``auto`` has nothing left to do; rank 0 decides."""
     if config.train.resume not in ("auto", "restart"):
         return False
-    return agreed(world, lambda: _finished_at(Path(config.train.output_dir))) == total_steps
+    return run_on_rank0(world, lambda: _finished_at(Path(config.train.output_dir))) == total_steps
 
 
 def _finished_at(run_dir: Path) -> int | None:

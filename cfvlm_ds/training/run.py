@@ -18,9 +18,9 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cluster import heartbeat, signals
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import World, agreed, all_reduce_rate, random_kept, seed_everything
+from cfvlm_ds.core.distributed import World, all_reduce_rate, preserve_rng, run_on_rank0, seed_everything
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
-from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.files import write_if_possible
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, GroupStore, PackedSampler
@@ -88,7 +88,7 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
             raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
         held.append(RunLock(run_dir))
 
-    agreed(world, hold)
+    run_on_rank0(world, hold)
     lock: Any = held[0] if held else contextlib.nullcontext()
     with lock, signals.before_leaving(lambda code: lock.release() if held else None):
         yield
@@ -120,7 +120,7 @@ def _run(config: RunConfig, world: World) -> None:
         raise
     if start is None:
         return
-    agreed(world, lambda: heartbeat.prepare(run_dir))
+    run_on_rank0(world, lambda: heartbeat.prepare(run_dir))
     with heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s) as pulse:
         importing = import_mlflow() if world.is_main and config.tracking.enabled else None
         ds_engine, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=start.data)
@@ -134,7 +134,7 @@ def _run(config: RunConfig, world: World) -> None:
             _restore(config, world, ds_engine, state, start, sampler)
             _checked(config, world, refuse_nonfinite, model, str(start.found))
         state.note(record=start.complete_record(config, world))
-        with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
+        with preserve_rng(world.device):  # an uninterrupted run has checked before its first step, not here
             _check_scores(config, world, ds_engine, collator, data, sampler)
             if (data.splits or data.benchmarks) and state.step < total_steps:
                 trainer.evaluator.rehearse()
@@ -145,7 +145,9 @@ def _run(config: RunConfig, world: World) -> None:
                 tracker.artifact(path)
             trainer.run(tracker)
     if world.is_main:
-        keep(run_dir / resume.FINISHED, json.dumps({"schema": checkpoint.SCHEMA, "step": total_steps, "record": state.record}), world.say)
+        write_if_possible(
+            run_dir / resume.FINISHED, json.dumps({"schema": checkpoint.SCHEMA, "step": total_steps, "record": state.record}), world.say
+        )
     world.wait()
 
 

@@ -14,7 +14,7 @@ from cfvlm_ds.core.config import TrainConfig
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.files import write_if_possible
 from cfvlm_ds.core.journal import append
 
 _MOST_IN_A_ROW = 10
@@ -49,7 +49,7 @@ class SkippedGroups:
         for name, why in found.items():
             self._world.say(f"warning: group {name!r} is left out: {why}")
         if self._world.is_main:
-            keep(self._file, json.dumps(self._skipped, indent=1), self._world.say)
+            write_if_possible(self._file, json.dumps(self._skipped, indent=1), self._world.say)
 
 
 class NonfiniteSteps:

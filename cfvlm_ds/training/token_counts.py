@@ -17,7 +17,7 @@ import transformers
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.data_config import DataConfig
-from cfvlm_ds.core.distributed import Patience, World, broadcast_object, cores_per_rank, gather_objects
+from cfvlm_ds.core.distributed import ProgressBarrier, World, broadcast_object, cores_per_rank, gather_objects
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -48,7 +48,7 @@ def group_tokens(
     DataError on every rank, naming a file without a header, or a group that exceeds a limit of ``data``: with all its images and texts that
     of a micro-batch, with one image and one text that of a forward.
     """
-    patience, counted = Patience(world), list[Tokens]()
+    barrier, counted = ProgressBarrier(world), list[Tokens]()
 
     def find() -> Path | None:
         files = _files(folders, depends_on, collator)
@@ -56,7 +56,7 @@ def group_tokens(
             if (known := _mapped(file, len(groups))) is not None:
                 counted.append(known)
                 return file
-        counted.append(_counted(groups, collator, data, pictures, Scan(patience.alive, shield_worker), world.say))
+        counted.append(_counted(groups, collator, data, pictures, Scan(barrier.alive, shield_worker), world.say))
         for file in files:
             with contextlib.suppress(OSError):  # a full disk costs memory and the next start's time, no more
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def group_tokens(
                 return file
         return None
 
-    kept = by_rank_0(world, patience, "the count of tokens", find)
+    kept = by_rank_0(world, barrier, "the count of tokens", find)
     tokens = counted[0] if counted else None if kept is None else _mapped(kept, len(groups))
     if not all(gather_objects(tokens is not None, world)):
         (tokens,) = broadcast_object(counted)

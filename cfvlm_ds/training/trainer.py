@@ -15,13 +15,13 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cluster.heartbeat import Heartbeat
 from cfvlm_ds.cluster.signals import EXIT_STOPPED, Stop, StopRequested, WorkerLost, together
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import Patience, World
+from cfvlm_ds.core.distributed import ProgressBarrier, World
 from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
+from cfvlm_ds.evaluation.suite.results import RESULTS
 from cfvlm_ds.evaluation.suite.tables import overview, summary
-from cfvlm_ds.evaluation.suite.written import RESULTS
 from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.training.batches import micro_batches
 from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
@@ -75,10 +75,10 @@ class Trainer:
         try:
             with together():
                 if stopped := self._train(tracker):
-                    self._leave(tracker, stopped)
+                    self._exit_for_resume(tracker, stopped)
             self._finish(tracker)
         except StopRequested as request:
-            self._leave(tracker, f"{request}, before the evaluation was done")
+            self._exit_for_resume(tracker, f"{request}, before the evaluation was done")
         except WorkerLost as lost:
             self._end(
                 tracker, f"rank {self._world.rank}, in the evaluation: {lost}", "the same command continues from the last checkpoint", True
@@ -156,15 +156,15 @@ class Trainer:
         results, train = None, self._config.train
         if train.eval_on_start or train.retention:
             self._world.say("before the first step:")
-            results, _ = self._look(tracker, None if train.eval_on_start else train.retention)
+            results, _ = self._run_evaluation(tracker, None if train.eval_on_start else train.retention)
         if self._world.is_main:
             write_start(self._run_dir, results, self._world.say)
 
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps; returns whether the result is the best so far by train.save_best."""
-        return (value := best_metric(self._config, self._look(tracker)[1])) is not None and self.state.evaluated(value)
+        return (value := best_metric(self._config, self._run_evaluation(tracker)[1])) is not None and self.state.evaluated(value)
 
-    def _look(self, tracker: Any, only: Sequence[str] | None = None) -> tuple[dict[str, list[Accuracy]], dict[str, float]]:
+    def _run_evaluation(self, tracker: Any, only: Sequence[str] | None = None) -> tuple[dict[str, list[Accuracy]], dict[str, float]]:
         """Evaluate splits and benchmarks, or some splits ``only``, log and say what is found; returns accuracies, and all metrics."""
         self._pulse.mark("evaluation", self.state.step)
         benchmarks = self._data.benchmarks
@@ -186,14 +186,14 @@ class Trainer:
         config, step, say = self._config, self.state.step, self._world.say
         self._pulse.mark("evaluation and export", step)
         failed: Exception | None = None
-        patience = Patience(self._world)  # an export of hours outlasts the time limit of the evaluation's first collective
+        barrier = ProgressBarrier(self._world)  # an export of hours outlasts the time limit of the evaluation's first collective
         if self._world.is_main and config.train.export:
             try:
-                export_checkpoint(config, self._run_dir / f"checkpoint-{step}", say, patience.alive)
+                export_checkpoint(config, self._run_dir / f"checkpoint-{step}", say, barrier.alive)
             except Exception as error:
                 failed = error
                 say(f"warning: the export failed ({error}); the evaluation follows, then this error ends the run")
-        patience.meet()
+        barrier.meet()
         benchmarks = self._data.benchmarks
         results, scores = self.evaluator(config.train.eval_shuffled)
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
@@ -216,7 +216,7 @@ class Trainer:
         if failed is not None:
             raise failed
 
-    def _leave(self, tracker: Any, why: str) -> NoReturn:
+    def _exit_for_resume(self, tracker: Any, why: str) -> NoReturn:
         """Leave a run that will be continued from the checkpoint of its last step; all ranks call it."""
         done, goes_on = f"stopped after step {self.state.step} of {self.total_steps}", "continues from the checkpoint"
         self._world.say(f"{done}: {why}; the same command {goes_on if self.state.step else 'starts again'}")

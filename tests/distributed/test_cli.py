@@ -34,7 +34,7 @@ from cfvlm_ds.cli.options import model_named
 from cfvlm_ds.cli.train import with_quickstart
 from cfvlm_ds.cluster.signals import EXIT_DISK_FULL
 from cfvlm_ds.core.config import BuildConfig, ModelConfig, TinyLlavaConfig
-from cfvlm_ds.core.distributed import World, agreed
+from cfvlm_ds.core.distributed import World, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError, OutOfMemory, StorageError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
@@ -118,7 +118,7 @@ def test_what_a_user_can_correct_is_one_sentence_and_exit_code_2(kind: type[Inpu
         raise kind("the disk of x is full; make room")
 
     with pytest.raises(kind):
-        agreed(World(0, 1, 0, torch.device("cpu")), found)
+        run_on_rank0(World(0, 1, 0, torch.device("cpu")), found)
     with pytest.raises(SystemExit) as ended:
         exit_cleanly(found)
     assert ended.value.code == 2 and capsys.readouterr().err == "error: the disk of x is full; make room\n"
@@ -132,7 +132,7 @@ def test_a_full_disk_has_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[s
             raise OSError(number, os.strerror(number), "x")
 
         with pytest.raises(SystemExit) as ended:
-            exit_cleanly(lambda: agreed(World(0, 1, 0, torch.device("cpu")), write))
+            exit_cleanly(lambda: run_on_rank0(World(0, 1, 0, torch.device("cpu")), write))
         assert ended.value.code == code and capsys.readouterr().err.startswith("error: [Errno")
 
 

@@ -24,7 +24,7 @@ main(sys.argv[1:])
 KILLED = """\
 import os, signal, sys
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.evaluation.suite.written import Partial
+from cfvlm_ds.evaluation.suite.results import Partial
 
 add, calls = Partial.add, [0]
 

@@ -151,7 +151,7 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(
     first = preflight.read_data(configured(config, tmp_path / "first", train=str(data)), ONE)
     said = "the manifest was written while it was checked; start again when it is whole"
     with monkeypatch.context() as patched, pytest.raises(DataError, match=said):
-        patched.setattr(preflight.Patience, "alive", lambda patience: write())
+        patched.setattr(preflight.ProgressBarrier, "alive", lambda barrier: write())
         preflight.read_data(run, ONE)
     assert data.read_text() == flipped
     assert list(first.groups) == unchanged, "a run reads what it has prepared"
@@ -204,7 +204,7 @@ def test_a_first_start_that_is_killed_goes_on(config: RunConfig, data: Path, tmp
     left = itertools.count(after, -1)
     if not (child := os.fork()):
         try:
-            preflight.Patience.alive = lambda patience: next(left) or os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            preflight.ProgressBarrier.alive = lambda barrier: next(left) or os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
             preflight.read_data(run, ONE)
             os._exit(0)
         finally:
@@ -288,7 +288,7 @@ def test_a_check_that_is_killed_goes_on(
             raise SystemExit(85)
 
     with pytest.raises(SystemExit), monkeypatch.context() as patched:
-        patched.setattr(preflight.Patience, "alive", lambda patience: leave())
+        patched.setattr(preflight.ProgressBarrier, "alive", lambda barrier: leave())
         preflight.read_data(run, ONE)
     (found,) = (tmp_path / "run" / "prepared").glob("*/parts/images-00000.npy")
     kept = len(np.load(found))

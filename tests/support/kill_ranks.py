@@ -87,9 +87,9 @@ def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processe
         time.sleep(0.02)
 
 
-def ended(processes: list[ForkServerProcess], patience: float = 3600) -> list[int | None]:
+def ended(processes: list[ForkServerProcess], barrier: float = 3600) -> list[int | None]:
     """The exit codes; of a rank that did not end in time, that of the SIGTERM it then gets."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + barrier
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():

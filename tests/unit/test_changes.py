@@ -23,14 +23,14 @@ Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled
 
 
 def test_every_option_says_what_its_change_means() -> None:
-    declared = option_changes.KINDS
+    declared = option_changes.ON_RESUME
     undeclared = [name for name, kind in declared.items() if kind is None]
     assert not undeclared, (
         f"{', '.join(undeclared)}: say in cfvlm_ds/core/config.py what its change means for a run, as `NAME: T = meaning(DEFAULT)` "
         "(it decides what is trained: compared on a resume), fixed(DEFAULT) (so it does, and no checkpoint of another value can be "
         "continued), speed(DEFAULT) (the same is trained, faster or in less memory) or bookkeeping(DEFAULT) (names, records, checks, stops)"
     )
-    assert declared["model.vision_tower.tuning"] == "fixed" and declared["train.learning_rate"] == "meaning" and len(declared) > 60
+    assert declared["model.vision_tower.tuning"] == "refuse" and declared["train.learning_rate"] == "confirm" and len(declared) > 60
 
 
 def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() -> None:
@@ -47,10 +47,10 @@ def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() ->
         f"{undeclared}: add them, or what they are below, to DEEPSPEED in cfvlm_ds/training/option_changes.py with what a change means"
     )
     assert (
-        option_changes.kind_of("zero_optimization.reduce_bucket_size") == "speed"
-        and option_changes.kind_of("zero_optimization.stage") == "fixed"
+        option_changes.on_resume_of("zero_optimization.reduce_bucket_size") == "free"
+        and option_changes.on_resume_of("zero_optimization.stage") == "refuse"
     )
-    assert option_changes.kind_of("of_a_future_release.x") == "meaning", "what nobody has declared is compared"
+    assert option_changes.on_resume_of("of_a_future_release.x") == "confirm", "what nobody has declared is compared"
 
 
 @pytest.fixture
@@ -238,4 +238,4 @@ def test_no_data_loader_draws_from_the_random_numbers_of_the_run() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "DataLoader"
     ]
-    assert len(calls) >= 3 and not [name for name, given in calls if "generator" not in given], "generator=apart()"
+    assert len(calls) >= 3 and not [name for name, given in calls if "generator" not in given], "generator=isolated_rng()"

@@ -194,7 +194,7 @@ def test_the_reference_lists_what_the_parser_takes() -> None:
         if name in rows:
             shown = rows[name][2].strip("`")
             assert shown == "none" if default in (None, "", {}) else shown == str(default).lower() or float(shown) == default, name
-    assert all(row[4] in ("meaning", "fixed", "speed", "bookkeeping") and row[5] for row in rows.values())
+    assert all(row[4] in ("confirm", "refuse", "free", "ignored") and row[5] for row in rows.values())
 
 
 def test_a_link_that_leads_nowhere_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

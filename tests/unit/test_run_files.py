@@ -24,7 +24,7 @@ from conftest import draw
 from cfvlm_ds.cluster import heartbeat
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, StorageError
-from cfvlm_ds.core.files import keep, replace, update, whole_file, whole_folder
+from cfvlm_ds.core.files import replace, update, whole_file, whole_folder, write_if_possible
 from cfvlm_ds.core.journal import Journal, Waiting, append, as_line
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import open_groups
@@ -150,7 +150,9 @@ def test_a_full_disk_stops_no_tracker(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"], "nothing half-written is left"
 
 
-@pytest.mark.parametrize("write", [lambda path, say: keep(path, "new" * 100, say), lambda path, say: append(path, "new" * 100, say)])
+@pytest.mark.parametrize(
+    "write", [lambda path, say: write_if_possible(path, "new" * 100, say), lambda path, say: append(path, "new" * 100, say)]
+)
 def test_other_files_are_whole_or_as_before(tmp_path: Path, write: Callable[[Path, Any], bool]) -> None:
     def limited(path: Path) -> None:
         said: list[str] = []
@@ -181,7 +183,7 @@ def test_errors_name_the_file_and_an_equal_one_needs_no_room(tmp_path: Path) -> 
 
 WRITERS: dict[str, tuple[str, Callable[[Path, Any], object]]] = {
     "replace": ("a.json.tmp", lambda path, say: replace(path, b"new")),
-    "keep": ("a.json.tmp", lambda path, say: keep(path, "new", say)),
+    "keep": ("a.json.tmp", lambda path, say: write_if_possible(path, "new", say)),
     "update": ("a.json.tmp", lambda path, say: update(path, b"new")),
     "append": ("a.json", lambda path, say: append(path, "new", say)),
     "lines": ("a.json", lambda path, say: Waiting(path, say).write("new")),

@@ -29,7 +29,7 @@ from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cli import benchmarks as tracked
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig, ScenesConfig
-from cfvlm_ds.core.distributed import Patience, World
+from cfvlm_ds.core.distributed import ProgressBarrier, World
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.demo.family_checkpoints import write_small
@@ -41,8 +41,7 @@ from cfvlm_ds.evaluation.benchmarks.base import spread
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.generation import writing_digest
 from cfvlm_ds.evaluation.probes import PROBES, Caption, Generate, log_share, variants
-from cfvlm_ds.evaluation.suite import asked as asking
-from cfvlm_ds.evaluation.suite.asked import Asked, Settings, evaluate_benchmarks
+from cfvlm_ds.evaluation.suite import runner as asking
 from cfvlm_ds.evaluation.suite.bootstrap import (
     FEWEST_DRAWN,
     LEAST_CLUSTERS,
@@ -53,10 +52,11 @@ from cfvlm_ds.evaluation.suite.bootstrap import (
     interval,
     intervals,
 )
-from cfvlm_ds.evaluation.suite.chosen import choose, load_items, way_named
 from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
+from cfvlm_ds.evaluation.suite.results import ITEMS, RESULTS, SCORES, Result, read_results, recorded, result_folder, write_result
+from cfvlm_ds.evaluation.suite.runner import Asked, Settings, evaluate_benchmarks
+from cfvlm_ds.evaluation.suite.selection import choose, load_items, way_named
 from cfvlm_ds.evaluation.suite.tables import markdown, omissions, overview, summary
-from cfvlm_ds.evaluation.suite.written import ITEMS, RESULTS, SCORES, Result, read_results, recorded, result_folder, write_result
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
 from cfvlm_ds.models.forest_attention import stock_attention
 
@@ -528,10 +528,10 @@ def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch: pytest.Monkey
     world = replace(ALONE)
     monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
-    found = drawn_together(world, outcomes, metrics, 8, "evaluating it", Patience(world))
+    found = drawn_together(world, outcomes, metrics, 8, "evaluating it", ProgressBarrier(world))
     assert found == [bootstrap.values(metrics, seen(outcomes), k) for k in range(8)]
     assert said[0].startswith("evaluating it: bootstrap: 1 of 8 draws, ") and said[0].endswith(" left") and len(said) == 4
-    assert drawn_together(world, outcomes[1:], metrics, 8, "evaluating it", Patience(world)) == []
+    assert drawn_together(world, outcomes[1:], metrics, 8, "evaluating it", ProgressBarrier(world)) == []
 
 
 def test_intervals_of_the_fewest_clusters_hold_the_truth() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cfvlm_ds.core.distributed import Patience, World, gather_objects
+from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values, judged
 
@@ -83,7 +83,7 @@ def bootstrap_of(outcomes: Sequence[Outcome]) -> Bootstrap:
 
 
 def drawn_together(
-    world: World, outcomes: Sequence[Outcome], metrics: Metrics, draws: int | None, label: str, patience: Patience
+    world: World, outcomes: Sequence[Outcome], metrics: Metrics, draws: int | None, label: str, barrier: ProgressBarrier
 ) -> list[Values]:
     """The metrics of each draw, in order, on every rank, none of too few clusters; ranks share the draws, and wait as long as one of them
     makes progress."""
@@ -96,8 +96,8 @@ def drawn_together(
     for k in range(world.rank, draws, world.size):
         found[k] = bootstrap.values(metrics, table, k)
         progress.advance(world.size)
-        patience.alive()
-    patience.meet()
+        barrier.alive()
+    barrier.meet()
     every: dict[int, Values] = {}
     for part in gather_objects(found, world):
         every |= part

@@ -17,9 +17,9 @@ from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
 from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
 from cfvlm_ds.evaluation.suite.bootstrap import LEAST_CLUSTERS, Interval, bootstrap_of, draws_for, exchange_intervals
-from cfvlm_ds.evaluation.suite.chosen import benchmark_named
+from cfvlm_ds.evaluation.suite.results import Result, read_results
+from cfvlm_ds.evaluation.suite.selection import benchmark_named
 from cfvlm_ds.evaluation.suite.tables import between, number
-from cfvlm_ds.evaluation.suite.written import Result, read_results
 
 RESOLVED = (
     "Resolved: at most 5 % of exchanges of the two models' answers, whole clusters (pictures, pairs) at a time, give such a difference. "

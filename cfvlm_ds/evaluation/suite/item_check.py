@@ -15,7 +15,7 @@ from typing import Any
 
 from cfvlm_ds.batching.batch import BLANK_SIZE
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.core.distributed import Patience, World, cores_per_rank, gather_objects
+from cfvlm_ds.core.distributed import ProgressBarrier, World, cores_per_rank, gather_objects
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.core.progress import Progress
@@ -23,7 +23,7 @@ from cfvlm_ds.data.picture_check import opened_picture
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.benchmarks import Item
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.suite.chosen import Way
+from cfvlm_ds.evaluation.suite.selection import Way
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def checked_items(
 ) -> Checked:
     """Look at all items; collective. Nothing is raised for what is wrong with one of them. Pictures that were ``seen`` before are not
     opened again, and the others are added to these."""
-    patience = Patience(world)
+    barrier = ProgressBarrier(world)
 
     def together(found: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
         own = {}
         for key, value in found:
             own[key] = value
-            patience.alive()
-        patience.meet()
+            barrier.alive()
+        barrier.meet()
         return {key: value for part in gather_objects(own, world) for key, value in part.items()}
 
     found: dict[Path, Picture | str] = {} if seen is None else seen

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from cfvlm_ds.core.text import few, in_cell, one_line
 from cfvlm_ds.evaluation.benchmarks.base import Values
 from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, bootstrap_of
-from cfvlm_ds.evaluation.suite.written import Result
+from cfvlm_ds.evaluation.suite.results import Result
 
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "chance": "chance"}
 """The tables beside what was seen, as people call them."""

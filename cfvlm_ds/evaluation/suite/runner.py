@@ -17,7 +17,7 @@ from typing import Any
 from cfvlm_ds.batching.batch import BLANK
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.run_lock import RunLock
-from cfvlm_ds.core.distributed import Patience, World, agreed, gather_objects
+from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, InputError
 from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
@@ -31,10 +31,8 @@ from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as, warn_of_nonfinite
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
-from cfvlm_ds.evaluation.suite.chosen import Chosen, refuse_problems
 from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, token_lengths
-from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
-from cfvlm_ds.evaluation.suite.written import (
+from cfvlm_ds.evaluation.suite.results import (
     RESULTS,
     Partial,
     Result,
@@ -47,6 +45,8 @@ from cfvlm_ds.evaluation.suite.written import (
     taken,
     write_result,
 )
+from cfvlm_ds.evaluation.suite.selection import Chosen, refuse_problems
+from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 
 _Rows = dict[int, dict[str, Any]]
 """What is kept of groups or items, by their numbers."""
@@ -111,7 +111,7 @@ def results_held(out: Path, world: World) -> Iterator[None]:
         own_output(out / _TABLES, lambda file: file.read(len(HEADING)) == HEADING.encode(), "evaluate")
         held.append(RunLock(out, "folder with --out"))
 
-    agreed(world, hold)
+    run_on_rank0(world, hold)
     try:
         with held[0] if held else contextlib.nullcontext():
             yield
@@ -129,7 +129,7 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
     Raises ConfigError for a folder with results of something else, DataError for an item that cannot be asked unless such are skipped.
     """
     world = model.world
-    agreed(world, lambda: _refuse_another_model(out, model))
+    run_on_rank0(world, lambda: _refuse_another_model(out, model))
     if not model.collator.pictures_first:
         world.say(
             f"{model.name}: its chat template writes what is asked before the picture, so prompts of a picture share its encoding and no "
@@ -137,7 +137,7 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
         )
     seen: dict[Path, Picture | str] = {}
     found = [_Evaluation(model, each, loaded, out, settings).result(seen) for each, loaded in chosen]
-    agreed(world, lambda: write_whole(out / _TABLES, (markdown(read_results(out)) + "\n").encode()))
+    run_on_rank0(world, lambda: write_whole(out / _TABLES, (markdown(read_results(out)) + "\n").encode()))
     return found
 
 
@@ -155,7 +155,7 @@ class _Evaluation:
         self._model, self._chosen, self._loaded, self._settings = model, chosen, loaded, settings
         self._world, self._label = model.world, f"{chosen.name} ({chosen.label})"
         self._folder = out / chosen.name / chosen.label
-        self._patience = Patience(model.world)
+        self._barrier = ProgressBarrier(model.world)
 
     def result(self, seen: dict[Path, Picture | str]) -> Result:
         """What is on disk, or what the model says now; pictures that were ``seen`` are not opened again to be checked."""
@@ -163,14 +163,14 @@ class _Evaluation:
         checked = checked_items(self._loaded.items, self._chosen.way, self._model.collator, world, self._label, seen=seen)
         refuse_problems(self._chosen.name, [why for _, why in checked.left_out], len(checked.items), settings.skip)
         header = self._header(checked)
-        found: Result | None = agreed(world, lambda: self._finished(header), self._patience)
+        found: Result | None = run_on_rank0(world, lambda: self._finished(header), self._barrier)
         if found is not None:
             world.say(f"{self._label}: {len(found.outcomes)} items are in {self._folder} already")
             return found
-        journal: Partial = agreed(world, lambda: Partial(result_folder(self._folder), header), self._patience)
+        journal: Partial = run_on_rank0(world, lambda: Partial(result_folder(self._folder), header), self._barrier)
         outcomes = self._outcomes(checked, journal)
         result = Result(self._chosen.name, self._chosen.label, self._record(header, checked, outcomes), tuple(outcomes))
-        agreed(world, lambda: write_result(self._folder, result))
+        run_on_rank0(world, lambda: write_result(self._folder, result))
         return result
 
     def _header(self, checked: Checked) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class _Evaluation:
             self._chosen.benchmark,
             {**header, "model": {"name": without_secrets(self._model.name), **header["model"]}},
             outcomes,
-            drawn_together(self._world, outcomes, self._chosen.benchmark.metrics, self._settings.draws, self._label, self._patience),
+            drawn_together(self._world, outcomes, self._chosen.benchmark.metrics, self._settings.draws, self._label, self._barrier),
             [(name, placed(why)) for name, why in left_out],
             [placed(note) for note in self._loaded.notes],
             in_files=self._loaded.in_files,
@@ -226,13 +226,13 @@ class _Evaluation:
             world.say(f"{self._label}: {on_disk} of {total} items are on disk, and it goes on from there")
         progress = Progress(world.say, self._label, total - on_disk, "items")
         for own in _with_problem(turns):
-            self._patience.meet()
+            self._barrier.meet()
             together: _Rows = {}
             for part, wrong in gather_objects(own, world):
                 if wrong is not None:
                     raise wrong
                 together |= part
-            agreed(world, partial(journal.add, together))
+            run_on_rank0(world, partial(journal.add, together))
             rows |= together
             progress.advance(sum(held[k] for k in together))
         if isinstance(way, Generate):
@@ -279,7 +279,7 @@ class _Evaluation:
                 blank = tuple(BLANK.with_suffix(f".{number}") for number in range(len(item.images[0])))
                 own[k] = {"said": [say(image, asked, most) for image in item.images], "blank": say(blank, asked, most)}
                 own[k] |= {} if donor is None else {"shuffled": say(donor, asked, most)}
-                self._patience.alive()
+                self._barrier.alive()
             yield own
 
 
