@@ -1,1 +1,1 @@
-"""One run: checked, resumed, trained step by step, evaluated, exported."""
+"""A training run: checks, resume, optimizer steps, evaluation and export."""

@@ -1,4 +1,4 @@
-"""Micro-batches, prepared by data workers while the engine computes."""
+"""Micro-batches of a run, prepared by data workers while the engine computes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
 
 
 def forkable(num_workers: int, importing: threading.Thread | None) -> int:
-    """The number of data workers, when they may be forked: one that is forked during an import inherits its lock for ever."""
+    """Return the number of data workers after the import in the thread ``importing`` has ended.
+
+    A process that is forked during an import inherits a locked import lock and never gets past its first import.
+    """
     if importing is not None:
         importing.join()
     return num_workers
@@ -31,7 +34,7 @@ def forkable(num_workers: int, importing: threading.Thread | None) -> int:
 def micro_batches(
     groups: Sequence[CounterfactualGroup], sampler: GroupSampler, collator: Collator, config: RunConfig, world: World, num_workers: int
 ) -> Iterator[MicroBatch]:
-    """Micro-batches from where the sampler is.
+    """Yield the micro-batches of this rank from the sampler's position on.
 
     Raises WorkerLost when a data worker has died.
     """

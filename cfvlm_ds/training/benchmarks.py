@@ -1,4 +1,4 @@
-"""Benchmarks of a run's evaluation: read and checked before the first step, asked with the training engine, written at the end."""
+"""Benchmarks of a run's evaluation: read and checked before the first step, scored with the training engine, written at the end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ from cfvlm_ds.evaluation.suite.tables import logged
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
-"""In a run's folder: the results of its benchmarks, as `cfvlm-ds compare` reads them."""
+"""Folder of benchmark results in a run's folder, in the form that `cfvlm-ds compare` reads."""
 
 
 @dataclass(frozen=True)
 class RunBenchmark:
-    """A benchmark of a run: how it is asked, with an example, the groups that are scored for it, what its items are recognised by, its
-    pictures, and the collator of the model that was found able to take it."""
+    """A benchmark of a run.
+
+    ``plan`` holds the groups that are scored for it, ``identity`` identifies its items, and ``example`` shows how an item is asked.
+    ``collator`` is that of the model, which was checked to accept every item.
+    """
 
     chosen: Chosen
     plan: Plan
@@ -43,18 +46,23 @@ class RunBenchmark:
     collator: Collator
 
     def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-        """Table -> metric -> value."""
+        """Return the values by table and metric."""
         return results(self.chosen.benchmark, outcomes)
 
 
 Outcomes = Mapping[str, Sequence[Outcome]]
-"""Name of the evaluation set -> what the model said of its items."""
+"""Name of the evaluation set -> the outcomes of its items."""
 
 
-def chosen_of(name: str, each: EvaluationSet) -> Chosen:
-    """How a set is asked. Raises ConfigError for an unknown benchmark, one that is not asked so, and a way that writes text."""
+def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
+    """Return the benchmark and probe of an evaluation set.
+
+    Raises ConfigError for an unknown benchmark, a probe that it does not have, and a probe that generates text.
+    """
     try:
-        (chosen,) = choose([str(each.benchmark)], Path(str(each.root)), [each.probe] if each.probe else [])
+        (chosen,) = choose(
+            [str(evaluation_set.benchmark)], Path(str(evaluation_set.root)), [evaluation_set.probe] if evaluation_set.probe else []
+        )
     except ConfigError as error:
         raise ConfigError(f"data.evaluation.{name}: {error}") from error
     if isinstance(chosen.way, Generate):
@@ -63,9 +71,8 @@ def chosen_of(name: str, each: EvaluationSet) -> Chosen:
 
 
 def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) -> dict[str, RunBenchmark]:
-    """The benchmarks of data.evaluation, every item of which the model can be asked; collective. Raises DataError for the first that it
-    cannot."""
-    found = {}
+    """Read the benchmarks of data.evaluation; collective. Raises DataError for the first item that the model cannot take."""
+    benchmarks = {}
     for name, each in config.data.benchmark_sets.items():
         collator = collator or load_collator(config.model, "full", config.data.max_pixels)
         chosen = chosen_of(name, each)
@@ -74,66 +81,69 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
         if checked.left_out:
             more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
             raise DataError(f"data.evaluation.{name}: {checked.left_out[0][1]}{more}; take that data set out, or correct its files")
-        asked = plan(checked.items, chosen.way)  # type: ignore[arg-type]
+        scoring_plan = plan(checked.items, chosen.way)  # type: ignore[arg-type]
         world.say(
-            f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, asked by {chosen.label} in {len(asked.groups)} groups"
+            f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, asked by {chosen.label} in "
+            f"{len(scoring_plan.groups)} groups"
         )
         example = example_of(checked.items[0], chosen.way, collator)
-        found[name] = RunBenchmark(chosen, asked, checked.identity(), loaded.notes, example, checked.pictures, collator)
-    return found
+        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, example, checked.pictures, collator)
+    return benchmarks
 
 
 def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:
-    """The metrics under the names that they are logged by."""
+    """Return the metrics under the names that they are logged by."""
     flat: dict[str, float] = {}
-    for name, found in outcomes.items():
-        flat |= logged(name, benchmarks[name].metrics(found))
+    for name, outcome in outcomes.items():
+        flat |= logged(name, benchmarks[name].metrics(outcome))
     return flat
 
 
 def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
-    """The names that ``benchmark_metrics`` will have for what is seen: known from the items alone."""
-    found = set()
-    for name, each in benchmarks.items():
-        tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images)) for item in each.plan.items]
-        found |= {f"eval/{name}/{metric}" for metric in each.chosen.benchmark.metrics(tied)}
-    return found
+    """Return the names of the metrics that ``benchmark_metrics`` will contain for the shown images, derived from the items alone."""
+    names = set()
+    for name, benchmark in benchmarks.items():
+        tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images)) for item in benchmark.plan.items]
+        names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied)}
+    return names
 
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
-    """A line for a progress log."""
+    """Return the headline metric as a line for a progress log."""
     tables, metric = benchmark.metrics(outcomes), benchmark.chosen.benchmark.headline
-    beside = [
+    controls = [
         f"{name} {tables[table][metric]:.1f}" for table, name in (("blank", "blank image"), ("chance", "chance")) if metric in tables[table]
     ]
     value = tables["seen"].get(metric)
-    return f"{metric} {'not known' if value is None else f'{value:.1f}'} ({', '.join(beside)})"
+    return f"{metric} {'not known' if value is None else f'{value:.1f}'} ({', '.join(controls)})"
 
 
 def write_benchmarks(
     config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes, world: World, exported: bool
 ) -> list[Result]:
-    """Write the results of every benchmark into the run's folder, on rank 0; collective, since ranks share the bootstrap. The results, on
-    rank 0. They name the weights where the model is ``exported``, and so on disk."""
+    """Write the results of every benchmark into the run's folder on rank 0, and return them there.
+
+    Collective, since the ranks share the bootstrap. The results identify the weights if the model is ``exported`` and therefore on disk.
+    """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, found in outcomes.items():
         drawn[name] = drawn_together(world, found, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", barrier)
     written = []
     identity = _identity(config, world, barrier.alive) if exported and outcomes and world.is_main else {}
     for name, found in outcomes.items() if world.is_main else ():
-        each = benchmarks[name]
+        benchmark = benchmarks[name]
         model = {"name": str(run_dir), **{part: identity.get(part) for part in ("weights", "inputs", "adapter")}}
         settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
-        header = each.chosen.header(model, each.identity, settings)
-        record = recorded(each.chosen.benchmark, header, found, drawn[name], (), each.notes, **each.example)
-        result = Result(name, each.chosen.label, record, tuple(found))
-        write_result(result_folder(run_dir / FOLDER / name / each.chosen.label), result)
+        header = benchmark.chosen.header(model, benchmark.identity, settings)
+        record = recorded(benchmark.chosen.benchmark, header, found, drawn[name], (), benchmark.notes, **benchmark.example)
+        result = Result(name, benchmark.chosen.label, record, tuple(found))
+        write_result(result_folder(run_dir / FOLDER / name / benchmark.chosen.label), result)
         written.append(result)
     return written
 
 
 def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> dict[str, str]:
-    """What the exported model is recognised by, as `cfvlm-ds evaluate` of the run's folder does."""
+    """Return the identity of the exported model, equal to that of `cfvlm-ds evaluate` on the run's folder."""
     run_dir = Path(config.train.output_dir)
     try:
         if only_adapters_train(config.model):

@@ -1,7 +1,7 @@
-"""The model card of an export: what was trained from what, on which data, with which objective, and how it did.
+"""Model card of an export: the base model, the data, the objective, the training and the results.
 
-A README.md with the front matter that Hugging Face reads. Values stand in code spans, in which neither Markdown nor HTML means anything, on
-one line, without secrets. Cards are published, so of paths only the last name is shown.
+The card is a README.md with the front matter that Hugging Face reads. Values stand in code spans, where Markdown and HTML have no effect,
+on one line and without secrets. Cards are published, so only the last name of a path is shown.
 """
 
 from __future__ import annotations
@@ -26,26 +26,25 @@ from cfvlm_ds.training.option_changes import ON_RESUME
 
 _PAPER = "https://arxiv.org/abs/2506.17267"
 _LONGEST = 200  # characters of a value
-_MOST_ROWS = 50  # of a split in the table of results
+_MOST_ROWS = 50  # rows of a split in the table of results
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
 
 def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None) -> str | None:
-    """The card of an export of this checkpoint; None, with a warning, where it cannot be made: no export fails for its card.
+    """Return the card of an export of this checkpoint; None, with a warning, if it cannot be written: a card never makes an export fail.
 
-    ``evaluated`` says whether the results in the run folder are this checkpoint's; when not given, that is so where the run has finished
-    with it.
+    ``evaluated`` states that the results in the run folder belong to this checkpoint. By default they do if the run finished at its step.
     """
     try:
         return model_card(checkpoint, adapter=adapter, evaluated=evaluated)
-    except Exception as error:  # of whatever somebody's run folder holds
+    except Exception as error:  # a run folder may hold anything
         say(f"warning: no {CARD} could be written for {checkpoint} ({type(error).__name__}: {' '.join(str(error).split())})")
         return None
 
 
 def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None) -> str:
-    """The text of the card. Raises ConfigError where the run folder has no configuration."""
+    """Return the text of the card. Raises ConfigError if the run folder has no configuration."""
     from huggingface_hub import ModelCardData
 
     run_dir, step = checkpoint.parent, int(checkpoints.description(checkpoint)["step"])
@@ -100,7 +99,7 @@ def _data(listed: Any) -> list[str]:
         return ["Not known: the run folder has no data.json that can be read."]
     text = "The identity is a digest of texts, labels, weights and pictures; moved with its folder, a data set keeps it."
     names = ("name", "context", "groups", "format", "source", "digest")
-    rows = ([_cell(_last(str(each[name]))) for name in names] for each in listed)
+    rows = ([_cell(_last(str(data_set[name]))) for name in names] for data_set in listed)
     return [text, "", *_table("set | use | groups | format | manifest | identity", rows)]
 
 
@@ -115,8 +114,8 @@ def _objective(terms: Any) -> list[str]:
 
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
     adapted = any(_at(options, f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
-    decide = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
-    given = {name: _at(options, name) for name in decide if adapted or not name.startswith("model.lora.")}
+    recorded = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
+    given = {name: _at(options, name) for name in recorded if adapted or not name.startswith("model.lora.")}
     known = {"optimizer steps": step, "ranks": _at(environment, "world_size"), "device": _at(environment, "device")}
     known |= {"ZeRO stage": _at(ds_config, "zero_optimization.stage"), "bfloat16": _at(ds_config, "bf16.enabled")}
     known |= {name: value for name, value in given.items() if value is not None}
@@ -135,8 +134,8 @@ def _results(recorded: Mapping[str, Any], evaluated: bool) -> list[str]:
     if not recorded:
         return ["None: the run had no evaluation sets."]
     shown, left_out = {}, 0
-    for split, found in recorded.items():
-        rows = [Accuracy(**row) for row in found]
+    for split, accuracies in recorded.items():
+        rows = [Accuracy(**row) for row in accuracies]
         left_out += max(0, len(rows) - _MOST_ROWS)
         shown[split] = rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]]
     text = (
@@ -151,13 +150,13 @@ def _table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def license_of(base: str) -> dict[str, Any]:
-    """The license that the base's own card states, as front matter; nothing where it states none, or has no card here."""
+    """Return the license from the base's own card as front matter; empty if the card states none or is not on this machine."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     try:
         path: Any = own_file(Path(base), CARD, base) if os.path.isdir(base) else try_to_load_from_cache(base, CARD)
         front = ModelCard.load(path).data.to_dict() if isinstance(path, str | Path) and os.path.isfile(path) else {}
-    except Exception:  # of whatever somebody's card holds
+    except Exception:  # a card may hold anything
         return {}
     if not isinstance(front.get("license"), str):
         return {}
@@ -165,12 +164,12 @@ def license_of(base: str) -> dict[str, Any]:
 
 
 def _recorded(path: Path) -> Any:
-    """A record of the run folder; empty where it is missing."""
+    """Return a record of the run folder; empty if it is missing."""
     return read_json(path) if path.is_file() else {}
 
 
 def _at(values: Any, option: str) -> Any:
-    """The value of a dotted option in nested ones; None where it is not there."""
+    """Return the value of a dotted option in nested mappings; None if it is missing."""
     for name in option.split("."):
         values = values.get(name) if isinstance(values, Mapping) else None
     return values
@@ -181,15 +180,15 @@ def _last(path: str) -> str:
 
 
 def _line(value: Any) -> str:
-    """A value on one printable line without secrets."""
+    """Return a value on one printable line without secrets."""
     return one_line(without_secrets(value if isinstance(value, str) else json.dumps(value, default=str)), _LONGEST)
 
 
 def _code(value: Any) -> str:
-    """A value as a code span: its text and nothing else, whatever it holds."""
+    """Return a value as a code span, in which no character has a meaning."""
     return f"`{_line(value).replace('`', chr(39)) or ' '}`"
 
 
 def _cell(value: Any) -> str:
-    """The same in a cell of a table, which a bar would end; after a backslash of the value's own even one that is escaped."""
+    """Return a code span for a table cell. A bar would end the cell, even after a backslash, and is replaced."""
     return _code(value).replace("|", "\N{BROKEN BAR}")

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when one is due by time, and what saving costs."""
+"""Checkpoint schedule of a run: due times, saving and its cost."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from cfvlm_ds.core.distributed import World
 
 
 class Checkpoints:
-    """Saves the checkpoints of a run; time counts from its construction."""
+    """Writer of a run's checkpoints. Its clock starts at construction."""
 
     def __init__(self, engine: Any, state: TrainState, run_dir: Path, world: World, train: TrainConfig) -> None:
         self._engine, self._state, self._run_dir, self._world, self._train = engine, state, run_dir, world, train
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
-        """Whether train.save_minutes have passed since the last one."""
+        """Return True when train.save_minutes have passed since the last checkpoint."""
         return 0 < self._train.save_minutes * 60 <= time.monotonic() - self._saved_at
 
     def save(self, needed: bool) -> dict[str, float]:
-        """Save a checkpoint and return its cost as metrics. A failure is a warning, or an error if the checkpoint is ``needed``."""
+        """Save a checkpoint and return its cost as metrics: seconds, and their share of the time since the last checkpoint.
+
+        A failure raises SaveError if the checkpoint is ``needed``; otherwise it prints a warning.
+        """
         started, train = time.monotonic(), self._train
         failed = False
         try:
@@ -35,6 +38,6 @@ class Checkpoints:
             failed = True
             self._world.say(f"warning: {error}; training goes on and the next checkpoint is tried in its turn")
         ended = time.monotonic()
-        share = (ended - started) / (ended - self._saved_at)  # of the time since the last one
+        share = (ended - started) / (ended - self._saved_at)
         self._saved_at = ended
         return {"checkpoint/seconds": ended - started, "checkpoint/share": share, "checkpoint/failed": float(failed)}

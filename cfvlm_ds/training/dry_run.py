@@ -1,5 +1,4 @@
-"""What a run would need, found without weights, data or other ranks: sizes, what trains, memory per GPU. For a login node, before
-queueing."""
+"""Dry run: sizes, trainable parameters and memory per GPU of a run, computed without weights, data or other ranks."""
 
 from __future__ import annotations
 
@@ -21,10 +20,11 @@ _GIB = 1 << 30
 
 
 def dry_run(config: RunConfig) -> str:
-    """Resolve the configuration and the DeepSpeed JSON, build the model without data, and report. Raises ConfigError as a run would.
+    """Resolve the configuration and the DeepSpeed JSON, build the model on the meta device and return the report. Raises ConfigError as a
+    run would.
 
-    The states of the model (weights, gradients, optimizer) are DeepSpeed's own estimates for mixed precision. Activations are the language
-    model's at the peak of a forward and backward in bfloat16, on meta tensors.
+    The memory of the model's states (weights, gradients, optimizer) is DeepSpeed's own estimate for mixed precision. Activations are those
+    of the language model at the peak of a forward and backward in bfloat16.
     """
     validate(config, None)
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
@@ -41,33 +41,33 @@ def _modules(model: Any, config: RunConfig) -> Iterator[str]:
         options = getattr(config.model, module)
         rate = config.train.learning_rate if options.learning_rate is None else options.learning_rate
         yield f"{module:<16} {counts[module][0]:>16,} {counts[module][1]:>16,} {options.tuning:>8} {rate:>14.2g}"
-    total, trains = (sum(each[k] for each in counts.values()) for k in (0, 1))
-    yield f"{'all':<16} {total:>16,} {trains:>16,}"
+    total_parameters, trainable = (sum(count[k] for count in counts.values()) for k in (0, 1))
+    yield f"{'all':<16} {total_parameters:>16,} {trainable:>16,}"
 
 
 def _memory(model: Any, config: RunConfig, ds_config: dict[str, Any]) -> Iterator[str]:
-    """Report memory by number of GPUs. Without a token budget a forward has 8192 tokens, prompts and images included."""
+    """Yield the lines about memory by number of GPUs. Without a token budget a forward has 8192 tokens, prompts and images included."""
     data, recompute = config.data, config.model.gradient_checkpointing
     tokens = data.max_tokens_per_forward or data.max_tokens_per_micro_batch or _TOKENS
     working = engine.working_memory(model, ds_config, tokens, recompute)
     quantised = config.model.lora.load_in_4bit and linear_weights(model, family_of(model.config))
     saved = int(quantised * (2 - BYTES_OF_4BIT))
-    stage, away = ds_config.get("zero_optimization", {}).get("stage", 0), engine.offloaded(ds_config)
-    yield f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs a node{_offloaded(away)}; peak: {tokens} tokens a forward"
+    stage, offloaded = ds_config.get("zero_optimization", {}).get("stage", 0), _offloaded(engine.offloaded(ds_config))
+    yield f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs a node{offloaded}; peak: {tokens} tokens a forward"
     yield f"{'GPUs':>6} {'GiB per GPU':>12} {'peak':>8} {'GiB of host memory per node':>28}"
     for gpus in _GPUS:
         card, host = engine.model_states(model, ds_config, gpus, _GPUS_PER_NODE)
         card -= saved
         yield f"{gpus:>6} {card / _GIB:>12.1f} {(card + sum(working.values())) / _GIB:>8.1f} {host / _GIB:>28.1f}"
-    parts = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in working.items())
+    sizes = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in working.items())
     if config.model.vision_tower.tuning != "frozen":
         yield "not counted: what the vision tower keeps, which trains"
     if config.train.bf16 is False:
         yield "all of it in bfloat16; train.bf16 is false, and weights and activations of float32 take twice as much"
     other = engine.activations(model, tokens, not recompute) / _GIB
-    yield f"beside the states: {parts} GiB; activations {'without' if recompute else 'with'} gradient checkpointing: {other:.1f} GiB"
+    yield f"beside the states: {sizes} GiB; activations {'without' if recompute else 'with'} gradient checkpointing: {other:.1f} GiB"
 
 
 def _offloaded(offload: dict[str, bool]) -> str:
-    named = [{"optimizer": "optimizer", "param": "weights"}[name] for name, away in offload.items() if away]
-    return f", {' and '.join(named)} offloaded" if named else ""
+    names = [{"optimizer": "optimizer", "param": "weights"}[name] for name, is_offloaded in offload.items() if is_offloaded]
+    return f", {' and '.join(names)} offloaded" if names else ""

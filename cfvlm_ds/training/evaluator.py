@@ -1,4 +1,4 @@
-"""Evaluation within a run: all of its splits, with the training engine and the ranks' votes to stop."""
+"""Evaluation within a run: all splits and benchmarks, with the training engine and the ranks' votes to stop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
 class Evaluator:
-    """Evaluates the splits of a run; keeps to the token budget of training."""
+    """Evaluation of a run's splits and benchmarks within the token budget of training."""
 
     def __init__(
         self,
@@ -46,9 +46,9 @@ class Evaluator:
     def __call__(
         self, shuffled: bool = False, only: Sequence[str] | None = None
     ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-        """Results and scores by split, or of some splits ``only``.
+        """Return the results and the scores by split, for all splits or for those in ``only``.
 
-        Raises StopRequested on all ranks where they are to stop, and WorkerLost on the one that has lost a data worker.
+        Raises StopRequested on all ranks if they agree to stop, and WorkerLost on the rank that has lost a data worker.
         """
         with self._evaluating():
             return evaluate(
@@ -64,19 +64,19 @@ class Evaluator:
             )
 
     def ask(self, shuffled: bool = False) -> dict[str, list[Outcome]]:
-        """What the model says of the items of each benchmark. Raises as ``__call__`` does."""
-        found = {}
+        """Return the model's outcome on each item by benchmark. Raises as ``__call__`` does."""
+        outcomes = {}
         with self._evaluating():
-            for name, each in self._benchmarks.items():
+            for name, benchmark in self._benchmarks.items():
                 options: dict[str, Any] = {"num_workers": self._num_workers, "label": f"evaluating {name}", "shuffled": shuffled}
-                scores = score_groups(self._engine, self._collator, each.plan.groups, self._world, **options, **self._options())
-                found[name] = each.plan.outcomes(scores, token_lengths(self._collator))
-        return found
+                scores = score_groups(self._engine, self._collator, benchmark.plan.groups, self._world, **options, **self._options())
+                outcomes[name] = benchmark.plan.outcomes(scores, token_lengths(self._collator))
+        return outcomes
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         self._engine.eval()
-        hook = self._engine.register_forward_pre_hook(self._vote)  # every rank makes as many forwards
+        hook = self._engine.register_forward_pre_hook(self._vote)  # every rank makes equally many forwards
         try:
             with together(), worker_deaths():
                 yield
@@ -85,15 +85,15 @@ class Evaluator:
             self._engine.train()
 
     def _reference(self, batch: Batch) -> Tensor:
-        """Scores under the model without its adapters, as in training (cfvlm_ds.training.step)."""
+        """Return the scores [G, I, C] of the model without its adapters, as training does (cfvlm_ds.training.step)."""
         with adapters_off(self._engine.module.model):
             return batch.scores(self._engine(**batch.model_inputs)).logp
 
     def rehearse(self) -> None:
-        """Run the largest evaluation batch before the first step, so that a lack of memory is not found only after the training."""
+        """Run the largest evaluation batch, so that a lack of memory shows before the first step and not after the training."""
         self._engine.eval()
         shuffled = self._config.train.eval_shuffled
-        splits = {**self.splits, **{name: each.plan.groups for name, each in self._benchmarks.items()}}
+        splits = {**self.splits, **{name: benchmark.plan.groups for name, benchmark in self._benchmarks.items()}}
         rehearse(self._engine, self._collator, splits, self._world, shuffled=shuffled, **self._options())
         self._engine.train()
 
@@ -104,7 +104,7 @@ class Evaluator:
             raise StopRequested(why)
 
     def _options(self) -> dict[str, Any]:
-        """The token budget, and what to lower where that is not enough."""
+        """Return the token budget and the advice for an out-of-memory error."""
         data, size = self._config.data, self._config.train.per_device_eval_batch_size
         limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
         option = "data.max_tokens_per_forward" if data.max_tokens_per_forward else "data.max_tokens_per_micro_batch"
@@ -114,7 +114,7 @@ class Evaluator:
 
 
 def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBenchmark] | None = None) -> None:
-    """Raise ConfigError if train.save_best names a metric that no evaluation of this data can have."""
+    """Raise ConfigError if train.save_best names a metric that the evaluation of these data cannot produce."""
     name = config.train.save_best
     if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks or {})):
         raise ConfigError(
@@ -124,7 +124,7 @@ def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBe
 
 
 def best_metric(config: RunConfig, metrics: Mapping[str, float]) -> float | None:
-    """The value of train.save_best; None where none is named. Raises ConfigError when this evaluation has no such metric."""
+    """Return the value of train.save_best, or None if it is not set. Raises ConfigError if this evaluation lacks that metric."""
     name = config.train.save_best
     if name is not None and name not in metrics:
         raise ConfigError(f"train.save_best {name!r} is not among the metrics of an evaluation: {', '.join(sorted(metrics))}")

@@ -1,4 +1,4 @@
-"""The gradients of one micro-batch: in one pass, or in parts by a gradient cache (arXiv 2101.06983)."""
+"""The gradients of one micro-batch: in one pass, or in several forwards with a gradient cache (arXiv 2101.06983)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cfvlm_ds.core.distributed import random_state, set_random_state
 from cfvlm_ds.core.scores import Scores
 
 BesideOf = Callable[[Batch, bool], Tensor | float]
-"""Returns what the last forward, of a batch, adds to the loss beside the objective; 0 for a repeat, whose flag is False."""
+"""Returns the loss of the last forward, of this batch, beside the objective; 0 for a repeated batch, whose flag is False."""
 ReferenceOf = Callable[[Batch], Tensor | None]
 """Computes the reference scores [G, I, C] of a batch; None if they are stored or not needed."""
 Backward = Callable[[Tensor], None]
-"""Adds the gradients of a loss of the scores."""
+"""Adds the gradients of a loss over the scores."""
 
 
 def nothing(batch: Batch, counts: bool) -> float:
-    """Add no loss beside the objective."""
+    """Return 0, for a step that has no loss beside the objective."""
     return 0.0
 
 
@@ -35,7 +35,11 @@ def forward(
     last: bool,
     beside: BesideOf = nothing,
 ) -> tuple[Scores, Backward]:
-    """Score a micro-batch in ``number`` forwards, the same on all ranks; the ``last`` of a step completes its gradients."""
+    """Score a micro-batch in ``number`` forwards, the same number on all ranks; return the scores [G, I, C] and the function that adds
+    gradients.
+
+    ``last`` marks the last micro-batch of a step, whose backward completes the gradients.
+    """
     if number == 1:
         return _one_pass(engine, micro_batch, reference_of, last, beside)
     return _two_passes(engine, micro_batch, number, device, reference_of, last, beside)
@@ -57,30 +61,30 @@ def _one_pass(engine: Any, micro_batch: MicroBatch, reference_of: ReferenceOf, l
 def _two_passes(
     engine: Any, micro_batch: MicroBatch, number: int, device: torch.device, reference_of: ReferenceOf, last: bool, beside: BesideOf
 ) -> tuple[Scores, Backward]:
-    """As ``_one_pass``, with the activations of only one forward in memory.
+    """Score like ``_one_pass`` with the activations of only one forward in memory.
 
-    The first pass computes the scores, which the loss couples. The loss's derivatives by the log-probs weight them in the second pass,
-    which uses the same random numbers. The last forward's activations serve both passes. Repeats have the weight 0.
+    The first pass computes the scores, which the loss couples. The derivatives of the loss by the log-probs are the weights of the second
+    pass, which uses the same random numbers. The last forward serves both passes. Repeated batches have the weight 0.
     """
     batches, repeats = micro_batch.padded(number), number - len(micro_batch.forwards)
     references = [reference_of(batch) for batch in batches][repeats:]
-    states, found = [], list[Tensor]()
+    states, logps = [], list[Tensor]()
     for batch in batches:
         states.append(random_state(device))
-        with torch.set_grad_enabled(len(found) == number - 1):
-            found.append(engine(**batch.model_inputs))
+        with torch.set_grad_enabled(len(logps) == number - 1):
+            logps.append(engine(**batch.model_inputs))
     of_last, after = beside(batches[-1], True), random_state(device)
-    leaves = [logp.detach().requires_grad_() for logp in found]
+    leaves = [logp.detach().requires_grad_() for logp in logps]
     scores = micro_batch.scores(leaves)
-    if own := [reference for reference in references if reference is not None]:
-        scores = replace(scores, reference=torch.stack(own).sum(0))
+    if computed := [reference for reference in references if reference is not None]:
+        scores = replace(scores, reference=torch.stack(computed).sum(0))
 
     def backward(loss: Tensor) -> None:
         extra = of_last
         weights = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         for k in reversed(range(number)):
             engine.set_gradient_accumulation_boundary(last and k == 0)
-            logp = found.pop()
+            logp = logps.pop()
             if k < number - 1:
                 set_random_state(states[k], device)
                 logp = engine(**batches[k].model_inputs)

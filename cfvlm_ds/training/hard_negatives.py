@@ -1,7 +1,7 @@
-"""Of many counterfactuals of a group those enter a step that the current model takes most for true.
+"""Hard negatives: of many counterfactuals of a group, a step trains on those that the current model scores highest.
 
-A forward without gradients scores all of them; the row is then packed again without the others, and the forward and backward that follow
-cost what a group of few counterfactuals costs. Shapes: G groups, I images, C candidates.
+A forward without gradients scores all of them. The row is then packed again without the others, so the forward and backward that follow
+cost as much as those of a group with few counterfactuals. Shapes: G groups, I images, C candidates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from cfvlm_ds.core.scores import Scores
 
 @dataclass(frozen=True)
 class Hardest:
-    """Cells [G, I, C] that stay, and of how many counterfactuals that were ``proposed`` how many ``entered``, in groups that can be cut."""
+    """The kept cells [G, I, C]. In groups with a single prompt, ``proposed`` counterfactuals were scored and ``entered`` of these are
+    kept.
+    """
 
     cells: Tensor
     proposed: int
@@ -27,13 +29,13 @@ class Hardest:
 
 
 class HardNegatives:
-    """Cuts micro-batches down to the hardest counterfactuals of each group.
+    """Selection of the hardest counterfactuals of each group in a micro-batch.
 
     Args:
         engine: drives a Scorer.
-        number: of counterfactuals that a group keeps.
-        forwards: says how many forwards each micro-batch takes, the same on every rank.
-        pack: packs a micro-batch again with the given cells alone (Collator.packed_again).
+        number: counterfactuals that a group keeps.
+        forwards: returns the number of forwards of each micro-batch, the same on every rank.
+        pack: packs a micro-batch again with only the given cells (Collator.packed_again).
     """
 
     def __init__(
@@ -46,25 +48,27 @@ class HardNegatives:
         self._engine, self._number, self._forwards, self._pack = engine, number, forwards, pack
 
     def of(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[Hardest]]:
-        """The micro-batches with fewer cells, and what of each has stayed. Collective: every rank makes as many forwards."""
-        self._engine.eval()  # no dropout, and so no random number is drawn that a resumed run would miss
+        """Return the micro-batches with only the hardest cells, and the selection of each. Collective: every rank makes equally many
+        forwards.
+        """
+        self._engine.eval()  # without dropout no random number is drawn that a resumed run would miss
         with torch.no_grad():
             scored = [
-                each.scores([self._engine(**batch.model_inputs) for batch in each.padded(number)])
-                for each, number in zip(micro_batches, self._forwards(micro_batches), strict=True)
+                micro_batch.scores([self._engine(**batch.model_inputs) for batch in micro_batch.padded(number)])
+                for micro_batch, number in zip(micro_batches, self._forwards(micro_batches), strict=True)
             ]
         self._engine.train()
         chosen = [hardest(scores, self._number) for scores in scored]
-        return [self._pack(each, hardest.cells) for each, hardest in zip(micro_batches, chosen, strict=True)], chosen
+        return [self._pack(micro_batch, hardest.cells) for micro_batch, hardest in zip(micro_batches, chosen, strict=True)], chosen
 
 
 def hardest(scores: Scores, number: int) -> Hardest:
-    """All cells but those of counterfactuals beyond the ``number`` hardest ones of a group.
+    """Select all cells except those of the counterfactuals beyond the ``number`` hardest ones of each group.
 
-    A counterfactual is a text that is not true of the factual image with the images that it is true of, or an image that the factual text
-    is false of and no other text is true of; whatever is neither stays. It is as hard as the hardest comparison that it makes: by how much
-    a false cell beats a true one, on one image or for one text. Of equals the first is taken. A group that asks several questions keeps all
-    its cells.
+    A counterfactual is one of two units: a text that is not true of the factual image, with the images that it is true of; or an image that
+    the factual text is false of and that no other text is true of. All other cells stay. The hardness of a counterfactual is its largest
+    margin of a false cell over a true one, on one image or for one text. Ties go to the first. A group with several prompts keeps all its
+    cells.
     """
     layout, logp = scores.layout, scores.logp.detach().cpu()
     known = (layout.positive | layout.negative).cpu()
@@ -74,15 +78,15 @@ def hardest(scores: Scores, number: int) -> Hardest:
     for g in range(len(kept)):
         if bool(((match[g] >= 0).any(0) & ~same[g]).any()):
             continue
-        truth, values, seen = match[g].tolist(), logp[g].tolist(), known[g].tolist()
+        truth, values, known_cells = match[g].tolist(), logp[g].tolist(), known[g].tolist()
         units = _counterfactuals(truth)
         proposed, entered = proposed + len(units), entered + min(len(units), number)
         if len(units) <= number:
             continue
-        hardness = [_hardness(unit, truth, values, seen) for unit in units]
+        hardness = [_hardness(unit, truth, values, known_cells) for unit in units]
         ranked = sorted(range(len(units)), key=lambda place: -hardness[place])
         images, texts = torch.ones(len(truth), dtype=torch.bool), torch.ones(len(truth[0]), dtype=torch.bool)
-        for stays, places in ((False, ranked[number:]), (True, ranked[:number])):  # an image that both have stays
+        for stays, places in ((False, ranked[number:]), (True, ranked[:number])):  # an image that both lists hold stays
             for text, own in (units[place] for place in places):
                 images[list(own)] = stays
                 texts[[] if text is None else [text]] = stays
@@ -91,7 +95,7 @@ def hardest(scores: Scores, number: int) -> Hardest:
 
 
 Counterfactual = tuple[int | None, tuple[int, ...]]
-"""A text, if it has one, and the images that go with it."""
+"""The number of its text, if it has one, and of its images."""
 
 
 def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:
@@ -106,11 +110,11 @@ def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:
 def _hardness(
     unit: Counterfactual, match: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], known: Sequence[Sequence[bool]]
 ) -> float:
-    """The largest S[false] - S[true] of its comparisons with the factual pair; least of all without any."""
+    """Return the largest S[false] - S[true] among the comparisons with the factual pair; -inf without any."""
     text, images = unit
     cells = [(0, 0), *((i, 0) for i in images)]
     cells += [] if text is None else [(0, text), *((i, text) for i in images)]
     true = [(i, c) for i, c in cells if known[i][c] and match[i][c] == 1]
     false = [(i, c) for i, c in cells if known[i][c] and match[i][c] == 0]
-    beside = (logp[i][c] - logp[j][d] for i, c in false for j, d in true if i == j or c == d)
-    return max(beside, default=float("-inf"))
+    margins = (logp[i][c] - logp[j][d] for i, c in false for j, d in true if i == j or c == d)
+    return max(margins, default=float("-inf"))

@@ -1,4 +1,4 @@
-"""Options that a run has and that do nothing, or less than they ask for, in its data: said once, in the record that shows it."""
+"""Warnings about options that have no effect, or less than configured, on the data of a run."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ _LACKS = {
     "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without them it is dpo with an anchor"),
     "misp": ("misp/accuracy", "no image that the factual text is false of", "without them it is dpo"),
 }
-"""Term -> a metric that it has where it finds what it is for, what it lacks else, and what to make of that."""
+"""Term -> a metric that exists only where the term finds its data, the data that it lacks otherwise, and the remedy."""
 
 
 class Idle:
-    """Looks at what is recorded for options without an effect; ``say`` is told of each once."""
+    """Monitor of options without an effect. It passes one warning for each such option to ``say``."""
 
     def __init__(self, config: RunConfig, say: Callable[[str], object]) -> None:
-        self._config, self._say, self._told = config, say, set[str]()
+        self._config, self._say, self._warned = config, say, set[str]()
 
     def recorded(self, metrics: Mapping[str, float]) -> None:
-        """A record of the training."""
-        for option, why in self._found(metrics):
-            if option not in self._told:
-                self._told.add(option)
+        """Check the metrics of a training record and warn about new findings."""
+        for option, why in self._findings(metrics):
+            if option not in self._warned:
+                self._warned.add(option)
                 self._say(f"warning: {option} {why}")
 
-    def _found(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    def _findings(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         for term, (metric, lack, remedy) in _LACKS.items():
             if f"loss/{term}" in metrics and metric not in metrics:
                 yield f"objective.{term}", f"has found {lack} in the steps of this record; {remedy}"
-        for term, asked in batch_terms(self._config.objective).items():
-            if (found := metrics.get(f"{term}/texts")) is not None and 2 * found < asked:
+        for term, requested in batch_terms(self._config.objective).items():
+            if (available := metrics.get(f"{term}/texts")) is not None and 2 * available < requested:
                 yield (
                     f"objective.{term}.texts",
-                    f"asks for {asked} texts on an image and finds {found:.1f}: other groups of a step that answer the same prompt have no "
-                    "more that may be taken for false; make steps larger, or ask for fewer",
+                    f"asks for {requested} texts on an image and finds {available:.1f}: other groups of a step that answer the same prompt "
+                    "have no more that may be taken for false; make steps larger, or ask for fewer",
                 )
         if "hard_negatives/proposed" in metrics and metrics["hard_negatives/proposed"] == metrics["hard_negatives/entered"]:
             yield (

@@ -1,4 +1,4 @@
-"""Metrics of training steps: sums that stay on the device until they are recorded, and rates."""
+"""Meter of training metrics: sums that stay on the device until they are recorded, and rates per second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cfvlm_ds.training.step import Measured
 
 
 class _Key(NamedTuple):
-    """A metric's name, and which of its parts."""
+    """A metric's name and the number of one of its parts."""
 
     name: str
     part: int = 0
@@ -26,9 +26,9 @@ class _Key(NamedTuple):
 
 
 class Meter:
-    """Sums and counts since the last record; ratios are taken only after adding over ranks.
+    """Sums and counts since the last record. Ratios are taken only after the sums of all ranks are added.
 
-    ``gathering``, where weights are partitioned, returns the seconds for which computation waited for them since its last call.
+    ``gathering`` returns the seconds for which computation waited for partitioned weights since its last call; None without partitioning.
     """
 
     def __init__(self, gathering: Callable[[], float] | None) -> None:
@@ -46,9 +46,9 @@ class Meter:
         return len(self._sums)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float, part: int = 0) -> None:
-        """Add to the sum and count of a part of a metric, which is the sum of the means of its parts, in float64.
+        """Add to the sum and count of one part of a metric, in float64. The metric is the sum of the means of its parts.
 
-        Tensors stay on their device: fetching one would wait for the GPU.
+        Tensors stay on their device, because fetching one would wait for the GPU.
         """
         self._add(_Key(name, part), total, count)
 
@@ -66,8 +66,10 @@ class Meter:
         self._waited += seconds
 
     def reduce(self, world: World) -> dict[str, float]:
-        """Global means, and rates per second of the wall clock. A collective, and the only fetch from the device for a record; starts the
-        next record."""
+        """Return global means, and rates per second of wall-clock time, and start the next record.
+
+        Collective, and the only transfer from the device of a record.
+        """
         values = [torch.as_tensor(value, dtype=torch.float64, device=world.device) for sums in self._sums.values() for value in sums]
         both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))
         elapsed = time.monotonic() - self.since
@@ -85,8 +87,11 @@ class Meter:
 def measure(
     meter: Meter, measured: Measured, objectives: Objectives, part_of_step: float, flops: ModelFlops, sources: Sequence[str] = ()
 ) -> None:
-    """Add what a micro-batch has measured. Shares add up over the micro-batches and ranks of a step to its loss, so each counts as
-    ``part_of_step`` of one; ``flops`` counts the model's own operations; ``sources`` are those of a mixture, measured one by one too."""
+    """Add the measurements of a micro-batch to the meter.
+
+    The losses of a step add up over its micro-batches and ranks, so each of them counts as ``part_of_step`` of one step. ``flops`` counts
+    the model's own operations. ``sources`` are the names of a mixture's sources, which are also measured one by one.
+    """
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for groups that cannot be read is not measured
     meter.add("loss", measured.loss, part_of_step)
@@ -114,12 +119,12 @@ def measure(
 
 
 def _measure_source(meter: Meter, scores: Scores, objectives: Objectives, source: str) -> None:
-    """Each term's mean over the groups of one source; every rank names the same metrics, whatever it has of them."""
+    """Add each term's mean over the groups of one source. Every rank adds the same metrics, whether or not it has groups of the source."""
     layout = scores.layout.of_source(source)
     for name, objective in objectives.items():
-        seen = scores_of(name, objective, replace(scores, layout=layout))
-        counts = torch.atleast_1d(objective.denominator(seen.layout))
+        of_source = scores_of(name, objective, replace(scores, layout=layout))
+        counts = torch.atleast_1d(objective.denominator(of_source.layout))
         with torch.no_grad():
-            totals = torch.atleast_1d(objective.numerator(seen)) if source in layout.sources else torch.zeros_like(counts)
+            totals = torch.atleast_1d(objective.numerator(of_source)) if source in layout.sources else torch.zeros_like(counts)
         for number, (total, count) in enumerate(zip(totals, counts, strict=True)):
             meter.add(f"loss/{name}/{source}", total, count, number)

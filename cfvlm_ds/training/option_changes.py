@@ -1,7 +1,7 @@
-"""What a run would do differently from the run that it continues.
+"""Option changes: the differences between a run and the run that it continues, and their effect on a resume.
 
-Every option declares what its change means (see core/options.py), and so does every DeepSpeed setting below; all fields of an objective
-decide what is trained. A checkpoint holds the record of its run, and a start compares it with its own before it touches anything.
+Every option declares the effect of its change (see core/options.py), and so does every DeepSpeed setting below. All fields of an objective
+decide what is trained. A checkpoint holds the record of its run; a start compares its own record with it before it writes anything.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from cfvlm_ds.models import fingerprint
 ON_RESUME: dict[str, OnResume | None] = {
     name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.").items()
 }
-"""What a change of each option means."""
+"""Option -> the effect of its change on a resume."""
 DEEPSPEED: dict[str, OnResume] = {
-    # compared as what _effective makes of them, or as train.*, which "auto" takes and the JSON may not contradict
+    # compared by the values that _effective derives, or as train.*, which replace "auto" and which the JSON may not contradict
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "free"),
     **dict.fromkeys((f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")), "free"),
     **dict.fromkeys(("bf16.enabled", "fp16.enabled", "optimizer.type", "optimizer.params.torch_adam"), "free"),
@@ -38,7 +38,9 @@ DEEPSPEED: dict[str, OnResume] = {
     **dict.fromkeys(("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"), "ignored"),
     **dict.fromkeys(("comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"), "ignored"),
 }
-"""What a change of a DeepSpeed setting, or of any below it, means; one that is not listed counts as ``meaning``, to be safe."""
+"""DeepSpeed setting -> the effect of its change and of any setting below it. A setting that is not listed counts as ``confirm``, to be
+safe.
+"""
 
 _UNSET = {
     "optimizer.params.adam_w_mode": True,
@@ -51,7 +53,7 @@ _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or ch
 
 @dataclass(frozen=True)
 class Change:
-    """An option, its value in the continued run, and its value now."""
+    """An option, its value in the continued run, and its value in this one."""
 
     option: str
     before: Any
@@ -70,9 +72,10 @@ def record(
     alive: Callable[[], object] = lambda: None,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """What configures a run, as plain JSON without secrets: options, resolved DeepSpeed settings, ranks, steps in all, hashes of the model.
+    """Return the record of a run's configuration as plain JSON without secrets: options, resolved DeepSpeed settings, ranks, total steps,
+    hashes of the model.
 
-    ``alive`` is called while the model's files are read, and ``say`` with their progress.
+    ``alive`` is called while the model's files are read, and ``say`` reports progress.
     """
     record = {"options": masked(config.resolved), "deepspeed": masked(deepspeed), "ranks": ranks, "steps": steps}
     return json.loads(json.dumps({**record, "model": model_hashes(config.model.name_or_path, alive, say)}, default=str))
@@ -81,7 +84,7 @@ def record(
 def model_hashes(
     name_or_path: str, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> dict[str, str] | None:
-    """``fingerprint`` of the model's files; None while a hub's model is not on this machine."""
+    """Return ``fingerprint`` of the model's files; None while a hub's model is not on this machine."""
     folder = name_or_path
     if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
@@ -90,11 +93,11 @@ def model_hashes(
             folder = snapshot_download(name_or_path, local_files_only=True)
         except (OSError, ValueError):
             return None
-    return fingerprint(ModelConfig(folder), alive, say)  # bounds on visual tokens are options, and compared as such
+    return fingerprint(ModelConfig(folder), alive, say)  # limits on visual tokens are compared as options
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """What differs between two records and decides what is trained."""
+    """Return the differences between two records that decide what is trained."""
     old, new = _effective(before), _effective(now)
     if _TOTAL in old:
         old, new = ({name: value for name, value in each.items() if name not in _STEPS} for each in (old, new))
@@ -116,7 +119,7 @@ def _is_weight(option: str) -> bool:
 
 
 def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> str | None:
-    """Why ``what`` cannot be continued with these changes, or None."""
+    """Return the reason why ``what`` cannot be continued with these changes, or None."""
     if fixed := "; ".join(str(change) for change in changes if change.fixed):
         return f"{what} cannot be continued with what has changed: {fixed}; restore it, or choose another train.output_dir"
     if changes and not allowed:
@@ -128,7 +131,7 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
 
 
 def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], object]) -> None:
-    """Add the changes at a step to a file of the run folder, unless it already ends with them, since a start may be repeated."""
+    """Append the changes at a step to a file in the run folder, unless it already ends with them: a start may be repeated."""
     line = json.dumps({"step": step, "changes": {change.option: [change.before, change.now] for change in changes}})
     lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):
@@ -138,7 +141,7 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
-    """The part of a record that decides what is trained: values in use, where several make one value that one in their place."""
+    """Return the options and settings that decide what is trained. Options that act together are replaced by their joint value."""
     options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
@@ -172,25 +175,25 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
 
 
 def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
-    """The DeepSpeed settings that decide what is trained."""
-    given = {**_UNSET, **flat(deepspeed)}
-    given.setdefault("scheduler.type", "train.lr_scheduler_type")
-    all_kinds = ((name, value, on_resume_of(name)) for name, value in given.items())
-    found: dict[str, tuple[Any, OnResume]] = {
+    """Return the DeepSpeed settings that decide what is trained."""
+    settings = {**_UNSET, **flat(deepspeed)}
+    settings.setdefault("scheduler.type", "train.lr_scheduler_type")
+    all_kinds = ((name, value, on_resume_of(name)) for name, value in settings.items())
+    compared: dict[str, tuple[Any, OnResume]] = {
         f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("confirm", "refuse")
     }
-    half = [name for name in ("bf16", "fp16") if given.get(f"{name}.enabled")]
-    steps = f"{given.get('optimizer.type', 'AdamW')}"  # three programs under one name, each with a state of its own form
-    if "optimizer.type" not in given or given.get("optimizer.params.torch_adam"):
-        steps += " of torch"
-    elif given.get("zero_optimization.offload_optimizer.device", "none") != "none":
-        steps += " of DeepSpeed on the CPU"
-    made = {"precision (train.bf16, bf16 and fp16 of the DeepSpeed JSON)": " ".join(half) or "fp32", "--deepspeed optimizer": steps}
-    return found | {name: (value, "refuse") for name, value in made.items()}
+    half = [name for name in ("bf16", "fp16") if settings.get(f"{name}.enabled")]
+    optimizer = f"{settings.get('optimizer.type', 'AdamW')}"  # three implementations share this name, and their states differ in form
+    if "optimizer.type" not in settings or settings.get("optimizer.params.torch_adam"):
+        optimizer += " of torch"
+    elif settings.get("zero_optimization.offload_optimizer.device", "none") != "none":
+        optimizer += " of DeepSpeed on the CPU"
+    joint = {"precision (train.bf16, bf16 and fp16 of the DeepSpeed JSON)": " ".join(half) or "fp32", "--deepspeed optimizer": optimizer}
+    return compared | {name: (value, "refuse") for name, value in joint.items()}
 
 
 def on_resume_of(setting: str) -> OnResume:
-    """Look up what a resume does if a DeepSpeed setting changed: the longest declared prefix of its name decides."""
+    """Return the effect of a change of a DeepSpeed setting. The longest declared prefix of its name decides."""
     while setting not in DEEPSPEED and "." in setting:
         setting = setting.rpartition(".")[0]
     return DEEPSPEED.get(setting, "confirm")

@@ -1,4 +1,4 @@
-"""The data of a run: stores, prepared before anything is trained. A problem is one sentence on every rank, not a crash after an hour."""
+"""Data of a run: stores that are opened, and prepared if necessary, before training. Errors are raised on every rank."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ MOST_ROWS = 100_000
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains on and is evaluated on.
+    """The training and evaluation data of a run.
 
-    ``identity`` is that of the training groups, ``identities`` those of the splits. ``pictures`` are those of the stores, with which a
-    picture is compared when it is opened; None where none was. ``collator`` is the model's, if lengths were measured. ``sources`` are the
-    training sets by name, of which ``groups`` are made; ``benchmarks`` are those of the evaluation.
+    ``identity`` belongs to the training groups, ``identities`` to the splits. ``pictures`` describe the stores' pictures, and every picture
+    is compared with them when it is opened; None if no picture was. ``collator`` is the model's, if lengths were measured. ``sources`` are
+    the training sets by name, of which ``groups`` consist; ``benchmarks`` are those of the evaluation.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -63,18 +63,17 @@ class RunData:
 
 
 class SourceData(NamedTuple):
-    """One of the training sets, and what it is recognised by."""
+    """One of the training sets and its identity."""
 
     groups: Sequence[CounterfactualGroup]
     identity: Identity
 
 
 def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_ROWS) -> RunData:
-    """Open the stores of the training groups and evaluation splits; what is none yet is prepared by rank 0 (cfvlm_ds/data/prepare.py),
-    unless it has more than ``most_rows`` groups.
+    """Open the stores of the training groups and evaluation splits.
 
-    A problem is raised on every rank: ConfigError when a rank is lost, DataError for anything wrong with
-    a manifest, an image or a text.
+    Rank 0 prepares a data set that is not a store yet (cfvlm_ds/data/prepare.py), unless it has more than ``most_rows`` groups. Errors are
+    raised on every rank: ConfigError for a lost rank, DataError for an invalid manifest, image or text.
     """
     data = config.data
     barrier, train_sets, evaluation_sets = ProgressBarrier(world), data.train_sets, data.evaluation_sets
@@ -108,26 +107,28 @@ def _name_shared(
     splits: Mapping[str, GroupStore],
     benchmarks: Mapping[str, RunBenchmark],
 ) -> None:
-    """Say what training and evaluation sets have in common: a result on what was trained on says little."""
+    """Warn about groups or pictures that training and evaluation share: results on trained groups do not measure generalisation."""
     if not world.is_main:
         return
-    asked = {name: stored_rows(groups).keys for name, groups in splits.items()}
-    asked |= {name: keys_of(each.plan.groups, each.pictures) for name, each in benchmarks.items()}
+    evaluated = {name: stored_rows(groups).keys for name, groups in splits.items()}
+    evaluated |= {name: keys_of(benchmark.plan.groups, benchmark.pictures) for name, benchmark in benchmarks.items()}
     for name, groups in train.items():
-        for split, keys in asked.items():
-            if what := str(shared_with(stored_rows(groups).keys, keys)):
-                where = f"data.evaluation.{split}: {what} are in the training set {without_secrets(config.data.train_sets[name].path)} too"
-                world.say(f"warning: {where}; what is measured there is no generalisation")
+        for split, keys in evaluated.items():
+            if shared := str(shared_with(stored_rows(groups).keys, keys)):
+                warning = (
+                    f"data.evaluation.{split}: {shared} are in the training set {without_secrets(config.data.train_sets[name].path)} too"
+                )
+                world.say(f"warning: {warning}; what is measured there is no generalisation")
 
 
 def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
-    """Raise ConfigError for terms with nothing to do: no training group that counts in them has a text that is known to be false."""
+    """Raise ConfigError for a term with nothing to compare: no training group that counts in it has a text that is known to be false."""
     sets = [(each.objectives, stored_rows(train[name]).found["false_cells"] == 0) for name, each in config.data.train_sets.items()]
     one = torch.ones(1, 1, 1, dtype=torch.int64)
     plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
     idle = []
     for name, term in config.objective.items():
-        counting = [nothing_false for named, nothing_false in sets if named is None or name in named]
+        counting = [nothing_false for terms, nothing_false in sets if terms is None or name in terms]
         if not counting or (all(counting) and not (torch.atleast_1d(term.denominator(plain)) > 0).any()):
             idle.append(name)
     if idle:
@@ -138,9 +139,9 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
 
 
 def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
-    """Call a function on rank 0, with all cores of its machine, while the other ranks wait; returns its result on every rank.
+    """Call a function on rank 0, with all cores of its machine, while the other ranks wait; return its result on every rank.
 
-    Raises its error on every rank, and StorageError where one of its processes was killed.
+    Raises its error on every rank, and StorageError if one of its processes was killed.
     """
 
     def call() -> Any:
@@ -160,7 +161,7 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 
 
 def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequence[CounterfactualGroup], Identity]:
-    """The training groups of a run and their identity: those of its one set, or of the sources of a mixture."""
+    """Return the training groups of a run and their identity, from its only set or from the sources of a mixture."""
     if not data.is_mixture:
         (only,) = sources.values()
         return only.groups, only.identity
@@ -170,31 +171,33 @@ def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequ
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Make the next start prepare the training data again, because this start is refused for them: files may be restored while the
-    manifest stays the same. Pictures that have not been written since are not opened again."""
+    """Make the next start prepare the training data again, because this start is refused for them.
+
+    Files may be restored while the manifest stays the same. Pictures that have not been written since are not opened again.
+    """
     if world.is_main:
         for each in config.data.train_sets.values():
             _disown(_folder(config, each))
 
 
 def _disown(folder: Path) -> None:
-    """Make a store one of no data set, so that it is prepared again; what it knows of pictures stays."""
+    """Mark a store as outdated, so that it is prepared again; its knowledge of pictures stays."""
     with contextlib.suppress(OSError):
         if (folder / STORE).exists():
             replace(folder / STORE, json.dumps({"schema": SCHEMA}).encode())
 
 
 def model_fingerprint(model: ModelConfig, world: World) -> dict[str, str]:
-    """``fingerprint``, for which rank 0 reads all weights. Raises ConfigError on every rank when they cannot be read."""
+    """Return ``fingerprint`` of the model, whose weights rank 0 reads. Raises ConfigError on every rank if they cannot be read."""
     barrier = ProgressBarrier(world)
     return run_on_rank0(world, lambda: fingerprint(model, barrier.alive, world.say), barrier)
 
 
 class _Stores:
-    """Opens the stores of a run on all ranks.
+    """The stores of a run, opened on all ranks.
 
-    A data set that is no store is prepared in the run folder, and again when it has been written since. What a model makes of a store, the
-    lengths of its texts and its visual tokens, is noted there too.
+    A data set that is not a store is prepared in the run folder, and again when it has been written since. The lengths of its texts and its
+    visual tokens, which depend on the model, are stored there too.
     """
 
     def __init__(self, config: RunConfig, world: World, barrier: ProgressBarrier, most_rows: int | None) -> None:
@@ -202,31 +205,31 @@ class _Stores:
         self._scan = Scan(barrier.alive, shield_worker)
         self.collator: Collator | None = None
 
-    def open(self, each: DataSet) -> GroupStore:
-        """Open the groups of a data set; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
-        prepared = self._by_rank_0(lambda: self._prepared(each))
-        found, problem = list[GroupStore](), None
+    def open(self, data_set: DataSet) -> GroupStore:
+        """Open the groups of a data set; rank 0 prints a summary. Raises DataError with the first problem on every rank."""
+        prepared = self._by_rank_0(lambda: self._prepared(data_set))
+        stores, problem = list[GroupStore](), None
         try:
-            roots = data_roots(here(each.path), each.root) if prepared or each.root is not None else ()
-            found.append(open_store(Path(prepared or each.path), [Path(os.path.abspath(root)) for root in roots]))
+            roots = data_roots(here(data_set.path), data_set.root) if prepared or data_set.root is not None else ()
+            stores.append(open_store(Path(prepared or data_set.path), [Path(os.path.abspath(root)) for root in roots]))
         except DataError as error:
             problem = str(error)
             if prepared and not self._world.is_main:
                 problem += f"; every node must see {self._config.train.output_dir}"
-        if problem := next((each for each in gather_objects(problem, self._world) if each), None):
+        if problem := next((data_set for data_set in gather_objects(problem, self._world) if data_set), None):
             raise DataError(problem)
-        self._world.say(self._by_rank_0(lambda: self._summary(each, found[0], prepared is not None)))
-        return found[0]
+        self._world.say(self._by_rank_0(lambda: self._summary(data_set, stores[0], prepared is not None)))
+        return stores[0]
 
     def _by_rank_0(self, function: Callable[[], Any]) -> Any:
         return by_rank_0(self._world, self._barrier, f"the preparation of {self._config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
-        """Prepare a data set for this run unless it is prepared; returns its folder, or None for a store, which is used where it is."""
+        """Prepare a data set for this run if necessary; return its folder, or None for a store, which is used in place."""
         path, config, say = here(each.path), self._config, self._world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None
-        from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state  # with all formats
+        from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state  # imports all formats
 
         options = PrepareOptions(open_pictures=config.data.check == "full", max_pixels=config.data.max_pixels)
         folder, format, state = _folder(config, each), each.format or config.data.format, source_state(path)
@@ -234,7 +237,7 @@ class _Stores:
         try:
             if StoredRows(folder).stamp == stamp:
                 return str(folder)
-        except DataError:  # a damaged one is made again
+        except DataError:  # a damaged store is prepared again
             _disown(folder)
         groups = self._source(each)
         if self._most_rows is not None and len(groups) > self._most_rows:
@@ -254,7 +257,7 @@ class _Stores:
         return str(folder)
 
     def _source(self, each: DataSet) -> GroupStore:
-        """Open the groups of a data set that is no store, whose problems are named by its own rows."""
+        """Open the groups of a data set that is not a store. Its problems are reported by its own rows."""
         format = each.format or self._config.data.format
         return open_groups(each.path, each.root, format, limit=each.limit, scan=self._scan, progress=self._world.say)
 
@@ -268,7 +271,7 @@ class _Stores:
         raise DataError(report.problems[0] + remedy * (self._config.data.on_error == "skip") + others)
 
     def _summary(self, each: DataSet, groups: GroupStore, prepared: bool) -> str:
-        """Describe a data set in a line. Raises DataError for a text or an image that the model cannot take."""
+        """Return a line that describes a data set. Raises DataError for a text or an image that the model cannot take."""
         store, config = stored_rows(groups), self._config
         summary = f"{each.path}: {len(groups)} groups"
         if store.found["left_out"]:
@@ -293,10 +296,10 @@ class _Stores:
         return without_secrets(summary + (f", metadata {store.found['metadata']}" if store.found["metadata"] else ""))
 
     def _measured_by(self, store: StoredRows) -> str:
-        """Compute a hash of what the lengths of a store's texts depend on."""
+        """Return a hash of everything that the lengths of a store's texts depend on."""
         model = self._config.model
         inputs = None
-        with contextlib.suppress(OSError, ConfigError):  # named where they are read to be used
+        with contextlib.suppress(OSError, ConfigError):  # reported where the files are used
             inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
         limits = [getattr(model, option) for option in IMAGE_LIMITS]
         parts = [digest(store.identity), without_secrets(model.name_or_path), inputs, *limits, self._config.data.max_pixels]

@@ -1,4 +1,4 @@
-"""The results of a run: the exported model, tables, scores and figures."""
+"""Results of a run: the exported model, tables, scores and figures."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from cfvlm_ds.training.evaluator import Splits
 
 Say = Callable[[str], object]
 START = "results_start.json"
-"""Accuracies before the first step."""
+"""File of the accuracies before the first step."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
-    """The run's last checkpoint as a Hugging Face folder, or as adapters where only those are trained; ``alive`` is called meanwhile."""
+    """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained. ``alive`` is called meanwhile."""
     model, (folder, _) = config.model, _exported(config)
     card = card_of(checkpoint, say, adapter=only_adapters_train(model))
     if only_adapters_train(model):
@@ -44,7 +44,7 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Call
 
 
 def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
-    """Add the results of the evaluation, which is done after the export, to its card."""
+    """Add the results of the evaluation, which follows the export, to the export's card."""
     folder, marker = _exported(config)
     card = card_of(checkpoint, say, adapter=only_adapters_train(config.model), evaluated=True)
     try:
@@ -55,7 +55,7 @@ def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
 
 
 def refuse_export(config: RunConfig) -> None:
-    """Raise ConfigError if the export could not be put in its place when the training is over."""
+    """Raise ConfigError if the export could not be written to its folder after the training."""
     if config.train.export:
         folder, marker = _exported(config)
         remedy = "choose another train.output_dir, or set train.export to false"
@@ -64,7 +64,7 @@ def refuse_export(config: RunConfig) -> None:
 
 
 def _exported(config: RunConfig) -> tuple[Path, str]:
-    """The folder of a run's export, and the file by which an export is known."""
+    """Return the folder of a run's export and the file that marks an export."""
     name, marker = ("adapter", "adapter_config.json") if only_adapters_train(config.model) else ("export", "config.json")
     return Path(config.train.output_dir) / name, marker
 
@@ -75,16 +75,18 @@ def write_results(
     results: Mapping[str, Sequence[Accuracy]],
     scores: Mapping[str, Sequence[GroupScores]],
     identities: Mapping[str, Identity],
-    asked: Sequence[Result] = (),
+    benchmarks: Sequence[Result] = (),
 ) -> list[Path]:
-    """results.md, results.json and the scores of every split, in the run folder; the first two. Raises StorageError on a full disk.
-    ``asked`` are the results of benchmarks, which results.md has too."""
+    """Write results.md, results.json and the scores of every split into the run folder; return the first two paths.
+
+    ``benchmarks`` are the results of benchmarks, which results.md also contains. Raises StorageError on a full disk.
+    """
     run_dir = Path(config.train.output_dir)
     path = tables = run_dir / "results.md"
     try:
-        replace(path, (text_of(run_dir, results, asked) + "\n").encode())
+        replace(path, (text_of(run_dir, results, benchmarks) + "\n").encode())
         path = rows = run_dir / "results.json"
-        replace(path, json.dumps({name: [vars(row) for row in found] for name, found in results.items()}, indent=1).encode())
+        replace(path, json.dumps({name: [vars(row) for row in accuracies] for name, accuracies in results.items()}, indent=1).encode())
         (run_dir / "scores").mkdir(exist_ok=True)
         for split, groups in splits.items():
             stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
@@ -95,17 +97,20 @@ def write_results(
 
 
 def write_start(run_dir: Path, results: Mapping[str, Sequence[Accuracy]] | None, say: Say) -> None:
-    """Keep the accuracies before the first step, for the tables at the end; without any, what an earlier run has kept goes."""
+    """Write the accuracies before the first step, which the tables at the end show; without any, delete those of an earlier run."""
     if results is None:
         (run_dir / START).unlink(missing_ok=True)
         return
-    found = {split: {row.name: row.metrics for row in rows} for split, rows in results.items()}
-    write_if_possible(run_dir / START, json.dumps(found, indent=1), say)
+    accuracies = {split: {row.name: row.metrics for row in rows} for split, rows in results.items()}
+    write_if_possible(run_dir / START, json.dumps(accuracies, indent=1), say)
 
 
-def text_of(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], asked: Sequence[Result] = ()) -> str:
-    """The tables of a run: accuracies, what has changed since its start where that was evaluated, and benchmarks."""
-    parts = [*([table(results), _changed(run_dir / START, results)] if results or not asked else []), *([markdown(asked)] if asked else [])]
+def text_of(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], benchmarks: Sequence[Result] = ()) -> str:
+    """Return the tables of a run: accuracies, the changes since its start if that was evaluated, and benchmarks."""
+    parts = [
+        *([table(results), _changed(run_dir / START, results)] if results or not benchmarks else []),
+        *([markdown(benchmarks)] if benchmarks else []),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -114,7 +119,7 @@ def _changed(start: Path, results: Mapping[str, Sequence[Accuracy]]) -> str:
 
 
 def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:
-    """Draw the figures; returns those that could be drawn, the others are warnings."""
+    """Draw the figures and return the paths of those that could be drawn. A failure is a warning."""
     drawn: list[Path] = []
 
     def attempt(name: str, draw: Callable[[Path], None]) -> None:
@@ -122,7 +127,7 @@ def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[Gr
         try:
             draw(path)
             drawn.append(path)
-        except Exception as error:  # whatever a drawing library has against captions and numbers
+        except Exception as error:  # a drawing library may fail on any caption or number
             say(f"warning: {path} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); the run goes on")
 
     attempt("learning_curves.png", lambda path: learning_curves_figure(path, run_dir / "metrics.jsonl"))
@@ -133,7 +138,7 @@ def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[Gr
 
 
 def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """One group of each edit type, at most four types, as score_matrix_figure takes them."""
+    """Return one group of each edit type, at most four types, in the form that score_matrix_figure takes."""
     first: dict[str, int] = {}
     for index, group in enumerate(groups):
         first.setdefault(group.edits[0].type if group.edits else UNLABELLED, index)
@@ -150,6 +155,6 @@ def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]
 
 
 def _captions(group: CounterfactualGroup) -> list[str]:
-    """The texts, after their prompts where the group has several."""
-    alone = len(set(group.prompt_ids)) == 1
-    return [each.text if alone else f"{readable(each.prompt)} {each.text}" for each in group.candidates]
+    """Return the texts, preceded by their prompts if the group has several prompts."""
+    single_prompt = len(set(group.prompt_ids)) == 1
+    return [candidate.text if single_prompt else f"{readable(candidate.prompt)} {candidate.text}" for candidate in group.candidates]

@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, after a checkpoint, or not at all. This is decided before anything is loaded or touched."""
+"""Resume rule: decides, before anything is loaded or written, whether a run starts at step 0, after a checkpoint, or not at all."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CHANGES = "resume_changes.jsonl"
 
 
 class OtherData(ConfigError):
-    """The training groups are not those that the checkpoint was trained on."""
+    """The training groups differ from those of the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that is continued, if any, what of the run has changed since, and the record of the options of this start."""
+    """The start of a run: the checkpoint that it continues, if any, the changes since then, and the record of this start's options."""
 
-    found: Path | None
+    checkpoint_dir: Path | None
     changed: Sequence[Change]
     record: dict[str, Any]
     total_steps: int
@@ -42,21 +42,24 @@ class Start:
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
         """Move the sampler to the position in ``state``. Raises ConfigError or DataError if that is not a position in this run."""
         assert state.data is not None and state.record is not None
-        if what := changed_data(state.data, self.data):
+        if change := changed_data(state.data, self.data):
             raise OtherData(
-                f"{self.found} was trained on {config.data.trained_on} before a change of {what}; restore the data, or start a new run in "
-                "another train.output_dir"
+                f"{self.checkpoint_dir} was trained on {config.data.trained_on} before a change of {change}; restore the data, or start a "
+                "new run in another train.output_dir"
             )
         if state.step > self.total_steps:
             raise ConfigError(
-                f"{self.found} is after the run's last step {self.total_steps}; raise train.max_steps, or give train.resume an older one"
+                f"{self.checkpoint_dir} is after the run's last step {self.total_steps}; raise train.max_steps, or give train.resume an "
+                "older one"
             )
         sampler.load_state_dict(state.sampler or {})
         if state.record["options"]["train"]["save_best"] != config.train.save_best:
-            state.note(best=None)  # it was by another metric
+            state.note(best=None)  # of another metric
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
-        """The record for the run's checkpoints, made once the model is there: a hub's model may not have been when the run was started."""
+        """Return the record for the run's checkpoints with the model's hashes. A hub's model may not have been on disk when the run
+        started.
+        """
         if self.record["model"]:
             return self.record
         barrier = ProgressBarrier(world)  # rank 0 reads all weights of the model
@@ -64,7 +67,7 @@ class Start:
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
-        """Print what has changed and add it to the run folder (rank 0); returns the file if there is one."""
+        """Print the changes and append them to a file in the run folder (rank 0); return the file if there are any."""
         for change in self.changed:
             world.say(f"after step {step}: {change}")
         if self.changed and world.is_main:
@@ -75,22 +78,22 @@ class Start:
 def decide(
     config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
 ) -> Start | None:
-    """Where to start; None when the run has finished and ``train.resume`` names no checkpoint. ``data`` is what identifies the groups.
+    """Decide where to start; None when the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the groups.
 
-    Raises ConfigError or DataError on all ranks where the run cannot go on: checkpoints that cannot be used, a changed option that
-    matters, other data.
+    Raises ConfigError or DataError on all ranks if the run cannot continue: unusable checkpoints, a changed option that matters, other
+    data.
     """
     run_dir, train = Path(config.train.output_dir), config.train
     allowed = train.resume_changes == "allow"
     barrier = ProgressBarrier(world)  # rank 0 may read all weights of the model
-    made = partial(option_changes.record, config, deepspeed, world.size, total_steps, barrier.alive, world.say)
-    record = run_on_rank0(world, made, barrier)
+    make_record = partial(option_changes.record, config, deepspeed, world.size, total_steps, barrier.alive, world.say)
+    record = run_on_rank0(world, make_record, barrier)
 
     def changed_since(before: Mapping[str, Any], what: Path, step: int) -> list[Change]:
-        found = option_changes.compare(before, record)
-        if problem := option_changes.refused(found, str(what), step, allowed):
+        changes = option_changes.compare(before, record)
+        if problem := option_changes.refused(changes, str(what), step, allowed):
             raise ConfigError(problem)
-        return found
+        return changes
 
     if is_finished(config, total_steps, world):
         run_on_rank0(world, lambda: changed_since(finished_record(run_dir), run_dir, total_steps))
@@ -98,40 +101,48 @@ def decide(
             f"{run_dir} has finished at step {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again"
         )
         return None
-    found = checkpoint.find(run_dir, train.resume, world)
-    if found is None:
+    checkpoint_dir = checkpoint.find(run_dir, train.resume, world)
+    if checkpoint_dir is None:
         if train.resume == "auto" and (step := run_on_rank0(world, lambda: _finished_at(run_dir))) is not None:
             raise ConfigError(
                 f"{run_dir} has finished at step {step} and holds no checkpoint to go on from to step {total_steps}; choose another "
                 "train.output_dir, or set train.resume to restart to start at step 0"
             )
         return Start(None, [], record, total_steps, data)
-    state = run_on_rank0(world, lambda: checkpoint.kept_state(found))
-    start = Start(found, run_on_rank0(world, lambda: changed_since(state.record or {}, found, state.step)), record, total_steps, data)
+    state = run_on_rank0(world, lambda: checkpoint.kept_state(checkpoint_dir))
+    start = Start(
+        checkpoint_dir,
+        run_on_rank0(world, lambda: changed_since(state.record or {}, checkpoint_dir, state.step)),
+        record,
+        total_steps,
+        data,
+    )
     start.check(state, config, sampler)
     return start
 
 
 def finished_record(run_dir: Path) -> dict[str, Any]:
-    """The record of a run that has finished. Raises ConfigError for one of another version."""
-    found = read_json(run_dir / FINISHED)
-    checkpoint.refuse_other_version(found, run_dir)
-    return dict(found["record"])
+    """Return the record of a finished run. Raises ConfigError for a record of another version."""
+    finished = read_json(run_dir / FINISHED)
+    checkpoint.refuse_other_version(finished, run_dir)
+    return dict(finished["record"])
 
 
 def is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
-    """Whether a start with train.resume ``auto`` has nothing left to do; rank 0 decides."""
+    """Return True if a start with train.resume ``auto`` has nothing left to do; rank 0 decides."""
     if config.train.resume not in ("auto", "restart"):
         return False
     return run_on_rank0(world, lambda: _finished_at(Path(config.train.output_dir))) == total_steps
 
 
 def _finished_at(run_dir: Path) -> int | None:
-    """The step at which the run in a folder has ended; None where it has not. ConfigError where nothing else there has come so far."""
-    found: Any = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):  # one that a power loss has cut is none
-        found = read_json(run_dir / FINISHED)
-    if not isinstance(found, dict) or type(step := found.get("step")) is not int:
+    """Return the step at which the run in a folder has ended, or None. Raises ConfigError if nothing else in the folder has reached that
+    step.
+    """
+    finished: Any = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that a power loss has truncated counts as absent
+        finished = read_json(run_dir / FINISHED)
+    if not isinstance(finished, dict) or type(step := finished.get("step")) is not int:
         return None
     try:
         done = (run_dir / f"checkpoint-{step}").is_dir() or last_values(run_dir / METRICS_FILE)[1] >= step

@@ -1,9 +1,9 @@
-"""The router balance loss of a mixture of experts (arXiv 2101.03961, equation 4, as transformers computes it), over an optimizer step.
+"""The router balance loss of a mixture of experts (arXiv 2101.03961, equation 4, as in transformers), taken over an optimizer step.
 
-It is E * sum_e f_e * P_e: f_e is the share of rows (a token in a layer) that expert e takes, P_e its mean probability. Both are means over
-the rows of all ranks and accumulation steps, in which a prefix counts once for each of its texts, wherever it is computed: how groups are
-spread does not matter. The f_e have no gradient, and must be known before the first backward: where a step has several forwards, all of
-them are first made without gradients.
+The loss is E * sum_e f_e * P_e: f_e is the share of rows (a row is a token in a layer) that are routed to expert e, and P_e is the mean
+probability of e. Both are means over the rows of all ranks and accumulation steps. A shared prefix counts once for each of its texts, so
+the loss does not depend on the packing of groups. The f_e have no gradient and must be known before the first backward: a step of several
+forwards first makes all of them without gradients.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from cfvlm_ds.models import Routed
 
 
 class RouterBalance:
-    """The loss of one step, and what its forwards have routed.
+    """The balance loss of one step, and the routing statistics of its forwards.
 
     Args:
-        engine: drives a Scorer, whose ``routed`` is what the routers did in its last forward.
-        weight: of the loss; 0 only counts.
+        engine: drives a Scorer; the Scorer's ``routed`` holds the routing of its last forward.
+        weight: weight of the loss; with 0 the experts' loads are only counted.
     """
 
     def __init__(self, engine: Any, weight: float, world: World) -> None:
         self._engine, self._weight, self._world = engine, weight, world
-        self._of_step: tuple[Tensor, Tensor] | None = None  # how many rows each expert takes on all ranks [E], and how many there are
+        self._of_step: tuple[Tensor, Tensor] | None = None  # rows by expert [E] and all rows, over all ranks
         self._since: list[Routed] = []
 
     def look_ahead(self, micro_batches: Sequence[MicroBatch], forwards: Sequence[int]) -> None:
-        """Make the step's forwards once without gradients, if there are several; ``forwards`` is their number for each micro-batch."""
+        """Make the forwards of the step once without gradients if there are several. ``forwards`` holds their number by micro-batch."""
         if not self._weight or sum(forwards) == 1:
             return
         before = random_state(self._world.device)
-        found: list[Routed | None] = []
+        routings: list[Routed | None] = []
         with torch.no_grad():
             for micro_batch, number in zip(micro_batches, forwards, strict=True):
                 for k, batch in enumerate(micro_batch.padded(number), len(micro_batch.forwards) - number):
                     self._engine(**batch.model_inputs)
-                    found.append(self._last(batch, k >= 0))
+                    routings.append(self._last(batch, k >= 0))
         set_random_state(before, self._world.device)
-        self._agree([routed for routed in found if routed is not None])
+        self._agree([routed for routed in routings if routed is not None])
 
     def term(self, batch: Batch, counts: bool) -> Tensor | float:
-        """What the last forward, which was of ``batch``, adds to the loss to call backward on; nothing unless it ``counts``."""
+        """Return the share of ``batch``, the batch of the last forward, in the loss that backward is called on; 0 unless it ``counts``."""
         routed = self._last(batch, counts)
         if routed is None:
             return 0.0
@@ -59,20 +59,20 @@ class RouterBalance:
         return self._weight * self._share(routed) * self._world.size  # DeepSpeed averages gradients over ranks
 
     def taken(self) -> tuple[Tensor | None, list[Routed]]:
-        """This rank's share of the step's loss, without its weight, and what was routed, since the last call."""
+        """Return this rank's unweighted share of the step's loss and the routing statistics, both since the last call."""
         since, self._since = self._since, []
         return torch.stack([self._share(routed) for routed in since]).sum() if since and self._weight else None, since
 
     def _last(self, batch: Batch, counts: bool) -> Routed | None:
-        """What was routed: nothing in a repeat, and in a batch that stands in for groups that cannot be read."""
+        """Return the routing of the last forward, set to zero for a repeated batch and for the stand-in of unreadable groups."""
         routed: Routed | None = self._engine.module.routed
         if routed is None or (counts and batch.layout.ids):
             return routed
         return Routed(0 * routed.taken, 0 * routed.probability, 0 * routed.rows)
 
-    def _agree(self, found: Sequence[Routed]) -> None:
-        if found:
-            local = [torch.stack(each).sum(0) for each in zip(*((routed.taken, routed.rows) for routed in found), strict=True)]
+    def _agree(self, routings: Sequence[Routed]) -> None:
+        if routings:
+            local = [torch.stack(values).sum(0) for values in zip(*((routed.taken, routed.rows) for routed in routings), strict=True)]
             taken, rows = all_reduce_sums(local, self._world.device)
             self._of_step = taken.float(), rows.float().clamp(min=1)
 

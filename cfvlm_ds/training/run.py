@@ -44,13 +44,13 @@ from cfvlm_ds.training.validation import scores_needed, validate
 
 
 def train(config: RunConfig, world: World | None = None) -> None:
-    """Train, evaluate and export one run; every rank calls it. Joins the process group unless a ``world`` is given.
+    """Train, evaluate and export one run; every rank calls it. It joins the process group unless a ``world`` is given.
 
-    A run that has finished before only says so. One that is asked to stop saves a checkpoint and leaves by SystemExit with
-    ``EXIT_STOPPED``, without evaluation and export; started again, it continues.
+    A run that has already finished only prints that. A run that receives a stop signal saves a checkpoint and raises SystemExit with
+    ``EXIT_STOPPED``, without evaluation and export; the same call continues it.
 
-    Raises ConfigError or DataError before the first step for anything wrong with configuration or data, and FloatingPointError on all ranks
-    when the loss or its gradient is not finite.
+    Raises ConfigError or DataError before the first step for any error in configuration or data, and FloatingPointError on all ranks if the
+    loss or its gradient is not finite.
     """
     world = world or engine.start()
     with signals.before_leaving(lambda code: world.say(_LEFT[code])), signals.leaving_together(world):
@@ -60,7 +60,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
 
 
 def prepare(config: RunConfig, world: World) -> None:
-    """Prepare the data of a run as its first start would: stores of what is none, lengths of texts, token counts. Raises as ``train``."""
+    """Prepare the data of a run as its first start would: stores, lengths of texts, token counts. Raises as ``train`` does."""
     validate(config, world)
     with _locked(Path(config.train.output_dir), world, options=config.resolved):
         data = read_data(config, world, most_rows=None)
@@ -76,28 +76,31 @@ _LEFT = {
 
 @contextlib.contextmanager
 def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
-    """The run folder is this run's alone. Raises ConfigError on all ranks when it is another's, naming its holder, when it is none for a
-    run of these ``options``, and when ``check`` does, before anything is touched."""
-    held: list[RunLock] = []
+    """Hold the lock of the run folder inside the block.
 
-    def hold() -> None:
+    Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder does not belong to a run
+    of these ``options``, or if ``check`` raises it.
+    """
+    locks: list[RunLock] = []
+
+    def acquire() -> None:
         try:
             refuse_foreign_entries(run_dir, options)
             check()
-        except OSError as error:  # a name that is too long, a folder that must not be read
+        except OSError as error:  # too long a name, an unreadable folder
             raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
-        held.append(RunLock(run_dir))
+        locks.append(RunLock(run_dir))
 
-    run_on_rank0(world, hold)
-    lock: Any = held[0] if held else contextlib.nullcontext()
-    with lock, signals.before_leaving(lambda code: lock.release() if held else None):
+    run_on_rank0(world, acquire)
+    lock: Any = locks[0] if locks else contextlib.nullcontext()
+    with lock, signals.before_leaving(lambda code: lock.release() if locks else None):
         yield
 
 
 def _run(config: RunConfig, world: World) -> None:
-    """Check first, write later: the run folder and MLflow stay as they are until the weights are loaded and their scores correct.
+    """Check first, write later: the run folder and MLflow stay unchanged until the weights are loaded and their scores are correct.
 
-    Exceptions are the caches of the data check and of features, and the ranks' heartbeats.
+    The caches of the data check and of features and the ranks' heartbeats are written earlier.
     """
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
@@ -130,15 +133,15 @@ def _run(config: RunConfig, world: World) -> None:
         _checked(config, world, refuse_nonfinite, model, config.model.name_or_path)
         collator = _with_features(config, world, ds_engine, collator, data, pulse, num_workers)
         trainer = Trainer(config, world, ds_engine, collator, data, sampler, state, total_steps, pulse, num_workers)
-        if start.found is not None:
+        if start.checkpoint_dir is not None:
             _restore(config, world, ds_engine, state, start, sampler)
-            _checked(config, world, refuse_nonfinite, model, str(start.found))
+            _checked(config, world, refuse_nonfinite, model, str(start.checkpoint_dir))
         state.note(record=start.complete_record(config, world))
-        with preserve_rng(world.device):  # an uninterrupted run has checked before its first step, not here
+        with preserve_rng(world.device):  # a resumed run draws the random numbers of an uninterrupted one
             _check_scores(config, world, ds_engine, collator, data, sampler)
             if (data.splits or data.benchmarks) and state.step < total_steps:
                 trainer.evaluator.rehearse()
-        with tracker_of(config, world, start.found, data) as tracker, signals.before_leaving(partial(_close_at_once, tracker)):
+        with tracker_of(config, world, start.checkpoint_dir, data) as tracker, signals.before_leaving(partial(_close_at_once, tracker)):
             if world.is_main:
                 (run_dir / resume.FINISHED).unlink(missing_ok=True)
             for path in [*write_record(config, ds_engine.module, resolved.config, world, data), *start.note(run_dir, state.step, world)]:
@@ -156,7 +159,7 @@ def _close_at_once(tracker: Any, code: int) -> None:
 
 
 def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
-    """The stored scores of the training groups, if an objective needs them and the model without its adapters does not suffice."""
+    """Return the stored scores of the training groups if an objective needs them and the model without its adapters cannot replace them."""
     if not scores_needed(config):
         return None
     made_by = model_fingerprint(config.model, world)
@@ -168,24 +171,24 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[st
 
 
 def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str], world: World) -> Mapping[str, StoredScores]:
-    """Scores of the training groups by id: of each source that has a file of them."""
-    found = {
-        name: read_scores(Path(each.scores), *data.sources[name], made_by=made_by, say=world.say)
-        for name, each in config.data.train_sets.items()
-        if each.scores is not None
+    """Return the scores of the training groups by id, from each source that has a scores file."""
+    scores = {
+        name: read_scores(Path(source.scores), *data.sources[name], made_by=made_by, say=world.say)
+        for name, source in config.data.train_sets.items()
+        if source.scores is not None
     }
-    return ScoresOfSources(found) if config.data.is_mixture else next(iter(found.values()))
+    return ScoresOfSources(scores) if config.data.is_mixture else next(iter(scores.values()))
 
 
 def _tokens(config: RunConfig, world: World, data: RunData, collator: Collator) -> Any:
-    """Tokens of every group, where the configuration limits them."""
+    """Return the tokens of every group if the configuration limits them."""
     if not (config.data.max_tokens_per_micro_batch or config.data.max_tokens_per_forward):
         return None
-    known = data.identity.get("pictures") is not None  # else a picture may have another size tomorrow
+    known = data.identity.get("pictures") is not None  # otherwise a picture's size may change
     depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
     folders = [Path(config.train.output_dir) / "prepared"]
     if not config.data.is_mixture and is_store(store := Path(str(config.data.train))):
-        folders.insert(0, store / "tokens")  # where other runs find them
+        folders.insert(0, store / "tokens")  # where other runs read them too
     return group_tokens(data.groups, collator, config.data, world, data.pictures, folders=folders, depends_on=depends_on)
 
 
@@ -199,9 +202,9 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
 
 
 def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
-    """The configuration with a default micro-batch of which a step needs no more groups than an epoch has.
+    """Return the configuration with the default micro-batch lowered so that a step needs no more groups than an epoch has.
 
-    Raises ConfigError where steps that are asked for need more, and would have groups twice.
+    Raises ConfigError if the configured steps need more, since a step would contain groups twice.
     """
     train, ranks = config.train, world.size
     epoch = _order(config, data).length
@@ -210,7 +213,7 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
     if size <= fits:
         return config
     if packed or train.per_device_train_batch_size is not None or not fits:
-        each = "one" if packed else f"{size} (train.per_device_train_batch_size)"
+        size_text = "one" if packed else f"{size} (train.per_device_train_batch_size)"
         if fits:
             remedy = f"set train.per_device_train_batch_size to at most {fits}"
         elif epoch >= ranks:
@@ -218,8 +221,8 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
         else:
             remedy = f"start at most {epoch} ranks"
         raise ConfigError(
-            f"a step takes {each} x {accumulated} (train.gradient_accumulation_steps) x {ranks} (ranks) groups, and an epoch has {epoch}; "
-            f"{remedy}"
+            f"a step takes {size_text} x {accumulated} (train.gradient_accumulation_steps) x {ranks} (ranks) groups, and an epoch has "
+            f"{epoch}; {remedy}"
         )
     world.say(f"train.per_device_train_batch_size is {fits}, not {size}: an epoch has {epoch} groups")
     resolved = {**config.resolved, "train": {**config.resolved["train"], "per_device_train_batch_size": fits}}
@@ -227,7 +230,7 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
 
 
 def _rows_of(groups: Sequence[CounterfactualGroup]) -> RowsTogether | None:
-    """The rows of a data set that has rows of several groups."""
+    """Return the row boundaries of a data set whose rows hold several groups."""
     firsts = groups.together if isinstance(groups, GroupStore) else None
     return None if firsts is None else RowsTogether(firsts, len(groups))
 
@@ -243,36 +246,36 @@ def _order(config: RunConfig, data: RunData) -> Order:
 def _with_features(
     config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, pulse: heartbeat.Heartbeat, num_workers: int
 ) -> Collator:
-    """The collator, reading features in place of pictures if data.feature_cache is set; missing ones are computed."""
+    """Return the collator, which reads features in place of pictures if data.feature_cache is set. Missing features are computed."""
     if config.data.feature_cache is None:
         return collator
     pulse.mark("features", 0)
-    shown = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
-    cache = precompute_features(Path(config.data.feature_cache), config.model, ds_engine, collator.files, shown, world, num_workers)
-    engine.invalidate_prefetch_trace(ds_engine)  # of the tower, which does not run again
+    groups = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
+    cache = precompute_features(Path(config.data.feature_cache), config.model, ds_engine, collator.files, groups, world, num_workers)
+    engine.invalidate_prefetch_trace(ds_engine)  # it contains the vision tower, which does not run again
     return collator.taking_features(cache)
 
 
 def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState, start: resume.Start, sampler: GroupSampler) -> None:
-    """Continue from a checkpoint, with this run's options where they have changed."""
-    found, options = start.found, engine.optimizer_options(ds_engine)
-    assert found is not None
-    checkpoint.load(ds_engine, found, state, world, Path(config.train.output_dir))
+    """Load a checkpoint and apply this run's options where they have changed."""
+    checkpoint_dir, options = start.checkpoint_dir, engine.optimizer_options(ds_engine)
+    assert checkpoint_dir is not None
+    checkpoint.load(ds_engine, checkpoint_dir, state, world, Path(config.train.output_dir))
     start.check(state, config, sampler)
     if start.changed:
         engine.apply_optimizer_options(ds_engine, options)
     state.note(data=start.data)
-    world.say(f"resumed from {found} at step {state.step}")
+    world.say(f"resumed from {checkpoint_dir} at step {state.step}")
 
 
 def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check of the model; a finding is an error on all ranks, or a warning if train.self_check says so."""
-    wanted = config.train.self_check
+    """Run a check of the model. A failure is an error on all ranks, or a warning if train.self_check is ``warn``."""
+    mode = config.train.self_check
     try:
-        if wanted != "off":
+        if mode != "off":
             check(*arguments, world)
     except ConfigError as error:
-        if wanted == "error":
+        if mode == "error":
             raise
         world.say(f"warning: {error}")
 
@@ -280,7 +283,7 @@ def _checked(config: RunConfig, world: World, check: Callable[..., None], *argum
 def _check_scores(config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, sampler: GroupSampler) -> None:
     """Compare packed scores of this rank's first micro-batch with single-row forwards."""
     ds_engine.eval()
-    if config.data.feature_cache is None:  # which does not hold the picture of the stand-in
+    if config.data.feature_cache is None:  # the cache has no features of the stand-in's picture
         refuse_unusable(ds_engine, collator, config.model.name_or_path, world.device)
     groups = [data.groups[index] for index in next(iter(sampler))]
     _checked(config, world, check_scores, config, ds_engine, collator, groups)

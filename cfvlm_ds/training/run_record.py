@@ -1,4 +1,4 @@
-"""The record of what defines a run, written for people and for MLflow."""
+"""The record that defines a run, for people and for MLflow: configuration, environment, data sets."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ from cfvlm_ds.training.read_data import RunData
 
 
 def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any], world: World, data: RunData) -> list[Path]:
-    """config.yaml, ds_config.json, environment.json and data.json in the run folder (rank 0). Raises StorageError on all ranks when it
-    cannot."""
+    """Write config.yaml, ds_config.json, environment.json and data.json into the run folder on rank 0; return their paths.
+
+    Raises StorageError on all ranks if a file cannot be written.
+    """
     run_dir = Path(config.train.output_dir)
     counts = parameter_counts(scorer.model, scorer.family)
     environment = {
@@ -64,30 +66,30 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
-    """The data sets of a run, by which a person and MLflow recognise them: what is known of them anyway, without looking again."""
+    """Describe the data sets of a run by name, source, size and digest, from values that are already known."""
     sets: list[tuple[str, str, DataSet, Sequence[Any], Identity]] = [
-        (name, "training", each, *data.sources[name]) for name, each in config.data.train_sets.items()
+        (name, "training", data_set, *data.sources[name]) for name, data_set in config.data.train_sets.items()
     ]
-    for name, each in config.data.evaluation_sets.items():
-        sets.append((name, "evaluation", each, data.splits[name], data.identities[name]))
+    for name, data_set in config.data.evaluation_sets.items():
+        sets.append((name, "evaluation", data_set, data.splits[name], data.identities[name]))
     return [
         {
             "name": name,
             "context": context,
-            "source": without_secrets(each.path if is_hub(each.path) else os.path.abspath(each.path)),
-            "format": groups.format if isinstance(groups, GroupStore) else each.format,
+            "source": without_secrets(data_set.path if is_hub(data_set.path) else os.path.abspath(data_set.path)),
+            "format": groups.format if isinstance(groups, GroupStore) else data_set.format,
             "groups": len(groups),
             "digest": digest(identity),
         }
-        for name, context, each, groups, identity in sets
+        for name, context, data_set, groups, identity in sets
     ]
 
 
-def tracker_of(config: RunConfig, world: World, found: Path | None, data: RunData) -> Any:
-    """The run's tracker, continuing at the step of the checkpoint ``found``."""
-    # Killed before its first checkpoint, a run starts over at step 0 and is still the same run.
-    afresh = {"step": None if config.train.resume == "never" else 0}
-    written: dict[str, Any] = afresh if found is None else checkpoint.description(found)
+def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, data: RunData) -> Any:
+    """Open the run's tracker at the step of the ``checkpoint_dir`` that the run continues from, if any."""
+    # A run that was killed before its first checkpoint starts over at step 0 and remains the same MLflow run.
+    at_step_0 = {"step": None if config.train.resume == "never" else 0}
+    description: dict[str, Any] = at_step_0 if checkpoint_dir is None else checkpoint.description(checkpoint_dir)
     run_dir = Path(config.train.output_dir)
     return open_tracker(
         enabled=world.is_main,
@@ -101,15 +103,15 @@ def tracker_of(config: RunConfig, world: World, found: Path | None, data: RunDat
             "model_type": load_config(config.model.name_or_path).model_type,
             **_source(),
         },
-        inputs=[{name: each[name] for name in INPUT} for each in described(config, data)],
-        run_id=written.get("run_id"),
-        resume_step=written["step"],
+        inputs=[{name: data_set[name] for name in INPUT} for data_set in described(config, data)],
+        run_id=description.get("run_id"),
+        resume_step=description["step"],
         mlflow=config.tracking.enabled,
     )
 
 
 def _source() -> dict[str, str]:
-    """What was started, and of which revision, under the names by which MLflow shows them."""
+    """Return the started program and its git revision under the tag names that MLflow displays."""
     program = os.path.basename(sys.argv[0])
     name = "cfvlm-ds train" if program in ("__main__.py", "cfvlm-ds") else os.path.abspath(sys.argv[0])
     commit = {} if (revision := git_revision()) == "unknown" else {"mlflow.source.git.commit": revision}

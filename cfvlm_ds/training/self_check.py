@@ -1,8 +1,8 @@
-"""Before anything is trained: whether the weights are numbers, and whether packed rows score as single rows do, with stock attention.
+"""Self-check before training: weights must be finite, and packed rows must score like single rows with stock attention.
 
-Kernels and versions of libraries that were never tested together give wrong scores without an error. A score that is off is judged by what
-the precision explains: forwards of single rows are repeated in which every module's output is rounded otherwise, and the largest logit
-tells what one rounding of a logit is worth. A wrong mask or position is off by more than both.
+Untested combinations of kernels and library versions can give wrong scores without an error. The allowed difference is the one that the
+precision explains. It is measured: forwards of single rows are repeated with every module's output rounded differently, and the largest
+logit gives the size of one rounding of a logit. A wrong mask or position causes a larger difference than both.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from cfvlm_ds.models.forest_attention import stock_attention
 from cfvlm_ds.models.model_files import explained
 
 UNSUSPICIOUS = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""Nats per token up to which a difference needs no explanation; 0.05 in types of half precision."""
+"""Nats per token up to which a difference needs no explanation; half-precision types have 0.05."""
 _HALF = 0.05
-_CELLS, _REPEATS = 8, 2  # looked at where a difference needs one; forwards with other roundings for each
-_SPREADS = 3  # of those forwards' scores: what a difference of another kind than rounding is larger than
+_CELLS, _REPEATS = 8, 2  # cells that are compared when a difference needs an explanation; forwards with other roundings for each
+_SPREADS = 3  # a difference beyond this many spreads of those forwards' scores is not caused by rounding
 _NAMED = 5
 
 
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
-    """Raise ConfigError on all ranks naming weights with NaN or infinite values; under ZeRO-3 every rank looks at its own part.
+    """Raise ConfigError on all ranks, naming the weights with NaN or infinite values. Under ZeRO-3 every rank checks its own partition.
 
-    Bounds may be infinite, as those of Gemma 4's clipped layers are where nothing is clipped.
+    Bounds may be infinite: those of Gemma 4's clipped layers are, where nothing is clipped.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -48,19 +48,19 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
             tensors[name] = part
     extremes = {name: torch.stack(torch.aminmax(part)) for name, part in tensors.items()}
     finite = {name: ~x.isnan().any() if name.endswith(("_min", "_max")) else x.isfinite().all() for name, x in extremes.items()}
-    found = [name for name, good in finite.items() if not good]
-    if named := sorted({name for names in gather_objects(found, world) for name in names}):
-        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    nonfinite = [name for name, is_finite in finite.items() if not is_finite]
+    if broken := sorted({name for names in gather_objects(nonfinite, world) for name in names}):
+        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         raise ConfigError(
-            f"{source} has weights that are not finite: {', '.join(named[:_NAMED])}{more}; get the model again, or convert it from its "
+            f"{source} has weights that are not finite: {', '.join(broken[:_NAMED])}{more}; get the model again, or convert it from its "
             "published precision: float16 overflows where bfloat16 does not"
         )
 
 
 def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.device) -> None:
-    """Raise ConfigError if the model ``name`` cannot score one text on one image: only then do many errors of a config.json show.
+    """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors of a config.json only show then.
 
-    Every rank calls it; errors of the machine, such as missing memory, are raised as they are.
+    Every rank calls it. Errors of the machine, such as missing memory, are raised unchanged.
     """
     with (
         explained(f"the model {name!r} cannot be run", "compare its config.json and processor files with the published ones"),
@@ -72,7 +72,7 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 
 @dataclass
 class Cell:
-    """One cell of a packed row, and the same scored alone: nats, tokens of its text, and the inputs of the single-row forward."""
+    """One cell of a packed row, scored in the row and alone: nats, tokens of its text, and the inputs of the single-row forward."""
 
     packed: float
     alone: float
@@ -82,15 +82,15 @@ class Cell:
 
     @property
     def off(self) -> float:
-        """Nats; NaN where one of the two is."""
+        """Absolute difference of the two scores in nats; NaN if either is NaN."""
         return abs(self.packed - self.alone)
 
 
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Sequence[CounterfactualGroup], world: World) -> None:
-    """Compare two cells of the first packed row of ``groups``, the first one and one after other texts, with one single-row forward each.
+    """Compare two cells of the first packed row of ``groups``, the first cell and one after other texts, with single-row forwards.
 
-    Every rank calls it with groups of its own; ``forward`` is the engine, in evaluation mode. Raises ConfigError on all ranks where a score
-    is off by more than its precision explains.
+    Every rank calls it with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a score
+    differs by more than its precision explains.
     """
     model = forward.module.model
     dtype = next(model.parameters()).dtype
@@ -102,7 +102,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
         allowed = bound
         if not worst <= bound and math.isfinite(worst):
             step = max(1, len(packed.places) // _CELLS)
-            more = [packed.places[step * k % len(packed.places)] for k in range(_CELLS)]  # as many forwards on every rank
+            more = [packed.places[step * k % len(packed.places)] for k in range(_CELLS)]  # equally many forwards on every rank
             cells += [_compared(forward, model, packed, place) for place in more]
             worst = _largest([cell.off / cell.tokens for cell in cells], world)
             allowed = max(bound, worst * _SPREADS / _spreads(forward, model, cells, dtype, world))
@@ -149,13 +149,13 @@ def _compared(forward: Any, model: Any, packed: _Packed, place: list[int]) -> Ce
     largest: list[float] = []
 
     def note(head: Any, inputs: Any) -> None:
-        largest.append(float((inputs[0] @ head.weight.T).abs().max()))  # where ZeRO-3 has gathered the weight
+        largest.append(float((inputs[0] @ head.weight.T).abs().max()))  # ZeRO-3 has gathered the weight at this point
 
-    watched = model.get_output_embeddings().register_forward_pre_hook(note)
+    handle = model.get_output_embeddings().register_forward_pre_hook(note)
     try:
         alone = _alone(forward, model, single)
     finally:
-        watched.remove()
+        handle.remove()
     return Cell(float(packed.scores.logp[g, i, c]), alone, int(layout.num_tokens[g, i, c]), single, max(largest))
 
 
@@ -165,10 +165,10 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 
 
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
-    """The differences of the cells as multiples of what rounding explains, root mean square over cells and ranks.
+    """Return the differences of the cells in units of rounding error: the root mean square over cells and ranks.
 
-    Rounding explains the spread of a text's score under other roundings, which grows with the square root of its tokens, and one unit in
-    the last place of its largest logit.
+    The rounding error has two parts: the spread of a text's score under other roundings, which grows with the square root of its tokens,
+    and one unit in the last place of its largest logit.
     """
     squares = []
     for number in range(_REPEATS):
@@ -181,7 +181,7 @@ def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype
 
 
 def _mean(values: Sequence[float], world: World) -> float:
-    """Over all ranks."""
+    """Return the mean over all ranks."""
     total = torch.tensor([sum(values), float(len(values))], dtype=torch.float64, device=world.device)
     if world.size > 1:
         dist.all_reduce(total)
@@ -190,31 +190,31 @@ def _mean(values: Sequence[float], world: World) -> float:
 
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module, dtype: torch.dtype, seed: int, device: torch.device) -> Iterator[None]:
-    """Inside the block every module's output of ``dtype`` is moved at random by up to half a unit in the last place."""
-    chance = torch.Generator(device).manual_seed(seed)
-    step = torch.finfo(dtype).eps / 2
+    """Move every module's output of ``dtype`` at random by up to half a unit in the last place, inside the block."""
+    random = torch.Generator(device).manual_seed(seed)
+    half_unit = torch.finfo(dtype).eps / 2
 
-    def moved(value: Any) -> Any:
+    def perturbed(value: Any) -> Any:
         if not torch.is_tensor(value) or value.dtype != dtype:
             return value
-        drawn = torch.rand(value.shape, generator=chance, device=value.device, dtype=torch.float32)
-        return (value.double() * (1 + step * (2 * drawn.double() - 1))).to(dtype)
+        drawn = torch.rand(value.shape, generator=random, device=value.device, dtype=torch.float32)
+        return (value.double() * (1 + half_unit * (2 * drawn.double() - 1))).to(dtype)
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        return (moved(output[0]), *output[1:]) if type(output) is tuple and output else moved(output)
+        return (perturbed(output[0]), *output[1:]) if type(output) is tuple and output else perturbed(output)
 
-    hooks = [module.register_forward_hook(hook) for module in model.modules()]
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
     try:
         yield
     finally:
-        for each in hooks:
-            each.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _largest(values: Sequence[float], world: World) -> float:
-    """The largest value of all ranks; NaN where one is."""
-    found = torch.tensor(values, dtype=torch.float64, device=world.device)
-    found = torch.stack([found.nan_to_num(0, posinf=math.inf).max(), found.isnan().any().double()])
+    """Return the largest value over all ranks; NaN if any value is NaN."""
+    local = torch.tensor(values, dtype=torch.float64, device=world.device)
+    local = torch.stack([local.nan_to_num(0, posinf=math.inf).max(), local.isnan().any().double()])
     if world.size > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return math.nan if found[1] else float(found[0])
+        dist.all_reduce(local, op=dist.ReduceOp.MAX)
+    return math.nan if local[1] else float(local[0])

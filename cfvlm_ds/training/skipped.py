@@ -1,4 +1,4 @@
-"""What a run leaves out and continues: groups that cannot be read, and steps that are not finite. All are counted and named."""
+"""Omissions of a run that continues: unreadable groups and steps that are not finite. All of them are counted and named."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ _MOST_IN_A_ROW = 10
 
 
 class SkippedGroups:
-    """The groups that could not be read, and why: ``skipped`` of the run's state, and skipped.json.
+    """Record of the groups that could not be read and the reasons, in the run's state and in skipped.json.
 
     Args:
-        skipped: group id -> reason; added to here.
+        skipped: group id -> reason, of the run's state; extended by ``note``.
     """
 
     def __init__(self, data: DataConfig, run_dir: Path, skipped: dict[str, str], world: World) -> None:
         self._data, self._file, self._skipped, self._world = data, run_dir / "skipped.json", skipped, world
 
     def note(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Note the groups that were left out of these micro-batches; all ranks call it if one of them has left some out.
+        """Record the groups that were left out of these micro-batches. Collective: all ranks call it if any rank has left groups out.
 
-        Raises DataError on all of them if data.on_error and data.max_skipped do not allow it.
+        Raises DataError on all ranks if data.on_error and data.max_skipped do not allow it.
         """
         mine = [entry for micro_batch in micro_batches for entry in micro_batch.dropped]
-        found = dict(entry for entries in gather_objects(mine, self._world) for entry in entries)
+        dropped = dict(entry for entries in gather_objects(mine, self._world) for entry in entries)
         if self._data.on_error == "error":
-            first, *more = found.values()
+            first, *more = dropped.values()
             raise DataError(first + (f" ({len(more)} more groups of this step cannot be read)" if more else ""))
-        self._skipped.update(found)
+        self._skipped.update(dropped)
         if len(self._skipped) > self._data.max_skipped:
             raise DataError(
                 f"{len(self._skipped)} groups cannot be read, over data.max_skipped ({self._data.max_skipped}), such as "
-                f"{next(iter(found.values()))}"
+                f"{next(iter(dropped.values()))}"
             )
-        for name, why in found.items():
+        for name, why in dropped.items():
             self._world.say(f"warning: group {name!r} is left out: {why}")
         if self._world.is_main:
             write_if_possible(self._file, json.dumps(self._skipped, indent=1), self._world.say)
 
 
 class NonfiniteSteps:
-    """The steps whose loss or gradient was not finite: nonfinite.jsonl."""
+    """Record of the steps whose loss or gradient was not finite, in nonfinite.jsonl."""
 
     def __init__(self, train: TrainConfig, run_dir: Path, world: World) -> None:
         self._train, self._file, self._world = train, run_dir / "nonfinite.jsonl", world
@@ -66,8 +66,8 @@ class NonfiniteSteps:
     def note(self, step: int, losses: Sequence[tuple[MicroBatch, Tensor]], what: str, applied: bool) -> None:
         """Record a non-finite step with its groups; all ranks call it. ``what`` is "loss" or "gradient".
 
-        For a loss these are the groups of the micro-batches where it was not finite; a gradient is known only as the sum over all ranks, so
-        all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is not ``skip``, or if the step has been
+        For a loss, the groups are those of the micro-batches whose loss was not finite. A gradient is known only as the sum over all ranks,
+        so all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is not ``skip``, or if the step has been
         ``applied``.
         """
         mine = [name for each, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in each.layout.ids]

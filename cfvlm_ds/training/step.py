@@ -1,6 +1,6 @@
-"""One optimizer step: its micro-batches, the denominators that all ranks agree on, one forward and one backward of the engine each.
+"""One optimizer step: its micro-batches, the global denominators, one forward and one backward for each micro-batch, and the update.
 
-What can go wrong within a step is also handled here, on all ranks alike: groups that cannot be read, a loss that is not finite, memory.
+All ranks handle failures within a step alike: groups that cannot be read, a loss that is not finite, missing memory.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 
 @dataclass(frozen=True)
 class Measured:
-    """A micro-batch after its forward: ``loss`` and each term's ``shares`` are its shares of the step's, on this rank; ``routed`` is what
-    the routers of a mixture of experts did in each of its forwards, ``hardest`` what train.hard_negatives has chosen of it."""
+    """A micro-batch after its forward.
+
+    ``loss`` and the ``shares`` of the terms are parts of the step's loss, on this rank. ``routed`` holds the routing of a mixture of
+    experts for each forward, ``hardest`` the selection of train.hard_negatives.
+    """
 
     micro_batch: MicroBatch
     scores: Scores
@@ -46,9 +49,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the ranks have agreed on, equal everywhere, and what was measured here; nothing was if the step was left out.
+    """The outcome of a step: decisions that are equal on all ranks, and this rank's measurements, which are empty if the step was left out.
 
-    ``stop`` says why the run is to stop after this step; ``save_due`` whether a checkpoint is wanted by time; ``waited_s`` for data.
+    ``stop`` is the reason to stop after this step. ``save_due`` is True if a rank wants a checkpoint. ``waited_s`` is the time spent
+    waiting for data.
     """
 
     stop: str | None
@@ -59,7 +63,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """Sums over all ranks, of one collective."""
+    """Sums over all ranks from one collective."""
 
     denominators: Mapping[str, Tensor]
     votes: Sequence[float]
@@ -69,12 +73,12 @@ class _Agreed:
 
 
 class OptimizerStep:
-    """Takes one optimizer step after the other.
+    """Runner of optimizer steps.
 
     Args:
         engine: drives a Scorer.
-        collator: of the run; packs rows again, and makes the batch of a rank whose data workers have died, of which only the form matters.
-        mark: called with the phase and the step's number, by which a hang is found.
+        collator: the run's collator. It packs rows again, and makes a stand-in batch on a rank whose data workers have died.
+        mark: called with the phase and the step's number, so that a hang can be located.
     """
 
     def __init__(
@@ -99,14 +103,14 @@ class OptimizerStep:
             number: of the step, from 1.
             progress: share of all steps done before, 0 to 1.
             votes: [2] this rank's votes to stop, see cfvlm_ds.cluster.signals.
-            save_due: whether this rank wants a checkpoint.
+            save_due: True if this rank wants a checkpoint.
 
-        Raises WorkerLost on all ranks, before anything is computed, when one of them has no batches any more.
+        Raises WorkerLost on all ranks, before anything is computed, if one of them has lost its batches.
         """
         self._mark("data", number)
-        asked = time.monotonic()
+        started = time.monotonic()
         micro_batches, lost = self._fetch(batches)
-        waited = time.monotonic() - asked
+        waited = time.monotonic() - started
         chosen: list[Hardest] = []
         if self._hardest is not None and self._all_have_batches(lost):
             self._mark("computation", number)
@@ -119,12 +123,12 @@ class OptimizerStep:
         self._mark("agreement", number)
         agreed = self._agree(micro_batches, votes, save_due, lost)
         if agreed.worker_lost:
-            found = ((rank, said) for rank, said in enumerate(gather_objects(lost, self._world)) if said is not None)
-            raise WorkerLost("; ".join(f"rank {rank}: {said}" for rank, said in found))
+            messages = enumerate(gather_objects(lost, self._world))
+            raise WorkerLost("; ".join(f"rank {rank}: {message}" for rank, message in messages if message is not None))
         if agreed.dropped:
             self._skipped.note(micro_batches)
         measured, finite = self._compute(number, micro_batches, agreed.denominators, progress)
-        # fp16's loss scaling leaves steps out by itself
+        # the loss scaling of fp16 leaves steps out on its own
         if not finite or not (self._engine.was_step_applied() or self._engine.fp16_enabled()):
             losses = [(each.micro_batch, each.loss) for each in measured]
             self._nonfinite.note(number, losses, "gradient" if finite else "loss", self._engine.was_step_applied())
@@ -136,7 +140,7 @@ class OptimizerStep:
         return StepResult(reason(agreed.votes), agreed.save_due, waited, measured)
 
     def _fetch(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], str | None]:
-        """The step's micro-batches and None; if a data worker has died, a stand-in and what happened."""
+        """Return the step's micro-batches and None; if a data worker has died, a stand-in and the error message."""
         device, count = self._world.device, self._config.train.gradient_accumulation_steps
         try:
             return [next(batches).to(device) for _ in range(count)], None
@@ -162,7 +166,7 @@ class OptimizerStep:
     def _compute(
         self, number: int, micro_batches: Sequence[MicroBatch], denominators: Mapping[str, Tensor], progress: float
     ) -> tuple[list[Measured], bool]:
-        """Gradients of all micro-batches and the optimizer's update; what was measured, and whether the loss was finite on all ranks."""
+        """Compute the gradients of all micro-batches and update the weights; return the measurements, and True if every loss was finite."""
         world, objective, engine = self._world, self._config.objective, self._engine
         measured: list[Measured] = []
         finite = torch.ones((), device=world.device)
@@ -179,13 +183,13 @@ class OptimizerStep:
                 last = left == 0
                 scores, backward = forward(engine, micro_batch, count, world.device, self._reference, last, balance.term)
                 if coupled:
-                    of_step = of_step or CrossRankScores.gathered([scores], world)  # of a step of one micro-batch a rank
+                    of_step = of_step or CrossRankScores.gathered([scores], world)  # one micro-batch a rank
                     scores = of_step.added_to(scores)
                 loss, shares = weighted_loss(objective, scores, denominators, world.size, progress)
                 finite.mul_(torch.isfinite(loss.detach()))
                 if last:
                     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-                # DeepSpeed takes no step whose gradient's global norm is not finite: the last loss is so on every rank or on none.
+                # DeepSpeed skips a step whose global gradient norm is not finite, so the last loss must be finite on all ranks or on none.
                 backward(loss * torch.where(finite > 0, 1.0, torch.nan) if last else loss)
                 measured.append(self._measured(micro_batch, scores, loss.detach() / world.size, shares, balance))
             engine.step()
@@ -200,7 +204,7 @@ class OptimizerStep:
         return Measured(micro_batch, scores, loss, shares, routed)
 
     def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
-        """How many forwards each micro-batch takes: the same on every rank, because ZeRO-3 gathers weights on all of them together."""
+        """Return the number of forwards of each micro-batch, equal on every rank because ZeRO-3 gathers weights on all ranks together."""
         forwards = [len(micro_batch.forwards) for micro_batch in micro_batches]
         if self._config.data.max_tokens_per_forward is None:
             return forwards
@@ -209,13 +213,13 @@ class OptimizerStep:
         return most.tolist()
 
     def _reference(self, batch: Batch) -> Tensor | None:
-        """Log-likelihoods under the model without its adapters, where an objective needs a reference and none is stored."""
+        """Return the scores [G, I, C] of the model without its adapters, if an objective needs a reference and none is stored."""
         if batch.reference is not None or not any(term.needs_reference for term in self._config.objective.values()):
             return None
         self._engine.eval()
         with torch.no_grad(), adapters_off(self._engine.module.model):
             logp = batch.scores(self._engine(**batch.model_inputs)).logp
-        drop_prefetch_recording(self._engine)  # the trained forward begins like this one, and goes on with a backward
+        drop_prefetch_recording(self._engine)  # the training forward begins like this one but continues with a backward
         self._engine.train()
         return logp
 

@@ -1,4 +1,4 @@
-"""Tokens of every group, by which micro-batches are packed: measured once, and mapped by all ranks from one file."""
+"""Token counts of all groups, by which micro-batches are packed: measured once and memory-mapped by all ranks from one file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cfvlm_ds.training.read_data import by_rank_0
 
 Tokens = npt.NDArray[np.int32]
 _NAME = 16  # characters of a hash in the name of a file
-_FORM = 2  # of what is counted; another number has everything counted again
+_FORM = 2  # version of the counts; a new number makes every file be counted again
 
 
 def group_tokens(
@@ -41,12 +41,12 @@ def group_tokens(
     folders: Sequence[Path] = (),
     depends_on: Callable[[], Any] | None = None,
 ) -> Tokens:
-    """Count the tokens of every group in the rows that ``collator`` builds: rank 0 does, on all its cores.
+    """Return the tokens of every group in the rows that ``collator`` builds; rank 0 counts them on all its cores.
 
-    Headers are read of images that ``pictures`` do not know. The counts are kept in the first of ``folders`` that can be written, under a
-    name that says what they depend on: all ranks map one file, and the next start finds it. Nothing is kept where that is not known. Raises
-    DataError on every rank, naming a file without a header, or a group that exceeds a limit of ``data``: with all its images and texts that
-    of a micro-batch, with one image and one text that of a forward.
+    Image headers are read for images that ``pictures`` do not contain. The counts are stored in the first of ``folders`` that is writable,
+    under a hash of everything that they depend on: all ranks map one file, and the next start reads it. Nothing is stored if ``depends_on``
+    is None. Raises DataError on every rank for a file without a header and for a group that exceeds a limit of ``data``: all its images and
+    texts count for a micro-batch, one image with one text for a forward.
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
@@ -58,15 +58,15 @@ def group_tokens(
                 return file
         counted.append(_counted(groups, collator, data, pictures, Scan(barrier.alive, shield_worker), world.say))
         for file in files:
-            with contextlib.suppress(OSError):  # a full disk costs memory and the next start's time, no more
+            with contextlib.suppress(OSError):  # a full disk only costs memory and the time of the next start
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with whole_file(file) as handle:
                     np.save(handle, counted[0], allow_pickle=False)
                 return file
         return None
 
-    kept = by_rank_0(world, barrier, "the count of tokens", find)
-    tokens = counted[0] if counted else None if kept is None else _mapped(kept, len(groups))
+    stored_file = by_rank_0(world, barrier, "the count of tokens", find)
+    tokens = counted[0] if counted else None if stored_file is None else _mapped(stored_file, len(groups))
     if not all(gather_objects(tokens is not None, world)):
         (tokens,) = broadcast_object(counted)
     assert tokens is not None
@@ -84,7 +84,7 @@ def _counted(
     scan: Scan,
     say: Callable[[str], object],
 ) -> Tokens:
-    """[2, groups] tokens of all groups, and of the largest of their images with one text."""
+    """Return [2, groups]: the tokens of every group, and those of its largest image with one text."""
 
     def work(places: Sequence[int], done: Done) -> Tokens | str:
         return _measured(groups, collator, data, pictures, places, done)
@@ -105,11 +105,11 @@ def _measured(
     places: Sequence[int],
     done: Done = lambda: None,
 ) -> Tokens | str:
-    """[2, groups] tokens of some groups, and of the largest of their images with one text; or what is wrong with one."""
+    """Return [2, places] like ``_counted``, or the message of a group that cannot be read."""
     try:
         chunk = [groups[index] for index in places]
         shown = (picture for group in chunk for image in group.images for picture in image)
-        with ThreadPoolExecutor(min(4, cores_per_rank())) as pool:  # this may be one of many processes
+        with ThreadPoolExecutor(min(4, cores_per_rank())) as pool:  # many such processes may run
             sizes = sizes_of(shown, pictures, data.max_pixels, pool)
         counted = np.zeros((2, len(chunk)), np.int32)
         for k, group in enumerate(chunk):
@@ -122,12 +122,12 @@ def _measured(
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:
-    """Name the files of the counts: none if what they depend on is not known."""
+    """Return the possible files of the counts; none if their dependencies are not known."""
     if depends_on is None:
         return []
     try:
         parts = [_FORM, depends_on(), collator.cells, collator.share_prefix, transformers.__version__]
-    except (OSError, ConfigError):  # of the model's files: named where they are needed
+    except (OSError, ConfigError):  # errors of the model's files are reported where the files are used
         return []
     return [folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:_NAME]}.npy" for folder in folders]
 

@@ -1,4 +1,4 @@
-"""The training loop: step after step, records, evaluations and checkpoints in between, and what is done at the end."""
+"""Training loop: steps, records, evaluations and checkpoints, and the evaluation and export at the end."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from cfvlm_ds.training.step import OptimizerStep, StepResult
 
 
 class Trainer:
-    """Trains a model from where its state is.
+    """Trainer of a model from its present state to the end of the run.
 
     Args:
-        engine: DeepSpeed's, which drives a Scorer.
-        collator: makes batches of the groups, with images as they are from here on.
-        sampler: at the place where the data go on.
-        pulse: notes the phase and step, by which a hang is found.
-        num_workers: data workers that may be forked.
+        engine: the DeepSpeed engine, which drives a Scorer.
+        collator: makes batches of the groups.
+        sampler: stands at the position where training continues.
+        pulse: records the phase and step, so that a hang can be located.
+        num_workers: number of data workers, which may be forked from here on.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Trainer:
         self.evaluator = Evaluator(config, world, engine, collator, data.splits, data.benchmarks, self._stop, num_workers)
 
     def run(self, tracker: Any) -> None:
-        """Train to the end, evaluate and export; or leave by SystemExit with ``EXIT_STOPPED`` where the ranks agree to stop."""
+        """Train to the end, evaluate and export. Raises SystemExit with ``EXIT_STOPPED`` if the ranks agree to stop."""
         try:
             with together():
                 if stopped := self._train(tracker):
@@ -85,7 +85,7 @@ class Trainer:
             )
 
     def _train(self, tracker: Any) -> str | None:
-        """Train to the end, or until the ranks agree to stop; returns the reason then."""
+        """Train to the end, or until the ranks agree to stop; return the reason to stop, or None."""
         train, state, world = self._config.train, self.state, self._world
         skipped = SkippedGroups(self._config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
@@ -111,7 +111,7 @@ class Trainer:
             self._sampler.advance()
             state.step_done(self._sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
-            if (state.step % train.logging_steps == 0 or last) and len(meter):  # there are none where every step was left out
+            if (state.step % train.logging_steps == 0 or last) and len(meter):  # the meter is empty if every step was left out
                 passed_s = time.monotonic() - started
                 self._record(tracker, meter, time_left(passed_s, state.step - first_step, self.total_steps - first_step))
             state.note(run_id=tracker.run_id)
@@ -136,7 +136,7 @@ class Trainer:
             measure(meter, measured, self._config.objective, part_of_step, self._flops, self._sources)
 
     def _record(self, tracker: Any, meter: Meter, left: str) -> None:
-        """Log what was measured since the last record, and print it."""
+        """Log and print the metrics since the last record."""
         engine, state, world = self._engine, self.state, self._world
         metrics = meter.reduce(world)
         rates = {group["name"].split(".")[0]: group["lr"] for group in engine.optimizer.param_groups}
@@ -152,7 +152,7 @@ class Trainer:
         self._idle.recorded(metrics)
 
     def _begin(self, tracker: Any) -> None:
-        """Evaluate the model as it came, for the tables at the end, if that is asked for; what an earlier run has found of its own goes."""
+        """Evaluate the initial model for the tables at the end, if requested; remove the result of an earlier run otherwise."""
         results, train = None, self._config.train
         if train.eval_on_start or train.retention:
             self._world.say("before the first step:")
@@ -161,32 +161,33 @@ class Trainer:
             write_start(self._run_dir, results, self._world.say)
 
     def _evaluate(self, tracker: Any) -> bool:
-        """Evaluate between steps; returns whether the result is the best so far by train.save_best."""
+        """Evaluate between steps; return True if the result is the best so far by train.save_best."""
         return (value := best_metric(self._config, self._run_evaluation(tracker)[1])) is not None and self.state.evaluated(value)
 
     def _run_evaluation(self, tracker: Any, only: Sequence[str] | None = None) -> tuple[dict[str, list[Accuracy]], dict[str, float]]:
-        """Evaluate splits and benchmarks, or some splits ``only``, log and say what is found; returns accuracies, and all metrics."""
+        """Evaluate all splits and benchmarks, or the splits in ``only``; log and print the results; return accuracies and all metrics."""
         self._pulse.mark("evaluation", self.state.step)
         benchmarks = self._data.benchmarks
         results, _ = self.evaluator(only=only)
         outcomes = self.evaluator.ask() if benchmarks and only is None else {}
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
         tracker.log(self.state.step, metrics)
-        said = [(split, headline(rows)) for split, rows in results.items()]
-        for name, line in said + [(name, headline_of(benchmarks[name], found)) for name, found in outcomes.items()]:
+        headlines = [(split, headline(rows)) for split, rows in results.items()]
+        headlines += [(name, headline_of(benchmarks[name], outcome)) for name, outcome in outcomes.items()]
+        for name, line in headlines:
             self._world.say(f"  {name}: {line}")
         return results, metrics
 
     def _finish(self, tracker: Any) -> None:
-        """Export, evaluate every split, write the tables and figures.
+        """Export, evaluate every split, write tables and figures.
 
-        The export comes first, so that no later failure keeps the trained model from its user; if the export itself fails, its error is
-        raised when the evaluation has been written.
+        The export comes first, so that no later failure withholds the trained model from the user. If the export itself fails, its error is
+        raised after the evaluation has been written.
         """
         config, step, say = self._config, self.state.step, self._world.say
         self._pulse.mark("evaluation and export", step)
         failed: Exception | None = None
-        barrier = ProgressBarrier(self._world)  # an export of hours outlasts the time limit of the evaluation's first collective
+        barrier = ProgressBarrier(self._world)  # a long export would exceed the timeout of the evaluation's first collective
         if self._world.is_main and config.train.export:
             try:
                 export_checkpoint(config, self._run_dir / f"checkpoint-{step}", say, barrier.alive)
@@ -198,34 +199,34 @@ class Trainer:
         results, scores = self.evaluator(config.train.eval_shuffled)
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
         tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results))
-        asked = write_benchmarks(config, benchmarks, outcomes, self._world, config.train.export and failed is None)
+        benchmark_results = write_benchmarks(config, benchmarks, outcomes, self._world, config.train.export and failed is None)
         if self._world.is_main:
-            written = write_results(config, self._data.splits, results, scores, self._data.identities, asked)
+            written = write_results(config, self._data.splits, results, scores, self._data.identities, benchmark_results)
             if config.train.figures:
                 written += draw_figures(self._run_dir, self._data.splits, scores, config.data.max_pixels, say)
             if config.train.export and failed is None:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
             for path in written:
                 tracker.artifact(path)
-            for each in asked:
-                tracker.artifact(self._run_dir / FOLDER / each.place / RESULTS, f"{FOLDER}/{each.place}")
+            for result in benchmark_results:
+                tracker.artifact(self._run_dir / FOLDER / result.place / RESULTS, f"{FOLDER}/{result.place}")
             if results:
                 print_line(text_of(self._run_dir, results))  # also with --quiet
-            if asked:
-                print_line("\n".join([*([""] if results else []), overview(asked), "", *map(summary, asked)]))
+            if benchmark_results:
+                print_line("\n".join([*([""] if results else []), overview(benchmark_results), "", *map(summary, benchmark_results)]))
         if failed is not None:
             raise failed
 
     def _exit_for_resume(self, tracker: Any, why: str) -> NoReturn:
-        """Leave a run that will be continued from the checkpoint of its last step; all ranks call it."""
+        """Exit from a run that will continue from the checkpoint of its last step; all ranks call it."""
         done, goes_on = f"stopped after step {self.state.step} of {self.total_steps}", "continues from the checkpoint"
         self._world.say(f"{done}: {why}; the same command {goes_on if self.state.step else 'starts again'}")
         tracker.close("SCHEDULED")
-        self._world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
+        self._world.wait()  # the launcher kills all ranks as soon as one exits with a non-zero code
         sys.exit(EXIT_STOPPED)
 
     def _end(self, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
-        """Leave a run that has lost a data worker; this rank, or all of them together."""
+        """Exit from a run that has lost a data worker: this rank ``alone``, or all ranks together."""
         tracker.close("FAILED")
         if self._world.is_main or alone:
             print_line(f"error: {what}; memory is what such processes are usually killed for: lower data.num_workers; {then}", error=True)

@@ -1,6 +1,6 @@
-"""Checks of a run by its options, the DeepSpeed JSON, the model's configuration and the installed libraries.
+"""Validation of a run's options, its DeepSpeed JSON, the model's configuration and the installed libraries.
 
-Every rank makes them first of all: before pictures are opened, weights are loaded, and a folder or an MLflow run exists.
+Every rank validates before it opens pictures, loads weights or creates a folder or an MLflow run.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _UNKNOWN_WIDTH = 64
 
 
 def validate(config: RunConfig, world: World | None) -> None:
-    """Raise ConfigError or DataError for what would stop the run later.
+    """Raise ConfigError or DataError for settings that would stop the run later.
 
-    ``world`` is None in a dry run, which needs no data and may be meant for another machine. Files that ``build`` of the configuration will
-    write need not be there.
+    ``world`` is None in a dry run, which needs no data and may be meant for another machine. Files that the configuration's ``build``
+    section will write need not exist.
     """
     raw, model = engine.read_json(config.deepspeed), config.model
     if not model.name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     _refuse_beside_yaml(config, with_data=world is not None)
     built = [folder for folder in (config.build.base, config.build.tiny_llava and config.build.tiny_llava.out_dir) if folder]
-    there = os.path.exists(model.name_or_path) or not any(_is_below(model.name_or_path, folder) for folder in built)
-    check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, there, weights=world is not None)
-    if config.train.router_balance and there:
+    model_exists = os.path.exists(model.name_or_path) or not any(_is_below(model.name_or_path, folder) for folder in built)
+    check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, model_exists, weights=world is not None)
+    if config.train.router_balance and model_exists:
         check_balanced(load_config(model.name_or_path).model_type)
     device = torch.device("cpu") if world is None else world.device
-    size, width = 1 if world is None else world.size, engine.hidden_size(config) if there else _UNKNOWN_WIDTH
+    size, width = 1 if world is None else world.size, engine.hidden_size(config) if model_exists else _UNKNOWN_WIDTH
     resolved = engine.resolve(raw, config, size, device, width, max(1, config.train.max_steps))
     engine.validate(config, resolved, size, None if world is None else device)
     if world is not None:
@@ -52,12 +52,12 @@ def validate(config: RunConfig, world: World | None) -> None:
 
 
 def _refuse_beside_yaml(config: RunConfig, with_data: bool) -> None:
-    """Raise ConfigError for a path that is absent in the working folder and present beside the YAML file."""
-    data, named = config.data, [config.model.name_or_path]
-    for each in (*data.train_sets.values(), *data.evaluation_sets.values(), *data.benchmark_sets.values()) if with_data else ():
-        roots = [each.root] if isinstance(each.root, str) else each.root or []
-        named += [each.path, *roots, getattr(each, "scores", None) or ""]
-    for path in named if config.build == BuildConfig() else ():  # else a path may be one that is built first
+    """Raise ConfigError for a path that does not exist in the working folder but does beside the YAML file."""
+    data, paths = config.data, [config.model.name_or_path]
+    for data_set in (*data.train_sets.values(), *data.evaluation_sets.values(), *data.benchmark_sets.values()) if with_data else ():
+        roots = [data_set.root] if isinstance(data_set.root, str) else data_set.root or []
+        paths += [data_set.path, *roots, getattr(data_set, "scores", None) or ""]
+    for path in paths if config.build == BuildConfig() else ():  # with ``build`` a path may be written first
         if path and not is_there(Path(path)) and is_there(beside := Path(config.yaml_folder, path)):
             raise ConfigError(f"{path} is not there{counted_from(path)}; {beside}, beside the file of options, is: name that")
 
@@ -94,10 +94,10 @@ def _check_data(config: RunConfig) -> None:
     if data.is_mixture and data.scores is not None:
         raise ConfigError("data.scores is of one manifest, and data.train is a list; give each source that has some its own scores")
     for each in (*data.train_sets.values(), *data.evaluation_sets.values()):
-        there = is_hub(each.path) or is_there(Path(each.path)) or (scenes is not None and _is_below(each.path, scenes.out_dir))
-        known_format(each.path, each.format or data.format)  # raises, and says what is near
-        if not there:
-            open_groups(each.path, each.root, each.format or data.format)  # raises, and says what is near
+        exists = is_hub(each.path) or is_there(Path(each.path)) or (scenes is not None and _is_below(each.path, scenes.out_dir))
+        known_format(each.path, each.format or data.format)  # raises, and suggests similar names
+        if not exists:
+            open_groups(each.path, each.root, each.format or data.format)  # raises, and suggests similar names
     for name in config.train.retention or ():
         if name not in data.evaluation_sets:
             known = ", ".join(data.evaluation_sets) or "none"
@@ -115,10 +115,9 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def scores_needed(config: RunConfig) -> bool:
-    """Whether an objective needs stored scores of the training groups. The model without its adapters can serve as the reference, not as
-    the prior.
+    """Return True if an objective needs stored scores of the training groups.
 
-    Raises ConfigError where no file of them is named.
+    The model without its adapters can replace a stored reference, not a stored prior. Raises ConfigError if a needed file is not named.
     """
     without = [name for name, source in config.data.train_sets.items() if source.scores is None]
     needed = False
