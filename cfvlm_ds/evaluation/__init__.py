@@ -1,4 +1,4 @@
-"""Evaluation: groups are scored with the training forward; all metrics are functions of score matrices."""
+"""Evaluation: groups are scored with the training forward, and all metrics are functions of score matrices."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def evaluate(
     objectives: Objectives | None = None,
     reference: Reference | None = None,
 ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-    """Accuracies and scores of every split, the same on every rank; the options are those of ``score_groups``.
+    """Return the accuracies and scores of every split, the same on every rank. The options are those of ``score_groups``.
 
-    The rows of each split's mean also have the NLL of its true texts and the losses of ``objectives``; ``reference`` gives what a term of
-    them compares with.
+    The mean row of a split also has the NLL of its true texts and the losses of ``objectives``. ``reference`` computes the reference scores
+    that some terms need.
     """
     results, scores = {}, {}
     for name, groups in splits.items():
@@ -62,7 +62,7 @@ def evaluate(
         loss = EvaluationLoss(objectives or {}, reference)
         scores[name] = score_groups(forward, collator, groups, world, batch_size, num_workers, f"evaluating {name}", loss=loss, **options)
         results[name] = accuracies(groups, scores[name])
-        found = loss.reduce(world)
+        split_loss = loss.reduce(world)
         if results[name]:
-            results[name][-1] = replace(results[name][-1], losses=found.terms, nll=found.nll)
+            results[name][-1] = replace(results[name][-1], losses=split_loss.terms, nll=split_loss.nll)
     return results, scores

@@ -1,6 +1,6 @@
-"""Items to groups and back: what is scored for a probe, and what the scores say of each item.
+"""Scoring plan: items become groups that a model scores, and the groups' scores become outcomes of the items.
 
-What shows the same pictures is put into one group, in which each text of a prompt stands once, so that the pictures are encoded once.
+Items with the same pictures share a group, so that the pictures are encoded once. Each text of a prompt occurs once in a group.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from cfvlm_ds.evaluation.probes import Probe, Row
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 Lengths = Callable[[Candidate], int]
-"""Tokens of a candidate's text, as the model's own tokenizer has them."""
+"""Returns the tokens of a candidate's text under the model's tokenizer."""
 
 MOST_CELLS = 256
 """Texts of a group that several items share."""
 
 Place = tuple[int, tuple[int, ...]]
-"""Where cells are: a group, and columns of its scores."""
+"""A group and columns of its scores."""
 
 
 class Packing:
-    """Groups under construction: pictures -> the group that still has room, and its texts by what the engine takes for the same."""
+    """Groups under construction: for each set of pictures the group with free space, and its texts by their normalised form."""
 
     def __init__(self) -> None:
         self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []
         self._open: dict[tuple[Pictures, ...], int] = {}
 
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
-        """Add texts that are scored on some images. They begin a new group where one of them differs from a text of the open one in white
-        space alone: their tokens differ."""
+        """Add texts that are scored on some images; return their place.
+
+        The texts start a new group if one of them differs from a text of the open group only in white space, because their tokens differ.
+        """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))
         number = self._open.get(images, -1)
@@ -50,20 +52,20 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """The truth of a cell is the item's affair: of a group only the first cell is marked, as every group needs one.
+        """Return the groups. A group needs one true cell, so its first cell is marked; the truth of the cells is defined by the items.
 
         Raises DataError for more cells than a group can have.
         """
-        made = []
+        groups = []
         for name, images, known in self._started:
             match = tuple(tuple(1 if (i, c) == (0, 0) else None for c in range(len(known))) for i in range(len(images)))
-            made.append(CounterfactualGroup(name, images, tuple(cell for _, cell in known.values()), match))
-        return tuple(made)
+            groups.append(CounterfactualGroup(name, images, tuple(cell for _, cell in known.values()), match))
+        return tuple(groups)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The groups to score for some items, and the way back from their scores: the place of each item's cells, and of its options alone."""
+    """The groups to score for some items, and the places of each item's cells and of its options without a picture."""
 
     items: tuple[Item, ...]
     probe: Probe
@@ -72,16 +74,16 @@ class Plan:
     alone: tuple[Place | None, ...]
 
     def outcomes(self, scores: Sequence[GroupScores], lengths: Lengths | None = None) -> list[Outcome]:
-        """What the scores of the groups, in their order, say of each item."""
+        """Return the outcome of each item from the scores of the groups, which are in the groups' order."""
         return [self._outcome(number, scores, lengths) for number in range(len(self.items))]
 
     def _outcome(self, number: int, scores: Sequence[GroupScores], lengths: Lengths | None) -> Outcome:
         item, (place, columns), alone = self.items[number], self.places[number], self.alone[number]
-        found, candidates = scores[place], self.groups[place].candidates
+        scored, candidates = scores[place], self.groups[place].candidates
         counts = Lazy(lambda place: lengths(candidates[columns[place]]), len(columns)) if lengths else ()
-        blank = _taken(found.blank.tolist(), columns)
-        seen = [_taken(line, columns) for line in found.logp.tolist()]
-        shuffled = None if found.shuffled is None or not len(found.shuffled) else _taken(found.shuffled.tolist(), columns)
+        blank = _taken(scored.blank.tolist(), columns)
+        seen = [_taken(row_values, columns) for row_values in scored.logp.tolist()]
+        shuffled = None if scored.shuffled is None or not len(scored.shuffled) else _taken(scored.shuffled.tolist(), columns)
 
         def row(values: Row) -> Row:
             return self.probe.row(item, values, blank, counts)
@@ -102,7 +104,7 @@ def _taken(values: Sequence[float], columns: Sequence[int]) -> Row:
 
 
 def plan(items: Sequence[Item], probe: Probe) -> Plan:
-    """Groups that hold the cells of all items. Items that show the same pictures share groups of at most MOST_CELLS texts.
+    """Return the groups that hold the cells of all items. Items with the same pictures share groups of at most MOST_CELLS texts.
 
     Raises DataError for an item with more cells than a group can have.
     """
@@ -112,13 +114,15 @@ def plan(items: Sequence[Item], probe: Probe) -> Plan:
     return Plan(tuple(items), probe, packing.groups(), tuple(places), tuple(alone))
 
 
-def written(item: Item, said: Sequence[str], blank: str, shuffled: str | None, parse: Parser) -> Outcome:
-    """The outcome of an item about which a model has written: about each image, a blank one and, if any, another item's. 1 for the text
-    that was meant, 0 for the others, and 0 for all where it was none, which is wrong."""
+def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, parse: Parser) -> Outcome:
+    """Return the outcome of an item from generated texts about each image, a blank one and, optionally, another item's image.
+
+    A text that the answer parses to has the score 1, all others have 0. An answer that cannot be parsed is wrong.
+    """
 
     def row(text: str) -> Row:
         meant = parse(text.strip(), item)
         return tuple(float(place == meant) for place in range(len(item.texts)))
 
-    plain = tuple(text.strip() for text in said)
+    plain = tuple(text.strip() for text in answers)
     return Outcome(item, tuple(map(row, plain)), row(blank), None if shuffled is None else row(shuffled), said=plain)

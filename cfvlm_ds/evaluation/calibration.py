@@ -1,6 +1,6 @@
-"""Which margins and weights fit a model and its data: by how much it tells true from false before it is trained on them.
+"""Calibration: margins and weights that fit a model and its data, derived from the model's gaps before training.
 
-A gap is S[true] - S[false] of a comparison that an objective makes: on one image between texts (csd), for one text between images (fcd).
+A gap is S[true] - S[false] of a comparison that an objective makes: between texts on one image (csd), or between images for one text (fcd).
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.objectives.base import MarginTerm
 
 TERMS = {"text": "csd", "image": "fcd"}
-"""The term of the objective that compares on each side."""
+"""Side of a comparison -> the objective's term for it."""
 QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
 """Comparisons below which quantiles say little."""
-_NATS = (0.5, 5.0)  # margins beyond which a link hardly sees a gap, or sees nothing else
-_MEASURED_TOKENS = 12  # of the captions for which a weight of 1 beside align was measured
+_NATS = (0.5, 5.0)  # smallest and largest useful margin
+_MEASURED_TOKENS = 12  # caption length at which the weight 1 beside align was measured
 _LEAST_WEIGHT = 0.1
-_KNOWN = 10  # comparisons of an edit type that say something
-_LONGER = 1.5  # times as many tokens, from which texts tell whether gaps grow with length
-_LOST = 4  # margins, as many as MarginTerm.hinge_cap
+_KNOWN = 10  # comparisons that an edit type needs to be used
+_LONGER = 1.5  # ratio of token counts that shows whether gaps grow with length
+_LOST = 4  # margins, equal to MarginTerm.hinge_cap
 _MANY_LOST = 0.1
-_GUESSED = 75  # % of comparisons whose blind gap a margin is as wide as
+_GUESSED = 75  # percentile of the blind gaps that a margin must cover
 
 
 @dataclass(frozen=True)
 class Gap:
-    """One comparison of a ``group``: nats by which the true one wins, tokens of the factual text, and, between texts, nats by which
-    language alone prefers the true one."""
+    """One comparison of a ``group``: the nats by which the true cell wins, and the tokens of the factual text.
+
+    ``prior`` holds the nats by which the language prior favours the true text; None between images.
+    """
 
     side: Kind
     labels: tuple[str, ...]
@@ -52,7 +54,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Advice:
-    """Options of each term, and the reasons, a sentence each."""
+    """Options of each term, and the reasons, one sentence each."""
 
     options: dict[str, dict[str, Any]]
     reasons: list[str]
@@ -61,22 +63,24 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Every comparison of star cells, which csd and fcd make in training but for shams; fcd takes the hardest of a group alone. Scores must
-    be finite; ``length`` counts the tokens of a group's factual text."""
+    """Yield every comparison of star cells: those of csd and fcd in training except shams; fcd uses only the hardest one of a group.
+
+    Scores must be finite. ``length`` counts the tokens of a group's factual text.
+    """
     for group, score in zip(groups, scores, strict=True):
         match = torch.tensor([[-1 if truth is None else truth for truth in line] for line in group.match])
         star = wanted_cells([group], match[None], torch.tensor([group.prompt_ids]), "star")[0].tolist()
         logp, blank, tokens = score.logp.tolist(), score.blank.tolist(), length(group)
-        for each in comparisons(group):
-            if each.kind in TERMS:
-                (i, c), (j, d) = each.cells
-                prior = blank[c] - blank[d] if each.kind == "text" else None
+        for comparison in comparisons(group):
+            if comparison.kind in TERMS:
+                (i, c), (j, d) = comparison.cells
+                prior = blank[c] - blank[d] if comparison.kind == "text" else None
                 if star[i][c] and star[j][d]:
-                    yield Gap(each.kind, each.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
+                    yield Gap(comparison.kind, comparison.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
 
 
 def advise(found: Sequence[Gap]) -> Advice:
-    """Options for csd and fcd. Link, length norm, margin and weight are functions of the gaps alone."""
+    """Return options for csd and fcd. Link, length norm, margin and weight are functions of the gaps only."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
     anchored, why = _length_norm(found)
@@ -87,7 +91,7 @@ def advise(found: Sequence[Gap]) -> Advice:
             reasons.append(f"{term} is left out: no group has a comparison for it")
             continue
         size = quantile([gap.tokens for gap in of_side], 50)
-        per = size if anchored else 1.0  # a text of median length has the link that it would have in nats
+        per = size if anchored else 1.0  # so a text of median length has the same link as in nats
         values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
         low, high = (_round(nats / per) for nats in _NATS)
         unit = "nats per token" if anchored else "nats"
@@ -106,13 +110,14 @@ def advise(found: Sequence[Gap]) -> Advice:
         slope = f"; beta {beta:g} is {MarginTerm.beta:g} for each nat of a text of {size:.0f} tokens" if anchored else ""
         lost = sum(value < -_LOST * margin for value in values) / len(values)
         hinge = side == "image" and lost > _MANY_LOST
-        told = (
+        observed = (
             f"{term}.link {'hinge' if hinge else 'logsigmoid'}: {100 * lost:.0f} % of its comparisons are lost by more than {_LOST} margins"
         )
         reasons.append(
-            f"{told}; between images neither length nor prior explains that: look at these edits, and meanwhile let them not pull for ever"
+            f"{observed}; between images neither length nor prior explains that: look at these edits, and meanwhile let them not pull for "
+            "ever"
             if hinge
-            else f"{told}, and a smooth link pulls at all others as far as they need it{slope}"
+            else f"{observed}, and a smooth link pulls at all others as far as they need it{slope}"
         )
         norm = "anchor" if anchored else "none"
         link: dict[str, Any] = {"link": "hinge"} if hinge else {"link": "logsigmoid", "beta": beta}
@@ -129,7 +134,7 @@ def _why_weight(anchored: bool, size: float) -> str:
 
 
 def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[float, str]:
-    """The median size of the gaps of the edit type where it is smallest, and what it is."""
+    """Return the smallest median gap size over edit types, and its description."""
     sizes: dict[str, list[float]] = {}
     for gap, value in zip(found, values, strict=True):
         for label in gap.labels:
@@ -140,8 +145,10 @@ def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[float
 
 
 def _guessed(found: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
-    """By how much language alone prefers one of two texts in three quarters of the comparisons: a picture tells the other one only if it
-    moves the text by more."""
+    """Return the gap that the language prior has in three quarters of the text comparisons, and its description.
+
+    A picture decides between the texts only if it changes their scores by more.
+    """
     sizes = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in found if gap.prior is not None]
     if not sizes:
         return None
@@ -153,7 +160,7 @@ def _guessed(found: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
 
 
 def _length_norm(found: Sequence[Gap]) -> tuple[bool, str]:
-    """Whether gaps grow with the length of the texts, and why."""
+    """Return True if gaps grow with the length of the texts, and the reason."""
     middle = quantile([gap.tokens for gap in found], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(found, middle, with_longer)) is not None]
     if not parted:
@@ -168,15 +175,17 @@ def _length_norm(found: Sequence[Gap]) -> tuple[bool, str]:
             f"len_norm none: half of the gaps of {'longer' if spread[0] else 'shorter'} texts are 0, which tells nothing of length",
         )
     grown = spread[1] / spread[0]
-    told = f"texts of {ratio:.1f} times as many tokens have gaps of {grown:.1f} times as many nats"
+    growth = f"texts of {ratio:.1f} times as many tokens have gaps of {grown:.1f} times as many nats"
     if grown > math.sqrt(ratio):
-        return True, f"len_norm anchor: {told}, so that a margin fits them per token"
-    return False, f"len_norm none: {told}: an edit changes a few words of a text of any length, and a margin in total nats fits both"
+        return True, f"len_norm anchor: {growth}, so that a margin fits them per token"
+    return False, f"len_norm none: {growth}: an edit changes a few words of a text of any length, and a margin in total nats fits both"
 
 
 def _parted(found: Sequence[Gap], middle: float, with_longer: bool) -> tuple[float, list[Gap], list[Gap]] | None:
-    """How many times as long texts above the median are as those below it, and the gaps of both; those at it, which may be more than half,
-    go with the longer or with the shorter ones. None where a side has few."""
+    """Split the gaps into shorter and longer texts than the median; return the ratio of their lengths and both parts.
+
+    Texts of median length, which may be more than half, go to the side that ``with_longer`` selects. None if a side has too few gaps.
+    """
     is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in found]
     short, long = ([gap for gap, longer in zip(found, is_long, strict=True) if longer == side] for side in (False, True))
     if min(len(short), len(long)) < _KNOWN:
@@ -185,7 +194,7 @@ def _parted(found: Sequence[Gap], middle: float, with_longer: bool) -> tuple[flo
 
 
 def table(found: Sequence[Gap]) -> str:
-    """The gaps by edit type: how many are won, by language alone too, and their quantiles."""
+    """Return the gaps by edit type: the share that is won, with and without the picture, and quantiles."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
     lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | a token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))
@@ -204,7 +213,7 @@ def table(found: Sequence[Gap]) -> str:
 
 
 def block(advice: Advice) -> str:
-    """The options as YAML, ready for a run's file."""
+    """Return the options as YAML for a run's file."""
     lines = ["objective:"]
     for term, options in advice.options.items():
         lines.append(f"  {term}: {{{', '.join(f'{name}: {value}' for name, value in options.items())}}}")
@@ -212,17 +221,17 @@ def block(advice: Advice) -> str:
 
 
 def is_block(file: IO[bytes]) -> bool:
-    """Whether a file is what ``block`` makes and nothing else: what somebody has added to it is theirs."""
+    """Return True if a file contains only the output of ``block``. Anything else in it belongs to the user."""
     return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read().decode()) is not None
 
 
 def quantile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the two nearest of the sorted values."""
+    """Return a percentile, interpolated linearly between the two nearest values."""
     return float(np.percentile(values, percent))
 
 
 def _round(value: float) -> float:
-    """Two digits, as an option is written."""
+    """Round to two digits, as an option is written."""
     return float(f"{value:.2g}")
 
 

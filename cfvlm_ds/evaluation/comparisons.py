@@ -1,7 +1,7 @@
-"""The comparisons that a group's truth table defines; its edits only name the slices in which they are reported.
+"""The comparisons that a group's truth table defines. Its edits only name the slices in which they are reported.
 
-An unknown cell takes part in none. Texts are compared where they answer one prompt. A sham image shows the factual scene again: its
-comparisons would be those of the factual image a second time, so it is left to the ``sham`` comparisons.
+An unknown cell is in no comparison. Texts are compared if they answer the same prompt. A sham image shows the factual scene again, so its
+comparisons would repeat those of the factual image; it only has ``sham`` comparisons.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Comparison:
     ``at`` are indices into the score matrix, by ``kind``:
 
     - ``quad``: images i, j and texts c, d of one prompt, where c is true of i and false of j, d is true of j and false of i. (i, c) is the
-      anchor of its prompt, its first true cell: for the prompt of the factual text that is the factual pair;
+      anchor of its prompt, which is the prompt's first true cell: for the prompt of the factual text it is the factual pair;
     - ``text``: image i, a text c that is true of it and a text d of the same prompt that is false of it;
     - ``image``: text c, an image i that it is true of and an image j that it is false of;
     - ``sham``: the factual text, a sham image of it and an image that it is false of, in the order of ``image``.
@@ -39,13 +39,13 @@ class Comparison:
 
     @property
     def cells(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(image, text) of the true cell and of the one that it is compared with; of all kinds but ``quad``."""
+        """(image, text) of the true cell and of the cell that it is compared with, for every kind except ``quad``."""
         a, b, c = self.at
         return ((a, b), (a, c)) if self.kind == "text" else ((b, a), (c, a))
 
 
 def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
-    """Every comparison of the group, in a fixed order."""
+    """Yield every comparison of the group, in a fixed order."""
     match, labels = group.match, _Labels(group)
     shams = {edit.image for edit in group.edits if edit.type == SHAM and edit.image and match[edit.image][0] == 1}
     images = [i for i in range(len(group.images)) if i not in shams]
@@ -72,7 +72,7 @@ def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
 
 
 def factual_texts(group: CounterfactualGroup) -> list[tuple[int, int]]:
-    """The text comparisons on the factual image: each true text with each false one of the same prompt."""
+    """Return the text comparisons on the factual image: each true text with each false text of the same prompt."""
     return [each.at[1:] for each in comparisons(group) if each.kind == "text" and each.at[0] == 0]  # type: ignore[misc]
 
 

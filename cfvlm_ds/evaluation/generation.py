@@ -1,5 +1,7 @@
-"""Text of a model about pictures, by the library's own ``generate`` on the model's own prompts: one row at a time, so that no batch mate or
-padding changes what is written."""
+"""Text generation about pictures with transformers' ``generate`` and the model's own prompts.
+
+Rows are generated one at a time, so that no other row and no padding changes the text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from cfvlm_ds.models.forest_attention import stock_attention
 
 
 def writing_digest(model: Any) -> str:
-    """Hash of what the model's own generation_config.json says of writing, such as a penalty for repetitions: ``generate`` goes by it."""
+    """Return a hash of the model's generation_config.json, such as its repetition penalty, which ``generate`` applies."""
     options = {name: value for name, value in model.generation_config.to_diff_dict().items() if name != "transformers_version"}
     return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -24,18 +26,18 @@ def writing_digest(model: Any) -> str:
 def write(
     model: Any, collator: Collator, device: torch.device, shown: Pictures, prompt: Prompt, max_new_tokens: int, **options: Any
 ) -> str:
-    """What a model writes about pictures when it is asked a prompt, by the ``options`` of the library's ``generate``.
+    """Generate a text about pictures for a prompt, with the ``options`` of transformers' ``generate``.
 
-    ``model`` is whole, in evaluation mode. A template that opens a thought has it empty, as where texts are scored. Raises DataError for
-    what it cannot be asked, OutOfMemory where memory runs out.
+    ``model`` is not partitioned and in evaluation mode. A thought that the chat template opens stays empty, as in scoring. Raises DataError
+    for input that the model cannot take, OutOfMemory if memory runs out.
     """
     tokenizer = collator.processor.tokenizer
     encoded = collator.prompts.encoded(prompt, "yes", len(shown), "a question")
     images = [collator.files.open((picture, len(shown) > 1)) for picture in shown]
-    written = tokenizer.bos_token is not None and encoded.prompt.startswith(tokenizer.bos_token)
-    given: dict[str, Any] = {"images": [images]} if images else {}
+    has_bos = tokenizer.bos_token is not None and encoded.prompt.startswith(tokenizer.bos_token)
+    pictures: dict[str, Any] = {"images": [images]} if images else {}
     try:
-        inputs = collator.processor(text=[encoded.prompt], add_special_tokens=not written, return_tensors="pt", **given).to(device)
+        inputs = collator.processor(text=[encoded.prompt], add_special_tokens=not has_bos, return_tensors="pt", **pictures).to(device)
         if inputs.input_ids.shape[1] + max_new_tokens > collator.max_length:
             raise DataError(
                 f"{inputs.input_ids.shape[1]} tokens of a question and {max_new_tokens} of its answer are over the model's window "
@@ -43,16 +45,16 @@ def write(
             )
         inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         with torch.no_grad(), stock_attention(model):
-            whole = model.generate(
+            tokens = model.generate(
                 **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, return_dict_in_generate=False, **options
             )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutOfMemory(f"out of memory while writing about {shown}; set limits on visual tokens (--model.max_pixels)") from error
     except DataError:
         raise
-    except BaseException as error:  # processors raise nearly anything on sizes that they were not made for
+    except BaseException as error:  # processors raise many kinds of errors on unusual sizes
         if not is_failure(error):
             raise
         raise DataError(f"{', '.join(map(str, shown))}: the model cannot be asked ({type(error).__name__}: {error})") from error
-    text: str = tokenizer.decode(whole[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text

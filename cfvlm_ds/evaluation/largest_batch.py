@@ -1,4 +1,4 @@
-"""The largest evaluation batch runs once before training: what does not fit or cannot be read is known then and not hours later."""
+"""Rehearsal: the largest evaluation batch runs once before training, so that missing memory or a broken row shows then."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def rehearse(
     *,
     shuffled: bool = False,
 ) -> None:
-    """Score, on every rank, the batch with the most tokens and, where ``max_tokens`` divides batches, the one with the largest part that is
-    still over it. All batches that ``score_groups`` will run are considered; ``shuffled`` as there.
+    """Score, on every rank, the batch with the most tokens and, if ``max_tokens`` divides batches, the one whose largest part exceeds it.
 
-    Raises what ``score_groups`` raises, on all ranks.
+    All batches that ``score_groups`` will run are considered; ``shuffled`` is that of ``score_groups``. Raises what ``score_groups``
+    raises, on all ranks.
     """
-    barrier = ProgressBarrier(world)  # rank 0 may have headers of very many pictures to read
+    barrier = ProgressBarrier(world)  # rank 0 may read very many picture headers
     collator = collator.scoring_everything()
     find = partial(_largest, collator, splits, batch_size, max_tokens, shuffled, barrier.alive)
     for split, groups, tokens, _ in run_on_rank0(world, find, barrier):
@@ -56,14 +56,14 @@ def rehearse(
 def _largest(
     collator: Collator, splits: Splits, batch_size: int, max_tokens: int | None, shuffled: bool, alive: Callable[[], object]
 ) -> list[_Tried]:
-    """The batches to try, of all batches of the evaluation of all splits."""
+    """Return the batches to try, selected among all batches of all splits."""
     most = over = _Tried("", [], 0, 0)
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         for split, groups in splits.items():
             for view in seen_as(groups, other_images(groups) if shuffled else None):
                 for start in range(0, len(groups), batch_size):
                     shown = list(view[start : start + batch_size])
-                    pictures = [each for group in shown for image in group.images for each in image if each.parent != BLANK.parent]
+                    pictures = [picture for group in shown for image in group.images for picture in image if picture.parent != BLANK.parent]
                     sizes = sizes_of(pictures, collator.files.checked, collator.files.max_pixels, pool)
                     trees = []
                     for group in shown:

@@ -1,7 +1,7 @@
-"""The training objective's loss on groups that are evaluated: means over a whole split, at full weights whatever the warm-up.
+"""The training objective's loss on evaluated groups: means over a whole split, with full weights during warm-up too.
 
-A term is computed where a split has what it needs. Stored scores are of the training groups alone: a term that compares with a reference is
-computed where the model without its adapters is that, and one that needs the texts' prior is not.
+A term is computed if its inputs exist for the split. Stored scores exist only for training groups. A term with a reference is therefore
+computed if the model without its adapters is the reference, and a term with the texts' prior is not computed.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
 NAMED = 5
-"""Groups named that a term has nothing for; the others are counted."""
+"""Number of groups without a term that are named; the others are counted."""
 Reference = Callable[[Batch], Tensor]
-"""[G, I, C] log-likelihoods of a batch under the reference model; every rank calls it as often."""
+"""Computes the [G, I, C] log-likelihoods of a batch under the reference model; every rank calls it equally often."""
 
 
 @dataclass(frozen=True)
 class LossFound:
-    """What a split's loss comes to: each term (see ``EvaluationLoss.reduce``), and the NLL of true texts per token, None without any."""
+    """The loss of a split: its terms (see ``EvaluationLoss.reduce``), and the NLL of true texts per token, None without any."""
 
     terms: dict[str, dict[str, Any]]
     nll: float | None
 
 
 class EvaluationLoss:
-    """Adds up the loss of one split, batch by batch; each group once.
+    """The loss of one split, summed batch by batch with each group once.
 
     Args:
         objectives: the terms of the run.
-        reference: computes reference scores, or None where there is no such model.
+        reference: computes reference scores, or None without such a model.
     """
 
     def __init__(self, objectives: Objectives, reference: Reference | None = None) -> None:
         self._objectives, self._cells = objectives, required_cells(objectives)
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # numerators and denominators so far
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # numerators and denominators
         self._used, self._unused = Counter[str](), {name: list[tuple[int, str]]() for name in objectives}
         self._lacking: dict[str, str] = {}
         self._likelihood = [0.0, 0]
@@ -60,7 +60,7 @@ class EvaluationLoss:
         self.reference = reference if wanted else None
 
     def add(self, numbers: Sequence[int], groups: Sequence[CounterfactualGroup], scores: Scores) -> None:
-        """Add a batch whose every cell is scored; ``numbers`` are the places of its groups in their split."""
+        """Add a batch whose cells are all scored; ``numbers`` are the indices of its groups in the split."""
         true = scores.layout.positive
         self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())
         self._likelihood[1] += int((scores.layout.num_tokens + scores.layout.num_end_tokens)[true].sum())
@@ -70,29 +70,32 @@ class EvaluationLoss:
         for name, term in self._objectives.items():
             if name in self._lacking:
                 continue
-            alone = {name: term}
+            only_term = {name: term}
             try:
-                above, below = torch.atleast_1d(term.numerator(scores_of(name, term, scores))), denominators(alone, scores.layout)[name]
+                numerator, denominator = (
+                    torch.atleast_1d(term.numerator(scores_of(name, term, scores))),
+                    denominators(only_term, scores.layout)[name],
+                )
                 before = self._sums.get(name, (0, 0))
-                self._sums[name] = before[0] + above.detach().double(), before[1] + below.double()
+                self._sums[name] = before[0] + numerator.detach().double(), before[1] + denominator.double()
                 for place, (number, group) in enumerate(zip(numbers, groups, strict=True)):
-                    used = bool((denominators(alone, _one(scores.layout, place))[name] > 0).any())
+                    used = bool((denominators(only_term, _one(scores.layout, place))[name] > 0).any())
                     self._used[name] += used
-                    if not used:  # the first ones by their places are named in the end
+                    if not used:  # keeps the first ones of the split
                         self._unused[name] = sorted([*self._unused[name], (number, group.id)])[:NAMED]
-            except Exception as error:  # of somebody's own term: it has trained, and what it lacks here must not cost the evaluation
+            except Exception as error:  # a user's own term that trained must not stop the evaluation
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
     def reduce(self, world: World) -> LossFound:
-        """Every term over all ranks' groups; collective.
+        """Return every term over the groups of all ranks; collective.
 
-        Of a term ``value`` is its mean, unweighted; None where there is none, and ``lacking`` says why it could not be computed. ``groups``
-        have something for it; ``unused`` names a few of the others.
+        ``value`` is a term's unweighted mean, or None with the reason in ``lacking``. ``groups`` counts the groups that the term uses;
+        ``unused`` names a few of the others.
         """
         gathered = gather_objects((self._likelihood, self._lacking, self._sums, self._used, self._unused), world)
         likelihoods, lacking, sums, used, unused = zip(*gathered, strict=True)
         nats, tokens = (sum(each[part] for each in likelihoods) for part in (0, 1))
-        found = {}
+        terms = {}
         for name, term in self._objectives.items():
             reasons = [each[name] for each in lacking if name in each]
             parts = [each[name] for each in sums if name in each]
@@ -100,31 +103,31 @@ class EvaluationLoss:
             if value is not None and not math.isfinite(value):
                 reasons.append("scores of some groups are not finite")
             without = sorted(entry for each in unused for entry in each[name])[:NAMED]
-            found[name] = {
+            terms[name] = {
                 "weight": term.weight,
                 "value": None if reasons else value,
                 "groups": 0 if reasons else sum(each[name] for each in used),
                 "unused": [] if reasons else [identity for _, identity in without],
                 "lacking": reasons[0] if reasons else "",
             }
-        return LossFound(found, nats / tokens if tokens and math.isfinite(nats) else None)
+        return LossFound(terms, nats / tokens if tokens and math.isfinite(nats) else None)
 
 
-def _mean(above: Tensor, below: Tensor) -> float | None:
-    """As in training: every part is divided by its own denominator, and one without any adds nothing; None where no part has one."""
-    if not bool((below > 0).any()):
+def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
+    """Return the sum of the parts' means, as in training: a part with a denominator of 0 adds nothing; None if all are 0."""
+    if not bool((denominators > 0).any()):
         return None
-    return float(torch.where(below > 0, above / below.clamp(min=torch.finfo(below.dtype).tiny), 0).sum())
+    return float(torch.where(denominators > 0, numerators / denominators.clamp(min=torch.finfo(denominators.dtype).tiny), 0).sum())
 
 
 def restricted(layout: GroupLayout, groups: Sequence[CounterfactualGroup], cells: Cells) -> GroupLayout:
-    """The layout that training would have given these groups: an objective may take any scored cell for one of its own."""
+    """Return the layout that training would have given these groups, because an objective may use any scored cell."""
     prompt = torch.zeros_like(layout.match[:, 0], dtype=torch.int64) if layout.prompt is None else layout.prompt
     return replace(layout, valid=layout.valid & wanted_cells(groups, layout.match, prompt, cells))
 
 
 def _one(layout: GroupLayout, place: int) -> GroupLayout:
-    """The layout of one group of a batch."""
+    """Return the layout of one group of a batch."""
     of = slice(place, place + 1)
     tensors = {name: getattr(layout, name)[of] for name in ("valid", "match", "num_tokens", "num_end_tokens", "weight")}
     named = {name: getattr(layout, name)[of] for name in ("ids", "sources", "objectives")}

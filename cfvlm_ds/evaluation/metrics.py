@@ -7,11 +7,12 @@ Comparison), are right in
 - image: each text prefers its own image, S_ic > S_jc and S_jd > S_id;
 - group: both.
 
-``pair`` is the share of single text comparisons won (one image, a true text against a false one of the same prompt), ``factual`` of those
-on the factual image, ``image_pair`` of single image comparisons (one text, an image it is true of against one it is false of). ``sham`` is
-the share of sham images that beat a counterfactual image on the factual text: a detector of edited pictures fails it. A tie is wrong.
+``pair`` is the share of won text comparisons (one image, a true text against a false one of the same prompt) and ``factual`` that share on
+the factual image. ``image_pair`` is the share of won image comparisons (one text, an image that it is true of against one that it is false
+of). ``sham`` is the share of sham images that beat a counterfactual image on the factual text: a detector of edited pictures fails it. A
+tie is wrong.
 
-Text comparisons are exposed to the texts' prior likelihood; ``text_pmi`` and ``group_pmi`` subtract it.
+Text comparisons depend on the texts' prior likelihood; ``text_pmi`` and ``group_pmi`` subtract it.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ CHANCE = {
     "group_pmi": 100 / 6,
     "sham": 50.0,
 }
-"""Accuracy of scores drawn at random, in %."""
+"""Accuracy of random scores, in %."""
 
 METRICS = tuple(CHANCE)
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
-"""Names for the counts of the shuffled control, which may differ from those of the metrics: a group may have no other picture to show."""
+"""Names for the counts of the shuffled control. They may differ from those of the metrics, because a group may have no other picture to
+show.
+"""
 Matrix = list[list[float]]
 
 
@@ -52,15 +55,15 @@ Matrix = list[list[float]]
 class Accuracy:
     """One row of a result table: an edit type, or the mean over edit types (``mean``, named ``all``). Accuracies are in %.
 
-    ``num`` counts the groups of the row; ``comparisons`` and ``groups`` how many of each a metric is made of. In the mean row
-    both have all metrics, with the count 0 for one without any comparison in the split, which is then absent from ``metrics``; its
-    ``unused`` names a few of the groups that a metric cannot use.
+    ``num`` counts the groups of the row; ``comparisons`` and ``groups`` count what each metric is computed from. The mean row has these
+    counts for all metrics, with 0 for a metric without any comparison in the split, which is then absent from ``metrics``. Its ``unused``
+    names a few of the groups that a metric cannot use.
 
     ``blind`` holds ``pair`` and ``factual`` with one blank image in place of the pictures, ``shuffled`` the same with another group's
-    picture: what language alone achieves. A tie counts one half there.
+    picture: they measure the language prior. A tie counts one half there.
 
-    ``losses`` of the mean row, by term of the objective, are those of the training's loss on this split (cfvlm_ds.evaluation.loss), and
-    ``nll`` is the negative log-likelihood of its true texts on their images, in nats per token, end-of-turn included.
+    ``losses`` of the mean row are the terms of the training loss on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative
+    log-likelihood of its true texts on their images, in nats per token, end-of-turn included.
     """
 
     name: str
@@ -77,7 +80,7 @@ class Accuracy:
 
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
-    """One row per edit type, in alphabetical order, and last a row ``all`` whose accuracies are means over edit types."""
+    """Return one row per edit type, in alphabetical order, and a last row ``all`` whose accuracies are means over edit types."""
     sums, counts, used = (defaultdict[str, Counter[str]](Counter) for _ in range(3))  # label -> metric -> points, comparisons, groups
     num = Counter[str]()
     covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)
@@ -115,26 +118,29 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
 
 
 _ALL = ""
-"""In place of an edit type: all comparisons."""
+"""Stands for all comparisons in place of an edit type."""
 _PREFIXES = ("", "blind_", "shuffled_")
 
 
 def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    """What each comparison adds to each metric, with its labels: 1 where it is won, 0, or 1/2 for a tie without pictures."""
+    """Yield the labels of each comparison and its points by metric: 1 if it is won, else 0; 1/2 for a tie without pictures."""
     matrices = {"": score.logp.tolist(), "_pmi": (score.logp - score.blank).tolist()}
     without = {"blind_": score.blank.tolist()} | ({} if score.shuffled is None else {"shuffled_": score.shuffled.tolist()})
-    for each in comparisons(group):
-        if each.kind == "quad":
-            yield each.labels, {f"{name}{of}": float(won) for of, s in matrices.items() for name, won in _quad(s, *each.at).items()}
+    for comparison in comparisons(group):
+        if comparison.kind == "quad":
+            yield (
+                comparison.labels,
+                {f"{name}{of}": float(won) for of, s in matrices.items() for name, won in _quad(s, *comparison.at).items()},
+            )
             continue
-        (i, c), (j, d) = each.cells
-        points = {_SINGLE[each.kind]: float(matrices[""][i][c] > matrices[""][j][d])}
-        if each.kind == "text":
+        (i, c), (j, d) = comparison.cells
+        points = {_SINGLE[comparison.kind]: float(matrices[""][i][c] > matrices[""][j][d])}
+        if comparison.kind == "text":
             if i == 0:
                 points["factual"] = points["pair"]
             guesses = {prefix: (row[c] > row[d]) + (row[c] == row[d]) / 2 for prefix, row in without.items() if row}
             points |= {prefix + name: guess for prefix, guess in guesses.items() for name in points}
-        yield each.labels, points
+        yield comparison.labels, points
 
 
 def _quad(s: Matrix, i: int, j: int, c: int, d: int) -> dict[str, bool]:
@@ -147,9 +153,9 @@ _SINGLE = {"text": "pair", "image": "image_pair", "sham": "sham"}
 
 
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-    """The accuracies under the names metrics are logged by: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC by edit type.
+    """Return the accuracies by logged name: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC by edit type.
 
-    The training's loss is eval/SPLIT/loss, its terms eval/SPLIT/loss_TERM; eval/SPLIT/nll is the NLL of true texts per token.
+    The training loss is eval/SPLIT/loss, its terms eval/SPLIT/loss_TERM; eval/SPLIT/nll is the NLL of true texts per token.
     """
     flat = {}
     for split, rows in splits.items():
@@ -166,13 +172,13 @@ def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
 
 
 def total_loss(losses: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The weighted sum of the terms; None where one of them could not be computed, or no group has anything for any."""
-    found = [(term["weight"], term["value"]) for term in losses.values() if term["value"] is not None]
-    return None if not found or any(term["lacking"] for term in losses.values()) else sum(weight * value for weight, value in found)
+    """Return the weighted sum of the terms; None if one of them could not be computed, or if no group counts in any."""
+    weighted = [(term["weight"], term["value"]) for term in losses.values() if term["value"] is not None]
+    return None if not weighted or any(term["lacking"] for term in losses.values()) else sum(weight * value for weight, value in weighted)
 
 
 def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str]:
-    """The names that ``flat_metrics`` will have for an evaluation of these splits during training: known from the data alone."""
+    """Return the names that ``flat_metrics`` will have for an evaluation of these splits during training, derived from the data alone."""
 
     def tied(group: CounterfactualGroup) -> GroupScores:
         return GroupScores(torch.zeros(len(group.images), len(group.candidates)), torch.zeros(len(group.candidates)))
@@ -184,6 +190,6 @@ def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each metric's mean over the rows that have it."""
+    """Return each metric's mean over the rows that have it."""
     values = {metric: [row[metric] for row in rows if metric in row] for metric in METRICS}
-    return {metric: sum(found) / len(found) for metric, found in values.items() if found}
+    return {metric: sum(of_metric) / len(of_metric) for metric, of_metric in values.items() if of_metric}

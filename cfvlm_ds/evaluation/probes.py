@@ -1,6 +1,7 @@
-"""Probes: how an item of a benchmark becomes prompts and texts that a model scores, and what their log-likelihoods say of the item.
+"""Probes: conversions of a benchmark's item into prompts and texts that a model scores, and of their log-likelihoods into scores of the
+item.
 
-Every probe gives one score per image and text, so that the same metrics serve all. What it reads on the item's pictures it also reads on a
+Every probe returns one score per image and text, so the same metrics apply to all. The scores are computed on the item's pictures, on a
 blank one and on another item's (cfvlm_ds.evaluation.asking).
 """
 
@@ -21,12 +22,11 @@ from cfvlm_ds.evaluation.benchmarks.base import Item
 Row = tuple[float, ...]
 LETTERS = string.ascii_uppercase
 ALL_ORDERS = 4
-"""Options of which all orders are asked; more are asked in cyclic orders."""
+"""Largest number of options that are asked in all orders; more options are asked in cyclic orders."""
 
 
 class Probe(ABC):
-    """A way of asking. ``cells`` are scored with the item's pictures, ``alone`` without any; ``row`` makes one score per text of an item of
-    the log-likelihoods of its cells on one picture."""
+    """A probe of items. ``cells`` are scored with the item's pictures, ``alone`` without any."""
 
     name: ClassVar[str]
 
@@ -35,24 +35,26 @@ class Probe(ABC):
 
     @abstractmethod
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
-        """``blank`` are the same cells on a blank picture, ``lengths`` the tokens of each; empty where nothing was counted."""
+        """Return one score per text of an item from the log-likelihoods of its cells on one picture.
+
+        ``blank`` are those of the same cells on a blank picture, ``lengths`` their tokens; empty if they were not counted.
+        """
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Share of the orders of options that agree with all of them together."""
+        """Return the share of option orders that agree with all orders together."""
         return None
 
 
 @dataclass(frozen=True)
 class Caption(Probe):
-    """The log-likelihood of each text as what the model says of the picture: ``sum`` over tokens, ``mean`` per token, or ``pmi``, the sum
-    minus that on a blank picture, which takes the prior of the text away.
+    """The log-likelihood of each text as a description of the picture.
 
     Args:
-        mode: sum, mean or pmi.
-        prompt: what an item without a question is asked.
+        mode: sum over tokens; mean per token; or pmi, the sum minus that on a blank picture, which removes the text's prior.
+        prompt: prompt of an item without a question.
     """
 
     name: ClassVar[str] = "caption"
@@ -72,7 +74,7 @@ class Caption(Probe):
 
 @dataclass(frozen=True)
 class Match(Probe):
-    """VQAScore (Lin et al. 2024, arXiv 2404.01291): log of P(yes) / (P(yes) + P(no)) for each text, each summed over ways of writing.
+    """VQAScore (Lin et al. 2024, arXiv 2404.01291): log of P(yes) / (P(yes) + P(no)) for each text, each summed over spellings.
 
     Args:
         template: the question, with {text} in it.
@@ -87,18 +89,18 @@ class Match(Probe):
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         answers = (*variants("Yes"), *variants("No"))
-        asked = [self.template.replace("{text}", text) for text in item.texts]
-        return tuple(Candidate(prompt, text) for prompt in asked for text in answers)
+        prompts = [self.template.replace("{text}", text) for text in item.texts]
+        return tuple(Candidate(prompt, text) for prompt in prompts for text in answers)
 
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
         yes, size = len(variants("Yes")), len(variants("Yes")) + len(variants("No"))
         parts = [values[start : start + size] for start in range(0, len(values), size)]
-        return tuple(log_share(_together(part[:yes]), _together(part[yes:])) for part in parts)
+        return tuple(log_share(_log_sum_exp(part[:yes]), _log_sum_exp(part[yes:])) for part in parts)
 
 
 @dataclass(frozen=True)
 class Answers(Probe):
-    """The likelihood of each text of an item as the answer to its question, summed over ways of writing it: yes and no, or a letter."""
+    """The likelihood of each text of an item as the answer to its question, summed over spellings: yes and no, or a letter."""
 
     name: ClassVar[str] = "yes_no"
 
@@ -110,23 +112,23 @@ class Answers(Probe):
         return tuple(Candidate(item.prompt, written) for text in item.texts for written in variants(text))
 
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
-        left, found = iter(values), []
+        left, scores = iter(values), []
         for text in item.texts:
-            found.append(_together([next(left) for _ in variants(text)]))
-        return tuple(found)
+            scores.append(_log_sum_exp([next(left) for _ in variants(text)]))
+        return tuple(scores)
 
 
 @dataclass(frozen=True)
 class Letters(Probe):
     """Multiple choice by the letter of an option: the log of its probability among the letters, averaged over orders of the options.
 
-    All orders of up to four options, cyclic ones of more: each option stands at each place equally often, so a liking for a place or a
-    letter is no advantage. ``alone`` asks without question and picture: what the options themselves say.
+    Up to four options are asked in all orders, more in cyclic ones. Each option stands at each place equally often, so a preference for a
+    place or a letter is no advantage. ``alone`` asks without question and picture and measures the prior of the options.
 
     Args:
-        question: what an item without a question, one of captions, is asked.
-        instruction: what follows the options.
-        prior: also ask for the options alone.
+        question: question of an item without one, such as captions.
+        instruction: text after the options.
+        prior: also score the options alone.
     """
 
     name: ClassVar[str] = "letters"
@@ -152,7 +154,7 @@ class Letters(Probe):
         )
 
     def asked(self, item: Item, order: Sequence[int], question: str) -> str:
-        """The question with the options in an order."""
+        """Return the question with the options in an order."""
         listed = [f"{LETTERS[place]}. {item.texts[number]}" for place, number in enumerate(order)]
         return "\n".join([*filter(None, [question]), *listed, self.instruction])
 
@@ -160,7 +162,7 @@ class Letters(Probe):
         if item.listed:
             return values
         per_order = self._per_order(item, values)
-        return tuple(_together([row[number] for row in per_order]) - math.log(len(per_order)) for number in range(len(item.texts)))
+        return tuple(_log_sum_exp([row[number] for row in per_order]) - math.log(len(per_order)) for number in range(len(item.texts)))
 
     def consistency(self, item: Item, values: Row) -> float | None:
         if item.listed:
@@ -169,22 +171,23 @@ class Letters(Probe):
         return sum(chosen is not None and _only_best(row) == chosen for row in per_order) / len(per_order)
 
     def _per_order(self, item: Item, values: Row) -> list[Row]:
-        """[order][option]: log-probability of the option among the letters."""
-        size, found = len(item.texts), []
+        """Return [order][option]: the log-probability of the option among the letters."""
+        size, rows = len(item.texts), []
         for number, order in enumerate(orders(size)):
             part = values[number * size : (number + 1) * size]
-            whole = _together(part)
-            by_option = {option: value - whole for option, value in zip(order, part, strict=True)}
-            found.append(tuple(by_option[option] for option in range(size)))
-        return found
+            total = _log_sum_exp(part)
+            by_option = {option: value - total for option, value in zip(order, part, strict=True)}
+            rows.append(tuple(by_option[option] for option in range(size)))
+        return rows
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Greedy text, read by the rule of the benchmark's authors where they have one; it scores no cells and needs a model that writes.
+    """Greedy text, read by the parser of the benchmark's authors if they published one. It scores no cells and needs a model that
+    generates.
 
     Args:
-        max_new_tokens: where an answer that does not end is cut off.
+        max_new_tokens: length at which an answer is cut off.
     """
 
     name: ClassVar[str] = "generate"
@@ -195,7 +198,7 @@ class Generate:
             raise ConfigError(f"the probe generate writes 1 to {MOST_WRITTEN} tokens, not {self.max_new_tokens}; correct max_new_tokens")
 
     def asked(self, item: Item) -> str:
-        """The prompt of an item; options that it does not list are listed in the released order."""
+        """Return the prompt of an item. Options that it does not list are appended in the released order."""
         if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:
             return item.prompt
         letters = Letters()
@@ -205,14 +208,13 @@ class Generate:
 MOST_WRITTEN = 4096
 
 PROBES: dict[str, Probe] = {"caption": Caption(), "match": Match(), "letters": Letters(), "yes_no": Answers()}
-"""Name -> probe with its defaults. ``generate`` is none of them: it scores no cells."""
+"""Name -> probe with its defaults. ``generate`` is not among them, because it scores no cells."""
 
 
 def variants(text: str) -> tuple[str, ...]:
-    """Ways of writing an answer that mean the same: its case. A single letter has one.
+    """Return the spellings of an answer that mean the same: its cases. A single letter has one.
 
-    White space before an answer is not among them: the chat template writes what stands there, and a text that brings more would not
-    follow its prompt.
+    White space before an answer is no variant: the chat template writes it, and a text with more would not follow its prompt.
     """
     if len(text) == 1:
         return (text,)
@@ -221,20 +223,20 @@ def variants(text: str) -> tuple[str, ...]:
 
 
 def orders(size: int) -> list[tuple[int, ...]]:
-    """Orders in which so many options are asked."""
+    """Return the orders in which this number of options is asked."""
     if size <= ALL_ORDERS:
         return list(itertools.permutations(range(size)))
     return [tuple((place + shift) % size for place in range(size)) for shift in range(size)]
 
 
 def log_share(first: float, second: float) -> float:
-    """log(exp(first) / (exp(first) + exp(second))), also where the share is 1 but for less than a float can say."""
+    """Return log(exp(first) / (exp(first) + exp(second))), accurate also for shares that round to 1."""
     margin = first - second
     return -math.log1p(math.exp(-margin)) if margin > 0 else margin - math.log1p(math.exp(margin))
 
 
-def _together(values: Sequence[float]) -> float:
-    """log of the sum of exponentials."""
+def _log_sum_exp(values: Sequence[float]) -> float:
+    """Return the log of the sum of exponentials."""
     most = max(values)
     if not math.isfinite(most):
         return most

@@ -1,4 +1,4 @@
-"""Accuracies as Markdown tables: the metrics beside their controls, and of how many comparisons each is made."""
+"""Accuracies as Markdown tables: the metrics with their controls and the number of comparisons behind each."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, total_loss
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
 _REASON_CHARS = 200
-_MOST_TYPES = 12  # in a line of a progress log
+_MOST_TYPES = 12  # edit types in a line of a progress log
 _HEADLINES = ("group", "pair", "image_pair")
 
 
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
-    """The accuracies as a Markdown table, a block per split, with rows for chance and for what language alone achieves.
+    """Return the accuracies as a Markdown table, a block per split, with rows for chance and for the language prior.
 
-    A second table says of how many groups and comparisons each metric is made, and which groups it could not use; a third, after a
-    training, what its loss is on each split. ``plain`` makes what the data call something fit for a cell.
+    A second table counts the groups and comparisons behind each metric and names unused groups. A third, after a training, has the loss on
+    each split. ``plain`` escapes names from the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell
@@ -48,9 +48,9 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
 
 
 def changes(before: Mapping[str, Mapping[str, Mapping[str, float]]], splits: Mapping[str, Sequence[Accuracy]]) -> str:
-    """What a training changed, a line per split and edit: the headline metric before it, after it, and the difference in points.
+    """Return a line per split and edit type: the headline metric before and after training, and the difference in points.
 
-    ``before`` is split -> edit -> metric -> value; what it lacks is left open. Empty where there is nothing to compare.
+    ``before`` is split -> edit -> metric -> value; missing values leave a cell empty. Empty if nothing can be compared.
     """
     lines = []
     for split, rows in splits.items():
@@ -68,51 +68,51 @@ def changes(before: Mapping[str, Mapping[str, Mapping[str, float]]], splits: Map
 
 
 def _losses(row: Accuracy, plain: Callable[[str], str], reason: Callable[[str], str]) -> list[str]:
-    """A line for each term of the training's loss, and one for their weighted sum."""
+    """Return a line for each term of the training loss, and one for their weighted sum."""
     lines = []
     for name, term in row.losses.items():
-        named = _without(row.num - term["groups"], term["unused"], plain)
+        missing = _without(row.num - term["groups"], term["unused"], plain)
         value = "" if term["value"] is None else f"{term['value']:.4f}"
-        shown = f"{value} | {term['groups']} | {named}" if not term["lacking"] else f"| | not computed: {reason(term['lacking'])}"
+        shown = f"{value} | {term['groups']} | {missing}" if not term["lacking"] else f"| | not computed: {reason(term['lacking'])}"
         lines.append(f"{name} | {term['weight']:g} | {shown} |")
-    if (whole := total_loss(row.losses)) is not None:
-        lines.append(f"all, weighted | | {whole:.4f} | | |")
+    if (total := total_loss(row.losses)) is not None:
+        lines.append(f"all, weighted | | {total:.4f} | | |")
     return lines
 
 
 def _coverage(row: Accuracy, plain: Callable[[str], str]) -> list[str]:
-    """A line for all metrics that are made of the same comparisons."""
-    alike: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}
+    """Return a line for each set of metrics that are computed from the same comparisons."""
+    metrics_by_counts: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}
     for metric in row.groups:
-        alike.setdefault((row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))), []).append(metric)
+        metrics_by_counts.setdefault((row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))), []).append(metric)
     lines = []
-    for (groups, comparisons, unused), metrics in alike.items():
+    for (groups, comparisons, unused), metrics in metrics_by_counts.items():
         lines.append(f"{', '.join(metrics)} | {groups} | {comparisons} | {_without(row.num - groups, unused, plain)} |")
     return lines
 
 
-def _without(count: int, named: Sequence[str], plain: Callable[[str], str]) -> str:
-    """How many groups something is not made of, and some of them."""
-    return f"{count}: {', '.join(map(plain, named))}{', ...' * (count > len(named))}" if count else ""
+def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:
+    """Return the number of groups that are missing, and the names of some."""
+    return f"{count}: {', '.join(map(plain, names))}{', ...' * (count > len(names))}" if count else ""
 
 
 def headline_metric(rows: Sequence[Accuracy]) -> str | None:
-    """The metric by which a split is named in a line; None where it has no comparison."""
+    """Return the metric that represents a split in a line; None if the split has no comparison."""
     return next((metric for metric in _HEADLINES if rows and metric in rows[-1].metrics), None)
 
 
 def headline(rows: Sequence[Accuracy]) -> str:
-    """One line for a progress log: the first metric that the split has, by edit type and in the mean."""
+    """Return a line for a progress log: the first metric that the split has, by edit type and in the mean."""
     metric, nll = headline_metric(rows), rows[-1].nll if rows else None
-    told = "" if nll is None else f"; NLL {nll:.4f} a token"
+    nll_text = "" if nll is None else f"; NLL {nll:.4f} a token"
     if metric is None:
-        return f"no comparison: match marks no text or image false beside a true one{told}"
-    found = [f"{in_cell(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
-    more = len(found) - _MOST_TYPES
-    shown = ", ".join(found if more <= 1 else [*found[: _MOST_TYPES - 1], f"{more} more types", found[-1]])
+        return f"no comparison: match marks no text or image false beside a true one{nll_text}"
+    values = [f"{in_cell(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
+    more = len(values) - _MOST_TYPES
+    shown = ", ".join(values if more <= 1 else [*values[: _MOST_TYPES - 1], f"{more} more types", values[-1]])
     used, num, loss = rows[-1].groups[metric], rows[-1].num, total_loss(rows[-1].losses)
     counted = f" (of {used} of {num} groups)" if used < num else ""
-    return f"{metric} accuracy {shown}{counted}" + ("" if loss is None else f"; loss {loss:.4f}") + told
+    return f"{metric} accuracy {shown}{counted}" + ("" if loss is None else f"; loss {loss:.4f}") + nll_text
 
 
 def _cells(metrics: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Groups to look at, as a static page: of a manifest a sample, of a run the groups that its stored scores decide worst."""
+"""Page of groups: a sample of a manifest, or the groups that a run's stored scores decide worst."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def view(
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = print_line,
 ) -> Written:
-    """Write a page of groups into the folder ``out``, in place of an earlier page there; in a notebook the result shows itself.
+    """Write a page of groups into the folder ``out``, replacing an earlier page there. The return value displays itself in a notebook.
 
-    ``source`` is a manifest, of which ``sample`` groups drawn by ``seed`` are shown in its order, or those named in the file ``ids``, one a
-    line, in the file's order; or a run folder, of whose evaluation those are shown that its scores decide worst. ``scores`` is a file that
-    ``cfvlm-ds score`` wrote, or one of a run.
+    ``source`` is a manifest or a run folder. Of a manifest the page shows ``sample`` groups drawn by ``seed``, in the manifest's order, or
+    those that the file ``ids`` names, one a line, in the file's order. Of a run it shows the evaluated groups with the worst scores.
+    ``scores`` is a file from ``cfvlm-ds score`` or from a run.
 
-    Raises DataError for a manifest, scores or ids that cannot be read, ConfigError for a folder that is no page and would be replaced.
+    Raises DataError for a manifest, scores or ids that cannot be read, ConfigError if the folder holds something other than a page.
     """
     refuse_foreign_folder(Path(out))
     facts: list[Fact] = [("scores", str(scores))] * (scores is not None)
@@ -88,7 +88,7 @@ def view(
 
 
 def _of_run(run_dir: Path) -> list[_Source]:
-    """The manifests of a run's evaluation, with its scores."""
+    """Return the manifests of a run's evaluation, with its scores."""
     sources = []
     for name, split in recorded_evaluation(run_dir).items():
         file = run_dir / "scores" / f"{bare_name(name, run_dir / 'config.yaml')}.jsonl"
@@ -102,25 +102,24 @@ def _of_run(run_dir: Path) -> list[_Source]:
 
 
 def _stored(file: Path, groups: GroupStore) -> Mapping[str, StoredScores]:
-    """The scores of a file, if it is of these groups by their texts and the paths of their pictures; contents are not hashed for a look."""
+    """Read a scores file whose identity matches these groups by their texts and picture paths. Contents are not hashed for a page."""
     return read_scores(file, groups, data_identity(groups, groups.roots))
 
 
 def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> list[int]:
-    """The places of the groups that a file names, one id a line. Raises DataError for one that is not there."""
+    """Return the places of the groups that a file names, one id a line. Raises DataError for an unknown id."""
     try:
-        named = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]
+        lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]
     except (OSError, UnicodeError) as error:
         raise DataError(f"{file}: ids cannot be read ({error}); write one id a line, in UTF-8") from error
-    wanted = list(dict.fromkeys(filter(None, named)))
-    if not wanted:
+    ids = dict.fromkeys(filter(None, lines))
+    if not ids:
         raise DataError(f"{file}: it names no group; write one id a line")
-    asked = set(wanted)
-    found = {group.id: index for index, group in enumerate(groups) if group.id in asked}
-    for name in wanted:
-        if name not in found:
-            raise DataError(f"{file}:{named.index(name) + 1}: {source} has no group {quoted(name)}; correct or remove the line")
-    return [found[name] for name in wanted]
+    places = {group.id: index for index, group in enumerate(groups) if group.id in ids}
+    for name in ids:
+        if name not in places:
+            raise DataError(f"{file}:{lines.index(name) + 1}: {source} has no group {quoted(name)}; correct or remove the line")
+    return [places[name] for name in ids]
 
 
 def _item(source: _Source, index: int) -> Item:
@@ -133,17 +132,17 @@ def _item(source: _Source, index: int) -> Item:
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
-    """A group's stored scores with the margins of every true cell, over the comparisons that evaluation makes of it (docs/evaluation.md).
+    """Return a group's stored scores with the margins of every true cell, over the comparisons of its evaluation (docs/evaluation.md).
 
-    A tie is lost. Two images with two texts add no comparison of their own: they are right where those of their cells are.
+    A tie is lost. Two images with two texts add no comparison of their own: they are right if the comparisons of their cells are.
     """
     logp, decided = stored.logp, list[float]()
     margins: list[list[list[float | None] | None]] = [[None] * len(group.candidates) for _ in group.images]
-    for each in comparisons(group):
-        if each.kind != "quad":
-            (i, c), (j, d) = each.cells
+    for comparison in comparisons(group):
+        if comparison.kind != "quad":
+            (i, c), (j, d) = comparison.cells
             decided.append(logp[i][c] - logp[j][d])
-            cell, side = (margins[i][c] or [None, None]), int(each.kind != "text")
+            cell, side = (margins[i][c] or [None, None]), int(comparison.kind != "text")
             least = cell[side]
             cell[side] = decided[-1] if least is None else min(least, decided[-1])
             margins[i][c] = cell

@@ -1,4 +1,4 @@
-"""Public benchmarks in their official files, one file each: rows to items, metrics with chance.
+"""Public benchmarks in their official files, one module each: rows to items, metrics with chance.
 
 Licences, known traps and published values are in docs/benchmarks. Nothing is downloaded. A benchmark of your own is one more entry:
 ``BENCHMARKS["mine"] = Benchmark(...)``.

@@ -1,4 +1,4 @@
-"""AMBER (Wang et al. 2023, arXiv 2311.07397), its yes/no questions: existence, attributes and relations."""
+"""AMBER (Wang et al. 2023, arXiv 2311.07397): its yes/no questions about existence, attributes and relations."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def item(row: Row) -> Item:
 
 @lru_cache(1)
 def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
-    """The annotations by id, and the first that cannot be read."""
+    """Return the annotations by id, and the first error among them."""
     rows = list(source.rows(TRUTH))
     return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """The positive answer is no: F1 is of finding out what is not there."""
+    """Return the yes/no metrics with No as the positive answer: F1 measures the detection of absent things."""
     return sliced(table, tag("type"), lambda part: yes_no(part, positive=1))
 
 

@@ -1,7 +1,7 @@
-"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), relations and attributes: a relation, or two attributes, against the exchange.
+"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a caption against one with its parts exchanged.
 
-The pictures are cut to the box that holds the relation, as the authors' loader does. The cuts are written once, as PNG, to a folder of
-their own.
+The pictures are cropped to the box that holds the relation, as in the authors' loader. Each crop is written once, as PNG, to a separate
+folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SYMMETRIC = (
     "working in|working on|worn on|wrapped around|wrapped in|by|of|near|next to|with|beside|on the side of|around"
 )
 SYMMETRIC = frozenset(_SYMMETRIC.split("|"))
-"""Relations that the authors' notebook leaves out of the mean."""
+"""Relations that the authors' notebook excludes from the mean."""
 
 
 RELATION = File("visual_genome_relation.json", (*COLUMNS, "relation_name"), 23_937)
@@ -66,7 +66,7 @@ def _pair(row: Row, tags: dict[str, str]) -> Item:
 
 
 def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
-    """The part of a picture in a box, as a file that is written once."""
+    """Return a file with the part of a picture inside a box. The file is written once."""
     x, y, width, height = box
     cut = root / CUTS / f"{picture.stem}_{x}_{y}_{width}_{height}.png"
     if cut.is_file():
@@ -78,9 +78,9 @@ def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
 
 
 def relation_metrics(table: Sequence[Judged]) -> Values:
-    """The mean over relations, without the symmetric ones."""
-    kept = [each for each in table if each.item.tags["relation"] not in SYMMETRIC]
-    return macro(kept, tag("relation")) | accuracy(table)
+    """Return the mean over relations, without the symmetric ones, and the accuracy of all items."""
+    asymmetric = [judged for judged in table if judged.item.tags["relation"] not in SYMMETRIC]
+    return macro(asymmetric, tag("relation")) | accuracy(table)
 
 
 VG_RELATION = Benchmark(

@@ -1,8 +1,8 @@
-"""ARO, COCO-Order and Flickr30k-Order: a caption among shuffles of its own words. The shuffles are made here, and so not official.
+"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffles of its own words. The shuffles are made here and are not official.
 
-The authors draw them anew in every run, by a tagger that must be installed; 19 % of 150 captions had a shuffle equal to themselves. Here
-they are a fixed function of the caption: drawn by a hash, words told apart by a list, and a shuffle that equals the caption or another
-shuffle is dropped, or drawn again.
+The authors draw new shuffles in every run with a tagger that must be installed; 19 % of 150 captions had a shuffle equal to themselves.
+Here the shuffles are a fixed function of the caption: a hash draws them, a word list replaces the tagger, and a shuffle that equals the
+caption or another shuffle is drawn again or dropped.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ _FUNCTION_WORDS = frozenset(_WORDS.split())
 
 
 def cleaned(caption: str) -> str:
-    """As the authors' loader writes captions: lower case, without punctuation, at most MAX_WORDS words."""
+    """Return the caption as the authors' loader writes it: lower case, without punctuation, at most MAX_WORDS words."""
     plain = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
     return " ".join(plain.rstrip("\n").split()[:MAX_WORDS])
 
 
 def shuffles(caption: str) -> list[str]:
-    """Up to four false orders of the words of a cleaned caption, each different from it and from the others."""
-    words, found = caption.split(), list[str]()
+    """Return up to four false orders of the words of a cleaned caption, all different from it and from each other."""
+    words, orders = caption.split(), list[str]()
     for name, make in _KINDS.items():
         for attempt in range(_TRIES):
-            made = " ".join(make(words, f"{name}\0{attempt}\0{caption}"))
-            if made != caption and made not in found:
-                found.append(made)
+            order = " ".join(make(words, f"{name}\0{attempt}\0{caption}"))
+            if order != caption and order not in orders:
+                orders.append(order)
                 break
-    return found
+    return orders
 
 
 def shuffled(values: Sequence[str], seed: str) -> list[str]:
-    """In an order that depends on ``seed`` alone: by the hash of each place."""
+    """Return the values in an order that depends only on ``seed``."""
 
     def key(place: int) -> bytes:
         return hashlib.sha256(f"{place}\0{seed}".encode("utf-8", "surrogatepass")).digest()
@@ -54,7 +54,7 @@ def shuffled(values: Sequence[str], seed: str) -> list[str]:
 
 
 def _some(chosen: Callable[[str], bool]) -> Callable[[Sequence[str], str], list[str]]:
-    """The chosen words in another order, the others in their places."""
+    """Return a function that shuffles the chosen words and leaves the others in place."""
 
     def make(words: Sequence[str], seed: str) -> list[str]:
         moved = iter(shuffled([word for word in words if chosen(word)], seed))

@@ -1,4 +1,4 @@
-"""BLINK (Fu et al. 2024, arXiv 2404.12390), validation: fourteen tasks of perception, one to four pictures, multiple choice."""
+"""BLINK (Fu et al. 2024, arXiv 2404.12390), validation set: fourteen perception tasks with one to four pictures, multiple choice."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ COLUMNS = ("idx", "prompt", "choices", "answer", "image_1")
 
 
 def item(row: Row) -> Item:
-    named = [name for number in range(1, 5) if (name := row.values.get(f"image_{number}")) is not None]
-    shown = tuple(row.picture(name, row.part, f"{row.part}/images", "images", "") for name in named)
+    names = [name for number in range(1, 5) if (name := row.values.get(f"image_{number}")) is not None]
+    pictures = tuple(row.picture(name, row.part, f"{row.part}/images", "images", "") for name in names)
     letters = tuple(chr(65 + place) for place in range(len(row["choices"])))
     gold = row.truth("answer", [f"({letter})" for letter in letters])
     number = str(row["idx"])
-    return Item(number, (shown,), letters, (gold,), row.text("prompt"), listed=True, tags={"task": row.part}, cluster=number)
+    return Item(number, (pictures,), letters, (gold,), row.text("prompt"), listed=True, tags={"task": row.part}, cluster=number)
 
 
 BLINK = Benchmark(

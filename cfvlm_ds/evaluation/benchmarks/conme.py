@@ -1,4 +1,6 @@
-"""ConMe (Huang et al. 2024, arXiv 2406.08164): questions on details of a picture with two options, the false one hard for models."""
+"""ConMe (Huang et al. 2024, arXiv 2406.08164): questions on details of a picture with two options, of which the false one is hard for
+models.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ COLUMNS = ("image", "base_question", "correct_option", "incorrect_option")
 def item(row: Row) -> Item:
     picture = row.picture(_file(row["image"]), "", "images", "../coco/val2017")
     options = row.text("correct_option"), row.text("incorrect_option")
-    asked = row.text("base_question")
-    return Item(f"{row.part}/{row.number}", ((picture,),), options, ((1, 0),), asked, tags={"part": row.part}, cluster=picture.name)
+    question = row.text("base_question")
+    return Item(f"{row.part}/{row.number}", ((picture,),), options, ((1, 0),), question, tags={"part": row.part}, cluster=picture.name)
 
 
 def _file(name: str) -> str:
-    """The file of a picture that is named by its number in COCO, or by a path."""
+    """Return the file of a picture that is named by its COCO number or by a path."""
     return f"{int(name):012d}.jpg" if name.isascii() and name.isdecimal() and len(name) <= 12 else name
 
 

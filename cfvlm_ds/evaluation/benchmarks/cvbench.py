@@ -1,4 +1,4 @@
-"""CV-Bench (Tong et al. 2024, arXiv 2406.16860): counting and relations in 2D, depth and distance in 3D, as multiple choice."""
+"""CV-Bench (Tong et al. 2024, arXiv 2406.16860): counting and relations in 2D, depth and distance in 3D, multiple choice."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """The authors' mean, 1/2 (1/2 (ADE20K + COCO) + Omni3D), the parts, and the plain share, which some report."""
-    found = {f"source/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, tag("source")).items()}
-    found |= {f"task/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, tag("task")).items()}
-    parts = [found.get(f"source/{name}") for name in ("ADE20K", "COCO", "Omni3D")]
+    """Return the authors' mean, 1/2 (1/2 (ADE20K + COCO) + Omni3D), its parts, and the plain accuracy, which some papers report."""
+    values = {f"source/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, tag("source")).items()}
+    values |= {f"task/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, tag("task")).items()}
+    parts = [values.get(f"source/{name}") for name in ("ADE20K", "COCO", "Omni3D")]
     ade, coco, omni = parts
     if ade is not None and coco is not None and omni is not None:
-        found["cv_bench"] = ((ade + coco) / 2 + omni) / 2
-    return found | accuracy(table)
+        values["cv_bench"] = ((ade + coco) / 2 + omni) / 2
+    return values | accuracy(table)
 
 
 CVBENCH = Benchmark(

@@ -1,4 +1,4 @@
-"""EqBen (Wang et al. 2023, arXiv 2303.14465), its subset for large models: two pictures that differ a little, two captions."""
+"""EqBen (Wang et al. 2023, arXiv 2303.14465), the subset for large models: two slightly different pictures and two captions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUBSETS = {
 }  # fmt: skip
 
 MADE = "png"
-"""Folder of the pictures that are made of arrays."""
+"""Folder of the pictures that are converted from arrays."""
 
 
 def item(row: Row) -> Item:
@@ -32,17 +32,17 @@ def item(row: Row) -> Item:
 
 
 def _picture(row: Row, name: Any) -> Path:
-    """A picture. Frames of videos are arrays of blue, green and red in the official files, and are written once more as PNG."""
+    """Return a picture. The official files store video frames as BGR arrays, which are converted once to PNG."""
     path, source = row.picture(name, "images"), row.source
     if path.suffix != ".npy" or path in source.absent:
         return path
-    made = (source.root / MADE / path.relative_to(source.root / "images")).with_suffix(".png")
-    return made if made.is_file() else keep_picture(source.root, made, _frame(path))
+    png = (source.root / MADE / path.relative_to(source.root / "images")).with_suffix(".png")
+    return png if png.is_file() else keep_picture(source.root, png, _frame(path))
 
 
 def _frame(path: Path) -> Image.Image:
     try:
-        array = np.lib.format.open_memmap(path, mode="r")  # which is held against the size of the file, and takes no objects
+        array = np.lib.format.open_memmap(path, mode="r")  # checks the size of the file and loads no objects
     except (OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: no array of numbers in it ({error}); get the official file again") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not 0 < array.shape[0] * array.shape[1] <= MAX_PIXELS:

@@ -29,25 +29,25 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """aAcc of questions; qAcc of questions right on all figures of their set; fAcc of figures with all questions right.
+    """Return aAcc (questions), qAcc (questions right on all figures of their set) and fAcc (figures with all questions right).
 
-    Of all rows, the authors' own, and as ``NAME_pictures`` of those with a picture, whose mean is what leaderboards show. Sets and figures
-    are told apart by category and subcategory: VD and VS have an ``ocr`` each, with the same numbers.
+    ``NAME`` covers all rows, as in the authors' code. ``NAME_pictures`` covers the rows with a picture; leaderboards show the mean of these
+    three. Sets and figures are identified by category and subcategory, because VD and VS each have an ``ocr`` with the same numbers.
     """
-    found = _three(table, "")
-    pictured = _three([each for each in table if each.item.tags["picture"] == "with"], "_pictures")
+    values = _three(table, "")
+    pictured = _three([judged for judged in table if judged.item.tags["picture"] == "with"], "_pictures")
     if len(pictured) == 3:
-        found["mean_pictures"] = sum(pictured.values()) / 3
-    return found | pictured
+        values["mean_pictures"] = sum(pictured.values()) / 3
+    return values | pictured
 
 
 def _three(table: Sequence[Judged], ending: str) -> Values:
     if not table:
         return {}
-    figures = [each for each in table if (each.item.tags["category"], each.item.tags["figure_id"]) != ("VS", "0")]
-    found = {"aAcc": accuracy(table)["accuracy"], "qAcc": together(table, tag("category", "subcategory", "set_id", "question_id"))}
-    found["fAcc"] = together(figures, tag("category", "subcategory", "set_id", "figure_id"))
-    return {f"{name}{ending}": value for name, value in found.items() if value is not None}
+    figures = [judged for judged in table if (judged.item.tags["category"], judged.item.tags["figure_id"]) != ("VS", "0")]
+    values = {"aAcc": accuracy(table)["accuracy"], "qAcc": together(table, tag("category", "subcategory", "set_id", "question_id"))}
+    values["fAcc"] = together(figures, tag("category", "subcategory", "set_id", "figure_id"))
+    return {f"{name}{ending}": value for name, value in values.items() if value is not None}
 
 
 HALLUSIONBENCH = Benchmark(

@@ -1,7 +1,7 @@
 """Metrics of benchmarks: pure functions of judged items, in %.
 
-``seen`` tables follow the official rules: a tie is wrong. A blind table says the same of every image, and a tie counts there what a guess
-among the tied texts is worth; parts of a conjunction multiply. A metric that compares images is absent from it.
+``seen`` tables follow the official rules, by which a tie is wrong. A blind table has the same scores for every image. There a tie counts as
+a guess among the tied texts, parts of a conjunction multiply, and metrics that compare images are absent.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
 
 Key = Callable[[Judged], str]
 _KNOWN = 1 << 16
-"""Items of which is kept what was found: a bootstrap draws each a thousand times."""
+"""Items whose results are cached: a bootstrap draws each of them a thousand times."""
 
 
 def tag(*names: str) -> Key:
-    """The value of a tag of an item, or of several together."""
+    """Return the key of items by the value of one tag, or of several together."""
     return lambda judged: "\0".join(judged.item.tags[name] for name in names)
 
 
 def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
-    """Items by a key, in the order of their first appearance."""
-    found: dict[str, list[Judged]] = {}
-    for each in table:
-        found.setdefault(key(each), []).append(each)
-    return found
+    """Return the items by a key, in the order of their first appearance."""
+    groups: dict[str, list[Judged]] = {}
+    for judged in table:
+        groups.setdefault(key(judged), []).append(judged)
+    return groups
 
 
 def sets(table: Iterable[Judged], key: Key) -> list[list[Judged]]:
-    """Items that are judged together, such as a pair, by a key; those that a bootstrap has drawn twice are two sets."""
+    """Return the items that are judged together, such as a pair, by a key. A pair that a bootstrap has drawn twice is two sets."""
     return list(grouped(table, lambda judged: f"{judged.draw}\0{key(judged)}").values())
 
 
 def mean(values: Sequence[float]) -> float:
-    """In %. The caller knows that there is one."""
+    """Return the mean in %; ``values`` must not be empty."""
     return 100 * sum(values) / len(values)
 
 
 def text_right(judged: Judged, image: int = 0) -> float:
-    """Whether every text that is true of an image beats every one that is false.
+    """Return 1 if every text that is true of an image beats every text that is false of it, else 0.
 
-    In a blind table, the probability that it does when ties are broken at random.
+    In a blind table, return the probability of this when ties are broken at random.
     """
     return _text_right(judged.scores[image], judged.item.match[image], judged.blind)
 
@@ -70,39 +70,39 @@ def _nan(scores: Sequence[float]) -> bool:
 
 
 def all_right(judged: Judged) -> float:
-    """Whether the texts of every image are right."""
+    """Return 1 if the texts of every image are right, else 0; a probability in a blind table."""
     return prod(text_right(judged, image) for image in range(len(judged.scores)))
 
 
 def image_right(judged: Judged) -> float:
-    """Whether every text prefers each image that it is true of to each that it is false of."""
+    """Return 1 if every text scores higher on each image that it is true of than on each image that it is false of, else 0."""
     match, scores = judged.item.match, judged.scores
     for c in range(len(judged.item.texts)):
-        true = [line[c] for line, truth in zip(scores, match, strict=True) if truth[c]]
-        false = [line[c] for line, truth in zip(scores, match, strict=True) if not truth[c]]
+        true = [row[c] for row, truth in zip(scores, match, strict=True) if truth[c]]
+        false = [row[c] for row, truth in zip(scores, match, strict=True) if not truth[c]]
         if not all(a > b for a in true for b in false):
             return 0.0
     return 1.0
 
 
 def accuracy(table: Sequence[Judged]) -> Values:
-    """Share of images whose true texts beat the false ones."""
-    values = [text_right(each, image) for each in table for image in range(len(each.scores))]
+    """Return the share of images whose true texts beat the false ones."""
+    values = [text_right(judged, image) for judged in table for image in range(len(judged.scores))]
     return {"accuracy": mean(values)} if values else {}
 
 
 def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
-    """Accuracy of each part, ``macro/PART``, and their mean; a part of fewer than ``least`` items does not count."""
+    """Return the accuracy of each part as ``macro/PART``, and their mean. A part of fewer than ``least`` items does not count."""
     parts = {f"macro/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, key).items() if len(part) >= least}
     return means(parts, {"macro": "macro/"}) | parts
 
 
 def sliced(table: Sequence[Judged], key: Key, metrics: Callable[[Sequence[Judged]], Values]) -> Values:
-    """A metric of everything, and as METRIC/PART of each part."""
-    found = metrics(table)
+    """Return the metrics of all items, and as METRIC/PART those of each part."""
+    values = metrics(table)
     for name, part in grouped(table, key).items():
-        found |= {f"{metric}/{name}": value for metric, value in metrics(part).items()}
-    return found
+        values |= {f"{metric}/{name}": value for metric, value in metrics(part).items()}
+    return values
 
 
 def by(name: str, metrics: Callable[[Sequence[Judged]], Values]) -> Callable[[Sequence[Judged]], Values]:
@@ -116,37 +116,39 @@ def macro_by(name: str, least: int = 1) -> Callable[[Sequence[Judged]], Values]:
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """For each name the mean of those ``values`` whose names begin so; none where there is no such value."""
+    """Return for each name the mean of the ``values`` whose names have the given prefix; names without such a value are absent."""
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
-    return {name: sum(found) / len(found) for name, found in parts.items() if found}
+    return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}
 
 
 def quads(table: Sequence[Judged]) -> Values:
-    """Winoground's text, image and group score, and ``pair``, the share of single text comparisons that are won."""
+    """Return Winoground's text, image and group score, and ``pair``, the share of single text comparisons that are won."""
     if not table:
         return {}
-    found = {"text": mean([all_right(each) for each in table]), "pair": accuracy(table)["accuracy"]}
-    if not any(each.blind for each in table):
-        found["image"] = mean([image_right(each) for each in table])
-        found["group"] = mean([all_right(each) * image_right(each) for each in table])
-    return found
+    values = {"text": mean([all_right(judged) for judged in table]), "pair": accuracy(table)["accuracy"]}
+    if not any(judged.blind for judged in table):
+        values["image"] = mean([image_right(judged) for judged in table])
+        values["group"] = mean([all_right(judged) * image_right(judged) for judged in table])
+    return values
 
 
 QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
-"""Of two images and two texts."""
+"""Chance for two images and two texts."""
 
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
-    """Share of the sets of items that a key puts together whose items are all right; None without any."""
-    found = [prod(map(all_right, members)) for members in sets(table, key)]
-    return mean(found) if found else None
+    """Return the share of sets, grouped by a key, whose items are all right; None without any set."""
+    products = [prod(map(all_right, members)) for members in sets(table, key)]
+    return mean(products) if products else None
 
 
 # Yes and no --------------------------------------------------------------------------------------------------------------------------
 
 
 def said(judged: Judged, text: int) -> float:
-    """Whether the answer is this text: it beats all others. In a blind table a tie is a share of each; otherwise nothing was said."""
+    """Return 1 if the answer is this text, that is, if it beats all others. A tie is shared in a blind table and no answer in another
+    one.
+    """
     return _said(judged.scores[0], text, judged.blind)
 
 
@@ -157,34 +159,35 @@ def _said(scores: tuple[float, ...], text: int, blind: bool) -> float:
 
 
 def binary(table: Sequence[Judged], positive: int = 0) -> Values:
-    """Accuracy, precision, recall and F1 of the answer ``positive`` (0: yes), and the share of yes among all predictions.
+    """Return accuracy, precision, recall and F1 of the answer ``positive`` (0: yes), and the share of yes among all predictions.
 
-    An item has the texts yes and no, in this order. An answer that is neither is wrong and not predicted. Where nothing is positive there
-    is nothing to find, and only accuracy and share remain.
+    An item has the texts yes and no, in this order. An answer that is neither of them is wrong and not a prediction. If no item is
+    positive, only accuracy and the share of yes are returned.
     """
     if not table:
         return {}
-    gold = [bool(each.item.match[0][positive]) for each in table]
-    predicted = [said(each, positive) for each in table]
+    gold = [bool(judged.item.match[0][positive]) for judged in table]
+    predicted = [said(judged, positive) for judged in table]
     hit = sum(value for value, true in zip(predicted, gold, strict=True) if true)
-    found = {**accuracy(table), "yes_ratio": mean([said(each, 0) for each in table])}
+    values = {**accuracy(table), "yes_ratio": mean([said(judged, 0) for judged in table])}
     if not any(gold):
-        return found
+        return values
     precision = hit / sum(predicted) if sum(predicted) else 0.0
     recall = hit / sum(gold)
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return found | {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
+    return values | {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
 
 
 def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
-    """How much likelier yes is than no, and whether it is true."""
-    return [(each.scores[0][0] - each.scores[0][1], bool(each.item.match[0][0])) for each in table]
+    """Return for each item the log-odds of yes over no, in nats, and True if yes is correct."""
+    return [(judged.scores[0][0] - judged.scores[0][1], bool(judged.item.match[0][0])) for judged in table]
 
 
 def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
-    """Share of pairs of a yes and a no in which the yes has the larger margin, a tie one half; in %.
+    """Return the area under the ROC curve in %: the share of pairs of a yes and a no item in which the yes has the larger margin, a tie one
+    half.
 
-    None where one of the two answers never occurs, or a score is no number.
+    None if one of the two answers never occurs or a score is not a number.
     """
     yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
     if not len(yes) or not len(no) or np.isnan([*yes, *no]).any():
@@ -194,7 +197,9 @@ def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
 
 
 def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
-    """The margin above which to say yes so that the most of ``pairs`` are right; of several the one nearest to 0, then the smaller."""
+    """Return the margin above which yes is predicted so that most of ``pairs`` are right; of several, the one nearest to 0, then the
+    smaller.
+    """
     yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
     values = np.unique([margin for margin, _ in pairs])
     cuts = np.concatenate([[0.0, values[0] - 1, values[-1] + 1], (values[1:] + values[:-1]) / 2])
@@ -203,15 +208,16 @@ def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
 
 
 def calibrated(table: Sequence[Judged]) -> float | None:
-    """Accuracy with a threshold on the margin that was found on the other half of the clusters, halves by a hash of the cluster; in %.
+    """Return the accuracy in % with a threshold that is fitted on the other half of the clusters; halves are drawn by a hash of the
+    cluster.
 
-    None where a half is empty. A model that says yes to everything but knows the answers has a high one.
+    None if a half is empty. A model that answers yes to everything but separates the classes scores high.
     """
     halves: tuple[list[tuple[float, bool]], list[tuple[float, bool]]] = ([], [])
-    for each, pair in zip(table, margins(table), strict=True):
+    for judged, pair in zip(table, margins(table), strict=True):
         if pair[0] != pair[0] or abs(pair[0]) == float("inf"):
             return None
-        halves[_half(each.item.cluster)].append(pair)
+        halves[_half(judged.item.cluster)].append(pair)
     if not all(halves):
         return None
     right = 0
@@ -227,10 +233,10 @@ def _half(cluster: str) -> int:
 
 
 def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
-    """``binary``, and for what was seen or shuffled the area under the ROC curve and the accuracy with a calibrated threshold."""
-    found = binary(table, positive)
+    """Return ``binary`` with the area under the ROC curve and, for tables that are not blind, the accuracy with a calibrated threshold."""
+    values = binary(table, positive)
     if (area := auc(margins(table))) is not None:
-        found["auc"] = area
-    if not any(each.blind for each in table) and (value := calibrated(table)) is not None:
-        found["calibrated"] = value
-    return found
+        values["auc"] = area
+    if not any(judged.blind for judged in table) and (value := calibrated(table)) is not None:
+        values["calibrated"] = value
+    return values

@@ -1,4 +1,4 @@
-"""MME (Fu et al. 2023, arXiv 2306.13394): fourteen tasks, two yes/no questions on each picture."""
+"""MME (Fu et al. 2023, arXiv 2306.13394): fourteen tasks with two yes/no questions on each picture."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ENDINGS = (".jpg", ".png", ".jpeg")
 
 def item(row: Row) -> Item:
     stem = PurePosixPath(row.file).stem
-    folder = row.source.root / row.part / "images"  # smaller tasks have pictures and questions in one
+    folder = row.source.root / row.part / "images"  # smaller tasks have pictures and questions in one folder
     folder = folder if folder.is_dir() else folder.parent
-    name = next((each for ending in ENDINGS if (folder / (each := f"{stem}{ending}")).is_file()), f"{stem}.jpg")
+    name = next((file for ending in ENDINGS if (folder / (file := f"{stem}{ending}")).is_file()), f"{stem}.jpg")
     return Item(
         f"{row.part}/{stem}/{row.number}",
         ((row.picture(name, folder.relative_to(row.source.root).as_posix()),),),
@@ -31,8 +31,10 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Of each task the accuracy plus that of pictures with both answers right, at most 200; their sums, at most 2,000 and 800, where no
-    task is absent."""
+    """Return the score of each task, at most 200: its accuracy plus the share of pictures with both answers right.
+
+    The sums over tasks are at most 2,000 (perception) and 800 (cognition); a sum is absent if a task is.
+    """
     if not table:
         return {}
     scores = {}

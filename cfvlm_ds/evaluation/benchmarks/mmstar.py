@@ -1,4 +1,4 @@
-"""MMStar (Chen et al. 2024, arXiv 2403.20330): 1,500 questions in six skills, chosen so that the picture is needed."""
+"""MMStar (Chen et al. 2024, arXiv 2403.20330): 1,500 questions on six skills, selected so that the picture is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MMVP (Tong et al. 2024, arXiv 2401.06209): pairs of pictures that CLIP takes for the same, one question with two options on both."""
+"""MMVP (Tong et al. 2024, arXiv 2401.06209): pairs of pictures that CLIP confuses, with one question and two options for both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
-INDEX = ("Index", "lndex")  # the second with a small L: as the released file has it
+INDEX = ("Index", "lndex")  # the released file spells the second with a small L
 _OPTIONS = re.compile(r"\s*\(a\)(?P<a>.+?)\(b\)(?P<b>.+)", re.DOTALL)
 
 
@@ -29,7 +29,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Share of pairs with both questions right, and of single questions."""
+    """Return the share of pairs with both questions right, and the accuracy of single questions."""
     value = together(table, tag("pair"))
     return {} if value is None else {"pair": value} | accuracy(table)
 

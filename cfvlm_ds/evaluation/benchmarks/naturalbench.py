@@ -1,4 +1,4 @@
-"""NaturalBench (Li et al. 2024, arXiv 2410.14669): two pictures, two questions, and each question has another answer on each picture."""
+"""NaturalBench (Li et al. 2024, arXiv 2410.14669): two pictures and two questions; each question has a different answer on each picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = (
 
 
 def items(row: Row) -> list[Item]:
-    """A row's two questions, each with both pictures."""
+    """Return a row's two questions, each with both pictures."""
     kind, group = row["Question_Type"], str(row["Index"])
     if kind not in KINDS:
         raise row.error(f"'Question_Type' must be {' or '.join(KINDS)}, not {kind!r}")
@@ -42,13 +42,15 @@ def items(row: Row) -> list[Item]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Of single answers; of questions right on both pictures; of pictures with both questions right; of groups with all four right."""
+    """Return the accuracy of single answers, questions right on both pictures, pictures with both questions right, and groups with all four
+    right.
+    """
     if not table:
         return {}
     groups = sets(table, tag("group"))
     pictures = [(len(both) == 2) * prod(text_right(question, image) for question in both) for both in groups for image in (0, 1)]
-    found = accuracy(table) | {"q_acc": mean([all_right(question) for question in table]), "i_acc": mean(pictures)}
-    return found | {"g_acc": together(table, tag("group")) or 0.0}
+    values = accuracy(table) | {"q_acc": mean([all_right(question) for question in table]), "i_acc": mean(pictures)}
+    return values | {"g_acc": together(table, tag("group")) or 0.0}
 
 
 NATURALBENCH = Benchmark(

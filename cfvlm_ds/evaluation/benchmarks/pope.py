@@ -1,4 +1,4 @@
-"""POPE (Li et al. 2023, arXiv 2305.10355): is there such a thing in the picture? Absent things are drawn at random, or are likely ones."""
+"""POPE (Li et al. 2023, arXiv 2305.10355): "is there a ... in the picture?" Absent objects are random, popular or adversarial."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Of all questions, of each split, and the mean of the splits, which papers report."""
-    found = sliced(table, tag("split"), yes_no)
-    return found | means(found, {"f1_macro": "f1/", "accuracy_macro": "accuracy/"})
+    """Return the yes/no metrics of all questions and of each split, and the means over splits, which papers report."""
+    values = sliced(table, tag("split"), yes_no)
+    return values | means(values, {"f1_macro": "f1/", "accuracy_macro": "accuracy/"})
 
 
 POPE = Benchmark(

@@ -1,8 +1,8 @@
-"""Official files of a benchmark, as they lie in its folder: rows with their places, pictures with theirs.
+"""Official files of a benchmark in its folder: rows with their locations, and pictures with their paths.
 
-Files that somebody else made: sizes are bounded, and a name in a row leads to no file outside of the folder. A folder of pictures may be a
-link, since collections of pictures are large and shared; a link within it must end there. Parquet files are turned into JSON lines once,
-and the pictures in them into parts of one file (cfvlm_ds.data.containers).
+The files come from others, so sizes are bounded and a name in a row cannot lead to a file outside the folder. A folder of pictures may be a
+link, because picture collections are large and shared; a link inside it must stay inside. Parquet files are converted once to JSON lines,
+and the pictures in them to parts of one file (cfvlm_ds.data.containers).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cfvlm_ds.data.fields import further_keys
 from cfvlm_ds.data.picture_file import picture_file
 
 MAX_FILE = 256 * MIB
-"""Bytes of an annotation file that is read whole: ten times the largest one."""
+"""Largest size in bytes of an annotation file, which is read as a whole: ten times the largest official one."""
 MAX_ROW = 4 * MIB
 _OUTSIDE = "put the picture itself there; only a whole folder of pictures may be a link"
 _AGAIN = "get the official file again"
@@ -37,12 +37,12 @@ class File:
     """An official file of rows: .json, .jsonl, .csv, .tsv, .parquet, or .txt with columns that tabs separate.
 
     Args:
-        name: below the benchmark's folder; ``*`` for any name, ``**`` for any folders.
-        columns: that a row must have; others are metadata, unless they look like a misspelt one.
-        rows: how many the official file has; None where that is not known.
-        lines: JSON lines that are read in its place where they are there.
-        part: what its rows are of, such as a split.
-        unnamed: its rows are lists, whose values are the columns.
+        name: path below the benchmark's folder; ``*`` for any name, ``**`` for any folders.
+        columns: columns that a row must have; others are metadata, unless they look like a misspelt one.
+        rows: rows of the official file; None if that is not known.
+        lines: a JSON lines file that replaces it where it exists.
+        part: the part that its rows belong to, such as a split.
+        unnamed: True if its rows are lists with the values of the columns.
     """
 
     name: str
@@ -59,9 +59,9 @@ class Row:
 
     Args:
         values: column -> value, further columns included.
-        where: its place, with which every error begins.
+        where: its location, with which every error begins.
         number: its place in its file: a number from 1, or the key of an object.
-        part: that of its file.
+        part: the part of its file.
         file: the name of its file, below the benchmark's folder.
         source: the folder.
     """
@@ -77,7 +77,7 @@ class Row:
         return self.values[column]
 
     def error(self, problem: str, remedy: str = _AGAIN) -> DataError:
-        """Return a DataError that begins with the row's place."""
+        """Return a DataError that begins with the row's location."""
         return DataError(f"{self.where}: {problem}; {remedy}")
 
     def text(self, column: str) -> str:
@@ -90,11 +90,11 @@ class Row:
     def choice(self, column: str, known: Sequence[Any]) -> int:
         """Return the place of a value in ``known``; case does not count. Raises DataError for another value."""
         value = self[column]
-        plain = [each.lower() if isinstance(each, str) else each for each in known]
-        given = value.strip().lower() if isinstance(value, str) else value
-        if isinstance(value, bool) or given not in plain:
+        plain = [entry.lower() if isinstance(entry, str) else entry for entry in known]
+        normalised = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(value, bool) or normalised not in plain:
             raise self.error(f"{column!r} must be {' or '.join(map(str, known))}, not {quoted(value)}")
-        return plain.index(given)
+        return plain.index(normalised)
 
     def truth(self, column: str, known: Sequence[Any]) -> tuple[int, ...]:
         """Return a row of a truth table: 1 at the value's place in ``known``. Raises DataError as ``choice`` does."""
@@ -107,16 +107,16 @@ class Row:
 
 def one_hot(gold: int, size: int) -> tuple[int, ...]:
     """Return a row of a truth table in which one text is true."""
-    return tuple(int(each == gold) for each in range(size))
+    return tuple(int(place == gold) for place in range(size))
 
 
 class Source:
-    """The folder of a benchmark; ``say`` is told of long work on its files.
+    """The folder of a benchmark; ``say`` reports the progress of long work on its files.
 
     Attributes:
-        counts: official file -> rows that were in it.
+        counts: official file -> its number of rows.
         read: official file -> the file that was read for it.
-        absent: picture that rows name and that is not there -> the error for the first of these rows.
+        absent: missing picture that a row names -> the error for the first such row.
     """
 
     def __init__(self, root: Path, say: Callable[[str], object] = lambda line: None) -> None:
@@ -125,25 +125,25 @@ class Source:
         self.read: dict[str, str] = {}
         self.absent: dict[Path, DataError] = {}
         self._brought: tuple[Path, ...] = ()
-        """Folder of the pictures that the rows of the file at hand brought."""
+        """Folder of the pictures that the current file contained."""
         self._confined: dict[tuple[Path, ...], Confinement] = {}
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
-        """Yield the rows of a file. A file that is missing or damaged is one DataError."""
+        """Yield the rows of a file. A missing or damaged file yields one DataError."""
         path = self.root / file.name
-        names = sorted(glob(file.name, root_dir=self.root, recursive=True))  # unlike Path.glob it goes through links
+        names = sorted(glob(file.name, root_dir=self.root, recursive=True))  # follows links, unlike Path.glob
         if file.lines and (self.root / file.lines).is_file():
             names = [file.lines]
         elif path.suffix == ".parquet":
             names = [file.name] * bool(names)
         if not names:
-            beside = f", nor {self.root / file.lines} with its rows as JSON lines" if file.lines else ""
-            yield DataError(f"{path}: no such file{beside}; docs/benchmarks says where it is and where it belongs")
+            alternative = f", nor {self.root / file.lines} with its rows as JSON lines" if file.lines else ""
+            yield DataError(f"{path}: no such file{alternative}; docs/benchmarks says where it is and where it belongs")
         for name in names:
             yield from self._rows(file, name)
 
     def _rows(self, file: File, name: str) -> Iterator[Row | DataError]:
-        from cfvlm_ds.data.containers.rows import rows_of  # which training without benchmarks does without, as below
+        from cfvlm_ds.data.containers.rows import rows_of  # imported late, as below, because training without benchmarks does not need it
 
         path, self._brought = self.root / name, ()
         self.counts.setdefault(file.name, 0)
@@ -157,7 +157,7 @@ class Source:
                     yield Row(_checked(where, value, file), where, number, file.part, name, self)
                 except DataError as error:
                     yield error
-        except DataError as error:  # which names the file and what to do
+        except DataError as error:  # names the file and the remedy
             yield error
 
     def _reader(self, suffix: str) -> Callable[[Path], _Placed]:
@@ -173,19 +173,21 @@ class Source:
         }[suffix]
 
     def _prepared(self, path: Path) -> _Placed:
-        """The rows of Parquet files, of which JSON lines are made the first time; a line that is a text says what is wrong with its row."""
+        """Yield the rows of Parquet files, which are converted to JSON lines the first time. A line that is a string is the error of its
+        row.
+        """
         from cfvlm_ds.data.containers.prepared import prepare, prepared_places
 
-        made = prepare(path, "parquet", prepared_places(path, cache_folder()), self._say).lines
-        self._brought = (made.parent,)
-        for place, value in _json_lines(made):
+        converted = prepare(path, "parquet", prepared_places(path, cache_folder()), self._say).lines
+        self._brought = (converted.parent,)
+        for place, value in _json_lines(converted):
             yield place, DataError(value) if isinstance(value, str) else value
 
     def picture(self, where: str, name: Any, *folders: str) -> Path:
-        """The file of a picture that a row names, in the first of ``folders`` that has it; where none has, it is ``absent``.
+        """Return the file of a picture that a row names, in the first of ``folders`` that has it. A picture in none of them is ``absent``.
 
-        A folder that begins with ``../`` is shared by benchmarks, and beside this one's. Raises DataError that begins with ``where`` for a
-        name that is none.
+        A folder that begins with ``../`` lies beside this benchmark's folder and is shared by benchmarks. Raises a DataError that begins
+        with ``where`` for an invalid name.
         """
         if not isinstance(name, str):
             raise DataError(f"{where}: {quoted(name)} is no name of a picture; {_AGAIN}")
@@ -207,8 +209,10 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Write what was made of an official picture, as PNG, below the benchmark's folder. Raises StorageError, and ConfigError where a link
-    leads out of it."""
+    """Write a picture that was derived from an official one as PNG below the benchmark's folder.
+
+    Raises StorageError, and ConfigError if a link leads out of the folder.
+    """
     refuse_foreign(path, root)
     content = io.BytesIO()
     image.save(content, "PNG")
@@ -231,18 +235,18 @@ def _checked(where: str, value: Any, file: File) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: the row is a {type(value).__name__}, not an object; {_AGAIN}")
     further_keys(value, file.columns, where)
-    if absent := [name for name in file.columns if name not in value]:
-        has = ", ".join(map(str, list(value)[:20]))
-        raise DataError(f"{where}: column {absent[0]!r} is missing (there are: {has}); {_AGAIN}")
+    if missing := [name for name in file.columns if name not in value]:
+        present = ", ".join(map(str, list(value)[:20]))
+        raise DataError(f"{where}: column {missing[0]!r} is missing (there are: {present}); {_AGAIN}")
     return value
 
 
 _Placed = Iterator[tuple[str, Any]]
-"""Values of a file with their places, or the DataError for one."""
+"""Yields the values of a file with their locations, or the DataError of one."""
 
 
 def _json_values(path: Path) -> _Placed:
-    """Of one JSON value, or of one object per line: published files of either kind are named .json."""
+    """Yield the values of one JSON value, or of one object per line: published files of both kinds are named .json."""
     content = read_bytes(path, MAX_FILE).decode("utf-8-sig")
     try:
         value = parse_json(content)
@@ -272,7 +276,7 @@ def _json_lines(path: Path) -> _Placed:
 
 
 def _text_lines(path: Path) -> _Placed:
-    """Split each line at its last tab."""
+    """Yield each line, split at its last tab."""
     content = read_bytes(path, MIB).decode("utf-8-sig")
     for number, line in enumerate((line for line in content.splitlines() if line.strip()), 1):
         before, _, after = line.rpartition("\t")

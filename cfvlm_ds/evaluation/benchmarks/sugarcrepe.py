@@ -1,4 +1,4 @@
-"""SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610): one picture, a true caption and a hard negative one; seven ways of making it."""
+"""SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610): one picture, a true caption and a hard negative; seven kinds of edits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COCO = ("val2017", "images/val2017", "../coco/val2017")
 
 def item(row: Row) -> Item:
     captions = row.text("caption"), row.text("negative_caption")
-    picture, marks = row.picture(row["filename"], *COCO), {"subset": row.part}
-    return Item(f"{row.part}/{row.number}", ((picture,),), captions, ((1, 0),), tags=marks, cluster=str(row["filename"]))
+    picture, tags = row.picture(row["filename"], *COCO), {"subset": row.part}
+    return Item(f"{row.part}/{row.number}", ((picture,),), captions, ((1, 0),), tags=tags, cluster=str(row["filename"]))
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """The mean of the subsets, each subset, and the means of the three kinds."""
-    found = macro(table, tag("subset"))
-    return found | means(found, {f"macro/{kind}": f"macro/{kind}_" for kind in ("add", "replace", "swap")}) | accuracy(table)
+    """Return the mean of the subsets, each subset, and the means of the three kinds of edits."""
+    values = macro(table, tag("subset"))
+    return values | means(values, {f"macro/{kind}": f"macro/{kind}_" for kind in ("add", "replace", "swap")}) | accuracy(table)
 
 
 SUGARCREPE = Benchmark(

@@ -1,4 +1,4 @@
-"""SugarCrepe++ (Dumpala et al. 2024, arXiv 2406.11171): two true captions of different words and one false one, close to the first."""
+"""SugarCrepe++ (Dumpala et al. 2024, arXiv 2406.11171): two true captions in different words, and a false one that resembles the first."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ CAPTIONS = ("caption", "caption2", "negative_caption")
 
 def item(row: Row) -> Item:
     captions = tuple(row.text(column) for column in CAPTIONS)
-    picture, marks = row.picture(row["filename"], *COCO), {"subset": row.part}
-    return Item(f"{row.part}/{row['id']}", ((picture,),), captions, ((1, 1, 0),), tags=marks, cluster=str(row["filename"]))
+    picture, tags = row.picture(row["filename"], *COCO), {"subset": row.part}
+    return Item(f"{row.part}/{row['id']}", ((picture,),), captions, ((1, 1, 0),), tags=tags, cluster=str(row["filename"]))
 
 
 SUGARCREPE_PP = Benchmark(

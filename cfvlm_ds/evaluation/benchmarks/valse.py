@@ -1,4 +1,4 @@
-"""VALSE (Parcalabescu et al. 2022, arXiv 2112.07566): a caption and a foil of it, for six linguistic phenomena in eleven files."""
+"""VALSE (Parcalabescu et al. 2022, arXiv 2112.07566): a caption and its foil for six linguistic phenomena, in eleven files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VALID = {
     "existence": 505, "plurals": 851, "counting-hard": 868, "counting-small-quant": 900, "counting-adversarial": 691, "relations": 535,
     "action-replacement": 648, "actant-swap": 949, "coreference-standard": 708, "coreference-hard": 104, "foil-it": 943,
 }  # fmt: skip
-"""File -> valid rows: those in which two of three annotators chose the caption and not the foil."""
+"""File -> valid rows: rows in which two of three annotators preferred the caption to the foil."""
 VOTES = 2
 COLUMNS = ("dataset", "image_file", "caption", "foil", "mturk")
 
@@ -23,8 +23,8 @@ def item(row: Row) -> Item | None:
         return None
     name, data_set = row.text("image_file"), row.text("dataset")
     picture = row.picture(name, f"images/{data_set}", "images")
-    captions, marks = (row.text("caption"), row.text("foil")), {"part": row.part}
-    return Item(f"{row.part}/{row.number}", ((picture,),), captions, ((1, 0),), tags=marks, cluster=f"{data_set}/{name}")
+    captions, tags = (row.text("caption"), row.text("foil")), {"part": row.part}
+    return Item(f"{row.part}/{row.number}", ((picture,),), captions, ((1, 0),), tags=tags, cluster=f"{data_set}/{name}")
 
 
 VALSE = Benchmark(

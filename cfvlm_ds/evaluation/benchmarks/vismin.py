@@ -17,9 +17,9 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """The authors report categories; their mean is ``group_macro``, beside the mean over items."""
-    found = sliced(table, tag("category"), quads)
-    return found | means(found, {f"{name}_macro": f"{name}/" for name in ("text", "image", "group")})
+    """Return the scores of all items and of each category, and the means over categories as ``NAME_macro``, which the authors report."""
+    values = sliced(table, tag("category"), quads)
+    return values | means(values, {f"{name}_macro": f"{name}/" for name in ("text", "image", "group")})
 
 
 VISMIN = Benchmark(

@@ -1,4 +1,6 @@
-"""Visual CounterFact (Golovanevsky et al. 2025, arXiv 2505.17127): a thing as it usually is, and the same picture with it changed."""
+"""Visual CounterFact (Golovanevsky et al. 2025, arXiv 2505.17127): a typical object, and the same picture with its colour or size
+changed.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,22 @@ def item(row: Row) -> Item:
     usual, changed = _answers(row, "correct_answer"), _answers(row, "incorrect_answer")
     texts = tuple(dict.fromkeys([*usual, *changed]))
     images = tuple((row.picture(row[key], "", "images"),) for key in ("original_image", "counterfact_image"))
-    match = tuple(tuple(int(each in true) for each in texts) for true in (usual, changed))
+    match = tuple(tuple(int(text in true) for text in texts) for true in (usual, changed))
     if row.part == "color":
-        asked = f"Answer with one word. What color is this {row.text('object')}?"
+        question = f"Answer with one word. What color is this {row.text('object')}?"
     else:
         first, second = sorted((usual[0], changed[0]))
-        asked = f"Answer with the correct option. Which is larger here, {first} or {second}?"
-    return Item(f"{row.part}/{row.number}", images, texts, match, asked, tags={"part": row.part}, cluster=str(row["object"]))
+        question = f"Answer with the correct option. Which is larger here, {first} or {second}?"
+    return Item(f"{row.part}/{row.number}", images, texts, match, question, tags={"part": row.part}, cluster=str(row["object"]))
 
 
 def _answers(row: Row, column: str) -> list[str]:
-    """A text, or several in the form of a Python list, as one revision of the files has them."""
+    """Return a text as a list of one, or a list that one revision of the files writes as a Python literal."""
     value = as_list(row[column])
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not found or not all(isinstance(each, str) and each.strip() for each in found):
+    answers = [value] if isinstance(value, str) else value
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise row.error(f"{column!r} must be a text or a list of texts")
-    return [each.strip() for each in found]
+    return [answer.strip() for answer in answers]
 
 
 VISUAL_COUNTERFACT = Benchmark(
@@ -40,7 +42,7 @@ VISUAL_COUNTERFACT = Benchmark(
     ),
     item=item,
     metrics=by("part", quads),
-    headline="text",  # a model that answers from memory has the first picture alone, and no text score
+    headline="text",  # a model that answers from memory is right on the first picture only, and scores 0 here
     probes=("caption", "generate"),
     chance=QUAD_CHANCE,
     unofficial="the order of objects in the question of size",

@@ -1,4 +1,4 @@
-"""VL-CheckList (Zhao et al. 2022, arXiv 2207.00221): a caption and one with its object, attribute or relation exchanged."""
+"""VL-CheckList (Zhao et al. 2022, arXiv 2207.00221): a caption and a copy with its object, attribute or relation exchanged."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def item(row: Row) -> Item:
     if not all(isinstance(side, list) for side in sides):
         raise row.error("the row must be [picture, {'POS': [text], 'NEG': [text]}]")
     texts = sides[0][0], sides[1][0]
-    marks, cluster = {"branch": row.part, "leaf": leaf}, f"{folder}/{row['picture']}"
-    return Item(f"{leaf}/{row.number}", ((picture,),), texts, ((1, 0),), tags=marks, cluster=cluster)
+    tags, cluster = {"branch": row.part, "leaf": leaf}, f"{folder}/{row['picture']}"
+    return Item(f"{leaf}/{row.number}", ((picture,),), texts, ((1, 0),), tags=tags, cluster=cluster)
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Each file, the mean of the files of each branch, and the mean of the branches."""
+    """Return the accuracy of each file, the mean of the files of each branch, and the mean of the branches."""
     leaves = macro(table, tag("leaf"))
-    found = means(leaves, {f"macro/{branch}": f"macro/{branch}/" for branch in BRANCHES})
-    return leaves | means(found, {"macro": "macro/"}) | found | accuracy(table)
+    branches = means(leaves, {f"macro/{branch}": f"macro/{branch}/" for branch in BRANCHES})
+    return leaves | means(branches, {"macro": "macro/"}) | branches | accuracy(table)
 
 
 VL_CHECKLIST = Benchmark(

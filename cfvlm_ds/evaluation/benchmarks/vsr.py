@@ -1,4 +1,4 @@
-"""VSR (Liu et al. 2023, arXiv 2205.00363), zero-shot split: is this sentence about where things are true of the picture?"""
+"""VSR (Liu et al. 2023, arXiv 2205.00363), zero-shot split: is a sentence about spatial relations true of the picture?"""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ASK = 'Is this sentence true of the picture: "{}" Please answer Yes or No.'
 
 def item(row: Row) -> Item:
     picture = row.picture(row["image"], "data/images", "images", "../coco/train2017", "../coco/val2017")
-    asked, marks = ASK.format(row.text("caption")), {"relation": row.text("relation")}
-    return Item(row.number, ((picture,),), YES_NO, (row.truth("label", (1, 0)),), asked, tags=marks, cluster=str(row["image"]))
+    question, tags = ASK.format(row.text("caption")), {"relation": row.text("relation")}
+    return Item(row.number, ((picture,),), YES_NO, (row.truth("label", (1, 0)),), question, tags=tags, cluster=str(row["image"]))
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Accuracy, and its mean over relations."""
-    found = macro(table, tag("relation"))
-    return yes_no(table) | ({"macro": found["macro"]} if found else {})
+    """Return the yes/no metrics, and the mean accuracy over relations."""
+    by_relation = macro(table, tag("relation"))
+    return yes_no(table) | ({"macro": by_relation["macro"]} if by_relation else {})
 
 
 VSR = Benchmark(

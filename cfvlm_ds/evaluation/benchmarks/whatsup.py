@@ -49,7 +49,9 @@ def _controlled(row: Row) -> Item:
 
 
 def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
-    """The two objects and the pair of relations of a file such as ``beer-bottle_left_of_armchair.jpeg``, as the authors' code reads it."""
+    """Return the two objects and the pair of relations from a file name such as ``beer-bottle_left_of_armchair.jpeg``, as the authors' code
+    does.
+    """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
         raise row.error(f"the file name {path.name!r} says no relation ({', '.join(PAIRS)})")
@@ -57,17 +59,17 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Accuracy of each part; for the controlled pictures also of both relations of a pair, and of all four of a scene.
+    """Return the accuracy of each part; for the controlled pictures also that of both relations of a pair and of all four of a scene.
 
-    As in the authors' code a pair or scene that is not complete counts as wrong: they divide by a half and a quarter of the pictures.
+    An incomplete pair or scene counts as wrong, as in the authors' code, which divides by a half and a quarter of the number of pictures.
     """
-    found: Values = {}
+    values: Values = {}
     for part, members in grouped(table, tag("part")).items():
-        found[f"individual/{part}"] = accuracy(members)["accuracy"]
+        values[f"individual/{part}"] = accuracy(members)["accuracy"]
         for name, key, size in (("pair", "pair", 2), ("set", "set", 4)) if part in CONTROLLED else ():
             right = sum((len(scene) == size) * prod(map(text_right, scene)) for scene in sets(members, tag(key)))
-            found[f"{name}/{part}"] = 100 * right / (len(members) / size)
-    return means(found, {"individual": "individual/"}) | found
+            values[f"{name}/{part}"] = 100 * right / (len(members) / size)
+    return means(values, {"individual": "individual/"}) | values
 
 
 WHATSUP = Benchmark(

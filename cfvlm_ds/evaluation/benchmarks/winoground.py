@@ -1,4 +1,4 @@
-"""Winoground (Thrush et al. 2022, arXiv 2204.03162): two pictures, two captions of the same words, each true of one picture."""
+"""Winoground (Thrush et al. 2022, arXiv 2204.03162): two pictures and two captions of the same words, each caption true of one picture."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def item(row: Row) -> Item:
 
 
 def _named(row: Row, name: object) -> Path:
-    """A picture, which the rows name without its ending."""
-    whole = f"{name}.png" if isinstance(name, str) and not Path(name).suffix else name
-    return row.picture(whole, "images", "data/images")
+    """Return a picture that a row names without its suffix."""
+    file = f"{name}.png" if isinstance(name, str) and not Path(name).suffix else name
+    return row.picture(file, "images", "data/images")
 
 
 WINOGROUND = Benchmark(

@@ -1,1 +1,1 @@
-"""Benchmarks that a model is asked: items checked, scored where nothing of them is on disk yet, results kept, shown and compared."""
+"""Benchmark suite: items are checked, scored unless their scores are on disk, and the results are written, shown and compared."""

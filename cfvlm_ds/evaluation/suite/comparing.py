@@ -1,6 +1,6 @@
-"""Two folders of results side by side: differences with intervals of an exact test, and what got better and worse.
+"""Comparison of two folders of results: differences with intervals of an exact test, and the items that got better and worse.
 
-The model is not needed, nor are the benchmark's files: metrics are computed again from the scores of the items that both have.
+Neither the model nor the benchmark's files are needed: metrics are recomputed from the scores of the items that both folders have.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after, and the interval of its difference, which is resolved where that does not hold 0; None where there are
-    too few ``clusters``, or nothing was drawn."""
+    """A metric before and after, and the interval of its difference; None with too few ``clusters`` or without draws."""
 
     before: float
     after: float
@@ -41,7 +40,7 @@ class Difference:
 
     @property
     def resolved(self) -> bool:
-        """Whether the interval says of which sign the difference is."""
+        """True if the interval excludes 0 and so fixes the sign of the difference."""
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
     def __str__(self) -> str:
@@ -52,7 +51,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """A benchmark that two models were asked in the same way: the outcomes of the items that both have, and what differs."""
+    """A benchmark under the same probe for two models: the outcomes of the items that both have, and the differences."""
 
     before: Result
     benchmark: Benchmark
@@ -62,11 +61,11 @@ class Compared:
 
     @property
     def place(self) -> str:
-        """Benchmark and way."""
+        """Name of the benchmark and the probe."""
         return self.before.place
 
     def changes(self) -> tuple[list[str], list[str]]:
-        """The items that were wrong and are right, and those that were right and are wrong."""
+        """Return the items that were wrong and are right, and those that were right and are wrong."""
         better: list[str] = []
         worse: list[str] = []
         for before, after in self.pairs:
@@ -77,7 +76,9 @@ class Compared:
 
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
-    """Whether all true texts of an item beat all false ones on every image; where the benchmark is of images, the other way round too."""
+    """Return True if all true texts of an item beat all false ones on every image and, for a benchmark of images, also the other way
+    round.
+    """
     table = Judged(outcome.item, outcome.seen)
     of_images = benchmark.headline.split("_")[0] in ("group", "image")
     return all_right(table) == 1 and (not of_images or image_right(table) == 1)
@@ -86,16 +87,19 @@ def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
 def compare_results(
     before: Path, after: Path, draws: int | None = None, say: Callable[[str], object] = lambda line: None
 ) -> list[Compared]:
-    """What both folders have, in order. Raises ConfigError where they have nothing in common, and DataError for what are no results."""
-    first, second = ({each.place: each for each in read_results(folder)} for folder in (before, after))
+    """Compare the results that both folders have, in order.
+
+    Raises ConfigError if they have nothing in common, and DataError for files that are not results.
+    """
+    first, second = ({result.place: result for result in read_results(folder)} for folder in (before, after))
     shared = [place for place in first if place in second]
     if not shared:
         raise ConfigError(
             f"{before} ({', '.join(first)}) and {after} ({', '.join(second)}) have no benchmark in common that was asked in the same way"
         )
-    for folder, found, other in ((before, first, second), (after, second, first)):
-        if alone := [place for place in found if place not in other]:
-            say(f"only in {folder}, and not compared: {', '.join(alone)}")
+    for folder, by_place, other in ((before, first, second), (after, second, first)):
+        if unmatched := [place for place in by_place if place not in other]:
+            say(f"only in {folder}, and not compared: {', '.join(unmatched)}")
     return [_compared(first[place], second[place], draws, say) for place in shared]
 
 
@@ -115,19 +119,21 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
     for exchanged in Progress(say, f"{before.place}: intervals", draws, "exchanges").over(exchanges):
         one, other = (benchmark.metrics([tables[k ^ (n in exchanged)][n] for n in range(len(pairs))]) for k in (0, 1))
         drawn.append({name: other[name] - one[name] for name in one if name in other})
-    tested = [name for name in was if drawn and all(each.get(name, math.nan) == each.get(name, math.nan) for each in drawn)]
+    tested = [
+        name for name in was if drawn and all(difference.get(name, math.nan) == difference.get(name, math.nan) for difference in drawn)
+    ]
     spans = exchange_intervals(drawn, tested)
     differences = {name: Difference(was[name], now[name], spans.get(name), bootstrap.clusters) for name in was if name in now}
     return Compared(before, benchmark, tuple(pairs), differences, tuple(notes))
 
 
 def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]], list[str]]:
-    """The outcomes of items that both have, and what is worth saying of the others."""
+    """Return the outcomes of items that both have, and notes about the others."""
     later = {outcome.item.id: outcome for outcome in after.outcomes}
     pairs, changed = [], []
     for outcome in before.outcomes:
         other = later.pop(outcome.item.id, None)
-        if other is None or _said(outcome) != _said(other):
+        if other is None or _content(outcome) != _content(other):
             changed.append(outcome.item.id)
         else:
             pairs.append((outcome, other))
@@ -148,35 +154,33 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
     return pairs, notes
 
 
-def _said(outcome: Outcome) -> tuple[object, ...]:
+def _content(outcome: Outcome) -> tuple[object, ...]:
     item = outcome.item
     return item.texts, item.match, item.prompt, item.tags, item.cluster
 
 
-def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
-    """The headline of each benchmark, every other metric whose difference is resolved, the items that got better and worse, what resolved
-    means, and notes."""
+def comparison_table(results: Sequence[Compared], before: str, after: str) -> str:
+    """Return a table with the headline of each benchmark, every other resolved metric, the items that got better and worse, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",
         "|---|---|---|---:|---:|---:|---|---|---:|---:|",
     ]
     flipped = []
-    for each in found:
-        better, worse = each.changes()
+    for pair in results:
+        better, worse = pair.changes()
         for word, ids in (("better", better), ("worse", worse)):
-            flipped += [f"{each.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
-        headline = each.benchmark.headline
-        names = [headline] * (headline in each.differences)
-        names += [name for name, difference in each.differences.items() if name != headline and difference.resolved]
+            flipped += [f"{pair.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
+        headline = pair.benchmark.headline
+        names = [headline] * (headline in pair.differences)
+        names += [name for name, difference in pair.differences.items() if name != headline and difference.resolved]
         for name in names:
             counts = f"{len(better)} | {len(worse)}" if name == headline else " | "
-            lines.append(
-                f"| {in_cell(each.before.called)} | {in_cell(each.before.label)} | {_row(name, each.differences[name])} | {counts} |"
-            )
-    return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{each.place}: {note}" for each in found for note in each.notes)])
+            start = f"| {in_cell(pair.before.called)} | {in_cell(pair.before.label)} |"
+            lines.append(f"{start} {_row(name, pair.differences[name])} | {counts} |")
+    return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{pair.place}: {note}" for pair in results for note in pair.notes)])
 
 
-def _row(name: str, found: Difference) -> str:
-    sign = f"{found.after - found.before:+.1f}"
-    return f"{in_cell(name)} | {number(found.before)} | {number(found.after)} | {sign} | {between(found.interval)} | {found}"
+def _row(name: str, metric: Difference) -> str:
+    sign = f"{metric.after - metric.before:+.1f}"
+    return f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {sign} | {between(metric.interval)} | {metric}"

@@ -1,6 +1,6 @@
-"""Items against a model, before any is scored: every picture is opened once, every text measured once, ranks share the work.
+"""Item check before scoring: every picture is opened once and every text measured once, and the ranks share the work.
 
-What cannot be asked is known then, and named with its item: a picture that cannot be read, a text that does not fit the window.
+Items that the model cannot take are named: a picture that cannot be read, a text that does not fit the context window.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from cfvlm_ds.evaluation.suite.selection import Way
 
 @dataclass(frozen=True)
 class Checked:
-    """Items that can be asked, the others by their id with the reason, and what was found in the pictures."""
+    """The items that the model can take, the others by id with the reason, and the records of the pictures."""
 
     items: tuple[Item, ...]
     left_out: tuple[tuple[str, str], ...]
     pictures: PictureTable
 
     def identity(self) -> dict[str, Any]:
-        """What the items that are asked are recognised by: their texts and the contents of their pictures."""
+        """Return the identity of the items: a digest of their texts and of their pictures' contents."""
         texts, pictures = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         for item in self.items:
-            said = [item.id, item.prompt, item.listed, item.texts, item.match, sorted(item.tags.items())]
-            texts.update(json.dumps(said).encode())
-            shown = [[self._digest(picture) for picture in image] for image in item.images]
-            pictures.update(json.dumps([item.id, shown]).encode())
+            content = [item.id, item.prompt, item.listed, item.texts, item.match, sorted(item.tags.items())]
+            texts.update(json.dumps(content).encode())
+            digests = [[self._digest(picture) for picture in image] for image in item.images]
+            pictures.update(json.dumps([item.id, digests]).encode())
         return {"items": len(self.items), "texts": texts.hexdigest(), "pictures": pictures.hexdigest()}
 
     def _digest(self, picture: Path) -> str:
-        found = self.pictures.find(picture)
-        return "" if found is None else found.digest.hex()
+        known = self.pictures.find(picture)
+        return "" if known is None else known.digest.hex()
 
 
 def checked_items(
@@ -57,56 +57,60 @@ def checked_items(
     label: str,
     seen: dict[Path, Picture | str] | None = None,
 ) -> Checked:
-    """Look at all items; collective. Nothing is raised for what is wrong with one of them. Pictures that were ``seen`` before are not
-    opened again, and the others are added to these."""
+    """Check all items; collective. An invalid item raises no error.
+
+    Pictures in ``seen`` are not opened again, and newly opened ones are added to it.
+    """
     barrier = ProgressBarrier(world)
 
-    def together(found: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-        own = {}
-        for key, value in found:
-            own[key] = value
+    def gathered(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+        local = {}
+        for key, value in entries:
+            local[key] = value
             barrier.alive()
         barrier.meet()
-        return {key: value for part in gather_objects(own, world) for key, value in part.items()}
+        return {key: value for part in gather_objects(local, world) for key, value in part.items()}
 
-    found: dict[Path, Picture | str] = {} if seen is None else seen
-    shown = [picture for picture in dict.fromkeys(p for item in items for image in item.images for p in image) if picture not in found]
+    pictures: dict[Path, Picture | str] = {} if seen is None else seen
+    shown = [picture for picture in dict.fromkeys(p for item in items for image in item.images for p in image) if picture not in pictures]
     mine = shown[world.rank :: world.size]
     progress = Progress(world.say, f"{label}: pictures{' of this rank' * (world.size > 1)}", len(mine), "pictures")
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         opened = pool.map(lambda path: opened_picture(path, None, None, collator.files.max_pixels, False)[0], mine)
-        found |= together(progress.over(zip(mine, opened, strict=True)))
-    table = PictureTable.of((path, picture) for path, picture in found.items() if isinstance(picture, Picture))
+        pictures |= gathered(progress.over(zip(mine, opened, strict=True)))
+    table = PictureTable.of((path, picture) for path, picture in pictures.items() if isinstance(picture, Picture))
 
     def problem(item: Item) -> str | None:
-        unread = (found[picture] for image in item.images for picture in image)
-        return next((each for each in unread if isinstance(each, str)), None) or _unfit(item, way, collator, table)
+        entries = (pictures[picture] for image in item.images for picture in image)
+        return next((entry for entry in entries if isinstance(entry, str)), None) or _unfit(item, way, collator, table)
 
     numbers = range(world.rank, len(items), world.size)
     progress = Progress(world.say, f"{label}: texts{' of this rank' * (world.size > 1)}", len(numbers), "items")
-    problems = together((number, problem(items[number])) for number in progress.over(numbers))
+    problems = gathered((number, problem(items[number])) for number in progress.over(numbers))
     kept = tuple(item for number, item in enumerate(items) if problems[number] is None)
     return Checked(kept, tuple((items[number].id, why) for number, why in sorted(problems.items()) if why is not None), table)
 
 
 def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:
-    """What a model has to take for an item; of what it is to write the first word stands for the rest."""
+    """Return the cells that a model must take for an item. For a generated answer, its first word represents the rest."""
     if isinstance(way, Generate):
         return (Candidate(way.asked(item), item.texts[0]),)
-    return way.cells(item)  # those of the options alone are shorter
+    return way.cells(item)  # the cells of the options alone are shorter
 
 
 def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
-    """What a model is asked about an item as its chat template writes it, and the first text that is scored."""
+    """Return the prompt of an item as the chat template writes it, and the first text that is scored."""
     first = cells_of(item, way)[0]
     return {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt, "answer": first.text}
 
 
 def _unfit(item: Item, way: Way, collator: Collator, table: PictureTable) -> str | None:
-    """Why a model cannot be asked an item, if it cannot."""
+    """Return the reason why a model cannot take an item, or None."""
     try:
-        known = [tuple((found.width, found.height) for picture in image if (found := table.find(picture))) for image in item.images]
-        sizes = dict.fromkeys([*known, (BLANK_SIZE,) * len(item.images[0])])  # blank ones are shown too
+        sizes_by_image = [
+            tuple((found.width, found.height) for picture in image if (found := table.find(picture))) for image in item.images
+        ]
+        sizes = dict.fromkeys([*sizes_by_image, (BLANK_SIZE,) * len(item.images[0])])  # blank pictures are shown too
         longest = max(collator.row_length(cell.prompt, cell.text, size) for size in sizes for cell in cells_of(item, way))
     except DataError as error:
         return f"item {item.id!r}: {error}"
@@ -117,5 +121,5 @@ def _unfit(item: Item, way: Way, collator: Collator, table: PictureTable) -> str
 
 
 def token_lengths(collator: Collator) -> Callable[[Candidate], int]:
-    """Tokens of a text, as the model's tokenizer has them."""
+    """Return a function that counts the tokens of a text under the model's tokenizer."""
     return lambda candidate: len(collator.prompts.encoded(candidate.prompt, candidate.text, 1, "a text").text_ids)

@@ -1,9 +1,9 @@
-"""Results of a benchmark as files: results.json, items.jsonl and, while it is scored, scores.jsonl.
+"""Result files of a benchmark: results.json, items.jsonl and, during scoring, scores.jsonl.
 
-``results.json`` says what was asked of which model on which data, and the metrics; ``items.jsonl`` has a line for each item with its scores
-and all that metrics need, so that they can be computed again, and models compared, without the model. Neither holds a time or the name of a
-machine: the same evaluation gives the same bytes on any number of ranks, also after a kill. ``scores.jsonl`` is what is on disk until then:
-a header that says of what, and a line for each group of items that was scored.
+``results.json`` records the benchmark, the probe, the model and the data, and holds the metrics. ``items.jsonl`` has a line for each item
+with its scores and everything that metrics need, so that metrics can be recomputed and models compared without the model. Neither file
+contains a time or a machine's name: the same evaluation writes the same bytes on any number of ranks, also after a kill. ``scores.jsonl``
+exists until then: a header that identifies the evaluation, and a line for each scored group of items.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """The results of a benchmark that was asked in one way: what results.json has, and the outcomes of its items.
+    """The results of a benchmark under one probe: the contents of results.json, and the outcomes of its items.
 
-    ``called`` and ``label`` are the names of its folders: those of the benchmark, or of a run's evaluation set, and of the way.
+    ``called`` and ``label`` name its folders: ``called`` is the benchmark or a run's evaluation set, ``label`` the probe.
     """
 
     called: str
@@ -47,19 +47,19 @@ class Result:
 
     @property
     def name(self) -> str:
-        """The benchmark's."""
+        """Name of the benchmark."""
         return str(self.record["benchmark"])
 
     @property
     def place(self) -> str:
-        """Where it is, below a folder of results."""
+        """Its path below a folder of results."""
         return f"{self.called}/{self.label}"
 
     @property
     def metrics(self) -> dict[str, Values]:
         """Table -> metric -> value."""
-        found: dict[str, Values] = self.record["metrics"]
-        return found
+        values: dict[str, Values] = self.record["metrics"]
+        return values
 
 
 def recorded(
@@ -72,8 +72,11 @@ def recorded(
     in_files: int | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """What results.json says: a ``header`` with all that the scores depend on, metrics of every table, intervals of what was seen by the
-    metrics that a bootstrap has ``drawn``, what was left out, and what is worth knowing of the benchmark."""
+    """Return the contents of results.json.
+
+    They consist of the ``header``, which holds everything that the scores depend on, the metrics of every table, the intervals from the
+    bootstrap's ``drawn`` metrics, the items that were left out, and notes on the benchmark.
+    """
     return {
         "schema": SCHEMA,
         **header,
@@ -99,7 +102,7 @@ def recorded(
 
 
 def result_folder(folder: Path) -> Path:
-    """A folder for the files of one result, made if it is not there. Raises ConfigError for what would end elsewhere."""
+    """Return the folder for the files of one result, created if necessary. Raises ConfigError if a link leads elsewhere."""
     for each in (folder.parent, folder, *(folder / name for name in (RESULTS, ITEMS, SCORES))):
         refuse_link(each, "name another folder with --out")
     try:
@@ -110,7 +113,7 @@ def result_folder(folder: Path) -> Path:
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Write the files of a result; results.json comes last, and says that the others are whole. Raises StorageError."""
+    """Write the files of a result. results.json is written last and marks the others as complete. Raises StorageError."""
     try:
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
@@ -122,13 +125,13 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:
-    """All of an item but its pictures, which the benchmark's own files name, and what was read of it."""
+    """Return an item without its pictures, which the benchmark's own files name, and its outcome."""
     every = vars(outcome.item) | vars(outcome)
     return {name: value for name, value in every.items() if name not in ("item", "images") and value is not None}
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot write by null."""
+    """Replace numbers that JSON cannot represent by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -140,19 +143,19 @@ def _finite(value: Any) -> Any:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results in a folder, in the order of their names. Raises DataError for files that are no results, or a folder without any."""
+    """Read all results in a folder, in the order of their names. Raises DataError for an invalid file or a folder without results."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of results; `cfvlm-ds evaluate MODEL --benchmarks ... --out FOLDER` writes one")
-    found = [read_result(path.parent) for path in sorted(folder.glob(f"*/*/{RESULTS}"))]
-    if not found:
+    results = [read_result(path.parent) for path in sorted(folder.glob(f"*/*/{RESULTS}"))]
+    if not results:
         unfinished = next(folder.glob(f"*/*/{SCORES}"), None)
         why = f"{unfinished} is of an evaluation that has not ended; start it again" if unfinished else f"no */*/{RESULTS} in it"
         raise DataError(f"{folder}: no results ({why}); `cfvlm-ds evaluate MODEL --benchmarks ... --out FOLDER` writes them")
-    return found
+    return results
 
 
 def read_result(folder: Path) -> Result:
-    """The result in a folder. Raises DataError for files that are none."""
+    """Read the result in a folder. Raises DataError if its files are not results."""
     path, remedy = folder / RESULTS, "write them again with `cfvlm-ds evaluate`"
     try:
         record = read_json(path)
@@ -160,8 +163,8 @@ def read_result(folder: Path) -> Result:
             raise ValueError(f"its schema is not {SCHEMA!r}")
         path = folder / ITEMS
         outcomes = tuple(map(_outcome, records(path, remedy)))
-        if len(outcomes) != (asked := record["items"]["asked"]):
-            raise ValueError(f"{len(outcomes)} of its {asked} items are there")
+        if len(outcomes) != (num_items := record["items"]["asked"]):
+            raise ValueError(f"{len(outcomes)} of its {num_items} items are there")
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, DataError):
             raise
@@ -175,9 +178,9 @@ def _outcome(row: Mapping[str, Any]) -> Outcome:
         return tuple(math.nan if value is None else value for value in values)
 
     match = tuple(map(tuple, row["match"]))
-    said = (tuple(row["texts"]), match, row["prompt"], row.get("listed", False), row["tags"], row["cluster"])
+    content = (tuple(row["texts"]), match, row["prompt"], row.get("listed", False), row["tags"], row["cluster"])
     return Outcome(
-        Item(row["id"], ((),) * len(match), *said),
+        Item(row["id"], ((),) * len(match), *content),
         tuple(map(scores, row["seen"])),
         scores(row["blank"]),
         scores(row["shuffled"]) if "shuffled" in row else None,
@@ -187,39 +190,39 @@ def _outcome(row: Mapping[str, Any]) -> Outcome:
     )
 
 
-# What is scored so far ------------------------------------------------------------------------------------------------------------------
+# Scores of an unfinished evaluation ---------------------------------------------------------------------------------------------------
 
 
 class Partial:
-    """Scores on disk before all are there: a line for each group, or for each item that was written about.
+    """Scores on disk before all are computed: a line for each group, or for each item with generated texts.
 
     Args:
-        folder: of the result, which its evaluation has locked.
-        header: what the scores are of; those of anything else are refused.
+        folder: folder of the result, which its evaluation has locked.
+        header: identifies the scores; a file with another header is refused.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         path, header = folder / SCORES, {"schema": JOURNAL, **header}
         self.rows: dict[int, Any] = {}
-        """What was found there, by the number of its group."""
+        """Rows on disk, by the number of their group."""
         self._journal = Journal(path, alone=False)
-        found = list(records(path, "remove it"))
-        if found:
-            refuse_other(path, found[0], header)
-            self.rows = {row.pop("group"): row for row in found[1:]}
+        lines = list(records(path, "remove it"))
+        if lines:
+            refuse_other(path, lines[0], header)
+            self.rows = {row.pop("group"): row for row in lines[1:]}
         else:
             self._journal.append(_exact(header))
 
     def add(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Keep the scores of more groups. Raises StorageError; what was kept before stays."""
+        """Append the scores of more groups. Raises StorageError; scores on disk stay."""
         self._journal.append(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a file is of another evaluation, naming what differs."""
-    known, asked = (flat(json.loads(json.dumps(each))) for each in (before, now))
-    for name in sorted(asked, key=lambda name: not name.startswith("settings.")):  # a limit rather than the items that come of it
-        was, value = known.get(name), asked[name]
+    """Raise ConfigError if a file belongs to another evaluation, naming the difference."""
+    old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
+    for name in sorted(new, key=lambda name: not name.startswith("settings.")):  # names a limit rather than its effect on the items
+        was, value = old.get(name), new[name]
         if was != value:
             raise ConfigError(
                 f"{path.parent} holds results of another evaluation: {name} was {quoted(was, 80)}, and is {quoted(value, 80)}; name "
@@ -228,15 +231,15 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _exact(value: Any) -> bytes:
-    """Scores as they are: one that is not finite is written as Python writes it, and read again."""
+    """Return the scores as JSON; a value that is not finite is written in Python's notation, which is read again."""
     return json.dumps(value).encode() + b"\n"
 
 
 def kept(scores: GroupScores) -> dict[str, Any]:
-    """A group's scores as plain numbers."""
+    """Return a group's scores as plain numbers."""
     return {name: part.tolist() for name, part in vars(scores).items() if part is not None}
 
 
 def taken(row: Mapping[str, Any]) -> GroupScores:
-    """What ``kept`` has written."""
+    """Return the scores that ``kept`` has converted."""
     return GroupScores(**{name: torch.tensor(part, dtype=torch.float32) for name, part in row.items()})

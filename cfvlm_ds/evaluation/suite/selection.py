@@ -1,4 +1,4 @@
-"""Which benchmarks are asked, how, and on which items."""
+"""Selection of benchmarks, their probes and their items."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SKIP = "name --on_error skip to leave such items out, counted and named"
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark that is asked in one way. ``label`` names it in files: the probe, and its options where they are not the defaults."""
+    """A benchmark with one of its probes. ``label`` names the probe in files, with its options if they are not the defaults."""
 
     name: str
     benchmark: Benchmark
@@ -31,11 +31,11 @@ class Chosen:
 
     @property
     def place(self) -> str:
-        """Where its results are, below their folder."""
+        """Path of its results below their folder."""
         return f"{self.name}/{self.label}"
 
     def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """All that scores depend on, as results.json says it."""
+        """Return everything that scores depend on, in the form of results.json."""
         return {
             "benchmark": self.name,
             "probe": {"name": self.way.name, **asdict(self.way)},  # type: ignore[arg-type]
@@ -47,26 +47,28 @@ class Chosen:
 
 
 def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list[Chosen]:
-    """The benchmarks of these names, whose folders are in ``root``; each asked in those of the ways that fit it, its own default without
-    any. Raises ConfigError for an unknown name, and for a benchmark that none of the ways fits."""
-    asked = [way_named(spec) for spec in probes]
-    found: list[Chosen] = []
+    """Select benchmarks by name, each with those of the probes that fit it or with its default probe. Their folders are in ``root``.
+
+    Raises ConfigError for an unknown name, and for a benchmark that no given probe fits.
+    """
+    requested = [way_named(spec) for spec in probes]
+    selected: list[Chosen] = []
     for name in dict.fromkeys(names):
         benchmark = benchmark_named(name)
-        ways = [each for each in asked if each[1].name in benchmark.probes] if asked else [way_named(benchmark.probes[0])]
+        ways = [choice for choice in requested if choice[1].name in benchmark.probes] if requested else [way_named(benchmark.probes[0])]
         if not ways:
-            said = ", ".join(label for label, _ in asked)
-            raise ConfigError(f"benchmark {name!r} is not asked by {said}; it has {', '.join(benchmark.probes)}")
-        found += [Chosen(name, benchmark, label, way, root / name) for label, way in ways]
-    if not found:
+            labels = ", ".join(label for label, _ in requested)
+            raise ConfigError(f"benchmark {name!r} is not asked by {labels}; it has {', '.join(benchmark.probes)}")
+        selected += [Chosen(name, benchmark, label, way, root / name) for label, way in ways]
+    if not selected:
         raise ConfigError(f"no benchmark is named; known: {', '.join(BENCHMARKS)}")
-    if unused := [label for label, way in asked if not any(each.way == way for each in found)]:
+    if unused := [label for label, way in requested if not any(choice.way == way for choice in selected)]:
         raise ConfigError(f"--probes {unused[0]} fits none of the benchmarks {', '.join(names)}; leave it out")
-    return found
+    return selected
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """Raises ConfigError for a name that is no benchmark's."""
+    """Return the benchmark of a name. Raises ConfigError for an unknown name."""
     if name not in BENCHMARKS:
         hint = near(name, BENCHMARKS, "known: ")
         raise ConfigError(f"unknown benchmark {name!r}; {hint} (one of your own is registered in a script before this is called)")
@@ -74,7 +76,9 @@ def benchmark_named(name: str) -> Benchmark:
 
 
 def way_named(spec: str) -> tuple[str, Way]:
-    """Label and probe of ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``. Raises ConfigError for an unknown name or option."""
+    """Return the label and the probe of ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``. Raises ConfigError for an unknown name or
+    option.
+    """
     known: dict[str, Way] = {**PROBES, Generate.name: Generate()}
     try:
         way: Way = named("probe", spec, known)
@@ -85,8 +89,10 @@ def way_named(spec: str) -> tuple[str, Way]:
 
 
 def load_items(chosen: Chosen, say: Callable[[str], object], *, limit: int | None = None, skip: bool = False) -> Loaded:
-    """The items of a benchmark, about ``limit`` of them. Raises DataError for the first row that is none, or picture of these that is not
-    there, unless such are to be skipped, and where none is left."""
+    """Load the items of a benchmark, about ``limit`` of them.
+
+    Raises DataError for the first invalid row or missing picture unless such items are skipped, and if no item remains.
+    """
     loaded = load(chosen.benchmark, chosen.root, say, limit)
     refuse_problems(chosen.name, loaded.problems, len(loaded.items), skip)
     for note in loaded.notes:
@@ -95,7 +101,7 @@ def load_items(chosen: Chosen, say: Callable[[str], object], *, limit: int | Non
 
 
 def refuse_problems(name: str, problems: Sequence[object], num_items: int, skip: bool) -> None:
-    """Raise DataError for the first problem with a benchmark's items, unless such are to be skipped and there are others."""
+    """Raise DataError for the first problem with a benchmark's items, unless such items are skipped and others remain."""
     if problems and not (skip and num_items):
         more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"benchmark {name}: {problems[0]}{more}{f'; {_SKIP}' if num_items else ''}")

@@ -1,4 +1,4 @@
-"""Results of benchmarks as Markdown: what a model reached beside chance and what it reaches without looking."""
+"""Results of benchmarks as Markdown: the model's values beside chance and the language prior."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, bootstrap_of
 from cfvlm_ds.evaluation.suite.results import Result
 
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "chance": "chance"}
-"""The tables beside what was seen, as people call them."""
+"""The tables beside ``seen`` -> their headings."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
-"""Metrics that stand in for one that compares images, and so has no blank row."""
+"""Metrics that replace one that compares images, which has no blank row."""
 HEADING = "# Results"
 INTERVALS = (
     "95 %: percentiles of a bootstrap of clusters (pictures, pairs). None are given below "
@@ -39,40 +39,40 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(result: Result) -> str:
-    """How much of what is over chance language alone gives, in a line."""
+    """Return a line on how many of the points over chance the language prior achieves."""
     seen, blank, chance = (result.metrics.get(name, {}) for name in ("seen", "blank", "chance"))
     shared = [name for name in (str(result.record["headline"]), *_WITHOUT_IMAGES) if name in seen and name in blank and name in chance]
     if not shared:
         return f"{result.place}: no metric of it has a blank row"
     metric = shared[0]
-    over, had = seen[metric] - chance[metric], blank[metric] - chance[metric]
-    if over <= 0:
+    seen_over, blank_over = seen[metric] - chance[metric], blank[metric] - chance[metric]
+    if seen_over <= 0:
         return f"{result.place}: no points over chance ({metric} {seen[metric]:.1f}, chance {chance[metric]:.1f})"
-    if had > over:
-        return f"{result.place}: {over:.1f} points over chance, and {had:.1f} without looking ({metric})"
-    return f"{result.place}: {max(had, 0.0):.1f} of {over:.1f} points over chance are had without looking ({metric})"
+    if blank_over > seen_over:
+        return f"{result.place}: {seen_over:.1f} points over chance, and {blank_over:.1f} without looking ({metric})"
+    return f"{result.place}: {max(blank_over, 0.0):.1f} of {seen_over:.1f} points over chance are had without looking ({metric})"
 
 
 def omissions(result: Result) -> list[str]:
-    """What of a benchmark was not asked, or counts as wrong because its scores are no numbers: counted, and a few named."""
+    """Return lines on the items that were left out and those that count as wrong because their scores are not finite."""
     left_out, broken = result.record["left_out"], result.record["not_finite"]
-    found = []
+    notes = []
     if left_out:
-        found.append(f"{result.place}: {len(left_out)} items left out, the first: {one_line(left_out[0][1], 300)}")
+        notes.append(f"{result.place}: {len(left_out)} items left out, the first: {one_line(left_out[0][1], 300)}")
     if broken:
-        found.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {few(broken)}")
-    return found
+        notes.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {few(broken)}")
+    return notes
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """All there is to say of some results: results.md."""
+    """Return the text of results.md."""
     parts = [HEADING, overview(results), "\n".join(f"- {summary(result)}" for result in results)]
     return "\n\n".join([*parts, *(part for result in results for part in _section(result))])
 
 
 def _section(result: Result) -> list[str]:
     record = result.record
-    asked = [
+    facts = [
         f"- model: {in_cell(record['model']['name'], 300)}",
         f"- asked by `{in_cell(result.label)}`: `{one_line(record['prompt'], 400).replace('`', chr(39))}`",
         f"- items: {len(result.outcomes)} of {record['items']['in files']}",
@@ -80,36 +80,35 @@ def _section(result: Result) -> list[str]:
         *[f"- unofficial: {in_cell(record['unofficial'], 300)}"] * bool(record["unofficial"]),
     ]
     heading = f"## {in_cell(record['title'])} ({in_cell(result.label)})"
-    parts = [heading, "\n".join(asked), every_metric(result.metrics, record["intervals"])]
+    parts = [heading, "\n".join(facts), every_metric(result.metrics, record["intervals"])]
     if left_out := record["left_out"]:
-        named = [f"- {in_cell(reason, 300)}" for _, reason in left_out[:_NAMED]]
+        reasons = [f"- {in_cell(reason, 300)}" for _, reason in left_out[:_NAMED]]
         more = [f"- and {len(left_out) - _NAMED} more, in results.json"] * (len(left_out) > _NAMED)
-        parts.append("\n".join([f"Left out, {len(left_out)}:", "", *named, *more]))
+        parts.append("\n".join([f"Left out, {len(left_out)}:", "", *reasons, *more]))
     return parts
 
 
 def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
-    """The metrics under the names that they are logged by: eval/NAME/METRIC, and blind_METRIC, shuffled_METRIC of what is had without
-    looking."""
+    """Return the metrics by logged name: eval/NAME/METRIC, and blind_METRIC and shuffled_METRIC for the language prior."""
     prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
-    return {f"eval/{name}/{prefix}{each}": value for table, prefix in prefixes.items() for each, value in tables.get(table, {}).items()}
+    return {f"eval/{name}/{prefix}{metric}": value for table, prefix in prefixes.items() for metric, value in tables.get(table, {}).items()}
 
 
 def every_metric(metrics: Mapping[str, Values], spans: Mapping[str, Sequence[float]]) -> str:
-    """A table of every metric."""
+    """Return a table of every metric."""
     shown = [name for name in TABLES if name in metrics]
     lines = [f"| metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |", f"|---|---:|---|{'---:|' * len(shown)}"]
     for metric, value in metrics["seen"].items():
-        beside = " | ".join(number(metrics[name].get(metric)) for name in shown)
-        lines.append(f"| {in_cell(metric)} | {number(value)} | {between(spans.get(metric))} | {beside} |")
+        controls = " | ".join(number(metrics[name].get(metric)) for name in shown)
+        lines.append(f"| {in_cell(metric)} | {number(value)} | {between(spans.get(metric))} | {controls} |")
     return "\n".join(lines)
 
 
 def number(value: float | None) -> str:
-    """A value of a table; nothing where there is none."""
+    """Return a value as a table cell; empty for None."""
     return "" if value is None else f"{value:.1f}"
 
 
 def between(span: Sequence[float] | None) -> str:
-    """An interval of a table."""
+    """Return an interval as a table cell; empty for None."""
     return "" if span is None else f"{span[0]:.1f} to {span[1]:.1f}"
