@@ -1,4 +1,4 @@
-"""DeepSpeed: the configuration it gets, checked to the last key, its estimates of memory, and its start."""
+"""DeepSpeed: its configuration, which is validated key by key, estimates of memory, and its start."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A resolved DeepSpeed JSON, checked to the last key before anything is loaded.
+"""Validation of a resolved DeepSpeed JSON, key by key, before anything is loaded.
 
-DeepSpeed ignores keys that it does not know, and finds most of what it cannot do only once the model is loaded. Whatever can be found
-without a model is said here, in one sentence that names the key.
+DeepSpeed ignores unknown keys and detects most impossible settings only after the model is loaded. Every problem that can be detected
+without a model is reported here in one sentence that names the key.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KEYS = (
     "comms_logger", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "amp", "pipeline", "hybrid_engine", "data_efficiency",
     "expert_parallel", "tensor_parallel",
 )  # fmt: skip
-"""The keys of a JSON: DeepSpeed itself ignores a key that it does not know."""
+"""The top-level keys. DeepSpeed itself ignores an unknown one."""
 _INSIDE = {
     "optimizer": ("type", "params", "legacy_fusion"),
     "scheduler": ("type", "params"),
@@ -48,43 +48,45 @@ _INSIDE = {
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
-    """Have DeepSpeed read a resolved JSON; refuse what it would ignore, or could not do once the model is loaded.
+    """Parse a resolved JSON with DeepSpeed, and refuse settings that it would ignore or fail on after the model is loaded.
 
-    ``device`` is where the run trains; None where that is another machine. Raises ConfigError naming the key.
+    ``device`` is the device of the run; None if that is another machine. Raises ConfigError naming the key.
     """
-    path, found = config.deepspeed, resolved.config
-    for key, value in found.items():
+    path, options = config.deepspeed, resolved.config
+    for key, value in options.items():
         if _is_comment(key):
             continue
         if key not in _KEYS:
             _refuse_key(path, "", key, _KEYS)
-        for inside in value if key in _INSIDE and isinstance(value, dict) else ():
-            if inside not in _INSIDE[key] and not _is_comment(inside):
-                _refuse_key(path, f"{key}.", inside, _INSIDE[key])
-    parsed = _parse(path, found)
-    for problem in _cannot_be_done(parsed, found, world_size, device):
+        for subkey in value if key in _INSIDE and isinstance(value, dict) else ():
+            if subkey not in _INSIDE[key] and not _is_comment(subkey):
+                _refuse_key(path, f"{key}.", subkey, _INSIDE[key])
+    parsed = _parse(path, options)
+    for problem in _unsupported_by_deepspeed(parsed, options, world_size, device):
         raise ConfigError(f"{path}: {problem}")
-    if "scheduler" not in found:
+    if "scheduler" not in options:
         _try_schedule(config)
 
 
-def _parse(path: str, found: Mapping[str, Any]) -> Any:
-    """Let DeepSpeed read the JSON. Raises ConfigError naming the key that it fails on."""
+def _parse(path: str, options: Mapping[str, Any]) -> Any:
+    """Parse the JSON with DeepSpeed. Raises ConfigError naming the invalid key."""
     import deepspeed
     from pydantic import ValidationError
 
-    given = {key: value for key, value in copy.deepcopy(dict(found)).items() if key != "train_batch_size"}  # compared when it was resolved
+    copied = {
+        key: value for key, value in copy.deepcopy(dict(options)).items() if key != "train_batch_size"
+    }  # checked when it was resolved
     try:
-        return deepspeed.DeepSpeedConfig(given)
+        return deepspeed.DeepSpeedConfig(copied)
     except ValidationError as error:
         first = error.errors()[0]
         *inside, key = (str(part) for part in first["loc"])
-        holders = [name for name, values in given.items() if isinstance(values, dict) and [*inside, key][0] in values]
-        section = ".".join([*([] if [*inside, key][0] in given else holders[:1]), *inside, ""])
+        holders = [name for name, values in copied.items() if isinstance(values, dict) and [*inside, key][0] in values]
+        section = ".".join([*([] if [*inside, key][0] in copied else holders[:1]), *inside, ""])
         if first["type"] == "extra_forbidden":
             _refuse_key(path, section, key, settings.field_names(error.title, inside))
         raise ConfigError(f"{path}: {section}{key}: {first['msg']}; see DeepSpeed's configuration reference") from None
-    except Exception as error:  # beside its models, DeepSpeed asserts, compares and divides what it finds
+    except Exception as error:  # outside its models, DeepSpeed asserts, compares and divides raw values
         raise unusable(path, error) from error
 
 
@@ -98,9 +100,9 @@ def _refuse_key(path: str, section: str, key: str, known: Sequence[str]) -> NoRe
     raise ConfigError(f"{path}: unknown key {section + key!r}; {remedy}")
 
 
-def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
-    """What DeepSpeed would fail on once the model is loaded, one sentence each."""
-    yield from _not_here(parsed, found)
+def _unsupported_by_deepspeed(parsed: Any, options: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
+    """Yield one sentence for each setting on which DeepSpeed would fail after the model is loaded."""
+    yield from _unsupported_here(parsed, options)
     zero = parsed.zero_config
     offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}
     on_cpu = device is not None and device.type == "cpu"
@@ -108,7 +110,7 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
         yield "fp16.enabled=true needs a GPU, and this machine has none; set it to false (bf16 trains on CPUs)"
     if offloads["param"] != "none" and zero.stage != 3:
         yield f"zero_optimization.offload_param needs stage 3, and stage is {int(zero.stage)}; set its device to none"
-    if "optimizer" not in found and offloads["optimizer"] != "none" and parsed.zero_force_ds_cpu_optimizer:
+    if "optimizer" not in options and offloads["optimizer"] != "none" and parsed.zero_force_ds_cpu_optimizer:
         yield (
             'zero_optimization.offload_optimizer needs an "optimizer" section, from which DeepSpeed makes its Adam for CPUs; copy that '
             "of ds_configs/z3_offload.json, or set the device to none"
@@ -120,12 +122,12 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
             f"zero_optimization.zero_hpz_partition_size={zero.zero_hpz_partition_size} must divide the number of ranks, which is "
             f"{world_size}; set it to the ranks of one node, or to 1"
         )
-    if "optimizer" in found and not isinstance(parsed.optimizer_name, str):
+    if "optimizer" in options and not isinstance(parsed.optimizer_name, str):
         yield 'optimizer.type is missing; write "AdamW", or leave the section out for torch\'s AdamW'
 
 
-def _not_here(parsed: Any, found: Mapping[str, Any]) -> Iterator[str]:
-    """What DeepSpeed can do but this training cannot, and what would change its results."""
+def _unsupported_here(parsed: Any, options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one sentence for each setting that DeepSpeed supports but this training does not, or that would change its results."""
     zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
     if stage == 0:
         yield "zero_optimization.stage 0 keeps checkpoints that cannot be exported; write 1, 2 or 3 (on one rank 1 is the same training)"
@@ -137,10 +139,10 @@ def _not_here(parsed: Any, found: Mapping[str, Any]) -> Iterator[str]:
         yield "managed_gradient_accumulation=false is not how this training accumulates gradients; leave it out"
     if stage == 3 and (parsed.prescale_gradients or parsed.gradient_predivide_factor != 1.0):
         yield "prescale_gradients and gradient_predivide_factor cannot be had with stage 3; leave them out"
-    switched = [name for name in ("hybrid_engine", "data_efficiency", "expert_parallel") if (found.get(name) or {}).get("enabled")]
-    wide = [name for name in ("sequence_parallel_size", "data_parallel_size") if found.get(name, 1) != 1]
-    tensor = ["tensor_parallel"] if (found.get("tensor_parallel") or {}).get("autotp_size", 0) > 1 else []
-    if unused := [*switched, *wide, *tensor, *(["checkpoint.load_universal"] if parsed.load_universal_checkpoint else [])]:
+    enabled = [name for name in ("hybrid_engine", "data_efficiency", "expert_parallel") if (options.get(name) or {}).get("enabled")]
+    parallel = [name for name in ("sequence_parallel_size", "data_parallel_size") if options.get(name, 1) != 1]
+    tensor = ["tensor_parallel"] if (options.get("tensor_parallel") or {}).get("autotp_size", 0) > 1 else []
+    if unused := [*enabled, *parallel, *tensor, *(["checkpoint.load_universal"] if parsed.load_universal_checkpoint else [])]:
         yield f"{unused[0]} is not used here: batches are the run's own, and weights are partitioned by ZeRO alone; leave it out"
 
 
@@ -152,7 +154,7 @@ def _device(options: Any) -> str:
 
 
 def _try_schedule(config: RunConfig) -> None:
-    """Build the schedule of the run on a stand-in for the optimizer and take a few steps. ConfigError where that fails."""
+    """Build the schedule of the run with a stand-in for the optimizer and take a few steps. Raises ConfigError on failure."""
     from transformers import SchedulerType, get_scheduler
 
     name, steps = config.train.lr_scheduler_type, 10
@@ -163,7 +165,7 @@ def _try_schedule(config: RunConfig) -> None:
         for _ in range(3):
             optimizer.step()
             schedule.step()
-    except Exception as error:  # a schedule that asks for options or metrics which a run does not give it
+    except Exception as error:  # a schedule may need options or metrics that a run does not have
         raise ConfigError(
             f"train.lr_scheduler_type {name!r} cannot be used here ({first_line(error)}); use cosine, or another without options"
         ) from error

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON of a run: read, and every "auto" in it resolved. What DeepSpeed would make of it is checked in check.py."""
+"""The DeepSpeed JSON of a run, read and with every "auto" resolved. check.py validates the result."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run. Raises ConfigError naming the file when it is missing or broken."""
+    """Read the DeepSpeed JSON of a run. Raises ConfigError naming the file when it is missing or broken."""
     try:
-        found = parse_json(Path(path).read_bytes().decode())
+        content = parse_json(Path(path).read_bytes().decode())
     except FileNotFoundError:
         raise ConfigError(f"--deepspeed {path}: no such file; there are {listed('ds_configs')}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"--deepspeed {path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
-    except (OSError, ValueError, RecursionError) as error:  # a folder, bytes that are no text, thousands of brackets
+    except (OSError, ValueError, RecursionError) as error:  # a folder, a binary file, deep nesting
         raise ConfigError(f"--deepspeed {path}: cannot be read ({error}); name a file like those of ds_configs") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"--deepspeed {path}: holds a {type(found).__name__}, not an object; name a file like those of ds_configs")
-    if flat := sorted(name for name in _SECTIONS if not isinstance(found.get(name, {}), dict)):
+    if not isinstance(content, dict):
+        raise ConfigError(f"--deepspeed {path}: holds a {type(content).__name__}, not an object; name a file like those of ds_configs")
+    if flat := sorted(name for name in _SECTIONS if not isinstance(content.get(name, {}), dict)):
         raise ConfigError(f"--deepspeed {path}: {', '.join(flat)} must be an object with options in it, as in ds_configs")
-    for section in ("bf16", "fp16"):  # transformers, DeepSpeed and Python differ in what they take for true
-        enabled = found.get(section, {}).get("enabled", False)
+    for section in ("bf16", "fp16"):  # transformers, DeepSpeed and Python differ in the values that count as true
+        enabled = content.get(section, {}).get("enabled", False)
         if not isinstance(enabled, bool) and enabled != "auto":
             raise ConfigError(f'--deepspeed {path}: {section}.enabled must be true, false or "auto", not {json.dumps(enabled)}')
-    stage = found.get("zero_optimization", {}).get("stage", 0)
+    stage = content.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3:
         raise ConfigError(f"--deepspeed {path}: zero_optimization.stage must be 0, 1, 2 or 3, not {json.dumps(stage)}")
-    return found
+    return content
 
 
 def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: torch.device, hidden_size: int, total_steps: int) -> Any:
-    """The DeepSpeed configuration with every "auto" filled in by the rules transformers uses, as transformers' own config object.
+    """Return the DeepSpeed configuration with every "auto" filled in by transformers' rules, as transformers' own config object.
 
-    Raises ConfigError naming both values where the JSON and the run configuration contradict each other.
+    Raises ConfigError naming both values if the JSON contradicts the run configuration.
     """
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
     train = config.train
-    written = raw.get("bf16", {}).get("enabled", False)
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16_option = raw.get("bf16", {}).get("enabled", False)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     fp16 = raw.get("fp16", {}).get("enabled", False) is True
-    bf16 = train.bf16 if train.bf16 != "auto" else (capable and not fp16 if written == "auto" else bool(written))
+    bf16 = train.bf16 if train.bf16 != "auto" else (has_bf16 and not fp16 if bf16_option == "auto" else bool(bf16_option))
     arguments = SimpleNamespace(
         world_size=world_size,
         per_device_train_batch_size=train.micro_batch_size,
@@ -78,16 +78,16 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
         resolved = HfTrainerDeepSpeedConfig(copy.deepcopy(raw))
         resolved.trainer_config_process(arguments)
         resolved.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size)), total_steps)
-    except Exception as error:  # what is not a contradiction is a value that transformers cannot use, and it checks none
+    except Exception as error:  # without a mismatch it is an invalid value, which transformers does not check
         if resolved is None or not resolved.mismatches:
             raise unusable(config.deepspeed, error) from error
         pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)
         pairs = pairs.replace("train.train_batch_size (calculated)", "micro-batch x accumulation x ranks").replace("|bf16_full_eval", "")
         raise ConfigError(f'{config.deepspeed} contradicts the run configuration: {pairs}; write "auto" there or change one') from error
     finally:
-        unset_hf_deepspeed_config()  # transformers partitions every model that is made while one is set, on whichever ranks it is made
-    if left := sorted(_autos(resolved.config)):
-        raise ConfigError(f'{config.deepspeed}: no rule fills "auto" of {", ".join(left)}; write a value')
+        unset_hf_deepspeed_config()  # while it is set, transformers partitions every model that is built on any rank
+    if unresolved := sorted(_autos(resolved.config)):
+        raise ConfigError(f'{config.deepspeed}: no rule fills "auto" of {", ".join(unresolved)}; write a value')
     if "gradient_clipping" not in resolved.config:
         raise ConfigError(f'{config.deepspeed}: gradient_clipping is missing, and releases differ in what that means; write it or "auto"')
     if bf16 and resolved.dtype() != torch.bfloat16:
@@ -96,7 +96,7 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
 
 
 def unusable(path: str, error: Exception) -> ConfigError:
-    """The ConfigError for a JSON that raises ``error`` in DeepSpeed or transformers."""
+    """Return the ConfigError for a JSON that raises ``error`` in DeepSpeed or transformers."""
     return ConfigError(f"{path}: not a DeepSpeed configuration ({first_line(error)}); compare it with those of ds_configs")
 
 
@@ -109,5 +109,5 @@ def _autos(node: Any, path: str = "") -> Iterator[str]:
 
 
 def warmup_steps(config: RunConfig, total_steps: int) -> int:
-    """Optimizer steps over which the learning rate rises, rounded up as transformers does."""
+    """Return the number of warm-up steps, rounded up as transformers does."""
     return math.ceil(config.train.warmup_ratio * total_steps)

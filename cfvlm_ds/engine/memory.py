@@ -1,4 +1,4 @@
-"""Memory of a model's states under ZeRO, by DeepSpeed's own estimates, and of a forward and backward, counted on meta tensors."""
+"""Memory of a model's states under ZeRO, by DeepSpeed's own estimates, and of a forward and backward, measured on meta tensors."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ from cfvlm_ds.models.chunked_logprobs import LOGITS
 
 
 def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
-    """Tell whether ``optimizer`` states and weights (``param``) are offloaded from the GPU."""
+    """Return for ``optimizer`` states and weights (``param``) True if they are offloaded from the GPU."""
     zero = ds_config.get("zero_optimization", {})
     return {name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")}
 
 
 def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, gpus_per_node: int) -> tuple[int, int]:
     """Estimate weights, gradients and optimizer states in mixed precision: bytes per GPU, and bytes of host memory per node."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    away, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
-    place = min(gpus, gpus_per_node), nodes
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    is_offloaded, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
+    layout = min(gpus, gpus_per_node), nodes
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage == 3:
         layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-        card, host = settings.states_of_stage_3(trained, layer, *place, away["optimizer"], away["param"])
-        card += 0 if away["param"] else 2 * frozen // gpus
-        host += 2 * frozen // nodes if away["param"] else 0
+        card, host = settings.states_of_stage_3(num_trained, layer, *layout, is_offloaded["optimizer"], is_offloaded["param"])
+        card += 0 if is_offloaded["param"] else 2 * num_frozen // gpus
+        host += 2 * num_frozen // nodes if is_offloaded["param"] else 0
     else:
-        card, host = settings.states_of_stage_2(trained, *place, away["optimizer"])
-        card += 2 * frozen
-        if stage < 2:  # gradients are whole on every GPU, summed in float32; without ZeRO the optimizer's states are, too
-            card += (4 if stage == 1 else 16) * trained * (gpus - 1) // gpus
+        card, host = settings.states_of_stage_2(num_trained, *layout, is_offloaded["optimizer"])
+        card += 2 * num_frozen
+        if stage < 2:  # every GPU holds all gradients, summed in float32, and without ZeRO all optimizer states
+            card += (4 if stage == 1 else 16) * num_trained * (gpus - 1) // gpus
     return card, host
 
 
 def attention_without_data() -> str:
-    """Register an attention for models on the meta device that keeps what flash attention keeps, and return its name in transformers."""
+    """Register an attention for models on the meta device that saves the tensors that flash attention saves; return its name in
+    transformers.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register("no_data", _attention)
@@ -49,17 +51,17 @@ def attention_without_data() -> str:
 
 
 def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute: bool) -> dict[str, int]:
-    """Estimate what a forward and backward over ``tokens`` tokens adds to ``model_states``: bytes per GPU, by purpose.
+    """Estimate the memory of a forward and backward over ``tokens`` tokens beyond ``model_states``: bytes per GPU, by purpose.
 
     The model is on the meta device with ``attention_without_data``; ``recompute`` is gradient checkpointing. A tower that trains is not
-    counted. A frozen tower runs before the language model and keeps nothing.
+    counted. A frozen tower runs before the language model and saves nothing.
     """
     zero = ds_config.get("zero_optimization", {})
-    found = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
+    sizes = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
     if zero.get("stage", 0) == 3:
         weights = sum(parameter.numel() for parameter in model.parameters())
-        found["gathered weights"] = 2 * min(weights, int(zero.get("stage3_max_live_parameters", 1e9)))
-    return found | {"CUDA and NCCL": _CONTEXT}
+        sizes["gathered weights"] = 2 * min(weights, int(zero.get("stage3_max_live_parameters", 1e9)))
+    return sizes | {"CUDA and NCCL": _CONTEXT}
 
 
 _LOGIT_BYTES = 12
@@ -76,15 +78,15 @@ def activations(model: Any, tokens: int, recompute: bool) -> int:
         recompute_activations(model)
     else:
         model.gradient_checkpointing_disable()
-    text, further = model.config.get_text_config(), {}
-    freed = [p.register_post_accumulate_grad_hook(_free_gradient) for p in model.parameters() if p.requires_grad]
+    text, more_inputs = model.config.get_text_config(), {}
+    hooks = [p.register_post_accumulate_grad_hook(_free_gradient) for p in model.parameters() if p.requires_grad]
     with _Peak() as memory:
         embedded = torch.empty(1, tokens, text.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        if size := getattr(text, "hidden_size_per_layer_input", 0):  # embeddings of each layer's own, which tokens have (Gemma 4)
-            further["per_layer_inputs"] = embedded.new_empty(1, tokens, text.num_hidden_layers, size)
-        state = model.train().get_decoder()(inputs_embeds=embedded, use_cache=False, **further).last_hidden_state
+        if size := getattr(text, "hidden_size_per_layer_input", 0):  # per-layer token embeddings of Gemma 4
+            more_inputs["per_layer_inputs"] = embedded.new_empty(1, tokens, text.num_hidden_layers, size)
+        state = model.train().get_decoder()(inputs_embeds=embedded, use_cache=False, **more_inputs).last_hidden_state
         state.backward(torch.empty_like(state))
-    for hook in freed:
+    for hook in hooks:
         hook.remove()
     return memory.peak
 
@@ -94,7 +96,7 @@ def _free_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """Counts the bytes of what is computed, while it is alive."""
+    """Counter of the bytes of computed tensors while they are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,10 +104,10 @@ class _Peak(TorchDispatchMode):
         self._seen = weakref.WeakSet[torch.UntypedStorage]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        inputs = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in given and storage not in self._seen:
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in inputs and storage not in self._seen:
                 self._seen.add(storage)
                 self._now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage.nbytes())
@@ -117,7 +119,7 @@ class _Peak(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what flash attention keeps: its inputs, its output and a log-sum-exp in float32 for every query."""
+    """Attention that saves the tensors that flash attention saves: its inputs, its output and a float32 log-sum-exp for every query."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -127,7 +129,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 def _attention(

@@ -1,4 +1,4 @@
-"""Starting DeepSpeed: process group, loading under zero.Init, parameter groups, initialize."""
+"""Start of DeepSpeed: process group, loading under zero.Init, parameter groups, initialize."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    # DeepSpeed calls collectives by names that newer torch renames, once per call and rank.
+    # DeepSpeed calls collectives by deprecated names, and newer torch warns once per call and rank.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     import_deepspeed()
     import deepspeed
@@ -45,7 +45,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     if cuda:
         index = device_index(local_rank, torch.cuda.device_count())
         torch.cuda.set_device(index)
-        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the number of the device
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed uses it as the device index
     else:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # sharing a core with a data worker costs a fifth of the speed
@@ -60,9 +60,9 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 
 
 def device_index(local_rank: int, visible: int) -> int:
-    """The GPU of a rank among those it sees. Raises ConfigError where a launcher has started more ranks than there are GPUs.
+    """Return the index of a rank's GPU among those that it sees. Raises ConfigError if a launcher started more ranks than there are GPUs.
 
-    A Slurm task may see only its own (--gpus-per-task); that is number 0 then.
+    A Slurm task may see only its own GPU (--gpus-per-task), which then has index 0.
     """
     if local_rank >= visible and "SLURM_PROCID" not in os.environ:
         raise ConfigError(
@@ -75,8 +75,8 @@ def device_index(local_rank: int, visible: int) -> int:
 def keep_freed_memory() -> None:
     """Make the C library reuse freed memory, as CUDA's allocator does, instead of returning it to the system.
 
-    Without this every step requests its activations and gradients from the system again, page by page: 10 to 15 % of a training step on a
-    CPU. It is a setting of glibc (mallopt(3)); with another C library nothing happens.
+    Otherwise every step requests its activations and gradients from the system again, page by page, which takes 10 to 15 % of a training
+    step on a CPU. This is a setting of glibc (mallopt(3)); other C libraries ignore it.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -88,13 +88,15 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def hidden_size(config: RunConfig) -> int:
-    """Width of the language model, which sizes DeepSpeed's buckets."""
+    """Return the width of the language model, which determines DeepSpeed's bucket sizes."""
     model_config = load_config(config.model.name_or_path)
     return int(model_config.get_text_config().hidden_size)
 
 
 def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
-    """Load the model (partitioned as it loads under ZeRO-3) and hand it to DeepSpeed; returns the engine, whose module is a Scorer."""
+    """Load the model (partitioned as it loads under ZeRO-3) and initialize DeepSpeed with it; return the engine, whose module is a
+    Scorer.
+    """
     import deepspeed
     from transformers import get_scheduler
 
@@ -132,8 +134,9 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
 
 
 def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
-    """A model that is in parts over all ranks (ZeRO-3), for forwards alone; returns the engine, whose module is a Scorer in evaluation
-    mode."""
+    """Load a model partitioned over all ranks (ZeRO-3) for forwards only; return the engine, whose module is a Scorer in evaluation
+    mode.
+    """
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -152,22 +155,22 @@ def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
 def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-    set_hf_deepspeed_config(ds_config)  # from_pretrained finds ZeRO-3 through it
+    set_hf_deepspeed_config(ds_config)  # from_pretrained detects ZeRO-3 by it
     try:
         return load_model(config, dtype)
     finally:
-        unset_hf_deepspeed_config()  # a later from_pretrained, such as the export's, is an ordinary one
+        unset_hf_deepspeed_config()  # later calls of from_pretrained, such as the export's, must not partition
 
 
 def recompute_activations(model: Any) -> None:
-    """Gradient checkpointing of every block that has a gradient."""
+    """Enable gradient checkpointing of every block that has a gradient."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # It makes all embeddings require a gradient, which only reentrant checkpoints need, and a frozen tower would run twice and backward.
+    # The call makes all embeddings require a gradient, which only reentrant checkpoints need: a frozen tower would run twice and backward.
     model.disable_input_require_grads()
 
 
 def parameter_groups(scorer: Scorer, config: RunConfig) -> list[dict[str, Any]]:
-    """One optimizer group per module and kind of weight: each module's learning rate; no decay of biases and norms.
+    """Return one optimizer group per module and kind of weight, with the module's learning rate and no decay of biases and norms.
 
     The order is fixed (module, then decayed before exempt), because checkpoints store optimizer state by position.
     """

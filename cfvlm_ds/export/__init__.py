@@ -1,8 +1,8 @@
-"""A DeepSpeed checkpoint as an ordinary Hugging Face folder, with the names, shapes, dtypes and files of the model it started from.
+"""Export of a DeepSpeed checkpoint as a Hugging Face folder with the names, shapes, dtypes and files of its source model.
 
 The model is never in memory as a whole. A weight is read in blocks from the ranks' files, cast, and written at its place in the output, so
-that an export of any size takes a few hundred MiB, or the weights of one layer where transformers stores them in another form than it
-computes with.
+an export of any size takes a few hundred MiB. If transformers stores weights in another form than it computes with, it takes the weights of
+one layer.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def export_hf(
 ) -> Path:
     """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``; needs no process group or GPU.
 
-    Adapters, which ``lora`` describes, are merged into the weights they adapt. ``alive`` is called while it gets on. ``card`` is the
-    folder's README.md, unless there is one that somebody else has written.
+    Adapters, which ``lora`` describes, are merged into the weights that they adapt. ``alive`` is called during the export. ``card`` is the
+    folder's README.md unless the user has written one.
 
     The folder appears complete or not at all, and replaces an older export only then. Names, shapes and dtypes are those of the source.
-    Raises ConfigError when the checkpoint is incomplete or does not fit the source, when a trained weight is missing, and StorageError
-    when the folder cannot be written.
+    Raises ConfigError when the checkpoint is incomplete or does not fit the source, when a trained weight is missing, and StorageError when
+    the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -81,7 +81,7 @@ def _refuse_full_disk(partial: Path, named: Path, needed: int) -> None:
 
 
 def _copy_files(folder: Path, partial: Path) -> None:
-    """Configuration, tokenizer and processor files, as they are."""
+    """Copy configuration, tokenizer and processor files unchanged."""
     for path in side_files(folder):
         target = partial / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)

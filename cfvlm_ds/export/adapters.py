@@ -1,4 +1,4 @@
-"""Adapters of a checkpoint: merged into the weights they adapt, or on their own in peft's format."""
+"""Adapters of a checkpoint: merged into the weights that they adapt, or written in peft's format."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class MergedWeights(ZeroWeights):
         yield from (block * factor[row] for block, row in self._added(name, layer))
 
     def _added(self, name: str, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(values of W + scaling * B A, the row of each), block by block."""
+        """Yield the values of W + scaling * B A with the row of each, block by block."""
         a, b = self.tensor(layer + _A, torch.float32), self.tensor(layer + _B, torch.float32)
         columns, start = a.shape[1], 0
         for block in super().blocks(name):
@@ -76,8 +76,8 @@ def export_adapter(
     """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format, in float32, for ``PeftModel.from_pretrained`` on ``source``.
 
     The folder appears complete or not at all, and replaces older adapters only then. ``card`` is as for ``export_hf``. Raises ConfigError
-    when the checkpoint is incomplete, has no adapters, or trained more than adapters, which peft's format has no place for, and
-    StorageError when the folder cannot be written.
+    when the checkpoint is incomplete, has no adapters, or trained more than adapters, which peft's format cannot hold, and StorageError
+    when the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -95,16 +95,16 @@ def export_adapter(
         for name in adapters:
             alive()
             tensors[_saved_name(name)] = zero.tensor(name, torch.float32)
-        with create(partial / "adapter_model.safetensors") as handle:  # safetensors' own files are private, and its errors no OSError
+        with create(partial / "adapter_model.safetensors") as handle:  # safetensors' save_file makes private files and raises no OSError
             handle.write(save(tensors, {"format": "pt"}))
-        described = peft_config(model, family, modules, source, lora)
-        described.inference_mode = True
-        described.save_pretrained(partial)
+        adapter_config = peft_config(model, family, modules, source, lora)
+        adapter_config.inference_mode = True
+        adapter_config.save_pretrained(partial)
         place_card(partial, out_dir, card)
     say(f"export: {len(tensors)} adapter tensors of {', '.join(modules)}")
     return out_dir
 
 
 def _saved_name(name: str) -> str:
-    """peft leaves the adapter's name out, and of a vector also the last part."""
+    """Return a tensor's name in peft's format, without the adapter's name and, for a vector, without the last part."""
     return "base_model.model." + name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")

@@ -1,4 +1,4 @@
-"""Safetensors files, written tensor by tensor."""
+"""Safetensors files that are written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cfvlm_ds.models.model_files import INDEX, SINGLE
 
 
 class Files:
-    """Safetensors files whose tensors are written in any order: names, shapes and dtypes give every place beforehand."""
+    """Safetensors files whose tensors are written in any order. Names, shapes and dtypes determine every position beforehand."""
 
     def __init__(
         self, folder: Path, saved: Mapping[str, Saved], say: Callable[[str], object], alive: Callable[[], object] = lambda: None
@@ -43,7 +43,7 @@ class Files:
                 self._starts[name] += 8 + len(text)
 
     def write(self, name: str, blocks: Iterable[Tensor]) -> None:
-        """Write a tensor, given as flat pieces, in its own dtype."""
+        """Write a tensor, given in flat blocks, in its own dtype."""
         tensor = self._saved[name]
         left = tensor.nbytes
         with open(self._folder / tensor.file, "r+b") as handle:
@@ -60,7 +60,7 @@ class Files:
 
 
 def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str, Any]) -> None:
-    """The index of a model in several files: where every tensor is, and their size in bytes."""
+    """Write the index of a model in several files: the file of every tensor, and the total size in bytes."""
     if {tensor.file for tensor in saved.values()} == {SINGLE}:
         return
     total = sum(tensor.nbytes for tensor in saved.values())

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all, in place of an older one of its kind."""
+"""Replacement of a folder: the new one appears complete or not at all, in place of an older one of its kind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from cfvlm_ds.core.untrusted import refuse_link
 
 
 def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError if ``out_dir`` holds one of ``needed``, or files that are not an older export (recognised by its file ``marker``),
-    or if it is a link, whose target would be replaced."""
+    """Raise ConfigError if ``out_dir`` must not be replaced.
+
+    That is so if it holds one of ``needed``, if it holds files but no older export (which has the file ``marker``), or if it is a link,
+    whose target would be replaced.
+    """
     refuse_link(out_dir, remedy)
     final = out_dir.resolve()
     for path in needed:
@@ -32,16 +35,16 @@ def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy:
 CARD = "README.md"
 _OF_MODELS = ("config.json", "adapter_config.json")
 _SEAL = re.compile(r"<!-- cfvlm-ds wrote this card: ([0-9a-f]{32}) -->\n")
-"""Ends a card. It holds a digest of what is above it: a card that somebody has edited is theirs from then on."""
+"""The last line of a card, with a digest of the text above it. A card that the user has edited no longer matches and is kept."""
 
 
 def sealed(text: str) -> str:
-    """A model card that is known again as one that nobody has changed."""
+    """Return a model card with a seal, by which an unchanged card is recognised."""
     return f"{text}<!-- cfvlm-ds wrote this card: {_digest(text)} -->\n"
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether a file is a card that ``sealed`` has made, unchanged."""
+    """Return True if a file is an unchanged card from ``sealed``."""
     try:
         text = "" if path.is_symlink() else path.read_bytes().decode()
     except (OSError, ValueError):
@@ -55,8 +58,7 @@ def _digest(text: str) -> str:
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError for a folder of a model that no export has written: neither is it in a run's folder, nor has its card ever been
-    ours."""
+    """Raise ConfigError for a folder with a model that no export wrote: it is not in a run's folder, and its card has no seal."""
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:
             ours = _SEAL.search((out_dir / CARD).read_text()) is not None
@@ -67,7 +69,7 @@ def refuse_others_model(out_dir: Path, remedy: str = "name another folder with -
 
 
 def write_card(folder: Path, card: str) -> bool:
-    """Put a card in place of an earlier one of ours. Whether that was done: another README.md is somebody's own, and stays."""
+    """Write a card in place of an earlier one of ours. Return False, and leave it, if the README.md there belongs to the user."""
     path = folder / CARD
     if os.path.lexists(path) and not is_own_card(path):
         return False
@@ -76,13 +78,13 @@ def write_card(folder: Path, card: str) -> bool:
 
 
 def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
-    """The card of a folder that is to take the place of ``out_dir``: its README.md, where that is somebody's own, else ``card``."""
-    there = out_dir / CARD
-    if os.path.lexists(there) and not is_own_card(there):
-        if there.is_dir() and not there.is_symlink():
-            shutil.copytree(there, partial / CARD, symlinks=True)
+    """Write the card of a folder that will replace ``out_dir``: the user's own README.md from there if it exists, else ``card``."""
+    present = out_dir / CARD
+    if os.path.lexists(present) and not is_own_card(present):
+        if present.is_dir() and not present.is_symlink():
+            shutil.copytree(present, partial / CARD, symlinks=True)
         else:
-            shutil.copy2(there, partial / CARD, follow_symlinks=False)
+            shutil.copy2(present, partial / CARD, follow_symlinks=False)
     elif card is not None:
         with create(partial / CARD) as handle:
             handle.write(card.encode())
@@ -90,7 +92,7 @@ def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
 
 @contextmanager
 def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Path]:
-    """An empty folder to write to, which becomes ``out_dir`` at the end of the block; until then what was there stays.
+    """Yield an empty folder that becomes ``out_dir`` at the end of the block; the present content stays until then.
 
     Raises ConfigError as ``refuse_replacing`` does, and StorageError for an OSError inside the block.
     """

@@ -1,4 +1,4 @@
-"""Which weights of a model make which tensors on disk."""
+"""Export jobs: the weights of a model that make each tensor on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Weights of the model and the tensors they are stored as: the same, or those that the reversed ``conversions`` make of them."""
+    """Weights of the model and the tensors that they are stored as: the same, or the result of the reversed ``conversions``."""
 
     stored: tuple[str, ...]
     weights: tuple[str, ...]
@@ -27,9 +27,9 @@ class Job:
 
 
 def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], object]) -> list[Job]:
-    """Which weights make which stored tensors, by the rules transformers loads with; one without weights is unknown to the model.
+    """Return the jobs of an export, by transformers' loading rules. A job without weights belongs to a tensor that the model does not have.
 
-    A reversed conversion is tried on tensors without data first, and used when it gives the names and shapes of the source.
+    A reversed conversion is first tried on tensors without data, and used if it gives the names and shapes of the source.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -52,35 +52,35 @@ def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], objec
         converted[renamed][0].add_tensor(renamed, name, pattern, torch.empty(saved[name].shape, device="meta"))
         converted[renamed][1].append(name)
     used = [entry for entry in mapping if entry.was_used()]
-    # Reversed, Transpose(check_dims=True) sees that a weight has the model's shape already and leaves it, though loading turned it.
-    turned = copy.deepcopy(used)
-    for operation in (operation for entry in turned for operation in getattr(entry, "operations", ())):
+    # Reversed, Transpose(check_dims=True) leaves a weight that has the model's shape already, although loading transposed it.
+    transposing = copy.deepcopy(used)
+    for operation in (operation for entry in transposing for operation in getattr(entry, "operations", ())):
         if hasattr(operation, "check_dims"):
             operation.check_dims = False
 
     def reversible(job: Job) -> Job | None:
-        for conversions in (used, turned):
+        for conversions in (used, transposing):
             try:
-                found = revert(model, conversions, {name: own[name] for name in job.weights})
-            except (RuntimeError, ValueError):  # how conversions say that tensors are missing
+                reverted = revert(model, conversions, {name: own[name] for name in job.weights})
+            except (RuntimeError, ValueError):  # raised when tensors are missing
                 continue
-            if {name: tuple(tensor.shape) for name, tensor in found.items()} == {name: saved[name].shape for name in job.stored}:
+            if {name: tuple(tensor.shape) for name, tensor in reverted.items()} == {name: saved[name].shape for name in job.stored}:
                 return Job(job.stored, job.weights, conversions)
         return None
 
     failed: list[Job] = []
     for first, (converter, names) in converted.items():
         job = Job(tuple(names), tuple(converter.convert(first, model=model, config=model.config)))
-        found = reversible(job)
-        (jobs if found else failed).append(found or job)
+        solved = reversible(job)
+        (jobs if solved else failed).append(solved or job)
     if not failed:
         return jobs
     for members in (failed, failed + [job for job in jobs if job.weights]):
         together = Job(tuple(name for job in members for name in job.stored), tuple({name: 0 for job in members for name in job.weights}))
-        if found := reversible(together):
+        if solved := reversible(together):
             size = sum(saved[name].nbytes for name in together.stored)
             say(f"export: {len(together.weights)} weights can only be converted together, which takes {size / 1e9:.1f} GB of memory twice")
-            return [*(job for job in jobs if job not in members), found]
+            return [*(job for job in jobs if job not in members), solved]
     raise ConfigError(
         f"transformers has no way back from {failed[0].weights[0]} to the source's {failed[0].stored[0]}; update transformers"
     )
@@ -94,10 +94,10 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """The jobs. One without weights copies from the source: tensors that the model does not know, and frozen modules that were not saved.
+    """Return the jobs with those that copy from the source: tensors that the model does not have, and frozen modules that were not saved.
 
-    Gives every tied weight the name under which the checkpoint holds it. Raises ConfigError where a trained weight is missing, the
-    checkpoint has one that the source has not, or shapes differ.
+    Every tied weight gets the name under which the checkpoint holds it. Raises ConfigError if a trained weight is missing, if the
+    checkpoint has a trained weight that the source has not, or if shapes differ.
     """
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""What a model folder stores: the tensors of its safetensors files, and the model they belong to."""
+"""Source of an export: the tensors that a model folder stores, and the model that they belong to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor on disk and the file it is in."""
+    """A tensor on disk and its file."""
 
     file: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Saved:
 
 
 def skeleton(source: str) -> Any:
-    """The model of ``source`` without any data: its names, shapes, ties and conversions."""
+    """Return the model of ``source`` without data: its names, shapes, ties and conversions."""
     from transformers import AutoModelForImageTextToText
 
     config = load_config(source)
@@ -53,10 +53,10 @@ def skeleton(source: str) -> Any:
 
 
 def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, Any]]:
-    """What the export stores, by name and in the order within its files, and the index's metadata.
+    """Return the tensors that the export stores, by name and in the order within their files, and the index's metadata.
 
-    This is what the source stores, file by file; in files of at most 5 GB where it has no index. A source without safetensors gives its
-    configuration only: then it is what transformers would save.
+    They are those of the source, file by file; without an index they are split into files of at most 5 GB. Of a source without safetensors
+    only the configuration is used, and the tensors are those that transformers would save.
     """
     files = weight_files(folder)
     if files == [SINGLE]:
@@ -73,15 +73,15 @@ def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, An
 
 
 def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Saved]:
-    found: dict[str, Saved] = {}
+    stored: dict[str, Saved] = {}
     for file in files:
         for name, (shape, dtype) in header(folder / file).items():
             if dtype not in DTYPES:
                 raise ConfigError(f"{folder / file} stores {name} as {dtype}, which is no dtype to export to; name another source")
-            if name in found:
-                raise ConfigError(f"{folder / file} stores {name}, and so does {found[name].file}; get the model again")
-            found[name] = Saved(file, shape, DTYPES[dtype])
-    return found
+            if name in stored:
+                raise ConfigError(f"{folder / file} stores {name}, and so does {stored[name].file}; get the model again")
+            stored[name] = Saved(file, shape, DTYPES[dtype])
+    return stored
 
 
 def _in_shards(stored: Mapping[str, Saved]) -> dict[str, Saved]:

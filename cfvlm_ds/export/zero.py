@@ -13,26 +13,26 @@ from cfvlm_ds.deepspeed_compat.shards import Shards, Weight
 from cfvlm_ds.models.model_files import explained
 
 BLOCK = 1 << 23  # elements read, cast and written at a time
-_MAPPED = 64 << 20  # bytes read before the files are mapped again, at least
+_MAPPED = 64 << 20  # smallest number of bytes that are read before the files are mapped again
 
 
 class ZeroWeights:
-    """The weights of a ZeRO-1, 2 or 3 checkpoint by their names in the model, read from the ranks' files when asked for."""
+    """The weights of a ZeRO-1, 2 or 3 checkpoint by their names in the model, read from the ranks' files on request."""
 
     def __init__(self, checkpoint: Path) -> None:
         with explained(f"{checkpoint} cannot be read", "name another checkpoint"):
             self._shards = Shards(checkpoint)
             self.weights: dict[str, Weight] = {_own(name): weight for name, weight in self._shards.weights().items()}
         self.trained = {_own(name) for name in self._shards.trained}
-        self._mapped = max(_MAPPED, self._shards.optimizer_bytes // 512)  # at most 512 times
+        self._mapped = max(_MAPPED, self._shards.optimizer_bytes // 512)  # remapped at most 512 times
         self._read = 0
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The weight as flat pieces, end to end. Each is a view of a mapped file and must not be kept."""
+        """Yield the weight in flat consecutive blocks. Each is a view of a mapped file and must not be kept."""
         left = math.prod(self.weights[name].shape)
         for part in self.weights[name].parts:
             for start in range(part.start, part.stop, BLOCK):
-                # The pages of a mapping count as this process's memory from the first time that they are read.
+                # The pages of a mapping count as this process's memory once they have been read.
                 if self._read > self._mapped:
                     self._shards.unmap()
                     self._read = 0
@@ -42,12 +42,12 @@ class ZeroWeights:
                 yield block
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        whole = torch.empty(self.weights[name].shape, dtype=dtype)
-        offset, flat = 0, whole.reshape(-1)
+        weight = torch.empty(self.weights[name].shape, dtype=dtype)
+        offset, flat = 0, weight.reshape(-1)
         for block in self.blocks(name):
             flat[offset : offset + block.numel()] = block
             offset += block.numel()
-        return whole
+        return weight
 
 
 def _own(name: str) -> str:

@@ -1,6 +1,6 @@
-"""The objectives by name, and how their sums become one loss.
+"""The objectives by name, and the combination of their sums into one loss.
 
-A new objective is one file with a frozen dataclass and one line in OBJECTIVES; its fields are its options (``--objective.NAME.FIELD``).
+A new objective is one file with a frozen dataclass and one line in OBJECTIVES. Its fields are its options (``--objective.NAME.FIELD``).
 """
 
 from __future__ import annotations
@@ -58,58 +58,60 @@ __all__ = [
 
 
 def required_cells(objectives: Objectives) -> Cells:
-    """The smallest set of a group's own cells that serves every objective."""
+    """Return the smallest set of a group's own cells that serves every objective."""
     own: list[Cells] = ["star" if objective.cells == "batch" else objective.cells for objective in objectives.values()]
     return CELLS[max(map(CELLS.index, own), default=0)]
 
 
 def batch_terms(objectives: Objectives) -> dict[str, int]:
-    """The terms that compare with other groups of the optimizer step, each with the texts of others that it wants on an image."""
+    """Return the terms that compare with other groups of the optimizer step, each with the number of their texts that it wants for an
+    image.
+    """
     return {name: int(getattr(objective, "texts", 0)) for name, objective in objectives.items() if objective.cells == "batch"}
 
 
 def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
-    """Each objective's denominators on this layout, [P] each, ready to be added over micro-batches and ranks."""
-    seen = {name: layout if objective.cells == "batch" else layout.own for name, objective in objectives.items()}
-    return {name: torch.atleast_1d(objective.denominator(seen[name].of_objective(name))) for name, objective in objectives.items()}
+    """Return each objective's denominators on this layout, [P] each, to be summed over micro-batches and ranks."""
+    visible = {name: layout if objective.cells == "batch" else layout.own for name, objective in objectives.items()}
+    return {name: torch.atleast_1d(objective.denominator(visible[name].of_objective(name))) for name, objective in objectives.items()}
 
 
 def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
-    """The scores that an objective sees: those of the groups that count in it, with texts of other groups only if it is made for them."""
-    seen = scores if objective.cells == "batch" else scores.own
-    return replace(seen, layout=seen.layout.of_objective(name))
+    """Return the scores for an objective: those of the groups that count in it, with texts of other groups only if it uses them."""
+    visible = scores if objective.cells == "batch" else scores.own
+    return replace(visible, layout=visible.layout.of_objective(name))
 
 
 def ramp(objective: Objective, progress: float) -> float:
-    """The objective's weight at ``progress`` (share of all steps done, 0 to 1) as a factor of its full weight."""
+    """Return the factor of an objective's weight at ``progress`` (share of all steps done, 0 to 1)."""
     return 1.0 if progress >= objective.warmup else progress / objective.warmup
 
 
 def weighted_loss(
     objectives: Objectives, scores: Scores, global_denominators: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This micro-batch's share of the step's loss: (loss to call backward on, each term's unweighted share).
+    """Return this micro-batch's share of the step's loss as (loss to call backward on, each term's unweighted share).
 
-    Summed over the micro-batches and ranks of one optimizer step the shares are exactly the global means, however groups are spread over
+    Summed over the micro-batches and ranks of one optimizer step, the shares are exactly the global means, however groups are spread over
     ranks: each numerator is divided by its *global* denominator. DeepSpeed averages gradients over ranks, hence the factor ``world_size``;
     accumulation must not be averaged on top (``engine.backward(..., scale_wrt_gas=False)``). A part with a denominator of 0 adds nothing.
     """
-    loss = scores.logp.sum() * 0  # every rank runs the same backward, also one whose groups have no unit at all
+    loss = scores.logp.sum() * 0  # every rank runs the same backward, also without any comparison
     shares: dict[str, Tensor] = {}
     for name, objective in objectives.items():
-        below = global_denominators[name].to(scores.logp)
-        parts = torch.atleast_1d(objective.numerator(scores_of(name, objective, scores)))
-        share = torch.where(below > 0, parts / below.clamp(min=torch.finfo(below.dtype).tiny), 0).sum()
+        denominator = global_denominators[name].to(scores.logp)
+        numerators = torch.atleast_1d(objective.numerator(scores_of(name, objective, scores)))
+        share = torch.where(denominator > 0, numerators / denominator.clamp(min=torch.finfo(denominator.dtype).tiny), 0).sum()
         shares[name] = share.detach()
         loss = loss + objective.weight * ramp(objective, progress) * share
     return loss * world_size, shares
 
 
 def likelihood_report(scores: Scores) -> Report:
-    """Mean log-likelihood per token of the four kinds of cell, as (sum of nats, tokens): what shows likelihood displacement.
+    """Return the mean log-likelihood per token of the four kinds of cell, as (sum of nats, tokens). They show likelihood displacement.
 
-    lp_00 the factual pair; lp_kk the other true pairs; lp_k0 the factual text on images it is false of; lp_0k false texts on the factual
-    image.
+    lp_00 is the factual pair, lp_kk the other true pairs, lp_k0 the factual text on images that it is false of, and lp_0k false texts on
+    the factual image.
     """
     layout = scores.layout
     first_image, first_text = torch.zeros_like(layout.valid), torch.zeros_like(layout.valid)

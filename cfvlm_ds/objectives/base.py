@@ -1,9 +1,9 @@
-"""What an objective is, and the comparisons inside a group that every objective is made of.
+"""The protocol of objectives, and the comparisons inside a group that they consist of.
 
-Shapes: G groups, I images, C candidates, P parts of one objective. Two kinds of comparison exist, and the truth table alone defines them:
+Shapes: G groups, I images, C candidates, P parts of one objective. The truth table alone defines two kinds of comparison:
 
 - text side: one image and one prompt, a true text against a false one; an answer is never compared with one to another question;
-- image side: one text after one prompt, an image it is true of against one it is false of. Prior and length cancel by construction.
+- image side: one text after one prompt, an image that it is true of against one that it is false of. Prior and length cancel.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores, token_counts
 
 Report = dict[str, tuple[Tensor, Tensor]]
-"""Metric name -> (sum, count); only sums and counts survive being added over micro-batches and ranks."""
+"""Metric name -> (sum, count). Only sums and counts can be added over micro-batches and ranks."""
 
 
 class Objective(Protocol):
-    """A term of the loss: a pure function of score matrices that never meets a GPU, a tokenizer or a rank.
+    """A term of the loss: a pure function of score matrices, independent of devices, tokenizers and ranks.
 
     The term's loss is ``weight * sum_p numerator_p / denominator_p``. The denominator must depend on the layout alone, because it is added
     over all ranks and accumulation steps before the first forward. Both are scalars, or [P] when parts have denominators of their own.
 
-    A class that inherits from this one needs these two and a ``weight``; the rest has a default.
+    A class that inherits from this one needs these two and a ``weight``; everything else has a default.
     """
 
     @property
@@ -42,37 +42,38 @@ class Objective(Protocol):
 
     @property
     def cells(self) -> Cells:
-        """The cells that it looks at: fewer cost less."""
+        """The cells that it needs; fewer cells cost less."""
         return "full"
 
     @property
     def needs_reference(self) -> bool:
-        """Whether scores must have ``reference``."""
+        """True if scores must have ``reference``."""
         return False
 
     @property
     def needs_prior(self) -> bool:
-        """Whether scores must have ``prior``."""
+        """True if scores must have ``prior``."""
         return False
 
     def denominator(self, layout: GroupLayout) -> Tensor:
-        """How many tokens or groups each part is a mean over: scalar or [P]."""
+        """Return the number of tokens or groups that each part is a mean over: scalar or [P]."""
         ...
 
     def numerator(self, scores: Scores) -> Tensor:
-        """The differentiable sum over them: scalar or [P], nats."""
+        """Return the differentiable sum over them in nats: scalar or [P]."""
         ...
 
     def report(self, scores: Scores) -> Report:
-        """Extra metrics as sums and counts."""
+        """Return further metrics as sums and counts."""
         return {}
 
 
 def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Every true-against-false comparison along the last axis of [G, R, X]: (violation, mask), each [G, R, X true, X false].
+    """Return every true-against-false comparison along the last axis of [G, R, X]: (violation, mask), each [G, R, X true, X false].
 
-    violation = S[false] - S[true]; positive when the model prefers the false one. Text side: pass [G, I, C], and the layout's
-    ``same_prompt`` [G, C, C] as ``together``, the pairs that may be compared; image side: the transpose, whose rows are one text each.
+    violation = S[false] - S[true], which is positive when the model prefers the false one. For the text side pass [G, I, C] and, as
+    ``together``, the layout's ``same_prompt`` [G, C, C], which marks the pairs that may be compared. For the image side pass the transpose,
+    whose rows are one text each.
     """
     violation = scores.unsqueeze(-2) - scores.unsqueeze(-1)
     mask = positive.unsqueeze(-1) & negative.unsqueeze(-2)
@@ -80,18 +81,19 @@ def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Te
 
 
 def mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask``, over all axes but the first; 0 for a group without any."""
+    """Return the mean of ``values`` where ``mask``, over all axes but the first; 0 for a group without any."""
     dims = tuple(range(1, values.dim()))
     return torch.where(mask, values, 0).sum(dims) / mask.sum(dims).clamp(min=1)
 
 
 def has_any(mask: Tensor) -> Tensor:
-    """[G] bool: groups with at least one true entry."""
+    """Return [G] bool: groups with at least one true entry."""
     return mask.flatten(1).any(1)
 
 
 def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Tensor:
-    """Maximum over ``dim`` of the entries in ``mask`` (0 where there are none); ``soft`` > 0 gives soft * (logsumexp(v / soft) - log n).
+    """Return the maximum over ``dim`` of the entries in ``mask``, 0 if there are none; ``soft`` > 0 gives soft * (logsumexp(v / soft) - log
+    n).
 
     The soft form tends to the maximum as ``soft`` -> 0 and does not change when every entry is duplicated.
     """
@@ -109,24 +111,24 @@ def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class MarginTerm:
-    """The options that every margin between two likelihoods shares.
+    """Options that all margins between two likelihoods share.
 
     The defaults compare summed log-likelihoods: an edit changes a few words, and a mean over the whole text would divide their gradient by
-    its length. Their link lets go late: a text that language prefers by so many nats is told by the picture only if that moves it by more,
-    and a loss that stops at what is won learns from what cannot be won. The paper's form is link hinge, len_norm anchor, weight 0.5,
-    margins 0.25 (csd) and 0.30 (fcd).
+    its length. The link saturates slowly, because the language prior may favour a false text by several nats: a picture decides such a
+    comparison only if it changes the score by more, and a loss that stops at a small win would never reach that. The paper's form is link
+    hinge, len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
         warmup: share of all steps over which the weight rises linearly from 0.
         margin: by how much the true one must win, in ``margin_unit``.
         margin_unit: ``per_token`` (on the scale of ``len_norm``: nats per token, or nats where it is ``none``) or ``nats`` (total nats).
-        link: ``hinge`` max(0, margin + violation), or ``logsigmoid`` the smooth log(1 + exp(beta (margin + violation))) / beta, which fades
-            as the gap grows but never stops. Both act on the scale of ``len_norm``.
-        beta: how sharply ``logsigmoid`` bends at the margin, per unit of the scale: it goes from full pull to none within about 4 / beta.
-        hinge_cap: a hinge stops growing, and pulling, at this many margins: an impossible pair must not pull for ever. 0 for no cap.
+        link: ``hinge`` max(0, margin + violation), or ``logsigmoid`` the smooth log(1 + exp(beta (margin + violation))) / beta, whose
+            gradient fades as the gap grows but never reaches 0. Both act on the scale of ``len_norm``.
+        beta: sharpness of ``logsigmoid`` at the margin, per unit of the scale: its gradient falls from 1 to 0 within about 4 / beta.
+        hinge_cap: number of margins at which a hinge becomes constant, so that an impossible pair stops contributing; 0 for no cap.
         len_norm: divide log-likelihoods by the ``anchor`` text's token count, each text's ``own``, or ``none``.
-        pmi: how much of the blind score log p(text | blank) to subtract; needs ``--data.scores``.
+        pmi: factor of the blind score log p(text | blank) that is subtracted; needs ``--data.scores``.
     """
 
     weight: float = 1.0
@@ -156,11 +158,11 @@ class MarginTerm:
         return self.pmi != 0
 
     def normalised(self, scores: Scores) -> Tensor:
-        """Scores on this term's scale, [G, I, C]."""
+        """Return the scores on this term's scale, [G, I, C]."""
         return normalised_scores(scores, self.len_norm, self.pmi)
 
     def penalty(self, violation: Tensor, layout: GroupLayout) -> Tensor:
-        """The link applied to margin + violation; ``violation`` is [G, ...] on the scale of ``normalised``."""
+        """Return the link applied to margin + violation; ``violation`` is [G, ...] on the scale of ``normalised``."""
         if self.margin_unit == "per_token":
             margin = torch.full_like(layout.weight, self.margin)
         else:

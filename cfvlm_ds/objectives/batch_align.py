@@ -1,4 +1,6 @@
-"""InfoNCE over the texts and images of an optimizer step: the alignment loss of CF-VLM (arXiv 2506.17267), with likelihoods for cosines."""
+"""InfoNCE over the texts and images of an optimizer step: the alignment loss of CF-VLM (arXiv 2506.17267) with likelihoods in place of
+cosines.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,23 @@ from cfvlm_ds.objectives.base import Report, comparisons, mean_over
 
 @dataclass(frozen=True, kw_only=True)
 class BatchAlign:
-    """On each image its own text must win among texts of the whole step, and for each text its own image among those it was scored on.
+    """InfoNCE across groups: on each image its own text must win among texts of the whole step, and each text must prefer its own image.
 
-    Texts of other groups answer the factual text's prompt and are taken for false, though nobody has looked: the one use of unknown cells
-    as negatives. Never drawn is a text that equals one of the group's or has its key, that the row's ``exclude`` lists, or that its own row
-    says is true of a picture of the group.
+    Texts of other groups answer the factual text's prompt and count as false without a check: the only use of unknown cells as negatives. A
+    text is never drawn if it equals one of the group's texts or has its key, if the row's ``exclude`` lists it, or if its own row marks it
+    as true of a picture of the group.
 
     Text side: log(1 + sum_d exp(s_d - s_c)) over the false texts d of the group and those of others, s = (log p(text | image) - ``pmi`` x
-    log p(text | blank)) / ``temperature``. Image side: the same over images for one text, without the prior, which cancels. Half of each,
-    means over a group's true pairs and texts, so a group counts once.
+    log p(text | blank)) / ``temperature``. Image side: the same over images for one text, without the prior, which cancels. Each side
+    weighs one half. They are means over a group's true pairs and texts, so a group counts once.
 
     Args:
         weight: factor of the term in the loss.
         warmup: share of all steps over which the weight rises linearly from 0.
         texts: texts of other groups that are scored on each image.
-        temperature: what scores are divided by, on the scale of ``len_norm``.
+        temperature: divisor of the scores, on the scale of ``len_norm``.
         len_norm: divide log-likelihoods by each text's ``own`` token count, or ``none``.
-        pmi: how much of the blind score to subtract where texts are compared; needs ``--data.scores``, 0 does not.
+        pmi: factor of the blind score that is subtracted where texts are compared; needs ``--data.scores`` unless it is 0.
     """
 
     weight: float = 1.0
@@ -72,15 +74,15 @@ class BatchAlign:
     def report(self, scores: Scores) -> Report:
         layout = scores.layout
         similarity = normalised_scores(scores, self.len_norm, self.pmi).detach()
-        asked = layout.same_prompt[:, :1]
-        violation, mask = comparisons(similarity, layout.positive & asked, self._false_texts(layout))
+        same_prompt = layout.same_prompt[:, :1]
+        violation, mask = comparisons(similarity, layout.positive & same_prompt, self._false_texts(layout))
         return {
             "violated/batch_align": (((violation >= 0) & mask).sum(), mask.sum()),
             "batch_align/texts": (_in_batch(layout).sum(), layout.valid.any(2).sum()),
         }
 
     def _text_side(self, scores: Scores) -> Tensor:
-        """[G], the mean over the group's true pairs."""
+        """Return [G], the mean over the group's true pairs."""
         layout = scores.layout
         similarity = normalised_scores(scores, self.len_norm, self.pmi) / self.temperature
         lost = _against(similarity, similarity, self._false_texts(layout), 2)
@@ -90,28 +92,28 @@ class BatchAlign:
         return (layout.negative & layout.same_prompt[:, :1]) | _in_batch(layout)
 
     def _image_side(self, scores: Scores) -> Tensor:
-        """[G], the mean over the group's texts that are true of some image."""
+        """Return [G], the mean over the group's texts that are true of some image."""
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
         true = layout.positive & layout.same_prompt[:, :1]
-        own = true & (true.cumsum(1) == 1)  # a sham of it is no second image of a text
+        own = true & (true.cumsum(1) == 1)  # a sham image does not count as a second image of a text
         others = torch.cat([similarity, cross_group], 1)
         false = torch.cat([layout.negative, cross_group > float("-inf")], 1)
-        at_home = torch.where(own, similarity, 0).sum(1, keepdim=True)
-        return mean_over(_against(others, at_home, false, 1).squeeze(1), own.any(1))
+        own_score = torch.where(own, similarity, 0).sum(1, keepdim=True)
+        return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """0, with the gradient of other groups' image sides: the part of it that is due to images of this batch."""
+        """Return 0 with a gradient: the part of other groups' image sides that is due to images of this batch."""
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
         outside = cross_group > float("-inf")
         counted = torch.cat([_in_batch(layout) & outside.any(1, keepdim=True), outside], 1)
-        whole = torch.logsumexp(torch.where(counted, torch.cat([similarity, cross_group], 1), _LEAST), 1)[:, layout.num_own :]
-        share = torch.zeros_like(whole) if layout.in_batch is None else layout.in_batch.share.to(whole)
-        return (share * (whole - whole.detach())).sum()
+        total = torch.logsumexp(torch.where(counted, torch.cat([similarity, cross_group], 1), _LEAST), 1)[:, layout.num_own :]
+        share = torch.zeros_like(total) if layout.in_batch is None else layout.in_batch.share.to(total)
+        return (share * (total - total.detach())).sum()
 
     def _between_images(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Scores [G, I, C] and those on images of other groups [G, R, C], in units of the temperature."""
+        """Return the scores [G, I, C] and those on images of other groups [G, R, C], in units of the temperature."""
         layout = scores.layout
         tokens = token_counts(layout, self.len_norm)
         similarity = scores.logp / tokens / self.temperature
@@ -122,17 +124,17 @@ class BatchAlign:
 
 
 _LEAST = -1e30
-"""In place of what does not count in a sum of exponentials: with -inf for all, gradients would be NaN."""
+"""Replaces excluded entries in a sum of exponentials: with -inf for all of them, gradients would be NaN."""
 
 
 def _in_batch(layout: GroupLayout) -> Tensor:
-    """[G, I, C] bool: scored cells of other groups' texts."""
+    """Return [G, I, C] bool: scored cells of other groups' texts."""
     foreign = torch.zeros_like(layout.valid)
     foreign[:, :, layout.num_own :] = True
     return layout.valid & foreign
 
 
 def _against(values: Tensor, true: Tensor, false: Tensor, dim: int) -> Tensor:
-    """log(1 + sum over ``dim`` of exp(values - true) where ``false``), 0 without any; in the shape of ``true``."""
+    """Return log(1 + sum over ``dim`` of exp(values - true) where ``false``), 0 without any; in the shape of ``true``."""
     others = torch.logsumexp(torch.where(false, values, _LEAST), dim, keepdim=True)
     return torch.where(false.any(dim, keepdim=True), F.softplus(others - true), 0)

@@ -16,9 +16,9 @@ from cfvlm_ds.objectives.base import MarginTerm, Report, comparisons, has_any, m
 
 @dataclass(frozen=True, kw_only=True)
 class Csd(MarginTerm):
-    """On each image its own text must beat the other text by a margin; the mean over a group's comparisons.
+    """Margin between texts: on each image its own text must beat the other text; the mean over a group's comparisons.
 
-    Texts are compared where they answer one prompt: of two yes/no questions each has its own comparison on every image.
+    Texts are compared if they answer the same prompt: of two yes/no questions, each has its own comparison on every image.
 
     Args:
         mode: ``cross`` (default) compares a true and a false text on one image: with K counterfactual pairs and star cells this is

@@ -1,4 +1,4 @@
-"""DPO (arXiv 2305.18290) and its image-conditional form (mDPO, arXiv 2406.11839) over the cells of a group: the usual baseline."""
+"""DPO (arXiv 2305.18290) and its image-conditional form (mDPO, arXiv 2406.11839) over the cells of a group, as a baseline."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cfvlm_ds.objectives.reference import ReferenceTerm, image_pairs, no_ratio, 
 
 @dataclass(frozen=True, kw_only=True)
 class Dpo(ReferenceTerm):
-    """-log sigmoid(beta (r_true - r_false)) with r = log p - log p_reference, reference read from ``--data.scores``.
+    """-log sigmoid(beta (r_true - r_false)) with r = log p - log p_reference; the reference comes from ``--data.scores``.
 
-    Chosen and rejected are, on every image, its true text and each false one of the same prompt; the image side takes every text on its
-    image and on each image that it is false of. Means over a group's pairs, so a group counts once.
+    On every image, a true text is chosen and each false text of the same prompt is rejected. On the image side, a text is chosen on its own
+    image and rejected on each image that it is false of. They are means over a group's pairs, so a group counts once.
 
     Args:
         text_side: weight of the text pairs (plain DPO).

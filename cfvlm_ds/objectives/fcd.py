@@ -1,4 +1,4 @@
-"""L_fcd, fine-grained causal discrimination (CF-VLM, arXiv 2506.17267): one text on two images, hence free of prior and length."""
+"""L_fcd, fine-grained causal discrimination (CF-VLM, arXiv 2506.17267): one text on two images, which cancels its prior and its length."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cfvlm_ds.objectives.base import MarginTerm, Report, comparisons, has_any, m
 
 @dataclass(frozen=True, kw_only=True)
 class Fcd(MarginTerm):
-    """The factual text must prefer its image over the hardest counterfactual image: h(m + max_k S_k0 - S_00).
+    """Margin between images: the factual text must prefer its image to the hardest counterfactual image, h(m + max_k S_k0 - S_00).
 
     Args:
-        symmetric: also h(m + max_k (S_0k - S_kk)): each counterfactual text must prefer its own image over the others. The two halves weigh
-            1/2 each, and a group that has one half only counts that one in full. Without the second half a counterfactual image is never a
+        symmetric: also h(m + max_k (S_0k - S_kk)): each counterfactual text must prefer its own image to the others. The two halves weigh
+            1/2 each; in a group with only one half, that half counts in full. Without the second half a counterfactual image is never a
             positive, and "looks edited" solves the term; ``false`` is the paper's form.
         soft: temperature of a soft maximum, soft * (logsumexp_k(v_k / soft) - log K); 0 for the hard maximum.
     """
@@ -52,9 +52,11 @@ class Fcd(MarginTerm):
         return {"active/fcd": (active.sum(), mask.sum()), "violated/fcd": (((violation >= 0) & mask).sum(), mask.sum())}
 
     def _violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-        """(violation, mask), each [G, 1 or 2]: the factual text's hardest comparison, and the hardest one of the other texts."""
+        """Return (violation, mask), each [G, 1 or 2]: the hardest comparison of the factual text, and the hardest one of the other
+        texts.
+        """
         positive, negative = layout.positive.transpose(1, 2), layout.negative.transpose(1, 2)
-        # A text's own image is its first true one; a sham of it is a positive of the NLL, not a second anchor here.
+        # A text's own image is the first one that it is true of. A sham image is a positive of the NLL, but not a second anchor here.
         own = positive & (positive.cumsum(-1) == 1)
         violation, mask = comparisons(similarity.transpose(1, 2), own, negative)
         violation, mask = violation.flatten(2), mask.flatten(2)

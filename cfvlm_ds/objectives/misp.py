@@ -1,4 +1,4 @@
-"""MISP-DPO (arXiv 2509.25717): a text's image against all images that it is false of at once, a rival of the default loss."""
+"""MISP-DPO (arXiv 2509.25717): a text's image against all images that it is false of at once, as a rival of the default loss."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cfvlm_ds.objectives.reference import ReferenceTerm, image_pairs, no_ratio, 
 
 @dataclass(frozen=True, kw_only=True)
 class Misp(ReferenceTerm):
-    """DPO between texts, and between images the first choice of a Plackett-Luce model: log(1 + sum_k exp(beta (r_k - r))), for each text.
+    """DPO between texts and, between images, the first choice of a Plackett-Luce model: log(1 + sum_k exp(beta (r_k - r))) for each text.
 
-    r = log p - log p_reference on the text's image, the reference read from ``--data.scores``; k runs over the images that the text is
+    r = log p - log p_reference on the text's image, with the reference from ``--data.scores``; k runs over the images that the text is
     false of. With one such image the second part is mDPO's. The paper's search for negative pictures (CLIP, a sparse autoencoder,
-    importance sampling) is not part of it: a group's own pictures are the negatives, and the sum runs over all of them.
+    importance sampling) is not included: the negatives are all of a group's own pictures.
 
     Args:
         text_side: weight of the text pairs (plain DPO).
@@ -40,7 +40,7 @@ class Misp(ReferenceTerm):
         violation, mask = text_pairs(ratio, layout)
         others, known = image_pairs(ratio, layout)
         lost = torch.where(known, self.beta * others, float("-inf")).flatten(2)
-        chosen = torch.logsumexp(F.pad(lost, (1, 0)), 2)  # the 0 in front is the text's own image
+        chosen = torch.logsumexp(F.pad(lost, (1, 0)), 2)  # the prepended 0 is the text's own image
         per_group = [
             self.text_side * mean_over(F.softplus(self.beta * violation), mask),
             self.image_side * mean_over(chosen, known.flatten(2).any(2)),

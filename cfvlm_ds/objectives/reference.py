@@ -1,7 +1,7 @@
-"""What objectives that compare with a reference model share: the log-ratio, and the comparisons of a group.
+"""Objectives with a reference model: their log-ratio and the comparisons of a group.
 
-A data set of preferences has a row for each chosen text. So each true pair of a group is chosen once, the counterfactual ones too, and a
-group is the mean over its rows.
+A preference data set has a row for each chosen text. Accordingly each true pair of a group, also a counterfactual one, is chosen once, and
+a group is the mean over its rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Compared = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTerm:
-    """A term over r = log p - log p_reference, the reference read from ``--data.scores``.
+    """A term over r = log p - log p_reference; the reference comes from ``--data.scores``.
 
     Args:
         weight: factor of the term in the loss.
@@ -51,36 +51,36 @@ class ReferenceTerm:
         return False
 
     def ratio(self, scores: Scores) -> Tensor:
-        """r [G, I, C], nats. Raises ValueError where the scores have no reference."""
+        """Return r [G, I, C] in nats. Raises ValueError if the scores have no reference."""
         if scores.reference is None:
             name = type(self).__name__.lower()
             raise ValueError(f"{name} needs reference scores: write them with `cfvlm-ds score` and pass --data.scores")
         return scores.logp - scores.reference.detach().to(scores.logp)
 
-    def compared(self, name: str, *found: Compared) -> Report:
-        """Share of the comparisons that are won, and the mean of beta (r_true - r_false) over them."""
-        won = torch.stack([((violation < 0) & mask).sum() for violation, mask in found]).sum()
-        margin = torch.stack([torch.where(mask, -self.beta * violation, 0).sum() for violation, mask in found]).sum()
-        count = torch.stack([mask.sum() for _, mask in found]).sum()
+    def compared(self, name: str, *pairs: Compared) -> Report:
+        """Return the share of won comparisons, and the mean of beta (r_true - r_false) over them."""
+        won = torch.stack([((violation < 0) & mask).sum() for violation, mask in pairs]).sum()
+        margin = torch.stack([torch.where(mask, -self.beta * violation, 0).sum() for violation, mask in pairs]).sum()
+        count = torch.stack([mask.sum() for _, mask in pairs]).sum()
         return {f"{name}/accuracy": (won, count), f"{name}/margin": (margin, count)}
 
 
 def no_ratio(layout: GroupLayout) -> Tensor:
-    """A ratio of 0 everywhere: comparisons of it are those that the layout has."""
+    """Return a ratio of 0 everywhere, from which the comparisons of a layout can be derived."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
 def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """On every image its true text against each false one of the same prompt, [G, I, C true, C false]."""
+    """Return on every image the true text against each false one of the same prompt, [G, I, C true, C false]."""
     return comparisons(ratio, layout.positive, layout.negative, layout.same_prompt)
 
 
 def image_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Every text on its image against the same text on each image that it is false of, [G, C, I true, I false]."""
+    """Return every text on its image against the same text on each image that it is false of, [G, C, I true, I false]."""
     return comparisons(*(each.transpose(1, 2) for each in (ratio, true_pairs(layout), layout.negative)))
 
 
 def true_pairs(layout: GroupLayout) -> Tensor:
-    """[G, I, C] bool: each text with its image, which is the first one that it is true of; a sham is no second one."""
+    """Return [G, I, C] bool: each text with the first image that it is true of. A sham image does not count as a second one."""
     positive = layout.positive
     return positive & (positive.cumsum(1) == 1)

@@ -1,4 +1,4 @@
-"""Stay near the model that the training started from, on rows that it is not about (learning without forgetting, arXiv 1606.09282)."""
+"""Retention of the initial model's behaviour on unrelated rows (learning without forgetting, arXiv 1606.09282)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cfvlm_ds.objectives.base import Report
 
 @dataclass(frozen=True, kw_only=True)
 class Retain:
-    """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: what stands in for KL(reference || model), per token.
+    """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: an estimate of KL(reference || model) per token.
 
-    It is 0 where the model says what the reference said, and grows where a text becomes less likely, or more. It sees the scored tokens
-    alone, not the whole vocabulary. Over texts that the reference itself would write, of n tokens each, the mean of -d is the KL per token
-    and that of exp(d) - 1 at most 0: the term is at most that KL, and equals it for n = 1. The reference is read from ``--data.scores``, or
-    is the model without its adapters.
+    It is 0 where model and reference agree, and grows where a text becomes less or more likely. It uses only the scored tokens, not the
+    whole vocabulary. Over texts of n tokens that the reference itself would generate, the mean of -d is the KL per token and that of exp(d)
+    - 1 is at most 0: the term is at most that KL, and equals it for n = 1. The reference comes from ``--data.scores``, or is the model
+    without its adapters.
 
     Args:
         weight: factor of the term in the loss.
@@ -46,30 +46,30 @@ class Retain:
         return False
 
     def denominator(self, layout: GroupLayout) -> Tensor:
-        return (layout.weight.view(-1, 1, 1) * torch.where(self._held(layout), layout.num_tokens, 0)).sum()
+        return (layout.weight.view(-1, 1, 1) * torch.where(self._selected(layout), layout.num_tokens, 0)).sum()
 
     def numerator(self, scores: Scores) -> Tensor:
         layout = scores.layout
         ratio, tokens = self._ratio(scores)
         divergence = torch.expm1(ratio) - ratio
         weight = layout.weight.to(ratio).view(-1, 1, 1)
-        return (weight * torch.where(self._held(layout), tokens * divergence, 0)).sum()
+        return (weight * torch.where(self._selected(layout), tokens * divergence, 0)).sum()
 
     def report(self, scores: Scores) -> Report:
         ratio, tokens = self._ratio(scores)
-        held = self._held(scores.layout)
-        return {"retain/ratio": (torch.where(held, tokens * ratio.detach(), 0).sum(), torch.where(held, tokens, 0).sum())}
+        selected = self._selected(scores.layout)
+        return {"retain/ratio": (torch.where(selected, tokens * ratio.detach(), 0).sum(), torch.where(selected, tokens, 0).sum())}
 
     def _ratio(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Log-ratio per token, 0 where it is not looked at, and tokens; both [G, I, C]."""
+        """Return the log-ratio per token, 0 outside the used pairs, and the tokens; both [G, I, C]."""
         if scores.reference is None:
             raise ValueError("retain needs reference scores: write them with `cfvlm-ds score` and pass --data.scores")
         tokens = scores.layout.num_tokens.clamp(min=1)
         ratio = (scores.logp - scores.reference.detach().to(scores.logp)) / tokens
-        return torch.where(self._held(scores.layout), ratio, 0), tokens
+        return torch.where(self._selected(scores.layout), ratio, 0), tokens
 
-    def _held(self, layout: GroupLayout) -> Tensor:
-        """[G, I, C] bool: the true pairs of the rows that are held."""
+    def _selected(self, layout: GroupLayout) -> Tensor:
+        """Return [G, I, C] bool: the true pairs of the selected rows."""
         if self.rows == "all":
             return layout.positive
         plain = ~(layout.match == 0).flatten(1).any(1)

@@ -1,4 +1,4 @@
-"""SymMPO (arXiv 2506.11712): preferences between texts on both images of a counterfactual pair, a rival of the default loss."""
+"""SymMPO (arXiv 2506.11712): preferences between texts on both images of a counterfactual pair, as a rival of the default loss."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cfvlm_ds.objectives.reference import ReferenceTerm, no_ratio, text_pairs
 
 @dataclass(frozen=True, kw_only=True)
 class SymMPO(ReferenceTerm):
-    """DPO on every image, and on both images of each counterfactual pair, with equal gaps wanted on both.
+    """DPO on every image, and on both images of each counterfactual pair with a penalty on unequal gaps.
 
-    With r = log p - log p_reference, read from ``--data.scores``, d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the
+    With r = log p - log p_reference from ``--data.scores``, d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the
     counterfactual one, the parts are: -log sigmoid of beta d_k and of beta e_k over every false text of each image; -log sigmoid(beta d_k)
-    - log sigmoid(beta e_k) and (d_k - e_k)^2 over complete pairs; -log sigmoid(beta r_00) and -log sigmoid(beta r_kk). Means over a group's
-    pairs, so a group counts once. Two texts are compared on one image, so that the partition functions of DPO's derivation cancel.
+    - log sigmoid(beta e_k) and (d_k - e_k)^2 over complete pairs; -log sigmoid(beta r_00) and -log sigmoid(beta r_kk). They are means over
+    a group's pairs, so a group counts once. Two texts are compared on one image, so the partition functions of DPO's derivation cancel.
 
     Args:
         text_side: weight of the text pairs of every image (plain DPO).
@@ -61,9 +61,10 @@ class SymMPO(ReferenceTerm):
 
 
 def _pairs(ratio: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Violations on the factual image and on the other one, -d_k and -e_k, and which pairs are complete; each [G, I, C], by the other pair.
+    """Return the violations on the factual image and on the other one, -d_k and -e_k, and the complete pairs; each [G, I, C], by the other
+    pair.
 
-    A pair (i, c) is complete where its four cells with the factual pair are known and its text answers the factual text's prompt.
+    A pair (i, c) is complete if its four cells with the factual pair are known and its text answers the factual text's prompt.
     """
     negative, positive = layout.negative, layout.positive
     complete = positive & positive[:, :1, :1] & negative[:, :1, :] & negative[:, :, :1] & layout.same_prompt[:, :1]
