@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: which layers get one, and how the model is used without them."""
+"""Low-rank adapters through peft: the adapted layers, and the model without its adapters."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from cfvlm_ds.core.run_folder import ADAPTER_WEIGHTS
 from cfvlm_ds.models.family import MODULES, Family, Module
 from cfvlm_ds.models.model_files import explained, header
 
-# It misses, loudly and wherever peft imports it, a kernel of 4-bit inference that a training does not use.
+# It logs an error, wherever peft imports it, about a missing kernel of 4-bit inference that training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def adapted_modules(config: ModelConfig) -> list[Module]:
-    """The modules that are tuned by adapters."""
+    """Return the modules that are tuned by adapters."""
     return [module for module in MODULES if getattr(config, module).tuning == "lora"]
 
 
 def only_adapters_train(config: ModelConfig) -> bool:
-    """Whether the model without its adapters is the one it started from."""
+    """Return True if the model without its adapters is the one that training started from."""
     return bool(adapted_modules(config)) and all(getattr(config, module).tuning != "full" for module in MODULES)
 
 
 def is_adapter(parameter: str) -> bool:
-    """Whether a parameter, by its name, belongs to an adapter."""
+    """Return True if the name of a parameter is that of an adapter."""
     return any(part.startswith("lora_") for part in parameter.split("."))
 
 
 def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
-    """A regular expression for the full names of the linear layers of ``modules`` that the model's forward uses, and of no others.
+    """Return a regular expression for the full names of exactly those linear layers of ``modules`` that the model's forward uses.
 
-    The output head gets no adapter; neither do fused experts, which are not linear layers. Raises ConfigError for a module without any.
+    The output head has no adapter, and neither have fused experts, which are not linear layers. Raises ConfigError for a module without
+    any.
     """
     unused = family.unused(model.config)
     layers = {
@@ -63,14 +64,14 @@ def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str
 
 
 def peft_config(model: Any, family: Family, modules: Sequence[Module], name_or_path: str, lora: LoraConfig) -> Any:
-    """Adapters of ``modules`` in peft's terms."""
+    """Return the peft configuration of the adapters of ``modules``."""
     import peft
 
     return peft.LoraConfig(
         base_model_name_or_path=name_or_path,
         target_modules=target_pattern(model, family, modules),
         r=lora.rank,
-        lora_alpha=lora.alpha,  # an integer in peft's signature, which only divides it
+        lora_alpha=lora.alpha,  # typed as an integer in peft, which only divides it
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         use_rslora=lora.rslora,
@@ -78,14 +79,14 @@ def peft_config(model: Any, family: Family, modules: Sequence[Module], name_or_p
 
 
 def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
-    """Put the configured adapters into the model, in place; they start without any effect."""
+    """Add the configured adapters to the model, in place; initially they have no effect."""
     import peft
 
     peft.inject_adapter_in_model(peft_config(model, family, adapted_modules(config), config.name_or_path, config.lora), model)
 
 
 def check_4bit(config: ModelConfig, zero3: bool) -> None:
-    """Raise ConfigError if 4-bit weights are asked for and are not possible, or would have to be trained."""
+    """Raise ConfigError if 4-bit weights are requested but not possible, or would have to train."""
     if not config.lora.load_in_4bit:
         return
     if config.language_model.tuning != "lora" or not only_adapters_train(config):
@@ -100,21 +101,21 @@ def check_4bit(config: ModelConfig, zero3: bool) -> None:
 
 
 def attach_adapters(model: Any, folder: Path) -> Any:
-    """The model with the adapters of ``folder``, in peft's format, in its layers. Raises ConfigError when they do not fit it."""
+    """Return the model with the adapters of ``folder``, which are in peft's format. Raises ConfigError if they do not fit the model."""
     import peft
     from safetensors.torch import load_file
 
     with explained(f"the adapters of {folder} cannot be loaded", "name the folder that they were written to, with its base where it was"):
         stored = [name.removeprefix("base_model.model.") for name in header(folder / ADAPTER_WEIGHTS)]
-        described = peft.PeftConfig.from_pretrained(str(folder))
-        _refuse_options(described, folder)
-        described.target_modules = {name.rpartition(".lora_A.")[0] for name in stored if ".lora_A." in name}
-        described.exclude_modules = described.layers_to_transform = described.layers_pattern = None
-        described.inference_mode, described.init_lora_weights = True, True
-        adapted = peft.get_peft_model(model, described)
+        adapter_config = peft.PeftConfig.from_pretrained(str(folder))
+        _refuse_options(adapter_config, folder)
+        adapter_config.target_modules = {name.rpartition(".lora_A.")[0] for name in stored if ".lora_A." in name}
+        adapter_config.exclude_modules = adapter_config.layers_to_transform = adapter_config.layers_pattern = None
+        adapter_config.inference_mode, adapter_config.init_lora_weights = True, True
+        adapted = peft.get_peft_model(model, adapter_config)
         weights = load_file(folder / ADAPTER_WEIGHTS)
-        found = peft.set_peft_model_state_dict(adapted, weights)
-        misfits = [*found.unexpected_keys, *(name for name in found.missing_keys if is_adapter(name))]
+        loaded = peft.set_peft_model_state_dict(adapted, weights)
+        misfits = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if is_adapter(name))]
         if misfits or not weights:
             raise ConfigError(
                 f"the adapters of {folder} do not fit their base: {len(misfits)} weights have no counterpart, such as "
@@ -129,11 +130,11 @@ _WITHOUT_EFFECT = {
     "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-"""Of an adapter configuration: replaced by what the weights have, or of training alone."""
+"""Options of an adapter configuration that only concern training or are replaced by what the weights imply."""
 
 
 def _refuse_options(described: Any, folder: Path) -> None:
-    """Raise ConfigError for options of an adapter configuration that are not known here: some import modules by name."""
+    """Raise ConfigError for unknown options of an adapter configuration, some of which import modules by name."""
     default = type(described)()
     known = _USED | _WITHOUT_EFFECT
     if foreign := [f.name for f in fields(default) if f.name not in known and getattr(described, f.name) != getattr(default, f.name)]:
@@ -144,7 +145,7 @@ def _refuse_options(described: Any, folder: Path) -> None:
 
 
 def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:
-    """The configuration with which transformers loads the language model's linear layers in 4 bits; None if that is not asked for.
+    """Return the configuration with which transformers loads the language model's linear layers in 4 bits; None if that is not requested.
 
     Tower, projector and output head keep their precision. Raises ConfigError if 4-bit weights would have to be trained.
     """
@@ -159,11 +160,13 @@ def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any
 
 
 BYTES_OF_4BIT = 0.5 + 4 / 64
-"""Of a weight in 4 bits, with its share of the float32 scale that 64 of them have."""
+"""Bytes of a 4-bit weight, with its share of the float32 scale that 64 weights have."""
 
 
 def linear_weights(model: Any, family: Family) -> int:
-    """Count the weights that ``quantisation`` loads in 4 bits: the language model's linear layers without adapters and output head."""
+    """Return the number of weights that ``quantisation`` loads in 4 bits: the language model's linear layers without adapters and output
+    head.
+    """
     linear = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     named = ((f"{name}.weight", weight) for name, weight in linear if name != family.output_head)
     return sum(weight.numel() for name, weight in named if family.module_of(name) == "language_model" and not is_adapter(name))
@@ -171,16 +174,16 @@ def linear_weights(model: Any, family: Family) -> int:
 
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Inside the block the model computes as it did without adapters.
+    """Make the model compute without its adapters inside the block.
 
-    They run and count 0 times, because ZeRO-3 prefetches weights in the order in which modules run. Those of DoRA, which also rescale the
-    weights they adapt, do not run.
+    The adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules run. DoRA's adapters, which also
+    rescale the weights that they adapt, do not run.
     """
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     rescaling = [layer for layer in layers if layer.lora_variant]
-    trains = {parameter: parameter.requires_grad for layer in rescaling for parameter in layer.parameters()}
+    requires_grad = {parameter: parameter.requires_grad for layer in rescaling for parameter in layer.parameters()}
     scalings = [layer.scaling for layer in layers]
     try:
         for layer in layers:
@@ -193,5 +196,5 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer.scaling = scaling
         for layer in rescaling:
             layer.enable_adapters(True)
-        for parameter, before in trains.items():  # peft switches gradients with the adapters
-            parameter.requires_grad_(before)
+        for parameter, was_required in requires_grad.items():  # peft switches gradients with the adapters
+            parameter.requires_grad_(was_required)

@@ -1,6 +1,6 @@
-"""Log-probs of targets from hidden states and the output head, with only some of the logits in memory at a time.
+"""Log-probs of targets from hidden states and the output head, with only part of the logits in memory at a time.
 
-Shapes: P states that predict something, N scored tokens, V vocabulary, d hidden.
+Shapes: P states that predict a target, N scored tokens, V vocabulary, d hidden.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from torch import Tensor
 
 
 def head_logprobs(hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
-    """``token_logprobs`` of an output head's logits, without all logits at once: [N] in nats, fp32.
+    """Return ``token_logprobs`` of an output head's logits, without all logits in memory: [N] in nats, fp32.
 
-    ``hidden`` [P, d] are the states that predict something, ``weight`` [V, d] the head, and ``targets`` [N] is predicted by the state
-    ``predicted_by`` [N]. Logits exist for as many states at a time as ``LOGITS`` allows. If that is not all of them, the logits of
-    each part are computed again in the backward pass, and add to one gradient of the head. With a ``cap`` they are cap * tanh(logit / cap).
+    ``hidden`` [P, d] are the states that predict a target, ``weight`` [V, d] is the head, and ``targets`` [N] are predicted by the states
+    ``predicted_by`` [N]. Logits exist for as many states at a time as ``LOGITS`` allows. If the states take several parts, the logits of
+    each part are recomputed in the backward pass, and the parts add to one gradient of the head. With a ``cap`` the logits are cap *
+    tanh(logit / cap).
     """
     logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets, cap)
     return logp
@@ -27,7 +28,7 @@ LOGITS = 1 << 26
 
 
 def likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The token [P] that an output head ``weight`` [V, d] finds likeliest after each of the states ``hidden`` [P, d]."""
+    """Return the token [P] that an output head ``weight`` [V, d] finds likeliest after each of the states ``hidden`` [P, d]."""
     return torch.cat([(part @ weight.T).argmax(-1) for part in hidden.split(max(1, LOGITS // len(weight)))])
 
 
@@ -36,25 +37,25 @@ class _HeadLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         normaliser, logp = hidden.new_empty(len(hidden), dtype=wide), hidden.new_empty(len(targets), dtype=wide)
-        parts, kept = _parts(hidden, weight), None
+        parts, product = _parts(hidden, weight), None
         for part in parts:
-            kept = _product(hidden[part], weight)
-            logits = _capped(kept, cap)
+            product = _product(hidden[part], weight)
+            logits = _capped(product, cap)
             normaliser[part] = logits.logsumexp(-1)
             mine, row = _of_part(predicted_by, part)
             logp = torch.where(mine, logits[row, targets] - normaliser[predicted_by], logp)
-        ctx.save_for_backward(hidden, weight, predicted_by, targets, normaliser, kept if len(parts) == 1 else None)
+        ctx.save_for_backward(hidden, weight, predicted_by, targets, normaliser, product if len(parts) == 1 else None)
         ctx.cap = cap
         return logp
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        hidden, weight, predicted_by, targets, normaliser, kept = ctx.saved_tensors
+        hidden, weight, predicted_by, targets, normaliser, product = ctx.saved_tensors
         of_state = torch.zeros_like(normaliser).index_add(0, predicted_by, grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
         for part in _parts(hidden, weight):
-            logits = _capped(_product(hidden[part], weight) if kept is None else kept, ctx.cap)
+            logits = _capped(_product(hidden[part], weight) if product is None else product, ctx.cap)
             # d log p(y) / d logits = [y] - softmax
             pull = (logits - normaliser[part].unsqueeze(1)).exp_().mul_(-of_state[part].unsqueeze(1))
             mine, row = _of_part(predicted_by, part)
@@ -68,7 +69,7 @@ class _HeadLogProbs(torch.autograd.Function):
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits of states, in float32 where these have half precision: a bfloat16 between 16 and 32 is up to 0.0625 nats off."""
+    """Return the logits of states, in float32 for half precision: a bfloat16 logit between 16 and 32 is off by up to 0.0625 nats."""
     if hidden.dtype not in (torch.bfloat16, torch.float16):
         return hidden @ weight.T
     if hidden.is_cuda:
@@ -81,12 +82,15 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """States whose logits are in memory together."""
+    """Return slices of the states whose logits are in memory together."""
     rows = max(1, LOGITS // len(weight))
     return [slice(start, min(start + rows, len(hidden))) for start in range(0, max(1, len(hidden)), rows)]
 
 
 def _of_part(predicted_by: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """[N] which targets a part predicts, and by which of its rows; choosing these targets would wait for the device."""
+    """Return two tensors [N]: True for the targets that a part predicts, and the row that predicts each.
+
+    A mask avoids indexing by these targets, which would wait for the device.
+    """
     row = predicted_by - part.start
     return (row >= 0) & (predicted_by < part.stop), row.clamp(0, part.stop - part.start - 1)

@@ -1,4 +1,4 @@
-"""torch's FlexAttention over a row of trees: a mask as a function of two places, and the blocks of it that hold anything."""
+"""FlexAttention over a row of trees: a mask as a function of two places, and its blocks that are not empty."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from torch import Tensor
 
 from cfvlm_ds.models.forest import Forest, Sight
 
-BLOCK = 128  # tokens of a side of a block
+BLOCK = 128  # tokens along a side of a block
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Which blocks of keys each block of queries sees, in part or in full. ``stops`` [T] is where the subtree of each token's node ends: in
-    depth-first order a query sees a key when it is not before the key and before that. ``sight`` changes this by the ``depths`` and
-    ``pictures`` [T] of the tokens (a forest's ``depths`` and ``block_of``).
+    """The blocks of keys that each block of queries attends to, in part or in full.
 
-    What is in part may be too much, since the mask is asked then; a window is judged by the extremes of a block.
+    ``stops`` [T] is the end of the subtree of each token's node. In depth-first order a query attends to a key if the key is not after the
+    query and the query is before the key's stop. ``sight`` narrows or widens this by the ``depths`` and ``pictures`` [T] of the tokens (a
+    forest's ``depths`` and ``block_of``).
+
+    ``partial`` may contain too many blocks, because the mask is evaluated there. A window is judged by the extremes of a block.
     """
 
     sight: Sight
@@ -43,7 +45,7 @@ class Blocks:
             return torch.nn.functional.pad(values, (0, blocks * BLOCK - length), value=padding).view(blocks, BLOCK)
 
         padded = by_block(stops, 0)
-        begin = torch.arange(blocks).unsqueeze(1) * BLOCK  # of each block of queries
+        begin = torch.arange(blocks).unsqueeze(1) * BLOCK  # first token of each block of queries
         before = begin > begin.T
         full = before & (padded.amin(1) >= begin + BLOCK) & (begin + BLOCK <= length)
         some = before & (padded.amax(1) > begin) | (begin == begin.T)
@@ -57,10 +59,10 @@ class Blocks:
         return cls(sight, stops, forest.depths, forest.block_of, some & ~full, full)
 
     def to(self, device: torch.device, **options: Any) -> Any:
-        """torch's BlockMask there."""
+        """Return torch's BlockMask on the device."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        stops, depths, pictures = (each.to(device) for each in (self.stops, self.depths, self.pictures))
+        stops, depths, pictures = (tensor.to(device) for tensor in (self.stops, self.depths, self.pictures))
         window, whole = self.sight.window, self.sight.blocks
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -84,12 +86,14 @@ class Blocks:
 def compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and are not to be compiled for each
+    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and must not be recompiled for each
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """Query [1, H, T, D], key and value [1, J, T, D] -> [1, T, H, D]. On CPUs, which have no backward of it, gradients are those of a dense
-    attention under the same mask."""
+    """Attend from query [1, H, T, D] to key and value [1, J, T, D]; return [1, T, H, D].
+
+    CPUs have no backward of FlexAttention. There, gradients come from a dense attention under the same mask.
+    """
     from torch.nn.attention.flex_attention import create_mask, flex_attention
 
     mask = forest.on(Blocks.of, query.device, sight)
@@ -100,6 +104,6 @@ def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float
         seen = create_mask(mask.mask_mod, None, None, query.shape[2], key.shape[2], device="cpu")
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=grouped)
     else:
-        q, k, v = (t.detach() for t in (query, key, value))  # which it asks for also where there are no gradients
+        q, k, v = (t.detach() for t in (query, key, value))  # FlexAttention on CPUs requires this even without gradients
         out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""How many floating-point operations the model itself needs for a micro-batch; throughput is measured by them."""
+"""Floating-point operations of the model itself for a micro-batch, from which throughput is computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S":
 
 
 def peak(device: torch.device) -> float | None:
-    """The device's peak operations per second by its data sheet, or None if not known."""
+    """Return the device's peak operations per second by its data sheet, or None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -28,9 +28,9 @@ def peak(device: torch.device) -> float | None:
 class ModelFlops:
     """Multiplications and additions of one forward and backward pass, each counted as one operation.
 
-    A weight counts twice per token that passes it (four more times where both token and weight need a gradient); the language model's
-    attention counts by pairs of tokens that see each other. Not counted: the tower's attention, the rule of gated delta nets, norms,
-    softmax, and what gradient checkpointing computes again. Of a mixture of experts only those that a token visits count.
+    A weight counts twice per token that passes it, and four more times if both token and weight need a gradient. The language model's
+    attention counts by pairs of tokens that attend to each other. Not counted: the tower's attention, the rule of gated delta nets, norms,
+    softmax, and recomputation by gradient checkpointing. Of a mixture of experts, only the experts of a token count.
     """
 
     def __init__(self, model: Any, family: Family) -> None:
@@ -42,7 +42,7 @@ class ModelFlops:
         unused = tuple(f"{prefix}." for prefix in family.unused(model.config))
         self._weights = dict.fromkeys(MODULES, 0.0)
         self._trained = dict.fromkeys(MODULES, 0.0)
-        self._patch_weights = 0.0  # of convolutions over pixels, which need no gradient
+        self._patch_weights = 0.0  # weights of convolutions over pixels, which need no gradient
         for name, parameter in model.named_parameters():
             if id(parameter) not in tables and len(whole_shape(parameter)) > 1 and not name.startswith(unused):
                 size = math.prod(whole_shape(parameter)) * (share if ".experts." in name else 1)
@@ -56,7 +56,7 @@ class ModelFlops:
         self._pixels = getattr(vision, "in_channels", 3) * _square(vision.patch_size) * getattr(vision, "temporal_patch_size", 1)
 
     def of(self, inputs: Mapping[str, Any], num_scored: int) -> float:
-        """Operations for the model inputs of a batch that scores from ``num_scored`` positions."""
+        """Return the operations for the model inputs of a batch that scores from ``num_scored`` positions."""
         forest: Forest = inputs["forest"]
         of_pairs = sum(each * num_pairs(forest, forest.sight(window)) for window, each in self._pairs.items())
         tokens = {
@@ -64,33 +64,33 @@ class ModelFlops:
             "projector": sum(inputs["visual_tokens"]),
             "language_model": inputs["input_ids"].numel(),
         }
-        total, flows = 0.0, False
+        total, has_gradient = 0.0, False
         for module in MODULES:
-            flows = flows or self._trained[module] > 0
-            total += 2 * tokens[module] * ((1 + flows) * self._weights[module] + self._trained[module])
+            has_gradient = has_gradient or self._trained[module] > 0
+            total += 2 * tokens[module] * ((1 + has_gradient) * self._weights[module] + self._trained[module])
         total -= 2 * tokens["vision_tower"] * self._patch_weights * (self._trained["vision_tower"] > 0)
-        return total + (1 + 2 * flows) * of_pairs + 2 * num_scored * ((1 + flows) * self._head + self._head_trained)
+        return total + (1 + 2 * has_gradient) * of_pairs + 2 * num_scored * ((1 + has_gradient) * self._head + self._head_trained)
 
 
 def num_pairs(forest: Forest, sight: Sight) -> float:
-    """How many pairs of a query and a key see each other."""
-    within, total = sight.window or forest.longest_path, 0.0
+    """Return the number of pairs of a query and a key that it attends to."""
+    reach, total = sight.window or forest.longest_path, 0.0
     for seen, length in zip(forest.seen, forest.lengths, strict=True):
-        whole = min(max(within - seen, 0), length)  # tokens whose path is shorter than the window
-        total += whole * seen + whole * (whole + 1) / 2 + (length - whole) * within
+        unbounded = min(max(reach - seen, 0), length)  # tokens whose path is shorter than the window
+        total += unbounded * seen + unbounded * (unbounded + 1) / 2 + (length - unbounded) * reach
     return total + sum((end - begin) * (end - begin - 1) / 2 for begin, end in forest.blocks if sight.blocks)
 
 
 def _operations_per_pair(text: Any) -> dict[int | None, float]:
-    """Those of all layers with a sliding window (None: without one) for a pair of tokens, forward."""
+    """Return sliding window (None: full attention) -> operations of its layers for a pair of tokens, forward."""
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * text.num_hidden_layers
-    found: dict[int | None, float] = {}
+    operations: dict[int | None, float] = {}
     for kind, layer in zip(kinds, text.per_layer_config, strict=True):
         if "attention" in kind and kind != "linear_attention":
             key, heads = window if kind == "sliding_attention" else None, layer.num_attention_heads
-            found[key] = found.get(key, 0) + 4 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
-    return found
+            operations[key] = operations.get(key, 0) + 4 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+    return operations
 
 
 def _square(size: Any) -> int:

@@ -1,6 +1,6 @@
-"""The shape of a row of trees: nodes of tokens, each of which sees its ancestors and itself.
+"""The structure of a row of trees: nodes of tokens, each of which attends to its ancestors and itself.
 
-It reaches every layer as a keyword argument, and carries what a back end of attention derives from it, once for all layers.
+It reaches every layer as a keyword argument, and caches what an attention back end derives from it, once for all layers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sight:
-    """What the tokens of a layer see of their paths, where that is not simply what comes before them.
+    """Deviations of a layer from plain attention to all preceding tokens of a path.
 
     Args:
-        window: only so many of the nearest tokens, counted along the path, itself included; None for all.
-        blocks: whether the tokens of a block see each other in both directions.
+        window: number of nearest tokens along the path, itself included, that a token attends to; None for all.
+        blocks: True if the tokens of a block attend to each other in both directions.
     """
 
     window: int | None = None
@@ -30,11 +30,11 @@ class Sight:
 
 @dataclass(frozen=True)
 class Forest:
-    """The trees of a row as nodes in depth-first order: the tokens of each, and the node that it comes after (-1: it begins a tree).
+    """The trees of a row as nodes in depth-first order: the tokens of each node, and its parent (-1: the node is a root).
 
-    A node's tokens see its ancestors and, causally, themselves. Its first child follows it, and each further one the subtree before it.
-    ``blocks`` are runs of tokens (begin, end), each inside one node, that see each other in both directions: the pictures of some families.
-    Unless ``blocks_everywhere`` they do so only in layers with a sliding window.
+    A node's tokens attend to its ancestors and, causally, to themselves. Its first child follows it directly, and each further child
+    follows the previous child's subtree. ``blocks`` are runs of tokens (begin, end), each inside one node, with bidirectional attention:
+    the pictures of some families. Unless ``blocks_everywhere`` is set, that holds only in layers with a sliding window.
     """
 
     lengths: tuple[int, ...]
@@ -49,35 +49,35 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Trees of two levels: tokens of each prefix, and of each of its branches; ``blocks`` as above."""
+        """Return trees of two levels: the tokens of each prefix and of each of its branches; ``blocks`` as above."""
         lengths, parents = list[int](), list[int]()
-        for prefix, each in zip(prefixes, branches, strict=True):
+        for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)
-            lengths += [prefix, *each]
-            parents += [-1, *[root] * len(each)]
+            lengths += [prefix, *lengths_of_branches]
+            parents += [-1, *[root] * len(lengths_of_branches)]
         return cls(tuple(lengths), tuple(parents), blocks)
 
     @functools.cached_property
     def starts(self) -> list[int]:
-        """Where each node begins and, last, where the row ends."""
+        """Start of each node and, last, the end of the row."""
         return list(itertools.accumulate(self.lengths, initial=0))
 
     @functools.cached_property
     def ancestors(self) -> list[tuple[int, ...]]:
-        """The nodes above each, from the root down."""
-        found: list[tuple[int, ...]] = []
+        """The ancestors of each node, from the root down."""
+        ancestors: list[tuple[int, ...]] = []
         for parent in self.parents:
-            found.append(() if parent < 0 else (*found[parent], parent))
-        return found
+            ancestors.append(() if parent < 0 else (*ancestors[parent], parent))
+        return ancestors
 
     @functools.cached_property
     def roots(self) -> list[int]:
-        """The node that begins each tree and, last, the number of nodes."""
+        """The root of each tree and, last, the number of nodes."""
         return [*(node for node, parent in enumerate(self.parents) if parent < 0), len(self.parents)]
 
     @functools.cached_property
     def bounds(self) -> list[int]:
-        """Where each tree begins and, last, where the row ends."""
+        """Start of each tree and, last, the end of the row."""
         return [self.starts[root] for root in self.roots]
 
     @functools.cached_property
@@ -92,33 +92,33 @@ class Forest:
 
     @functools.cached_property
     def longest_path(self) -> int:
-        """Tokens from the beginning of a tree to the end of a text, the most of all."""
+        """Tokens of the longest path from a root to the end of a text."""
         return max(seen + length for seen, length in zip(self.seen, self.lengths, strict=True))
 
     @functools.cached_property
     def depths(self) -> Tensor:
-        """[T] how many tokens come before each on its path."""
+        """[T] tokens before each token on its path."""
         return torch.cat([torch.arange(seen, seen + length) for seen, length in zip(self.seen, self.lengths, strict=True)])
 
     @functools.cached_property
     def texts(self) -> Tensor:
-        """[T] how many texts each token belongs to: those of the tree that see it, or 1 for a token of a text."""
+        """[T] texts that each token belongs to: those of the tree that attend to it, or 1 for a token of a text."""
         inner, counts = set(self.parents), [0] * len(self.lengths)
         for node, ancestors in enumerate(self.ancestors):
-            for each in () if node in inner else (node, *ancestors):
-                counts[each] += 1
+            for above in () if node in inner else (node, *ancestors):
+                counts[above] += 1
         return torch.tensor(counts).repeat_interleave(torch.tensor(self.lengths))
 
     @functools.cached_property
     def block_of(self) -> Tensor:
-        """[T] the number of the block that each token is in, or -1."""
-        found = torch.full((self.bounds[-1],), -1)
+        """[T] number of each token's block, or -1."""
+        numbers = torch.full((self.bounds[-1],), -1)
         for number, (begin, end) in enumerate(self.blocks):
-            found[begin:end] = number
-        return found
+            numbers[begin:end] = number
+        return numbers
 
     def sight(self, window: int | None) -> Sight:
-        """What the tokens of a layer with this sliding window see. Windows that cut nothing off are left out."""
+        """Return the Sight of a layer with this sliding window. A window that excludes nothing is omitted."""
         blocks = bool(self.blocks) and (self.blocks_everywhere or window is not None)
         return Sight(window if window is not None and window < self.longest_path else None, blocks)
 
@@ -127,7 +127,7 @@ class Forest:
         return {}
 
     def on(self, build: Callable[..., Any], device: torch.device, *options: Any) -> Any:
-        """The result of ``build`` for the forest and ``options``, on ``device``; computed once for all layers that ask for the same."""
+        """Return ``build(self, *options)`` on ``device``, computed once for all layers with the same arguments."""
         key = build, device, options
         if key not in self._placed:
             self._placed[key] = _move(build(self, *options), device)

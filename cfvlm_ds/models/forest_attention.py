@@ -1,17 +1,17 @@
-"""Attention over a row of trees: images and what comes before every prompt, after them prompts, after those texts. Each node of a tree
-sees its ancestors and itself.
+"""Attention over a row of trees. The roots hold images and the text before every prompt, their children prompts, and the leaves texts. Each
+node attends to its ancestors and itself.
 
 The back ends compute the same function and are registered with transformers' public attention interface. The forest reaches them as a
-keyword argument that travels through every layer, also when a layer is computed again for its gradient: never as a mask or as restarted
-positions, which several kernels silently misread.
+keyword argument that passes through every layer, also when a layer is recomputed for its gradient. It is never passed as a mask or as
+restarted positions, which several kernels silently misinterpret.
 
-A layer may narrow this to a sliding window, which reaches back along a token's own path, and let the tokens of a picture see each other in
-both directions; ``Sight`` says so, and each back end computes it exactly or refuses.
+A layer may restrict this to a sliding window along a token's own path, and allow bidirectional attention among the tokens of a picture;
+``Sight`` describes both, and each back end computes it exactly or refuses.
 
     sdpa      trees of similar length padded to one length inside the attention; torch's kernel with a mask: for many short trees
     flash_attention_2  one call of flash-attn's variable-length kernel; a node's keys are its ancestors' and its own, gathered
     varlen    the same through torch's own variable-length kernel
-    flex      torch's FlexAttention under a block mask: blocks of keys that no query of a block sees are left out, nothing is gathered
+    flex      torch's FlexAttention under a block mask: blocks of keys that no query of a block attends to are skipped, nothing is gathered
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments (nodes), B trees, L a padded length.
 """
@@ -33,14 +33,16 @@ from cfvlm_ds.models.forest import Forest, Sight
 from cfvlm_ds.models.variable_length import flash, tower, varlen
 
 BACKENDS = ("sdpa", "flash_attention_2", "varlen", "flex")
-_PADDED = 1.25  # trees are padded to one length while the longest has at most this many times the tokens of the shortest
+_PADDED = 1.25  # largest ratio of lengths of trees that are padded to one length
 
 
 # --- padded trees, with a mask ----------------------------------------------------------------------------------------------------------
 
 
 def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Buckets of trees as (tokens [B, L] by their place in the row, mask [B, 1, L, L] bool); each token's place in the padded buckets."""
+    """Return buckets of trees as (tokens [B, L] by their place in the row, mask [B, 1, L, L] bool), and each token's place in the
+    buckets.
+    """
     lengths = forest.tree_lengths
     order = sorted(range(len(lengths)), key=lambda tree: lengths[tree])
     buckets: list[list[int]] = []
@@ -48,7 +50,7 @@ def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], 
         if not buckets or lengths[tree] > _PADDED * lengths[buckets[-1][0]]:
             buckets.append([])
         buckets[-1].append(tree)
-    found, back, offset = [], torch.empty(forest.bounds[-1], dtype=torch.int64), 0
+    padded_buckets, back, offset = [], torch.empty(forest.bounds[-1], dtype=torch.int64), 0
     node_of = torch.arange(len(forest.lengths)).repeat_interleave(torch.tensor(forest.lengths))
     for bucket in buckets:
         width = lengths[bucket[-1]]
@@ -58,30 +60,30 @@ def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], 
             tokens[b, :length] = torch.arange(start, start + length)
             nodes[b, :length] = node_of[start : start + length]
             back[start : start + length] = torch.arange(offset + b * width, offset + b * width + length)
-        found.append((tokens, _tree_mask(forest, sight, tokens, nodes)))
+        padded_buckets.append((tokens, _tree_mask(forest, sight, tokens, nodes)))
         offset += tokens.numel()
-    return found, back
+    return padded_buckets, back
 
 
 def _tree_mask(forest: Forest, sight: Sight, tokens: Tensor, nodes: Tensor) -> Tensor:
-    """[B, 1, L, L] bool, true where a query may see a key: ``tokens`` and ``nodes`` [B, L] are each token's place in the row and its node,
-    one past the last for padding.
+    """Return [B, 1, L, L] bool, True if a query may attend to a key.
 
-    A token sees its ancestors and its own node, never a sibling. Padding sees itself, because a row of nothing is NaN.
+    ``tokens`` and ``nodes`` [B, L] are each token's place in the row and its node; the node of padding is one past the last. A token
+    attends to its ancestors and its own node, never to a sibling. Padding attends to itself, because a softmax over nothing is NaN.
     """
-    sees = torch.eye(len(forest.lengths) + 1, dtype=torch.bool)
+    attends = torch.eye(len(forest.lengths) + 1, dtype=torch.bool)
     for node, ancestors in enumerate(forest.ancestors):
-        sees[node, list(ancestors)] = True
-    sees[-1] = False
-    seen = torch.ones(nodes.shape[1], nodes.shape[1], dtype=torch.bool).tril()
+        attends[node, list(ancestors)] = True
+    attends[-1] = False
+    visible = torch.ones(nodes.shape[1], nodes.shape[1], dtype=torch.bool).tril()
     if sight.blocks:
         block = forest.block_of[tokens]
-        seen = seen | (block.unsqueeze(2) == block.unsqueeze(1)) & (block >= 0).unsqueeze(1)
-    seen = seen & sees[nodes.unsqueeze(2), nodes.unsqueeze(1)]
+        visible = visible | (block.unsqueeze(2) == block.unsqueeze(1)) & (block >= 0).unsqueeze(1)
+    visible = visible & attends[nodes.unsqueeze(2), nodes.unsqueeze(1)]
     if sight.window is not None:
         depth = forest.depths[tokens]
-        seen = seen & (depth.unsqueeze(2) - depth.unsqueeze(1) < sight.window)
-    return (seen | torch.eye(nodes.shape[1], dtype=torch.bool)).unsqueeze(1)
+        visible = visible & (depth.unsqueeze(2) - depth.unsqueeze(1) < sight.window)
+    return (visible | torch.eye(nodes.shape[1], dtype=torch.bool)).unsqueeze(1)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
@@ -104,13 +106,15 @@ _PREFIX = "forest_"
 
 
 def sees_trees(text: Any) -> bool:
-    """Whether the language model of this configuration has one of these back ends, and not a stock one."""
+    """Return True if the language model of this configuration has one of these back ends, and not a stock one."""
     return str(text._attn_implementation).startswith(_PREFIX)
 
 
 def registered(backend: str) -> str:
-    """Register a back end with transformers and return its name there, which contains none of the names that the library treats
-    specially, and for which it makes no mask."""
+    """Register a back end with transformers and return its name there.
+
+    The name contains none of the names that transformers treats specially, and transformers makes no mask for it.
+    """
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
     attend = {"sdpa": _sdpa, "flash_attention_2": flash, "varlen": varlen, "flex": flex}[backend]
     AttentionInterface.register(name, _interface(attend))
@@ -118,9 +122,10 @@ def registered(backend: str) -> str:
 
 
 def by_segments(vision: Any) -> None:
-    """Let a tower of this configuration compute its pictures or windows by one variable-length kernel, where it would go one by one.
+    """Make a tower of this configuration attend within its pictures or windows by one variable-length kernel instead of one by one.
 
-    The library tells a back end where they begin if its name has "flash" in it, and would look for the package while it loads a model.
+    transformers passes the boundaries to a back end if its name contains "flash", but would look for the flash-attn package if the name
+    were set while a model is loaded.
     """
     AttentionInterface.register("pictures_flash", tower)
     AttentionMaskInterface.register("pictures_flash", sdpa_mask)
@@ -130,16 +135,18 @@ def by_segments(vision: Any) -> None:
 
 @contextlib.contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Inside the block the model's forward is the library's own, on ordinary rows: an independent reference for its scores."""
+    """Run the model's forward with transformers' own attention on ordinary rows inside the block, as an independent reference for its
+    scores.
+    """
     parts = model.config.get_text_config(), model.config.vision_config
-    chosen = [part._attn_implementation for part in parts]
+    backends = [part._attn_implementation for part in parts]
     for part in parts:
         part._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        for part, own in zip(parts, chosen, strict=True):
-            part._attn_implementation = own
+        for part, backend in zip(parts, backends, strict=True):
+            part._attn_implementation = backend
 
 
 def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float, Sight], Tensor]) -> Callable[..., tuple[Tensor, None]]:

@@ -1,7 +1,7 @@
-"""Gated delta nets over a row of trees (Qwen3.5): layers that carry a state from token to token, which no mask can undo.
+"""Gated delta nets over a row of trees (Qwen3.5). These layers carry a state from token to token, which no mask can remove.
 
-Every node starts from its parent's state, and the convolution before it sees the last tokens of its ancestors: what a text computes after
-its prefix is what it would compute alone. All nodes of one level are a batch, whose states the next level starts from.
+Every node starts from its parent's state, and the convolution reads the last tokens of its ancestors, so a text after its prefix has the
+result that it has alone. All nodes of one level form a batch; the next level starts from their states.
 
 Shapes: T tokens of the row, N nodes of a batch, L their padded length, C channels of the convolution, H heads, D head size.
 """
@@ -20,17 +20,19 @@ from transformers.activations import ACT2FN
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import sees_trees
 
-_CHUNK = 64  # tokens that the library's rule computes at once, to which it pads anyhow
-_PADDED = 1.25  # nodes are padded to one length while the longest has at most this many times the chunks of the shortest
+_CHUNK = 64  # tokens that transformers' rule computes at once and pads to
+_PADDED = 1.25  # largest ratio of chunks of nodes that are padded to one length
 
 Level = list[tuple[Tensor, Tensor, Tensor | None]]
-"""Batches of nodes: tokens [N, L] by their place in the row, T for padding; which of the N * L are tokens; places [N] of their parents in
-the level above."""
+"""Batches of nodes: tokens [N, L] by their place in the row, T for padding; the indices of real tokens among the N * L; places [N] of their
+parents in the level above.
+"""
 
 
 def fork_states(model: nn.Module) -> None:
-    """Let every gated delta net of a model take rows of trees. On ordinary rows, for which the model's attention is a stock one, the
-    forward stays the library's own."""
+    """Patch every gated delta net of a model to support rows of trees. On ordinary rows, with a stock attention, the forward stays
+    transformers'.
+    """
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for module in model.modules():
         if type(module).__name__.endswith("GatedDeltaNet") and "forward" not in vars(module):
@@ -38,10 +40,10 @@ def fork_states(model: nn.Module) -> None:
 
 
 def _forward(
-    module: Any, library: Callable[..., Tensor], text: Any, hidden_states: Tensor, forest: Forest | None = None, **options: Any
+    module: Any, original: Callable[..., Tensor], text: Any, hidden_states: Tensor, forest: Forest | None = None, **options: Any
 ) -> Tensor:
     if forest is None or not sees_trees(text):
-        return library(hidden_states, **options)
+        return original(hidden_states, **options)
     if options.get("cache") is not None or options.get("attention_mask") is not None:
         raise ValueError("a model loaded for scoring takes a forest and no cache or mask; load it with transformers for anything else")
     mixed = _convolved(module, module.in_proj_qkv(hidden_states), forest)
@@ -54,20 +56,24 @@ def _forward(
     beta = module.in_proj_b(hidden_states).sigmoid()
     decay = -module.A_log.float().exp() * nn.functional.softplus(module.in_proj_a(hidden_states).float() + module.dt_bias)
     out = _ruled(module, query, key, value, decay, beta, forest)
-    found: Tensor = module.out_proj(module.norm(out.reshape(-1, module.head_v_dim), gate).reshape(*hidden_states.shape[:2], -1))
-    return found
+    projected: Tensor = module.out_proj(module.norm(out.reshape(-1, module.head_v_dim), gate).reshape(*hidden_states.shape[:2], -1))
+    return projected
 
 
 def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
-    """The causal convolution of [1, T, C] along each path, by one call of the layer: every node with what comes before it in front."""
+    """Return the causal convolution of [1, T, C] along each path, with one call of the layer: every node is preceded by its path's last
+    tokens.
+    """
     places, own = forest.on(_windows, mixed.device, module.conv_kernel_size)
-    spread = _with_nothing(mixed).index_select(1, places).transpose(1, 2)
+    spread = _with_zeros(mixed).index_select(1, places).transpose(1, 2)
     out = ACT2FN[module.activation](module.conv1d(spread)[..., : len(places)])
     return out.index_select(2, own).transpose(1, 2).to(mixed.dtype)
 
 
 def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
-    """(places in the row of all nodes' tokens, each with ``size - 1`` of its ancestors' in front, T for none; which are its own)."""
+    """Return the places in the row of all nodes' tokens, each node preceded by ``size - 1`` of its ancestors' (T for none), and the nodes'
+    own.
+    """
     places, own, nothing = list[int](), list[int](), forest.bounds[-1]
     for node, ancestors in enumerate(forest.ancestors):
         before = list[int]()
@@ -82,33 +88,33 @@ def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, forest: Forest) -> Tensor:
-    """The gated delta rule along each path: level by level, from the states in which the nodes above have ended; [T, H, D].
+    """Apply the gated delta rule along each path, level by level from the final states of the parents; return [T, H, D].
 
-    Padding leaves a state as it is: its key is zero, and nothing decays.
+    Padding leaves a state unchanged: its key is zero, and nothing decays.
     """
-    rule = sys.modules[type(module).__module__].torch_chunk_gated_delta_rule  # a faster kernel, where the library has found one
+    rule = sys.modules[type(module).__module__].torch_chunk_gated_delta_rule  # a faster kernel, if transformers has one
     levels, back = forest.on(_levels, query.device)
-    padded = [_with_nothing(each)[0] for each in (query, key, value, decay, beta)]
+    padded = [_with_zeros(padded_input)[0] for padded_input in (query, key, value, decay, beta)]
     outputs: list[Tensor] = []
-    above: Tensor | None = None
+    parent_states: Tensor | None = None
     for level in levels:
         states = []
         for places, real, parents in level:
-            q, k, v, g, b = (each.index_select(0, places.view(-1)).unflatten(0, places.shape) for each in padded)
-            initial = None if above is None else above.index_select(0, parents)
+            q, k, v, g, b = (padded_input.index_select(0, places.view(-1)).unflatten(0, places.shape) for padded_input in padded)
+            initial = None if parent_states is None else parent_states.index_select(0, parents)
             out, state = rule(
                 q, k, v, g=g, beta=b, initial_state=initial, output_final_state=level is not levels[-1], use_qk_l2norm_in_kernel=True
             )
             outputs.append(out.flatten(0, 1).index_select(0, real))
             states.append(state)
-        above = None if level is levels[-1] else torch.cat(states)
+        parent_states = None if level is levels[-1] else torch.cat(states)
     return torch.cat(outputs).index_select(0, back)
 
 
 def _levels(forest: Forest) -> tuple[list[Level], Tensor]:
-    """The batches of each level from the roots down; for each token its place in what they give, one after the other."""
+    """Return the batches of each level from the roots down, and each token's place in their concatenated outputs."""
     levels: list[Level] = []
-    back, given = torch.empty(forest.bounds[-1], dtype=torch.int64), 0
+    back, offset = torch.empty(forest.bounds[-1], dtype=torch.int64), 0
     above = dict[int, int]()  # node -> its place among the level's
     for depth in range(max(map(len, forest.ancestors)) + 1):
         nodes = sorted((n for n, ancestors in enumerate(forest.ancestors) if len(ancestors) == depth), key=lambda n: forest.lengths[n])
@@ -124,8 +130,8 @@ def _levels(forest: Forest) -> tuple[list[Level], Tensor]:
             for row, node in enumerate(batch):
                 start, stop = forest.starts[node], forest.starts[node + 1]
                 places[row, : stop - start] = torch.arange(start, stop)
-                back[start:stop] = torch.arange(given, given + stop - start)
-                given += stop - start
+                back[start:stop] = torch.arange(offset, offset + stop - start)
+                offset += stop - start
             real = (places.view(-1) < forest.bounds[-1]).nonzero().squeeze(1)
             parents = torch.tensor([above[forest.parents[node]] for node in batch]) if depth else None
             level.append((places, real, parents))
@@ -138,6 +144,6 @@ def _chunks(forest: Forest, node: int) -> int:
     return -(-forest.lengths[node] // _CHUNK)
 
 
-def _with_nothing(row: Tensor) -> Tensor:
-    """[1, T, ...] with one more place of zeros."""
+def _with_zeros(row: Tensor) -> Tensor:
+    """Append one place of zeros to [1, T, ...]."""
     return torch.cat([row, row.new_zeros(1, 1, *row.shape[2:])], 1)

@@ -1,5 +1,4 @@
-"""A model's identity as hashes: of its weights, of its vision tower's weights, and of everything that turns images and texts into
-inputs."""
+"""Identity of a model as hashes: of its weights, of its vision tower's weights, and of all files that turn images and texts into inputs."""
 
 from __future__ import annotations
 
@@ -28,13 +27,15 @@ _NOT_INPUTS = ("*.index.json", "config.json", "generation_config.json", "adapter
 
 
 def model_folder(name_or_path: str) -> Path:
-    """Where the files of a model are: itself, or the cached snapshot of a hub name. Raises ConfigError when it cannot be read."""
+    """Return the folder of a model's files: the given one, or the cached snapshot of a hub name. Raises ConfigError if it cannot be
+    read.
+    """
     if os.path.isdir(name_or_path):
         return Path(name_or_path).resolve()
     from huggingface_hub import HfApi, snapshot_download
 
     files: list[str] = []
-    with contextlib.suppress(Exception):  # no network: the snapshot is what the cache has
+    with contextlib.suppress(Exception):  # without network the cached snapshot is used
         files = HfApi().list_repo_files(name_or_path)
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=[*_INPUTS, *weight_patterns(files)]))
@@ -45,9 +46,10 @@ def model_folder(name_or_path: str) -> Path:
 def fingerprint(
     config: ModelConfig, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> dict[str, str]:
-    """{"weights": sha256, "inputs": sha256}: the first over the configuration and every byte of the weight files, each of which is read
-    only once unless it changes; the second as in ``inputs_fingerprint``. ``alive`` is called while files are read, and ``say`` with their
-    progress.
+    """Return {"weights": sha256, "inputs": sha256}.
+
+    The first covers the configuration and every byte of the weight files; each file is read once and again only when it changes. The second
+    is ``inputs_fingerprint``. ``alive`` is called while files are read, and ``say`` reports progress.
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
@@ -64,13 +66,13 @@ def fingerprint(
 
 
 def adapter_fingerprint(folder: Path, alive: Callable[[], object] = lambda: None) -> str:
-    """sha256 over the configuration and the weights of adapters in peft's format."""
+    """Return the sha256 of the configuration and the weights of adapters in peft's format."""
     digests = "".join(file_digest(folder / name, lambda size: alive()) for name in (ADAPTER, ADAPTER_WEIGHTS))
     return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def inputs_fingerprint(config: ModelConfig) -> str:
-    """sha256 over tokenizer, processor and chat template and the bounds on visual tokens."""
+    """Return the sha256 of tokenizer, processor and chat template and the limits on visual tokens."""
     folder = model_folder(config.name_or_path)
     inputs = hashlib.sha256(json.dumps([getattr(config, option) for option in IMAGE_LIMITS]).encode())
     for path in sorted(path for pattern in _INPUTS for path in folder.glob(pattern)):
@@ -80,38 +82,40 @@ def inputs_fingerprint(config: ModelConfig) -> str:
 
 
 def file_digest(path: Path, read: Callable[[int], object]) -> str:
-    """sha256 of a file; cached in the user's cache folder, keyed by everything that a write to the file changes. ``read`` is called with
-    the number of bytes of each block."""
+    """Return the sha256 of a file, cached in the user's cache folder by everything that a write to the file changes.
+
+    ``read`` is called with the number of bytes of each block.
+    """
     stat = path.stat()
     state = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     remembered = cache_folder() / "weights" / hashlib.sha256(f"{path.resolve()} {state}".encode()).hexdigest()
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch(r"[0-9a-f]{64}", found := remembered.read_text()):
-            return found
+        if re.fullmatch(r"[0-9a-f]{64}", cached := remembered.read_text()):
+            return cached
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as handle:
         while block := handle.read(_BLOCK):
             digest.update(block)
             read(len(block))
-    with contextlib.suppress(OSError):  # a home that cannot be written costs time, no more
+    with contextlib.suppress(OSError):  # a home folder that cannot be written only costs time
         remembered.parent.mkdir(parents=True, exist_ok=True)
         replace(remembered, digest.hexdigest().encode(), shared=True)
     return digest.hexdigest()
 
 
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:
-    """sha256 over the configuration and every byte of the vision tower's weights; of all weights, as in ``fingerprint``, where they are not
-    in safetensors.
+    """Return the sha256 of the configuration and every byte of the vision tower's weights; without safetensors, of all weights.
 
-    Files may have older names than the model: a weight belongs to the tower by the tower's own name, wherever it is in the weight's.
+    Weight names in files may be older than the model's: a weight belongs to the tower if the tower's own name is any part of the weight's
+    name.
     """
     folder = model_folder(config.name_or_path)
-    found, weights = False, hashlib.sha256((folder / "config.json").read_bytes())
+    any_tensor, weights = False, hashlib.sha256((folder / "config.json").read_bytes())
     towers = {prefix.rpartition(".")[2] for prefix in family.vision_tower}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as handle:
             for name in sorted(name for name in handle.keys() if towers & set(name.split("."))):  # noqa: SIM118  (not a dict)
-                found, tensor = True, handle.get_tensor(name)
+                any_tensor, tensor = True, handle.get_tensor(name)
                 weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
                 weights.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return weights.hexdigest() if found else fingerprint(config)["weights"]
+    return weights.hexdigest() if any_tensor else fingerprint(config)["weights"]

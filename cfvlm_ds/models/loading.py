@@ -1,4 +1,4 @@
-"""Loading: every model, tiny or 70B, its configuration and its processor are loaded here."""
+"""Loading of every model, its configuration and its processor."""
 
 from __future__ import annotations
 
@@ -36,15 +36,17 @@ from cfvlm_ds.models.variable_length import fastest, has_varlen, takes
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
-    """The model's configuration. Raises ConfigError when there is no such folder or hub name."""
+    """Return the model's configuration. Raises ConfigError if the folder or hub name does not exist."""
     if not name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     refuse_absent(name_or_path)
-    if (named := named_model(name_or_path)).adapter is not None:
-        remedy = f"go on from its base {named.name_or_path}, or from a model in which they are merged, the export/ of `cfvlm-ds export RUN`"
+    if (resolved := named_model(name_or_path)).adapter is not None:
+        remedy = (
+            f"go on from its base {resolved.name_or_path}, or from a model in which they are merged, the export/ of `cfvlm-ds export RUN`"
+        )
         raise ConfigError(f"model.name_or_path {name_or_path!r} holds adapters and no model to train; {remedy}")
-    if named.name_or_path != name_or_path:
-        raise ConfigError(f"model.name_or_path {name_or_path!r} is a run folder; name its export, {named.name_or_path}")
+    if resolved.name_or_path != name_or_path:
+        raise ConfigError(f"model.name_or_path {name_or_path!r} is a run folder; name its export, {resolved.name_or_path}")
     what, remedy = f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"
     if not os.path.isdir(name_or_path):
         what = f"model.name_or_path {name_or_path!r} is no folder here, and could not be read from the hub"
@@ -56,18 +58,20 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 
 @functools.cache
 def _go_offline_without_hub(name: str) -> None:
-    """Set HF_HUB_OFFLINE for this process where the hub cannot be reached: its client retries for half a minute for each file that the
-    cache lacks, and a processor has eight such optional files."""
+    """Set HF_HUB_OFFLINE for this process if the hub cannot be reached.
+
+    Its client would retry for half a minute for each file that the cache lacks, and a processor has eight such optional files.
+    """
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except HfHubHTTPError:  # an answer, such as 404
         return
-    except Exception:  # of any layer of the network
+    except Exception:  # any layer of the network may fail
         constants.HF_HUB_OFFLINE = True
 
 
 def _check_folder(name_or_path: str) -> None:
-    """Check a folder, or what the cache has of a hub name; the rest is checked when it has been loaded."""
+    """Check a folder, or the cached files of a hub name; the remaining files are checked after loading."""
     if os.path.isdir(name_or_path):
         check_files(Path(name_or_path).resolve())
     elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):
@@ -75,14 +79,15 @@ def _check_folder(name_or_path: str) -> None:
 
 
 def _in_each_part(attn_implementation: str) -> dict[str, str]:
-    """In transformers' terms: in language model and tower; a further part, such as one for sound, has the library's default."""
+    """Return attention options for language model and tower; a further part, such as one for sound, keeps transformers' default."""
     return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
-    """Raise ConfigError for what will not work by the options, the libraries and, if the model is ``there``, its own configuration.
+    """Raise ConfigError for a model that will not work, by the options, the libraries and, if the model is ``there``, its own
+    configuration.
 
-    ``weights`` are looked for too, but not read.
+    ``weights`` also requires the weight files, without reading them.
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
@@ -98,9 +103,9 @@ _ALL_FROZEN = "every module is frozen; set model.vision_tower.tuning, model.proj
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """The model's own processor (tokenizer, image processor and chat template), with the configured bounds on visual tokens.
+    """Return the model's own processor (tokenizer, image processor and chat template), with the configured limits on visual tokens.
 
-    Raises ConfigError naming the model where one of the three is missing or cannot be used.
+    Raises ConfigError naming the model if one of the three is missing or cannot be used.
     """
     model_config = load_config(config.name_or_path)
     family_of(model_config)
@@ -116,7 +121,7 @@ def load_processor(config: ModelConfig) -> Any:
 
 
 def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> None:
-    """Raises ConfigError naming the options a family has, where another one is set."""
+    """Apply the limits on visual tokens. Raises ConfigError naming the family's options if another one is set."""
     family = family_of(model_config)
     for option in IMAGE_LIMITS:
         if getattr(config, option) is not None and option not in family.limited_by:
@@ -128,10 +133,10 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The pretrained model in ``dtype``, tuned as configured; partitioned while it is built when a ZeRO-3 configuration is active.
+    """Return the pretrained model in ``dtype``, tuned as configured; it is partitioned during loading if a ZeRO-3 configuration is active.
 
-    Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds one the model has no place for, when
-    pickled weights hold anything but tensors, and when the folder's files are not those of a model.
+    Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds an unknown one, when pickled weights hold
+    anything but tensors, and when the folder's files are not those of a model.
     """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
@@ -145,16 +150,16 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: dict[str, str], quantised: Any) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        result: Any = AutoModelForImageTextToText.from_pretrained(
             config.name_or_path,
             dtype=dtype,
             attn_implementation=backends,
             output_loading_info=True,
             quantization_config=quantised,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
-        model, info = loaded
+        model, info = result
     except pickle.UnpicklingError:
         raise ConfigError(
             f"the pickled weights of {config.name_or_path!r} hold more than tensors, and are not read; convert them to safetensors"
@@ -165,11 +170,11 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
         info = {"mismatched_keys": mismatched}
     for kind, keys in info.items():
         if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            named = ", ".join(sorted(str(key) for key in keys)[:5])
-            raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(keys)} {kind.replace('_', ' ')}: {named}; repair it")
-    _check_folder(config.name_or_path)  # a hub name's files are there now
+            names = ", ".join(sorted(str(key) for key in keys)[:5])
+            raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(keys)} {kind.replace('_', ' ')}: {names}; repair it")
+    _check_folder(config.name_or_path)  # the files of a hub name exist now
     _limit_images(config, None, model.config)
-    # Under ZeRO-3 this version of transformers keeps conversions it did not use, and would rename every weight at save time.
+    # Under ZeRO-3 this version of transformers keeps unused conversions, and would rename every weight when saving.
     model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
     by_segments(model.config.vision_config)
     tune(model, family, config)
@@ -177,7 +182,7 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """The model without any data, tuned as configured: names, sizes and what trains, whatever its size."""
+    """Return the model without data, tuned as configured: names, sizes and trainable parameters at no cost in memory."""
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
     impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
@@ -191,9 +196,9 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
 
 
 def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
-    """Add adapters, and enable gradients for what the configuration trains. Raises ConfigError when nothing is left to train.
+    """Add adapters, and enable gradients for the parameters that the configuration trains. Raises ConfigError if none is left.
 
-    Parts that the library's own forward does not use are not trained either: they would have no gradient.
+    Parts that the model's own forward does not use are not trained, because they would have no gradient.
     """
     if adapted_modules(config):
         add_adapters(model, family, config)
@@ -207,16 +212,16 @@ def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
 
 
 def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
-    """(module, name, parameter) of everything that trains."""
+    """Yield (module, name, parameter) of every trainable parameter."""
     for name, parameter in scorer.model.named_parameters():
         if parameter.requires_grad:
             yield scorer.family.module_of(name), name, parameter
 
 
 def attention(requested: str, model_config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """The attention back end (see forest_attention.py) for a request: ``auto`` takes what is ``fastest`` on this machine for the model.
+    """Return the attention back end (see forest_attention.py) for a request: ``auto`` takes the ``fastest`` on this machine for the model.
 
-    Raises ConfigError when a request cannot be met, by this machine or for this model.
+    Raises ConfigError if this machine or this model cannot satisfy the request.
     """
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -247,7 +252,9 @@ def _heads(text: Any) -> set[int]:
 
 
 def parameter_counts(model: PreTrainedModel, family: Family) -> Mapping[str, tuple[int, int]]:
-    """Module -> (parameters, trainable parameters), from the real sizes also under ZeRO-3, where ``numel()`` is that of a shard."""
+    """Return module -> (parameters, trainable parameters). Under ZeRO-3, where ``numel()`` is that of a shard, the full sizes are
+    counted.
+    """
     counts = {module: [0, 0] for module in MODULES}
     for name, parameter in model.named_parameters():
         size = whole_shape(parameter).numel()

@@ -1,4 +1,4 @@
-"""The untrusted files of a model folder: their names, where links lead, and whether the weights are all there."""
+"""The untrusted files of a model folder: checks of their names, links and completeness."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
-    """Raise ConfigError naming a file that cannot be a model's: a name that is a path, a link that leads elsewhere, weights that are
-    missing or truncated. Reads no weight."""
+    """Raise ConfigError naming a file that cannot be a model's: a path as a name, a link that leads elsewhere, missing or truncated
+    weights.
+
+    Reads no weight.
+    """
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         refuse_foreign(path, folder)
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
@@ -38,34 +41,35 @@ def check_files(folder: Path) -> None:
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Configuration, tokenizer and processor files: what a model has beside its weights."""
+    """Yield the configuration, tokenizer and processor files, which a model has beside its weights."""
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         if path.is_file() and not any(path.match(other) for other in _NOT_COPIED):
             yield path
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that make up the model; none where its weights are stored otherwise. Raises ConfigError."""
+    """Return the names of the model's safetensors files; none if its weights are stored otherwise. Raises ConfigError."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
     return sorted(set(read_index(folder / INDEX, ".safetensors")[0].values())) if (folder / INDEX).is_file() else []
 
 
 def weight_patterns(files: Iterable[str]) -> list[str]:
-    """Which weight files of a hub model with these ``files`` to fetch: pickled ones only if it has no others, as transformers does."""
-    if SINGLE in (held := set(files)):
+    """Return patterns of the weight files to fetch of a hub model with these ``files``: pickled ones only without others, as transformers
+    does.
+    """
+    if SINGLE in (names := set(files)):
         return [SINGLE]
-    return ["*.safetensors"] if INDEX in held else ["*.safetensors", "*.bin"]
+    return ["*.safetensors"] if INDEX in names else ["*.safetensors", "*.bin"]
 
 
 def hashed_files(folder: Path) -> list[Path]:
-    """The files that hold the model's weights, in whichever form."""
+    """Return the files with the model's weights, in any format."""
     return [folder / name for name in weight_files(folder)] or sorted(path for path in folder.glob("*.bin") if path.is_file())
 
 
 def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """(tensor -> name of its file, metadata) of a model's index. Raises ConfigError naming what is wrong with it, or a file that is not
-    there."""
+    """Return (tensor -> name of its file, metadata) from a model's index. Raises ConfigError for an invalid index or a missing file."""
     remedy = "get the model again"
     try:
         index = read_json(path)
@@ -82,25 +86,25 @@ def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]
 
 
 def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Tensor -> (shape, dtype) of a safetensors file, in the file's order. Raises ConfigError where it is none, or cut short."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    """Return tensor -> (shape, dtype) of a safetensors file, in the file's order. Raises ConfigError for an invalid or truncated file."""
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     try:
         with safe_open(path, framework="pt") as handle:
             for name in handle.offset_keys():
-                part = handle.get_slice(name)
-                found[name] = tuple(part.get_shape()), part.get_dtype()
+                tensor = handle.get_slice(name)
+                tensors[name] = tuple(tensor.get_shape()), tensor.get_dtype()
     except (OSError, SafetensorError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"{path} cannot be read ({reason}); get the file again, or correct its permissions") from error
-    return found
+    return tensors
 
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever the libraries raise inside the block about files into a ConfigError: ``what`` (why); ``remedy``.
+    """Convert an exception that a library raises inside the block about files into a ConfigError: ``what`` (why); ``remedy``.
 
-    They check little of what a model folder says, so a wrong value may surface as any exception. Errors of the machine, such as missing
-    memory, and of other ranks pass.
+    The libraries check little of a model folder, so a wrong value may cause any exception. Errors of the machine, such as missing memory,
+    and of other ranks pass.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""The routers of a mixture of experts: how many tokens each expert takes in a forward, and how probable each was.
+"""The routers of a mixture of experts: the tokens of each expert in a forward, and each expert's mean probability.
 
-A token counts once for each text that it belongs to, as where every text stands in a row of its own: which texts share a prefix depends on
-how groups are spread over forwards. Shapes: E experts, T tokens, K experts that a token takes.
+A token counts once for each text that it belongs to, as if every text stood in a row of its own, because the texts that share a prefix
+depend on the packing of groups. Shapes: E experts, T tokens, K experts of a token.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Routed:
     """Sums over the tokens of a forward and its layers.
 
     Args:
-        taken: [E] tokens that each expert took, without a gradient.
-        probability: [E] of each expert before the choice, float32, with the routers' gradient.
+        taken: [E] tokens that are routed to each expert, without a gradient.
+        probability: [E] each expert's probability before the choice, float32, with the routers' gradient.
         rows: tokens times layers, a scalar.
     """
 
@@ -32,36 +32,36 @@ class Routed:
 
 
 class Routers:
-    """Listens to the routers of a model. A layer that is computed again for its gradient is not counted again."""
+    """Recorder of a model's routers. A layer that is recomputed for its gradient is not recorded again."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._heard: list[tuple[Tensor, Tensor]] | None = None
+        self._outputs: list[tuple[Tensor, Tensor]] | None = None
         for module in model.modules():
             if type(module).__name__.endswith("Router"):
                 module.register_forward_hook(self._note)
 
     def _note(self, router: nn.Module, inputs: Any, output: Any) -> None:
-        if self._heard is not None:
-            self._heard.append((output[0], output[-1]))
+        if self._outputs is not None:
+            self._outputs.append((output[0], output[-1]))
 
     def __enter__(self) -> Routers:
-        self._heard = []
+        self._outputs = []
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._heard = None
+        self._outputs = None
 
     def routed(self, forest: Forest) -> Routed | None:
-        """The sums of what was heard inside the block; None for a model without routers."""
-        if not self._heard:
+        """Return the sums of the outputs inside the block; None for a model without routers."""
+        if not self._outputs:
             return None
-        counts = forest.on(_counts, self._heard[0][0].device)
-        taken = torch.zeros(self._heard[0][0].shape[-1], device=counts.device)
+        counts = forest.on(_counts, self._outputs[0][0].device)
+        taken = torch.zeros(self._outputs[0][0].shape[-1], device=counts.device)
         probability = torch.zeros_like(taken)
-        for logits, chosen in self._heard:
+        for logits, chosen in self._outputs:
             taken = taken.scatter_add(0, chosen.reshape(-1), counts.repeat_interleave(chosen.shape[-1]))
             probability = probability + counts @ logits.float().softmax(-1)
-        return Routed(taken, probability, counts.sum() * len(self._heard))
+        return Routed(taken, probability, counts.sum() * len(self._outputs))
 
 
 def _counts(forest: Forest) -> Tensor:
@@ -69,7 +69,7 @@ def _counts(forest: Forest) -> Tensor:
 
 
 BALANCED = ("qwen3_vl_moe", "qwen3_5_moe")
-"""Model types of which the library has a router balance loss that takes the likeliest experts, as the routers do."""
+"""Model types with a router balance loss in transformers that counts the likeliest experts, as their routers do."""
 
 
 def check_balanced(model_type: str) -> None:

@@ -17,19 +17,21 @@ from cfvlm_ds.models.routers import Routed, Routers
 
 
 class ScoringHead(nn.Linear):
-    """An output head that, given the scored targets, returns log-probs instead of logits.
+    """An output head that returns log-probs instead of logits if it is given scored targets.
 
     It is a module because ZeRO-3 gathers a module's weight while the module runs.
     """
 
     def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
-        """Without data. ``cap`` is the bound to which the logits of log-probs are squeezed; those that it returns the model squeezes."""
+        """Create the head without data. ``cap`` bounds the logits behind log-probs; logits that it returns are capped by the model
+        itself.
+        """
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.cap = cap
 
     @classmethod
     def of(cls, head: nn.Linear, cap: float | None) -> ScoringHead:
-        """The head's own parameters in a scoring head. Raises ValueError when it has a bias, which no supported family's has."""
+        """Return a scoring head with the head's own parameters. Raises ValueError for a bias, which no supported family has."""
         if head.bias is not None:
             raise ValueError("the model's output head has a bias, which is not supported")
         scoring = cls(head.in_features, head.out_features, cap)
@@ -37,7 +39,9 @@ class ScoringHead(nn.Linear):
         return scoring.train(head.training)
 
     def forward(self, hidden: Tensor, predicted_by: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
-        """Logits [..., V] of ``hidden`` [..., d]; or log-probs [N] of ``targets`` [N], each predicted by a row of ``hidden`` [P, d]."""
+        """Return logits [..., V] of ``hidden`` [..., d], or log-probs [N] of ``targets`` [N], each predicted by a row of ``hidden`` [P,
+        d].
+        """
         if predicted_by is None or targets is None:
             return super().forward(hidden)
         return head_logprobs(hidden, self.weight, predicted_by, targets, self.cap)
@@ -46,8 +50,8 @@ class ScoringHead(nn.Linear):
 class Scorer(nn.Module):
     """The module that DeepSpeed runs: encode each distinct image once, run the language model, return log-probs of the scored tokens.
 
-    Everything happens inside one forward, so that ZeRO-3 gathers each layer once however many candidates there are, and every rank calls
-    every submodule the same number of times. ``routed`` is what the routers of a mixture of experts did in the last forward.
+    Everything happens inside one forward, so that ZeRO-3 gathers each layer once for any number of candidates, and every rank calls every
+    submodule equally often. ``routed`` is the routing of a mixture of experts in the last forward.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
@@ -62,12 +66,13 @@ class Scorer(nn.Module):
         self._routers = Routers(model)
 
     def forward(self, **inputs: Any) -> Any:
-        """``logp`` of a row or, for ``image_inputs`` alone, ``tower_features``; both have to be forwards of the module that ZeRO-3
-        watches."""
+        """Return ``logp`` of a row or, for ``image_inputs`` alone, ``tower_features``. ZeRO-3 requires both to be forwards of the
+        module.
+        """
         return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
 
     def tower_features(self, image_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tower's outputs for each module of the projector, by the module's name."""
+        """Return the tower's outputs for each module of the projector, by the module's name."""
         model: Any = self.model
         taken: dict[str, Tensor] = {}
 
@@ -98,29 +103,34 @@ class Scorer(nn.Module):
         visual_tokens: Sequence[int],
         image_inputs: dict[str, Any],
     ) -> Tensor:
-        """Log-probs [N], nats, fp32, of ``targets`` [N].
+        """Return log-probs [N], nats, fp32, of ``targets`` [N].
 
-        ``input_ids`` [1, T]; ``position_ids`` [1, T] or [axes, 1, T]; ``forest`` says which tokens are prefixes and which their branches;
-        ``visual`` are the places of visual tokens; ``scored`` [P] those of the positions whose logits are needed, and ``predicted_by`` [N]
-        is the rank among them of the one that predicts each target; ``images_of_tree`` the indices of each tree's images among the distinct
-        images of ``image_inputs``; ``visual_tokens`` the number of visual tokens of each distinct image. Where ``image_inputs`` has
-        ``tower_features``, the tower does not run.
+        Args:
+            input_ids: [1, T].
+            position_ids: [1, T] or [axes, 1, T].
+            forest: the prefixes and branches among the tokens.
+            visual: places of visual tokens in the row.
+            scored: [P] places whose logits are needed.
+            predicted_by: [N] index into ``scored`` of the place that predicts each target.
+            images_of_tree: for each tree, its images as indices of the distinct images of ``image_inputs``.
+            visual_tokens: number of visual tokens of each distinct image.
+            image_inputs: inputs of the tower, or ``tower_features``, with which the tower does not run.
         """
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
 
         def show(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            """Put features at their places, which the model would find by waiting for the device."""
+            """Insert features at their places. The model itself would wait for the device to locate them."""
             embedded = named["inputs_embeds"]
             if features:
                 embedded = embedded.index_copy(1, visual, features[0].to(embedded.dtype).unsqueeze(0))
             if features[1:]:
                 named |= {"visual_pos_masks": visual, "deepstack_visual_embeds": features[1:]}
-            # An image that no tree shows takes part in the backward pass as if one did: ZeRO-3 waits for every rank at every module, and
-            # where the text's embeddings are frozen it is the image through which gradients pass all of the language model.
+            # An image that no tree shows still takes part in the backward pass: ZeRO-3 waits for every rank at every module, and with
+            # frozen text embeddings gradients pass through the language model only by way of the image.
             return args, named | {"inputs_embeds": embedded + 0 * unused}
 
         language_model = self.model.get_submodule(self.family.language_model[0])
-        through = language_model.register_forward_pre_hook(show, with_kwargs=True)
+        handle = language_model.register_forward_pre_hook(show, with_kwargs=True)
         try:
             with self._routers as routers:
                 hidden = self.model.base_model(
@@ -132,21 +142,21 @@ class Scorer(nn.Module):
                 ).last_hidden_state
                 self.routed = routers.routed(forest)
         finally:
-            through.remove()
+            handle.remove()
         return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets)
 
     def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Which tokens are visual, for a family whose own masks depend on it: they are used where its attention is a stock one."""
+        """Return the marks of visual tokens, for a family whose own masks depend on them; its stock attention uses them."""
         mark = self.family.visual_mark
         return {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
-        """The trees' image features, those for the embeddings first and then any for layers, and the sum of those that no tree uses."""
+        """Return the trees' image features, first those for the embeddings and then any for layers, and the sum of unused ones."""
         model: Any = self.model
-        known = "tower_features" in image_inputs
-        output = self._projected(**image_inputs) if known else model.get_image_features(**image_inputs, return_dict=True)
+        has_features = "tower_features" in image_inputs
+        output = self._projected(**image_inputs) if has_features else model.get_image_features(**image_inputs, return_dict=True)
         shown = [i for images in images_of_tree for i in images]
         layers = [_per_image(layer, visual_tokens) for layer in (output.pooler_output, *getattr(output, "deepstack_features", ()))]
         hidden = [layer[i].sum() for layer in layers for i in range(len(visual_tokens)) if i not in shown]
@@ -154,17 +164,18 @@ class Scorer(nn.Module):
         return [torch.cat([layer[i] for i in shown]) for layer in layers if shown], unused
 
     def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
-        """The result of ``get_image_features``, computed from the tower's output; each image has ``rows`` of the projector's output."""
+        """Return the result of ``get_image_features`` from the tower's output; each image has ``rows`` of the projector's output."""
         model: Any = self.model
-        beside = [inputs[name] for name in self.family.projector_inputs]
+        projector_inputs = [inputs[name] for name in self.family.projector_inputs]
         *further, first = (  # dropout in adapters must draw its numbers in the model's own order
-            self.family.arrange(model, model.get_submodule(name)(tower_features[name], *beside), rows, inputs) for name in self.projectors
+            self.family.arrange(model, model.get_submodule(name)(tower_features[name], *projector_inputs), rows, inputs)
+            for name in self.projectors
         )
         return SimpleNamespace(pooler_output=first, deepstack_features=further)
 
 
 def _per_image(features: Tensor | Sequence[Tensor], visual_tokens: Sequence[int]) -> list[Tensor]:
-    """Features however a family returns them (per image, per tile, in one piece) as one [visual tokens, hidden] tensor per image."""
+    """Return features in any family's form (per image, per tile, in one piece) as one [visual tokens, hidden] tensor per image."""
     pieces = [features] if isinstance(features, Tensor) else features
     flat = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
     if len(flat) != sum(visual_tokens):

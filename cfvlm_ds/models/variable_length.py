@@ -1,8 +1,8 @@
-"""Attention by variable-length kernels. Over a row of trees: a node's queries, and gathered for them the keys of their path. In a tower:
-its pictures, or windows of them, one after the other.
+"""Attention by variable-length kernels, over a row of trees or within the pictures or windows of a tower.
 
-Such a kernel is causal, with the last query of a segment at its last key, so that a sliding window reaches back along the path. A picture
-whose tokens see each other in both directions is a segment of a second call, which is not causal and ends with the picture.
+In a row of trees, a segment has a node's queries and the gathered keys of their path. Such a kernel is causal, with the last query of a
+segment at its last key, so a sliding window extends back along the path. A picture with bidirectional attention is a segment of a second
+call, which is not causal and ends with the picture.
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments.
 """
@@ -22,35 +22,38 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
-"""(how many keys a query sees before and after its own, -1 for all; scale; query [T, H, D], key and value [gathered, J, D], where queries
-and keys of each segment begin [S + 1] int32, longest of each) -> [T, H, D]."""
+"""(number of keys that a query attends to before and after its own, -1 for all; scale; query [T, H, D], key and value [gathered, J, D];
+starts of the queries and of the keys of each segment [S + 1] int32; longest of each) -> [T, H, D].
+"""
 
 
 def _calls(forest: Forest, sight: Sight) -> tuple[list[Any], Tensor | None]:
-    """Places in the row of each call's queries (None: all of them, in order) and keys, and what the kernel takes besides; each token's
-    place in what the calls give, one after the other, if that is not its own."""
+    """Return the kernel calls, and each token's place in their concatenated outputs if it is not its own.
+
+    A call consists of the places in the row of its queries (None: all, in order) and keys, and the kernel's other arguments.
+    """
     blocks = dict(forest.blocks) if sight.blocks else {}
-    causal, whole = list[tuple[int, int, int]](), list[tuple[int, int, int]]()  # (node, begin, end)
+    causal, bidirectional = list[tuple[int, int, int]](), list[tuple[int, int, int]]()  # (node, begin, end)
     for node in range(len(forest.lengths)):
         at, stop = forest.starts[node], forest.starts[node + 1]
         for begin in sorted(begin for begin in blocks if at <= begin < stop):
             causal += [(node, at, begin)] * (at < begin)
-            whole.append((node, begin, blocks[begin]))
+            bidirectional.append((node, begin, blocks[begin]))
             at = blocks[begin]
         causal += [(node, at, stop)] * (at < stop)
     before = -1 if sight.window is None else sight.window - 1
     calls = [_call(forest, causal, sight.window, (before, 0))] if causal else []
-    if not whole:
+    if not bidirectional:
         return [(None, *calls[0][1:])], None
-    after = -1 if sight.window is None else max(end - begin for _, begin, end in whole)
-    calls.append(_call(forest, whole, sight.window, (before, after)))
-    return calls, torch.tensor([place for _, begin, end in causal + whole for place in range(begin, end)]).argsort()
+    after = -1 if sight.window is None else max(end - begin for _, begin, end in bidirectional)
+    calls.append(_call(forest, bidirectional, sight.window, (before, after)))
+    return calls, torch.tensor([place for _, begin, end in causal + bidirectional for place in range(begin, end)]).argsort()
 
 
 def _call(forest: Forest, segments: list[tuple[int, int, int]], window: int | None, reach: tuple[int, int]) -> Any:
     queries, keys = [torch.arange(begin, end) for _, begin, end in segments], []
     for node, begin, end in segments:
-        path = [torch.arange(forest.starts[each], forest.starts[each + 1]) for each in forest.ancestors[node]]
+        path = [torch.arange(forest.starts[ancestor], forest.starts[ancestor + 1]) for ancestor in forest.ancestors[node]]
         seen = torch.cat([*path, torch.arange(forest.starts[node], end)])
         keys.append(seen if window is None else seen[-(window - 1 + end - begin) :])
 
@@ -62,7 +65,7 @@ def _call(forest: Forest, segments: list[tuple[int, int, int]], window: int | No
 
 
 def _attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """Query [1, H, T, D], key and value [1, J, T, D] -> [1, T, H, D]."""
+    """Attend from query [1, H, T, D] to key and value [1, J, T, D]; return [1, T, H, D]."""
     calls, back = forest.on(_calls, query.device, sight)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     outputs = [
@@ -76,7 +79,7 @@ def _flash(window: tuple[int, int], scale: float, *segments: Any) -> Any:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
-        from flash_attn_interface import flash_attn_varlen_func  # version 3, which is called alike
+        from flash_attn_interface import flash_attn_varlen_func  # version 3 has the same signature
 
     reach = window if window[0] >= 0 else (-1, -1)
     return flash_attn_varlen_func(*segments, softmax_scale=scale, causal=window[1] == 0, window_size=reach)
@@ -90,10 +93,10 @@ def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
 
 
 def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tensor, at: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
-    """Segments that see themselves as a whole, padded to the longest; nothing waits for the device to learn their lengths."""
+    """Attend within segments that are padded to the longest, bidirectionally, without waiting for the device to report their lengths."""
     tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
     places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
-    query, key, value = (each[places.clamp(max=len(q) - 1)].transpose(1, 2) for each in (q, k, v))
+    query, key, value = (tensor[places.clamp(max=len(q) - 1)].transpose(1, 2) for tensor in (q, k, v))
     seen = (places < at[1:].unsqueeze(1))[:, None, None]
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
     segment = torch.searchsorted(at[1:], tokens, right=True)
@@ -106,12 +109,12 @@ varlen: Kernel = functools.partial(_attend, _varlen)
 
 
 def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
-    """Tell whether flash attention takes this dtype and these head sizes. Gemma 4 has wider heads in its full layers."""
+    """Return True if flash attention supports this dtype and these head sizes. Gemma 4 has wider heads in its full layers."""
     return dtype in (torch.float16, torch.bfloat16) and all(head <= 256 and head % 8 == 0 for head in heads)
 
 
 def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
-    """Name the first of KERNELS that is installed and takes these heads."""
+    """Return the name of the first of KERNELS that is installed and supports these heads."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     if not on_gpu or not takes(dtype, heads):
@@ -120,7 +123,7 @@ def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
 
 
 def has_varlen() -> bool:
-    """Tell whether torch's kernel takes a scale and a window. That of torch 2.10 does not."""
+    """Return True if torch's kernel accepts a scale and a window; torch 2.10's does not."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
@@ -139,7 +142,7 @@ def tower(
     max_length_q: int = 0,
     **options: Any,
 ) -> Any:
-    """A tower's attention [B, H, T, D] -> [B, T, H, D]: torch's, but where the tower says where its pictures or windows begin."""
+    """Attend in a tower, [B, H, T, D] -> [B, T, H, D]: with torch's attention, or by segments if the tower passes their boundaries."""
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     kernel = KERNELS[fastest(query.dtype, query.shape[-1:], query.device.type != "cpu")]

@@ -1,4 +1,4 @@
-"""Bounds on the visual tokens of an image, for each way in which families choose their number.
+"""Limits on the visual tokens of an image, one function for each rule by which families choose their number.
 
 A limit changes the processor and, if the model computes the same sizes, its configuration; either may be None.
 """
@@ -13,13 +13,13 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Images are scaled to lie between the two bounds (Qwen-VL: one token is a square of patch size x merge size pixels)."""
+    """Scale images to lie between the two bounds (Qwen-VL: a token is a square of patch size x merge size pixels)."""
     if processor is not None:
         _between(processor.image_processor, model, 1)
 
 
 def pixels_of_frames(processor: Any, config: Any, model: ModelConfig) -> None:
-    """The same where the processor counts the pixels of all frames, and takes a picture for as many as the tower joins (GLM-4V)."""
+    """Scale images like ``pixels``, for a processor that counts the pixels of all frames and duplicates a picture as frames (GLM-4V)."""
     if processor is not None:
         _between(processor.image_processor, model, processor.image_processor.temporal_patch_size)
 
@@ -32,9 +32,9 @@ def _between(images: Any, model: ModelConfig, frames: int) -> None:
 
 
 def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
-    """The longest edge is scaled to that of the largest square of whole tokens (Mistral 3, whose images keep their shape).
+    """Scale the longest edge to that of the largest square of whole tokens (Mistral 3, whose images keep their aspect ratio).
 
-    Of at least 2 x 2: transformers cannot take a forward whose only image is one visual token.
+    The square has at least 2 x 2 tokens: transformers cannot process a forward whose only image is one visual token.
     """
     if processor is not None and model.max_pixels:
         images, side = processor.image_processor, processor.patch_size * processor.spatial_merge_size
@@ -47,7 +47,7 @@ _BUDGETS = (70, 140, 280, 560, 1120)
 
 
 def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
-    """An image has at most one of some numbers of visual tokens, here the largest whose pixels are within the bound (Gemma 4)."""
+    """Limit an image to one of several numbers of visual tokens, the largest whose pixels are within the bound (Gemma 4)."""
     if processor is not None and model.max_pixels:
         images = processor.image_processor
         pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
@@ -58,7 +58,7 @@ def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def grids(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Grids of more tiles are not chosen (LLaVA-NeXT and OneVision: an image takes the grid that suits it best)."""
+    """Exclude grids of more tiles (LLaVA-NeXT and OneVision, where an image takes the best-fitting grid)."""
     side = None if config is None else config.vision_config.image_size
     for holder in (processor and processor.image_processor, config):
         if holder is not None and model.max_tiles:
@@ -71,7 +71,7 @@ def grids(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def patches(processor: Any, config: Any, model: ModelConfig) -> None:
-    """At most so many tiles, the overview not counted (InternVL)."""
+    """Limit the number of tiles, the overview not counted (InternVL)."""
     if processor is not None and model.max_tiles:
         images = processor.image_processor
         images.max_patches = model.max_tiles
@@ -79,7 +79,7 @@ def patches(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def squares(processor: Any, config: Any, model: ModelConfig) -> None:
-    """The longest edge is scaled to as many tile sides as fit a square of so many tiles (Idefics3, SmolVLM)."""
+    """Scale the longest edge to the number of tile sides of the largest square with that many tiles (Idefics3, SmolVLM)."""
     if processor is not None and model.max_tiles:
         images = processor.image_processor
         sides = int(model.max_tiles**0.5)

@@ -1,4 +1,4 @@
-"""The families by ``config.model_type``, one file each. A further one is one record and one name in _RECORDS."""
+"""The families by ``config.model_type``, one file each. A new family is one record and one name in _RECORDS."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for mod
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family record of a model's configuration. Raises ConfigError naming the supported model types, or what in the language model
-    depends on more than a token's own path."""
+    """Return the family record of a model's configuration.
+
+    Raises ConfigError with the supported model types for an unknown one, and for a language model in which a token depends on more than its
+    own path.
+    """
     if config.model_type in FAMILIES:
         text = config.get_text_config()
         ropes = getattr(text, "rope_parameters", None) or {}
-        each = [(rope, rope.get("rope_type")) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
-        kinds = [f"{kind}, long_mscale" if "long_mscale" in rope and kind != "default" else kind for rope, kind in each]
-        for option, found, known in (
+        typed = [(rope, rope.get("rope_type")) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+        kinds = [f"{kind}, long_mscale" if "long_mscale" in rope and kind != "default" else kind for rope, kind in typed]
+        for option, values, known in (
             ("rope_type", kinds, (None, *_ROPES)),
             ("layer_types", getattr(text, "layer_types", None) or (), _LAYERS),
         ):
-            if unknown := [kind for kind in found if kind not in known]:
+            if unknown := [kind for kind in values if kind not in known]:
                 raise ConfigError(
                     f"model type {config.model_type!r}: its language model has {option} {unknown[0]!r}, with which a text's score may "
                     f"depend on the rest of its row; name a model with {', '.join(filter(None, known))}"
@@ -49,7 +52,8 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
-"""Those whose frequencies are one for all rows within the model's window. ``longrope`` takes them by the longest position of a row, and
-phimoe's ``long_mscale`` scales any of them by it."""
+"""Types whose frequencies are the same for all rows within the context window. ``longrope`` chooses them by the longest position of a row,
+and phimoe's ``long_mscale`` scales those of any type by it.
+"""
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")
-"""Those that rows of trees compute. ``chunked_attention`` and the length scaling beside it count from the row's first token."""
+"""Layer types that rows of trees support. ``chunked_attention`` and its length scaling count from the row's first token."""

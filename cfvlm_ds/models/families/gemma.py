@@ -1,7 +1,8 @@
-"""Gemma 3 and 4: layers with a sliding window between full ones, and pictures whose tokens see each other in both directions.
+"""Gemma 3 and 4: layers with a sliding window between full ones, and bidirectional attention among the tokens of a picture.
 
-Gemma 3 has a SigLIP tower with a fixed number of visual tokens, and sees pictures as a whole in all layers. Gemma 4 has a tower of its own
-with a budget of visual tokens; its larger models see pictures as a whole in layers with a window only, its smaller ones nowhere.
+Gemma 3 has a SigLIP tower with a fixed number of visual tokens; its picture attention is bidirectional in all layers. Gemma 4 has a tower
+of its own with a budget of visual tokens. Its larger models have bidirectional picture attention in layers with a window, its smaller ones
+have none.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ from cfvlm_ds.models.visual_token_limits import budgets
 
 
 def pooled_output(config: PreTrainedConfig) -> tuple[str, ...]:
-    """The head of a tower's pooled output, if the checkpoint has one."""
+    """Return the unused head of a tower's pooled output, which some checkpoints have."""
     return ("model.vision_tower.head",)
 
 
 def sound(config: PreTrainedConfig) -> tuple[str, ...]:
-    """The part for sound, which some checkpoints have."""
+    """Return the unused audio modules, which some checkpoints have."""
     return ("model.audio_tower", "model.embed_audio")
 
 
 def in_windows(config: PreTrainedConfig) -> Whole:
-    """In layers with a window, where the configuration says so."""
+    """Return the layers with bidirectional picture attention: those with a window, if the configuration enables it."""
     return "windows" if config.get_text_config().use_bidirectional_attention == "vision" else "nowhere"
 
 
 def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
-    """A picture is one block of tokens. With pan and scan it would be several, with words between them that join those of the prompt."""
+    """Refuse pan and scan: it would split a picture into several blocks of tokens whose captions are tokenised with the prompt."""
     _generates(config)
     if processor is not None and getattr(processor.image_processor, "do_pan_and_scan", None):
         raise ConfigError("pan and scan is not supported; set do_pan_and_scan to false in the model's preprocessor_config.json")
 
 
 def largest_budget(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Visual tokens are bounded by the largest of some budgets."""
+    """Bound visual tokens by the largest budget within ``max_pixels``."""
     _generates(config)
     budgets(processor, config, model)
 
@@ -63,7 +64,7 @@ GEMMA_3 = Family(
 
 GEMMA_4 = Family(
     model_types=("gemma4",),
-    vision_tower=("model.vision_tower", "model.audio_tower", "model.embed_audio"),  # the last two for sound, without use
+    vision_tower=("model.vision_tower", "model.audio_tower", "model.embed_audio"),  # the last two are for sound and unused
     projector=("model.embed_vision",),
     language_model=("model.language_model", "lm_head"),
     image_inputs=("pixel_values", "image_position_ids"),

@@ -1,6 +1,6 @@
-"""The LLaVA line: a CLIP or SigLIP tower, a two-layer projector and a causal language model.
+"""LLaVA: a CLIP or SigLIP tower, a two-layer projector and a causal language model.
 
-LLaVA-1.5 has a fixed number of visual tokens per image; NeXT and OneVision cut the image into tiles and add a learned newline per row.
+LLaVA-1.5 has a fixed number of visual tokens per image. NeXT and OneVision cut the image into tiles and add a learned newline per row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from cfvlm_ds.models.visual_token_limits import grids
 
 
 def after_selected_layer(config: PreTrainedConfig, blocks: str = "model.vision_tower.encoder.layers") -> tuple[str, ...]:
-    """The parts of a tower after the layer whose output is used: the last of its ``blocks``, and the norm and head of its pooled output."""
+    """Return the unused parts of a tower: the ``blocks`` after the layer whose output is used, and the norm and head of its pooled
+    output.
+    """
     depth, selected = config.vision_config.num_hidden_layers, config.vision_feature_layer
     layers = [selected] if isinstance(selected, int) else selected
     last = max(layer % (depth + 1) for layer in layers)
@@ -25,7 +27,7 @@ def after_selected_layer(config: PreTrainedConfig, blocks: str = "model.vision_t
 
 
 def tiles_packed(option: str) -> Arrange:
-    """The overview, then the tiles laid side by side without their padding and with a newline after each row.
+    """Return an Arrange that packs tiles: the overview, then the tiles side by side without padding and with a newline after each row.
 
     ``option`` of the model's configuration is passed to its ``pack_image_features``.
     """

@@ -1,6 +1,6 @@
 """Qwen2-VL, 2.5-VL, 3-VL and 3.5: a tower at native resolution, a merger of 2 x 2 patches, and positions on three axes (M-RoPE).
 
-In Qwen3.5 three of four layers are gated delta nets, which start each text from the state in which its prefix has ended.
+In Qwen3.5 three of four layers are gated delta nets, whose state at the end of the prefix is the initial state of each text.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from cfvlm_ds.models.visual_token_limits import pixels
 
 
 def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
-    """Position ids [3, P] (time, height, width): text advances all axes together, a visual token has its place in the grid.
+    """Return position ids [3, P] (time, height, width): text advances all axes together, and a visual token has its place in the grid.
 
-    After an image the text goes on at the largest position plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is
-    (t, h, w) in patches, before merging.
+    Text after an image continues at the largest position plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is (t,
+    h, w) in patches, before merging.
     """
     positions = torch.arange(len(visual)).repeat(3, 1)
     merge, stop = config.vision_config.spatial_merge_size, 0
@@ -44,8 +44,10 @@ def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
     return positions
 
 
-def out_of_windows(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-    """Visual tokens in row-major order: a tower with window attention (Qwen2.5-VL) passes them to its merger window by window."""
+def in_row_major_order(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
+    """Return the visual tokens in row-major order. A tower with window attention (Qwen2.5-VL) passes them to its merger window by
+    window.
+    """
     vision = model.config.vision_config
     if not hasattr(vision, "window_size"):
         return projected
@@ -53,29 +55,29 @@ def out_of_windows(model: Any, projected: Tensor, rows: Sequence[int], inputs: d
     return projected[order.argsort().to(projected.device)]
 
 
-def of_tower(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
-    """What the tower derives from its grids, as the library does."""
+def tower_inputs(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
+    """Return the tower's inputs that are derived from its grids, as transformers computes them."""
     vision = config.vision_config
-    merge, begins = vision.spatial_merge_size, get_vision_cu_seqlens(grids)
-    found = {"position_ids": get_vision_position_ids(grids, merge), "cu_seqlens": begins, "max_seqlen": int(begins.diff().max())}
+    merge, boundaries = vision.spatial_merge_size, get_vision_cu_seqlens(grids)
+    inputs = {"position_ids": get_vision_position_ids(grids, merge), "cu_seqlens": boundaries, "max_seqlen": int(boundaries.diff().max())}
     if hasattr(vision, "window_size"):
-        found["window_index"], windows = get_vision_window_index(grids, merge, vision.window_size, vision.patch_size)
-        found |= {"cu_window_seqlens": windows, "max_window_seqlen": int(windows.diff().max())}
+        inputs["window_index"], windows = get_vision_window_index(grids, merge, vision.window_size, vision.patch_size)
+        inputs |= {"cu_window_seqlens": windows, "max_window_seqlen": int(windows.diff().max())}
     if hasattr(vision, "num_position_embeddings"):
         side = int(vision.num_position_embeddings**0.5)
         options = {"mode": "bilinear", "align_corners": True, "spatial_merge_size": merge}
-        found["interp_indices"], found["interp_weights"] = get_vision_interpolation_indices_and_weights(grids, side, **options)
-    return {f"image_{name}": value for name, value in found.items()}
+        inputs["interp_indices"], inputs["interp_weights"] = get_vision_interpolation_indices_and_weights(grids, side, **options)
+    return {f"image_{name}": value for name, value in inputs.items()}
 
 
 def add_at_places(model: nn.Module) -> None:
-    """Let the language model add features to layers at the ``places`` of visual tokens; those of an ordinary row are a mask."""
+    """Patch the language model to add features to layers at the ``places`` of visual tokens; in ordinary rows these are a mask."""
     text: Any = model.get_submodule("model.language_model")
-    library: Callable[..., Tensor] = type(text)._deepstack_process
+    original: Callable[..., Tensor] = type(text)._deepstack_process
 
     def add(hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
         if places.dtype == torch.bool:
-            return library(text, hidden, places, features)
+            return original(text, hidden, places, features)
         return hidden.index_add(1, places, features.to(hidden.dtype).unsqueeze(0))
 
     text._deepstack_process = add
@@ -90,8 +92,8 @@ QWEN_VL = Family(
     per_image=("image_grid_thw",),
     grid="image_grid_thw",
     positions=m_rope,
-    from_grids=of_tower,
-    arrange=out_of_windows,
+    from_grids=tower_inputs,
+    arrange=in_row_major_order,
     limit=pixels,
     limited_by=("min_pixels", "max_pixels"),
 )
@@ -101,9 +103,10 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 
 
 class TransposeByWholeShape(Transpose):
-    """Turns the experts of a published Qwen3-VL-MoE unless they have the model's shape already.
+    """Transposition of the experts of a published Qwen3-VL-MoE, unless they have the model's shape already.
 
-    The library compares with a parameter's ``shape``, which under ZeRO-3 is that of an empty tensor; the whole one is kept beside it.
+    transformers compares with a parameter's ``shape``, which under ZeRO-3 is that of an empty tensor. This class uses the unpartitioned
+    shape.
     """
 
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
@@ -116,7 +119,7 @@ class TransposeByWholeShape(Transpose):
         return turned.convert(input_dict, source_patterns, target_patterns, **kwargs)
 
 
-def _turn_by_whole_shape(model_type: str) -> None:
+def _transpose_by_whole_shape(model_type: str) -> None:
     mapping = get_checkpoint_conversion_mapping(model_type)
     for converter in mapping:
         if isinstance(converter, WeightConverter):
@@ -127,4 +130,4 @@ def _turn_by_whole_shape(model_type: str) -> None:
     register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
 
 
-_turn_by_whole_shape("qwen3_vl_moe")
+_transpose_by_whole_shape("qwen3_vl_moe")
