@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved complete or not at all, verified, found again, and resharded for another number of ranks."""
+"""Checkpoints of a run: saved completely or not at all, verified, located, and resharded for another number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: which there are, and whether they are whole and undamaged.
+"""Checkpoint discovery: the checkpoints of a run folder, their completeness and their checksums.
 
 A folder that does not match its list, ``complete.json``, is never resumed from.
 """
@@ -26,16 +26,16 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def own_sum(listed: Mapping[str, Any]) -> int:
-    """CRC-32 of the list itself without this number: otherwise a flipped bit in ``step`` or ``world_size`` would go unnoticed."""
+    """Return the CRC-32 of the list without this number; otherwise a flipped bit in ``step`` or ``world_size`` would go unnoticed."""
     return zlib.crc32(json.dumps({name: value for name, value in listed.items() if name != "crc32"}, sort_keys=True).encode())
 
 
 def find(output_dir: Path, resume: str, world: World) -> Path | None:
-    """The checkpoint to continue from: the newest one without a defect (``auto``), the named one, or None; the same on every rank.
+    """Return the checkpoint to continue from, the same on every rank: the newest intact one (``auto``), the named one, or None.
 
-    Rank 0 looks for missing and truncated files, then every rank reads a share of them and compares their sums. Says which checkpoints were
-    passed over and why. Raises ConfigError when the named one has a defect, when ``never`` meets a folder that has checkpoints, and when
-    ``auto`` finds checkpoints, under whatever name, and none that can be used: ``restart`` takes step 0 then.
+    Rank 0 checks for missing and truncated files; then every rank reads a share of the files and compares their checksums. Skipped
+    checkpoints are reported with the reason. Raises ConfigError when the named one has a defect, when ``never`` meets a folder with
+    checkpoints, and when ``auto`` finds only unusable or renamed checkpoints; ``restart`` takes step 0 then.
     """
     by_name = resume in ("auto", "never", "restart")
     candidates, others = broadcast_object((by_step(output_dir), _renamed(output_dir)) if by_name else ([Path(resume)], []))
@@ -68,18 +68,18 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Folders with the contents of a checkpoint but another name, and their steps; what a killed save has left does not count."""
-    found = []
-    for listed in sorted(output_dir.glob(f"*/{COMPLETE}")):
-        if _NAME.fullmatch(listed.parent.name) or listed.parent.name.endswith(".partial"):
+    """Return the folders with the contents of a checkpoint but another name, and their steps, except leftovers of a killed save."""
+    renamed = []
+    for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
+        if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            found.append((listed.parent, int(description(listed.parent)["step"])))
-    return found
+            renamed.append((complete.parent, int(description(complete.parent)["step"])))
+    return renamed
 
 
 def newest(output_dir: Path) -> Path:
-    """The newest complete checkpoint of a run folder. Raises ConfigError when there is none."""
+    """Return the newest complete checkpoint of a run folder. Raises ConfigError if there is none."""
     for path in by_step(output_dir):
         if incomplete(path) is None:
             return path
@@ -87,22 +87,22 @@ def newest(output_dir: Path) -> Path:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """What a complete checkpoint says of itself: ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
+    """Return the description in a complete checkpoint: ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
     return read_json(path / COMPLETE)
 
 
 def incomplete(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every listed file is there in full; their contents are not read."""
+    """Return the defect of a checkpoint folder, or None if every listed file exists in full. Contents are not read."""
     try:
-        described = description(path) if (path / COMPLETE).is_file() else {}  # a pipe would be waited for
+        described = description(path) if (path / COMPLETE).is_file() else {}  # reading a pipe would block
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}
-        whole = described["crc32"] == own_sum(described)
+        is_intact = described["crc32"] == own_sum(described)
         step = described["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{COMPLETE} is missing or broken, so the checkpoint was never finished"
-    if not whole:
+    if not is_intact:
         return f"{COMPLETE} is damaged"
-    if (named := _NAME.fullmatch(path.name)) and int(named[1]) != step:
+    if (match := _NAME.fullmatch(path.name)) and int(match[1]) != step:
         return f"it was written at step {step}, so its name is wrong"
     for name, (size, _) in listed.items():
         try:
@@ -117,15 +117,15 @@ def incomplete(path: Path) -> str | None:
 
 
 def damaged(path: Path, names: Iterable[str]) -> str | None:
-    """Which of these files of a complete checkpoint no longer has the contents that were written, or None."""
+    """Return a message for the first of these files whose contents have changed since they were written, or None."""
     listed = description(path)["files"]
     for name in names:
         try:
-            found = crc32_of(path / name)
+            checksum = crc32_of(path / name)
         except OSError as error:
             return f"{name} cannot be read ({error})"
-        if found != listed[name][1]:
-            return f"{name} is damaged: its CRC-32 is {found:08x} instead of {listed[name][1]:08x}"
+        if checksum != listed[name][1]:
+            return f"{name} is damaged: its CRC-32 is {checksum:08x} instead of {listed[name][1]:08x}"
     return None
 
 
@@ -138,7 +138,7 @@ def _defect(path: Path, world: World) -> str | None:
 
 
 def by_step(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+    """Return the checkpoint folders, newest first."""
     return sorted((path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""Continuing from a checkpoint written by any number of ranks. Only tensors are read: nothing that it pickles is run."""
+"""Checkpoint loading for any number of ranks. Only tensors are read: no pickled code is run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cfvlm_ds.checkpoint.finding import description
-from cfvlm_ds.checkpoint.saving import RANDOM_STATE, kept_failures, reason_of
+from cfvlm_ds.checkpoint.saving import RANDOM_STATE, collect_failure, write_error
 from cfvlm_ds.checkpoint.state import TrainState, refuse_other_version
 from cfvlm_ds.core.distributed import World, gather_objects, set_random_state
 from cfvlm_ds.core.errors import ConfigError, StorageError
@@ -24,8 +24,8 @@ from cfvlm_ds.models.model_files import explained
 def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: Path) -> None:
     """Restore weights, optimizer, schedule, random state and ``state`` from a complete checkpoint.
 
-    Where another number of ranks wrote it, it is first resharded for this one, into a folder of ``output_dir`` that is removed again; that
-    takes as much room as the checkpoint, and StorageError is raised on all ranks where there is none.
+    A checkpoint from another number of ranks is first resharded into a folder of ``output_dir`` that is removed again. That takes as much
+    space as the checkpoint; without it StorageError is raised on all ranks.
     """
     if (ranks := description(path)["world_size"]) == world.size:
         _load(engine, path, path, state, world)
@@ -38,9 +38,9 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     dist.barrier()
     failures = list[str]()
     try:
-        with explained(f"{path} cannot be resharded", "name another checkpoint with train.resume"), kept_failures(failures):
+        with explained(f"{path} cannot be resharded", "name another checkpoint with train.resume"), collect_failure(failures):
             reshard(path, resharded, world.rank, world.size, *flat_tensors(engine))
-        reasons = gather_objects(reason_of(failures[0], resharded) if failures else None, world)
+        reasons = gather_objects(write_error(failures[0], resharded) if failures else None, world)
         if reason := next(filter(None, reasons), None):
             raise StorageError(f"{path} cannot be resharded in {output_dir} ({reason}); make room, or start {ranks} ranks")
         _load(engine, resharded, path, state, world)
@@ -53,7 +53,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
 def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:
     """Write the files of ``rank`` of ``ranks`` into ``target``, a folder that DeepSpeed then loads as its own.
 
-    ``shapes`` is the engine's layout of the new run, and ``sizes`` the elements of this rank's flat tensors. Raises ConfigError when the
+    ``shapes`` is the engine's layout of the new run, and ``sizes`` are the elements of this rank's flat tensors. Raises ConfigError if the
     checkpoint's weights are not this run's.
     """
     shards = Shards(source)
@@ -65,7 +65,7 @@ def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, s
 
 
 def kept_state(path: Path) -> TrainState:
-    """The loop's state in a complete checkpoint, before anything is loaded. Raises ConfigError for one of another version."""
+    """Return the loop's state in a complete checkpoint, before anything is loaded. Raises ConfigError for another version."""
     described = description(path)
     refuse_other_version(described, path)
     return TrainState(**described["loop"])

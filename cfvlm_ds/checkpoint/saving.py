@@ -1,8 +1,8 @@
-"""Checkpoints: DeepSpeed's shards plus the state of the loop, complete or invisible.
+"""Checkpoint saving: DeepSpeed's shards and the state of the loop, complete or invisible.
 
-A checkpoint is written as ``checkpoint-STEP.partial``. Every rank takes the CRC-32 of its own files as it writes them, and flushes them to
-the disk; sizes and sums are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A folder that does not match its list
-is never resumed from.
+A checkpoint is written as ``checkpoint-STEP.partial``. Every rank computes the CRC-32 of its own files while writing them, and flushes them
+to disk. Sizes and checksums are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A folder that does not match its
+list is never resumed from.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ RANDOM_STATE = "random-state-{}.pt"
 
 
 class SaveError(StorageError):
-    """A checkpoint could not be written, on any rank: nothing of it is left, and no older one was touched."""
+    """A checkpoint could not be written on some rank. Nothing of it is left, and no older one was touched."""
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
-    """Write ``output_dir/checkpoint-STEP``, then remove older ones. The newest ``keep`` stay (0 keeps all), the best one, and those whose
-    step is a multiple of ``keep_every``.
+    """Write ``output_dir/checkpoint-STEP``, then remove older checkpoints.
 
-    Every rank calls it. Raises SaveError on all of them when one cannot write a file: disk full, quota, read-only folder.
+    The newest ``keep`` stay (0 keeps all), and so do the best one and those whose step is a multiple of ``keep_every``. Every rank calls
+    it. Raises SaveError on all of them if one cannot write a file: disk full, quota, read-only folder.
     """
     final = output_dir / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".partial")
     if world.is_main:
-        for left in output_dir.glob("checkpoint-*.partial"):
-            remove(left)
+        for leftover in output_dir.glob("checkpoint-*.partial"):
+            remove(leftover)
     dist.barrier()
     failures: list[str] = []
 
     def guard(write: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            with kept_failures(failures):
+            with collect_failure(failures):
                 return write(*arguments, **named)
 
         return call
@@ -62,14 +62,14 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
     with guarded_writes(engine, guard, write):
         engine.save_checkpoint(str(output_dir), tag=partial.name, client_state={}, save_latest=False)
     if failures:
-        gc.collect()  # in newer versions of torch the error's frames are a cycle
-    with kept_failures(failures):  # of every rank: ZeRO-1 and 2 keep the client state of the first alone
+        gc.collect()  # in newer versions of torch the error's frames form a cycle
+    with collect_failure(failures):  # on every rank, because ZeRO-1 and 2 save only the first rank's client state
         write(random_state(world.device), partial / RANDOM_STATE.format(world.rank))
-    reports = gather_objects((reason_of(failures[0], partial) if failures else None, files), world)
+    reports = gather_objects((write_error(failures[0], partial) if failures else None, files), world)
     problem = next((f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(reports) if failure), None)
     if world.is_main and problem is None:
         description = {"schema": SCHEMA, "step": state.step, "world_size": world.size, "run_id": state.run_id, "loop": vars(state)}
-        with kept_failures(failures):
+        with collect_failure(failures):
             _publish(partial, final, description, {name: entry for _, each in reports for name, entry in each.items()})
         problem = failures[0] if failures else None
     if problem := broadcast_object(problem):
@@ -85,8 +85,10 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
 
 
 def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: int) -> None:
-    """Delete checkpoints of ``output_dir`` up to the step of ``state``. The newest ``keep`` stay (0 keeps all), the best one, and those
-    whose step is a multiple of ``keep_every`` (0 for none)."""
+    """Delete checkpoints of ``output_dir`` up to the step of ``state``.
+
+    The newest ``keep`` stay (0 keeps all), and so do the best one and those whose step is a multiple of ``keep_every`` (0 for none).
+    """
     older = [path for path in by_step(output_dir) if step_of(path) <= state.step]
     for path in older[keep:] if keep else ():
         if not (keep_every and step_of(path) % keep_every == 0) and not (state.best and step_of(path) == state.best["step"]):
@@ -94,15 +96,15 @@ def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: in
 
 
 @contextlib.contextmanager
-def kept_failures(failures: list[str]) -> Iterator[None]:
+def collect_failure(failures: list[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        failures.append(str(error).partition("\n")[0])  # not the error: its frames hold the broken file open, and so its room
+        failures.append(str(error).partition("\n")[0])  # the error itself would keep the broken file open and its space in use
 
 
-def reason_of(failure: str, folder: Path) -> str:
-    """Why a write failed, in the system's words; torch's writer does not say."""
+def write_error(failure: str, folder: Path) -> str:
+    """Return the system's reason for a failed write, which torch's writer does not report."""
     if not folder.is_dir():
         return failure
     try:
@@ -114,7 +116,7 @@ def reason_of(failure: str, folder: Path) -> str:
 
 
 def _written(states: Any, file: Path) -> tuple[int, int]:
-    """Write states to a file and flush it to the disk; returns its size and CRC-32, for which it is not read again."""
+    """Write states to a file and flush it to disk; return its size and CRC-32, which are computed while writing."""
     with file.open("wb") as handle:
         summed: Any = Summed(handle)
         torch.save(states, summed)
@@ -124,14 +126,14 @@ def _written(states: Any, file: Path) -> tuple[int, int]:
 
 
 def flushed(file: Path) -> tuple[int, int]:
-    """Flush a file to the disk, so that a power loss cannot take it; its size and CRC-32."""
+    """Flush a file to disk, so that it survives a power loss; return its size and CRC-32."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
     return file.stat().st_size, crc32_of(file)
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """List the files, also those that no rank has named, and give the folder its final name."""
+    """List all files, also those that no rank has reported, and rename the folder to its final name."""
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)
@@ -146,7 +148,7 @@ def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: 
 
 
 def _sync_names(folder: Path) -> None:
-    """Flush the folder's entries to the disk, where the file system supports it."""
+    """Flush the folder's entries to disk if the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(handle)

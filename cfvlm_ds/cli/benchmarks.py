@@ -1,4 +1,4 @@
-"""``cfvlm-ds evaluate`` and ``compare``: accuracies of groups and of public benchmarks, and two models on them side by side."""
+"""``cfvlm-ds evaluate`` and ``compare``: accuracies of groups and of public benchmarks, and a comparison of two models."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from cfvlm_ds.core.untrusted import own_output
 
 
 def add(commands: Any) -> None:
-    """Add the commands to a parser's."""
+    """Add the commands to a parser."""
     add_function(commands, _evaluate)
     commands.choices["evaluate"].usage = "%(prog)s MODEL (MANIFEST ... | --benchmarks NAMES --benchmark_root FOLDER --out FOLDER) [OPTIONS]"
     add_function(commands, _compare)
 
 
 class _InPlaceOfManifests(argparse.Action):
-    """With benchmarks a manifest is not required. Nor is it without, if it may be left out: argparse would then not wait for it where an
-    option stands between it and the model."""
+    """Action of --benchmarks, which makes the manifest optional.
+
+    The manifest is not optional from the start: argparse would then not wait for it if an option stands between it and the model.
+    """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         setattr(namespace, self.dest, values)
@@ -41,14 +43,15 @@ Names = Annotated[str, ("action", _InPlaceOfManifests), ("metavar", "NAMES")]
 
 @dataclass(frozen=True)
 class Asking:
-    """How benchmarks are asked.
+    """Options of an evaluation on benchmarks.
 
     Args:
         benchmarks: names of public benchmarks, or of your own, joined by commas, in place of manifests.
         benchmark_root: folder with a folder of official files for each of them.
-        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each asks the benchmarks that it fits, by default each one's own.
-        on_error: what comes of an item of a benchmark that cannot be asked: error, or skip it, counted and named.
-        draws: draws of the bootstrap; 0 for no intervals, by default 1000, fewer of benchmarks of over 10,000 items.
+        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each is used for the benchmarks that it fits, by default each one's
+            own.
+        on_error: for an item of a benchmark that the model cannot take: error, or skip it, counted and named.
+        draws: draws of the bootstrap; 0 for no intervals, by default 1000, fewer for benchmarks of over 10,000 items.
         num_workers: processes that prepare batches of a benchmark, per rank, by default spare cores.
         experiment: also send the metrics of benchmarks to MLflow, to the server of MLFLOW_TRACKING_URI, or to mlflow.db in the folder OUT.
     """
@@ -73,7 +76,7 @@ def _evaluate(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Measure accuracies by edit type, with rows for chance and for what language alone achieves; or accuracies of public benchmarks:
+    """Measure accuracies by edit type, with rows for chance and for the language prior; or accuracies on public benchmarks:
     cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
 
     Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl
@@ -90,14 +93,14 @@ def _evaluate(
         more: dict[str, Any] = {"shuffled": not no_shuffled, "scoring": scoring, "limits": limits, "max_pixels": reading.max_pixels}
         _ask(model, asking, out, **more)
         return
-    if given := [name for name, value in vars(asking).items() if value != getattr(Asking, name)]:
-        raise ConfigError(f"--{given[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
+    if unusable := [name for name, value in vars(asking).items() if value != getattr(Asking, name)]:
+        raise ConfigError(f"--{unusable[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
     from cfvlm_ds.data import named_apart, sound_groups
     from cfvlm_ds.evaluation import evaluate, table
 
     manifests = named_apart(manifest)
     if out:
-        of_run = (Path(out).parent / "config.yaml").is_file()  # whose own results.json has the same form
+        of_run = (Path(out).parent / "config.yaml").is_file()  # the results.json of a run has the same form
         own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
     splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
     scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
@@ -106,18 +109,18 @@ def _evaluate(
     if world.is_main:
         print(table(results))
     if out and world.is_main:
-        found = {split: [vars(row) for row in rows] for split, rows in results.items()}
-        replace(Path(out), json.dumps(found, indent=1).encode())
+        tables = {split: [vars(row) for row in rows] for split, rows in results.items()}
+        replace(Path(out), json.dumps(tables, indent=1).encode())
 
 
 def _is_evaluated(file: IO[bytes]) -> bool:
-    """Whether a file has tables of accuracies by split, and nothing else."""
-    found = parse_json(file.read().decode())
-    return bool(found) and all(row.keys() >= {"name", "num", "metrics"} for rows in found.values() for row in rows)
+    """Return True if a file contains tables of accuracies by split and nothing else."""
+    tables = parse_json(file.read().decode())
+    return bool(tables) and all(row.keys() >= {"name", "num", "metrics"} for rows in tables.values() for row in rows)
 
 
 def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int) -> None:
-    """Ask a model benchmarks; every rank runs it. Nothing is loaded before the benchmarks' files are read."""
+    """Evaluate a model on benchmarks; every rank runs it. Nothing is loaded before the benchmarks' files are read."""
     for option, value in (("benchmark_root", asking.benchmark_root), ("out", out)):
         if not value:
             raise ConfigError(f"--benchmarks needs --{option}, a folder; add it")
@@ -138,8 +141,8 @@ def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring:
         barrier = ProgressBarrier(world)
 
         def identity() -> dict[str, str]:
-            found = fingerprint(model, barrier.alive, world.say)
-            return found if adapter is None else found | {"adapter": adapter_fingerprint(adapter, barrier.alive)}
+            hashes = fingerprint(model, barrier.alive, world.say)
+            return hashes if adapter is None else hashes | {"adapter": adapter_fingerprint(adapter, barrier.alive)}
 
         loaded = {
             each.name: run_on_rank0(world, partial(load_items, each, world.say, limit=scoring.limit, skip=skip), barrier)
@@ -156,8 +159,8 @@ def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring:
             draws=asking.draws,
             remedy=scoring.remedy.replace("set --max_tokens", "lower --max_tokens"),
         )
-        asked = _asked(name, scoring.zero3, scorer, collator, world, weights)
-        results = evaluate_benchmarks(asked, [(each, loaded[each.name]) for each in chosen], folder, settings)
+        evaluated = _asked(name, scoring.zero3, scorer, collator, world, weights)
+        results = evaluate_benchmarks(evaluated, [(each, loaded[each.name]) for each in chosen], folder, settings)
         if asking.experiment and world.is_main:
             track(asking.experiment, results, folder)
     if world.is_main:
@@ -165,26 +168,26 @@ def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring:
         print(f"wrote {folder / 'results.md'}")
 
 
-_DELIVERED_WITHIN_S = 300.0  # MLflow is imported then, and makes its database
+_DELIVERED_WITHIN_S = 300.0  # includes the import of MLflow and the creation of its database
 
 
 def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
-    """Send what a folder of results holds, of which some was ``asked`` now, to MLflow, under the names that a training's have; what cannot
-    be delivered waits in the folder.
+    """Send a folder of results to MLflow under the metric names of a training; undelivered data stay in the folder. ``asked`` are new
+    results.
 
-    A folder is one run of an experiment, however often it is evaluated into: what is new, or has another value, is added to it.
+    A folder is one run of an experiment, however often results are added to it. Only new or changed values are sent.
     """
     from cfvlm_ds.core.secrets import without_secrets
     from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
     from cfvlm_ds.evaluation.suite.results import RESULTS, read_results
     from cfvlm_ds.evaluation.suite.tables import logged
-    from cfvlm_ds.tracking import going_on, open_tracker
+    from cfvlm_ds.tracking import open_tracker, previous_run
 
     results, metrics = read_results(out), dict[str, float]()
     for each in results:
-        usual = each.name not in BENCHMARKS or each.label == BENCHMARKS[each.name].probes[0]  # no later way renames what was logged
+        usual = each.name not in BENCHMARKS or each.label == BENCHMARKS[each.name].probes[0]  # another probe must not rename logged metrics
         metrics |= logged(each.called if usual else each.place, each.metrics)
-    before, step = going_on(out, experiment) or ({}, None)
+    before, step = previous_run(out, experiment) or ({}, None)
     others = {name: value for name, value in metrics.items() if name in before and before[name] != value}
     added = {name: value for name, value in metrics.items() if name not in before}
     record = asked[0].record
@@ -220,14 +223,14 @@ def _asked(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, ident
 
 
 def _compare(before: str, after: str, *, draws: Count | None = None) -> None:
-    """Put two folders of results side by side: differences with intervals, and what got better and worse.
+    """Compare two folders of results: differences with intervals, and the items that got better and worse.
 
     Example: cfvlm-ds compare results/base results/tuned
 
     Args:
         before: folder that `cfvlm-ds evaluate --benchmarks` wrote.
         after: another one.
-        draws: exchanges of the two models' answers that are drawn, by default as draws of evaluate.
+        draws: random exchanges of the two models' answers, by default as draws of evaluate.
     """
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 

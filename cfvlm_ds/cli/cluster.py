@@ -1,4 +1,4 @@
-"""``cfvlm-ds cluster``: what slurm/launch.sh asks."""
+"""``cfvlm-ds cluster``: commands for slurm/launch.sh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cfvlm_ds.cli.options import add_function
 
 
 def add(commands: Any) -> None:
-    """Add the commands to a parser's."""
+    """Add the commands to a parser."""
     cluster = commands.add_parser("cluster", help="what slurm/launch.sh asks").add_subparsers(dest="action", required=True)
     add_function(cluster, _check)
     add_function(cluster, _output_dir)
@@ -31,7 +31,7 @@ def _check(folder: str, *, timeout_s: float = 30.0) -> None:
 
     line = check(Path(folder), timeout_s)
     sys.stdout.flush()
-    os._exit(0 if line == "ok" else 1)  # tearing down torch takes longer than the check
+    os._exit(0 if line == "ok" else 1)  # the teardown of torch takes longer than the check
 
 
 Rest = Annotated[list[str], ("nargs", argparse.REMAINDER)]
@@ -49,5 +49,5 @@ def _output_dir(options: Rest) -> None:
     from cfvlm_ds.core.parsing import parse_config
     from cfvlm_ds.objectives import OBJECTIVES
 
-    given = options[1:] if options[:1] == ["--"] else options
-    print(Path(parse_config(with_quickstart(given), OBJECTIVES, prog="train.py").train.output_dir).absolute())
+    arguments = options[1:] if options[:1] == ["--"] else options
+    print(Path(parse_config(with_quickstart(arguments), OBJECTIVES, prog="train.py").train.output_dir).absolute())

@@ -1,4 +1,4 @@
-"""``cfvlm-ds data`` and ``cfvlm-ds tiny``: make and check what a run needs."""
+"""``cfvlm-ds data`` and ``cfvlm-ds tiny``: creation and checks of a run's data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Add the commands to a parser's."""
+    """Add the commands to a parser."""
     text, example = "make, check, convert, prepare and look at data", "cfvlm-ds data convert captions.csv --root images --out groups.jsonl"
     command = commands.add_parser("data", help=text, description=text, epilog=f"example: {example}")
     data = command.add_subparsers(dest="action", required=True)
@@ -36,12 +36,12 @@ def _build(scenes: ScenesConfig, *, benchmarks: str | None = None) -> None:
     Example: cfvlm-ds data build runs/scenes --num_train 4000
 
     Args:
-        benchmarks: also write its test groups, or those of a world that is there, into this folder as SugarCrepe, NaturalBench and POPE.
+        benchmarks: also write its test groups, or those of an existing world, into this folder as SugarCrepe, NaturalBench and POPE.
     """
     from cfvlm_ds.demo.scenes import build_benchmarks, config_in
 
     config = scenes
-    if benchmarks and config == ScenesConfig(config.out_dir):  # without options, the world that is there
+    if benchmarks and config == ScenesConfig(config.out_dir):  # without options, the existing world
         config = config_in(Path(config.out_dir)) or config
     build(BuildConfig(scenes=config))
     if benchmarks:
@@ -74,18 +74,18 @@ def _prepare(
     part: Part,
     reading: Reading,
 ) -> None:
-    """Check a data set and write it as a store, which training opens. Call every --shard I/N, and once more when all of them have ended:
-    the first calls look at the pictures, the second ones write the rows, and the last of these makes the store.
+    """Check a data set and write it as a store, which training opens. With shards, call every --shard I/N, and again when all of them
+    have ended: the first calls check the pictures, the second ones write the rows, and the last of these completes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 
     Args:
         manifest: any data of a known format.
         config: configuration of a run, in place of a manifest: all of its data are prepared in its folder, as its first start would do.
-        out: folder to write; what an earlier call has prepared is not prepared again.
-        limit: the first N groups alone.
-        pack: copy the pictures into tars of the store; otherwise rows name them where they are.
-        on_error: skip rows that are no group and those with a picture that cannot be used, and list them in OUT/left_out.jsonl.
+        out: folder to write; the work of an earlier call is not repeated.
+        limit: only the first N groups.
+        pack: copy the pictures into tars of the store; otherwise rows refer to them in place.
+        on_error: skip rows that are not groups or have an unusable picture, and list them in OUT/left_out.jsonl.
     """
     if config is not None:
         others = {"manifest": manifest, "out": out, "limit": limit, "pack": pack, "on_error": on_error != "error", "shard": part.shard}
@@ -168,7 +168,7 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
     Args:
         manifest: any data of a known format.
         out: file to write.
-        on_error: skip rows that are no group and those with broken pictures, and list them.
+        on_error: skip rows that are not groups or have broken pictures, and list them.
     """
     from cfvlm_ds.data.convert import convert
 
@@ -179,7 +179,7 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
 
 
 def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
-    """Fetch the pictures that rows name by http(s) address, or hold as text, and write the rows with files in their place.
+    """Fetch the pictures that rows name by http(s) address or hold as text, and write the rows with files in their place.
 
     Example: cfvlm-ds data download rows.jsonl --out local.jsonl
 
@@ -187,7 +187,7 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
         manifest: any data of a known format.
         out: JSON lines to write; the pictures go to the folder OUT.pictures beside it.
         on_error: skip rows without their pictures, and list them.
-        threads: pictures fetched side by side.
+        threads: pictures fetched in parallel.
     """
     from cfvlm_ds.data.download import COLUMNS, download
 
@@ -198,7 +198,7 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
 
 
 def _check(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:
-    """Report everything wrong with a manifest.
+    """Report all problems of a manifest.
 
     Example: cfvlm-ds data check groups.jsonl
 

@@ -1,4 +1,4 @@
-"""How a command prints and ends."""
+"""Output and exit codes of commands."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import shows_everything
 
 _DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-_PIPE_CLOSED = 141  # what shells have for a program that SIGPIPE has ended
+_PIPE_CLOSED = 141  # exit code of shells for a program that SIGPIPE has ended
 
 
-def print_anything() -> None:
-    """Captions and paths are in any script; what the terminal's encoding lacks is printed by its number and ends nothing."""
+def escape_unencodable() -> None:
+    """Make stdout and stderr print characters that the terminal's encoding lacks as escapes instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def files_named(function: Callable[[], None]) -> None:
-    """What the system has against a file that a command reads or writes, such as a full disk, is one sentence too."""
+def explain_os_errors(function: Callable[[], None]) -> None:
+    """Call a function and convert an OSError about a file, such as a full disk, into a StorageError of one sentence."""
     try:
         function()
         sys.stdout.flush()
     except (BrokenPipeError, ConnectionError, TimeoutError) as error:
         if not isinstance(error, BrokenPipeError):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, such as `| head`, has closed the pipe
         sys.exit(_PIPE_CLOSED)
     except OSError as error:
         if error.errno is None:
             raise
-        named = f"{error.filename}: " if error.filename is not None else ""
-        raise StorageError(f"{named}{error.strerror}; make room, or correct the path or its permissions") from error
+        path = f"{error.filename}: " if error.filename is not None else ""
+        raise StorageError(f"{path}{error.strerror}; make room, or correct the path or its permissions") from error
 
 
 def exit_cleanly(function: Callable[[], None]) -> None:
-    """Bad input is the user's to correct: one sentence on stderr and exit code 2, and a traceback only with --verbose. Of several ranks one
-    prints it. A full disk has a code of its own, since room may come back without a correction."""
+    """Call a function and report bad input as one sentence on stderr with exit code 2; a traceback is printed only with --verbose.
+
+    One of several ranks prints it. A full disk has its own exit code, since the same input may succeed later.
+    """
     try:
         function()
     except InputError as error:
@@ -54,15 +56,17 @@ def exit_cleanly(function: Callable[[], None]) -> None:
                 print_line(traceback.format_exc().rstrip("\n"), error=True)
             if mine:
                 print(f"error: {error}", file=sys.stderr, flush=True)
-        full = isinstance(error, StorageError) and any(reason in str(error) for reason in _DISK_FULL)  # ranks exchange the text alone
+        full = isinstance(error, StorageError) and any(reason in str(error) for reason in _DISK_FULL)  # ranks exchange only the text
         sys.exit(EXIT_DISK_FULL if full else 2)
-    except KeyboardInterrupt:  # of a command; a training answers Ctrl-C itself
+    except KeyboardInterrupt:  # in a command; a training handles Ctrl-C itself
         sys.exit(EXIT_INTERRUPTED)
 
 
 def leave_at_once(function: Callable[[], None]) -> None:
-    """Run a training. An exit code that is not 0 is left with at once: torch takes seconds to tear down, and the TERM that launchers send
-    when the first rank has left would change the code."""
+    """Run a training and exit at once with a non-zero exit code.
+
+    torch takes seconds to tear down, and the SIGTERM that launchers send after the first rank has exited would change the code.
+    """
     try:
         function()
     except SystemExit as left:

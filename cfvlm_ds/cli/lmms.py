@@ -1,4 +1,4 @@
-"""What lmms-eval finds when this package is installed beside it: a model named ``cfvlm_ds``."""
+"""Entry point for lmms-eval: a model named ``cfvlm_ds`` when both packages are installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """What the entry point ``lmms_eval.models`` names; lmms-eval calls it."""
+    """Return the manifest of the model; lmms-eval calls it by the entry point ``lmms_eval.models``."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="cfvlm_ds", simple_class_path="cfvlm_ds.cli.lmms_model.LmmsModel")

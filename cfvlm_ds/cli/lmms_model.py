@@ -1,4 +1,4 @@
-"""The model that lmms-eval loads by its name ``cfvlm_ds``; nothing else imports this file."""
+"""The model that lmms-eval loads by the name ``cfvlm_ds``; nothing else imports this module."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ except ImportError as error:
 
 
 class Scored(tuple[float, bool]):
-    """A value and whether the text is greedy, which lmms-eval unpacks."""
+    """A value and a flag for greedy texts, which lmms-eval unpacks."""
 
     __slots__ = ()
 
     def strip(self) -> tuple[()]:
-        """Nothing: lmms-eval's response cache asks a result for its text so, and keeps none that is empty. What it keeps comes back as a
-        list, which lmms-eval 0.7 then makes a string of, and fails."""
+        """Return an empty tuple, so that lmms-eval's response cache does not store the result.
+
+        The cache calls ``strip`` to detect empty results. It would return a stored result as a list, which lmms-eval 0.7 converts to a
+        string.
+        """
         return ()
 
 
 class LmmsModel(lmms):
-    """Likelihoods by this package's scorer, text by transformers' own ``generate``, on prompts by the model's own chat template.
+    """Model of lmms-eval: likelihoods by this package's scorer, text by transformers' own ``generate``, with the model's own chat template.
 
     Args:
         pretrained: model folder or hub name, run folder, or folder of adapters.
-        batch_size: pictures, with all texts about them, in a batch of likelihoods.
-        max_tokens_per_forward: tokens of a forward of likelihoods at most.
-        per_token: likelihoods are means, as of lmms-eval's own models, and not sums.
-        min_pixels, max_pixels, max_tiles: bounds on the visual tokens of a picture, as in training.
+        batch_size: pictures in a batch of likelihoods, with all texts about them.
+        max_tokens_per_forward: largest number of tokens of a forward of likelihoods.
+        per_token: return mean likelihoods, as lmms-eval's own models do, and not sums.
+        min_pixels, max_pixels, max_tiles: limits on the visual tokens of a picture, as in training.
     """
 
     is_simple = True
@@ -64,7 +67,7 @@ class LmmsModel(lmms):
         if not pretrained:
             raise ConfigError("the model's arguments lack pretrained=MODEL; add it")
         model, adapter = model_named(str(pretrained), ImageLimits(min_pixels, max_pixels, max_tiles))
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each rank has a whole model, and its share of the requests
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each rank has the full model and its share of the requests
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()
@@ -78,17 +81,17 @@ class LmmsModel(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is; lmms-eval gathers there."""
+        """Device of the model, on which lmms-eval gathers."""
         return self._device
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Pairs of a value and whether the text is greedy, in a wrapper: lmms-eval 0.7 makes a string of every other pair."""
+        """Return pairs of a value and a flag for greedy texts, in a wrapper: lmms-eval 0.7 converts any other pair to a string."""
         return [GenerationResult(Scored(pair)) for pair in self._answers.loglikelihood(requests, self.task_dict)]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Texts."""
+        """Return the generated texts."""
         return self._answers.generate_until(requests, self.task_dict)
 
     def generate_until_multi_round(self, requests: list[Any]) -> NoReturn:
-        """Not answered."""
+        """Raise NotImplementedError."""
         raise NotImplementedError("this model answers no tasks of several rounds; leave them out of --tasks")

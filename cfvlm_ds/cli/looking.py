@@ -1,4 +1,4 @@
-"""``cfvlm-ds data view`` and ``data stats``: look at data, and at what a run made of it."""
+"""``cfvlm-ds data view`` and ``data stats``: inspection of data and of a run's results."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def _view(
     out: str = "page",
     reading: Reading,
 ) -> None:
-    """Write a page of groups to look at in a browser: pictures, texts, truth tables, scores.
+    """Write a page of groups for a browser: pictures, texts, truth tables, scores.
 
     Example: cfvlm-ds data view groups.jsonl --out page
 
     Args:
-        source: manifest; run folder, of which the worst groups by its stored scores are shown; or work folder of `data propose`.
-        scores: file that `cfvlm-ds score` wrote for the manifest, or one of a run's folder scores.
-        sample: groups that are shown, 200 when not given.
+        source: manifest; run folder, whose worst groups by its stored scores are shown; or work folder of `data propose`.
+        scores: file that `cfvlm-ds score` wrote for the manifest, or one from a run's folder scores.
+        sample: number of groups to show, 200 by default.
         ids: file that names the groups to show, one id a line, in its order.
-        seed: draws the sample of a manifest.
-        rejected: of a work folder: only candidates that are not good, and why.
-        out: folder to write, or to write again.
+        seed: seed of the sample of a manifest.
+        rejected: for a work folder: only rejected candidates, with the reasons.
+        out: folder to write or to replace.
     """
     if sample and ids:
         raise ConfigError("--sample draws groups, and --ids names them; give one of the two")
@@ -61,13 +61,13 @@ def _view(
 
 
 def _stats(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:
-    """Count what a manifest holds: groups, lengths, edit types, unknown cells, duplicates.
+    """Print statistics of a manifest: groups, lengths, edit types, unknown cells, duplicates.
 
     Example: cfvlm-ds data stats groups.jsonl
 
     Args:
         manifest: any data of a known format.
-        model: model folder or hub name; lengths are then in its tokens.
+        model: model folder or hub name; lengths are then counted in its tokens.
     """
     from cfvlm_ds.data.stats import statistics
 
@@ -76,7 +76,7 @@ def _stats(manifest: str, *, reading: Reading, model: str | None = None, limits:
         from cfvlm_ds.batching.collator import load_collator
 
         lengths = load_collator(model_named(model, limits)[0], "full", reading.max_pixels)
-    found = statistics(manifest, reading.root, reading.format, lengths=lengths, max_pixels=reading.max_pixels, progress=say)
-    if not found.report.num_groups and found.report.problems:
-        raise DataError(found.report.problems[0])
-    print(found)
+    result = statistics(manifest, reading.root, reading.format, lengths=lengths, max_pixels=reading.max_pixels, progress=say)
+    if not result.report.num_groups and result.report.problems:
+        raise DataError(result.report.problems[0])
+    print(result)

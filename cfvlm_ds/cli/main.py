@@ -1,7 +1,7 @@
 """``cfvlm-ds``: the parser of all commands. Bad input ends with one sentence and exit code 2.
 
-Nothing heavy is imported before a command is known, so that help and completion are there at once, and a launcher's signals are held back
-before a training imports what takes seconds.
+Nothing heavy is imported before a command is known, so that help and completion are fast, and a launcher's signals are blocked before a
+training starts its slow imports.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from cfvlm_ds.cli import benchmarks, cluster, data, models, package
-from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
+from cfvlm_ds.cli.exits import escape_unencodable, exit_cleanly, explain_os_errors, leave_at_once
 from cfvlm_ds.cli.making import ALONE
 from cfvlm_ds.cli.options import Parser, add_function, add_verbosity, refuse_empty, refuse_unknown
 from cfvlm_ds.core.errors import ConfigError
@@ -21,34 +21,34 @@ from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import asked, show
 
 _BEFORE_TRAIN = ("--local_rank", "--quiet", "--verbose")
-"""What may stand before the command: DeepSpeed's launcher puts its own option first."""
+"""Options that may stand before the command: DeepSpeed's launcher inserts its own option first."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of cfvlm-ds."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    first = next((place for place, each in enumerate(given) if not each.startswith("-")), len(given))
-    if given[first : first + 1] == ["train"] and all(each.partition("=")[0] in _BEFORE_TRAIN for each in given[:first]):
-        _train([*given[:first], *given[first + 1 :]])
+    """Run the ``cfvlm-ds`` command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    first = next((place for place, word in enumerate(words) if not word.startswith("-")), len(words))
+    if words[first : first + 1] == ["train"] and all(word.partition("=")[0] in _BEFORE_TRAIN for word in words[:first]):
+        _train([*words[:first], *words[first + 1 :]])
         return
     mask_tracebacks()
-    print_anything()
-    arguments, unknown = parser().parse_known_args([each for each in given[:first] if not each.startswith("--local_rank=")] + given[first:])
+    escape_unencodable()
+    arguments, unknown = parser().parse_known_args([word for word in words[:first] if not word.startswith("--local_rank=")] + words[first:])
     show(asked(arguments.quiet, arguments.verbose))
     if unknown:
         exit_cleanly(lambda: refuse_unknown(arguments.asked_for, unknown))
 
     def run() -> None:
         refuse_empty(arguments)
-        if getattr(arguments, "action", None) in ALONE and num_ranks() > 1:  # they would do the same work side by side
+        if getattr(arguments, "action", None) in ALONE and num_ranks() > 1:  # several processes would repeat the same work
             raise ConfigError(f"data {arguments.action} is for one process, and {num_ranks()} were started; start one, of each shard")
         arguments.function(arguments)
 
-    exit_cleanly(lambda: files_named(run))
+    exit_cleanly(lambda: explain_os_errors(run))
 
 
 def parser() -> Parser:
-    """The parser of every command; that of ``train`` is another one (cfvlm_ds.core.parsing), of which only the name is here."""
+    """Return the parser of every command except ``train``, of which it has only the name (see cfvlm_ds.core.parsing)."""
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
     top = Parser(prog="cfvlm-ds", description=text, epilog="example: cfvlm-ds data check groups.jsonl --root images")
     top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and end")
@@ -64,18 +64,18 @@ def parser() -> Parser:
 
 
 def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
-    """Print what a shell reads to complete commands, options and files: eval it, or keep it where the shell looks for such files.
+    """Print a completion script for commands, options and files: eval it, or save it in the shell's folder of completions.
 
     Example: cfvlm-ds completion bash
 
     Args:
-        shell: whose language it is in.
+        shell: shell to write it for.
     """
     print(package.completion(parser(), shell))
 
 
 def _train(argv: list[str]) -> None:
-    """As train.py does it."""
+    """Run ``cfvlm-ds train`` like train.py."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from cfvlm_ds.cli.train import train_main

@@ -1,5 +1,4 @@
-"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run`` and ``status``: counterfactual groups from captions and
-pictures."""
+"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run`` and ``status``: creation of counterfactual groups."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 ALONE = ("propose", "edit", "verify", "select", "audit", "run")
-"""Commands that one process runs."""
+"""Commands that run in a single process."""
 
 
 def add(data: Any) -> None:
@@ -31,7 +30,7 @@ def add(data: Any) -> None:
 
 
 def _shard(text: str) -> tuple[int, int | None]:
-    """An argument's type: 3/64 is the fourth of 64 parts, 3 the fourth of as many as there are."""
+    """Parse a shard: 3/64 is the fourth of 64 parts, 3 the fourth of a number that is already known."""
     number, slash, of = text.partition("/")
     if not number.isdecimal() or len(text) > 12 or (slash and not (of.isdecimal() and int(number) < int(of))):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
@@ -43,10 +42,10 @@ Shard = Annotated[tuple[int, int | None], ("type", _shard), ("metavar", "I/N")]
 
 @dataclass(frozen=True)
 class Part:
-    """What one process works on.
+    """The share of the work of one process.
 
     Args:
-        shard: the shard to work on, I of 0 to N-1, or I alone where N is known; the others are for other processes.
+        shard: the shard to process, I of 0 to N-1, or I alone where N is known; other processes take the others.
     """
 
     shard: Shard | None = None
@@ -59,7 +58,7 @@ def _propose(manifest: str, *, out: str, options: ProposeOptions, part: Part, re
 
     Args:
         manifest: captions and pictures, in any known format.
-        out: work folder, made where it is not there.
+        out: work folder, created if necessary.
     """
     from cfvlm_ds.counterfactuals.propose.step import propose
     from cfvlm_ds.data import open_groups
@@ -70,7 +69,7 @@ def _propose(manifest: str, *, out: str, options: ProposeOptions, part: Part, re
 
 
 def _edit(work: str, *, options: EditOptions, part: Part) -> None:
-    """Edit the pictures as proposed.
+    """Edit the pictures according to the proposals.
 
     Example: cfvlm-ds data edit W --with flip,diffusers --model DIR --attempts 4
 
@@ -98,10 +97,10 @@ def _verify(
 
     Args:
         work: work folder that `data propose` began.
-        calibrate: fit margin and drop to the labels of this file ({"edit": ID, "attempt": 0, "good": true} a line) of what was verified,
+        calibrate: fit margin and drop to the labels of verified candidates in this file ({"edit": ID, "attempt": 0, "good": true} a line),
             and write W/thresholds.json.
-        precision: that they reach.
-        rule: scores that it is fitted to.
+        precision: precision that the thresholds must reach.
+        rule: scores that the thresholds are fitted to.
     """
     from cfvlm_ds.counterfactuals import verify as step
     from cfvlm_ds.counterfactuals.history import thresholds_of
@@ -122,7 +121,7 @@ def _verify(
 
 
 def _select(work: str, *, out: str, options: SelectOptions) -> None:
-    """Write groups of the best candidates, and what became of the others.
+    """Write groups of the best candidates, and report the fate of the others.
 
     Example: cfvlm-ds data select W --out groups.jsonl
 
@@ -142,7 +141,7 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 
 
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
-    """Report what could be learnt without looking, what is there twice, what leaks.
+    """Report shortcuts that need no picture, duplicates, and leaks between splits.
 
     Example: cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit
 
@@ -162,22 +161,22 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
             )
         refined_file(Path(options.refine), *manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
-    found, sets = audit(manifest, reading.root, reading.format, options, say, score)
-    write_report(found, sets, folder, say)
-    print(found.markdown())
+    findings, sets = audit(manifest, reading.root, reading.format, options, say, score)
+    write_report(findings, sets, folder, say)
+    print(findings.markdown())
     print(f"wrote {folder}: index.html, report.md and report.json")
-    if options.strict and found.faults:
+    if options.strict and findings.faults:
         sys.stdout.flush()
         sys.exit(1)
 
 
 def _run(*, config: str, part: Part) -> None:
-    """Propose, edit and verify one shard of a plan; without --shard all of them one after the other, and select.
+    """Propose, edit and verify one shard of a plan; without --shard, process all shards in turn and select.
 
     Example: cfvlm-ds data run --config examples/build_coco.yaml --shard 3/64
 
     Args:
-        config: YAML of the plan.
+        config: YAML file of the plan.
     """
     from cfvlm_ds.core.run_folder import named_model, refuse_absent
     from cfvlm_ds.counterfactuals.plan import read_plan
@@ -201,7 +200,7 @@ def _run(*, config: str, part: Part) -> None:
 
 
 def _status(work: str) -> None:
-    """Print how far a work folder is, and which shards are missing.
+    """Print the progress of a work folder and its missing shards.
 
     Example: cfvlm-ds data status W
 
@@ -214,7 +213,7 @@ def _status(work: str) -> None:
 
 
 def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
-    """What scores groups with a model, and which weights do."""
+    """Return a function that scores groups with a model, and the identity of its weights."""
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.core.distributed import World
     from cfvlm_ds.data.decoding import MAX_PIXELS
@@ -222,7 +221,7 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
     from cfvlm_ds.models import fingerprint
 
     class Quiet(World):
-        """The step says how far it is; its batches do not."""
+        """World that prints only warnings, because the step itself reports progress."""
 
         def say(self, message: str) -> None:
             if message.startswith("warning: "):
@@ -240,5 +239,5 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
 
 
 def _print_done(step: str, done: dict[str, Any]) -> None:
-    counts = ", ".join(f"{count} {one_line(name, 100)}" for name, count in sorted(done["counts"].items(), key=lambda each: -each[1])[:8])
+    counts = ", ".join(f"{count} {one_line(name, 100)}" for name, count in sorted(done["counts"].items(), key=lambda entry: -entry[1])[:8])
     print(f"{step}: {done['records']} records: {counts or 'nothing'}")

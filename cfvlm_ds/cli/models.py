@@ -1,6 +1,6 @@
-"""``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: what is done with a model before, or after, its training.
+"""``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: commands before and after training.
 
-``score``, ``calibrate`` and ``evaluate`` (benchmarks.py) may be started by deepspeed, torchrun or srun: then all ranks share the work.
+``score``, ``calibrate`` and ``evaluate`` (benchmarks.py) may be started by deepspeed, torchrun or srun. All ranks then share the work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Add the commands to a parser's."""
+    """Add the commands to a parser."""
     for function in (_score, _calibrate, _export, _track):
         add_function(commands, function)
 
@@ -41,7 +41,7 @@ def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scorin
 
     Args:
         model: model folder or hub name, or run folder.
-        manifest: groups to score, those to train on.
+        manifest: training groups to score.
         out: file to write, by default MANIFEST.scores.jsonl.
     """
     from cfvlm_ds.core.data_config import is_hub
@@ -75,7 +75,7 @@ def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scorin
 def _scores(
     model: str, groups: Sequence[CounterfactualGroup], scorer: Any, collator: Collator, world: World, scoring: Scoring
 ) -> Sequence[GroupScores]:
-    """Scores of all groups. Raises ConfigError where some are not finite."""
+    """Return the scores of all groups. Raises ConfigError if some are not finite."""
     from cfvlm_ds.evaluation import score_groups
 
     scores = score_groups(
@@ -90,7 +90,7 @@ def _scores(
 
 
 def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
-    """Measure by how much a model tells true from false in a manifest, and print the margins and weights that fit it.
+    """Measure how well a model separates true from false in a manifest, and print the margins and weights that fit it.
 
     Example: cfvlm-ds calibrate runs/quickstart/base runs/quickstart/scenes/train.jsonl --limit 500
 
@@ -112,21 +112,23 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
         factual = group.candidates[0]
         return len(collator.prompts.encoded(factual.prompt, factual.text, group.num_pictures, f"group {group.id!r}: text 0").text_ids)
 
-    found = list(calibration.gaps(groups, scores, length))
-    if not found:
+    all_gaps = list(calibration.gaps(groups, scores, length))
+    if not all_gaps:
         raise ConfigError(
             f"{manifest}: no group has a text or an image that is false beside a true one, so that there is nothing to compare; "
             "`cfvlm-ds data stats` says what it holds"
         )
     if not world.is_main:
         return
-    advice = calibration.advise(found)
-    compared = {gap.group for gap in found}
+    advice = calibration.advise(all_gaps)
+    compared = {gap.group for gap in all_gaps}
     idle = [group.id for group in groups if group.id not in compared]
     without = f"{len(idle)} of {len(groups)} groups have nothing to compare, such as {quoted(idle[0])}" if idle else ""
-    few = f"warning: {len(found)} comparisons, and below {calibration.FEW} quantiles say little" if len(found) < calibration.FEW else ""
+    few = (
+        f"warning: {len(all_gaps)} comparisons, and below {calibration.FEW} quantiles say little" if len(all_gaps) < calibration.FEW else ""
+    )
     reasons = "\n".join(f"- {reason}" for reason in advice.reasons)
-    print("\n\n".join(part for part in (calibration.table(found), without, few, reasons, calibration.block(advice)) if part))
+    print("\n\n".join(part for part in (calibration.table(all_gaps), without, few, reasons, calibration.block(advice)) if part))
     if out:
         replace(Path(out), f"{calibration.block(advice)}\n".encode())
 
@@ -146,12 +148,12 @@ def _export(run: str, *, adapter: bool = False, out: str | None = None) -> None:
     from cfvlm_ds.export.folder import refuse_others_model
     from cfvlm_ds.training.card import card_of
 
-    given = Path(run)
-    run_dir = given.parent if given.name.startswith("checkpoint-") else given
+    path = Path(run)
+    run_dir = path.parent if path.name.startswith("checkpoint-") else path
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} is not a run folder (no config.yaml); name a run's output_dir or one of its checkpoints")
     model = recorded_model(run_dir)
-    checkpoint = given if given != run_dir else newest(run_dir)
+    checkpoint = path if path != run_dir else newest(run_dir)
     if defect := incomplete(checkpoint) or damaged(checkpoint, description(checkpoint)["files"]):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
     folder = Path(out or run_dir / ("adapter" if adapter else "export"))
@@ -162,7 +164,7 @@ def _export(run: str, *, adapter: bool = False, out: str | None = None) -> None:
 
 
 def _track(run: str) -> None:
-    """Send MLflow what it lacks of a run that has ended, or copy the run to the server in MLFLOW_TRACKING_URI.
+    """Send the missing data of an ended run to MLflow, or copy the run to the server in MLFLOW_TRACKING_URI.
 
     Example: cfvlm-ds track runs/quickstart
 
@@ -176,7 +178,7 @@ def _track(run: str) -> None:
 
 
 def joined(zero3: bool = False) -> World:
-    """The ranks that a launcher has started, which meet here, or this process alone."""
+    """Return the world of the ranks that a launcher has started, which join here, or of this process alone."""
     import torch
 
     from cfvlm_ds.core.distributed import World
@@ -197,8 +199,10 @@ def load_scorer(
     world: World | None = None,
     zero3: bool = False,
 ) -> tuple[Any, Collator, World]:
-    """A model, with the adapters of a folder if one is named, on every rank, on the GPU if there is one; with ``zero3`` in parts over all
-    of them. Without a ``world`` the ranks of the launch meet here."""
+    """Load a model on every rank, on the GPU if there is one, with the adapters of a folder if one is named.
+
+    With ``zero3`` the model is partitioned over all ranks. Without a ``world`` the ranks of the launch join here.
+    """
     import torch
 
     from cfvlm_ds.batching.collator import load_collator

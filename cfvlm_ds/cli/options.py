@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a function becomes a command."""
+"""Options that several commands share, and the conversion of a function into a command."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from cfvlm_ds.core.verbosity import VERBOSITY, shows_progress
 
 
 def positive(text: str) -> int:
-    """An argument's type: a whole number of at least 1."""
+    """Parse an argument that is a whole number of at least 1."""
     return _whole(text, 1)
 
 
 def count(text: str) -> int:
-    """An argument's type: a whole number of at least 0."""
+    """Parse an argument that is a whole number of at least 0."""
     return _whole(text, 0)
 
 
@@ -50,12 +50,12 @@ OnError = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class Reading:
-    """How a manifest is read.
+    """Options for reading a manifest.
 
     Args:
         format: format of the rows, NAME or NAME:OPTION=VALUE,OPTION=VALUE, see `cfvlm-ds data formats`; auto is that of the first row by
             its keys.
-        root: folder of the images, the manifest's where not given; may be given several times, absolute paths and links may lead into each.
+        root: folder of the images, by default the manifest's; may be given several times. Absolute paths and links may lead into each.
         max_pixels: image size limit.
     """
 
@@ -66,13 +66,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How groups are scored.
+    """Options for scoring groups.
 
     Args:
         batch_size: groups per batch.
-        max_tokens_per_forward: tokens per forward at most; a larger batch is scored in several, by default in one, of benchmarks of 16384.
-        limit: score the first N groups alone, as the option limit of a data set does; of a benchmark about N items, spread over all of it.
-        zero3: keep the model in parts over all ranks, where one GPU does not hold it.
+        max_tokens_per_forward: largest number of tokens of a forward; a larger batch takes several, by default one; for benchmarks 16384.
+        limit: score only the first N groups, like the option limit of a data set; of a benchmark about N items, spread over all of it.
+        zero3: partition the model over all ranks, for a model that exceeds one GPU.
     """
 
     batch_size: Positive = 16
@@ -82,13 +82,13 @@ class Scoring:
 
     @property
     def remedy(self) -> str:
-        """What to do where memory runs out."""
+        """Advice for an out-of-memory error."""
         return f"lower --batch_size ({self.batch_size}), set --max_tokens_per_forward, --model.max_pixels or --model.max_tiles"
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Bounds on the visual tokens of an image.
+    """Limits on the visual tokens of an image.
 
     Args:
         min_pixels: as in training; the model's own when not given.
@@ -103,55 +103,55 @@ class ImageLimits:
 
 
 def add_function(parent: Any, function: Callable[..., None]) -> None:
-    """Add a command of ``parent``'s that calls a function. Its help are the docstring's first paragraph, the example and Args.
+    """Add a command to ``parent`` that calls a function. Its help consists of the docstring's first paragraph, the example and Args.
 
-    Parameters before ``*`` are arguments, those behind it are options, and a dataclass stands for its fields: one without a default is an
-    argument, the others are options. Annotated adds what add_argument takes.
+    Parameters before ``*`` become arguments, those after it options. A dataclass stands for its fields: a field without a default becomes
+    an argument, the others options. Annotated adds values for add_argument.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     text = " ".join(text.split())
     command = parent.add_parser(function.__name__.removeprefix("_"), help=text, description=text, epilog=f"example: {more.splitlines()[0]}")
     command.set_defaults(function=lambda arguments: _called(function, arguments), asked_for=command)
     add_verbosity(command)
-    for name, given in _parameters(function):
-        command.add_argument(name, **given)
+    for name, options in _parameters(function):
+        command.add_argument(name, **options)
 
 
 @functools.cache
 def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What add_argument takes for the parameters of a function, or the fields of a dataclass."""
-    said, hints = sentences(described), get_type_hints(described, include_extras=True)
-    prefix, found = getattr(described, "PREFIX", ""), []
-    for each in inspect.signature(described).parameters.values():
-        hint, default = hints[each.name], each.default
+    """Return the arguments of add_argument for the parameters of a function, or the fields of a dataclass."""
+    helps, hints = sentences(described), get_type_hints(described, include_extras=True)
+    prefix, result = getattr(described, "PREFIX", ""), []
+    for parameter in inspect.signature(described).parameters.values():
+        hint, default = hints[parameter.name], parameter.default
         kind = get_args(hint)[0] if NoneType in get_args(hint) else hint
         kind, more = (kind.__origin__, dict(kind.__metadata__)) if get_origin(kind) is Annotated else (kind, {})
         if is_dataclass(kind):
-            found += _parameters(kind)  # type: ignore[arg-type]
-        if is_dataclass(kind) or get_origin(kind) is dict:  # nested values belong in YAML
+            result += _parameters(kind)  # type: ignore[arg-type]
+        if is_dataclass(kind) or get_origin(kind) is dict:  # nested values are set in YAML
             continue
-        shown = "" if kind is bool or default in (None, "", each.empty) else f" (default {default})"
-        given: dict[str, Any] = {"help": said[each.name] + shown.replace("%", "%%")}
-        is_option = each.kind is each.KEYWORD_ONLY or (inspect.isclass(described) and default is not each.empty)
+        shown = "" if kind is bool or default in (None, "", parameter.empty) else f" (default {default})"
+        options: dict[str, Any] = {"help": helps[parameter.name] + shown.replace("%", "%%")}
+        is_option = parameter.kind is parameter.KEYWORD_ONLY or (inspect.isclass(described) and default is not parameter.empty)
         if is_option:
-            given |= {"dest": f"{prefix}{each.name}", "required": default is each.empty}
-        elif default is not each.empty:
-            given["nargs"] = "?"
+            options |= {"dest": f"{prefix}{parameter.name}", "required": default is parameter.empty}
+        elif default is not parameter.empty:
+            options["nargs"] = "?"
         if kind is bool:
-            given["action"] = "store_true"
+            options["action"] = "store_true"
         elif get_origin(kind) is Literal:
-            given["choices"] = get_args(kind)
+            options["choices"] = get_args(kind)
         elif get_origin(kind) is list:
-            given["nargs"] = "+"
+            options["nargs"] = "+"
         else:
-            given["type"] = kind
-        given |= {} if kind is bool or default is each.empty else {"default": default}
-        found.append((f"--{prefix}{each.name}".replace("--back_ends", "--with") if is_option else each.name, given | more))
-    return found
+            options["type"] = kind
+        options |= {} if kind is bool or default is parameter.empty else {"default": default}
+        result.append((f"--{prefix}{parameter.name}".replace("--back_ends", "--with") if is_option else parameter.name, options | more))
+    return result
 
 
 def _called(function: Callable[..., Any], arguments: argparse.Namespace) -> Any:
-    """Call a function, or make a dataclass, with what was given for its parameters."""
+    """Call a function, or construct a dataclass, with the values of its parameters."""
     hints, prefix, given = get_type_hints(function), getattr(function, "PREFIX", ""), vars(arguments)
     names = inspect.signature(function).parameters
     sections = {name: _called(hints[name], arguments) for name in names if is_dataclass(hints[name])}
@@ -159,15 +159,15 @@ def _called(function: Callable[..., Any], arguments: argparse.Namespace) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's own prints its usage, of ten lines and more, before what is wrong, and takes the beginning of a name for it."""
+    """Parser that prints one sentence for an error. argparse prints its whole usage first, and accepts abbreviated names."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse options before the command that takes them, of which argparse would take the value for the command."""
+        """Refuse options before their command, because argparse would take the option's value for the command."""
         given = list(sys.argv[1:] if args is None else args)
-        commands = next((each.choices for each in self._actions if isinstance(each, argparse._SubParsersAction)), {})
+        commands = next((action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
         place = next((place for place, word in enumerate(given) if word in commands), 0)
         if wrong := next((word for word in given[:place] if word.startswith("-") and word not in self._option_string_actions), None):
             first = given.index(wrong)
@@ -176,7 +176,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End with one sentence, as every other refusal does."""
+        """Exit with one sentence, as every other refusal does."""
 
         def refused() -> None:
             raise ConfigError(f"{self.prog}: {message}; {near}")
@@ -191,8 +191,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse_empty(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for an argument without a letter, such as of a variable that is not set: as a path it would be the working folder,
-    and as an output none."""
+    """Raise ConfigError for an empty argument, for example from an unset variable, which would mean the working folder or no output."""
     command = arguments.asked_for
     for action in command._actions:
         given = getattr(arguments, action.dest, None)
@@ -202,8 +201,8 @@ def refuse_empty(arguments: argparse.Namespace) -> None:
 
 
 def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
-    """Raise ConfigError for arguments that a command does not take, with its nearest option."""
-    wrong = next((each for each in unknown if each.startswith("-")), unknown[0]).partition("=")[0]
+    """Raise ConfigError for arguments that a command does not have, with its nearest option."""
+    wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
     known = [option.strip("-") for action in command._actions for option in action.option_strings]
     near = difflib.get_close_matches(wrong.strip("-"), known, n=1, cutoff=0.7)
     raise ConfigError(
@@ -212,21 +211,21 @@ def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> 
 
 
 def add_verbosity(command: argparse.ArgumentParser) -> None:
-    """--quiet and --verbose, before a command's name or after it."""
+    """Add --quiet and --verbose, which may stand before a command's name or after it."""
     group = command.add_mutually_exclusive_group()
     for name, text in VERBOSITY.items():
         group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def say(line: str) -> None:
-    """Print a line on rank 0 alone, before ranks have met; with --quiet only what is a warning."""
+    """Print a line on rank 0 only, before the ranks have joined; with --quiet print only warnings and notes."""
     if own_rank() == 0 and (shows_progress() or line.startswith(("warning: ", "note: "))):
         print_line(line)
 
 
 def model_named(name: str, limits: ImageLimits = ImageLimits()) -> tuple[ModelConfig, Path | None]:
-    """The model of a name, images bounded as in the run that made it unless the limits say otherwise; and its adapters."""
-    named = named_model(name)
-    refuse_absent(named.name_or_path)
-    bounds: dict[str, Any] = {each: value or getattr(named.recorded, each) for each, value in vars(limits).items()}
-    return ModelConfig(named.name_or_path, **bounds), named.adapter
+    """Return the model of a name and its adapters. Images are limited as in the run that made it unless ``limits`` override that."""
+    resolved = named_model(name)
+    refuse_absent(resolved.name_or_path)
+    bounds: dict[str, Any] = {option: value or getattr(resolved.recorded, option) for option, value in vars(limits).items()}
+    return ModelConfig(resolved.name_or_path, **bounds), resolved.adapter

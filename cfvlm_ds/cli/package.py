@@ -1,4 +1,4 @@
-"""``cfvlm-ds init`` and ``completion``: what an installed package hands to its user."""
+"""``cfvlm-ds init`` and ``completion``: files that an installed package provides to its user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cfvlm_ds.core.untrusted import refuse_link
 
 
 class ShowVersion(argparse.Action):
-    """argparse's own would ask git for the revision at every start."""
+    """Version action; argparse's own would call git for the revision at every start."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
@@ -30,12 +30,12 @@ class ShowVersion(argparse.Action):
 
 
 def init(folder: str) -> None:
-    """Write train.py, ds_configs, examples and slurm into a folder, to edit and to submit jobs from.
+    """Write train.py, ds_configs, examples and slurm into a folder, for editing and for submitting jobs.
 
     Example: cfvlm-ds init my-runs
 
     Args:
-        folder: made if it is not there; nothing in it is overwritten.
+        folder: folder to write, created if necessary; nothing in it is overwritten.
     """
     to = Path(folder)
     refuse_link(to, "name the folder itself")
@@ -61,7 +61,7 @@ def init(folder: str) -> None:
 
 
 def _with_python(environment: str) -> str:
-    """slurm/env.sh, by which a job finds the commands of this Python: it does not inherit the shell that submits it."""
+    """Return slurm/env.sh with the path of this Python's commands, because a job does not inherit the shell that submits it."""
     commands = shlex.quote(str(Path(sys.executable).parent))
     line = f'export PATH={commands}:"$PATH" # of the Python that `cfvlm-ds init` ran in\n'
     return environment.replace(_OWN_VENV, line + _OWN_VENV, 1)
@@ -71,7 +71,7 @@ _OWN_VENV = "if [ -d .venv ]; then"
 
 
 def completion(top: argparse.ArgumentParser, shell: str) -> str:
-    """What a shell reads to complete the commands of a parser."""
+    """Return the completion script of a shell for the commands of a parser."""
     try:
         import shtab
     except ImportError as error:
@@ -87,7 +87,7 @@ def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def _add_train_options(train: argparse.ArgumentParser) -> None:
-    """The options of a run, with the words that some of them take."""
+    """Add the options of a run, with the values that some of them accept."""
     from cfvlm_ds.core.parsing import option_parser
     from cfvlm_ds.objectives import OBJECTIVES
 
@@ -98,7 +98,7 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
 
 
 def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
-    """What takes a value and has no words of its own may be a path."""
+    """Complete files for every argument that takes a value without fixed choices."""
     for action in parser._actions:
         if action.nargs != 0 and not action.choices:
             vars(action)["complete"] = files

@@ -1,4 +1,4 @@
-"""``train.py`` and ``cfvlm-ds train``: options to a run."""
+"""``train.py`` and ``cfvlm-ds train``: from options to a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cfvlm_ds.cli.exits import exit_cleanly, print_anything
+from cfvlm_ds.cli.exits import escape_unencodable, exit_cleanly
 from cfvlm_ds.cluster import signals
 from cfvlm_ds.core.config import BuildConfig
 from cfvlm_ds.core.parsing import parse_config
@@ -20,30 +20,32 @@ QUICKSTART = "examples/quickstart.yaml"
 
 
 def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
-    """Entry point of train.py: bare, it runs examples/quickstart.yaml."""
+    """Run train.py; without options it runs examples/quickstart.yaml."""
     arguments = with_quickstart(sys.argv[1:] if argv is None else argv)
-    show(asked("--quiet" in arguments, "--verbose" in arguments))  # before the options are read, which may be what is wrong
+    show(asked("--quiet" in arguments, "--verbose" in arguments))  # before the options are parsed, which may fail
     mask_tracebacks()
-    print_anything()
+    escape_unencodable()
     signals.install()
     exit_cleanly(signals.last_word()(lambda: run(arguments, prog)))
 
 
 def with_quickstart(argv: Sequence[str]) -> list[str]:
-    """The options of a run: small changes of the quickstart, or where they name a model, data or a file of options, these and no others."""
+    """Return the options of a run: changes of the quickstart, unless they name a model, data or a file of options, which then stand
+    alone.
+    """
     given = {option[2:].partition("=")[0] for option in argv if option.startswith("--")}
-    if given & {"model", "data"} or any(name == own or name.startswith(f"{own}.") for name in given for own in _OF_ONES_OWN):
+    if given & {"model", "data"} or any(name == own or name.startswith(f"{own}.") for name in given for own in _STANDALONE):
         return list(argv)
-    # Its max_steps would win over epochs that were asked for.
+    # The quickstart's max_steps would override requested epochs.
     by_epochs = ["--train.max_steps", "-1"] if "train.num_train_epochs" in given and "train.max_steps" not in given else []
     return ["--config", QUICKSTART, *by_epochs, *argv]
 
 
-_OF_ONES_OWN = ("config", "model.name_or_path", *(f"data.{name}" for name in ("train", "evaluation", "format", "root", "scores")))
+_STANDALONE = ("config", "model.name_or_path", *(f"data.{name}" for name in ("train", "evaluation", "format", "root", "scores")))
 
 
 def run(arguments: Sequence[str], prog: str = "train.py") -> None:
-    """Parse, build what the configuration asks to be built, train."""
+    """Parse the options, build requested files, train."""
     from cfvlm_ds.objectives import OBJECTIVES
 
     config = parse_config(arguments, OBJECTIVES, prog=prog)
@@ -65,7 +67,7 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
 
 def build_once(config: BuildConfig, world: World) -> None:
-    """``build`` on rank 0; all ranks call it, and wait as long as it gets on. What it raises about its options is raised on all of them."""
+    """Build on rank 0; all ranks call it, and wait as long as rank 0 makes progress. Its errors are raised on all of them."""
     from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
 
     barrier = ProgressBarrier(world)
@@ -73,7 +75,7 @@ def build_once(config: BuildConfig, world: World) -> None:
 
 
 def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> None:
-    """Write the embedded world and the small model, where they are asked for and not there yet; ``alive`` is called meanwhile."""
+    """Write the requested parts of the embedded world and the small model that do not exist yet; ``alive`` is called meanwhile."""
     if config.scenes is not None:
         from cfvlm_ds.demo.scenes import build_scenes
 

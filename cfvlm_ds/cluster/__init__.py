@@ -1,1 +1,1 @@
-"""What a run shares a cluster with: signals, the time of its job, ranks that hang, other runs in its folder, broken nodes."""
+"""Cluster support of a run: signals, the end of the job's time, hanging ranks, the lock of the run folder, broken nodes."""

@@ -1,13 +1,14 @@
-"""Which rank hangs: every rank beats into a small file of the run folder, and every rank watches all files.
+"""Heartbeats of ranks: every rank writes a small file in the run folder, and every rank watches all files for a hang.
 
-A thread writes ``heartbeat/rank-N.json`` at an interval, so that it also beats while the rank waits in a collective. Two things are a hang:
+A thread writes ``heartbeat/rank-N.json`` at an interval, also while the rank waits in a collective. There are two kinds of hang:
 
-- a rank that does not beat for ``timeout_s`` (its process is stopped, its node lost), in whatever phase;
-- no rank has moved to another phase or micro-batch for ``timeout_s``, and the slowest one is within a step. Start-up, checkpoints,
+- a rank does not beat for ``timeout_s`` in any phase (its process is stopped, or its node is lost);
+- no rank has entered another phase or micro-batch for ``timeout_s``, and the slowest one is within a step. Start-up, checkpoints,
   evaluation and export may take any time; the collectives' own timeout bounds them.
 
-Whoever notices first prints one sentence and keeps it in ``heartbeat/hang.txt``; every rank that notices leaves with ``EXIT_HANG``, so that
-the launcher takes the job down. Clocks of different machines are never compared: what counts is how long this process saw no change.
+The first rank that detects a hang prints one sentence and writes it to ``heartbeat/hang.txt``. Every rank that detects it exits with
+``EXIT_HANG``, so that the launcher ends the job. Clocks of different machines are never compared: a rank measures how long it has seen no
+change.
 """
 
 from __future__ import annotations
@@ -33,17 +34,19 @@ from cfvlm_ds.core.secrets import print_line
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
 BOUNDED = ("data", "agreement", "computation")
-"""The phases of a step, in which a rank must move within ``timeout_s``."""
+"""The phases of a step, in which a rank must make progress within ``timeout_s``."""
 ENDED = "ended"
-_RECORD_BYTES = 512  # written in place and in one piece, so that a full disk does not silence a healthy rank
+_RECORD_BYTES = 512  # fixed size, overwritten in place, so that a full disk does not silence a healthy rank
 
 
 def prepare(run_dir: Path) -> Path:
-    """The folder for the beats of a new start, emptied; for rank 0, before any rank starts to beat. Raises StorageError naming it."""
+    """Create an empty folder for the beats of a new start and return it; called on rank 0 before any rank beats. Raises StorageError naming
+    it.
+    """
     folder = run_dir / FOLDER
     try:
         remove(folder)
-        folder.mkdir(parents=True)  # a verdict or beats of an earlier start would be taken for this one's
+        folder.mkdir(parents=True)  # an earlier start's verdict or beats would count as this one's
     except OSError as error:
         raise StorageError(f"{unwritten(folder, error)}; make room, or choose another train.output_dir that may be written") from error
     return folder
@@ -51,14 +54,14 @@ def prepare(run_dir: Path) -> Path:
 
 @dataclass
 class Peer:
-    """What is known of a rank: its last record, and for how many seconds it has shown no new beat, or no new phase."""
+    """Observations of a rank: its last record, and the seconds without a new beat and without a new phase."""
 
     record: dict[str, Any] | None = None
     silent_s: float = 0.0
     still_s: float = 0.0
 
     def update(self, record: dict[str, Any] | None, elapsed_s: float) -> None:
-        """Read its file again, ``elapsed_s`` seconds after the last look."""
+        """Process the rank's file, read again ``elapsed_s`` seconds after the last time."""
         old = self.record or {}
         new = record or old
         self.silent_s = 0.0 if new.get("beat") != old.get("beat") else self.silent_s + elapsed_s
@@ -67,7 +70,7 @@ class Peer:
 
 
 def verdict(peers: Sequence[Peer], timeout_s: float) -> tuple[int, str] | None:
-    """The rank that hangs and one sentence about it, or None."""
+    """Return the rank that hangs and one sentence about it, or None."""
     for rank, peer in enumerate(peers):
         if peer.silent_s > timeout_s and not _ended(peer):
             return rank, f"{_name(rank, peer)} has given no sign of life for {peer.silent_s:.0f} s; {_place(peer)}"
@@ -96,11 +99,11 @@ def _place(peer: Peer) -> str:
 
 
 class Heartbeat:
-    """This rank's heartbeat and its watch over the others, while the context lasts.
+    """This rank's heartbeat and its watch over the other ranks, within the context.
 
     Args:
-        folder: what ``prepare`` returned on rank 0.
-        timeout_s: how long a rank may show no life, or a step no progress; 0 switches the watch off.
+        folder: the folder that ``prepare`` returned on rank 0.
+        timeout_s: longest time without a beat, or without progress of a step; 0 disables the watch.
     """
 
     def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
@@ -120,7 +123,9 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-heartbeat", daemon=True)
 
     def mark(self, phase: str, step: int) -> None:
-        """Note that this rank enters ``phase`` of optimizer step ``step``. Every rank makes the same calls; a call costs a microsecond."""
+        """Record that this rank enters ``phase`` of optimizer step ``step``. Every rank makes the same calls; a call costs a
+        microsecond.
+        """
         self._own = {**self._own, "phase": phase, "step": step, "moves": self._own["moves"] + 1}
 
     def __enter__(self) -> Heartbeat:
@@ -143,18 +148,18 @@ class Heartbeat:
             if self._over.wait(self._interval):
                 return
             now = time.monotonic()
-            # Time in which this process did not run itself, or its file system stood still, tells nothing about the others.
+            # Time in which this process or its file system was stalled does not count against the others.
             elapsed_s, looked = min(now - looked, 2 * self._interval), now
             for rank, peer in enumerate(self._peers):
                 peer.update(self._own | {"beat": beat} if rank == self._rank else self._read(rank), elapsed_s)
-            if found := verdict(self._peers, self._timeout_s):
-                self._leave(*found)
+            if hang := verdict(self._peers, self._timeout_s):
+                self._leave(*hang)
 
     def _beat(self, beat: int) -> None:
         record = json.dumps(self._own | {"beat": beat}).ljust(_RECORD_BYTES).encode()
         path = self._folder / f"rank-{self._rank}.json"
         try:
-            path.parent.mkdir(exist_ok=True)  # somebody may have tidied up
+            path.parent.mkdir(exist_ok=True)  # the folder may have been deleted
             file = os.open(path, os.O_WRONLY | os.O_CREAT)
             try:
                 os.pwrite(file, record, 0)
@@ -181,5 +186,5 @@ class Heartbeat:
         if first:
             print_line(f"error: {sentence}", error=True)
         if rank == self._rank:
-            faulthandler.dump_traceback()  # where it is stuck, for its log
+            faulthandler.dump_traceback()  # shows in the log where it is stuck
         os._exit(EXIT_HANG)

@@ -1,9 +1,9 @@
-"""The check of a Slurm job's nodes before ranks are started on them: one task per node, with the bad one named.
+"""Node check of a Slurm job before ranks are started: one task per node, which identifies the broken node.
 
-Each task looks at its own node (GPUs, packages, code), meets the others at the first node's TCP store, compares what it runs with the
-first node, and takes part in one collective, whose bandwidth the first node prints. It leaves one line in ``FOLDER/NODE``: ``ok``,
-``bad: WHY``, or ``waited: WHY`` where the fault is somewhere else. A node that leaves nothing cannot start Python, sees another file
-system or does not answer: slurm/launch.sh names it too.
+Each task checks its own node (GPUs, packages, code), joins the others at the first node's TCP store, compares its software with the first
+node's, and takes part in one collective, whose bandwidth the first node prints. It writes one line to ``FOLDER/NODE``: ``ok``, ``bad:
+WHY``, or ``waited: WHY`` if the fault is elsewhere. A node that writes nothing cannot start Python, sees another file system or does not
+answer; slurm/launch.sh names it too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cfvlm_ds.core.versions import PACKAGE, version
 
 PACKAGES = ("torch", "transformers", "deepspeed", "mlflow", "peft")
 FLOOR = "CFVLM_MIN_GB_S"
-"""Variable that has the bandwidth which the nodes must reach."""
+"""Environment variable with the bandwidth that the nodes must reach, in GB/s."""
 
 
 def check(folder: Path, timeout_s: float) -> str:
     """Check this node (a task of ``srun --ntasks-per-node=1``), write the line into ``folder`` and return it.
 
-    Needs MASTER_ADDR and MASTER_PORT; ``timeout_s`` bounds the meeting and the collective each. Raises OSError when ``folder`` is not
-    there or cannot be written.
+    Needs MASTER_ADDR and MASTER_PORT. ``timeout_s`` bounds the meeting and the collective separately. Raises OSError if ``folder`` does not
+    exist or cannot be written.
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     line = _check(name, timeout_s)
@@ -41,7 +41,7 @@ def check(folder: Path, timeout_s: float) -> str:
 
 
 def software() -> str:
-    """What must be equal on all nodes: Python, packages, and a hash of this package's own code."""
+    """Return the versions that must be equal on all nodes: Python, packages, and a hash of this package's own code."""
     versions = [f"{name} {version(name)}" for name in PACKAGES]
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -50,7 +50,7 @@ def software() -> str:
 
 
 def gpu_fault(expected: int | None) -> str | None:
-    """Describe what is wrong with the GPUs of this node, where Slurm gave ``expected`` or does not count them; None where nothing is."""
+    """Return the fault of this node's GPUs, or None; ``expected`` is the number from Slurm, None if Slurm does not report it."""
     visible = torch.cuda.device_count()
     if expected is not None and visible != expected:
         return f"Slurm gave {expected} GPUs and torch sees {visible}"
@@ -68,21 +68,21 @@ def _check(name: str, timeout_s: float) -> str:
         raise ConfigError(f"nodes are checked by tasks of srun that know where to meet, and {absent[0]} is not set; see slurm/launch.sh")
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     own = software()
-    given = os.environ.get("SLURM_GPUS_ON_NODE")
-    fault = gpu_fault(int(given) if given else None)
-    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    num_gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+    fault = gpu_fault(int(num_gpus) if num_gpus else None)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(place, port, size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
         if rank == 0:
             store.set("software", own)
         first = store.get("software").decode()
         if fault is None and own != first:
-            fault = f"it has {_difference(own, first)} where {place} has {_difference(first, own)}"
+            fault = f"it has {_difference(own, first)} where {address} has {_difference(first, own)}"
         store.set(f"node {rank}", "ok" if fault is None else "bad")
         others = [store.get(f"node {other}") for other in range(size)]
     except (dist.DistError, RuntimeError) as error:
-        return f"bad: {fault}" if fault else f"waited: no meeting at {place}:{port} within {timeout_s:g} s: {first_line(error)}"
+        return f"bad: {fault}" if fault else f"waited: no meeting at {address}:{port} within {timeout_s:g} s: {first_line(error)}"
     if fault:
         return f"bad: {fault}"
     if b"bad" in others:
@@ -99,13 +99,13 @@ def _check(name: str, timeout_s: float) -> str:
 
 
 def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> float:
-    """Measure the network that the ranks will use, between the nodes; all leave together. Raises as ``all_reduce_rate`` does."""
+    """Measure the network between the nodes that the ranks will use; all tasks leave together. Raises as ``all_reduce_rate`` does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
     rate = all_reduce_rate(device)
     dist.destroy_process_group()
     store.set(f"left {rank}", "")
-    for other in range(size) if rank == 0 else ():  # it holds the store
+    for other in range(size) if rank == 0 else ():  # rank 0 hosts the store
         store.get(f"left {other}")
     return rate
 

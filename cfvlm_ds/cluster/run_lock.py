@@ -1,4 +1,4 @@
-"""One run per folder: a locked file that says who holds it. The lock ends with its holder, whatever ends that."""
+"""Lock of a run folder: a locked file that identifies its holder. The lock ends with its holder, however that ends."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ NAME = "run.lock"
 
 
 class RunLock:
-    """Holds ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder when another run has the folder."""
+    """Lock of ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder if another run has the folder."""
 
     def __init__(self, folder: Path, option: str = "train.output_dir") -> None:
-        self.path, here = folder / NAME, _identity()
+        self.path, own = folder / NAME, _identity()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            while (held := fresh(self.path)) is None:
+            while (descriptor := fresh(self.path)) is None:
                 holder = _holder(self.path)
-                if not here["job"] or holder.get("job") != here["job"] or holder.get("restart") == here["restart"]:
+                if not own["job"] or holder.get("job") != own["job"] or holder.get("restart") == own["restart"]:
                     raise ConfigError(
                         f"{folder} is in use by {_named(holder)}; choose another {option}, or remove {self.path} if that run is gone"
                     )
-                # The holder is an earlier start of this job, on a node that is down: Slurm runs no job twice at a time.
+                # The holder is an earlier start of this job on a node that is down: Slurm never runs a job twice at the same time.
                 self.path.unlink(missing_ok=True)
-            self._held = held
-            os.write(held, json.dumps(here).encode())
+            self._held = descriptor
+            os.write(descriptor, json.dumps(own).encode())
         except OSError as error:
             raise StorageError(f"{unwritten(self.path, error)}; make room, or choose another {option} that may be written") from error
-        os.register_at_fork(after_in_child=self._close)  # a data worker may live for a moment after its rank
+        os.register_at_fork(after_in_child=self._close)  # a data worker may briefly outlive its rank
 
     def __enter__(self) -> RunLock:
         return self
@@ -45,8 +45,8 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        """Let the folder go."""
-        with contextlib.suppress(OSError):  # it must not hide why the run ends
+        """Release the folder."""
+        with contextlib.suppress(OSError):  # an error here must not hide the reason for which the run ends
             if self._held >= 0 and is_same(self.path, self._held):
                 self.path.unlink()
         self._close()

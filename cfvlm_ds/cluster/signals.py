@@ -1,13 +1,13 @@
-"""A run that has to stop before its end: somebody asks by a signal, or the time of the Slurm job runs out.
+"""Stop requests: a signal arrives, or the time of the Slurm job runs out before the run has ended.
 
-While ranks train or evaluate, a signal only sets a flag. Every rank votes at the start of a step and before each forward of an
-evaluation, the votes are added over ranks, and so all stop after the same step: they save one checkpoint and exit with ``EXIT_STOPPED``,
-and the same command continues from there. Before the first step and after the last evaluation nothing needs to be saved: a signal to any
-rank ends all of them at once with the same code.
+While ranks train or evaluate, a signal only sets a flag. Every rank votes at the start of a step and before each forward of an evaluation,
+and the votes are added over ranks. So all ranks stop after the same step: they save one checkpoint and exit with ``EXIT_STOPPED``, and the
+same command continues from there. Before the first step and after the last evaluation there is nothing to save: a signal to any rank ends
+all of them at once with the same code.
 
-SIGUSR1 is what the scripts in slurm/ send before a time limit, SIGTERM what Slurm itself sends first, SIGINT is Ctrl-C. A second Ctrl-C
-ends the run at once with ``EXIT_INTERRUPTED``, wherever it is. That is why a thread listens: Python's own handlers wait for a main thread
-that may sit in a collective for ever.
+The scripts in slurm/ send SIGUSR1 before a time limit, Slurm itself sends SIGTERM first, and Ctrl-C sends SIGINT. A second Ctrl-C ends the
+run at once with ``EXIT_INTERRUPTED``. A thread receives the signals, because Python's own handlers wait for the main thread, which may be
+blocked in a collective.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ if TYPE_CHECKING:  # a command's --help does not need it
     from cfvlm_ds.core.distributed import World
 
 EXIT_STOPPED = 85
-"""Exit code of a run that stopped because it was asked to: saved, and to be continued."""
+"""Exit code of a run that was requested to stop: it is saved and can be continued."""
 EXIT_HANG = 86
-"""Exit code of every rank that has found one of them hanging (see heartbeat.py)."""
+"""Exit code of every rank that has detected a hanging rank (see heartbeat.py)."""
 EXIT_DISK_FULL = 87
-"""Exit code of a command that ended because a disk, or a quota, is full."""
+"""Exit code of a command that ended because a disk or a quota is full."""
 EXIT_INTERRUPTED = 130
-"""Exit code of a run that a second Ctrl-C has ended at once: what it did since its last checkpoint is lost."""
+"""Exit code of a run that a second Ctrl-C has ended at once; its work since the last checkpoint is lost."""
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-_ONE_PRESS_S = 1.0  # a terminal and a launcher may both pass one Ctrl-C on
-_LEAVE_WITHIN_S, _TOLD_WITHIN_S, _LOOK_S = 10.0, 4.0, 1.0
-_LEAVING, _TOLD = "cfvlm_ds/leaving", "cfvlm_ds/told"
+_ONE_PRESS_S = 1.0  # a terminal and a launcher may both forward one Ctrl-C
+_LEAVE_WITHIN_S, _NOTIFIED_WITHIN_S, _POLL_S = 10.0, 4.0, 1.0
+_LEAVING, _NOTIFIED = "cfvlm_ds/leaving", "cfvlm_ds/notified"
 _stop_requested = threading.Event()
 _together = False
 _left = threading.Lock()
@@ -50,13 +50,13 @@ _before_leaving: list[Callable[[int], object]] = []
 
 
 def install() -> None:
-    """Make signals ask for a stop, also those that arrived while train.py held them back during its imports."""
+    """Install handlers that request a stop, also for signals that train.py blocked during its imports."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in _SIGNALS:
         signal.signal(number, _ask)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_deafen)
+    os.register_at_fork(after_in_child=_detach_child)
     threading.Thread(target=_listen, args=(reader,), name="cfvlm_ds-signals", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
@@ -65,8 +65,8 @@ def _ask(number: int, frame: FrameType | None) -> None:
     _stop_requested.set()
 
 
-def _deafen() -> None:
-    """A child process must not report its own signals to its parent, such as one from a pool that ends it."""
+def _detach_child() -> None:
+    """Detach a child process, so that its own signals, such as one from a pool that ends it, are not reported to its parent."""
     signal.set_wakeup_fd(-1)
 
 
@@ -74,7 +74,7 @@ def _listen(reader: int) -> None:
     pressed = None
     while numbers := os.read(reader, 64):
         for number in numbers:
-            if number not in _SIGNALS:  # others have handlers too
+            if number not in _SIGNALS:  # other signals have handlers too
                 continue
             _stop_requested.set()
             if not _together:
@@ -106,14 +106,16 @@ def _leave(code: int) -> None:
             with contextlib.suppress(psutil.Error):
                 child.kill()
         if children:
-            time.sleep(0.5)  # whoever compiled an extension by one gives the lock of its folder back, for which the next start would wait
+            time.sleep(0.5)  # a thread that was compiling an extension releases its lock, for which the next start would wait
     os._exit(code)
 
 
 @contextlib.contextmanager
 def last_word() -> Iterator[None]:
-    """A process that a signal is ending ends by nothing else: an error inside, such as that of a data worker killed for it, changes neither
-    its exit code nor what it says."""
+    """Block at the end of the block if a signal is ending the process.
+
+    So an error inside, such as that of a data worker killed by the same signal, changes neither the exit code nor the output.
+    """
     try:
         yield
     finally:
@@ -123,7 +125,7 @@ def last_word() -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
-    """While this lasts, ``action`` is called with the exit code when a signal ends the process at once; the latest one first."""
+    """Call ``action`` with the exit code when a signal ends the process at once inside the block; the latest action first."""
     _before_leaving.append(action)
     try:
         yield
@@ -133,41 +135,41 @@ def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_together(world: World) -> Iterator[None]:
-    """While this lasts, a rank that a signal ends at once first tells the others, which end with the same code."""
+    """Inside the block, a rank that a signal ends at once first notifies the others, which end with the same code."""
     if world.size == 1:
         yield
         return
     import torch.distributed as dist
 
     shared: Any = dist.distributed_c10d._get_default_store()
-    store, over = shared.clone(), threading.Event()  # a connection of its own: the other may be in use
+    store, over = shared.clone(), threading.Event()  # a separate connection, because the shared one may be in use
 
-    def tell(code: int) -> None:
+    def notify(code: int) -> None:
         store.set(_LEAVING, str(code))
-        store.add(_TOLD, 1)
-        end = time.monotonic() + _TOLD_WITHIN_S
-        while store.add(_TOLD, 0) < world.size and time.monotonic() < end:
-            time.sleep(_LOOK_S)
+        store.add(_NOTIFIED, 1)
+        end = time.monotonic() + _NOTIFIED_WITHIN_S
+        while store.add(_NOTIFIED, 0) < world.size and time.monotonic() < end:
+            time.sleep(_POLL_S)
 
-    def look() -> None:
-        with contextlib.suppress(RuntimeError):  # rank 0 has crashed, and the store with it
-            while not over.wait(_LOOK_S):
+    def watch() -> None:
+        with contextlib.suppress(RuntimeError):  # rank 0 has crashed with the store
+            while not over.wait(_POLL_S):
                 if store.check([_LEAVING]):
                     _leave(int(store.get(_LEAVING)))
 
-    looking = threading.Thread(target=look, name="cfvlm_ds-leaving", daemon=True)
-    looking.start()
+    watcher = threading.Thread(target=watch, name="cfvlm_ds-leaving", daemon=True)
+    watcher.start()
     try:
-        with before_leaving(tell):
+        with before_leaving(notify):
             yield
     finally:
         over.set()
-        looking.join()
+        watcher.join()
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """While this lasts, a signal only sets the flag that ranks vote on: they stop together or not at all."""
+    """Inside the block, a signal only sets the flag that ranks vote on, so that they stop together or not at all."""
     global _together
     before, _together = _together, True
     try:
@@ -179,17 +181,17 @@ def together() -> Iterator[None]:
 
 
 class StopRequested(Exception):
-    """The ranks have agreed to stop during an evaluation; the message says why."""
+    """The ranks have agreed to stop during an evaluation; the message gives the reason."""
 
 
 class WorkerLost(Exception):
-    """A data worker has died, of this rank or of another; no rank has begun the step."""
+    """A data worker of some rank has died; no rank has begun the step."""
 
 
 def shield_worker(worker_id: int) -> None:
-    """A DataLoader's ``worker_init_fn``: leaves stopping to the rank, since srun, Slurm and terminals signal every process of a task.
+    """Leave stopping to the rank, as a DataLoader's ``worker_init_fn``, since srun, Slurm and terminals signal every process of a task.
 
-    SIGTERM is obeyed from the rank itself alone, which ends its workers by it.
+    SIGTERM is obeyed only from the rank itself, which ends its workers by it.
     """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -205,7 +207,10 @@ def _obey_parent() -> None:
 
 @contextlib.contextmanager
 def worker_deaths() -> Iterator[None]:
-    """WorkerLost in place of torch's error when a DataLoader's worker has died; its connection ends a moment before it."""
+    """Raise WorkerLost in place of torch's error if a DataLoader's worker dies inside the block.
+
+    The worker's connection ends a moment before torch reports the death.
+    """
     try:
         try:
             yield
@@ -225,8 +230,10 @@ def worker_deaths() -> Iterator[None]:
 _torchs_handler: Any = None
 
 
-def hold_deaths_back() -> None:
-    """Let torch's SIGCHLD handler, which a DataLoader installs, raise in ``deaths_heard`` only; elsewhere it would interrupt a step."""
+def defer_worker_deaths() -> None:
+    """Make torch's SIGCHLD handler, which a DataLoader installs, raise only in ``deferred_deaths_raised``; elsewhere it would interrupt a
+    step.
+    """
     global _torchs_handler
     if threading.current_thread() is threading.main_thread() and callable(handler := signal.getsignal(signal.SIGCHLD)):
         _torchs_handler = handler
@@ -234,8 +241,8 @@ def hold_deaths_back() -> None:
 
 
 @contextlib.contextmanager
-def deaths_heard() -> Iterator[None]:
-    """While this lasts, the death of a DataLoader's worker is raised at once, also one that happened before."""
+def deferred_deaths_raised() -> Iterator[None]:
+    """Raise the death of a DataLoader's worker at once inside the block, also an earlier one."""
     if _torchs_handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -248,7 +255,7 @@ def deaths_heard() -> Iterator[None]:
 
 
 class Stop:
-    """Whether this run must stop; asked once per step.
+    """The decision to stop a run; it votes once per step.
 
     Args:
         margin_s: seconds before the job's end (``SLURM_JOB_END_TIME``, Unix time) by which the next step and a checkpoint must be done. The
@@ -258,13 +265,13 @@ class Stop:
     def __init__(self, margin_s: float) -> None:
         self._margin_s = margin_s
         self._end = math.inf
-        with contextlib.suppress(ValueError):  # of a site's own making
+        with contextlib.suppress(ValueError):  # a site may set another format
             self._end = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
         self._last = time.time()
         self._longest = 0.0
 
     def votes(self) -> Tensor:
-        """[2], to be added over ranks: 1 where a signal has come, 1 where time runs out."""
+        """Return [2], to be added over ranks: 1 if a signal has arrived, 1 if time runs out."""
         now = time.time()
         self._longest, self._last = max(self._longest, now - self._last), now
         import torch
@@ -273,7 +280,7 @@ class Stop:
 
 
 def reason(votes: Sequence[float]) -> str | None:
-    """Why the ranks stop, from the sum of their votes; None when they go on."""
+    """Return the reason to stop from the sum of the ranks' votes; None to continue."""
     signalled, late = (vote > 0 for vote in votes)
     if signalled:
         return "a signal asked for it"

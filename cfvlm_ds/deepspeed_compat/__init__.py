@@ -1,6 +1,6 @@
-"""Every use of DeepSpeed's private interface, and the versions in which it was read.
+"""All uses of DeepSpeed's private interface, with the versions against which they were checked.
 
-Public is what ``import deepspeed`` itself offers (initialize, init_distributed, DeepSpeedConfig), and those members of an engine and its
-optimizer that have no leading underscore and are listed in tests/unit/test_layering.py, which finds every other use outside of this folder.
-A new version of DeepSpeed is read against these files.
+The public interface is what ``import deepspeed`` itself offers (initialize, init_distributed, DeepSpeedConfig), and those members of an
+engine and its optimizer that have no leading underscore and are listed in tests/unit/test_layering.py. That test detects every other use
+outside this folder. A new version of DeepSpeed must be checked against these files.
 """

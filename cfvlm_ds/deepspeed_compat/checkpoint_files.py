@@ -1,4 +1,4 @@
-"""How DeepSpeed writes and reads the files of a checkpoint, with hooks to do either differently."""
+"""Checkpoint files of DeepSpeed, with hooks to replace its reader and its writer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @contextlib.contextmanager
 def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> Iterator[None]:
-    """Inside the block ``engine.save_checkpoint`` writes its states by ``write``, and all that it writes goes through ``guard``.
+    """Make ``engine.save_checkpoint`` write its states by ``write`` and pass all its writes through ``guard``, inside the block.
 
-    After its writes come collectives, in which the other ranks would wait for a rank that had left with an exception.
+    Its writes are followed by collectives, in which the other ranks would wait for a rank that had left with an exception.
     """
     writer, script = engine.checkpoint_engine, engine._copy_recovery_script
     save, makedirs = writer.save, writer.makedirs
@@ -33,7 +33,7 @@ def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> I
 
 @contextlib.contextmanager
 def reading_tensors_alone(engine: Any) -> Iterator[None]:
-    """Inside the block ``engine.load_checkpoint`` reads by ``read_states``: its own reader would run code that a file contains."""
+    """Make ``engine.load_checkpoint`` read by ``read_states`` inside the block, because its own reader would run code from a file."""
     reader = engine.checkpoint_engine
     load = reader.load
     reader.load = lambda path, map_location=None: read_states(path, map_location)
@@ -44,8 +44,10 @@ def reading_tensors_alone(engine: Any) -> Iterator[None]:
 
 
 def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """A file of a checkpoint: tensors, and the objects that DeepSpeed pickles beside them. Raises ConfigError for a file that holds
-    anything else, because unpickling it would run code."""
+    """Read a file of a checkpoint: tensors, and the objects that DeepSpeed pickles beside them.
+
+    Raises ConfigError for a file that holds anything else, because unpickling it would run code.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -55,13 +57,15 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest is advice to run it
-        reason = found[1].partition(" was not")[0] if found else str(error).splitlines()[0]
+        match = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest advises to run the code
+        reason = match[1].partition(" was not")[0] if match else str(error).splitlines()[0]
         raise ConfigError(f"{file} holds more than tensors, which would be run ({reason}); name another checkpoint") from error
 
 
 def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:
-    """For each flat tensor of trained weights in the optimizer, the names and shapes of the weights, and its elements on this rank."""
+    """Return the names and shapes of the weights in each flat tensor of the optimizer, and the elements of each flat tensor on this
+    rank.
+    """
     zero = engine.optimizer
     flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
     return engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]

@@ -1,4 +1,4 @@
-"""A parameter's full size, which ZeRO-3 stores beside this rank's part of it."""
+"""Full and partitioned sizes of a parameter under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape before partitioning; the ``shape`` of a partitioned parameter is that of an empty tensor."""
+    """Return the shape before partitioning; the ``shape`` of a partitioned parameter is that of an empty tensor."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def own_part(parameter: Tensor) -> Tensor:
-    """The data that this rank holds: its part under ZeRO-3, otherwise all of it."""
+    """Return the data of this rank: its partition under ZeRO-3, otherwise all of it."""
     return getattr(parameter, "ds_tensor", parameter)

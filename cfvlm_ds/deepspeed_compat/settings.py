@@ -6,33 +6,35 @@ from typing import Any
 
 
 def field_names(model: str, inside: list[str]) -> list[str]:
-    """Field names of one of DeepSpeed's pydantic models of its JSON, or of the model of one of its fields."""
+    """Return the field names of one of DeepSpeed's pydantic models of its JSON, or of the model of one of its fields."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     classes: list[Any] = [DeepSpeedConfigModel]
     for cls in classes:
         classes += cls.__subclasses__()
-    found: Any = next((cls for cls in classes if cls.__name__ == model), None)
+    model_class: Any = next((cls for cls in classes if cls.__name__ == model), None)
     for part in inside:
-        named = {field.alias or name: field for name, field in found.model_fields.items()} if found else {}
-        kinds = [named[part].annotation, *getattr(named[part].annotation, "__args__", ())] if part in named else []
-        found = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
-    return [name for key, field in found.model_fields.items() for name in (key, field.alias) if name] if found else []
+        fields = {field.alias or name: field for name, field in model_class.model_fields.items()} if model_class else {}
+        kinds = [fields[part].annotation, *getattr(fields[part].annotation, "__args__", ())] if part in fields else []
+        model_class = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+    return [name for key, field in model_class.model_fields.items() for name in (key, field.alias) if name] if model_class else []
 
 
 def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, nodes: int, optimizer: bool, weights: bool) -> tuple[int, int]:
-    """Bytes per GPU, and of host memory per node, for this many trained parameters; ``optimizer`` and ``weights`` may be offloaded."""
+    """Return the bytes per GPU, and of host memory per node, for this many trained parameters; ``optimizer`` and ``weights`` may be
+    offloaded.
+    """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
-    place = {"num_gpus_per_node": gpus_per_node, "num_nodes": nodes}
+    layout = {"num_gpus_per_node": gpus_per_node, "num_nodes": nodes}
     host, card, _ = estimate_zero3_model_states_mem_needs(
-        trained, largest_layer, **place, cpu_offload=optimizer, cpu_offload_params=weights
+        trained, largest_layer, **layout, cpu_offload=optimizer, cpu_offload_params=weights
     )
     return card, host
 
 
 def states_of_stage_2(trained: int, gpus_per_node: int, nodes: int, optimizer: bool) -> tuple[int, int]:
-    """As ``states_of_stage_3``."""
+    """Return the same as ``states_of_stage_3``, for ZeRO-1 and 2."""
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     host, card = estimate_zero2_model_states_mem_needs(trained, num_gpus_per_node=gpus_per_node, num_nodes=nodes, cpu_offload=optimizer)

@@ -1,9 +1,9 @@
-"""How ZeRO distributes weights and their moments over the files of its ranks; the export reads this layout, resharding also writes it.
+"""Layout of weights and their moments in the files of ZeRO's ranks, which the export reads and resharding also writes.
 
-ZeRO-3 cuts every weight into one part per rank, padded to equal sizes; a rank's parts follow each other through its flat tensors, one per
-sub-group. ZeRO-1 and 2 lay the weights of a group end to end, pad the end and cut that. Moments are laid out like their weights.
-DeepSpeed's zero_to_fp32 defines the layout. It is not used itself, because its lazy mode is lazy only for the trained weights of ZeRO-3: it
-loads every frozen weight, concatenates all trained ones under ZeRO-2, and has no frozen weights under ZeRO-1.
+ZeRO-3 cuts every weight into one part per rank, padded to equal sizes. A rank's parts follow each other in its flat tensors, one per
+sub-group. ZeRO-1 and 2 concatenate the weights of a group, pad the end and cut the result. Moments are laid out like their weights.
+DeepSpeed's zero_to_fp32 defines the layout. It is not used itself, because its lazy mode only covers the trained weights of ZeRO-3: it
+loads every frozen weight, concatenates all trained ones under ZeRO-2, and supports no frozen weights under ZeRO-1.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements ``start`` to ``stop`` of a flattened tensor, which is found in a file of the checkpoint by ``keys``."""
+    """Elements ``start`` to ``stop`` of a flattened tensor, which ``keys`` locate in a file of the checkpoint."""
 
     file: Path
     keys: tuple[str | int, ...]
@@ -52,44 +52,46 @@ class Part:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as its parts, end to end; anything beyond its size in the last ones is padding."""
+    """A weight as its concatenated parts; elements beyond its size in the last ones are padding."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
 
 def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any = None) -> dict[str, list[Piece]]:
-    """Where each weight lies, end to end; ``sizes`` are the elements of each rank's flat tensors. ConfigError where they do not fit."""
+    """Return the pieces of each weight, in order; ``sizes`` are the elements of each rank's flat tensors. Raises ConfigError if they do not
+    fit.
+    """
     return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes, paddings)
 
 
 def _partitioned(shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, list[Piece]]:
-    found, offset, own = {}, 0, sizes[0]  # alike on every rank
+    pieces_of, offset, flat_sizes = {}, 0, sizes[0]  # equal on every rank
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         end = offset + math.ceil(shape.numel() / len(sizes))
-        pieces = list(_cut(offset, end, own))
-        found[name] = [Piece(rank, flat, start, stop) for rank in range(len(sizes)) for flat, start, stop in pieces]
+        pieces = list(_cut(offset, end, flat_sizes))
+        pieces_of[name] = [Piece(rank, flat, start, stop) for rank in range(len(sizes)) for flat, start, stop in pieces]
         offset = end
-    if offset != sum(own):
-        raise ConfigError(f"the weights take {offset} elements of each rank's {sum(own)}")
-    return found
+    if offset != sum(flat_sizes):
+        raise ConfigError(f"the weights take {offset} elements of each rank's {sum(flat_sizes)}")
+    return pieces_of
 
 
 def _end_to_end(shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any) -> dict[str, list[Piece]]:
-    found = {}
+    pieces_of = {}
     for flat, group in enumerate(shapes):
-        of_ranks, offset = [each[flat] for each in sizes], 0
+        of_ranks, offset = [sizes_of_rank[flat] for sizes_of_rank in sizes], 0
         for position, (name, shape) in enumerate(group.items()):
             end = offset + shape.numel()
-            found[name] = [Piece(rank, flat, start, stop) for rank, start, stop in _cut(offset, end, of_ranks)]
+            pieces_of[name] = [Piece(rank, flat, start, stop) for rank, start, stop in _cut(offset, end, of_ranks)]
             offset = end + (paddings[flat][position] if paddings else 0)
         if not 0 <= sum(of_ranks) - offset < 2 * len(sizes):  # the end is padded to a multiple of twice the number of ranks
             raise ConfigError(f"the weights take {offset} of {sum(of_ranks)} elements")
-    return found
+    return pieces_of
 
 
 def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """(index, start, stop) of the pieces that ``start`` to ``stop`` has in tensors of these sizes laid end to end."""
+    """Yield (index, start, stop) of the pieces of ``start`` to ``stop`` in concatenated tensors of these sizes."""
     before = 0
     for index, size in enumerate(sizes):
         first, last = max(start - before, 0), min(stop - before, size)
@@ -99,10 +101,10 @@ def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int
 
 
 class Shards:
-    """The files of a checkpoint of ZeRO-1, 2 or 3, which are mapped when they are first asked for.
+    """The files of a checkpoint of ZeRO-1, 2 or 3, which are memory-mapped on first use.
 
-    Raises ConfigError for a folder that is no such checkpoint, or has the files of another number of ranks than wrote it; other damage
-    surfaces as any exception.
+    Raises ConfigError for a folder that is not such a checkpoint, or whose files do not match its number of ranks. Other damage may raise
+    any exception.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -134,56 +136,56 @@ class Shards:
         return sum(file.stat().st_size for file in self._optimizer)
 
     def weights(self) -> dict[str, Weight]:
-        """All weights and buffers of the module that DeepSpeed trained, by their names in it."""
-        state, found = self._state, {}
+        """Return all weights and buffers of the module that DeepSpeed trained, by their names in it."""
+        state, weights = self._state, {}
         for name, pieces in self._pieces.items():
             parts = [Part(self._optimizer[piece.rank], (_ZERO, self._flat, piece.flat), piece.start, piece.stop) for piece in pieces]
-            found[name] = Weight(tuple(self._shapes[name]), tuple(parts))
+            weights[name] = Weight(tuple(self._shapes[name]), tuple(parts))
         files = self._model if self._stage == 3 else self._model[:1]
         for name, shape in (state.get("frozen_param_shapes") or {}).items():
             parts = [Part(file, ("frozen_param_fragments", name), 0, math.ceil(shape.numel() / len(files))) for file in files]
-            found[name] = Weight(tuple(shape), tuple(parts))
+            weights[name] = Weight(tuple(shape), tuple(parts))
         for alias, name in state["shared_params"].items():
-            if name in found:
-                found[alias] = found[name]
-        # The module holds buffers; outside ZeRO-3 all weights too, and under ZeRO-1 it alone has the frozen ones.
+            if name in weights:
+                weights[alias] = weights[name]
+        # The module holds the buffers and, outside ZeRO-3, all weights; under ZeRO-1 only it has the frozen ones.
         for name in state["buffer_names"] if self._stage == 3 else state["module"]:
             tensor = state["module"][name]
-            found.setdefault(name, Weight(tuple(tensor.shape), (Part(self._model[0], ("module", name), 0, tensor.numel()),)))
-        return found
+            weights.setdefault(name, Weight(tuple(tensor.shape), (Part(self._model[0], ("module", name), 0, tensor.numel()),)))
+        return weights
 
     def flat(self, part: Part) -> Tensor:
-        """The flattened tensor that a part belongs to; a view of a mapped file."""
-        found = self.contents(part.file)
+        """Return the flattened tensor that a part belongs to, as a view of a mapped file."""
+        tensor = self.contents(part.file)
         for key in part.keys:
-            found = found[key]
-        return found.detach().reshape(-1)
+            tensor = tensor[key]
+        return tensor.detach().reshape(-1)
 
     def contents(self, file: Path) -> Any:
-        """The contents of a file, with its tensors mapped."""
+        """Return the contents of a file, with its tensors mapped."""
         if file not in self._open:
             self._open[file] = read_states(file, mmap=True)
         return self._open[file]
 
     def unmap(self) -> None:
-        """Drop the mappings, to be made again on the next use: pages that were read count as this process's memory until then."""
+        """Drop the mappings until the next use, because pages that were read count as this process's memory."""
         self._open.clear()
 
     def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
-        """(name, contents) of the files of one rank for ``ranks`` ranks: the same values, bit for bit.
+        """Yield (name, contents) of the files of one rank for ``ranks`` ranks: the same values, bit for bit.
 
         ``shapes`` and ``sizes`` are ``flat_tensors`` of its engine. Raises ConfigError if a setting ties the checkpoint to its number of
         ranks.
         """
         if any(any(padding) for padding in self._paddings or ()):
             raise ConfigError("zero_optimization.parameter_alignment ties a checkpoint to its number of ranks; start as many as wrote it")
-        own = f"zero_pp_rank_{rank}_"
+        prefix = f"zero_pp_rank_{rank}_"
         first, model = self._optimizer[0], self._model[0]
-        yield _RANK.sub(own, first.name), {**self.contents(first), _ZERO: self._optimizer_of(rank, ranks, shapes, sizes)}
-        # What is not cut is alike, but for the random state, of which every rank needs one.
+        yield _RANK.sub(prefix, first.name), {**self.contents(first), _ZERO: self._optimizer_of(rank, ranks, shapes, sizes)}
+        # Everything that is not cut is equal on all ranks except the random state, of which every rank needs one.
         state = {**self.contents(self._model[rank % len(self._model)]), "dp_world_size": ranks}
         if self._stage == 3:
-            yield _RANK.sub(own, model.name), {**state, "frozen_param_fragments": self._frozen_of(state, rank, ranks)}
+            yield _RANK.sub(prefix, model.name), {**state, "frozen_param_fragments": self._frozen_of(state, rank, ranks)}
         elif rank == 0:
             yield model.name, state
 
@@ -191,7 +193,7 @@ class Shards:
         return self.contents(self._optimizer[rank])[_ZERO]
 
     def _sizes(self) -> list[list[int]]:
-        """Elements of each rank's flat tensors; under ZeRO-3 all ranks have those of the first, and the others' files are not opened."""
+        """Return the elements of each rank's flat tensors. Under ZeRO-3 all ranks have those of the first, and only its file is opened."""
         ranks = [0] if self._stage == 3 else range(len(self._optimizer))
         sizes = [[flat.numel() for flat in self._zero(rank)[self._flat]] for rank in ranks]
         return sizes * len(self._optimizer) if self._stage == 3 else sizes
@@ -215,11 +217,11 @@ class Shards:
         for index, names in enumerate(shapes):
             owners.append(group := self._pieces[next(iter(names))][0].flat)
             entry = old[self._base]["state"][group]
-            # Copies, because two sub-groups that were one would go on to count their steps in the same tensor.
+            # Copies, because two sub-groups that were one would otherwise count their steps in the same tensor.
             state[index] = {
                 key: flat(index, key) if torch.is_tensor(value) and value.dim() else copy.deepcopy(value) for key, value in entry.items()
             }
-        # A sub-group of ZeRO-3 belongs to the optimizer's group of its weights, and how many there are depends on the number of ranks.
+        # A sub-group of ZeRO-3 belongs to the optimizer's group of its weights; the number of sub-groups depends on the number of ranks.
         groups = [
             {**group, "params": [index for index, owner in enumerate(owners) if owner in group["params"]]}
             for group in old[self._base]["param_groups"]
@@ -230,7 +232,7 @@ class Shards:
         return {**old, "partition_count": count, self._base: {"state": state, "param_groups": groups}, self._flat: weights}
 
     def _elements(self, name: str, moment: str | None, start: int, stop: int) -> Iterator[Tensor]:
-        """Elements ``start`` to ``stop`` of a weight, or of its ``moment``, as far as there are any, from the ranks that have them."""
+        """Yield elements ``start`` to ``stop`` of a weight, or of its ``moment``, as far as they exist, from the ranks that hold them."""
         stop, first = min(stop, self._shapes[name].numel()), 0
         for piece in self._pieces[name]:
             last = first + piece.stop - piece.start
@@ -241,21 +243,21 @@ class Shards:
             first = last
 
     def _frozen_of(self, state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Tensor] | None:
-        """The parts of the frozen weights that ZeRO-3 gives to a rank."""
+        """Return the parts of the frozen weights that ZeRO-3 assigns to a rank."""
         if state["frozen_param_fragments"] is None:
             return None
         fragments = [self.contents(file)["frozen_param_fragments"] for file in self._model]
         parts = {}
         for name, shape in state["frozen_param_shapes"].items():
             part = math.ceil(shape.numel() / ranks)
-            whole = torch.cat([each[name].reshape(-1) for each in fragments])[: shape.numel()]
-            own = whole[part * rank : part * (rank + 1)]
+            weight = torch.cat([fragment[name].reshape(-1) for fragment in fragments])[: shape.numel()]
+            own = weight[part * rank : part * (rank + 1)]
             parts[name] = torch.cat([own, own.new_zeros(part - own.numel())])
         return parts
 
 
 def _by_rank(folder: Path, kind: str) -> list[Path]:
-    """Raises ConfigError where there are none, or a link leads elsewhere."""
+    """Return the files of one kind, by rank. Raises ConfigError if there are none, or if a link leads elsewhere."""
     files = list(folder.glob(f"*_{kind}_states.pt"))
     if not files:
         raise ConfigError(f"{folder} is no ZeRO checkpoint (it has no *_{kind}_states.pt); name another one")

@@ -1,4 +1,4 @@
-"""Importing DeepSpeed, and build locks of torch's extensions that a killed process has left."""
+"""Import of DeepSpeed, and removal of build locks of torch's extensions that a killed process has left."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _STALE_AFTER_S = 300.0
 
 
 def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] = print) -> list[Path]:
-    """Remove build locks that a killed process left in torch's extension cache, where every later start would wait for ever.
+    """Remove build locks that a killed process left in torch's extension cache, where every later start would wait for ever; return them.
 
-    The holder of a lock keeps it open, so a lock that no process of this machine has open is stale; on a network file system the holder may
-    be elsewhere, and the lock must also be untouched for five minutes. Returns the locks removed.
+    The holder of a lock keeps it open, so a lock that no process of this machine has open is stale. On a network file system the holder may
+    be on another machine, and the lock must also be untouched for five minutes.
     """
     if folder is None:
         from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
@@ -38,7 +38,7 @@ def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] =
 
 
 def _held(lock: Path) -> str | None:
-    """Why a lock may still be in use: ``process``, another reason, or None when it is stale or gone."""
+    """Return the reason why a lock may be in use: ``process`` or another one; None if it is stale or gone."""
     import psutil
 
     with contextlib.suppress(OSError):
@@ -59,16 +59,16 @@ def _held(lock: Path) -> str | None:
 
 
 def import_deepspeed() -> None:
-    """Import DeepSpeed without the parts that no training here uses."""
+    """Import DeepSpeed without the parts that training does not use."""
     with _absent("mlflow"):  # its autotuner would import it on every rank: 1.4 CPU seconds each
         import deepspeed
-    # The shared-memory all-reduce serves CPU inference; ZeRO-3 makes no use of it, and it costs a compiler and a minute at the first start.
+    # The shared-memory all-reduce serves CPU inference. ZeRO-3 does not use it, and it needs a compiler and a minute at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @contextlib.contextmanager
 def _absent(module: str) -> Iterator[None]:
-    """Make ``import module`` fail inside the block, unless it is imported already."""
+    """Make ``import module`` fail inside the block, unless it is already imported."""
     if module in sys.modules:
         yield
         return

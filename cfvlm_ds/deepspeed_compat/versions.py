@@ -1,13 +1,13 @@
-"""The versions of DeepSpeed in which this folder's code was read."""
+"""The versions of DeepSpeed against whose sources this folder was checked."""
 
 from __future__ import annotations
 
 KNOWN = ">=0.19.8,<0.20"
-"""As in pyproject.toml."""
+"""The requirement in pyproject.toml."""
 
 
 def unknown_version(installed: str) -> str | None:
-    """One sentence where ``installed`` is a version of DeepSpeed that nobody has read, or None."""
+    """Return one sentence if ``installed`` is a version of DeepSpeed that has not been checked, or None."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion, Version
 

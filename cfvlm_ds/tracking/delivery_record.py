@@ -1,4 +1,6 @@
-"""Record of a tracked run besides its metrics, kept in the run folder so that another process can finish the delivery to MLflow."""
+"""Delivery record of a run: data for MLflow other than metrics, stored in the run folder so that another process can finish the
+delivery.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,13 @@ Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 @dataclass(frozen=True)
 class DeliveryRecord:
-    """What MLflow gets besides the metrics, and how far the delivery got.
+    """Data for MLflow other than metrics, and the state of the delivery.
 
     Attributes:
         inputs: data sets of this start, each with the keys ``INPUT``.
-        token: finds the run again when the answer to its creation was lost.
+        token: identifies the run if the response to its creation was lost.
         offset: bytes of metrics.jsonl that MLflow has.
-        artifacts: path, relative where it is in the run folder -> ``folder`` in MLflow, and whether it is ``pending``.
+        artifacts: path, relative if it is in the run folder -> ``folder`` in MLflow, and True for ``pending`` if it is not uploaded.
     """
 
     experiment: str = ""
@@ -48,7 +50,7 @@ class DeliveryRecord:
 
     @classmethod
     def load(cls, run_dir: Path) -> DeliveryRecord | None:
-        """Return the record of a run folder, or None where there is none or a power loss has damaged it."""
+        """Return the record of a run folder, or None if there is none or a power loss has damaged it."""
         path = run_dir / RECORD_FILE
         try:
             return cls(**json.loads(path.read_bytes()))
@@ -59,13 +61,13 @@ class DeliveryRecord:
             return None
 
     def start_over(self) -> DeliveryRecord:
-        """Return a record for a server that has lost the run: a new run gets everything."""
+        """Return a record for a server that has lost the run: everything is sent to a new run."""
         artifacts = {path: {**artifact, "pending": True} for path, artifact in self.artifacts.items()}
         tags = {**self.tags, "continues_run": self.run_id}
         return dataclasses.replace(self, tags=tags, run_id=None, offset=0, token=uuid.uuid4().hex, artifacts=artifacts)
 
     def save(self, run_dir: Path) -> str | None:
-        """Write the record; return why it could not be written, or None."""
+        """Write the record; return the reason if it could not be written, or None."""
         path = run_dir / RECORD_FILE
         try:
             replace(path, json.dumps(dataclasses.asdict(self), indent=1).encode())

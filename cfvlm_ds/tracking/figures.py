@@ -1,6 +1,6 @@
 """Figures of score matrices and learning curves, drawn with matplotlib's Agg backend and without its global state.
 
-Plain data in, one PNG out; matplotlib is imported when a figure is drawn.
+They take plain data and write one PNG. matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
 _MOST_SERIES, _SERIES_CHARS = 8, 30
 
 AS_WRITTEN: dict[str, Any] = {"parse_math": False, "usetex": False}
-"""For every text that holds words of the data: a caption with two dollar signs is not a formula."""
+"""Options for every text with words from the data, so that two dollar signs in a caption do not make a formula."""
 
 
 def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
-    """One PNG of sample groups: each image beside its row of scores, each caption above its column, true cells outlined.
+    """Draw sample groups as one PNG: each image beside its row of scores, each caption above its column, true cells outlined.
 
-    A group that is too large to be read shows its first images and captions, and says how many there are.
+    A large group shows only its first images and captions and reports their total numbers.
 
     Args:
         path: the PNG to write.
         groups: mappings with ``images`` (I lists of the PIL images shown together), ``captions`` (C texts), ``scores`` ([I][C], nats; None
-            or NaN where there is none), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
+            or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -59,7 +59,7 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
 
 
 def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group's first images and captions, as many as can be read; its title counts the others."""
+    """Return the group's first images and captions, limited to a readable number; its title counts the others."""
     images, captions = len(group["images"]), len(group["captions"])
     title = one_line(str(group.get("title", "")), _TITLE_CHARS)
     if images > _MOST_IMAGES or captions > _MOST_CAPTIONS:
@@ -88,14 +88,14 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
     num_images, num_captions = len(group["images"]), len(group["captions"])
     figure.suptitle(group["title"], x=0.01, ha="left", fontsize=10.5, weight="bold", color=INK, **AS_WRITTEN)
     axes = figure.add_subplot(frameon=False)
-    for i, pictures in enumerate(group["images"]):  # left of their row, which is as high as a thumbnail
+    for i, pictures in enumerate(group["images"]):  # thumbnails stand to the left of their row
         if not pictures:
             axes.text(-0.06 - _THUMB / 2 / _CELL_W, i + 0.5, "no image", fontsize=8.5, color=MUTED, ha="center", va="center")
         for k, picture in enumerate(pictures):
-            room = _THUMB / len(pictures)
-            x, scale = -0.06 + ((k + 0.5) * room - _THUMB) / _CELL_W, min(room / picture.width, 0.97 * _CELL_H / picture.height) / 2
-            wide, high = picture.width * scale / _CELL_W, picture.height * scale / _CELL_H
-            axes.imshow(picture, extent=(x - wide, x + wide, i + 0.5 + high, i + 0.5 - high), aspect="auto")
+            space = _THUMB / len(pictures)
+            x, scale = -0.06 + ((k + 0.5) * space - _THUMB) / _CELL_W, min(space / picture.width, 0.97 * _CELL_H / picture.height) / 2
+            half_width, half_height = picture.width * scale / _CELL_W, picture.height * scale / _CELL_H
+            axes.imshow(picture, extent=(x - half_width, x + half_width, i + 0.5 + half_height, i + 0.5 - half_height), aspect="auto")
     axes.set(xlim=(-0.06 - _THUMB / _CELL_W, columns), ylim=(num_images, 0), yticks=[])
     axes.set_xticks(np.arange(num_captions) + 0.5, group["captions"], fontsize=8.5, color=INK, linespacing=1.2)
     axes.tick_params(length=0, bottom=False, labelbottom=False, labeltop=True)
@@ -116,11 +116,11 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
 
 
 def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
-    """One PNG of small multiples over optimizer steps, from a run's ``metrics.jsonl``.
+    """Draw a run's ``metrics.jsonl`` as one PNG of small multiples over optimizer steps.
 
-    Metrics are chosen by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval/SPLIT/METRIC`` (%), by
-    split and not by edit type. A panel shows a few series, of accuracies the most telling metric of every split first, and counts the
-    others. One without data is left out; a value that is not finite leaves a gap. Long series show a running average over the faint raw
+    Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval/SPLIT/METRIC`` (%), by
+    split and not by edit type. A panel shows a few series, for accuracies the most telling metric of every split first, and counts the
+    others. A panel without data is omitted; a value that is not finite leaves a gap. Long series show a running average over faint raw
     values.
 
     Raises:
@@ -145,7 +145,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
 
 
 def paged(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels in one or two columns, each so many inches high."""
+    """Return a figure with this number of panels in one or two columns; ``height`` is that of a panel in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -156,7 +156,7 @@ def paged(panels: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def in_style(axes: Axes, title: str, label: str) -> None:
-    """The look of a panel, with what its horizontal axis counts."""
+    """Apply the common style to a panel; ``label`` names its horizontal axis."""
     axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
     axes.set_xlabel(label, fontsize=8.5, color=MUTED)
     axes.tick_params(labelsize=8, colors=MUTED, length=0)
@@ -168,18 +168,18 @@ def in_style(axes: Axes, title: str, label: str) -> None:
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")
-"""In the order in which they are shown, as far as there is room."""
+"""Accuracies in the order in which they are shown, as space permits."""
 _PANELS = (
     ("Loss terms", "loss", "loss/"),
     ("Log-probabilities of the four kinds of cell", "nats per token", "logp/"),
     ("Active fraction", "fraction", "active/"),
     ("Evaluation accuracy", "%", "eval/"),
 )
-"""(title, unit, prefix of all names that belong to it)."""
+"""(title, unit, prefix of the names of its metrics)."""
 
 
 def _place(name: str) -> int | None:
-    """The place of a name among those of its panel; None for one that is not shown, such as an accuracy of an edit type."""
+    """Return the rank of a name in its panel; None for a metric that is not shown, such as an accuracy of an edit type."""
     first, *_, metric = parts = name.split("/")
     if first != "eval":
         return 0
@@ -199,7 +199,7 @@ def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[t
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         marker = "o" if len(points) <= 30 else ""
         short = one_line(name.split("/", 1)[1], _SERIES_CHARS)
-        # matplotlib leaves a label that begins with an underscore out of the legend
+        # matplotlib omits labels that begin with an underscore from the legend
         axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
     in_style(axes, title, "optimizer step")
     axes.set_ylabel(label, fontsize=8.5, color=MUTED)
@@ -217,7 +217,7 @@ def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[t
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential average over about a fiftieth of the run, corrected for its start; gaps stay gaps."""
+    """Return an exponential average over about a fiftieth of the run, corrected for its start; gaps stay gaps."""
     keep = 1 - 1 / max(len(values) / 50, 2)
     total = weight = 0.0
     smooth = []

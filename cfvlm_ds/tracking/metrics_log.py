@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a record, read from where delivery has got to, cut at the step where a run goes on."""
+"""metrics.jsonl: one line per record, read from the position of the delivery, and truncated at the step of a resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
-    """(name, value, milliseconds, step) of the lines after ``offset`` bytes, at least ``limit`` points if there are; and where to go on."""
+    """Return (name, value, milliseconds, step) of the lines after ``offset`` bytes, at least ``limit`` points if there are, and the new
+    offset.
+    """
     points: list[tuple[str, float, int, int]] = []
     if not path.exists():
         return points, offset
@@ -34,14 +36,14 @@ def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, f
 
 
 def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
-    """Drop steps after ``resume_step`` (None: all) and torn lines. The names recorded at that step, and where ``offset`` has moved."""
+    """Drop steps after ``resume_step`` (None: all) and torn lines; return the names recorded at that step and the new ``offset``."""
     if not path.exists():
         return set(), 0
     kept: list[bytes] = []
     names: set[str] = set()
     new_offset = position = 0
-    found = path.read_bytes().splitlines(keepends=True)
-    for line in found:
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
         position += len(line)
         row = parse_line(line)
         if resume_step is None or row is None or row["step"] > resume_step:
@@ -51,15 +53,15 @@ def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[
             new_offset += len(line)
         if row["step"] == resume_step:
             names |= row.keys()
-    if kept != found[: len(kept)]:
+    if kept != lines[: len(kept)]:
         replace(path, b"".join(kept))
-    elif len(kept) < len(found):
-        os.truncate(path, sum(map(len, kept)))  # in place: takes no room
+    elif len(kept) < len(lines):
+        os.truncate(path, sum(map(len, kept)))  # in place, which needs no free space
     return names, new_offset
 
 
 def last_values(path: Path) -> tuple[dict[str, float], int]:
-    """The last value of each metric, and the last step that has a record; -1 where there is none."""
+    """Return the last value of each metric, and the last step with a record; -1 without any."""
     values: dict[str, float] = {}
     step = -1
     for row in read_rows(path) if path.is_file() else ():
@@ -69,13 +71,13 @@ def last_values(path: Path) -> tuple[dict[str, float], int]:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that are whole."""
+    """Yield the complete lines as rows."""
     with path.open("rb") as file:
         yield from (row for line in file if (row := parse_line(line)) is not None)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """One line of metrics.jsonl; None if a killed process or a power loss left it torn."""
+    """Parse one line of metrics.jsonl; return None if a killed process or a power loss left it torn."""
     try:
         row: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

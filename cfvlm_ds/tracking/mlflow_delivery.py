@@ -1,6 +1,6 @@
-"""Delivery of a run folder to MLflow by a thread that retries for as long as the run lives.
+"""Delivery of a run folder to MLflow by a thread that retries as long as the run lives.
 
-MLflow's own asynchronous logging drops a batch whose request fails, so the thread sends batches itself and advances its position in
+MLflow's own asynchronous logging drops a batch whose request fails. The thread therefore sends batches itself, and advances its position in
 metrics.jsonl only after the server has answered.
 """
 
@@ -30,7 +30,7 @@ from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, sa
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the delivery thread retries, and can be stopped while it waits
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the delivery thread retries and can be stopped while it waits
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # MLflow prints the URI with its password
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
@@ -43,14 +43,14 @@ _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
 
 
 def import_mlflow() -> threading.Thread:
-    """Import MLflow (2-3 s) in a thread, which is returned to be joined before data workers are forked."""
+    """Import MLflow (2-3 s) in a thread, and return the thread, which must be joined before data workers are forked."""
     thread = threading.Thread(target=_import, name="cfvlm_ds-import", daemon=True)
     thread.start()
     return thread
 
 
 def _import() -> None:
-    with contextlib.suppress(Exception):  # the delivery reports what is wrong
+    with contextlib.suppress(Exception):  # the delivery reports the error
         for name in ("mlflow", "mlflow.store.tracking.rest_store", "mlflow.store.tracking.sqlalchemy_store"):
             _mlflow(name)
 
@@ -62,24 +62,24 @@ def _mlflow(name: str = "mlflow") -> Any:
 
 
 def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
-    """Deliver what MLflow lacks of a run that has ended, within ``timeout`` seconds; return whether everything has arrived.
+    """Deliver the missing data of an ended run to MLflow within ``timeout`` seconds; return True if everything has arrived.
 
-    With ``MLFLOW_TRACKING_URI`` set, also copies a run recorded in its own folder to that server. A run that was never closed becomes
-    KILLED. Not for a run that is still going: two processes would write one record. Raises FileNotFoundError for a folder without a record.
+    With ``MLFLOW_TRACKING_URI`` set, also copy a run recorded in its own folder to that server. A run that was never closed becomes KILLED.
+    Do not call it for a live run, because two processes would write one record. Raises FileNotFoundError for a folder without a record.
     """
     run_dir = Path(run_dir).absolute()
     record = DeliveryRecord.load(run_dir)
     if record is None:
         raise FileNotFoundError(f"{run_dir / RECORD_FILE}: no record of a tracked run; pass the run's own folder")
     if record.status is None:
-        written = run_dir / METRICS_FILE
-        end_ms = int((written if written.exists() else run_dir / RECORD_FILE).stat().st_mtime * 1000)
+        metrics = run_dir / METRICS_FILE
+        end_ms = int((metrics if metrics.exists() else run_dir / RECORD_FILE).stat().st_mtime * 1000)
         record = replace(record, status="KILLED", end_ms=end_ms)
     return Delivery(run_dir, record).finish(record.status or "KILLED", record.end_ms or now_ms(), timeout)
 
 
 class Delivery:
-    """A thread that sends a record and metrics.jsonl to MLflow. It uses MlflowClient alone and leaves MLflow's global state untouched."""
+    """A thread that sends a record and metrics.jsonl to MLflow. It uses only MlflowClient and leaves MLflow's global state untouched."""
 
     def __init__(self, run_dir: Path, record: DeliveryRecord, wanted: bool = True) -> None:
         self.record = record
@@ -88,20 +88,20 @@ class Delivery:
         self._lock = threading.Lock()  # guards the record; not held during a request
         self._closing, self._stop = threading.Event(), threading.Event()
         self._client: Any = None
-        self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None: this process has created the run
+        self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None if this process created the run
         self._done, self._unsaved = not wanted, False
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-tracking", daemon=True)
         if wanted:
             self._thread.start()
 
     def add_artifact(self, path: str, folder: str) -> None:
-        """Have a file uploaded into ``folder``, again if it was uploaded before."""
-        if Path(path).is_relative_to(self._run_dir):  # so that it is found after the folder has been moved
+        """Schedule the upload of a file into ``folder``, again if it was uploaded before."""
+        if Path(path).is_relative_to(self._run_dir):  # a relative path stays valid when the folder is moved
             path = str(Path(path).relative_to(self._run_dir))
         self._change(artifacts={path: {"folder": folder, "pending": True}})
 
     def _change(self, artifacts: Mapping[str, Any] | None = None, **values: Any) -> None:
-        """Change the record, adding ``artifacts``, and save it. A full disk is reported once and costs the run nothing."""
+        """Change the record, adding ``artifacts``, and save it. A full disk is reported once and does not affect the run."""
         with self._lock:
             self.record = replace(self.record, **values, artifacts={**self.record.artifacts, **(artifacts or {})})
             if (error := self.record.save(self._run_dir)) is not None and not self._unsaved:
@@ -109,7 +109,7 @@ class Delivery:
             self._unsaved = error is not None
 
     def finish(self, status: Status, end_ms: int, timeout: float) -> bool:
-        """Set the final status and wait ``timeout`` seconds for the rest; return whether everything has arrived."""
+        """Set the final status and wait ``timeout`` seconds for the rest; return True if everything has arrived."""
         self._change(status=status, end_ms=end_ms)
         self._closing.set()
         if self._thread.ident is not None:
@@ -135,7 +135,7 @@ class Delivery:
             except (ImportError, ConfigError) as error:
                 say(f"no MLflow, metrics go to {METRICS_FILE} only: {error}")
                 return
-            except Exception as error:  # whatever a store raises, the training goes on
+            except Exception as error:  # no error of a store may stop the training
                 failures += 1
                 if failures == 1:
                     say(f"MLflow at {self._uri} does not answer, will try again; metrics are kept in {METRICS_FILE} ({first_line(error)})")
@@ -153,7 +153,7 @@ class Delivery:
             pass
         if status == "SCHEDULED":  # no end time
             self._client.update_run(self.record.run_id, status=status)
-        elif status is not None:  # before the artifacts, which an unfit artifact store may refuse for ever
+        elif status is not None:  # before the artifacts, which a misconfigured artifact store may refuse for ever
             self._client.set_terminated(self.record.run_id, status, self.record.end_ms)
         self._deliver_artifacts()
         self._done = status is not None
@@ -175,7 +175,7 @@ class Delivery:
             say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
 
     def _find_run(self, client: Any) -> Any:
-        """Return the run that exists, set to RUNNING, or None. A run that this server does not know is delivered again as a new one."""
+        """Return the existing run, set to RUNNING, or None. A run that the server does not know is delivered again as a new one."""
         record, run = self.record, None
         if record.run_id is not None:
             try:
@@ -189,8 +189,8 @@ class Delivery:
                     self.record = record.start_over()
                 run = None
         elif (experiment := client.get_experiment_by_name(record.experiment)) is not None:
-            found = client.search_runs([experiment.experiment_id], f"tags.`{_TOKEN_TAG}` = '{record.token}'", max_results=1)
-            run = found[0] if found else None
+            runs = client.search_runs([experiment.experiment_id], f"tags.`{_TOKEN_TAG}` = '{record.token}'", max_results=1)
+            run = runs[0] if runs else None
         if run is not None:
             self._steps_on_server = {}
             if record.status is None:
@@ -236,7 +236,7 @@ class Delivery:
             client.log_inputs(run.info.run_id, datasets=new)
 
     def _deliver_metrics(self) -> bool:
-        """Send the next part of metrics.jsonl; return whether there was any."""
+        """Send the next part of metrics.jsonl; return False if there was none."""
         metric = _mlflow("mlflow.entities").Metric
         points, offset = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, _MAX_PER_REQUEST["metrics"])
         new = [
@@ -266,12 +266,12 @@ class Delivery:
                 self._client.log_artifact(self.record.run_id, str(file), artifact["folder"] or None)
             else:
                 say(f"{file} is gone before MLflow got it")
-            if self.record.artifacts[path] is artifact:  # else the file has changed meanwhile, and is uploaded again
+            if self.record.artifacts[path] is artifact:  # otherwise the file has changed meanwhile and is uploaded again
                 self._change(artifacts={path: {**artifact, "pending": False}})
 
 
 def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
-    """Log entities in batches of permitted size. An entity that MLflow refuses is reported and left out."""
+    """Log entities in batches of permitted size. An entity that MLflow refuses is reported and skipped."""
     size = _MAX_PER_REQUEST[kind]
     for part in (entities[start : start + size] for start in range(0, len(entities), size)):
         try:
@@ -295,11 +295,11 @@ def _name(name: str) -> str:
 
 
 def _make_store(uri: str) -> None:
-    """Create a local store with all of its tables, or none: MLflow refuses one whose creation was interrupted."""
+    """Create a local store with all of its tables, or none, because MLflow refuses one whose creation was interrupted."""
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return
-    made = path.with_name(path.name + ".tmp")
-    made.unlink(missing_ok=True)
-    _mlflow().MlflowClient(tracking_uri=f"sqlite:///{made.as_posix()}").search_experiments()
-    put_in_place(made, path, path.with_name(path.name + ".old.tmp"))
+    partial = path.with_name(path.name + ".tmp")
+    partial.unlink(missing_ok=True)
+    _mlflow().MlflowClient(tracking_uri=f"sqlite:///{partial.as_posix()}").search_experiments()
+    put_in_place(partial, path, path.with_name(path.name + ".old.tmp"))

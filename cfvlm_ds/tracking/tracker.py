@@ -1,15 +1,15 @@
-"""Tracker of a run: metrics go to ``metrics.jsonl``, and from there to MLflow, which may be slow, down or absent.
+"""Tracker of a run: metrics are written to ``metrics.jsonl``, and sent from there to MLflow, which may be slow, down or absent.
 
 The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns; a thread sends new lines to MLflow in
-order. ``.mlflow_delivery.json`` holds everything else that MLflow gets and the position reached in the file, so that a resumed run, or
-``cfvlm-ds track RUN`` after a run has ended, finishes the delivery.
+order. ``.mlflow_delivery.json`` holds all other data for MLflow and the position reached in the file. So a resumed run, or ``cfvlm-ds track
+RUN`` after a run has ended, can finish the delivery.
 
 Nothing is delivered twice. MLflow's stores identify a point by (run, name, step, timestamp, value) and ignore a second copy, and the
-timestamp is the one in the file. A process that continues a run reads from the server which steps it has and skips them: a step that is
-computed again after a resume keeps, in MLflow, the value that was recorded first.
+timestamp comes from the file. A process that continues a run reads from the server which steps it has and skips them: a step that is
+computed again after a resume keeps its first recorded value in MLflow.
 
-The destination is ``MLFLOW_TRACKING_URI`` if set, else ``mlflow.db`` and ``mlartifacts/`` in the run folder, which ``mlflow ui`` shows
-when started there. ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment.
+The destination is ``MLFLOW_TRACKING_URI`` if set, else ``mlflow.db`` and ``mlartifacts/`` in the run folder, which ``mlflow ui`` shows when
+started there. ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment.
 """
 
 from __future__ import annotations
@@ -43,24 +43,23 @@ def open_tracker(
     close_timeout: float = 30.0,
     inputs: Sequence[Mapping[str, Any]] = (),
 ) -> Tracker | NullTracker:
-    """Start tracking and return a ``Tracker`` where ``enabled`` (rank 0), else an object with the same methods that does nothing.
+    """Start tracking and return a ``Tracker`` if ``enabled`` (rank 0), else an object with the same methods that does nothing.
 
     Args:
         run_dir: the run's folder; created if missing.
         experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides the first).
-        params: nested mapping. MLflow gets it flattened with dots and cut at its length limits.
-            Secrets are masked, here and in the tags and inputs. On resume a changed value becomes a tag ``param_changed.<name>``, since
-            MLflow's parameters are immutable.
+        params: nested mapping. MLflow receives it flattened with dots and cut at its length limits. Secrets are masked, here and in the
+            tags and inputs. On resume a changed value becomes a tag ``param_changed.<name>``, since MLflow's parameters are immutable.
         tags: plain strings.
         run_id: the MLflow run to continue, as stored in a checkpoint. The run folder's own record takes precedence.
         resume_step: None starts a new run and discards earlier metrics in ``run_dir``. A step continues a run: metrics of later steps are
             dropped from ``metrics.jsonl``, to be logged again.
-        mlflow: False keeps the metrics in ``metrics.jsonl`` alone; ``deliver`` can send them later.
-        close_timeout: seconds that ``close`` waits for MLflow at most.
-        inputs: data sets with the keys cfvlm_ds.tracking.delivery_record.INPUT; one that the run has already is not logged again.
+        mlflow: False writes the metrics only to ``metrics.jsonl``; ``deliver`` can send them later.
+        close_timeout: longest time in seconds that ``close`` waits for MLflow.
+        inputs: data sets with the keys cfvlm_ds.tracking.delivery_record.INPUT; those that the run already has are not logged again.
 
     Raises:
-        OSError: ``metrics.jsonl`` cannot be truncated. Any other trouble with a full disk or MLflow is reported on stderr and never raised.
+        OSError: ``metrics.jsonl`` cannot be truncated. Any other problem with a full disk or MLflow is reported on stderr and never raised.
     """
     if not enabled:
         return NullTracker()
@@ -91,8 +90,8 @@ def _experiment(name: str) -> str:
     return without_secrets(os.environ.get("MLFLOW_EXPERIMENT_NAME") or name)
 
 
-def going_on(run_dir: Path, experiment: str) -> tuple[dict[str, float], int] | None:
-    """Return the last values and the last step of the run that a folder has in an experiment, or None where it has none."""
+def previous_run(run_dir: Path, experiment: str) -> tuple[dict[str, float], int] | None:
+    """Return the last values and the last step of a folder's run in an experiment, or None if there is none."""
     record = DeliveryRecord.load(Path(run_dir).absolute())
     if record is None or record.experiment != _experiment(experiment):
         return None
@@ -100,12 +99,12 @@ def going_on(run_dir: Path, experiment: str) -> tuple[dict[str, float], int] | N
 
 
 class NullTracker:
-    """The tracker of the other ranks: does nothing and touches no file."""
+    """The tracker of the other ranks: it does nothing and touches no file."""
 
     run_id: str | None = None
 
     def log(self, *given: Any, **options: Any) -> None:
-        """Do nothing, as ``artifact`` and ``close`` do."""
+        """Do nothing, like ``artifact`` and ``close``."""
 
     artifact = close = __exit__ = log
 
@@ -114,10 +113,10 @@ class NullTracker:
 
 
 class Tracker:
-    """Writes a run's metrics to ``metrics.jsonl`` and has them delivered to MLflow. Made by ``open_tracker``.
+    """Writer of a run's metrics to ``metrics.jsonl``, from where they are delivered to MLflow. Created by ``open_tracker``.
 
-    As a context manager it marks the run FAILED when left by an exception, KILLED by KeyboardInterrupt or a non-zero SystemExit, else
-    FINISHED, and lets the exception pass.
+    As a context manager it marks the run FAILED after an exception, KILLED after KeyboardInterrupt or a non-zero SystemExit, else FINISHED.
+    The exception passes.
     """
 
     def __init__(self, run_dir: Path, record: DeliveryRecord, kept_names: set[str], mlflow: bool, close_timeout: float) -> None:
@@ -127,13 +126,13 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, to be kept in checkpoints; None until MLflow has answered for the first time."""
+        """The MLflow run, for checkpoints; None until MLflow has answered for the first time."""
         return self._delivery.record.run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of an optimizer step to ``metrics.jsonl``; returns without waiting for MLflow.
+        """Append the metrics of an optimizer step to ``metrics.jsonl``; return without waiting for MLflow.
 
-        What the disk does not take waits in memory, with a warning, and goes to the file in order as soon as it does.
+        Data that the disk does not accept wait in memory, with a warning, and are written in order as soon as possible.
 
         Raises:
             TypeError: a value that is not a number.
@@ -141,22 +140,22 @@ class Tracker:
         line: dict[str, Any] = {"step": int(step), "time": now_ms() / 1000}
         for name, value in metrics.items():
             if step == self._delivery.record.resume_step and name in self._kept_names:
-                continue  # such as the evaluation at a checkpoint's step, logged before the interruption and computed again
+                continue  # for example the evaluation at a checkpoint's step, which a resume computes again
             number = float(value)
             line[name] = number if math.isfinite(number) else str(number)
         self._lines.write(json.dumps(line))
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Have a file uploaded into ``folder``. It is read later, so leave it in place. The same path again means: it has changed."""
+        """Schedule the upload of a file into ``folder``. The file is read later and must stay in place. A second call uploads its new
+        contents.
+        """
         self._delivery.add_artifact(str(Path(path).absolute()), folder)
 
     def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
-        """Set the final status and wait, at most ``timeout`` or else ``close_timeout`` seconds, for MLflow to get the rest.
+        """Set the final status and wait for MLflow to receive the rest, at most ``timeout`` or else ``close_timeout`` seconds.
 
-        A second call does nothing.
-
-        SCHEDULED is the status of a run that was asked to stop and is to go on: MLflow's other words are for runs that live or are over.
-        What could not be delivered is counted on stderr, with the command that delivers it later.
+        A second call does nothing. SCHEDULED is the status of a run that was requested to stop and will continue; MLflow's other statuses
+        are for live or ended runs. Undelivered data are counted on stderr, with the command that delivers them later.
         """
         if self._lines.closed:
             return

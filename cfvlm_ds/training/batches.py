@@ -51,9 +51,9 @@ def micro_batches(
     )
     iterator = iter(loader)
     if num_workers:
-        signals.hold_deaths_back()
+        signals.defer_worker_deaths()
     while True:
-        with signals.worker_deaths(), signals.deaths_heard():
+        with signals.worker_deaths(), signals.deferred_deaths_raised():
             micro_batch = next(iterator, None)
         if micro_batch is None:
             return

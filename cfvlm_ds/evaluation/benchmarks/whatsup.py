@@ -1,4 +1,6 @@
-"""What'sUp (Kamath et al. 2023, arXiv 2310.19785): the same two objects on, under, left of, right of, in front of, behind each other."""
+"""The What'sUp benchmark (Kamath et al. 2023, arXiv 2310.19785): the same two objects in different spatial relations, such as on and
+under.
+"""
 
 from __future__ import annotations
 
