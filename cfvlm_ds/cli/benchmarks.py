@@ -48,8 +48,8 @@ class Asking:
     Args:
         benchmarks: names of public benchmarks, or of your own, joined by commas, in place of manifests.
         benchmark_root: folder with a folder of official files for each of them.
-        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each is used for the benchmarks that it fits, by default each one's
-            own.
+        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each is used for the benchmarks that it fits, by default each
+            one's own.
         on_error: for an item of a benchmark that the model cannot take: error, or skip it, counted and named.
         draws: draws of the bootstrap; 0 for no intervals, by default 1000, fewer for benchmarks of over 10,000 items.
         num_workers: processes that prepare batches of a benchmark, per rank, by default spare cores.
