@@ -35,7 +35,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
     Rank 0 checks for missing and truncated files; then every rank reads a share of the files and compares their checksums. Skipped
     checkpoints are reported with the reason. Raises ConfigError when the named one has a defect, when ``never`` meets a folder with
-    checkpoints, and when ``auto`` finds only unusable or renamed checkpoints; ``restart`` takes step 0 then.
+    checkpoints, and when ``auto`` finds only unusable or renamed checkpoints; ``restart`` starts at step 0 in that case.
     """
     by_name = resume in ("auto", "never", "restart")
     candidates, others = broadcast_object((by_step(output_dir), _renamed(output_dir)) if by_name else ([Path(resume)], []))

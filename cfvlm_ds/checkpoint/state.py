@@ -40,14 +40,14 @@ class TrainState:
         self.sampler = sampler
 
     def evaluated(self, value: float) -> bool:
-        """Return True, and store the value, if it is the best so far of the metric ``train.save_best``."""
+        """Store a value of the metric ``train.save_best`` if it is the best so far; return True in that case."""
         if self.best is not None and value <= self.best["value"]:
             return False
         self.best = {"step": self.step, "value": value}
         return True
 
     def note(self, **known: Any) -> None:
-        """Set values that are known later: the ``record`` of this start, its ``data``, its ``run_id``, or ``best`` to discard it."""
+        """Set values that become known later: the ``record`` of this start, its ``data``, its ``run_id``, or ``best`` to discard it."""
         vars(self).update(known)
 
     def displacement(self, lp: float) -> float:

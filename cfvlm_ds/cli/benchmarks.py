@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
 class _InPlaceOfManifests(argparse.Action):
     """Action of --benchmarks, which makes the manifest optional.
 
-    The manifest is not optional from the start: argparse would then not wait for it if an option stands between it and the model.
+    The manifest is required by default, because argparse would otherwise not wait for it if an option stands between it and the model.
     """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
@@ -172,10 +172,10 @@ _DELIVERED_WITHIN_S = 300.0  # includes the import of MLflow and the creation of
 
 
 def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
-    """Send a folder of results to MLflow under the metric names of a training; undelivered data stay in the folder. ``asked`` are new
-    results.
+    """Send a folder of results to MLflow under the metric names of a training. ``asked`` are new results.
 
-    A folder is one run of an experiment, however often results are added to it. Only new or changed values are sent.
+    A folder is one run of an experiment, however often results are added to it. Only new or changed values are sent. Undelivered data stay
+    in the folder.
     """
     from cfvlm_ds.core.secrets import without_secrets
     from cfvlm_ds.evaluation.benchmarks import BENCHMARKS

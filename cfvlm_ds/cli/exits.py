@@ -20,7 +20,7 @@ _PIPE_CLOSED = 141  # exit code of shells for a program that SIGPIPE has ended
 
 
 def escape_unencodable() -> None:
-    """Make stdout and stderr print characters that the terminal's encoding lacks as escapes instead of raising an error."""
+    """Make stdout and stderr escape characters that the terminal's encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -63,7 +63,7 @@ def exit_cleanly(function: Callable[[], None]) -> None:
 
 
 def leave_at_once(function: Callable[[], None]) -> None:
-    """Run a training and exit at once with a non-zero exit code.
+    """Run a training. If it exits with a non-zero code, exit at once.
 
     torch takes seconds to tear down, and the SIGTERM that launchers send after the first rank has exited would change the code.
     """

@@ -85,7 +85,9 @@ class LmmsModel(lmms):
         return self._device
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Return pairs of a value and a flag for greedy texts, in a wrapper: lmms-eval 0.7 converts any other pair to a string."""
+        """Return, for each text, a value and a flag for greedy texts. They are wrapped, because lmms-eval 0.7 converts any other pair to a
+        string.
+        """
         return [GenerationResult(Scored(pair)) for pair in self._answers.loglikelihood(requests, self.task_dict)]
 
     def generate_until(self, requests: list[Any]) -> list[str]:

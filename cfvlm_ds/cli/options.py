@@ -106,7 +106,7 @@ def add_function(parent: Any, function: Callable[..., None]) -> None:
     """Add a command to ``parent`` that calls a function. Its help consists of the docstring's first paragraph, the example and Args.
 
     Parameters before ``*`` become arguments, those after it options. A dataclass stands for its fields: a field without a default becomes
-    an argument, the others options. Annotated adds values for add_argument.
+    an argument, the others options. Metadata of Annotated are passed to add_argument.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     text = " ".join(text.split())
@@ -159,7 +159,7 @@ def _called(function: Callable[..., Any], arguments: argparse.Namespace) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that prints one sentence for an error. argparse prints its whole usage first, and accepts abbreviated names."""
+    """Argument parser that reports an error in one sentence and accepts no abbreviated names."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given, allow_abbrev=False)
@@ -191,7 +191,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse_empty(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for an empty argument, for example from an unset variable, which would mean the working folder or no output."""
+    """Raise ConfigError for an empty argument, for example from an unset variable. It would mean the working folder or no output."""
     command = arguments.asked_for
     for action in command._actions:
         given = getattr(arguments, action.dest, None)
@@ -224,7 +224,7 @@ def say(line: str) -> None:
 
 
 def model_named(name: str, limits: ImageLimits = ImageLimits()) -> tuple[ModelConfig, Path | None]:
-    """Return the model of a name and its adapters. Images are limited as in the run that made it unless ``limits`` override that."""
+    """Return the model of a name, and its adapters. Images are limited as in the run that produced it, unless ``limits`` override that."""
     resolved = named_model(name)
     refuse_absent(resolved.name_or_path)
     bounds: dict[str, Any] = {option: value or getattr(resolved.recorded, option) for option, value in vars(limits).items()}

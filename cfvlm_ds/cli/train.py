@@ -30,9 +30,7 @@ def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> Non
 
 
 def with_quickstart(argv: Sequence[str]) -> list[str]:
-    """Return the options of a run: changes of the quickstart, unless they name a model, data or a file of options, which then stand
-    alone.
-    """
+    """Return the options of a run. They modify the quickstart's, unless they name a model, data or a file of options."""
     given = {option[2:].partition("=")[0] for option in argv if option.startswith("--")}
     if given & {"model", "data"} or any(name == own or name.startswith(f"{own}.") for name in given for own in _STANDALONE):
         return list(argv)
@@ -67,7 +65,7 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
 
 def build_once(config: BuildConfig, world: World) -> None:
-    """Build on rank 0; all ranks call it, and wait as long as rank 0 makes progress. Its errors are raised on all of them."""
+    """Build on rank 0 while the other ranks wait as long as it makes progress. Its errors are raised on all ranks."""
     from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
 
     barrier = ProgressBarrier(world)

@@ -40,9 +40,7 @@ _RECORD_BYTES = 512  # fixed size, overwritten in place, so that a full disk doe
 
 
 def prepare(run_dir: Path) -> Path:
-    """Create an empty folder for the beats of a new start and return it; called on rank 0 before any rank beats. Raises StorageError naming
-    it.
-    """
+    """Create an empty folder for the beats of a new start and return it. Called on rank 0 before any rank beats. Raises StorageError."""
     folder = run_dir / FOLDER
     try:
         remove(folder)
@@ -61,7 +59,7 @@ class Peer:
     still_s: float = 0.0
 
     def update(self, record: dict[str, Any] | None, elapsed_s: float) -> None:
-        """Process the rank's file, read again ``elapsed_s`` seconds after the last time."""
+        """Update with the rank's record, which was read ``elapsed_s`` seconds after the last one."""
         old = self.record or {}
         new = record or old
         self.silent_s = 0.0 if new.get("beat") != old.get("beat") else self.silent_s + elapsed_s

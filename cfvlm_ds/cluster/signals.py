@@ -112,7 +112,7 @@ def _leave(code: int) -> None:
 
 @contextlib.contextmanager
 def last_word() -> Iterator[None]:
-    """Block at the end of the block if a signal is ending the process.
+    """Wait for ever at the end of the block if a signal is ending the process.
 
     So an error inside, such as that of a data worker killed by the same signal, changes neither the exit code nor the output.
     """
@@ -135,7 +135,7 @@ def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_together(world: World) -> Iterator[None]:
-    """Inside the block, a rank that a signal ends at once first notifies the others, which end with the same code."""
+    """Notify the other ranks when a signal ends this rank at once inside the block; they end with the same code."""
     if world.size == 1:
         yield
         return
@@ -169,7 +169,7 @@ def leaving_together(world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Inside the block, a signal only sets the flag that ranks vote on, so that they stop together or not at all."""
+    """Make signals inside the block only set the flag that ranks vote on, so that they stop together or not at all."""
     global _together
     before, _together = _together, True
     try:
@@ -189,9 +189,10 @@ class WorkerLost(Exception):
 
 
 def shield_worker(worker_id: int) -> None:
-    """Leave stopping to the rank, as a DataLoader's ``worker_init_fn``, since srun, Slurm and terminals signal every process of a task.
+    """Make a data worker ignore stop signals, as a DataLoader's ``worker_init_fn``.
 
-    SIGTERM is obeyed only from the rank itself, which ends its workers by it.
+    srun, Slurm and terminals signal every process of a task, but stopping is up to the rank. SIGTERM is obeyed only from the rank itself,
+    which ends its workers by it.
     """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -242,7 +243,7 @@ def defer_worker_deaths() -> None:
 
 @contextlib.contextmanager
 def deferred_deaths_raised() -> Iterator[None]:
-    """Raise the death of a DataLoader's worker at once inside the block, also an earlier one."""
+    """Raise the death of a DataLoader's worker immediately inside the block, including one that happened before."""
     if _torchs_handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -255,7 +256,7 @@ def deferred_deaths_raised() -> Iterator[None]:
 
 
 class Stop:
-    """The decision to stop a run; it votes once per step.
+    """The decision to stop a run, by one vote per step.
 
     Args:
         margin_s: seconds before the job's end (``SLURM_JOB_END_TIME``, Unix time) by which the next step and a checkpoint must be done. The

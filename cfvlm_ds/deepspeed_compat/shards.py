@@ -59,7 +59,7 @@ class Weight:
 
 
 def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any = None) -> dict[str, list[Piece]]:
-    """Return the pieces of each weight, in order; ``sizes`` are the elements of each rank's flat tensors. Raises ConfigError if they do not
+    """Return the pieces of each weight in order. ``sizes`` are the elements of each rank's flat tensors. Raises ConfigError if they do not
     fit.
     """
     return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes, paddings)
@@ -91,7 +91,7 @@ def _end_to_end(shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any) -
 
 
 def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield (index, start, stop) of the pieces of ``start`` to ``stop`` in concatenated tensors of these sizes."""
+    """Yield (index, start, stop): the pieces of the range ``start`` to ``stop`` in concatenated tensors of these sizes."""
     before = 0
     for index, size in enumerate(sizes):
         first, last = max(start - before, 0), min(stop - before, size)

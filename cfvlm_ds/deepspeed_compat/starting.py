@@ -13,7 +13,8 @@ _STALE_AFTER_S = 300.0
 
 
 def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] = print) -> list[Path]:
-    """Remove build locks that a killed process left in torch's extension cache, where every later start would wait for ever; return them.
+    """Remove and return the build locks that a killed process left in torch's extension cache. Every later start would wait for them for
+    ever.
 
     The holder of a lock keeps it open, so a lock that no process of this machine has open is stale. On a network file system the holder may
     be on another machine, and the lock must also be untouched for five minutes.

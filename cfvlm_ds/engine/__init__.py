@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration, which is validated key by key, estimates of memory, and its start."""
+"""DeepSpeed: validation of its configuration, estimates of memory, and its start."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from cfvlm_ds.models.chunked_logprobs import LOGITS
 
 
 def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
-    """Return for ``optimizer`` states and weights (``param``) True if they are offloaded from the GPU."""
+    """Return {"optimizer": ..., "param": ...}: True for optimizer states and weights that are offloaded from the GPU."""
     zero = ds_config.get("zero_optimization", {})
     return {name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")}
 
@@ -41,8 +41,8 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
 
 
 def attention_without_data() -> str:
-    """Register an attention for models on the meta device that saves the tensors that flash attention saves; return its name in
-    transformers.
+    """Register an attention for models on the meta device, and return its name in transformers. It saves the tensors that flash attention
+    saves.
     """
     from transformers import AttentionInterface
 
@@ -96,7 +96,7 @@ def _free_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """Counter of the bytes of computed tensors while they are alive."""
+    """Counter of the bytes of computed tensors that are alive, and of their peak."""
 
     def __init__(self) -> None:
         super().__init__()

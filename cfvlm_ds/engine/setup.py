@@ -94,8 +94,8 @@ def hidden_size(config: RunConfig) -> int:
 
 
 def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
-    """Load the model (partitioned as it loads under ZeRO-3) and initialize DeepSpeed with it; return the engine, whose module is a
-    Scorer.
+    """Load the model and initialize DeepSpeed with it; return the engine, whose module is a Scorer. Under ZeRO-3 the model is partitioned
+    as it loads.
     """
     import deepspeed
     from transformers import get_scheduler

@@ -52,7 +52,7 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. A group needs one true cell, so its first cell is marked; the truth of the cells is defined by the items.
+        """Return the groups. A group needs one true cell, so its first cell is marked; the items hold the truth of all cells.
 
         Raises DataError for more cells than a group can have.
         """
@@ -117,7 +117,7 @@ def plan(items: Sequence[Item], probe: Probe) -> Plan:
 def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, parse: Parser) -> Outcome:
     """Return the outcome of an item from generated texts about each image, a blank one and, optionally, another item's image.
 
-    A text that the answer parses to has the score 1, all others have 0. An answer that cannot be parsed is wrong.
+    The text that the parser selects has the score 1, all others 0. An answer that cannot be parsed is wrong.
     """
 
     def row(text: str) -> Row:

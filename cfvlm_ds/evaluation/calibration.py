@@ -63,7 +63,7 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Yield every comparison of star cells: those of csd and fcd in training except shams; fcd uses only the hardest one of a group.
+    """Yield every comparison of star cells except shams. In training csd uses all of them, and fcd only the hardest one of each group.
 
     Scores must be finite. ``length`` counts the tokens of a group's factual text.
     """
@@ -134,7 +134,7 @@ def _why_weight(anchored: bool, size: float) -> str:
 
 
 def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[float, str]:
-    """Return the smallest median gap size over edit types, and its description."""
+    """Return the smallest median gap over edit types, and its description."""
     sizes: dict[str, list[float]] = {}
     for gap, value in zip(found, values, strict=True):
         for label in gap.labels:
@@ -145,9 +145,9 @@ def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[float
 
 
 def _guessed(found: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
-    """Return the gap that the language prior has in three quarters of the text comparisons, and its description.
+    """Return the 75 % quantile of the gaps that two texts have without a picture, and its description.
 
-    A picture decides between the texts only if it changes their scores by more.
+    A picture decides a comparison only if it changes the scores by more.
     """
     sizes = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in found if gap.prior is not None]
     if not sizes:
@@ -194,7 +194,7 @@ def _parted(found: Sequence[Gap], middle: float, with_longer: bool) -> tuple[flo
 
 
 def table(found: Sequence[Gap]) -> str:
-    """Return the gaps by edit type: the share that is won, with and without the picture, and quantiles."""
+    """Return a Markdown table of the gaps by edit type: the share that is won, with and without the picture, and quantiles."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
     lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | a token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))

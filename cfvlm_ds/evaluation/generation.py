@@ -28,8 +28,8 @@ def write(
 ) -> str:
     """Generate a text about pictures for a prompt, with the ``options`` of transformers' ``generate``.
 
-    ``model`` is not partitioned and in evaluation mode. A thought that the chat template opens stays empty, as in scoring. Raises DataError
-    for input that the model cannot take, OutOfMemory if memory runs out.
+    ``model`` is not partitioned and in evaluation mode. If the chat template opens a thinking block, the block stays empty, as in scoring.
+    Raises DataError for input that the model cannot take, OutOfMemory if memory runs out.
     """
     tokenizer = collator.processor.tokenizer
     encoded = collator.prompts.encoded(prompt, "yes", len(shown), "a question")

@@ -1,4 +1,4 @@
-"""Rehearsal: the largest evaluation batch runs once before training, so that missing memory or a broken row shows then."""
+"""Rehearsal of the largest evaluation batch before training, which detects missing memory or a broken row early."""
 
 from __future__ import annotations
 

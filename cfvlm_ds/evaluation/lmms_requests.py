@@ -1,7 +1,7 @@
 """Requests of lmms-eval, answered by this package: likelihoods by its scorer, text by transformers' own ``generate``.
 
 lmms-eval 0.7.3 gives the result of ``loglikelihood`` two meanings. For multiple choice it takes the option with the *least* value
-(``np.argmin`` in ``ConfigurableTask.process_results`` and in tasks with an own rule), for ``acc_norm`` after dividing by the option's
+(``np.argmin`` in ``ConfigurableTask.process_results`` and in tasks with their own rule), for ``acc_norm`` after dividing by the option's
 characters: the value is the sum of -log p. For a single text, whose target the task computes, the metric ``perplexity`` is exp(-mean): the
 value is log p.
 """

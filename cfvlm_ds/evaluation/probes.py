@@ -1,4 +1,4 @@
-"""Probes: conversions of a benchmark's item into prompts and texts that a model scores, and of their log-likelihoods into scores of the
+"""Probes: they convert a benchmark's item into prompts and texts that a model scores, and the texts' log-likelihoods into scores of the
 item.
 
 Every probe returns one score per image and text, so the same metrics apply to all. The scores are computed on the item's pictures, on a
@@ -26,7 +26,7 @@ ALL_ORDERS = 4
 
 
 class Probe(ABC):
-    """A probe of items. ``cells`` are scored with the item's pictures, ``alone`` without any."""
+    """Base class of probes. ``cells`` are scored with the item's pictures, ``alone`` without any."""
 
     name: ClassVar[str]
 
@@ -44,7 +44,7 @@ class Probe(ABC):
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders that agree with all orders together."""
+        """Return the share of option orders in which the model chooses the same option as over all orders."""
         return None
 
 
@@ -212,7 +212,7 @@ PROBES: dict[str, Probe] = {"caption": Caption(), "match": Match(), "letters": L
 
 
 def variants(text: str) -> tuple[str, ...]:
-    """Return the spellings of an answer that mean the same: its cases. A single letter has one.
+    """Return the spellings of an answer, which differ in case. A single letter has one.
 
     White space before an answer is no variant: the chat template writes it, and a text with more would not follow its prompt.
     """

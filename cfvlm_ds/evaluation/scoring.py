@@ -78,7 +78,10 @@ def unpacked(stored: Packed) -> GroupScores:
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
-    """Return ``Collator.parts`` for a worker process. A DataError is returned and not raised, because a worker would lose its message."""
+    """Return a collate function for worker processes around ``Collator.parts``.
+
+    It returns a DataError as a value, because an error that is raised in a worker loses its message.
+    """
 
     def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
         try:
@@ -210,7 +213,7 @@ def score_batches(
     """Return the scores of each batch, which comes in parts. Every rank calls it with the same number of batches, each of any number of
     parts.
 
-    ``reference`` computes reference scores for the first batch. Raises DataError on all ranks if one of them has one.
+    ``reference`` computes reference scores for the first batch. Raises DataError on all ranks if a batch of any rank is one.
     """
     sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
     problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)

@@ -1,4 +1,4 @@
-"""Page of groups: a sample of a manifest, or the groups that a run's stored scores decide worst."""
+"""Page of groups: a sample of a manifest, or the groups with the worst stored scores of a run."""
 
 from __future__ import annotations
 

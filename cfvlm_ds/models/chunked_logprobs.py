@@ -88,9 +88,9 @@ def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _of_part(predicted_by: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Return two tensors [N]: True for the targets that a part predicts, and the row that predicts each.
+    """Return two tensors [N]: True for the targets that a part predicts, and the row of the part that predicts each target.
 
-    A mask avoids indexing by these targets, which would wait for the device.
+    A mask is used because indexing by these targets would wait for the device.
     """
     row = predicted_by - part.start
     return (row >= 0) & (predicted_by < part.stop), row.clamp(0, part.stop - part.start - 1)

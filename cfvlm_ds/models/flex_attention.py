@@ -1,4 +1,4 @@
-"""FlexAttention over a row of trees: a mask as a function of two places, and its blocks that are not empty."""
+"""FlexAttention over a row of trees, with a block mask of the pairs of tokens that attend to each other."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class ModelFlops:
 
 
 def num_pairs(forest: Forest, sight: Sight) -> float:
-    """Return the number of pairs of a query and a key that it attends to."""
+    """Return the number of (query, key) pairs in which the query attends to the key."""
     reach, total = sight.window or forest.longest_path, 0.0
     for seen, length in zip(forest.seen, forest.lengths, strict=True):
         unbounded = min(max(reach - seen, 0), length)  # tokens whose path is shorter than the window
@@ -82,7 +82,7 @@ def num_pairs(forest: Forest, sight: Sight) -> float:
 
 
 def _operations_per_pair(text: Any) -> dict[int | None, float]:
-    """Return sliding window (None: full attention) -> operations of its layers for a pair of tokens, forward."""
+    """Return the operations of a forward for each pair of tokens, by sliding window (None: full attention), summed over layers."""
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * text.num_hidden_layers
     operations: dict[int | None, float] = {}

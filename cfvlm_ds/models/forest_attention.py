@@ -113,7 +113,7 @@ def sees_trees(text: Any) -> bool:
 def registered(backend: str) -> str:
     """Register a back end with transformers and return its name there.
 
-    The name contains none of the names that transformers treats specially, and transformers makes no mask for it.
+    transformers gives the name no special treatment and makes no mask for it.
     """
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
     attend = {"sdpa": _sdpa, "flash_attention_2": flash, "varlen": varlen, "flex": flex}[backend]
@@ -122,10 +122,10 @@ def registered(backend: str) -> str:
 
 
 def by_segments(vision: Any) -> None:
-    """Make a tower of this configuration attend within its pictures or windows by one variable-length kernel instead of one by one.
+    """Make a tower of this configuration attend to all its pictures or windows in one call of a variable-length kernel.
 
-    transformers passes the boundaries to a back end if its name contains "flash", but would look for the flash-attn package if the name
-    were set while a model is loaded.
+    transformers passes the boundaries to a back end only if its name contains "flash". The name is set after loading, because transformers
+    would otherwise look for the flash-attn package.
     """
     AttentionInterface.register("pictures_flash", tower)
     AttentionMaskInterface.register("pictures_flash", sdpa_mask)
@@ -162,7 +162,7 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float, Sight], 
         forest: Forest | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """Query [1, H, T, D], key and value [1, J, T, D] -> [1, T, H, D]."""
+        """Attend from query [1, H, T, D] to key and value [1, J, T, D]; return [1, T, H, D]."""
         if forest is None or attention_mask is not None:
             raise ValueError("a model loaded for scoring takes a forest and no mask; load it with transformers for anything else")
         if dropout:

@@ -1,7 +1,7 @@
 """Gated delta nets over a row of trees (Qwen3.5). These layers carry a state from token to token, which no mask can remove.
 
-Every node starts from its parent's state, and the convolution reads the last tokens of its ancestors, so a text after its prefix has the
-result that it has alone. All nodes of one level form a batch; the next level starts from their states.
+Every node starts from its parent's state, and the convolution reads the last tokens of its ancestors. So a text after its prefix has the
+same result as in a row of its own. All nodes of one level form a batch; the next level starts from their states.
 
 Shapes: T tokens of the row, N nodes of a batch, L their padded length, C channels of the convolution, H heads, D head size.
 """
@@ -30,8 +30,8 @@ parents in the level above.
 
 
 def fork_states(model: nn.Module) -> None:
-    """Patch every gated delta net of a model to support rows of trees. On ordinary rows, with a stock attention, the forward stays
-    transformers'.
+    """Patch every gated delta net of a model to support rows of trees. On ordinary rows with a stock attention, transformers' forward is
+    used.
     """
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for module in model.modules():
@@ -61,8 +61,8 @@ def _forward(
 
 
 def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
-    """Return the causal convolution of [1, T, C] along each path, with one call of the layer: every node is preceded by its path's last
-    tokens.
+    """Return the causal convolution of [1, T, C] along each path, in one call of the layer. Each node is preceded by the last tokens of its
+    path.
     """
     places, own = forest.on(_windows, mixed.device, module.conv_kernel_size)
     spread = _with_zeros(mixed).index_select(1, places).transpose(1, 2)
@@ -71,8 +71,8 @@ def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
 
 
 def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
-    """Return the places in the row of all nodes' tokens, each node preceded by ``size - 1`` of its ancestors' (T for none), and the nodes'
-    own.
+    """Return the places of all nodes' tokens, each node preceded by ``size - 1`` places of its ancestors (T for none), and the nodes' own
+    places.
     """
     places, own, nothing = list[int](), list[int](), forest.bounds[-1]
     for node, ancestors in enumerate(forest.ancestors):

@@ -48,8 +48,8 @@ def fingerprint(
 ) -> dict[str, str]:
     """Return {"weights": sha256, "inputs": sha256}.
 
-    The first covers the configuration and every byte of the weight files; each file is read once and again only when it changes. The second
-    is ``inputs_fingerprint``. ``alive`` is called while files are read, and ``say`` reports progress.
+    The first covers the configuration and every byte of the weight files. A file is read again only after it has changed. The second is
+    ``inputs_fingerprint``. ``alive`` is called while files are read, and ``say`` reports progress.
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
@@ -82,7 +82,7 @@ def inputs_fingerprint(config: ModelConfig) -> str:
 
 
 def file_digest(path: Path, read: Callable[[int], object]) -> str:
-    """Return the sha256 of a file, cached in the user's cache folder by everything that a write to the file changes.
+    """Return the sha256 of a file. It is cached in the user's cache folder under properties that any write to the file changes.
 
     ``read`` is called with the number of bytes of each block.
     """

@@ -84,7 +84,7 @@ def _in_each_part(attn_implementation: str) -> dict[str, str]:
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
-    """Raise ConfigError for a model that will not work, by the options, the libraries and, if the model is ``there``, its own
+    """Raise ConfigError for a model that will not work with the options, the libraries and, if the model is ``there``, its own
     configuration.
 
     ``weights`` also requires the weight files, without reading them.
@@ -219,9 +219,10 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
 
 
 def attention(requested: str, model_config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return the attention back end (see forest_attention.py) for a request: ``auto`` takes the ``fastest`` on this machine for the model.
+    """Return the attention back end (see forest_attention.py) for a request. ``auto`` selects the fastest one on this machine for the
+    model.
 
-    Raises ConfigError if this machine or this model cannot satisfy the request.
+    Raises ConfigError if this machine or this model does not support the requested one.
     """
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 

@@ -55,9 +55,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def weight_patterns(files: Iterable[str]) -> list[str]:
-    """Return patterns of the weight files to fetch of a hub model with these ``files``: pickled ones only without others, as transformers
-    does.
-    """
+    """Return patterns of the weight files to fetch of a hub model with these ``files``. As in transformers, pickled ones are a fallback."""
     if SINGLE in (names := set(files)):
         return [SINGLE]
     return ["*.safetensors"] if INDEX in names else ["*.safetensors", "*.bin"]
@@ -101,7 +99,7 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
-    """Convert an exception that a library raises inside the block about files into a ConfigError: ``what`` (why); ``remedy``.
+    """Convert a library's exception inside the block into a ConfigError, whose message is ``what`` (reason); ``remedy``.
 
     The libraries check little of a model folder, so a wrong value may cause any exception. Errors of the machine, such as missing memory,
     and of other ranks pass.

@@ -23,8 +23,8 @@ class ScoringHead(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
-        """Create the head without data. ``cap`` bounds the logits behind log-probs; logits that it returns are capped by the model
-        itself.
+        """Create the head without data. ``cap`` bounds the logits that log-probs are computed from; the model itself caps logits that it
+        receives.
         """
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.cap = cap
@@ -48,7 +48,8 @@ class ScoringHead(nn.Linear):
 
 
 class Scorer(nn.Module):
-    """The module that DeepSpeed runs: encode each distinct image once, run the language model, return log-probs of the scored tokens.
+    """The module that DeepSpeed runs. It encodes each distinct image once, runs the language model, and returns log-probs of the scored
+    tokens.
 
     Everything happens inside one forward, so that ZeRO-3 gathers each layer once for any number of candidates, and every rank calls every
     submodule equally often. ``routed`` is the routing of a mixture of experts in the last forward.

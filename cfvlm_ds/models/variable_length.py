@@ -1,7 +1,7 @@
 """Attention by variable-length kernels, over a row of trees or within the pictures or windows of a tower.
 
-In a row of trees, a segment has a node's queries and the gathered keys of their path. Such a kernel is causal, with the last query of a
-segment at its last key, so a sliding window extends back along the path. A picture with bidirectional attention is a segment of a second
+In a row of trees, a segment consists of a node's queries and the gathered keys of their path. The kernel is causal, with the last query of
+a segment at its last key, so a sliding window extends back along the path. A picture with bidirectional attention is a segment of a second
 call, which is not causal and ends with the picture.
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments.
@@ -93,7 +93,7 @@ def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
 
 
 def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tensor, at: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
-    """Attend within segments that are padded to the longest, bidirectionally, without waiting for the device to report their lengths."""
+    """Attend bidirectionally within segments that are padded to the longest, without waiting for the device to report their lengths."""
     tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
     places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
     query, key, value = (tensor[places.clamp(max=len(q) - 1)].transpose(1, 2) for tensor in (q, k, v))

@@ -58,7 +58,7 @@ def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def grids(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Exclude grids of more tiles (LLaVA-NeXT and OneVision, where an image takes the best-fitting grid)."""
+    """Exclude grids of too many tiles (LLaVA-NeXT and OneVision, where an image takes the best-fitting grid)."""
     side = None if config is None else config.vision_config.image_size
     for holder in (processor and processor.image_processor, config):
         if holder is not None and model.max_tiles:
@@ -79,7 +79,7 @@ def patches(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def squares(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Scale the longest edge to the number of tile sides of the largest square with that many tiles (Idefics3, SmolVLM)."""
+    """Scale the longest edge to the side of the largest square with at most ``max_tiles`` tiles (Idefics3, SmolVLM)."""
     if processor is not None and model.max_tiles:
         images = processor.image_processor
         sides = int(model.max_tiles**0.5)

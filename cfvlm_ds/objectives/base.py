@@ -60,7 +60,7 @@ class Objective(Protocol):
         ...
 
     def numerator(self, scores: Scores) -> Tensor:
-        """Return the differentiable sum over them in nats: scalar or [P]."""
+        """Return the differentiable sum over the tokens or groups of each part, in nats: scalar or [P]."""
         ...
 
     def report(self, scores: Scores) -> Report:
@@ -81,13 +81,13 @@ def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Te
 
 
 def mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of ``values`` where ``mask``, over all axes but the first; 0 for a group without any."""
+    """Return the mean of ``values`` where ``mask`` is True, over all axes but the first; 0 for a group without such values."""
     dims = tuple(range(1, values.dim()))
     return torch.where(mask, values, 0).sum(dims) / mask.sum(dims).clamp(min=1)
 
 
 def has_any(mask: Tensor) -> Tensor:
-    """Return [G] bool: groups with at least one true entry."""
+    """Return [G] bool: True for groups with at least one true entry."""
     return mask.flatten(1).any(1)
 
 

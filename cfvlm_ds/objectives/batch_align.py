@@ -103,7 +103,7 @@ class BatchAlign:
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return 0 with a gradient: the part of other groups' image sides that is due to images of this batch."""
+        """Return 0 with a gradient: that of other groups' image sides with respect to the scores on images of this batch."""
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
         outside = cross_group > float("-inf")
@@ -135,6 +135,6 @@ def _in_batch(layout: GroupLayout) -> Tensor:
 
 
 def _against(values: Tensor, true: Tensor, false: Tensor, dim: int) -> Tensor:
-    """Return log(1 + sum over ``dim`` of exp(values - true) where ``false``), 0 without any; in the shape of ``true``."""
+    """Return log(1 + sum over ``dim`` of exp(values - true) where ``false``), in the shape of ``true``; 0 where nothing is false."""
     others = torch.logsumexp(torch.where(false, values, _LEAST), dim, keepdim=True)
     return torch.where(false.any(dim, keepdim=True), F.softplus(others - true), 0)

@@ -66,17 +66,17 @@ class ReferenceTerm:
 
 
 def no_ratio(layout: GroupLayout) -> Tensor:
-    """Return a ratio of 0 everywhere, from which the comparisons of a layout can be derived."""
+    """Return a ratio of 0 everywhere, for the masks of a layout's comparisons."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
 def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Return on every image the true text against each false one of the same prompt, [G, I, C true, C false]."""
+    """Return, on every image, each true text against each false one of the same prompt, [G, I, C true, C false]."""
     return comparisons(ratio, layout.positive, layout.negative, layout.same_prompt)
 
 
 def image_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Return every text on its image against the same text on each image that it is false of, [G, C, I true, I false]."""
+    """Return every text on its own image against the same text on each image that it is false of, [G, C, I true, I false]."""
     return comparisons(*(each.transpose(1, 2) for each in (ratio, true_pairs(layout), layout.negative)))
 
 

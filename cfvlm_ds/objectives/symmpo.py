@@ -61,8 +61,8 @@ class SymMPO(ReferenceTerm):
 
 
 def _pairs(ratio: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the violations on the factual image and on the other one, -d_k and -e_k, and the complete pairs; each [G, I, C], by the other
-    pair.
+    """Return three tensors [G, I, C]: the violations -d_k on the factual image, the violations -e_k on the other image, and the complete
+    pairs.
 
     A pair (i, c) is complete if its four cells with the factual pair are known and its text answers the factual text's prompt.
     """

@@ -31,7 +31,7 @@ class DeliveryRecord:
         inputs: data sets of this start, each with the keys ``INPUT``.
         token: identifies the run if the response to its creation was lost.
         offset: bytes of metrics.jsonl that MLflow has.
-        artifacts: path, relative if it is in the run folder -> ``folder`` in MLflow, and True for ``pending`` if it is not uploaded.
+        artifacts: path (relative if it is in the run folder) -> its ``folder`` in MLflow, and ``pending``: True until it is uploaded.
     """
 
     experiment: str = ""

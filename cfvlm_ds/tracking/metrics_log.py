@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per record, read from the position of the delivery, and truncated at the step of a resume."""
+"""metrics.jsonl: one line per record. It is read from the delivery's position on, and truncated at the step of a resume."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
-    """Return (name, value, milliseconds, step) of the lines after ``offset`` bytes, at least ``limit`` points if there are, and the new
-    offset.
+    """Return the points (name, value, milliseconds, step) of the lines after ``offset`` bytes, and the new offset.
+
+    Reading stops after at least ``limit`` points.
     """
     points: list[tuple[str, float, int, int]] = []
     if not path.exists():

@@ -33,8 +33,8 @@ FOLDER = "benchmarks"
 class RunBenchmark:
     """A benchmark of a run.
 
-    ``plan`` holds the groups that are scored for it, ``identity`` identifies its items, and ``example`` shows how an item is asked.
-    ``collator`` is that of the model, which was checked to accept every item.
+    ``plan`` holds the groups that are scored for it, ``identity`` identifies its items, and ``example`` shows the prompt of one item.
+    ``collator`` belongs to the model, which was checked to accept every item.
     """
 
     chosen: Chosen

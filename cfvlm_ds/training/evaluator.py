@@ -64,7 +64,7 @@ class Evaluator:
             )
 
     def ask(self, shuffled: bool = False) -> dict[str, list[Outcome]]:
-        """Return the model's outcome on each item by benchmark. Raises as ``__call__`` does."""
+        """Return the outcomes of the items of each benchmark. Raises as ``__call__`` does."""
         outcomes = {}
         with self._evaluating():
             for name, benchmark in self._benchmarks.items():

@@ -22,7 +22,7 @@ Backward = Callable[[Tensor], None]
 
 
 def nothing(batch: Batch, counts: bool) -> float:
-    """Return 0, for a step that has no loss beside the objective."""
+    """Return 0: the step has no loss beside the objective."""
     return 0.0
 
 

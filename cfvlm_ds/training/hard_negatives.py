@@ -19,8 +19,9 @@ from cfvlm_ds.core.scores import Scores
 
 @dataclass(frozen=True)
 class Hardest:
-    """The kept cells [G, I, C]. In groups with a single prompt, ``proposed`` counterfactuals were scored and ``entered`` of these are
-    kept.
+    """The selected cells [G, I, C], and two counts over groups with a single prompt.
+
+    ``proposed`` counts the counterfactuals that were scored, ``entered`` those of them that are kept.
     """
 
     cells: Tensor

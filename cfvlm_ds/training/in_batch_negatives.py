@@ -114,7 +114,7 @@ class _Step:
         return group if isinstance(group, DataError) else group.in_the_step(place, tuple(self._drawn(group)))
 
     def _wanted(self, group: CounterfactualGroup) -> int:
-        """Return the number of texts of others that the terms want for the group's images; 0 without a picture."""
+        """Return the number of texts of other groups that the terms want for the group's images; 0 without a picture."""
         counts = group.objectives is None
         wanted = (number for name, number in self._terms.items() if counts or name in (group.objectives or ()))
         return max(wanted, default=0) if group.num_pictures else 0
@@ -145,7 +145,7 @@ def _question(group: CounterfactualGroup) -> _Question:
 
 
 def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
-    """Yield the number, normalised text and key of each text for the factual text's prompt. A text without a key is its own key."""
+    """Yield number, normalised text and key of each text that answers the factual text's prompt. Without a key, the text is its own key."""
     for c, candidate in enumerate(group.candidates):
         if candidate.prompt == group.candidates[0].prompt:
             text = _comparable(candidate.text)
@@ -153,7 +153,7 @@ def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
 
 
 def _comparable(text: str) -> str:
-    """Return the form by which two texts count as equal."""
+    """Return the normalised form of a text. Texts with the same form count as equal."""
     return normalised(text).casefold()
 
 
@@ -178,7 +178,7 @@ class CrossRankScores:
     def added_to(self, scores: Scores) -> Scores:
         """Add the scores of a micro-batch's texts on images of other groups.
 
-        A text whose own group was left out of the step has no such scores and is compared with nothing.
+        A text whose own group was left out of the step has no such scores and takes part in no comparison.
         """
         layout = scores.layout
         if layout.in_batch is None:
@@ -214,7 +214,7 @@ def _entries(scores: Scores) -> npt.NDArray[np.float64]:
 
 
 def _names(scores: Scores) -> list[list[tuple[int, int]]]:
-    """Return [G][C]: source group and number of each text."""
+    """Return [G][C]: for each text its source group and its number in that group."""
     layout = scores.layout
     assert layout.in_batch is not None
     own = range(layout.num_own)

@@ -181,7 +181,7 @@ def forget(config: RunConfig, world: World) -> None:
 
 
 def _disown(folder: Path) -> None:
-    """Mark a store as outdated, so that it is prepared again; its knowledge of pictures stays."""
+    """Mark a store as outdated, so that it is prepared again. Its table of pictures stays."""
     with contextlib.suppress(OSError):
         if (folder / STORE).exists():
             replace(folder / STORE, json.dumps({"schema": SCHEMA}).encode())
@@ -257,12 +257,12 @@ class _Stores:
         return str(folder)
 
     def _source(self, each: DataSet) -> GroupStore:
-        """Open the groups of a data set that is not a store. Its problems are reported by its own rows."""
+        """Open the groups of a data set that is not a store. Errors refer to the rows of the original files."""
         format = each.format or self._config.data.format
         return open_groups(each.path, each.root, format, limit=each.limit, scan=self._scan, progress=self._world.say)
 
     def _refuse(self, each: DataSet, report: CheckReport) -> None:
-        """Raise DataError for the first problem of a data set."""
+        """Raise DataError for the first problem of a data set, if there is any."""
         if not report.problems:
             return
         more = len(report.problems) - 1

@@ -1,4 +1,4 @@
-"""Resume rule: decides, before anything is loaded or written, whether a run starts at step 0, after a checkpoint, or not at all."""
+"""Resume rule of a run: start at step 0, continue a checkpoint, or do nothing. It is applied before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Start:
             state.note(best=None)  # of another metric
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
-        """Return the record for the run's checkpoints with the model's hashes. A hub's model may not have been on disk when the run
-        started.
+        """Return the record for the run's checkpoints, with the model's hashes. They are missing at the start if a hub's model is not on
+        disk yet.
         """
         if self.record["model"]:
             return self.record

@@ -47,7 +47,7 @@ class RouterBalance:
         self._agree([routed for routed in routings if routed is not None])
 
     def term(self, batch: Batch, counts: bool) -> Tensor | float:
-        """Return the share of ``batch``, the batch of the last forward, in the loss that backward is called on; 0 unless it ``counts``."""
+        """Return the loss that the last forward, which computed ``batch``, contributes to backward; 0 unless it ``counts``."""
         routed = self._last(batch, counts)
         if routed is None:
             return 0.0

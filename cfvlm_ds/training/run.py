@@ -246,7 +246,7 @@ def _order(config: RunConfig, data: RunData) -> Order:
 def _with_features(
     config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, pulse: heartbeat.Heartbeat, num_workers: int
 ) -> Collator:
-    """Return the collator, which reads features in place of pictures if data.feature_cache is set. Missing features are computed."""
+    """Return the collator; if data.feature_cache is set, it reads features in place of pictures. Missing features are computed."""
     if config.data.feature_cache is None:
         return collator
     pulse.mark("features", 0)

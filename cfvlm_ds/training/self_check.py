@@ -1,8 +1,8 @@
 """Self-check before training: weights must be finite, and packed rows must score like single rows with stock attention.
 
-Untested combinations of kernels and library versions can give wrong scores without an error. The allowed difference is the one that the
-precision explains. It is measured: forwards of single rows are repeated with every module's output rounded differently, and the largest
-logit gives the size of one rounding of a logit. A wrong mask or position causes a larger difference than both.
+Untested combinations of kernels and library versions can give wrong scores without an error. The allowed difference is the rounding error
+of the precision. It has two sources: the spread of scores when every module's output is rounded differently, which is measured with single
+rows, and the rounding of the largest logit. A wrong mask or position causes a larger difference than both.
 """
 
 from __future__ import annotations

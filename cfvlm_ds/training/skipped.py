@@ -1,4 +1,6 @@
-"""Omissions of a run that continues: unreadable groups and steps that are not finite. All of them are counted and named."""
+"""Omissions of a run: unreadable groups and non-finite steps that are left out while the run continues. All of them are counted and
+named.
+"""
 
 from __future__ import annotations
 

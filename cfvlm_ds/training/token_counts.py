@@ -45,8 +45,10 @@ def group_tokens(
 
     Image headers are read for images that ``pictures`` do not contain. The counts are stored in the first of ``folders`` that is writable,
     under a hash of everything that they depend on: all ranks map one file, and the next start reads it. Nothing is stored if ``depends_on``
-    is None. Raises DataError on every rank for a file without a header and for a group that exceeds a limit of ``data``: all its images and
-    texts count for a micro-batch, one image with one text for a forward.
+    is None.
+
+    Raises DataError on every rank for a file without a header and for a group that exceeds a limit of ``data``. The limit of a micro-batch
+    applies to all images and texts of a group, the limit of a forward to one image with one text.
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
@@ -122,7 +124,7 @@ def _measured(
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:
-    """Return the possible files of the counts; none if their dependencies are not known."""
+    """Return the paths at which the counts may be stored; none if their dependencies are not known."""
     if depends_on is None:
         return []
     try:

@@ -24,7 +24,7 @@ YES_NO = ("Yes", "No")
 
 @dataclass(frozen=True)
 class Item:
-    """One judged question: images, texts, and which texts are true of which images.
+    """One judged question: images, texts, and their truth table.
 
     Args:
         id: unique within its benchmark.
@@ -136,10 +136,10 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The items of a benchmark.
+    """The items of a benchmark: at most about ``limit`` of the ``in_files``.
 
     ``problems`` holds an error for each unreadable row and each missing picture. ``notes`` report deviations such as another revision of a
-    file. The items are at most about ``limit`` of the ``in_files``.
+    file.
     """
 
     items: tuple[Item, ...]
@@ -237,7 +237,9 @@ def chance(benchmark: Benchmark, items: Sequence[Item]) -> Values:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return table (see ``judged``) -> values, with ``chance``, and with the mean consistency of orders as ``consistency`` of ``seen``."""
+    """Return the values of each table (see ``judged``) and of ``chance``. ``seen`` also has the mean ``consistency`` over orders of
+    options.
+    """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]
     if consistent and "seen" in values:

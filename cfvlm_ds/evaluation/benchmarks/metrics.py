@@ -21,7 +21,7 @@ _KNOWN = 1 << 16
 
 
 def tag(*names: str) -> Key:
-    """Return the key of items by the value of one tag, or of several together."""
+    """Return a key function: the value of one tag of an item, or of several together."""
     return lambda judged: "\0".join(judged.item.tags[name] for name in names)
 
 
@@ -106,12 +106,12 @@ def sliced(table: Sequence[Judged], key: Key, metrics: Callable[[Sequence[Judged
 
 
 def by(name: str, metrics: Callable[[Sequence[Judged]], Values]) -> Callable[[Sequence[Judged]], Values]:
-    """Return a metric of all items and, as METRIC/PART, of the items of each tag."""
+    """Return a metric function: the values of all items and, as METRIC/PART, of the items of each tag."""
     return lambda table: sliced(table, tag(name), metrics)
 
 
 def macro_by(name: str, least: int = 1) -> Callable[[Sequence[Judged]], Values]:
-    """Return a metric with the accuracy of each tag, their mean (see ``macro``), and the accuracy of all items."""
+    """Return a metric function: the accuracy of each tag, their mean (see ``macro``), and the accuracy of all items."""
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 
@@ -146,8 +146,8 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 
 def said(judged: Judged, text: int) -> float:
-    """Return 1 if the answer is this text, that is, if it beats all others. A tie is shared in a blind table and no answer in another
-    one.
+    """Return 1 if the answer is this text, that is, if it beats all others. In a blind table a tie is shared; in other tables it is no
+    answer.
     """
     return _said(judged.scores[0], text, judged.blind)
 
@@ -161,7 +161,7 @@ def _said(scores: tuple[float, ...], text: int, blind: bool) -> float:
 def binary(table: Sequence[Judged], positive: int = 0) -> Values:
     """Return accuracy, precision, recall and F1 of the answer ``positive`` (0: yes), and the share of yes among all predictions.
 
-    An item has the texts yes and no, in this order. An answer that is neither of them is wrong and not a prediction. If no item is
+    An item has the texts yes and no, in this order. An answer that is neither counts as wrong and not as a prediction. If no item is
     positive, only accuracy and the share of yes are returned.
     """
     if not table:
@@ -197,7 +197,7 @@ def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
 
 
 def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
-    """Return the margin above which yes is predicted so that most of ``pairs`` are right; of several, the one nearest to 0, then the
+    """Return the margin threshold for yes that classifies the most ``pairs`` correctly; of several, the one nearest to 0, then the
     smaller.
     """
     yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
@@ -208,8 +208,7 @@ def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
 
 
 def calibrated(table: Sequence[Judged]) -> float | None:
-    """Return the accuracy in % with a threshold that is fitted on the other half of the clusters; halves are drawn by a hash of the
-    cluster.
+    """Return the accuracy in % with a threshold that is fitted on the other half of the clusters. A hash of the cluster selects its half.
 
     None if a half is empty. A model that answers yes to everything but separates the classes scores high.
     """

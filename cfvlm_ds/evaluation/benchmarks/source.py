@@ -173,8 +173,8 @@ class Source:
         }[suffix]
 
     def _prepared(self, path: Path) -> _Placed:
-        """Yield the rows of Parquet files, which are converted to JSON lines the first time. A line that is a string is the error of its
-        row.
+        """Yield the rows of Parquet files, which are converted to JSON lines the first time. A JSON string in place of a row is its error
+        message.
         """
         from cfvlm_ds.data.containers.prepared import prepare, prepared_places
 

@@ -53,7 +53,7 @@ class Bootstrap:
         return len(self._members)
 
     def draw(self, k: int) -> list[tuple[int, int]]:
-        """Return draw ``k`` as pairs of an item and the number of its copy in this draw."""
+        """Return draw ``k`` as pairs (item, copy); ``copy`` counts repeated draws of the item's cluster from 0."""
         generator = random.Random(f"{SEED}/{k}")
         copies = [0] * len(self._members)
         drawn = []
@@ -127,7 +127,8 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:
-    """Return the intervals of the differences between two models from ``differences``: the observed one, followed by those after exchanges.
+    """Return the intervals of the differences between two models. ``differences`` holds the observed differences, then those after each
+    exchange.
 
     An interval excludes 0 if fewer than 5 % of the exchanges reach the difference, as in an exact test. The metrics are tested together
     (max-T of Westfall and Young): for two equal models all intervals contain 0 in 95 % of cases.

@@ -51,7 +51,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """A benchmark under the same probe for two models: the outcomes of the items that both have, and the differences."""
+    """Results of two models on a benchmark under the same probe: the outcomes of the items that both have, and the differences."""
 
     before: Result
     benchmark: Benchmark

@@ -74,8 +74,8 @@ def recorded(
 ) -> dict[str, Any]:
     """Return the contents of results.json.
 
-    They consist of the ``header``, which holds everything that the scores depend on, the metrics of every table, the intervals from the
-    bootstrap's ``drawn`` metrics, the items that were left out, and notes on the benchmark.
+    They consist of the ``header`` with everything that the scores depend on, the metrics of every table, the intervals from the bootstrap's
+    ``drawn`` metrics, the items that were left out, and notes on the benchmark.
     """
     return {
         "schema": SCHEMA,
@@ -231,7 +231,7 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _exact(value: Any) -> bytes:
-    """Return the scores as JSON; a value that is not finite is written in Python's notation, which is read again."""
+    """Return the scores as JSON. A value that is not finite is written as NaN or Infinity, which Python's reader accepts."""
     return json.dumps(value).encode() + b"\n"
 
 
@@ -241,5 +241,5 @@ def kept(scores: GroupScores) -> dict[str, Any]:
 
 
 def taken(row: Mapping[str, Any]) -> GroupScores:
-    """Return the scores that ``kept`` has converted."""
+    """Return the scores of a row that ``kept`` has written."""
     return GroupScores(**{name: torch.tensor(part, dtype=torch.float32) for name, part in row.items()})

@@ -1,7 +1,7 @@
 """Benchmark runner: scores benchmarks one after the other and keeps the results that are on disk.
 
 The division of items into forwards depends only on the items and the settings, not on the number of ranks or the point at which an
-evaluation was killed. So the results are the same bytes.
+evaluation was killed. So the result files are identical.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class _Evaluation:
         self._barrier = ProgressBarrier(model.world)
 
     def result(self, seen: dict[Path, Picture | str]) -> Result:
-        """Return the result from disk, or evaluate the model. Pictures in ``seen`` are not opened for the check again."""
+        """Return the result from disk, or evaluate the model. Pictures in ``seen`` are not opened again for the check."""
         settings, world = self._settings, self._world
         checked = checked_items(self._loaded.items, self._chosen.way, self._model.collator, world, self._label, seen=seen)
         refuse_problems(self._chosen.name, [why for _, why in checked.left_out], len(checked.items), settings.skip)
@@ -286,7 +286,7 @@ class _Evaluation:
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield the turns of a rank with None, and finally the error that ended them, which all ranks must receive."""
+    """Yield the rows of each turn of a rank with None. An error that ends the turns is yielded last, because all ranks must receive it."""
     try:
         for rows in turns:
             yield rows, None

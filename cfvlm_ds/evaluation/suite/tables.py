@@ -39,7 +39,7 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(result: Result) -> str:
-    """Return a line on how many of the points over chance the language prior achieves."""
+    """Return a line on the share of the points over chance that the language prior alone achieves."""
     seen, blank, chance = (result.metrics.get(name, {}) for name in ("seen", "blank", "chance"))
     shared = [name for name in (str(result.record["headline"]), *_WITHOUT_IMAGES) if name in seen and name in blank and name in chance]
     if not shared:
@@ -89,7 +89,7 @@ def _section(result: Result) -> list[str]:
 
 
 def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
-    """Return the metrics by logged name: eval/NAME/METRIC, and blind_METRIC and shuffled_METRIC for the language prior."""
+    """Return the metrics by logged name: eval/NAME/METRIC, and eval/NAME/blind_METRIC and shuffled_METRIC for the language prior."""
     prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
     return {f"eval/{name}/{prefix}{metric}": value for table, prefix in prefixes.items() for metric, value in tables.get(table, {}).items()}
 

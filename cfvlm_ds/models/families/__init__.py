@@ -22,8 +22,7 @@ FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for mod
 def family_of(config: PreTrainedConfig) -> Family:
     """Return the family record of a model's configuration.
 
-    Raises ConfigError with the supported model types for an unknown one, and for a language model in which a token depends on more than its
-    own path.
+    Raises ConfigError for an unknown model type, and for a language model in which a token depends on more than its own path.
     """
     if config.model_type in FAMILIES:
         text = config.get_text_config()

@@ -18,12 +18,12 @@ from cfvlm_ds.models.visual_token_limits import budgets
 
 
 def pooled_output(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the unused head of a tower's pooled output, which some checkpoints have."""
+    """Return the unused head of a tower's pooled output that some checkpoints have."""
     return ("model.vision_tower.head",)
 
 
 def sound(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the unused audio modules, which some checkpoints have."""
+    """Return the unused audio modules that some checkpoints have."""
     return ("model.audio_tower", "model.embed_audio")
 
 
@@ -33,7 +33,9 @@ def in_windows(config: PreTrainedConfig) -> Whole:
 
 
 def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Refuse pan and scan: it would split a picture into several blocks of tokens whose captions are tokenised with the prompt."""
+    """Refuse pan and scan: it would split a picture into several blocks of tokens, and the words between them would be tokenised with the
+    prompt.
+    """
     _generates(config)
     if processor is not None and getattr(processor.image_processor, "do_pan_and_scan", None):
         raise ConfigError("pan and scan is not supported; set do_pan_and_scan to false in the model's preprocessor_config.json")

@@ -71,7 +71,7 @@ def tower_inputs(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
 
 
 def add_at_places(model: nn.Module) -> None:
-    """Patch the language model to add features to layers at the ``places`` of visual tokens; in ordinary rows these are a mask."""
+    """Patch the language model to add features at the ``places`` of visual tokens. In ordinary rows, ``places`` is a mask."""
     text: Any = model.get_submodule("model.language_model")
     original: Callable[..., Tensor] = type(text)._deepstack_process
 
@@ -103,7 +103,7 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 
 
 class TransposeByWholeShape(Transpose):
-    """Transposition of the experts of a published Qwen3-VL-MoE, unless they have the model's shape already.
+    """Transposition of the experts of a published Qwen3-VL-MoE, unless they already have the model's shape.
 
     transformers compares with a parameter's ``shape``, which under ZeRO-3 is that of an empty tensor. This class uses the unpartitioned
     shape.
