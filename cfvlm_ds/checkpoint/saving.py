@@ -48,9 +48,9 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
     failures: list[str] = []
 
     def guard(write: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             with collect_failure(failures):
-                return write(*arguments, **named)
+                return write(*arguments, **options)
 
         return call
 

@@ -108,20 +108,20 @@ def _prepare(
     groups = open_groups(manifest, reading.root, reading.format, limit=limit, progress=print_line)
     stamp = source_stamp(path, state, data_roots(path, reading.root), groups.format, limit, options)
     try:
-        report, whole = prepare(groups, folder, stamp, options, print_line, shard=shard, of=of)
+        report, is_complete = prepare(groups, folder, stamp, options, print_line, shard=shard, of=of)
     except OSError as error:
         raise StorageError(f"{unwritten(folder, error)}; make room, or correct --out: what is prepared is kept") from error
     if report.problems:
         print(report)
         if options.on_error == "error":
             _refuse(report)
-    if whole:
+    if is_complete:
         store = StoredRows(folder)
         without = f" without {left_out}, which {folder / LEFT_OUT} lists," if (left_out := store.found["left_out"]) else ""
         print(f"prepared {store.identity['rows']} groups{without} in {folder}: a data set by this name, as data.train for instance")
 
 
-def _prepare_run(config: str, given: list[str]) -> None:
+def _prepare_run(config: str, other_options: list[str]) -> None:
     import torch
 
     from cfvlm_ds.core.distributed import World
@@ -129,8 +129,8 @@ def _prepare_run(config: str, given: list[str]) -> None:
     from cfvlm_ds.objectives import OBJECTIVES
     from cfvlm_ds.training.run import prepare
 
-    if given:
-        raise ConfigError(f"--config names all that is prepared, not with {', '.join(given)}; set them in {config}")
+    if other_options:
+        raise ConfigError(f"--config names all that is prepared, not with {', '.join(other_options)}; set them in {config}")
     run = parse_config(["--config", config], OBJECTIVES)
     prepare(run, World(0, 1, 0, torch.device("cpu")))
     print(f"prepared the data of {config} in {run.train.output_dir}/prepared")

@@ -152,28 +152,28 @@ def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]
 
 def _called(function: Callable[..., Any], arguments: argparse.Namespace) -> Any:
     """Call a function, or construct a dataclass, with the values of its parameters."""
-    hints, prefix, given = get_type_hints(function), getattr(function, "PREFIX", ""), vars(arguments)
+    hints, prefix, values = get_type_hints(function), getattr(function, "PREFIX", ""), vars(arguments)
     names = inspect.signature(function).parameters
     sections = {name: _called(hints[name], arguments) for name in names if is_dataclass(hints[name])}
-    return function(**{name: given[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in given} | sections)
+    return function(**{name: values[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in values} | sections)
 
 
 class Parser(argparse.ArgumentParser):
     """Argument parser that reports an error in one sentence and accepts no abbreviated names."""
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given, allow_abbrev=False)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse options before their command, because argparse would take the option's value for the command."""
-        given = list(sys.argv[1:] if args is None else args)
+        words = list(sys.argv[1:] if args is None else args)
         commands = next((action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
-        place = next((place for place, word in enumerate(given) if word in commands), 0)
-        if wrong := next((word for word in given[:place] if word.startswith("-") and word not in self._option_string_actions), None):
-            first = given.index(wrong)
-            right = shlex.join([*self.prog.split(), *given[:first], *given[place:], *given[first:place]])
+        place = next((place for place, word in enumerate(words) if word in commands), 0)
+        if wrong := next((word for word in words[:place] if word.startswith("-") and word not in self._option_string_actions), None):
+            first = words.index(wrong)
+            right = shlex.join([*self.prog.split(), *words[:first], *words[place:], *words[first:place]])
             self.error(f"{wrong} stands before its command; write `{right}`")
-        return super().parse_known_args(given, namespace)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Exit with one sentence, as every other refusal does."""
@@ -183,9 +183,9 @@ class Parser(argparse.ArgumentParser):
 
         near = f"see `{self.prog} --help`"
         if (choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)) and (
-            found := difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
+            similar := difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
         ):
-            near = f"did you mean {found[0]}?"
+            near = f"did you mean {similar[0]}?"
         exit_cleanly(refused)
         raise AssertionError
 
@@ -194,8 +194,8 @@ def refuse_empty(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for an empty argument, for example from an unset variable. It would mean the working folder or no output."""
     command = arguments.asked_for
     for action in command._actions:
-        given = getattr(arguments, action.dest, None)
-        if action.nargs != argparse.REMAINDER and action.default != "" and "" in (given if isinstance(given, list) else [given]):
+        value = getattr(arguments, action.dest, None)
+        if action.nargs != argparse.REMAINDER and action.default != "" and "" in (value if isinstance(value, list) else [value]):
             name = (action.option_strings or [action.dest])[-1]
             raise ConfigError(f"{command.prog}: {name} is empty, as a variable is that was not set; give its value, or . for this folder")
 

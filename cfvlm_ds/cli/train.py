@@ -31,11 +31,13 @@ def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> Non
 
 def with_quickstart(argv: Sequence[str]) -> list[str]:
     """Return the options of a run. They modify the quickstart's, unless they name a model, data or a file of options."""
-    given = {option[2:].partition("=")[0] for option in argv if option.startswith("--")}
-    if given & {"model", "data"} or any(name == own or name.startswith(f"{own}.") for name in given for own in _STANDALONE):
+    option_names = {option[2:].partition("=")[0] for option in argv if option.startswith("--")}
+    if option_names & {"model", "data"} or any(
+        name == standalone or name.startswith(f"{standalone}.") for name in option_names for standalone in _STANDALONE
+    ):
         return list(argv)
     # The quickstart's max_steps would override requested epochs.
-    by_epochs = ["--train.max_steps", "-1"] if "train.num_train_epochs" in given and "train.max_steps" not in given else []
+    by_epochs = ["--train.max_steps", "-1"] if "train.num_train_epochs" in option_names and "train.max_steps" not in option_names else []
     return ["--config", QUICKSTART, *by_epochs, *argv]
 
 

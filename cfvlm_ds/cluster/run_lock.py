@@ -52,9 +52,9 @@ class RunLock:
         self._close()
 
     def _close(self) -> None:
-        held, self._held = self._held, -1
-        if held >= 0:
-            os.close(held)
+        descriptor, self._held = self._held, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _identity() -> dict[str, Any]:

@@ -31,8 +31,8 @@ def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
     if options["clip"] is not None:  # without ZeRO the engine has it from its configuration
         engine.optimizer.clip_grad = options["clip"]
     groups, schedule = engine.optimizer.param_groups, engine.lr_scheduler
-    for group, own in zip(groups, options["groups"], strict=True):
-        group.update({name: value for name, value in own.items() if name != "lr"})
+    for group, saved in zip(groups, options["groups"], strict=True):
+        group.update({name: value for name, value in saved.items() if name != "lr"})
     if hasattr(schedule, "lr_lambdas"):  # a schedule of transformers
         schedule.base_lrs = options["rates"]
         schedule._last_lr = [rate * by(schedule.last_epoch) for rate, by in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]

@@ -42,8 +42,8 @@ class Packing:
         keyed = dict(zip(keys, cells, strict=True))
         number = self._open.get(images, -1)
         known = self._started[number][2] if number >= 0 else {}
-        alike = all(known.get(key, (0, cell))[1] == cell for key, cell in keyed.items())
-        if number < 0 or not alike or len(known.keys() | keyed.keys()) > MOST_CELLS:
+        is_consistent = all(known.get(key, (0, cell))[1] == cell for key, cell in keyed.items())
+        if number < 0 or not is_consistent or len(known.keys() | keyed.keys()) > MOST_CELLS:
             number, known = len(self._started), {}
             self._open[images] = number
             self._started.append((name, images, known))

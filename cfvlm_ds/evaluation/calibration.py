@@ -79,14 +79,14 @@ def gaps(
                     yield Gap(comparison.kind, comparison.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
 
 
-def advise(found: Sequence[Gap]) -> Advice:
+def advise(all_gaps: Sequence[Gap]) -> Advice:
     """Return options for csd and fcd. Link, length norm, margin and weight are functions of the gaps only."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
-    anchored, why = _length_norm(found)
+    anchored, why = _length_norm(all_gaps)
     reasons.append(why)
     for side, term in TERMS.items():
-        of_side = [gap for gap in found if gap.side == side]
+        of_side = [gap for gap in all_gaps if gap.side == side]
         if not of_side:
             reasons.append(f"{term} is left out: no group has a comparison for it")
             continue
@@ -96,7 +96,7 @@ def advise(found: Sequence[Gap]) -> Advice:
         low, high = (_round(nats / per) for nats in _NATS)
         unit = "nats per token" if anchored else "nats"
         scale, why = _least_decided(of_side, values)
-        if (guessed := _guessed(found, anchored)) is not None and guessed[0] > scale:
+        if (guessed := _guessed(all_gaps, anchored)) is not None and guessed[0] > scale:
             scale, why = guessed
         margin = _round(min(max(scale, low), high))
         bounded = "" if low <= scale <= high else f", and {low:g} to {high:g} is what a margin is good for"
@@ -133,10 +133,10 @@ def _why_weight(anchored: bool, size: float) -> str:
     return f"texts have {size:.0f} tokens; align averages over them, and {heavier}{divided}"
 
 
-def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[float, str]:
+def _least_decided(some_gaps: Sequence[Gap], values: Sequence[float]) -> tuple[float, str]:
     """Return the smallest median gap over edit types, and its description."""
     sizes: dict[str, list[float]] = {}
-    for gap, value in zip(found, values, strict=True):
+    for gap, value in zip(some_gaps, values, strict=True):
         for label in gap.labels:
             sizes.setdefault(label, []).append(abs(value))
     known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": [abs(value) for value in values]}
@@ -144,12 +144,12 @@ def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[float
     return scale, f"{label}, the least decided, has gaps of {scale:.2g} either way"
 
 
-def _guessed(found: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
+def _guessed(all_gaps: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
     """Return the 75 % quantile of the gaps that two texts have without a picture, and its description.
 
     A picture decides a comparison only if it changes the scores by more.
     """
-    sizes = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in found if gap.prior is not None]
+    sizes = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in all_gaps if gap.prior is not None]
     if not sizes:
         return None
     scale = quantile(sizes, _GUESSED)
@@ -159,10 +159,10 @@ def _guessed(found: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
     )
 
 
-def _length_norm(found: Sequence[Gap]) -> tuple[bool, str]:
+def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
     """Return True if gaps grow with the length of the texts, and the reason."""
-    middle = quantile([gap.tokens for gap in found], 50)
-    parted = [part for with_longer in (False, True) if (part := _parted(found, middle, with_longer)) is not None]
+    middle = quantile([gap.tokens for gap in all_gaps], 50)
+    parted = [part for with_longer in (False, True) if (part := _parted(all_gaps, middle, with_longer)) is not None]
     if not parted:
         return False, f"len_norm none: fewer than {_KNOWN} comparisons are of texts of another length than {middle:.0f} tokens, the median"
     ratio, short, long = max(parted, key=lambda part: part[0])
@@ -181,25 +181,25 @@ def _length_norm(found: Sequence[Gap]) -> tuple[bool, str]:
     return False, f"len_norm none: {growth}: an edit changes a few words of a text of any length, and a margin in total nats fits both"
 
 
-def _parted(found: Sequence[Gap], middle: float, with_longer: bool) -> tuple[float, list[Gap], list[Gap]] | None:
-    """Split the gaps into shorter and longer texts than the median; return the ratio of their lengths and both parts.
+def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[float, list[Gap], list[Gap]] | None:
+    """Split the gaps at the median length of their texts; return the ratio of the mean lengths, the shorter part and the longer part.
 
-    Texts of median length, which may be more than half, go to the side that ``with_longer`` selects. None if a side has too few gaps.
+    Texts of median length, which may be more than half, go to the part that ``with_longer`` selects. None if a part has too few gaps.
     """
-    is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in found]
-    short, long = ([gap for gap, longer in zip(found, is_long, strict=True) if longer == side] for side in (False, True))
+    is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in all_gaps]
+    short, long = ([gap for gap, longer in zip(all_gaps, is_long, strict=True) if longer == side] for side in (False, True))
     if min(len(short), len(long)) < _KNOWN:
         return None
     return fmean([gap.tokens for gap in long]) / fmean([gap.tokens for gap in short]), short, long
 
 
-def table(found: Sequence[Gap]) -> str:
+def table(all_gaps: Sequence[Gap]) -> str:
     """Return a Markdown table of the gaps by edit type: the share that is won, with and without the picture, and quantiles."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
     lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | a token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))
     for side in TERMS:
-        of_side = [gap for gap in found if gap.side == side]
+        of_side = [gap for gap in all_gaps if gap.side == side]
         labels = sorted({label for gap in of_side for label in gap.labels})
         rows: Mapping[str, list[Gap]] = {label: [gap for gap in of_side if label in gap.labels] for label in labels}
         for label, some in [*rows.items(), *([("all", of_side)] if of_side else [])]:

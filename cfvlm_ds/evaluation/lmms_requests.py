@@ -1,9 +1,10 @@
 """Requests of lmms-eval, answered by this package: likelihoods by its scorer, text by transformers' own ``generate``.
 
-lmms-eval 0.7.3 gives the result of ``loglikelihood`` two meanings. For multiple choice it takes the option with the *least* value
-(``np.argmin`` in ``ConfigurableTask.process_results`` and in tasks with their own rule), for ``acc_norm`` after dividing by the option's
-characters: the value is the sum of -log p. For a single text, whose target the task computes, the metric ``perplexity`` is exp(-mean): the
-value is log p.
+lmms-eval 0.7.3 uses the result of ``loglikelihood`` in two ways, so the sign of the result depends on the task:
+
+- multiple choice: the value is the sum of -log p. lmms-eval takes the option with the *least* value (``np.argmin`` in
+  ``ConfigurableTask.process_results`` and in tasks with their own rule), for ``acc_norm`` after dividing by the option's characters;
+- a single text, whose target the task computes: the value is log p. The metric ``perplexity`` is exp(-mean).
 """
 
 from __future__ import annotations
@@ -164,8 +165,8 @@ def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
     head: Any = scorer.model.get_output_embeddings()
     wrong: list[Tensor] = []
 
-    def compare(module: Any, given: tuple[Tensor, Tensor, Tensor], result: Tensor) -> None:
-        hidden, predicted_by, targets = given
+    def compare(module: Any, arguments: tuple[Tensor, Tensor, Tensor], result: Tensor) -> None:
+        hidden, predicted_by, targets = arguments
         wrong[:] = [(likeliest(hidden, module.weight)[predicted_by] != targets).float()]
 
     hook = head.register_forward_hook(compare)

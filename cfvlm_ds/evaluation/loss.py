@@ -56,8 +56,8 @@ class EvaluationLoss:
                 self._lacking[name] = "it needs the texts' prior likelihood, which is stored for the training groups alone"
             elif term.needs_reference and reference is None:
                 self._lacking[name] = "it needs reference scores, which are stored for the training groups alone"
-        wanted = any(term.needs_reference and name not in self._lacking for name, term in objectives.items())
-        self.reference = reference if wanted else None
+        has_reference_term = any(term.needs_reference and name not in self._lacking for name, term in objectives.items())
+        self.reference = reference if has_reference_term else None
 
     def add(self, numbers: Sequence[int], groups: Sequence[CounterfactualGroup], scores: Scores) -> None:
         """Add a batch whose cells are all scored; ``numbers`` are the indices of its groups in the split."""
@@ -130,5 +130,5 @@ def _one(layout: GroupLayout, place: int) -> GroupLayout:
     """Return the layout of one group of a batch."""
     of = slice(place, place + 1)
     tensors = {name: getattr(layout, name)[of] for name in ("valid", "match", "num_tokens", "num_end_tokens", "weight")}
-    named = {name: getattr(layout, name)[of] for name in ("ids", "sources", "objectives")}
-    return GroupLayout(**tensors, **named, prompt=None if layout.prompt is None else layout.prompt[of])
+    sequences = {name: getattr(layout, name)[of] for name in ("ids", "sources", "objectives")}
+    return GroupLayout(**tensors, **sequences, prompt=None if layout.prompt is None else layout.prompt[of])

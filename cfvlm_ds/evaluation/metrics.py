@@ -102,16 +102,26 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
     def row(label: str) -> Accuracy:
         percent = {metric: 100 * points / counts[label][metric] for metric, points in sums[label].items()}
         seen, blind, other = ({metric: percent[each] for metric in METRICS if (each := prefix + metric) in percent} for prefix in _PREFIXES)
-        made, of_groups = ({metric: of[label][metric] for metric in METRICS + SHUFFLED if metric in of[label]} for of in (counts, used))
-        return Accuracy(label, num[label], seen, blind, other, made, of_groups)
+        comparisons_by_metric, of_groups = (
+            {metric: of[label][metric] for metric in METRICS + SHUFFLED if metric in of[label]} for of in (counts, used)
+        )
+        return Accuracy(label, num[label], seen, blind, other, comparisons_by_metric, of_groups)
 
     rows = [row(label) for label in sorted(num) if label != _ALL]
     if groups:
         seen, blind, other = (_means([getattr(row, name) for row in rows]) for name in ("metrics", "blind", "shuffled"))
-        made, of_groups = ({metric: of[_ALL][metric] for metric in covered} for of in (counts, used))
+        comparisons_by_metric, of_groups = ({metric: of[_ALL][metric] for metric in covered} for of in (counts, used))
         rows.append(
             Accuracy(
-                "all", len(groups), seen, blind, other, made, of_groups, {name: some for name, some in unused.items() if some}, mean=True
+                "all",
+                len(groups),
+                seen,
+                blind,
+                other,
+                comparisons_by_metric,
+                of_groups,
+                {name: some for name, some in unused.items() if some},
+                mean=True,
             )
         )
     return rows

@@ -112,9 +112,9 @@ class Answers(Probe):
         return tuple(Candidate(item.prompt, written) for text in item.texts for written in variants(text))
 
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
-        left, scores = iter(values), []
+        remaining, scores = iter(values), []
         for text in item.texts:
-            scores.append(_log_sum_exp([next(left) for _ in variants(text)]))
+            scores.append(_log_sum_exp([next(remaining) for _ in variants(text)]))
         return tuple(scores)
 
 

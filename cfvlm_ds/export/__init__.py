@@ -75,9 +75,11 @@ def export_hf(
     return out_dir
 
 
-def _refuse_full_disk(partial: Path, named: Path, needed: int) -> None:
+def _refuse_full_disk(partial: Path, out_dir: Path, needed: int) -> None:
     if (free := shutil.disk_usage(partial).free) < needed:
-        raise StorageError(f"{named} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; name another folder with --out")
+        raise StorageError(
+            f"{out_dir} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; name another folder with --out"
+        )
 
 
 def _copy_files(folder: Path, partial: Path) -> None:

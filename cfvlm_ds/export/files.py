@@ -45,17 +45,17 @@ class Files:
     def write(self, name: str, blocks: Iterable[Tensor]) -> None:
         """Write a tensor, given in flat blocks, in its own dtype."""
         tensor = self._saved[name]
-        left = tensor.nbytes
+        remaining = tensor.nbytes
         with open(self._folder / tensor.file, "r+b") as handle:
             handle.seek(self._starts[name])
             for block in blocks:
                 block = block.to(tensor.dtype)
-                if (left := left - block.nbytes) < 0:
+                if (remaining := remaining - block.nbytes) < 0:
                     break
                 handle.write(block.view(torch.uint8).numpy().data)
                 self._alive()
                 self._progress.advance(block.nbytes / 1e9)
-        if left:
+        if remaining:
             raise ConfigError(f"the source stores {name} with shape {list(tensor.shape)}, which its weight has not; get the model again")
 
 

@@ -103,9 +103,9 @@ def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, sourc
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(name)
     for names in tied.values():
-        if held := next((name for name in names if name in zero.weights), None):
+        if name_in_checkpoint := next((name for name in names if name in zero.weights), None):
             for name in names:
-                zero.weights.setdefault(name, zero.weights[held])
+                zero.weights.setdefault(name, zero.weights[name_in_checkpoint])
     misfit = f"{checkpoint} does not fit {source}"
     for name, parameter in model.state_dict().items():
         if name in zero.weights and zero.weights[name].shape != tuple(parameter.shape):

@@ -29,15 +29,15 @@ class ZeroWeights:
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield the weight in flat consecutive blocks. Each is a view of a mapped file and must not be kept."""
-        left = math.prod(self.weights[name].shape)
+        remaining = math.prod(self.weights[name].shape)
         for part in self.weights[name].parts:
             for start in range(part.start, part.stop, BLOCK):
                 # The pages of a mapping count as this process's memory once they have been read.
                 if self._read > self._mapped:
                     self._shards.unmap()
                     self._read = 0
-                block = self._shards.flat(part)[start : min(start + BLOCK, part.stop, start + left)]
-                left -= block.numel()
+                block = self._shards.flat(part)[start : min(start + BLOCK, part.stop, start + remaining)]
+                remaining -= block.numel()
                 self._read += block.nbytes
                 yield block
 

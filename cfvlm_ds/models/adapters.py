@@ -168,8 +168,8 @@ def linear_weights(model: Any, family: Family) -> int:
     head.
     """
     linear = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    named = ((f"{name}.weight", weight) for name, weight in linear if name != family.output_head)
-    return sum(weight.numel() for name, weight in named if family.module_of(name) == "language_model" and not is_adapter(name))
+    weights = ((f"{name}.weight", weight) for name, weight in linear if name != family.output_head)
+    return sum(weight.numel() for name, weight in weights if family.module_of(name) == "language_model" and not is_adapter(name))
 
 
 @contextlib.contextmanager

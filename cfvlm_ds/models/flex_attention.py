@@ -63,13 +63,13 @@ class Blocks:
         from torch.nn.attention.flex_attention import BlockMask
 
         stops, depths, pictures = (tensor.to(device) for tensor in (self.stops, self.depths, self.pictures))
-        window, whole = self.sight.window, self.sight.blocks
+        window, bidirectional = self.sight.window, self.sight.blocks
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            seen = (key <= query) & (query < stops[key])
-            if whole:
-                seen = seen | ((pictures[query] == pictures[key]) & (pictures[query] >= 0))
-            return seen if window is None else seen & (depths[query] - depths[key] < window)
+            visible = (key <= query) & (query < stops[key])
+            if bidirectional:
+                visible = visible | ((pictures[query] == pictures[key]) & (pictures[query] >= 0))
+            return visible if window is None else visible & (depths[query] - depths[key] < window)
 
         (partial, of_partial), (full, of_full) = (
             (
@@ -101,8 +101,8 @@ def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float
     if query.device.type != "cpu":
         out: Tensor = compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        seen = create_mask(mask.mask_mod, None, None, query.shape[2], key.shape[2], device="cpu")
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=grouped)
+        mask_tensor = create_mask(mask.mask_mod, None, None, query.shape[2], key.shape[2], device="cpu")
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask_tensor, scale=scale, enable_gqa=grouped)
     else:
         q, k, v = (t.detach() for t in (query, key, value))  # FlexAttention on CPUs requires this even without gradients
         out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)

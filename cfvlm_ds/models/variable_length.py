@@ -54,8 +54,8 @@ def _call(forest: Forest, segments: list[tuple[int, int, int]], window: int | No
     queries, keys = [torch.arange(begin, end) for _, begin, end in segments], []
     for node, begin, end in segments:
         path = [torch.arange(forest.starts[ancestor], forest.starts[ancestor + 1]) for ancestor in forest.ancestors[node]]
-        seen = torch.cat([*path, torch.arange(forest.starts[node], end)])
-        keys.append(seen if window is None else seen[-(window - 1 + end - begin) :])
+        key_places = torch.cat([*path, torch.arange(forest.starts[node], end)])
+        keys.append(key_places if window is None else key_places[-(window - 1 + end - begin) :])
 
     def begins(parts: list[Tensor]) -> Tensor:
         return torch.tensor([0, *map(len, parts)]).cumsum(0).int()
@@ -97,8 +97,8 @@ def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tens
     tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
     places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
     query, key, value = (tensor[places.clamp(max=len(q) - 1)].transpose(1, 2) for tensor in (q, k, v))
-    seen = (places < at[1:].unsqueeze(1))[:, None, None]
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+    is_real = (places < at[1:].unsqueeze(1))[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=is_real, scale=scale)
     segment = torch.searchsorted(at[1:], tokens, right=True)
     return out.transpose(1, 2).flatten(0, 1)[segment * longest + tokens - at[segment]]
 

@@ -132,10 +132,10 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
             series.setdefault(name, []).append((row["step"], float(value)))
     panels = []
     for title, label, prefix in _PANELS:
-        named = [name for name in series if name.startswith(prefix)]
-        if fit := sorted((rank, name) for name in named if (rank := _place(name)) is not None):
+        names = [name for name in series if name.startswith(prefix)]
+        if fit := sorted((rank, name) for name in names if (rank := _place(name)) is not None):
             shown = {name: series[name] for _, name in fit[:_MOST_SERIES]}
-            panels.append((title, label, shown, len(named) - len(shown)))
+            panels.append((title, label, shown, len(names) - len(shown)))
     if not panels:
         raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
     figure, places = paged(len(panels), 3.0)

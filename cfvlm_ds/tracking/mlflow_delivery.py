@@ -81,7 +81,7 @@ def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
 class Delivery:
     """A thread that sends a record and metrics.jsonl to MLflow. It uses only MlflowClient and leaves MLflow's global state untouched."""
 
-    def __init__(self, run_dir: Path, record: DeliveryRecord, wanted: bool = True) -> None:
+    def __init__(self, run_dir: Path, record: DeliveryRecord, enabled: bool = True) -> None:
         self.record = record
         self._run_dir = run_dir
         self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_dir / 'mlflow.db').as_posix()}"
@@ -89,9 +89,9 @@ class Delivery:
         self._closing, self._stop = threading.Event(), threading.Event()
         self._client: Any = None
         self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None if this process created the run
-        self._done, self._unsaved = not wanted, False
+        self._done, self._unsaved = not enabled, False
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-tracking", daemon=True)
-        if wanted:
+        if enabled:
             self._thread.start()
 
     def add_artifact(self, path: str, folder: str) -> None:

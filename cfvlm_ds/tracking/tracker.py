@@ -103,7 +103,7 @@ class NullTracker:
 
     run_id: str | None = None
 
-    def log(self, *given: Any, **options: Any) -> None:
+    def log(self, *arguments: Any, **options: Any) -> None:
         """Do nothing, like ``artifact`` and ``close``."""
 
     artifact = close = __exit__ = log
@@ -122,7 +122,7 @@ class Tracker:
     def __init__(self, run_dir: Path, record: DeliveryRecord, kept_names: set[str], mlflow: bool, close_timeout: float) -> None:
         self._kept_names, self._close_timeout = kept_names, close_timeout
         self._lines = Waiting(run_dir / METRICS_FILE, say)
-        self._delivery = Delivery(run_dir, record, wanted=mlflow)
+        self._delivery = Delivery(run_dir, record, enabled=mlflow)
 
     @property
     def run_id(self) -> str | None:

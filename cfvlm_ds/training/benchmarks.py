@@ -126,17 +126,17 @@ def write_benchmarks(
     Collective, since the ranks share the bootstrap. The results identify the weights if the model is ``exported`` and therefore on disk.
     """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
-    for name, found in outcomes.items():
-        drawn[name] = drawn_together(world, found, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", barrier)
+    for name, items in outcomes.items():
+        drawn[name] = drawn_together(world, items, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", barrier)
     written = []
     identity = _identity(config, world, barrier.alive) if exported and outcomes and world.is_main else {}
-    for name, found in outcomes.items() if world.is_main else ():
+    for name, items in outcomes.items() if world.is_main else ():
         benchmark = benchmarks[name]
         model = {"name": str(run_dir), **{part: identity.get(part) for part in ("weights", "inputs", "adapter")}}
         settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
         header = benchmark.chosen.header(model, benchmark.identity, settings)
-        record = recorded(benchmark.chosen.benchmark, header, found, drawn[name], (), benchmark.notes, **benchmark.example)
-        result = Result(name, benchmark.chosen.label, record, tuple(found))
+        record = recorded(benchmark.chosen.benchmark, header, items, drawn[name], (), benchmark.notes, **benchmark.example)
+        result = Result(name, benchmark.chosen.label, record, tuple(items))
         write_result(result_folder(run_dir / FOLDER / name / benchmark.chosen.label), result)
         written.append(result)
     return written

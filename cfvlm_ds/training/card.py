@@ -116,10 +116,10 @@ def _objective(terms: Any) -> list[str]:
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
     adapted = any(_at(options, f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
     recorded = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
-    given = {name: _at(options, name) for name in recorded if adapted or not name.startswith("model.lora.")}
+    options_used = {name: _at(options, name) for name in recorded if adapted or not name.startswith("model.lora.")}
     known = {"optimizer steps": step, "ranks": _at(environment, "world_size"), "device": _at(environment, "device")}
     known |= {"ZeRO stage": _at(ds_config, "zero_optimization.stage"), "bfloat16": _at(ds_config, "bf16.enabled")}
-    known |= {name: value for name, value in given.items() if value is not None}
+    known |= {name: value for name, value in options_used.items() if value is not None}
     known |= {name: _at(environment, f"packages.{name}") for name in ("torch", "transformers", "deepspeed")}
     known |= {
         "cfvlm-ds of the training": _at(environment, "packages.cfvlm-ds"),

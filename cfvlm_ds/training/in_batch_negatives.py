@@ -120,19 +120,19 @@ class _Step:
         return max(wanted, default=0) if group.num_pictures else 0
 
     def _drawn(self, group: CounterfactualGroup) -> Iterator[InBatchNegative]:
-        left, answers = self._wanted(group), list(_answers(group))
+        missing, answers = self._wanted(group), list(_answers(group))
         excluded = {*group.exclude, *map(_comparable, group.exclude), *(key for *_, key in answers)}
         taken = {text for _, text, _ in answers}
         offers = [
             offer
-            for offer in (self._offers.get(_question(group), ()) if left else ())
+            for offer in (self._offers.get(_question(group), ()) if missing else ())
             if offer.negative.group != group.id and offer.shown.isdisjoint(group.images)
         ]
         # A step on the border of two epochs may contain a group twice. The texts of its first occurrence come first and are taken.
         for offer in sorted(offers, key=lambda offer: self._draw(group, offer.negative)):
-            if left and offer.text not in taken and excluded.isdisjoint((offer.text, offer.key)):
+            if missing and offer.text not in taken and excluded.isdisjoint((offer.text, offer.key)):
                 taken.add(offer.text)
-                left -= 1
+                missing -= 1
                 yield offer.negative
 
     def _draw(self, group: CounterfactualGroup, negative: InBatchNegative) -> bytes:

@@ -242,8 +242,8 @@ class _Stores:
         groups = self._source(each)
         if self._most_rows is not None and len(groups) > self._most_rows:
             roots = [each.root] if isinstance(each.root, str) else each.root or []
-            given = [("format", format), *(("root", root) for root in roots), ("limit", each.limit)]
-            written = "".join(f" --{name} {value}" for name, value in given if value is not None)
+            options_given = [("format", format), *(("root", root) for root in roots), ("limit", each.limit)]
+            written = "".join(f" --{name} {value}" for name, value in options_given if value is not None)
             raise DataError(
                 f"{each.path}: has {len(groups)} groups, and a run prepares {self._most_rows} of a data set itself; run "
                 f"`cfvlm-ds data prepare {each.path}{written} --out {each.path}.store` first, and name {each.path}.store in its place"

@@ -79,7 +79,7 @@ def write_results(
 ) -> list[Path]:
     """Write results.md, results.json and the scores of every split into the run folder; return the first two paths.
 
-    ``benchmarks`` are the results of benchmarks, which results.md also contains. Raises StorageError on a full disk.
+    results.md also contains the results of ``benchmarks``. Raises StorageError on a full disk.
     """
     run_dir = Path(config.train.output_dir)
     path = tables = run_dir / "results.md"

@@ -93,8 +93,8 @@ class OptimizerStep:
     ) -> None:
         self._config, self._world, self._engine = config, world, engine
         self._collator, self._skipped, self._nonfinite, self._mark = collator, skipped, nonfinite, mark
-        wanted = config.train.hard_negatives
-        self._hardest = None if wanted is None else HardNegatives(engine, wanted, self._forwards, collator.packed_again)
+        number = config.train.hard_negatives
+        self._hardest = None if number is None else HardNegatives(engine, number, self._forwards, collator.packed_again)
 
     def take(self, number: int, batches: Iterator[MicroBatch], progress: float, votes: Tensor, save_due: bool) -> StepResult:
         """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
@@ -178,9 +178,11 @@ class OptimizerStep:
             if coupled and len(micro_batches) > 1:
                 of_step = CrossRankScores.gathered(look_ahead(engine, micro_batches, forwards, world.device), world)
             balance.look_ahead(micro_batches, forwards)
-            for left, (micro_batch, count) in zip(reversed(range(len(forwards))), zip(micro_batches, forwards, strict=True), strict=True):
+            for remaining, (micro_batch, count) in zip(
+                reversed(range(len(forwards))), zip(micro_batches, forwards, strict=True), strict=True
+            ):
                 self._mark("computation", number)
-                last = left == 0
+                last = remaining == 0
                 scores, backward = forward(engine, micro_batch, count, world.device, self._reference, last, balance.term)
                 if coupled:
                     of_step = of_step or CrossRankScores.gathered([scores], world)  # one micro-batch a rank

@@ -128,7 +128,7 @@ def scores_needed(config: RunConfig) -> bool:
             continue
         needed = True
         if source.scores is None:
-            named = ", ".join(key for key, term in terms.items() if term.needs_prior or term.needs_reference)
-            where = f"give the source {name!r} its scores, or objectives without {named}" if config.data.is_mixture else "set data.scores"
-            raise ConfigError(f"{named}: an objective needs stored scores; write them with `cfvlm-ds score` and {where}")
+            names = ", ".join(key for key, term in terms.items() if term.needs_prior or term.needs_reference)
+            where = f"give the source {name!r} its scores, or objectives without {names}" if config.data.is_mixture else "set data.scores"
+            raise ConfigError(f"{names}: an objective needs stored scores; write them with `cfvlm-ds score` and {where}")
     return needed

@@ -231,8 +231,8 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 def chance(benchmark: Benchmark, items: Sequence[Item]) -> Values:
     """Return the values of random scores on these items: every comparison is a tie, except where the benchmark states a value."""
     tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images), blind=True) for item in items]
-    named = benchmark.metrics([replace(judged_item, blind=False) for judged_item in tied])
-    stated = {name: benchmark.chance[base] for name in named if (base := name.split("/")[0]) in benchmark.chance}
+    names = benchmark.metrics([replace(judged_item, blind=False) for judged_item in tied])
+    stated = {name: benchmark.chance[base] for name in names if (base := name.split("/")[0]) in benchmark.chance}
     return benchmark.metrics(tied) | stated
 
 

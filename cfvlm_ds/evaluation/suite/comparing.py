@@ -1,4 +1,4 @@
-"""Comparison of two folders of results: differences with intervals of an exact test, and the items that got better and worse.
+"""Comparison of two folders of results: differences with intervals from an exact test, and the items whose outcome changed.
 
 Neither the model nor the benchmark's files are needed: metrics are recomputed from the scores of the items that both folders have.
 """
@@ -160,7 +160,7 @@ def _content(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(results: Sequence[Compared], before: str, after: str) -> str:
-    """Return a table with the headline of each benchmark, every other resolved metric, the items that got better and worse, and notes."""
+    """Return a table with the headline of each benchmark and every other resolved metric, the items whose outcome changed, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",

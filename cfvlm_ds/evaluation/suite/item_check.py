@@ -108,7 +108,8 @@ def _unfit(item: Item, way: Way, collator: Collator, table: PictureTable) -> str
     """Return the reason why a model cannot take an item, or None."""
     try:
         sizes_by_image = [
-            tuple((found.width, found.height) for picture in image if (found := table.find(picture))) for image in item.images
+            tuple((picture_record.width, picture_record.height) for picture in image if (picture_record := table.find(picture)))
+            for image in item.images
         ]
         sizes = dict.fromkeys([*sizes_by_image, (BLANK_SIZE,) * len(item.images[0])])  # blank pictures are shown too
         longest = max(collator.row_length(cell.prompt, cell.text, size) for size in sizes for cell in cells_of(item, way))
