@@ -10,11 +10,11 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores
-from cfvlm_ds.objectives.base import Report
+from cfvlm_ds.objectives.base import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
-class Align:
+class Align(Objective):
     """NLL of the factual pair + ``counterfactual`` x NLL of the other true pairs + ``infonce`` x in-group InfoNCE.
 
     Each part is a separate mean. The first NLL is per token (end-of-turn included) over all factual pairs. The second is the same over the
@@ -47,10 +47,6 @@ class Align:
         return "star" if self.infonce else "matched" if self.counterfactual else "anchor"
 
     @property
-    def needs_reference(self) -> bool:
-        return False
-
-    @property
     def needs_prior(self) -> bool:
         return self.infonce != 0 and self.pmi != 0
 
@@ -66,9 +62,6 @@ class Align:
         if self.infonce:
             parts[2] = self.infonce * (layout.weight.to(factual) * self._infonce(scores)).sum()
         return torch.stack(parts)
-
-    def report(self, scores: Scores) -> Report:
-        return {}
 
     def _infonce(self, scores: Scores) -> Tensor:
         """Return the InfoNCE [G]; 0 for a group without a negative."""

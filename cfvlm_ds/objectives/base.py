@@ -110,7 +110,7 @@ def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Ten
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarginTerm:
+class MarginTerm(Objective):
     """Options that all margins between two likelihoods share.
 
     The defaults compare summed log-likelihoods: an edit changes a few words, and a mean over the whole text would divide their gradient by
@@ -148,10 +148,6 @@ class MarginTerm:
             raise ValueError(f"beta must be positive, not {self.beta}")
         if self.hinge_cap < 0:
             raise ValueError(f"hinge_cap must not be negative, and is {self.hinge_cap}; 0 is for no cap")
-
-    @property
-    def needs_reference(self) -> bool:
-        return False
 
     @property
     def needs_prior(self) -> bool:

@@ -14,11 +14,11 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, normalised_scores, token_counts
-from cfvlm_ds.objectives.base import Report, comparisons, mean_over
+from cfvlm_ds.objectives.base import Objective, Report, comparisons, mean_over
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchAlign:
+class BatchAlign(Objective):
     """InfoNCE across groups: on each image its own text must win among texts of the whole step, and each text must prefer its own image.
 
     Texts of other groups answer the factual text's prompt and count as false without a check: the only use of unknown cells as negatives. A
@@ -54,10 +54,6 @@ class BatchAlign:
     @property
     def cells(self) -> Cells:
         return "batch"
-
-    @property
-    def needs_reference(self) -> bool:
-        return False
 
     @property
     def needs_prior(self) -> bool:

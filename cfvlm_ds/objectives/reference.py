@@ -14,14 +14,14 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import Report, comparisons
+from cfvlm_ds.objectives.base import Objective, Report, comparisons
 
 Compared = tuple[Tensor, Tensor]
 """(violation, mask) of comparisons, in nats of log-ratio."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceTerm:
+class ReferenceTerm(Objective):
     """A term over r = log p - log p_reference; the reference comes from ``--data.scores``.
 
     Args:
@@ -45,10 +45,6 @@ class ReferenceTerm:
     @property
     def needs_reference(self) -> bool:
         return True
-
-    @property
-    def needs_prior(self) -> bool:
-        return False
 
     def ratio(self, scores: Scores) -> Tensor:
         """Return r [G, I, C] in nats. Raises ValueError if the scores have no reference."""

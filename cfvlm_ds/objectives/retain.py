@@ -11,11 +11,11 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import Report
+from cfvlm_ds.objectives.base import Objective, Report
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retain:
+class Retain(Objective):
     """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: an estimate of KL(reference || model) per token.
 
     It is 0 where model and reference agree, and grows where a text becomes less or more likely. It uses only the scored tokens, not the
@@ -40,10 +40,6 @@ class Retain:
     @property
     def needs_reference(self) -> bool:
         return True
-
-    @property
-    def needs_prior(self) -> bool:
-        return False
 
     def denominator(self, layout: GroupLayout) -> Tensor:
         return (layout.weight.view(-1, 1, 1) * torch.where(self._selected(layout), layout.num_tokens, 0)).sum()
