@@ -99,7 +99,7 @@ def _check(name: str, timeout_s: float) -> str:
 
 
 def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> float:
-    """Measure the network between the nodes that the ranks will use; all tasks leave together. Raises as ``all_reduce_rate`` does."""
+    """Measure the bandwidth between the nodes in one collective; all tasks leave together. Raises as ``all_reduce_rate`` does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
     rate = all_reduce_rate(device)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def field_names(model: str, inside: list[str]) -> list[str]:
-    """Return the field names of one of DeepSpeed's pydantic models of its JSON, or of the model of one of its fields."""
+    """Return the field names of a pydantic model of DeepSpeed's configuration, reached from ``model`` through the fields ``inside``."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     classes: list[Any] = [DeepSpeedConfigModel]

@@ -161,7 +161,7 @@ def likelihoods(model: Answers, groups: Sequence[CounterfactualGroup], places: S
 
 @contextmanager
 def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
-    """Yield a function that returns, for the batch that was scored last, the number of tokens per cell that are not the likeliest ones."""
+    """Yield a function that counts, for each cell of the last scored batch, the tokens that are not the likeliest ones."""
     head: Any = scorer.model.get_output_embeddings()
     wrong: list[Tensor] = []
 

@@ -62,7 +62,7 @@ class ReferenceTerm(Objective):
 
 
 def no_ratio(layout: GroupLayout) -> Tensor:
-    """Return a ratio of 0 everywhere, for the masks of a layout's comparisons."""
+    """Return a log-ratio of 0 everywhere. Denominators use it to count comparisons, which depend on the layout alone."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 

@@ -223,9 +223,10 @@ def _names(scores: Scores) -> list[list[tuple[int, int]]]:
 
 
 def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Sequence[int], device: torch.device) -> list[Scores]:
-    """Score all micro-batches of this rank before the gradients of the first are computed.
+    """Score all micro-batches of this rank before the first gradients are computed.
 
-    The random numbers are those of the following forwards, so dropout is the same. Every rank makes equally many forwards.
+    The forwards use the same random numbers as the training forwards that follow, so dropout is the same. Every rank makes equally many
+    forwards.
     """
     state, scored = random_state(device), []
     with torch.no_grad():

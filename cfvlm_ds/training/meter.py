@@ -89,8 +89,8 @@ def measure(
 ) -> None:
     """Add the measurements of a micro-batch to the meter.
 
-    The losses of a step add up over its micro-batches and ranks, so each of them counts as ``part_of_step`` of one step. ``flops`` counts
-    the model's own operations. ``sources`` are the names of a mixture's sources, which are also measured one by one.
+    A step's loss is the sum over its micro-batches and ranks, so a micro-batch counts as ``part_of_step`` of a step. ``flops`` counts the
+    model's own operations. ``sources`` names the sources of a mixture, which are also measured one by one.
     """
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for groups that cannot be read is not measured

@@ -116,7 +116,7 @@ def macro_by(name: str, least: int = 1) -> Callable[[Sequence[Judged]], Values]:
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """Return for each name the mean of the ``values`` whose names have the given prefix; names without such a value are absent."""
+    """Return the mean of the ``values`` with each given prefix, under the prefix's name. A prefix without values is omitted."""
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
     return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}
 

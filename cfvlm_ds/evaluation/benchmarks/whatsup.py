@@ -61,7 +61,8 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy of each part; for the controlled pictures also that of both relations of a pair and of all four of a scene.
+    """Return the accuracy of each part. Controlled pictures also have the share of relation pairs and of scenes whose pictures are all
+    right.
 
     An incomplete pair or scene counts as wrong, as in the authors' code, which divides by a half and a quarter of the number of pictures.
     """

@@ -60,9 +60,9 @@ _OF_MODEL = ("weights", "inputs", "adapter")
 class Asked:
     """The model under evaluation: its forward, in evaluation mode on every rank, and its identity.
 
-    ``identity`` holds the hashes of the ``weights``, of the ``inputs`` (see cfvlm_ds.models.identity), of the ``adapter`` if there is one,
-    and of the ``writing`` options if it generates. ``say`` generates text about pictures for a prompt, up to a number of tokens; None for a
-    model that cannot, such as one in parts on several GPUs.
+    ``identity`` holds hashes under the names ``weights``, ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if there is one, and
+    ``writing``, which covers the generation options, if the model generates. ``say`` generates text about pictures for a prompt, up to a
+    number of tokens; None for a model that cannot, such as one in parts on several GPUs.
     """
 
     forward: Forward
