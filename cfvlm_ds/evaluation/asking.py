@@ -27,7 +27,7 @@ Place = tuple[int, tuple[int, ...]]
 
 
 class Packing:
-    """Groups under construction: for each set of pictures the group with free space, and its texts by their normalised form."""
+    """Groups under construction. Each set of pictures has at most one open group, whose texts are kept by their normalised form."""
 
     def __init__(self) -> None:
         self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []

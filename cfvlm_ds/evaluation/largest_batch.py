@@ -38,10 +38,10 @@ def rehearse(
     *,
     shuffled: bool = False,
 ) -> None:
-    """Score, on every rank, the batch with the most tokens and, if ``max_tokens`` divides batches, the one whose largest part exceeds it.
+    """Score the largest evaluation batches on every rank: the one with the most tokens and, if ``max_tokens`` divides batches, another one.
 
-    All batches that ``score_groups`` will run are considered; ``shuffled`` is that of ``score_groups``. Raises what ``score_groups``
-    raises, on all ranks.
+    The other batch has the largest indivisible part, if that exceeds ``max_tokens``. All batches that ``score_groups`` will run are
+    considered; ``shuffled`` has its meaning there. Raises what ``score_groups`` raises, on all ranks.
     """
     barrier = ProgressBarrier(world)  # rank 0 may read very many picture headers
     collator = collator.scoring_everything()
