@@ -42,7 +42,7 @@ def items(row: Row) -> list[Item]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy of single answers, questions right on both pictures, pictures with both questions right, and groups with all four
+    """Return four shares: right answers, questions that are right on both pictures, pictures with both questions right, and groups with all
     right.
     """
     if not table:

@@ -120,7 +120,9 @@ def interval(values: Sequence[float]) -> Interval | None:
 
 
 def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
-    """Return the interval of each metric that every draw has, except where all draws are equal, as for a model that is always right."""
+    """Return the interval of each metric that occurs in every draw. A metric with the same value in all draws, such as 100 %, is
+    omitted.
+    """
     names = [name for name in drawn[0] if all(name in values for values in drawn)] if drawn else []
     spans = {name: interval([values[name] for values in drawn]) for name in names}
     return {name: span for name, span in spans.items() if span is not None and span[0] < span[1]}
