@@ -1,6 +1,6 @@
 """``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: commands before and after training.
 
-``score``, ``calibrate`` and ``evaluate`` (benchmarks.py) may be started by deepspeed, torchrun or srun. All ranks then share the work.
+``score``, ``calibrate`` and ``evaluate`` (evaluating.py) may be started by deepspeed, torchrun or srun. All ranks then share the work.
 """
 
 from __future__ import annotations

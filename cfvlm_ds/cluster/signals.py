@@ -54,14 +54,14 @@ def install() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in _SIGNALS:
-        signal.signal(number, _ask)
+        signal.signal(number, _request_stop)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_detach_child)
     threading.Thread(target=_listen, args=(reader,), name="cfvlm_ds-signals", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-def _ask(number: int, frame: FrameType | None) -> None:
+def _request_stop(number: int, frame: FrameType | None) -> None:
     _stop_requested.set()
 
 

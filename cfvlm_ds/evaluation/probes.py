@@ -139,12 +139,12 @@ class Letters(Probe):
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         if item.listed:
             return tuple(Candidate(item.prompt, text) for text in item.texts)
-        return self._asked(item, item.prompt or self.question)
+        return self._cells(item, item.prompt or self.question)
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:
-        return self._asked(item, "") if self.prior and not item.listed else ()
+        return self._cells(item, "") if self.prior and not item.listed else ()
 
-    def _asked(self, item: Item, question: str) -> tuple[Candidate, ...]:
+    def _cells(self, item: Item, question: str) -> tuple[Candidate, ...]:
         if len(item.texts) > len(LETTERS):
             raise ConfigError(f"item {item.id!r} has {len(item.texts)} options, and there are {len(LETTERS)} letters; choose another probe")
         return tuple(

@@ -26,7 +26,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from cfvlm_ds.batching.collator import Collator, load_collator
-from cfvlm_ds.cli import benchmarks as tracked
+from cfvlm_ds.cli import evaluating as tracked
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig, ScenesConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World

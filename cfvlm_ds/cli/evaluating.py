@@ -42,7 +42,7 @@ Names = Annotated[str, ("action", _InPlaceOfManifests), ("metavar", "NAMES")]
 
 
 @dataclass(frozen=True)
-class Asking:
+class BenchmarkOptions:
     """Options of an evaluation on benchmarks.
 
     Args:
@@ -72,7 +72,7 @@ def _evaluate(
     out: str | None = None,
     scoring: Scoring,
     no_shuffled: bool = False,
-    asking: Asking,
+    benchmark_options: BenchmarkOptions,
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
@@ -87,13 +87,13 @@ def _evaluate(
         out: JSON file to write, with --benchmarks a folder.
         no_shuffled: leave out the row of another group's image, which costs one more image and its texts per group.
     """
-    if asking.benchmarks is not None and manifest:
+    if benchmark_options.benchmarks is not None and manifest:
         raise ConfigError(f"evaluate is given both {manifest[0]} and --benchmarks; give manifests, or benchmarks")
-    if asking.benchmarks is not None:
+    if benchmark_options.benchmarks is not None:
         more: dict[str, Any] = {"shuffled": not no_shuffled, "scoring": scoring, "limits": limits, "max_pixels": reading.max_pixels}
-        _ask(model, asking, out, **more)
+        _evaluate_benchmarks(model, benchmark_options, out, **more)
         return
-    if unusable := [name for name, value in vars(asking).items() if value != getattr(Asking, name)]:
+    if unusable := [name for name, value in vars(benchmark_options).items() if value != getattr(BenchmarkOptions, name)]:
         raise ConfigError(f"--{unusable[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
     from cfvlm_ds.data import named_apart, sound_groups
     from cfvlm_ds.evaluation import evaluate, table
@@ -119,12 +119,14 @@ def _is_evaluated(file: IO[bytes]) -> bool:
     return bool(tables) and all(row.keys() >= {"name", "num", "metrics"} for rows in tables.values() for row in rows)
 
 
-def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int) -> None:
+def _evaluate_benchmarks(
+    name: str, options: BenchmarkOptions, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int
+) -> None:
     """Evaluate a model on benchmarks; every rank runs it. Nothing is loaded before the benchmarks' files are read."""
-    for option, value in (("benchmark_root", asking.benchmark_root), ("out", out)):
+    for option, value in (("benchmark_root", options.benchmark_root), ("out", out)):
         if not value:
             raise ConfigError(f"--benchmarks needs --{option}, a folder; add it")
-    root, folder = Path(str(asking.benchmark_root)), Path(str(out))
+    root, folder = Path(str(options.benchmark_root)), Path(str(out))
     if folder.resolve() == root.resolve():
         raise ConfigError(f"--out {out} is the folder of the benchmarks, whose files results would lie among; name another one")
     from cfvlm_ds.core.distributed import ProgressBarrier, default_workers, run_on_rank0
@@ -133,10 +135,10 @@ def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring:
     from cfvlm_ds.evaluation.suite.tables import omissions, overview, summary
     from cfvlm_ds.models import adapter_fingerprint, fingerprint
 
-    probes = [part for spec in asking.probes or () for part in ([spec] if ":" in spec else spec.split(",")) if part]
-    chosen = choose([each.strip() for each in str(asking.benchmarks).split(",") if each.strip()], root, probes)
+    probes = [part for spec in options.probes or () for part in ([spec] if ":" in spec else spec.split(",")) if part]
+    chosen = choose([each.strip() for each in str(options.benchmarks).split(",") if each.strip()], root, probes)
     model, adapter = model_named(name, limits)
-    world, skip = joined(scoring.zero3), asking.on_error == "skip"
+    world, skip = joined(scoring.zero3), options.on_error == "skip"
     with results_held(folder, world):
         barrier = ProgressBarrier(world)
 
@@ -153,16 +155,16 @@ def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring:
         settings = Settings(
             batch_size=scoring.batch_size,
             max_tokens=scoring.max_tokens_per_forward or MAX_TOKENS,
-            num_workers=default_workers() if asking.num_workers is None else asking.num_workers,
+            num_workers=default_workers() if options.num_workers is None else options.num_workers,
             shuffled=shuffled,
             skip=skip,
-            draws=asking.draws,
+            draws=options.draws,
             remedy=scoring.remedy.replace("set --max_tokens", "lower --max_tokens"),
         )
-        evaluated = _asked(name, scoring.zero3, scorer, collator, world, weights)
+        evaluated = _evaluated_model(name, scoring.zero3, scorer, collator, world, weights)
         results = evaluate_benchmarks(evaluated, [(each, loaded[each.name]) for each in chosen], folder, settings)
-        if asking.experiment and world.is_main:
-            track(asking.experiment, results, folder)
+        if options.experiment and world.is_main:
+            track(options.experiment, results, folder)
     if world.is_main:
         print("\n".join([overview(results), "", *map(summary, results), *(line for each in results for line in omissions(each))]))
         print(f"wrote {folder / 'results.md'}")
@@ -171,8 +173,8 @@ def _ask(name: str, asking: Asking, out: str | None, *, shuffled: bool, scoring:
 _DELIVERED_WITHIN_S = 300.0  # includes the import of MLflow and the creation of its database
 
 
-def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
-    """Send a folder of results to MLflow under the metric names of a training. ``asked`` are new results.
+def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
+    """Send a folder of results to MLflow under the metric names of a training. ``new_results`` are those of this evaluation.
 
     A folder is one run of an experiment, however often results are added to it. Only new or changed values are sent. Undelivered data stay
     in the folder.
@@ -190,7 +192,7 @@ def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
     before, step = previous_run(out, experiment) or ({}, None)
     others = {name: value for name, value in metrics.items() if name in before and before[name] != value}
     added = {name: value for name, value in metrics.items() if name not in before}
-    record = asked[0].record
+    record = new_results[0].record
     params = {"model": record["model"], "settings": record["settings"]}
     tags = {"benchmarks": ", ".join(each.place for each in results), "cfvlm_ds": record["versions"]["cfvlm-ds"]}
     tags |= {"mlflow.source.name": "cfvlm-ds evaluate", "mlflow.source.type": "LOCAL"}
@@ -203,7 +205,7 @@ def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
         tracker.artifact(out / "results.md")
 
 
-def _asked(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:
+def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:
     import torch
 
     from cfvlm_ds.evaluation.generation import write, writing_digest
