@@ -45,7 +45,7 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        """Release the folder."""
+        """Remove the lock file and release the lock."""
         with contextlib.suppress(OSError):  # an error here must not hide the reason for which the run ends
             if self._held >= 0 and is_same(self.path, self._held):
                 self.path.unlink()

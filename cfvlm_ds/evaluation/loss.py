@@ -127,7 +127,6 @@ def restricted(layout: GroupLayout, groups: Sequence[CounterfactualGroup], cells
 
 
 def _one(layout: GroupLayout, place: int) -> GroupLayout:
-    """Return the layout of one group of a batch."""
     of = slice(place, place + 1)
     tensors = {name: getattr(layout, name)[of] for name in ("valid", "match", "num_tokens", "num_end_tokens", "weight")}
     sequences = {name: getattr(layout, name)[of] for name in ("ids", "sources", "objectives")}

@@ -236,7 +236,6 @@ def log_share(first: float, second: float) -> float:
 
 
 def _log_sum_exp(values: Sequence[float]) -> float:
-    """Return the log of the sum of exponentials."""
     most = max(values)
     if not math.isfinite(most):
         return most

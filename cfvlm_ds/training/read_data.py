@@ -315,7 +315,6 @@ def _named(each: DataSet) -> str:
 
 
 def _folder(config: RunConfig, each: DataSet) -> Path:
-    """Return the folder in which a data set is prepared for a run."""
     return Path(config.train.output_dir) / _FOLDER / _named(each)
 
 
