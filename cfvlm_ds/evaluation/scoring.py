@@ -179,8 +179,8 @@ def scored_batches(
 def matrices(
     groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores], donors: Sequence[Pictures | None] | None
 ) -> dict[int, GroupScores]:
-    """Return the score matrix of each group of a batch that was scored in every view. A group of texts alone serves as its own blank
-    view.
+    """Return the score matrix of each group of a batch that was scored in every view. Groups without pictures have no blank view; their own
+    scores replace it.
     """
     seen, *others = (view.logp for view in scored)
     by_index = {}
