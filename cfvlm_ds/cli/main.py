@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from cfvlm_ds.cli import benchmarks, cluster, data, models, package
+from cfvlm_ds.cli import benchmarks, cluster, data, describe, models, package
 from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
 from cfvlm_ds.cli.making import ALONE
 from cfvlm_ds.cli.options import Parser, add_function, add_verbosity, refuse_empty, refuse_unknown
@@ -56,7 +56,7 @@ def parser() -> Parser:
     add_verbosity(top)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
-    for group in (data, models, benchmarks, cluster):
+    for group in (data, models, benchmarks, describe, cluster):
         group.add(commands)
     for function in (package.init, _completion):
         add_function(commands, function)
