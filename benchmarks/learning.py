@@ -223,9 +223,8 @@ def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
         split: {row["name"]: {"groups": row["num"], "group": row["metrics"]["group"]} for row in rows}
         for split, rows in json.loads((folder / "results.json").read_text()).items()
     }
-    if (start := folder / "results_start.json").exists():
-        rows = {split: {edit: metrics["group"] for edit, metrics in rows.items()} for split, rows in json.loads(start.read_text()).items()}
-        add_record(RECORDS / RUNS, BASE, rows)
+    if changes := json.loads((folder / "before_after.json").read_text()):
+        add_record(RECORDS / RUNS, BASE, before(changes))
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     factual = [row["logp/lp_00"] for row in logged if "logp/lp_00" in row]
     record = {
@@ -240,6 +239,14 @@ def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
     add_record(RECORDS / RUNS, job.name, record)
     combo = found["combo"]
     print(f"{job.name}: {steps} steps, relation {combo['relation']['group']:.1f}, all {combo['all']['group']:.1f}", flush=True)
+
+
+def before(changes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return group accuracies before the training by set and edit."""
+    found: dict[str, dict[str, float]] = {}
+    for row in changes:
+        found.setdefault(row["set"], {})[row["edit"]] = row["before"]
+    return found
 
 
 def go_on_from_choice(choice: Path, folder: Path, steps: int) -> None:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from learning import before
 from records import RUNS, add_record, read_records
 
 from cfvlm_ds.core.config import ScenesConfig
@@ -290,9 +291,8 @@ def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str,
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{folder}: exit code {process.returncode}\n{log.read_text(errors='replace')[-4000:]}")
-    if (start := folder / "results_start.json").exists():
-        rows = json.loads(start.read_text())
-        add_record(records, "base", {split: {kind: found["group"] for kind, found in each.items()} for split, each in rows.items()})
+    if changes := json.loads((folder / "before_after.json").read_text()):
+        add_record(records, "base", before(changes))
     results = json.loads((folder / "results.json").read_text())
     accuracies = {split: {row["name"]: row["metrics"]["group"] for row in rows} for split, rows in results.items()}
     spent = round(usage.ru_utime + usage.ru_stime)

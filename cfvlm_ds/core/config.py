@@ -133,7 +133,8 @@ class TrainConfig:
         bf16: ``auto`` trains in bfloat16 where the device has it, else in float32; or ``true`` / ``false``.
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates at the end only.
-        eval_on_start: also evaluate before the first step; the tables at the end then say what the training changed.
+        eval_on_start: evaluate before the first step, so that results.md says what the training changed: "auto" draws as many groups as
+            take a tenth of the training's time, at least 100 of each set; true takes all groups and benchmarks, false none.
         eval_shuffled: the evaluation at the end also scores every group's texts on another group's image, which shows what language alone
             achieves; it costs one more image and its texts per group.
         save_steps: steps between checkpoints; 0 saves at the end only.
@@ -183,7 +184,7 @@ class TrainConfig:
     bf16: Literal["auto", True, False] = option("auto", on_resume="confirm")
     logging_steps: int = option(10, within=AT_LEAST_ONE, on_resume="ignored")
     eval_steps: int = option(0, within=COUNT, on_resume="ignored")
-    eval_on_start: bool = option(False, on_resume="ignored")
+    eval_on_start: Literal["auto", True, False] = option("auto", on_resume="ignored")
     eval_shuffled: bool = option(True, on_resume="ignored")
     save_steps: int = option(500, within=COUNT, on_resume="ignored")
     save_minutes: float = option(0.0, within=(0, 1e8), on_resume="ignored")

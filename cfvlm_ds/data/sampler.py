@@ -98,6 +98,10 @@ class GroupSampler:
         """Optimizer steps until every group has been seen so many times."""
         return -(-_groups_in(num_epochs, self.order.length) // self.groups_per_step)
 
+    def groups_in(self, num_steps: int) -> int:
+        """Return how many groups so many optimizer steps take."""
+        return num_steps * self.groups_per_step
+
     def state_dict(self) -> dict[str, Any]:
         """The position, and what must be equal for it to mean the same place in the same stream."""
         return {"samples_seen": self.samples_seen, **self.order.identity()}
@@ -192,6 +196,10 @@ class PackedSampler(GroupSampler):
         if counted == wanted:
             return steps
         return math.ceil(Fraction(steps * wanted, tokens) * self.order.mean(self.tokens))
+
+    def groups_in(self, num_steps: int) -> int:
+        """Return about how many groups so many optimizer steps take, by the mean length of a group."""
+        return int(num_steps * self.groups_per_step * self.max_tokens / self.tokens.mean())
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what must be equal for it to mean the same place in the same stream."""
