@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from cfvlm_ds.cli.models import load_scorer
 from cfvlm_ds.cli.options import ImageLimits, Positive, add_function, model_named, say
 from cfvlm_ds.core.conversation import DESCRIBE
+from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.decoding import MAX_PIXELS
 
 SomePictures = Annotated[list[str], ("nargs", "*"), ("metavar", "PICTURE")]
 
@@ -51,7 +51,7 @@ def _describe(
     from cfvlm_ds.evaluation.generation import write
 
     config, adapter = model_named(model, limits)
-    scorer, collator, world = load_scorer(config, adapter, max_pixels=MAX_PIXELS)
+    scorer, collator, world = load_scorer(config, adapter, max_pixels=DataConfig().max_pixels)
     if is_random(Path(config.name_or_path)):
         say(f"note: {config.name_or_path} is a small model with random weights; its texts mean nothing")
     for path in picture or _typed():
