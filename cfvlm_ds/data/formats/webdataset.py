@@ -2,9 +2,9 @@
 
     {"__key__": "000017", "jpg": "shard-000.tar#512+60123", "txt": "two dogs on a lawn", "json": {"license": "CC0"}}
 
-(The tar itself has ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture's extension, or ``image``;
-the caption is ``txt`` or ``caption``, or said in ``json``. ``neg_caption.txt`` and ``neg_image.jpg``, as in triplets, are a false caption
-and another picture. A ``json`` that is a row of ``llava``, ``messages`` or ``preference`` is read as one, about the sample's picture.
+(The tar contains ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture's extension, or ``image``.
+The caption is ``txt`` or ``caption``, or in ``json``. ``neg_caption.txt`` and ``neg_image.jpg``, as in triplets, are a false caption and a
+further picture. A ``json`` that is a row of ``llava``, ``messages`` or ``preference`` is read as such a row about the sample's picture.
 Labels are read as in ``captions``.
 """
 
@@ -37,7 +37,7 @@ class _Members(Captions):
     source = "webdataset"
 
     def __post_init__(self) -> None:
-        """Members are no options of the user's."""
+        """Skip the checks of options: members are not a user's options."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class WebDataset:
     """Samples of a tar.
 
     Args:
-        caption: member, or column of the ``json``, that has the caption; ``txt.KEY`` is a value of a text that is a JSON object.
+        caption: member, or column of the ``json``, with the caption; ``txt.KEY`` is a value within a text that is a JSON object.
         json: whether captions may be JSON objects.
-        ask: what a caption answers; empty for no prompt at all.
-        label: member, or column of the ``json``, that says whether the text is true.
-        true: its values that mean true, joined by ``+``.
-        false: its values that mean false.
+        ask: prompt of the captions; empty for no prompt.
+        label: member, or column of the ``json``, that marks the text as true or false.
+        true: values of the label that mean true, joined by ``+``.
+        false: values of the label that mean false.
         ignore: members, and columns of the ``json``, that are not read, joined by ``+``.
     """
 
@@ -66,15 +66,15 @@ class WebDataset:
         check_label(self.label, self.true, self.false)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """One sample as a group. Raises DataError without file and line."""
+        """Convert a sample to a group. Raises DataError without file and line."""
         read, columns = self._read(row)
-        found = read(columns)
-        assert isinstance(found, CounterfactualGroup)
-        return found
+        group = read(columns)
+        assert isinstance(group, CounterfactualGroup)
+        return group
 
     @property
     def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """What a sample claims, where samples have labels."""
+        """Function from a sample to its claim, if samples have labels."""
         return self._claim if self.label else None
 
     def _claim(self, row: Mapping[str, Any]) -> Claim:
@@ -86,7 +86,7 @@ class WebDataset:
         return read.claim(columns)
 
     def _read(self, row: Mapping[str, Any]) -> tuple[_Members | Llava | Messages | Preference, dict[str, Any]]:
-        """The format that a sample is read by, and its columns."""
+        """Return the format that reads a sample, and the sample's columns."""
         given = without_nulls(row, self.ignore)
         row = {key.lower(): value for key, value in given.items()}
         if len(row) < len(given):
@@ -135,7 +135,7 @@ class WebDataset:
 
 
 def _about_sample(said: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
-    """A row about the sample's picture, which it may name as it was called elsewhere; that and further members are kept beside."""
+    """Return a row about the sample's picture; the picture's name in the row and further members are kept as metadata."""
     kept = {f"sample.{key}": value for key, value in row.items() if key not in ("__key__", picture)}
     named = [key for key in IMAGES if key in said and (not isinstance(said[key], list) or len(said[key]) == 1)]
     if not picture or (len(named) != 1 and any(key in said for key in IMAGES)):
