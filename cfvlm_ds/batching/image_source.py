@@ -85,7 +85,9 @@ class ImageFiles:
         return list(dict.fromkeys([*self.blank_keys(), *shown]))
 
     def blank_keys(self) -> list[PictureKey]:
-        """List the keys of the blank image: alone and, if the family processes it differently then, among others."""
+        """List the keys of the blank image: alone and, if the family processes several pictures of a prompt
+        differently, as one of several.
+        """
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:

@@ -65,11 +65,11 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: ``auto`` takes flash-attn or torch's ``varlen`` where a GPU has them, else sdpa; or ``flash_attention_2``,
-            ``varlen`` or ``flex`` (torch's kernels, GPU), or ``sdpa``.
+        attn_implementation: ``auto`` uses flash-attn or torch's ``varlen`` if the GPU supports them, else sdpa; or
+            ``flash_attention_2``, ``varlen`` or ``flex`` (torch's kernels, GPU), or ``sdpa``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
-        max_pixels: scale larger images down to this many pixels, and so bound their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
+        max_pixels: scale larger images down to this many pixels, which limits their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
         max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.

@@ -208,7 +208,7 @@ class CounterfactualGroup:
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:
-    """Raise DataError for a group with more comparisons, or edits to look up for them, than an evaluation can handle."""
+    """Raise DataError for a group whose evaluation would exceed the limits of comparisons, or of edits to look up."""
     images, texts = len(group.images), len(group.candidates)
     if images * texts * (images + texts) // 4 * max(1, len(group.edits)) <= MAX_COMPARISONS:  # true of nearly all groups
         return

@@ -49,7 +49,7 @@ class DuplicateKey(ValueError):
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
-    """Open a regular file for reading. Raises ValueError for a pipe or device, reading which could wait, or continue, without end."""
+    """Open a regular file for reading. Raises ValueError for a pipe or device, because reading it might never end."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         kind = stat.S_IFMT(os.fstat(number).st_mode)
@@ -170,8 +170,8 @@ def yaml_of(value: Any) -> str:
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """Parse a JSON text. Raises ValueError as json.loads does, and DuplicateKey naming the key unless another ``decoder`` is given.
 
-    Raises RecursionError for lists and objects nested a few hundred deep, although some could still be read here: they could not be read
-    further down the stack, or written.
+    Raises RecursionError for lists and objects nested more than a few hundred deep, below Python's limit, so that a parsed value can also
+    be written at a deeper place in the stack.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 

@@ -70,7 +70,7 @@ def refuse_absent(name_or_path: str, where: str = "") -> None:
 
 
 def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
-    """Raise ConfigError for a run folder with entries that the run would damage, or that would break the run.
+    """Raise ConfigError for a run folder with entries that the run would overwrite, or that would break the run.
 
     These are: a link, a pipe, or a folder in place of a file, under a name that the run writes; a config.yaml of the user's own, such as
     the one given to --config; and, in a folder without a run, anything except the files of a run and its launcher, hidden files, and paths

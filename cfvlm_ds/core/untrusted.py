@@ -59,7 +59,7 @@ def refuse_foreign(path: Path, folder: Path) -> None:
 
 
 def refuse_link(path: Path, remedy: str) -> None:
-    """Raise ConfigError if ``path`` is a link, through which nothing is written and which nothing replaces."""
+    """Raise ConfigError if ``path`` is a link: nothing is written through a link, or in place of one."""
     if path.is_symlink():
         raise ConfigError(f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; {remedy}")
 
@@ -83,7 +83,9 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
 
 
 def new_output(path: Path, *inputs: str | Path) -> Path:
-    """Return ``output_file``, but raise ConfigError if the file exists: a file of a common format does not show who wrote it."""
+    """Check an output path as ``output_file`` does, and raise ConfigError if the file exists: a common
+    format does not show who wrote it.
+    """
     output_file(path, *inputs)
     if path.exists():
         raise ConfigError(f"{path} is there, and would be replaced; remove it, or name another file with --out")
@@ -91,7 +93,7 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
 
 
 def refuse_filled(folder: Path) -> None:
-    """Raise ConfigError for a folder that would replace a user's own files."""
+    """Raise ConfigError for a folder with entries, which would be replaced."""
     refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there and not empty, and would be replaced; {remedy}")
@@ -107,7 +109,8 @@ def refuse_one_file(*outputs: Path) -> None:
 
 
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:
-    """Return ``output_file``, but raise ConfigError for an existing file that is not empty and that ``writer`` did not write.
+    """Check an output path as ``output_file`` does, and raise ConfigError for an existing file that is not empty and that ``writer`` did
+    not write.
 
     ``ours`` returns True for a file that ``writer`` wrote; for any other it returns False or raises a parser's error.
     """

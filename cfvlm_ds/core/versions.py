@@ -1,4 +1,4 @@
-"""Versions of packages, and the git revision of this package. No failure to determine them ends a run."""
+"""Versions of packages, and the git revision of this package. A failure to determine them never ends a run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Construction of counterfactual groups from captions and pictures: proposed, edited, verified, selected and audited, with every
-candidate's history.
+"""Construction of counterfactual groups from captions and pictures: edits are proposed, applied, verified, selected and audited, and every
+candidate is kept with its history.
 
 Each step has one interface and several back ends; a user's script adds one by assignment: ``PROPOSERS["mine"] = ...``.
 """

@@ -200,7 +200,7 @@ class Calibrated:
 
 
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
-    """Fit the margin and the drop that keep most labelled candidates at a precision.
+    """Fit the margin and the drop that keep the most labelled candidates at the given precision.
 
     The margin is at least 0, and no drop is set if the margin alone keeps as many. Raises ConfigError if no thresholds reach the precision.
     """

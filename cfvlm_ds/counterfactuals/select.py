@@ -179,7 +179,9 @@ def _draw(edited: Edited) -> int:
 
 
 def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, int]:
-    """Return the draw of the last edit within the quota, for each type with more edits than that. Memory: 8 bytes for each good edit."""
+    """Return, for each type with more edits than its quota, the largest draw (see _draw) that is kept.
+    Memory: 8 bytes for each good edit.
+    """
     draws: dict[str, array[int]] = {}
     for shard in range(work.shards):
         for history in histories(work, shard, thresholds):

@@ -172,7 +172,9 @@ def _item(candidate: Candidate) -> Item:
 
 
 def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
-    """Build the group of both pictures with every text to score: yes and no for each caption in their spellings, and the captions."""
+    """Build the group of both pictures with every text to score: "yes" and "no", in their spellings, to the question about each caption,
+    and the captions.
+    """
     item = _item(candidate)
     cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))
     match = tuple(tuple(1 if (i, c) == (0, 0) else None for c in range(len(cells))) for i in range(len(item.images)))

@@ -123,7 +123,7 @@ def _image_key(image: Pictures) -> int:
 
 
 def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield the groups whose id an earlier group has, each with a sentence; ids with equal hashes are compared as texts."""
+    """Yield the groups whose id an earlier group has, each with a message; ids with equal hashes are compared as texts."""
     ordered = np.sort(ids)
     suspects = np.setdiff1d(ordered[1:][ordered[1:] == ordered[:-1]], np.zeros(1, np.uint64))
     first: dict[str, int] = {}

@@ -108,7 +108,7 @@ def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any
 
 
 def digest(identity: Identity) -> str:
-    """Hash an identity to 32 hexadecimal digits, for places where it is named and not compared part by part."""
+    """Hash an identity to 32 hexadecimal digits that name it."""
     return hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """Indexed lines: random access to the rows of a JSON lines file, by an index of their offsets and checksums.
 
-The index takes 12 bytes a row, or 16 if the file has blank lines. In a store it is a file that is memory-mapped.
+The index takes 12 bytes a row, or 16 if the file has blank lines. A store has it as a memory-mapped file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Overlap of a training set with evaluation sets, in pictures and in whole rows. Results on trained data say little."""
+"""Overlap of a training set with evaluation sets, in pictures and in whole rows. Results on data that were trained on say little."""
 
 from __future__ import annotations
 

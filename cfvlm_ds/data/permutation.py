@@ -117,7 +117,7 @@ def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Arra
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """Map the numbers of so many bits bijectively: each round changes one half by a function of the other half and a key, and swaps the
+    """Apply a bijection of numbers of ``bits`` bits: each round changes one half by a function of the other half and a key, and swaps the
     halves.
     """
     low, high = bits // 2, bits - bits // 2

@@ -106,9 +106,7 @@ class PictureTable:
 
     @classmethod
     def of(cls, pictures: Iterable[tuple[Path, Picture]]) -> PictureTable:
-        """Build a table in memory from pictures, of which a few at a time are objects. If a path occurs several times, the last entry
-        counts.
-        """
+        """Build a table in memory from an iterable of pictures, chunk by chunk. If a path occurs several times, its last entry counts."""
         items, parts = iter(pictures), [np.empty(0, RECORD)]
         while chunk := list(islice(items, _AT_ONCE)):
             parts.append(np.array([(picture_key(path), tuple(picture)) for path, picture in chunk], RECORD))
@@ -173,7 +171,7 @@ class PictureTable:
 
 
 class PictureTables(PictureTable):
-    """Several tables as one, in which the first table that knows a picture counts."""
+    """Several tables as one; the entry of a picture is that of the first table that has it."""
 
     def __init__(self, tables: Sequence[PictureTable]) -> None:
         self._tables = tuple(tables)

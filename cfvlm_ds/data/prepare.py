@@ -87,8 +87,8 @@ class Prepared(NamedTuple):
 
 
 def source_state(path: Path) -> list[int]:
-    """Return the size and times of a data set's files, of which no user can set the change time; empty if they cannot be read. Raises
-    DataError.
+    """Return the size, modification time and change time (which no user can set) of a data set's files; empty if they cannot be read.
+    Raises DataError.
     """
     try:
         return list(sources_state(path / FILE if path.is_dir() and is_store(path) else path))
@@ -421,7 +421,7 @@ class _Files:
         self._work, self._kind, self.count = work, kind, count
 
     def name(self, number: int) -> str:
-        """``kind-00007``."""
+        """Return the name of a file, such as ``groups-00007``."""
         return f"{self._kind}-{number:05}"
 
     def file(self, number: int, suffix: str) -> Path:

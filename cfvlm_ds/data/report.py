@@ -23,7 +23,7 @@ _SHOWN, _SHOWN_CHARS = 30, 60  # names in a line, and characters of each
 
 @dataclass
 class CheckReport:
-    """Contents of a manifest, counted over its valid rows, and its problems, one sentence each that begins with file and row."""
+    """Counts of the valid rows of a manifest, and its problems: one sentence each, which begins with file and row."""
 
     manifest: str
     num_groups: int = 0

@@ -273,7 +273,7 @@ def _groups_in(num_epochs: float, num_groups: int) -> int:
     """Return the number of groups that a run sees in ``num_epochs``, rounded up.
 
     ``num_epochs`` stands for the decimal number that was written: 0.29 of 100 is 29, although the float is smaller. The float nearest to n
-    / num_groups is n groups.
+    / num_groups stands for n groups.
     """
     nearest = round(num_epochs * num_groups)
     return nearest if nearest / num_groups == num_epochs else math.ceil(Fraction(repr(float(num_epochs))) * num_groups)

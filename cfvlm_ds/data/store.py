@@ -59,8 +59,8 @@ class GroupStore(Sequence[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Number of groups before each row, and in total, if rows have several groups; of a store, the rows of the data set it was prepared
-        from.
+        """Number of groups before each row, and in total, if rows have several groups; for a store, the rows of the data set it was
+        prepared from.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored

@@ -129,7 +129,7 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
 
 
 def _place_positions(tower: Any, side: int) -> None:
-    """Initialise the tower's position embeddings with two-dimensional sines and cosines, which few images could not teach."""
+    """Initialise the tower's position embeddings with two-dimensional sines and cosines, because they cannot be learned from few images."""
     embeddings = tower.embeddings if hasattr(tower, "embeddings") else tower.vision_model.embeddings
     width = embeddings.position_embedding.weight.shape[1]
     rates = 1.5 * torch.exp(-math.log(50.0) * torch.arange(width // 4) / (width // 4))

@@ -1,8 +1,8 @@
 """Static pages of groups of pictures and texts, viewed in a browser from a folder without a server.
 
-The input are plain records, and the output is a folder. page.html.jinja renders them with autoescape, so that their text is never
-interpreted as HTML, a script or a file name. Each group is a ``<template>`` of the one document, whose pictures are loaded when the group
-is shown. Shapes: I images, C texts.
+The input is plain records, and the output a folder. page.html.jinja renders them with autoescape, so that their text is never interpreted
+as HTML, a script or a file name. Each group is a ``<template>`` of the one document, whose pictures are loaded when the group is shown.
+Shapes: I images, C texts.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Written:
     problems: dict[Path, str]
 
     def _repr_html_(self) -> str:
-        """Show the page in a notebook, whose server also serves the folder if it is below the notebook's."""
+        """Show the page in a notebook. The notebook's server also serves the folder if it is below the notebook's folder."""
         style = "width: 100%; height: 820px; border: 1px solid #8884; border-radius: 6px"
         return Markup('<iframe src="{}/index.html" style="{}" title="groups"></iframe>').format(os.path.relpath(self.folder), style)
 

@@ -36,7 +36,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two places with the same picture: indices into two sequences, and the number of differing bits, -1 for the same file."""
+    """Indices of two equal or nearly equal pictures in two sequences, and the number of differing bits, -1 for the same file."""
 
     first: int
     second: int
@@ -87,7 +87,7 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Map each id to one of its texts that a benchmark has too: the same text, or one with eight consecutive words of it."""
+    """Map each id to one of its texts that also occurs in a benchmark: an equal text, or one that shares eight consecutive words."""
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()
     for text in theirs:

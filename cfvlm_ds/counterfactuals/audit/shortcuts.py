@@ -1,4 +1,5 @@
-"""Shortcuts: classifiers that detect counterfactual texts by words or length, and edited pictures by their grain, without their meaning.
+"""Shortcuts: classifiers that detect counterfactual texts by words or length, and edited pictures by their grain, without regard to their
+content.
 
 Each classifier is fitted on half of the groups and evaluated on the other half; all groups of a source are in the same half.
 """
@@ -24,8 +25,8 @@ _RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Accuracy of a classifier of edited and original on the held-out half: area under the ROC curve with its 95 % interval (None if not
-    measured), the number of pairs, and its strongest features, or why it was not measured.
+    """Result of a classifier on the held-out half: area under the ROC curve with its 95 % interval (None if not measured), the number of
+    pairs, and its strongest features, or why it was not measured.
     """
 
     name: str

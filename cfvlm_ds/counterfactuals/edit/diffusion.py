@@ -25,7 +25,7 @@ folder names."""
 
 
 class Diffusers(Editor):
-    """Editor ``diffusers``. Each batch has one picture, because the result of a seed would depend on the batch size."""
+    """Editor ``diffusers``. Each batch has one picture, because the result of a seed depends on the batch size."""
 
     varies, threads = True, 1
 

@@ -168,7 +168,7 @@ def pictures_end(work: WorkFolder, shard: int) -> int:
 
 
 class _Tar(Journal):
-    """Tar of the pictures of a shard; data that no record names are cut off."""
+    """Tar of the pictures of a shard; data after the last recorded picture are cut off."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
         path, end = work.tar(shard), pictures_end(work, shard)

@@ -72,7 +72,7 @@ class Caption:
 
     @property
     def is_definition(self) -> bool:
-        """True if the caption defines a term in place of describing a picture."""
+        """True if the caption defines a term and does not describe a picture."""
         verbs = [token.head for token in self.doc if token.dep_ == "attr"]
         return any(child.dep_ == "nsubj" and child.pos_ != "PRON" for verb in verbs for child in verb.children)
 

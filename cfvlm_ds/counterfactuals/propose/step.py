@@ -24,7 +24,7 @@ Say = Callable[[str], object]
 
 
 def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int = 1) -> dict[str, Any]:
-    """Propose edits for a shard of so many; returns its completion record. Finished work of an earlier call is not repeated.
+    """Propose edits for shard number ``shard`` of ``of``; returns its completion record. Finished work of an earlier call is not repeated.
 
     Raises ConfigError for options that are unknown or differ from those of the work folder.
     """

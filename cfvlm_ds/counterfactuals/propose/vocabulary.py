@@ -20,7 +20,7 @@ def word_set(name: str) -> frozenset[str]:
 
 @functools.cache
 def by_word(name: str) -> dict[str, tuple[str, ...]]:
-    """Return a table with one key per word, from one whose keys are several words."""
+    """Return a table of the vocabulary, with each key of several words split into one key per word."""
     return {word: tuple(listed.split()) for words, listed in LISTS[name].items() for word in words.split()}
 
 

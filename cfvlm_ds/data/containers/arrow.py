@@ -113,7 +113,7 @@ def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _texts(array: Any, arrow: Any) -> list[Any]:
-    """Convert a column of texts; a text longer than a row may be is not copied but replaced by an error."""
+    """Convert a column of texts; a text over the limit of a row is replaced by an error and not copied."""
     sizes = arrow.compute.binary_length(array)
     if (arrow.compute.max(sizes).as_py() or 0) <= MAX_ROW:
         return list(array.to_pylist())

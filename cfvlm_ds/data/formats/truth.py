@@ -108,7 +108,7 @@ class Column:
 
     @property
     def negative(self) -> str:
-        """Option that names such columns."""
+        """Option that a column of false texts, or of pictures, should be given to."""
         return "negative_image" if _PICTURE.search(self.phrase) else "negative_caption"
 
     @property
@@ -130,7 +130,7 @@ class Column:
 
 
 def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str, every: Collection[str] = ()) -> list[Column]:
-    """Return the columns of metadata that may be labels, false texts, or pictures of rows that show none, in this order.
+    """Return the columns of metadata that look like labels, like false texts, or like pictures of rows that show none, in this order.
 
     Args:
         rows: number and metadata of each row, and whether it shows no picture.

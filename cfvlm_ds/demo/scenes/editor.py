@@ -1,6 +1,6 @@
-"""Picture editor for the embedded world: draws the edit that a caption requests exactly, or wrong in known ways.
+"""Picture editor for the embedded world: draws the requested edit exactly, or with a known fault.
 
-A source is a group in a folder of scenes, by its id. Since the truth is known, deliberate failures measure the step verify.
+A source is a group in a folder of scenes, by its id. Since the truth is known, deliberate faults measure the step verify.
 """
 
 from __future__ import annotations

@@ -94,8 +94,10 @@ def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, r
 
 
 def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str, list[bool]]:
-    """Return a question, and its answer for each scene, about what is true of one of the first two scenes: a thing if things differ, else
-    (and often so too) the whole claim.
+    """Return a yes/no question, and its answer for each scene.
+
+    The question is about the claim of one of the first two scenes: about a thing that differs between them (half of the time, if there is
+    one), else about the whole claim.
     """
     claim, other = (describe(scene, a_first) for scene in rng.sample(scenes[:2], 2))
     wording = rng.choice(_YES_NO)
