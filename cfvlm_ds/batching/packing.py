@@ -156,12 +156,12 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
         tokens.grow(_prompts(tree, pictures, material.placeholders, grids, family, config, image_token))
     places, predicted_by = torch.tensor(tokens.predicts).unique(return_inverse=True)
     ids = torch.cat(tokens.ids)
-    whole = family.whole_pictures(config)
-    blocks = () if whole == "nowhere" else _runs(ids == config.image_token_id)
+    attended_whole = family.whole_pictures(config)
+    blocks = () if attended_whole == "nowhere" else _runs(ids == config.image_token_id)
     model_inputs = {
         "input_ids": ids.unsqueeze(0),
         "position_ids": torch.cat(tokens.positions, -1).unsqueeze(-2),
-        "forest": Forest(tuple(tokens.lengths), tuple(tokens.parents), blocks, whole == "everywhere"),
+        "forest": Forest(tuple(tokens.lengths), tuple(tokens.parents), blocks, attended_whole == "everywhere"),
         "visual": (ids == config.image_token_id).nonzero().squeeze(1),
         "scored": places,
         "predicted_by": predicted_by,

@@ -129,10 +129,10 @@ def _fill(
         _agree(problem, world)
         progress.advance(min(world.size, len(missing) - number * world.size))
     written = gather_objects((sizes, unreadable), world)
-    wrong = {digest: reason for _, reasons in written for digest, reason in reasons.items()}
+    reasons_by_digest = {digest: reason for _, reasons in written for digest, reason in reasons.items()}
     for key, known in list(cache.known.items()):
-        if isinstance(known, bytes) and known in wrong:
-            cache.known[key] = wrong[known]
+        if isinstance(known, bytes) and known in reasons_by_digest:
+            cache.known[key] = reasons_by_digest[known]
     return {digest: size for own_sizes, _ in written for digest, size in own_sizes.items()}
 
 

@@ -132,10 +132,10 @@ class Prompts:
     def _encode(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
         _check_size(prompt, text, num_pictures, self.max_length, where)
         head = self._head(prompt, num_pictures)
-        whole = self._render(_conversation(prompt, num_pictures, text), False)
+        rendered = self._render(_conversation(prompt, num_pictures, text), False)
         if head.problem:
             raise _ModelFails(head.problem)
-        if not head.follows or whole != head.before + text + head.after:
+        if not head.follows or rendered != head.before + text + head.after:
             raise DataError(
                 f"{where} ({text!r}) does not follow its prompt unchanged in the model's chat template; strip white space at its ends, or "
                 "repair the template"
@@ -272,7 +272,7 @@ def _check_size(prompt: Prompt, text: str, num_pictures: int, window: int, where
 
 def _conversation(prompt: Prompt, num_pictures: int, *answer: str) -> list[dict[str, Any]]:
     if isinstance(prompt, str):
-        asked = [{"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}]
+        question = [{"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}]
     else:
-        asked = messages(prompt)
-    return [*asked, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]
+        question = messages(prompt)
+    return [*question, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]

@@ -57,8 +57,8 @@ def pictures_of(turns: Sequence[Turn]) -> int:
 def check_conversation(turns: Sequence[Turn], where: str) -> None:
     """Raise DataError, beginning with ``where``, for turns that no text can answer."""
     if not turns or turns[-1].role != "user":
-        said = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
-        raise DataError(f"{where}: the conversation {said}; a text answers the user, whose turn must be the last one before it")
+        ending = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
+        raise DataError(f"{where}: the conversation {ending}; a text answers the user, whose turn must be the last one before it")
     if len(turns) > MAX_TURNS or sum(len(turn.parts) for turn in turns) > MAX_PARTS:
         raise DataError(f"{where}: the conversation has {len(turns)} turns, and {MAX_TURNS} of {MAX_PARTS} parts are the bound; shorten it")
     for number, turn in enumerate(turns, 1):

@@ -166,7 +166,7 @@ class DataConfig:
     @property
     def trained_on(self) -> str:
         """Paths of the training data, for messages."""
-        return self.train if isinstance(self.train, str) else ", ".join(each.path for each in self.train)
+        return self.train if isinstance(self.train, str) else ", ".join(source.path for source in self.train)
 
     @property
     def evaluation_sets(self) -> dict[str, EvaluationSet]:

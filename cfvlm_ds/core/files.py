@@ -78,7 +78,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
     try:
-        if (held := fresh(temporary)) is None:
+        if (held := create_locked(temporary)) is None:
             raise ConfigError(f"{path} is being written by another process; wait for it, or name another file")
         with os.fdopen(os.dup(held), "wb") as file:
             yield file
@@ -97,7 +97,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
             os.close(held)
 
 
-def fresh(path: Path) -> int | None:
+def create_locked(path: Path) -> int | None:
     """Create and lock a new file, in place of one that a killed process left. Returns its descriptor, or
     None if another process holds it.
     """
@@ -128,18 +128,18 @@ def fresh(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def alone(path: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
+def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold a lock, a file that exists for the duration of the block.
 
     A process that waits for the lock calls ``waiting`` once, and ``alive`` repeatedly.
     """
-    held = fresh(path)
+    held = create_locked(path)
     if held is None:
         waiting()
     while held is None:
         alive()
         time.sleep(_POLL_S)
-        held = fresh(path)
+        held = create_locked(path)
     try:
         yield
     finally:

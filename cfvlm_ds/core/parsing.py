@@ -16,9 +16,9 @@ from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import sentences
 from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml, yaml_of
-from cfvlm_ds.core.shipped import found, refuse_no_file
+from cfvlm_ds.core.shipped import refuse_no_file, resolve_shipped
 from cfvlm_ds.core.strict import Given, build, dotted
-from cfvlm_ds.core.verbosity import VERBOSITY, asked
+from cfvlm_ds.core.verbosity import VERBOSITY, selected_verbosity
 
 
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
@@ -55,7 +55,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         print(yaml_of(resolved), end="")
         raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
-    json_file, shows = found(built.deepspeed, "ds_configs"), asked("quiet" in switches, "verbose" in switches)
+    json_file, shows = resolve_shipped(built.deepspeed, "ds_configs"), selected_verbosity("quiet" in switches, "verbose" in switches)
     return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows, yaml_folder=folder)
 
 
@@ -123,7 +123,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
         if option in _LAUNCHERS:
             raise ConfigError(f"{flag} is an option of the launcher; write `deepspeed {flag} {value} train.py` and the run's options")
         if option == "config":
-            document, folder = _document(value), os.path.dirname(found(value, "examples"))
+            document, folder = _document(value), os.path.dirname(resolve_shipped(value, "examples"))
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
             _merge(options, document)
         elif option != "local_rank":  # the launcher's
@@ -138,7 +138,7 @@ def _document(given: str) -> dict[str, Any]:
     """Read the options of a YAML file as nested sections. Raises ConfigError for a file without options, and for an option that occurs
     twice.
     """
-    path = found(given, "examples")
+    path = resolve_shipped(given, "examples")
     refuse_no_file(given, path)
     try:
         options = read_yaml(path)

@@ -39,7 +39,7 @@ def launcher() -> str:
 
 
 @contextlib.contextmanager
-def said_once(sentence: str) -> Iterator[bool]:
+def printed_once(sentence: str) -> Iterator[bool]:
     """Decide which rank prints, inside the block, a sentence that several ranks may have to print; yields whether this rank is the one.
 
     Rank 0 prints, because many users read only its log. Another rank waits briefly for that, and prints the sentence if rank 0 does not.

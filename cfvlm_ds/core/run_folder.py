@@ -65,8 +65,8 @@ def refuse_absent(name_or_path: str, where: str = "") -> None:
     if os.path.isfile(name_or_path):
         raise ConfigError(f"{where}model.name_or_path {name_or_path!r} is a file; give a model folder or a hub name such as org/name")
     if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
-        wrong = f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name"
-        raise ConfigError(f"{wrong}{counted_from(name_or_path)}")
+        problem = f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name"
+        raise ConfigError(f"{problem}{counted_from(name_or_path)}")
 
 
 def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
@@ -89,10 +89,10 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
         return
     if (run_dir / "config.yaml").is_file():
         try:
-            whole = {*SECTIONS, "objective", "deepspeed"} <= recorded_options(run_dir).keys()
+            is_complete = {*SECTIONS, "objective", "deepspeed"} <= recorded_options(run_dir).keys()
         except ConfigError:
-            whole = False
-        if not whole:
+            is_complete = False
+        if not is_complete:
             raise ConfigError(
                 f"{run_dir / 'config.yaml'} is none that a run has written, with every option in it, and would be written over; move it "
                 "away, or choose another train.output_dir"

@@ -21,7 +21,7 @@ def shipped(name: str) -> Path:
     return (installed if installed.is_dir() else PACKAGE.parent) / name
 
 
-def found(given: str, folder: str) -> str:
+def resolve_shipped(given: str, folder: str) -> str:
     """Resolve a file name: to itself if it exists, else to the file of that name that comes with the package, in ``folder``.
 
     Such a name is bare, or follows the folder's name as in ds_configs/z3.json. Other names, and names of neither kind of file, are returned

@@ -19,17 +19,17 @@ def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
 
     A file name is neither empty nor ``.`` or ``..``, has no separator of any system and only printable characters, and ends in ``ending``.
     """
-    wrong = None
+    problem = None
     if not isinstance(name, str):
-        wrong = f"is a {type(name).__name__}, not a file name"
+        problem = f"is a {type(name).__name__}, not a file name"
     elif name in ("", ".", "..") or "/" in name or "\\" in name:
-        wrong = "is no bare file name, and files are only taken from the folder itself"
+        problem = "is no bare file name, and files are only taken from the folder itself"
     elif not name.isprintable() or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
-        wrong = "is no name that a file can have"
+        problem = "is no name that a file can have"
     elif not name.endswith(ending):
-        wrong = f"does not end in {ending}"
-    if wrong:
-        raise ConfigError(f"{said_by}: {str(name)[:300]!r} {wrong}; correct it, or get the folder again")
+        problem = f"does not end in {ending}"
+    if problem:
+        raise ConfigError(f"{said_by}: {str(name)[:300]!r} {problem}; correct it, or get the folder again")
     return str(name)
 
 
@@ -70,7 +70,7 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     Raises ConfigError if it is an input or not a file, and StorageError if it cannot be written.
     """
     refuse_link(path, f"name the file itself with {option}")
-    if path.exists() and any(Path(file).exists() and path.samefile(file) for file in inputs):
+    if path.exists() and any(Path(source).exists() and path.samefile(source) for source in inputs):
         raise ConfigError(f"{path} is read here, and would be replaced; name another file to write")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is there and is no file; name another one with {option}")

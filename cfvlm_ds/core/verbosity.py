@@ -26,7 +26,7 @@ def show(what: Shows) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info")
 
 
-def asked(quiet: bool, verbose: bool) -> Shows:
+def selected_verbosity(quiet: bool, verbose: bool) -> Shows:
     """Return the verbosity that the two options select."""
     return "results" if quiet else "everything" if verbose else "progress"
 

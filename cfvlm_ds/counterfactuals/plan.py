@@ -9,8 +9,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_yaml
-from cfvlm_ds.core.shipped import found as shipped_file
-from cfvlm_ds.core.shipped import refuse_no_file
+from cfvlm_ds.core.shipped import refuse_no_file, resolve_shipped
 from cfvlm_ds.core.strict import build, dotted
 from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions, named
 from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, STEPS, WorkFolder
@@ -73,7 +72,7 @@ def read_plan(file: str) -> Plan:
     """Read a plan from a YAML file, the user's own or one that comes with the package; an option without a value has its default. Raises
     ConfigError naming the key.
     """
-    path = shipped_file(file, "examples")
+    path = resolve_shipped(file, "examples")
     refuse_no_file(file, path)
     try:
         given = read_yaml(path)

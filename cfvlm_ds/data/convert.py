@@ -16,7 +16,7 @@ from cfvlm_ds.core.untrusted import new_output, own_output
 from cfvlm_ds.data.check import look_at_rows
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.lines import MAX_LINE
-from cfvlm_ds.data.manifest import Root, data_roots, here, open_groups
+from cfvlm_ds.data.manifest import Root, data_roots, local_path, open_groups
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_check import open_pictures
 from cfvlm_ds.data.prepare import RowLines
@@ -50,7 +50,7 @@ def convert(
     new_output(out, path)
     listed, scan, pictures, broken = list_of_skipped(out), Scan(), None, dict[int, str]()
     with whole_file(out) as file:
-        path = here(path, scan, say)
+        path = local_path(path, scan, say)
         roots = [folder.absolute() for folder in data_roots(path, root)]
         folder = out.parent.absolute()
         base = folder if all(data_root.is_relative_to(folder) for data_root in roots) else roots[0]

@@ -30,7 +30,7 @@ from cfvlm_ds.core.untrusted import new_output, refuse_link
 from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.convert import list_of_skipped, list_skipped
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
-from cfvlm_ds.data.manifest import here
+from cfvlm_ds.data.manifest import local_path
 from cfvlm_ds.data.rows import Rows
 
 MAX_DOWNLOAD = 64 << 20
@@ -71,7 +71,7 @@ def download(
     listed = list_of_skipped(out)
     rows, files, problems, last_line = 0, set[str](), list[str](), time.monotonic()
     with whole_file(out) as file, ThreadPoolExecutor(threads) as pool:
-        path = here(path, progress=say)
+        path = local_path(path, progress=say)
         for chunk in _chunks(open_rows(path, progress=say)):
             named = [_addresses(row) for _, row in chunk]
             wanted = dict.fromkeys(address for addresses in named for address in addresses)

@@ -52,7 +52,7 @@ def open_groups(
             "write it to files (save_to_disk, to_parquet, to_json) and name those"
         )
     known_format(path, format)
-    path = here(path, scan, progress)
+    path = local_path(path, scan, progress)
     roots = data_roots(path, root)
     if path.is_dir() and is_store(path):
         return open_store(path, () if root is None else roots, limit)
@@ -66,7 +66,7 @@ def open_groups(
     return open_data(path, roots, format, limit, scan, progress, cache)
 
 
-def here(path: str | Path, scan: Scan | None = None, progress: Callable[[str], object] = lambda line: None) -> Path:
+def local_path(path: str | Path, scan: Scan | None = None, progress: Callable[[str], object] = lambda line: None) -> Path:
     """Return the local path of a data set; one of the Hugging Face hub is fetched on first use. Raises DataError."""
     if ":/" not in str(path):
         return Path(path)

@@ -83,10 +83,10 @@ def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]
     In every window, the sources lie side by side on a circle of length 1, behind a start that advances by the golden ratio. A source is as
     long as the fractional part of its share of WINDOW, and is rounded up whenever its arc contains a whole number.
     """
-    whole = [int(share * WINDOW) for share in shares]
+    whole_draws = [int(share * WINDOW) for share in shares]
     offset = _floors(windows, _TURN, 0)
     passed, end, draws = 0, Fraction(0), list[int]()
-    for share, count in zip(shares, whole, strict=True):
+    for share, count in zip(shares, whole_draws, strict=True):
         end += share * WINDOW - count
         turns, rest = divmod(int(end * _CIRCLE), _CIRCLE)
         reached = turns * windows + _floors(windows, _TURN, rest) - offset
@@ -200,7 +200,7 @@ class Order:
     def identity(self) -> dict[str, Any]:
         """Return, as JSON, everything that must be equal for a place to mean the same group."""
         mixed = {"sizes": list(self.sizes), "shares": [str(share) for share in self.shares]} if self.shares else {}
-        kinds = [*[COMPUTED] * (max(self.sizes) > permutation.STORED), *[TOGETHER] * any(each is not None for each in self.rows)]
+        kinds = [*[COMPUTED] * (max(self.sizes) > permutation.STORED), *[TOGETHER] * any(rows is not None for rows in self.rows)]
         return {"num_groups": sum(self.sizes), "seed": self.seed, **mixed, **({"order": "+".join(kinds)} if kinds else {})}
 
 

@@ -162,7 +162,7 @@ class _Job:
         if self.is_ended():
             return True
         units, files = (_Files(self.work, kind, -(-len(source) // size)) for kind, size in (("images", PICTURED), ("groups", ROWS)))
-        found, broken = None, dict[int, str]()
+        pictures, broken = None, dict[int, str]()
         if self.options.open_pictures or self.options.pack:
             self._open_pictures(units, *seen.pictures)
             if strict and self.report.problems:
@@ -173,13 +173,13 @@ class _Job:
                     f"{out}: {len(missing)} of {units.count} parts of its pictures are others' to look at; run this again when they have"
                 )
                 return False
-            found = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
-            found = found[np.argsort(found["key"])]
+            pictures = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
+            pictures = pictures[np.argsort(pictures["key"])]
             broken = {int(key): reason for record in units.records() for key, reason in record["broken"].items()}
         if strict and self.report.problems:
             return False
-        table = None if found is None else PictureTable(found["key"], found["facts"])
-        names = partial(_packed_name, out, found) if self.options.pack and found is not None else None
+        table = None if pictures is None else PictureTable(pictures["key"], pictures["facts"])
+        names = partial(_packed_name, out, pictures) if self.options.pack and pictures is not None else None
         writer = RowLines(source, out if self.options.pack else source.roots[0], table, broken, frozenset(seen.repeats), names)
         progress = Progress(self.say, "rows", len(source) / self.of, "groups")
         for number in files.missing(self.shard, self.of):
@@ -189,7 +189,7 @@ class _Job:
         if missing := files.missing():
             self.say(f"{out}: {len(missing)} of {files.count} files of rows are others' to write; who comes last ends the store")
             return False
-        return self._end(units, files, found)
+        return self._end(units, files, pictures)
 
     def is_ended(self) -> bool:
         """Return whether the store is complete. Raises ConfigError if it belongs, or will belong, to other data."""
@@ -269,7 +269,7 @@ class _Job:
             problems=report.problems,
         )
 
-    def _end(self, units: _Files, files: _Files, found: Array | None) -> bool:
+    def _end(self, units: _Files, files: _Files, pictures: Array | None) -> bool:
         """Write the tables and store.json."""
         records = files.records()
         arrays = [np.load(files.file(number, "npz"), allow_pickle=False) for number in range(files.count)]
@@ -288,9 +288,9 @@ class _Job:
         if not len(rows):
             raise DataError(f"{problems[0]} (and none of the {left_out} groups can be used)")
         tables = [_written(self.out / ROW_KEYS, keys.rows), _written(self.out / PICTURE_KEYS, keys.pictures)]
-        if found is not None:
-            order = np.argsort(found["name"], kind="stable")
-            table = PictureTable(found["name"][order], found["facts"][order])
+        if pictures is not None:
+            order = np.argsort(pictures["name"], kind="stable")
+            table = PictureTable(pictures["name"][order], pictures["facts"][order])
             with _summed(self.out / PICTURES) as written:
                 for part in table.parts():
                     written.write(part)
@@ -314,7 +314,7 @@ class _Job:
             "identity": identity,
             "found": {
                 "images": self.report.num_images,
-                "most_pixels": 0 if found is None else _most_pixels(found["facts"]),
+                "most_pixels": 0 if pictures is None else _most_pixels(pictures["facts"]),
                 "false_cells": self.report.num_false_cells,
                 "metadata": self.report.unused if self.report.metadata else "",
                 "left_out": left_out,
@@ -403,11 +403,11 @@ def _absolute(picture: Path) -> Path:
     return Path(os.path.abspath(picture))
 
 
-def _packed_name(out: Path, found: Array, picture: Path) -> Path:
+def _packed_name(out: Path, pictures: Array, picture: Path) -> Path:
     """Return the path of a picture in a tar of the store."""
-    if (at := find(found["key"], picture_key(picture))) is None:
+    if (at := find(pictures["key"], picture_key(picture))) is None:
         raise DataError(f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and prepare it again")
-    place = found[at]
+    place = pictures[at]
     return _absolute(out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"])))
 
 

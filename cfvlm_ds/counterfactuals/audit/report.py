@@ -84,22 +84,22 @@ def audit(
     manifests: Sequence[str], root: Root, format: str, options: AuditOptions, say: Say, score: Score | None = None
 ) -> tuple[Audit, list[_Set]]:
     """Audit all groups and pictures of some manifests, which are the splits of one set."""
-    found, broken = Audit(), dict[str, str]()
+    report, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_read_set(name, store, broken, say) for name, store in stores.items()]
     listed = ", ".join(f"{split.name} ({len(split.groups)})" for split in sets)
-    found.facts.append(("groups", f"{sum(len(split.groups) for split in sets)} in {listed}"))
+    report.facts.append(("groups", f"{sum(len(split.groups) for split in sets)} in {listed}"))
     if broken:
-        found.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
-    _shortcuts(found, sets, options, say)
-    _duplicates(found, sets)
+        report.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
+    _shortcuts(report, sets, options, say)
+    _duplicates(report, sets)
     if options.against:
-        _against(found, sets, options.against, say)
-    margins = _blind(found, sets, score, say) if score is not None else None
+        _against(report, sets, options.against, say)
+    margins = _blind(report, sets, score, say) if score is not None else None
     if options.refine:
         groups = [group for split in sets for group in split.groups]
-        found.facts.append(("refined", refine(groups, margins, options.seed, Path(options.refine))))
-    return found, sets
+        report.facts.append(("refined", refine(groups, margins, options.seed, Path(options.refine))))
+    return report, sets
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
@@ -124,7 +124,7 @@ def _looks(name: str, pictures: Collection[Path], say: Say) -> Iterator[Look | s
         yield from Progress(say, f"pictures of {name}", len(pictures), "pictures").over(pool.map(look, pictures))
 
 
-def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: Say) -> None:
+def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: Say) -> None:
     texts: list[tuple[str, str]] = []
     text_halves: list[bool] = []
     pictures: list[tuple[Path, Path, bool]] = []
@@ -138,7 +138,7 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
                 if edit.type != SHAM and edit.image is not None and group.num_pictures == 1:
                     pictures.append((group.images[0][0], group.images[edit.image][0], half))
     if texts:
-        found.shortcuts.extend([by_length(texts), by_words(texts, text_halves)])
+        report.shortcuts.extend([by_length(texts), by_words(texts, text_halves)])
     if len(pictures) > options.sample:
         pictures = random.Random(options.seed).sample(pictures, options.sample)
     grains: tuple[list[Array], list[Array], list[bool]] = ([], [], [])
@@ -152,13 +152,13 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
         grains[1].append(pair[1])
         grains[2].append(half)
     if grains[0]:
-        found.shortcuts.append(by_grain(*grains))
-    for cue in found.shortcuts:
+        report.shortcuts.append(by_grain(*grains))
+    for cue in report.shortcuts:
         if cue.auc is not None and cue.low is not None and cue.low > 0.5 and cue.auc > LIMIT_AUC:
-            found.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(cue.telling[:4])}")
+            report.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(cue.telling[:4])}")
 
 
-def _duplicates(found: Audit, sets: Sequence[_Set]) -> None:
+def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
     """Report originals that several groups, and pictures that several splits show. Edits of one picture resemble each other and are left
     out.
     """
@@ -172,7 +172,7 @@ def _duplicates(found: Audit, sets: Sequence[_Set]) -> None:
         if pairs:
             exact = sum(pair.bits < 0 for pair in pairs)
             ids = [name for pair in pairs for name in (own_originals[pair.first][1], own_originals[pair.second][1])]
-            found.fault(
+            report.fault(
                 f"{split.name}: {len(pairs)} pairs of originals are the same picture ({exact}) or nearly so ({len(pairs) - exact})", ids
             )
         for other, other_originals in zip(sets[k + 1 :], originals[k + 1 :], strict=True):
@@ -180,12 +180,12 @@ def _duplicates(found: Audit, sets: Sequence[_Set]) -> None:
             shared = {look.digest for look in split.looks.values()} & {look.digest for look in other.looks.values()}
             if pairs or shared:
                 ids = [name for pair in pairs for name in (own_originals[pair.first][1], other_originals[pair.second][1])]
-                found.fault(
+                report.fault(
                     f"{split.name} and {other.name} share {len(pairs)} originals or nearly so, and {len(shared)} picture files", ids
                 )
 
 
-def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None:
+def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> None:
     for path in map(Path, filter(None, map(str.strip, against.split(",")))):
         texts: list[str] = []
         if path.is_dir() and not (path / "store.json").is_file():
@@ -200,9 +200,9 @@ def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None
                 texts += [candidate.text for candidate in group.candidates if len(candidate.text.split()) > 3]
         looks = list(_looks(path.name, dict.fromkeys(pictures), say))
         theirs = [result for result in looks if not isinstance(result, str)]
-        found.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
+        report.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
         if unread := [result for result in looks if isinstance(result, str)]:
-            found.fault(f"{path}: {len(unread)} of its {len(looks)} pictures cannot be read, and are not compared; the first: {unread[0]}")
+            report.fault(f"{path}: {len(unread)} of its {len(looks)} pictures cannot be read, and are not compared; the first: {unread[0]}")
         for split in sets:
             ours = list(split.looks.values())
             pairs = list(near_pairs(ours, theirs))
@@ -210,15 +210,15 @@ def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None
                 exact = {pair.first for pair in pairs if pair.bits < 0}
                 nearly = {pair.first for pair in pairs} - exact
                 ids = [name for pair in pairs for name in split.owners[ours[pair.first].path]]
-                found.fault(f"{split.name} has {len(exact)} pictures of {path.name}, and {len(nearly)} that are nearly one of them", ids)
+                report.fault(f"{split.name} has {len(exact)} pictures of {path.name}, and {len(nearly)} that are nearly one of them", ids)
             own_texts = {group.id: [candidate.text for candidate in group.candidates] for group in split.groups}
             if shared := shared_texts(own_texts, texts):
-                found.fault(
+                report.fault(
                     f"{split.name}: {len(shared)} groups have a text of {path.name}, such as {next(iter(shared.values()))!r}", list(shared)
                 )
 
 
-def _blind(found: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
+def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
     """Score all texts on a blank picture; returns, for each group, the mean margin of its true texts over its false ones."""
     margins: list[list[float]] = []
     for split in sets:
@@ -232,25 +232,25 @@ def _blind(found: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[f
     every = [margin for group in margins for margin in group]
     share = right(every)
     result = f"{100 * share:.1f} % of {len(every)} comparisons"
-    found.facts.append(
+    report.facts.append(
         ("texts told on a blank picture", result if every else "not measured: no group has a true and a false text of one prompt")
     )
     if every and max(share, 1 - share) > LIMIT_BLIND:
-        found.fault(f"a scorer without a picture is right in {result} (limit {100 * LIMIT_BLIND:.0f})")
+        report.fault(f"a scorer without a picture is right in {result} (limit {100 * LIMIT_BLIND:.0f})")
     return [sum(group) / max(len(group), 1) for group in margins]
 
 
-def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
+def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
     """Write a page of the groups that a fault names to the folder OUT, with report.md and report.json."""
     about: dict[str, list[str]] = {}
-    for sentence, ids in found.faults:
+    for sentence, ids in report.faults:
         for name in ids:
             about.setdefault(name, []).append(one_line(sentence, 80))
     every = [group for split in sets for group in split.groups]
     shown = [group for group in every if group.id in about] or every[:_SHOWN]
     faults = ((group, about.get(group.id, ["nothing"])) for group in shown)
     items = (group_item(group, facts=[("found", "; ".join(names))], filters={"found": names}) for group, names in faults)
-    beside = {"report.md": found.markdown(), "report.json": found.as_json()}
-    facts = [*found.facts, *((cue.name, str(cue)) for cue in found.shortcuts)]
-    facts += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
+    beside = {"report.md": report.markdown(), "report.json": report.as_json()}
+    facts = [*report.facts, *((cue.name, str(cue)) for cue in report.shortcuts)]
+    facts += [("passes a limit", one_line(sentence, 300)) for sentence, _ in report.faults] or [("passes a limit", "nothing")]
     return write_page("Audit", items, len(shown), out, facts=facts, beside=beside, say=say)

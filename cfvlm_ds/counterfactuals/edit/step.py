@@ -122,8 +122,8 @@ def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tup
         return record | {"refused": "a picture cannot be read", "detail": one_line(str(error), 300)}, None
 
 
-def _checked(task: Task, found: Picture, options: EditOptions, record: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
-    original, image = task.image(), found.image
+def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
+    original, image = task.image(), edited.image
     if image.size != original.size:
         size = f"{image.width}x{image.height} and not {original.width}x{original.height}"
         return record | {"refused": f"a picture of another size ({size})"}, None
@@ -137,7 +137,7 @@ def _checked(task: Task, found: Picture, options: EditOptions, record: dict[str,
         record["mask_sha256"] = sha256_of(task.mask.read_bytes())
     content = png(image.copy())
     about: dict[str, Any] = {"sha256": sha256_of(content), "size": list(image.size)}
-    return record | {"picture": about} | ({"info": dict(found.info)} if found.info else {}), content
+    return record | {"picture": about} | ({"info": dict(edited.info)} if edited.info else {}), content
 
 
 def difference_mask(original: Image.Image, edited: Image.Image) -> Image.Image:

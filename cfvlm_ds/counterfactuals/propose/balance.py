@@ -78,8 +78,8 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
     for number, edits in enumerate(captions):
         for edit in edits:
             if edit.type in types:
-                for word, way in ((edit.gone, -1), (edit.come, 1)):
-                    moves.append((len(together), (edit.type, word) if word else ("", ""), way))
+                for word, direction in ((edit.gone, -1), (edit.come, 1)):
+                    moves.append((len(together), (edit.type, word) if word else ("", ""), direction))
                 together.append(number * len(types) + types.index(edit.type))
 
     def room(kept: Numbers) -> Numbers:
@@ -106,14 +106,14 @@ def balanced(
     balanced.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
-    edit, word, way = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T
+    edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T
     tolerance = np.array([float(name not in exact) for name in places])
     slow = 2 / max(np.bincount(edit).max(initial=0), 2)  # all words of an edit change its probability
     logs, kept = np.zeros(len(places)), np.ones(edits)
     for _ in range(_ROUNDS if moves else 0):
-        kept = np.exp(np.minimum(0.0, np.bincount(edit, way * logs[word], edits)))
+        kept = np.exp(np.minimum(0.0, np.bincount(edit, direction * logs[word], edits)))
         kept *= room(kept)
-        into, out = (np.bincount(word[way == side], kept[edit[way == side]], len(places)) for side in (1, -1))
+        into, out = (np.bincount(word[direction == side], kept[edit[direction == side]], len(places)) for side in (1, -1))
         surplus, chance = into - out, tolerance * np.sqrt(into + out)
         excess = np.sign(surplus) * np.maximum(0.0, np.abs(surplus) - chance)
         if np.abs(excess).max() < _CLOSE:

@@ -64,20 +64,20 @@ class Rules:
         few enough for memory.
         """
         path, store = context.work.path / "prices.json", context.store
-        said = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
+        settings = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
 
         def write() -> None:
             count = min(len(store), _LOOKED_AT)
             progress = Progress(context.say, "rules: words", count, "rows")
             edits = (
-                [] if isinstance(found := edits_of(source.caption, self._types, self._words), Rejected) else found
+                [] if isinstance(result := edits_of(source.caption, self._types, self._words), Rejected) else result
                 for source in progress.over(sources(store, [k * len(store) // count for k in range(count)]))
                 if not isinstance(source, DataError)
             )
             prices = prices_of(edits, [kind for kind in self._types if kind not in self._words], self._per_type)
-            replace(path, json.dumps({"settings": said, "prices": prices}, indent=1).encode(), shared=True)
+            replace(path, json.dumps({"settings": settings, "prices": prices}, indent=1).encode(), shared=True)
 
-        return parse_json(made_once(path, write, lambda file: parse_json(file.read_text())["settings"] == said).read_text())["prices"]
+        return parse_json(made_once(path, write, lambda file: parse_json(file.read_text())["settings"] == settings).read_text())["prices"]
 
 
 @dataclass(frozen=True)

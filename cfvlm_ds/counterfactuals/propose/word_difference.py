@@ -109,7 +109,7 @@ def _stem(word: str) -> str:
     return re.sub(r"(?<=[a-z]{2})(?:(?<=[sxzh])es|(?<!s)s)$", "", word)
 
 
-def _kept_between(found: Difference) -> int:
+def _kept_between(differs: Difference) -> int:
     """Count the unchanged words with a meaning between two changes: one in "red big dog" to "blue big cat"."""
-    common = Counter(found.before) & Counter(found.after)
+    common = Counter(differs.before) & Counter(differs.after)
     return sum(count for word, count in common.items() if word not in EMPTY_WORDS and word.isalnum())

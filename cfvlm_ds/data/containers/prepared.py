@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import alone, whole_folder
+from cfvlm_ds.core.files import file_lock, whole_folder
 from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of, sources_state
@@ -70,7 +70,7 @@ def prepare(
     for folder in cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with alone(folder / f"{name}.lock", lambda: say(f"{path}: another process prepares its rows; waiting for it"), alive):
+            with file_lock(folder / f"{name}.lock", lambda: say(f"{path}: another process prepares its rows; waiting for it"), alive):
                 if not (folder / name / _LINES).is_file():
                     with whole_folder(folder / name) as partial:
                         _write(path, container, sources, partial, say, alive)

@@ -94,14 +94,14 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
         alive()
         if isinstance(value := rows.value(row), Mapping):
             names = _columns(value)
-            whole = {option for option, _ in absent if getattr(convert, option) in names}  # a name that contains a +
-            absent = {(option, column) for option, column in absent if option not in whole and column not in names}
+            present = {option for option, _ in absent if getattr(convert, option) in names}  # a name that contains a +
+            absent = {(option, column) for option, column in absent if option not in present and column not in names}
             if not absent:
                 return
     for option, column in sorted(absent):
         first = next((value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)), {})
-        near = difflib.get_close_matches(column, there := list(_columns(first)), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, there[:20])) or 'none'}"
+        near = difflib.get_close_matches(column, known := list(_columns(first)), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, known[:20])) or 'none'}"
         raise DataError(f"{rows.path}: no row has the column {column!r}, which {option} names; {hint}")
 
 

@@ -59,9 +59,9 @@ class Preference:
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """Convert a row to a group. Raises DataError without file and line."""
         row = unpacked(without_nulls(row, self.ignore))
-        used, asked, chosen, rejected, further = _said(row)
-        asked = with_system(asked, row)
-        turns, pictures, paths = shown_in(row, asked)
+        used, question, chosen, rejected, further = _said(row)
+        question = with_system(question, row)
+        turns, pictures, paths = shown_in(row, question)
         check_conversation(turns, "row")
         others = row_pictures({key: row[key] for key in _REJECTED_IMAGES if key in row}, _REJECTED_IMAGES)
         if others == pictures:
@@ -105,24 +105,24 @@ def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | N
     """Return the used columns, the question, the chosen answer, the rejected one if there is one, and the further keys of their messages by
     column.
     """
-    used, asked = asked_in(row, (*_CONVERSATIONS, *ASKED))
+    used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""
     rejected_column = only(row, _REJECTED, "are there")
     chosen_column = only(row, _CHOSEN, "are there") or ("response" if "response" in row and column != "messages" else "")
     if chosen_column:
         chosen = _answers(row[chosen_column], chosen_column)
-    elif asked is not None and asked.turns[-1].role == "assistant":  # ms-swift: the conversation ends with the chosen answer
-        chosen_column, chosen, asked = column, asked, _without_last(asked)
+    elif question is not None and question.turns[-1].role == "assistant":  # ms-swift: the conversation ends with the chosen answer
+        chosen_column, chosen, question = column, question, _without_last(question)
     else:
         raise DataError("row: key 'chosen' is missing; add it, or end the conversation with the chosen answer")
     rejected = _answers(row[rejected_column], rejected_column) if rejected_column else None
-    columns = [(column, asked), (chosen_column, chosen), (rejected_column, rejected)]
+    columns = [(column, question), (chosen_column, chosen), (rejected_column, rejected)]
     further = {name: spoken.further for name, spoken in columns if spoken is not None and any(spoken.further)}
-    if asked is None:
-        asked = _shared(chosen, rejected)
-    answers = [None if spoken is None else _after(asked, spoken) for spoken in (chosen, rejected)]
+    if question is None:
+        question = _shared(chosen, rejected)
+    answers = [None if spoken is None else _after(question, spoken) for spoken in (chosen, rejected)]
     assert answers[0] is not None
-    return (*used, chosen_column), asked, answers[0], answers[1], further
+    return (*used, chosen_column), question, answers[0], answers[1], further
 
 
 def _answers(value: Any, key: str) -> Spoken:
@@ -145,13 +145,13 @@ def _shared(chosen: Spoken, rejected: Spoken | None) -> Spoken:
     return Spoken(turns, chosen.pictures, chosen.further) if turns else _nothing()
 
 
-def _after(asked: Spoken, answer: Spoken) -> str:
+def _after(question: Spoken, answer: Spoken) -> str:
     """Return the single answer after the question, which a complete conversation repeats."""
-    repeats = answer.turns[: len(asked.turns)] == asked.turns
-    if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != asked.pictures:
+    repeats = answer.turns[: len(question.turns)] == question.turns
+    if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:
         remedy = "name those of the rejected answer in 'rejected_images', and the others once"
         raise DataError(f"row: what is asked, chosen and rejected name different pictures in their messages; {remedy}")
-    turns = answer.turns[len(asked.turns) :] if repeats else answer.turns
+    turns = answer.turns[len(question.turns) :] if repeats else answer.turns
     if len(turns) != 1:
         raise DataError(f"row: an answer of {len(turns)} turns; chosen and rejected must differ in one answer of the assistant, the last")
     return answer_of(turns[0])

@@ -93,10 +93,10 @@ class WebDataset:
             raise DataError(
                 f"sample {row.get('__key__')!r} has members that differ in upper and lower case alone ({', '.join(given)}); keep one"
             )
-        said = row.pop("json", {})
-        if not isinstance(said, Mapping):
-            raise DataError(f"sample {row.get('__key__')!r}: its json is a {type(said).__name__}, not an object; write it as {{...}}")
-        said = without_nulls(said, self.ignore)
+        json_row = row.pop("json", {})
+        if not isinstance(json_row, Mapping):
+            raise DataError(f"sample {row.get('__key__')!r}: its json is a {type(json_row).__name__}, not an object; write it as {{...}}")
+        json_row = without_nulls(json_row, self.ignore)
         picture = only(row, PICTURES, "are pictures")
         labels: dict[str, Any] = {"label": self.label, "true": self.true, "false": self.false, "ignore": self.ignore}
         for keys, read in (
@@ -104,19 +104,19 @@ class WebDataset:
             (("messages", "completion"), Messages(**labels)),
             (("chosen", "rejected"), Preference(self.ignore)),
         ):
-            if any(key in said for key in keys):
+            if any(key in json_row for key in keys):
                 if self.caption:
                     problem = f"its json has {keys[0]!r}, and caption={self.caption} would not be read; leave the option out"
                     raise DataError(f"sample {row.get('__key__')!r}: {problem}")
-                return read, {"id": row.get("__key__"), **_about_sample(said, row, picture)}
-        if not picture and (named := [key for key in ("image", "jpg", "png") if isinstance(said.get(key), str)]):
-            row["image"], picture = said[named[0]], "image"
+                return read, {"id": row.get("__key__"), **_about_sample(json_row, row, picture)}
+        if not picture and (named := [key for key in ("image", "jpg", "png") if isinstance(json_row.get(key), str)]):
+            row["image"], picture = json_row[named[0]], "image"
         if not picture:
             raise DataError(
                 f"sample {row.get('__key__')!r} has no picture ({', '.join(row)}); its member must end in one of {', '.join(PICTURES)}"
             )
         texts = [
-            only(row, members, "are texts") or next((key for key in keys if key in said), "")
+            only(row, members, "are texts") or next((key for key in keys if key in json_row), "")
             for members, keys in ((_TEXTS, ("caption", "text")), (_NEGATIVE_TEXTS, ("negative_caption", "neg_caption")))
         ]
         texts[0] = self.caption or texts[0]
@@ -131,14 +131,14 @@ class WebDataset:
             "negative_image": only(row, _NEGATIVE, "are negative pictures"),
             "id": "__key__",
         }
-        return _Members(**columns, json=self.json, ask=self.ask, **labels), {**said, **row}
+        return _Members(**columns, json=self.json, ask=self.ask, **labels), {**json_row, **row}
 
 
-def _about_sample(said: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
+def _about_sample(json_row: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
     """Return a row about the sample's picture; the picture's name in the row and further members are kept as metadata."""
     kept = {f"sample.{key}": value for key, value in row.items() if key not in ("__key__", picture)}
-    named = [key for key in IMAGES if key in said and (not isinstance(said[key], list) or len(said[key]) == 1)]
-    if not picture or (len(named) != 1 and any(key in said for key in IMAGES)):
-        return {**said, **kept}
-    others = {key: value for key, value in said.items() if key not in IMAGES}
-    return {**others, **kept, "image": row[picture], **{f"json.{key}": said[key] for key in named}}
+    named = [key for key in IMAGES if key in json_row and (not isinstance(json_row[key], list) or len(json_row[key]) == 1)]
+    if not picture or (len(named) != 1 and any(key in json_row for key in IMAGES)):
+        return {**json_row, **kept}
+    others = {key: value for key, value in json_row.items() if key not in IMAGES}
+    return {**others, **kept, "image": row[picture], **{f"json.{key}": json_row[key] for key in named}}
