@@ -34,7 +34,9 @@ from cfvlm_ds.models.model_files import explained
 
 
 class TreeTokens(NamedTuple):
-    """Number of tokens of a tree, and of its prompt with its longest text alone, which is the least that one forward can hold."""
+    """Size of a tree in tokens: ``whole`` with all its texts, and ``least`` with its longest text alone, which is the smallest forward that
+    can score that text.
+    """
 
     whole: int
     least: int

@@ -31,7 +31,7 @@ from cfvlm_ds.core.verbosity import shows_progress
 
 @dataclass(frozen=True)
 class World:
-    """This process among its ranks: rank, world size, local rank and device."""
+    """Position of this process in the launch: rank, world size, local rank and device."""
 
     rank: int
     size: int

@@ -182,7 +182,8 @@ def _loaded(text: str, decoder: json.JSONDecoder, frames: int) -> Any:
     return json.loads(text) if text.startswith("\ufeff") else decoder.decode(text)  # the former reports the byte-order mark
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object. Raises DuplicateKey for a key that occurs twice."""
     result = dict(pairs)
     if len(result) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
@@ -190,4 +191,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would build one for each text
+_DECODER = json.JSONDecoder(object_pairs_hook=object_of)  # json.loads would build one for each text

@@ -99,15 +99,6 @@ def refuse_filled(folder: Path) -> None:
         raise ConfigError(f"{folder} is there and not empty, and would be replaced; {remedy}")
 
 
-def refuse_one_file(*outputs: Path) -> None:
-    """Raise ConfigError if two outputs of a command are the same file."""
-    seen: dict[str, Path] = {}
-    for path in outputs:
-        if (key := os.path.realpath(path)) in seen:
-            raise ConfigError(f"{path} would be written twice, with different contents; give each output a name of its own")
-        seen[key] = path
-
-
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:
     """Check an output path as ``output_file`` does, and raise ConfigError for an existing file that is not empty and that ``writer`` did
     not write.

@@ -117,11 +117,6 @@ def _id_key(group_id: str) -> int:
     return hashed(group_id) or 1
 
 
-def _image_key(image: Pictures) -> int:
-    """Hash an image by the keys of its pictures."""
-    return hashed(np.array([picture_key(picture) for picture in image], np.uint64).tobytes())
-
-
 def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[tuple[int, str]]:
     """Yield the groups whose id an earlier group has, each with a message; ids with equal hashes are compared as texts."""
     ordered = np.sort(ids)
@@ -155,7 +150,7 @@ def check_texts(
 
 @dataclass(frozen=True)
 class _Texts:
-    """Work of the third pass on a chunk of groups; returns its report, and the visual tokens of its images by key."""
+    """Third pass over a chunk of groups; returns its report, and the visual tokens of its images by key."""
 
     store: GroupStore
     lengths: Lengths | None
@@ -182,7 +177,8 @@ class _Texts:
                     tokens = lengths.visual_tokens(shown)  # raises for a picture that the model cannot take
                     sizes.add(shown)
                     if image:
-                        images.setdefault(_image_key(image), tokens)
+                        keys = np.array([picture_key(picture) for picture in image], np.uint64)
+                        images.setdefault(hashed(keys.tobytes()), tokens)
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: {', '.join(map(str, image))}: {error}")
         unseen = (_SOME_SIZE,) * group.num_pictures

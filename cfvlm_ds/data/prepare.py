@@ -288,9 +288,12 @@ class _Job:
         if not len(rows):
             raise DataError(f"{problems[0]} (and none of the {left_out} groups can be used)")
         tables = [_written(self.out / ROW_KEYS, keys.rows), _written(self.out / PICTURE_KEYS, keys.pictures)]
+        most_pixels = 0
         if pictures is not None:
             order = np.argsort(pictures["name"], kind="stable")
-            table = PictureTable(pictures["name"][order], pictures["facts"][order])
+            facts = pictures["facts"]
+            most_pixels = int((facts["width"].astype(np.int64) * facts["height"]).max(initial=0))
+            table = PictureTable(pictures["name"][order], facts[order])
             with _summed(self.out / PICTURES) as written:
                 for part in table.parts():
                     written.write(part)
@@ -314,7 +317,7 @@ class _Job:
             "identity": identity,
             "found": {
                 "images": self.report.num_images,
-                "most_pixels": 0 if pictures is None else _most_pixels(pictures["facts"]),
+                "most_pixels": most_pixels,
                 "false_cells": self.report.num_false_cells,
                 "metadata": self.report.unused if self.report.metadata else "",
                 "left_out": left_out,
@@ -473,10 +476,6 @@ def _read(file: Path, key: str) -> str | None:
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
         return str(read_json(file)[key])
     return None
-
-
-def _most_pixels(facts: Array) -> int:
-    return int((facts["width"].astype(np.int64) * facts["height"]).max(initial=0))
 
 
 def _begun(out: Path, stamp: str) -> Path:

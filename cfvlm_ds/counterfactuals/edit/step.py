@@ -22,7 +22,7 @@ from cfvlm_ds.counterfactuals.edit.outside import png
 from cfvlm_ds.counterfactuals.options import EditOptions, named
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.decoding import MAX_BYTES
-from cfvlm_ds.data.picture_file import picture_bytes
+from cfvlm_ds.data.picture_file import picture_bytes, tar_member
 
 STEP = "edit"
 _CHANGED = 24  # smallest difference, in levels of 255, that a composite keeps
@@ -186,8 +186,5 @@ class _Tar(Journal):
 
     def add(self, name: str, content: bytes) -> dict[str, int]:
         """Append a picture and return its place. Its record is written afterwards."""
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        header = member.tobuf(tarfile.USTAR_FORMAT)
-        start = self.append(header + content + bytes(-len(content) % tarfile.BLOCKSIZE))
-        return {"start": start + len(header), "length": len(content)}
+        start = self.append(tar_member(name, content))
+        return {"start": start + tarfile.BLOCKSIZE, "length": len(content)}

@@ -110,6 +110,6 @@ def _stem(word: str) -> str:
 
 
 def _kept_between(differs: Difference) -> int:
-    """Count the unchanged words with a meaning between two changes: one in "red big dog" to "blue big cat"."""
+    """Count the content words that stay the same between two changed words, such as "big" between "red big dog" and "blue big cat"."""
     common = Counter(differs.before) & Counter(differs.after)
     return sum(count for word, count in common.items() if word not in EMPTY_WORDS and word.isalnum())

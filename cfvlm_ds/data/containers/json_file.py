@@ -7,13 +7,12 @@ key of the captions. In an object of numbered rows, as SugarCrepe's, the values 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import TooLarge, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.reading import DuplicateKey, TooLarge, object_of, open_regular, parse_json, read_bytes
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 MAX_JSON = 4 << 30
@@ -49,11 +48,10 @@ def json_rows(path: Path) -> Rows:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
-    value = dict(pairs)
-    if len(value) == len(pairs):
-        return value
-    (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-    return DataError(f"key {twice!r} occurs twice in one object; keep one of them")
+    try:
+        return object_of(pairs)
+    except DuplicateKey as error:
+        return DataError(str(error))
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)

@@ -68,7 +68,7 @@ class Captions:
         edit: column of the edit type of the counterfactuals, which names a row of results.
         id: column of the group's id.
         ask: prompt of rows without one; empty for no prompt.
-        paired: whether equally many negative captions and negative pictures belong together.
+        paired: whether negative caption k is true of negative picture k, if there are as many of each.
         label: column that marks the caption as true or false; a list for a list of captions.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
