@@ -36,7 +36,7 @@ Pictures: TypeAlias = tuple[Path, ...]
 """Pictures of one image entry: usually one, several if the prompt shows several, none for text alone."""
 
 Cells = Literal["anchor", "matched", "star", "full", "batch"]
-"""Which cells of a group are scored, each set containing the one before.
+"""Sets of scored cells of a group; each of the first four contains the one before it.
 
 - ``anchor``: the factual pair;
 - ``matched``: every true pair;

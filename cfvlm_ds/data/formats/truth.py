@@ -42,7 +42,7 @@ _MEANS_FALSE = frozenset((
 
 _NAMES = {*_TRUTHS, *_MEANS_FALSE, "label", "labels", "cls", "truth", "target", "gt", "kto", "answer", "verdict"} - {"t", "f", "n"}
 _WEIGHTS = {"score", "weight", "loss", "quality", "rating", "similarity", "reward", "keep", "verified", "usable"}
-"""Words in the names of labels, whose 0 or 1 counts even if all rows have the same value, and of weights, whose 0 does."""
+"""Words in column names. If all rows have the same 0 or 1, a column is a label by _NAMES, and one of 0 also by _WEIGHTS."""
 
 _FALSE_TEXTS = _MEANS_FALSE | {
     "neg", "negatives", "negated", "distractor", "distractors", "perturbed", "swapped", "corrupted", "altered", "adversarial", "contrast",
