@@ -1,4 +1,4 @@
-"""Download of pictures that rows name by URL, or contain as base64 text, into files, before anything is trained on them.
+"""Picture download: pictures that rows name by URL, or contain as base64 text, become files before training.
 
 No other module opens a connection for pictures. Each picture is limited in size and time, checked to be an image, and named by a hash of
 its address, so that a second run fetches only the missing ones.

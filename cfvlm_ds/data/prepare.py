@@ -179,7 +179,7 @@ class _Job:
         if strict and self.report.problems:
             return False
         table = None if pictures is None else PictureTable(pictures["key"], pictures["facts"])
-        names = partial(_packed_name, out, pictures) if self.options.pack and pictures is not None else None
+        names = partial(_embedded_path, out, pictures) if self.options.pack and pictures is not None else None
         writer = RowLines(source, out if self.options.pack else source.roots[0], table, broken, frozenset(seen.repeats), names)
         progress = Progress(self.say, "rows", len(source) / self.of, "groups")
         for number in files.missing(self.shard, self.of):
@@ -406,7 +406,7 @@ def _absolute(picture: Path) -> Path:
     return Path(os.path.abspath(picture))
 
 
-def _packed_name(out: Path, pictures: Array, picture: Path) -> Path:
+def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
     """Return the path of a picture in a tar of the store."""
     if (at := find(pictures["key"], picture_key(picture))) is None:
         raise DataError(f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and prepare it again")

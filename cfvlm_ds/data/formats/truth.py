@@ -150,7 +150,7 @@ def leaves(row: Mapping[str, Any], every: Collection[str] = (), before: str = ""
     """Yield name and value of the leaves of a row; ``a.b`` is ``b`` within ``a``, which is an object, a JSON text of one, or a list of
     objects.
 
-    Of a list, only the last object is searched, as the answer is the last of messages; of a column in ``every``, all objects are.
+    In a list, only the last object is searched, because the last message is the answer; in a column in ``every``, all objects are.
     """
     for key, value in row.items():
         items = value if isinstance(value, list) and value else [value]
