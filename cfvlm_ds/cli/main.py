@@ -18,7 +18,7 @@ from cfvlm_ds.cli.options import Parser, add_function, add_verbosity, refuse_emp
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.secrets import mask_tracebacks
-from cfvlm_ds.core.verbosity import asked, show
+from cfvlm_ds.core.verbosity import selected_verbosity, show
 
 _BEFORE_TRAIN = ("--local_rank", "--quiet", "--verbose")
 """What may stand before the command: DeepSpeed's launcher puts its own option first."""
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mask_tracebacks()
     print_anything()
     arguments, unknown = parser().parse_known_args([each for each in given[:first] if not each.startswith("--local_rank=")] + given[first:])
-    show(asked(arguments.quiet, arguments.verbose))
+    show(selected_verbosity(arguments.quiet, arguments.verbose))
     if unknown:
         exit_cleanly(lambda: refuse_unknown(arguments.asked_for, unknown))
 
