@@ -17,9 +17,9 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
 Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
 The default objective takes --steps; the other arms take as many as the same processor seconds allow, by two short runs beside two of its.
 Rivals that need scores of the base have them from a file that is written once, which their time does not count.
-benchmarks/learning/ holds one JSON per run, written as it ends, so that seeds and rates may be added later and on another machine. A run
-whose JSON is there is not made again; to repeat a table, move the JSON files of its runs away first.
---choose_rates decides by the validation split, which no table shows; benchmarks/learning/rates/ holds those runs, a JSON each.
+benchmarks/learning/runs.jsonl gets a line per run as it ends, so that seeds and rates may be added later and on another machine. A run
+with a line there is not made again; to repeat a table, delete the lines of its runs first.
+--choose_rates decides by the validation split, which no table shows; benchmarks/learning/rates.jsonl holds those runs.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ from typing import Any
 from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, SHARP, STEPS, VALIDATION, WORLD, Job, lengthened, rows_of
 from learning_shown import TABLES, Record, missing, text_of
 from learning_tables import BEST, choices, figure, over_time, renew_pages, tables, told
+from records import RATE_RUNS, RUNS, add_record, read_records
 
 REPO = Path(__file__).resolve().parent.parent
 DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
 """What the demo prints beside its own run: of the base, of NLL on all pairs and of the default objective."""
-BASE = RECORDS / "base.json"
-"""Group accuracy of the base, of the first run alone."""
+BASE = "base"
+"""Name of the record of the base's group accuracies, which the first run writes."""
 PAGES = (RECORDS.with_name("RESULTS.md"), RECORDS.with_name("TRIALS.md"))
 """What --report writes tables into."""
 CHOICE_SEEDS = 2
@@ -101,34 +102,32 @@ def show(arguments: argparse.Namespace, name: str) -> None:
     """One table, after the runs that it lacks; the base's accuracies are of the first run of the default."""
     table = TABLES[name]
     arguments.num_test = table.num_test or arguments.num_test
-    needed = dict.fromkeys([*([] if BASE.exists() else [Job(*SHOWN["default"], 0)]), *table.jobs])
-    (RECORDS / "rates").mkdir(parents=True, exist_ok=True)
-    run_missing(arguments, [job for job in needed if not job.record.exists()])
-    print(text_of(table, records_by_name(), json.loads(BASE.read_text())) + "\n", flush=True)
-
-
-def records_by_name() -> dict[str, Record]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json")) if path != BASE}
+    done = read_records(RECORDS / RUNS)
+    needed = dict.fromkeys([*([] if BASE in done else [Job(*SHOWN["default"], 0)]), *table.jobs])
+    run_missing(arguments, list(needed))
+    named = read_records(RECORDS / RUNS)
+    print(text_of(table, named, named.pop(BASE)) + "\n", flush=True)
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    (RECORDS / "rates").mkdir(parents=True, exist_ok=True)
     if arguments.grid:
         tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in ("default", *GRID) for rate in arguments.rates]
-        run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
+        run_missing(arguments, tried, choose=True)
         return
     for seed in range(CHOICE_SEEDS if arguments.choose_rates else 0):
         tried = [Job(arm, rate, seed) for arm in arguments.arms for rate in rates_to_try(arm, seed)]
-        run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
+        run_missing(arguments, tried, choose=True)
     rates = {arm: best_rates(arm, CHOICE_SEEDS)[:1] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
     ways = itertools.product(arguments.capabilities, arguments.threads, arguments.steps, arguments.groups, arguments.noise, arguments.more)
     places = itertools.product(range(arguments.seeds), ways, arguments.arms)
     jobs = [Job(arm, rate, seed, *way) for seed, way, arm in places for rate in rates[arm]]
-    run_missing(arguments, [job for job in jobs if not job.record.exists()])
+    run_missing(arguments, jobs)
 
 
 def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = False) -> None:
-    if not jobs:
+    """Run the jobs that have no record, ``arguments.jobs`` at a time."""
+    done = read_records(RECORDS / (RATE_RUNS if choose else RUNS))
+    if not (jobs := [job for job in jobs if job.name not in done]):
         return
     prepare(arguments, jobs)
     timed = {(job.arm, job.more) for job in jobs if job.arm not in (*GRID, *SHARP, "default")}
@@ -177,8 +176,7 @@ def rates_to_try(arm: str, seed: int) -> Sequence[str]:
 def best_rates(arm: str, seeds: int) -> list[str]:
     """Those that the first ``seeds`` seeds have tried, by their mean on the validation split, the best first; of equals the lower."""
     found: dict[str, dict[int, float]] = {}
-    for path in sorted((RECORDS / "rates").glob("*.json")):
-        record = json.loads(path.read_text())
+    for record in read_records(RECORDS / RATE_RUNS).values():
         if record["arm"] == arm and record["seed"] < seeds and record["rate"] in KNOWN[arm].rates:
             found.setdefault(record["rate"], {})[record["seed"]] = record[VALIDATION]
     means = {rate: statistics.mean(of_seed.values()) for rate, of_seed in found.items() if len(of_seed) == seeds}
@@ -190,7 +188,7 @@ def run_choice(arguments: argparse.Namespace, job: Job, steps: int) -> None:
     spent = train(arguments, folder, job, steps, {VALIDATION: arguments.num_validation})
     found = json.loads((folder / "results.json").read_text())[VALIDATION][-1]["metrics"]["group"]
     record = {**asdict(job), "steps": steps, "processor_seconds": round(spent), "processor": processor(), VALIDATION: found}
-    job.choice.write_text(json.dumps(record, indent=1) + "\n")
+    add_record(RECORDS / RATE_RUNS, job.name, record)
     print(f"{job.name}: {steps} steps, validation {found:.1f}", flush=True)
 
 
@@ -218,14 +216,15 @@ def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
     folder = arguments.out / job.name
     go_on_from_choice(arguments.out / "rates" / job.name, folder, steps)
     limits = {"combo": arguments.num_test, **dict.fromkeys(("yes_no", "choice", "count"), arguments.num_questions)}
-    spent = train(arguments, folder, job, steps, limits, start=not BASE.exists() and job.seed == 0 and job.arm == "default")
+    spent = train(
+        arguments, folder, job, steps, limits, start=BASE not in read_records(RECORDS / RUNS) and job.seed == 0 and job.arm == "default"
+    )
     found = {
         split: {row["name"]: {"groups": row["num"], "group": row["metrics"]["group"]} for row in rows}
         for split, rows in json.loads((folder / "results.json").read_text()).items()
     }
-    if (start := folder / "results_start.json").exists():
-        rows = {split: {edit: metrics["group"] for edit, metrics in rows.items()} for split, rows in json.loads(start.read_text()).items()}
-        BASE.write_text(json.dumps(rows, indent=1) + "\n")
+    if changes := json.loads((folder / "before_after.json").read_text()):
+        add_record(RECORDS / RUNS, BASE, before(changes))
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     factual = [row["logp/lp_00"] for row in logged if "logp/lp_00" in row]
     record = {
@@ -237,9 +236,17 @@ def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
         "results": found,
         "nll": {split: rows[-1].get("nll") for split, rows in json.loads((folder / "results.json").read_text()).items()},
     }
-    job.record.write_text(json.dumps(record, indent=1) + "\n")
+    add_record(RECORDS / RUNS, job.name, record)
     combo = found["combo"]
     print(f"{job.name}: {steps} steps, relation {combo['relation']['group']:.1f}, all {combo['all']['group']:.1f}", flush=True)
+
+
+def before(changes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return group accuracies before the training by set and edit."""
+    found: dict[str, dict[str, float]] = {}
+    for row in changes:
+        found.setdefault(row["set"], {})[row["edit"]] = row["before"]
+    return found
 
 
 def go_on_from_choice(choice: Path, folder: Path, steps: int) -> None:
@@ -322,12 +329,12 @@ def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    named = records_by_name()
+    named = read_records(RECORDS / RUNS)
+    base = named.pop(BASE, None)
     records = list(named.values())
-    if not records or not BASE.exists():
+    if not records or base is None:
         sys.exit(f"{RECORDS} holds no results; run without --report first")
-    base = json.loads(BASE.read_text())
-    chosen = [json.loads(path.read_text()) for path in sorted((RECORDS / "rates").glob("*.json"))]
+    chosen = list(read_records(RECORDS / RATE_RUNS).values())
     text = "\n\n".join([*tables(records, base), *([choices(chosen)] if chosen else [])])
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "learning.md").write_text(text + "\n")

@@ -126,15 +126,6 @@ class Job:
         parts += [f"noise{self.noise}" if self.noise else "", f"more{self.more}" if self.more else ""]
         return "-".join(part for part in parts if part)
 
-    @property
-    def record(self) -> Path:
-        return RECORDS / f"{self.name}.json"
-
-    @property
-    def choice(self) -> Path:
-        """Of the run by which a rate is chosen."""
-        return RECORDS / "rates" / f"{self.name}.json"
-
     def world(self, out: Path) -> Path:
         """The folder of the scenes that it trains on."""
         parts = [f"{KNOWN[self.arm].counterfactuals}" if KNOWN[self.arm].counterfactuals > 1 else ""]

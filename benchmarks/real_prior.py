@@ -15,8 +15,8 @@ Parts, each of which goes on where it was stopped:
   objective. The default takes --steps, the others as many as the same processor seconds allow, by the difference of two short runs.
 
 A quarter of the things are held out: they are in the natural captions, and in no counterfactual group of training; the tests show changes
-of these alone. benchmarks/real_prior/ holds one JSON for each part, arm and seed, written as it ends, and those by which a rate was
-chosen.
+of these alone. benchmarks/real_prior/ gets a line for each part, arm and seed in runs.jsonl as it ends, and in rates.jsonl for those by
+which a rate is chosen.
 
 On one core of an EPYC with bfloat16 instructions: model and pictures 2 minutes, the tower 11, the projector 8, the base 20 and 5 for its
 evaluation, scores of the base for DPO 8, a choice of a rate 4 to 5 (twelve of them), an arm and seed 14 (twelve of them): five hours.
@@ -43,6 +43,7 @@ import prior_projector
 from learning import processor, run_process
 from learning_arms import NO_CONTRAST
 from learning_tables import half_width, renew_pages
+from records import RATE_RUNS, RUNS, add_record, read_records
 
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
@@ -125,12 +126,11 @@ ARMS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     if not options.report:
-        (options.records / "rates").mkdir(parents=True, exist_ok=True)
         options.out.mkdir(parents=True, exist_ok=True)
         for part in PARTS:  # each needs those before it
             if part in options.parts:
                 {"model": model, "pictures": pictures, "base": base, "arms": arms}[part](options)
-    if not options.report and not list(options.records.glob("base.json")):
+    if not options.report and "base" not in read_records(options.records / RUNS):
         return
     found = list(tables(options.records))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def evaluated(
     options: argparse.Namespace, of: Path, name: str, splits: Sequence[str], limit: int = 0, about: dict[str, Any] | None = None
 ) -> None:
     """Write the record of an untrained model's accuracies, by ``cfvlm-ds evaluate``."""
-    if (options.records / f"{name}.json").exists():
+    if name in read_records(options.records / RUNS):
         return
     manifests = [str(options.out / "data" / f"{split}.jsonl") for split in splits]
     folder = options.out / f"evaluated-{name}"
@@ -244,7 +244,7 @@ def evaluated(
 
 
 def keep(options: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
-    (options.records / f"{name}.json").write_text(json.dumps(found | {"processor": processor()}, indent=1) + "\n")
+    add_record(options.records / RUNS, name, found | {"processor": processor()})
 
 
 # arms -----------------------------------------------------------------------------------------------------------------------------------
@@ -266,7 +266,8 @@ class Job:
 def arms(options: argparse.Namespace) -> None:
     if options.table:
         shown = [Job(arm, rate, seed) for (arm, rate), seeds in SHOWN.items() for seed in range(seeds)]
-        if not (jobs := [job for job in shown if not (options.records / f"{job.name}.json").exists()]):
+        done = read_records(options.records / RUNS)
+        if not (jobs := [job for job in shown if job.name not in done]):
             return
         options.arms = sorted({job.arm for job in jobs})
     seconds = {arm: seconds_per_step(options, arm) for arm in sorted({"default", *options.arms})}
@@ -274,16 +275,16 @@ def arms(options: argparse.Namespace) -> None:
     budget = options.steps * seconds["default"]
     if options.table:
         for job in jobs:
-            run(options, job, max(1, round(budget / seconds[job.arm])), TESTS, "")
+            run(options, job, max(1, round(budget / seconds[job.arm])), TESTS)
         return
     if options.choose_rates:
         for arm in options.arms:
             for job in (Job(arm, rate, 0) for rate in ARMS[arm].rates):
-                run(options, job, max(1, round(budget / 3 / seconds[arm])), ["validation"], "rates")
+                run(options, job, max(1, round(budget / 3 / seconds[arm])), ["validation"], RATE_RUNS)
     for seed in range(options.seeds):
         for arm in options.arms:
             rate = best_rate(options.records, arm) if options.choose_rates else options.rate
-            run(options, Job(arm, rate, seed), max(1, round(budget / seconds[arm])), TESTS, "")
+            run(options, Job(arm, rate, seed), max(1, round(budget / seconds[arm])), TESTS)
 
 
 def seconds_per_step(options: argparse.Namespace, arm: str) -> float:
@@ -293,10 +294,9 @@ def seconds_per_step(options: argparse.Namespace, arm: str) -> float:
 
 def best_rate(records: Path, arm: str) -> str:
     """The rate of the best mean group accuracy over edits on the validation split; of equals the lower."""
-    tried = [json.loads(path.read_text()) for path in sorted((records / "rates").glob(f"{arm}-*.json"))]
-    tried = [each for each in tried if each["arm"] == arm]
+    tried = [each for each in read_records(records / RATE_RUNS).values() if each["arm"] == arm]
     if not tried:
-        raise SystemExit(f"{records / 'rates'} has no run of {arm}; run --parts arms --choose_rates")
+        raise SystemExit(f"{records / RATE_RUNS} has no run of {arm}; run --parts arms --choose_rates")
     return str(max(sorted(tried, key=lambda each: float(each["rate"])), key=lambda each: validated(each))["rate"])
 
 
@@ -304,10 +304,10 @@ def validated(record: dict[str, Any]) -> float:
     return statistics.mean(each["group"] for each in record["results"]["validation"].values())
 
 
-def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str], kind: str) -> None:
-    """Train and evaluate, unless the record is there; weights are not kept."""
-    record, name = options.records / kind / f"{job.name}.json", f"{kind or 'arm'}-{job.name}"
-    if record.exists():
+def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str], file: str = RUNS) -> None:
+    """Train and evaluate, unless ``file`` has the record; weights are not kept."""
+    records, name = options.records / file, f"{'rates' if file == RATE_RUNS else 'arm'}-{job.name}"
+    if job.name in read_records(records):
         return
     spent = arm_train(options, name, job, steps, splits)
     folder = options.out / name
@@ -316,7 +316,7 @@ def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str]
     found = {**asdict(job), "steps": steps, "processor_seconds": round(spent), "processor": processor()}
     found |= {"natural_nats_per_token": {"first": round(factual[0], 3), "last": round(factual[-1], 3)}}
     found |= {"results": accuracies(folder / "results.json")}
-    record.write_text(json.dumps(found, indent=1) + "\n")
+    add_record(records, job.name, found)
     for path in folder.glob("checkpoint-*/*.pt"):
         path.unlink()
     print(f"{name}: {steps} steps, {json.dumps(found['results'][splits[0]])}", flush=True)
@@ -383,11 +383,12 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 def tables(records: Path) -> Iterator[str]:
     """What is there: the arms beside the base, each edit, each run."""
-    runs = [json.loads(path.read_text()) for path in sorted(records.glob("*-seed*.json"))]
+    named = read_records(records / RUNS)
+    runs = [record for name, record in named.items() if "-seed" in name]
     shown: list[tuple[str, list[dict[str, Any]]]] = []
     for name, title in (("language_model", "SmolLM2, before any picture"), ("base", "base")):
-        if (path := records / f"{name}.json").exists():
-            shown.append((title, [json.loads(path.read_text())]))
+        if name in named:
+            shown.append((title, [named[name]]))
     keys = sorted({(each["arm"], each["rate"]) for each in runs}, key=lambda key: (list(ARMS).index(key[0]), float(key[1])))
     for key in keys:
         found = sorted((each for each in runs if (each["arm"], each["rate"]) == key), key=lambda each: each["seed"])
@@ -396,8 +397,7 @@ def tables(records: Path) -> Iterator[str]:
         raise SystemExit(f"{records} holds no results; run without --report first")
     yield table("held-out things, %", SUMMARY, shown)
     yield table("by edit, %", BY_EDIT, shown)
-    tried = [json.loads(path.read_text()) for path in (records / "rates").glob("*.json")]
-    if tried:
+    if tried := list(read_records(records / RATE_RUNS).values()):
         yield choices(tried)
     yield table(
         "each run, %", SUMMARY, [(f"{title}, seed {each['seed']}", [each]) for title, found in shown for each in found if "seed" in each]

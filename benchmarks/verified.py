@@ -9,7 +9,7 @@ and `data verify` with the package's base and with --model, under each question 
 kind, with no margin and with the margin and drop that half of the sources, labelled, call for; precision and recall are of the other half.
 Then the base is trained on what the best of these verdicts keep, on what nothing has judged, and on exact edits: same sources, steps and
 schedule.
-A work folder goes on where it was; benchmarks/verified/ holds one JSON per run, written as it ends. On a core of an EPYC a source takes
+A work folder goes on where it was; benchmarks/verified/runs.jsonl gets a line per run as it ends. On a core of an EPYC a source takes
 0.3 s for each scorer and question (some ten candidates), and a training of 1000 steps some 6 minutes, evaluation included.
 """
 
@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from learning import before
+from records import RUNS, add_record, read_records
 
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import ConfigError
@@ -142,8 +144,8 @@ def verdicts(arguments: argparse.Namespace, work: Path, truth: Truth) -> None:
 
 def judged(arguments: argparse.Namespace, work: Path, truth: Truth, scorer: str, model: str, question: str, rules: tuple[str, ...]) -> None:
     name = "-".join(["verdicts", scorer, *question.lower().split()])
-    file, own = arguments.records / f"{name}.json", arguments.out / name
-    if file.exists():
+    file, own = arguments.records / RUNS, arguments.out / name
+    if name in read_records(file):
         return
     if not (own / "edit.json").exists():  # the same candidates, verified for themselves
         shutil.rmtree(own, ignore_errors=True)
@@ -164,7 +166,7 @@ def judged(arguments: argparse.Namespace, work: Path, truth: Truth, scorer: str,
     found = about | {"candidates": len(records), "faults": Counter(fault for _, fault in truth.values()), "processor": processor()}
     found |= {"right": sum(truth[each["edit"], each["attempt"]][0] for each in records)}
     found |= {"rules": {rule: by_rule(records, truth, rule) for rule in rules}}
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    add_record(file, name, found)
 
 
 def by_rule(records: list[dict[str, Any]], truth: Truth, rule: str) -> dict[str, Any]:
@@ -245,15 +247,14 @@ def trainings(arguments: argparse.Namespace, scenes: Path, work: Path, truth: Tr
         about = {"arm": arm, "groups": len(rows), "right": ratio(sum(right), len(right)), "survival": survival.table()}
         about |= {"verdict": {key: best[key] for key in ("scorer", "question", "rule", "margin", "drop")}} if arm == "verified" else {}
         for seed in range(arguments.seeds):
-            if not (record := arguments.records / f"train-{arm}-seed{seed}.json").exists():
-                found = trained(arguments, scenes, file, arm, seed, arguments.records / "base.json")
-                record.write_text(json.dumps(about | found, indent=1) + "\n")
+            if (name := f"train-{arm}-seed{seed}") not in read_records(arguments.records / RUNS):
+                add_record(arguments.records / RUNS, name, about | trained(arguments, scenes, file, arm, seed, arguments.records / RUNS))
 
 
 def best_verdict(records: Path) -> dict[str, Any]:
     """The scorer, question, score kind, margin and drop that keep most right candidates of the labelled half at the precision; where none
     reaches it, what is most precise without a margin."""
-    listed = [json.loads(path.read_text()) for path in sorted(records.glob("verdicts-*.json"))]
+    listed = [record for name, record in read_records(records / RUNS).items() if name.startswith("verdicts-")]
     ways = [(each, rule, found) for each in listed if each["question"] for rule, found in each["rules"].items()]
     if not ways:
         raise SystemExit(f"{records} holds no verdicts; run the part verdicts first")
@@ -265,7 +266,7 @@ def best_verdict(records: Path) -> dict[str, Any]:
     return {**each, "rule": rule, "margin": 0.0, "drop": None}
 
 
-def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str, seed: int, base: Path) -> dict[str, Any]:
+def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str, seed: int, records: Path) -> dict[str, Any]:
     """Train in a process of its own, as the quickstart does; processor seconds and group accuracies."""
     folder = arguments.out / f"train-{arm}-seed{seed}"
     config = yaml.safe_load((REPO / "examples" / "quickstart.yaml").read_text())
@@ -278,7 +279,7 @@ def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str,
     config["tracking"] = {"enabled": False}
     config["train"] |= {
         "output_dir": str(folder), "max_steps": arguments.steps, "seed": seed, "save_steps": 0, "eval_steps": 0, "eval_shuffled": False,
-        "eval_on_start": not base.exists(), "figures": False, "export": False,
+        "eval_on_start": "base" not in read_records(records), "figures": False, "export": False,
     }  # fmt: skip
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
@@ -290,9 +291,8 @@ def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str,
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{folder}: exit code {process.returncode}\n{log.read_text(errors='replace')[-4000:]}")
-    if (start := folder / "results_start.json").exists():
-        rows = json.loads(start.read_text())
-        base.write_text(json.dumps({split: {kind: found["group"] for kind, found in each.items()} for split, each in rows.items()}) + "\n")
+    if changes := json.loads((folder / "before_after.json").read_text()):
+        add_record(records, "base", before(changes))
     results = json.loads((folder / "results.json").read_text())
     accuracies = {split: {row["name"]: row["metrics"]["group"] for row in rows} for split, rows in results.items()}
     spent = round(usage.ru_utime + usage.ru_stime)
@@ -303,11 +303,15 @@ def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str,
 
 
 def report(records: Path) -> None:
-    judgements = [json.loads(path.read_text()) for path in sorted(records.glob("verdicts-*.json"))]
-    runs = [json.loads(path.read_text()) for path in sorted(records.glob("train-*.json"))]
+    named = read_records(records / RUNS)
+    judgements, runs = ([record for name, record in named.items() if name.startswith(of)] for of in ("verdicts-", "train-"))
     if not judgements:
         sys.exit(f"{records} holds no results; run without --report first")
-    print("\n\n".join("\n".join(table) for table in (verdict_table(judgements), fault_table(judgements), *training_tables(records, runs))))
+    print(
+        "\n\n".join(
+            "\n".join(table) for table in (verdict_table(judgements), fault_table(judgements), *training_tables(named.get("base"), runs))
+        )
+    )
 
 
 def verdict_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -336,24 +340,23 @@ def fault_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
                     yield f"| {name}{how} | {' | '.join(percent(value) for value in kept.values())} |"
 
 
-def training_tables(records: Path, runs: list[dict[str, Any]]) -> Iterator[Iterator[str]]:
+def training_tables(base: dict[str, Any] | None, runs: list[dict[str, Any]]) -> Iterator[Iterator[str]]:
     """Group accuracy of each set over seeds, and what became of the candidates."""
     if not runs:
         return
-    yield accuracy_table(records, runs)
+    yield accuracy_table(base, runs)
     for arm in ARMS:
         if found := [run for run in runs if run["arm"] == arm]:
             yield iter([f"What became of the edits, {ARMS[arm]} ({json.dumps(found[0].get('verdict', {}))}):", "", found[0]["survival"]])
 
 
-def accuracy_table(records: Path, runs: list[dict[str, Any]]) -> Iterator[str]:
+def accuracy_table(base: dict[str, Any] | None, runs: list[dict[str, Any]]) -> Iterator[str]:
     kinds = list(runs[0]["results"]["combo"])
     questions = [split for split in runs[0]["results"] if split != "combo"]
     yield f"| group accuracy, %, held-out combinations | groups | right | seeds | steps | {' | '.join([*kinds, *questions])} |"
     yield f"|---|---:|---:|---:|---:|{'---:|' * (len(kinds) + len(questions))}"
-    if (base := records / "base.json").exists():
-        start = json.loads(base.read_text())
-        values = [start["combo"][kind] for kind in kinds] + [start[split]["all"] for split in questions]
+    if base:
+        values = [base["combo"][kind] for kind in kinds] + [base[split]["all"] for split in questions]
         yield f"| base | | | | | {' | '.join(f'{value:.1f}' for value in values)} |"
     for arm, name in ARMS.items():
         if found := [run for run in runs if run["arm"] == arm]:

@@ -1,1 +1,3 @@
-"""Groups become rows of tokens: prompts are encoded, images opened or read from the feature cache, texts packed after them as a forest."""
+"""Batching: groups become rows of tokens. Prompts are encoded, images opened or read from the feature cache, and texts packed after them as
+a forest.
+"""

@@ -1,4 +1,4 @@
-"""Micro-batches, in one forward or several: inputs that go to the engine unchanged, and what turns its log-probs into a score matrix.
+"""Micro-batches of one forward or several: inputs for the engine, and the conversion of its log-probs to a score matrix.
 
 Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 """
@@ -18,22 +18,22 @@ from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix
 
 BLANK = Path("\0/<blank image>")
-"""Stands for the mid-grey image of the blind control. A suffix tells several apart; no file has this name."""
+"""Path of the mid-grey image of the blind control, which no file can have. Several blank images are distinguished by a suffix."""
 BLANK_SIZE = (336, 336)
-"""Its width and height in pixels."""
+"""Width and height of the blank image in pixels."""
 
 STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
-"""What a rank computes when its groups cannot be read, because under ZeRO-3 the other ranks wait for its forward."""
+"""Group that a rank computes if none of its groups can be read, because under ZeRO-3 the other ranks wait for its forward."""
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
-    """The group with its images replaced by one blank image; every text but the first is neither true nor false of it."""
+    """Replace the images of a group by one blank image; every text but the first then has unknown truth."""
     blank = tuple(BLANK.with_suffix(f".{k}") for k in range(group.num_pictures))
     return replace(group, images=(blank,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
 def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The model's inputs for pictures on ``device``; their sizes, which models read on the host, stay where they are."""
+    """Move the model's inputs for pictures to ``device``, except their sizes, which models read on the host."""
     sizes = {name: image_inputs[name] for name in ("image_sizes", "image_grid_thw", "batch_num_images") if name in image_inputs}
     moved: dict[str, Any] = _mapped(image_inputs, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
     return moved | sizes
@@ -41,10 +41,10 @@ def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, A
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
+    """Inputs of one forward. The engine receives ``model_inputs`` and returns one log-prob per scored token.
 
-    ``cell`` [N] is the flat index in [G, I, C] of each scored token's cell; ``is_end`` [N] marks end-of-turn tokens; ``layout`` is that of
-    the whole micro-batch; ``num_tokens`` counts the tokens of the row, ``num_scored`` the positions from which something is predicted.
+    ``cell`` [N] is the flat index in [G, I, C] of each scored token's cell, and ``is_end`` [N] marks end-of-turn tokens. ``layout`` is that
+    of the whole micro-batch. ``num_tokens`` counts the tokens of the row, and ``num_scored`` the positions that predict a scored token.
     """
 
     model_inputs: dict[str, Any]
@@ -57,20 +57,20 @@ class Batch:
     num_scored: int
     num_images: int
     material: Any = None
-    """What the row was packed of (cfvlm_ds.batching.packing.Material), where it may be packed again."""
+    """Trees of the row (cfvlm_ds.batching.packing.Material), if it may be packed again."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on ``device``, but for sizes of pictures."""
+        """Copy the batch with its tensors on ``device``, except the sizes of pictures."""
         moved: Batch = _mapped(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
         moved.model_inputs["image_inputs"] = on_device(self.model_inputs["image_inputs"], device)
         return moved
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory that a GPU copies from while it computes; a DataLoader calls it."""
+        """Copy the batch to pinned memory, from which a GPU copies while it computes; a DataLoader calls this."""
         return _mapped(self, Tensor, Tensor.pin_memory)
 
     def __reduce__(self) -> Any:
-        """All tensors travel from process to process as one: each of them would cost a handshake of its own."""
+        """Pickle all tensors as one, because each tensor that is sent between processes costs a handshake."""
         tensors: dict[int, Tensor] = {}
         stop = 0
 
@@ -87,16 +87,16 @@ class Batch:
         return _rejoined, (skeleton, joined)
 
     def scores(self, token_logp: Tensor) -> Scores:
-        """The score matrix of the batch from the engine's output."""
+        """Convert the engine's output to the score matrix of the batch."""
         logp, end_logp = score_matrix(token_logp, self.cell, self.is_end, self.layout)
         return Scores(self.layout, logp, end_logp, self.reference, self.prior)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The groups of a rank whose gradients are computed together, in one forward or several.
+    """Groups of a rank whose gradients are computed together, in one forward or several.
 
-    ``dropped`` are groups left out, (id, reason) each.
+    ``dropped`` lists (id, reason) of the groups that were left out.
     """
 
     forwards: tuple[Batch, ...]
@@ -104,25 +104,27 @@ class MicroBatch:
 
     @property
     def layout(self) -> GroupLayout:
-        """The layout of all forwards together."""
+        """Layout of all forwards together."""
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """Return ``number`` forwards, as every rank makes under ZeRO-3: repeats of the first one, which do not count, and its own."""
+        """Return ``number`` forwards, because all ranks make equally many under ZeRO-3: copies of the first one, whose results are ignored,
+        and its own.
+        """
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 
     def scores(self, token_logp: Sequence[Tensor]) -> Scores:
         """Join the engine's outputs for the ``padded`` forwards into one score matrix."""
         own = token_logp[len(token_logp) - len(self.forwards) :]
-        found = [batch.scores(logp) for batch, logp in zip(self.forwards, own, strict=True)]
-        return found[0] if len(found) == 1 else Scores.joined(found)
+        parts = [batch.scores(logp) for batch, logp in zip(self.forwards, own, strict=True)]
+        return parts[0] if len(parts) == 1 else Scores.joined(parts)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on ``device``."""
+        """Copy the micro-batch with its tensors on ``device``."""
         return replace(self, forwards=tuple(batch.to(device) for batch in self.forwards))
 
     def pin_memory(self) -> MicroBatch:
-        """The same micro-batch in memory that a GPU copies from while it computes; a DataLoader calls it."""
+        """Copy the micro-batch to pinned memory, from which a GPU copies while it computes; a DataLoader calls this."""
         return replace(self, forwards=tuple(batch.pin_memory() for batch in self.forwards))
 
 
@@ -130,7 +132,7 @@ _ALIGNMENT = 16  # bytes
 
 
 class _Place(NamedTuple):
-    """Where in the joined bytes a tensor lies."""
+    """Offset, dtype and shape of a tensor in the joined bytes."""
 
     start: int
     dtype: torch.dtype
@@ -146,7 +148,7 @@ def _rejoined(skeleton: dict[str, Any], joined: Tensor) -> Batch:
 
 
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """``value`` with everything of ``kind`` in it changed, through dicts and dataclasses."""
+    """Apply ``change`` to everything of type ``kind`` within ``value``, through dicts and dataclasses."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What is known of a batch of groups before the forward: its cells, their tokens, and the scores that are stored for them."""
+"""Layout of a batch before the forward: its cells, their token counts, and their stored scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cfvlm_ds.data.stored_scores import StoredScores
 
 
 def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]], cells: Cells) -> GroupLayout:
-    """The layout of groups whose candidates are encoded as ``texts``, with those of their cells that ``cells`` means."""
+    """Build the layout of groups whose candidates are encoded as ``texts``, with the cells that ``cells`` selects."""
     shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
     match = torch.full(shape, -1, dtype=torch.int8)
     tokens, end_tokens = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
@@ -42,19 +42,21 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
         ids=tuple(group.id for group in groups),
         prompt=prompt,
         sources=tuple(group.source for group in groups),
-        objectives=named if any(each is not None for each in named) else (),
+        objectives=named if any(names is not None for names in named) else (),
     )
 
 
 def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
-    """Texts of other groups of the step, as answers to the factual text's prompt. Raises DataError for one that cannot be encoded."""
+    """Encode the texts of other groups of the step as answers to the factual text's prompt. Raises DataError for one that cannot be
+    encoded.
+    """
     prompt, in_batch = group.candidates[0].prompt, () if group.in_step is None else group.in_step.in_batch
     where = f"group {group.id!r}: text of group"
     return [prompts.encoded(prompt, negative.text, group.num_pictures, f"{where} {negative.group!r}") for negative in in_batch]
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """The group without texts of others that cannot be encoded: these are an error of their own group, and named there."""
+    """Return the group without texts of other groups that cannot be encoded; the error is reported for the group they belong to."""
     if group.in_step is None:
         return group
     kept = []
@@ -66,44 +68,51 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
 
 
 def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """The layout with texts of other groups of the step, encoded as ``texts``, on every image that is scored with an answer to the factual
-    text's prompt; as it is where no group has a place in a step."""
+    """Extend the layout by texts of other groups of the step, encoded as ``texts``.
+
+    They are scored on every image that is scored with an answer to the factual text's prompt. The layout is unchanged if no group has a
+    place in a step.
+    """
     steps = [group.in_step for group in groups]
     if all(step is None for step in steps):
         return layout
     assert layout.prompt is not None
     num_groups, num_images, _ = layout.valid.shape
     shape = (num_groups, max(map(len, texts)))
-    there, tokens, ends = (torch.zeros(shape, dtype=kind) for kind in (torch.bool, torch.int64, torch.int64))
+    exists, tokens, ends = (torch.zeros(shape, dtype=kind) for kind in (torch.bool, torch.int64, torch.int64))
     place, source_group, share = torch.full((num_groups,), -1), torch.full((*shape, 2), -1), torch.zeros(shape)
     for g, (step, encoded) in enumerate(zip(steps, texts, strict=True)):
         if step is None:
             continue
-        place[g], many = step.place, slice(0, len(encoded))
-        there[g, many] = True
-        tokens[g, many], ends[g, many] = torch.tensor([[len(t.text_ids), len(t.end_ids)] for t in encoded], dtype=torch.int64).view(-1, 2).T
-        source_group[g, many] = torch.tensor(
+        place[g], columns = step.place, slice(0, len(encoded))
+        exists[g, columns] = True
+        tokens[g, columns], ends[g, columns] = (
+            torch.tensor([[len(t.text_ids), len(t.end_ids)] for t in encoded], dtype=torch.int64).view(-1, 2).T
+        )
+        source_group[g, columns] = torch.tensor(
             [[negative.source_group, negative.number] for negative in step.in_batch], dtype=torch.int64
         ).view(-1, 2)
-        share[g, many] = torch.tensor([negative.share for negative in step.in_batch])
+        share[g, columns] = torch.tensor([negative.share for negative in step.in_batch])
     shown = (layout.valid & layout.same_prompt[:, :1]).any(2, keepdim=True)
 
-    def beside(own: Tensor, in_batch: Tensor) -> Tensor:
+    def extended(own: Tensor, in_batch: Tensor) -> Tensor:
         return torch.cat([own, in_batch.expand(-1, num_images, -1)], 2)
 
     return replace(
         layout,
-        valid=beside(layout.valid, there.unsqueeze(1) & shown),
-        match=beside(layout.match, torch.full((num_groups, 1, shape[1]), -1, dtype=torch.int8)),
-        num_tokens=beside(layout.num_tokens, tokens.unsqueeze(1)),
-        num_end_tokens=beside(layout.num_end_tokens, ends.unsqueeze(1)),
-        prompt=torch.cat([layout.prompt, torch.where(there, layout.prompt[:, :1], -1)], 1),
+        valid=extended(layout.valid, exists.unsqueeze(1) & shown),
+        match=extended(layout.match, torch.full((num_groups, 1, shape[1]), -1, dtype=torch.int8)),
+        num_tokens=extended(layout.num_tokens, tokens.unsqueeze(1)),
+        num_end_tokens=extended(layout.num_end_tokens, ends.unsqueeze(1)),
+        prompt=torch.cat([layout.prompt, torch.where(exists, layout.prompt[:, :1], -1)], 1),
         in_batch=InBatchNegatives(place, source_group, share),
     )
 
 
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
-    """[G, I, C] bool: the cells of ``cells``; unknown cells only under ``full``, since no objective uses them."""
+    """Return the cells that ``cells`` selects, [G, I, C] bool. Unknown cells are selected by ``full`` only,
+    because no objective uses them.
+    """
     wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
     wanted[:, 0, 0] = True
     if cells in ("matched", "star"):
@@ -120,8 +129,10 @@ def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: T
 
 
 def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """(reference [G, I, C], prior [G, C]) of the groups; 0 where they have no such cell, and for groups of a source that needs none. Of
-    other groups' texts the prior alone is stored."""
+    """Return (reference [G, I, C], prior [G, C]) of the groups; 0 in missing cells, and for groups of a source that needs no scores.
+
+    Texts of other groups have a stored prior only.
+    """
     reference = torch.zeros(layout.valid.shape)
     prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
     for g, group in enumerate(groups):
@@ -131,6 +142,6 @@ def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[Counterfa
         reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
         prior[g, : len(group.candidates)] = torch.tensor(scores.blank)
         for column, negative in enumerate(group.in_step.in_batch if group.in_step else (), layout.num_own):
-            if (of_source_group := stored.get(negative.group)) is not None:  # else of a source without scores, where no term needs a prior
+            if (of_source_group := stored.get(negative.group)) is not None:  # a source without scores has no term that needs a prior
                 prior[g, column] = of_source_group.blank[negative.number]
     return reference, prior

@@ -1,4 +1,4 @@
-"""Groups become batches: prompts are encoded, images opened, texts packed after them; groups that cannot be read are left out by name.
+"""Collator: groups become batches. Prompts are encoded, images opened, texts packed after them, and unreadable groups left out and named.
 
 Shapes: G groups, I images, C candidates.
 """
@@ -34,25 +34,27 @@ from cfvlm_ds.models.model_files import explained
 
 
 class TreeTokens(NamedTuple):
-    """Tokens of a tree, and of its prompt with its longest text alone, the least that a forward of it can have."""
+    """Size of a tree in tokens: ``whole`` with all its texts, and ``least`` with its longest text alone, which is the smallest forward that
+    can score that text.
+    """
 
     whole: int
     least: int
 
 
 class Collator:
-    """Turns a list of groups into a Batch.
+    """Converter of groups to batches.
 
     Args:
-        processor: the model's own processor.
+        processor: the model's processor.
         family: the model's family record.
         model_config: the model's configuration, for the family's position rules and the id of visual tokens.
-        cells: which cells to build.
-        max_length: the model's window in tokens; a longer row is a DataError, never truncated.
+        cells: cells to score.
+        max_length: the model's context window in tokens; a longer row is a DataError, never truncated.
         max_pixels: limit on the size of an image.
         stored: reference and blind scores by group id, for objectives that need them.
         share_prefix: put all texts of an image after one prefix; without it a tree has one text, which costs more and scores the same.
-        checked: what the data check found in the pictures; they are compared with it when they are opened.
+        checked: pictures of the data check, with which pictures are compared when they are opened.
     """
 
     def __init__(
@@ -81,28 +83,29 @@ class Collator:
 
     @cached_property
     def pictures_first(self) -> bool:
-        """Whether the chat template writes pictures before what is asked of them, so that all prompts of a picture share one tree."""
+        """True if the chat template writes pictures before the question, so that all prompts of a picture share one tree."""
         picture = (("picture", False),)
-        asked = (self.prompts.encoded(prompt, "yes", 1, "a prompt") for prompt in ("What is red?", "Is it day?"))
-        return len({_tree_of(picture, text, 0, placeholder_id(self.processor)) for text in asked}) == 1
+        encoded = (self.prompts.encoded(prompt, "yes", 1, "a prompt") for prompt in ("What is red?", "Is it day?"))
+        return len({_tree_of(picture, text, 0, placeholder_id(self.processor)) for text in encoded}) == 1
 
     def taking_features(self, cache: FeatureCache) -> Collator:
-        """The same collator, reading the vision tower's stored output for each picture in place of the picture."""
+        """Copy the collator, reading the vision tower's cached output in place of the pictures."""
         return self._changed(images=CachedFeatures(cache))
 
     def scoring_everything(self) -> Collator:
-        """The same collator building every cell, without stored scores: what evaluation needs."""
+        """Copy the collator for all cells without stored scores, as evaluation needs it."""
         return self.building("full", None)
 
     def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
-        """The same collator for other cells and stored scores."""
+        """Copy the collator for other cells and stored scores."""
         return self._changed(cells=cells, stored=stored)
 
     def of_run(
         self, cells: Cells, stored: Mapping[str, StoredScores] | None, checked: PictureTable | None, packs_again: bool = False
     ) -> Collator:
-        """The same collator for a run's cells and stored scores; pictures are compared with what was ``checked``. With ``packs_again``
-        batches keep what ``packed_again`` needs."""
+        """Copy the collator for a run's cells and stored scores, with pictures compared with ``checked``. With ``packs_again``, batches
+        keep the data that ``packed_again`` needs.
+        """
         files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
         return self._changed(cells=cells, stored=stored, files=files, images=files, packs_again=packs_again)
 
@@ -112,14 +115,16 @@ class Collator:
         return other
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
-        """Raises DataError naming the image file that cannot be opened, or the group whose text does not fit the window or the template."""
+        """Collate groups into one batch. Raises DataError naming the image file that cannot be opened, or the group whose text does not fit
+        the window or the template.
+        """
         return self.parts(groups)[0]
 
     def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
-        """The groups' trees in batches of at most ``max_tokens`` tokens each; a tree that is larger is cut between its texts, and one of a
-        single text is a batch of its own.
+        """Collate groups into batches of at most ``max_tokens`` tokens each.
 
-        Each has the layout of the whole, and their score matrices add up to its score matrix. Raises DataError as ``__call__`` does.
+        A larger tree is cut between its texts; a single text that is larger is a batch of its own. Each batch has the layout of the whole
+        micro-batch, and their score matrices add up to its score matrix. Raises DataError as ``__call__`` does.
         """
         groups = [without_broken_negatives(group, self.prompts) for group in groups]
         layout = self._layout(groups)
@@ -134,7 +139,7 @@ class Collator:
         try:
             trees = _without_long_negatives(layout, trees, prompt_length, self.max_length)
             for part in divide(trees, prompt_length, max_tokens):
-                # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
+                # Under ZeRO-3 the tower must run on every rank, even if the groups of one are text alone.
                 blank = self.files.blank_keys()[:1]
                 keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or blank
                 image_inputs, placeholders = self.images.model_inputs(
@@ -156,12 +161,11 @@ class Collator:
         return Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images, kept)
 
     def packed_again(self, micro_batch: MicroBatch, cells: Tensor) -> MicroBatch:
-        """Pack a micro-batch again with the given ``cells`` [G, I, C] alone, at least one a group.
+        """Pack a micro-batch again with only the given ``cells`` [G, I, C], at least one a group, without opening pictures or encoding
+        texts again.
 
-        No picture is opened again, and no text is encoded again.
-
-        A forward without any is left out. A picture that no cell needs leaves the model's inputs where these have one row for each
-        picture; else the tower still runs on it.
+        A forward without any of the cells is left out. A picture that no cell needs is removed from the model's inputs if these have one
+        row per picture; otherwise the tower still runs on it.
         """
         layout = replace(micro_batch.layout, valid=micro_batch.layout.valid & cells)
         wanted, forwards = layout.valid.flatten().tolist(), []
@@ -171,17 +175,17 @@ class Collator:
                 continue
             inputs = batch.model_inputs["image_inputs"]
             material, left = batch.material.only(wanted)
-            if not all(isinstance(each, Tensor) and len(each) == len(batch.material.keys) for each in inputs.values()):
+            if not all(isinstance(value, Tensor) and len(value) == len(batch.material.keys) for value in inputs.values()):
                 material = replace(material, keys=batch.material.keys, placeholders=batch.material.placeholders)
             elif len(left) < len(batch.material.keys):
-                inputs = {name: each[left] for name, each in inputs.items()}
+                inputs = {name: value[left] for name, value in inputs.items()}
             if material.trees:
                 packed = self._packed(material, inputs, layout, batch.reference, batch.prior)
                 forwards.append(packed.to(batch.cell.device))
         return replace(micro_batch, forwards=tuple(forwards))
 
     def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
-        """The groups that can be collated, and (id, reason) of each of the others."""
+        """Return the groups that can be collated, and (id, reason) of each of the others."""
         kept, dropped = [], []
         for group in groups:
             try:
@@ -192,18 +196,20 @@ class Collator:
         return kept, tuple(dropped)
 
     def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> MicroBatch:
-        """The micro-batch of the groups that can be collated, in ``parts``; it names the groups left out, and rows that could not be read
-        by their places. If none can, it is a stand-in of weight 0 that counts no group: ZeRO-3 waits for this rank's forward and backward
-        in any case."""
-        found = [group for group in groups if not isinstance(group, DataError)]
-        lost = tuple((str(each).partition(": ")[0], str(each)) for each in groups if isinstance(each, DataError))
+        """Collate the readable groups into a micro-batch, in ``parts``, and record the groups and rows that were left out.
+
+        If no group is readable, the micro-batch is a stand-in of weight 0 that counts no group, because ZeRO-3 waits for this rank's
+        forward and backward.
+        """
+        groups_read = [group for group in groups if not isinstance(group, DataError)]
+        unread = tuple((str(entry).partition(": ")[0], str(entry)) for entry in groups if isinstance(entry, DataError))
         try:
-            if not lost:
-                return MicroBatch(tuple(self.parts(found, max_tokens)))
+            if not unread:
+                return MicroBatch(tuple(self.parts(groups_read, max_tokens)))
         except DataError:
             pass
-        kept, dropped = self.readable(found)
-        dropped = (*lost, *dropped)
+        kept, dropped = self.readable(groups_read)
+        dropped = (*unread, *dropped)
         if kept:
             return MicroBatch(tuple(self.parts(kept, max_tokens)), dropped)
         batch = self.scoring_everything()([STAND_IN])
@@ -212,7 +218,7 @@ class Collator:
         return MicroBatch((replace(batch, layout=layout, reference=reference, prior=prior),), dropped)
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Tokens of a row with one text after pictures of ``sizes`` (width, height), end-of-turn included.
+        """Count the tokens of a row with one text after pictures of ``sizes`` (width, height), end-of-turn included.
 
         Raises DataError as __call__ does.
         """
@@ -220,9 +226,10 @@ class Collator:
         return self._prefix_length(encoded, sizes) + encoded.length
 
     def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[TreeTokens]:
-        """Each tree of the group, for the cells that this collator builds; ``sizes`` (width, height) of its pictures.
+        """Count the tokens of each tree of the group, for the cells that this collator builds; ``sizes`` are (width, height) of its
+        pictures.
 
-        Raises DataError naming group and file where the model's processor cannot take a picture of that size.
+        Raises DataError naming group and file if the model's processor cannot take a picture of that size.
         """
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
@@ -232,7 +239,9 @@ class Collator:
 
         def prompt_length(tree: Tree, text: Encoded) -> int:
             pictures = [key[0] for key in tree.pictures]
-            return self._prefix_length(text, tuple(BLANK_SIZE if each.parent == BLANK.parent else sizes[each] for each in pictures))
+            return self._prefix_length(
+                text, tuple(BLANK_SIZE if picture.parent == BLANK.parent else sizes[picture] for picture in pictures)
+            )
 
         try:
             return [
@@ -243,14 +252,14 @@ class Collator:
             raise DataError(with_names(error, [group], sizes)) from error
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together.
+        """Count the visual tokens of pictures of ``sizes`` (width, height) that are shown together.
 
-        Raises DataError where the model's processor cannot take one of that size.
+        Raises DataError if the model's processor cannot take one of that size.
         """
         return sum(self.files.num_placeholders(size, len(sizes) > 1)[1] for size in sizes)
 
     def _prefix_length(self, text: Encoded, sizes: tuple[Size, ...]) -> int:
-        """Tokens of a text's prompt with pictures of these sizes in place of its placeholders."""
+        """Count the tokens of a text's prompt with pictures of these sizes in place of its placeholders."""
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
@@ -274,7 +283,9 @@ class Collator:
 
 
 def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
-    """What tells the trees of a row apart: the pictures, and the prompt up to the last of them. Without a picture a group has its own."""
+    """Return the key of a text's tree: the pictures, and the prompt up to the last of them. Without a
+    picture, each group has its own tree.
+    """
     if not pictures:
         return (group,)
     ids = text.prompt_ids
@@ -282,7 +293,7 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
 
 
 def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
-    """The trees without other groups' texts that do not fit the window behind these pictures, whose cells are then not valid either."""
+    """Remove other groups' texts that exceed the window after these pictures, and mark their cells as not valid."""
     if layout.in_batch is None:
         return trees
     kept = []
@@ -316,8 +327,9 @@ def load_collator(
     stored: Mapping[str, StoredScores] | None = None,
     checked: PictureTable | None = None,
 ) -> Collator:
-    """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template or
-    tokenizer that cannot be used."""
+    """Build the collator of a model, with its processor, family and window. Raises ConfigError for an
+    unusable chat template or tokenizer.
+    """
     config = load_config(model.name_or_path)
     processor = load_processor(model)
     with explained(

@@ -1,6 +1,6 @@
-"""Where the images of a batch come from: picture files, which go through the model's processor, or features from a cache.
+"""Image sources of a batch: picture files, which the model's processor converts, or features from a cache.
 
-Both give the model's inputs for a picture, and the placeholder ids that stand for it in the prompt. Sizes are (width, height) in pixels.
+Both return the model's inputs for a picture, and the placeholder ids that represent it in the prompt. Sizes are (width, height) in pixels.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 PictureKey = tuple[Path, bool]
-"""What tells the pictures of a batch apart: the file, and whether the model treats it differently beside others in its prompt."""
+"""Key of a picture in a batch: the file, and whether the model processes it as one of several pictures in its prompt."""
 
 
 class Unprocessable(DataError):
-    """The model's processor raised an error for pictures of this size."""
+    """Failure of the model's processor on pictures of this size."""
 
     def __init__(self, size: Size, error: BaseException) -> None:
         self.size = size
@@ -42,7 +42,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
-    """The error, naming the group and the file with such a picture."""
+    """Format the error with the group and file of such a picture."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -54,10 +54,10 @@ class ImageFiles:
     """Picture files, opened and processed.
 
     Args:
-        processor: the model's own processor.
-        family, config: the model's family record and its configuration, for the id of visual tokens.
+        processor: the model's processor.
+        family, config: the model's family record, and its configuration for the id of visual tokens.
         max_pixels: limit on the size of an image.
-        checked: what the data check found in the pictures; one whose contents have changed since is a DataError. None for no comparison.
+        checked: pictures of the data check; one whose contents have changed since is a DataError. None to skip the comparison.
     """
 
     def __init__(
@@ -76,20 +76,22 @@ class ImageFiles:
         self._counted: dict[tuple[Size, bool], tuple[int, int]] = {}
 
     def keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
-        """The pictures of one image of a group, as a batch tells them apart."""
+        """Return the keys of the pictures of one image of a group."""
         return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
 
     def all_keys(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:
-        """The blank pictures, and every picture of the groups once; in the same order on every rank."""
+        """List the keys of the blank pictures and of every picture of the groups once, in the same order on every rank."""
         shown = (key for group in groups for pictures in group.images for key in self.keys(pictures))
         return list(dict.fromkeys([*self.blank_keys(), *shown]))
 
     def blank_keys(self) -> list[PictureKey]:
-        """The blank image, alone and, where that makes a difference, among others."""
+        """List the keys of the blank image: alone and, if the family processes several pictures of a prompt
+        differently, as one of several.
+        """
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:
-        """The picture. Raises DataError naming a file that cannot be opened, or has changed since it was checked."""
+        """Open a picture. Raises DataError naming a file that cannot be opened, or has changed since it was checked."""
         path = key[0]
         if path.parent == BLANK.parent:
             return Image.new("RGB", BLANK_SIZE, (128, 128, 128))
@@ -98,7 +100,7 @@ class ImageFiles:
         return open_image(path, self.max_pixels)
 
     def content(self, key: PictureKey) -> bytes:
-        """The bytes of a picture's file. Raises DataError naming it where it cannot be read."""
+        """Read the bytes of a picture's file. Raises DataError naming a file that cannot be read."""
         try:
             if key[0] == BLANK:
                 return BLANK.name.encode()
@@ -112,15 +114,17 @@ class ImageFiles:
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore it, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """The model's inputs for the pictures (those that share a prompt with others last), and each picture's placeholder ids.
+        """Return the model's inputs for the pictures (those that share a prompt with others last), and each picture's placeholder ids.
 
-        Raises Unprocessable, without file and group, for the first picture that the processor cannot take."""
+        Raises Unprocessable, without file and group, for the first picture that the processor cannot take.
+        """
         return self._processed(list(opened), sum(together for _, together in keys))
 
     def num_placeholders(self, size: Size, together: bool) -> tuple[int, int]:
-        """(number of placeholder ids of a picture of this size, visual tokens among them); measured, since every family has its own rules.
+        """Return the number of placeholder ids of a picture of this size, and the number of visual tokens among them. They are measured,
+        because every family has its own rules.
 
-        ``together``: with others in its prompt. Raises Unprocessable where the processor cannot take such a picture.
+        ``together`` is true for a picture with others in its prompt. Raises Unprocessable if the processor cannot take such a picture.
         """
         together = together and self.family.tiles_alone
         if (size, together) not in self._counted:
@@ -129,10 +133,10 @@ class ImageFiles:
         return self._counted[size, together]
 
     def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
-        """What the model's ``get_image_features`` takes of one picture, and its features but for what the tower gives.
+        """Return the inputs of ``get_image_features`` for one picture, and its features without the tower's outputs.
 
-        A picture that is not alone in its prompt is given twice, so that it is processed as one of several. Raises DataError naming a file
-        that cannot be opened.
+        A picture with others in its prompt is passed twice, so that it is processed as one of several. Raises DataError naming a file that
+        cannot be opened.
         """
         picture, together = self.open(key), key[1]
         try:
@@ -142,7 +146,7 @@ class ImageFiles:
         return inputs, Features(picture.size, placeholders[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
 
     def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Any], list[list[int]]]:
-        """The last ``together`` pictures are given to the processor as those of one prompt."""
+        """Process pictures; the last ``together`` of them are passed as those of one prompt."""
         token, tokenizer = self.processor.image_token, self.processor.tokenizer
         alone = len(opened) - together
         samples = [[picture] for picture in opened[:alone]] + ([opened[alone:]] if together else [])
@@ -150,7 +154,7 @@ class ImageFiles:
             inputs = self.processor(images=samples, text=[token * len(pictures) for pictures in samples], padding=True, return_tensors="pt")
         except MemoryError:
             raise
-        except BaseException as error:  # processors raise nearly anything on sizes that they were not made for
+        except BaseException as error:  # processors raise nearly anything on unusual sizes
             if not is_failure(error):
                 raise
             if any(picture is not opened[0] for picture in opened):
@@ -164,26 +168,26 @@ class ImageFiles:
         for pictures, ids, mask in zip(samples, inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
             kept = ids[mask][before:].tolist()
             kept = kept[: len(kept) - after]
-            each = len(kept) // len(pictures)  # pictures shown together are not cut into tiles, and so are of one length
-            placeholders += [kept[k * each : (k + 1) * each] for k in range(len(pictures))]
-        given: dict[str, Any] = {name: inputs[name] for name in self.family.image_inputs}
+            length = len(kept) // len(pictures)  # pictures shown together are not tiled, so their lengths are equal
+            placeholders += [kept[k * length : (k + 1) * length] for k in range(len(pictures))]
+        image_inputs: dict[str, Any] = {name: inputs[name] for name in self.family.image_inputs}
         if self.family.grid and self.family.from_grids:
-            given |= self.family.from_grids(self.config, given[self.family.grid])
-        return given, placeholders
+            image_inputs |= self.family.from_grids(self.config, image_inputs[self.family.grid])
+        return image_inputs, placeholders
 
 
 class CachedFeatures:
-    """The stored output of a frozen vision tower for every picture; the pictures themselves are not opened."""
+    """Cached outputs of a frozen vision tower; the pictures are not opened."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
 
     def open(self, key: PictureKey) -> Features:
-        """The picture's features. Raises DataError naming a picture that has none."""
+        """Read the features of a picture. Raises DataError naming a picture without features."""
         return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """As in ImageFiles; the tower does not run on these."""
+        """Return the model's inputs as ImageFiles does; the tower does not run on them."""
         tower = {name: torch.cat([picture.tower[name] for picture in opened]) for name in opened[0].tower}
         inputs = {name: torch.cat([picture.inputs[name] for picture in opened]) for name in opened[0].inputs}
         rows = [len(next(iter(picture.tower.values()))) for picture in opened]

@@ -1,4 +1,4 @@
-"""Explain an out-of-memory error: the sizes of the largest forward and what to lower, in place of an allocator's traceback."""
+"""Out-of-memory errors with the sizes of the largest forward and a remedy, in place of an allocator's traceback."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cfvlm_ds.core.errors import OutOfMemory
 
 @contextlib.contextmanager
 def explain_out_of_memory(where: str, parts: Sequence[Batch], remedy: str) -> Iterator[None]:
-    """OutOfMemory with the sizes of the largest of ``parts`` and the ``remedy``, in place of an allocator's failure."""
+    """Convert an allocator's failure to OutOfMemory with the sizes of the largest of ``parts`` and the ``remedy``."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what its CPU allocator raises
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and the CPU allocator raises a RuntimeError
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         largest = max(parts, key=lambda part: part.num_tokens)
         sizes = f"{len(largest.layout.ids)} groups, {largest.num_tokens} tokens and {largest.num_images} images"
-        said = (str(error) or "nothing").splitlines()[0]
-        raise OutOfMemory(f"out of memory {where}; its largest forward has {sizes}; {remedy}; the allocator said: {said}") from error
+        message = (str(error) or "nothing").splitlines()[0]
+        raise OutOfMemory(f"out of memory {where}; its largest forward has {sizes}; {remedy}; the allocator said: {message}") from error

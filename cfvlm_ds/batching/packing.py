@@ -1,9 +1,9 @@
-"""Trees packed into one row without padding: the only place that knows how cells are laid out as tokens.
+"""Packing of trees into one row without padding. Only this module knows how cells are laid out as tokens.
 
-A tree begins with what all prompts of its pictures have in common, the pictures included. Where prompts part, each goes on in a branch of
-its own, and after a prompt comes a branch for every text that is scored as an answer to it. A branch sees what leads to it and itself, so
-whatever is asked of a picture, and however often, the picture is in the row once. Shapes: T tokens of the row, P tokens of a prompt, N
-scored tokens.
+A tree begins with the common beginning of all prompts of its pictures, including the pictures. Where prompts differ, each continues in its
+own branch, and each prompt is followed by one branch for every text that is scored as an answer to it. A branch attends to itself and to
+its ancestors, so a picture is in the row once, however many questions are asked about it. Shapes: T tokens of the row, P tokens of a
+prompt, N scored tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cfvlm_ds.models.forest import Forest
 
 @dataclass
 class Tree:
-    """Pictures, and the texts that are scored with them, each with its prompt: (flat cell index, text).
+    """Pictures, and the texts that are scored with them, as branches (flat cell index, text with its prompt).
 
-    The prompts are alike as far as their last picture.
+    The prompts are equal up to their last picture.
     """
 
     pictures: tuple[PictureKey, ...]
@@ -34,20 +34,20 @@ class Tree:
 
     @property
     def ordered(self) -> list[tuple[int, Encoded]]:
-        """The branches in an order in which a prompt has most in common with the one before it."""
+        """Branches in the order of their prompts, in which each prompt shares most with the one before it."""
         return sorted(self.branches, key=lambda branch: branch[1].prompt_ids)
 
 
 @dataclass(frozen=True)
 class Material:
-    """Trees with their pictures ``keys``, and for each of these the ids that stand for it in a prompt."""
+    """Trees with the ``keys`` of their pictures, and the placeholder ids of each picture."""
 
     trees: tuple[Tree, ...]
     keys: tuple[PictureKey, ...]
     placeholders: tuple[list[int], ...]
 
     def only(self, wanted: Sequence[bool]) -> tuple[Material, list[int]]:
-        """Keep the texts whose cell is ``wanted``; also returns the places of the pictures that are left, at least one."""
+        """Keep the texts whose cell is ``wanted``; also returns the indices of the remaining pictures, at least one."""
         kept = (Tree(tree.pictures, [branch for branch in tree.branches if wanted[branch[0]]]) for tree in self.trees)
         trees = tuple(tree for tree in kept if tree.branches)
         shown = {key for tree in trees for key in tree.pictures}
@@ -57,9 +57,10 @@ class Material:
 
 @dataclass(frozen=True)
 class Row:
-    """Trees as one row: the model's inputs, and which tokens are scored.
+    """Trees as one row: the model's inputs, and the scored tokens.
 
-    ``cell`` [N] and ``is_end`` [N] as in Batch; ``num_tokens`` of the row; ``num_scored`` positions from which something is predicted.
+    ``cell`` [N] and ``is_end`` [N] are as in Batch, ``num_tokens`` counts the tokens of the row, and ``num_scored`` the positions that
+    predict a scored token.
     """
 
     model_inputs: dict[str, Any]
@@ -71,8 +72,9 @@ class Row:
 
 @dataclass
 class _Prompt:
-    """A prompt with its pictures: its own ids, where each of them begins once placeholders are expanded [P + 1], the expanded ids, their
-    positions, [T] or [axes, T], and its texts."""
+    """A prompt with its pictures: its ids, the offset of each in the expanded ids [P + 1], the expanded ids, their positions ([T] or [axes,
+    T]), and its texts.
+    """
 
     ids: tuple[int, ...]
     begins: list[int]
@@ -83,7 +85,7 @@ class _Prompt:
 
 @dataclass
 class _Tokens:
-    """The tokens of a row, as they are laid out one node after the other."""
+    """Tokens of a row, laid out one node after the other."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -96,10 +98,10 @@ class _Tokens:
     length: int = 0
 
     def grow(self, prompts: Sequence[_Prompt], since: int = 0, parent: int = -1) -> None:
-        """Add what these prompts, in their order and equal in their first ``since`` ids, have in common, and after it each apart."""
+        """Add the common ids of sorted prompts that share their first ``since`` ids, and then the rest of each."""
         first, node = prompts[0], parent
         until = _common(first.ids, prompts[-1].ids)
-        if until > since:  # else these have nothing in common, and no picture
+        if until > since:  # otherwise they share nothing, and have no picture
             place = slice(first.begins[since], first.begins[until])
             node = self._node(first.expanded[place], first.positions[..., place], parent)
         rest = list(prompts)
@@ -116,7 +118,7 @@ class _Tokens:
         begin, first = self.length, int(prompt.positions.max()) + 1
         positions = torch.arange(first, first + len(response)).expand(*prompt.positions.shape[:-1], -1)
         self._node(torch.tensor(response), positions, parent)
-        # A text's first token is predicted at the end of the prompt, every other one at the token before it.
+        # The last token of the prompt predicts a text's first token, and every token of the text the next one.
         self.predicts += [last, *range(begin, begin + len(response) - 1)]
         self.targets += response
         self.cell += [index] * len(response)
@@ -135,7 +137,7 @@ class _Tokens:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """Count the ids with which both sequences begin."""
     return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second)))
 
 
@@ -144,8 +146,8 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
 
     Args:
         image_inputs: the model's inputs for the pictures.
-        family, config: the model's, for its position rules, and for the id of the visual tokens.
-        image_token: holds the place of a picture in a prompt.
+        family, config: the model's family record and configuration, for its position rules and the id of the visual tokens.
+        image_token: id of a picture's placeholder in a prompt.
     """
     shown = [tuple(material.keys.index(key) for key in tree.pictures) for tree in material.trees]
     tokens = _Tokens()
@@ -154,12 +156,12 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
         tokens.grow(_prompts(tree, pictures, material.placeholders, grids, family, config, image_token))
     places, predicted_by = torch.tensor(tokens.predicts).unique(return_inverse=True)
     ids = torch.cat(tokens.ids)
-    whole = family.whole_pictures(config)
-    blocks = () if whole == "nowhere" else _runs(ids == config.image_token_id)
+    attended_whole = family.whole_pictures(config)
+    blocks = () if attended_whole == "nowhere" else _runs(ids == config.image_token_id)
     model_inputs = {
         "input_ids": ids.unsqueeze(0),
         "position_ids": torch.cat(tokens.positions, -1).unsqueeze(-2),
-        "forest": Forest(tuple(tokens.lengths), tuple(tokens.parents), blocks, whole == "everywhere"),
+        "forest": Forest(tuple(tokens.lengths), tuple(tokens.parents), blocks, attended_whole == "everywhere"),
         "visual": (ids == config.image_token_id).nonzero().squeeze(1),
         "scored": places,
         "predicted_by": predicted_by,
@@ -172,7 +174,7 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
 
 
 def _runs(marked: Tensor) -> tuple[tuple[int, int], ...]:
-    """(begin, end) of each run of marked tokens."""
+    """Return (begin, end) of each run of marked tokens."""
     edges = torch.nn.functional.pad(marked.int(), (1, 1)).diff().nonzero().squeeze(1).tolist()
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
@@ -186,32 +188,34 @@ def _prompts(
     config: PreTrainedConfig,
     image_token: int,
 ) -> list[_Prompt]:
-    """The tree's prompts in order, each with its texts."""
-    found: list[_Prompt] = []
+    """Expand the prompts of a tree, in order, each with its texts."""
+    prompts: list[_Prompt] = []
     shown = grids[list(pictures)] if family.grid else grids
     for index, text in tree.ordered:
-        if not found or found[-1].ids != text.prompt_ids:
+        if not prompts or prompts[-1].ids != text.prompt_ids:
             left, ids, begins = iter(pictures), list[int](), [0]
             for token in text.prompt_ids:
                 ids += placeholders[next(left)] if token == image_token else [token]
                 begins.append(len(ids))
             expanded = torch.tensor(ids)
-            found.append(_Prompt(text.prompt_ids, begins, expanded, family.positions(config, expanded == config.image_token_id, shown), []))
-        found[-1].texts.append((index, text))
-    return found
+            prompts.append(
+                _Prompt(text.prompt_ids, begins, expanded, family.positions(config, expanded == config.image_token_id, shown), [])
+            )
+        prompts[-1].texts.append((index, text))
+    return prompts
 
 
 PromptLength = Callable[[Tree, Encoded], int]
-"""(tree, one of its texts) -> tokens of its prompt, placeholders expanded."""
+"""(tree, one of its texts) -> number of tokens of its prompt, with placeholders expanded."""
 
 
 def num_tokens(tree: Tree, prompt_length: PromptLength) -> int:
-    """Tokens that a tree has in a row."""
+    """Count the tokens of a tree in a row."""
     return sum(tokens for _, tokens in _added(tree, prompt_length))
 
 
 def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int, Encoded], int]]:
-    """Each branch in order, and the tokens by which it makes the tree larger: those of its text, and of its prompt what is new."""
+    """Yield each branch in order with the number of tokens it adds to the tree: its text, and the new part of its prompt."""
     before: tuple[int, ...] | None = None
     for branch in tree.ordered:
         text = branch[1]
@@ -221,12 +225,14 @@ def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int,
 
 
 def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int | None) -> list[list[Tree]]:
-    """The trees in parts of at most ``max_tokens`` tokens. A larger tree is cut between its texts; one of a single text is a part alone."""
+    """Divide trees into parts of at most ``max_tokens`` tokens. A larger tree is cut between its texts; a larger single text is a part of
+    its own.
+    """
     if max_tokens is None:
         return [list(trees)]
     parts: list[list[Tree]] = []
     room = 0
-    for tree in sorted(trees, key=lambda tree: tree.pictures):  # a picture whose trees are neighbours is encoded once
+    for tree in sorted(trees, key=lambda tree: tree.pictures):  # neighbouring trees of one picture share its encoding
         for piece in _pieces(tree, prompt_length, max_tokens):
             tokens = num_tokens(piece, prompt_length)
             if tokens > room:
@@ -238,7 +244,7 @@ def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int |
 
 
 def _pieces(tree: Tree, prompt_length: PromptLength, max_tokens: int) -> list[Tree]:
-    """The tree in as few trees of at most ``max_tokens`` tokens as possible; a longer text with its prompt has its own."""
+    """Cut a tree into as few trees of at most ``max_tokens`` tokens as possible; a longer text with its prompt is a tree of its own."""
     pieces = [Tree(tree.pictures, [])]
     left = max_tokens
     for branch, tokens in _added(tree, prompt_length):

@@ -1,7 +1,7 @@
-"""Precompute the features of a frozen vision tower for all pictures of a run, before the first step; no step then runs the tower.
+"""Precomputation of a frozen vision tower's features for all pictures of a run, before the first step; no step then runs the tower.
 
-This is a pass of its own because under ZeRO-3 ranks run a module together or not at all, and in a training step each rank would miss other
-pictures. Here all ranks make the same number of forwards, whatever is missing.
+It is a separate pass because under ZeRO-3 all ranks must run a module together, whereas in a training step each rank would lack other
+pictures. Here all ranks make the same number of forwards.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, store
 from cfvlm_ds.models import inputs_fingerprint, tower_fingerprint
 
 Prepared = tuple[dict[str, Tensor], Features]
-_FORM = "2"  # of the files; another number leaves older ones alone
+_FORM = "2"  # version of the files; files of another version are not used
 
 
 def precompute_features(
     folder: Path, model: ModelConfig, engine: Any, files: ImageFiles, groups: Iterable[CounterfactualGroup], world: World, num_workers: int
 ) -> FeatureCache:
-    """The features of all pictures of the groups; what ``folder`` lacks is computed, each picture once over all ranks, in evaluation mode.
+    """Return the features of all pictures of the groups; missing ones are computed, each picture once over all ranks, in evaluation mode.
 
-    ``engine`` drives a Scorer. A picture that cannot be read is noted, and is an error where it is used. Every rank calls it.
-    Raises StorageError on all ranks when features cannot be written.
+    ``engine`` runs a Scorer. An unreadable picture is recorded, and raises an error when it is used. Every rank must call this. Raises
+    StorageError on all ranks if features cannot be written.
     """
     scorer = engine.module
     origin = None
@@ -54,7 +54,7 @@ def precompute_features(
         }
     cache = FeatureCache(folder, broadcast_object(origin) if world.size > 1 else origin or {})
     keys = files.all_keys(groups)
-    sizes = _look(cache, files, keys, world)
+    sizes = _existing_sizes(cache, files, keys, world)
     first = {digest: key for key, digest in reversed(cache.known.items()) if isinstance(digest, bytes)}
     missing = [(key, digest) for digest, key in first.items() if digest not in sizes]
     if missing:
@@ -68,8 +68,8 @@ def precompute_features(
     return cache
 
 
-def _look(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world: World) -> dict[bytes, int]:
-    """Note the digest of every picture (each rank reads its share), and return the sizes in bytes of the features that exist."""
+def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world: World) -> dict[bytes, int]:
+    """Record the digest of every picture (each rank reads its share), and return the sizes in bytes of the existing features."""
 
     def look(key: PictureKey) -> tuple[bytes | str, int | None, str | None]:
         try:
@@ -97,12 +97,12 @@ def _look(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world:
 def _fill(
     cache: FeatureCache, engine: Any, files: ImageFiles, missing: list[tuple[PictureKey, bytes]], world: World, num_workers: int
 ) -> dict[bytes, int]:
-    """Compute and write the missing features; returns the sizes in bytes of what was written."""
+    """Compute and write the missing features; returns the sizes in bytes of the written files."""
     rounds = -(-len(missing) // world.size)
     blank = files.blank_keys()[0]
-    mine = [missing[place] if place < len(missing) else None for place in range(world.rank, rounds * world.size, world.size)]
+    own_share = [missing[place] if place < len(missing) else None for place in range(world.rank, rounds * world.size, world.size)]
     loader: Any = DataLoader(
-        mine,  # type: ignore[arg-type]
+        own_share,  # type: ignore[arg-type]
         batch_size=1,
         collate_fn=_preparing(files),
         num_workers=num_workers,
@@ -112,7 +112,7 @@ def _fill(
     sizes, unreadable = {}, {}
     problem: str | None = None
     progress = Progress(world.say, "features", len(missing), "pictures")
-    for number, (wanted, prepared) in enumerate(zip(mine, loader, strict=True)):
+    for number, (wanted, prepared) in enumerate(zip(own_share, loader, strict=True)):
         inputs, features = files.tower_inputs(blank) if prepared is None or isinstance(prepared, str) else prepared
         with torch.no_grad():
             tower = engine(image_inputs=on_device(inputs, world.device))
@@ -120,7 +120,7 @@ def _fill(
             unreadable[wanted[1]] = prepared
         elif wanted is not None:
             (_, together), digest = wanted
-            own = {name: taken[: len(taken) // (1 + together)].cpu() for name, taken in tower.items()}
+            own = {name: output[: len(output) // (1 + together)].cpu() for name, output in tower.items()}
             try:
                 write_features(cache.file(digest), replace(features, tower=own))
                 sizes[digest] = cache.file(digest).stat().st_size
@@ -129,15 +129,15 @@ def _fill(
         _agree(problem, world)
         progress.advance(min(world.size, len(missing) - number * world.size))
     written = gather_objects((sizes, unreadable), world)
-    wrong = {digest: why for _, found in written for digest, why in found.items()}
+    reasons_by_digest = {digest: reason for _, reasons in written for digest, reason in reasons.items()}
     for key, known in list(cache.known.items()):
-        if isinstance(known, bytes) and known in wrong:
-            cache.known[key] = wrong[known]
-    return {digest: size for found, _ in written for digest, size in found.items()}
+        if isinstance(known, bytes) and known in reasons_by_digest:
+            cache.known[key] = reasons_by_digest[known]
+    return {digest: size for own_sizes, _ in written for digest, size in own_sizes.items()}
 
 
 def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None]:
-    """A worker's part: from a picture and its digest to the tower's inputs, or the reason why there are none."""
+    """Return a worker's function from a picture and its digest to the tower's inputs, or to the reason why there are none."""
 
     def prepare(items: list[tuple[PictureKey, bytes] | None]) -> Prepared | str | None:
         if items[0] is None:
@@ -155,11 +155,11 @@ def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None
 
 
 def _agree(problem: str | None, world: World) -> None:
-    """StorageError on all ranks where one has a problem."""
+    """Raise StorageError on all ranks if one has a problem."""
     if world.size > 1:
         bad = torch.tensor(float(problem is not None), device=world.device)
         dist.all_reduce(bad)
         if not bad:
             return
-    if found := [each for each in gather_objects(problem, world) if each]:
-        raise StorageError(found[0])
+    if problems := [reported for reported in gather_objects(problem, world) if reported]:
+        raise StorageError(problems[0])

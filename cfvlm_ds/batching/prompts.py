@@ -1,7 +1,7 @@
-"""Prompts and answers as token ids, through the model's own chat template: the ids that the model's own processor would give.
+"""Prompts and answers as token ids, through the model's chat template, equal to the ids of the model's processor.
 
-The scored ids are exactly the answer's. Whatever the template writes between a prompt and its answer belongs to the prompt. For a model
-that thinks before it answers this is an empty thought, as the template writes it when thinking is off.
+The scored ids are exactly those of the answer. Anything the template writes between a prompt and its answer belongs to the prompt. For a
+model that thinks before it answers, this is an empty thought, as the template writes it with thinking disabled.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
 from cfvlm_ds.core.text import quoted
 
 CHARACTERS_PER_TOKEN = 16
-"""Characters that a text may have for each token of the model's window; written language has about 4, and few tokens have more than 16."""
+"""Limit of a text, in characters for each token of the model's window; written language has about 4, and few tokens more than 16."""
 MAX_CHARACTERS = 1_000_000
-"""Characters of a text, whatever the window: tokenizers take minutes for ten times as many."""
+"""Limit of a text, in characters, for any window: tokenizers take minutes for ten times as many."""
 
-_CACHED = 100_000  # texts and prompts; bounded, because a data set may have millions
+_CACHED = 100_000  # cached texts and prompts; a data set may have millions
 _FIRST, _MARK, _TEMPLATE = "Describe the image.", "Xanswer1X", "the model's chat template"
 _OPEN = re.compile(r"<([\w-]*think[\w-]*)>\s*$")
 _EMPTY = re.compile(r"<([\w-]*think[\w-]*)>\s*</\1>\s*$")
@@ -39,16 +39,16 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """Tokens after the prompt."""
+        """Number of tokens after the prompt."""
         return len(self.text_ids) + len(self.end_ids)
 
 
 @dataclass(frozen=True)
 class _Head:
-    """A prompt: its text and ids, what a rendered conversation has before and after the answer, and what is wrong with it, if anything.
+    """A prompt: its text and ids, the rendered conversation before and after the answer, and its problem, if any.
 
-    ``stem`` is the text directly before the answer: ``text`` plus white space that belongs to the answer's first token. ``follows`` says
-    whether the template writes the answer there.
+    ``stem`` is the text directly before the answer: ``text`` plus white space that belongs to the answer's first token. ``follows`` is true
+    if the template writes the answer there.
     """
 
     text: str
@@ -61,23 +61,23 @@ class _Head:
 
 
 class _ModelFails(DataError):
-    """The model's own chat template or tokenizer raised an error, or leaves out what is said."""
+    """Failure of the model's chat template or tokenizer: an exception, or omitted text."""
 
 
 def placeholder_id(processor: Any) -> int:
-    """The id that holds a picture's place in a prompt; the visual tokens that take it have, in some families, another."""
-    found: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    return found
+    """Return the id of a picture's placeholder in a prompt; in some families, visual tokens have another id."""
+    number: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    return number
 
 
 class Prompts:
-    """A model's way of writing conversations.
+    """Encoder of conversations for a model.
 
     Args:
-        processor: the model's own processor.
-        max_length: the model's window in tokens.
-        around: what the processor writes around each picture.
-        vocabulary: tokens that the model knows; a tokenizer may know more.
+        processor: the model's processor.
+        max_length: the model's context window in tokens.
+        around: texts that the processor writes before and after each picture.
+        vocabulary: size of the model's vocabulary; a tokenizer may have more tokens.
     """
 
     def __init__(self, processor: Any, max_length: int, around: tuple[str, str] = ("", ""), vocabulary: int | None = None) -> None:
@@ -89,7 +89,7 @@ class Prompts:
         self._end_of_turn = functools.lru_cache(_CACHED)(self._end)
 
     def check(self, name: str) -> None:
-        """Raises ConfigError where the chat template or tokenizer of the model ``name`` cannot be used."""
+        """Raise ConfigError if the chat template or tokenizer of the model ``name`` cannot be used."""
         try:
             head = self._new_head(_FIRST, 1)
         except _ModelFails as error:
@@ -98,7 +98,7 @@ class Prompts:
             raise ConfigError(f"model {name!r}: {head.problem}")
 
     def encoded(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
-        """Token ids of a text as the answer to its prompt. Raises DataError, beginning with ``where``, for what cannot be encoded."""
+        """Encode a text as the answer to its prompt. Raises DataError, beginning with ``where``, for a text that cannot be encoded."""
         key = (prompt, text, num_pictures)
         if key not in self._texts:
             if len(self._texts) >= _CACHED:
@@ -110,9 +110,9 @@ class Prompts:
         return self._texts[key]
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a rendered conversation, the same as the processor's own ``apply_chat_template`` gives.
+        """Tokenize a rendered conversation as the processor's ``apply_chat_template`` does.
 
-        A beginning-of-sequence token is added only where the template has not written one.
+        A beginning-of-sequence token is added only if the template has not written one.
         """
         tokenizer, picture = self.processor.tokenizer, self.processor.image_token
         written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -132,10 +132,10 @@ class Prompts:
     def _encode(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
         _check_size(prompt, text, num_pictures, self.max_length, where)
         head = self._head(prompt, num_pictures)
-        whole = self._render(_conversation(prompt, num_pictures, text), False)
+        rendered = self._render(_conversation(prompt, num_pictures, text), False)
         if head.problem:
             raise _ModelFails(head.problem)
-        if not head.follows or whole != head.before + text + head.after:
+        if not head.follows or rendered != head.before + text + head.after:
             raise DataError(
                 f"{where} ({text!r}) does not follow its prompt unchanged in the model's chat template; strip white space at its ends, or "
                 "repair the template"
@@ -159,38 +159,43 @@ class Prompts:
         answer = ids[len(head.ids) :]
         if control := self._control.intersection(answer):
             raise DataError(f"{where} ({text!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(control))!r}; reword it")
-        unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # says nothing, as a word it does not know
-        for said in texts_of(prompt):
-            if inside := self._control.intersection(self._tokens(said)) - unknown:
+        unknown = {tokenizer.unk_token_id} - {
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+        }  # no control token, but the id of unknown words
+        for part in texts_of(prompt):
+            if inside := self._control.intersection(self._tokens(part)) - unknown:
                 raise DataError(
-                    f"{where}: its prompt ({said!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(inside))!r}; reword it"
+                    f"{where}: its prompt ({part!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(inside))!r}; reword it"
                 )
         return Encoded(head.text, head.ids, tuple(answer), self._end_of_turn(head.after))
 
     def _new_head(self, prompt: Prompt, num_pictures: int) -> _Head:
-        """Where the answer begins. Raises _ModelFails for a template or tokenizer that raises."""
-        asked = self._asked(prompt, num_pictures)
-        without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False) if self._may_think else asked
-        whole = self._render(_conversation(prompt, num_pictures, _MARK), False)
-        before, found, after = whole.rpartition(_MARK)
-        text, stem, follows, problem = asked, before, bool(found), ""
-        if without_thought != asked and _EMPTY.search(without_thought):
+        """Render a prompt and locate its answer. Raises _ModelFails if the template or tokenizer raises."""
+        question = self._question(prompt, num_pictures)
+        without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False) if self._may_think else question
+        rendered = self._render(_conversation(prompt, num_pictures, _MARK), False)
+        before, mark, after = rendered.rpartition(_MARK)
+        text, stem, follows, problem = question, before, bool(mark), ""
+        if without_thought != question and _EMPTY.search(without_thought):
             text = stem = without_thought
-        elif not before.startswith(asked):
+        elif not before.startswith(question):
             follows = False
-            if found and (opened := _OPEN.search(asked)):
+            if mark and (opened := _OPEN.search(question)):
                 problem = (
                     f"{_TEMPLATE} has the model think before it answers (<{opened[1]}>), and writes no empty thought before an answer, "
                     "nor with enable_thinking=False; name the model's variant without thinking, or add that option to the template"
                 )
-        elif before[len(asked) :].strip():
+        elif before[len(question) :].strip():
             text = before
         if not isinstance(prompt, str):
             problem = problem or _left_out(prompt, text)
         return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
 
-    def _asked(self, prompt: Prompt, num_pictures: int) -> str:
-        """The prompt with what the template writes where an answer begins. Raises as ``_new_head`` does, naming a role that is refused."""
+    def _question(self, prompt: Prompt, num_pictures: int) -> str:
+        """Render the prompt up to the place where an answer begins. Raises as ``_new_head`` does, naming a
+        role that the template refuses.
+        """
         try:
             return self._render(_conversation(prompt, num_pictures), True)
         except _ModelFails as error:
@@ -208,7 +213,7 @@ class Prompts:
         return False
 
     def _render(self, conversation: list[dict[str, Any]], ask: bool, **options: Any) -> str:
-        """Raises _ModelFails saying what the template raised."""
+        """Render a conversation. Raises _ModelFails with the template's exception."""
         try:
             written: str = self.processor.apply_chat_template(conversation, add_generation_prompt=ask, **options)
         except Exception as error:  # a template can raise anything that Python raises
@@ -217,7 +222,7 @@ class Prompts:
 
     @property
     def _may_think(self) -> bool:
-        """Whether the template has the option ``enable_thinking``; passed to one without it, it would reach the image processor."""
+        """True if the template has the option ``enable_thinking``; without it, the option would be passed on to the image processor."""
         return "enable_thinking" in str(self.processor.chat_template)
 
     @functools.cached_property
@@ -228,9 +233,9 @@ class Prompts:
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
 
     def _end(self, tail: str) -> tuple[int, ...]:
-        """The control token with which the template ends an answer."""
-        found = [i for i in self._tokens(tail) if i in self._control]
-        end = found[0] if found else self.processor.tokenizer.eos_token_id
+        """Return the control token with which the template ends an answer."""
+        ends = [i for i in self._tokens(tail) if i in self._control]
+        end = ends[0] if ends else self.processor.tokenizer.eos_token_id
         return () if end is None else (end,)
 
 
@@ -238,17 +243,19 @@ _ROLES_SHOWN = 8
 
 
 def _left_out(turns: tuple[Turn, ...], written: str) -> str:
-    """What is wrong with a template that does not write all that is said; a thought of an earlier turn may be left out, as models that
-    think have it."""
+    """Return the problem of a template that does not write every text of a conversation, or "".
+
+    It may omit the thought of an earlier turn, as templates of models that think do.
+    """
     place = 0
     for turn in turns:
-        for said in (part.strip() for part in turn.parts if isinstance(part, str)):
+        for text in (part.strip() for part in turn.parts if isinstance(part, str)):
             if turn.role == "assistant":
-                said = said.rpartition("</think>")[2].strip()
-            if (found := written.find(said, place)) < 0:
-                what = f"what the {turn.role} says ({quoted(said)})"
+                text = text.rpartition("</think>")[2].strip()
+            if (position := written.find(text, place)) < 0:
+                what = f"what the {turn.role} says ({quoted(text)})"
                 return f"{_TEMPLATE} leaves out or changes {what}; leave it out of the data, or name another model"
-            place = found + len(said)
+            place = position + len(text)
     return ""
 
 
@@ -265,7 +272,7 @@ def _check_size(prompt: Prompt, text: str, num_pictures: int, window: int, where
 
 def _conversation(prompt: Prompt, num_pictures: int, *answer: str) -> list[dict[str, Any]]:
     if isinstance(prompt, str):
-        asked = [{"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}]
+        question = [{"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}]
     else:
-        asked = messages(prompt)
-    return [*asked, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]
+        question = messages(prompt)
+    return [*question, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]

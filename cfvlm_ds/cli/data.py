@@ -95,7 +95,7 @@ def _prepare(
     if manifest is None or out is None:
         raise ConfigError("name a manifest and --out FOLDER, or --config RUN.yaml")
     from cfvlm_ds.data import data_roots, open_groups
-    from cfvlm_ds.data.manifest import here
+    from cfvlm_ds.data.manifest import local_path
     from cfvlm_ds.data.prepare import LEFT_OUT, PrepareOptions, prepare, source_stamp, source_state
     from cfvlm_ds.data.stored import StoredRows
 
@@ -103,7 +103,7 @@ def _prepare(
     if of is None:
         raise ConfigError(f"--shard {shard}: say of how many, as I/N")
     options = PrepareOptions(pack, True, reading.max_pixels, on_error)
-    path = here(manifest)
+    path = local_path(manifest)
     state = source_state(path)
     groups = open_groups(manifest, reading.root, reading.format, limit=limit, progress=print_line)
     stamp = source_stamp(path, state, data_roots(path, reading.root), groups.format, limit, options)

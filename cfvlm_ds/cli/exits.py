@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from cfvlm_ds.cluster.signals import EXIT_DISK_FULL, EXIT_INTERRUPTED
 from cfvlm_ds.core.errors import InputError, StorageError
-from cfvlm_ds.core.ranks import said_once
+from cfvlm_ds.core.ranks import printed_once
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import shows_everything
 
@@ -51,7 +51,7 @@ def exit_cleanly(function: Callable[[], None]) -> None:
     try:
         function()
     except InputError as error:
-        with said_once(str(error)) as mine:
+        with printed_once(str(error)) as mine:
             if mine and shows_everything():
                 print_line(traceback.format_exc().rstrip("\n"), error=True)
             if mine:

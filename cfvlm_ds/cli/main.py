@@ -11,14 +11,14 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from cfvlm_ds.cli import cluster, data, evaluating, models, package
+from cfvlm_ds.cli import cluster, data, describe, evaluating, models, package
 from cfvlm_ds.cli.exits import escape_unencodable, exit_cleanly, explain_os_errors, leave_at_once
 from cfvlm_ds.cli.making import ALONE
 from cfvlm_ds.cli.options import Parser, add_function, add_verbosity, refuse_empty, refuse_unknown
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.secrets import mask_tracebacks
-from cfvlm_ds.core.verbosity import asked, show
+from cfvlm_ds.core.verbosity import selected_verbosity, show
 
 _BEFORE_TRAIN = ("--local_rank", "--quiet", "--verbose")
 """Options that may stand before the command: DeepSpeed's launcher inserts its own option first."""
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mask_tracebacks()
     escape_unencodable()
     arguments, unknown = parser().parse_known_args([word for word in words[:first] if not word.startswith("--local_rank=")] + words[first:])
-    show(asked(arguments.quiet, arguments.verbose))
+    show(selected_verbosity(arguments.quiet, arguments.verbose))
     if unknown:
         exit_cleanly(lambda: refuse_unknown(arguments.asked_for, unknown))
 
@@ -56,7 +56,7 @@ def parser() -> Parser:
     add_verbosity(top)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
-    for group in (data, models, evaluating, cluster):
+    for group in (data, models, evaluating, describe, cluster):
         group.add(commands)
     for function in (package.init, _completion):
         add_function(commands, function)

@@ -11,7 +11,7 @@ from cfvlm_ds.cluster import signals
 from cfvlm_ds.core.config import BuildConfig
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.secrets import mask_tracebacks
-from cfvlm_ds.core.verbosity import asked, show
+from cfvlm_ds.core.verbosity import selected_verbosity, show
 
 if TYPE_CHECKING:
     from cfvlm_ds.core.distributed import World
@@ -22,7 +22,7 @@ QUICKSTART = "examples/quickstart.yaml"
 def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Run train.py; without options it runs examples/quickstart.yaml."""
     arguments = with_quickstart(sys.argv[1:] if argv is None else argv)
-    show(asked("--quiet" in arguments, "--verbose" in arguments))  # before the options are parsed, which may fail
+    show(selected_verbosity("--quiet" in arguments, "--verbose" in arguments))  # before the options are parsed, which may fail
     mask_tracebacks()
     escape_unencodable()
     signals.install()

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
-from cfvlm_ds.core.files import fresh, is_same
+from cfvlm_ds.core.files import create_locked, is_same
 
 NAME = "run.lock"
 
@@ -24,7 +24,7 @@ class RunLock:
         self.path, own = folder / NAME, _identity()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            while (descriptor := fresh(self.path)) is None:
+            while (descriptor := create_locked(self.path)) is None:
                 holder = _holder(self.path)
                 if not own["job"] or holder.get("job") != own["job"] or holder.get("restart") == own["restart"]:
                     raise ConfigError(

@@ -1,1 +1,1 @@
-"""The types that all other folders use: groups, score matrices, options, ranks, files, errors."""
+"""Shared types: groups, score matrices, options, ranks, files, errors. Every other folder imports them."""

@@ -1,8 +1,8 @@
-"""The run configuration: nested dataclasses <- YAML <- dotted command line; strict; printable.
+"""Run configuration: nested dataclasses, filled from YAML files and dotted command-line options.
 
-Names follow transformers' TrainingArguments where it has one. The DeepSpeed JSON owns ZeRO, precision and offload; the run configuration
-owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's value, and a contradiction is an error (see
-engine/configuration.py).
+Unknown options are errors, and the resolved configuration can be printed as YAML. Options are named as in transformers' TrainingArguments
+where it has them. The DeepSpeed JSON defines ZeRO, precision and offload; the run configuration defines batch sizes, learning rates and
+steps. The value "auto" in the JSON takes the run's value, and a contradiction is an error (see engine/configuration.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 from cfvlm_ds.core.verbosity import Shows
 
 CFVLM = ("align", "csd", "fcd")
-"""The terms of the objective where a run names none: those of CF-VLM (arXiv 2506.17267)."""
+"""Default terms of the objective: those of CF-VLM (arXiv 2506.17267)."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class LoraConfig:
 
     Args:
         rank: rank of an adapter.
-        alpha: an adapter's output is scaled by alpha / rank.
-        dropout: dropout of an adapter's input.
+        alpha: scale of an adapter's output, which is multiplied by alpha / rank.
+        dropout: dropout on an adapter's input.
         load_in_4bit: keep the language model's own weights in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes, and ZeRO-2.
         dora: also train the length of every weight row (DoRA, arXiv 2402.09353).
         rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
@@ -55,7 +55,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """The factor of an adapter's output."""
+        """Factor of an adapter's output."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
@@ -65,11 +65,11 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: ``auto`` takes flash-attn or torch's ``varlen`` where a GPU has them, else sdpa; or ``flash_attention_2``,
-            ``varlen`` or ``flex`` (torch's kernels, GPU), or ``sdpa``.
+        attn_implementation: ``auto`` uses flash-attn or torch's ``varlen`` if the GPU supports them, else sdpa; or
+            ``flash_attention_2``, ``varlen`` or ``flex`` (torch's kernels, GPU), or ``sdpa``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
-        max_pixels: scale larger images down to this many pixels, and so bound their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
+        max_pixels: scale larger images down to this many pixels, which limits their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
         max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.
@@ -90,18 +90,18 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """A warning of options that do nothing: a run says it at its start, for elsewhere a rank of adapters switches them on."""
+        """Warnings about options without effect, printed when a run starts: in other programs, setting a LoRA rank enables LoRA."""
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
         return ["warning: model.lora does nothing, for no module has tuning lora; set model.language_model.tuning to lora, or leave it out"]
 
 
 IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
-"""The options of a ModelConfig that bound the visual tokens of an image."""
+"""Options of ModelConfig that bound the visual tokens of an image."""
 
 
 MICRO_BATCH_SIZE = 8
-"""Groups per micro-batch and rank where a run does not say how many."""
+"""Default number of groups per micro-batch and rank."""
 
 
 @dataclass(frozen=True)
@@ -111,56 +111,58 @@ class TrainConfig:
     Args:
         output_dir: run folder: configuration, metrics, checkpoints, tracking store, export.
         per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``); when not given 8, or
-            fewer where a step would else need more groups than an epoch has.
+            fewer if a step would otherwise need more groups than an epoch has.
         gradient_accumulation_steps: micro-batches per optimizer step.
-        per_device_eval_batch_size: groups per evaluation batch and rank, scored in forwards of at most ``data.max_tokens_per_forward`` (or
-            else ``data.max_tokens_per_micro_batch``) tokens.
-        learning_rate: peak learning rate of every module without one of its own.
+        per_device_eval_batch_size: groups per evaluation batch and rank, scored in forwards of at most ``data.max_tokens_per_forward``
+            tokens, or ``data.max_tokens_per_micro_batch`` if that is not given.
+        learning_rate: peak learning rate of every module that does not set its own.
         weight_decay: AdamW's decoupled weight decay; biases and norms are exempt.
         adam_beta1: AdamW's first-moment decay.
         adam_beta2: AdamW's second-moment decay.
         adam_epsilon: AdamW's epsilon.
-        max_grad_norm: clip the global gradient norm to this; 0 for no clipping.
-        router_balance: weight of transformers' router balance loss, for a mixture of experts, over the tokens of the whole step; their own
-            configurations have 0.001. Where a step has several forwards it costs one more of each.
-        hard_negatives: of the counterfactuals of a group so many enter a step, those that the model takes most for true at that moment: a
+        max_grad_norm: clip the global gradient norm to this value; 0 disables clipping.
+        router_balance: weight of transformers' router balance loss, for a mixture of experts, over the tokens of the whole step; published
+            configurations use 0.001. A step of several forwards runs each of them once more.
+        hard_negatives: number of counterfactuals of a group that enter a step, those which the model currently rates as most likely: a
             forward without gradients scores all of them first. All enter when it is not given.
         lr_scheduler_type: a schedule name of transformers, such as cosine, linear, constant_with_warmup.
         warmup_ratio: share of all steps over which the learning rate rises linearly.
-        num_train_epochs: passes over the training groups, when ``max_steps`` is not given.
+        num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
         max_steps: optimizer steps; -1 to use ``num_train_epochs``.
-        seed: seed of sampling order and of anything random.
-        bf16: ``auto`` trains in bfloat16 where the device has it, else in float32; or ``true`` / ``false``.
+        seed: seed of the sampling order and of all other random numbers.
+        bf16: ``auto`` trains in bfloat16 if the device supports it, else in float32; or ``true`` / ``false``.
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates at the end only.
-        eval_on_start: also evaluate before the first step; the tables at the end then say what the training changed.
+        eval_on_start: evaluate before the first step, so that results.md says what the training changed: "auto" draws as many groups as
+            take a tenth of the training's time, at least 100 of each set; true takes all groups and benchmarks, false none.
         eval_shuffled: the evaluation at the end also scores every group's texts on another group's image, which shows what language alone
             achieves; it costs one more image and its texts per group.
         save_steps: steps between checkpoints; 0 saves at the end only.
-        save_minutes: also save when this much time has passed since the last checkpoint; 0 never.
-        save_total_limit: newest checkpoints kept; 0 keeps all.
-        save_keep_every: also keep checkpoints whose step is a multiple of this; 0 none.
-        save_best: also keep the checkpoint with the highest value of this metric, which is saved when an evaluation finds it; a name as in
-            metrics.jsonl, such as ``eval/test/group``.
+        save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
+        save_total_limit: number of newest checkpoints to keep; 0 keeps all.
+        save_keep_every: also keep checkpoints whose step is a multiple of this; 0 disables it.
+        save_best: also keep the checkpoint with the highest value of this metric, saved right after the evaluation that measured it; a
+            name as in metrics.jsonl, such as ``eval/test/group``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir, if any; ``never`` starts at step 0 and refuses a
-            folder that has any; ``restart`` is ``auto``, but starts at step 0 beside checkpoints of which none can be used; or the path of
-            a checkpoint.
-        resume_changes: what a changed option comes to with which a checkpoint would train something else: ``refuse``, naming it; or
-            ``allow``, which goes on with the new value and notes it in resume_changes.jsonl in the run folder.
-        on_nonfinite: what all ranks do when the loss of one of them, or the gradient, is NaN or infinite: ``stop``, or ``skip`` the step,
-            up to 10 in a row. No weight changes either way, and nonfinite.jsonl in the run folder lists the groups.
-        stop_margin_s: stop, save and leave with exit code 85 when a Slurm job has less than this many seconds left, beside the time of the
-            longest step so far (its evaluation and checkpoint included); it must cover a first checkpoint.
-        hang_timeout_s: leave with exit code 86 when a rank shows no life, or a step no progress, for this many seconds; 0 for never.
-        self_check: what comes of weights that are not finite, or of scores in packed rows that differ from single-row forwards by more than
-            the precision explains, before the first step: ``error``, ``warn`` and go on, or ``off``, which does not look.
+            folder that has any; ``restart`` is ``auto``, but starts at step 0 if none of the checkpoints can be used; or the path of a
+            checkpoint.
+        resume_changes: reaction to an option that changed since the checkpoint and alters the training: ``refuse`` names it and stops;
+            ``allow`` continues with the new value and records it in resume_changes.jsonl in the run folder.
+        on_nonfinite: reaction of all ranks to a loss or gradient that is NaN or infinite on one of them: ``stop``, or ``skip`` the step,
+            up to 10 in a row. No weight changes in either case, and nonfinite.jsonl in the run folder lists the groups.
+        stop_margin_s: stop, save and leave with exit code 85 when a Slurm job has less than this many seconds left, in addition to the
+            duration of the longest step so far (its evaluation and checkpoint included); it must cover a first checkpoint.
+        hang_timeout_s: leave with exit code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0
+            disables it.
+        self_check: reaction to weights that are not finite, or to scores in packed rows that differ from single-row forwards by more than
+            the precision explains, before the first step: ``error``, ``warn`` and continue, or ``off``, which skips the check.
         displacement_warning: warn when the factual log-likelihood, or that of the true texts of a set of ``retention``, falls this many
-            nats per token below its start.
-        retention: names of ``data.evaluation`` that the training is not about, such as plain captions and other kinds of edit; they are
-            evaluated before the first step too, and what they lose is logged.
-        figures: draw the learning curves and some groups' score matrices at the end.
-        export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
-        dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
+            nats per token below its value at the start.
+        retention: names of ``data.evaluation`` that measure forgetting, such as plain captions and other kinds of edit; they are also
+            evaluated before the first step, and their losses since then are logged.
+        figures: draw the learning curves and the score matrices of some groups at the end.
+        export: write a Hugging Face folder, ``output_dir/export``, at the end, or ``output_dir/adapter`` if only adapters train.
+        dry_run: only report sizes, trainable modules and memory per GPU; needs no GPU, weights or data.
     """
 
     output_dir: str = option("runs/default", on_resume="ignored")
@@ -183,7 +185,7 @@ class TrainConfig:
     bf16: Literal["auto", True, False] = option("auto", on_resume="confirm")
     logging_steps: int = option(10, within=AT_LEAST_ONE, on_resume="ignored")
     eval_steps: int = option(0, within=COUNT, on_resume="ignored")
-    eval_on_start: bool = option(False, on_resume="ignored")
+    eval_on_start: Literal["auto", True, False] = option("auto", on_resume="ignored")
     eval_shuffled: bool = option(True, on_resume="ignored")
     save_steps: int = option(500, within=COUNT, on_resume="ignored")
     save_minutes: float = option(0.0, within=(0, 1e8), on_resume="ignored")
@@ -204,17 +206,17 @@ class TrainConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """``per_device_train_batch_size``, or its default."""
+        """Groups per micro-batch and rank: ``per_device_train_batch_size``, or its default."""
         return self.per_device_train_batch_size or MICRO_BATCH_SIZE
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """MLflow.
+    """Tracking in MLflow.
 
     Args:
-        enabled: record the run in MLflow; metrics.jsonl is written either way. MLFLOW_TRACKING_URI names a server; without it the store is
-            the run folder itself.
+        enabled: record the run in MLflow; metrics.jsonl is written in any case. MLFLOW_TRACKING_URI names a server; without it the store
+            is in the run folder.
         experiment: experiment name.
         run_name: run name; the output folder's name when not given.
     """
@@ -229,16 +231,16 @@ class ScenesConfig:
     """The embedded world of scenes, written as an ordinary manifest with PNG files.
 
     Args:
-        out_dir: folder to write; left alone if it already holds this world.
+        out_dir: folder to write; left unchanged if it already holds this world.
         num_train: training groups.
         num_test: groups of each test split.
         num_counterfactuals: counterfactual pairs per training group.
         image_size: side of the square images in pixels.
         sham_share: share of training groups with a sham image.
         question_share: share of training groups that ask a question (yes or no, A or B, how many) in place of a description.
-        question_weight: weight of those groups; an answer has few tokens, and counts for little beside captions of many.
-        seed: seed of everything random.
-        edit_weights: how often each edit type is drawn in training; all equally often when not given.
+        question_weight: weight of those groups; an answer has few tokens and would count little beside longer captions.
+        seed: seed of all random numbers.
+        edit_weights: relative frequency of each edit type in training; all are equally frequent when not given.
     """
 
     out_dir: str
@@ -255,16 +257,16 @@ class ScenesConfig:
 
 @dataclass(frozen=True)
 class TinyLlavaConfig:
-    """A small, randomly initialised LLaVA whose tokenizer is trained on the captions of the embedded world; 1.04 M parameters.
+    """A small, randomly initialised LLaVA (1.04 M parameters) with a tokenizer trained on the captions of the embedded world.
 
     Args:
-        out_dir: folder to write; left alone if it is there.
+        out_dir: folder to write; left unchanged if it exists.
         image_size: side of the square input in pixels.
         patch_size: side of a patch in pixels.
         hidden_size: width of the language model.
-        vision_hidden_size: width of the tower.
+        vision_hidden_size: width of the vision tower.
         num_layers: layers of the language model.
-        vision_num_layers: layers of the tower.
+        vision_num_layers: layers of the vision tower.
         seed: seed of the initial weights.
     """
 
@@ -280,12 +282,12 @@ class TinyLlavaConfig:
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build before training if it is not there; nothing by default.
+    """Data and models that are built before training unless they exist; none by default.
 
     Args:
         scenes: the embedded world of scenes.
-        tiny_llava: a small model with random weights to train on it.
-        base: folder for a copy of the package's pretrained small model, which knows the world's words and things.
+        tiny_llava: a small model with random weights to train on that world.
+        base: folder for a copy of the package's small model, which is pretrained on that world.
     """
 
     scenes: ScenesConfig | None = option(None, on_resume="ignored")
@@ -298,7 +300,7 @@ SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tra
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run; ``objective`` maps the names of the active terms to the terms themselves."""
+    """Configuration of a run; ``objective`` maps the names of the active terms to the terms."""
 
     model: ModelConfig
     data: DataConfig
@@ -308,13 +310,13 @@ class RunConfig:
     objective: Mapping[str, Any]
     deepspeed: str
     resolved: Mapping[str, Any]
-    """The same configuration as plain nested values, every default filled in."""
+    """The same configuration as plain nested values, with every default filled in."""
     shows: Shows = "progress"
-    """How much the run prints; not a part of what it is."""
+    """Verbosity of the run; not part of its identity."""
     yaml_folder: str = ""
-    """Folder of the last file of options; relative paths in it count from the working folder all the same."""
+    """Folder of the last YAML file, for messages only: relative paths in the file count from the working folder."""
 
     @property
     def loss(self) -> str:
-        """The objective as people write it: ``1 align + 1 csd + 1 fcd``."""
+        """The objective as a sum of weighted terms: ``1 align + 1 csd + 1 fcd``."""
         return " + ".join(f"{term.weight:g} {name}" for name, term in self.objective.items())

@@ -1,7 +1,7 @@
-"""What a text answers: a string, or a conversation whose turns have pictures at their places.
+"""Conversations: the prompt that a text answers, a string or a sequence of turns with pictures between the words.
 
-A string is one turn of the user, behind the pictures. A conversation ends with the turn that is answered; the pictures that it shows
-are, in the order of its parts, those of an image of its group.
+A string is one turn of the user, preceded by the pictures. A conversation ends with the turn that the text answers; its pictures, in the
+order of its parts, are those of one image of the group.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from cfvlm_ds.core.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 DESCRIBE = "Describe the image."
-"""What a caption answers whose row has no prompt."""
+"""Prompt of a caption whose row has no prompt."""
 MAX_TURNS = 1024
-"""Turns of a conversation, and parts of them all."""
+"""Limit of the turns of a conversation; MAX_PARTS limits the parts of all its turns."""
 MAX_PARTS = 4 * MAX_TURNS
 
 
 class Marker(Enum):
-    """What stands in a turn in place of a picture."""
+    """Placeholder of a picture within a turn."""
 
     PICTURE = "picture"
 
@@ -35,7 +35,7 @@ Part: TypeAlias = str | Literal[Marker.PICTURE]
 
 
 class Turn(NamedTuple):
-    """What one of ROLES says: texts, and PICTURE where a picture is shown."""
+    """Turn of a conversation: one of ROLES, and its parts, which are texts or PICTURE."""
 
     role: str
     parts: tuple[Part, ...]
@@ -45,20 +45,20 @@ Prompt: TypeAlias = str | tuple[Turn, ...]
 
 
 def texts_of(prompt: Prompt) -> Iterator[str]:
-    """All that a prompt says, in order."""
+    """Iterate over all texts of a prompt, in order."""
     return iter([prompt]) if isinstance(prompt, str) else (part for turn in prompt for part in turn.parts if isinstance(part, str))
 
 
 def pictures_of(turns: Sequence[Turn]) -> int:
-    """Pictures that some turns show."""
+    """Count the pictures of some turns."""
     return sum(part is PICTURE for turn in turns for part in turn.parts)
 
 
 def check_conversation(turns: Sequence[Turn], where: str) -> None:
     """Raise DataError, beginning with ``where``, for turns that no text can answer."""
     if not turns or turns[-1].role != "user":
-        said = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
-        raise DataError(f"{where}: the conversation {said}; a text answers the user, whose turn must be the last one before it")
+        ending = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
+        raise DataError(f"{where}: the conversation {ending}; a text answers the user, whose turn must be the last one before it")
     if len(turns) > MAX_TURNS or sum(len(turn.parts) for turn in turns) > MAX_PARTS:
         raise DataError(f"{where}: the conversation has {len(turns)} turns, and {MAX_TURNS} of {MAX_PARTS} parts are the bound; shorten it")
     for number, turn in enumerate(turns, 1):
@@ -71,7 +71,7 @@ def check_conversation(turns: Sequence[Turn], where: str) -> None:
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The conversation in the form that chat templates and rows of data have."""
+    """Return the conversation as the list of messages that chat templates and rows of data use."""
     return [
         {"role": turn.role, "content": [{"type": "image"} if part is PICTURE else {"type": "text", "text": part} for part in turn.parts]}
         for turn in turns
@@ -79,7 +79,7 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def spelled(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """The prompt as JSON has it: a string, or messages, of which one that only says one text has it as a string."""
+    """Return the prompt as JSON: a string, or messages. A message that consists of one text has it as a plain string."""
     if isinstance(prompt, str):
         return prompt
     return [_spelled(message) for message in messages(prompt)]
@@ -91,7 +91,9 @@ def _spelled(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def simplest(turns: Sequence[Turn]) -> Prompt:
-    """The same prompt as a string where it is one: a single turn of the user, text behind pictures."""
+    """Return the prompt as a string if it is equivalent to one (a single turn of the user, text after
+    pictures), else as a tuple of turns.
+    """
     if len(turns) == 1 and turns[0].role == "user":
         *before, last = turns[0].parts or ("",)
         if all(part is PICTURE for part in before):
@@ -100,19 +102,21 @@ def simplest(turns: Sequence[Turn]) -> Prompt:
 
 
 def readable(prompt: Prompt) -> str:
-    """The prompt as a person reads it."""
+    """Format the prompt for a person to read."""
     if isinstance(prompt, str):
         return prompt
     return " ".join(f"{turn.role}: {''.join('[picture]' if part is PICTURE else part for part in turn.parts)}" for turn in prompt)
 
 
 def normalised(text: str) -> str:
-    """Text in Unicode's composed form (NFC) with runs of white space collapsed: two texts equal in this form are the same caption."""
+    """Return the text in Unicode's composed form (NFC) with runs of white space collapsed: two texts with equal results are the same
+    caption.
+    """
     return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
 def normalised_prompt(prompt: Prompt) -> Prompt:
-    """Two prompts that are equal in this form ask the same."""
+    """Normalise all texts of a prompt; two prompts with equal results are the same question."""
     if isinstance(prompt, str):
         return normalised(prompt)
     return tuple(Turn(turn.role, tuple(part if part is PICTURE else normalised(part) for part in turn.parts)) for turn in prompt)

@@ -1,4 +1,4 @@
-"""The time that one call of a server may take in all, whatever the server sends meanwhile."""
+"""Deadline of a server call: a limit of its total time, however slowly the server sends."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Deadline:
-    """Ends the connections made within its block when the seconds are over: a reader gets an error, or the end.
+    """Context manager that ends the connections made within its block after some seconds: readers get an error, or the end of the stream.
 
-    A timeout of a socket begins again with every byte; headers, trailers and a TLS handshake may come byte by byte for ever.
+    A socket's timeout restarts with every byte, and headers, trailers and a TLS handshake may arrive byte by byte without end.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -26,21 +26,21 @@ class Deadline:
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
         with self._lock:
-            for each in self._sockets:
-                each.close()
+            for duplicate in self._sockets:
+                duplicate.close()
             self._sockets.clear()
 
     def watch(self, connection: Any) -> Any:
-        """An http.client connection, which has not been opened yet, under this deadline."""
+        """Put an http.client connection, which must not be open yet, under this deadline and return it."""
         opened = connection._create_connection
 
         def connect(*arguments: Any) -> socket.socket:
-            made: socket.socket = opened(*arguments)
+            created: socket.socket = opened(*arguments)
             with self._lock:
-                self._sockets.append(made.dup())  # TLS takes the socket itself away
+                self._sockets.append(created.dup())  # a duplicate, because TLS detaches the socket
             if self.late:
                 self._end()
-            return made
+            return created
 
         connection._create_connection = connect
         return connection
@@ -48,6 +48,6 @@ class Deadline:
     def _end(self) -> None:
         self.late = True
         with self._lock:
-            for each in self._sockets:
+            for duplicate in self._sockets:
                 with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
+                    duplicate.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,6 @@
-"""Ranks: which one this is, sums over all, one seed, one rank that prints. The same code runs on one CPU process and on 64 GPUs."""
+"""Distributed processes: rank and world size, collectives, random numbers, output on rank 0. One CPU process
+and 64 GPUs run the same code.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from cfvlm_ds.core.verbosity import shows_progress
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """Position of this process in the launch: rank, world size, local rank and device."""
 
     rank: int
     size: int
@@ -38,7 +40,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the only one that prints, tracks and exports."""
+        """True on rank 0, the only rank that prints, tracks and exports."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -47,13 +49,13 @@ class World:
             dist.barrier()
 
     def say(self, message: str) -> None:
-        """Print on rank 0, without secrets; with --quiet only what is a warning."""
+        """Print on rank 0, with secrets masked; with --quiet, print warnings only."""
         if self.is_main and (shows_progress() or message.startswith(("warning: ", "passed over "))):
             print_line(message)
 
 
 def launch_environment() -> None:
-    """Fill in the launcher's variables: from Slurm's for a task of ``srun``, else for one rank started by hand."""
+    """Set the launcher's variables for a task of ``srun`` (from Slurm's variables) and for a single rank started by hand."""
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         os.environ.update({name: os.environ[value] for name, value in slurm.items()})
@@ -65,14 +67,14 @@ def launch_environment() -> None:
 
 @contextlib.contextmanager
 def meeting_point() -> Iterator[None]:
-    """Inside the block MASTER_PORT is a port at which the ranks can meet; at its end they have met.
+    """Set MASTER_PORT to a port at which the ranks can meet; they must have met when the block ends.
 
-    DeepSpeed's launcher gives every training port 29500, so that a second one on the machine would fail. Ranks of one node that were given
-    that port, or none, take a free one instead: rank 0 chooses it and leaves it in a file named after the launcher, their parent. Any other
-    port is the user's, or that of torchrun's agent.
+    DeepSpeed's launcher gives every training port 29500, so a second training on the machine would fail. Ranks of one node with that port,
+    or with none, use a free port instead: rank 0 chooses it and publishes it in a file named after the launcher, their parent process. Any
+    other port was chosen by the user or by torchrun's agent, and stays.
     """
-    foreign = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
-    if foreign or os.environ.get("MASTER_PORT", _EVERYBODYS) != _EVERYBODYS:
+    port_is_chosen = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
+    if port_is_chosen or os.environ.get("MASTER_PORT", _DEFAULT_PORT) != _DEFAULT_PORT:
         yield
         return
     main, published = os.environ["RANK"] == "0", Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{launcher()}.port"
@@ -88,32 +90,32 @@ def meeting_point() -> Iterator[None]:
             published.unlink(missing_ok=True)
 
 
-_EVERYBODYS = "29500"
-_PATIENCE_S = 300.0
+_DEFAULT_PORT = "29500"
+_PORT_TIMEOUT_S = 300.0
 
 
 def _published_port(file: Path) -> str:
-    """The port that rank 0 has chosen; a file of that name that belongs to another user is ignored."""
-    end = time.monotonic() + _PATIENCE_S
+    """Wait for the port that rank 0 publishes. A file of that name that belongs to another user is ignored."""
+    end = time.monotonic() + _PORT_TIMEOUT_S
     while time.monotonic() < end:
         with contextlib.suppress(OSError), file.open() as handle:
             if os.fstat(handle.fileno()).st_uid == os.getuid():
                 return handle.read()
         time.sleep(0.05)
-    raise ConfigError(f"rank 0 has chosen no port within {_PATIENCE_S:g} s (by {file}); give the launcher a --master_port")
+    raise ConfigError(f"rank 0 has chosen no port within {_PORT_TIMEOUT_S:g} s (by {file}); give the launcher a --master_port")
 
 
-def _tasks_on_node(described: str, node: int) -> int:
-    """Tasks of the ``node``-th node, from Slurm's form: "8(x2),1" is 8, 8, 1."""
+def _tasks_on_node(notation: str, node: int) -> int:
+    """Return the number of tasks on a node, from Slurm's notation: "8(x2),1" is 8, 8, 1."""
     counts: list[int] = []
-    for part in described.split(","):
-        tasks, _, repeated = part.partition("(x")
-        counts += [int(tasks)] * int(repeated.rstrip(")") or 1)
+    for part in notation.split(","):
+        tasks, _, repeats = part.partition("(x")
+        counts += [int(tasks)] * int(repeats.rstrip(")") or 1)
     return counts[node]
 
 
 def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Add every tensor over all ranks in one collective, in float64; order and shapes must be the same everywhere."""
+    """Sum every tensor over all ranks in one collective, in float64; order and shapes must be the same on all ranks."""
     flat = [value.detach().to(device=device, dtype=torch.float64).reshape(-1) for value in values]
     joined = torch.cat(flat)
     dist.all_reduce(joined)
@@ -122,26 +124,26 @@ def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tens
 
 
 def all_reduce_rate(device: torch.device) -> float:
-    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks, after one that connects them.
+    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks, after a first one that connects them.
 
-    Returns the slowest rank's bus bandwidth in GB/s, as nccl-tests define it: 2 (n - 1) / n bytes sent for each that is added. Raises
-    RuntimeError where the sum is wrong.
+    Returns the slowest rank's bus bandwidth in GB/s as nccl-tests defines it: 2 (n - 1) / n bytes are sent per reduced byte. Raises
+    RuntimeError if the sum is wrong.
     """
     size = dist.get_world_size()
     for _ in range(2):
         ones = torch.ones(2 ** (26 if device.type == "cuda" else 22), device=device)
         dist.barrier()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         dist.all_reduce(ones)
         if not bool((ones == size).all()):
             raise RuntimeError("the sum is wrong")
-        taken = torch.tensor(time.perf_counter() - begun, device=device)
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return ones.nbytes * 2 * (size - 1) / size / taken.item() / 1e9
+        duration = torch.tensor(time.perf_counter() - start, device=device)
+    dist.all_reduce(duration, dist.ReduceOp.MAX)
+    return ones.nbytes * 2 * (size - 1) / size / duration.item() / 1e9
 
 
 def gather_objects(item: Any, world: World) -> list[Any]:
-    """Every rank's ``item``, in rank order, on every rank; needs no process group when there is one rank."""
+    """Return the ``item`` of every rank, in rank order, on every rank; needs no process group if there is one rank."""
     if world.size == 1:
         return [item]
     gathered: list[Any] = [None] * world.size
@@ -150,71 +152,74 @@ def gather_objects(item: Any, world: World) -> list[Any]:
 
 
 def broadcast_object(item: Any) -> Any:
-    """Rank 0's ``item`` on every rank."""
+    """Return rank 0's ``item`` on every rank."""
     box = [item]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 class ProgressBarrier:
-    """Lets ranks wait for one another as long as any of them makes progress, whatever the time limit of collectives is.
+    """Barrier at which ranks wait for each other as long as any of them makes progress, independently of the collectives' timeout.
 
-    Every rank makes one at the same point of the program, calls ``alive`` while it works, and ``meet`` where all have to arrive.
+    Every rank creates one at the same point of the program, calls ``alive`` while it works, and ``meet`` where all ranks have to arrive.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._name, self._meetings = f"cfvlm_ds/barrier/{next(_BARRIERS)}", 0
         self._store: Any = None if world.size == 1 else dist.distributed_c10d._get_default_store()
-        self._spoken = -math.inf
+        self._last_sign = -math.inf
 
     def alive(self) -> None:
-        """Note that this rank makes progress; cheap enough for every item of work."""
-        if self._store is not None and (now := time.monotonic()) - self._spoken > _SIGN_OF_LIFE_S:
-            self._spoken = now
+        """Record that this rank makes progress; cheap enough to be called for every item of work."""
+        if self._store is not None and (now := time.monotonic()) - self._last_sign > _SIGN_OF_LIFE_S:
+            self._last_sign = now
             self._store.add(f"{self._name}/alive", 1)
 
     def meet(self) -> None:
-        """Wait for every rank, so that the next collective finds all of them there. Raises TimeoutError, naming the missing ranks, after
-        half an hour without a sign of life from any."""
+        """Wait for every rank, so that the next collective starts with all of them. Raises TimeoutError, naming the missing ranks, after
+        half an hour without a sign of life from any rank.
+        """
         self.alive()
         if self._store is None:
             return
         self._meetings += 1
-        here = [f"{self._name}/{self._meetings}/{rank}" for rank in range(self._world.size)]
-        self._store.set(here[self._world.rank], "here")
+        arrivals = [f"{self._name}/{self._meetings}/{rank}" for rank in range(self._world.size)]
+        self._store.set(arrivals[self._world.rank], "here")
         signs, since = -1, time.monotonic()
-        while not self._store.check(here):
-            if (now_signs := self._store.add(f"{self._name}/alive", 0)) != signs:
-                signs, since = now_signs, time.monotonic()
+        while not self._store.check(arrivals):
+            if (current := self._store.add(f"{self._name}/alive", 0)) != signs:
+                signs, since = current, time.monotonic()
             if time.monotonic() - since > _LIMIT_S:
-                missing = ", ".join(str(rank) for rank, key in enumerate(here) if not self._store.check([key]))
+                missing = ", ".join(str(rank) for rank, key in enumerate(arrivals) if not self._store.check([key]))
                 raise TimeoutError(f"rank {missing} shows no life for {_LIMIT_S:.0f} s")
             time.sleep(_POLL_S)
 
 
 def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
-    """The result of a call on rank 0, or its error, on every rank; the others wait with ``barrier`` where it may take long."""
-    found: Any = None
+    """Call a function on rank 0 and return its result, or raise its error, on every rank; the others wait at ``barrier`` if the call may
+    take long.
+    """
+    result: Any = None
     problem: InputError | None = None
     if world.is_main:
-        global _waited_for
-        before, _waited_for = _waited_for, True
+        global _others_wait
+        before, _others_wait = _others_wait, True
         try:
-            found = function()
+            result = function()
         except InputError as error:
             problem = error
         except OSError as error:
             problem = StorageError(str(error))
         finally:
-            _waited_for = before
+            _others_wait = before
     if barrier is not None:
         barrier.meet()
     if world.size > 1:
-        found, problem = broadcast_object((found, problem))
+        result, problem = broadcast_object((result, problem))
     if problem is not None:
         raise problem
-    return found
+    return result
 
 
 _BARRIERS = itertools.count()
@@ -222,26 +227,28 @@ _SIGN_OF_LIFE_S, _POLL_S, _LIMIT_S = 5.0, 0.1, 1800.0
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python and torch; every rank gets the same seed, because data order is a function of the seed and the position alone."""
+    """Seed Python and torch, with the same seed on every rank: data order is a function of the seed and the position alone."""
     random.seed(seed)
     torch.manual_seed(seed)
 
 
 def isolated_rng() -> torch.Generator:
-    """The ``generator`` of every DataLoader: its iterators draw a seed. Taken from the common random numbers, it would be missing to
-    dropout after a resume, where an uninterrupted run draws none.
+    """Return a generator for a DataLoader, whose iterators draw a seed from it.
+
+    Drawn from torch's global generator, that seed would shift the dropout of a resumed run, which starts its iterators at other steps than
+    an uninterrupted one.
     """
     return torch.Generator()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of Python's and torch's random numbers, on the CPU and on ``device``."""
+    """Return the state of Python's and torch's random generators, on the CPU and on ``device``."""
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Restore what ``random_state`` returned, on the same or another kind of device."""
+    """Restore a state that ``random_state`` returned, on the same or another kind of device."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
@@ -250,7 +257,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def preserve_rng(device: torch.device) -> Iterator[None]:
-    """Random numbers drawn inside the block do not change those drawn after it."""
+    """Restore the random state at the end of the block, so that numbers drawn inside do not change those drawn after it."""
     state = random_state(device)
     try:
         yield
@@ -258,16 +265,16 @@ def preserve_rng(device: torch.device) -> Iterator[None]:
         set_random_state(state, device)
 
 
-_waited_for = False
+_others_wait = False
 
 
 def cores_per_rank() -> int:
-    """Cores of this machine for each rank on it; all of them for rank 0 while the others wait for it in ``run_on_rank0``."""
-    local_ranks = 1 if _waited_for else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    """Return the cores of this machine for each of its ranks; all of them on rank 0 while the others wait for it in ``run_on_rank0``."""
+    local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // local_ranks)
 
 
 def default_workers() -> int:
-    """Data workers per rank when not configured: the cores beside the one that computes, at least 1 and at most 4."""
+    """Return the default number of data workers per rank: all cores but the one that computes, at least 1 and at most 4."""
     return max(1, min(4, cores_per_rank() - 1))

@@ -1,4 +1,4 @@
-"""The errors of this package: input that is refused, and a disk or a memory that does not hold what a run needs."""
+"""Errors that a user can correct: refused input, and a disk or a device without room for the run."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from cfvlm_ds.core.text import printable
 
 
 def unwritten(path: Path, error: OSError) -> str:
-    """Why a file could not be written: the file, which such errors often lack, and the system's own words."""
+    """Describe a file that could not be written: its path, which the system's error often lacks, and the system's reason."""
     return f"{path} cannot be written ({error.strerror or error})"
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of a library's error, and the first line of what it says."""
+    """Return the type of a library's error and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 class InputError(ValueError):
-    """What the user can correct: input, or the room that a run is given. A command ends with it and exit code 2.
+    """An error that the user can correct: wrong input, or too little room for the run. A command ends with it and exit code 2.
 
-    The message is one printable line without secrets, whatever it quotes.
-    Ids, paths and values come from files that nobody vouches for: a line break would end the sentence, an escape sequence would command
-    the terminal, and half a surrogate pair cannot be printed at all. Such characters are shown as Python writes them, and a quotation of
-    thousands of characters loses its middle.
+    The message is one printable line without secrets, whatever it quotes. Ids, paths and values come from untrusted files: a line break
+    would end the sentence, an escape sequence would control the terminal, and half a surrogate pair cannot be printed. Such characters are
+    shown in Python's notation, and the middle of a message of thousands of characters is cut out.
     """
 
     def __init__(self, message: str) -> None:
@@ -39,20 +38,22 @@ class DataError(InputError):
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be run. The message names the option, its value and the remedy."""
+    """A configuration that cannot run. The message names the option, its value and the remedy."""
 
 
 class StorageError(InputError):
-    """A file that the system does not let be written or read: a full disk, a quota, permissions. The message names it and the remedy."""
+    """A file that the system refuses to write or read: a full disk, a quota, permissions. The message names it and the remedy."""
 
 
 class OutOfMemory(InputError):
-    """A device has less memory than what was asked of it takes. The message names its size and what to lower."""
+    """A device without enough memory for the run. The message names its size and the options to lower."""
 
 
 _LONGEST = 2000  # characters
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether a library raised this about its input: an Exception, or the panic of a library in Rust, which is no Exception."""
+    """Return whether a library raised this error about its input: an Exception, or the panic of a Rust library, which does not derive from
+    Exception.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

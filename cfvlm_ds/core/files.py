@@ -1,6 +1,5 @@
-"""Files that appear whole or not at all, and small ones of a run folder, on a disk that may be full or fail for a while.
+"""File writing: files and folders that appear complete or not at all, locks, and small files whose failure does not end a run.
 
-What the small ones say is not worth a training.
 Nothing is written through a link.
 """
 
@@ -25,44 +24,44 @@ Say = Callable[[str], object]
 
 
 def create(path: Path) -> IO[bytes]:
-    """A new file to write, in place of a file or a link of this name; never the file that a link leads to. Raises OSError."""
+    """Open a new file for writing, in place of a file or link of this name; the target of a link stays. Raises OSError."""
     path.unlink(missing_ok=True)
     return open(path, "xb")
 
 
 class Summed:
-    """A file that is written from its beginning to its end, with its size and CRC-32."""
+    """A file written from beginning to end, with its size and CRC-32 so far."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.size, self.crc32, self.flush = handle, 0, 0, handle.flush
 
     def write(self, data: Any) -> int:
-        """Write more of it."""
+        """Write more data."""
         self._handle.write(data)
         self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
         return len(data)
 
 
 def crc32_of(file: Path, read: Callable[[int], object] = lambda size: None) -> int:
-    """Compute the CRC-32 of a file; ``read`` is called with the bytes of each block. Raises OSError."""
-    found = 0
+    """Compute the CRC-32 of a file; ``read`` is called with the number of bytes of each block. Raises OSError."""
+    checksum = 0
     with file.open("rb", buffering=0) as handle:
         while block := handle.read(_BLOCK):
-            found = zlib.crc32(block, found)
+            checksum = zlib.crc32(block, checksum)
             read(len(block))
-    return found
+    return checksum
 
 
 _BLOCK = 1 << 24  # bytes read at a time
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again."""
+    """Return the user's folder for files that can be created again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cfvlm_ds"
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all it holds, or a file; of a link, only the link."""
+    """Remove a file, or a folder with its contents; of a link, only the link."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -71,15 +70,15 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write under another name, which becomes ``path`` at the end of the block: a reader, or a crash, never meets half of it.
+    """Open a temporary file that is renamed to ``path`` at the end of the block, so that neither a reader nor a crash leaves half a file.
 
-    ``shared`` is for a file that several processes may write at the same time. Otherwise raises ConfigError where another process writes
-    it. Raises OSError that names the file, and leaves nothing.
+    ``shared`` is for a file that several processes may write at the same time; otherwise raises ConfigError if another process writes it.
+    Raises OSError naming the file, and leaves no temporary file.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
     try:
-        if (held := fresh(temporary)) is None:
+        if (held := create_locked(temporary)) is None:
             raise ConfigError(f"{path} is being written by another process; wait for it, or name another file")
         with os.fdopen(os.dup(held), "wb") as file:
             yield file
@@ -98,8 +97,10 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
             os.close(held)
 
 
-def fresh(path: Path) -> int | None:
-    """A new file, open and locked, in place of what a kill has left under its name; None where another process holds it."""
+def create_locked(path: Path) -> int | None:
+    """Create and lock a new file, in place of one that a killed process left. Returns its descriptor, or
+    None if another process holds it.
+    """
     while True:
         new = not os.path.lexists(path)
         if path.is_symlink():
@@ -113,8 +114,8 @@ def fresh(path: Path) -> int | None:
                 raise
             continue
         try:
-            mine = lock(handle, path)
-            if mine and is_same(path, handle):
+            locked = lock(handle, path)
+            if locked and is_same(path, handle):
                 if new:
                     return handle
                 path.unlink()
@@ -122,20 +123,23 @@ def fresh(path: Path) -> int | None:
             os.close(handle)
             raise
         os.close(handle)
-        if not (mine or new):
+        if not (locked or new):
             return None
 
 
 @contextlib.contextmanager
-def alone(path: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Hold a lock, a file that is there meanwhile. A process that waits for it calls ``waiting`` once, and ``alive`` again and again."""
-    held = fresh(path)
+def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold a lock, a file that exists for the duration of the block.
+
+    A process that waits for the lock calls ``waiting`` once, and ``alive`` repeatedly.
+    """
+    held = create_locked(path)
     if held is None:
         waiting()
     while held is None:
         alive()
-        time.sleep(_LOOK_S)
-        held = fresh(path)
+        time.sleep(_POLL_S)
+        held = create_locked(path)
     try:
         yield
     finally:
@@ -144,8 +148,10 @@ def alone(path: Path, waiting: Callable[[], object] = lambda: None, alive: Calla
 
 
 def lock(handle: int, path: Path) -> bool:
-    """Lock an open file until it is closed; False where another process has it. On a file system without locks, which is reported once,
-    nothing is locked."""
+    """Lock an open file until it is closed. Returns False if another process holds the lock.
+
+    A file system without locks locks nothing, which is reported once.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -153,57 +159,57 @@ def lock(handle: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        if not _told:
-            _told.append(path)
+        if not _reported:
+            _reported.append(path)
             print_line(f"warning: {path.parent} has no file locks ({error.strerror}); start one process at a time there", error=True)
     return True
 
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-_LOOK_S = 0.5  # between two looks at whether another process has ended
+_POLL_S = 0.5
 _BY_ANOTHER = "another process has begun to write it meanwhile; start one at a time"
-_told: list[Path] = []
+_reported: list[Path] = []
 
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """An empty folder to write to, which becomes ``final`` at the end of the block; until then what was there stays.
+    """Create an empty folder that is renamed to ``final`` at the end of the block; until then an older folder of that name stays.
 
-    One process at a time may do so: the first of two finds its folder gone and raises FileExistsError, the second goes on. Raises OSError,
-    and leaves nothing.
+    If two processes do so at the same time, the first finds its folder gone and raises FileExistsError, and the second continues. Raises
+    OSError, and leaves no temporary folder.
     """
-    partial, older, made = final.with_name(f"{final.name}.partial"), aside_of(final), None
+    partial, older, descriptor = final.with_name(f"{final.name}.partial"), aside_of(final), None
     try:
-        if older.exists() and not final.exists():  # a kill between the two renames of an earlier one
+        if older.exists() and not final.exists():  # an earlier process was killed between its two renames
             os.replace(older, final)
         remove(partial)
         partial.mkdir(parents=True)
-        made = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)  # as long as it is open nothing else has its number
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)  # while it is open, its inode number is not used again
         yield partial
-        if not is_same(partial, made):
+        if not is_same(partial, descriptor):
             raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(final))
         remove(older)
         put_in_place(partial, final, older)
         remove(older)
     finally:
-        if made is not None:
-            if is_same(partial, made):
+        if descriptor is not None:
+            if is_same(partial, descriptor):
                 remove(partial)
-            os.close(made)
+            os.close(descriptor)
 
 
 def is_same(path: Path, opened: int) -> bool:
-    """Whether a path still leads to what was opened there."""
+    """Return whether a path still leads to the file that was opened there."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(opened))
 
 
 def aside_of(final: Path) -> Path:
-    """Where ``whole_folder`` keeps the older folder while it puts the new one in its place: a name that is nobody else's."""
+    """Return the path to which ``whole_folder`` renames the older folder while it puts the new one in its place."""
     return final.with_name(f"{final.name}.replaced.partial")
 
 
 def put_in_place(finished: Path, final: Path, older: Path) -> None:
-    """Rename a folder to ``final``; what was there has the name ``older`` then, or its own again where that fails. Raises OSError."""
+    """Rename a folder to ``final`` and an existing one to ``older``; if that fails, the existing one gets its name back. Raises OSError."""
     if final.exists():
         os.replace(final, older)
     try:
@@ -215,13 +221,13 @@ def put_in_place(finished: Path, final: Path, older: Path) -> None:
 
 
 def replace(path: Path, content: bytes, shared: bool = False) -> None:
-    """Write the whole content of a file as ``whole_file`` does."""
+    """Write the content of a file as ``whole_file`` does."""
     with whole_file(path, shared) as file:
         file.write(content)
 
 
 def update(path: Path, content: bytes) -> None:
-    """``replace`` unless the file has this content already: a run that goes on needs no room for it."""
+    """Write a file with ``replace`` unless it has this content: a resumed run needs no disk space for it."""
     with contextlib.suppress(OSError):
         if path.read_bytes() == content:
             return
@@ -229,7 +235,7 @@ def update(path: Path, content: bytes) -> None:
 
 
 def write_if_possible(path: Path, text: str, say: Say) -> bool:
-    """``replace``, but a file that cannot be written is only a warning; returns whether it was written."""
+    """Write a file with ``replace``, but only warn if that fails. Returns whether it was written."""
     try:
         replace(path, text.encode())
     except OSError as error:

@@ -1,7 +1,7 @@
 """Counterfactual groups: images x texts with a truth table, as plain data.
 
-A group is the unit of data. Image 0 and candidate 0 are the factual pair (the anchor); everything else is a counterfactual of it, or a
-sham: the anchor re-rendered with nothing changed. Shapes used throughout the package: G groups, I images, C candidates.
+A group is the unit of data. Image 0 and candidate 0 are the factual pair (the anchor). Every other image or text is a counterfactual of it,
+or a sham: the anchor's image rendered again with nothing changed. Shapes used throughout the package: G groups, I images, C candidates.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from cfvlm_ds.core.conversation import normalised as normalised
 from cfvlm_ds.core.errors import DataError
 
 MAX_SIDE = 1024
-"""Images, and texts, that a group may have."""
+"""Limit of the images, and of the texts, of a group."""
 MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
-"""Cells of its truth table."""
+"""Limit of the cells of a truth table."""
 MAX_COMPARISONS = 1 << 18
-"""Pairs of a true and a false cell of one image and prompt, or of one text: what an evaluation compares. 256 images with a text each have
-half as many; half of so many cells true, and half false, would have millions."""
+"""Limit of the comparisons of an evaluation: pairs of a true and a false cell of one image and prompt, or of one text. 256 images with a
+text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions."""
 MAX_REPORTED = 1 << 21
-"""Comparisons, each counted for all edits of one of its images or texts: an evaluation looks at these for each."""
+"""Limit of the comparisons times the edits of one image or text, because an evaluation assigns each comparison to its edits."""
 SHAM = "sham"
-"""Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
+"""Edit type of an image that was rendered again with nothing changed, and of which the factual text is true."""
 
 Pictures: TypeAlias = tuple[Path, ...]
-"""What a text is scored with: one picture as a rule, several where a prompt shows several, none for text alone."""
+"""Pictures of one image entry: usually one, several if the prompt shows several, none for text alone."""
 
 Cells = Literal["anchor", "matched", "star", "full", "batch"]
-"""Which cells of a group are scored, each set containing the one before.
+"""Sets of scored cells of a group; each of the first four contains the one before it.
 
 - ``anchor``: the factual pair;
 - ``matched``: every true pair;
-- ``star``: also, where the truth is known, the row and column of each prompt's anchor (its first true cell): the anchor's image with the
-  texts of that prompt, the anchor's text with every image. For the first prompt these are row 0 and column 0;
-- ``full``: everything;
-- ``batch``, which is no set of the group alone: the star and, on each of its images, texts of other groups of the optimizer step.
+- ``star``: also the cells of known truth in the row and column of each prompt's anchor (its first true cell): the anchor's image with the
+  texts of that prompt, and the anchor's text with every image. For the first prompt these are row 0 and column 0;
+- ``full``: all cells;
+- ``batch``: the star and, on each image of the group, texts of other groups of the optimizer step.
 """
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text to be scored, and the prompt it answers: a string, or a conversation (see cfvlm_ds.core.conversation)."""
+    """A text to score and the prompt that it answers: a string, or a conversation (see cfvlm_ds.core.conversation)."""
 
     prompt: Prompt
     text: str
@@ -57,10 +57,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Edit:
-    """What distinguishes a counterfactual from the anchor; used to slice metrics, never by an objective.
+    """The difference between a counterfactual and the anchor. Metrics are sliced by it; objectives never use it.
 
-    ``image`` and ``text`` are indices into the group (None where the edit has no image, or no text, of its own); ``source`` and ``target``
-    are the words that changed.
+    ``image`` and ``text`` are indices into the group (None if the edit has no image, or no text, of its own); ``source`` and ``target`` are
+    the words that changed.
     """
 
     type: str
@@ -72,10 +72,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class InBatchNegative:
-    """A text of another group of an optimizer step, scored as an answer to the factual text's prompt.
+    """A text of another group of the optimizer step, scored as an answer to the factual text's prompt.
 
-    ``group`` and ``number`` are the other group's id and which of its texts it is; ``source_group`` is that group's place in the step;
-    ``share`` is the weight of its comparison between images.
+    ``group`` is the id of the other group and ``number`` the index of the text in it; ``source_group`` is that group's place in the step;
+    ``share`` is the weight of the text's comparison between images.
     """
 
     text: str
@@ -97,12 +97,12 @@ class InStep:
 class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
-    ``match[i][c]`` is 1 where text c is true of image i, 0 where it is false, None where that is unknown. An image is a tuple of pictures,
-    as many as every other image of its group has. ``source`` names the data set it comes from; ``objectives`` those that it counts in, None
-    for all. ``meta`` is what else its row says, as JSON: read by nothing, and kept.
+    ``match[i][c]`` is 1 if text c is true of image i, 0 if it is false, None if that is unknown. An image is a tuple of pictures; all
+    images of a group have the same number of them. ``source`` names the data set of the group; ``objectives`` names the terms that use
+    it, None for all. ``meta`` holds all other fields of the row as JSON, unread.
 
-    ``keys`` name what each text says, "" for the text itself; none where no text has one. ``exclude`` lists the keys of other groups' texts
-    that must not be taken for false of the group's images. ``in_step`` is what a training adds; no file has it.
+    ``keys`` identify the meaning of each text, "" for the text itself; empty if no text has one. ``exclude`` lists the keys of other
+    groups' texts that must not be used as negatives of the group's images. ``in_step`` is added during training and never stored.
     """
 
     id: str
@@ -156,9 +156,9 @@ class CounterfactualGroup:
                     "every place, and a place for every picture"
                 )
         seen: dict[tuple[Prompt, str], int] = {}
-        asked = {prompt: normalised_prompt(prompt) for prompt in prompts}
+        prompt_forms = {prompt: normalised_prompt(prompt) for prompt in prompts}
         for index, candidate in enumerate(self.candidates):
-            if (first := seen.setdefault((asked[candidate.prompt], normalised(candidate.text)), index)) != index:
+            if (first := seen.setdefault((prompt_forms[candidate.prompt], normalised(candidate.text)), index)) != index:
                 other = f"text {first} ({self.candidates[first].text!r})"
                 raise DataError(f"group {self.id!r}: text {index} equals {other}; a counterfactual must differ, remove one of them")
 
@@ -169,65 +169,68 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """The same group with as many images under other paths; what is not about pictures is not checked a second time."""
+        """Return the group with as many images under other paths; checks that do not concern pictures are not repeated."""
         other = self._changed(images=images)
         other._check_pictures()
         return other
 
     def in_the_step(self, place: int, in_batch: tuple[InBatchNegative, ...]) -> CounterfactualGroup:
-        """The same group at a place of an optimizer step, with the texts of others that are scored on its images."""
+        """Return the group with its place in an optimizer step, and the texts of other groups that are scored on its images."""
         return self._changed(in_step=InStep(place, in_batch))
 
     def _changed(self, **changes: object) -> CounterfactualGroup:
         other = object.__new__(type(self))
-        vars(other).update(vars(self), **changes)  # copy.copy does the same in ten times the time
+        vars(other).update(vars(self), **changes)  # ten times faster than copy.copy
         return other
 
     @property
     def num_pictures(self) -> int:
-        """Pictures that a text is scored with: 1 as a rule, 0 without an image."""
+        """Number of pictures in each image entry: usually 1, 0 without an image."""
         return len(self.images[0])
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        """A number per text, equal where texts answer one prompt: only those can be compared with each other."""
+        """Number of each text's prompt within the group. Only texts with equal numbers can be compared with each other."""
         numbers: dict[Prompt, int] = {}
         return tuple(numbers.setdefault(candidate.prompt, len(numbers)) for candidate in self.candidates)
 
     @property
     def anchors(self) -> dict[int, tuple[int, int]]:
-        """Prompt (of prompt_ids) -> its first true (image, text), for the first prompt the factual pair; none where nothing is true."""
-        prompts, found = self.prompt_ids, dict[int, tuple[int, int]]()
+        """First true cell (image, text) of each prompt of prompt_ids, the factual pair for the first; prompts without a true cell are
+        absent.
+        """
+        prompts, anchors = self.prompt_ids, dict[int, tuple[int, int]]()
         for i, line in enumerate(self.match):
             for c, truth in enumerate(line):
                 if truth == 1:
-                    found.setdefault(prompts[c], (i, c))
-        return found
+                    anchors.setdefault(prompts[c], (i, c))
+        return anchors
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:
-    """Raise DataError for a group that an evaluation would compare, and look up edits for, without end."""
+    """Raise DataError for a group whose evaluation would exceed the limits of comparisons, or of edits to look up."""
     images, texts = len(group.images), len(group.candidates)
-    if images * texts * (images + texts) // 4 * max(1, len(group.edits)) <= MAX_COMPARISONS:  # as nearly all have
+    if images * texts * (images + texts) // 4 * max(1, len(group.edits)) <= MAX_COMPARISONS:  # true of nearly all groups
         return
-    of_prompt = [[c for c, each in enumerate(group.prompt_ids) if each == number] for number in set(group.prompt_ids)]
+    of_prompt = [[c for c, prompt in enumerate(group.prompt_ids) if prompt == number] for number in set(group.prompt_ids)]
     rows = [[line[c] for c in numbers] for line in group.match for numbers in of_prompt]
-    found = sum(line.count(1) * line.count(0) for line in (*rows, *zip(*group.match, strict=True)))
-    if found > MAX_COMPARISONS:
+    comparisons = sum(line.count(1) * line.count(0) for line in (*rows, *zip(*group.match, strict=True)))
+    if comparisons > MAX_COMPARISONS:
         raise DataError(
-            f"group {group.id!r} has {found} comparisons of a true and a false cell, and {MAX_COMPARISONS} is the bound; split the row"
+            f"group {group.id!r} has {comparisons} comparisons of a true and a false cell, and {MAX_COMPARISONS} is the bound; "
+            "split the row"
         )
     parts = Counter(part for edit in group.edits for part in (("image", edit.image), ("text", edit.text)) if part[1] is not None)
     most = max(parts.values(), default=1)
-    if found * most > MAX_REPORTED:
+    if comparisons * most > MAX_REPORTED:
         raise DataError(
-            f"group {group.id!r} has {found} comparisons and {most} edits of one image or text, and {MAX_REPORTED} is the bound for their "
-            "product; name what each image or text changes once, or split the row"
+            f"group {group.id!r} has {comparisons} comparisons and {most} edits of one image or text, and {MAX_REPORTED} is the bound "
+            "for their product; name what each image or text changes once, or split the row"
         )
 
 
 def check_side(num_images: int, num_texts: int, where: str) -> None:
-    """Raise DataError for a group that is larger than any forward could take."""
+    """Raise DataError for a group with more images or texts than one forward can take."""
     if max(num_images, num_texts) > MAX_SIDE:
         raise DataError(f"{where} has {num_images} images and {num_texts} texts, and {MAX_SIDE} is the bound for either; split the row")
     if num_images * num_texts > MAX_CELLS:

@@ -1,4 +1,4 @@
-"""Append-only files: a process that is killed at any time leaves whole entries, and the next one goes on behind them."""
+"""Append-only files: a process that is killed at any time leaves complete entries, and the next process appends after them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _BLOCK = 1 << 20
 
 
 def as_line(record: Any) -> bytes:
-    """A record as a line of JSON; half characters, which some writers make, are escaped."""
+    """Encode a record as a line of JSON; unpaired surrogates, which some writers produce, are escaped."""
     return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 class Journal:
-    """A file of lines that one process appends to. A torn last line is reported and dropped.
+    """A file of lines that one process appends to. An incomplete last line is reported and dropped.
 
     Args:
         alone: lock the file; not needed in a folder that has a lock of its own.
-        end: where the next entry goes, in a file of other entries than lines; what follows it is dropped.
+        end: offset of the next entry, in a file whose entries are not lines; later bytes are dropped.
 
-    Raises ConfigError where another process has the file, StorageError where it cannot be written.
+    Raises ConfigError if another process holds the file, and StorageError if it cannot be written.
     """
 
     def __init__(self, path: Path, *, alone: bool = True, end: int | None = None) -> None:
@@ -47,18 +47,18 @@ class Journal:
             raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
 
     def _whole_lines(self, size: int) -> int:
-        """Bytes up to the last line break."""
-        found, start = b"", size
-        while start > 0 and b"\n" not in found:
+        """Return the number of bytes up to the last line break."""
+        block, start = b"", size
+        while start > 0 and b"\n" not in block:
             start = max(0, start - _BLOCK)
-            found = os.pread(self._handle, _BLOCK, start)
-        whole = start + found.rfind(b"\n") + 1
-        if whole < size:
+            block = os.pread(self._handle, _BLOCK, start)
+        end = start + block.rfind(b"\n") + 1
+        if end < size:
             print_line(f"{self.path}: its last line was cut off by a kill or a full disk, and is dropped", error=True)
-        return whole
+        return end
 
     def append(self, entry: bytes) -> int:
-        """Add an entry, whole or not at all; returns where it begins. Raises StorageError."""
+        """Append an entry, complete or not at all, and return its offset. Raises StorageError."""
         written = 0
         try:
             while written < len(entry):
@@ -71,23 +71,22 @@ class Journal:
         return self.size - written
 
     def close(self) -> None:
-        """Hand it to the disk. Later calls do nothing. Raises StorageError."""
+        """Flush the file to the disk and close it. Later calls do nothing. Raises StorageError."""
         handle, self._handle = self._handle, -1
         if handle >= 0:
             try:
                 os.fsync(handle)
-            except OSError as error:  # of earlier writes, on network file systems
+            except OSError as error:  # an earlier write failed, on a network file system
                 raise StorageError(f"{unwritten(self.path, error)}: its last lines may be lost") from error
             finally:
                 os.close(handle)
 
 
 def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
-    """The records of a journal; none where there is no file.
+    """Read the records of a journal; none if there is no file.
 
-    A last line without its end is left out: it is still being written, or was cut off and is dropped by who goes on with the journal.
-
-    Raises DataError naming file, line and ``remedy``.
+    A last line without a line break is skipped: it is still being written, or a killed process left it and the next writer drops it. Raises
+    DataError naming file, line and ``remedy``.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -101,7 +100,7 @@ def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
 
 
 def append(path: Path, line: str, say: Say) -> bool:
-    """Add a whole line or nothing; a failure is only a warning. Returns whether it was added."""
+    """Append a complete line, or only warn if that fails. Returns whether it was appended."""
     try:
         with closing(Journal(path, alone=False)) as journal:
             journal.append(line.encode() + b"\n")
@@ -112,10 +111,11 @@ def append(path: Path, line: str, say: Say) -> bool:
 
 
 class Waiting:
-    """A journal that never ends its process: lines that the disk does not take wait in memory, and every later line tries again, in order.
+    """A journal whose failures never end the process: lines that cannot be written wait in memory, and every later line tries again, in
+    order.
 
     Args:
-        say: gets a sentence when writing fails for the first time, and when it works again.
+        say: receives a sentence when writing fails for the first time, and when it works again.
     """
 
     def __init__(self, path: Path, say: Say) -> None:
@@ -126,12 +126,12 @@ class Waiting:
         self._flush()
 
     def write(self, line: str) -> None:
-        """Add a line, now or as soon as the disk takes it."""
+        """Append a line, now or as soon as the disk accepts it."""
         self._lines.append(line.encode() + b"\n")
         self._flush()
 
     def close(self) -> list[str]:
-        """Try a last time; returns the lines that are lost. Later calls do nothing."""
+        """Try a last time, and return the lines that are lost. Later calls return none."""
         if self.closed:
             return []
         self.closed = True
@@ -155,7 +155,7 @@ class Waiting:
             if not self._failing:
                 self._say(f"{unwritten(self.path, cause)}: what belongs there waits in memory, and is tried again with every record")
             self._failing = True
-            if cause.errno == errno.ESTALE:  # NFS: the name may be good, the handle never again
+            if cause.errno == errno.ESTALE:  # NFS: only a new handle can work again
                 self._journal = None
             return
         if self._failing:

@@ -1,4 +1,4 @@
-"""What ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` names: an entry of a registry, with other values of its options."""
+"""Registry entries by name: ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``, with other values of the entry's options."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCI
 
 
 def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = (), fixed: Collection[str] = ()) -> Any:
-    """The entry of ``known`` that ``spec`` names; a value with a comma is in double quotes.
+    """Return the entry of ``known`` that ``spec`` names, with the given options; a value with a comma is in double quotes.
 
-    The options of an entry are its fields, if it is a dataclass, but those that are ``fixed``. ``besides`` are names that the caller knows.
-    Raises ValueError for an unknown name, option or value.
+    The options of an entry are its fields, if it is a dataclass, except the ``fixed`` ones. ``besides`` are other valid names, for
+    messages. Raises ValueError for an unknown name, option or value.
     """
     name, colon, options = spec.partition(":")
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; {near(name, [*known, *besides], 'known: ')}")
-    found = known[name]
-    fields = dataclasses.fields(found) if dataclasses.is_dataclass(found) and not isinstance(found, type) else ()
-    defaults = {field.name: getattr(found, field.name) for field in fields if field.name not in fixed}
+    entry = known[name]
+    fields = dataclasses.fields(entry) if dataclasses.is_dataclass(entry) and not isinstance(entry, type) else ()
+    defaults = {field.name: getattr(entry, field.name) for field in fields if field.name not in fixed}
     if colon and not defaults:
         raise ValueError(f"{kind} {name!r} has no options; write {name!r} alone")
     values: dict[str, Any] = {}
@@ -38,14 +38,14 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
         if option in values:
             raise ValueError(f"option {option!r} of {kind} {name!r} is given twice; keep one of them")
         value = Given(part[3].strip() if part[2] is None else part[2])
-        values[option] = fitted(get_type_hints(type(found))[option], value, f"option {option!r} of {kind} {name!r}")
+        values[option] = fitted(get_type_hints(type(entry))[option], value, f"option {option!r} of {kind} {name!r}")
     try:
-        return dataclasses.replace(found, **values) if values else found
+        return dataclasses.replace(entry, **values) if values else entry
     except ValueError as error:
         raise ValueError(f"{kind} {spec}: {error}") from error
 
 
 def near(given: str, known: Collection[str], otherwise: str) -> str:
-    """The known name that is nearest to what was given, or all of them."""
-    found = difflib.get_close_matches(given, known, n=1)
-    return f"did you mean {found[0]!r}?" if found else f"{otherwise}{', '.join(known)}"
+    """Suggest the known name most similar to the given one, or list all of them."""
+    matches = difflib.get_close_matches(given, known, n=1)
+    return f"did you mean {matches[0]!r}?" if matches else f"{otherwise}{', '.join(known)}"

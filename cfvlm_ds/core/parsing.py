@@ -1,4 +1,6 @@
-"""Options: YAML and the command line to a RunConfig, with one sentence for what is unknown, of another type or out of range."""
+"""Option parsing: YAML files and the command line to a RunConfig, with one sentence for an option that is unknown, of another type or out
+of range.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +16,27 @@ from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import sentences
 from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml, yaml_of
-from cfvlm_ds.core.shipped import found, refuse_no_file
+from cfvlm_ds.core.shipped import refuse_no_file, resolve_shipped
 from cfvlm_ds.core.strict import Given, build, dotted
-from cfvlm_ds.core.verbosity import VERBOSITY, asked
+from cfvlm_ds.core.verbosity import VERBOSITY, selected_verbosity
 
 
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
-    """The run configuration from command-line arguments.
+    """Parse command-line arguments into the configuration of a run.
 
-    ``objectives`` maps the name of a term to a dataclass with at least ``weight``. The terms of the run are those that its YAML files name
-    (``cfvlm``, that is align, csd and fcd, where they name none) and those that the command line names; one of weight 0 is left out.
-    Options may be given as ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``; ``--config FILE`` reads YAML; later ones win.
-    A file of options, or a DeepSpeed JSON, that is not there is looked for among those that come with the package (core/shipped.py).
+    ``objectives`` maps the name of a term to a dataclass with at least ``weight``. The terms of the run are those named in its YAML files
+    (``cfvlm``, that is align, csd and fcd, if they name none) and those named on the command line; a term of weight 0 is left out. Options
+    are written ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``; ``--config FILE`` reads YAML; later values win. A missing
+    YAML file or DeepSpeed JSON is looked up among the files that come with the package (core/shipped.py).
 
-    Raises ConfigError on an unknown option (naming the nearest valid one) or a value of the wrong type. ``--help`` and ``--print_config``
+    Raises ConfigError for an unknown option (naming the nearest valid one) or a value of the wrong type. ``--help`` and ``--print_config``
     print and exit.
     """
     if {"-h", "--help"} & set(argv):
         option_parser(objectives, prog).print_help()
         raise SystemExit(0)
     switches = {name for name in (*VERBOSITY, "print_config") if f"--{name}" in argv}
-    given, terms, folder = _read([each for each in argv if each not in {f"--{name}" for name in switches}])
+    given, terms, folder = _read([word for word in argv if word not in {f"--{name}" for name in switches}])
     if unknown := terms - set(objectives):
         raise ConfigError(f"unknown term of the objective {min(unknown)!r}; the terms are {', '.join(objectives)}")
     built = build(_options(objectives), given)
@@ -53,12 +55,12 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         print(yaml_of(resolved), end="")
         raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
-    json_file, shows = found(built.deepspeed, "ds_configs"), asked("quiet" in switches, "verbose" in switches)
+    json_file, shows = resolve_shipped(built.deepspeed, "ds_configs"), selected_verbosity("quiet" in switches, "verbose" in switches)
     return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows, yaml_folder=folder)
 
 
 def _options(objectives: Mapping[str, type]) -> type:
-    """All options of a run as a class."""
+    """Build a class with all options of a run."""
     terms = make_dataclass("Objective", [(name, term, field(default_factory=term)) for name, term in objectives.items()])
     sections = {**SECTIONS, "objective": terms}
     parts: list[Any] = [(name, section, field(default_factory=section)) for name, section in sections.items()]
@@ -66,7 +68,7 @@ def _options(objectives: Mapping[str, type]) -> type:
 
 
 def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> argparse.ArgumentParser:
-    """The options of a run as argparse has them: for their help, and for a shell that completes them."""
+    """Build the options of a run as an argparse parser, for their help and for shell completion."""
     started = "deepspeed train.py" if prog in (None, "train.py") else prog
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -99,9 +101,12 @@ _LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master
 
 
 def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
-    """All that is given, later values in place of earlier ones; and the terms of the objective: those of the YAML files, or the default
-    where they state none, and those that the command line adds; and the folder of the last YAML file."""
-    whole, stated, added, words, folder = dict[str, Any](), set[str](), set[str](), list(argv), ""
+    """Read all given options, later values in place of earlier ones.
+
+    Returns the options, the terms of the objective (those of the YAML files, or the default if they name none, and those that the command
+    line adds), and the folder of the last YAML file.
+    """
+    options, stated, added, words, folder = dict[str, Any](), set[str](), set[str](), list(argv), ""
     while words:
         flag, equals, value = words.pop(0).partition("=")
         option = flag.removeprefix("--")
@@ -118,20 +123,22 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
         if option in _LAUNCHERS:
             raise ConfigError(f"{flag} is an option of the launcher; write `deepspeed {flag} {value} train.py` and the run's options")
         if option == "config":
-            document, folder = _document(value), os.path.dirname(found(value, "examples"))
+            document, folder = _document(value), os.path.dirname(resolve_shipped(value, "examples"))
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
-            _merge(whole, document)
+            _merge(options, document)
         elif option != "local_rank":  # the launcher's
             plain = _plain(value)
             added |= {option.split(".")[1]} if option.startswith("objective.") else set()
             added |= {str(key).partition(".")[0] for key in plain} if option == "objective" and isinstance(plain, Mapping) else set()
-            _put(whole, option.removesuffix("+").split("."), plain, more=option.endswith("+"))
-    return whole, (stated or set(CFVLM)) | added, folder
+            _put(options, option.removesuffix("+").split("."), plain, more=option.endswith("+"))
+    return options, (stated or set(CFVLM)) | added, folder
 
 
 def _document(given: str) -> dict[str, Any]:
-    """The options of a YAML file, sections within each other. Raises ConfigError for what is none, and for an option given twice."""
-    path = found(given, "examples")
+    """Read the options of a YAML file as nested sections. Raises ConfigError for a file without options, and for an option that occurs
+    twice.
+    """
+    path = resolve_shipped(given, "examples")
     refuse_no_file(given, path)
     try:
         options = read_yaml(path)
@@ -145,7 +152,9 @@ def _document(given: str) -> dict[str, Any]:
 
 
 def _plain(value: str) -> Any:
-    """A value of the command line: what is no list, mapping or null is read by the type of its option."""
+    """Parse a value of the command line. Only lists, mappings and null are parsed here; anything else is
+    parsed by the type of its option.
+    """
     try:
         read = parse_yaml(value)
     except DuplicateKey as error:
@@ -155,30 +164,30 @@ def _plain(value: str) -> Any:
     return read if isinstance(read, (Mapping, list)) or (read is None and value[0] != "#") else Given(value)
 
 
-def _merge(whole: dict[str, Any], part: Mapping[Any, Any], once: bool = False) -> None:
-    """Put options into others; where ``once``, none that is there."""
+def _merge(options: dict[str, Any], part: Mapping[Any, Any], once: bool = False) -> None:
+    """Merge options into others; with ``once``, an option that exists is an error."""
     for name, value in part.items():
-        _put(whole, str(name).split("."), value, once)
+        _put(options, str(name).split("."), value, once)
 
 
-def _put(whole: dict[str, Any], path: Sequence[str], value: Any, once: bool = False, more: bool = False) -> None:
-    """Put an option at its place. Names of evaluation sets may have dots, and the sets are given together."""
+def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = False, more: bool = False) -> None:
+    """Set an option in nested sections. Names of evaluation sets may contain dots, so the sets are given together."""
     name, *inside = path
-    before = whole.get(name)
+    before = options.get(name)
     section = bool(inside) or (isinstance(value, Mapping) and name != "evaluation" and not more)
-    if (before is not None and not isinstance(before, Mapping)) if section else (once and name in whole):
+    if (before is not None and not isinstance(before, Mapping)) if section else (once and name in options):
         raise ConfigError(f"{name!r} occurs twice, by itself and in its section; keep one of them")
     if section:
-        whole[name] = before = dict(before) if isinstance(before, Mapping) else {}
+        options[name] = before = dict(before) if isinstance(before, Mapping) else {}
         if name == "evaluation" and isinstance(file := before.get(inside[0]), str) and (inside[1:] or isinstance(value, Mapping)):
             before[inside[0]] = {"path": file}
         _put(before, inside, value, once, more) if inside else _merge(before, value, once)
     else:
-        whole[name] = [*(before if isinstance(before, list) else [before] * bool(before)), value] if more else value
+        options[name] = [*(before if isinstance(before, list) else [before] * bool(before)), value] if more else value
 
 
 def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
-    """Raise ConfigError for options that no run can have together."""
+    """Raise ConfigError for options that contradict each other."""
     if not train.output_dir:
         raise ConfigError("train.output_dir is empty, as a variable is that was not set; name a folder, or leave it out for the default")
     if train.max_steps == 0:
@@ -204,7 +213,7 @@ def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
 
 
 def _check_evaluation_set(split: str, given: EvaluationSet) -> None:
-    """Raise ConfigError for what is neither a manifest nor a benchmark, or both."""
+    """Raise ConfigError for an evaluation set that is neither a manifest nor a benchmark, or both."""
     if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
         raise ConfigError(f"data.evaluation: {split!r} names files and metrics; use letters, digits and _ . + - for it")
     if not given.path and not given.benchmark:

@@ -1,4 +1,4 @@
-"""Progress of long work: a line with a rate and the time left, at first after two seconds, and then at most one every few seconds."""
+"""Progress lines of long work, with a rate and the time left: the first after two seconds, then one every few seconds at most."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ FIRST_S, EVERY_S = 2.0, 5.0
 
 
 def time_left(passed_s: float, done: float, total: float) -> str:
-    """The time left in hours, minutes and seconds, at the rate so far."""
+    """Format the time left as hours, minutes and seconds, at the rate so far."""
     return str(timedelta(seconds=round(passed_s * max(total - done, 0) / done))) if done else "an unknown time"
 
 
 class Progress:
-    """Counts finished units of work and prints lines such as ``scenes: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
+    """Counter of finished units of work that prints lines such as ``scenes: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
 
     Args:
         say: prints a line at once, as World.say does on rank 0 alone.
-        what: is done.
-        total: units in all; None where that is not known.
-        unit: their name, in the plural.
-        every_s: seconds from one line to the next, at least; to the first, at most ``FIRST_S``.
+        what: name of the work.
+        total: number of units; None if unknown.
+        unit: name of the units, in the plural.
+        every_s: least number of seconds between two lines; the first comes after at most ``FIRST_S``.
     """
 
     def __init__(self, say: Callable[[str], object], what: str, total: float | None, unit: str, every_s: float = EVERY_S) -> None:
@@ -49,7 +49,7 @@ class Progress:
             self._say(f"{self._what}: {_number(self._done)} of {_number(self._total)} {self._unit}, {speed} {self._unit}/s, {left} left")
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; each counts as done when the next one is asked for."""
+        """Yield the items; each counts as done when the next one is requested."""
         for item in items:
             yield item
             self.advance()

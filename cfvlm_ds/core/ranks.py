@@ -1,4 +1,4 @@
-"""What a process knows of its launch before torch is imported: its rank, how many there are, and who says what all of them may know."""
+"""Launch environment of a process before torch is imported: its rank, the number of ranks, and the rank that prints a common message."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from pathlib import Path
 import psutil
 
 _WAIT_S, _STAGGER_S, _POLL_S = 5.0, 0.2, 0.02
-_CLOCK_S = 2.0  # by which the time of a process may be wrong
+_CLOCK_S = 2.0  # error of a process's start time
 
 
 def num_ranks() -> int:
-    """Processes of this launch, by torchrun, DeepSpeed's launcher or srun; 1 without one."""
+    """Return the number of processes of this launch, by torchrun, DeepSpeed's launcher or srun; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def own_rank() -> int:
-    """The number of this process in its launch."""
+    """Return the rank of this process in its launch."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) if num_ranks() > 1 else 0
 
 
 def launcher() -> str:
-    """What the ranks of one launch on one machine have in common: their parent, and when it was started, in ticks since the machine booted,
-    unlike the time of day the same for everyone who asks."""
+    """Return a key that the ranks of one launch on one machine share: the process id of their parent, and its start time.
+
+    The time is in ticks since the machine booted, which unlike the time of day reads the same in every process.
+    """
     parent, started = os.getppid(), "0"
     with contextlib.suppress(OSError, IndexError):
         started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): field 22, counted from the third
@@ -37,12 +39,12 @@ def launcher() -> str:
 
 
 @contextlib.contextmanager
-def said_once(sentence: str) -> Iterator[bool]:
-    """Whether this rank is the one to print, inside the block, a sentence that others may have to say too.
+def printed_once(sentence: str) -> Iterator[bool]:
+    """Decide which rank prints, inside the block, a sentence that several ranks may have to print; yields whether this rank is the one.
 
-    Rank 0 prints, for many look at its log alone. Another rank waits a little for that, and prints what rank 0 does not say. Ranks may fail
-    before they meet, or while others wait in a collective, so that nothing is sent: who has printed leaves an empty file in the temporary
-    folder, named after launch and sentence. So it is once on each machine.
+    Rank 0 prints, because many users read only its log. Another rank waits briefly for that, and prints the sentence if rank 0 does not.
+    Ranks may fail before they meet, or while others wait in a collective, so no message is sent: the printing rank leaves an empty file in
+    the temporary folder, named after launch and sentence. The sentence therefore appears once on each machine.
     """
     if num_ranks() == 1:
         yield True
@@ -60,8 +62,11 @@ def said_once(sentence: str) -> Iterator[bool]:
 
 
 def _wait_for(mark: Path, seconds: float) -> None:
-    """Launchers end the others when the first rank has left: that must not change the exit code of this one."""
-    with contextlib.suppress(ValueError):  # of a thread
+    """Wait for a mark while ignoring SIGTERM.
+
+    Launchers end the other ranks when the first one has left, which must not change the exit code of this rank.
+    """
+    with contextlib.suppress(ValueError):  # called from a thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end = time.monotonic() + seconds
     while time.monotonic() < end and not _is_said(mark):
@@ -69,7 +74,10 @@ def _wait_for(mark: Path, seconds: float) -> None:
 
 
 def _is_said(mark: Path) -> bool:
-    """Whether a rank of this launch has left the mark. An older one is of another launch by the same parent, and anybody may write here."""
+    """Return whether a rank of this launch has left the mark.
+
+    An older mark is of another launch by the same parent, and a mark of another user does not count.
+    """
     try:
         stat = mark.lstat()
         return stat.st_uid == os.getuid() and stat.st_mtime > psutil.Process().create_time() - _CLOCK_S
@@ -78,7 +86,7 @@ def _is_said(mark: Path) -> bool:
 
 
 def _leave(mark: Path) -> None:
-    """Leave a mark, and remove those of launches that are over."""
+    """Leave a mark, and remove the marks of launches that have ended."""
     with contextlib.suppress(OSError):
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         os.utime(mark)

@@ -1,6 +1,6 @@
-"""Reading files: JSON and YAML without a key twice; of untrusted ones, regular files only and never more than a bound.
+"""File reading: JSON and YAML without duplicate keys; of untrusted files, regular files of limited size only.
 
-Errors are ValueError or OSError without the file's name; the caller knows it and puts it in front.
+Errors are ValueError or OSError without the file's name, which the caller adds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any, ClassVar
 MIB = 2**20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-_SPARE = 100  # of the thousand calls within one another that Python allows
+_SPARE = 100  # stack frames, of the 1,000 that Python allows
 _YAML_VALUES = (
     ("null", "null|Null|NULL|~|", ("n", "N", "~", "")),
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -27,29 +27,29 @@ _YAML_VALUES = (
     ("float", r"[-+]?((\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)", "-+.0123456789"),
     ("merge", "<<", "<"),
 )
-"""Kind of a value without quotes, its form in YAML 1.2 (https://yaml.org/spec/1.2.2, 10.3.2), and what it begins with."""
+"""Type of an unquoted value, its pattern in YAML 1.2 (https://yaml.org/spec/1.2.2, 10.3.2), and its possible first characters."""
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether a path, or a file of a pattern such as ``train-*.parquet``, is there."""
+    """Return whether a path exists, or any file matches it if it is a pattern such as ``train-*.parquet``."""
     return os.path.exists(path) or (glob.has_magic(path.name) and any(glob.iglob(path.name, root_dir=path.parent)))
 
 
 def counted_from(path: str | Path) -> str:
-    """Say from which folder a relative path counts, at the end of a sentence about one that is missing."""
+    """Return the end of a message about a missing file: the folder from which a relative path counts."""
     return "" if os.path.isabs(path) else f" (a relative path counts from {os.getcwd()})"
 
 
 class TooLarge(ValueError):
-    """A file or line is longer than its bound."""
+    """A file or line longer than its limit."""
 
 
 class DuplicateKey(ValueError):
-    """An object has a key twice; most readers would silently take the last one."""
+    """An object with the same key twice, of which most readers silently take the last."""
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
-    """A regular file, open for reading. Raises ValueError for a pipe or device, which could be waited for, or read, without end."""
+    """Open a regular file for reading. Raises ValueError for a pipe or device, because reading it might never end."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         kind = stat.S_IFMT(os.fstat(number).st_mode)
@@ -64,10 +64,10 @@ def open_regular(path: str | Path) -> IO[bytes]:
 
 
 class HeldFile:
-    """A regular file that stays open as long as somebody holds it. Nobody moves in it: threads share it, and processes that are forked."""
+    """A regular file that stays open while the object lives. Reads name their offset, so threads and forked processes can share it."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises as open_regular does."""
+        """Open the file. Raises as open_regular does."""
         self._handle = open_regular(path)
         self.number = self._handle.fileno()
 
@@ -76,7 +76,7 @@ class HeldFile:
             handle.close()
 
     def read(self, offset: int, length: int) -> bytes:
-        """So many bytes from a place on; fewer only at the end of the file. Raises OSError."""
+        """Read ``length`` bytes from ``offset``; fewer only at the end of the file. Raises OSError."""
         if len(part := os.pread(self.number, length, offset)) == length:
             return part
         parts = [part]
@@ -87,9 +87,9 @@ class HeldFile:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """All of a regular file. Raises TooLarge for one of more than ``limit`` bytes."""
+    """Read a whole regular file. Raises TooLarge for one of more than ``limit`` bytes."""
     with open_regular(path) as handle:
-        stated = os.fstat(handle.fileno()).st_size  # nothing is read of a file that says it is larger
+        stated = os.fstat(handle.fileno()).st_size  # a file that is larger is not read
         content = read_within(handle, stated, limit) if stated <= limit else b""
     if stated > limit or len(content) > limit:
         raise TooLarge(f"it has more than {limit} bytes, the bound for such a file")
@@ -97,14 +97,17 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def read_within(handle: IO[bytes], stated: int, limit: int) -> bytes:
-    """What is left of a file that says it has ``stated`` bytes, or the first ``limit`` + 1 of more: no memory is asked for that it does not
-    take."""
+    """Read the rest of a file whose stated size is ``stated``, and up to ``limit`` + 1 bytes if it is longer, without allocating ``limit``
+    bytes.
+    """
     content = handle.read(stated + 1)
     return content if len(content) <= stated else content + handle.read(limit + 1 - len(content))
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
-    """The lines of a file. Raises TooLarge at one of more than ``limit`` bytes, since it is not known where the next one begins."""
+    """Yield the lines of a file. Raises TooLarge at one of more than ``limit`` bytes, because the start of
+    the next line is then unknown.
+    """
     while line := handle.readline(limit + 1):
         if len(line) > limit:
             raise TooLarge(f"the line has more than {limit} bytes, the bound for one row")
@@ -112,19 +115,19 @@ def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file. Raises as parse_json does, and OSError."""
+    """Read a JSON file. Raises as parse_json does, and OSError."""
     return parse_json(Path(path).read_bytes().decode())
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value of a YAML file. Raises as parse_yaml does, and OSError."""
+    """Read a YAML file. Raises as parse_yaml does, and OSError."""
     return parse_yaml(Path(path).read_bytes().decode("utf-8-sig"))
 
 
 def parse_yaml(text: str) -> Any:
     """Parse a YAML 1.2 text: 1e-5 is a number; off, 1:30 and dates are strings.
 
-    Raises ValueError for broken YAML and for a value within itself, DuplicateKey naming key and lines.
+    Raises ValueError for broken YAML and for a value that contains itself, and DuplicateKey naming key and lines.
     """
     import yaml
 
@@ -144,7 +147,7 @@ def parse_yaml(text: str) -> Any:
         Once.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"({form})\\Z"), list(begins))
     try:
         loader = Once(text)
-        loader.deep_construct = True  # which refuses a value within itself
+        loader.deep_construct = True  # refuses a value that contains itself
         return loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -153,7 +156,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def yaml_of(value: Any) -> str:
-    """Write a value as YAML that ``parse_yaml``, and a reader of YAML 1.1, read as the same."""
+    """Format a value as YAML that ``parse_yaml`` and readers of YAML 1.1 read alike."""
     import yaml
 
     class Quoting(yaml.SafeDumper):
@@ -165,10 +168,10 @@ def yaml_of(value: Any) -> str:
 
 
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
-    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming the key unless a ``decoder`` of its own reads it.
+    """Parse a JSON text. Raises ValueError as json.loads does, and DuplicateKey naming the key unless another ``decoder`` is given.
 
-    Raises RecursionError for lists and objects within one another by the hundred, some of which could just be read: not where the stack
-    is deeper, though, and they could not be written.
+    Raises RecursionError for lists and objects nested more than a few hundred deep, below Python's limit, so that a parsed value can also
+    be written at a deeper place in the stack.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 
@@ -176,15 +179,16 @@ def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
 def _loaded(text: str, decoder: json.JSONDecoder, frames: int) -> Any:
     if frames:
         return _loaded(text, decoder, frames - 1)
-    return json.loads(text) if text.startswith("\ufeff") else decoder.decode(text)  # the former says what is wrong with it
+    return json.loads(text) if text.startswith("\ufeff") else decoder.decode(text)  # the former reports the byte-order mark
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object. Raises DuplicateKey for a key that occurs twice."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise DuplicateKey(f"key {twice!r} occurs twice in one object; keep one of them")
-    return found
+    return result
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each text
+_DECODER = json.JSONDecoder(object_pairs_hook=object_of)  # json.loads would build one for each text

@@ -1,4 +1,4 @@
-"""What a run folder or a folder of adapters says of its model, so that commands that take a model take these too."""
+"""Run folders: the names of their files, and the model and options recorded in them, so that commands that take a model also take a run."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ FILES = (
     "config.yaml", "ds_config.json", "environment.json", "data.json",
     "metrics.jsonl", ".mlflow_delivery.json",
     "mlflow.db*", "finished.json", "resume_changes.jsonl", "skipped.json", "nonfinite.jsonl",
-    "results.md", "results.json", "results_start.json",
+    "results.md", "results.json", "before_after.json",
     "scores-*.png", "learning_curves.png", "run.lock*", "zero_to_*.py",
     "*.tmp",
 )  # fmt: skip
-FOLDERS = ("mlartifacts", "scores", "benchmarks", "heartbeat", "prepared", "export", "adapter")
-"""Names that a run writes into its folder, except checkpoints, which are made elsewhere and renamed."""
+FOLDERS = ("mlartifacts", "scores", "baseline", "benchmarks", "heartbeat", "prepared", "export", "adapter")
+"""Names that a run writes into its folder; checkpoints, which are renamed into place, have their own check."""
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model folder or hub name, the folder of adapters that belong to it or None, and what the run that made it says of its model."""
+    """A model folder or hub name, the folder of its adapters or None, and the model options that its run recorded."""
 
     name_or_path: str
     adapter: Path | None = None
@@ -40,10 +40,10 @@ class NamedModel:
 
 
 def named_model(name: str) -> NamedModel:
-    """What ``name`` stands for: a run folder for its export, or else its adapters; adapters for the model they were trained on; anything
-    else for itself.
+    """Resolve a model name: a run folder to its export, or else its adapters; adapters to the model they were trained on; other names to
+    themselves.
 
-    Raises ConfigError for a run folder that has neither, and for adapters that do not say what they belong to.
+    Raises ConfigError for a run folder without export and adapters, and for adapters that do not name their model.
     """
     folder = Path(name)
     if not os.path.isdir(folder) or (folder / "config.json").is_file():
@@ -61,21 +61,20 @@ def named_model(name: str) -> NamedModel:
 
 
 def refuse_absent(name_or_path: str, where: str = "") -> None:
-    """Raise ConfigError for a name that is no folder, and cannot be one of the hub."""
+    """Raise ConfigError for a name that is not a folder and cannot be a hub name."""
     if os.path.isfile(name_or_path):
         raise ConfigError(f"{where}model.name_or_path {name_or_path!r} is a file; give a model folder or a hub name such as org/name")
     if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
-        wrong = f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name"
-        raise ConfigError(f"{wrong}{counted_from(name_or_path)}")
+        problem = f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name"
+        raise ConfigError(f"{problem}{counted_from(name_or_path)}")
 
 
 def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
-    """Raise ConfigError where the output of a run would end elsewhere, be waited for, fail when the training is over, or lie among
-    somebody's files.
+    """Raise ConfigError for a run folder with entries that the run would overwrite, or that would break the run.
 
-    That is a link, a pipe, or a folder in place of a file, under a name that the run writes; a config.yaml that is somebody's own, such as
-    the one given to --config; and, in a folder that holds no run yet, anything but what a run and its launcher write, hidden files and what
-    the ``options`` of the run name below it.
+    These are: a link, a pipe, or a folder in place of a file, under a name that the run writes; a config.yaml of the user's own, such as
+    the one given to --config; and, in a folder without a run, anything except the files of a run and its launcher, hidden files, and paths
+    that the ``options`` of the run name.
     """
     remedy = "remove it, or choose another train.output_dir"
     entries = sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else []
@@ -90,10 +89,10 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
         return
     if (run_dir / "config.yaml").is_file():
         try:
-            whole = {*SECTIONS, "objective", "deepspeed"} <= recorded_options(run_dir).keys()
+            is_complete = {*SECTIONS, "objective", "deepspeed"} <= recorded_options(run_dir).keys()
         except ConfigError:
-            whole = False
-        if not whole:
+            is_complete = False
+        if not is_complete:
             raise ConfigError(
                 f"{run_dir / 'config.yaml'} is none that a run has written, with every option in it, and would be written over; move it "
                 "away, or choose another train.output_dir"
@@ -107,7 +106,7 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
 
 
 def _paths(options: Any) -> Iterator[Path]:
-    """The texts of some options, each of which may be a path."""
+    """Yield all texts of some options, as paths."""
     if isinstance(options, str):
         yield Path(options).absolute()
     elif isinstance(options, (Mapping, list)):
@@ -116,7 +115,7 @@ def _paths(options: Any) -> Iterator[Path]:
 
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:
-    """The configuration in a run's folder. Raises ConfigError if it is not one."""
+    """Read the configuration in a run's folder. Raises ConfigError if it is not one."""
     path = run_dir / "config.yaml"
     try:
         options = read_yaml(path)
@@ -128,7 +127,7 @@ def recorded_options(run_dir: Path) -> dict[str, Any]:
 
 
 def recorded_model(run_dir: Path) -> ModelConfig:
-    """The model of a run, from the configuration in its folder. Raises ConfigError if that is not one."""
+    """Read the model options of a run. Raises ConfigError if its folder holds no valid configuration."""
     model: ModelConfig = _recorded(run_dir, "model", ModelConfig)
     if not model.name_or_path:
         raise ConfigError(f"{run_dir / 'config.yaml'} is not a run's configuration (model.name_or_path is empty); restore it")
@@ -136,13 +135,13 @@ def recorded_model(run_dir: Path) -> ModelConfig:
 
 
 def recorded_evaluation(run_dir: Path) -> dict[str, EvaluationSet]:
-    """The manifests on which a run is evaluated, as the configuration in its folder names them. Raises ConfigError if that is not one."""
+    """Read the evaluation manifests of a run. Raises ConfigError if its folder holds no valid configuration."""
     data: DataConfig = _recorded(run_dir, "data", DataConfig)
     return data.evaluation_sets
 
 
 def _recorded(run_dir: Path, section: str, kind: type) -> Any:
-    """A section of a run's configuration."""
+    """Read a section of a run's configuration."""
     path = run_dir / "config.yaml"
     options = recorded_options(run_dir).get(section)
     if not isinstance(options, dict):
@@ -154,11 +153,11 @@ def _recorded(run_dir: Path, section: str, kind: type) -> Any:
 
 
 def base_of(folder: Path) -> str:
-    """The model that adapters in peft's format were trained on. Raises ConfigError where the folder holds no such adapters."""
+    """Return the model that adapters in peft's format were trained on. Raises ConfigError if the folder holds no such adapters."""
     remedy = "name a folder that `cfvlm-ds export --adapter` wrote"
     try:
-        described: Any = read_json(folder / ADAPTER)
-        kind, base = described["peft_type"], described["base_model_name_or_path"]
+        settings: Any = read_json(folder / ADAPTER)
+        kind, base = settings["peft_type"], settings["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder / ADAPTER} describes no adapters ({type(error).__name__}: {error}); {remedy}") from error
     if kind != "LORA" or not isinstance(base, str) or not base:

@@ -1,7 +1,7 @@
-"""From logits to the score matrix, in fp32 whatever the compute dtype.
+"""Score matrices from logits, in fp32 whatever the compute dtype.
 
-S[g, i, c] = sum over response tokens t of log p(y_t | y_<t, image i, prompt), in nats. Shapes: N scored tokens, V vocabulary, G groups,
-I images, C candidates.
+S[g, i, c] = sum over response tokens t of log p(y_t | y_<t, image i, prompt), in nats. Shapes: N scored tokens, V vocabulary, G groups, I
+images, C candidates.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LengthNorm = Literal["anchor", "own", "none"]
 class Scores:
     """Log-likelihoods of every scored cell of a batch of groups, in nats; 0 where ``layout.valid`` is false.
 
-    ``logp`` [G, I, C] sums over the text's tokens; ``end_logp`` [G, I, C] over its end-of-turn tokens; ``reference`` [G, I, C] is ``logp``
-    under the reference model; ``prior`` [G, C] is log p(text | blank image) under the reference model. The last two are stored data: they
-    never carry a gradient.
+    ``logp`` [G, I, C] sums over the text's tokens, and ``end_logp`` [G, I, C] over its end-of-turn tokens. ``reference`` [G, I, C] is
+    ``logp`` under the reference model, and ``prior`` [G, C] is log p(text | blank image) under the reference model; both are stored data
+    without a gradient.
 
-    ``cross_group`` [G, C, R] are scores of the same texts on images of other groups of the optimizer step, -inf where there are fewer than
-    R; they carry no gradient, because each of those groups has it from its own scores.
+    ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups of the optimizer step, -inf where there are fewer
+    than R. They carry no gradient: each of those groups gets it through its own scores.
     """
 
     layout: GroupLayout
@@ -39,7 +39,7 @@ class Scores:
 
     @property
     def own(self) -> Scores:
-        """The scores without texts of other groups."""
+        """Scores without the texts of other groups."""
         if self.layout.in_batch is None:
             return self
         cut = {name: getattr(self, name) for name in ("logp", "end_logp", "reference", "prior")}
@@ -48,16 +48,16 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        """The scores of batches with the same layout, each of which has other cells of it."""
+        """Add up the scores of batches with the same layout, each of which scored other cells."""
         logp, end_logp = (torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("logp", "end_logp"))
         return replace(parts[0], logp=logp, end_logp=end_logp)
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) per row: logits [N, V] of any floating dtype, targets [N] -> [N] in nats.
+    """Compute log p(target) per row, in nats: logits [N, V] of any floating dtype, targets [N] -> [N].
 
-    The upcast comes before the softmax: a bfloat16 log-softmax over 152k entries shifts a 64-token sum by 0.1 nat, and margins are 0.25.
-    float64 stays float64.
+    Logits are converted to float32 before the softmax: a bfloat16 log-softmax over 152k entries shifts a 64-token sum by 0.1 nats, and
+    margins are 0.25. float64 stays float64.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -67,7 +67,8 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 def score_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
     """Sum token log-probs into (logp, end_logp), each [G, I, C].
 
-    ``token_logp`` [N] nats; ``cell`` [N] flat index of the token's cell in [G, I, C]; ``is_end`` [N] bool marks end-of-turn tokens.
+    ``token_logp`` [N] is in nats; ``cell`` [N] is the flat index of the token's cell in [G, I, C]; ``is_end`` [N] bool marks end-of-turn
+    tokens.
     """
     shape = layout.valid.shape
     flat = token_logp.new_zeros(2, layout.valid.numel())
@@ -76,9 +77,9 @@ def score_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
 
 
 def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
-    """The divisor of each cell, [G, I, C]: the anchor text's tokens for the whole group, the cell's own, or 1.
+    """Compute the divisor of each cell, [G, I, C]: the tokens of the group's anchor text, the tokens of the cell's text, or 1.
 
-    ``anchor`` is one divisor for the group: with ``own``, words that two texts of different length share would have a gradient.
+    ``anchor`` divides all cells of a group equally. With ``own``, words shared by two texts of different length would get a gradient.
     """
     if len_norm == "none":
         return torch.ones_like(layout.num_tokens)
@@ -87,11 +88,10 @@ def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
 
 
 def normalised_scores(scores: Scores, len_norm: LengthNorm, pmi: float = 0.0) -> Tensor:
-    """S = (log p(text | image) - pmi * log p(text | blank)) / tokens, [G, I, C].
+    """Compute S = (log p(text | image) - pmi * log p(text | blank)) / tokens, [G, I, C].
 
-    With ``pmi`` = 1 this is pointwise mutual information per token; the prior cancels wherever one text is compared on two images.
-
-    Raises ValueError when ``pmi`` is not 0 and the scores carry no prior.
+    With ``pmi`` = 1 this is pointwise mutual information per token; the prior cancels where one text is compared on two images. Raises
+    ValueError if ``pmi`` is not 0 and the scores carry no prior.
     """
     logp = scores.logp
     if pmi:

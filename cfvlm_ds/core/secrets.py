@@ -1,4 +1,4 @@
-"""Passwords, tokens and signatures are masked before anything is printed or written."""
+"""Secret masking: passwords, tokens and signatures are masked in everything that is printed or written."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from typing import Any
 
 MASK = "***"
 
-_URL = re.compile(r":(/+)((?:(?!:/)\S)+)")  # pathlib makes one slash of two; a URL within a URL begins its own
-_USERINFO = re.compile(r"[^/\s]*@(?=\S)|[^/\s:@]*:(?!\d*(?:[/?#]|$))\S*@(?=\S)")  # the second: a password with a slash, which is no port
+_URL = re.compile(r":(/+)((?:(?!:/)\S)+)")  # pathlib joins double slashes; a URL within a URL matches separately
+_USERINFO = re.compile(r"[^/\s]*@(?=\S)|[^/\s:@]*:(?!\d*(?:[/?#]|$))\S*@(?=\S)")  # second form: a password with a slash
 _PARAMETER = re.compile(r"([?&#])([^=&#\s\"<>]*)(=?)([^&#\s\"<>]*)")
 _CLOSING = ")]}',.:;!"
-"""What follows a URL in a sentence rather than ending it."""
+"""Punctuation after a URL that belongs to the sentence."""
 
 _NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
-"""A name and what binds it to a value; a space binds the name of an option, as in ``--api-key VALUE``."""
+"""A name and its separator from a value, which is a space after the name of an option, as in ``--api-key VALUE``."""
 _VALUE = re.compile(r"(?:(?:Bearer|Basic|Token)\s+)?(?:\"[^\"]{0,1000}\"|'[^']{0,1000}'|[^\s\"'&,;)\]}]+)", re.IGNORECASE)
 _ALWAYS = re.compile(
     r"pass(?:word|wd|phrase)s?$|^pwd$|secrets?$|credentials?$|^authorization$"
     r"|(?:api|access|account|auth|private|secret|session|refresh|security|signing|subscription|shared)[_.\-]?(?:key|token)s?$"
     r"|(?:hf|hub|bearer|wandb|github|gitlab|client)[_.\-](?:key|token)s?$"
 )
-"""Names, or their last words joined by ``_``, whose value is a secret whatever it looks like."""
+"""Names, or their last words joined by ``_``, whose value is always a secret."""
 _UNLESS_NUMBER = {"token", "tokens", "key", "keys", "signature", "sig", "sas", "auth", "bearer", "cookie"}
 """Words of a name whose value is a secret unless it is a number: num_key_value_heads and token_budget are counts."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def without_secrets(text: str) -> str:
-    """The text with *** in place of what looks like a secret.
+    """Replace everything that looks like a secret by ***.
 
-    That is the user and password of every URL in it, the values of a URL's query and fragment (signed addresses carry their signature
-    there), and the value of every ``name=value``, ``name: value`` or ``--name value`` whose name is that of a credential.
+    These are the user and password of a URL, the values of a URL's query and fragment (signed addresses carry their signature there), and
+    the value of ``name=value``, ``name: value`` or ``--name value`` if the name is that of a credential.
     """
     text = _URL.sub(_masked_url, text)
     kept, done = [], 0
@@ -52,24 +52,24 @@ def without_secrets(text: str) -> str:
     return "".join((*kept, text[done:]))
 
 
-def _masked_url(found: re.Match[str]) -> str:
-    slashes, rest = found[1], found[2]
+def _masked_url(match: re.Match[str]) -> str:
+    slashes, rest = match[1], match[2]
     if len(slashes) < 3 and (user := _USERINFO.match(rest)):  # three slashes begin a path
         rest = f"{MASK}@{rest[user.end() :]}"
     address = re.split(r"[?#]", rest, maxsplit=1)[0]
     return f":{slashes}{address}{_PARAMETER.sub(_masked_parameter, rest[len(address) :])}"
 
 
-def _masked_parameter(found: re.Match[str]) -> str:
-    mark, name, equals, value = found.groups()
-    if not equals:  # a value without a name, or the name of a place in a page
+def _masked_parameter(match: re.Match[str]) -> str:
+    mark, name, equals, value = match.groups()
+    if not equals:  # a value without a name, or an anchor
         name, value = (name, "") if mark == "#" else ("", name)
     closing = value[len(value.rstrip(_CLOSING)) :]
     return f"{mark}{name}{equals}{MASK if len(value) > len(closing) else ''}{closing}"
 
 
 def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
-    """Whether a name in a text is that of a credential whatever its value, and whether it is unless its value is a number."""
+    """Return whether a name is that of a credential for any value, and whether it is for any value except a number."""
     words = _words(name)
     if not words:
         return False, False
@@ -77,7 +77,7 @@ def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Whether a value has to be masked because of its dotted name alone."""
+    """Return whether the dotted name of a value makes it a secret."""
     words = _words(name)
     if any(_ALWAYS.search(part) for part in ("_".join(words), *words)):
         return True
@@ -97,7 +97,7 @@ def _is_number(text: str) -> bool:
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """A JSON-ready copy without secrets: the values of names of credentials, and what ``without_secrets`` finds within texts."""
+    """Copy a value, ready for JSON, without the values of credentials and without secrets in texts."""
     if isinstance(value, Mapping):
         return {without_secrets(str(key)): masked(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -112,14 +112,14 @@ def masked(value: Any, name: str = "") -> Any:
 def mask_tracebacks() -> None:
     """Print the exception that ends this process, or one of its threads, without secrets."""
 
-    def shown(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
+    def print_exception(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
         print_line("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
 
-    sys.excepthook = shown
-    threading.excepthook = lambda ended: shown(ended.exc_type, ended.exc_value, ended.exc_traceback)
+    sys.excepthook = print_exception
+    threading.excepthook = lambda ended: print_exception(ended.exc_type, ended.exc_value, ended.exc_traceback)
 
 
 def print_line(message: str, error: bool = False) -> None:
-    """Print a line without secrets, to stderr if it is about an ``error``; a log on a full disk does not end a run."""
+    """Print a line without secrets, to stderr if it is about an ``error``. A log on a full disk does not end a run."""
     with contextlib.suppress(OSError):
         print(without_secrets(message), file=sys.stderr if error else sys.stdout, flush=True)

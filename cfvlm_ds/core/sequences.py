@@ -1,4 +1,4 @@
-"""Sequences and streams whose items are made when they are asked for, so that a million of them take no memory."""
+"""Lazy sequences and streams: items are created on demand, so a million of them take no memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class Lazy(Sequence[T]):
-    """``make(k)`` for every k of ``places``; a slice of it is another one."""
+    """Sequence of ``make(k)`` for every k of ``places``; its slices are lazy as well."""
 
     def __init__(self, make: Callable[[int], T], places: range | int) -> None:
         self._make, self._places = make, range(places) if isinstance(places, int) else places
@@ -32,19 +32,19 @@ class Lazy(Sequence[T]):
 
 
 def shared_start(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many words two texts have in common at their beginning."""
+    """Count the words that two texts have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def side_by_side(function: Callable[[T], R], items: Iterator[T], threads: int, ahead: int) -> Iterator[tuple[T, R]]:
-    """Items in their order, each with its result. Threads work on the next ``ahead`` of them meanwhile."""
+    """Yield items in their order, each with its result, while threads compute the next ``ahead`` results."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque((item, pool.submit(function, item)) for item in islice(items, ahead))
         try:
             while waiting:
                 item, answer = waiting.popleft()
                 result = answer.result()
-                waiting.extend((each, pool.submit(function, each)) for each in islice(items, 1))
+                waiting.extend((following, pool.submit(function, following)) for following in islice(items, 1))
                 yield item, result
         finally:
             pool.shutdown(cancel_futures=True)

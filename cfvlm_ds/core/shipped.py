@@ -1,5 +1,7 @@
-"""Files that come with the package: DeepSpeed configurations, recipes, Slurm scripts. In a wheel they lie below the code, in a checkout at
-its root."""
+"""Shipped files: DeepSpeed configurations, recipes and Slurm scripts that come with the package.
+
+A wheel has them below its code, a checkout at its root.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,16 @@ SHIPPED = ("train.py", "ds_configs", "examples", "slurm")
 
 
 def shipped(name: str) -> Path:
-    """Where one of ``SHIPPED`` is."""
+    """Return the path of one of ``SHIPPED``."""
     installed = PACKAGE / "shipped"  # setup.py writes it into a wheel
     return (installed if installed.is_dir() else PACKAGE.parent) / name
 
 
-def found(given: str, folder: str) -> str:
-    """The file that a name means: itself where it is there, else the file of that name that comes with the package, in ``folder``.
+def resolve_shipped(given: str, folder: str) -> str:
+    """Resolve a file name: to itself if it exists, else to the file of that name that comes with the package, in ``folder``.
 
-    Such a name is bare, or after the folder's, as in ds_configs/z3.json. Anything else, and what neither has, is left as it is.
+    Such a name is bare, or follows the folder's name as in ds_configs/z3.json. Other names, and names of neither kind of file, are returned
+    unchanged.
     """
     *before, name = given.split("/")
     if os.path.lexists(given) or before not in ([], [folder]) or name in ("", ".", ".."):
@@ -32,7 +35,7 @@ def found(given: str, folder: str) -> str:
 
 
 def refuse_no_file(given: str, path: str) -> None:
-    """Raise ConfigError for the ``path`` that ``given`` to --config means, and that is no file."""
+    """Raise ConfigError if ``path``, to which the argument ``given`` of --config was resolved, is not a file."""
     if os.path.isdir(path):
         raise ConfigError(f"--config {given} is a folder; name the file of options in it")
     if not os.path.lexists(path):
@@ -40,8 +43,9 @@ def refuse_no_file(given: str, path: str) -> None:
 
 
 def listed(folder: str, given: str = "") -> str:
-    """The files of a folder by name, for a message: those that come with the package, and those of the working directory; of many only
-    those whose names are like the ``given`` one, where there are such."""
+    """List the files of a folder for a message: those that come with the package, and those of the working directory. If there are names
+    similar to ``given``, only these are listed.
+    """
     names = {path.name for place in (shipped(folder), Path(folder)) if place.is_dir() for path in place.iterdir() if path.is_file()}
     like = difflib.get_close_matches(Path(given).name, names, n=8, cutoff=0.6)
     return ", ".join(f"{folder}/{name}" for name in sorted(like or names))

@@ -1,4 +1,6 @@
-"""Options as dataclasses, built from plain values. What does not fit is one sentence with the option, its value and a remedy."""
+"""Strict options: dataclasses built from plain values. A value that does not fit raises one sentence with the option, the value and a
+remedy.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from cfvlm_ds.core.options import ENDLESS, Range
 from cfvlm_ds.core.reading import parse_yaml
 from cfvlm_ds.core.text import one_line, quoted
 
-_ELSEWHERE_CALLED = {
+_OTHER_NAMES = {
     **dict.fromkeys(("bs", "batch_size", "micro_batch_size"), "train.per_device_train_batch_size"),
     **dict.fromkeys(("grad_accum", "accumulation_steps"), "train.gradient_accumulation_steps"),
     **dict.fromkeys(("model", "model.path"), "model.name_or_path"),
@@ -40,26 +42,26 @@ _ELSEWHERE_CALLED = {
     "resume_from_checkpoint": "train.resume",
     "warmup_steps": "train.warmup_ratio",
 }
-"""An option, or its last part, under the name that other programs give it -> its name here."""
-_MEANT = {"model": "name_or_path", "data": "train", "lora": "rank"} | dict.fromkeys(
+"""An option, or its last part, as other programs call it -> its name here."""
+_MAIN_OPTION = {"model": "name_or_path", "data": "train", "lora": "rank"} | dict.fromkeys(
     ("vision_tower", "projector", "language_model"), "tuning"
 )
-"""The option of a section that somebody means who gives the section a value."""
+"""Section -> the option that is suggested when the section itself is given a value."""
 _KINDS = {
     float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list of texts", dict: "NAME: VALUE",
     NoneType: "null",
 }  # fmt: skip
 _LIKE, _LIKE_IN_SECTION = 0.75, 0.65
 TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
-"""Of every term of the objective; they check the rest of their options themselves."""
+"""Ranges of the options that all terms of the objective have; each term checks its other options."""
 
 
 class Given(str):
-    """A value of the command line that is no list, section or null: a text, or what YAML makes of it."""
+    """A scalar of the command line: a text, or the value that YAML parses it to."""
 
 
 def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:
-    """(name, class, field, type) of every option, those of optional sections included."""
+    """Yield (name, class, field, type) of every option, including those of optional sections."""
     hints = get_type_hints(kind)
     for option in fields(kind):
         hint = hints[option.name]
@@ -70,10 +72,9 @@ def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]
 
 
 def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> Any:
-    """The dataclass ``kind`` with the options that are ``given``, where they stand below ``name``.
+    """Build the dataclass ``kind`` from the options ``given`` below ``name``.
 
-    Raises ConfigError on an unknown option, naming the nearest of its own and those that are ``known``, and on a value of another type or
-    out of range.
+    Raises ConfigError for an unknown option, naming the nearest of the known ones, and for a value of another type or out of range.
     """
     prefix, hints, values = f"{name}." if name else "", get_type_hints(kind), {}
     known = known or [option for option, *_ in dotted(kind, prefix)]
@@ -88,37 +89,37 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
             raise ConfigError(f"unknown option {at!r}" + (f"; did you mean {near!r}?" if near else "; see --help"))
         within = TERM.get(key) if name.startswith("objective.") else options[key].metadata.get("within")
         values[key] = fitted(hints[key], value, at, within or (-ENDLESS, ENDLESS), known)
-    needed = [each.name for each in options.values() if each.default is MISSING and each.default_factory is MISSING]
-    if absent := [each for each in needed if each not in values]:
+    needed = [option.name for option in options.values() if option.default is MISSING and option.default_factory is MISSING]
+    if absent := [option for option in needed if option not in values]:
         raise ConfigError(f"{name}: {quoted(given)} {getattr(kind, 'FORM', f'has no {absent[0]}, which has no default; name one')}")
     try:
         return kind(**values)
-    except ValueError as error:  # of a check of its own
+    except ValueError as error:  # raised by the class
         raise ConfigError(re.sub("^--", prefix, str(error))) from error
 
 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
-    """A value as its type has it. Raises ConfigError, beginning with the ``option``, for another one."""
+    """Convert a value to its type. Raises ConfigError, beginning with the ``option``, for a value that does not fit."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain, text = value, isinstance(value, Given)
     if text:
         plain = str(value)
         with suppress(ValueError, RecursionError):
-            plain = parse_yaml(value) if plain and plain[0] != "#" else plain  # else YAML makes null of them
+            plain = parse_yaml(value) if plain and plain[0] != "#" else plain  # YAML would parse these to null
     for kind in sorted(kinds, key=lambda kind: kind is str):
         origin, inside = get_origin(kind), get_args(kind)
         if isinstance(value, Mapping):
             if is_dataclass(kind):
                 return build(kind, value, option, known)  # type: ignore[arg-type]
             if origin is dict:
-                return {str(key): fitted(inside[1], each, f"{option}.{key}", within, known) for key, each in value.items()}
+                return {str(key): fitted(inside[1], item, f"{option}.{key}", within, known) for key, item in value.items()}
         elif isinstance(value, list):
             if origin in (list, tuple):
-                return origin(fitted(inside[0], each, option, within, known) for each in value)
+                return origin(fitted(inside[0], item, option, within, known) for item in value)
         elif origin is Literal:
-            for each in inside:
-                if repr(each) in (repr(plain), repr(str(value))):  # 1 is not True
-                    return each
+            for choice in inside:
+                if repr(choice) in (repr(plain), repr(str(value))):  # 1 is not True
+                    return choice
         elif kind in (int, float) and not isinstance(plain, bool) and (number := _number(kind, plain)) is not None:
             low, high = within
             if not low <= number <= high:
@@ -130,13 +131,13 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
         elif kind in (bool, NoneType):
             if isinstance(plain, kind):
                 return plain
-        elif not (kind in _KINDS or origin or is_dataclass(kind)):  # of somebody's own term, such as a path
+        elif not (kind in _KINDS or origin or is_dataclass(kind)):  # a type of a user's own term, such as a path
             return kind(plain) if isinstance(kind, type) else plain
     raise ConfigError(one_line(f"{option}{_misfit(hint, str(value) if text else plain, option)}", 1000))
 
 
 def _number(kind: Any, plain: Any) -> Any:
-    """A number of this kind, or None for what is none."""
+    """Return the value as a number of this type, or None if it is not one."""
     if kind is int or not isinstance(plain, (int, float)):
         return plain if isinstance(plain, int) else None
     try:
@@ -146,38 +147,41 @@ def _number(kind: Any, plain: Any) -> Any:
 
 
 def _misfit(hint: Any, value: Any, option: str) -> str:
-    """What an option must be, after its name."""
+    """Format the end of a message about a value that does not fit, after the option's name."""
     if form := _form(hint):
         return f": {value!r} {form}"
     if is_dataclass(hint) and value is not None:
-        inside = _MEANT.get(option.rpartition(".")[2])
+        inside = _MAIN_OPTION.get(option.rpartition(".")[2])
         return f" is a section of options, not {value!r}; {f'set {option}.{inside} to it' if inside else 'see --help'}"
     if value is None:
-        whole = (
+        remedy = (
             f"write {option.rpartition('.')[2]}: {{}} for its defaults" if is_dataclass(hint) else "leave the option out for its default"
         )
-        return f": null is not a value; {whole}"
+        return f": null is not a value; {remedy}"
     *before, last = _called(hint)
     return f": expected {', '.join(before)}{' or ' * bool(before)}{last}, got {value!r}"
 
 
 def _form(hint: Any) -> str | None:
-    """What stands for a data set, where that is what is asked for."""
+    """Return the description of a data set if the type is one, else None."""
     return next(filter(None, (getattr(hint, "FORM", None), *map(_form, get_args(hint)))), None)
 
 
 def _called(hint: Any) -> list[str]:
     kind = get_origin(hint) or hint
     if kind is Literal:
-        return [str(each).lower() for each in get_args(hint)]
-    return [_KINDS[kind]] if kind in _KINDS else [name for each in get_args(hint) for name in _called(each)] or ["options"]
+        return [str(choice).lower() for choice in get_args(hint)]
+    return [_KINDS[kind]] if kind in _KINDS else [name for part in get_args(hint) for name in _called(part)] or ["options"]
 
 
 def nearest(option: str, names: Sequence[str]) -> str | None:
-    """The one of ``names``, dotted options, that ``option`` may have meant, or None: the option that other programs call so, or the
-    likeliest misspelling, where its last part is like the given one's too: most options of a section share half of their letters."""
+    """Return the one of ``names``, dotted options, that a misspelled ``option`` most likely means, or None.
+
+    That is the option that other programs call so, or the most similar name if its last part is similar too: most options of a section
+    share half of their letters.
+    """
     section, _, last = option.rpartition(".")
-    called = _ELSEWHERE_CALLED.get(option) or (None if section.startswith(("objective", "build")) else _ELSEWHERE_CALLED.get(last))
+    called = _OTHER_NAMES.get(option) or (None if section.startswith(("objective", "build")) else _OTHER_NAMES.get(last))
     if called in names:
         return called
     by_form = {name if section else name.rpartition(".")[2]: name for name in sorted(reversed(names), key=lambda name: -name.count("."))}

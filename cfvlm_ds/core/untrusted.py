@@ -1,4 +1,4 @@
-"""Names and links in untrusted files: where they may lead, and how a file is written so that it cannot land elsewhere."""
+"""Untrusted names and links: checks of where they may lead, and of where output may be written."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from typing import IO, Any
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.reading import open_regular
 
-_LONGEST_NAME = 255  # bytes: what file systems take
+_LONGEST_NAME = 255  # bytes, the limit of file systems
 
 
 def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
-    """``name``, if it is the name of a file and not a path. Raises ConfigError naming the file ``said_by`` that contains it.
+    """Return ``name`` if it is a file name and not a path. Raises ConfigError naming the file ``said_by`` that contains it.
 
-    It is neither empty nor ``.`` or ``..``, has no separator of any system and only printable characters, and ends in ``ending``.
+    A file name is neither empty nor ``.`` or ``..``, has no separator of any system and only printable characters, and ends in ``ending``.
     """
-    wrong = None
+    problem = None
     if not isinstance(name, str):
-        wrong = f"is a {type(name).__name__}, not a file name"
+        problem = f"is a {type(name).__name__}, not a file name"
     elif name in ("", ".", "..") or "/" in name or "\\" in name:
-        wrong = "is no bare file name, and files are only taken from the folder itself"
+        problem = "is no bare file name, and files are only taken from the folder itself"
     elif not name.isprintable() or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
-        wrong = "is no name that a file can have"
+        problem = "is no name that a file can have"
     elif not name.endswith(ending):
-        wrong = f"does not end in {ending}"
-    if wrong:
-        raise ConfigError(f"{said_by}: {str(name)[:300]!r} {wrong}; correct it, or get the folder again")
+        problem = f"does not end in {ending}"
+    if problem:
+        raise ConfigError(f"{said_by}: {str(name)[:300]!r} {problem}; correct it, or get the folder again")
     return str(name)
 
 
 def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:
-    """The file of ``folder`` that ``name`` means: bare names, one below the other. Raises ConfigError for any other name, and for a link
-    that leads out of the folder."""
+    """Return the file of ``folder`` that ``name`` names, a file name or a relative path. Raises ConfigError for any other name, and for a
+    link that leads out of the folder.
+    """
     parts = name.split("/") if isinstance(name, str) else [name]
     path = folder.joinpath(*(bare_name(part, said_by) for part in parts))
     refuse_foreign(path, folder)
@@ -43,8 +44,11 @@ def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:
 
 
 def refuse_foreign(path: Path, folder: Path) -> None:
-    """ConfigError where ``path``, links followed, is outside of ``folder``. A hub cache's snapshot may link to the ``blobs`` folder beside
-    it, which is a folder and not a link: whoever wrote the snapshot would choose where it leads."""
+    """Raise ConfigError if ``path``, with links resolved, is outside ``folder``.
+
+    A snapshot of a hub cache may link to the ``blobs`` folder beside it, but that folder must not be a link itself: whoever wrote the
+    snapshot would choose its target.
+    """
     try:
         target, inside = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
@@ -55,16 +59,18 @@ def refuse_foreign(path: Path, folder: Path) -> None:
 
 
 def refuse_link(path: Path, remedy: str) -> None:
-    """Raise ConfigError if something would be written through a link, or put in place of one."""
+    """Raise ConfigError if ``path`` is a link: nothing is written through a link, or in place of one."""
     if path.is_symlink():
         raise ConfigError(f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; {remedy}")
 
 
 def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
-    """``path``, to which a result is to be written, with its folder made. Raises ConfigError or StorageError where it cannot be, and where
-    it is one of the files that the result is made of."""
+    """Return ``path``, to which a result will be written, after creating its folder.
+
+    Raises ConfigError if it is an input or not a file, and StorageError if it cannot be written.
+    """
     refuse_link(path, f"name the file itself with {option}")
-    if path.exists() and any(Path(each).exists() and path.samefile(each) for each in inputs):
+    if path.exists() and any(Path(source).exists() and path.samefile(source) for source in inputs):
         raise ConfigError(f"{path} is read here, and would be replaced; name another file to write")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is there and is no file; name another one with {option}")
@@ -77,7 +83,9 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
 
 
 def new_output(path: Path, *inputs: str | Path) -> Path:
-    """``output_file`` where nothing is yet: of what looks like any file of its kind, nothing tells who has written it."""
+    """Check an output path as ``output_file`` does, and raise ConfigError if the file exists: a common
+    format does not show who wrote it.
+    """
     output_file(path, *inputs)
     if path.exists():
         raise ConfigError(f"{path} is there, and would be replaced; remove it, or name another file with --out")
@@ -85,24 +93,18 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
 
 
 def refuse_filled(folder: Path) -> None:
-    """Raise ConfigError for a folder that would be put in place of files of somebody's own."""
+    """Raise ConfigError for a folder with entries, which would be replaced."""
     refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there and not empty, and would be replaced; {remedy}")
 
 
-def refuse_one_file(*outputs: Path) -> None:
-    """Raise ConfigError where two of the files that a command is about to write are one."""
-    seen: dict[str, Path] = {}
-    for path in outputs:
-        if (key := os.path.realpath(path)) in seen:
-            raise ConfigError(f"{path} would be written twice, with different contents; give each output a name of its own")
-        seen[key] = path
-
-
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:
-    """``output_file``, which also refuses a file that is there and is not empty unless ``ours`` recognises it as one that ``writer`` has
-    written: it raises what parsing raises, or returns False, for any other."""
+    """Check an output path as ``output_file`` does, and raise ConfigError for an existing file that is not empty and that ``writer`` did
+    not write.
+
+    ``ours`` returns True for a file that ``writer`` wrote; for any other it returns False or raises a parser's error.
+    """
     output_file(path, *inputs, option=option)
     if path.exists() and path.stat().st_size > 0:
         try:

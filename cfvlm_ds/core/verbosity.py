@@ -1,4 +1,4 @@
-"""How much this process prints: progress as a rule, less with --quiet, more with --verbose."""
+"""Verbosity of this process: progress by default, less with --quiet, more with --verbose."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 from typing import Literal
 
 Shows = Literal["results", "progress", "everything"]
-"""``results``: warnings, errors and results alone. ``everything``: also what the libraries log, and where in the code an error arose."""
+"""``results``: only warnings, errors and results. ``everything``: also the log lines of libraries and the tracebacks of errors."""
 
 VERBOSITY = {
     "quiet": "print warnings, errors and results alone",
     "verbose": "also print what the libraries log, and where in the code an error arose",
 }
-"""The options of every command, and what they do."""
+"""Options of every command, with their help."""
 
 _shown: Shows = "progress"
 
 
 def show(what: Shows) -> None:
-    """Print so much from here on. The libraries are told by their own variables, which they read when they are imported."""
+    """Set the verbosity. Libraries read theirs from environment variables when they are imported."""
     global _shown
     _shown = what
     if what == "everything":
@@ -26,16 +26,16 @@ def show(what: Shows) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info")
 
 
-def asked(quiet: bool, verbose: bool) -> Shows:
-    """What the two options mean."""
+def selected_verbosity(quiet: bool, verbose: bool) -> Shows:
+    """Return the verbosity that the two options select."""
     return "results" if quiet else "everything" if verbose else "progress"
 
 
 def shows_progress() -> bool:
-    """Whether lines about how things get on are printed."""
+    """Return whether progress lines are printed."""
     return _shown != "results"
 
 
 def shows_everything() -> bool:
-    """Whether an error is printed with where it arose."""
+    """Return whether errors are printed with their traceback."""
     return _shown == "everything"

@@ -1,6 +1,7 @@
-"""Counterfactual groups from captions and pictures: proposed, edited, verified, selected and audited, every candidate with its history.
+"""Construction of counterfactual groups from captions and pictures: edits are proposed, applied, verified, selected and audited, and every
+candidate is kept with its history.
 
-Each step has one interface and several back ends; a script of your own adds one by an assignment: ``PROPOSERS["mine"] = ...``.
+Each step has one interface and several back ends; a user's script adds one by assignment: ``PROPOSERS["mine"] = ...``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when asked for: the options of the commands are here too, and need none of it."""
+    """Import a name on access, because the options of the commands are in this folder too and need none of the steps."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

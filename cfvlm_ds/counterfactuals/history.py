@@ -1,4 +1,4 @@
-"""The candidates of a shard with their history: caption, proposal, every attempt with its picture, measures and verdict."""
+"""Candidates of a shard with their history: caption, proposal, and every attempt with its picture, measurements and verdict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt: the records of the steps edit and verify, and the verdict."""
+    """One attempt: its records of the steps edit and verify, and the verdict."""
 
     made: Mapping[str, Any]
     measured: Mapping[str, Any]
@@ -25,19 +25,19 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Edited:
-    """A proposal with its attempts, in their order."""
+    """A proposal with its attempts, in order."""
 
     proposal: Mapping[str, Any]
     attempts: list[Attempt] = field(default_factory=list)
 
     @property
     def best(self) -> Attempt:
-        """The attempt with the largest worst margin among the good ones, or else the one that came farthest."""
-        return max(self.attempts, key=lambda each: (each.verdict.reason == GOOD, each.verdict.stage, each.verdict.worst))
+        """Good attempt with the largest worst margin; without a good one, the attempt that came furthest."""
+        return max(self.attempts, key=lambda attempt: (attempt.verdict.reason == GOOD, attempt.verdict.stage, attempt.verdict.worst))
 
     @property
     def reason(self) -> str:
-        """Why it is not good; empty where it is."""
+        """Reason for which the best attempt is rejected; "" if it is good."""
         return self.best.verdict.reason
 
 
@@ -53,7 +53,7 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """The thresholds that are given, or those of W/thresholds.json; only pixels decide where nothing is given and no candidate scored."""
+    """Read the given thresholds, or those of W/thresholds.json. If there are none and no candidate was scored, the rule is ``checks``."""
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")
     scored = work.settings("verify").get("scored") is True
@@ -61,7 +61,7 @@ def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, ma
 
 
 def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    """Yield the sources of a shard that have candidates. Memory holds one of them."""
+    """Yield the sources of a shard that have candidates, one at a time in memory."""
     for source, records in groupby(work.records("verify", shard), key=lambda record: str(record["source"])):
         edits: dict[str, Edited] = {}
         for record in records:

@@ -1,7 +1,7 @@
-"""Calls of servers that nobody vouches for: a bound on bytes and on the whole time, no redirect, no secret in what is kept.
+"""HTTP calls to untrusted servers: limits of reply size and total time, no redirects, and no secrets in stored messages.
 
-Only the standard library. The client of openai 3.57 keeps none of these promises: with a timeout of 0.5 s it waited 6 s for a body that
-came byte by byte, read a body of 200 MB, followed a redirect, and did not repeat a call after prose or cut JSON.
+Only the standard library is used. The client of openai 3.57 keeps none of these promises: with a timeout of 0.5 s it waited 6 s for a body
+that arrived byte by byte, read a body of 200 MB, followed a redirect, and did not repeat a call after prose or truncated JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LONGEST_WAIT_S = 60.0
 
 
 class CallFailed(Exception):
-    """A call without a usable reply. ``after_s``: seconds that the server asks to wait before another one."""
+    """A call without a usable reply. ``after_s`` is the pause that the server requests before the next call, in seconds."""
 
     def __init__(self, reason: str, after_s: float = 0.0) -> None:
         super().__init__(one_line(without_secrets(reason), 300))
@@ -29,15 +29,15 @@ class CallFailed(Exception):
 
 
 class Unreachable(CallFailed):
-    """There was no connection."""
+    """A call without a connection."""
 
 
 class Unfit(CallFailed):
-    """A request that the server does not take (400, 422): one caption or picture may be at fault, or all requests are."""
+    """A request that the server refuses (400, 422): one caption or picture may be at fault, or all requests are."""
 
 
 def check_url(url: str, option: str) -> str:
-    """An address of http or https without user or password. Raises ConfigError."""
+    """Return an http or https address. Raises ConfigError for any other, and for one with user or password."""
     try:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and printable(url) == url and " " not in url
@@ -51,8 +51,11 @@ def check_url(url: str, option: str) -> str:
 
 
 def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: int) -> Any:
-    """Post JSON and return the value of the whole reply. Raises CallFailed for anything but JSON of status 200 within the bounds,
-    ConfigError for what no further call can mend."""
+    """Post JSON and return the parsed reply.
+
+    Raises CallFailed for any reply except JSON of status 200 within the limits, and ConfigError for a failure that repeating the call
+    cannot solve.
+    """
     parts = urlsplit(url)
     kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=timeout_s)
@@ -92,10 +95,10 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
 
 def _refuse(url: str, response: Any, content: bytes) -> None:
     """Raise for a status that is not 200."""
-    said = one_line(content[:400].decode("utf-8", "replace"), 200)
+    message = one_line(content[:400].decode("utf-8", "replace"), 200)
     if response.status in (400, 422):
-        raise Unfit(f"status {response.status}: {said}")
+        raise Unfit(f"status {response.status}: {message}")
     if response.status in (401, 403, 404, 405) or 300 <= response.status < 400:
-        raise ConfigError(f"{url}: the server answers {response.status} ({said}); correct the address, the model's name or the token")
+        raise ConfigError(f"{url}: the server answers {response.status} ({message}); correct the address, the model's name or the token")
     wait = response.getheader("Retry-After", "")
-    raise CallFailed(f"status {response.status}: {said}", after_s=min(float(wait), LONGEST_WAIT_S) if wait.isdecimal() else 0.0)
+    raise CallFailed(f"status {response.status}: {message}", after_s=min(float(wait), LONGEST_WAIT_S) if wait.isdecimal() else 0.0)

@@ -1,8 +1,8 @@
-"""Verdicts: what was measured of a candidate against thresholds. Pure functions, so that other thresholds need no model.
+"""Verdicts on candidates: measurements compared with thresholds, in pure functions, so that new thresholds need no model.
 
-A candidate is good where all four cells are right: each picture prefers its own text, each text its own picture, by a margin; and where the
-pictures differ as much as an edit of its type does, in one piece, and nowhere else. A second thing that changed too is told by how much
-worse the new text fits than the caption did.
+A candidate is good if all four cells are right: each picture prefers its own text, and each text its own picture, by a margin. In addition,
+the pictures must differ by as much as an edit of its type does, in one piece, and nowhere else. An accidental second change is detected by
+how much worse the new text fits than the caption did.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from cfvlm_ds.core.strict import build
 from cfvlm_ds.counterfactuals.options import Rule
 
 GOOD = ""
-_CERTAIN = 40.0  # log-odds of what a float can only call certain
+_CERTAIN = 40.0  # log-odds that stand for probabilities of exactly 0 and 1
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a candidate must reach.
+    """Requirements for a good candidate.
 
     Args:
-        rule: scores that count: match, log-odds of "yes, the picture shows it"; likelihood, of the texts as captions, less that on a blank
-            picture where pictures are compared with one text; both; or checks, none.
-        margin: nats by which each of the four comparisons must be won; at least 0, where each is won.
-        changed: least and most share of visibly changed pixels, by type of edit; "*" for the others.
-        largest: least share of the changed pixels that are in one piece.
-        outside: most share of the pixels outside of the mask that may differ.
-        drop: most nats by which the new text, as a caption of the edited picture, may be less likely than the caption of the original; null
-            for it not to count. All four comparisons can be won where something else changed as well; then this is large.
+        rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` of the texts as captions (minus that on a
+            blank picture when two texts are compared), ``both``, or ``checks`` (none, pixels only).
+        margin: nats by which each of the four comparisons must be won, at least 0.
+        changed: smallest and largest share of visibly changed pixels, by type of edit; "*" for other types.
+        largest: smallest share of the changed pixels that must be in one piece.
+        outside: largest share of the pixels outside the mask that may differ.
+        drop: largest number of nats by which the new text on the edited picture may be less likely than the caption on the original; null
+            for no limit. It is large if something else changed too, which the four comparisons do not show.
     """
 
     rule: Rule = "match"
@@ -54,14 +54,16 @@ class Thresholds:
                 raise ConfigError(f"changed.{kind} must be two shares, the smaller first, not {shares}")
 
     def bounds(self, kind: str) -> tuple[float, float]:
-        """Least and most share of changed pixels of a type."""
+        """Return the smallest and largest share of changed pixels for a type of edit."""
         low, high = self.changed.get(kind, self.changed.get("*", (0.0, 1.0)))
         return low, high
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a candidate is none (empty: it is good), the least of its margins in nats, and how far it came: 0 picture, 1 checks, 2 scores."""
+    """Reason of a rejection ("" if the candidate is good), smallest margin in nats, and stage of the decision: 0 picture, 1 checks, 2
+    scores.
+    """
 
     reason: str
     worst: float
@@ -69,7 +71,7 @@ class Verdict:
 
 
 def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """What is to be said of a record of the step verify."""
+    """Judge a record of the step verify."""
     if problem := record.get("problem"):
         return Verdict(str(problem)[:200], -math.inf, 0)
     checks = record.get("checks")
@@ -109,36 +111,40 @@ def _number(value: Any) -> float:
 
 
 def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
-    """Name of each comparison -> its margin in nats; empty without scores."""
+    """Return the margin of each comparison in nats, by its name; empty without scores."""
     scores = record.get("scores")
     if not isinstance(scores, Mapping):
         return {}
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     if rule in ("match", "both"):
         odds = [[_log_odds(value) for value in row] for row in scores["match"]]
-        found |= _four(odds, odds, "")
+        result |= _four(odds, odds, "")
     if rule in ("likelihood", "both"):
         logp = [[math.nan if value is None else value for value in row] for row in scores["likelihood"]]
         blank = [math.nan if value is None else value for value in scores["blank"]]
-        found |= _four([[value - prior for value, prior in zip(row, blank, strict=True)] for row in logp], logp, "likelihood of ")
-    return found
+        result |= _four([[value - prior for value, prior in zip(row, blank, strict=True)] for row in logp], logp, "likelihood of ")
+    return result
 
 
 def _four(by_text: Sequence[Sequence[float]], by_image: Sequence[Sequence[float]], prefix: str) -> dict[str, float]:
-    """Margins of two texts on two pictures; of one picture only that of its texts. ``by_text`` compares texts, ``by_image`` pictures."""
-    found = {f"{prefix}the caption on the original": by_text[0][0] - by_text[0][1]}
+    """Compute the margins of two texts on two pictures, or of two texts on one; ``by_text`` is used to compare texts, ``by_image``
+    pictures.
+    """
+    result = {f"{prefix}the caption on the original": by_text[0][0] - by_text[0][1]}
     if len(by_text) > 1:
-        found |= {
+        result |= {
             f"{prefix}the new text on the edited picture": by_text[1][1] - by_text[1][0],
             f"{prefix}the original for the caption": by_image[0][0] - by_image[1][0],
             f"{prefix}the edited picture for the new text": by_image[1][1] - by_image[0][1],
         }
-    return found
+    return result
 
 
 def _drop(record: Mapping[str, Any]) -> float:
-    """By how many nats the new text is less likely on the edited picture than the caption on the original; without a picture below all,
-    without a likelihood above all."""
+    """Return the nats by which the new text on the edited picture is less likely than the caption on the original.
+
+    Without an edited picture it is -inf, without a finite likelihood inf.
+    """
     rows = record["scores"]["likelihood"]
     if len(rows) < 2:
         return -math.inf
@@ -153,23 +159,23 @@ def _log_odds(log_share: float | None) -> float:
 
 
 def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Thresholds of a JSON or YAML file, if one is named, the defaults for what it does not say. Raises ConfigError."""
+    """Read thresholds from a JSON or YAML file if one is given, with defaults for missing ones. Raises ConfigError."""
     given = {name: value for name, value in (("rule", rule), ("margin", margin)) if value is not None}
     try:
         value = {} if not file else read_json(file) if str(file).endswith(".json") else read_yaml(file)
         if not isinstance(value, dict):
             raise ValueError("it holds no thresholds; write them as `cfvlm-ds data verify --calibrate` does")
-        found: Thresholds = build(Thresholds, value | given)
+        thresholds: Thresholds = build(Thresholds, value | given)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--thresholds {file}: {error}") from error
-    if found.rule == "checks" and margin is not None:
+    if thresholds.rule == "checks" and margin is not None:
         raise ConfigError("--margin is of scores, and the rule checks compares pixels alone; run verify with --scorer, or leave it out")
-    return found
+    return thresholds
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Thresholds that labelled candidates call for, and what they give there."""
+    """Thresholds fitted to labelled candidates, and their results there."""
 
     thresholds: Thresholds
     kept: int
@@ -194,21 +200,20 @@ class Calibrated:
 
 
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
-    """The margin and the drop with which most labelled records are kept at a precision. The margin is never below 0; no drop is set where
-    the margin alone keeps as many.
+    """Fit the margin and the drop that keep the most labelled candidates at the given precision.
 
-    Raises ConfigError where none do.
+    The margin is at least 0, and no drop is set if the margin alone keeps as many. Raises ConfigError if no thresholds reach the precision.
     """
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]
-    good = sum(each for _, _, each in judged)
+    good = sum(is_good for _, _, is_good in judged)
     passing = sorted(
-        (_Labelled(found.worst, _drop(record), each) for record, found, each in judged if found.reason == GOOD),
-        key=lambda each: -each.worst,
+        (_Labelled(judgement.worst, _drop(record), is_good) for record, judgement, is_good in judged if judgement.reason == GOOD),
+        key=lambda candidate: -candidate.worst,
     )
-    limits = [None, *sorted({each.drop for each in passing if 0 <= each.drop < math.inf}, reverse=True)]
+    limits = [None, *sorted({candidate.drop for candidate in passing if 0 <= candidate.drop < math.inf}, reverse=True)]
     limits = limits[:: -(-len(limits) // _LIMITS)]
-    ways = [(found, limit) for limit in limits if (found := _most_kept(_within(passing, limit), precision)) is not None]
+    ways = [(counts, limit) for limit in limits if (counts := _most_kept(_within(passing, limit), precision)) is not None]
     if not ways:
         raise ConfigError(
             f"no margin reaches a precision of {precision:g} on {len(judged)} labelled candidates, of which {good} are good and "
@@ -220,12 +225,12 @@ def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresh
     if kept < len(ranked):
         margin = _between(ranked[kept].worst, ranked[kept - 1].worst)
     if limit is not None:
-        drop = _between(limit, min(each.drop for each in passing if each.drop > limit))
+        drop = _between(limit, min(candidate.drop for candidate in passing if candidate.drop > limit))
     return Calibrated(replace(start, margin=margin, drop=drop), kept, right, good, len(judged))
 
 
 def _between(low: float, high: float) -> float:
-    """A short number from ``low`` up to ``high``, which it does not reach."""
+    """Return a short number in the range from ``low`` to below ``high``."""
     return middle if low <= (middle := round((low + high) / 2, 4)) < high else low
 
 
@@ -237,18 +242,18 @@ class _Labelled:
 
 
 _LIMITS = 256
-"""Drops that are tried at most."""
+"""Largest number of drops to try."""
 
 
 def _within(ranked: Sequence[_Labelled], limit: float | None) -> Sequence[_Labelled]:
-    return ranked if limit is None else [each for each in ranked if each.drop <= limit]
+    return ranked if limit is None else [candidate for candidate in ranked if candidate.drop <= limit]
 
 
 def _most_kept(ranked: Sequence[_Labelled], precision: float) -> tuple[int, int] | None:
-    """How many of the first, and how many good ones among them, can be kept at a precision; equal ones stay together."""
+    """Return how many of the first candidates, and how many good ones among them, can be kept at a precision; ties stay together."""
     best, right = None, 0
-    for number, each in enumerate(ranked, 1):
-        right += each.good
-        if (number == len(ranked) or ranked[number].worst < each.worst) and right / number >= precision:
+    for number, candidate in enumerate(ranked, 1):
+        right += candidate.good
+        if (number == len(ranked) or ranked[number].worst < candidate.worst) and right / number >= precision:
             best = number, right
     return best

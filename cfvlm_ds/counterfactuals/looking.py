@@ -1,4 +1,4 @@
-"""Candidates to look at, rejected ones too, as items of a page."""
+"""Candidates, including rejected ones, as items of a page."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cfvlm_ds.page import Image, Item, ScoreTable, Text, Written, write_page
 
 
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Callable[[str], object]) -> Written:
-    """Write a page of candidates of a work folder, those that are not good alone with ``rejected``: a sample drawn by ``seed``.
+    """Write a page of a sample of candidates, drawn by ``seed``; with ``rejected``, of rejected candidates only.
 
-    Raises ConfigError for no work folder, or none to show.
+    Raises ConfigError for a folder that is not a work folder, or has no such candidate.
     """
     work = WorkFolder.open(out)
     thresholds = thresholds_of(work)
@@ -36,7 +36,7 @@ def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, 
     chosen = heapq.nsmallest(sample, drawn())
     if not chosen:
         raise ConfigError(f"{out}: there is no {'rejected ' * rejected}candidate to show")
-    items = (_item(history, edited) for _, _, history, edited in sorted(chosen, key=lambda each: str(each[3].proposal["id"])))
+    items = (_item(history, edited) for _, _, history, edited in sorted(chosen, key=lambda item: str(item[3].proposal["id"])))
     facts = [("work folder", str(out)), ("candidates", f"{len(chosen)} of {seen}" + " that are not good" * rejected)]
     return write_page(out.name, items, len(chosen), page, facts=facts, scored="log P(yes)", say=say)
 
@@ -53,7 +53,7 @@ def _item(history: History, edited: Edited) -> Item:
     if "scores" in best.measured:
         table = ScoreTable(best.measured["scores"]["match"], decided=list(margins(best.measured, "match").values()))
     reason = edited.reason or "good"
-    attempts = [{"edit": each.made, "verify": each.measured} for each in edited.attempts]
+    attempts = [{"edit": attempt.made, "verify": attempt.measured} for attempt in edited.attempts]
     return Item(
         str(edited.proposal["id"]), images or [Image((), "no picture")], texts, match or [[1, 0]],
         facts=[("verdict", reason), ("attempts", str(len(edited.attempts)))],

@@ -1,4 +1,4 @@
-"""Options of the commands that make groups: what people say, in YAML and on the command line. Nothing heavy is imported here."""
+"""Options of the commands that make groups, in YAML and on the command line. This module imports nothing expensive."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cfvlm_ds.core.named import near
 TYPES = (
     "colour", "size", "material", "texture", "count", "relation", "object", "action", "swap_attribute", "swap_object", "other",
 )  # fmt: skip
-"""What an edit changes. ``other`` is what only `mine` and a language model find."""
+"""Types of edits. Only `mine` and a language model propose edits of type ``other``."""
 TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
 PROMPT = "Describe the image."
 Rule = Literal["match", "likelihood", "both", "checks"]
 
 
 def _at_least(options: object, **least: float) -> None:
-    """Raise ConfigError for a number below its least value, or one that is none."""
+    """Raise ConfigError for a number below its smallest value, and for one that is not finite."""
     for name, low in least.items():
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= low):
@@ -28,7 +28,7 @@ def _at_least(options: object, **least: float) -> None:
 
 
 def named(listed: str, known: Collection[str], option: str, what: str = "back end") -> list[str]:
-    """The names of a list. Raises ConfigError for one that is not known, or none."""
+    """Split a list of names. Raises ConfigError for an unknown name, and for an empty list."""
     names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
     for name in names:
         if name not in known:
@@ -39,12 +39,12 @@ def named(listed: str, known: Collection[str], option: str, what: str = "back en
 
 
 def meaning(options: Any) -> dict[str, Any]:
-    """What of the options of a step decides its records; the others may change when it goes on."""
+    """Return the options of a step that determine its records; the others may change when the step is resumed."""
     return {name: value for name, value in asdict(options).items() if name not in options.FREE}
 
 
 _SOON = 0.001
-"""Seconds: what a call may take at least."""
+"""Smallest time limit of a call, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,18 @@ class ProposeOptions:
     """Options of `data propose`.
 
     Args:
-        back_ends: back ends to ask, separated by commas: rules, mine, llm, or one of a script.
+        back_ends: back ends, separated by commas: rules, mine, llm, or one of a script.
         types: types of edits, separated by commas.
-        per_type: proposals of a type, a caption and a back end at most.
-        seed: draws which of several possible edits is proposed.
-        words: YAML of TYPE: [WORD, ...], the words that edits of a type may lead to, all as often; where not given, those of the built-in
-            lists as often as the captions use them.
+        per_type: largest number of proposals of one type for a caption and back end.
+        seed: seed of the choice between several possible edits.
+        words: YAML of TYPE: [WORD, ...], the words that edits of a type may lead to, all equally often; when not given, the built-in words,
+            as often as the captions use them.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of its model.
         llm_see: also send the picture.
-        llm_calls: calls in flight at most.
-        llm_timeout_s: seconds for one call.
-        llm_attempts: calls for a caption before its failure is noted.
+        llm_calls: largest number of concurrent calls.
+        llm_timeout_s: time limit of a call in seconds.
+        llm_attempts: calls for a caption before its failure is recorded.
     """
 
     FREE: ClassVar = ("llm_calls", "llm_timeout_s", "llm_attempts", "words")
@@ -81,11 +81,11 @@ class ProposeOptions:
 
     def __post_init__(self) -> None:
         _at_least(self, per_type=1, llm_calls=1, llm_timeout_s=_SOON, llm_attempts=1)
-        _ = self.wanted  # which refuses an unknown one
+        _ = self.wanted  # raises for an unknown type
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The types. Raises ConfigError for an unknown one."""
+        """Requested types of edits. Raises ConfigError for an unknown one."""
         return tuple(named(self.types, TYPES, "--types", "type of edit"))
 
 
@@ -94,18 +94,18 @@ class EditOptions:
     """Options of `data edit`.
 
     Args:
-        back_ends: editors, separated by commas; each edit goes to the first that takes it: flip, folder, none, diffusers, command,
+        back_ends: editors, separated by commas; each edit goes to the first that accepts it: flip, folder, none, diffusers, command,
             or one of a script.
-        model: model folder or hub name, of diffusers.
-        attempts: pictures that are made of each edit, by editors that draw.
-        seed: draws the attempts, with their ids.
-        folder: edited pictures by id, FOLDER/SOURCE/NUMBER.png, of folder.
-        masks: masks by id in the same way; white is where something may change.
-        composite: lay the original over what is outside: the mask, the difference that was found, or nothing (none).
-        command: command that is called for each picture, with {request} and {output} in it.
-        options: NAME=VALUE,... that a diffusers pipeline is called with, such as num_inference_steps=28,guidance_scale=3.5.
-        timeout_s: seconds for one picture of command.
-        threads: pictures that command is asked for side by side.
+        model: model folder or hub name for the editor diffusers.
+        attempts: pictures per edit, for editors whose results depend on the seed.
+        seed: seed of the attempts, combined with their ids.
+        folder: folder of edited pictures for the editor folder, FOLDER/SOURCE/NUMBER.png.
+        masks: folder of masks with the same names; white marks where the picture may change.
+        composite: restore the original outside of the mask, outside of the measured difference, or nowhere (none).
+        command: command for the editor command, called for each picture, with {request} and {output} in it.
+        options: NAME=VALUE,... with which a diffusers pipeline is called, such as num_inference_steps=28,guidance_scale=3.5.
+        timeout_s: time limit of the command for one picture in seconds.
+        threads: number of concurrent commands.
     """
 
     FREE: ClassVar = ("threads", "timeout_s")
@@ -132,7 +132,7 @@ class VerifyOptions:
     Args:
         scorer: model folder, hub name or run folder that scores the candidates; without one only pixels are compared.
         template: question whether a picture shows a text, with {text} in it; the default is that of VQAScore.
-        prompt: what a caption answers.
+        prompt: prompt of the captions.
         batch_size: candidates per batch of the scorer.
     """
 
@@ -153,15 +153,16 @@ class SelectOptions:
     """Options of `data select`.
 
     Args:
-        rule: scores that decide: match, likelihood, both, or checks for pixels alone; match where candidates were scored.
-        margin: nats by which each comparison must be won, 0 at least.
-        thresholds: file of thresholds; W/thresholds.json where `data verify --calibrate` wrote one.
-        per_type: groups' edits of a type at most, drawn from the good ones; 0 for all.
-        per_source: edits of one caption at most, drawn from the good ones: those with the largest margins would be the easy ones.
+        rule: scores that decide: match, likelihood, both, or checks for pixels only; match if candidates were scored.
+        margin: nats by which each comparison must be won, at least 0.
+        thresholds: file of thresholds; W/thresholds.json if `data verify --calibrate` wrote one.
+        per_type: largest number of edits of a type, drawn from the good ones; 0 for all.
+        per_source: largest number of edits of one caption, drawn from the good ones, because those with the largest margins are the
+            easiest.
         splits: NAME=SHARE,... by source picture, such as train=0.9,test=0.1; one file for each.
-        prompt: what the texts answer.
+        prompt: prompt of the texts.
         source: name of the data set in its rows.
-        seed: draws which picture belongs to which split.
+        seed: seed of the assignment of pictures to splits.
     """
 
     rule: Rule | None = None
@@ -183,13 +184,13 @@ class AuditOptions:
     """Options of `data audit`.
 
     Args:
-        scorer: model that shows how much of the texts is guessed without a picture.
-        against: benchmarks that must share nothing with the data: manifests, and folders of pictures; several by commas.
-        sample: pictures that are looked at by grain at most.
-        seed: draws halves and samples.
-        refine: file for the groups that stay when the set is thinned until a guess by length and, with a scorer, on a blank picture is as
-            often right as wrong, and every word comes as often as it goes.
-        strict: end with exit code 1 where something passes a limit.
+        scorer: model that measures how well the texts can be guessed without a picture.
+        against: benchmarks that must share nothing with the data: manifests, and folders of pictures, separated by commas.
+        sample: largest number of picture pairs whose grain is compared.
+        seed: seed of halves and samples.
+        refine: file for the groups of a thinned set, in which a guess by length and, with a scorer, on a blank picture is right as often as
+            wrong, and every word is introduced as often as removed.
+        strict: end with exit code 1 if a limit is exceeded.
     """
 
     scorer: str = ""

@@ -1,4 +1,4 @@
-"""The plan of a whole campaign in one YAML: the data, the work folder, and the options of every step."""
+"""Plan of a whole campaign in one YAML file: the data, the work folder, and the options of every step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_yaml
-from cfvlm_ds.core.shipped import found as shipped_file
-from cfvlm_ds.core.shipped import refuse_no_file
+from cfvlm_ds.core.shipped import refuse_no_file, resolve_shipped
 from cfvlm_ds.core.strict import build, dotted
 from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions, named
 from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, STEPS, WorkFolder
@@ -18,7 +17,7 @@ from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, STEPS, WorkFolder
 
 @dataclass(frozen=True)
 class Plan:
-    """A campaign.
+    """Plan of a campaign.
 
     Args:
         data: captions and pictures, in any known format.
@@ -26,7 +25,7 @@ class Plan:
         groups: file that `select` writes.
         root: folders of the pictures.
         format: format of the data.
-        shards: parts that the work is cut in.
+        shards: number of parts of the work.
         propose: options of `data propose`.
         edit: options of `data edit`.
         verify: options of `data verify`.
@@ -52,8 +51,7 @@ class Plan:
                 raise ConfigError(f"{option} is empty; the captions and the work folder are needed")
 
     def check(self) -> None:
-        """Raise ConfigError for what a later step would refuse, when all that comes before it is done: options that are wrong, or other
-        ones than it was begun with."""
+        """Raise ConfigError for options that a later step would refuse: wrong ones, or other ones than it was started with."""
         from cfvlm_ds.counterfactuals.edit import step as edit
         from cfvlm_ds.counterfactuals.propose import PROPOSERS
         from cfvlm_ds.counterfactuals.propose import step as propose
@@ -71,9 +69,10 @@ class Plan:
 
 
 def read_plan(file: str) -> Plan:
-    """The plan of a YAML file, of the user's own or one that comes with the package; an option without a value has its default. Raises
-    ConfigError naming the key."""
-    path = shipped_file(file, "examples")
+    """Read a plan from a YAML file, the user's own or one that comes with the package; an option without a value has its default. Raises
+    ConfigError naming the key.
+    """
+    path = resolve_shipped(file, "examples")
     refuse_no_file(file, path)
     try:
         given = read_yaml(path)
@@ -82,7 +81,7 @@ def read_plan(file: str) -> Plan:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{path}: it holds a {type(given).__name__}; write YAML as in examples/build_coco.yaml")
     listed = dict(given)
-    for section in (value for value in listed.values() if isinstance(value, dict)):  # lists of names as the command line takes them
+    for section in (value for value in listed.values() if isinstance(value, dict)):  # the command line separates names by commas
         section |= {name: ",".join(map(str, value)) for name, value in section.items() if isinstance(value, list)}
     if isinstance(listed.get("root"), str):
         listed["root"] = [listed["root"]]
@@ -95,7 +94,7 @@ def read_plan(file: str) -> Plan:
 
 
 def _given(value: Any) -> Any:
-    """An option, or a section without those that have no value."""
+    """Return an option, or a section without the options that have no value."""
     if not isinstance(value, Mapping):
         return value
-    return {{"with": "back_ends"}.get(name, name): each for name, each in value.items() if each is not None}
+    return {{"with": "back_ends"}.get(name, name): option for name, option in value.items() if option is not None}

@@ -1,6 +1,6 @@
-"""The step ``select``: the best attempt of each good edit becomes part of a group, within quotas; and what became of everything else.
+"""Step ``select``: the best attempt of each good edit joins a group, within quotas, and every other edit is counted with its reason.
 
-Groups are ordinary ``cfgroup`` rows with their whole provenance in ``meta``. A picture and all that was made of it go to one split.
+Groups are ordinary ``cfgroup`` rows with their provenance in ``meta``. A picture and all its edits go to the same split.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real pi
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
-"""What of a step's settings belongs to every group: back ends, models and versions, by which it can be made again."""
+"""Settings of a step that are copied to every group: back ends, models and versions, for reproduction."""
 
 Say = Callable[[str], object]
 
 
 @dataclass
 class Survival:
-    """What became of the edits, by type: counts by reason. ``sources`` is about captions, ``files`` names what was written, and ``roots``
-    the folders that their pictures are in where that is not theirs alone."""
+    """Counts of the outcomes of all edits, by type.
+
+    ``sources`` counts captions. ``files`` are the written files. ``roots`` are the folders of their pictures, unless all are in the files'
+    folder.
+    """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
     sources: Counter[str] = field(default_factory=Counter)
@@ -57,11 +60,11 @@ class Survival:
 
     @property
     def total(self) -> Counter[str]:
-        """The counts of all types."""
+        """Counts of all types."""
         return sum(self.by_type.values(), Counter())
 
     def table(self) -> str:
-        """A row for each outcome, a column for each type, shares of what was proposed in the last one."""
+        """Format a table: a row for each outcome, a column for each type, and the share of the proposed edits."""
         kinds = sorted(self.by_type)
         total = self.total
         rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
@@ -76,15 +79,15 @@ class Survival:
         return "\n".join(lines)
 
     def captions(self) -> str:
-        """A row for each thing that happened to captions."""
+        """Format a table of the outcomes of captions."""
         rows = [f"| {in_cell(name)} | {count} |" for name, count in sorted(self.sources.items())]
         return "\n".join(["| captions | |", "|---|---:|", *rows])
 
 
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
-    """Write the groups of all shards to ``file``, and beside it FILE.survival.md.
+    """Write the groups of all shards to ``file``, and the counts to FILE.survival.md beside it.
 
-    Raises ConfigError where a shard is not verified yet, naming all of them, or nothing is left.
+    Raises ConfigError if shards are not verified yet, naming all of them, or if nothing is left.
     """
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
@@ -102,7 +105,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         folder, outside = file.parent.absolute(), set[Path]()
         further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
         settings = {step: work.settings(step) for step in STEPS}
-        steps = {step: {key: found[key] for key in _SHOWN if key in found} for step, found in settings.items()}
+        steps = {step: {key: values[key] for key in _SHOWN if key in values} for step, values in settings.items()}
         progress = Progress(say, "select", work.shards, "shards")
         written, seen = Counter[str](), set[int]()
         for shard in progress.over(range(work.shards)):
@@ -111,8 +114,8 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
             for history in histories(work, shard, thresholds):
                 name = _split(history, shares, options.seed)
                 if (number := seed_of(history.id)) in seen:  # in another shard
-                    for each in history.edits:
-                        survival.add(str(each.proposal["type"]), REPEATED)
+                    for edited in history.edits:
+                        survival.add(str(edited.proposal["type"]), REPEATED)
                     continue
                 seen.add(number)
                 if kept := _kept(history, options, cuts, survival, name, shares):
@@ -130,19 +133,20 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
 
 
 def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """The files to write, and the shares of the splits. Raises ConfigError for options that no group can be selected with, and for a file
-    that somebody else wrote."""
+    """Return the files to write and the shares of the splits. Raises ConfigError for invalid options, and for a file that another program
+    wrote.
+    """
     shares = parse_splits(options.splits)
     read_thresholds(options.thresholds, options.rule, options.margin)
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
-    for each in files.values():
-        own_output(each, _is_selected, "select", data)
+    for path in files.values():
+        own_output(path, _is_selected, "select", data)
     own_output(_beside(file), _is_survival, "select", data)
     return files, shares
 
 
 def _beside(file: Path) -> Path:
-    """Where what became of the candidates is written."""
+    """Return the path of the counts."""
     return file.with_name(f"{file.name}.survival.md")
 
 
@@ -157,7 +161,7 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """Yield the folders of the pictures of a row that are not in that of its file: of ``roots``, or where rows of a table were prepared."""
+    """Yield the folders of a row's pictures outside its file's folder: one of ``roots``, or the folder of a converted table."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):
@@ -166,8 +170,8 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
 
 
 def _ranked(history: History) -> list[Edited]:
-    """The good edits, in the order in which they stay where there are too many: drawn by their ids. By margin the easy ones would."""
-    return sorted((each for each in history.edits if each.reason == GOOD), key=_draw)
+    """Sort the good edits by a draw from their ids, so that quotas keep a random choice; by margin they would keep the easiest."""
+    return sorted((edited for edited in history.edits if edited.reason == GOOD), key=_draw)
 
 
 def _draw(edited: Edited) -> int:
@@ -175,13 +179,15 @@ def _draw(edited: Edited) -> int:
 
 
 def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, int]:
-    """Of each type with too many: the draw of the last one that is taken. 8 bytes for each good edit."""
+    """Return, for each type with more edits than its quota, the largest draw (see _draw) that is kept.
+    Memory: 8 bytes for each good edit.
+    """
     draws: dict[str, array[int]] = {}
     for shard in range(work.shards):
         for history in histories(work, shard, thresholds):
-            for each in _ranked(history)[: options.per_source]:
-                draws.setdefault(str(each.proposal["type"]), array("Q")).append(_draw(each))
-    return {kind: sorted(found)[options.per_type - 1] for kind, found in draws.items() if len(found) > options.per_type}
+            for edited in _ranked(history)[: options.per_source]:
+                draws.setdefault(str(edited.proposal["type"]), array("Q")).append(_draw(edited))
+    return {kind: sorted(values)[options.per_type - 1] for kind, values in draws.items() if len(values) > options.per_type}
 
 
 def _kept(
@@ -192,33 +198,35 @@ def _kept(
     home: str,
     shares: Mapping[str, float],
 ) -> list[Edited]:
-    """The edits of a source that become part of its group, in the order of their proposal; every edit is counted. ``home`` is the
-    split of the source, of which a real picture has to be too."""
+    """Return the edits of a source that join its group, in the order of their proposal, and count every edit.
+
+    ``home`` is the split of the source; a real picture must be in the same split.
+    """
     taken = _ranked(history)[: options.per_source]
     kept: list[Edited] = []
     texts = {normalised(history.caption)}
-    for each in history.edits:
-        kind = str(each.proposal["type"])
-        if each.reason != GOOD:
-            survival.add(kind, each.reason)
+    for edited in history.edits:
+        kind = str(edited.proposal["type"])
+        if edited.reason != GOOD:
+            survival.add(kind, edited.reason)
             continue
-        if each not in taken:
+        if edited not in taken:
             survival.add(kind, NO_ROOM)
-        elif kind in cuts and _draw(each) > cuts[kind]:
+        elif kind in cuts and _draw(edited) > cuts[kind]:
             survival.add(kind, QUOTA)
-        elif (mined := _mined(each)) and _drawn(mined, shares, options.seed) != home:
+        elif (mined := _mined(edited)) and _drawn(mined, shares, options.seed) != home:
             survival.add(kind, ELSEWHERE)
-        elif (text := normalised(str(each.proposal["text"]))) in texts:
+        elif (text := normalised(str(edited.proposal["text"]))) in texts:
             survival.add(kind, TWICE)
         else:
             survival.add(kind, KEPT)
-            kept.append(each)
+            kept.append(edited)
             texts.add(text)
     return kept
 
 
 def _mined(edited: Edited) -> str:
-    """The sha256 of the real picture that an edit has; empty where it has none."""
+    """Return the sha256 of the real picture that an edit uses; "" if it uses none."""
     picture = edited.best.made.get("picture") or {}
     return str(picture["sha256"]) if "path" in picture else ""
 
@@ -231,14 +239,14 @@ def _row(
     steps: Mapping[str, Any],
     thresholds: Thresholds,
 ) -> dict[str, Any]:
-    """The row of a group: what is known of its cells, and where everything comes from."""
+    """Build the row of a group, with its known cells and its provenance."""
     images: list[tuple[Path, ...]] = [() if history.picture is None else (history.picture.absolute(),)]
     texts = [history.caption]
     edits, made_from = [], []
     match: list[list[int | None]] = [[1]]
-    for each in kept:
-        best = each.best
-        text = str(each.proposal["text"])
+    for edited in kept:
+        best = edited.best
+        text = str(edited.proposal["text"])
         texts.append(text)
         match[0].append(0)
         for line in match[1:]:
@@ -248,8 +256,8 @@ def _row(
             image = len(images)
             images.append((best.picture.absolute(),))
             match.append([0, *[None] * (len(texts) - 2), 1])
-        edits.append(Edit(str(each.proposal["type"]), image, len(texts) - 1, str(each.proposal["from"]), str(each.proposal["to"])))
-        proposed = {key: value for key, value in each.proposal.items() if key not in ("text", "from", "to", "type")}
+        edits.append(Edit(str(edited.proposal["type"]), image, len(texts) - 1, str(edited.proposal["from"]), str(edited.proposal["to"])))
+        proposed = {key: value for key, value in edited.proposal.items() if key not in ("text", "from", "to", "type")}
         made_from.append({"propose": proposed, "edit": dict(best.made), "verify": dict(best.measured), "margin": best.verdict.worst})
     candidates = tuple(Candidate(options.prompt, text) for text in texts)
     group = CounterfactualGroup(history.id, tuple(images), candidates, tuple(map(tuple, match)), tuple(edits), source=options.source)
@@ -265,30 +273,30 @@ def _row(
 
 
 def parse_splits(text: str) -> dict[str, float]:
-    """``train=0.9,test=0.1`` as shares of 1. Raises ConfigError."""
-    found: dict[str, float] = {}
-    for part in filter(None, (each.strip() for each in text.split(","))):
+    """Parse ``train=0.9,test=0.1`` to shares with sum 1. Raises ConfigError."""
+    shares: dict[str, float] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
         name, _, share = part.partition("=")
         try:
-            found[name.strip()] = float(share)
+            shares[name.strip()] = float(share)
         except ValueError:
             raise ConfigError(f"--splits {part!r}: write NAME=SHARE, as in train=0.9,test=0.1") from None
-        if not name.strip().replace("_", "").isalnum() or not found[name.strip()] > 0:
+        if not name.strip().replace("_", "").isalnum() or not shares[name.strip()] > 0:
             raise ConfigError(f"--splits {part!r}: a name of letters and digits, and a share above 0")
-    if found and abs(sum(found.values()) - 1) > 1e-6:
-        raise ConfigError(f"--splits {text}: the shares add up to {sum(found.values()):g} and not to 1")
-    return found
+    if shares and abs(sum(shares.values()) - 1) > 1e-6:
+        raise ConfigError(f"--splits {text}: the shares add up to {sum(shares.values()):g} and not to 1")
+    return shares
 
 
 def _split(history: History, shares: Mapping[str, float], seed: int) -> str:
-    """The split of a source, drawn by the contents of its picture: two rows of one picture go to the same one."""
-    made = next((attempt.made for each in history.edits for attempt in each.attempts if "parent_sha256" in attempt.made), {})
+    """Draw the split of a source by the contents of its picture, so that all rows of one picture have the same split."""
+    made = next((attempt.made for edited in history.edits for attempt in edited.attempts if "parent_sha256" in attempt.made), {})
     name = str(made.get("parent_sha256") or history.picture or history.id)
     return _drawn(name, shares, seed)
 
 
 def _drawn(name: str, shares: Mapping[str, float], seed: int) -> str:
-    """The split of a picture by its sha256."""
+    """Draw the split of a picture by its sha256."""
     if not shares:
         return ""
     place = seed_of(seed, name) / 2**63
@@ -300,7 +308,7 @@ def _drawn(name: str, shares: Mapping[str, float], seed: int) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """``0-3,7`` of numbers in order, as sbatch reads them."""
+    """Format ascending numbers as ``0-3,7``, as sbatch reads them."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][1] == number - 1:

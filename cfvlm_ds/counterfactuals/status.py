@@ -1,4 +1,4 @@
-"""How far a work folder is: shards by step, what they hold, and which are missing, as sbatch takes them."""
+"""Status of a work folder: finished shards and their contents by step, and the missing ones in sbatch's notation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHARS = 100
 
 
 def status(out: Path) -> str:
-    """How far it is."""
+    """Format the status of a work folder."""
     work = WorkFolder.open(out)
     source = work.about["source"]
     lines = [f"{out}: {one_line(source['path'], 300)} ({one_line(str(source.get('groups')), 20)} rows), {work.shards} shards", ""]

@@ -1,6 +1,6 @@
-"""The step ``verify``: what a scorer and the pixels say of each candidate. Everything is written down; the verdict is made of it later.
+"""Step ``verify``: scores and pixel comparisons of every candidate are recorded; the verdict is derived from them later.
 
-The scorer fills the matrix of the candidate group, two pictures x two texts, in one row: the pictures are encoded once for both probes.
+The scorer fills the matrix of a candidate, two pictures x two texts, in one row, so that both probes share one encoding of the pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DECIMALS = 4
 
 Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
-"""Scores of candidate groups, in their order. Raises DataError for one that no row can hold."""
+"""Function from candidate groups to their scores, in order. Raises DataError for a group that exceeds the model's window."""
 
 
 def verify(
@@ -48,7 +48,7 @@ def verify(
     of: int | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure every candidate of a shard; returns its completion. ``identity`` says which weights score."""
+    """Measure every candidate of a shard; returns its completion record. ``identity`` identifies the scorer's weights."""
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done
@@ -59,11 +59,13 @@ def verify(
         total = (work.done("edit", shard) or {"records": 0})["records"]
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
         size = options.batch_size
-        whole = step.count // size * size  # batches are cut from the shard alone, never from where a kill was
-        looked = side_by_side(_looked_at, islice(candidates(work, shard), whole, None), cores_per_rank(), size)
-        while part := list(islice(looked, size)):
-            new = measured([each for each, _ in part], [found for _, found in part], options, score)[step.count - whole :]
-            whole += len(part)
+        measured_count = step.count // size * size  # batches start at the same candidates after an interruption
+        inspected = side_by_side(_inspected, islice(candidates(work, shard), measured_count, None), cores_per_rank(), size)
+        while part := list(islice(inspected, size)):
+            new = measured([candidate for candidate, _ in part], [record for _, record in part], options, score)[
+                step.count - measured_count :
+            ]
+            measured_count += len(part)
             for record in new:
                 step.add(record)
             progress.advance(len(new))
@@ -72,7 +74,7 @@ def verify(
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attempt: the record of the step edit, and its pictures."""
+    """An attempt: its record of the step edit, and its pictures."""
 
     record: Mapping[str, Any]
     original: Path | None
@@ -81,14 +83,14 @@ class Candidate:
 
     @property
     def texts(self) -> tuple[str, str]:
-        """The caption and the counterfactual one."""
+        """The caption and the counterfactual caption."""
         return str(self.record["caption"]), str(self.record["proposal"]["text"])
 
 
 def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
-    """The attempts of a shard in their order."""
-    named = work.settings("edit").get("masks")
-    masks = Path(named) if isinstance(named, str) and named else None
+    """Yield the attempts of a shard, in order."""
+    folder = work.settings("edit").get("masks")
+    masks = Path(folder) if isinstance(folder, str) and folder else None
     for record in work.records("edit", shard):
         original = Path(record["original"]) if record["original"] else None
         edited = work.picture(record["picture"]) if record.get("picture") else None
@@ -96,24 +98,26 @@ def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
         yield Candidate(record, original, edited, mask)
 
 
-def measured(chunk: Sequence[Candidate], found: list[dict[str, Any]], options: VerifyOptions, score: Score | None) -> list[dict[str, Any]]:
-    """The records of some candidates: ``found``, what the pixels say, with what the scorer says."""
-    wanted = [k for k, record in enumerate(found) if "problem" not in record and chunk[k].original is not None]
+def measured(
+    chunk: Sequence[Candidate], records: list[dict[str, Any]], options: VerifyOptions, score: Score | None
+) -> list[dict[str, Any]]:
+    """Complete the records of some candidates, which hold the pixel comparisons, with their scores."""
+    wanted = [k for k, record in enumerate(records) if "problem" not in record and chunk[k].original is not None]
     if score is None or not wanted:
-        return found
+        return records
     groups = {k: group_of(chunk[k], options) for k in wanted}
     try:
         scores: dict[int, GroupScores | str] = dict(zip(wanted, score([groups[k] for k in wanted]), strict=True))
-    except DataError:  # of one of them: which?
+    except DataError:  # one of them cannot be scored
         scores = {k: _scored_alone(groups[k], score) for k in wanted}
     for k in wanted:
-        each = scores[k]
-        found[k] |= (
-            {"problem": "it cannot be scored", "detail": each}
-            if isinstance(each, str)
-            else {"scores": score_record(chunk[k], each, options)}
+        result = scores[k]
+        records[k] |= (
+            {"problem": "it cannot be scored", "detail": result}
+            if isinstance(result, str)
+            else {"scores": score_record(chunk[k], result, options)}
         )
-    return found
+    return records
 
 
 def _scored_alone(group: CounterfactualGroup, score: Score) -> GroupScores | str:
@@ -123,8 +127,8 @@ def _scored_alone(group: CounterfactualGroup, score: Score) -> GroupScores | str
         return one_line(str(error), 300)
 
 
-def _looked_at(candidate: Candidate) -> dict[str, Any]:
-    """Ids, and what the pixels say."""
+def _inspected(candidate: Candidate) -> dict[str, Any]:
+    """Build the record of a candidate with its ids and the pixel comparison, or the problem of its pictures."""
     made = candidate.record
     record: dict[str, Any] = {
         "edit": made["edit"],
@@ -140,7 +144,7 @@ def _looked_at(candidate: Candidate) -> dict[str, Any]:
             return record | {"problem": "a picture is another one than when it was edited", "detail": one_line(str(changed), 300)}
         if candidate.original is None or candidate.edited is None:
             if candidate.original is not None:
-                open_image(candidate.original)  # what nobody can look at is no example of anything
+                open_image(candidate.original)  # raises for a picture that cannot be used
             return record | {"checks": None}
         if "path" in made["picture"]:
             record["mined"] = True
@@ -151,7 +155,7 @@ def _looked_at(candidate: Candidate) -> dict[str, Any]:
 
 
 def _replaced(candidate: Candidate) -> Path | None:
-    """A picture whose contents are not those that the step edit has seen or made."""
+    """Return a picture whose contents have changed since the step edit, if there is one."""
     seen = (
         (candidate.original, candidate.record.get("parent_sha256")),
         (candidate.edited, (candidate.record.get("picture") or {}).get("sha256")),
@@ -168,7 +172,9 @@ def _item(candidate: Candidate) -> Item:
 
 
 def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
-    """Both pictures with every text that is scored: yes and no for each caption in its ways of writing, and the captions themselves."""
+    """Build the group of both pictures with every text to score: "yes" and "no", in their spellings, to the question about each caption,
+    and the captions.
+    """
     item = _item(candidate)
     cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))
     match = tuple(tuple(1 if (i, c) == (0, 0) else None for c in range(len(cells))) for i in range(len(item.images)))
@@ -176,26 +182,28 @@ def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGrou
 
 
 def score_record(candidate: Candidate, scores: GroupScores, options: VerifyOptions) -> dict[str, Any]:
-    """The matrix by both probes, in nats: log P(yes) of each text on each picture, log-likelihoods, and those on a blank picture."""
+    """Return the matrices of both probes, in nats: log P(yes) of each text on each picture,
+    log-likelihoods, and both on a blank picture.
+    """
     item, probe = _item(candidate), Match(options.template)
-    asked = len(probe.cells(item))
+    num_match = len(probe.cells(item))
     rows = [tuple(row) for row in scores.logp.tolist()]
     return {
-        "match": [[_rounded(value) for value in probe.row(item, row[:asked], (), ())] for row in rows],
-        "likelihood": [[_rounded(value) for value in row[asked:]] for row in rows],
-        "blank": [_rounded(value) for value in scores.blank.tolist()[asked:]],
-        "blank_match": [_rounded(value) for value in probe.row(item, tuple(scores.blank.tolist()[:asked]), (), ())],
+        "match": [[_rounded(value) for value in probe.row(item, row[:num_match], (), ())] for row in rows],
+        "likelihood": [[_rounded(value) for value in row[num_match:]] for row in rows],
+        "blank": [_rounded(value) for value in scores.blank.tolist()[num_match:]],
+        "blank_match": [_rounded(value) for value in probe.row(item, tuple(scores.blank.tolist()[:num_match]), (), ())],
     }
 
 
 def _rounded(value: float) -> float | None:
-    """A number that is not finite is none: JSON has no word for it."""
+    """Round a number; one that is not finite becomes None, because JSON cannot represent it."""
     value = round(float(value), _DECIMALS)
     return value if value - value == 0 else None
 
 
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Add what a record has, with the verdict by default thresholds."""
+    """Add a record to the counts, with the verdict by default thresholds."""
     counts["candidates"] += 1
     counts["scored"] += "scores" in record
     reason = verdict(record, Thresholds(rule="match" if "scores" in record else "checks")).reason
@@ -205,7 +213,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
     """Fit the margin to labelled candidates, {"edit": ID, "attempt": 0, "good": true} a line, and write W/thresholds.json.
 
-    Raises DataError for labels that cannot be read or name no candidate, ConfigError where no margin reaches the precision.
+    Raises DataError for labels that cannot be read or name no candidate, and ConfigError if no margin reaches the precision.
     """
     work = WorkFolder.open(out)
     if not labelled.is_file():
@@ -217,14 +225,14 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
             raise DataError(f'{labelled}: line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
         if labels.setdefault((edit, attempt), good) != good:
             raise DataError(f"{labelled}: line {number} says of {edit!r}, attempt {attempt}, the opposite of an earlier line")
-    found: list[tuple[Mapping[str, Any], bool]] = []
+    judged: list[tuple[Mapping[str, Any], bool]] = []
     for shard in range(work.shards):
         for record in work.records(STEP, shard):
             if (name := (record["edit"], record["attempt"])) in labels:
-                found.append((record, labels.pop(name)))
+                judged.append((record, labels.pop(name)))
     if labels:
         edit, attempt = next(iter(labels))
         raise DataError(f"{labelled}: {len(labels)} labels are of no verified candidate, such as {edit!r}, attempt {attempt}; verify first")
-    fitted = calibrated(found, start, precision)
+    fitted = calibrated(judged, start, precision)
     replace(out / "thresholds.json", fitted.as_json().encode(), shared=True)
     return fitted

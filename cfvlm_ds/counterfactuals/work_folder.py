@@ -1,15 +1,14 @@
-"""The work folder: what each step has made of each shard, with everything that decides it.
+"""Work folder: the records of each step for each shard, with the settings that determine them.
 
     W/run.json                        the data, the number of shards
-    W/STEP.json                       what decides a step: back ends, options, versions
-    W/STEP/shard-00003.jsonl          a line a unit of work
-    W/STEP/shard-00003.done.json      when the shard is through: its sha256, and that of the step before it that it was made of
-    W/pictures/shard-00003.tar        edited pictures, named by their places in it
-    W/prices.json                     how often each word of the data may come and go, of the back end rules
-    W/mine/slots.bin                  captions with one word left open, of the back end mine
+    W/STEP.json                       settings of a step: back ends, options, versions
+    W/STEP/shard-00003.jsonl          one record per line and unit of work
+    W/STEP/shard-00003.done.json      of a finished shard: its sha256, and that of the previous step's records from which it was made
+    W/pictures/shard-00003.tar        edited pictures, named by their offsets
+    W/prices.json                     prices of words, of the back end rules (see propose/balance.py)
+    W/mine/slots.bin                  index of captions with one word left open, of the back end mine
 
-Of N shards each has every Nth row of the data. What a step makes of a source does not depend on them: one shard and many give the same
-candidates.
+Shard k of N has every Nth row of the data from row k. The records of a source do not depend on the number of shards.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ OUTDATED = "was made of other records of the step before it than there are now"
 
 
 def seed_of(*parts: object) -> int:
-    """A seed of 63 bits from what it is for."""
+    """Derive a seed of 63 bits from its purpose."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def sha256_of_file(path: Path) -> str:
-    """Of all bytes of a file, as a completion file has it."""
+    """Hash a file, as completion records do."""
     digest = hashlib.sha256()
     with open_regular(path) as handle:
         while block := handle.read(MIB):
@@ -63,24 +62,26 @@ def sha256_of_file(path: Path) -> str:
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """A work folder that is there; ``about`` is its run.json."""
+    """An existing work folder; ``about`` is its run.json."""
 
     path: Path
     about: Mapping[str, Any]
 
     @property
     def shards(self) -> int:
-        """In how many parts the work is cut."""
+        """Number of shards."""
         return int(self.about["shards"])
 
     @property
     def roots(self) -> list[Path]:
-        """The folders of the source pictures, without those that rows of a table were prepared in, which change with its date."""
-        return [Path(each) for each in self.about["source"]["roots"]]
+        """Folders of the source pictures, without those of converted tables, whose names change with the tables."""
+        return [Path(root) for root in self.about["source"]["roots"]]
 
     @classmethod
     def begin(cls, path: Path, store: GroupStore, shards: int) -> WorkFolder:
-        """The folder for this data in so many shards, made where it is not there. Raises ConfigError where it is for something else."""
+        """Open the work folder of this data and number of shards, creating it if necessary. Raises
+        ConfigError if it belongs to other data.
+        """
         _refuse_links(path)
         if not 1 <= shards <= MAX_SHARDS:
             raise ConfigError(f"{shards} shards; cut the work in 1 to {MAX_SHARDS}")
@@ -100,7 +101,7 @@ class WorkFolder:
 
     @classmethod
     def open(cls, path: Path) -> WorkFolder:
-        """The folder that `data propose` began. Raises ConfigError for anything else."""
+        """Open a work folder that `data propose` created. Raises ConfigError for any other folder."""
         _refuse_links(path)
         about = _read(path / "run.json")
         if about.get("schema") != SCHEMA:
@@ -108,67 +109,69 @@ class WorkFolder:
         return cls(path, about)
 
     def settle(self, step: str, options: Any, **more: Any) -> None:
-        """Write what decides a step, without secrets, or refuse what differs from an earlier shard or call. A secret may change."""
+        """Write the settings of a step, with secrets masked, or refuse settings that differ from the existing ones. A secret may change."""
         _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Any) -> None:
-        """Refuse options that differ from those that a step was begun with, before anything is loaded for it."""
+        """Refuse options that differ from those with which a step was started, before anything is loaded for it."""
         if begun := self.settings(step):
             _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
-        """What decides a step; empty where it was not begun."""
+        """Read the settings of a step; empty if it was not started."""
         return _read(self.path / f"{step}.json")
 
     def file(self, step: str, shard: int) -> Path:
-        """The journal of a step and shard."""
+        """Return the path of the journal of a step and shard."""
         return self.path / step / f"shard-{shard:05d}.jsonl"
 
     def tar(self, shard: int) -> Path:
-        """The edited pictures of a shard."""
+        """Return the path of the edited pictures of a shard."""
         return self.path / "pictures" / f"shard-{shard:05d}.tar"
 
     def done(self, step: str, shard: int) -> dict[str, Any] | None:
-        """The completion of a step of a shard: records, sha256, counts; None where it is not through, or its journal is gone."""
-        found = _read(self.path / step / f"shard-{shard:05d}.done.json")
-        return found if found and self.file(step, shard).is_file() else None
+        """Read the completion record of a shard: number of records, sha256, counts. None if it is not
+        finished, or its journal is missing.
+        """
+        record = _read(self.path / step / f"shard-{shard:05d}.done.json")
+        return record if record and self.file(step, shard).is_file() else None
 
     def again(self, step: str, shard: int) -> str:
-        """How a shard of a step, and of those after it, is made again."""
-        return f"remove {' '.join(f'{self.path / each}/shard-{shard:05d}.*' for each in STEPS[STEPS.index(step) :])}, and run it again"
+        """Describe how to repeat a step, and the following steps, for a shard."""
+        return f"remove {' '.join(f'{self.path / name}/shard-{shard:05d}.*' for name in STEPS[STEPS.index(step) :])}, and run it again"
 
     def missing(self, step: str) -> list[int]:
-        """Shards that a step is not through with."""
+        """List the shards for which a step is not finished."""
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
-        """The records of a step and shard. Raises DataError naming file and line for what is none."""
+        """Read the records of a step and shard. Raises DataError naming file and line of an invalid one."""
         return records(self.file(step, shard), self.again(step, shard))
 
     def picture(self, named: Mapping[str, Any]) -> Path:
-        """The picture that an attempt names, a file or a part of a tar, as every reader of pictures takes it."""
+        """Return the path of the picture that an attempt names, a file or a part of a tar."""
         if "path" in named:
             return Path(named["path"])
         return self.path.absolute() / "pictures" / part_name(named["file"], named["start"], named["length"])
 
     def need(self, step: str, shard: int) -> None:
-        """Raise ConfigError where a step is not through with a shard, DataError where it or one before it was made of other records."""
+        """Raise ConfigError if a step has not finished a shard, and DataError if it, or an earlier step, was made from other records."""
         if self.done(step, shard) is None:
             begun = f"{self.about['source']['path']} --out {self.path}" if step == STEPS[0] else self.path
             remedy = f"run `cfvlm-ds data {step} {begun} --shard {shard}/{self.shards}` first"
             raise ConfigError(f"{self.path}: {step} is not through with shard {shard}; {remedy}")
-        for before, each in pairwise(STEPS[: STEPS.index(step) + 1]):
-            made, now = self.done(each, shard) or {}, self.done(before, shard) or {}
+        for before, after in pairwise(STEPS[: STEPS.index(step) + 1]):
+            made, now = self.done(after, shard) or {}, self.done(before, shard) or {}
             if made.get("of") != now.get("sha256"):
-                raise DataError(f"{self.file(each, shard)} {OUTDATED}; {self.again(each, shard)}")
+                raise DataError(f"{self.file(after, shard)} {OUTDATED}; {self.again(after, shard)}")
 
     def finished(
         self, step: str, shard: int, of: int | None, options: Any, say: Callable[[str], object] = lambda line: None
     ) -> dict[str, Any] | None:
-        """Return the completion of a shard that a step is through with; None where the step is still to be done.
+        """Return the completion record of a shard, or None if the step has yet to be done.
 
-        Raises ConfigError for what can be refused before anything is loaded for it: a shard that is none of this folder's, a step before
-        that is not through with it, and options that differ from those that the step was begun with. DataError for records of old ones.
+        Raises ConfigError for a shard that the folder does not have, an unfinished previous step, and options that differ from those with
+        which the step was started; DataError for outdated records. All are checked before anything is loaded.
         """
         of = self.shards if of is None else of
         if of != self.shards or not 0 <= shard < of:
@@ -185,8 +188,10 @@ class WorkFolder:
 
 
 class ShardStep:
-    """One step of one shard under way: ``count`` units have their record, in their order. Records hold no times and no names of machines,
-    so that work that was killed and continued gives the bytes of work that was not."""
+    """One step of one shard in progress; ``count`` units have their record, in order.
+
+    Records contain neither times nor machine names, so that interrupted and resumed work produces the same bytes.
+    """
 
     def __init__(self, work: WorkFolder, step: str, shard: int) -> None:
         self.work, self.step, self.shard = work, step, shard
@@ -195,25 +200,25 @@ class ShardStep:
             self.count = sum(1 for _ in file)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """The record of the next unit."""
+        """Append the record of the next unit."""
         self._journal.append(as_line(record))
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError where a record that is there is not of this unit: the folder is of other data."""
+        """Raise DataError if an existing record is not of this unit, because the folder then belongs to other data."""
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path}: it has a record of {quoted(record)[:120]} in place of {named}; start a new work folder")
 
     def remaining(
         self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
     ) -> Iterator[T]:
-        """The units that have no record yet; each counts as done when the next one is asked for."""
-        for record, each in zip(self.work.records(self.step, self.shard), units, strict=False):
-            self.expect(record, **named(each))
+        """Yield the units that have no record yet; each counts as done when the next one is requested."""
+        for record, item in zip(self.work.records(self.step, self.shard), units, strict=False):
+            self.expect(record, **named(item))
         yield from Progress(say, self.step, max(total - self.count, 1), unit).over(units)
 
     def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], say: Callable[[str], object]) -> dict[str, Any]:
-        """The shard is through. The first row or picture that cannot be used is named."""
+        """Write and return the completion record, and warn about the first row or picture that could not be used."""
         counts, unusable = Counter[str](), ""
         for record in self.work.records(self.step, self.shard):
             counted(record, counts)
@@ -231,7 +236,7 @@ class ShardStep:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Leave it. A step of which nothing is done leaves no settings behind: what is wrong with them can be put right."""
+        """Close the journal. If a failed step has no records, remove its settings, so that wrong ones can be corrected."""
         self._journal.close()
         journals = self._journal.path.parent
         if kind is not None and self.count == 0 and list(journals.iterdir()) == [self._journal.path]:
@@ -241,33 +246,33 @@ class ShardStep:
 
 
 def _refuse_links(path: Path) -> None:
-    """Raise ConfigError where the folder, or one in it that steps write to, is a link."""
+    """Raise ConfigError if the folder, or one of its folders that steps write to, is a link."""
     refuse_link(path, "name the folder itself")
     for name in _FOLDERS:
         refuse_link(path / name, "put the folder itself there")
 
 
 def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
-    """Write a file of settings, or refuse settings that differ from those that are there."""
+    """Write a file of settings, or refuse settings that differ from the existing ones."""
     refuse_link(path, "remove it")
     text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
     if not path.exists():
         replace(path, text.encode(), shared=True)
         return
-    found, now = _read(path), json.loads(text)
-    if found == now:
+    current, wanted_now = _read(path), json.loads(text)
+    if current == wanted_now:
         return
     remedy = f"take the same ones, or another folder than {folder}"
     if path.stem in STEPS:
         remedy += f"; to do {path.stem} again, remove {path} and {path.with_suffix('')}, and those of the steps after it"
-    then, new = flat(found), flat(now)
-    differing = [(key, then.get(key), new.get(key)) for key in sorted({*then, *new}) if then.get(key) != new.get(key)]
+    old, new = flat(current), flat(wanted_now)
+    differing = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     shown = "; ".join(f"{key}: {quoted(was, 160)} then, {quoted(value, 160)} now" for key, was, value in differing[:4])
     raise ConfigError(f"{path} was begun with other settings ({shown}); {remedy}")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The values of a small JSON file; none where there is no such file. Raises ConfigError for any other."""
+    """Read a small JSON file; empty if it does not exist. Raises ConfigError for an invalid one."""
     try:
         return dict(read_json(path)) if path.exists() else {}
     except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The native row, ``cfgroup/1``: one JSON object per line.
+"""Native rows, ``cfgroup/1``: one JSON object per line.
 
     {"schema": "cfgroup/1", "id": "dog-17", "source": "mine", "prompt": "Describe the image.",
      "images": [{"id": "i0", "path": "img/17.jpg"}, {"id": "i1", "path": "img/17_edit.jpg"}],
@@ -7,13 +7,15 @@
      "edits":  [{"type": "count", "image": "i1", "text": "t1", "from": "two", "to": "three"}],
      "weight": 1.0}
 
-``match`` lists what is known: 1 the text is true of the image, 0 it is false. A cell that is not listed is unknown and is never used as a
-negative, but by the objective ``batch_align``, which takes texts of other rows for false: a text may carry a ``key`` that names what it
-says, and ``exclude`` lists keys, or texts, that may be true of an image of the row. A text may carry its own ``prompt``. A prompt is a
-string, or a conversation with pictures at their places, which ends with the user: ``[{"role": "system", "content": "Be brief."}, {"role":
-"user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Several pictures that are shown together are one entry
-of ``images`` with a list as ``path``; a row of text alone has one entry, whose ``path`` is null. ``split`` and ``license`` of a row,
-``role``, ``sha256`` and ``meta`` of its parts are kept as metadata, which nothing uses and a check counts.
+``match`` lists the known cells: 1 if the text is true of the image, 0 if it is false. A cell that is not listed is unknown and never used
+as a negative. Only the objective ``batch_align`` uses texts of other rows as negatives. For its sake, a text may have a ``key`` that
+identifies its meaning, and ``exclude`` lists keys, or texts, that may be true of an image of the row.
+
+A text may have its own ``prompt``. A prompt is a string, or a conversation that ends with the user's turn: ``[{"role": "system",
+"content": "Be brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Several pictures
+that are shown together are one entry of ``images`` with a list as ``path``; a row of text alone has one entry, whose ``path`` is null.
+``split`` and ``license`` of a row, and ``role``, ``sha256`` and ``meta`` of its parts, are kept as metadata: the data check counts them,
+and nothing else uses them.
 """
 
 from __future__ import annotations
@@ -41,14 +43,14 @@ _EDIT_KEYS = frozenset(("type", "image", "text", "from", "to", "meta"))
 
 
 def native_group(row: Mapping[str, Any]) -> CounterfactualGroup:
-    """A ``cfgroup/1`` row as a group. Raises DataError."""
+    """Parse a ``cfgroup/1`` row, with image paths as written. Raises DataError."""
     return from_row(row, _AS_WRITTEN)
 
 
 def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
-    """One ``cfgroup/1`` row as a group; image paths are joined to ``root`` and not opened here.
+    """Parse a ``cfgroup/1`` row into a group; image paths are joined to ``root``, and no image is opened.
 
-    Raises DataError (without file and line, which the caller knows) on a missing or unknown key, a duplicate or unknown id, a truth value
+    Raises DataError (without file and line, which the caller adds) for a missing or unknown key, a duplicate or unknown id, a truth value
     other than 0 or 1, or anything CounterfactualGroup refuses.
     """
     check_keys(row, _GROUP_KEYS, "row")
@@ -115,24 +117,26 @@ def _excluded(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
-    """What a row says that no group uses: its ``meta``, and under names such as ``images.sha256`` what its parts have beside."""
-    if _BESIDE.isdisjoint(row) and all(map(_BESIDE_PARTS.isdisjoint, chain(*parts))):  # as a rule
+    """Collect the fields that no group uses: the row's ``meta``, and further fields of its parts under names such as ``images.sha256``."""
+    if _BESIDE.isdisjoint(row) and all(map(_BESIDE_PARTS.isdisjoint, chain(*parts))):  # true of most rows
         return row.get("meta")
-    found = {key: row[key] for key in _KEPT if key in row}
+    fields = {key: row[key] for key in _KEPT if key in row}
     for kind, listed, keys in zip(("images", "texts", "edits"), parts, (_KEPT_OF_IMAGE, _KEPT_OF_TEXT, ("meta",)), strict=True):
         for key in keys:
             if any(key in part for part in listed):
-                found[f"{kind}.{key}"] = [part.get(key) for part in listed]
+                fields[f"{kind}.{key}"] = [part.get(key) for part in listed]
     own = row.get("meta")
-    if not found:
+    if not fields:
         return own
     own = own if isinstance(own, Mapping) else {"meta": own} if own else {}
-    return {**own, **{f"row.{key}" if key in own else key: value for key, value in found.items()}}
+    return {**own, **{f"row.{key}" if key in own else key: value for key, value in fields.items()}}
 
 
 def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The ``cfgroup/1`` row of a group; the inverse of from_row. Image paths are written relative to ``root``, those of other folders
-    whole; ``meta``, where it is given, is written in place of the group's own."""
+    """Format a group as a ``cfgroup/1`` row; the inverse of from_row.
+
+    Image paths are written relative to ``root``, or absolute if they are in another folder. ``meta``, if given, replaces the group's own.
+    """
     prompts = {candidate.prompt for candidate in group.candidates}
     shared: Prompt = group.candidates[0].prompt if len(prompts) == 1 else ""
     row: dict[str, Any] = {
@@ -164,7 +168,7 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
 
 
 def _prompt(value: Any, where: str) -> Prompt:
-    """A string, or messages as ``spelled`` writes them."""
+    """Parse a prompt: a string, or messages as ``spelled`` writes them."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):

@@ -1,7 +1,7 @@
-"""Check a whole data set before a long run meets its first broken image at night: all problems, and what the data set contains.
+"""Data check: all problems of a data set, and its contents, before a long run meets them.
 
-It goes through the groups three times and keeps none of them: rows, then pictures, then texts. Memory: 8 bytes for each id, 16 for each
-distinct picture.
+The check passes over the groups three times and keeps none of them: rows, then pictures, then texts. Memory: 8 bytes for each id, 16 for
+each distinct picture.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ Array = npt.NDArray[Any]
 
 
 class Lengths(Protocol):
-    """How long a row is for a model; the collator implements it."""
+    """Row lengths in the tokens of a model; the collator implements it."""
 
     max_length: int
-    """The model's window in tokens."""
+    """Context window of the model in tokens."""
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Tokens of prompt, pictures and text."""
+        """Return the number of tokens of prompt, pictures and text."""
         ...
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """Tokens of the pictures of an image."""
+        """Return the number of tokens of an image's pictures."""
         ...
 
 
 def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> CheckReport:
-    """Check the rows, and count what they contain: nothing is opened but the manifest."""
+    """Check the rows of a data set and count their contents, without opening a picture."""
     report = CheckReport(str(store.path))
     look_at_rows(report, store, progress, Scan())
     return report
@@ -63,14 +63,14 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 
 class SeenRows(NamedTuple):
-    """The keys of distinct pictures, each with the first group that shows it, and the groups whose id an earlier one has."""
+    """The keys of distinct pictures, each with the first group that shows it, and the groups whose id an earlier group has."""
 
     pictures: tuple[Array, Array]
     repeats: list[int]
 
 
 class _Rows(NamedTuple):
-    """What a chunk of rows holds; ``ids`` is 0 for a row that is no group."""
+    """Results of a chunk of rows; ``ids`` is 0 for an invalid row."""
 
     report: CheckReport
     ids: Array
@@ -78,7 +78,7 @@ class _Rows(NamedTuple):
 
 
 def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
-    """Count what the rows hold, and what is wrong with them."""
+    """Count the contents of the rows in ``report``, and add their problems."""
     ids, pictures = [np.empty(0, np.uint64)], Firsts()
     for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "check of rows", len(store), "groups")):
         report.add(part.report)
@@ -86,9 +86,9 @@ def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str
         pictures.add(*part.pictures)
     repeats = dict(_repeated(store, np.concatenate(ids), scan))
     report.problems.extend(repeats.values())
-    found = SeenRows(pictures.sorted(), list(repeats))
-    report.add(CheckReport(report.manifest, num_images=len(found.pictures[0])))
-    return found
+    seen = SeenRows(pictures.sorted(), list(repeats))
+    report.add(CheckReport(report.manifest, num_images=len(seen.pictures[0])))
+    return seen
 
 
 def _rows(store: GroupStore, places: Sequence[int], done: Done) -> _Rows:
@@ -97,7 +97,7 @@ def _rows(store: GroupStore, places: Sequence[int], done: Done) -> _Rows:
     last: object = None
     for k, (index, group) in enumerate(store.entries(places)):
         if isinstance(group, DataError):
-            if group is not last:  # of all groups of a row
+            if group is not last:  # one error for all groups of a row
                 report.problems.append(str(group))
             last = group
         else:
@@ -117,13 +117,8 @@ def _id_key(group_id: str) -> int:
     return hashed(group_id) or 1
 
 
-def _image_key(image: Pictures) -> int:
-    """A hash of an image by those of its pictures."""
-    return hashed(np.array([picture_key(picture) for picture in image], np.uint64).tobytes())
-
-
 def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Find the groups whose id an earlier group has, with a sentence on each: keys that come twice are compared as texts."""
+    """Yield the groups whose id an earlier group has, each with a message; ids with equal hashes are compared as texts."""
     ordered = np.sort(ids)
     suspects = np.setdiff1d(ordered[1:][ordered[1:] == ordered[:-1]], np.zeros(1, np.uint64))
     first: dict[str, int] = {}
@@ -140,9 +135,9 @@ def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[tuple[int, 
 def check_texts(
     store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Callable[[str], object], scan: Scan
 ) -> CheckReport:
-    """Compare the images of each group and measure its texts: in tokens of a model, which also has visual tokens, or in characters.
+    """Compare the images of each group and measure its texts, in tokens of a model (then also visual tokens), or in characters.
 
-    ``pictures`` are the sound ones. Groups that are none, and images that are not known, were named before.
+    ``pictures`` are the sound ones. Invalid rows and broken pictures have been reported before.
     """
     report, shown = CheckReport(str(store.path)), Firsts()
     texts = _Texts(store, lengths, pictures or PictureTable.of(()))
@@ -155,7 +150,7 @@ def check_texts(
 
 @dataclass(frozen=True)
 class _Texts:
-    """The last look at a chunk of groups; returns the visual tokens of its images, by key, beside the report."""
+    """Third pass over a chunk of groups; returns its report, and the visual tokens of its images by key."""
 
     store: GroupStore
     lengths: Lengths | None
@@ -179,17 +174,18 @@ class _Texts:
         for image in group.images:
             try:
                 if (shown := _sizes(image, self.pictures)) is not None:
-                    tokens = lengths.visual_tokens(shown)  # a text is not blamed for what the model cannot take as a picture
+                    tokens = lengths.visual_tokens(shown)  # raises for a picture that the model cannot take
                     sizes.add(shown)
                     if image:
-                        images.setdefault(_image_key(image), tokens)
+                        keys = np.array([picture_key(picture) for picture in image], np.uint64)
+                        images.setdefault(hashed(keys.tobytes()), tokens)
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: {', '.join(map(str, image))}: {error}")
         unseen = (_SOME_SIZE,) * group.num_pictures
         for number, candidate in enumerate(group.candidates):
             try:
-                length = max((lengths.row_length(candidate.prompt, candidate.text, each) for each in sizes), default=0)
-                if not sizes:  # of pictures that are named above
+                length = max((lengths.row_length(candidate.prompt, candidate.text, shown) for shown in sizes), default=0)
+                if not sizes:  # all pictures are broken, which is reported above
                     lengths.row_length(candidate.prompt, candidate.text, unseen)
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: text {number}: {error}")
@@ -203,18 +199,18 @@ class _Texts:
 
 
 def note_characters(report: CheckReport, group: CounterfactualGroup, where: Callable[[], str]) -> None:
-    """Note the lengths of a group's texts in characters."""
+    """Record the lengths of a group's texts in characters."""
     for number, candidate in enumerate(group.candidates):
         report.note_length(len(candidate.text), "characters", where, number)
 
 
-_SOME_SIZE = (56, 56)  # of pictures of which none is known: a text may have more against it than its length
+_SOME_SIZE = (56, 56)  # stands for unknown pictures, so that problems of a text other than its length are reported
 
 
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
-    """Sizes of an image's pictures; None where one is not known."""
-    found = [pictures.find(picture) for picture in image]
-    known = [(picture.width, picture.height) for picture in found if picture is not None and picture.width]
+    """Return the sizes of an image's pictures, or None if one is unknown."""
+    entries = [pictures.find(picture) for picture in image]
+    known = [(picture.width, picture.height) for picture in entries if picture is not None and picture.width]
     return tuple(known) if len(known) == len(image) else None
 
 
@@ -225,7 +221,7 @@ def sound_groups(
     limit: int | None = None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> GroupStore:
-    """``open_groups`` of a manifest whose rows are looked at first. Raises DataError on the first problem, ids that come twice included."""
+    """Open a manifest with ``open_groups`` after checking its rows. Raises DataError for the first problem, which may be a repeated id."""
     store = open_groups(path, root, format, limit=limit, progress=progress)
     if problems := check_rows(store, progress=progress).problems:
         raise DataError(problems[0])
@@ -241,12 +237,11 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
-    """Everything that is wrong with a data set, and what it contains. Reads the manifest and decodes every image it names, once.
+    """Check a data set completely and count its contents. Reads the manifest, and decodes every image it names once.
 
-    ``lengths`` (a Collator, say) knows how many tokens a row takes; with it, rows beyond the model's window are problems and visual tokens
-    are counted. ``max_pixels`` as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds of work.
-    Of a store every file is held against its sum too. Problems are collected, not raised; DataError is raised for an unknown
-    format.
+    With ``lengths`` (for instance a Collator), rows beyond the model's window are problems and visual tokens are counted. ``max_pixels`` is
+    as in open_image. ``progress`` receives a line with rate and time left every 5 seconds. The files of a store are also compared with
+    their checksums. Problems are collected, not raised; DataError is raised for an unknown format.
     """
     known_format(path, format)
     data_roots(path, root)

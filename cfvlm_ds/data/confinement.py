@@ -1,4 +1,4 @@
-"""Where the paths of a manifest, a work folder or a benchmark may lead: into its data roots, whoever wrote it and whatever is a link."""
+"""Path confinement: the paths of a manifest, work folder or benchmark must lead into its data roots, with all links resolved."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _OF_DATA = (
 
 
 class Confinement:
-    """The file that a path of a manifest leads to, links followed, must be inside one of the data roots; else DataError.
+    """Callable that resolves a path of a manifest and raises DataError if its file, with links resolved, is outside all data roots.
 
-    A relative path is joined to the first root that has such a file, or to the first of all. ``remedy`` ends the sentence about a path
-    that leads elsewhere.
+    A relative path is joined to the first root that has the file, or to the first root of all. ``remedy`` ends the message about a path
+    that leads out.
     """
 
     def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
@@ -31,18 +31,20 @@ class Confinement:
 
     def __call__(self, path: Path) -> Path:
         file = picture_file(path)
-        if (full := self._files.get(file)) is None:  # rows that follow one another often show one picture, or those of one container
+        if (full := self._files.get(file)) is None:  # neighbouring rows often share a picture or container
             full = self._confined(path, file)
         return full if file is path else full.with_name(full.name + path.name[len(file.name) :])
 
     def _confined(self, path: Path, file: Path) -> Path:
-        """The ``file`` that a picture's path leads to."""
+        """Resolve the ``file`` of a picture's path, and check it."""
         if not path.name:
             raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
         if "\0" in str(path):
             raise DataError(f"image path {str(path)!r} cannot be followed (it has a null byte); correct it")
         joined = [root / file for root in (self.roots if not file.is_absolute() else self.roots[:1])]
-        full = target = joined[0] if len(joined) == 1 else next((each for each in joined if os.path.lexists(each)), joined[0])
+        full = target = (
+            joined[0] if len(joined) == 1 else next((candidate for candidate in joined if os.path.lexists(candidate)), joined[0])
+        )
         try:
             folder, name = os.path.split(full)
             really, inside = self._folder(folder)
@@ -51,22 +53,24 @@ class Confinement:
                 target, inside = self._followed(full)
                 if ".." in file.parts:
                     full = Path(os.path.normpath(full))
-                    if full.resolve() != target:  # after a link it leads elsewhere than its letters say
+                    if full.resolve() != target:  # ".." after a link leads elsewhere
                         full = target
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
         if not inside:
             roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
             raise DataError(f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); {self._remedy}")
-        if mode is not None:  # what is not there yet may become a link
+        if mode is not None:  # a missing file may become a link later
             if len(self._files) >= _FOLDERS:
                 self._files.clear()
             self._files[file] = full
         return full
 
     def _really(self, folder: str) -> tuple[str, bool]:
-        """Where a folder really is, and whether that is inside a root. A million images sit in few folders: resolving each of those once
-        leaves one system call per image on a network file system."""
+        """Return the real path of a folder, and whether it is inside a root.
+
+        A million images lie in few folders. Resolving each folder once leaves one system call per image on a network file system.
+        """
         target, inside = self._followed(Path(folder))
         return str(target), inside
 
@@ -76,11 +80,11 @@ class Confinement:
 
 
 def mode_of(path: str) -> int | None:
-    """Return the mode of a file, not of what a link leads to; None where there is none. Raises OSError as lstat does."""
+    """Return the mode of a file, without following links, or None if there is none. Raises OSError as lstat does."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-_FOLDERS = 4096  # and files, that are remembered: a million rows may also have a folder each
+_FOLDERS = 4096  # cached folders and files; a million rows may also have a folder each

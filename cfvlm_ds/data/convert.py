@@ -1,4 +1,4 @@
-"""Any data to ``cfgroup/1``: rows of a known format become lines that say the same, pictures by path."""
+"""Conversion of a data set of any known format to ``cfgroup/1`` rows with pictures by path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfvlm_ds.core.untrusted import new_output, own_output
 from cfvlm_ds.data.check import look_at_rows
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.lines import MAX_LINE
-from cfvlm_ds.data.manifest import Root, data_roots, here, open_groups
+from cfvlm_ds.data.manifest import Root, data_roots, local_path, open_groups
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_check import open_pictures
 from cfvlm_ds.data.prepare import RowLines
@@ -24,7 +24,7 @@ from cfvlm_ds.data.report import CheckReport
 
 
 class Converted(NamedTuple):
-    """What came of a conversion; ``root`` is the folder that picture paths are relative to."""
+    """Result of a conversion; ``root`` is the folder to which picture paths are relative."""
 
     groups: int
     problems: list[str]
@@ -40,19 +40,20 @@ def convert(
     say: Callable[[str], object] = lambda line: None,
     max_pixels: int = MAX_PIXELS,
 ) -> Converted:
-    """Write the groups of a manifest to ``out``, which appears whole or not at all. Pictures that had to be copied lie in its folder.
+    """Write the groups of a manifest to ``out``, which appears complete or not at all. Pictures that had to be copied are written to its
+    folder.
 
-    ``skip`` opens every picture, leaves out rows that are no group and groups with a picture that a check refuses, and lists them in a file
-    beside ``out``; ``max_pixels`` as in open_image. Otherwise no picture is opened, and a row that is no group raises DataError.
-    Raises DataError where nothing is left; ConfigError or StorageError where ``out`` cannot be written, or is there already.
+    ``skip`` opens every picture, leaves out invalid rows and groups with a picture that the check refuses, and lists them in a file beside
+    ``out``; ``max_pixels`` is as in open_image. Otherwise no picture is opened, and an invalid row raises DataError. Raises DataError if
+    nothing is left, and ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     new_output(out, path)
     listed, scan, pictures, broken = list_of_skipped(out), Scan(), None, dict[int, str]()
     with whole_file(out) as file:
-        path = here(path, scan, say)
-        roots = [each.absolute() for each in data_roots(path, root)]
+        path = local_path(path, scan, say)
+        roots = [folder.absolute() for folder in data_roots(path, root)]
         folder = out.parent.absolute()
-        base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
+        base = folder if all(data_root.is_relative_to(folder) for data_root in roots) else roots[0]
         store = open_groups(path, root, format, progress=say, cache=[out.parent])
         report = CheckReport(str(store.path))
         seen = look_at_rows(report, store, say, scan)
@@ -77,7 +78,7 @@ def convert(
 
 
 def list_of_skipped(out: Path) -> Path:
-    """The file beside ``out`` with the rows that are left out. Raises ConfigError where somebody else's has its name."""
+    """Return the file beside ``out`` that lists left-out rows. Raises ConfigError if another program's file has its name."""
     return own_output(out.with_name(f"{out.name}.skipped.jsonl"), _is_list, "this package")
 
 
@@ -86,7 +87,7 @@ def _is_list(file: IO[bytes]) -> bool:
 
 
 def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], object], what: str = "rows") -> None:
-    """List the rows, or groups, that were left out; a list of an earlier call is removed where none was."""
+    """List the rows, or groups, that were left out; if there are none, remove the list of an earlier call."""
     if not problems:
         listed.unlink(missing_ok=True)
         return

@@ -1,4 +1,4 @@
-"""Opening untrusted image files: the size is checked before decoding, the result is always RGB, anything else is a named error."""
+"""Image decoding of untrusted files: the size is checked before decoding, the result is always RGB, and every failure is a named error."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 MAX_PIXELS = 50_000_000
-"""Default limit on width x height: 150 MB once decoded, above any photograph that a vision tower makes use of."""
+"""Default limit on width x height: 150 MB when decoded, more than any vision tower can use."""
 
 MAX_ASPECT = 200
-"""Limit on the longer side over the shorter one. Processors scale the shorter side up to a fixed length whatever the longer one becomes:
-34 GB for a line of 5,000,000 pixels. Qwen's own refuse more than 200 as well."""
+"""Limit on the longer side over the shorter one. Processors scale the shorter side up to a fixed length, which makes 34 GB of a line of
+5,000,000 pixels. Qwen's processors refuse more than 200 as well."""
 
 MAX_BYTES = 4 << 30
-"""Limit on a picture's file, which is read whole to be recognised again: 80 bytes for each of MAX_PIXELS."""
+"""Limit on a picture's file, which is hashed as a whole: 80 bytes for each of MAX_PIXELS."""
 
 MAX_HEADER_READS = 1 << 16
-"""Limit on the reads that a header takes; those of photographs take hundreds."""
+"""Limit on the reads of a header; photographs need hundreds."""
 
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-"""How the names of such files end."""
+"""File name endings of these formats."""
 _PIL_LIMIT = threading.Lock()
 
 
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A decoded RGB image (8 bits per channel), upright by its EXIF orientation; the first frame of an animation.
+    """Decode an image to RGB (8 bits per channel), upright by its EXIF orientation; of an animation the first frame.
 
-    ``max_pixels`` bounds width x height, MAX_ASPECT the longer side over the shorter one; both are held against the header, before anything
-    is decoded. Transparent pixels are laid on white. 16-bit grey is scaled to 8 bits. Raises DataError, naming the file, if it is missing,
-    not one of the formats above, 0 pixels wide or high, too large, too long, truncated or corrupt. The file is not confined to a root
-    here: read_manifest does that.
+    ``max_pixels`` limits width x height, and MAX_ASPECT the longer side over the shorter one; both are checked by the header before
+    anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Raises DataError, naming the file, if
+    it is missing, not one of the formats above, 0 pixels wide or high, too large, too elongated, truncated or corrupt. The file is not
+    confined to a root here; read_manifest does that.
     """
     path = Path(path)
     try:
-        if not picture_file(path).is_file():  # also keeps a named pipe from blocking for ever
+        if not picture_file(path).is_file():  # a named pipe would block for ever
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
         if (size := picture_stat(path)[0]) > MAX_BYTES:
             raise _OutOfBounds(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
@@ -66,14 +66,16 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
-    """Width and height that open_image gives, from the header alone. Raises DataError naming a file that has none, or is out of bounds."""
+    """Return the width and height of the image that open_image returns, reading the header only. Raises DataError, naming the file, for a
+    broken header or one beyond the limits.
+    """
     path = Path(path)
     try:
         if not picture_file(path).is_file():
             raise DataError("no such image file")
         with _Picture(path) as handle:
             image = _read_header(handle)
-            _check_size(path, image, max_pixels)  # a PNG may have its orientation after its pixels, and is decoded for it
+            _check_size(path, image, max_pixels)  # before _is_turned decodes a PNG whose orientation follows its pixels
             return image.size[::-1] if _is_turned(image) else image.size
     except _OutOfBounds:
         raise
@@ -82,12 +84,14 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
 
 
 class _OutOfBounds(DataError):
-    """The image is larger or longer than allowed."""
+    """An image larger or longer than the limits."""
 
 
 class _Picture(io.BufferedReader):
-    """A picture's file, whose header is read in at most MAX_HEADER_READS reads: some decoders take a comment byte by byte, and meanwhile
-    hold up every thread that opens another picture."""
+    """Buffered reader of a picture's file that limits the reads of its header.
+
+    Some decoders read a comment byte by byte, and block every thread that opens another picture meanwhile.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(open_raw(path), 1 << 16)
@@ -95,7 +99,7 @@ class _Picture(io.BufferedReader):
         self._in_header = True
 
     def header_read(self) -> None:
-        """What follows are pixels, of which there may be many."""
+        """Lift the limit, because pixels follow."""
         self._in_header = False
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -117,20 +121,20 @@ def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
         )
     if max(size) > MAX_ASPECT * min(size):
         raise _OutOfBounds(f"{path}: image is {width}x{height}, and its sides may be {MAX_ASPECT}:1 at most; crop it, or drop the row")
-    if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded whole, however little of it the image shows
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded completely even if the image shows a part of it
         across, down = (int(image.tag_v2.get(side, 1)) for side in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
         if across * down > max_pixels:
             raise _OutOfBounds(f"{path}: image has tiles of {across}x{down} pixels, over the limit of {max_pixels}; save it again")
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether making the image upright will exchange width and height; PIL has done so already for the header of a TIFF."""
+    """Return whether making the image upright exchanges width and height. PIL does so itself for the header of a TIFF."""
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _read_header(handle: _Picture) -> Image.Image:
-    # PIL warns above its own limit and raises above twice that, without telling the size. Ours is checked right after, on every path, so
-    # PIL's is lifted for the header only. The limit is a global of PIL, hence the lock (warnings.catch_warnings is no better with threads).
+    # PIL warns above its own limit and raises above twice that, without the size. Our limit is always checked right after, so PIL's is
+    # lifted for the header only. The limit is a global of PIL, hence the lock (warnings.catch_warnings is not thread-safe either).
     with _PIL_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -148,7 +152,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"mode {image.mode} with values from {low:g} to {high:g} has no defined range; save it as 8 or 16 bit")
         return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
     if image.has_transparency_data:
-        # convert("RGB") would uncover what lies under transparent pixels, mostly black.
+        # convert("RGB") would show the colours of transparent pixels, mostly black.
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")

@@ -1,7 +1,7 @@
-"""Pictures that rows name by their address on the network, or hold as text, are fetched into files before anything is trained on them.
+"""Picture download: pictures that rows name by URL, or contain as base64 text, become files before training.
 
-Nothing else here opens a connection for data. Each picture is bounded in size and time, is a picture, and is named by a hash of its
-address, so that a second run fetches only what is missing.
+No other module opens a connection for pictures. Each picture is limited in size and time, checked to be an image, and named by a hash of
+its address, so that a second run fetches only the missing ones.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from cfvlm_ds.core.untrusted import new_output, refuse_link
 from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.convert import list_of_skipped, list_skipped
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
-from cfvlm_ds.data.manifest import here
+from cfvlm_ds.data.manifest import local_path
 from cfvlm_ds.data.rows import Rows
 
 MAX_DOWNLOAD = 64 << 20
-"""Bytes of a picture."""
+"""Limit of a picture, in bytes."""
 TIMEOUT_S, WHOLE_S, ATTEMPTS, PAUSE_S = 20.0, 120.0, 3, 1.0
-"""Time without an answer, time for one picture, and attempts: servers that are busy say so, and are asked again a little later."""
+"""Limits of the time without an answer and of the total time of one picture; attempts, and the pause between them, at a busy server."""
 COLUMNS = {
     "image", "images", "image_url", "url", "image_0", "image_1", "image_path", "img_path", "rejected_image", "rejected_images",
     "negative_image", "negative_images",
 }  # fmt: skip
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
-_CHUNK = 256  # rows whose pictures are fetched side by side
+_CHUNK = 256  # rows whose pictures are fetched concurrently
 
 
 class Downloaded(NamedTuple):
-    """Rows that were written, different pictures that they name, and what is wrong with the rows that were left out."""
+    """Numbers of written rows and of distinct pictures, and the problems of the rows that were left out."""
 
     rows: int
     pictures: int
@@ -60,34 +60,34 @@ def download(
     threads: int = 16,
     say: Callable[[str], object] = lambda line: None,
 ) -> Downloaded:
-    """Write the rows of ``path`` to ``out`` with files of ``out``'s folder ``NAME.pictures`` in place of addresses.
+    """Write the rows of ``path`` to ``out``, with files of the folder ``NAME.pictures`` beside it in place of addresses.
 
-    ``skip`` leaves out rows whose pictures cannot be had, and lists them in a file beside ``out``. Raises DataError for the first of them
-    otherwise, and ConfigError or StorageError where ``out`` cannot be written, or is there already.
+    ``skip`` leaves out rows whose pictures cannot be fetched, and lists them in a file beside ``out``. Otherwise raises DataError for the
+    first of them. Raises ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     folder = out.with_name(f"{out.name}.pictures")
     refuse_link(folder, "name another file with --out")
     new_output(out, path)
     listed = list_of_skipped(out)
-    rows, files, problems, said = 0, set[str](), list[str](), time.monotonic()
+    rows, files, problems, last_line = 0, set[str](), list[str](), time.monotonic()
     with whole_file(out) as file, ThreadPoolExecutor(threads) as pool:
-        path = here(path, progress=say)
+        path = local_path(path, progress=say)
         for chunk in _chunks(open_rows(path, progress=say)):
             named = [_addresses(row) for _, row in chunk]
-            wanted = dict.fromkeys(address for each in named for address in each)
-            found = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))
-            if time.monotonic() - said >= EVERY_S:
-                said = time.monotonic()
+            wanted = dict.fromkeys(address for addresses in named for address in addresses)
+            fetched = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))
+            if time.monotonic() - last_line >= EVERY_S:
+                last_line = time.monotonic()
                 say(f"pictures of {path}: {rows} rows, {len(problems)} left out")
             for (where, row), addresses in zip(chunk, named, strict=True):
-                failed = next((each for address in addresses if isinstance(each := found[address], DataError)), None)
+                failed = next((error for address in addresses if isinstance(error := fetched[address], DataError)), None)
                 if isinstance(row, DataError) or failed is not None:
                     problems.append(str(row) if failed is None else f"{where}: {failed}")
                     if on_error == "error":
                         raise DataError(f"{problems[0]} (or leave such rows out with --on_error skip)")
                     continue
-                files.update(str(found[address]) for address in addresses)
-                file.write(json.dumps(_with_files(row, found.__getitem__), ensure_ascii=False).encode() + b"\n")
+                files.update(str(fetched[address]) for address in addresses)
+                file.write(json.dumps(_with_files(row, fetched.__getitem__), ensure_ascii=False).encode() + b"\n")
                 rows += 1
     list_skipped(listed, problems, say)
     return Downloaded(rows, len(files), problems)
@@ -99,24 +99,24 @@ def _chunks(rows: Rows) -> Iterator[list[tuple[str, Any]]]:
 
 
 def _addresses(row: Any) -> list[str]:
-    """The addresses where a row names pictures, and the pictures that it holds as text."""
-    found = list[str]()
-    _with_files(row, found.append)
-    return found
+    """List the addresses of pictures in a row, including pictures that it contains as text."""
+    addresses = list[str]()
+    _with_files(row, addresses.append)
+    return addresses
 
 
 def _with_files(value: Any, file: Callable[[str], Any], key: str = "") -> Any:
-    """A row with the ``file`` of each address in its place."""
+    """Replace each address of a picture in a row by ``file(address)``."""
     if isinstance(value, Mapping):
-        return {name: _with_files(each, file, name) for name, each in value.items()}
+        return {name: _with_files(item, file, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_with_files(each, file, key) for each in value]
+        return [_with_files(item, file, key) for item in value]
     is_address = isinstance(value, str) and key in COLUMNS and value.startswith(("http://", "https://", "data:image/"))
     return file(value) if is_address else value
 
 
 def _fetched(address: str, folder: Path) -> str | DataError:
-    """The picture's file, relative to the folder above it."""
+    """Fetch a picture unless its file exists; returns the file's path relative to the folder above it, or the error."""
     file = folder / hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
     try:
         if not file.is_file():

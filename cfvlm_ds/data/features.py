@@ -1,4 +1,4 @@
-"""The output of a frozen vision tower on disk: one safetensors file per picture, named by everything that it depends on."""
+"""Feature cache: outputs of a frozen vision tower, one safetensors file per picture, named by a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TOWER, _INPUT = "tower.", "input."
 
 @dataclass(frozen=True)
 class Features:
-    """A picture after the tower: everything that a batch needs of it.
+    """Outputs of the tower for a picture: everything that a batch needs of it.
 
-    ``size`` is its width and height in pixels; ``placeholder_ids`` are the token ids that stand for it in a prompt; ``tower`` the inputs of
-    each module of the projector, by the module's name; ``inputs`` the model's other inputs, one row each.
+    ``size`` is its width and height in pixels. ``placeholder_ids`` are the token ids that represent it in a prompt. ``tower`` maps the name
+    of each projector module to its inputs. ``inputs`` are the model's other inputs, one row each.
     """
 
     size: tuple[int, int]
@@ -37,12 +37,12 @@ class Features:
 
 @dataclass
 class FeatureCache:
-    """The features of the pictures of a run.
+    """Features of the pictures of a run.
 
     Args:
-        folder: where files are; runs may share it, at the same time too.
-        origin: what features depend on beside the picture (tower, processor, dtype, versions); each has a sub-folder of its own.
-        known: picture -> its digest, or the sentence that says why it cannot be read.
+        folder: folder of the files; several runs may share it at the same time.
+        origin: everything besides the picture that features depend on (tower, processor, dtype, versions); each has its own subfolder.
+        known: picture -> its digest, or the message why it cannot be read.
     """
 
     folder: Path
@@ -53,12 +53,12 @@ class FeatureCache:
         self.place = self.folder / hashlib.sha256(json.dumps(dict(self.origin), sort_keys=True).encode()).hexdigest()[:16]
 
     def file(self, digest: bytes) -> Path:
-        """Where the features of a picture are, or will be."""
+        """Return the path of a picture's features."""
         name = digest.hex()
         return self.place / name[:2] / f"{name}.safetensors"
 
     def of(self, picture: Any) -> Features:
-        """The features of a picture. Raises DataError naming the picture, or the file, that cannot be read."""
+        """Read the features of a picture. Raises DataError naming the picture, or the file, that cannot be read."""
         digest = self.known[picture]
         if isinstance(digest, str):
             raise DataError(digest)
@@ -66,12 +66,12 @@ class FeatureCache:
 
 
 def picture_digest(content: bytes, together: bool) -> bytes:
-    """What a picture's features are named by: the bytes of its file, and whether the model treats it differently beside others."""
+    """Hash the bytes of a picture's file, and whether the model treats the picture differently when it is shown with others."""
     return hashlib.sha256(bytes([together]) + content).digest()
 
 
 def write_features(file: Path, features: Features) -> None:
-    """Write a picture's features; the file is whole whoever else reads or writes it. Raises OSError."""
+    """Write a picture's features; the file appears complete, so that several processes may read and write it. Raises OSError."""
     tensors = {f"{_TOWER}{name}": tensor.contiguous() for name, tensor in features.tower.items()}
     tensors |= {f"{_INPUT}{name}": tensor.contiguous() for name, tensor in features.inputs.items()}
     tensors |= {"size": torch.tensor(features.size), "placeholder_ids": torch.tensor(features.placeholder_ids)}
@@ -80,7 +80,7 @@ def write_features(file: Path, features: Features) -> None:
 
 
 def read_features(file: Path) -> Features:
-    """The features in a file. Raises DataError naming it where it is missing or damaged."""
+    """Read the features in a file. Raises DataError, naming it, if it is missing or damaged."""
     try:
         with safe_open(file, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
@@ -95,7 +95,9 @@ def read_features(file: Path) -> Features:
 
 
 def stored_bytes(file: Path) -> int | None:
-    """Size of a file of features; None where there is none. Raises DataError where it is not whole, by its header."""
+    """Return the size of a file of features in bytes, or None if there is none. Raises DataError if its header is damaged or its end
+    missing.
+    """
     try:
         with safe_open(file, "pt"):
             return file.stat().st_size

@@ -1,6 +1,6 @@
-"""Keys and values of untrusted rows, with one sentence for each that is missing, unknown or of another type.
+"""Field validation of untrusted rows: one sentence for each key that is missing or unknown, and for each value of a wrong type.
 
-``where`` begins the sentence: the caller knows file and row.
+``where``, file and row as the caller knows them, begins the sentence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cfvlm_ds.core.errors import DataError
 
 
 def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
-    """Raise DataError on a key that is not allowed, naming the nearest one that is."""
+    """Raise DataError for a key that is not allowed, naming the nearest allowed one."""
     for key in row:
         if key not in allowed:
             names = sorted(allowed)
@@ -27,9 +27,9 @@ def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> 
 
 
 def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
-    """What a row of a published format holds beside the keys that are ``known``.
+    """Return the fields of a row of a published format whose keys are not ``known``.
 
-    Raises DataError for a key that looks like a misspelling of a known one that the row lacks.
+    Raises DataError for a key that looks like a misspelling of a known key that the row lacks.
     """
     known = tuple(known)
     absent = [name for name in known if name not in row]
@@ -44,23 +44,23 @@ _MISSPELT = 0.8
 
 
 def as_meta(further: Any) -> str:
-    """Metadata in the form that a group keeps: a tenth of the memory of nested objects, for millions of rows."""
+    """Encode metadata as a group keeps them: as JSON text, which takes a tenth of the memory of nested objects."""
     return json.dumps(further, ensure_ascii=False, separators=(",", ":")) if further else ""
 
 
 def json_object(value: Any) -> dict[str, Any]:
-    """The JSON object that a text is, or an empty one."""
+    """Parse a text that is a JSON object; return an empty object for any other value."""
     if isinstance(value, str) and value.lstrip()[:1] == "{":
         try:
-            found = json.loads(value)
+            parsed = json.loads(value)
         except (ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return parsed if isinstance(parsed, dict) else {}
     return {}
 
 
 def as_list(value: Any) -> Any:
-    """The list that a table has in a field as a text, in JSON or as Python writes it; any other value is itself."""
+    """Parse a text that is a list, in JSON or in Python's notation, as tables contain them; return any other value unchanged."""
     if not isinstance(value, str) or value[:1] + value[-1:] != "[]":
         return value
     try:
@@ -76,23 +76,26 @@ def as_list(value: Any) -> Any:
 
 _ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|True|False|None)"""
 _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
-"""A list as Python writes it, which is what tables of published data sets have in a field."""
+"""A list in Python's notation, as in the fields of published tables."""
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, ``a.b`` being ``b`` within ``a``: an object, JSON of one, or a list of them. None where it is not there."""
+    """Return the value of a column, or None if it is absent.
+
+    ``a.b`` is ``b`` within ``a``, which is an object, a JSON text of one, or a list of them.
+    """
     first, _, rest = column.partition(".")
     if column in row or not rest:
         return row.get(column)
     inner = row.get(first)
     if isinstance(inner, list) and all_objects(inner):
-        found = [value_of(each, rest) for each in inner]
-        return None if all(each is None for each in found) else found
+        values = [value_of(item, rest) for item in inner]
+        return None if all(value is None for value in values) else values
     return value_of(inner if isinstance(inner, Mapping) else json_object(inner), rest)
 
 
 def without(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
-    """The row without some columns; of ``a.b`` the rest of ``a`` is left."""
+    """Copy a row without some columns; without ``a.b``, the rest of ``a`` stays."""
     kept = dict(row)
     for column in columns:
         first, _, rest = column.partition(".")
@@ -100,7 +103,7 @@ def without(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
             del kept[column]
         elif rest and (inner := kept.get(first)):
             if isinstance(inner, list) and all_objects(inner):
-                kept[first] = [without(each, [rest]) for each in inner]
+                kept[first] = [without(item, [rest]) for item in inner]
             elif left := (inner if isinstance(inner, Mapping) else json_object(inner)):
                 kept[first] = without(left, [rest])
             if not kept[first]:
@@ -121,7 +124,9 @@ def string(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    """A string, or a number as one: ids are either in published files. Without a ``default`` the key must be there."""
+    """Return a string, or a number converted to one, since published files have ids of both types. Without
+    ``default`` the key is required.
+    """
     if isinstance(value := row.get(key, default), str):
         return value
     value = required(row, key, where) if default is None else value
@@ -131,9 +136,9 @@ def name(row: Mapping[str, Any], key: str, where: str, default: str | None = Non
 
 
 def row_id(row: Mapping[str, Any], *contents: Any) -> str:
-    """A name for a row: its id, which public data sets use for several rows, with a hash of its contents, or the hash alone.
+    """Build the id of a row: its own id, which public data sets use for several rows, with a hash of its contents, or the hash alone.
 
-    It does not change when rows move, and a row that is there twice is found as a duplicate.
+    The id does not change when rows move, and a row that occurs twice is detected as a duplicate.
     """
     text = json.dumps(contents, ensure_ascii=False, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -157,7 +162,7 @@ def items(row: Mapping[str, Any], key: str, allowed: Collection[str], where: str
 
 
 def all_objects(items: list[Any]) -> bool:
-    """Whether all items are JSON objects."""
+    """Return whether all items are JSON objects."""
     return {*map(type, items)} <= _OBJECT or all(isinstance(item, Mapping) for item in items)
 
 

@@ -1,4 +1,4 @@
-"""What a data set is recognised by: hashes for its order and for each part of its rows, so that what has changed can be named."""
+"""Identity of a data set: hashes of its order and of each part of its rows, so that a change can be named."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.picture_index import PictureTable
 
 Identity: TypeAlias = Mapping[str, int | str | None]
-"""``rows`` counts them, ``order`` is a hash of their ids in order, the rest are sums over the rows, which their order does not change.
-``pictures`` is None where a picture's contents are not known."""
+"""``rows`` is the number of rows and ``order`` a hash of their ids in order. The other entries are sums of hashes over the rows, which do
+not depend on their order. ``pictures`` is None if the contents of a picture are unknown."""
 
 _PARTS = {
     "texts": "prompts or texts",
@@ -34,16 +34,16 @@ def data_identity(
     roots: Sequence[Path],
     pictures: PictureTable | None = None,
 ) -> Identity:
-    """The identity of groups whose pictures are in ``roots`` (data_roots); moved with their folder, they are the same.
+    """Compute the identity of groups whose pictures are in ``roots`` (data_roots); it stays the same when the folders are moved.
 
-    Edits are not part of it: they name rows of a table of results, and nothing is trained or scored by them.
+    Edits are not part of it: they only name rows of result tables, and neither training nor scoring uses them.
     """
     return joined_identity([identity_part(groups, roots, pictures)])
 
 
 @dataclass(frozen=True)
 class IdentityPart:
-    """What some rows, one after the other, add to an identity; ``order`` has 16 bytes of each."""
+    """Contribution of consecutive rows to an identity; ``order`` holds 16 bytes of each."""
 
     rows: int
     order: Any
@@ -56,7 +56,7 @@ def identity_part(
     roots: Sequence[Path],
     pictures: PictureTable | None,
 ) -> IdentityPart:
-    """Compute what consecutive groups add to the identity of their data set."""
+    """Compute the contribution of consecutive groups to the identity of their data set."""
     prefixes = [root.parts for root in roots]
     sums: dict[str, int] = dict.fromkeys(SUMS, 0)
     order, rows, known = bytearray(), 0, pictures is not None
@@ -68,36 +68,36 @@ def identity_part(
             "texts": [[spelled(candidate.prompt), candidate.text] for candidate in group.candidates],
             "labels": [group.match, group.keys, group.exclude] if group.keys or group.exclude else group.match,
             "weights": group.weight,
-            "paths": [[_inside(picture, prefixes) for picture in each] for each in group.images],
+            "paths": [[_inside(picture, prefixes) for picture in image] for image in group.images],
         }
         if pictures is not None and known:
-            found = [[pictures.find(picture) for picture in each] for each in group.images]
-            known = all(picture is not None for each in found for picture in each)
-            parts["pictures"] = [[picture.size, picture.digest.hex()] for each in found for picture in each if picture is not None]
+            entries = [pictures.find(picture) for image in group.images for picture in image]
+            known = all(entry is not None for entry in entries)
+            parts["pictures"] = [[entry.size, entry.digest.hex()] for entry in entries if entry is not None]
         for name, part in parts.items():
             sums[name] = (sums[name] + _hash([group.id, part])) % _MODULUS
     return IdentityPart(rows, bytes(order), known, sums)
 
 
 def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
-    """Join consecutive parts to one."""
+    """Join consecutive parts."""
     sums = {name: sum(part.sums[name] for part in parts) % _MODULUS for name in SUMS}
     return IdentityPart(sum(part.rows for part in parts), b"".join(part.order for part in parts), all(part.known for part in parts), sums)
 
 
 def joined_identity(parts: Sequence[IdentityPart]) -> Identity:
-    """Join the parts of a whole data set, in order."""
-    whole = joined_part(parts)
+    """Join the parts of a complete data set, in order, to its identity."""
+    part = joined_part(parts)
     return {
-        "rows": whole.rows,
-        "order": hashlib.blake2b(whole.order, digest_size=16).hexdigest(),
-        **{name: f"{value:032x}" for name, value in whole.sums.items()},
-        **({} if whole.known else {"pictures": None}),
+        "rows": part.rows,
+        "order": hashlib.blake2b(part.order, digest_size=16).hexdigest(),
+        **{name: f"{value:032x}" for name, value in part.sums.items()},
+        **({} if part.known else {"pictures": None}),
     }
 
 
 def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any]) -> Identity:
-    """The identity of a mixture: that of its sources, their names and the objectives that each counts in."""
+    """Compute the identity of a mixture from its sources, their names and their objectives."""
     known = all(identity.get("pictures") is not None for identity in sources.values())
     parts: dict[str, Any] = {}
     for part in ("order", *SUMS):
@@ -108,15 +108,15 @@ def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any
 
 
 def digest(identity: Identity) -> str:
-    """Thirty-two hexadecimal digits that stand for an identity, where it is named and not compared part by part."""
+    """Hash an identity to 32 hexadecimal digits that name it."""
     return hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str | None:
-    """The difference of two identities in words; None if there is none.
+    """Describe the difference of two identities, or return None if there is none.
 
-    Pictures that are known on both sides are compared by their contents, and by their paths otherwise. Of scores, which are by id and
-    depend on texts and pictures alone, the order, labels and weights do not matter.
+    Pictures are compared by their contents if these are known on both sides, else by their paths. With ``of_scores``, order, labels and
+    weights are ignored: scores are stored by id and depend on texts and pictures only.
     """
     if before["rows"] != now["rows"]:
         return f"the number of rows ({now['rows']}, was {before['rows']})"
@@ -126,8 +126,8 @@ def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str 
         return "the groups (other ids)"
     left_out = "pictures" if before["pictures"] is None or now["pictures"] is None else "paths"
     compared = [name for name in (_OF_SCORES if of_scores else _PARTS) if name != left_out]
-    if found := [_PARTS[name] for name in compared if before[name] != now[name]]:
-        return " and ".join(found)
+    if differences := [_PARTS[name] for name in compared if before[name] != now[name]]:
+        return " and ".join(differences)
     return "the order of the rows" if before["order"] != now["order"] and not of_scores else None
 
 
@@ -137,7 +137,7 @@ def _hash(value: Any) -> int:
 
 
 def _inside(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
-    """The path relative to the first root that it is written under."""
+    """Return the path relative to the first root that contains it."""
     for prefix in prefixes:
         if picture.parts[: len(prefix)] == prefix:
             return "/".join(picture.parts[len(prefix) :])

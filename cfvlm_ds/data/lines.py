@@ -1,5 +1,6 @@
-"""The rows of a file of JSON lines at random, by an index of where each begins and its checksum: 12 bytes a row, or 16 where lines are
-blank. The index of a file of a store is mapped from its own.
+"""Indexed lines: random access to the rows of a JSON lines file, by an index of their offsets and checksums.
+
+The index takes 12 bytes a row, or 16 if the file has blank lines. A store has it as a memory-mapped file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MIB, HeldFile
 
 MAX_LINE = 4 * MIB
-"""Bytes of a row of JSON lines: four times as many as a group of a thousand captions has."""
+"""Limit of a row of JSON lines, in bytes: four times the size of a group of a thousand captions."""
 
 _MAGIC = b"cfvlm_ds lines 3"
 _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8")])
@@ -29,14 +30,14 @@ Array = npt.NDArray[Any]
 
 
 class IndexedLines:
-    """The lines of a file that are not blank. One object serves all threads, and processes that are forked.
+    """Non-blank lines of a file. Threads and forked processes can share one object.
 
     Args:
         path: the file.
-        held: it, open.
-        starts: where rows begin, and the end of the file.
+        held: the open file.
+        starts: offsets of the rows, and the end of the file.
         sums: a checksum of each row.
-        numbers: the line of each row; None where no line is blank.
+        numbers: line number of each row; None if no line is blank.
     """
 
     def __init__(self, path: Path, held: HeldFile, starts: Array, sums: Array, numbers: Array | None = None) -> None:
@@ -47,13 +48,14 @@ class IndexedLines:
     def scanned(
         cls, path: Path, *, alive: Callable[[], object] = lambda: None, progress: Callable[[str], object] = lambda line: None
     ) -> IndexedLines:
-        """Index the lines of a regular file, which is read once. Raises OSError, ValueError without the file's name, and DataError for a
-        line of more than MAX_LINE bytes."""
+        """Read a regular file once and index its lines. Raises OSError, ValueError without the file's name, and DataError for a line of
+        more than MAX_LINE bytes.
+        """
         held = HeldFile(path)
         stat = os.fstat(held.number)
-        shown = Progress(progress, f"index of {path}", stat.st_size / 1e6, "MB")
+        counted = Progress(progress, f"index of {path}", stat.st_size / 1e6, "MB")
         starts, sums, numbers = array("Q"), array("I"), array("I")
-        place, lines, said = 0, 0, 0
+        place, lines, reported = 0, 0, 0
         with open(held.number, "rb", buffering=MIB, closefd=False) as file:
             while line := file.readline(MAX_LINE + 1):
                 lines += 1
@@ -65,19 +67,19 @@ class IndexedLines:
                     sums.append(zlib.crc32(line))
                     numbers.append(lines)
                 place += len(line)
-                if place - said >= MIB:
+                if place - reported >= MIB:
                     alive()
-                    shown.advance((place - said) / 1e6)
-                    said = place
+                    counted.advance((place - reported) / 1e6)
+                    reported = place
         starts.append(stat.st_size)
-        now = os.fstat(held.number)
-        if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns):
+        final = os.fstat(held.number)
+        if (final.st_size, final.st_mtime_ns, final.st_ctime_ns) != (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns):
             raise ValueError("it was written while it was indexed; start again when it is whole")
         return cls(path, held, np.array(starts), np.array(sums), np.array(numbers) if lines > len(sums) else None)
 
     @classmethod
     def mapped(cls, path: Path) -> IndexedLines:
-        """Open the lines of a file that is not written any more, by the index beside it (write_index). Raises OSError, ValueError."""
+        """Open the lines of a finished file by the index beside it (write_index). Raises OSError, ValueError."""
         held, file = HeldFile(path), index_file(path)
         data = np.memmap(file, np.uint8, "r") if file.stat().st_size >= _HEADER.itemsize else np.zeros(_HEADER.itemsize, np.uint8)
         magic, size, rows = np.frombuffer(data[: _HEADER.itemsize].tobytes(), _HEADER, 1)[0].item()
@@ -93,11 +95,11 @@ class IndexedLines:
         return len(self.sums)
 
     def where(self, row: int) -> str:
-        """``file:line`` of a row."""
+        """Return ``file:line`` of a row."""
         return f"{self.path}:{row + 1 if self._numbers is None else self._numbers[row]}"
 
     def line(self, row: int) -> bytes:
-        """A row without its line break. Raises DataError for one that is not what was indexed, OSError."""
+        """Read a row without its line break. Raises OSError, and DataError if it has changed since it was indexed."""
         start, end = self.starts.item(row), self.starts.item(row + 1)
         data = self._held.read(start, min(end - start, MAX_LINE))
         line = data[: data.find(b"\n") + 1 or None]
@@ -115,9 +117,10 @@ def index_file(path: Path) -> Path:
 
 
 def write_index(path: Path) -> Path:
-    """Index a file of a store, which has no blank lines. Raises OSError."""
-    found, file = IndexedLines.scanned(path), index_file(path)
+    """Write the index of a file of a store, which has no blank lines. Raises OSError."""
+    lines, file = IndexedLines.scanned(path), index_file(path)
+    header = np.array([(_MAGIC, lines.starts[-1], len(lines))], _HEADER)
     with whole_file(file, shared=True) as handle:
-        for each in (np.array([(_MAGIC, found.starts[-1], len(found))], _HEADER), found.starts.astype("<u8"), found.sums.astype("<u4")):
-            handle.write(each.data)
+        for part in (header, lines.starts.astype("<u8"), lines.sums.astype("<u4")):
+            handle.write(part.data)
     return file

@@ -1,9 +1,9 @@
-"""Several sources in one stream of groups: which source each place of the stream draws from, computed from the place alone.
+"""Mixtures of sources: the source of each place in the stream of groups, computed from the place alone.
 
-The stream is cut into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up; who is rounded up
-turns from window to window, so that in the long run every source has its share (systematic sampling with a start that advances by the
-golden ratio). Within a window a source's draws lie evenly. Nothing depends on the number of ranks, and any place can be asked for: what
-was drawn before a window is a sum in closed form, not a count.
+The stream is cut into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up. Which sources are
+rounded up changes from window to window, so that in the long run every source has its exact share (systematic sampling with a start that
+advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number of ranks,
+and any place can be computed directly, because the draws before a window have a closed form.
 
 Shapes: S sources, W windows.
 """
@@ -26,25 +26,25 @@ from cfvlm_ds.data import permutation
 from cfvlm_ds.data.permutation import COMPUTED, TOGETHER, RowsTogether, permuted
 
 WINDOW = 1000
-"""Draws in which every source has its share, to one."""
-_TURN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, of 2**64: multiples of it lie evenly on the circle
+"""Number of draws in which every source has its share, up to one draw."""
+_TURN = 0x9E3779B97F4A7C15  # fraction of the golden ratio times 2**64; its multiples are evenly spaced on the circle
 _CIRCLE = 1 << 64
-_LEAST = Fraction(1, 10**9)  # of a share: places are numbers of 64 bits
-_KEPT = 1 << 10  # windows that are remembered
+_LEAST = Fraction(1, 10**9)  # smallest share, because places are numbers of 64 bits
+_KEPT = 1 << 10  # cached windows
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The order in which sources are drawn from.
+    """Order in which the sources are drawn from.
 
     Args:
-        shares: of the draws, one for each source; they add up to 1.
+        shares: share of the draws of each source; their sum is 1.
     """
 
     shares: tuple[Fraction, ...]
 
     def at(self, start: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(source, how many draws of that source come before) of ``count`` places of the stream from ``start`` on."""
+        """Return (source, number of earlier draws of that source) of ``count`` places of the stream from ``start`` on."""
         sources, earlier = [], []
         stop = start + count
         for window in range(start // WINDOW, -(-stop // WINDOW)):
@@ -55,15 +55,15 @@ class Draws:
         return np.concatenate([np.empty(0, np.int64), *sources]), np.concatenate([np.empty(0, np.int64), *earlier])
 
     def counts(self, window: int) -> npt.NDArray[np.int64]:
-        """[S] draws of each source in a window; WINDOW together."""
+        """Return the number of draws of each source in a window, [S]; their sum is WINDOW."""
         return self.before(window + 1) - self.before(window)
 
     def before(self, window: int) -> npt.NDArray[np.int64]:
-        """[S] draws of each source in all windows before this one."""
+        """Return the number of draws of each source in all windows before this one, [S]."""
         return _before(self.shares, window)
 
     def place_of(self, source: int, number: int) -> int:
-        """The place in the stream of a source's draw ``number``, from 0. Raises ValueError for a source without a share."""
+        """Return the place in the stream of draw ``number`` (from 0) of a source. Raises ValueError for a source without a share."""
         if not self.shares[source]:
             raise ValueError(f"source {source} has no share")
         low, high = 0, 1
@@ -78,25 +78,27 @@ class Draws:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]:
-    """[S] draws of each source in so many windows.
+    """Return the number of draws of each source in the first ``windows`` windows, [S].
 
-    In every window the sources lie one after the other on a circle of 1, each as long as what its share of WINDOW is beyond a whole number,
-    and behind a start that advances by the golden ratio. A source is rounded up as often as its part of the circle passes a whole number.
+    In every window, the sources lie side by side on a circle of length 1, behind a start that advances by the golden ratio. A source is as
+    long as the fractional part of its share of WINDOW, and is rounded up whenever its arc contains a whole number.
     """
-    whole = [int(share * WINDOW) for share in shares]
-    none = _floors(windows, _TURN, 0)
-    passed, end, found = 0, Fraction(0), list[int]()
-    for share, count in zip(shares, whole, strict=True):
+    whole_draws = [int(share * WINDOW) for share in shares]
+    offset = _floors(windows, _TURN, 0)
+    passed, end, draws = 0, Fraction(0), list[int]()
+    for share, count in zip(shares, whole_draws, strict=True):
         end += share * WINDOW - count
         turns, rest = divmod(int(end * _CIRCLE), _CIRCLE)
-        reached = turns * windows + _floors(windows, _TURN, rest) - none
-        found.append(count * windows + reached - passed)
+        reached = turns * windows + _floors(windows, _TURN, rest) - offset
+        draws.append(count * windows + reached - passed)
         passed = reached
-    return np.array(found, np.int64)
+    return np.array(draws, np.int64)
 
 
 def _floors(count: int, step: int, first: int) -> int:
-    """The sum of floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1, in as many operations as the numbers have bits."""
+    """Sum floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1, in a number of operations proportional to the bits of the
+    numbers.
+    """
     total, modulus = 0, _CIRCLE
     while count > 0:
         total += (count - 1) * count // 2 * (step // modulus) + count * (first // modulus)
@@ -107,7 +109,7 @@ def _floors(count: int, step: int, first: int) -> int:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(source, its how many-th draw of the window) of each place of a window: the k-th of n draws lies at (k + 1/2) / n."""
+    """Return (source, index among the source's draws of the window) of each place of a window: draw k of n lies at (k + 1/2) / n."""
     source = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     place = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
     order = np.argsort((place + 0.5) / np.repeat(np.array(counts), counts), kind="stable")
@@ -115,9 +117,9 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 
 
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequence[str]) -> tuple[Fraction, ...]:
-    """The share of draws of each source: by weight, or by number of groups where none has a weight.
+    """Compute the share of draws of each source: by weight, or by number of groups if no source has a weight.
 
-    Raises DataError where some have a weight and others have none, and for a share that no run would ever see.
+    Raises DataError if only some sources have a weight, and for a share too small for any run to draw from.
     """
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
@@ -126,23 +128,25 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequ
     else:
         given = [Fraction(repr(float(weight or 0))) for weight in weights]
     total = sum(given, Fraction(0))
-    for each, name in zip(given, names, strict=True):
-        if 0 < each / total < _LEAST:
-            raise DataError(f"data.train: source {name!r} has {float(each / total):.1g} of the draws, less than one in 1e9; leave it out")
-    return tuple(each / total for each in given)
+    shares = tuple(weight / total for weight in given)
+    for share, name in zip(shares, names, strict=True):
+        if 0 < share < _LEAST:
+            raise DataError(f"data.train: source {name!r} has {float(share):.1g} of the draws, less than one in 1e9; leave it out")
+    return shares
 
 
 @dataclass(frozen=True)
 class Order:
-    """The stream of groups that a sampler cuts into steps: one data set, epoch after epoch, each in a permutation of its own; or a mixture,
-    whose sources go through epochs of their own.
+    """Stream of groups that a sampler cuts into steps.
+
+    A single data set is a sequence of epochs, each in its own permutation. In a mixture, every source goes through its own epochs.
 
     Args:
-        sizes: groups of each source; the groups of the sources follow each other.
-        shares: of the draws, one for each source; they add up to 1. None at all for one data set.
-        seed: of the permutations.
-        stop: an epoch of the mixture ends when ``all_exhausted`` sources have been seen whole, or when the ``first_exhausted`` has.
-        rows: of each source whose rows have several groups, which stay together; None for another.
+        sizes: number of groups of each source; their groups are numbered one source after the other.
+        shares: share of the draws of each source, with sum 1; empty for a single data set.
+        seed: seed of the permutations.
+        stop: an epoch of a mixture ends when ``all_exhausted`` sources have been seen completely, or when the ``first_exhausted`` has.
+        rows: for each source whose rows have several groups, their order, which keeps the groups of a row together; else None.
     """
 
     sizes: tuple[int, ...]
@@ -153,60 +157,60 @@ class Order:
 
     @property
     def draws(self) -> Draws:
-        """The order in which sources are drawn from."""
+        """Order in which the sources are drawn from."""
         return Draws(self.shares or (Fraction(1),))
 
     @functools.cached_property
     def length(self) -> int:
-        """Places of an epoch."""
+        """Number of places of an epoch."""
         ends = [self.draws.place_of(source, size - 1) + 1 for source, size in enumerate(self.sizes) if self.draws.shares[source]]
         return max(ends) if self.stop == "all_exhausted" else min(ends)
 
     def at(self, start: int, count: int) -> list[int]:
-        """The groups at ``count`` places of the stream."""
+        """Return the groups at ``count`` places of the stream from ``start`` on."""
         sources, numbers = self.draws.at(start, count)
-        found = np.empty(count, np.int64)
+        groups = np.empty(count, np.int64)
         first = 0
         for source, size in enumerate(self.sizes):
             places, seed = np.flatnonzero(sources == source), f"{self.seed}/{source}" if self.shares else self.seed
-            while len(places):  # a source's draws follow each other: one stretch of each of its epochs
+            while len(places):  # a source's draws are consecutive: one stretch for each of its epochs
                 epoch, offset = divmod(int(numbers[places[0]]), size)
                 stretch = places[: size - offset]
                 if rows := self.rows[source] if self.rows else None:
                     drawn = rows.permuted(offset, len(stretch), seed, epoch)
                 else:
                     drawn = permuted(offset, len(stretch), size, seed, epoch)
-                found[stretch] = first + np.array(drawn, np.int64)
+                groups[stretch] = first + np.array(drawn, np.int64)
                 places = places[len(stretch) :]
             first += size
-        return found.tolist()
+        return groups.tolist()
 
     def mean(self, values: npt.NDArray[Any]) -> Fraction:
-        """What a place has on average of what each group has."""
+        """Compute the mean of a per-group value over the places of the stream."""
         parts = np.split(values, np.cumsum(self.sizes)[:-1])
         means = (Fraction(int(part.sum(dtype=np.int64)), len(part)) for part in parts)
         return sum((share * mean for share, mean in zip(self.draws.shares, means, strict=True)), Fraction(0))
 
     def epochs(self, seen: int) -> list[float]:
-        """Passes over each source of a mixture after so many places; none of one data set."""
+        """Return the passes over each source of a mixture after ``seen`` places; empty for a single data set."""
         window, rest = divmod(seen, WINDOW)
         drawn = self.draws.before(window) + np.bincount(self.draws.at(window * WINDOW, rest)[0], minlength=len(self.sizes))
         return (drawn / np.array(self.sizes)).tolist() if self.shares else []
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a place to mean the same group; JSON."""
+        """Return, as JSON, everything that must be equal for a place to mean the same group."""
         mixed = {"sizes": list(self.sizes), "shares": [str(share) for share in self.shares]} if self.shares else {}
-        kinds = [*[COMPUTED] * (max(self.sizes) > permutation.STORED), *[TOGETHER] * any(each is not None for each in self.rows)]
+        kinds = [*[COMPUTED] * (max(self.sizes) > permutation.STORED), *[TOGETHER] * any(rows is not None for rows in self.rows)]
         return {"num_groups": sum(self.sizes), "seed": self.seed, **mixed, **({"order": "+".join(kinds)} if kinds else {})}
 
 
 class MixedGroups(Sequence[CounterfactualGroup]):
-    """The groups of all sources, one source after the other; each is named ``SOURCE/ID`` and carries its source and its objectives.
+    """Groups of all sources, one source after the other; each is named ``SOURCE/ID`` and carries its source and objectives.
 
     Args:
-        sources: groups of each.
-        names: of the sources.
-        objectives: those that the groups of a source count in; None for all.
+        sources: groups of each source.
+        names: names of the sources.
+        objectives: objectives that use the groups of a source; None for all.
     """
 
     def __init__(

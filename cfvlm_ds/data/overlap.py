@@ -1,4 +1,4 @@
-"""What a training set has in common with evaluation sets: their pictures, and whole rows. A result on what was trained on says little."""
+"""Overlap of a training set with evaluation sets, in pictures and in whole rows. Results on data that were trained on say little."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Shared(NamedTuple):
-    """Of an evaluation set: how many of its distinct rows and pictures training has too, and how many there are."""
+    """Numbers of an evaluation set's distinct rows and pictures that the training set has too, and their totals."""
 
     rows: int
     pictures: int
@@ -32,41 +32,42 @@ class Shared(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Sorted distinct keys of 64 bits: of what rows say, and of pictures."""
+    """Sorted distinct 64-bit keys of row contents and of pictures."""
 
     rows: Array
     pictures: Array
 
 
 def shared_with(train: Keys, evaluation: Keys) -> Shared:
-    """Count what an evaluation set shares with the training set.
+    """Count the rows and pictures that an evaluation set shares with the training set.
 
-    A row is its prompts, texts and pictures, whatever its id, order of texts or labels; a picture is its contents where they are known,
-    its path otherwise.
+    A row is its prompts, texts and pictures, whatever its id, order of texts or labels. A picture is its contents if they are known, else
+    its path.
     """
-    rows, pictures = (int(contains(had, asked).sum()) for had, asked in zip(train, evaluation, strict=True))
+    rows, pictures = (int(contains(train_keys, keys).sum()) for train_keys, keys in zip(train, evaluation, strict=True))
     return Shared(rows, pictures, *map(len, evaluation))
 
 
 def keys_of(groups: Iterable[CounterfactualGroup], pictures: PictureTable | None) -> Keys:
-    """The keys of groups, whose pictures' contents are in the table."""
+    """Compute the keys of groups; the table has the contents of their pictures."""
     rows, shown = set[int](), set[int]()
     for group in groups:
         of_images = [[_picture(picture, pictures) for picture in image] for image in group.images]
         shown.update(key for keys in of_images for key in keys)
         rows.add(row_key(group, of_images))
-    return Keys(*(np.unique(np.fromiter(found, np.uint64, len(found))) for found in (rows, shown)))
+    return Keys(*(np.unique(np.fromiter(keys, np.uint64, len(keys))) for keys in (rows, shown)))
 
 
 def joined_keys(parts: Sequence[Keys]) -> Keys:
-    """The keys of several parts of a data set."""
-    return Keys(*(np.unique(np.concatenate(each)) for each in zip(*parts, strict=True)))
+    """Join the keys of several parts of a data set."""
+    return Keys(*(np.unique(np.concatenate(keys)) for keys in zip(*parts, strict=True)))
 
 
 def row_key(group: CounterfactualGroup, pictures: Sequence[Sequence[int]]) -> int:
-    """64 bits that stand for what a row says, whatever its id, the order of its texts and images, or its labels; ``pictures`` are the keys
-    of each image's."""
-    texts = sorted((json.dumps(normalised_prompt(each.prompt), default=str), normalised(each.text)) for each in group.candidates)
+    """Hash the contents of a row to 64 bits, independently of its id, the order of its texts and images, and its labels; ``pictures`` holds
+    the keys of each image's pictures.
+    """
+    texts = sorted((json.dumps(normalised_prompt(text.prompt), default=str), normalised(text.text)) for text in group.candidates)
     return hashed(json.dumps([texts, sorted(map(list, pictures))], ensure_ascii=False))
 
 

@@ -17,18 +17,18 @@ from cfvlm_ds.core.progress import Progress
 T = TypeVar("T")
 Array = npt.NDArray[Any]
 Done = Callable[[], object]
-"""Called after every place of a chunk."""
+"""Callback after every place of a chunk."""
 
 _CHUNK = 256
-_MANY = 1 << 14  # places from which on processes are worth their start
+_MANY = 1 << 14  # number of places from which several processes are worth their start
 
 
 @dataclass(frozen=True)
 class Scan:
-    """How a process goes through all groups: in chunks, in processes on all its cores where there are many.
+    """Execution of a pass over all groups: in chunks, and in processes on all cores if there are many groups.
 
     Args:
-        alive: called for every row and picture; may raise in order to leave.
+        alive: called for every row and picture; may raise to end the pass.
         shield: called in each process that is started.
     """
 
@@ -36,7 +36,7 @@ class Scan:
     shield: Callable[[int], None] = lambda worker: None
 
     def over(self, places: Sequence[int], work: Callable[[Sequence[int], Done], T], progress: Progress) -> Iterator[T]:
-        """What ``work`` gives for each chunk of places, in their order. It may run in other processes, and raises nothing there."""
+        """Yield the result of ``work`` for each chunk of places, in order. It may run in other processes and must not raise there."""
         chunks = [places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK)]
         if len(places) < _MANY or (cores := cores_per_rank()) < 2:
 
@@ -56,21 +56,21 @@ class Scan:
             worker_init_fn=self.shield,
             generator=isolated_rng(),
         )
-        for chunk, found in zip(chunks, loader, strict=True):
+        for chunk, result in zip(chunks, loader, strict=True):
             self.alive()
-            yield found
+            yield result
             progress.advance(len(chunk))
 
 
 class Firsts:
-    """Distinct keys of 64 bits, and the place where each comes first; added chunk by chunk, places growing."""
+    """Distinct 64-bit keys and the first place of each, added chunk by chunk with growing places."""
 
     def __init__(self) -> None:
         self._keys, self._places = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         self._waiting = 0
 
     def add(self, keys: Array, places: Array) -> None:
-        """Add keys, each with its place."""
+        """Add keys with their places."""
         self._keys.append(keys)
         self._places.append(places)
         self._waiting += len(keys)
@@ -78,15 +78,15 @@ class Firsts:
             self.sorted()
 
     def sorted(self) -> tuple[Array, Array]:
-        """Distinct keys in order, and their first places."""
+        """Return the distinct keys in order, and their first places."""
         keys, first = np.unique(np.concatenate(self._keys), return_index=True)
         self._keys, self._places, self._waiting = [keys], [np.concatenate(self._places)[first]], 0
         return keys, self._places[0]
 
 
 def contains(keys: Array, wanted: Array) -> Array:
-    """Which of the wanted are among sorted keys."""
+    """Return a mask of the wanted keys that are among sorted keys."""
     if not len(keys):
         return np.zeros(len(wanted), bool)
-    found: Array = np.asarray(keys)[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted
-    return found
+    mask: Array = np.asarray(keys)[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted
+    return mask

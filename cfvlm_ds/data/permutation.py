@@ -1,10 +1,10 @@
-"""The order of an epoch: a permutation of all groups that depends on their number, the seed and the epoch alone.
+"""Permutations of the groups of an epoch, which depend on the number of groups, the seed and the epoch alone.
 
-Up to ``STORED`` groups it is drawn and kept. Beyond that it is computed where it is asked for, and takes no memory: a Feistel network over
-the next power of two, whose results beyond the number of groups are sent through it again until they are below.
+Up to ``STORED`` groups, a permutation is drawn and kept. Beyond that, places are computed on demand without memory, by a Feistel network
+over the next power of two; results beyond the number of groups are passed through it again until they are below.
 
-Where a row has several groups, such as the answers of a conversation, rows are permuted and their groups stay together: what they have in
-common is then in a micro-batch once.
+If a row has several groups, such as the answers of a conversation, rows are permuted and their groups stay together, so that a micro-batch
+encodes their common part once.
 """
 
 from __future__ import annotations
@@ -18,66 +18,66 @@ import numpy.typing as npt
 import torch
 
 STORED = 1_000_000
-"""Groups up to which the permutation is stored: 8 MB an epoch."""
+"""Largest number of groups whose permutation is stored: 8 MB an epoch."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
-"""What the state of a sampler calls the order beyond, and that of rows of several groups; another name for another order."""
+"""Names, in a sampler's state, of the computed order and of the order of rows with several groups; a changed order gets a new name."""
 
-_BLOCK = 1 << 12  # places that are computed at once
-_ROUNDS = 8  # four suffice for a pseudorandom permutation where the round functions are (Luby, Rackoff 1988)
+_BLOCK = 1 << 12  # places computed at once
+_ROUNDS = 8  # four suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)
 
 Array = npt.NDArray[np.uint64]
 
 
 def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: int) -> list[int]:
-    """The groups at places ``start`` and following of an epoch; fewer where the epoch ends."""
+    """Return the groups at ``count`` places of an epoch from ``start`` on; fewer at the end of the epoch."""
     stop = min(start + count, num_groups)
     if num_groups <= STORED:
         return _stored(num_groups, seed, epoch)[start:stop].tolist()
-    found: list[int] = []
+    groups: list[int] = []
     while start < stop:
         block, offset = divmod(start, _BLOCK)
-        found += _computed(block, num_groups, seed, epoch)[offset : offset + stop - start]
+        groups += _computed(block, num_groups, seed, epoch)[offset : offset + stop - start]
         start = (block + 1) * _BLOCK
-    return found
+    return groups
 
 
 class RowsTogether:
-    """An order of rows of several groups each.
+    """Order of rows with several groups each, which keeps the groups of a row together.
 
     Args:
-        firsts: [rows + 1] number of groups before each row, and in all.
-        num_groups: those that count, if not all: the first ones.
+        firsts: [rows + 1] number of groups before each row, and in total.
+        num_groups: number of groups that are used, if not all: the first ones.
     """
 
     def __init__(self, firsts: npt.NDArray[Any], num_groups: int | None = None) -> None:
         self.num_groups = int(firsts[-1]) if num_groups is None else num_groups
         self._firsts, self._rows = firsts, int(np.searchsorted(firsts, self.num_groups))
-        self._before = functools.lru_cache(maxsize=2)(self._groups_before)  # of the epoch in progress, and where prefetching is
+        self._before = functools.lru_cache(maxsize=2)(self._groups_before)  # epochs of the training loop and of prefetching
         self._kept = functools.lru_cache(maxsize=8)(self._block)
 
     def permuted(self, start: int, count: int, seed: int | str, epoch: int) -> list[int]:
-        """As the function ``permuted``."""
-        stop, found = min(start + count, self.num_groups), list[int]()
+        """Return the groups at ``count`` places of an epoch, as the function ``permuted`` does."""
+        stop, groups = min(start + count, self.num_groups), list[int]()
         before = self._before(seed, epoch)
         while start < stop:
             block = int(before.searchsorted(start, "right")) - 1
             first, sizes, ends = self._kept(block, seed, epoch)
             places = np.arange(start - before[block], min(stop - before[block], ends[-1]))
             rows = ends.searchsorted(places, "right")
-            found += (first[rows] + places - (ends[rows] - sizes[rows])).tolist()
+            groups += (first[rows] + places - (ends[rows] - sizes[rows])).tolist()
             start = int(before[block + 1])
-        return found
+        return groups
 
     def _groups_before(self, seed: int | str, epoch: int) -> npt.NDArray[np.int64]:
-        """Groups before each block of rows, and in all."""
+        """Count the groups before each block of rows, and in total."""
         sizes = [int(self._block(block, seed, epoch)[2][-1]) for block in range(-(-self._rows // _BLOCK))]
         return np.cumsum([0, *sizes], dtype=np.int64)
 
     def _block(self, block: int, seed: int | str, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
-        """First group, number of groups, and number up to its last, of each row of a block of the order."""
+        """Return, for each row in a block of the order: its first group, its number of groups, and the number of groups up to its last."""
         rows = np.array(permuted(block * _BLOCK, _BLOCK, self._rows, seed, epoch), np.int64)
-        first, end = (self._firsts[each].astype(np.int64) for each in (rows, rows + 1))
+        first, end = (self._firsts[index].astype(np.int64) for index in (rows, rows + 1))
         sizes = np.minimum(end, self.num_groups) - first
         return first, sizes, np.cumsum(sizes)
 
@@ -87,7 +87,9 @@ _KEPT: dict[tuple[int, int | str], dict[int, torch.Tensor]] = {}
 
 
 def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
-    """[num_groups] int64. CPU generator whatever the default device, and seeds hashed so that (0, 1) and (1, 0) are unrelated."""
+    """Draw a permutation, [num_groups] int64, on the CPU whatever the default device; seeds are hashed so that (0, 1) and (1, 0) are
+    unrelated.
+    """
     kept = _KEPT.setdefault((num_groups, seed), {})
     if epoch not in kept:
         digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
@@ -98,25 +100,26 @@ def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
     return kept[epoch]
 
 
-@functools.lru_cache(maxsize=64)  # where the loop is, and where prefetching has reached, of each source
+@functools.lru_cache(maxsize=64)  # for each source, the blocks of the training loop and of prefetching
 def _computed(block: int, num_groups: int, seed: int | str, epoch: int) -> list[int]:
     places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, num_groups), dtype=np.uint64)
     return feistel(places, num_groups, seed, epoch).tolist()
 
 
 def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Array:
-    """Where each of the places 0 to ``num_groups`` - 1 goes; no two go to the same."""
+    """Return the images of ``places`` under a permutation of 0 to ``num_groups`` - 1."""
     keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), "<u8")[:_ROUNDS]
     bits = max(2, (num_groups - 1).bit_length())
-    found = _network(places, bits, keys)
-    while len(beyond := np.flatnonzero(found >= num_groups)):
-        found[beyond] = _network(found[beyond], bits, keys)
-    return found
+    images = _network(places, bits, keys)
+    while len(beyond := np.flatnonzero(images >= num_groups)):
+        images[beyond] = _network(images[beyond], bits, keys)
+    return images
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """A bijection of the numbers of so many bits: in each round one part is changed by what the other one and a key say, and they change
-    places."""
+    """Apply a bijection of numbers of ``bits`` bits: each round changes one half by a function of the other half and a key, and swaps the
+    halves.
+    """
     low, high = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
     for key in keys:
@@ -126,7 +129,7 @@ def _network(values: Array, bits: int, keys: Array) -> Array:
 
 
 def _mixed(values: Array) -> Array:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit of the result depends on every bit of the value."""
+    """Apply the finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit of the result depends on every bit of the value."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

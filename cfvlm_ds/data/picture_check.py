@@ -1,4 +1,4 @@
-"""The pictures of a manifest: each is opened once, and those of a group are compared with each other."""
+"""Picture check of a manifest: each picture is opened once, and the pictures of a group are compared with each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore, told_apart
 from cfvlm_ds.data.stored import StoredRows
 
-_CHUNK = 64  # pictures that are opened before any is handed on
+_CHUNK = 64  # pictures opened before the first of them is yielded
 
 Array = npt.NDArray[Any]
 
@@ -31,38 +31,38 @@ Array = npt.NDArray[Any]
 def open_pictures(
     report: CheckReport, store: GroupStore, keys: Array, places: Array, max_pixels: int, progress: Callable[[str], object], scan: Scan
 ) -> tuple[PictureTable, dict[int, str]]:
-    """Open each picture once; returns those that are sound, and what is wrong with each other one by its key.
+    """Open each picture once; returns the sound ones, and the problem of each broken one by its key.
 
-    A problem is named by the first group that shows the picture.
+    A problem is reported with the first group that shows the picture.
     """
     broken = dict[int, str]()
 
     def sound() -> Iterator[tuple[Path, Picture]]:
         counted = Progress(progress, "check of images", len(keys), "images")
-        for each in counted.over(opened_pictures(store, keys, places, max_pixels, scan)):
-            if isinstance(each.found, Picture):
-                yield each.path, each.found
+        for opened in counted.over(opened_pictures(store, keys, places, max_pixels, scan)):
+            if isinstance(opened.found, Picture):
+                yield opened.path, opened.found
             else:
-                broken[picture_key(each.path)] = each.found
-                report.problems.append(f"{store.where(each.group)}: {each.found}")
+                broken[picture_key(opened.path)] = opened.found
+                report.problems.append(f"{store.where(opened.group)}: {opened.found}")
 
     return PictureTable.of(sound()), broken
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """The pictures with these keys, each with the group that shows it first; only those groups are read."""
+    """Yield the pictures with these keys, each with the first group that shows it; only those groups are read."""
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():
         group = store.entry(index)
         for image in () if isinstance(group, DataError) else group.images:
             for picture in image:
-                if (found := find(keys, picture_key(picture))) is not None and left[found] and places[found] == index:
-                    left[found] = False
+                if (position := find(keys, picture_key(picture))) is not None and left[position] and places[position] == index:
+                    left[position] = False
                     yield index, picture
 
 
 class OpenedPicture(NamedTuple):
-    """A picture, the first group that shows it, what is to be known of it or what is wrong with it, and its bytes if they are wanted."""
+    """A picture, the first group that shows it, its properties or its problem, and its bytes if they were requested."""
 
     group: int
     path: Path
@@ -80,16 +80,16 @@ def opened_pictures(
     *,
     contents: bool = False,
 ) -> Iterator[OpenedPicture]:
-    """Open the pictures with these keys, except those that are ``known`` and have not been written since."""
-    # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
+    """Open the pictures with these keys, except the ``known`` ones that have not been written since."""
+    # Threads suffice, because PIL decodes without the interpreter lock. Chunks limit the memory of pending work for millions of files.
     prepared = store.rows.pictures if isinstance(store.rows, StoredRows) else None
     wanted, pool = first_uses(store, keys, places), ThreadPoolExecutor(cores_per_rank())
-    look = partial(opened_picture, known=known, prepared=prepared, max_pixels=max_pixels, contents=contents)
+    open_one = partial(opened_picture, known=known, prepared=prepared, max_pixels=max_pixels, contents=contents)
     try:
         while chunk := [use for _, use in zip(range(_CHUNK), wanted, strict=False)]:
-            for (index, path), found in zip(chunk, pool.map(look, [path for _, path in chunk]), strict=True):
+            for (index, path), result in zip(chunk, pool.map(open_one, [path for _, path in chunk]), strict=True):
                 scan.alive()
-                yield OpenedPicture(index, path, *found)
+                yield OpenedPicture(index, path, *result)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -97,20 +97,26 @@ def opened_pictures(
 def opened_picture(
     path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int, contents: bool
 ) -> tuple[Picture | str, bytes]:
-    """What is to be known of a picture, or what is wrong with it, and its bytes if they are wanted: opened unless it is ``known`` and has
-    not been written since. One of a store must be the one that was ``prepared``."""
+    """Return the properties of a picture, or its problem, and its bytes if they are requested.
+
+    A ``known`` picture that has not been written since is not opened. One of a store must be the one that was ``prepared``.
+    """
     try:
-        before = None if known is None else known.find(path)
-        if before is not None and 0 < before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.ctime):
-            return before, b""
-        found = picture_of(path, *open_image(path, max_pixels).size)
-        before = None if prepared is None else prepared.find(path)
-        if before is not None and before._replace(ctime=found.ctime) != found:
+        known_before = None if known is None else known.find(path)
+        if (
+            known_before is not None
+            and 0 < known_before.width * known_before.height <= max_pixels
+            and picture_stat(path) == (known_before.size, known_before.ctime)
+        ):
+            return known_before, b""
+        picture = picture_of(path, *open_image(path, max_pixels).size)
+        known_before = None if prepared is None else prepared.find(path)
+        if known_before is not None and known_before._replace(ctime=picture.ctime) != picture:
             return f"{path}: the picture is not the one that was prepared; restore it, or prepare the data again", b""
         content = picture_bytes(path, MAX_BYTES) if contents else b""
-        if contents and digest_of(content) != found.digest:
+        if contents and digest_of(content) != picture.digest:
             return f"{path}: the picture was written while it was read; start again when it is whole", b""
-        return found, content
+        return picture, content
     except DataError as error:
         return str(error), b""
     except (OSError, ValueError) as error:
@@ -118,7 +124,7 @@ def opened_picture(
 
 
 def equal_images(group: CounterfactualGroup, pictures: PictureTable) -> Iterator[str]:
-    """What is wrong with images of a group that differ by its truth table and not by their bytes."""
+    """Yield a problem for each two images of a group that are equal byte by byte although its truth table distinguishes them."""
     for second in range(1, len(group.images)):
         for first in range(second):
             if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):

@@ -1,7 +1,7 @@
-"""Where a picture's bytes are: a file of its own, or a part of a container, which is named by a path such as ``images.tar#512+60123``.
+"""Picture files: a picture is a file of its own, or a part of a container, named by a path such as ``images.tar#512+60123``.
 
-The name says file, offset and length, so that nothing has to be listed to find a picture: a member of an uncompressed tar, or a value of an
-Arrow file. Whatever opens, measures or confines a picture does so here, and works for both.
+The name gives file, offset and length of a member of an uncompressed tar, or of a value in an Arrow file, so a picture is read without
+listing the container. All opening, measuring and confining of pictures uses this module, and works for both kinds.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular, read_within
 
 _PART = re.compile(r"(?P<file>.+\.(?i:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
-"""One name for a part and no other: without leading zeros, or digits of other scripts."""
+"""A part has exactly one name: no leading zeros, and no digits of other scripts."""
 
-_OPEN = 256  # containers that a process keeps open: opening a file is what parallel file systems are slow at
+_OPEN = 256  # containers that a process keeps open, because parallel file systems are slow at opening files
 
 
 def part_name(container: str, start: int, length: int) -> str:
-    """The name of ``length`` bytes of a container from ``start`` on."""
+    """Return the name of ``length`` bytes of a container from ``start`` on."""
     return f"{container}#{start}+{length}"
 
 
 def tar_member(name: str, content: bytes) -> bytes:
-    """A picture as a member of an uncompressed tar; its bytes begin behind a header of ``tarfile.BLOCKSIZE``."""
+    """Encode a picture as a member of an uncompressed tar; its bytes begin after a header of ``tarfile.BLOCKSIZE``."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     return b"".join([member.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)])
 
 
 def picture_file(path: Path) -> Path:
-    """The file that a picture is in: itself as a rule. Confinement and questions of existence are about this one."""
-    found = _PART.fullmatch(path.name) if "#" in path.name else None
-    return path if found is None else path.with_name(found["file"])
+    """Return the file that contains a picture, usually the picture itself. Confinement and existence checks apply to this file."""
+    match = _PART.fullmatch(path.name) if "#" in path.name else None
+    return path if match is None else path.with_name(match["file"])
 
 
 def picture_stat(path: Path) -> tuple[int, int]:
-    """A picture's size in bytes, and the time of the last change of its file, in ns, which nobody can set back.
+    """Return a picture's size in bytes, and the change time of its file in ns, which no user can set.
 
-    Raises OSError, and DataError for a part that its file does not hold.
+    Raises OSError, and DataError for a part beyond the end of its file.
     """
     stat = picture_file(path).stat()
     part = _part(path)
@@ -52,7 +52,7 @@ def picture_stat(path: Path) -> tuple[int, int]:
 
 
 def open_raw(path: Path) -> io.RawIOBase:
-    """The bytes of a picture, without a buffer. Raises as picture_stat does, and ValueError for what is no regular file."""
+    """Open the bytes of a picture, unbuffered. Raises as picture_stat does, and ValueError for a file that is not regular."""
     if (part := _part(path)) is None:
         raw: io.RawIOBase = cast(Any, open_regular(path)).detach()
         return raw
@@ -63,13 +63,13 @@ def open_raw(path: Path) -> io.RawIOBase:
 
 
 def open_picture(path: Path) -> io.BufferedReader:
-    """The bytes of a picture, to read; nothing outside of them is ever read. Raises as ``open_raw`` does."""
+    """Open the bytes of a picture for reading; nothing outside of them is ever read. Raises as ``open_raw`` does."""
     return io.BufferedReader(open_raw(path), 1 << 16)
 
 
 def picture_bytes(path: Path, limit: int) -> bytes:
-    """All bytes of a picture. Raises as ``open_raw`` does, and TooLarge for more than ``limit``."""
-    if (size := picture_stat(path)[0]) <= limit:  # nothing is read of one that says it is larger
+    """Read all bytes of a picture. Raises as ``open_raw`` does, and TooLarge for more than ``limit``."""
+    if (size := picture_stat(path)[0]) <= limit:  # a larger one is not read
         with open_picture(path) as handle:
             content = read_within(handle, size, limit)
         if len(content) <= limit:
@@ -78,9 +78,9 @@ def picture_bytes(path: Path, limit: int) -> bytes:
 
 
 def _part(path: Path) -> tuple[int, int] | None:
-    """Offset and length of a part; None for a file of its own."""
-    found = _PART.fullmatch(path.name)
-    return None if found is None else (int(found["start"]), int(found["length"]))
+    """Return offset and length of a part, or None for a file of its own."""
+    match = _PART.fullmatch(path.name)
+    return None if match is None else (int(match["start"]), int(match["length"]))
 
 
 def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
@@ -93,12 +93,12 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
 
 @functools.lru_cache(_OPEN)
 def _container(path: str, *state: int) -> HeldFile:
-    """The file in this state: one that was put in its place is another."""
+    """Open a container in this state; a file that replaces it has another state."""
     return HeldFile(path)
 
 
 class _Part(io.RawIOBase):
-    """Some bytes of a container, as a file. It has no descriptor to give away: image libraries would read the container from its start."""
+    """A range of a container as a file, without a descriptor: image libraries would read the container from its start."""
 
     def __init__(self, path: Path, container: HeldFile, start: int, length: int) -> None:
         self._path, self._container, self._start, self._length, self._place = path, container, start, length, 0
@@ -122,9 +122,9 @@ class _Part(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._length - self._place))
-        got = self._container.read(self._start + self._place, wanted)
-        if wanted and not got:
+        data = self._container.read(self._start + self._place, wanted)
+        if wanted and not data:
             raise DataError(f"{self._path}: its file has become shorter while it was read; get it whole again")
-        view[: len(got)] = got
-        self._place += len(got)
-        return len(got)
+        view[: len(data)] = data
+        self._place += len(data)
+        return len(data)

@@ -1,7 +1,7 @@
-"""Pictures by path: size, time, contents and dimensions of each, in a table that all processes map.
+"""Picture table: size, change time, digest and dimensions of each picture by its path, memory-mapped by all processes.
 
-Whenever a picture is opened, its file is compared with the table: one of the same size and time is trusted, one of another time is read
-again, and one with other contents is refused.
+Whenever a picture is opened, its file is compared with the table. Equal size and time are trusted; with another time the contents are
+hashed again; other contents are refused.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from cfvlm_ds.data.picture_file import open_picture, picture_stat
 
 FACTS = np.dtype([("size", "<i8"), ("ctime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 RECORD = np.dtype([("key", "<u8"), ("facts", FACTS)])
-_BLOCK = 1 << 20  # bytes read at a time, and records written
+_BLOCK = 1 << 20  # bytes read, and records written, at a time
 _DIGEST = 16  # bytes
-_AT_ONCE = 4096  # pictures
+_AT_ONCE = 4096  # pictures processed, and cached, at a time
 _MOST_PIXELS = 1 << 30
 
 
 class Picture(NamedTuple):
     """A file that holds a sound picture.
 
-    Size in bytes; time of its last change in ns, 0 where the file's own says nothing; hash of its bytes; width and height in pixels.
+    Its size in bytes; its change time in ns, 0 if the file's time is not used; the digest of its bytes; its width and height in pixels.
     """
 
     size: int
@@ -50,19 +50,19 @@ class Picture(NamedTuple):
 
 @lru_cache(_AT_ONCE)
 def picture_key(path: Path, root: Path | None = None) -> int:
-    """A hash of a picture's path, 64 bits: relative to ``root``, as stores have it, or whole where it is elsewhere."""
+    """Hash a picture's path to 64 bits: relative to ``root`` if it is inside, as in stores, else absolute."""
     name, folder = os.path.abspath(path), "" if root is None else os.path.join(os.path.abspath(root), "")
     return hashed(os.fsencode(name.removeprefix(folder)))
 
 
 def find(keys: npt.NDArray[Any], key: int) -> int | None:
-    """The place of a key among sorted ones."""
+    """Return the position of a key among sorted keys, or None."""
     place = int(keys.searchsorted(np.uint64(key)))
     return place if place < len(keys) and int(keys[place]) == key else None
 
 
 def content_digest(path: Path) -> bytes:
-    """128 bits of the file's contents. Raises OSError, and ValueError for what is no regular file or has more than MAX_BYTES."""
+    """Hash a file's contents to 128 bits. Raises OSError, and ValueError for a file that is not regular or has more than MAX_BYTES."""
     digest = hashlib.blake2b(digest_size=_DIGEST)
     with open_picture(path) as handle:
         left = handle.seek(0, os.SEEK_END)
@@ -76,17 +76,17 @@ def content_digest(path: Path) -> bytes:
 
 
 def digest_of(content: bytes) -> bytes:
-    """``content_digest`` of a file of this content."""
+    """Hash contents to the ``content_digest`` that their file would have."""
     return hashlib.blake2b(content, digest_size=_DIGEST).digest()
 
 
 def picture_of(path: Path, width: int, height: int) -> Picture:
-    """The note of a picture that was opened. Raises as content_digest does."""
+    """Build the entry of a picture that was opened. Raises as content_digest does."""
     return Picture(*picture_stat(path), content_digest(path), width, height)
 
 
 class PictureTable:
-    """Pictures by path: sorted keys, and the facts of each; of one that no picture can be as large as, the size is not known.
+    """Pictures by path: sorted keys, and the properties of each. Sizes beyond any possible picture's are treated as unknown.
 
     ``roots`` are the folders of a store that its keys are relative to.
     """
@@ -97,7 +97,7 @@ class PictureTable:
 
     @classmethod
     def opened(cls, file: Path, roots: Sequence[Path | None] = (None,)) -> PictureTable:
-        """The table in a file, mapped: its pages are shared by all processes and given back when memory is short. Raises OSError."""
+        """Map the table in a file: all processes share its pages, and the system can drop them when memory is short. Raises OSError."""
         count = file.stat().st_size // RECORD.itemsize
         if not count:
             return cls.of(())
@@ -106,17 +106,17 @@ class PictureTable:
 
     @classmethod
     def of(cls, pictures: Iterable[tuple[Path, Picture]]) -> PictureTable:
-        """A table of a few pictures, in memory, of which a few at a time are objects. Of several with one path, the last one holds."""
+        """Build a table in memory from an iterable of pictures, chunk by chunk. If a path occurs several times, its last entry counts."""
         items, parts = iter(pictures), [np.empty(0, RECORD)]
-        while some := list(islice(items, _AT_ONCE)):
-            parts.append(np.array([(picture_key(path), tuple(picture)) for path, picture in some], RECORD))
+        while chunk := list(islice(items, _AT_ONCE)):
+            parts.append(np.array([(picture_key(path), tuple(picture)) for path, picture in chunk], RECORD))
         records = np.concatenate(parts)[::-1]
-        keys, place = np.unique(records["key"], return_index=True)
-        return cls(keys, records["facts"][place])
+        keys, positions = np.unique(records["key"], return_index=True)
+        return cls(keys, records["facts"][positions])
 
     @classmethod
     def of_files(cls, paths: Iterable[Path], say: Callable[[str], object] = lambda line: None) -> PictureTable:
-        """A table of files whose contents are hashed here; those that cannot be read are left out, for whoever opens them says why."""
+        """Build a table of files by hashing their contents. Unreadable files are left out; opening them will report the reason."""
 
         def look(path: Path) -> Picture | None:
             with contextlib.suppress(OSError, ValueError):
@@ -126,11 +126,11 @@ class PictureTable:
         distinct = list(dict.fromkeys(paths))
         counted = Progress(say, "contents of pictures", len(distinct), "pictures")
         with ThreadPoolExecutor(cores_per_rank()) as pool:
-            found = zip(distinct, counted.over(pool.map(look, distinct)), strict=True)
-            return cls.of((path, picture) for path, picture in found if picture is not None)
+            entries = zip(distinct, counted.over(pool.map(look, distinct)), strict=True)
+            return cls.of((path, picture) for path, picture in entries if picture is not None)
 
     def parts(self) -> Iterator[bytes]:
-        """What ``opened`` reads, one part after the other."""
+        """Yield the bytes that ``opened`` reads, part by part."""
         for array in (self._keys, self._facts):
             for start in range(0, len(array), _BLOCK):
                 yield np.ascontiguousarray(array[start : start + _BLOCK]).tobytes()
@@ -139,7 +139,7 @@ class PictureTable:
         return len(self._keys)
 
     def find(self, path: Path) -> Picture | None:
-        """What is known of the picture."""
+        """Return the entry of a picture, or None."""
         return self._recent(path)
 
     def _find(self, path: Path) -> Picture | None:
@@ -152,7 +152,7 @@ class PictureTable:
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
-        """Raise DataError when the file has other contents than the picture that is known by its path; what is not known passes."""
+        """Raise DataError if the file's contents differ from those of the known picture of this path. Unknown pictures pass."""
         known = self.find(path)
         if known is None:
             return
@@ -162,7 +162,7 @@ class PictureTable:
                 return
             same = size == known.size and content_digest(path) == known.digest
         except (OSError, ValueError):
-            return  # opening it says what is wrong
+            return  # opening it will report the problem
         if not same:
             raise DataError(
                 f"{path}: the picture has other contents than when the data were checked for this run; restore it, or name another "
@@ -171,7 +171,7 @@ class PictureTable:
 
 
 class PictureTables(PictureTable):
-    """Several tables as one: of a picture, what the first one says that knows it."""
+    """Several tables as one; the entry of a picture is that of the first table that has it."""
 
     def __init__(self, tables: Sequence[PictureTable]) -> None:
         self._tables = tuple(tables)
@@ -180,13 +180,13 @@ class PictureTables(PictureTable):
         return sum(map(len, self._tables))
 
     def find(self, path: Path) -> Picture | None:
-        return next((found for table in self._tables if (found := table.find(path)) is not None), None)
+        return next((picture for table in self._tables if (picture := table.find(path)) is not None), None)
 
 
 def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int, pool: Executor) -> dict[Path, Size]:
-    """Width and height of each picture: those that are known, and the others' from their headers. Raises DataError as image_size does."""
+    """Return width and height of each picture: from the table if known, else from its header. Raises DataError as image_size does."""
     distinct = list(dict.fromkeys(paths))
-    found = {} if known is None else {path: picture for path in distinct if (picture := known.find(path)) and picture.width}
-    unknown = [path for path in distinct if path not in found]
-    sizes = {path: (picture.width, picture.height) for path, picture in found.items()}
+    entries = {} if known is None else {path: picture for path in distinct if (picture := known.find(path)) and picture.width}
+    unknown = [path for path in distinct if path not in entries]
+    sizes = {path: (picture.width, picture.height) for path, picture in entries.items()}
     return sizes | dict(zip(unknown, pool.map(partial(image_size, max_pixels=max_pixels), unknown), strict=True))

@@ -1,8 +1,8 @@
-"""Preparation of a data set: all of it is checked and written as a store (cfvlm_ds/data/stored.py), which training opens.
+"""Preparation of a data set: a complete check, and a store (cfvlm_ds/data/stored.py) that training opens.
 
-Pictures are opened before rows are written, a range of groups at a time: the pictures that come first in a range are one unit of work, and
-with ``pack`` one uncompressed tar, in which each lies once and is read by its offset. What a file is made of depends on the data set
-alone: whoever prepares it, in however many processes and after however many kills, its bytes are the same.
+Pictures are opened before rows are written, one range of groups at a time. The pictures that occur first in a range are one unit of work.
+With ``pack`` they are one uncompressed tar, in which each is stored once and read by its offset. The bytes of every file depend on the data
+set alone, whatever the number of processes and interruptions.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, is_store
 
 PICTURED = 1 << 15
-"""Groups whose pictures are one unit of work: with ``pack`` a tar of a few GB of photographs, some hundred files for ten million groups."""
+"""Number of groups whose pictures are one unit of work; with ``pack``, a tar of a few GB of photographs."""
 
 ROWS = 1 << 18
-"""Groups in one file of rows: some tens of files that a process keeps open."""
+"""Number of groups in one file of rows; a process keeps some tens of such files open."""
 
 LEFT_OUT = "left_out.jsonl"
 _ANY_SCHEMA = SCHEMA.partition("/")[0]
@@ -63,14 +63,14 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How a data set is prepared; two stores of one data set with equal options are equal.
+    """Options of a preparation; stores of one data set with equal options are equal.
 
     Args:
-        pack: copy the pictures into tars of the store; otherwise rows name them where they are.
-        open_pictures: open every picture; otherwise nothing is known of them, and a changed one is not noticed.
+        pack: copy the pictures into tars of the store; otherwise rows refer to their original files.
+        open_pictures: open every picture; otherwise their properties are unknown, and a change is not noticed.
         max_pixels: as in open_image.
-        on_error: what to do about rows that are no group and groups with a picture that cannot be used: ``error`` prepares nothing,
-            ``skip`` leaves them out and lists them.
+        on_error: reaction to invalid rows and to groups with a picture that cannot be used: ``error`` prepares nothing, ``skip`` leaves
+            them out and lists them.
     """
 
     pack: bool = False
@@ -80,14 +80,16 @@ class PrepareOptions:
 
 
 class Prepared(NamedTuple):
-    """What the check has found, and whether the store is whole."""
+    """Report of the check, and whether the store is complete."""
 
     report: CheckReport
     whole: bool
 
 
 def source_state(path: Path) -> list[int]:
-    """Return the state of a data set's files, which nobody can set back; nothing for files that cannot be read. Raises DataError."""
+    """Return the size, modification time and change time (which no user can set) of a data set's files; empty if they cannot be read.
+    Raises DataError.
+    """
     try:
         return list(sources_state(path / FILE if path.is_dir() and is_store(path) else path))
     except OSError:
@@ -95,7 +97,7 @@ def source_state(path: Path) -> list[int]:
 
 
 def source_stamp(path: Path, state: Sequence[int], roots: Sequence[Path], format: str, limit: int | None, options: PrepareOptions) -> str:
-    """Compute a hash of a data set, as it is now and as it is read."""
+    """Hash the state of a data set and the options with which it is read."""
     form = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, *dataclasses.astuple(options)]
     parts = [*form, os.path.abspath(path), list(state), [os.path.abspath(root) for root in roots], format, limit]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()
@@ -115,13 +117,13 @@ def prepare(
 ) -> Prepared:
     """Check a data set, and write the shards of one process among ``of`` that share the work.
 
-    Every row is looked at by each of them, every picture is opened once. What is there from an earlier call is not made again. The pictures
-    of all shards must be looked at before any rows are written: where some are missing, the same call does the rest later. With problems in
-    the report, and ``on_error`` error, nothing more is written.
+    Each process checks every row, and every picture is opened once. Work that an earlier call finished is not repeated. All shards'
+    pictures must be checked before any rows are written: if some are missing, the same call writes the rows later. With problems in the
+    report and ``on_error`` error, nothing more is written.
 
-    What a call has begun for another state of the data set is begun anew, unless others share the work, and a whole store if ``anew`` says
-    so; pictures that were opened then and have not been written since are not opened again. Otherwise raises ConfigError for a folder that
-    holds something else, OSError.
+    Work begun for another state of the data set is started again, unless other processes share it; so is a complete store, if ``anew``.
+    Pictures that were opened then and have not been written since are not opened again. Raises OSError, and ConfigError for a folder with
+    other contents.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -129,7 +131,7 @@ def prepare(
     job = _Job(source, out, work, stamp, options, say, shard, of, known, scan or Scan(), report)
     try:
         whole = job.is_ended() or job.run()
-    except FileNotFoundError:  # others have ended it at the same time, and taken what this call was writing for what was left
+    except FileNotFoundError:  # another process finished the store and removed this one's temporary files
         if not ((out / FILE).exists() and (whole := job.is_ended())):
             raise
     if whole:
@@ -139,7 +141,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Job:
-    """One call of ``prepare``."""
+    """Work of one call of ``prepare``."""
 
     source: GroupStore
     out: Path
@@ -154,15 +156,15 @@ class _Job:
     report: CheckReport
 
     def run(self) -> bool:
-        """Do this call's part; returns whether the store is whole."""
+        """Do this call's part; returns whether the store is complete."""
         source, out, strict = self.source, self.out, self.options.on_error == "error"
         seen = look_at_rows(self.report, source, self.say, self.scan)
         if self.is_ended():
             return True
         units, files = (_Files(self.work, kind, -(-len(source) // size)) for kind, size in (("images", PICTURED), ("groups", ROWS)))
-        found, broken = None, dict[int, str]()
+        pictures, broken = None, dict[int, str]()
         if self.options.open_pictures or self.options.pack:
-            self._look_at_pictures(units, *seen.pictures)
+            self._open_pictures(units, *seen.pictures)
             if strict and self.report.problems:
                 self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan))
                 return False
@@ -171,13 +173,13 @@ class _Job:
                     f"{out}: {len(missing)} of {units.count} parts of its pictures are others' to look at; run this again when they have"
                 )
                 return False
-            found = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
-            found = found[np.argsort(found["key"])]
+            pictures = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
+            pictures = pictures[np.argsort(pictures["key"])]
             broken = {int(key): reason for record in units.records() for key, reason in record["broken"].items()}
         if strict and self.report.problems:
             return False
-        table = None if found is None else PictureTable(found["key"], found["facts"])
-        names = partial(_packed_name, out, found) if self.options.pack and found is not None else None
+        table = None if pictures is None else PictureTable(pictures["key"], pictures["facts"])
+        names = partial(_embedded_path, out, pictures) if self.options.pack and pictures is not None else None
         writer = RowLines(source, out if self.options.pack else source.roots[0], table, broken, frozenset(seen.repeats), names)
         progress = Progress(self.say, "rows", len(source) / self.of, "groups")
         for number in files.missing(self.shard, self.of):
@@ -187,24 +189,24 @@ class _Job:
         if missing := files.missing():
             self.say(f"{out}: {len(missing)} of {files.count} files of rows are others' to write; who comes last ends the store")
             return False
-        return self._end(units, files, found)
+        return self._end(units, files, pictures)
 
     def is_ended(self) -> bool:
-        """Tell whether the store is whole by now. Raises ConfigError where it is one of other data, or becomes one."""
-        for name in (FILE, BEGUN, FILE):  # the first appears before the second goes
-            if (found := _stamp_of(self.out / name)) == self.stamp:
+        """Return whether the store is complete. Raises ConfigError if it belongs, or will belong, to other data."""
+        for name in (FILE, BEGUN, FILE):  # FILE appears before BEGUN is removed
+            if (stamp := _stamp_of(self.out / name)) == self.stamp:
                 return name == FILE
-            if found is not None:
+            if stamp is not None:
                 break
         raise ConfigError(
             f"{self.out} was prepared from another state of {self.source.path}, or with other options; remove it, or name another --out"
         )
 
-    def _look_at_pictures(self, units: _Files, keys: Array, places: Array) -> None:
+    def _open_pictures(self, units: _Files, keys: Array, places: Array) -> None:
         progress = Progress(self.say, "pictures", int((places // PICTURED % self.of == self.shard).sum()), "pictures")
         for number in units.missing(self.shard, self.of):
             within = places // PICTURED == number
-            found, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
+            records, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
             file = self.out / f"{units.name(number)}.tar"
             tar = _summed(file) if self.options.pack else contextlib.nullcontext()
             wanted = opened_pictures(
@@ -218,31 +220,31 @@ class _Job:
             )
             try:
                 with tar as written:
-                    for k, each in enumerate(progress.over(wanted)):
-                        key = picture_key(each.path)
-                        if isinstance(each.found, str):
-                            broken[key] = each.found
-                            problems.append(f"{self.source.where(each.group)}: {each.found}")
+                    for k, opened in enumerate(progress.over(wanted)):
+                        key = picture_key(opened.path)
+                        if isinstance(opened.found, str):
+                            broken[key] = opened.found
+                            problems.append(f"{self.source.where(opened.group)}: {opened.found}")
                         elif written is None:
-                            found.append((key, picture_key(each.path, self.source.roots[0]), 0, 0, tuple(each.found)))
+                            records.append((key, picture_key(opened.path, self.source.roots[0]), 0, 0, tuple(opened.found)))
                         else:
-                            suffix, start = each.path.suffix.lower(), written.size + tarfile.BLOCKSIZE
-                            written.write(tar_member(f"{number:05}-{k:07}{suffix if suffix in _SUFFIXES else ''}", each.content))
-                            name = picture_key(self.out / part_name(file.name, start, len(each.content)), self.out)
-                            found.append((key, name, number, start, tuple(each.found._replace(ctime=0))))
+                            suffix, start = opened.path.suffix.lower(), written.size + tarfile.BLOCKSIZE
+                            written.write(tar_member(f"{number:05}-{k:07}{suffix if suffix in _SUFFIXES else ''}", opened.content))
+                            name = picture_key(self.out / part_name(file.name, start, len(opened.content)), self.out)
+                            records.append((key, name, number, start, tuple(opened.found._replace(ctime=0))))
                     if written is not None:
                         written.write(bytes(2 * tarfile.BLOCKSIZE))
                         written.write(bytes(-written.size % tarfile.RECORDSIZE))
-            finally:  # a call that is stopped leaves what it has found
+            finally:  # a call that is stopped keeps its results
                 with whole_file(units.file(number, "npy"), shared=True) as handle:
-                    np.save(handle, np.sort(np.array(found, _PLACE), order="key"), allow_pickle=False)
-            if problems and self.options.on_error == "error":  # looked at again by the next call
+                    np.save(handle, np.sort(np.array(records, _PLACE), order="key"), allow_pickle=False)
+            if problems and self.options.on_error == "error":  # the next call opens them again
                 self.report.problems.extend(problems)
             else:
-                units.note(number, pictures=len(found), broken=broken, **({} if written is None else _record(file, written)))
+                units.note(number, pictures=len(records), broken=broken, **({} if written is None else _record(file, written)))
 
     def _write_rows(self, files: _Files, number: int, writer: RowLines, progress: Progress) -> None:
-        """Write a file of rows, its index, and what is to be known of its groups."""
+        """Write a file of rows, its index, and the arrays for the final tables."""
         places, parts = range(number * ROWS, min((number + 1) * ROWS, len(self.source))), []
         report = CheckReport(self.report.manifest)
         with _summed(file := self.out / f"{files.name(number)}.jsonl") as written:
@@ -267,28 +269,31 @@ class _Job:
             problems=report.problems,
         )
 
-    def _end(self, units: _Files, files: _Files, found: Array | None) -> bool:
+    def _end(self, units: _Files, files: _Files, pictures: Array | None) -> bool:
         """Write the tables and store.json."""
         records = files.records()
         arrays = [np.load(files.file(number, "npz"), allow_pickle=False) for number in range(files.count)]
         identity = joined_identity(
             [
                 IdentityPart(
-                    each["groups"], held["order"].tobytes(), each["known"], {name: int(value) for name, value in each["sums"].items()}
+                    record["groups"], held["order"].tobytes(), record["known"], {name: int(value) for name, value in record["sums"].items()}
                 )
-                for each, held in zip(records, arrays, strict=True)
+                for record, held in zip(records, arrays, strict=True)
             ]
         )
         keys = joined_keys([Keys(held["row_keys"], held["picture_keys"]) for held in arrays])
         rows = np.concatenate([held["rows"] for held in arrays])
         left_out = len(self.source) - len(rows)
-        problems = list(dict.fromkeys([*self.report.problems, *itertools.chain(*(each["problems"] for each in records))]))
+        problems = list(dict.fromkeys([*self.report.problems, *itertools.chain(*(record["problems"] for record in records))]))
         if not len(rows):
             raise DataError(f"{problems[0]} (and none of the {left_out} groups can be used)")
         tables = [_written(self.out / ROW_KEYS, keys.rows), _written(self.out / PICTURE_KEYS, keys.pictures)]
-        if found is not None:
-            order = np.argsort(found["name"], kind="stable")
-            table = PictureTable(found["name"][order], found["facts"][order])
+        most_pixels = 0
+        if pictures is not None:
+            order = np.argsort(pictures["name"], kind="stable")
+            facts = pictures["facts"]
+            most_pixels = int((facts["width"].astype(np.int64) * facts["height"]).max(initial=0))
+            table = PictureTable(pictures["name"][order], facts[order])
             with _summed(self.out / PICTURES) as written:
                 for part in table.parts():
                     written.write(part)
@@ -312,17 +317,17 @@ class _Job:
             "identity": identity,
             "found": {
                 "images": self.report.num_images,
-                "most_pixels": 0 if found is None else _most_pixels(found["facts"]),
+                "most_pixels": most_pixels,
                 "false_cells": self.report.num_false_cells,
                 "metadata": self.report.unused if self.report.metadata else "",
                 "left_out": left_out,
             },
-            "rows": [{name: each[name] for name in shown if name in each} for each in records if each["groups"]],
-            "images": [{name: each[name] for name in shown if name in each} for each in units.records()] if self.options.pack else [],
+            "rows": [{name: entry[name] for name in shown if name in entry} for entry in records if entry["groups"]],
+            "images": [{name: entry[name] for name in shown if name in entry} for entry in units.records()] if self.options.pack else [],
             "tables": tables,
         }
         self.is_ended()
-        for left in self.out.glob("*.tmp"):  # by calls that were killed
+        for left in self.out.glob("*.tmp"):  # files of killed calls
             left.unlink(missing_ok=True)
         replace(self.out / FILE, json.dumps(record, indent=1).encode(), shared=True)
         return True
@@ -332,7 +337,7 @@ class _Job:
 
 
 class Chunk(NamedTuple):
-    """The lines of some groups, and what is known of them; ``rows`` has the source's row of each."""
+    """Encoded rows of some groups, and their contributions to the store; ``rows`` has the source's row of each group."""
 
     lines: bytes
     rows: Array
@@ -343,15 +348,15 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class RowLines:
-    """Writes a chunk of groups as rows of the internal form, without those that cannot be used.
+    """Encoder of chunks of groups as native rows, without the groups that cannot be used.
 
     Args:
         source: the data set.
         root: folder that the pictures' paths are relative to.
-        pictures: what is known of the pictures; None where none was opened.
-        broken: what is wrong with a picture, by its key.
-        repeats: groups that repeat an earlier one, or its id.
-        name: the path to write in place of a picture's own.
+        pictures: table of the pictures; None if none was opened.
+        broken: picture key -> its problem.
+        repeats: groups that repeat an earlier group, or its id.
+        name: picture -> the path to write in its place.
     """
 
     source: GroupStore
@@ -401,11 +406,11 @@ def _absolute(picture: Path) -> Path:
     return Path(os.path.abspath(picture))
 
 
-def _packed_name(out: Path, found: Array, picture: Path) -> Path:
+def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
     """Return the path of a picture in a tar of the store."""
-    if (at := find(found["key"], picture_key(picture))) is None:
+    if (at := find(pictures["key"], picture_key(picture))) is None:
         raise DataError(f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and prepare it again")
-    place = found[at]
+    place = pictures[at]
     return _absolute(out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"])))
 
 
@@ -413,44 +418,44 @@ def _packed_name(out: Path, found: Array, picture: Path) -> Path:
 
 
 class _Files:
-    """Files of one kind, and what was noted of each when it was whole."""
+    """Files of one kind, and the record of each complete one."""
 
     def __init__(self, work: Path, kind: str, count: int) -> None:
         self._work, self._kind, self.count = work, kind, count
 
     def name(self, number: int) -> str:
-        """``kind-00007``."""
+        """Return the name of a file, such as ``groups-00007``."""
         return f"{self._kind}-{number:05}"
 
     def file(self, number: int, suffix: str) -> Path:
-        """What is noted of a file."""
+        """Return the path of a file's record."""
         return self._work / f"{self.name(number)}.{suffix}"
 
     def missing(self, shard: int = 0, of: int = 1) -> list[int]:
-        """The files of a shard that are not whole."""
+        """List the incomplete files of a shard."""
         return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
 
     def note(self, number: int, **record: Any) -> None:
-        """A file is whole."""
+        """Record that a file is complete."""
         replace(self.file(number, "json"), json.dumps(record).encode(), shared=True)
 
     def records(self) -> list[Any]:
-        """What was noted."""
+        """Read the records of all files."""
         return [read_json(self.file(number, "json")) for number in range(self.count)]
 
 
 def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
-    """Load the pictures that stopped calls have opened, and calls that found problems; of one unit of work, or of all."""
+    """Load the pictures that interrupted or failed calls have opened, of one unit of work or of all."""
     tables = []
     for file in sorted(work.glob("images-*.npy" if number is None else f"images-{number:05}.npy")):
         with contextlib.suppress(OSError, ValueError):
-            found = np.load(file, allow_pickle=False)
-            tables.append(PictureTable(found["key"], found["facts"]))
+            records = np.load(file, allow_pickle=False)
+            tables.append(PictureTable(records["key"], records["facts"]))
     return tables
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """Remove a store of another state of the data set, or what was begun of one, if that may be; returns its pictures."""
+    """Remove a store, or an unfinished store, of another state of the data set if that is allowed; returns its pictures."""
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
     if not (remove_it and (ours or (out / BEGUN).is_file())) or _stamp_of(whole if whole.is_file() else out / BEGUN) == stamp:
@@ -473,26 +478,22 @@ def _read(file: Path, key: str) -> str | None:
     return None
 
 
-def _most_pixels(facts: Array) -> int:
-    return int((facts["width"].astype(np.int64) * facts["height"]).max(initial=0))
-
-
 def _begun(out: Path, stamp: str) -> Path:
-    """Make the folder of what is under way. Raises ConfigError for a folder that holds something else."""
-    work, whole, file = out / PARTS, out / FILE, out / BEGUN
-    if out.exists() and not (file.is_file() or whole.is_file()) and (not out.is_dir() or _holds_something(out)):
+    """Create the folder of unfinished work. Raises ConfigError for a folder with other contents."""
+    work, whole, begun = out / PARTS, out / FILE, out / BEGUN
+    if out.exists() and not (begun.is_file() or whole.is_file()) and (not out.is_dir() or _holds_something(out)):
         raise ConfigError(f"{out} is there and no store; name another folder with --out")
     if not whole.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            replace(file, json.dumps({"source": stamp}).encode(), shared=True)
+        if not begun.exists():
+            replace(begun, json.dumps({"source": stamp}).encode(), shared=True)
     return work
 
 
 def _holds_something(out: Path) -> bool:
-    """Tell whether a folder holds more than a call leaves that was killed before it had written anything."""
+    """Return whether a folder has more entries than a call that was killed before writing anything."""
     return any(
-        each.relative_to(out) != Path(PARTS) and not each.name.endswith(".tmp") for each in (*out.iterdir(), *(out / PARTS).glob("*"))
+        path.relative_to(out) != Path(PARTS) and not path.name.endswith(".tmp") for path in (*out.iterdir(), *(out / PARTS).glob("*"))
     )
 
 
@@ -505,11 +506,11 @@ def _written(file: Path, array: Array) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _summed(path: Path) -> Iterator[Summed]:
-    """A file to write that appears whole at the end of the block."""
+    """Open a file that appears complete at the end of the block."""
     with whole_file(path, shared=True) as handle:
         yield Summed(handle)
 
 
 def _record(file: Path, written: Summed) -> dict[str, Any]:
-    """Name, size and sum of what was written."""
+    """Return name, size and checksum of a written file."""
     return {"file": file.name, "bytes": written.size, "crc32": written.crc32}

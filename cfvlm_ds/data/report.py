@@ -1,4 +1,4 @@
-"""What a check of a data set has found, as data and as text."""
+"""Report of a data check, as data and as text."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from cfvlm_ds.core.text import one_line
 _SHOWN_PROBLEMS = 50
 
 
-_SHOWN, _SHOWN_CHARS = 30, 60  # edit types and keys of metadata in a line, and characters of each
+_SHOWN, _SHOWN_CHARS = 30, 60  # names in a line, and characters of each
 
 
 @dataclass
 class CheckReport:
-    """What a manifest contains, over its well-formed rows, and everything that is wrong with it (one sentence each, file and row first)."""
+    """Counts of the valid rows of a manifest, and its problems: one sentence each, which begins with file and row."""
 
     manifest: str
     num_groups: int = 0
     num_images: int = 0
-    """Distinct files, broken ones included."""
+    """Number of distinct files, including broken ones."""
     num_texts: int = 0
     num_cells: int = 0
     num_unknown_cells: int = 0
-    """Cells of the truth tables that ``match`` does not list."""
+    """Number of cells that ``match`` does not list."""
     num_false_cells: int = 0
     prompts: Counter[str] = field(default_factory=Counter)
-    """Groups whose texts answer DESCRIBE, as captions without a prompt of their own do, nothing, and others."""
+    """Number of groups by their prompt: DESCRIBE, which is the default of captions, "empty", or "others"."""
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
-    """K -> number of groups with K texts, or pictures, that are not known to fit the factual picture, or text (shams not counted)."""
+    """K -> number of groups with K texts, or images, that are not true of the factual image, or text (without shams)."""
     longest_text: int = 0
     longest_text_unit: str = "characters"
-    """"tokens" (prompt, image and text) where a text length was given, else "characters" of the text alone."""
+    """"tokens" of prompt, image and text, or "characters" of the text."""
     longest_text_where: str = ""
     visual_tokens: Counter[int] = field(default_factory=Counter)
-    """Number of visual tokens -> distinct images (their pictures together) with so many, where the model is known."""
+    """Number of visual tokens -> number of distinct images with so many; empty without a model."""
     metadata: Counter[str] = field(default_factory=Counter)
-    """Further key of rows -> number of groups that keep it."""
+    """Key of metadata -> number of groups that have it."""
     problems: list[str] = field(default_factory=list)
 
     def add_group(self, group: CounterfactualGroup) -> None:
-        """Count what a well-formed row contains."""
+        """Count the contents of a valid row."""
         self.num_groups += 1
         self.num_texts += len(group.candidates)
         self.num_cells += len(group.images) * len(group.candidates)
         self.num_unknown_cells += sum(line.count(None) for line in group.match)
         self.num_false_cells += sum(line.count(0) for line in group.match)
-        asked = {candidate.prompt for candidate in group.candidates}
-        self.prompts[repr(DESCRIBE) if asked == {DESCRIBE} else "empty" if asked == {""} else "others"] += 1
+        prompts = {candidate.prompt for candidate in group.candidates}
+        self.prompts[repr(DESCRIBE) if prompts == {DESCRIBE} else "empty" if prompts == {""} else "others"] += 1
         meta = json.loads(group.meta or "null")
         self.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
         self.edit_types.update(edit.type for edit in group.edits)
@@ -66,13 +66,16 @@ class CheckReport:
         self.num_counterfactuals[max(images, sum(truth != 1 for truth in group.match[0]))] += 1
 
     def note_length(self, length: int, unit: str, where: Callable[[], str], number: int) -> None:
-        """A text's length in ``unit``, the same for all of them, its group's place and its number there; the longest is reported."""
+        """Record the length of a text; the longest one is reported.
+
+        All lengths of a report have the same ``unit``; ``where`` returns the group's place, and ``number`` is the text's index in it.
+        """
         self.longest_text_unit = unit
         if length > self.longest_text:
             self.longest_text, self.longest_text_where = length, f"{where()}, text {number}"
 
     def add(self, other: CheckReport) -> None:
-        """Add what was found in later rows of the same manifest."""
+        """Add the report of later rows of the same manifest."""
         for name in ("num_groups", "num_images", "num_texts", "num_cells", "num_unknown_cells", "num_false_cells"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("prompts", "edit_types", "num_counterfactuals", "visual_tokens", "metadata"):
@@ -84,12 +87,12 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if there are no problems."""
         return not self.problems
 
     @property
     def visual_range(self) -> str:
-        """Least, median and most visual tokens of an image; empty where the model is not known or nothing is shown."""
+        """Least, median and largest number of visual tokens of an image; empty without a model or pictures."""
         if not self.visual_tokens:
             return ""
         low, middle, most = quantiles(self.visual_tokens, 0, 50, 100)
@@ -97,7 +100,7 @@ class CheckReport:
 
     @property
     def unused(self) -> str:
-        """The keys of ``metadata`` with their counts, the most frequent ones by name."""
+        """Keys of ``metadata`` with their counts, the most frequent first."""
         return f"{counted(self.metadata)} (kept, not used)"
 
     def __str__(self) -> str:
@@ -135,7 +138,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """What is wrong with a row, without its file and number: the same for every row that is wrong in this way."""
+    """Strip file and row from a problem, so that equal problems of several rows are equal."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 
@@ -144,12 +147,12 @@ _PLACE = re.compile(r"(?::|\bitem |\brow )\d+: ")
 
 
 def quantiles(counts: Counter[int], *percent: float) -> list[int]:
-    """The values below which so many percent of all are."""
+    """Compute percentiles of counted values."""
     return np.percentile(np.repeat(list(counts), list(counts.values())), percent, method="lower").tolist()
 
 
 def counted(counts: Counter[str]) -> str:
-    """Names with their counts, on one line that ends."""
+    """Format names with their counts on one line of limited length."""
     shown = [f"{one_line(name, _SHOWN_CHARS)}: {count}" for name, count in counts.most_common(_SHOWN)]
     more = len(counts) - len(shown)
     return ", ".join([*shown, *[f"and {more} more"] * bool(more)])

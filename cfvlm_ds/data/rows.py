@@ -1,4 +1,4 @@
-"""The rows of a manifest at random: values that JSON gives, each with its place, and what is wrong in place of a value."""
+"""Rows of a manifest by number: JSON values with their places, or an error in place of a value."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from cfvlm_ds.data.lines import IndexedLines
 
 
 class Rows(Protocol):
-    """Rows of a file, by number; one object serves all threads, and processes that are forked."""
+    """Rows of a file by number. Threads and forked processes can share one object."""
 
     path: Path
     roots: tuple[Path, ...]
-    """Folders that the names of a container's own pictures are relative to."""
+    """Folders to which the names of a container's own pictures are relative."""
 
     def __len__(self) -> int: ...
 
     def where(self, row: int) -> str:
-        """The place of a row, as people name it."""
+        """Return the place of a row for messages."""
         ...
 
     def value(self, row: int) -> Any:
-        """What JSON says, or a DataError that names the place."""
+        """Return the JSON value, or a DataError that names the place."""
         ...
 
 
 class LineRows:
-    """Rows of JSON lines, read when they are asked for."""
+    """Rows of JSON lines, read on access."""
 
     roots: tuple[Path, ...] = ()
 
@@ -59,13 +59,13 @@ class LineRows:
 
 
 def half_of_character(error: UnicodeEncodeError, where: str) -> DataError:
-    """Describe a text that no file takes."""
+    """Build the error for a text with half a surrogate pair, which cannot be encoded."""
     half = ascii(error.object[error.start])[1:-1]
     return DataError(f"{where}: {half} is half of a character, and no tokenizer or file takes it; write the whole or remove it")
 
 
 def _parsed(data: bytes, where: Callable[[], str], remedy: str) -> Any:
-    """The value of a JSON text, or what is wrong with it."""
+    """Parse a JSON text, or return the error."""
     try:
         text = data.decode("utf-8-sig" if data.startswith(BOM_UTF8) else "utf-8")  # the former is decoded in Python
         value = parse_json(text)

@@ -1,4 +1,4 @@
-"""What a data set is made of: counts, lengths, what is unknown and what occurs more than once, as data and as text."""
+"""Statistics of a data set: counts, lengths, unknown cells and repetitions, as data and as text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CHUNK = 1024
 
 
 class _Seen(NamedTuple):
-    """Width and height of a picture, and bytes of its file; or what is wrong with it."""
+    """Width, height and file size in bytes of a picture, or its problem."""
 
     size: Size = (0, 0)
     num_bytes: int = 0
@@ -43,11 +43,11 @@ class _Seen(NamedTuple):
 
 @dataclass
 class Statistics:
-    """What the well-formed rows of a manifest hold.
+    """Contents of the valid rows of a manifest.
 
     ``report`` counts groups, cells and edit types. Text lengths are those of rows in tokens (prompt, pictures of the group's first image,
-    text) where a model's were given, else of texts in characters. ``texts``, ``ids`` and ``rows`` are hashes: of every text, id, and of
-    what every group says.
+    text) if a model was given, else of texts in characters. ``texts``, ``ids`` and ``rows`` are hashes of every text, every id, and the
+    contents of every group.
     """
 
     report: CheckReport
@@ -58,14 +58,14 @@ class Statistics:
     visual_tokens: Counter[int] = field(default_factory=Counter)
     pictures: dict[Path, _Seen] = field(default_factory=dict)
     digests: Counter[bytes] = field(default_factory=Counter)
-    """Of the pictures that have as many bytes as another one."""
+    """Digests of the pictures that have as many bytes as another one."""
     texts: array[int] = field(default_factory=lambda: array("Q"))
     prompts: set[int] = field(default_factory=set)
     ids: array[int] = field(default_factory=lambda: array("Q"))
     rows: array[int] = field(default_factory=lambda: array("Q"))
 
     def add_group(self, group: CounterfactualGroup, lengths: Lengths | None) -> None:
-        """Count what a group holds, whose pictures are known."""
+        """Count the contents of a group whose pictures are known."""
         self.report.add_group(group)
         self.ids.append(hashed(group.id))
         self.rows.append(row_key(group, [[picture_key(picture) for picture in image] for image in group.images]))
@@ -77,11 +77,11 @@ class Statistics:
             self.text_lengths.update(len(candidate.text) for candidate in group.candidates)
             return
         seen = [[self.pictures[picture] for picture in image] for image in group.images]
-        whole = [tuple(picture.size for picture in image) for image in seen if not any(picture.problem for picture in image)]
+        sizes = [tuple(picture.size for picture in image) for image in seen if not any(picture.problem for picture in image)]
         try:
-            self.visual_tokens.update(lengths.visual_tokens(each) for each in whole if each)
-            for candidate in group.candidates if whole else ():
-                self.text_lengths[lengths.row_length(candidate.prompt, candidate.text, whole[0])] += 1
+            self.visual_tokens.update(lengths.visual_tokens(image) for image in sizes if image)
+            for candidate in group.candidates if sizes else ():
+                self.text_lengths[lengths.row_length(candidate.prompt, candidate.text, sizes[0])] += 1
         except DataError as error:
             self.report.problems.append(f"group {group.id!r}: {error}")
 
@@ -90,7 +90,7 @@ class Statistics:
         (num_ids, _), (different, repeated), (_, equal_rows) = map(_occurrences, (self.ids, self.texts, self.rows))
         equal_ids, true = len(self.ids) - num_ids, report.num_cells - report.num_false_cells - report.num_unknown_cells
         problems, equal = len(report.problems) + equal_ids, sum(count for digest, count in self.digests.items() if count > 1 and digest)
-        sides = Counter(max(each.size) for each in self.pictures.values() if not each.problem)
+        sides = Counter(max(picture.size) for picture in self.pictures.values() if not picture.problem)
         first = {without_place(problem): problem for problem in reversed(report.problems)}
         lines = [
             ("manifest", report.manifest),
@@ -110,7 +110,7 @@ class Statistics:
             ("problems", f"{problems} (`cfvlm-ds data check` names all)" if problems else "none"),
         ]
         shown = islice(reversed(first.values()), _SHOWN_PROBLEMS)
-        return "\n".join([f"{name:<16} {value}" for name, value in lines] + [f"  {one_line(each, 300)}" for each in shown])
+        return "\n".join([f"{name:<16} {value}" for name, value in lines] + [f"  {one_line(problem, 300)}" for problem in shown])
 
 
 def statistics(
@@ -122,32 +122,32 @@ def statistics(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> Statistics:
-    """What a manifest holds. Rows are read once and one by one; of pictures the headers are read, and whole files where several have the
-    same number of bytes.
+    """Collect the statistics of a manifest.
 
-    A row, picture or text with something wrong is counted and left out of the rest. ``lengths`` (a Collator, say) measures in tokens.
-    Memory: 24 bytes a group, 8 a text, the paths of different pictures, and the problems. Raises DataError for an unknown format, and for
-    a manifest that cannot be read at all.
+    Rows are read once, one by one. Of pictures, the headers are read, and the complete files if several have the same number of bytes. A
+    row, picture or text with a problem is counted and left out of the rest. ``lengths`` (for instance a Collator) measures in tokens.
+    Memory: 24 bytes a group, 8 a text, the paths of distinct pictures, and the problems. Raises DataError for an unknown format, and for a
+    manifest that cannot be read at all.
     """
-    found = Statistics(CheckReport(str(path)), lengths is not None)
+    result = Statistics(CheckReport(str(path)), lengths is not None)
     store = open_groups(path, root, format, progress=progress)
     entries, counter = store.entries(), Progress(progress, "statistics", len(store), "groups")
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         while chunk := [item for _, item in islice(entries, _CHUNK)]:
-            found.report.problems.extend(str(item) for item in chunk if isinstance(item, DataError))
+            result.report.problems.extend(str(item) for item in chunk if isinstance(item, DataError))
             groups = [item for item in chunk if not isinstance(item, DataError)]
-            new = dict.fromkeys(p for group in groups for image in group.images for p in image if p not in found.pictures)
-            found.pictures.update(zip(new, pool.map(partial(_look, max_pixels=max_pixels), new), strict=True))
-            found.report.problems.extend(problem for picture in new if (problem := found.pictures[picture].problem))
+            new = dict.fromkeys(p for group in groups for image in group.images for p in image if p not in result.pictures)
+            result.pictures.update(zip(new, pool.map(partial(_look, max_pixels=max_pixels), new), strict=True))
+            result.report.problems.extend(problem for picture in new if (problem := result.pictures[picture].problem))
             for group in groups:
-                found.add_group(group, lengths)
+                result.add_group(group, lengths)
             counter.advance(len(chunk))
-        files = Counter(seen.num_bytes for seen in found.pictures.values())
-        alike = [picture for picture, seen in found.pictures.items() if seen.num_bytes and files[seen.num_bytes] > 1]
+        files = Counter(seen.num_bytes for seen in result.pictures.values())
+        alike = [picture for picture, seen in result.pictures.items() if seen.num_bytes and files[seen.num_bytes] > 1]
         counter = Progress(progress, "pictures with as many bytes as another", len(alike), "pictures")
         for start in range(0, len(alike), _CHUNK):
-            found.digests.update(counter.over(pool.map(_digest, alike[start : start + _CHUNK])))
-    return found
+            result.digests.update(counter.over(pool.map(_digest, alike[start : start + _CHUNK])))
+    return result
 
 
 def _look(picture: Path, max_pixels: int) -> _Seen:
@@ -165,13 +165,13 @@ def _digest(picture: Path) -> bytes:
 
 
 def _occurrences(values: Sequence[int]) -> tuple[int, int]:
-    """How many different values there are, and how many occur more than once."""
+    """Return the number of distinct values, and the number of entries whose value occurs more than once."""
     _, counts = np.unique(np.asarray(values), return_counts=True)
     return len(counts), int(counts[counts > 1].sum())
 
 
 def _spread(counts: Counter[int], unit: str, before: str = "") -> str:
-    """Least, median, 95th percentile and most."""
+    """Format the minimum, median, 95th percentile and maximum."""
     if not counts:
         return "" if before else "none"
     low, middle, high, most = quantiles(counts, 0, 50, 95, 100)

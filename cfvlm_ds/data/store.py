@@ -1,8 +1,9 @@
-"""Counterfactual groups at random, read from their rows when they are asked for: memory does not grow with the number of rows.
+"""Group store: random access to counterfactual groups, read from their rows on access, so that memory does not grow with the number of
+rows.
 
-A format is one function from a row (a JSON object) to a CounterfactualGroup whose image paths are as written, or to several groups: then it
-has ``parts`` too, which says how many without making them. Joining paths to a data root, and refusing the ones that lead out of all roots,
-happens here once for all formats, so that a format cannot forget it.
+A format is a function from a row (a JSON object) to a CounterfactualGroup with image paths as written, or to several groups; then it has
+``parts`` as well, which counts them without building them. Paths are joined to a data root and confined to the roots here, for all formats,
+so that no format can forget it.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from cfvlm_ds.data.rows import Rows
 T = TypeVar("T")
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
-"""Row -> group, or groups, with image paths as written in the row. Raises DataError without file and line."""
+"""Row -> group, or groups, with image paths as written. Raises DataError without file and line."""
 
 
 class GroupStore(Sequence[CounterfactualGroup]):
-    """The groups of a manifest. One object serves all threads, and processes that are forked.
+    """Groups of a manifest. Threads and forked processes can share one object.
 
     Args:
-        rows: the manifest's.
-        roots: folders that pictures may be in, the one that paths are relative to first.
-        convert: the format's function, or what takes the claims of several rows.
-        firsts: number of groups before each row, and in all; None where every row is one.
+        rows: rows of the manifest.
+        roots: folders that pictures may be in; relative paths are resolved against the first.
+        convert: the format's function, or a function of the joined claims of several rows.
+        firsts: number of groups before each row, and in total; None if every row is one group.
         format: name of the format, with its options.
-        limit: groups that it has at most, the first ones.
+        limit: largest number of groups; only the first ones are used.
     """
 
     def __init__(
@@ -53,14 +54,16 @@ class GroupStore(Sequence[CounterfactualGroup]):
 
     @property
     def path(self) -> Path:
-        """The manifest."""
+        """Path of the manifest."""
         return self.rows.path
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Number of groups before each row, and in all, where a row has several: of a store those of the data that were prepared."""
-        found: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
-        return self.firsts if found is None else found
+        """Number of groups before each row, and in total, if rows have several groups; for a store, the rows of the data set it was
+        prepared from.
+        """
+        stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
+        return self.firsts if stored is None else stored
 
     def __len__(self) -> int:
         number = len(self.rows) if self.firsts is None else int(self.firsts[-1])
@@ -73,34 +76,34 @@ class GroupStore(Sequence[CounterfactualGroup]):
     def __getitem__(self, index: slice) -> Sequence[CounterfactualGroup]: ...
 
     def __getitem__(self, index: int | slice) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Raises DataError naming file, row and remedy for a row that is no group."""
+        """Return a group, or a lazy slice. Raises DataError naming file, row and remedy for an invalid row."""
         if isinstance(index, slice):
             return Lazy(self._group, range(len(self))[index])
         return self._group(range(len(self))[index])
 
     def where(self, index: int) -> str:
-        """The place of a group's row."""
+        """Return the place of a group's row."""
         return self.rows.where(self._row(index)[0])
 
     def entry(self, index: int) -> CounterfactualGroup | DataError:
-        """A group, or what is wrong with its row (its place included)."""
+        """Return a group, or the error of its row, with the row's place."""
         row, part = self._row(index)
-        if (last := self._last)[0] != row:  # a row of many groups is not read for each of them
+        if (last := self._last)[0] != row:  # a row with many groups is read once
             self._last = last = (row, _unraised(self._groups, row))
         groups = last[1]
         return groups if isinstance(groups, DataError) else groups[part]
 
     def entries(self, places: Sequence[int] | None = None) -> Iterator[tuple[int, CounterfactualGroup | DataError]]:
-        """Number and entry of all groups, or of some."""
+        """Iterate over number and entry of all groups, or of some."""
         return ((index, self.entry(index)) for index in (range(len(self)) if places is None else places))
 
     def _group(self, index: int) -> CounterfactualGroup:
-        if isinstance(found := self.entry(index), DataError):
-            raise found
-        return found
+        if isinstance(entry := self.entry(index), DataError):
+            raise entry
+        return entry
 
     def _row(self, index: int) -> tuple[int, int]:
-        """The row of a group, and which of the row's groups it is."""
+        """Return the row of a group, and the group's index in the row."""
         if self.firsts is None:
             return index, 0
         row = int(self.firsts.searchsorted(index, "right")) - 1
@@ -120,7 +123,9 @@ class GroupStore(Sequence[CounterfactualGroup]):
 
 
 class Unraised(Sequence[CounterfactualGroup | DataError]):
-    """Groups for a data worker, with what is wrong in place of one whose row cannot be read: raised there, it would lose its message."""
+    """Groups for a data worker, with an error in place of a group whose row cannot be read: an exception raised in a worker would lose its
+    message.
+    """
 
     def __init__(self, groups: Sequence[CounterfactualGroup]) -> None:
         self._groups = groups
@@ -140,17 +145,17 @@ def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:
 
 
 def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
-    """Number of groups before each row, and in all; None for a format of one group a row. ``over`` goes through the rows."""
+    """Count the groups before each row, and in total; returns None for a format with one group per row. ``over`` iterates over the rows."""
     parts = getattr(convert, "parts", None)
     if parts is None:
         return None
 
     def work(places: Sequence[int], done: Callable[[], object]) -> npt.NDArray[Any]:
-        found = np.zeros(len(places), np.int64)
+        counts = np.zeros(len(places), np.int64)
         for k, row in enumerate(places):
-            found[k] = _parts_of(rows.value(row), parts)
+            counts[k] = _parts_of(rows.value(row), parts)
             done()
-        return found
+        return counts
 
     firsts = np.cumsum(np.concatenate([np.zeros(1, np.int64), *over(work)]))
     if firsts[-1] >= 1 << 32:
@@ -159,7 +164,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
 
 
 def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
-    """Groups of a row; one, which will say what is wrong, where that is not known."""
+    """Count the groups of a row; an invalid row counts as one, whose access raises the error."""
     try:
         return max(1, int(parts(row))) if isinstance(row, dict) else 1
     except (ValueError, TypeError, AttributeError, OverflowError, LookupError):
@@ -167,13 +172,13 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
 
 
 def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[CounterfactualGroup]:
-    """The groups of a row, with pictures as it names them. Raises DataError without the row's place."""
-    found = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple has the claims of several rows
-    return [found] if isinstance(found, CounterfactualGroup) else found
+    """Convert a row to groups with pictures as written. Raises DataError without the row's place."""
+    groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple has the claims of several rows
+    return [groups] if isinstance(groups, CounterfactualGroup) else groups
 
 
 def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
-    """Apply a format's function to a row. Whatever it raises on a row that it did not expect is a DataError without the row's place."""
+    """Apply a format's function to a row. Any exception becomes a DataError without the row's place."""
     if not isinstance(row, dict):
         raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
     try:
@@ -186,10 +191,10 @@ def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
 
 
 def confined(group: CounterfactualGroup, confine: Confinement) -> CounterfactualGroup:
-    """The group with the files that its pictures are in. Raises DataError."""
+    """Return the group with its pictures' files resolved and confined. Raises DataError."""
     group = group.with_images(tuple(tuple(map(confine, pictures)) for pictures in group.images))
     if len(group.images) == len({pictures[-1].name if pictures else "" for pictures in group.images}):
-        return group  # by their last names alone
+        return group  # all files have distinct names, so no two images are equal
     equal: dict[Pictures, list[int]] = {}
     for second, pictures in enumerate(group.images):
         for first in equal.setdefault(pictures, []):
@@ -203,5 +208,5 @@ def confined(group: CounterfactualGroup, confine: Confinement) -> Counterfactual
 
 
 def told_apart(group: CounterfactualGroup, first: int, second: int) -> bool:
-    """Whether some text is known to be true of one of these two images of the group and false of the other."""
+    """Return whether some text is known to be true of one of two images and false of the other."""
     return any({a, b} == {0, 1} for a, b in zip(group.match[first], group.match[second], strict=True))

@@ -1,8 +1,9 @@
-"""A store, which ``cfvlm-ds data prepare`` writes and training opens: files of rows with their indexes, a table of pictures, store.json.
+"""Stores: prepared data sets that ``cfvlm-ds data prepare`` writes and training opens, with indexed files of rows, a table of pictures, and
+store.json.
 
-It is written once. Files are compared with their sizes and the sums of their indexes, not with times, so that a copy is as good. The
-pictures are in tars of the store, or where the data set has them; the table has size, contents and dimensions of each, so that none has to
-be opened to know them.
+A store is written once. Its files are compared by size and by the checksums of their indexes, not by time, so that a copy is valid. The
+pictures are in tars of the store, or in their original files. The table has the size, digest and dimensions of each picture, so that they
+are known without opening it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from cfvlm_ds.data.store import GroupStore
 SCHEMA = "cfstore/3"
 FILE, PICTURES, TOGETHER, ROW_KEYS, PICTURE_KEYS = "store.json", "pictures.table", "together.npy", "row_keys.npy", "picture_keys.npy"
 PARTS = "parts"
-"""Folder of what is under way."""
+"""Folder of unfinished work."""
 BEGUN = f"{PARTS}/source.json"
 _OPEN = 200  # files of rows that a process keeps open
 _IDENTITY = {"rows", "order", *SUMS}
@@ -41,18 +42,18 @@ _FOUND = {"images": int, "most_pixels": int, "false_cells": int, "metadata": str
 
 
 def is_store(folder: Path) -> bool:
-    """Tell whether a folder is a store, or is to become one."""
+    """Return whether a folder is a store, complete or unfinished."""
     return os.path.lexists(folder / FILE) or (folder / BEGUN).is_file()
 
 
 class StoredRows:
-    """The rows of a store, shard after shard, and what was found when they were prepared.
+    """Rows of a store, shard after shard, and the results of the check that prepared it.
 
     Args:
         folder: the store.
-        roots: folders that the pictures are in, if those where they were when it was prepared are gone.
+        roots: folders of the pictures, used if their folders at the time of preparation no longer exist.
 
-    Raises DataError for a folder that is no store, or whose files are not those that its store.json names.
+    Raises DataError for a folder that is not a store, or whose files differ from those listed in store.json.
     """
 
     def __init__(self, folder: Path, roots: Sequence[Path] = ()) -> None:
@@ -68,25 +69,25 @@ class StoredRows:
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             self._sums = dict[str, int]()
-            for each in (*record["rows"], *record["images"], *record["tables"]):
-                file = own_file(folder, each["file"], self._file)
+            for entry in (*record["rows"], *record["images"], *record["tables"]):
+                file = own_file(folder, entry["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
-                if size != each["bytes"]:
-                    raise ValueError(f"{file.name} has {size} bytes and not {each['bytes']}")
-                self._sums[file.name] = int(each["crc32"])
-            if strange := [each["file"] for each in record["tables"] if crc32_of(folder / each["file"]) != each["crc32"]]:
+                if size != entry["bytes"]:
+                    raise ValueError(f"{file.name} has {size} bytes and not {entry['bytes']}")
+                self._sums[file.name] = int(entry["crc32"])
+            if strange := [entry["file"] for entry in record["tables"] if crc32_of(folder / entry["file"]) != entry["crc32"]]:
                 raise ValueError(f"{strange[0]} is not the file that was prepared")
             before = [Path(str(root)) for root in record["roots"]]
             self.roots = (folder,) if record["images"] else tuple(before if before[0].is_dir() or not roots else roots)
-            """Folders that the names of pictures are relative to."""
+            """Folders to which the names of pictures are relative."""
             self.stamp, self.identity, self.found = str(record["source"]), dict(record["identity"]), dict(record["found"])
-            """What the data set is recognised by, before and after it is read, and what the check has counted."""
+            """Hash of the source's files and options, identity of the data set, and counts of the check."""
             self.pictures = PictureTable.opened(folder / PICTURES, self.roots) if PICTURES in self._sums else None
-            """What was known of each picture when it was prepared; None where none was opened."""
+            """Table of the pictures as they were prepared; None if none was opened."""
             self.keys = Keys(*(_mapped(folder / name) for name in (ROW_KEYS, PICTURE_KEYS)))
             self.together = _mapped(folder / TOGETHER) if TOGETHER in self._sums else None
-            """Groups before each of the rows that they were made of, and in all, where a row had several."""
-            self._shards = [(folder / each["file"], int(each["index"]), int(each["groups"])) for each in record["rows"]]
+            """Number of groups before each original row, and in total, if original rows had several groups."""
+            self._shards = [(folder / entry["file"], int(entry["index"]), int(entry["groups"])) for entry in record["rows"]]
             self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
             if not 0 < self._firsts[-1] == record["groups"] == self.identity["rows"]:
                 raise ValueError("its files have another number of groups")
@@ -108,26 +109,26 @@ class StoredRows:
         return self._firsts[-1]
 
     def where(self, row: int) -> str:
-        """``file:line`` of a row, in its shard."""
+        """Return ``file:line`` of a row, in its shard."""
         rows, place = self._find(row)
         return rows.where(place)
 
     def value(self, row: int) -> Any:
-        """What JSON says, or a DataError that names the place."""
+        """Return the JSON value, or a DataError that names the place."""
         rows, place = self._find(row)
         return rows.value(place)
 
     def altered(self, progress: Callable[[str], object]) -> Iterator[str]:
-        """A sentence for each file whose CRC-32 is not that of store.json; reads them all."""
+        """Read all files and yield a sentence for each whose CRC-32 differs from store.json."""
         files = [self.path / name for name in self._sums]
         counted = Progress(progress, f"sums of the files of {self.path}", sum(file.stat().st_size for file in files) / 1e6, "MB")
         for file in files:
             try:
-                found = crc32_of(file, lambda size: counted.advance(size / 1e6))
+                checksum = crc32_of(file, lambda size: counted.advance(size / 1e6))
             except OSError as error:
                 yield f"{file}: the file cannot be read ({error}); {self._remedy}"
                 continue
-            if found != self._sums[file.name]:
+            if checksum != self._sums[file.name]:
                 yield f"{file}: it is not the file that was prepared (its CRC-32 is another); {self._remedy}"
 
     def _find(self, row: int) -> tuple[LineRows, int]:
@@ -135,7 +136,9 @@ class StoredRows:
         return self._opened(shard), row - self._firsts[shard]
 
     def _shard(self, shard: int) -> LineRows:
-        """The rows of a shard. Its index has a sum of each row, and store.json one of the index: a shard in another's place is noticed."""
+        """Open the rows of a shard. Its index has a checksum of each row, and store.json one of the index,
+        so exchanged shards are noticed.
+        """
         file, index, groups = self._shards[shard]
         try:
             lines = IndexedLines.mapped(file)

@@ -3,7 +3,7 @@
 One JSON object per line: a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
 sha256}, then one line per group {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
 cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its own scores
-leaves them out. A line is read when its group is used.
+omits them. A line is read when its group is used.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from cfvlm_ds.data.lines import MAX_LINE as MAX_LINE
 from cfvlm_ds.data.lines import IndexedLines
 
 SCHEMA = "cfscores/3"
-_FLOAT32 = 3e38  # what is larger becomes infinite as a tensor
+_FLOAT32 = 3e38  # larger values become infinite as a tensor
 
 
 @dataclass(frozen=True)
 class StoredScores:
-    """One group under the reference model, in nats: ``logp[i][c]`` = log p(text c | image i), ``blank[c]`` = log p(text c | blank)."""
+    """Scores of one group under the reference model, in nats: ``logp[i][c]`` = log p(text c | image i), ``blank[c]`` = log p(text c |
+    blank).
+    """
 
     logp: tuple[tuple[float, ...], ...]
     blank: tuple[float, ...]
@@ -50,10 +52,10 @@ def write_scores(
     *,
     made_by: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the scores of every group; the file appears complete or not at all. Raises KeyError when a group has no scores.
+    """Write the scores of every group; the file appears complete or not at all. Raises KeyError for a group without scores.
 
-    ``data`` is the groups' identity (data_identity), which a reader compares with that of its own groups; ``made_by`` is the model's
-    (fingerprint).
+    ``data`` is the groups' identity (data_identity), which a reader compares with that of its own groups. ``made_by`` is the model's
+    fingerprint.
     """
     with whole_file(path) as handle:
         handle.writelines(score_lines(groups, scores, model, data, made_by=made_by))
@@ -67,7 +69,7 @@ def score_lines(
     *,
     made_by: Mapping[str, str] | None = None,
 ) -> Iterator[bytes]:
-    """The lines of such a file."""
+    """Yield the lines of a scores file, as write_scores writes it."""
     yield json.dumps({"schema": SCHEMA, "data": data, "groups": len(groups), "model": model, **(made_by or {})}).encode() + b"\n"
     for group in groups:
         stored = scores[group.id]
@@ -75,16 +77,18 @@ def score_lines(
 
 
 def is_written(file: IO[bytes]) -> bool:
-    """Whether a file is one of ``cfvlm-ds score``, of this or an older form; those that a run keeps of its evaluation are not."""
+    """Return whether ``cfvlm-ds score`` wrote a file, in this or an older schema. Files of evaluation
+    scores in a run folder do not count.
+    """
     header = parse_json(next(lines(file, MAX_LINE)).decode())
     return str(header["schema"]).startswith(SCHEMA.partition("/")[0]) and "weights" in header
 
 
 class ScoresFile(Mapping[str, StoredScores]):
-    """Scores by group id, read from their file when they are asked for: 16 bytes a group in memory, and those of an index of lines.
+    """Scores by group id, read from their file on access. Memory: 16 bytes a group, and the index of lines.
 
     Args:
-        rows: the lines of the file, of which the first is the header.
+        rows: lines of the file, of which the first is the header.
         keys: a hash of the id of each row.
     """
 
@@ -102,7 +106,7 @@ class ScoresFile(Mapping[str, StoredScores]):
         return len(self._keys)
 
     def row_of(self, group_id: str) -> int:
-        """The row of a group, counted from the header's 0. Raises KeyError."""
+        """Return the row of a group; the header is row 0. Raises KeyError."""
         key = np.uint64(_key(group_id))
         for at in range(int(self._keys.searchsorted(key)), len(self._keys)):
             if self._keys[at] != key:
@@ -116,7 +120,7 @@ class ScoresFile(Mapping[str, StoredScores]):
 
 
 class ScoresOfSources(Mapping[str, StoredScores]):
-    """Scores of a mixture's groups, which are named SOURCE/ID; a source may have none."""
+    """Scores of a mixture's groups, whose ids are SOURCE/ID; a source may have none."""
 
     def __init__(self, sources: Mapping[str, Mapping[str, StoredScores]]) -> None:
         self._sources = sources
@@ -140,14 +144,13 @@ def read_scores(
     made_by: Mapping[str, str] | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Mapping[str, StoredScores]:
-    """Scores by group id, in no memory that grows with their values. Raises DataError on a missing, incomplete or foreign file, or a value
-    that is not finite.
+    """Open stored scores by group id, in memory that does not grow with their values.
 
-    Foreign is a file of other ids, texts, prompts or pictures and, where ``made_by`` is given, of other weights or of another tokenizer,
-    processor or template. Order, labels and weights of the groups may have changed: no score depends on them.
+    Raises DataError for a missing or incomplete file, for a value that is not finite, and for a foreign file: one with other ids, texts,
+    prompts or pictures or, if ``made_by`` is given, of other weights or another tokenizer, processor or template. Order, labels and weights
+    of the groups may have changed, because no score depends on them.
 
-    ``data`` is the groups' identity, made with the roots that they were read with: paths count relative to these.
-    ``say`` is told how far it is.
+    ``data`` is the groups' identity, computed with the roots from which they were read. ``say`` receives progress lines.
     """
     if not os.path.exists(path):
         raise DataError(f"{path}: no such scores file; {_REMEDY}")
@@ -156,25 +159,27 @@ def read_scores(
         if not len(rows):
             raise ValueError("it is empty")
         _check_header(path, _parsed(rows, 0), data, made_by)
-        found, elsewhere = _checked(rows, groups, Progress(say, f"{path}: scores", len(rows) - 1, "groups"))
+        scores, elsewhere = _checked(rows, groups, Progress(say, f"{path}: scores", len(rows) - 1, "groups"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{path}: not a scores file ({reason}); {_REMEDY}") from error
-    for place in (*elsewhere, *range(len(found), len(groups))):
+    for place in (*elsewhere, *range(len(scores), len(groups))):
         group = groups[place]
-        if group.id not in found:
+        if group.id not in scores:
             raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete, or has another twice; {_REMEDY}")
-        _check_matrix(rows, found.row_of(group.id), group, found[group.id])
-    return found
+        _check_matrix(rows, scores.row_of(group.id), group, scores[group.id])
+    return scores
 
 
 _REMEDY = "write it again with `cfvlm-ds score`"
 
 
 def _checked(rows: IndexedLines, groups: Sequence[CounterfactualGroup], progress: Progress) -> tuple[ScoresFile, Sequence[int]]:
-    """The scores of a file, and the places of groups whose row is not the one at their place. Raises DataError, and as a row is parsed."""
+    """Check the scores of a file; returns them, and the places of groups whose row is at another place. Raises DataError, and as parsing a
+    row does.
+    """
     keys, elsewhere = np.zeros(len(rows) - 1, np.uint64), array("q")
     for place in progress.over(range(1, len(rows))):
         row = _parsed(rows, place)
@@ -217,7 +222,7 @@ def _scores_of(row: Any) -> StoredScores:
 
 
 def _key(name: str) -> int:
-    """64 bits that stand for an id. Raises TypeError for what is no text."""
+    """Hash an id to 64 bits. Raises TypeError for an id that is not a text."""
     if not isinstance(name, str):
         raise TypeError(f"an id is a {type(name).__name__}")
     return hashed(name)

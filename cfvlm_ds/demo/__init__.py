@@ -1,1 +1,1 @@
-"""The embedded world of scenes and small random checkpoints, with which everything can be trained and tested without a download."""
+"""Demo data and models: the embedded world of scenes and small random checkpoints, for training and tests without a download."""

@@ -1,4 +1,4 @@
-"""The demo's pretrained base: a small LLaVA that knows words and things and fails at composition. `make base` trains it again."""
+"""Pretrained base of the demo: a small LLaVA that knows the world's words and things but fails at composition. `make base` trains it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).resolve().parent / "base_checkpoint"
 
 
 def write_base(out_dir: str | Path) -> Path:
-    """Copy the base to ``out_dir``; nothing if it is there. ConfigError where the package has none, or ``out_dir`` holds others."""
+    """Copy the base to ``out_dir`` unless it exists. Raises ConfigError if the package lacks the base, or ``out_dir`` holds other files."""
     out = Path(out_dir)
     if (out / "config.json").exists():
         return out

@@ -1,5 +1,7 @@
-"""Small random checkpoints in each family's real on-disk format (configuration, safetensors, processor, tokenizer, chat template), for
-smoke tests of code and clusters. Their output means nothing.
+"""Family checkpoints: small random models in each family's real on-disk format (configuration, safetensors, processor, tokenizer, chat
+template).
+
+They are for smoke tests of code and clusters, and their output is meaningless.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
-_NEWLINES = ["\n" * 4] * 9  # for a tokenizer that has tokens of several newlines, as Gemma's
+_NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens of several newlines, as Gemma's has
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VOCABULARY = "size of the vocabulary"
 _TEXT = {**_WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size": _VOCABULARY, "bos_token_id": None}
@@ -54,13 +56,13 @@ _GLM = (
 Parts = tuple[Any, Any]
 """(configuration or model, processor)"""
 t: Any = transformers
-"""Its constructors take what its configuration classes leave to ``**kwargs``, hence Any."""
+"""transformers as Any, because its constructors accept arguments that their signatures hide in ``**kwargs``."""
 
 
 def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
     """Write a checkpoint of about 100,000 parameters to ``out_dir``.
 
-    Raises ConfigError for an unknown ``model_type`` or a folder that is there.
+    Raises ConfigError for an unknown ``model_type`` or an existing folder.
     """
     if model_type not in SMALL:
         raise ConfigError(f"no small model of type {model_type!r}; there are {', '.join(SMALL)}")
@@ -74,7 +76,7 @@ def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    parameter.normal_(0, 0.1)  # the usual 0.02 makes a model this narrow say the same of everything
+                    parameter.normal_(0, 0.1)  # with the usual 0.02, so narrow a model has the same output for all inputs
         return model, processor
 
     return write_checkpoint(out_dir, make)
@@ -95,18 +97,18 @@ def _parts(
     corpus: Sequence[str] = _CORPUS,
     **named: Any,
 ) -> Parts:
-    """A configuration, in which a control token stands for its number, and a processor.
+    """Build a configuration, with control tokens replaced by their ids, and a processor.
 
     Args:
-        special: control tokens of the tokenizer, first that of padding unless ``named`` says another one.
-        end: the one at the end of a turn.
-        template: chat template, with IMAGE where a picture stands.
-        text: configuration of the language model, beside _TEXT.
+        special: control tokens of the tokenizer; the first is the padding token unless ``named`` sets another.
+        end: control token at the end of a turn.
+        template: chat template, with IMAGE in place of a picture.
+        text: configuration of the language model, in addition to _TEXT.
         vision: configuration of the tower.
         config: the rest of the configuration.
-        parts: name -> class and options of what the processor has beside its tokenizer.
-        options: of the processor.
-        corpus: what the tokenizer is trained on.
+        parts: name -> class and options of each part of the processor except its tokenizer.
+        options: options of the processor.
+        corpus: texts on which the tokenizer is trained.
         named: further options of the tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -123,14 +125,14 @@ def _parts(
 
     def numbered(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {name: numbered(each) for name, each in value.items()}
+            return {name: numbered(item) for name, item in value.items()}
         return numbers.get(value, value) if isinstance(value, str) else value
 
-    whole = {"text_config": {**_TEXT, "eos_token_id": end, **text}, "vision_config": vision, **config}
-    made = {name: getattr(t, kind)(**given) for name, (kind, given) in parts.items()}
+    settings = {"text_config": {**_TEXT, "eos_token_id": end, **text}, "vision_config": vision, **config}
+    processor_parts = {name: getattr(t, kind)(**given) for name, (kind, given) in parts.items()}
     kind = getattr(t, t.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES[model_type])
-    processor = kind(tokenizer=tokenizer, chat_template=template, **made, **options)
-    return t.AutoConfig.for_model(model_type, **numbered(whole)), processor
+    processor = kind(tokenizer=tokenizer, chat_template=template, **processor_parts, **options)
+    return t.AutoConfig.for_model(model_type, **numbered(settings)), processor
 
 
 def _llava(model_type: str, folder: Path) -> Parts:
@@ -157,7 +159,7 @@ def _qwen(model_type: str, folder: Path) -> Parts:
         text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}  # three gated delta nets, then one layer of attention
     elif newer:
         vision["deepstack_visual_indexes"] = [0, 1]
-        text |= {"head_dim": 8, "num_hidden_layers": 3}  # features added after the last layer would reach no text
+        text |= {"head_dim": 8, "num_hidden_layers": 3}  # features added after the last layer would not reach any text
     if model_type.endswith("moe"):
         text |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
     if model_type == "qwen3_5_moe":
@@ -316,8 +318,8 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
         parts={"image_processor": ("Gemma3ImageProcessor", {"size": {"height": 56, "width": 56}})},
         options={"image_seq_length": 16},
     ),
-    # All that Gemma 4 has beside its mixture of experts: embeddings for each layer and shared keys and values are of its smaller models,
-    # pictures that are seen as a whole, and full layers whose values are their keys, of its larger ones.
+    # All features of Gemma 4 except its mixture of experts: of the smaller models, embeddings for each layer and shared keys and values;
+    # of the larger ones, bidirectional attention within pictures and full layers whose values are their keys.
     "gemma4": partial(
         _parts,
         special=["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>", *_GEMMA4.values()],
@@ -393,4 +395,4 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
         },  # patch_size: visual tokens on a side of a tile
     ),
 }
-"""Model type -> what makes its parts; a tokenizer that is a file of its own is put into the folder."""
+"""Model type -> function that builds its configuration and processor; it writes a tokenizer file to the folder if the family has one."""

@@ -1,4 +1,5 @@
-"""What `make demo` prints last: group accuracy of the base, of plain NLL from it, of the same run with other seeds, and of this run.
+"""Final table of `make demo`: group accuracy of the base, of plain NLL from it, of the default objective over several seeds, and of this
+run.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """
@@ -10,19 +11,19 @@ import sys
 from pathlib import Path
 
 MEASURED = Path(__file__).resolve().parent / "measured.json"
-"""What `python benchmarks/learning.py --report` has found on 1000 held-out pairs an edit, in %, by split and edit: of the ``base``, and of
-``nll``, plain NLL on all pairs in the same processor time, and ``default``, this run's objective: ``seeds``, ``mean``, ``lowest`` and
-``highest``."""
+"""Results of `python benchmarks/learning.py --report` on 1000 held-out pairs per edit, in %, by split and edit: of the ``base``; and the
+``seeds``, ``mean``, ``lowest`` and ``highest`` of ``nll``, plain NLL on all pairs in the same processor time, and of ``default``, this
+run's objective."""
 
 
 def report(run: Path) -> str:
-    """The table, a line per edit type on held-out combinations and one per kind of question."""
+    """Format the table, with a line per edit type on held-out combinations and one per kind of question."""
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))
     rows = json.loads((run / "results.json").read_text(encoding="utf-8"))
     seeds = f"{measured['default']['seeds']} seeds"
     lines = [f"{'group accuracy, %':24}{'base':>8}{'+ NLL':>8}{f'+ default, {seeds}':>22}{'this run':>11}", ""]
-    for split, found in rows.items():
-        for row in found if split == "combo" else [row for row in found if row["name"] == "all"]:
+    for split, results in rows.items():
+        for row in results if split == "combo" else [row for row in results if row["name"] == "all"]:
             edit = row["name"]
             name = edit.replace("_", " ") if split == "combo" else f"questions: {split.replace('_', ' ')}"
             base, control = measured["base"][split][edit], measured["nll"]["mean"][split][edit]

@@ -1,4 +1,4 @@
-"""A small LLaVA in the family's real on-disk format: config, safetensors, processor, and a SentencePiece tokenizer trained on the spot."""
+"""Tiny LLaVA in the family's real on-disk format: config, safetensors, processor, and a newly trained SentencePiece tokenizer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.untrusted import refuse_filled
 
+_RANDOM = "A small model with random weights, for tests: its texts mean nothing."
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% for item in message['content'] %}"
@@ -24,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
-    """Write a small, randomly initialised LLaVA and its processor; nothing if the folder is there.
+    """Write a small, randomly initialised LLaVA and its processor unless the folder exists.
 
     ``texts`` train the tokenizer.
     """
@@ -45,16 +46,23 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
 
 
 def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
-    """Save the (model, processor) that ``make`` gives; it may put files into the folder it gets. ``out_dir`` is complete or absent."""
+    """Save a random (model, processor) from ``make``, which may put files into the folder it gets. ``out_dir`` is complete or absent."""
     refuse_filled(out_dir)
     with whole_folder(out_dir) as partial:
         for part in make(partial):
             part.save_pretrained(partial)
+        (partial / "README.md").write_text(f"{_RANDOM}\n")
     return out_dir
 
 
+def is_random(folder: Path) -> bool:
+    """Return whether ``write_checkpoint`` wrote a model folder."""
+    card = folder / "README.md"
+    return card.is_file() and card.read_text(errors="replace").startswith(_RANDOM)
+
+
 def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str]) -> Any:
-    """LLaVA's own processor around a SentencePiece BPE tokenizer trained on ``texts``; writes tokenizer.model."""
+    """Build LLaVA's processor with a SentencePiece BPE tokenizer trained on ``texts``; writes tokenizer.model."""
     import sentencepiece
     from transformers import CLIPImageProcessor, LlamaTokenizer, LlavaProcessor
 
@@ -89,11 +97,11 @@ def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str])
 
 
 def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
-    """The configuration of a LLaVA that goes with ``processor``."""
+    """Build the configuration of a LLaVA for ``processor``."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     tokenizer, width = processor.tokenizer, config.hidden_size
-    spread = 0.64 * width**-0.5  # the usual 0.02 suits a width of 1000; it costs a small model half of its training time
+    spread = 0.64 * width**-0.5  # the usual 0.02 suits a width of 1000, and doubles the training time of a small model
     vision = CLIPVisionConfig(
         hidden_size=config.vision_hidden_size,
         intermediate_size=2 * config.vision_hidden_size,
@@ -127,7 +135,7 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
 
 
 def _place_positions(tower: Any, side: int) -> None:
-    """Start the tower's position embeddings as two-dimensional sines and cosines: where a patch is need not be learned from few images."""
+    """Initialise the tower's position embeddings with two-dimensional sines and cosines, because they cannot be learned from few images."""
     embeddings = tower.embeddings if hasattr(tower, "embeddings") else tower.vision_model.embeddings
     width = embeddings.position_embedding.weight.shape[1]
     rates = 1.5 * torch.exp(-math.log(50.0) * torch.arange(width // 4) / (width // 4))

@@ -13,7 +13,7 @@ from cfvlm_ds.evaluation.comparisons import UNLABELLED
 from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
-from cfvlm_ds.evaluation.report import changes, headline, headline_metric, table
+from cfvlm_ds.evaluation.report import headline, headline_metric, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
 from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
@@ -23,7 +23,6 @@ __all__ = [
     "Accuracy",
     "GroupScores",
     "accuracies",
-    "changes",
     "evaluate",
     "flat_metrics",
     "guarded",

@@ -127,6 +127,16 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
     return rows
 
 
+def points_by_edit(group: CounterfactualGroup, score: GroupScores, metric: str) -> dict[str, tuple[float, int]]:
+    """Return the comparisons of a metric that a group wins, and how many it has, by edit type."""
+    found: dict[str, tuple[float, int]] = {}
+    for labels, points in _outcomes(group, score):
+        for label in labels if metric in points else ():
+            won, made = found.get(label, (0.0, 0))
+            found[label] = won + points[metric], made + 1
+    return found
+
+
 _ALL = ""
 """Stands for all comparisons in place of an edit type."""
 _PREFIXES = ("", "blind_", "shuffled_")

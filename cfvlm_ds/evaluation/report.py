@@ -47,26 +47,6 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
     return "\n".join(lines)
 
 
-def changes(before: Mapping[str, Mapping[str, Mapping[str, float]]], splits: Mapping[str, Sequence[Accuracy]]) -> str:
-    """Return a line per split and edit type: the headline metric before and after training, and the difference in points.
-
-    ``before`` is split -> edit -> metric -> value; missing values leave a cell empty. Empty if nothing can be compared.
-    """
-    lines = []
-    for split, rows in splits.items():
-        metric = headline_metric(rows)
-        if metric is None or split not in before:
-            continue
-        for row in rows:
-            old, new = before[split].get(row.name, {}).get(metric), row.metrics.get(metric)
-            if new is not None:
-                cells = f"{old:.1f} | {new:.1f} | {new - old:+.1f}" if old is not None else f" | {new:.1f} | "
-                lines.append(f"| {split} | {in_cell(row.name)} | {row.num} | {metric} | {cells} |")
-    if not lines:
-        return ""
-    return "\n".join(["| split | edit | groups | metric | before | after | change |", "|---|---|---:|---|---:|---:|---:|", *lines])
-
-
 def _losses(row: Accuracy, plain: Callable[[str], str], reason: Callable[[str], str]) -> list[str]:
     """Return a line for each term of the training loss, and one for their weighted sum."""
     lines = []

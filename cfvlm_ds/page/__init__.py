@@ -1,8 +1,8 @@
-"""Static pages: groups of pictures and texts to look at in a browser, from a folder, without a server.
+"""Static pages of groups of pictures and texts, viewed in a browser from a folder without a server.
 
-Plain records in, a folder out. page.html.jinja draws them with autoescape, so that what they say is text on the page and never HTML, a
-script or the name of a file. Each group is a ``<template>`` of the one document, whose pictures are loaded when it is looked at. Shapes:
-I images, C texts.
+The input is plain records, and the output a folder. page.html.jinja renders them with autoescape, so that their text is never interpreted
+as HTML, a script or a file name. Each group is a ``<template>`` of the one document, whose pictures are loaded when the group is shown.
+Shapes: I images, C texts.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
 
 Fact: TypeAlias = tuple[str, str]
-"""A name and what is said under it."""
+"""A name and its value."""
 Span: TypeAlias = tuple[int, int]
 """First character, and the one past the last."""
 
 MOST = 1000
-"""Groups of a page; of more it shows the first ones, and says so."""
+"""Largest number of groups on a page; of more, it shows the first ones and a note."""
 MAX_TEXT = 20_000
-"""Characters of a text that are shown."""
+"""Largest number of characters of a text that are shown."""
 MAX_COMPARED = 40_000
-"""Pairs of words of two texts, between their common beginning and end, that are compared: a hostile pair takes the cube of its length."""
-_SEARCHED = 1000  # characters of a group's texts
+"""Largest number of compared pairs of words of two texts, because a hostile pair takes time cubic in its length."""
+_SEARCHED = 1000  # searchable characters of a group's texts
 _ASSETS = ("page.css", "page.js")
 _MARKER = "page.json"
 _NAMES = {"index.html", "pictures", "report.md", "report.json", _MARKER, *_ASSETS}
@@ -59,7 +59,7 @@ _NAMES = {"index.html", "pictures", "report.md", "report.json", _MARKER, *_ASSET
 
 @dataclass(frozen=True)
 class Image:
-    """What a text is scored with: pictures by their files, and a line that says what it is."""
+    """Pictures of one image entry, by their files, and a label."""
 
     pictures: Sequence[Path]
     label: str
@@ -67,7 +67,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Text:
-    """A text, and which of the item's prompts it answers; ``reference`` is the text that its words are compared with, if any."""
+    """A text and the index of its prompt; ``reference`` is the index of the text that its words are compared with, if any."""
 
     text: str
     label: str = ""
@@ -79,9 +79,9 @@ class Text:
 class ScoreTable:
     """Scores of every cell, such as a model's log-likelihoods.
 
-    ``rows`` is ``[I][C]``; ``blank`` ``[C]`` are the texts without an image. ``margins`` is ``[I][C]``: by how much a true cell beats the
-    best false text on its image, and the best false image for its text, None where there is none; None for all other cells. ``decided``
-    are the margins of the comparisons that the table decides.
+    ``rows`` is ``[I][C]``; ``blank`` ``[C]`` are the scores of the texts without an image. ``margins`` is ``[I][C]``: for a true cell, its
+    margins over the best false text on its image and over the best false image for its text, each None if there is none; None for all other
+    cells. ``decided`` are the margins of the comparisons that the table decides.
     """
 
     rows: Sequence[Sequence[float | None]]
@@ -91,20 +91,20 @@ class ScoreTable:
 
     @property
     def lost(self) -> int:
-        """Comparisons that are decided wrongly; a tie is one."""
+        """Number of comparisons decided wrongly, including ties."""
         return sum(not margin > 0 for margin in self.decided)
 
     @property
     def worst(self) -> float | None:
-        """The least margin that is a number."""
+        """Smallest margin that is not NaN."""
         return min((margin for margin in self.decided if margin == margin), default=None)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One group: pictures, texts, a truth table of 1, 0 or None (unknown), and what is known of it.
+    """One group: pictures, texts, a truth table of 1, 0 or None (unknown), and further facts.
 
-    ``filters`` are values by the name of a filter; ``meta`` is further text, shown as it is.
+    ``filters`` are values by the name of a filter; ``meta`` is further text, shown verbatim.
     """
 
     id: str
@@ -121,7 +121,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Written:
-    """What a page holds. ``problems`` are the pictures that it could not show, with the reason."""
+    """Contents of a written page. ``problems`` are the pictures that it could not show, with the reason."""
 
     folder: Path
     num_items: int
@@ -129,7 +129,7 @@ class Written:
     problems: dict[Path, str]
 
     def _repr_html_(self) -> str:
-        """The page itself, in a notebook: whatever serves the notebook serves the folder too, if it is below it."""
+        """Show the page in a notebook. The notebook's server also serves the folder if it is below the notebook's folder."""
         style = "width: 100%; height: 820px; border: 1px solid #8884; border-radius: 6px"
         return Markup('<iframe src="{}/index.html" style="{}" title="groups"></iframe>').format(os.path.relpath(self.folder), style)
 
@@ -140,23 +140,25 @@ def group_item(
     facts: Sequence[Fact] = (),
     filters: Mapping[str, Sequence[str]] | None = None,
 ) -> Item:
-    """The item of a group: its edits say what each image and text is, and the words of a text are compared with those of its prompt's
-    anchor. ``facts`` and ``filters`` are added to those of the group itself."""
+    """Build the item of a group: its edits label each image and text, and each text's words are compared with those of its prompt's anchor.
+
+    ``facts`` and ``filters`` are added to those of the group.
+    """
     numbers = group.prompt_ids
     prompts = list(dict.fromkeys(candidate.prompt for candidate in group.candidates))
     anchors = {number: numbers.index(number) for number in numbers} | {number: c for number, (_, c) in group.anchors.items()}
 
     def label(kind: str, place: int) -> str:
         types = dict.fromkeys(edit.type for edit in group.edits if getattr(edit, kind) == place)
-        return ", ".join("sham (rendered again)" if each == SHAM else each for each in types) if place else "factual"
+        return ", ".join("sham (rendered again)" if edit_type == SHAM else edit_type for edit_type in types) if place else "factual"
 
     own: list[Fact] = [("source", group.source)] * bool(group.source) + [("weight", f"{group.weight:g}")] * (group.weight != 1)
     return Item(
         id=group.id,
         images=[Image(pictures, label("image", i)) for i, pictures in enumerate(group.images)],
         texts=[
-            Text(each.text, label("text", c), numbers[c], None if anchors[numbers[c]] == c else anchors[numbers[c]])
-            for c, each in enumerate(group.candidates)
+            Text(candidate.text, label("text", c), numbers[c], None if anchors[numbers[c]] == c else anchors[numbers[c]])
+            for c, candidate in enumerate(group.candidates)
         ],
         match=group.match,
         prompts=prompts if any(prompts) else (),
@@ -182,9 +184,9 @@ def _change(edit: Edit) -> str:
 
 
 def refuse_foreign_folder(out: Path) -> Path:
-    """The absolute path of the folder that a page is to be written to, or written to again.
+    """Return the absolute path of a page's output folder, new or of an earlier page.
 
-    Raises ConfigError for a link, a file, the current folder or one around it, and a folder that holds anything that is no part of a page.
+    Raises ConfigError for a link, a file, the current folder or one of its parents, and a folder with entries that do not belong to a page.
     """
     remedy = "name another folder with --out"
     final = Path(os.path.abspath(out))
@@ -213,12 +215,12 @@ def write_page(
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = lambda line: None,
 ) -> Written:
-    """Write a page of ``total`` items into a folder, in place of an earlier page there; until all of it is written, what was there stays.
-    ``scored`` says what the numbers of score tables are; ``beside`` are texts by the names of further files.
+    """Write a page of ``total`` items into a folder. An earlier page there stays until the new one is complete, and is then replaced.
 
-    Items are asked for one by one. Memory: the page without its pictures, and what the last 2048 pictures are compared by (57 MB at most).
+    ``scored`` describes the numbers of score tables; ``beside`` maps the names of further files to their texts. Items are requested one by
+    one. Memory: the page without its pictures, and the comparison grids of the last 2048 pictures (57 MB at most).
 
-    Raises ConfigError as refuse_foreign_folder does; StorageError where the folder cannot be written.
+    Raises ConfigError as refuse_foreign_folder does, and StorageError if the folder cannot be written.
     """
     final = refuse_foreign_folder(out)
     if total > MOST:
@@ -270,12 +272,12 @@ _WORD = re.compile(rf"[{_CJK}]|[^\s!-/:-@\[-`{{-~{_CJK}]+|[!-/:-@\[-`{{-~]")
 
 
 def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
-    """The spans of each of two texts that the other has not, in whole words; white space does not count.
+    """Return the spans of each of two texts that the other does not have, in whole words; white space does not count.
 
-    Where more than MAX_COMPARED pairs of words would have to be compared, everything between the common beginning and the common end.
+    If there are more than MAX_COMPARED pairs of words to compare, everything between the common beginning and end counts as changed.
     """
-    found = [list(_WORD.finditer(text)) for text in (reference, other)]
-    words = [[match[0] for match in matches] for matches in found]
+    word_matches = [list(_WORD.finditer(text)) for text in (reference, other)]
+    words = [[match[0] for match in matches] for matches in word_matches]
     first = shared_start(*words)
     last = shared_start(*(part[first:][::-1] for part in words))
     one, two = (part[first : len(part) - last] for part in words)
@@ -286,39 +288,42 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
     for kind, *ends in changes:
         for side, (start, end) in enumerate((ends[:2], ends[2:])):
             if kind != "equal" and start < end:
-                spans[side].append((found[side][first + start].start(), found[side][first + end - 1].end()))
+                spans[side].append((word_matches[side][first + start].start(), word_matches[side][first + end - 1].end()))
     return spans
 
 
 def _marks(texts: Sequence[Text]) -> list[bytes]:
-    """For each text 1 at the characters by which it differs from its reference, or, for a reference, any other text from it; b"" for
-    none."""
+    """Mark the characters of each text that differ from its reference, or from any text of which it is the reference; b"" for none."""
     marks = [bytearray(len(text.text)) for text in texts]
     for c, text in enumerate(texts):
         if text.reference is not None:
             for place, spans in zip((text.reference, c), changed_words(texts[text.reference].text, text.text), strict=True):
                 for start, end in spans:
                     marks[place][start:end] = b"\1" * (end - start)
-    return [bytes(each) if any(each) else b"" for each in marks]
+    return [bytes(mark) if any(mark) else b"" for mark in marks]
 
 
 def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
-    """Yield (changed, hidden, text) of the parts of a text. Each hidden character is written out, and what is longer than MAX_TEXT is
-    counted at the end."""
+    """Yield (changed, hidden, text) of the parts of a text. Hidden characters are shown by their code, and characters beyond MAX_TEXT are
+    counted.
+    """
     shown = text[:MAX_TEXT]
     kinds = ((bool(marks and marks[k]), k if _is_hidden(shown, k) else -1) for k in range(len(shown)))
-    if not marks and printable(shown) == shown:  # as most are
+    if not marks and printable(shown) == shown:  # true of most texts
         yield False, False, shown
     else:
-        for (changed, hidden), part in groupby(zip(kinds, shown, strict=True), lambda each: each[0]):
+        for (changed, hidden), part in groupby(zip(kinds, shown, strict=True), lambda pair: pair[0]):
             yield changed, hidden >= 0, f"U+{ord(shown[hidden]):04X}" if hidden >= 0 else "".join(c for _, c in part)
     if len(text) > MAX_TEXT:
         yield False, True, f"({len(text) - MAX_TEXT} more characters)"
 
 
 def _is_hidden(text: str, place: int) -> bool:
-    """Whether a character is invisible, or turns what follows around: all controls and formats but line breaks and tabs, and but the
-    joiners that Indic scripts, Persian and emoji have between letters."""
+    """Return whether a character is invisible, or reverses the text after it.
+
+    These are all control and format characters except line breaks, tabs, and the joiners that Indic scripts, Persian and emoji have between
+    letters.
+    """
     character = text[place]
     if printable(character) == character or character in "\n\t" or unicodedata.category(character) == "Zs":
         return False
@@ -329,7 +334,7 @@ def _is_hidden(text: str, place: int) -> bool:
 
 
 def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[dict[str, Any]]]:
-    """What is drawn of the pictures of each image: a copy and how it differs from the factual picture, or why there is none."""
+    """Describe the pictures of each image for the template: a copy and its difference from the factual picture, or why there is none."""
     drawn: list[list[dict[str, Any]]] = []
     for i, image in enumerate(item.images):
         alt = f"image {i}{': ' * bool(image.label)}{image.label}"
@@ -338,22 +343,22 @@ def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[d
         other = 1 if i == 0 and len(item.images) == 2 else 0
         drawn.append([])
         for path, against in zip_longest(image.pictures, item.images[other].pictures[: len(image.pictures)] if other != i else ()):
-            found: dict[str, Any] = {"name": str(path), "alt": alt}
-            drawn[-1].append(found)
+            shown: dict[str, Any] = {"name": str(path), "alt": alt}
+            drawn[-1].append(shown)
             if isinstance(seen := look(path), str):
-                found["missing"] = problems[path] = seen
+                shown["missing"] = problems[path] = seen
                 continue
-            found |= {"src": seen.name, "size": seen.size, "small": max(seen.size) < SMALL_SIDE}
+            shown |= {"src": seen.name, "size": seen.size, "small": max(seen.size) < SMALL_SIDE}
             if against is None or isinstance(factual := look(against), str):
                 continue
-            path_, share = "", 0.0
+            outline, share = "", 0.0
             if factual.size == seen.size and factual.name != seen.name:
-                path_, share = difference(factual.grid, seen.grid)
-            if path_:
-                found |= {"outline": path_, "grid": seen.grid.shape[1::-1]}
+                outline, share = difference(factual.grid, seen.grid)
+            if outline:
+                shown |= {"outline": outline, "grid": seen.grid.shape[1::-1]}
             if i:
                 percent = f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
-                found["note"] = (
+                shown["note"] = (
                     f"image {other} has another size, {factual.size[0]} x {factual.size[1]}"
                     if factual.size != seen.size
                     else f"the same pixels as image {other}"

@@ -1,4 +1,4 @@
-// Shows one group of a page, or many. Each is a template: what filters and searches go by, the group as a whole, and its card.
+// Shows one group of a page, or an overview of many. Each group is a template with its filter and search data, its full view and its card.
 "use strict";
 (() => {
   const SHEET = 24;
@@ -19,8 +19,8 @@
     sheetButton.setAttribute("aria-pressed", sheet);
     const shown = end ? `${end - start > 1 ? `${start + 1}–` : ""}${end} / ${listed.length}` : "0";
     position.textContent = shown + (listed.length < rows.length ? ` of ${rows.length}` : "");
-    const said = [["group", listed[place] + 1], ...new FormData(form), ["overview", sheet ? 1 : ""]].filter(([, value]) => value);
-    try { history.replaceState(null, "", `#${new URLSearchParams(said)}`); } catch { /* some browsers take a hundred in half a minute */ }
+    const parameters = [["group", listed[place] + 1], ...new FormData(form), ["overview", sheet ? 1 : ""]].filter(([, value]) => value);
+    try { history.replaceState(null, "", `#${new URLSearchParams(parameters)}`); } catch { /* some browsers take a hundred in half a minute */ }
     main.replaceChildren(...listed.slice(start, end).map(drawn));
     if (!end) main.innerHTML = `<p class="empty">${rows.length ? "No group is left by the filters and the search." : "There are no groups."}</p>`;
     main.querySelectorAll("[data-style]").forEach((element) => { element.style.cssText = element.dataset.style; });
@@ -48,13 +48,13 @@
   }
 
   function recall() {
-    const said = new URLSearchParams(location.hash.slice(1));
-    for (const each of form.elements) {
-      if (each.name) each.value = said.get(each.name) ?? "";
-      if (each.selectedIndex < 0) each.selectedIndex = 0;
+    const parameters = new URLSearchParams(location.hash.slice(1));
+    for (const control of form.elements) {
+      if (control.name) control.value = parameters.get(control.name) ?? "";
+      if (control.selectedIndex < 0) control.selectedIndex = 0;
     }
-    sheet = said.has("overview");
-    list((said.get("group") || 1) - 1);
+    sheet = parameters.has("overview");
+    list((parameters.get("group") || 1) - 1);
   }
 
   const KEYS = {

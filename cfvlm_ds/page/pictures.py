@@ -1,4 +1,4 @@
-"""Pictures of a page: small copies without what else their files hold, and lines around what differs between two."""
+"""Pictures of a page: small copies without metadata, and outlines of the differences between two pictures."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.decoding import open_image
 
 Grid: TypeAlias = npt.NDArray[Any]
-"""A picture reduced to what it is compared by, [height, width, 3] in uint8."""
+"""A picture reduced for comparison, [height, width, 3] in uint8."""
 
 GRID = 96
-"""Cells of the longer side of the grid on which pictures are compared."""
+"""Number of cells of the longer side of the grid on which pictures are compared."""
 VISIBLE = 10
-"""Levels of 255 by which the mean of a cell must differ. Saving a picture again, as JPEG or by a latent model, changes less."""
-_MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # of an outline; the share of a picture from which on it has none
-_MAX_SIDE, _LOSSLESS_SIDE, SMALL_SIDE = 768, 256, 200  # pixels of a copy's longer side, of one that is a PNG, of one that is enlarged
-_RECENT = 2048  # pictures of which is kept what they are compared by, 27 kB at most: groups of one scene share them
+"""Difference of the means of a visibly changed cell, in levels of 255. Saving as JPEG or by a latent model changes less."""
+_MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline, and of the changed share that has one
+_MAX_SIDE, _LOSSLESS_SIDE, SMALL_SIDE = 768, 256, 200  # longer side, in pixels, of any copy, of a PNG copy, and of one shown enlarged
+_RECENT = 2048  # pictures whose grids, of 27 kB at most, are cached, because groups of one scene share them
 
 
 class Seen(NamedTuple):
-    """A picture: the name of its copy, which is that of all with the same pixels, its size in pixels, and what it is compared by."""
+    """A picture: the name of its copy, which all pictures with the same pixels share, its size in pixels, and its comparison grid."""
 
     name: str
     size: tuple[int, int]
@@ -40,8 +40,11 @@ Looks: TypeAlias = Callable[[Path], Seen | str]
 
 
 def looks(folder: Path, max_pixels: int) -> Looks:
-    """A function that decodes a picture under the usual bounds and saves it anew, made small and without what else its file holds; or says
-    why it cannot. No name of a source is part of a copy's. The last ones are not decoded again."""
+    """Return a cached function that decodes a picture within the usual limits and saves a small copy without metadata, or returns its
+    error.
+
+    The name of a copy contains nothing of its source's name.
+    """
 
     @functools.lru_cache(_RECENT)
     def look(path: Path) -> Seen | str:
@@ -50,29 +53,31 @@ def looks(folder: Path, max_pixels: int) -> Looks:
         except DataError as error:
             return str(error)
         pixels = "x".join(map(str, image.size)) + "-" + hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
-        found = Seen(f"pictures/{pixels}.{'png' if max(image.size) <= _LOSSLESS_SIDE else 'jpg'}", image.size, reduced(image))
+        seen = Seen(f"pictures/{pixels}.{'png' if max(image.size) <= _LOSSLESS_SIDE else 'jpg'}", image.size, reduced(image))
         image.thumbnail((_MAX_SIDE, _MAX_SIDE), Pillow.Resampling.LANCZOS)
-        image.info.clear()  # comments, and where a photograph was taken
-        image.save(folder / found.name, quality=85)
-        return found
+        image.info.clear()  # comments and the place of a photograph
+        image.save(folder / seen.name, quality=85)
+        return seen
 
     return look
 
 
 def reduced(image: Pillow.Image) -> Grid:
-    """The means of an RGB picture on its grid; a picture that is smaller than the grid is its own."""
+    """Reduce an RGB picture to the means on its grid; a picture smaller than the grid stays as it is."""
     scale = min(1.0, GRID / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     return np.asarray(image.resize((width, height), Pillow.Resampling.BOX))
 
 
 def difference(first: Grid, second: Grid) -> tuple[str, float]:
-    """Where two reduced pictures of the same shape differ: an SVG path on their grid, and the share of its cells. The path is empty where
-    nothing differs visibly, or nearly everything."""
+    """Compute the difference of two reduced pictures of the same shape: an SVG path on their grid, and the share of changed cells.
+
+    The path is empty if no cell differs visibly, or nearly all do.
+    """
     mask = np.abs(first.astype(np.int16) - second).max(2) > VISIBLE
     share, lines = float(mask.mean()), list[str]()
     if 0 < share <= _EVERYWHERE:
-        for _ in range(_MOST_GROWTH):  # a little room around it, so that the line does not hide what it shows
+        for _ in range(_MOST_GROWTH):  # a margin, so that the line does not hide the difference
             mask = binary_fill_holes(binary_dilation(mask, np.ones((3, 3))))
             lines = _boundary(mask)
             if len(lines) <= _MOST_SEGMENTS:
@@ -81,7 +86,7 @@ def difference(first: Grid, second: Grid) -> tuple[str, float]:
 
 
 def _boundary(mask: Grid) -> list[str]:
-    """The edges between cells that are in the mask and cells that are not, as lines along the grid."""
+    """Return the edges between cells inside and outside the mask, as lines along the grid."""
     padded, lines = np.pad(mask, 1), []
     across, down = padded[1:, 1:-1] != padded[:-1, 1:-1], (padded[1:-1, 1:] != padded[1:-1, :-1]).T
     for edges, form in ((across, "M{1} {0}h{2}"), (down, "M{0} {1}v{2}")):

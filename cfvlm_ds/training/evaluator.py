@@ -43,10 +43,8 @@ class Evaluator:
         self.splits, self._benchmarks = splits, benchmarks
         self._stop, self._num_workers = stop, num_workers
 
-    def __call__(
-        self, shuffled: bool = False, only: Sequence[str] | None = None
-    ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-        """Return the results and the scores by split, for all splits or for those in ``only``.
+    def __call__(self, splits: Splits, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
+        """Evaluate sets of groups; return accuracies and scores by set.
 
         Raises StopRequested on all ranks if they agree to stop, and WorkerLost on the rank that has lost a data worker.
         """
@@ -54,7 +52,7 @@ class Evaluator:
             return evaluate(
                 self._engine,
                 self._collator,
-                self.splits if only is None else {name: self.splits[name] for name in only},
+                splits,
                 self._world,
                 num_workers=self._num_workers,
                 shuffled=shuffled,

@@ -28,7 +28,7 @@ from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, data_roots, open_groups
 from cfvlm_ds.data.check import check_texts
 from cfvlm_ds.data.identity import Identity, digest, mixed_identity
-from cfvlm_ds.data.manifest import here
+from cfvlm_ds.data.manifest import local_path
 from cfvlm_ds.data.mixture import MixedGroups
 from cfvlm_ds.data.overlap import keys_of, shared_with
 from cfvlm_ds.data.passes import Scan
@@ -79,7 +79,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     barrier, train_sets, evaluation_sets = ProgressBarrier(world), data.train_sets, data.evaluation_sets
     scan = Scan(barrier.alive, shield_worker)
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
-        run_on_rank0(world, lambda: [str(here(path, scan, world.say)) for path in hub], barrier)
+        run_on_rank0(world, lambda: [str(local_path(path, scan, world.say)) for path in hub], barrier)
     stores = _Stores(config, world, barrier, most_rows)
     train = {name: stores.open(each) for name, each in train_sets.items()}
     splits = {name: stores.open(each) for name, each in evaluation_sets.items()}
@@ -210,7 +210,7 @@ class _Stores:
         prepared = self._by_rank_0(lambda: self._prepared(data_set))
         stores, problem = list[GroupStore](), None
         try:
-            roots = data_roots(here(data_set.path), data_set.root) if prepared or data_set.root is not None else ()
+            roots = data_roots(local_path(data_set.path), data_set.root) if prepared or data_set.root is not None else ()
             stores.append(open_store(Path(prepared or data_set.path), [Path(os.path.abspath(root)) for root in roots]))
         except DataError as error:
             problem = str(error)
@@ -226,7 +226,7 @@ class _Stores:
 
     def _prepared(self, each: DataSet) -> str | None:
         """Prepare a data set for this run if necessary; return its folder, or None for a store, which is used in place."""
-        path, config, say = here(each.path), self._config, self._world.say
+        path, config, say = local_path(each.path), self._config, self._world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None
         from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state  # imports all formats

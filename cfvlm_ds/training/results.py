@@ -11,13 +11,14 @@ from typing import Any
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
-from cfvlm_ds.core.files import replace, write_if_possible
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
-from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, changes, table
+from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
+from cfvlm_ds.evaluation.before_after import Change, changes_table
 from cfvlm_ds.evaluation.suite.results import Result
 from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.export import export_adapter, export_hf
@@ -28,8 +29,8 @@ from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
 Say = Callable[[str], object]
-START = "results_start.json"
-"""File of the accuracies before the first step."""
+CHANGES = "before_after.json"
+"""Rows of the table of what the training changed."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
@@ -71,20 +72,26 @@ def _exported(config: RunConfig) -> tuple[Path, str]:
 
 def write_results(
     config: RunConfig,
+    step: int,
     splits: Splits,
     results: Mapping[str, Sequence[Accuracy]],
     scores: Mapping[str, Sequence[GroupScores]],
     identities: Mapping[str, Identity],
+    changes: Sequence[Change],
     benchmarks: Sequence[Result] = (),
 ) -> list[Path]:
-    """Write results.md, results.json and the scores of every split into the run folder; return the first two paths.
+    """Write results.md, results.json, before_after.json and the scores of every split into the run folder; return the first three paths.
 
     results.md also contains the results of ``benchmarks``. Raises StorageError on a full disk.
     """
     run_dir = Path(config.train.output_dir)
     path = tables = run_dir / "results.md"
     try:
-        replace(path, (text_of(run_dir, results, benchmarks) + "\n").encode())
+        parts = [summary_of(config, step, results, changes)]
+        parts += ["## All metrics", table(results)] if results else []
+        replace(path, ("\n\n".join([*parts, *([markdown(benchmarks)] if benchmarks else [])]) + "\n").encode())
+        path = differences = run_dir / CHANGES
+        replace(path, json.dumps([vars(each) for each in changes], indent=1).encode())
         path = rows = run_dir / "results.json"
         replace(path, json.dumps({name: [vars(row) for row in accuracies] for name, accuracies in results.items()}, indent=1).encode())
         (run_dir / "scores").mkdir(exist_ok=True)
@@ -93,29 +100,35 @@ def write_results(
             write_scores(path := run_dir / "scores" / f"{split}.jsonl", groups, stored, str(run_dir), identities[split])
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
-    return [tables, rows]
+    return [tables, rows, differences]
 
 
-def write_start(run_dir: Path, results: Mapping[str, Sequence[Accuracy]] | None, say: Say) -> None:
-    """Write the accuracies before the first step, which the tables at the end show; without any, delete those of an earlier run."""
-    if results is None:
-        (run_dir / START).unlink(missing_ok=True)
-        return
-    accuracies = {split: {row.name: row.metrics for row in rows} for split, rows in results.items()}
-    write_if_possible(run_dir / START, json.dumps(accuracies, indent=1), say)
-
-
-def text_of(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], benchmarks: Sequence[Result] = ()) -> str:
-    """Return the tables of a run: accuracies, the changes since its start if that was evaluated, and benchmarks."""
-    parts = [
-        *([table(results), _changed(run_dir / START, results)] if results or not benchmarks else []),
-        *([markdown(benchmarks)] if benchmarks else []),
+def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change]) -> str:
+    """Return the beginning of results.md: model, data, steps, objective, and accuracies before and after the training."""
+    weights = {name: term.weight for name, term in config.objective.items() if term.weight}
+    objective = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    lines = [
+        f"# {in_cell(Path(config.train.output_dir).absolute().name)}",
+        "",
+        f"{config.model.name_or_path} after {step} steps on {config.data.trained_on}; objective: {objective}.",
+        "",
     ]
-    return "\n\n".join(part for part in parts if part)
+    if not results:
+        return "\n".join([*lines, _NO_SETS])
+    if missing := [name for name in results if not any(each.set == name for each in changes)]:
+        reason = (
+            "no comparison, no finite scores before the first step, or other contents since"
+            if config.train.eval_on_start
+            else "train.eval_on_start is false"
+        )
+        lines += [f"Not compared with the model before the training: {', '.join(missing)} ({reason}).", ""]
+    return "\n".join([*lines, changes_table(changes) if changes else table(results)])
 
 
-def _changed(start: Path, results: Mapping[str, Sequence[Accuracy]]) -> str:
-    return changes(read_json(start), results) if start.is_file() else ""
+_NO_SETS = (
+    "No evaluation sets: name one with `--data.evaluation.NAME FILE`, in any format that training reads, such as rows that are left out of "
+    "the training data."
+)
 
 
 def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:

@@ -20,9 +20,11 @@ from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
+from cfvlm_ds.evaluation.benchmarks import Outcome
 from cfvlm_ds.evaluation.suite.results import RESULTS
 from cfvlm_ds.evaluation.suite.tables import overview, summary
 from cfvlm_ds.models import ModelFlops, peak
+from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.batches import micro_batches
 from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
 from cfvlm_ds.training.checkpoints import Checkpoints
@@ -30,7 +32,7 @@ from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
-from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, text_of, write_results, write_start
+from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, summary_of, write_results
 from cfvlm_ds.training.retention import Retention
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.step import OptimizerStep, StepResult
@@ -72,6 +74,9 @@ class Trainer:
 
     def run(self, tracker: Any) -> None:
         """Train to the end, evaluate and export. Raises SystemExit with ``EXIT_STOPPED`` if the ranks agree to stop."""
+        record, trained = self.state.record or {}, self._sampler.groups_in(self.total_steps)
+        dtype = self._engine.module.model.dtype
+        self.baseline = Baseline(self._config, self._data.splits, self._data.identities, record.get("model"), dtype, trained, self._world)
         try:
             with together():
                 if stopped := self._train(tracker):
@@ -152,31 +157,34 @@ class Trainer:
         self._idle.recorded(metrics)
 
     def _begin(self, tracker: Any) -> None:
-        """Evaluate the initial model for the tables at the end, if requested; remove the result of an earlier run otherwise."""
-        results, train = None, self._config.train
-        if train.eval_on_start or train.retention:
-            self._world.say("before the first step:")
-            results, _ = self._run_evaluation(tracker, None if train.eval_on_start else train.retention)
-        if self._world.is_main:
-            write_start(self._run_dir, results, self._world.say)
+        """Evaluate the model before the first step, as train.eval_on_start and train.retention require."""
+        train = self._config.train
+        self._pulse.mark("evaluation", 0)
+        results = self.baseline.measure(self.evaluator)
+        outcomes = self.evaluator.ask() if self._data.benchmarks and train.eval_on_start is True else {}
+        self._log_evaluation(tracker, results, outcomes, "before the first step, ")
 
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps; return True if the result is the best so far by train.save_best."""
-        return (value := best_metric(self._config, self._run_evaluation(tracker)[1])) is not None and self.state.evaluated(value)
-
-    def _run_evaluation(self, tracker: Any, only: Sequence[str] | None = None) -> tuple[dict[str, list[Accuracy]], dict[str, float]]:
-        """Evaluate all splits and benchmarks, or the splits in ``only``; log and print the results; return accuracies and all metrics."""
         self._pulse.mark("evaluation", self.state.step)
+        results, _ = self.evaluator(self._data.splits)
+        outcomes = self.evaluator.ask() if self._data.benchmarks else {}
+        metrics = self._log_evaluation(tracker, results, outcomes)
+        return (value := best_metric(self._config, metrics)) is not None and self.state.evaluated(value)
+
+    def _log_evaluation(
+        self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
+    ) -> dict[str, float]:
+        """Log and print the headlines of an evaluation; returns all of its metrics."""
         benchmarks = self._data.benchmarks
-        results, _ = self.evaluator(only=only)
-        outcomes = self.evaluator.ask() if benchmarks and only is None else {}
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
-        tracker.log(self.state.step, metrics)
+        if metrics:
+            tracker.log(self.state.step, metrics)
         headlines = [(split, headline(rows)) for split, rows in results.items()]
         headlines += [(name, headline_of(benchmarks[name], outcome)) for name, outcome in outcomes.items()]
         for name, line in headlines:
-            self._world.say(f"  {name}: {line}")
-        return results, metrics
+            self._world.say(f"{when}{name}: {line}")
+        return metrics
 
     def _finish(self, tracker: Any) -> None:
         """Export, evaluate every split, write tables and figures.
@@ -196,12 +204,13 @@ class Trainer:
                 say(f"warning: the export failed ({error}); the evaluation follows, then this error ends the run")
         barrier.meet()
         benchmarks = self._data.benchmarks
-        results, scores = self.evaluator(config.train.eval_shuffled)
+        results, scores = self.evaluator(self._data.splits, config.train.eval_shuffled)
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
         tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results))
         benchmark_results = write_benchmarks(config, benchmarks, outcomes, self._world, config.train.export and failed is None)
         if self._world.is_main:
-            written = write_results(config, self._data.splits, results, scores, self._data.identities, benchmark_results)
+            changes = self.baseline.compare(scores)
+            written = write_results(config, step, self._data.splits, results, scores, self._data.identities, changes, benchmark_results)
             if config.train.figures:
                 written += draw_figures(self._run_dir, self._data.splits, scores, config.data.max_pixels, say)
             if config.train.export and failed is None:
@@ -211,7 +220,8 @@ class Trainer:
             for result in benchmark_results:
                 tracker.artifact(self._run_dir / FOLDER / result.place / RESULTS, f"{FOLDER}/{result.place}")
             if results:
-                print_line(text_of(self._run_dir, results))  # also with --quiet
+                first = summary_of(config, step, results, changes)
+                print_line(f"{first}\n\nall metrics: {self._run_dir / 'results.md'}")  # also with --quiet
             if benchmark_results:
                 print_line("\n".join([*([""] if results else []), overview(benchmark_results), "", *map(summary, benchmark_results)]))
         if failed is not None:

@@ -22,9 +22,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO, environment, losses, metrics, plain_scores, run, run_ranks, run_trainings, train_arguments, write_manifest
+from conftest import (
+    PROMPT,
+    REPO,
+    environment,
+    losses,
+    metrics,
+    plain_logp,
+    plain_scores,
+    run,
+    run_ranks,
+    run_trainings,
+    train_arguments,
+    write_manifest,
+)
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from cfvlm_ds.checkpoint import SaveError
 from cfvlm_ds.cli.exits import exit_cleanly
@@ -58,6 +73,7 @@ COMMANDS = [
     ["tiny"],
     ["score"],
     ["calibrate"],
+    ["describe"],
     ["evaluate"],
     ["compare"],
     ["track"],
@@ -729,6 +745,37 @@ def test_evaluate_takes_run_folders_and_adapters(
     broken = shutil.copytree(runs / "off" / "adapter", runs / "broken")
     save_file(weights, broken / "adapter_model.safetensors")
     assert "do not fit their base: 1 weights have no counterpart, such as" in refused(capsys, "evaluate", broken, manifests["test"])
+
+
+def test_describe_writes_and_prefers_as_the_library_does(
+    runs: Path, model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    export, texts = runs / "z3" / "export", ("a red circle and a blue square", "a blue square and a red circle")
+    (picture,) = read_manifest(manifests["test"])[0].images[0]
+    model, processor = LlavaForConditionalGeneration.from_pretrained(export).eval(), AutoProcessor.from_pretrained(export)
+    inputs = processor(images=Image.open(picture), text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+    whole = model.generate(**inputs, do_sample=False, max_new_tokens=7)
+    expected = processor.decode(whole[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    main(["describe", str(runs / "z3"), str(picture), "--prompt", "What is this?", "--max_new_tokens", "7"])
+    assert capsys.readouterr().out == f"{picture}\n{expected}\n\n" and expected
+
+    main(["describe", str(export), str(picture), "--choices", *texts])
+    rows = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()[2:4]]
+    nats = {text: plain_logp(model, processor, (picture,), PROMPT, text)[0].sum().item() for text in texts}
+    assert [row[4].strip("'") for row in rows] == sorted(texts, key=nats.__getitem__, reverse=True)
+    for seen, behind, blank, gain, text in rows:
+        assert float(seen) == pytest.approx(nats[text.strip("'")], abs=0.006) and float(behind) == pytest.approx(
+            max(nats.values()) - nats[text.strip("'")], abs=0.011
+        )
+        assert float(gain) == pytest.approx(float(seen) - float(blank), abs=0.011)
+
+    (broken := tmp_path / "broken.png").write_bytes(b"no picture")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{broken}\n{picture}\n\nnever read\n"))
+    main(["describe", str(model_dir), "--max_new_tokens", "3"])
+    printed = capsys.readouterr().out
+    assert "is a small model with random weights" in printed and f"\n{picture}\n" in printed and "never read" not in printed
+    assert printed.index(str(broken)) < printed.index(str(picture)), "a picture that cannot be read does not end the session"
+    assert f"{tmp_path / 'none.png'} is not there" in refused(capsys, "describe", model_dir, picture, tmp_path / "none.png")
 
 
 def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: dict[str, Path]) -> None:

@@ -323,7 +323,7 @@ def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_s
 
 
 def test_a_port_file_of_somebody_else_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(distributed, "_PORT_TIMEOUT_S", 0.2)
     (published := tmp_path / "published").write_text("1")
     assert distributed._published_port(published) == "1"
     monkeypatch.setattr(os, "getuid", lambda: published.stat().st_uid + 1)

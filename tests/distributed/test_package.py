@@ -25,7 +25,7 @@ from cfvlm_ds.core.config import SECTIONS
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import option_parser, parse_config
-from cfvlm_ds.core.shipped import SHIPPED, found, shipped
+from cfvlm_ds.core.shipped import SHIPPED, resolve_shipped, shipped
 from cfvlm_ds.demo.scenes.benchmarks import SUBSETS
 from cfvlm_ds.objectives import OBJECTIVES
 
@@ -213,7 +213,7 @@ def test_an_empty_environment_by_the_lines_of_the_page(source: Path, tmp_path: P
 def test_a_name_means_the_file_of_the_working_directory_and_else_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     packaged = str(REPO / "ds_configs" / "z3.json")
-    assert found("z3.json", "ds_configs") == found("ds_configs/z3.json", "ds_configs") == packaged
+    assert resolve_shipped("z3.json", "ds_configs") == resolve_shipped("ds_configs/z3.json", "ds_configs") == packaged
     for other in (
         "z9.json",
         "examples/z3.json",
@@ -225,10 +225,10 @@ def test_a_name_means_the_file_of_the_working_directory_and_else_the_packages(tm
         "",
         "x/ds_configs/z3.json",
     ):
-        assert found(other, "ds_configs") == other
+        assert resolve_shipped(other, "ds_configs") == other
     (tmp_path / "z3.json").symlink_to("nowhere")
-    assert found("z3.json", "ds_configs") == "z3.json", "what is named is what is there, also where that is broken"
-    assert found("ds_configs/z3.json", "ds_configs") == packaged
+    assert resolve_shipped("z3.json", "ds_configs") == "z3.json", "what is named is what is there, also where that is broken"
+    assert resolve_shipped("ds_configs/z3.json", "ds_configs") == packaged
 
 
 def test_options_name_packaged_files_and_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

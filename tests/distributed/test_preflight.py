@@ -571,7 +571,7 @@ def test_who_has_printed_a_sentence_is_known_by_a_mark(tmp_path: Path, monkeypat
     def prints(rank: int, sentence: str, size: int = 2) -> bool:
         monkeypatch.setenv("WORLD_SIZE", str(size))
         monkeypatch.setenv("RANK", str(rank))
-        with ranks.said_once(sentence) as mine:
+        with ranks.printed_once(sentence) as mine:
             return mine
 
     assert [prints(0, "one", size=1) for _ in range(2)] == [True, True] and not list(tmp_path.iterdir())

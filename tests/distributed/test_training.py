@@ -131,34 +131,43 @@ def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: 
     assert losses(broken) == losses(whole)
 
 
-def test_an_evaluation_before_the_first_step_says_what_the_training_changed(
-    model_dir: Path, manifests: dict[str, Path], tmp_path: Path
+def test_the_table_before_and_after_a_training(
+    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rate of 0 changes nothing; another training starts as that one; what a folder has of an earlier start is not believed."""
-    split = ["--train.eval_on_start", "true", "--data.evaluation.test", str(manifests["test"]), "--train.self_check", "off"]
-    still, moved, plain = tmp_path / "still", tmp_path / "moved", tmp_path / "plain"
-    plain.mkdir()
-    (plain / "results_start.json").write_text('{"test": {"all": {"group": 0.0}}}')
-    run_trainings(
-        2,
-        train_arguments(model_dir, manifests, still, "--train.learning_rate", "0", "--train.max_steps", "1", *split),
-        train_arguments(model_dir, manifests, moved, "--train.learning_rate", "0.01", *split),
-        train_arguments(model_dir, manifests, plain, "--train.max_steps", "1", *split[2:]),
-        said=tmp_path / "said",
-    )
-    start = [json.loads((folder / "results_start.json").read_text()) for folder in (still, moved)]
-    assert start[0] == start[1] and "group" in start[0]["test"]["all"]
-    assert start[0]["test"] == {row["name"]: row["metrics"] for row in json.loads((still / "results.json").read_text())["test"]}
-    changed = [
-        line.split(" | ")[-1] for line in (still / "results.md").read_text().splitlines() if line.startswith("| test") and "+" in line
+    """A rate of 0 changes nothing; a second run has its baseline from the cache; an earlier run's in the folder is removed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    split = ["--data.evaluation.test", str(manifests["test"])]
+    still, moved, plain, drawn = (tmp_path / name for name in ("still", "moved", "plain", "drawn"))
+    (plain / "baseline").mkdir(parents=True)
+    (plain / "baseline" / "test.json").write_text(json.dumps({"data": {}, "groups": []}))
+    many = write_manifest(tmp_path / "many.jsonl", 110)
+    first, auto = ["--train.max_steps", "1"], ["--train.eval_on_start", "auto"]
+    said = [
+        run_trainings(2, train_arguments(model_dir, manifests, folder, *options), said=tmp_path / f"said-{folder.name}")
+        for folder, options in (
+            (still, ["--train.learning_rate", "0", *first, *auto, *split]),
+            (moved, ["--train.learning_rate", "0.01", *auto, *split]),
+            (plain, [*first, *split]),
+            (drawn, [*first, *auto, "--data.evaluation.many", str(many), "--data.evaluation.test", str(manifests["test"])]),
+        )
     ]
-    assert len(changed) >= 2 and set(changed) == {"+0.0 |"}
+    cached = "before the first step: scores of test are those of an earlier run from this model"
+    assert [cached in each for each in said] == [False, True, False, True]
+    assert (still / "baseline" / "test.json").read_text() == (moved / "baseline" / "test.json").read_text()
+    rows = {folder: json.loads((folder / "before_after.json").read_text()) for folder in (still, moved, plain, drawn)}
+    final = {row["name"]: row["metrics"]["group"] for row in json.loads((moved / "results.json").read_text())["test"]}
+    assert {row["edit"]: row["after"] for row in rows[moved]} == final and rows[moved][-1]["before"] != rows[moved][-1]["after"]
+    assert all(row["before"] == row["after"] for row in rows[still]) and len(rows[still]) >= 2
+    assert [row["before"] for row in rows[moved]] == [row["before"] for row in rows[still]]
     logged = [row for row in metrics(moved) if "eval/test/pair" in row]
     assert [row["step"] for row in logged] == [0, 6] and logged[0]["eval/test/pair"] != logged[1]["eval/test/pair"]
-    rows = [line.split(" | ") for line in (moved / "results.md").read_text().splitlines() if line.startswith("| test | all | ")]
-    (line,) = (row for row in rows if row[-1][0] in "+-")
-    assert float(line[5]) - float(line[4]) == pytest.approx(float(line[6].rstrip(" |")), abs=0.11)
-    assert not (plain / "results_start.json").exists() and "before" not in (plain / "results.md").read_text()
+    assert rows[plain] == [] and not (plain / "baseline").exists()
+    assert "Not compared with the model before the training: test (train.eval_on_start is false)" in (plain / "results.md").read_text()
+    assert "100 of 110 groups of many, drawn to take at most a tenth" in said[3]
+    (whole,) = (row for row in rows[drawn] if row["set"] == "many" and row["edit"] == "all")
+    assert whole["of"] == 110 and whole["groups"] <= 100 and whole["half_width"] is not None
+    text = (drawn / "results.md").read_text()
+    assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")
 
 
 def test_two_passes_draw_the_same_random_numbers() -> None:

@@ -201,7 +201,7 @@ def test_unknown_option_names_the_nearest(wrong: str, joined: bool) -> None:
 
 def test_what_other_programs_call_an_option_is_one_here() -> None:
     resolved = parse().resolved
-    for option in set(strict._ELSEWHERE_CALLED.values()):
+    for option in set(strict._OTHER_NAMES.values()):
         value: Any = resolved
         for part in option.split("."):
             value = value[part]

@@ -27,7 +27,7 @@ from public_data import PUBLIC, lines, member, picture, write_pictures
 from pyarrow import parquet
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.files import alone
+from cfvlm_ds.core.files import file_lock
 from cfvlm_ds.data import check_manifest, open_groups, open_image, read_manifest
 from cfvlm_ds.data import download as downloading
 from cfvlm_ds.data.containers import json_file
@@ -126,14 +126,14 @@ def test_a_preparation_that_ends_early_leaves_nothing(folder: Path, cache: Path)
 def test_another_process_that_prepares_is_waited_for_alive(folder: Path, cache: Path) -> None:
     """Other ranks hear from this one meanwhile, and whoever looks at it knows why."""
     said, seen = list[str](), list[int]()
-    with alone(folder / "x.lock"):
+    with file_lock(folder / "x.lock"):
 
         def alive() -> None:
             seen.append(1)
             if len(seen) == 2:
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt), alone(folder / "x.lock", lambda: said.append("waiting"), alive):
+        with pytest.raises(KeyboardInterrupt), file_lock(folder / "x.lock", lambda: said.append("waiting"), alive):
             pass
     assert said == ["waiting"] and len(seen) == 2
 

@@ -111,7 +111,7 @@ def test_every_message_of_the_troubleshooting_page_is_one() -> None:
 def test_what_security_promises_is_tested() -> None:
     """Each promise names a test that is there."""
     page = (REPO / "docs" / "security.md").read_text()
-    rows = page.split("## Promised")[1].split("## Not promised")[0].splitlines()[4:]
+    rows = page.split("## Promises")[1].split("## Limits of these promises")[0].splitlines()[4:]
     files = {str(path.relative_to(REPO)): path.read_text() for path in (REPO / "tests").rglob("test_*.py")}
     for row in filter(None, rows):
         named, tests = re.findall(r"`(tests/[\w/]+\.py)`", row), re.findall(r"`(test_\w+)`", row)
@@ -216,7 +216,7 @@ def test_a_link_that_leads_nowhere_is_a_warning(caplog: pytest.LogCaptureFixture
 
 
 def test_the_picture_of_the_architecture_shows_every_folder() -> None:
-    picture = FENCE.findall((REPO / "docs" / "architecture.md").read_text().split("\n## The picture\n")[1])[0][2]
+    picture = FENCE.findall((REPO / "docs" / "architecture.md").read_text().split("\n## Package diagram\n")[1])[0][2]
     shown = set(re.findall(r"(?:^ |\+-- )([a-z_]+)  ", picture, re.MULTILINE))
     assert shown == {path.parent.name for path in (REPO / "cfvlm_ds").glob("*/__init__.py")}
 
@@ -272,7 +272,7 @@ def test_data_are_made_as_the_page_says(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(REPO / name)
     (tmp_path / "pictures").mkdir()
     said = ""
-    page = (REPO / "docs" / "making_data.md").read_text().split("\n## The whole way without a network\n")[1].split("\n## propose\n")[0]
+    page = (REPO / "docs" / "making_data.md").read_text().split("\n## Quick start\n")[1].split("\n## Propose\n")[0]
     for language, title, block in FENCE.findall(page):
         if title:
             (tmp_path / title).write_text(block)

@@ -7,6 +7,7 @@ import html
 import pickle
 import random
 import re
+import statistics
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import markdown
 import markdown_it
+import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, PROMPT, plain_logp
@@ -39,7 +41,6 @@ from cfvlm_ds.evaluation import (
     Accuracy,
     GroupScores,
     accuracies,
-    changes,
     evaluate,
     flat_metrics,
     guarded,
@@ -50,6 +51,7 @@ from cfvlm_ds.evaluation import (
     table,
 )
 from cfvlm_ds.evaluation import loss as losses
+from cfvlm_ds.evaluation.before_after import changes_table, compare_scores
 from cfvlm_ds.evaluation.comparisons import comparisons, factual_texts
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 from cfvlm_ds.evaluation.metrics import CHANCE
@@ -209,17 +211,38 @@ def test_rows_by_edit_type_and_the_mean_over_types() -> None:
         accuracies([group()], [])
 
 
-def test_what_a_training_changed() -> None:
-    """Colour rises from 25 to 100; an edit that was not there before has no change, nor has a split without a start."""
-    right, wrong = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
-    rows = accuracies([group(), group(Edit("size", 1, 1))], [scores(right), scores(wrong)])
-    before = {"iid": {"colour": {"group": 25.0, "pair": 99.0}, "all": {"group": 62.5}}, "gone": {"all": {"group": 1.0}}}
-    assert changes(before, {"iid": rows, "new": rows, "none": []}).splitlines()[2:] == [
-        "| iid | colour | 1 | group | 25.0 | 100.0 | +75.0 |",
-        "| iid | size | 1 | group |  | 0.0 |  |",
-        "| iid | all | 2 | group | 62.5 | 50.0 | -12.5 |",
-    ]
-    assert changes(before, {"new": rows}) == ""
+def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap() -> None:
+    """Accuracies by hand; the interval against means of whole groups drawn with replacement, by edit type and for their mean."""
+    wins, loses = scores([[-1.0, -2.0], [-2.0, -1.0]]), scores([[-2.0, -1.0], [-1.0, -2.0]])
+    (colour, mean) = compare_scores("iid", 9, [group()] * 4, [wins, loses, loses, loses], [wins, wins, wins, loses])
+    assert (colour.edit, colour.metric, colour.groups, colour.of, colour.chance) == ("colour", "group", 4, 9, 100 / 6)
+    assert (colour.before, colour.after, colour.half_width, colour.language) == (25.0, 75.0, None, 50.0)
+    assert (mean.edit, mean.before, mean.after) == ("all", 25.0, 75.0)
+
+    draw = random.Random(3)
+    kinds = [group(), group(Edit("shape", 1, 1)), group(Edit("colour", 1, 1), Edit("shape", 2, 2), num_images=3, num_texts=3)]
+    groups = [draw.choice(kinds) for _ in range(300)]
+    size = [(len(each.images), len(each.candidates)) for each in groups]
+    before, after = (
+        [scores([[draw.gauss(tilt * (i == c), 1) for c in range(cs)] for i in range(n)]) for n, cs in size] for tilt in (0.3, 1)
+    )
+    rows = {row.edit: row for row in compare_scores("iid", 300, groups, before, after)}
+    gained = {edit: np.zeros((300, 2)) for edit in rows}  # by group: comparisons won more, and comparisons
+    for place, (one, old, new) in enumerate(zip(groups, before, after, strict=True)):
+        for was, now in zip(accuracies([one], [old]), accuracies([one], [new]), strict=True):
+            made = now.comparisons["group"]
+            gained[now.name][place] = (now.metrics["group"] - was.metrics["group"]) * made, made
+    drawn: dict[str, list[float]] = {edit: [] for edit in rows}
+    for _ in range(1000):
+        places = draw.choices(range(300), k=300)
+        means = {edit: part[places, 0].sum() / part[places, 1].sum() for edit, part in gained.items() if edit != "all"}
+        for edit, value in (*means.items(), ("all", statistics.mean(means.values()))):
+            drawn[edit].append(value)
+    for edit, values in drawn.items():
+        assert rows[edit].half_width == pytest.approx(1.96 * statistics.stdev(values), rel=0.06), edit
+    assert rows["all"].half_width < rows["colour"].half_width and {row.groups for row in rows.values()} != {300}
+    text = changes_table(list(rows.values()))
+    assert text.count(" ± ") == 4 and f"| iid | colour | {rows['colour'].groups} | group | 16.7 | 50.0 | " in text
 
 
 def test_table_is_valid_markdown_and_metrics_are_named() -> None:

@@ -211,10 +211,10 @@ def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
     """Every rate has one seed, the two best of them a second one; a rate that had luck with the first does not win by it."""
     for module in (arms, learning):
         monkeypatch.setattr(module, "RECORDS", tmp_path)
-    (tmp_path / "rates").mkdir()
 
     def found(arm: str, rate: str, seed: int, value: float) -> None:
-        arms.Job(arm, rate, seed).choice.write_text(json.dumps({"arm": arm, "rate": rate, "seed": seed, "steps": 7, "validation": value}))
+        record = {"arm": arm, "rate": rate, "seed": seed, "steps": 7, "validation": value}
+        learning.add_record(tmp_path / learning.RATE_RUNS, arms.Job(arm, rate, seed).name, record)
 
     assert learning.rates_to_try("default", 0) == arms.RATES and learning.best_rates("default", 1) == []
     for rate, value in (("1e-4", 60), ("3e-4", 64), ("6e-4", 64), ("1e-3", 70), ("2e-3", 99)):
@@ -226,7 +226,7 @@ def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
         assert learning.rates_to_try("default", 1) == ["1e-3", "3e-4"], "whatever the second seed says of one of them"
         found("default", rate, 1, value)
     assert learning.best_rates("default", 2) == ["3e-4", "1e-3"] and learning.best_rates("dpo", 1)[0] == "1e-4"
-    table = shown.choices([json.loads(path.read_text()) for path in (tmp_path / "rates").iterdir()])
+    table = shown.choices(list(learning.read_records(tmp_path / learning.RATE_RUNS).values()))
     assert table.splitlines()[0].endswith("| 1e-4 | 3e-4 | 6e-4 | 1e-3 | 2e-3 |")
     assert "| default objective | 7 | 60.0 | 64.0, 60.0 | 64.0 | 70.0, 50.0 | 99.0 |" in table and table.count("\n") == 3
 
@@ -254,9 +254,9 @@ def test_a_run_takes_the_training_of_the_choice_of_its_rate(learning: ModuleType
 
 def test_tables_of_records_of_any_age(learning: ModuleType, shown: ModuleType) -> None:
     """Those of the repository, one seed alone, and differences from the control by seeds that both have, the interval by hand."""
-    records = [json.loads(path.read_text()) for path in sorted(learning.RECORDS.glob("*.json")) if path != learning.BASE]
+    named = learning.read_records(learning.RECORDS / learning.RUNS)
+    base, records = named.pop(learning.BASE), list(named.values())
     assert {record["arm"] for record in records} >= {"default", "nll-all"}
-    base = json.loads(learning.BASE.read_text())
     means, differences, each = shown.tables(records, base)
     of = {
         arm: {each["seed"] for each in records if shown.told(each) == (arm, rate, shown.BEST)}
@@ -291,8 +291,8 @@ def test_pages_say_what_the_records_say(learning: ModuleType, pages: ModuleType,
         copy.write_text(re.sub(r"^\| NLL, all pairs \| \d.*\n", "| 0 |\n", text, flags=re.MULTILINE))
     assert all(copy.read_text() != text for text, copy in zip(originals, copies, strict=True))
     monkeypatch.setattr(learning, "PAGES", copies)
-    records, base = learning.records_by_name(), json.loads(learning.BASE.read_text())
-    learning.write_pages(records, base, [json.loads(path.read_text()) for path in sorted((learning.RECORDS / "rates").glob("*.json"))])
+    records = learning.read_records(learning.RECORDS / learning.RUNS)
+    learning.write_pages(records, records.pop(learning.BASE), list(learning.read_records(learning.RECORDS / learning.RATE_RUNS).values()))
     assert [copy.read_text() for copy in copies] == originals, "run benchmarks/learning.py --report"
     for name, table in pages.TABLES.items():
         assert pages.missing(table, records) == []
@@ -346,23 +346,22 @@ def test_a_table_runs_what_it_lacks(
 ) -> None:
     """The base first, with the default's own first run; of the others those that have no record; then it prints."""
     table = pages.Table((pages.Row("base"), pages.Row("DPO", "dpo", seeds=(0, 1))), ("all",), num_test=90)
-    ran: list[tuple[str, int]] = []
+    ran, runs = list[tuple[str, int]](), tmp_path / learning.RUNS
 
-    def run_missing(arguments: argparse.Namespace, jobs: list[Any]) -> None:
-        for job in jobs:
-            ran.append((job.name, arguments.num_test))
-            job.record.write_text(json.dumps({"steps": 3, "results": {"combo": {"all": {"group": 40.0}}}}))
-            if job.arm == "default":
-                learning.BASE.write_text(json.dumps({"combo": {"all": 20.0}}))
+    def run(arguments: argparse.Namespace, job: Any, steps: int) -> None:
+        ran.append((job.name, arguments.num_test))
+        learning.add_record(runs, job.name, {"steps": 3, "results": {"combo": {"all": {"group": 40.0}}}})
+        if job.arm == "default":
+            learning.add_record(runs, learning.BASE, {"combo": {"all": 20.0}})
 
     for module in (arms, learning):
         monkeypatch.setattr(module, "RECORDS", tmp_path)
-    monkeypatch.setattr(learning, "BASE", tmp_path / "base.json")
     monkeypatch.setattr(learning, "TABLES", {"x": table})
-    monkeypatch.setattr(learning, "run_missing", run_missing)
-    arms.Job("dpo", "3e-4", 1).record.write_text(json.dumps({"steps": 4, "results": {"combo": {"all": {"group": 50.0}}}}))
+    for name, function in {"run": run, "prepare": lambda *given: None, "cost": lambda *given: 1.0}.items():
+        monkeypatch.setattr(learning, name, function)
+    learning.add_record(runs, arms.Job("dpo", "3e-4", 1).name, {"steps": 4, "results": {"combo": {"all": {"group": 50.0}}}})
     for _ in range(2):
-        learning.show(argparse.Namespace(num_test=9000), "x")
+        learning.show(argparse.Namespace(num_test=9000, jobs=1), "x")
     assert ran == [("default-3e-4-seed0", 90), ("dpo-3e-4-seed0", 90)]
     assert capsys.readouterr().out.count("| base | | | | 20.0 |\n| DPO | 3e-4 | 2 | 3/4 | 45.0 |\n") == 2
 

@@ -242,15 +242,14 @@ def record(arm: str, rate: str, seed: int, conflict: float) -> dict[str, Any]:
 
 def test_rates_and_tables(modules: Any, tmp_path: Path) -> None:
     bench = modules["real_prior"]
-    (tmp_path / "rates").mkdir()
     for rate, value in (("2e-4", 60), ("5e-4", 70), ("1e-3", 70)):
-        (tmp_path / "rates" / f"dpo-{rate}-seed0.json").write_text(json.dumps(record("dpo", rate, 0, value)))
+        bench.add_record(tmp_path / bench.RATE_RUNS, f"dpo-{rate}-seed0", record("dpo", rate, 0, value))
     assert bench.best_rate(tmp_path, "dpo") == "5e-4", "of equals the lower"
     with pytest.raises(SystemExit, match="no run of default"):
         bench.best_rate(tmp_path, "default")
     for seed, value in enumerate((1.0, 2.0, 3.0)):
-        (tmp_path / f"default-5e-4-seed{seed}.json").write_text(json.dumps(record("default", "5e-4", seed, value)))
-    (tmp_path / "base.json").write_text(json.dumps({key: value for key, value in record("", "", 0, 30.0).items() if key == "results"}))
+        bench.add_record(tmp_path / bench.RUNS, f"default-5e-4-seed{seed}", record("default", "5e-4", seed, value))
+    bench.add_record(tmp_path / bench.RUNS, "base", {"results": record("", "", 0, 30.0)["results"]})
     summary, by_edit, tried, each = bench.tables(tmp_path)
     # mean 2, deviation 1: 4.30 / sqrt(3) = 2.5
     assert "| default objective, 5e-4 | 3 | 7 | 50.0 ± 0.0 | 2.0 ± 2.5 |" in summary and "| base |  |  | 50.0 | 30.0 |" in summary
@@ -264,7 +263,7 @@ def test_the_pages_say_what_the_records_say(modules: Any, tmp_path: Path) -> Non
     """Each table is the one that its command prints, of the runs that the command makes."""
     bench = modules["real_prior"]
     names = {f"{arm}-{rate}-seed{seed}" for (arm, rate), seeds in bench.SHOWN.items() for seed in range(seeds)}
-    assert names == {path.stem for path in bench.RECORDS.glob("*-seed*.json")}
+    assert names == {name for name in bench.read_records(bench.RECORDS / bench.RUNS) if "-seed" in name}
     originals = [page.read_text() for page in bench.PAGES]
     copies = [tmp_path / page.name for page in bench.PAGES]
     for text, copy in zip(originals, copies, strict=True):
@@ -278,19 +277,19 @@ def test_a_table_makes_the_runs_that_it_lacks(modules: Any, tmp_path: Path, monk
     bench = modules["real_prior"]
     ran: list[str] = []
 
-    def run(options: Any, job: Any, steps: int, splits: Any, kind: str) -> None:
-        ran.append(f"{job.name} {steps} {kind}")
-        (options.records / f"{job.name}.json").write_text(json.dumps(record(job.arm, job.rate, job.seed, 9.0)))
+    def run(options: Any, job: Any, steps: int, splits: Any) -> None:
+        ran.append(f"{job.name} {steps}")
+        bench.add_record(options.records / bench.RUNS, job.name, record(job.arm, job.rate, job.seed, 9.0))
 
     monkeypatch.setattr(bench, "run", run)
     monkeypatch.setattr(bench, "seconds_per_step", lambda options, arm: 1.0 if arm == "dpo" else 2.0)
     monkeypatch.setattr(bench, "SHOWN", {("default", "2e-3"): 2, ("dpo", "5e-4"): 1})
-    (tmp_path / "base.json").write_text(json.dumps({"results": record("", "", 0, 30.0)["results"]}))
-    (tmp_path / "default-2e-3-seed0.json").write_text(json.dumps(record("default", "2e-3", 0, 8.0)))
+    bench.add_record(tmp_path / bench.RUNS, "base", {"results": record("", "", 0, 30.0)["results"]})
+    bench.add_record(tmp_path / bench.RUNS, "default-2e-3-seed0", record("default", "2e-3", 0, 8.0))
     given = ["--parts", "arms", "--table", "arms", "--steps", "10", "--records", str(tmp_path), "--out", str(tmp_path / "out")]
     for _ in range(2):
         bench.main(given)
-    assert ran == ["default-2e-3-seed1 10 ", "dpo-5e-4-seed0 20 "]
+    assert ran == ["default-2e-3-seed1 10", "dpo-5e-4-seed0 20"]
     told = capsys.readouterr().out
     assert told.count("| DPO, 5e-4 | 1 | 7 |") == 2 and "by edit" not in told
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ def test_verdicts_of_a_small_world(
     assert faults.keys() >= {"none", "nothing", "wrong"} and all(right for right, fault in truth.values() if fault == "none")
     assert not any(right for right, fault in truth.values() if fault in ("nothing", "wrong"))
     for name in ("pixels", "base-vqascore"):
-        found = json.loads((tmp_path / "records" / f"verdicts-{name}.json").read_text())
+        found = verified.read_records(tmp_path / "records" / verified.RUNS)[f"verdicts-{name}"]
         assert found["candidates"] == len(truth) and found["faults"] == faults
         assert found["right"] == sum(right for right, _ in truth.values())
         for rule, each in found["rules"].items():
@@ -54,7 +53,7 @@ def test_the_verdict_that_is_trained_on(verified: ModuleType, tmp_path: Path) ->
     """The one that keeps most good labels at the precision; where none reaches it, the most precise without a margin."""
 
     def written(name: str, rules: dict[str, Any]) -> None:
-        (tmp_path / f"verdicts-{name}.json").write_text(json.dumps({"question": "q", "work": name, "rules": rules}))
+        verified.add_record(tmp_path / verified.RUNS, f"verdicts-{name}", {"question": "q", "work": name, "rules": rules})
 
     with pytest.raises(SystemExit, match="holds no verdicts"):
         verified.best_verdict(tmp_path)

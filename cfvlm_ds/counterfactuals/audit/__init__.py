@@ -1,1 +1,3 @@
-"""Auditing: what a model could learn from a set of groups without looking, and what of it is elsewhere too."""
+"""Audit of a set of groups: shortcuts by which a model could tell true from false without looking,
+duplicates, and overlap with benchmarks.
+"""

@@ -1,4 +1,4 @@
-"""Pictures and texts that are there twice: exactly, or nearly so by a perceptual hash; within a set, across its splits, in benchmarks."""
+"""Duplicate pictures and texts, exact or near by a perceptual hash: within a set, across its splits, and in benchmarks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from cfvlm_ds.data.decoding import ENDINGS, open_image
 from cfvlm_ds.data.picture_index import content_digest
 
 NEAR = 8
-"""Bits of 64 by which near duplicates differ at most."""
+"""Largest number of the 64 bits in which near duplicates differ."""
 _BLOCK = 64
 GRAM = 8
-"""Words in a row that a caption and a benchmark's caption have in common when one was copied."""
+"""Number of consecutive words that two captions share if one was copied."""
 _SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
 
 @dataclass(frozen=True)
 class Look:
-    """A picture by its contents: a digest of its file and its perceptual hash."""
+    """Digest of a picture's file and perceptual hash of the picture."""
 
     path: Path
     digest: bytes
@@ -36,7 +36,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two places that show the same: indices into two sequences, and by how many bits they differ; -1 for the same file."""
+    """Indices of two equal or nearly equal pictures in two sequences, and the number of differing bits, -1 for the same file."""
 
     first: int
     second: int
@@ -44,7 +44,7 @@ class Pair:
 
 
 def look(path: Path) -> Look | str:
-    """Why it cannot be looked at, in place of a look."""
+    """Hash a picture, or return why it cannot be read."""
     try:
         return Look(path, content_digest(path), perceptual_hash(open_image(path)))
     except (DataError, OSError, ValueError) as error:
@@ -52,8 +52,10 @@ def look(path: Path) -> Look | str:
 
 
 def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[Pair]:
-    """Pairs of one sequence and another that are the same or nearly so. Flat pictures, whose hash says nothing, only count when equal."""
-    ours, theirs = (np.array([each.hash for each in side], np.uint64) for side in (first, second))
+    """Yield the pairs of equal or nearly equal pictures of two sequences. Flat pictures, whose hash carries
+    no information, must be equal.
+    """
+    ours, theirs = (np.array([entry.hash for entry in side], np.uint64) for side in (first, second))
     for i, j in _close(ours, theirs):
         if first[i].digest == second[j].digest:
             yield Pair(i, j, -1)
@@ -66,7 +68,7 @@ def _is_flat(value: int) -> bool:
 
 
 def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Yield all pairs that differ by at most NEAR bits: with 1 and -1 for bits, the product of two hashes is 64 less 2 for each."""
+    """Yield all pairs that differ in at most NEAR bits: with bits as 1 and -1, the product of two hashes is 64 minus twice that number."""
     first, second = (np.unpackbits(side[:, None].view(np.uint8), axis=1) * np.float32(2) - 1 for side in (ours, theirs))
     for start in range(0, len(first), _BLOCK):
         for i, j in np.argwhere(first[start : start + _BLOCK] @ second.T >= 64 - 2 * NEAR):
@@ -74,26 +76,26 @@ def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[tuple[i
 
 
 def pictures_below(folder: Path) -> list[Path]:
-    """Every picture file below a folder, folders that are links not followed."""
+    """List every picture file below a folder, without following links to folders."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
-    """Every eight words in a row; of a shorter text all of them."""
-    said = [word for word in words(text) if word.isalnum()]
-    return {tuple(said[k : k + GRAM]) for k in range(max(1, len(said) - GRAM + 1))} if len(said) >= 4 else set()
+    """Return every eight consecutive words of a text; of a text of four to seven words, all of them."""
+    tokens = [word for word in words(text) if word.isalnum()]
+    return {tuple(tokens[k : k + GRAM]) for k in range(max(1, len(tokens) - GRAM + 1))} if len(tokens) >= 4 else set()
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Id -> one of its texts that a benchmark has too: the same, or eight words in a row of it."""
+    """Map each id to one of its texts that also occurs in a benchmark: an equal text, or one that shares eight consecutive words."""
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()
     for text in theirs:
         exact.add(normalised(text).lower())
         known |= {gram for gram in grams(text) if len(gram) == GRAM}
-    found: dict[str, str] = {}
+    shared: dict[str, str] = {}
     for name, texts in ours.items():
         for text in texts:
             if normalised(text).lower() in exact or not known.isdisjoint(grams(text)):
-                found.setdefault(name, text)
-    return found
+                shared.setdefault(name, text)
+    return shared

@@ -1,6 +1,6 @@
-"""Thinning a set until no word, no length and no scorer on a blank picture tells the true texts from the false ones.
+"""Thinning of a set until neither words, nor length, nor a scorer on a blank picture distinguish the true texts from the false ones.
 
-It is the balance of words that the rules have (propose/balance.py), of which length and the scorer's guess are two more words.
+It uses the balance of words of the back end rules (propose/balance.py), with length and the scorer's guess as two additional words.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.evaluation.comparisons import factual_texts
 
 REFINED = "refined"
-"""Key of a row's ``meta`` that says how the set was thinned."""
+"""Key of a row's ``meta`` with the parameters of the thinning."""
 
 
 def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
-    """Return each true text of the factual image with each false one of the same prompt."""
+    """Pair each true text of the factual image with each false one of the same prompt."""
     return [(group.candidates[true].text, group.candidates[false].text) for true, false in factual_texts(group)]
 
 
 def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:
-    """Write the groups that stay, and say what a guess is worth on them. ``blind`` are the margins of a scorer without a picture.
+    """Write the groups that stay, and return a sentence with the success of blind guesses on them. ``blind`` are the margins of a scorer
+    without a picture.
 
-    Raises ConfigError where none can stay.
+    Raises ConfigError if no group can stay.
     """
     pairs = [text_pairs(group) for group in groups]
-    cues: dict[str, Sequence[float]] = {"length": [sum(len(new) - len(old) for old, new in each) for each in pairs]}
+    cues: dict[str, Sequence[float]] = {"length": [sum(len(new) - len(old) for old, new in texts) for texts in pairs]}
     cues |= {} if blind is None else {"the scorer": blind}
     signs = np.sign([*cues.values()]).astype(int)
     moves: list[Move] = [(k, (cue,), sign) for cue, row in zip(cues, signs.tolist(), strict=True) for k, sign in enumerate(row)]
-    for k, each in enumerate(pairs):
-        for old, new in ((set(words(old)), set(words(new))) for old, new in each):
+    for k, texts in enumerate(pairs):
+        for old, new in ((set(words(old)), set(words(new))) for old, new in texts):
             moves += [(k, word, 1 if word in new else -1) for word in sorted(old ^ new)]
     _, shares = balanced(moves, len(groups), exact=[(cue,) for cue in cues])
     order = sorted(range(len(groups)), key=lambda k: (*signs[:, k], seed_of("refine", seed, groups[k].id)))
-    # of each pattern of guesses, which follow each other, its share stays
+    # groups with the same pattern of guesses are neighbours, so that the share of each pattern stays
     kept = sorted(order[k] for k in sampled(shares[order], "refine", seed))
     if not kept:
         worst = max(cues, key=lambda cue: abs(right(cues[cue]) - 0.5))
@@ -61,12 +62,12 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
             own = parse_json(groups[k].meta or "{}")
             row = to_row(groups[k], file.parent.absolute(), (own if isinstance(own, dict) else {"meta": own}) | {REFINED: {"seed": seed}})
             out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-    said = ", ".join(f"{100 * right([margins[k] for k in kept]):.1f} % by {cue}" for cue, margins in cues.items())
-    return f"{len(kept)} of {len(groups)} groups, of which a blind guess is right in {said}"
+    shares_right = ", ".join(f"{100 * right([margins[k] for k in kept]):.1f} % by {cue}" for cue, margins in cues.items())
+    return f"{len(kept)} of {len(groups)} groups, of which a blind guess is right in {shares_right}"
 
 
 def refined_file(file: Path, *inputs: str) -> None:
-    """Raise ConfigError where the groups that stay cannot be written to a file: it is read here, or somebody else's."""
+    """Raise ConfigError if the output file is an input, or another program's."""
     own_output(file, _is_refined, "audit --refine", *inputs, option="--refine")
 
 
@@ -75,5 +76,5 @@ def _is_refined(file: IO[bytes]) -> bool:
 
 
 def right(margins: Sequence[float]) -> float:
-    """Return the share of right guesses, ties one half."""
+    """Return the share of right guesses, with ties counted as one half."""
     return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / max(len(margins), 1)

@@ -1,4 +1,4 @@
-"""The audit of a set of groups: shortcuts, duplicates, leaks, balance; one report to read, and a page of what was found."""
+"""Audit report of a set of groups: shortcuts, duplicates, leaks and balance, as text, JSON and a page of the affected groups."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from cfvlm_ds.page import Written, group_item, write_page
 
 LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
-_SHOWN = 20  # groups of a page, where there is no fault
-_SCORED = 256  # groups at a time
+_SHOWN = 20  # groups on the page if there is no fault
+_SCORED = 256  # groups scored at a time
 
 Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
@@ -37,31 +37,30 @@ Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
 
 @dataclass
 class Audit:
-    """What was found: facts for a table, and sentences about what passes a limit with the ids of the groups that it is about."""
+    """Results of an audit: facts for a table, and sentences about exceeded limits with the ids of the affected groups."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     faults: list[tuple[str, list[str]]] = field(default_factory=list)
     shortcuts: list[Shortcut] = field(default_factory=list)
 
     def fault(self, sentence: str, ids: Sequence[str] = ()) -> None:
-        """Something that passes its limit."""
+        """Add a sentence about an exceeded limit."""
         self.faults.append((sentence, list(dict.fromkeys(ids))))
 
     def markdown(self) -> str:
-        """The report."""
+        """Format the report as Markdown."""
         lines = ["# Audit\n\n| | |\n|---|---|", *(f"| {in_cell(name, 400)} | {in_cell(value, 400)} |" for name, value in self.facts), ""]
         lines += ["| told apart | AUC | 95 % interval | pairs | goes by |", "|---|---:|---|---:|---|"]
-        for each in self.shortcuts:
-            told = ", ".join(each.telling[:8])
-            measured = "not measured |" if each.auc is None else f"{each.auc:.3f} | {each.low:.3f} to {each.high:.3f}"
-            lines.append(f"| {each.name} | {measured} | {each.pairs} | {in_cell(told, 400)} |")
+        for cue in self.shortcuts:
+            measured = "not measured |" if cue.auc is None else f"{cue.auc:.3f} | {cue.low:.3f} to {cue.high:.3f}"
+            lines.append(f"| {cue.name} | {measured} | {cue.pairs} | {in_cell(', '.join(cue.telling[:8]), 400)} |")
         lines += ["", "## What passes a limit", ""]
         for sentence, ids in self.faults:
             lines.append(f"- {in_cell(sentence + f' ({few(ids)})' * bool(ids), 600)}")
         return "\n".join([*lines, *(["Nothing."] if not self.faults else [])]) + "\n"
 
     def as_json(self) -> str:
-        shortcuts = [vars(each) for each in self.shortcuts]
+        shortcuts = [vars(cue) for cue in self.shortcuts]
         return (
             json.dumps(
                 {"facts": dict(self.facts), "shortcuts": shortcuts, "faults": [{"fault": s, "groups": ids} for s, ids in self.faults]},
@@ -73,7 +72,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Set:
-    """A split: its name and groups; of each picture the groups that show it, and what can be read of it."""
+    """A split: its name and groups, the groups that show each picture, and the hashes of each readable picture."""
 
     name: str
     groups: Sequence[CounterfactualGroup]
@@ -84,27 +83,27 @@ class _Set:
 def audit(
     manifests: Sequence[str], root: Root, format: str, options: AuditOptions, say: Say, score: Score | None = None
 ) -> tuple[Audit, list[_Set]]:
-    """Look at every group and picture of some manifests, which are splits of one set."""
-    found, broken = Audit(), dict[str, str]()
+    """Audit all groups and pictures of some manifests, which are the splits of one set."""
+    report, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
-    sets = [_looked_at(name, store, broken, say) for name, store in stores.items()]
-    listed = ", ".join(f"{each.name} ({len(each.groups)})" for each in sets)
-    found.facts.append(("groups", f"{sum(len(each.groups) for each in sets)} in {listed}"))
+    sets = [_read_set(name, store, broken, say) for name, store in stores.items()]
+    listed = ", ".join(f"{split.name} ({len(split.groups)})" for split in sets)
+    report.facts.append(("groups", f"{sum(len(split.groups) for split in sets)} in {listed}"))
     if broken:
-        found.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
-    _shortcuts(found, sets, options, say)
-    _duplicates(found, sets)
+        report.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
+    _shortcuts(report, sets, options, say)
+    _duplicates(report, sets)
     if options.against:
-        _against(found, sets, options.against, say)
-    margins = _blind(found, sets, score, say) if score is not None else None
+        _against(report, sets, options.against, say)
+    margins = _blind(report, sets, score, say) if score is not None else None
     if options.refine:
-        groups = [group for each in sets for group in each.groups]
-        found.facts.append(("refined", refine(groups, margins, options.seed, Path(options.refine))))
-    return found, sets
+        groups = [group for split in sets for group in split.groups]
+        report.facts.append(("refined", refine(groups, margins, options.seed, Path(options.refine))))
+    return report, sets
 
 
-def _looked_at(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """A split with every picture by its contents; why a group's picture has none is added to ``broken``."""
+def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
+    """Hash every picture of a split; the problem of an unreadable one is added to ``broken`` under the id of a group."""
     owners: dict[Path, list[str]] = {}
     for group in groups:
         for image in group.images:
@@ -112,11 +111,11 @@ def _looked_at(name: str, groups: Sequence[CounterfactualGroup], broken: dict[st
                 if group.id not in owners.setdefault(picture, []):
                     owners[picture].append(group.id)
     looks: dict[Path, Look] = {}
-    for path, seen in zip(owners, _looks(name, owners, say), strict=True):
-        if isinstance(seen, str):
-            broken[owners[path][0]] = seen
+    for path, result in zip(owners, _looks(name, owners, say), strict=True):
+        if isinstance(result, str):
+            broken[owners[path][0]] = result
         else:
-            looks[path] = seen
+            looks[path] = result
     return _Set(name, groups, owners, looks)
 
 
@@ -125,12 +124,12 @@ def _looks(name: str, pictures: Collection[Path], say: Say) -> Iterator[Look | s
         yield from Progress(say, f"pictures of {name}", len(pictures), "pictures").over(pool.map(look, pictures))
 
 
-def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: Say) -> None:
+def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: Say) -> None:
     texts: list[tuple[str, str]] = []
     text_halves: list[bool] = []
     pictures: list[tuple[Path, Path, bool]] = []
-    for each in sets:
-        for group in each.groups:
+    for split in sets:
+        for group in split.groups:
             source = group.images[0][0].name if group.num_pictures else group.id
             half = bool(seed_of("half", options.seed, source) & 1)
             texts += (pairs := text_pairs(group))
@@ -139,7 +138,7 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
                 if edit.type != SHAM and edit.image is not None and group.num_pictures == 1:
                     pictures.append((group.images[0][0], group.images[edit.image][0], half))
     if texts:
-        found.shortcuts.extend([by_length(texts), by_words(texts, text_halves)])
+        report.shortcuts.extend([by_length(texts), by_words(texts, text_halves)])
     if len(pictures) > options.sample:
         pictures = random.Random(options.seed).sample(pictures, options.sample)
     grains: tuple[list[Array], list[Array], list[bool]] = ([], [], [])
@@ -148,43 +147,46 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
         try:
             pair = grain(open_image(original)), grain(open_image(edited))
         except DataError:
-            continue  # named by the look at it
+            continue  # _read_set reported it
         grains[0].append(pair[0])
         grains[1].append(pair[1])
         grains[2].append(half)
     if grains[0]:
-        found.shortcuts.append(by_grain(*grains))
-    for cue in found.shortcuts:
+        report.shortcuts.append(by_grain(*grains))
+    for cue in report.shortcuts:
         if cue.auc is not None and cue.low is not None and cue.low > 0.5 and cue.auc > LIMIT_AUC:
-            found.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(cue.telling[:4])}")
+            report.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(cue.telling[:4])}")
 
 
-def _duplicates(found: Audit, sets: Sequence[_Set]) -> None:
-    """Originals that several groups show, and pictures that several splits do. Edits of one picture are alike by nature: left out."""
+def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
+    """Report originals that several groups, and pictures that several splits show. Edits of one picture resemble each other and are left
+    out.
+    """
     originals = []
-    for each in sets:
-        firsts = {group.images[0][0]: group.id for group in each.groups if group.num_pictures == 1}
-        originals.append([(each.looks[path], name) for path, name in firsts.items() if path in each.looks])
-    for k, (each, mine) in enumerate(zip(sets, originals, strict=True)):
-        own = [look for look, _ in mine]
+    for split in sets:
+        firsts = {group.images[0][0]: group.id for group in split.groups if group.num_pictures == 1}
+        originals.append([(split.looks[path], name) for path, name in firsts.items() if path in split.looks])
+    for k, (split, own_originals) in enumerate(zip(sets, originals, strict=True)):
+        own = [look for look, _ in own_originals]
         pairs = [pair for pair in near_pairs(own, own) if pair.first < pair.second]
         if pairs:
             exact = sum(pair.bits < 0 for pair in pairs)
-            ids = [name for pair in pairs for name in (mine[pair.first][1], mine[pair.second][1])]
-            found.fault(
-                f"{each.name}: {len(pairs)} pairs of originals are the same picture ({exact}) or nearly so ({len(pairs) - exact})", ids
+            ids = [name for pair in pairs for name in (own_originals[pair.first][1], own_originals[pair.second][1])]
+            report.fault(
+                f"{split.name}: {len(pairs)} pairs of originals are the same picture ({exact}) or nearly so ({len(pairs) - exact})", ids
             )
-        for other, theirs in zip(sets[k + 1 :], originals[k + 1 :], strict=True):
-            pairs = list(near_pairs(own, [look for look, _ in theirs]))
-            shared = {look.digest for look in each.looks.values()} & {look.digest for look in other.looks.values()}
+        for other, other_originals in zip(sets[k + 1 :], originals[k + 1 :], strict=True):
+            pairs = list(near_pairs(own, [look for look, _ in other_originals]))
+            shared = {look.digest for look in split.looks.values()} & {look.digest for look in other.looks.values()}
             if pairs or shared:
-                ids = [name for pair in pairs for name in (mine[pair.first][1], theirs[pair.second][1])]
-                found.fault(f"{each.name} and {other.name} share {len(pairs)} originals or nearly so, and {len(shared)} picture files", ids)
+                ids = [name for pair in pairs for name in (own_originals[pair.first][1], other_originals[pair.second][1])]
+                report.fault(
+                    f"{split.name} and {other.name} share {len(pairs)} originals or nearly so, and {len(shared)} picture files", ids
+                )
 
 
-def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None:
-    for named in filter(None, (part.strip() for part in against.split(","))):
-        path = Path(named)
+def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> None:
+    for path in map(Path, filter(None, map(str.strip, against.split(",")))):
         texts: list[str] = []
         if path.is_dir() and not (path / "store.json").is_file():
             pictures = pictures_below(path)
@@ -197,58 +199,58 @@ def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None
                 pictures += [picture for image in group.images for picture in image]
                 texts += [candidate.text for candidate in group.candidates if len(candidate.text.split()) > 3]
         looks = list(_looks(path.name, dict.fromkeys(pictures), say))
-        theirs = [each for each in looks if not isinstance(each, str)]
-        found.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
-        if unread := [each for each in looks if isinstance(each, str)]:
-            found.fault(f"{path}: {len(unread)} of its {len(looks)} pictures cannot be read, and are not compared; the first: {unread[0]}")
-        for each in sets:
-            mine = list(each.looks.values())
-            pairs = list(near_pairs(mine, theirs))
+        theirs = [result for result in looks if not isinstance(result, str)]
+        report.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
+        if unread := [result for result in looks if isinstance(result, str)]:
+            report.fault(f"{path}: {len(unread)} of its {len(looks)} pictures cannot be read, and are not compared; the first: {unread[0]}")
+        for split in sets:
+            ours = list(split.looks.values())
+            pairs = list(near_pairs(ours, theirs))
             if pairs:
                 exact = {pair.first for pair in pairs if pair.bits < 0}
                 nearly = {pair.first for pair in pairs} - exact
-                ids = [name for pair in pairs for name in each.owners[mine[pair.first].path]]
-                found.fault(f"{each.name} has {len(exact)} pictures of {path.name}, and {len(nearly)} that are nearly one of them", ids)
-            ours = {group.id: [candidate.text for candidate in group.candidates] for group in each.groups}
-            if shared := shared_texts(ours, texts):
-                found.fault(
-                    f"{each.name}: {len(shared)} groups have a text of {path.name}, such as {next(iter(shared.values()))!r}", list(shared)
+                ids = [name for pair in pairs for name in split.owners[ours[pair.first].path]]
+                report.fault(f"{split.name} has {len(exact)} pictures of {path.name}, and {len(nearly)} that are nearly one of them", ids)
+            own_texts = {group.id: [candidate.text for candidate in group.candidates] for group in split.groups}
+            if shared := shared_texts(own_texts, texts):
+                report.fault(
+                    f"{split.name}: {len(shared)} groups have a text of {path.name}, such as {next(iter(shared.values()))!r}", list(shared)
                 )
 
 
-def _blind(found: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
-    """What a scorer guesses on a blank picture; returns by how much the true texts of each group beat the false ones there, on average."""
+def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
+    """Score all texts on a blank picture; returns, for each group, the mean margin of its true texts over its false ones."""
     margins: list[list[float]] = []
-    for each in sets:
-        progress = Progress(say, f"blind scores of {each.name}", len(each.groups), "groups")
-        for start in range(0, len(each.groups), _SCORED):
-            groups = list(each.groups[start : start + _SCORED])
+    for split in sets:
+        progress = Progress(say, f"blind scores of {split.name}", len(split.groups), "groups")
+        for start in range(0, len(split.groups), _SCORED):
+            groups = list(split.groups[start : start + _SCORED])
             for group, scores in zip(groups, score(groups), strict=True):
                 blank = scores.blank.tolist()
                 margins.append([blank[true] - blank[false] for true, false in factual_texts(group)])
             progress.advance(len(groups))
     every = [margin for group in margins for margin in group]
     share = right(every)
-    told = f"{100 * share:.1f} % of {len(every)} comparisons"
-    found.facts.append(
-        ("texts told on a blank picture", told if every else "not measured: no group has a true and a false text of one prompt")
+    result = f"{100 * share:.1f} % of {len(every)} comparisons"
+    report.facts.append(
+        ("texts told on a blank picture", result if every else "not measured: no group has a true and a false text of one prompt")
     )
     if every and max(share, 1 - share) > LIMIT_BLIND:
-        found.fault(f"a scorer without a picture is right in {told} (limit {100 * LIMIT_BLIND:.0f})")
+        report.fault(f"a scorer without a picture is right in {result} (limit {100 * LIMIT_BLIND:.0f})")
     return [sum(group) / max(len(group), 1) for group in margins]
 
 
-def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """A page in the folder OUT of the groups that a fault names, with report.md and report.json."""
+def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
+    """Write a page of the groups that a fault names to the folder OUT, with report.md and report.json."""
     about: dict[str, list[str]] = {}
-    for sentence, ids in found.faults:
+    for sentence, ids in report.faults:
         for name in ids:
             about.setdefault(name, []).append(one_line(sentence, 80))
-    every = [group for each in sets for group in each.groups]
+    every = [group for split in sets for group in split.groups]
     shown = [group for group in every if group.id in about] or every[:_SHOWN]
-    said = ((group, about.get(group.id, ["nothing"])) for group in shown)
-    items = (group_item(group, facts=[("found", "; ".join(names))], filters={"found": names}) for group, names in said)
-    beside = {"report.md": found.markdown(), "report.json": found.as_json()}
-    facts = [*found.facts, *((each.name, str(each)) for each in found.shortcuts)]
-    facts += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
+    faults = ((group, about.get(group.id, ["nothing"])) for group in shown)
+    items = (group_item(group, facts=[("found", "; ".join(names))], filters={"found": names}) for group, names in faults)
+    beside = {"report.md": report.markdown(), "report.json": report.as_json()}
+    facts = [*report.facts, *((cue.name, str(cue)) for cue in report.shortcuts)]
+    facts += [("passes a limit", one_line(sentence, 300)) for sentence, _ in report.faults] or [("passes a limit", "nothing")]
     return write_page("Audit", items, len(shown), out, facts=facts, beside=beside, say=say)

@@ -1,6 +1,7 @@
-"""What a model could learn without looking: which text is the counterfactual by its words or length, which picture was edited by its grain.
+"""Shortcuts: classifiers that detect counterfactual texts by words or length, and edited pictures by their grain, without regard to their
+content.
 
-Each classifier is fitted on half of the groups and judged on the other half; a source is on one side.
+Each classifier is fitted on half of the groups and evaluated on the other half; all groups of a source are in the same half.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Shortcut:
-    """How well something tells edited from original on the half that it was not fitted on: area under the ROC curve with its 95 % interval,
-    None where it was not measured, on how many pairs, and what it went by, or why it was not measured."""
+    """Result of a classifier on the held-out half: area under the ROC curve with its 95 % interval (None if not measured), the number of
+    pairs, and its strongest features, or why it was not measured.
+    """
 
     name: str
     auc: float | None
@@ -46,7 +48,7 @@ _ONE_HALF = "one half has no pair to fit, or to judge: too few pictures"
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
-    """Area under the ROC curve, ties one half, with the interval of Hanley and McNeil (1982)."""
+    """Compute the area under the ROC curve, with ties as one half, and the interval of Hanley and McNeil (1982)."""
     from scipy.stats import rankdata
 
     ranks = rankdata([*positive, *negative])
@@ -59,18 +61,18 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, fl
 
 
 def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
-    """Length in characters, fitted to nothing: a direction alone, so the better one counts."""
+    """Classify by length in characters, without fitting: only the direction is chosen, by the better result."""
     longer = [len(new) for _, new in pairs], [len(old) for old, _ in pairs]
     area, low, high = auc(*longer)
     if area < 0.5:
         area, low, high = 1 - area, 1 - high, 1 - low
     more = sum(len(new) > len(old) for old, new in pairs)
-    said = (f"counterfactuals are longer in {more}, shorter in {sum(len(new) < len(old) for old, new in pairs)} of {len(pairs)}",)
-    return Shortcut("texts by length", area, low, high, len(pairs), said)
+    description = (f"counterfactuals are longer in {more}, shorter in {sum(len(new) < len(old) for old, new in pairs)} of {len(pairs)}",)
+    return Shortcut("texts by length", area, low, high, len(pairs), description)
 
 
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
-    """A bag of words: the log-odds of each word in counterfactuals and originals of one half, added up on the other."""
+    """Classify by a bag of words: the log-odds of each word in counterfactuals and originals of one half are summed on the other half."""
     if len(set(halves)) < 2:
         return _not_measured("texts by their words", _ONE_HALF)
     counts: list[Counter[str]] = [Counter(), Counter()]
@@ -92,7 +94,7 @@ FEATURES = (
 
 
 def grain(image: Image.Image) -> Array:
-    """Numbers that say how a picture was made and nothing of what it shows: FEATURES."""
+    """Compute FEATURES, statistics of a picture that depend on how it was made and not on what it shows."""
     image = image.copy()
     image.thumbnail((256, 256), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), np.float64)
@@ -104,7 +106,7 @@ def grain(image: Image.Image) -> Array:
     blocks = grey[:height, :width].reshape(height // 4, 4, width // 4, 4) if height and width else grey.reshape(1, *grey.shape, 1)
     flat = blocks.max((1, 3)) - blocks.min((1, 3)) < 1
     edges = across[:, 7::8].mean() / (across.mean() + 1e-6) if across.shape[1] > 8 else 1.0
-    runs = max((len(run) for row in flat for run in "".join("1" if each else "0" for each in row).split("0")), default=0)
+    runs = max((len(run) for row in flat for run in "".join("1" if is_flat else "0" for is_flat in row).split("0")), default=0)
     low, high = np.percentile(grey, (1, 99))
     return np.array(
         [
@@ -124,8 +126,9 @@ def grain(image: Image.Image) -> Array:
 
 
 def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequence[bool]) -> Shortcut:
-    """A linear rule over FEATURES of each picture, fitted by ridge regression on one half. Pairs show the same scene, so what helps is how
-    they were made."""
+    """Classify by a linear rule over FEATURES, fitted by ridge regression on one half. Pairs show the same scene, so a useful feature
+    reveals how the pictures were made.
+    """
     if len(originals) < 4 or len(set(halves)) < 2:
         return _not_measured("pictures by their grain", _ONE_HALF)
     first, second, chosen = np.stack(originals), np.stack(edited), np.asarray(halves)
@@ -136,5 +139,5 @@ def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequen
     weight = np.linalg.solve(normal, differences.sum(0))
     scores = [((side[~chosen] - mean) / scale) @ weight for side in (second, first)]
     order = np.argsort(-np.abs(weight * differences.std(0)))[:4]
-    found = auc(scores[0].tolist(), scores[1].tolist())
-    return Shortcut("pictures by their grain", *found, int((~chosen).sum()), tuple(FEATURES[k] for k in order))
+    measured = auc(scores[0].tolist(), scores[1].tolist())
+    return Shortcut("pictures by their grain", *measured, int((~chosen).sum()), tuple(FEATURES[k] for k in order))

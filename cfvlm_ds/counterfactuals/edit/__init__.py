@@ -1,4 +1,6 @@
-"""Editing: a picture to one that shows the counterfactual caption and nothing else that is new. One file and one line an editor."""
+"""Picture editors: each turns a picture into one that shows the counterfactual caption and no other change. An editor is one file and one
+line here.
+"""
 
 from __future__ import annotations
 
@@ -18,4 +20,4 @@ EDITORS: dict[str, Callable[[EditOptions], Editor]] = {
     "diffusers": Diffusers,
     "command": Command,
 }
-"""Name -> editor. ``EDITORS["mine"] = ...`` in a script of your own adds one."""
+"""Name -> editor. A user's script adds one by ``EDITORS["mine"] = ...``."""

@@ -1,4 +1,4 @@
-"""What an editor of pictures is asked, what it gives back, and what is checked of a picture that came from outside."""
+"""Interface of picture editors: their tasks and results, and the checks of pictures from outside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfvlm_ds.data.decoding import open_image
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at one edit: the picture, what it shows (``caption``), what it is to show (``text``), and what to do."""
+    """One attempt at one edit: the picture, its ``caption``, the ``text`` that the edited picture must show, and the instruction."""
 
     id: str
     source: str
@@ -35,11 +35,11 @@ class Task:
     mask: Path | None = None
 
     def image(self) -> Image.Image:
-        """The picture, RGB and upright. Raises DataError."""
+        """Open the picture, RGB and upright. Raises DataError."""
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Where something may change, white on black; None where nothing says so. Raises DataError for another size."""
+        """Open the mask, white where the picture may change; None if there is none. Raises DataError for another size."""
         if self.mask is None:
             return None
         mask = open_image(self.mask).convert("L")
@@ -50,7 +50,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Picture:
-    """An edited picture; ``info`` is what its editor says of how it was made."""
+    """An edited picture; ``info`` is its editor's record of how it was made."""
 
     image: Image.Image
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -58,34 +58,37 @@ class Picture:
 
 @dataclass(frozen=True)
 class Refused:
-    """No picture, and why."""
+    """A refusal to edit, with the reason."""
 
     reason: str
 
 
 class Editor:
-    """A back end of `data edit`, made with the options of the step. ``varies``: another seed gives another picture, so that further
-    attempts make sense. ``threads`` are the tasks that it is given side by side."""
+    """Back end of `data edit`, constructed with the options of the step.
+
+    ``varies`` is true if another seed gives another picture, so that further attempts are useful. ``threads`` is the number of concurrent
+    tasks.
+    """
 
     varies, threads = False, 1
 
     def __init__(self, options: EditOptions) -> None: ...
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides its pictures; kept with them."""
+        """Return the settings that determine the pictures, to be stored with them."""
         return {"version": 1}
 
     def takes(self, task: Task) -> bool:
-        """Whether an edit is one for this editor, by its words alone."""
+        """Return whether this editor accepts an edit, judged by its words alone."""
         return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
-        """The edited picture, as large as the original; None for text alone."""
+        """Return the edited picture, as large as the original; None for an edit of the text alone."""
         return None
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
-    """A file of a folder that an id names, its parts one below the other; None where there is none, or the id is no name of files."""
+    """Return the file of a folder that an id names, or None if there is none or the id cannot be a file name."""
     for suffix in suffixes:
         try:
             path = own_file(folder, f"{name}{suffix}", f"the id {name!r}")
@@ -97,7 +100,7 @@ def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", 
 
 
 def opened(path: Path, shown: str) -> Picture | Refused:
-    """The picture of a file; in a refusal the file is called ``shown``."""
+    """Open the picture of a file; a refusal calls the file ``shown``."""
     try:
         return Picture(open_image(path))
     except DataError as error:
@@ -105,5 +108,5 @@ def opened(path: Path, shown: str) -> Picture | Refused:
 
 
 def sha256_of(content: bytes) -> str:
-    """Of bytes."""
+    """Hash bytes with sha256."""
     return hashlib.sha256(content).hexdigest()

@@ -1,6 +1,6 @@
-"""Diffusion pipelines by the diffusers library: instruction editors, inpainting, and pictures made anew from the text alone.
+"""Diffusion pipelines of the diffusers library: instruction editing, inpainting, and generation of a new picture from the text.
 
-What a pipeline is for is read from what it can be called with: a mask, a picture, or neither.
+The kind of a pipeline is determined by the parameters of its call: a mask, a picture, or neither.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cfvlm_ds.core.versions import version
 from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
 from cfvlm_ds.counterfactuals.options import EditOptions
 
-_MULTIPLE = 32  # pixels that every known pipeline's sides can be multiples of
+_MULTIPLE = 32  # pixels; every known pipeline accepts sides that are multiples of it
 OLDEST = "0.42.1"
-"""As in pyproject.toml. Before 0.38 diffusers runs code that a pipeline's folder holds, before this version it imports any module that the
+"""As in pyproject.toml. Before 0.38, diffusers runs code in a pipeline's folder; before this version, it imports any module that the
 folder names."""
 
 
 class Diffusers(Editor):
-    """The editor ``diffusers``. A batch has one picture: with more, the same seed gives another one."""
+    """Editor ``diffusers``. Each batch has one picture, because the result of a seed depends on the batch size."""
 
     varies, threads = True, 1
 
@@ -52,7 +52,7 @@ class Diffusers(Editor):
                 options.model, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
             self.pipe = pipe.to(self._device)
-        except Exception as error:  # what a folder that is no pipeline makes of it
+        except Exception as error:  # raised for a folder without a pipeline
             if not is_failure(error):
                 raise
             raise ConfigError(f"--model {options.model}: no pipeline of diffusers ({type(error).__name__}: {error})") from error
@@ -81,7 +81,7 @@ class Diffusers(Editor):
     def edit(self, task: Task) -> Picture | Refused | None:
         image = task.image()
         padded = _padded(image)
-        wanted: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "prompt": task.instruction if self.kind == "instruct" else task.text,
             "image": padded,
             "height": padded.height,
@@ -90,31 +90,31 @@ class Diffusers(Editor):
         }
         if self.kind == "inpaint":
             mask = task.mask_image(image.size)
-            wanted["mask_image"] = None if mask is None else _padded(mask)
+            arguments["mask_image"] = None if mask is None else _padded(mask)
         with self._torch.no_grad():
-            made = self.pipe(**{name: value for name, value in wanted.items() if name in self._taken}, **self._given).images[0]
-        if not isinstance(made, Image.Image) or made.size != padded.size:
-            size = getattr(made, "size", "none")
+            edited = self.pipe(**{name: value for name, value in arguments.items() if name in self._taken}, **self._given).images[0]
+        if not isinstance(edited, Image.Image) or edited.size != padded.size:
+            size = getattr(edited, "size", "none")
             return Refused(f"the pipeline gave a picture of another size ({size} and not {padded.size})")
-        return Picture(made.convert("RGB").crop((0, 0, *image.size)))
+        return Picture(edited.convert("RGB").crop((0, 0, *image.size)))
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """The picture with its last row and column repeated up to sides that a pipeline takes."""
+    """Repeat the last row and column of a picture until its sides fit a pipeline."""
     pixels = np.asarray(image)
     sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
     return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))
 
 
 def call_options(text: str) -> dict[str, Any]:
-    """``NAME=VALUE,...`` as numbers, truths and words. Raises ConfigError."""
-    found: dict[str, Any] = {}
-    for part in filter(None, (each.strip() for each in text.split(","))):
+    """Parse ``NAME=VALUE,...``; values are numbers, booleans or texts. Raises ConfigError."""
+    options: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--options {part!r}: write NAME=VALUE, as in num_inference_steps=28")
-        found[name] = {"true": True, "false": False}.get(value.lower(), value)
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
         for kind in (float, int):
             with contextlib.suppress(ValueError):
-                found[name] = kind(value)
-    return found
+                options[name] = kind(value)
+    return options

@@ -1,4 +1,4 @@
-"""A mirror image is an exact counterfactual of left and right, unless something in it shows that it is one."""
+"""Mirror images: exact counterfactuals of left and right, unless something in the picture shows that it is mirrored."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cfvlm_ds.counterfactuals.propose.word_difference import words
 
 
 class Flip(Editor):
-    """The editor ``flip``: for captions whose only sides are those that the edit exchanges."""
+    """Editor ``flip``, for captions whose only change is the exchange of left and right."""
 
     def takes(self, task: Task) -> bool:
-        """Whether the text is the caption with every left and right exchanged."""
+        """Return whether the text is the caption with every left and right exchanged."""
         old, new = words(task.caption), words(task.text)
         turned = {"left": "right", "right": "left"}
         return task.type == "relation" and bool({"left", "right"} & set(old)) and tuple(turned.get(word, word) for word in old) == new

@@ -1,4 +1,4 @@
-"""Pictures that are there: edited ones in a folder by their ids, real ones that `mine` has found; and text alone."""
+"""Existing pictures: edited ones in a folder, by their ids; and edits of the text alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cfvlm_ds.counterfactuals.options import EditOptions
 
 
 class Folder(Editor):
-    """The editor ``folder``: FOLDER/SOURCE/NUMBER.png is the edited picture of the edit SOURCE/NUMBER; one without is not its own."""
+    """Editor ``folder``: FOLDER/SOURCE/NUMBER.png is the picture of the edit SOURCE/NUMBER. It accepts only edits with such a file."""
 
     def __init__(self, options: EditOptions) -> None:
         self._folder = Path(options.folder)
@@ -28,7 +28,7 @@ class Folder(Editor):
 
 
 class TextAlone(Editor):
-    """The editor ``none``: the edit stays one of the text."""
+    """Editor ``none``: only the text is edited."""
 
     def settings(self) -> Mapping[str, Any]:
         return {}

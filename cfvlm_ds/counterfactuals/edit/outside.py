@@ -1,4 +1,4 @@
-"""An editor that runs elsewhere: a command that is called. What it gives is checked like any foreign file."""
+"""External editor: a command that is called for each picture. Its output is checked like any untrusted file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cfvlm_ds.counterfactuals.options import EditOptions
 
 
 def png(image: Image.Image) -> bytes:
-    """Return the picture in PNG, with nothing but its pixels."""
+    """Encode the picture as PNG, without metadata."""
     image.info.clear()
     content = io.BytesIO()
     image.save(content, "PNG", compress_level=3)
@@ -29,8 +29,11 @@ def png(image: Image.Image) -> bytes:
 
 
 class Command(Editor):
-    """The editor ``command``: a command with ``{request}``, a JSON file that names the picture and says what to do, and ``{output}``, the
-    file to write. Nothing that a model or a row has said is part of the command line."""
+    """Editor ``command``: a command line with ``{request}``, a JSON file with the picture's path and the instruction, and ``{output}``, the
+    file to write.
+
+    No text of a model or a row becomes part of the command line.
+    """
 
     varies = True
 
@@ -47,29 +50,31 @@ class Command(Editor):
         return {"version": 1, "command": self._command}
 
     def edit(self, task: Task) -> Picture | Refused | None:
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory)
             request, output = folder / "request.json", folder / "output"
             image = task.image()
             (folder / "image.png").write_bytes(png(image))
-            told: dict[str, Any] = {
+            task_json: dict[str, Any] = {
                 "id": task.id, "type": task.type, "caption": task.caption, "text": task.text, "from": task.source_words,
                 "to": task.target_words, "instruction": task.instruction, "seed": task.seed, "width": image.width, "height": image.height,
                 "image": str(folder / "image.png"),
             }  # fmt: skip
             if (mask := task.mask_image(image.size)) is not None:
                 (folder / "mask.png").write_bytes(png(mask))
-                told["mask"] = str(folder / "mask.png")
-            request.write_text(json.dumps(told))
-            named = [word.replace("{request}", str(request)).replace("{output}", str(output)) for word in self._words]
-            trouble = self._run(named, folder / "errors")
-            return Refused(trouble) if trouble else opened(output, "the command's picture")
+                task_json["mask"] = str(folder / "mask.png")
+            request.write_text(json.dumps(task_json))
+            command_line = [word.replace("{request}", str(request)).replace("{output}", str(output)) for word in self._words]
+            problem = self._run(command_line, folder / "errors")
+            return Refused(problem) if problem else opened(output, "the command's picture")
 
     def _run(self, words: list[str], errors: Path) -> str:
-        """Why it failed, or nothing. What is stopped ends with everything that it has started."""
-        with open(errors, "w+b") as said:
+        """Run the command; returns why it failed, or "". A command that is stopped is killed with all its child processes."""
+        with open(errors, "w+b") as error_output:
             try:
-                process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+                process = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=error_output, start_new_session=True
+                )
             except OSError as error:
                 raise ConfigError(f"--command {words[0]}: cannot be started ({error.strerror}); correct it") from error
             try:
@@ -80,5 +85,5 @@ class Command(Editor):
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-            said.seek(max(0, said.seek(0, os.SEEK_END) - 400))
-            return f"the command ended with {code}: {said.read().decode('utf-8', 'replace')}" if code else ""
+            error_output.seek(max(0, error_output.seek(0, os.SEEK_END) - 400))
+            return f"the command ended with {code}: {error_output.read().decode('utf-8', 'replace')}" if code else ""

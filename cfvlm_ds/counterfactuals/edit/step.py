@@ -1,4 +1,4 @@
-"""The step ``edit``: each proposed edit of a shard is tried on its picture, once or more often where its editor draws."""
+"""Step ``edit``: each proposed edit of a shard is applied to its picture, several times if its editor's results vary."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from cfvlm_ds.counterfactuals.edit.outside import png
 from cfvlm_ds.counterfactuals.options import EditOptions, named
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.decoding import MAX_BYTES
-from cfvlm_ds.data.picture_file import picture_bytes
+from cfvlm_ds.data.picture_file import picture_bytes, tar_member
 
 STEP = "edit"
-_CHANGED = 24  # levels of 255 from which a difference counts where the composite is made of it
+_CHANGED = 24  # smallest difference, in levels of 255, that a composite keeps
 
 Say = Callable[[str], object]
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, what makes it, and what its record has of the proposal and its source."""
+    """An attempt at an edit, the name of its editor, and the fields of its record about the proposal and its source."""
 
     task: Task
     editor: str
@@ -39,7 +39,7 @@ class Unit(NamedTuple):
 
 
 def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None = None) -> dict[str, Any]:
-    """Edit the pictures of a shard; returns its completion. What an earlier call has done is not done again."""
+    """Edit the pictures of a shard; returns its completion record. Finished work of an earlier call is not repeated."""
     names = checked(options)
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
@@ -66,14 +66,14 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
 
 
 def checked(options: EditOptions) -> list[str]:
-    """The editors. Raises ConfigError for options that no picture can be edited with."""
+    """Return the names of the editors. Raises ConfigError for invalid options."""
     if options.masks and not Path(options.masks).is_dir():
         raise ConfigError(f"--masks {options.masks}: no such folder; name the one that holds masks by id, SOURCE/NUMBER.png")
     return named(options.back_ends, EDITORS, "--with")
 
 
 def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
-    """Yield the attempts in their order: one at each edit, or all of them where its editor draws."""
+    """Yield the attempts in order: one at each edit, or all of them if its editor's results vary."""
     masks = Path(options.masks) if options.masks else None
     for line in work.records("propose", shard):
         for proposal in line.get("edits", ()):
@@ -92,7 +92,7 @@ def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options:
 
 
 def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tuple[dict[str, Any], bytes | None]:
-    """The record of a unit, and the bytes of its picture if it has a new one."""
+    """Return the record of a unit, and the bytes of its picture if it is a new one."""
     task = unit.task
     record: dict[str, Any] = {
         "edit": task.id,
@@ -110,20 +110,20 @@ def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tup
             return record | {"picture": {"path": real, "sha256": sha256_of(picture_bytes(Path(real), MAX_BYTES))}}, None
         if unit.editor not in editors:
             return record | {"refused": "no editor takes it"}, None
-        found = editors[unit.editor].edit(task)
-        if found is None:
+        result = editors[unit.editor].edit(task)
+        if result is None:
             return record | {"picture": None}, None
-        if isinstance(found, Refused):
-            return record | {"refused": one_line(without_secrets(found.reason), 300)}, None
-        return _checked(task, found, options, record)
+        if isinstance(result, Refused):
+            return record | {"refused": one_line(without_secrets(result.reason), 300)}, None
+        return _checked(task, result, options, record)
     except ConfigError:
         raise
     except (DataError, OSError, ValueError) as error:
         return record | {"refused": "a picture cannot be read", "detail": one_line(str(error), 300)}, None
 
 
-def _checked(task: Task, found: Picture, options: EditOptions, record: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
-    original, image = task.image(), found.image
+def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
+    original, image = task.image(), edited.image
     if image.size != original.size:
         size = f"{image.width}x{image.height} and not {original.width}x{original.height}"
         return record | {"refused": f"a picture of another size ({size})"}, None
@@ -137,18 +137,18 @@ def _checked(task: Task, found: Picture, options: EditOptions, record: dict[str,
         record["mask_sha256"] = sha256_of(task.mask.read_bytes())
     content = png(image.copy())
     about: dict[str, Any] = {"sha256": sha256_of(content), "size": list(image.size)}
-    return record | {"picture": about} | ({"info": dict(found.info)} if found.info else {}), content
+    return record | {"picture": about} | ({"info": dict(edited.info)} if edited.info else {}), content
 
 
 def difference_mask(original: Image.Image, edited: Image.Image) -> Image.Image:
-    """Where two pictures differ visibly, with a little room around it."""
+    """Return a mask of the visible differences of two pictures, slightly enlarged."""
     changed = np.abs(np.asarray(original, np.int16) - np.asarray(edited, np.int16)).max(2) > _CHANGED
     mask = Image.fromarray((changed * 255).astype(np.uint8))
     return mask.filter(ImageFilter.MaxFilter(9))
 
 
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Add what a record has."""
+    """Add a record to the counts."""
     counts["attempts"] += 1
     counts[f"editor: {record['editor']}"] += 1
     if "refused" in record:
@@ -158,7 +158,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def pictures_end(work: WorkFolder, shard: int) -> int:
-    """Where the last picture ends that the records of a shard name, in its tar; 0 without any."""
+    """Return the end of the last picture in the tar that the records of a shard name; 0 without any."""
     end = 0
     for record in work.records(STEP, shard):
         picture = record.get("picture") or {}
@@ -168,7 +168,7 @@ def pictures_end(work: WorkFolder, shard: int) -> int:
 
 
 class _Tar(Journal):
-    """The pictures of a shard, one after the other; what no record names is cut."""
+    """Tar of the pictures of a shard; data after the last recorded picture are cut off."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
         path, end = work.tar(shard), pictures_end(work, shard)
@@ -185,9 +185,6 @@ class _Tar(Journal):
         self.close()
 
     def add(self, name: str, content: bytes) -> dict[str, int]:
-        """Where a picture lies. It is there before its record is."""
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        header = member.tobuf(tarfile.USTAR_FORMAT)
-        start = self.append(header + content + bytes(-len(content) % tarfile.BLOCKSIZE))
-        return {"start": start + len(header), "length": len(content)}
+        """Append a picture and return its place. Its record is written afterwards."""
+        start = self.append(tar_member(name, content))
+        return {"start": start + tarfile.BLOCKSIZE, "length": len(content)}

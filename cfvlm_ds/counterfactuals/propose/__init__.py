@@ -1,4 +1,4 @@
-"""Proposing: a caption to counterfactual captions that differ in one thing. One file and one line a back end."""
+"""Proposal of counterfactual captions that differ from a caption in one thing. A back end is one file and one line here."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from cfvlm_ds.counterfactuals.propose.mine import Mine
 from cfvlm_ds.counterfactuals.propose.rules import Rules
 
 PROPOSERS: dict[str, Callable[[Context], Proposer]] = {"rules": Rules, "mine": Mine, "llm": LanguageModel}
-"""Name -> back end. ``PROPOSERS["mine_too"] = ...`` in a script of your own adds one."""
+"""Name -> back end. A user's script adds one by ``PROPOSERS["mine_too"] = ...``."""

@@ -1,4 +1,4 @@
-"""What a proposal is, and what every back end of the step is given."""
+"""Interface of proposers: sources, proposals and rejections, and the context of a back end."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A counterfactual caption that differs in one thing. ``source`` and ``target`` are the words that changed, ``instruction`` is what an
-    editor of pictures is told; ``picture`` is a real picture that the text is said of."""
+    """A counterfactual caption that differs in one thing.
+
+    ``source`` and ``target`` are the words that changed, ``instruction`` is for an editor of pictures. ``picture`` is a real picture that
+    the text describes.
+    """
 
     type: str
     text: str
@@ -38,17 +41,17 @@ class Proposal:
     picture: Path | None = None
 
     def record(self, name: str) -> dict[str, Any]:
-        """As a journal has it."""
-        found = {
+        """Return the record of the proposal for the journal."""
+        record = {
             "id": name, "type": self.type, "text": self.text, "from": self.source, "to": self.target,
             "instruction": self.instruction, "back_end": self.back_end,
         }  # fmt: skip
-        return found | ({"picture": str(self.picture)} if self.picture else {})
+        return record | ({"picture": str(self.picture)} if self.picture else {})
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A proposal that is none, and why; ``failed`` where there was no reply to judge."""
+    """A rejected proposal, with the reason; ``failed`` if there was no reply."""
 
     back_end: str
     reason: str
@@ -57,30 +60,32 @@ class Rejected:
     failed: bool = False
 
     def record(self) -> dict[str, Any]:
-        """As a journal has it."""
-        found = {"back_end": self.back_end, "reason": self.reason, "type": self.type, "text": self.text}
-        return found | ({"failed": True} if self.failed else {})
+        """Return the record of the rejection for the journal."""
+        record = {"back_end": self.back_end, "reason": self.reason, "type": self.type, "text": self.text}
+        return record | ({"failed": True} if self.failed else {})
 
 
 Found = Sequence[Proposal | Rejected]
 
 
 class Proposer(Protocol):
-    """A back end of `data propose`. ``settings`` is what decides its proposals, and is kept with them; ``threads`` are the sources that it
-    is asked about side by side."""
+    """Back end of `data propose`.
+
+    ``settings`` determines its proposals and is stored with them. ``threads`` is the number of sources processed concurrently.
+    """
 
     threads: int
 
     def settings(self) -> Mapping[str, Any]: ...
 
     def propose(self, source: Source) -> Found:
-        """What it proposes for a source, in an order of its own. It depends on nothing but the source and the settings."""
+        """Propose edits for a source, in any order. The result depends on the source and the settings alone."""
         ...
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a back end is made with."""
+    """Arguments of a back end's constructor."""
 
     options: ProposeOptions
     store: GroupStore
@@ -90,7 +95,7 @@ class Context:
 
 
 def sources(store: GroupStore, places: Sequence[int] | None = None) -> Iterator[Source | DataError]:
-    """The sources of data: the first image of each group with every caption that is true of it; what is wrong in place of a row."""
+    """Yield the sources of a data set: the first image of each group with every caption that is true of it, or the error of a row."""
     for _, group in store.entries(places):
         if isinstance(group, DataError):
             yield group
@@ -104,9 +109,9 @@ def sources(store: GroupStore, places: Sequence[int] | None = None) -> Iterator[
 
 
 def license_of(meta: str) -> str:
-    """The licence that a group's metadata state; empty for none."""
+    """Return the licence in a group's metadata, or ""."""
     try:
-        said = parse_json(meta).get("license") if meta else None
+        value = parse_json(meta).get("license") if meta else None
     except (ValueError, AttributeError, RecursionError):
         return ""
-    return said if isinstance(said, str) else ""
+    return value if isinstance(value, str) else ""

@@ -1,4 +1,4 @@
-"""Edits of a caption by its parse and by lists of words: few, and those are meant to be right."""
+"""Edit rules for a caption, by its parse and by lists of words. They favour precision: few edits, nearly all of them correct."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
 )
 
 Change = tuple[dict[int, str], str]
-"""New words by place, and what an editor of pictures is told."""
+"""New words by place, and the instruction for an editor of pictures."""
 
 _KINDS = {"colour": COLOURS, "size": tuple(SIZES), "material": MATERIALS, "texture": TEXTURES}
 _ALIKE = {word: {other for group in LISTS["colours_alike"] if word in group.split() for other in group.split()} for word in COLOURS}
@@ -35,7 +35,7 @@ def _singular(noun: Any) -> str:
 
 
 def others(kind: str, word: str, noun: str) -> list[str]:
-    """Return what a noun may be instead of what an adjective of a kind says; empty where it can only be so."""
+    """Return the alternatives to an adjective of a kind for a noun; empty if the noun allows no other."""
     if kind == "colour":
         can = () if noun in word_set("one_colour") | _PEOPLE else by_word("colours_of").get(noun, COLOURS)
         return [new for new in can if new not in _ALIKE[word]]
@@ -82,7 +82,7 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether something else tells the size of a thing: a picture of a lone ball shows none."""
+    """Return whether the caption names another thing with which to compare the size: a picture of a single ball shows no size."""
     if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
     return any(noun != described(size) and _singular(noun) not in word_set("scenery") for noun in caption.nouns())
@@ -101,16 +101,22 @@ def _count(caption: Caption) -> Iterator[Change]:
         counts = token.dep_ in ("nummod", "amod") and noun.tag_ == "NNS" and noun.i > token.i
         if number < 2 or not counts or caption.words.count(word) > 1:
             continue
-        said = {_singular(noun)} | modifiers(noun)
+        noun_words = {_singular(noun)} | modifiers(noun)
         bounded = any(child.dep_ in ("quantmod", "advmod") for child in token.children)
-        told_one_by_one = any(child.dep_ == "appos" for child in noun.children)
-        ridden = said & _PEOPLE and caption.said & word_set("ridden_by_few")
-        if said & word_set("not_counted") or caption.word(token.i - 1) in word_set("before_number") or bounded or told_one_by_one or ridden:
+        is_enumerated = any(child.dep_ == "appos" for child in noun.children)
+        ridden = noun_words & _PEOPLE and caption.said & word_set("ridden_by_few")
+        if (
+            noun_words & word_set("not_counted")
+            or caption.word(token.i - 1) in word_set("before_number")
+            or bounded
+            or is_enumerated
+            or ridden
+        ):
             continue
         most = max(number, 3 if noun.dep_ == "dobj" else 5)
         options = ["two"] if word == "several" else [new for new, n in NUMBERS.items() if 1 < n <= min(most, 5) and 0 < abs(n - number) < 3]
         if word == "two":
-            of_a_group = token.i == 0 and said & _PEOPLE and not caption.said & word_set("of_two") and not any(noun.conjuncts)
+            of_a_group = token.i == 0 and noun_words & _PEOPLE and not caption.said & word_set("of_two") and not any(noun.conjuncts)
             options += ["several", "a group of"] if of_a_group else ["several"]
         for new in options:
             new = str(NUMBERS[new]) if word.isdecimal() else new
@@ -126,7 +132,7 @@ def _object(caption: Caption) -> Iterator[Change]:
             0 < token.i == token.left_edge.i or any(child.dep_ == "nummod" and child.lower_ != "one" for child in token.children)
         )
         if of_stuff or ones.count(one) > (caption.words.count(token.lower_) if category == "person" else 1):
-            continue  # "eating pizza", "two woman"; "two guys, and the guy in red"
+            continue  # such as "eating pizza", "two woman", and "two guys, and the guy in red"
         if not _may_change(caption, token, category, one):
             continue
         for new in by_word("instead").get(one, ()):
@@ -137,7 +143,7 @@ def _object(caption: Caption) -> Iterator[Change]:
 
 
 def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
-    """Return whether the words around a noun leave room for another one."""
+    """Return whether the words around a noun allow another noun."""
     kept = {*by_word("kept_beside").get(category, ()), *by_word("kept_beside").get(one, ())} - {*NOUNS.get(one, ())}
     if caption.said & kept or (category != "person" and caption.said & {"it", "its", "them"}):
         return False
@@ -147,7 +153,7 @@ def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
 
 
 def _fits(child: Any, category: str, new: str) -> bool:
-    """Return whether what depends on a noun may be said of another one."""
+    """Return whether a dependent of a noun is also possible with another noun."""
     word = child.lower_
     if category == "person":
         return child.dep_ != "poss" and (child.dep_, word) != ("prep", "of")
@@ -156,7 +162,7 @@ def _fits(child: Any, category: str, new: str) -> bool:
         if kind in ("material", "texture"):
             return bool(others(kind, word, new))
         return word in (by_word("colours_of").get(new, COLOURS) if kind == "colour" else word_set("said_of_things"))
-    if child.dep_ == "acl":  # what any animal does
+    if child.dep_ == "acl":  # an action of any animal
         return category in ("pet", "farm_animal", "wild_animal") and child.tag_ == "VBG"
     owned = child.dep_ == "poss" and category not in ("top", "legwear")
     return not (owned or child.dep_ in ("compound", "nmod") or (child.dep_ == "prep" and word in ("of", "with")))
@@ -186,17 +192,17 @@ _RELATION = re.compile(rf"\b({'|'.join(sorted(_OPPOSITE, key=len, reverse=True))
 
 
 def _relation(caption: Caption) -> Iterator[Change]:
-    found = [match[0].lower() for match in _RELATION.finditer(caption.text)]
+    phrases = [match[0].lower() for match in _RELATION.finditer(caption.text)]
     places = [caption.places(*match.span()) for match in _RELATION.finditer(caption.text)]
-    if len(found) == 1 and _says_where(caption, places[0], found[0]):
-        yield _instead(places[0], _OPPOSITE[found[0]]), ""
-    elif len(found) == 2 and found[0] == _OPPOSITE[found[1]] and not places[0][0]:
+    if len(phrases) == 1 and _says_where(caption, places[0], phrases[0]):
+        yield _instead(places[0], _OPPOSITE[phrases[0]]), ""
+    elif len(phrases) == 2 and phrases[0] == _OPPOSITE[phrases[1]] and not places[0][0]:
         # both change, as in "on the left a cup and on the right a plate"
-        yield _instead(places[0], found[1]) | _instead(places[1], found[0]), ""
+        yield _instead(places[0], phrases[1]) | _instead(places[1], phrases[0]), ""
 
 
 def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
-    """Return whether a phrase says where something is, and its opposite would be false of the same picture."""
+    """Return whether a phrase describes a position, and its opposite would be false of the same picture."""
     where, subject = [_singular(noun) for noun in objects(caption.doc[places[-1]])], caption.doc[places[0]].head
     while subject.pos_ in ("VERB", "AUX", "ADP") and doer(subject) is not None:
         subject = doer(subject)
@@ -213,7 +219,7 @@ def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
 
 
 def _instead(places: list[int], phrase: str) -> dict[int, str]:
-    """Return a phrase in the place of another one, which may have more words or fewer."""
+    """Return the changes that replace a phrase by another one, which may have more words or fewer."""
     words = phrase.split()
     words = [*words[: len(places) - 1], " ".join(words[len(places) - 1 :])]
     return {place: words[k] if k < len(words) else "" for k, place in enumerate(places)}
@@ -221,9 +227,9 @@ def _instead(places: list[int], phrase: str) -> dict[int, str]:
 
 def _swap_attribute(caption: Caption) -> Iterator[Change]:
     for kind in _KINDS:
-        found = list(_described(caption, kind))
-        if len(found) == 2 and found[0][1] != found[1][1]:
-            (first, one), (second, other) = found
+        adjectives = list(_described(caption, kind))
+        if len(adjectives) == 2 and adjectives[0][1] != adjectives[1][1]:
+            (first, one), (second, other) = adjectives
             if second.lower_ in others(kind, first.lower_, one) and first.lower_ in others(kind, second.lower_, other):
                 yield {first.i: second.lower_, second.i: first.lower_}, ""
 
@@ -245,4 +251,4 @@ MAKERS: dict[str, Callable[[Caption], Iterator[Change]]] = {
     "swap_attribute": _swap_attribute,
     "swap_object": _swap_object,
 }
-"""Type of edit -> what makes the edits of a caption. A type of your own is one function and one line."""
+"""Type of edit -> function that yields the edits of a caption. A new type is one function and one line."""

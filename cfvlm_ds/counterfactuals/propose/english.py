@@ -1,4 +1,4 @@
-"""Dependency parse of a caption, by spaCy and its small English pipeline, and what it says of nouns, verbs and phrases."""
+"""Dependency parse of a caption, by spaCy and its small English pipeline, and queries for nouns, verbs and phrases."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cfvlm_ds.core.versions import version
 from cfvlm_ds.counterfactuals.propose.vocabulary import word_set
 
 _PIPELINE = "en_core_web_sm"
-_ONE_AT_A_TIME = threading.Lock()  # other back ends have threads
+_ONE_AT_A_TIME = threading.Lock()  # other back ends use threads
 _SOUNDS_LIKE_A = ("uni", "use", "usu", "eu", "one", "once", "ubi")
 _SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
 
 
 @functools.cache
 def parser() -> Any:
-    """Load the parser, once. Raises ConfigError where spaCy or its pipeline is absent."""
+    """Load the parser, once. Raises ConfigError if spaCy or its pipeline is missing."""
     try:
         import spacy
     except ImportError as error:
@@ -30,14 +30,14 @@ def parser() -> Any:
     return spacy.load(name, exclude=["ner", "senter"])
 
 
-@functools.lru_cache(1 << 11)  # 30 KiB each; a small set is read twice, for the words and for the edits
+@functools.lru_cache(1 << 11)  # 30 KiB each; small sets are parsed once for both the prices and the edits
 def _parsed(text: str) -> Any:
     with _ONE_AT_A_TIME:
         return parser()(text)
 
 
 def versions() -> dict[str, str]:
-    """The versions that the proposals depend on."""
+    """Return the versions that the proposals depend on."""
     return {"spacy": version("spacy"), _PIPELINE: parser().meta["version"]}
 
 
@@ -50,14 +50,14 @@ def article(following: str) -> str:
 
 
 def like(word: str, model: str) -> str:
-    """Return a word in the capitals of another one."""
+    """Return a word with the capitalisation of another one."""
     if len(model) > 1 and model.isupper():
         return word.upper()
     return word[:1].upper() + word[1:] if model[:1].isupper() else word
 
 
 class Caption:
-    """A caption with its parse: ``doc`` are spaCy's tokens, ``said`` their texts in lower case."""
+    """A caption with its parse: ``doc`` are spaCy's tokens, ``said`` is the set of their texts in lower case."""
 
     def __init__(self, text: str) -> None:
         self.text, self.doc = text, _parsed(text)
@@ -68,11 +68,11 @@ class Caption:
         names = {token.i for token in self.doc if token.pos_ == "PROPN" and token.text[0].isupper()}
         compound = {token.i + side for token in self.doc if token.text == "-" for side in (-1, 1)}
         self.fixed = names | compound | {*range(min(first, lettering), len(self.words))}
-        """Places that stay: names, parts of a compound, what is written in the picture, and what a second sentence explains."""
+        """Places that must not change: names, parts of a compound, lettering in the picture, and any sentence after the first."""
 
     @property
     def is_definition(self) -> bool:
-        """Whether it says what something is, and not what a picture shows."""
+        """True if the caption defines a term and does not describe a picture."""
         verbs = [token.head for token in self.doc if token.dep_ == "attr"]
         return any(child.dep_ == "nsubj" and child.pos_ != "PRON" for verb in verbs for child in verb.children)
 
@@ -85,24 +85,24 @@ class Caption:
         return [token.i for token in self.doc if start <= token.idx < end]
 
     def nouns(self) -> Iterator[Any]:
-        """Yield the nouns that head a phrase: no part of a compound such as "hot dog"."""
+        """Yield the nouns that head a phrase, without parts of a compound such as "hot dog"."""
         return (token for token in self.doc if token.pos_ == "NOUN" and token.dep_ not in ("compound", "nmod", "poss"))
 
     def with_words(self, changes: Mapping[int, str]) -> str:
-        """Return the caption with other words at some places (empty: none), its articles put right."""
-        made = dict(changes)
+        """Return the caption with other words at some places (an empty one deletes the word) and adjusted articles."""
+        replacements = dict(changes)
         for place, new in changes.items():
             if new and self.word(place - 1) in ("a", "an"):
-                made.setdefault(place - 1, article(new))
+                replacements.setdefault(place - 1, article(new))
         text = ""
         for token in self.doc:
-            new = like(made[token.i], token.text) if token.i in made else token.text
+            new = like(replacements[token.i], token.text) if token.i in replacements else token.text
             text += new + token.whitespace_ if new else ""
         return text.strip()
 
 
 def described(token: Any) -> Any:
-    """Return the noun that an adjective describes: alone, or with others as in "a red and blue hat". None where there is none."""
+    """Return the noun that an adjective describes, alone or with other adjectives as in "a red and blue hat", or None."""
     head = token.head
     while token.dep_ == "conj" and head.dep_ in ("conj", "amod", "nmod", "compound"):
         token, head = head, head.head
@@ -110,24 +110,24 @@ def described(token: Any) -> Any:
 
 
 def modifiers(noun: Any) -> set[str]:
-    """Return the words that say before a noun what it is like, or are part of its name as in "fire truck"."""
+    """Return the words before a noun that describe it or belong to its name, as in "fire truck"."""
     return {child.lower_ for child in noun.lefts}
 
 
 def doer(verb: Any) -> Any:
-    """Return who does what a verb says: its subject, or the noun that it describes. None where there is none."""
+    """Return the subject of a verb, or the noun that the verb describes, or None."""
     subject = next((child for child in verb.children if child.dep_ == "nsubj"), None)
     return verb.head if subject is None and verb.dep_ in ("acl", "relcl") else subject
 
 
 def objects(token: Any) -> list[Any]:
-    """Return the nouns that a preposition leads to, or that a verb has as objects."""
-    found = [child for child in token.children if child.dep_ in ("pobj", "dobj")]
-    return found + [each for noun in found for each in noun.conjuncts if each not in found]
+    """Return the objects of a preposition or verb."""
+    nouns = [child for child in token.children if child.dep_ in ("pobj", "dobj")]
+    return nouns + [conjunct for noun in nouns for conjunct in noun.conjuncts if conjunct not in nouns]
 
 
 def governor(noun: Any) -> str:
-    """Return the preposition or verb that a noun depends on; "of_a_sentence" for a subject, or the noun of a caption without a verb."""
+    """Return the preposition or verb that governs a noun; "of_a_sentence" for a subject, or the noun of a caption without a verb."""
     while noun.dep_ == "conj":
         noun = noun.head
     if noun.dep_ in ("pobj", "dobj"):

@@ -1,4 +1,6 @@
-"""Edits that a language model proposes, over an OpenAI-compatible address. What it says is data: every edit is judged by our own rules."""
+"""Language model back end: edits proposed over an OpenAI-compatible API. Replies are untrusted data, and every edit is judged by the
+package's own rules.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,12 @@ from cfvlm_ds.data.decoding import open_image
 
 VERSION = 1
 _MOST_BYTES = 1 << 20
-_MAX_TOKENS = 700  # white space without end is a known failure: the bound is what makes it a short one
-_SIDE = 768  # pixels of a picture that is sent
+_MAX_TOKENS = 700  # ends a reply of endless white space, which is a known failure
+_SIDE = 768  # longer side, in pixels, of a picture that is sent
 IN_A_ROW = 20
-"""Captions without any usable reply, after which the server is taken to be down, or to take nothing."""
+"""Number of consecutive captions without a usable reply after which the step ends."""
 pause = time.sleep
-"""Between one call and the next."""
+"""Pause between two calls."""
 
 SYSTEM = """You write counterfactual captions. Given a caption of a photograph, you propose edits that change exactly one visible thing.
 Rules for every edit:
@@ -46,7 +48,7 @@ For swap_attribute and swap_object the new caption has the same words in another
 
 
 class LanguageModel:
-    """The back end ``llm``."""
+    """Back end ``llm``."""
 
     def __init__(self, context: Context) -> None:
         self._options = options = context.options
@@ -59,9 +61,9 @@ class LanguageModel:
         self._lock, self._answered, self._in_a_row = threading.Lock(), False, 0
 
     def settings(self) -> Mapping[str, Any]:
-        told = hashlib.sha256(SYSTEM.encode()).hexdigest()
-        asked = {"url": self._url, "model": self._options.llm_model, "see": self._options.llm_see, "max_tokens": _MAX_TOKENS}
-        return {"version": VERSION, "prompt_sha256": told, **asked}
+        prompt_hash = hashlib.sha256(SYSTEM.encode()).hexdigest()
+        request = {"url": self._url, "model": self._options.llm_model, "see": self._options.llm_see, "max_tokens": _MAX_TOKENS}
+        return {"version": VERSION, "prompt_sha256": prompt_hash, **request}
 
     def propose(self, source: Source) -> Found:
         try:
@@ -77,9 +79,9 @@ class LanguageModel:
         return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
-        """Count a request that was given up: one is a failure, many in a row end the step, which goes on when the server is mended.
+        """Count a failed request: a single one is a failure of its caption, many in a row end the step, which can be resumed later.
 
-        Raises ConfigError for a server that is down, or takes nothing.
+        Raises ConfigError for a server that cannot be reached or does not answer usably.
         """
         with self._lock:
             self._in_a_row += 1
@@ -92,7 +94,7 @@ class LanguageModel:
                 ) from failure
 
     def _reply(self, body: dict[str, Any]) -> list[Any]:
-        """The edits of the first usable reply. Raises CallFailed."""
+        """Return the edits of the first usable reply. Raises CallFailed."""
         draw = random.Random(seed_of(json.dumps(body, sort_keys=True)))
         number = 0
         while True:
@@ -105,10 +107,10 @@ class LanguageModel:
                 pause(max(failure.after_s, min(2.0 ** (number - 1), LONGEST_WAIT_S) * (0.5 + draw.random() / 2)))
 
     def _request(self, source: Source) -> dict[str, Any]:
-        asked = f"Caption: {json.dumps(source.caption)}\nPropose at most one edit of each of these types: {', '.join(self._types)}."
-        content: Any = asked
+        question = f"Caption: {json.dumps(source.caption)}\nPropose at most one edit of each of these types: {', '.join(self._types)}."
+        content: Any = question
         if self._options.llm_see and source.picture is not None:
-            content = [{"type": "image_url", "image_url": {"url": _data_url(source.picture)}}, {"type": "text", "text": asked}]
+            content = [{"type": "image_url", "image_url": {"url": _data_url(source.picture)}}, {"type": "text", "text": question}]
         return {
             "model": self._options.llm_model,
             "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
@@ -126,32 +128,34 @@ class LanguageModel:
         return {"type": "object", "properties": {"edits": edits}, "required": ["edits"], "additionalProperties": False}
 
     def _judged(self, source: Source, edits: list[Any]) -> Found:
-        """Proposals, and why what is none is none: our own words for what differs, never the model's."""
-        found: list[Proposal | Rejected] = []
-        made: Counter[str] = Counter()
+        """Return the proposals of a reply, and its rejected edits with reasons. The changed words are computed here, not taken from the
+        model.
+        """
+        results: list[Proposal | Rejected] = []
+        counts: Counter[str] = Counter()
         for edit in edits:
-            kind, text, told = (edit.get(key) if isinstance(edit, dict) else None for key in ("type", "text", "instruction"))
-            if not isinstance(kind, str) or not isinstance(text, str) or not isinstance(told, str):
-                found.append(Rejected("llm", "an edit without type, text and instruction"))
+            kind, text, instruction = (edit.get(key) if isinstance(edit, dict) else None for key in ("type", "text", "instruction"))
+            if not isinstance(kind, str) or not isinstance(text, str) or not isinstance(instruction, str):
+                results.append(Rejected("llm", "an edit without type, text and instruction"))
                 continue
             text, shown = text.strip(), one_line(text, MOST_CHARACTERS)
             reason = None if kind in self._types else "a type that was not asked for"
             reason = reason or defect(source.caption, text, kind)
-            if reason is None and not (printable(told) == told and 0 < len(told) <= MOST_CHARACTERS):
+            if reason is None and not (printable(instruction) == instruction and 0 < len(instruction) <= MOST_CHARACTERS):
                 reason = "an instruction that is not one printable line"
-            if reason is None and (made[kind] >= self._options.per_type or any(each.text == text for each in found)):
+            if reason is None and (counts[kind] >= self._options.per_type or any(result.text == text for result in results)):
                 reason = "one of its type is there already"
             if reason is not None:
-                found.append(Rejected("llm", reason, kind if kind in self._types else "", shown))
+                results.append(Rejected("llm", reason, kind if kind in self._types else "", shown))
                 continue
-            made[kind] += 1
+            counts[kind] += 1
             differs = difference(source.caption, text)
-            found.append(Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), told, "llm"))
-        return found
+            results.append(Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), instruction, "llm"))
+        return results
 
 
 def edits_of(reply: Any) -> list[Any]:
-    """The edits of a reply. Raises CallFailed for one that was cut off, prose, cut JSON and other objects."""
+    """Return the edits of a reply. Raises CallFailed for a truncated reply, prose, and other JSON."""
     try:
         choice = reply["choices"][0]
         ended, content = choice["finish_reason"], choice["message"]["content"]
@@ -162,7 +166,7 @@ def edits_of(reply: Any) -> list[Any]:
     if not isinstance(content, str):
         raise CallFailed("the reply has no text")
     text = content.strip()
-    if text.startswith("```") and text.endswith("```"):  # some servers ignore the schema and write a block
+    if text.startswith("```") and text.endswith("```"):  # some servers ignore the schema and write a code block
         text = text.strip("`").removeprefix("json").strip()
     with suppress(ValueError, RecursionError):
         value = parse_json(text)

@@ -1,6 +1,6 @@
-"""Counterfactuals that are there already: two pictures of the user's own data whose captions differ in one word of a kind.
+"""Mined counterfactuals: two pictures of the user's own data whose captions differ in one word, such as two colours.
 
-An index over all captions with one word left open: each pair is proposed once, by the source that comes first.
+An index of all captions with one word left open yields the pairs; each pair is proposed once, by the source with the smaller id.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 VERSION = 4
 _LOOKED_AT = 256
-"""Rows that say the same but for a word, which a caption is compared with: where more do, those that are drawn."""
+"""Largest number of rows, drawn if there are more, that a caption is compared with for each open word."""
 _LISTS: dict[str, frozenset[str]] = {
     "colour": frozenset(v.COLOURS), "size": frozenset(v.SIZES), "material": frozenset(v.MATERIALS), "texture": frozenset(v.TEXTURES),
     "count": frozenset(v.NUMBERS), "object": frozenset(v.NOUNS), "action": frozenset(v.ACTIONS),
@@ -27,7 +27,7 @@ _LISTS: dict[str, frozenset[str]] = {
 
 
 class Mine:
-    """The back end ``mine``. Memory does not grow with the data: the index lies in the work folder."""
+    """Back end ``mine``. Memory does not grow with the data, because the index is a file in the work folder."""
 
     threads = 1
 
@@ -48,28 +48,28 @@ class Mine:
     def propose(self, source: Source) -> Found:
         if source.picture is None:
             return []
-        found: list[Proposal] = []
-        made = dict.fromkeys(self._types, 0)
+        proposals: list[Proposal] = []
+        counts = dict.fromkeys(self._types, 0)
         for key, place, word in slots(source.caption):
             kinds = [kind for kind in self._types if kind == "other" or word in _LISTS.get(kind, ())]
             rows: Iterable[int] = ()
-            if any(made[kind] < self._most for kind in kinds):
+            if any(counts[kind] < self._most for kind in kinds):
                 rows = dict.fromkeys(self._index.rows(key, word, _LOOKED_AT, seed_of("mine", source.id, place)))
             for row in rows:
                 for other in sources(self._store, [row]):
                     if isinstance(other, DataError) or other.picture is None or source.id >= other.id:
                         continue
                     kind = self._kind(source, other, place, word)
-                    if kind and made[kind] < self._most and all(other.caption != each.text for each in found):
-                        made[kind] += 1
+                    if kind and counts[kind] < self._most and all(other.caption != proposal.text for proposal in proposals):
+                        counts[kind] += 1
                         new = words(other.caption)[place]
-                        found.append(Proposal(kind, other.caption, word, new, "", "mine", other.picture))
-                if all(made[kind] >= self._most for kind in kinds):
-                    break  # without reading the others
-        return found
+                        proposals.append(Proposal(kind, other.caption, word, new, "", "mine", other.picture))
+                if all(counts[kind] >= self._most for kind in kinds):
+                    break
+        return proposals
 
     def _kind(self, source: Source, other: Source, place: int, word: str) -> str:
-        """What a pair differs in; empty where it is no counterfactual, or of no wanted type."""
+        """Return the type of a pair's difference; "" if it is not a counterfactual of a requested type."""
         differs = difference(source.caption, other.caption)
         if differs.first != place or differs.before != (word,) or len(differs.after) != 1 or other.picture == source.picture:
             return ""

@@ -1,4 +1,4 @@
-"""The back end `rules`: edits of a caption by its parse and closed lists; few are proposed, and those are meant to be right."""
+"""Rules back end: edits of a caption by its parse and closed lists of words. It favours precision over the number of edits."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
 VERSION = 8
-"""Raised when the same caption gets other edits than before."""
+"""Incremented when the edits of a caption change."""
 _LOOKED_AT = 10_000
-"""Rows whose words are counted."""
+"""Largest number of rows from which the prices are computed."""
 _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
-"""Types of edits of which ``--words`` may list the words."""
+"""Types of edits whose words ``--words`` may list."""
 
 
 class Rules:
-    """The back end ``rules``, for English. Which of the possible edits of a caption are proposed depends on all captions at hand: the words
-    of the proposals are balanced."""
+    """Back end ``rules``, for English. The proposals for a caption depend on all captions of the data, because their words are balanced."""
 
     threads = 1
 
@@ -49,75 +48,79 @@ class Rules:
         return {"version": VERSION, "words": {kind: list(words) for kind, words in self._words.items()}, **versions()}
 
     def propose(self, source: Source) -> Found:
-        """Proposals of each type, and why there is none where one reason is true of the whole caption."""
+        """Return the proposals of each type, or a rejection that applies to the whole caption."""
         edits = edits_of(source.caption, self._types, self._words)
         if isinstance(edits, Rejected):
             return [edits]
-        found: list[Proposal] = []
+        proposals: list[Proposal] = []
         for kind in self._types:
             same = [edit for edit in edits if edit.type == kind]
             kept = drawn(same, self._prices, self._per_type, self._seed, source.id, kind)
-            found += [proposal for edit in kept if (proposal := edit.proposal()) is not None]
-        return found or [Rejected("rules", "each word that may come comes oftener than it goes")]
+            proposals += [proposal for edit in kept if (proposal := edit.proposal()) is not None]
+        return proposals or [Rejected("rules", "each word that may come comes oftener than it goes")]
 
     def _read(self, context: Context) -> Prices:
-        """The prices of words, which the first shard of a work folder writes for all. At most so many captions are looked at, evenly over
-        the data, that they fit in memory."""
+        """Read the prices of words, which the first shard of a work folder writes for all. They are computed from evenly spaced captions,
+        few enough for memory.
+        """
         path, store = context.work.path / "prices.json", context.store
-        said = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
+        settings = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
 
         def write() -> None:
             count = min(len(store), _LOOKED_AT)
             progress = Progress(context.say, "rules: words", count, "rows")
             edits = (
-                [] if isinstance(found := edits_of(source.caption, self._types, self._words), Rejected) else found
+                [] if isinstance(result := edits_of(source.caption, self._types, self._words), Rejected) else result
                 for source in progress.over(sources(store, [k * len(store) // count for k in range(count)]))
                 if not isinstance(source, DataError)
             )
             prices = prices_of(edits, [kind for kind in self._types if kind not in self._words], self._per_type)
-            replace(path, json.dumps({"settings": said, "prices": prices}, indent=1).encode(), shared=True)
+            replace(path, json.dumps({"settings": settings, "prices": prices}, indent=1).encode(), shared=True)
 
-        return parse_json(made_once(path, write, lambda file: parse_json(file.read_text())["settings"] == said).read_text())["prices"]
+        return parse_json(made_once(path, write, lambda file: parse_json(file.read_text())["settings"] == settings).read_text())["prices"]
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit that rules allow: new words by place, what goes and comes by them (nothing where words change places), and what an editor of
-    pictures is told."""
+    """An edit that the rules allow: new words by place, the words that it removes and introduces (empty if words only change places), and
+    the instruction for an editor of pictures.
+    """
 
     type: str
     caption: Caption
     changes: Mapping[int, str]
-    told: str
+    instruction: str
     gone: str
     come: str
 
     def proposal(self) -> Proposal | None:
-        """As it is written down; None where its text is no counterfactual."""
+        """Return the proposal, or None if its text is not a counterfactual."""
         text = self.caption.with_words(self.changes)
         if defect(self.caption.text, text, self.type) is not None:
             return None
         differs = difference(self.caption.text, text)
-        told = self.told or f"Make the picture show: {text}"
-        return Proposal(self.type, text, " ".join(differs.before), " ".join(differs.after), told, "rules")
+        instruction = self.instruction or f"Make the picture show: {text}"
+        return Proposal(self.type, text, " ".join(differs.before), " ".join(differs.after), instruction, "rules")
 
 
 def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Edit] | Rejected:
-    """All the edits of a caption that rules allow, by type, or why there is none. ``words`` are those that edits of a type may lead to."""
+    """Return all edits of a caption that the rules allow, by type, or the reason why there is none. ``words`` lists the words that edits of
+    a type may introduce.
+    """
     if len(text) > MOST_CHARACTERS or printable(text) != text:
         return Rejected("rules", "no caption of one printable line")
     caption = Caption(text)
     if caption.said & v.word_set("no_edit") or caption.is_definition:
         return Rejected("rules", "a negation, an alternative, a question or a definition")
-    said = {SYNONYMS.get(word, word) for word in caption.words}
-    found: dict[tuple[tuple[int, str], ...], Edit] = {}
+    meanings = {SYNONYMS.get(word, word) for word in caption.words}
+    edits: dict[tuple[tuple[int, str], ...], Edit] = {}
     for kind in (kind for kind in types if kind in MAKERS):
-        for changes, told in MAKERS[kind](caption):
+        for changes, instruction in MAKERS[kind](caption):
             gone, come = [caption.words[place] for place in changes], [word for word in changes.values() if word]
             if sorted(gone) == sorted(come):
                 gone, come = [], []
-            elif kind != "relation" and any(SYNONYMS.get(word, word) in said or word not in words.get(kind, come) for word in come):
+            elif kind != "relation" and any(SYNONYMS.get(word, word) in meanings or word not in words.get(kind, come) for word in come):
                 continue
             if not changes.keys() & caption.fixed:
-                found.setdefault(tuple(changes.items()), Edit(kind, caption, changes, told, " ".join(gone), " ".join(come)))
-    return list(found.values()) or Rejected("rules", "nothing to edit")
+                edits.setdefault(tuple(changes.items()), Edit(kind, caption, changes, instruction, " ".join(gone), " ".join(come)))
+    return list(edits.values()) or Rejected("rules", "nothing to edit")

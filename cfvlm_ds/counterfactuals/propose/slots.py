@@ -1,4 +1,6 @@
-"""An index over captions with one word left open, on disk: which rows say the same but for it. Memory does not grow with the data."""
+"""Slot index: captions with one word left open, on disk, to look up rows whose captions differ in that word. Memory does not grow with the
+data.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,19 @@ from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 
-_SHORTEST, _LONGEST = 3, 24  # words of a caption: of fewer, any two fit; of more, no two
+_SHORTEST, _LONGEST = 3, 24  # words of a caption: shorter ones match by chance, longer ones hardly ever
 _ENTRY = "S20"
-"""A key of 8 bytes, the hash of a word of 4 and a row of 8, big-endian: the order of the bytes is that of the three numbers."""
+"""A key of 8 bytes, a word's hash of 4 and a row of 8, big-endian, so that byte order equals numeric order."""
 
 
 def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
-    """Yield a key for the caption without each of its words, the place and the word."""
-    said = words(caption)
-    if not _SHORTEST <= len(said) <= _LONGEST:
+    """Yield, for each word of a caption, the key of the caption without it, its place, and the word."""
+    tokens = words(caption)
+    if not _SHORTEST <= len(tokens) <= _LONGEST:
         return
-    for place, word in enumerate(said):
+    for place, word in enumerate(tokens):
         if word.isalnum():
-            yield _hash("\0".join([*said[:place], "", *said[place + 1 :]]), 8), place, word
+            yield _hash("\0".join([*tokens[:place], "", *tokens[place + 1 :]]), 8), place, word
 
 
 def _hash(text: str, size: int) -> bytes:
@@ -34,25 +36,26 @@ def _hash(text: str, size: int) -> bytes:
 
 
 class SlotIndex:
-    """Key -> rows that have it, by their word. The file is mapped: what is not asked for is not in memory."""
+    """Index from keys to rows, ordered by the open word. The file is memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         self._entries = np.memmap(path, _ENTRY, "r") if path.stat().st_size else np.empty(0, _ENTRY)
 
     def rows(self, key: bytes, word: str, most: int, start: int) -> list[int]:
-        """Return at most so many rows that have a key and another word in its place, from a place that is drawn on; where there are more,
-        as many of each word as it has a share of them."""
+        """Return at most ``most`` rows with a key and another word in its place, beginning at a drawn place; if there are more, each word
+        keeps its share.
+        """
         of_word, end = key + _hash(word, 4), b"\xff" * 12
         first, before = (int(place) for place in self._entries.searchsorted(np.array([key, of_word], _ENTRY)))
         after, last = (int(place) for place in self._entries.searchsorted(np.array([of_word + end[4:], key + end], _ENTRY)))
         count = last - first - (after - before)
         places = [(start + k * max(1, count // most)) % count for k in range(min(count, most))]
-        found = [self._entries[first + (place if first + place < before else place + after - before)] for place in places]
-        return [int.from_bytes(entry.ljust(20, b"\0")[12:], "big") for entry in found]  # numpy leaves zeros at the end out
+        entries = [self._entries[first + (place if first + place < before else place + after - before)] for place in places]
+        return [int.from_bytes(entry.ljust(20, b"\0")[12:], "big") for entry in entries]  # numpy strips trailing zeros
 
 
 def opened(path: Path, captions: Iterable[tuple[int, str]]) -> SlotIndex:
-    """Return the index at a path, made of rows and their captions where it is not there."""
+    """Open the index at a path, building it from rows and their captions if it does not exist."""
     return SlotIndex(made_once(path, lambda: _write(path, captions)))
 
 

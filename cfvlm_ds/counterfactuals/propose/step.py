@@ -1,4 +1,4 @@
-"""The step ``propose``: every caption of a shard is shown to the back ends, and what they say is written down."""
+"""Step ``propose``: the back ends propose edits for every caption of a shard, and all proposals and rejections are recorded."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.store import GroupStore
 
 STEP = "propose"
-_LONGEST_ID = 1000  # characters: every record and every edit of a group has it
+_LONGEST_ID = 1000  # characters; every record and edit repeats the id
 
 Say = Callable[[str], object]
 
 
 def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int = 1) -> dict[str, Any]:
-    """Propose edits for a shard of so many; returns its completion. What an earlier call has done is not done again.
+    """Propose edits for shard number ``shard`` of ``of``; returns its completion record. Finished work of an earlier call is not repeated.
 
     Raises ConfigError for options that are unknown or differ from those of the work folder.
     """
@@ -41,7 +41,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     places = range(shard, len(store), work.shards)
     threads = max(back_end.threads for back_end in back_ends.values())
 
-    def asked(unit: Source | DataError) -> dict[str, Any]:
+    def propose_for(unit: Source | DataError) -> dict[str, Any]:
         return (
             {"problem": "unreadable", "detail": str(unit)}
             if isinstance(unit, DataError)
@@ -50,7 +50,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
 
     with ShardStep(work, STEP, shard) as step:
         units = step.remaining(_distinct(store, places), _named, say, len(places), "captions")
-        for _, record in side_by_side(asked, units, threads, threads):
+        for _, record in side_by_side(propose_for, units, threads, threads):
             step.add(record)
         return step.finish(counted, say)
 
@@ -60,22 +60,23 @@ def _named(unit: Source | DataError) -> dict[str, str]:
 
 
 def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:
-    """What a journal has of a source: edits with ids of their own, and what was rejected with its reason."""
-    said = [each for answer in answers for each in answer]
+    """Build the journal's record of a source: edits with ids, and rejections with their reasons."""
+    results = [result for answer in answers for result in answer]
     edits: list[dict[str, Any]] = []
-    rejected = [each.record() for each in said if isinstance(each, Rejected)]
-    for each in said:
-        if isinstance(each, Proposal):
-            if any(each.text == other["text"] for other in edits):
-                rejected.append(Rejected(each.back_end, "another back end proposed the same", each.type, each.text).record())
+    rejected = [result.record() for result in results if isinstance(result, Rejected)]
+    for result in results:
+        if isinstance(result, Proposal):
+            if any(result.text == other["text"] for other in edits):
+                rejected.append(Rejected(result.back_end, "another back end proposed the same", result.type, result.text).record())
             else:
-                edits.append(each.record(f"{source.id}/{len(edits)}"))
-    found = {"source": source.id, "caption": source.caption, "picture": None if source.picture is None else str(source.picture.absolute())}
-    return found | ({"license": source.license} if source.license else {}) | {"edits": edits, "rejected": rejected}
+                edits.append(result.record(f"{source.id}/{len(edits)}"))
+    picture = None if source.picture is None else str(source.picture.absolute())
+    record = {"source": source.id, "caption": source.caption, "picture": picture}
+    return record | ({"license": source.license} if source.license else {}) | {"edits": edits, "rejected": rejected}
 
 
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Add what a record has: edits by type and back end, and what happened to the caption, which `select` tells too."""
+    """Add a record to the counts: edits by type and back end, and the outcome of the caption, which `select` reports too."""
     if "problem" in record:
         counts["rows that cannot be read"] += 1
         return
@@ -83,12 +84,12 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
     counts["with a proposal"] += bool(record["edits"])
     for edit in record["edits"]:
         counts.update(["edits", f"edit: {edit['type']}", f"back end: {edit['back_end']}"])
-    for each in record["rejected"]:
-        counts["without a reply" if each.get("failed") else f"not proposed: {each['reason']}"] += 1
+    for rejected in record["rejected"]:
+        counts["without a reply" if rejected.get("failed") else f"not proposed: {rejected['reason']}"] += 1
 
 
 def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """Yield the sources at some places, with what is wrong in place of one whose id was there before: histories are told apart by it."""
+    """Yield the sources at some places, with an error in place of one whose id occurred before, because histories are identified by it."""
     seen = set[int]()
     for place in places:
         for source in sources(store, [place]):
@@ -103,11 +104,11 @@ def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | Dat
 
 
 def read_words(file: str) -> dict[str, list[str]]:
-    """A YAML of words by type. Raises ConfigError."""
+    """Read a YAML file of words by type. Raises ConfigError."""
     if not file:
         return {}
     try:
-        found: dict[str, list[str]] = fitted(dict[str, list[str]], read_yaml(file), "words")
+        words: dict[str, list[str]] = fitted(dict[str, list[str]], read_yaml(file), "words")
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--words {file}: {error}; write YAML such as colour: [red, green]") from error
-    return found
+    return words

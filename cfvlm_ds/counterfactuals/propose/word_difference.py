@@ -1,4 +1,4 @@
-"""What differs between two captions, in words: a counterfactual changes exactly one thing, and says it in other words than before."""
+"""Word difference of two captions, and the check that a counterfactual changes exactly one visible thing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]|_")
 """A word with its apostrophes and hyphens, a number, or a mark."""
 MOST_CHANGED = 6
-"""Words of one change at most."""
+"""Largest number of words of one change."""
 MOST_CHARACTERS = 2000
 
 _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa couch, tv television, bike bicycle
@@ -26,7 +26,7 @@ _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa
     6 six, 7 seven, 8 eight, 9 nine, 10 ten, car automobile, laptop notebook, trousers pants, jumper sweater, lorry truck, wood wooden
     taxi cab, mug cup, sitting seated, donut doughnut, donuts doughnuts"""
 SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",").split(",")) for word in group.split()}
-"""Word -> a number that words of one meaning share: a change between them is none, and neither may be proposed for the other."""
+"""Word -> a number that synonyms share: an exchange of synonyms is not a change, and is never proposed."""
 
 _EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
     has have with i we you he she they which who"""
@@ -36,14 +36,15 @@ EMPTY_WORDS = frozenset(_EMPTY.split())
 
 @functools.lru_cache(256)
 def words(text: str) -> tuple[str, ...]:
-    """The words and marks of a text, in lower case."""
+    """Split a text into words and punctuation marks, in lower case."""
     return tuple(word.lower() for word in WORD.findall(text))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The words of one text that the other has not, and where they are: between ``first`` common words at the beginning and ``last`` at
-    the end. ``swap`` where both texts have the same words."""
+    """The words of each text between their ``first`` common words at the beginning and ``last`` common words at the end. ``swap`` is true
+    if both texts have the same words.
+    """
 
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -54,7 +55,7 @@ class Difference:
 
 @functools.lru_cache(16)
 def difference(caption: str, text: str) -> Difference:
-    """What lies between the common beginning and the common end of two texts."""
+    """Compute the difference of two texts in words."""
     old, new = words(caption), words(text)
     first = shared_start(old, new)
     last = shared_start(old[first:][::-1], new[first:][::-1])
@@ -62,18 +63,18 @@ def difference(caption: str, text: str) -> Difference:
 
 
 def defect(caption: str, text: str, kind: str) -> str | None:
-    """Why a text is no counterfactual of a caption, by its words; None where nothing speaks against it."""
+    """Return why a text is not a counterfactual of a caption, judged by its words, or None."""
     if not text.strip():
         return "no text"
     if printable(text) != text or len(text) > MOST_CHARACTERS:
         return "not one printable line"
     if normalised(caption) == normalised(text):
         return "nothing changed"
-    found = difference(caption, text)
-    old, new = (tuple(word for word in side if word.isalnum() or "-" in word or "'" in word) for side in (found.before, found.after))
+    differs = difference(caption, text)
+    old, new = (tuple(word for word in side if word.isalnum() or "-" in word or "'" in word) for side in (differs.before, differs.after))
     if not old and not new:
         return "only punctuation changed"
-    if found.swap:
+    if differs.swap:
         return None if kind.startswith("swap") or kind == "relation" else "words are only in another order"
     if kind.startswith("swap"):
         return "a swap has the same words"
@@ -84,7 +85,7 @@ def defect(caption: str, text: str, kind: str) -> str | None:
         return "a paraphrase"
     if kind == "count":
         return None if _uncounted(old) == _uncounted(new) else "more than one thing changed"
-    if max(len(old), len(new)) > MOST_CHANGED or _kept_between(found) > 0:
+    if max(len(old), len(new)) > MOST_CHANGED or _kept_between(differs) > 0:
         return "more than one thing changed"
     if any("n't" in word or word in ("no", "not", "without", "never", "none") for word in set(new) ^ set(old)):
         return "a negation"
@@ -92,7 +93,7 @@ def defect(caption: str, text: str, kind: str) -> str | None:
 
 
 def _uncounted(side: Sequence[str]) -> list[str]:
-    """The words without numbers and what agrees with them."""
+    """Return the words without numbers, and with nouns and verbs in one form."""
     kept = [
         word
         for word in side
@@ -102,13 +103,13 @@ def _uncounted(side: Sequence[str]) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    """A word without the ending of many nouns, or of a verb of one: flies and fly, passes and pass are the same."""
+    """Strip the ending of a plural noun, or of a verb's third person: flies and fly, passes and pass become equal."""
     if word.endswith("ies") and len(word) > 4:
         return f"{word[:-3]}y"
     return re.sub(r"(?<=[a-z]{2})(?:(?<=[sxzh])es|(?<!s)s)$", "", word)
 
 
-def _kept_between(found: Difference) -> int:
-    """Words with a meaning that two changes have between them: such as "red" and "dog" to "blue" and "cat" around "big"."""
-    common = Counter(found.before) & Counter(found.after)
+def _kept_between(differs: Difference) -> int:
+    """Count the content words that stay the same between two changed words, such as "big" between "red big dog" and "blue big cat"."""
+    common = Counter(differs.before) & Counter(differs.after)
     return sum(count for word, count in common.items() if word not in EMPTY_WORDS and word.isalnum())

@@ -1,5 +1,5 @@
-"""Files of rows that are not JSON lines, turned once into JSON lines of the same rows, so that all that follows knows one kind of file.
+"""Containers: files of rows other than JSON lines, converted once to JSON lines, so that the rest of the package reads one kind of file.
 
-What a row means is its format's business (data/formats/). A container yields each row with its place, or what is wrong with that row; it
-raises DataError for a file of which the rest cannot be read. Bytes of pictures in a row become the name of a part of a tar.
+The meaning of a row is defined by its format (data/formats/). A container yields each row with its place, or the error of that row; it
+raises DataError for a file whose rest cannot be read. The bytes of a picture in a row are replaced by the name of a part of a tar.
 """

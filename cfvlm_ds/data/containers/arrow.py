@@ -1,7 +1,7 @@
-"""Parquet files, Arrow files and data sets that ``datasets`` has saved, read by pyarrow.
+"""Arrow containers: Parquet files, Arrow files and data sets saved by ``datasets``, read by pyarrow.
 
-Pictures within an Arrow file stay where they are, and are named by the place of their bytes (``data.arrow#4096+60123``). In Parquet they
-are compressed, or in pages of its own at least, and are copied when the rows are.
+Pictures in an Arrow file stay where they are, and are named by the offset of their bytes (``data.arrow#4096+60123``). Parquet compresses
+them, or at least divides them into pages, so they are copied together with the rows.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import MIB, open_regular
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
-_ROWS = 64  # of a batch: with pictures of 4 MB each, what one may have in memory
-_BYTES = 256 * MIB  # of a batch of Parquet's, by what its parts are said to have uncompressed: a few kB may become as many GB
+_ROWS = 64  # rows of a batch: 256 MB with pictures of 4 MB each
+_BYTES = 256 * MIB  # uncompressed size of a Parquet batch, by the file's own metadata: a few kB may become as many GB
 
 Named = Callable[[Any], str | None]
-"""The name of a value's bytes, a pyarrow buffer, where they have one in the file."""
+"""Function from a pyarrow buffer to the name of its bytes in the file, or None if they are not in it."""
 
 
 def parquet_rows(path: Path) -> Rows:
-    """The rows of a Parquet file."""
+    """Yield the rows of a Parquet file."""
     arrow = _pyarrow(path)
     from pyarrow import parquet
 
@@ -38,16 +38,16 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Rows of a batch that is no larger than _BYTES where the rows of each part of the file are of about one size."""
+    """Return a number of rows whose batch is at most _BYTES, if the rows of each row group have similar sizes."""
     parts = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     largest = max((part.total_byte_size / part.num_rows for part in parts if part.num_rows), default=0)
     return max(1, min(_ROWS, int(_BYTES / max(largest, 1))))
 
 
 def arrow_rows(path: Path) -> Rows:
-    """The rows of an Arrow file, of either of its two forms."""
+    """Yield the rows of an Arrow file, in the file or the stream format."""
     arrow = _pyarrow(path)
-    open_regular(path).close()  # no pipe is waited for
+    open_regular(path).close()  # refuses a pipe
     with arrow.memory_map(str(path)) as mapped:
         begin, size = mapped.read_buffer(1).address, os.stat(path).st_size
 
@@ -57,8 +57,8 @@ def arrow_rows(path: Path) -> Rows:
 
         number = 0
         for batch in _batches(mapped, arrow):
-            batch.validate(full=True)  # offsets that lead out of the file would be read
-            for start in range(0, len(batch), _ROWS):  # a writer may have put all rows into one
+            batch.validate(full=True)  # offsets may lead out of the file
+            for start in range(0, len(batch), _ROWS):  # the file may have all rows in one batch
                 for row in _batch_rows(batch.slice(start, _ROWS), arrow, named):
                     number += 1
                     yield f"row {number}", row
@@ -84,14 +84,16 @@ def _batch_rows(batch: Any, arrow: Any, named: Named | None) -> Iterator[Row]:
 
 
 def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """The values of a column, bytes of pictures as bytes or, where they have one, by their name; a picture of ``datasets`` is either."""
+    """Convert a column to Python values; bytes become their name in the file if they have one. A picture of ``datasets`` is a struct of
+    bytes and path.
+    """
     kind, types = array.type, arrow.types
     if isinstance(array, arrow.ExtensionArray):
         return _values(array.storage, arrow, named)
-    if types.is_dictionary(kind):  # decoded, it would be as large as its longest value times its rows
+    if types.is_dictionary(kind):  # decoding it could take its longest value times its number of rows
         places = array.indices.unique().drop_null()
-        found = dict(zip(places.to_pylist(), _values(array.dictionary.take(places), arrow, named), strict=True))
-        return [found.get(place) for place in array.indices.to_pylist()]
+        decoded = dict(zip(places.to_pylist(), _values(array.dictionary.take(places), arrow, named), strict=True))
+        return [decoded.get(place) for place in array.indices.to_pylist()]
     if types.is_struct(kind):
         if {"bytes", "path"} >= {field.name for field in kind} and "bytes" in {field.name for field in kind}:
             return _pictures(array, arrow, named)
@@ -111,7 +113,7 @@ def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _texts(array: Any, arrow: Any) -> list[Any]:
-    """Texts, and what is wrong in place of one that is longer than a row may be: it is not copied."""
+    """Convert a column of texts; a text over the limit of a row is replaced by an error and not copied."""
     sizes = arrow.compute.binary_length(array)
     if (arrow.compute.max(sizes).as_py() or 0) <= MAX_ROW:
         return list(array.to_pylist())
@@ -123,12 +125,12 @@ def _too_long(size: int) -> DataError:
 
 
 def _valid(array: Any) -> list[bool]:
-    found: list[bool] = array.is_valid().to_pylist()
-    return found
+    valid: list[bool] = array.is_valid().to_pylist()
+    return valid
 
 
 def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """``datasets`` writes a picture as its bytes and the name that it had; the bytes count, and the name where there are none."""
+    """Convert pictures of ``datasets``, which have bytes and the original path; the path is used if there are no bytes."""
     columns = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
     contents = _values(columns["bytes"], arrow, named)
     paths = columns["path"].to_pylist() if "path" in columns else [None] * len(array)
@@ -136,14 +138,14 @@ def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _bytes(array: Any, large: bool, named: Named | None) -> list[Any]:
-    """Bytes, or the names of their places: a scalar of pyarrow would be a copy of them."""
+    """Convert binary values to bytes, or to the names of their places; a pyarrow scalar would be a copy."""
     _, offsets, contents = array.buffers()
     places = np.frombuffer(offsets, "<i8" if large else "<i4")[array.offset : array.offset + len(array) + 1].tolist() if len(array) else []
-    found: list[Any] = []
+    values: list[Any] = []
     for valid, begin, end in zip(_valid(array), places, places[1:], strict=False):
         part = contents.slice(begin, end - begin) if contents is not None else None
-        found.append((named(part) if named and part else None) or (part.to_pybytes() if part else b"") if valid else None)
-    return found
+        values.append((named(part) if named and part else None) or (part.to_pybytes() if part else b"") if valid else None)
+    return values
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Files of a data set of the Hugging Face hub, by the address that its own tools take: ``hf://datasets/ORG/NAME/data/train-*.parquet``.
+"""Hugging Face hub: files of a data set by their address, ``hf://datasets/ORG/NAME/data/train-*.parquet``.
 
-They are fetched once, before anything is read, into the user's cache, and found there again without a network and whatever the hub has by
-then: a run goes on with the data that it began with. ``@REVISION`` behind the name is a branch, tag or commit; ``@~parquet`` are the
-Parquet files that the hub makes of any data set (``hf://datasets/ORG/NAME@~parquet/default/train/*.parquet``).
+They are fetched once into the user's cache before anything is read. Later runs use the cached files without a network and whatever the hub
+has by then, so a run continues with the data it started with. ``@REVISION`` after the name is a branch, tag or commit; ``@~parquet`` are
+the Parquet files into which the hub converts any data set (``hf://datasets/ORG/NAME@~parquet/default/train/*.parquet``).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from cfvlm_ds.core.untrusted import bare_name
 
 _ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.+))?", re.ASCII)
 _CONVERTED = {"~parquet": "refs/convert/parquet"}
-_ELSEWHERE = re.compile(r"(https?|s3|gs|ftp):/{1,2}([^/].*)", re.ASCII | re.DOTALL)
+_OTHER_ADDRESS = re.compile(r"(https?|s3|gs|ftp):/{1,2}([^/].*)", re.ASCII | re.DOTALL)
 _EVERY_S = 1.0
 
 
 class _Address(NamedTuple):
-    """A data set's name, its revision, and its files: a path, whose last part may be a pattern."""
+    """Name and revision of a data set, and its files: a path, whose last part may be a pattern."""
 
     name: str
     revision: str
@@ -43,19 +43,20 @@ class _Address(NamedTuple):
 def fetched(
     path: str | os.PathLike[str], alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> Path:
-    """The files of an address on this machine; any other path as it is. ``alive`` is called every second while they are fetched.
+    """Return the local path of an address's files, fetching them on first use; any other path is returned unchanged.
 
-    Raises DataError for an address that is none or of another place, and for files that are not there or cannot be fetched.
+    ``alive`` is called every second during the download. Raises DataError for a malformed or foreign address, and for files that do not
+    exist or cannot be fetched.
     """
-    if elsewhere := _ELSEWHERE.fullmatch(str(path)):
-        here = "of the Hugging Face hub, name hf://datasets/ORG/NAME/FILES; fetch any other file first, and name it where it is then"
-        raise DataError(f"{elsewhere[1]}://{elsewhere[2]} is an address on the network; {here}")
+    if match := _OTHER_ADDRESS.fullmatch(str(path)):
+        remedy = "of the Hugging Face hub, name hf://datasets/ORG/NAME/FILES; fetch any other file first, and name it where it is then"
+        raise DataError(f"{match[1]}://{match[2]} is an address on the network; {remedy}")
     if not is_hub(path):
         return Path(path)
-    path = re.sub("^hf:/+", "hf://", str(path))  # a Path has one slash there
+    path = re.sub("^hf:/+", "hf://", str(path))  # a Path joins the slashes
     address = _read(path)
     record = cache_folder() / "hub" / f"{_named(address)}.json"
-    if (folder := _are_there(record)) is None:
+    if (folder := _cached_folder(record)) is None:
         say(f"fetching {path} into {record.parent}")
         problems: list[DataError] = []
         fetching = threading.Thread(target=_fetch, args=(path, address, record, problems), daemon=True)
@@ -63,19 +64,21 @@ def fetched(
         while fetching.is_alive():
             alive()
             fetching.join(_EVERY_S)
-        if problems or (folder := _are_there(record)) is None:
+        if problems or (folder := _cached_folder(record)) is None:
             raise problems[0] if problems else DataError(f"{path}: what was fetched is not there any more; start again")
     return folder / address.files
 
 
 def _read(path: str) -> _Address:
-    found = _ADDRESS.fullmatch(path)
-    if found is None:
+    match = _ADDRESS.fullmatch(path)
+    if match is None:
         raise DataError(f"{path} is no address of a data set; write hf://datasets/ORG/NAME/FILES, such as data/train-*.parquet for FILES")
-    name, revision, files = found[1], unquote(found[2] or "main"), found[3]
+    name, revision, files = match[1], unquote(match[2] or "main"), match[3]
     if files is None:
-        made = f"{path}@~parquet/default/train/*.parquet"
-        raise DataError(f"{path} names no files; add them, such as {path}/data/train-*.parquet, or {made} for what the hub makes of it")
+        converted = f"{path}@~parquet/default/train/*.parquet"
+        raise DataError(
+            f"{path} names no files; add them, such as {path}/data/train-*.parquet, or {converted} for what the hub makes of it"
+        )
     *folders, _ = parts = files.split("/")
     if any(part in ("", ".", "..") for part in parts) or any(map(glob.has_magic, folders)):
         raise DataError(f"{path}: a pattern may be in the last part of the files' path, and no part may be empty or a dot; correct it")
@@ -87,26 +90,28 @@ def _named(address: _Address) -> str:
     return f"{address.name.replace('/', '--')[:80]}.{digest}"
 
 
-def _are_there(record: Path) -> Path | None:
-    """The folder into which an earlier call has fetched all files, if they are as long as they were then."""
+def _cached_folder(record: Path) -> Path | None:
+    """Return the folder into which an earlier call fetched all files, or None if one is missing or has another size."""
     try:
-        found = read_json(record)
-        folder, files = record.parent / bare_name(found["folder"], record), found["files"]
-        whole = bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
-        return folder if whole else None
+        cached = read_json(record)
+        folder, files = record.parent / bare_name(cached["folder"], record), cached["files"]
+        complete = bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
+        return folder if complete else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
         return None
 
 
 def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]) -> None:
-    """Fetch the files of an address, into a folder of the commit that they are of, and note them when they are whole; or what is wrong."""
+    """Fetch the files of an address into a folder named after the commit, and record them when they are complete; errors go to
+    ``problems``.
+    """
     from huggingface_hub import HfApi
 
     api: Any = HfApi()
     where = {"repo_id": address.name, "repo_type": "dataset"}
     try:
         known = api.repo_info(**where, revision=address.revision)
-        every = sorted(name for name in (each.rfilename for each in known.siblings or ()) if ".." not in name.split("/"))
+        every = sorted(name for name in (file.rfilename for file in known.siblings or ()) if ".." not in name.split("/"))
         depth = address.files.count("/")
         files = [name for name in every if name.count("/") == depth and fnmatchcase(name, address.files)]
         if not files:
@@ -120,9 +125,9 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         replace(record, json.dumps({"folder": folder.name, "files": sizes}).encode(), shared=True)
     except Exception as error:  # of the network, the hub, the disk
         reason = f"{type(error).__name__}: {one_line(str(error), 300)}"
-        elsewhere = f"`hf download --repo-type dataset {address.name} --local-dir FOLDER`"
+        command = f"`hf download --repo-type dataset {address.name} --local-dir FOLDER`"
         problems.append(
-            DataError(f"{path} cannot be fetched ({reason}); where there is a network, run {elsewhere}, and name the files in FOLDER")
+            DataError(f"{path} cannot be fetched ({reason}); where there is a network, run {command}, and name the files in FOLDER")
         )
 
 

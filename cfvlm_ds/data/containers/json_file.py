@@ -1,29 +1,28 @@
-"""One JSON value in a file, which is read whole: a list of rows, COCO's captions, or an object of numbered rows.
+"""JSON files of one value, read as a whole: a list of rows, COCO's captions, or an object of numbered rows.
 
-COCO's file has pictures and captions apart: a row is a picture with all its captions, and with a list under each further key of theirs. In
-an object of numbered rows, as SugarCrepe's, the values are the rows.
+COCO's file has separate lists of pictures and captions: a row is a picture with the list of its captions, and with a list for each further
+key of the captions. In an object of numbered rows, as SugarCrepe's, the values are the rows.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import TooLarge, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.reading import DuplicateKey, TooLarge, object_of, open_regular, parse_json, read_bytes
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 MAX_JSON = 4 << 30
-"""Bytes of one JSON value: its rows are in memory until they are written as JSON lines, in several times as many bytes."""
+"""Limit of one JSON value, in bytes: its rows take several times its size in memory until they are written as JSON lines."""
 
 _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
 
 
 def json_rows(path: Path) -> Rows:
-    """The rows of a file; a DataError stands in place of an object with a key given twice."""
+    """Yield the rows of a file; a DataError replaces an object with a duplicate key."""
     try:
         value = parse_json(read_bytes(path, MAX_JSON).decode("utf-8-sig"), _DECODER)
     except json.JSONDecodeError as error:
@@ -36,9 +35,9 @@ def json_rows(path: Path) -> Rows:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: JSON that cannot be parsed ({error}); {_REMEDY}") from error
     if isinstance(value, list):
-        yield from ((f"item {number}", _row(each)) for number, each in enumerate(value, 1))
-    elif isinstance(value, dict) and all(key.isdecimal() and isinstance(each, dict | DataError) for key, each in value.items()):
-        yield from ((f"key {key}", _row(each)) for key, each in value.items())
+        yield from ((f"item {number}", _row(item)) for number, item in enumerate(value, 1))
+    elif isinstance(value, dict) and all(key.isdecimal() and isinstance(item, dict | DataError) for key, item in value.items()):
+        yield from ((f"key {key}", _row(item)) for key, item in value.items())
     elif isinstance(value, dict) and all(isinstance(value.get(key), list) for key in ("images", "annotations")):
         yield from _of_coco(path, value["images"], value["annotations"])
     elif isinstance(value, DataError):
@@ -49,11 +48,10 @@ def json_rows(path: Path) -> Rows:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-    return DataError(f"key {twice!r} occurs twice in one object; keep one of them")
+    try:
+        return object_of(pairs)
+    except DuplicateKey as error:
+        return DataError(str(error))
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
@@ -72,18 +70,18 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
     for number, value in enumerate(annotations, 1):
         _take(path, f"annotations, item {number}", value, None, captions)
     for number, (image_id, row) in enumerate(images.items(), 1):
-        said = captions.pop(image_id, [])
-        beside = {key: [each.get(key) for each in said] for key in dict.fromkeys(key for each in said for key in each)}
-        ids, texts = beside.pop("id", []), beside.pop("caption", [])
-        beside = {f"annotations.{key}" if key in row else key: values for key, values in beside.items()}
-        yield f"images, item {number}", row | {"caption": texts, "caption_ids": ids, **beside}
+        records = captions.pop(image_id, [])
+        lists = {key: [record.get(key) for record in records] for key in dict.fromkeys(key for record in records for key in record)}
+        ids, texts = lists.pop("id", []), lists.pop("caption", [])
+        lists = {f"annotations.{key}" if key in row else key: values for key, values in lists.items()}
+        yield f"images, item {number}", row | {"caption": texts, "caption_ids": ids, **lists}
     for unknown in captions:
         problem = f"annotations name the image id {unknown!r}, which 'images' lacks; add it, or get both parts of one file"
         yield f"image {unknown!r}", DataError(problem)
 
 
 def _take(path: Path, where: str, value: Any, images: dict[Any, Row] | None, captions: dict[Any, list[Row]]) -> None:
-    """Keep a picture, or a caption of one, of COCO's file."""
+    """Add an item of COCO's file to the pictures or, if ``images`` is None, to the captions."""
     row = _row(value)
     if isinstance(row, DataError):
         raise DataError(f"{path}: {where}: {row}")
@@ -97,7 +95,7 @@ def _take(path: Path, where: str, value: Any, images: dict[Any, Row] | None, cap
                 f"{path}: {where}: key {key!r} is missing or no {'text' if key == 'caption' else 'name'}; COCO's captions have it"
             )
     if images is None:
-        captions.setdefault(row["image_id"], []).append({key: each for key, each in row.items() if key != "image_id"})
+        captions.setdefault(row["image_id"], []).append({key: value for key, value in row.items() if key != "image_id"})
     elif row["id"] in images:
         raise DataError(f"{path}: {where}: image id {row['id']!r} occurs twice; keep one of them")
     else:
@@ -105,7 +103,8 @@ def _take(path: Path, where: str, value: Any, images: dict[Any, Row] | None, cap
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a file named .json has one object per line, as published data sets have too; one line is a row, unless it holds rows.
+    """Return whether a file named .json has one object per line, as some published data sets do; a single line is a row unless it contains
+    rows.
 
     Raises OSError and ValueError as open_regular does.
     """

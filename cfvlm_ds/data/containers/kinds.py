@@ -1,4 +1,4 @@
-"""Which container a path is, and of which files it is made."""
+"""Container kinds: the kind of a path, and the files that belong to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfvlm_ds.data.containers.tar import tar_rows
 from cfvlm_ds.data.decoding import ENDINGS
 
 LINES = "jsonl"
-"""JSON lines: what every other container becomes."""
+"""JSON lines, into which every other container is converted."""
 
 CONTAINERS: dict[str, Callable[[Path], Rows]] = {
     "json": json_rows,
@@ -33,24 +33,24 @@ CONTAINERS: dict[str, Callable[[Path], Rows]] = {
     "tar": tar_rows,
     "pictures": picture_rows,
 }
-"""Kind of a file -> its rows."""
+"""Kind of a file -> function that yields its rows."""
 
 _SUFFIXES = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 _SUFFIXES |= {f".{ending}": "pictures" for ending in ENDINGS}
 _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
 _OF_MODELS = ("config.json", "config.yaml")
-"""Files of a model's folder, and of a run's."""
+"""Files by which a model folder or a run folder is recognised."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
-"""The name of a file of a split, as the hub and ``datasets`` number them."""
+"""File name of a split's shard, as the hub and ``datasets`` number them."""
 COMPRESSED = {
     ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
 }  # fmt: skip
-"""Ending of a compressed file -> the command that unpacks it."""
+"""Ending of a compressed file -> command to unpack it."""
 _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 
 
 def container_of(path: Path) -> str:
-    """``jsonl`` or the kind of container: by the name's ending, or by what is in a folder.
+    """Return the kind of container, or ``jsonl``, by the ending of the name or by the contents of a folder.
 
     Raises DataError for a compressed file, and for a folder without data.
     """
@@ -58,32 +58,32 @@ def container_of(path: Path) -> str:
 
 
 def sources_of(path: Path) -> list[Path]:
-    """The files of a path: itself, those of a folder, or those of a pattern such as ``train-*.parquet``, in the order of their names.
+    """List the files of a path, by name: the path itself, or the files of a folder or of a pattern such as ``train-*.parquet``.
 
     Raises DataError as ``container_of`` does.
     """
     if path.is_dir():
         return _in_folder(path)
     if glob.has_magic(path.name) and not os.path.lexists(path):
-        found = sorted(path.parent / name for name in glob.glob(path.name, root_dir=path.parent))
-        if not found:
+        files = sorted(path.parent / name for name in glob.glob(path.name, root_dir=path.parent))
+        if not files:
             raise DataError(f"{path}: no file has such a name; correct the pattern")
-        if len(kinds := {_kind(path, each) for each in found}) > 1 or LINES in kinds or "json" in kinds:
+        if len(kinds := {_kind(path, file) for file in files}) > 1 or LINES in kinds or "json" in kinds:
             raise DataError(
                 f"{path}: a pattern is for files of one of the kinds {', '.join(_together())}; this one is of {', '.join(sorted(kinds))}"
             )
-        return found
+        return files
     return [path]
 
 
 def sources_state(path: Path) -> tuple[int, int, int]:
-    """Size and times of a path's file; of several files the sum of their sizes, the last time, and a hash of all of it.
+    """Return size, modification time and change time of a path's file; of several files the total size, the latest time, and a hash of all.
 
     Raises OSError, and DataError as sources_of does.
     """
     sources = sources_of(path)
-    captions = [text for each in sources if _is_picture(each) and (text := each.with_suffix(".txt")).is_file()]
-    files = [(each.name, each.stat()) for each in (*sources, *captions)]
+    captions = [text for file in sources if _is_picture(file) and (text := file.with_suffix(".txt")).is_file()]
+    files = [(file.name, file.stat()) for file in (*sources, *captions)]
     states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in files]
     if len(states) == 1 and not path.is_dir():
         return states[0][1:]
@@ -114,7 +114,7 @@ def _kind(path: Path, file: Path) -> str:
         try:
             return LINES if is_lines(file) else kind
         except (OSError, ValueError):
-            return LINES  # which says why it cannot be read
+            return LINES  # whose reader reports the error
     return kind
 
 
@@ -124,16 +124,18 @@ def _compressed(file: Path) -> bool:
 
 
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError for captions of an image folder that belong to no picture, or to two, and for what it holds besides."""
-    texts = {each.with_suffix(".txt").name: each.name for each in pictures}
-    others = sorted(each.name for each in path.iterdir() if each.suffix.lower() == ".txt" and each.name not in texts)
+    """Raise DataError for captions of an image folder that belong to no picture, or to two, and for
+    further files that would not be read.
+    """
+    texts = {picture.with_suffix(".txt").name: picture.name for picture in pictures}
+    others = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name not in texts)
     others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]
-    others += sorted(each.name for each in path.iterdir() if each.is_dir() and any(map(_is_picture, each.iterdir())))
+    others += sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(map(_is_picture, folder.iterdir())))
     if others:
         named = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
         raise DataError(f"{path}: {named} would not be read beside captions in .txt files; move it, or name the pictures by {path}/*.png")
     if len(texts) < len(pictures):
-        twice = next(each for each in pictures if texts[each.with_suffix(".txt").name] != each.name)
+        twice = next(picture for picture in pictures if texts[picture.with_suffix(".txt").name] != picture.name)
         raise DataError(
             f"{path}: {twice.with_suffix('.txt').name} is the caption of several pictures, such as {twice.name}; rename one of them"
         )
@@ -141,24 +143,24 @@ def _refuse_unread(path: Path, pictures: list[Path]) -> None:
 
 def _in_folder(path: Path) -> list[Path]:
     if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir())[:10])
+        splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir())[:10])
         raise DataError(f"{path}: holds several splits ({splits}); name one of its folders")
     if (path / "state.json").is_file():
         return _saved(path)
     if len(kinds := [pattern for pattern in _IN_FOLDERS if any(path.glob(pattern))]) > 1:
         raise DataError(f"{path}: holds files of several kinds ({', '.join(kinds)}); name those of one, such as {path / kinds[0]}")
     for pattern in kinds:
-        if found := sorted(path.glob(pattern)):
-            names = sorted({split[1] for each in found if (split := _NUMBERED.fullmatch(each.stem))})
+        if files := sorted(path.glob(pattern)):
+            names = sorted({split[1] for file in files if (split := _NUMBERED.fullmatch(file.stem))})
             if len(names) > 1:
-                one = path / f"{names[0]}-*{found[0].suffix}"
+                one = path / f"{names[0]}-*{files[0].suffix}"
                 raise DataError(f"{path}: holds several splits ({', '.join(names[:10])}); name the files of one of them, such as {one}")
-            return found
+            return files
     pictures = sorted(filter(_is_picture, path.iterdir()))
-    if any(each.with_suffix(".txt").is_file() for each in pictures):
+    if any(picture.with_suffix(".txt").is_file() for picture in pictures):
         _refuse_unread(path, pictures)
         return pictures
-    below = sorted({each.parent for pattern in _IN_FOLDERS for each in path.glob(f"*/{pattern}")})
+    below = sorted({file.parent for pattern in _IN_FOLDERS for file in path.glob(f"*/{pattern}")})
     hint = f"name {' or '.join(map(str, below[:3]))}, which has some" if below else "name the data file"
     if named := next((name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None):
         hint = f"name {path / named}"
@@ -170,10 +172,10 @@ def _in_folder(path: Path) -> list[Path]:
 
 
 def _saved(path: Path) -> list[Path]:
-    """The files of a data set that ``datasets`` has saved, in its order."""
+    """List the files of a data set saved by ``datasets``, in its order."""
     try:
         listed = read_json(path / "state.json")["_data_files"]
-        files = [own_file(path, each["filename"], path / "state.json") for each in listed]
+        files = [own_file(path, entry["filename"], path / "state.json") for entry in listed]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise DataError(
             f"{path}: state.json does not list the files of a saved data set ({error}); save it again with save_to_disk"

@@ -1,4 +1,4 @@
-"""Rows of any container: JSON lines, one JSON value in memory, or JSON lines that were made of another one."""
+"""Opening of rows in any container: JSON lines, a JSON value in memory, or JSON lines converted from another container."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cfvlm_ds.data.lines import IndexedLines
 from cfvlm_ds.data.rows import LineRows, Rows, half_of_character
 
 MAX_LIST = 16 * MIB
-"""Bytes of one JSON value whose rows are held in memory, several times its size; JSON lines are made of a larger one."""
+"""Limit, in bytes, of a JSON value whose rows are held in memory, in several times its size; a larger one is converted to JSON lines."""
 
 
 class ListRows:
-    """Rows of one JSON value, in memory, each with its place in it."""
+    """Rows of one JSON value, in memory, with their places in it."""
 
     roots: tuple[Path, ...] = ()
 
@@ -45,7 +45,7 @@ class ListRows:
         try:
             if len(json.dumps(value, ensure_ascii=False, default=_raised).encode()) > MAX_ROW:
                 return DataError(f"{self.where(row)}: the row has more than {MAX_ROW} bytes; split it")
-        except DataError as error:  # in place of an object within the row
+        except DataError as error:  # stands in place of an object within the row
             return DataError(f"{self.where(row)}: {error}")
         except UnicodeEncodeError as error:
             return half_of_character(error, self.where(row))
@@ -57,16 +57,16 @@ def _raised(error: DataError) -> Any:
 
 
 class PreparedRows(LineRows):
-    """Rows of a container, of which JSON lines were made: row n is line n."""
+    """Rows of a container that was converted to JSON lines: row n is line n."""
 
-    def __init__(self, path: Path, lines: IndexedLines, made: Prepared) -> None:
+    def __init__(self, path: Path, lines: IndexedLines, prepared: Prepared) -> None:
         super().__init__(lines)
-        self.path, self.roots = path, made.roots
-        self._files = [name for name, _ in made.sources]
-        self._ends = list(accumulate(rows for _, rows in made.sources))
+        self.path, self.roots = path, prepared.roots
+        self._files = [name for name, _ in prepared.sources]
+        self._ends = list(accumulate(rows for _, rows in prepared.sources))
 
     def where(self, row: int) -> str:
-        """The item of the path or, where that is several files, of one of them."""
+        """Return the row's number in the path, or in one of its files."""
         if (file := bisect_right(self._ends, row)) == len(self._ends):
             return f"{self.path}: item {row + 1}"
         return f"{self.path}: {self._files[file]}, item {row + 1 - (self._ends[file - 1] if file else 0)}"
@@ -83,18 +83,21 @@ def open_rows(
     alive: Callable[[], object] = lambda: None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> Rows:
-    """The rows of JSON lines, or of another container, of which JSON lines are made in a folder of ``cache`` (beside the data, else in the
-    user's cache folder) the first time. Raises DataError for a file that cannot be read at all, or has no row."""
+    """Open the rows of JSON lines, or of another container.
+
+    A container is converted to JSON lines on first use, in a folder of ``cache`` (default: beside the data, else in the user's cache
+    folder). Raises DataError for a file that cannot be read at all, or has no row.
+    """
     options: Any = {"alive": alive, "progress": progress}
     try:
         kind = container_of(path) if is_there(path) else LINES
         if kind == LINES:
-            found: Rows = LineRows(IndexedLines.scanned(path, **options))
+            rows: Rows = LineRows(IndexedLines.scanned(path, **options))
         elif kind == "json" and path.stat().st_size <= MAX_LIST:
-            found = ListRows(path, list(rows_of(path, json_rows)))
+            rows = ListRows(path, list(rows_of(path, json_rows)))
         else:
-            made = prepare(path, kind, prepared_places(path, cache_folder()) if cache is None else cache, progress, alive)
-            found = PreparedRows(path, IndexedLines.scanned(made.lines, **options), made)
+            prepared = prepare(path, kind, prepared_places(path, cache_folder()) if cache is None else cache, progress, alive)
+            rows = PreparedRows(path, IndexedLines.scanned(prepared.lines, **options), prepared)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -103,9 +106,9 @@ def open_rows(
         raise DataError(f"{path}: the manifest cannot be read: {error}") from error
     except OSError as error:
         raise DataError(f"{path}: the manifest cannot be read ({error.strerror}); name a readable .jsonl or .json file") from error
-    if not len(found):
+    if not len(rows):
         raise DataError(f"{path}: the manifest has no rows; write some, or check the step that built it")
-    return found
+    return rows
 
 
 def _missing(path: Path) -> str:

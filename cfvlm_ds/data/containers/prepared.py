@@ -1,8 +1,8 @@
-"""The JSON lines that a container becomes: a folder with rows.jsonl and the pictures that had to be copied, made once and found again.
+"""Converted containers: a folder with rows.jsonl and the pictures that had to be copied, written once and reused.
 
-Its name says from which files in which state it was made; of several files it is noted how many rows each has. Row n is line n. A line
-that is a text and not an object says what is wrong with that row. The folder appears whole or not at all, so a preparation that was killed
-is simply done again.
+The folder's name contains a hash of the source files and their state. With several files, the number of rows of each is recorded. Row n is
+line n; a line that is a text and not an object is the error of its row. The folder appears complete or not at all, so a killed conversion
+is simply repeated.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import alone, whole_folder
+from cfvlm_ds.core.files import file_lock, whole_folder
 from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of, sources_state
 from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
 from cfvlm_ds.data.picture_file import part_name, tar_member
 
-_FORM = 3  # of what is written; another number has everything made again
+_FORM = 3  # version of the written files; a new one makes every folder obsolete
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
-"""Of the name of a folder that rows were prepared in, which has the state of the data in it."""
-_KNOWN = 100_000  # pictures that are recognised when they come again: a question is asked of the picture of the row before it
+"""Ending of the folder's name."""
+_KNOWN = 100_000  # pictures recognised when they occur again: consecutive questions are often about one picture
 
 
 class Prepared(NamedTuple):
-    """The rows of a container as JSON lines, and the folders that the names of its own pictures are relative to; of several files their
-    names, and how many rows each has."""
+    """Rows of a container as JSON lines, the folders to which the names of its own pictures are relative, and the names and row counts of
+    its files if it has several.
+    """
 
     lines: Path
     roots: tuple[Path, ...]
@@ -42,7 +43,7 @@ class Prepared(NamedTuple):
 
 
 def prepared_places(path: Path, cache: Path) -> list[Path]:
-    """Folders in which a preparation is looked for and made: beside the data and, where that must not be written, in the user's cache."""
+    """List the folders for conversions: beside the data and, if that folder is not writable, in the user's cache."""
     return [path.parent, cache]
 
 
@@ -53,9 +54,9 @@ def prepare(
     say: Callable[[str], object] = lambda line: None,
     alive: Callable[[], object] = lambda: None,
 ) -> Prepared:
-    """The rows of ``path`` as JSON lines, made in the first folder of ``cache`` that can be written unless one of them has them.
+    """Convert the rows of ``path`` to JSON lines, in the first writable folder of ``cache``, unless one of the folders has them.
 
-    Raises DataError for a container that cannot be read to its end, or if none of the folders can be written.
+    Raises DataError for a container that cannot be read to its end, or if no folder is writable.
     """
     sources = sources_of(path)
     try:
@@ -69,7 +70,7 @@ def prepare(
     for folder in cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with alone(folder / f"{name}.lock", lambda: say(f"{path}: another process prepares its rows; waiting for it"), alive):
+            with file_lock(folder / f"{name}.lock", lambda: say(f"{path}: another process prepares its rows; waiting for it"), alive):
                 if not (folder / name / _LINES).is_file():
                     with whole_folder(folder / name) as partial:
                         _write(path, container, sources, partial, say, alive)
@@ -97,7 +98,7 @@ def _name(path: Path, container: str) -> str:
 def _write(
     path: Path, container: str, sources: Sequence[Path], folder: Path, say: Callable[[str], object], alive: Callable[[], object]
 ) -> None:
-    said = time.monotonic()
+    last_line = time.monotonic()
     pictures, counted = _Pictures(folder / _PICTURES), dict.fromkeys(sources, 0)
     try:
         with open(folder / _LINES, "xb") as lines:
@@ -105,14 +106,14 @@ def _write(
                 alive()
                 counted[source] += 1
                 lines.write(_line(row, pictures) + b"\n")
-                if time.monotonic() - said >= EVERY_S:
-                    said = time.monotonic()
+                if time.monotonic() - last_line >= EVERY_S:
+                    last_line = time.monotonic()
                     sizes = f"{lines.tell() / 1e6:.0f} MB of them, {pictures.size / 1e6:.0f} MB of pictures copied"
                     say(f"preparing {path}: {number} rows, {sizes}")
     finally:
         pictures.close()
     if len(sources) > 1:
-        (folder / _SOURCES).write_text(json.dumps([(each.name, rows) for each, rows in counted.items()]))
+        (folder / _SOURCES).write_text(json.dumps([(source.name, rows) for source, rows in counted.items()]))
 
 
 def _rows(container: str, sources: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any] | DataError]]:
@@ -128,7 +129,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
             if len(line) <= MAX_ROW:
                 return line
             row = DataError(f"the row has {len(line)} bytes as JSON, and {MAX_ROW} are the bound for one row; shorten it")
-        except DataError as error:  # in place of a value
+        except DataError as error:  # stands in place of a value
             row = error
         except (ValueError, RecursionError, TypeError) as error:
             row = DataError(f"the row cannot be written as JSON ({error}); correct it")
@@ -136,7 +137,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
 
 
 class _Pictures:
-    """A tar of the pictures that were copied; one that comes again has the name of the first."""
+    """Tar of the pictures that were copied; a repeated picture has the name of its first copy."""
 
     def __init__(self, path: Path) -> None:
         self._path, self.size = path, 0
@@ -145,7 +146,9 @@ class _Pictures:
         self._count = 0
 
     def name_of(self, value: Any) -> str:
-        """The name of a picture's bytes. Raises TypeError for a value of another type, and the DataError that stands in place of one."""
+        """Return the name of a picture's bytes. Raises TypeError for a value of another type, and a DataError that stands in place of a
+        value.
+        """
         if isinstance(value, DataError):
             raise value
         if not isinstance(value, bytes):

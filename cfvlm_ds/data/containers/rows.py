@@ -1,4 +1,4 @@
-"""What containers yield, and what is raised in place of what their parsers raise."""
+"""Rows of containers, and the conversion of their parsers' errors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cfvlm_ds.core.reading import MIB
 
 Row: TypeAlias = dict[str, Any]
 Rows: TypeAlias = Iterator[tuple[str, Row | DataError]]
-"""Each row with its place, or what is wrong with it (the place not included)."""
+"""Each row with its place, or the row's error (without the place)."""
 
 MAX_ROW = 4 * MIB
-"""Bytes of a row as JSON, the pictures in it not counted: as of a line of JSON lines."""
+"""Limit of a row as JSON without its pictures, in bytes; it equals that of a line of JSON lines."""
 
 
 def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:
-    """The rows of a file. Whatever the parser ``read`` raises is one DataError that names the file and the last row before it."""
+    """Yield the rows of a file. Any error of the parser ``read`` becomes one DataError that names the file and the last row before it."""
     where = ""
     try:
         for where, row in read(path):

@@ -1,4 +1,4 @@
-"""CSV and TSV files: a line of column names, and rows whose values are texts. A field in quotes may have line breaks."""
+"""CSV and TSV tables: a line of column names, and rows of texts. A quoted field may contain line breaks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 _INDEX = "index"
-"""Name of a first column that has none: pandas writes its index so."""
+"""Name given to a first column without one, as pandas writes its index."""
 
 
 def csv_rows(path: Path) -> Rows:
-    """The rows of a table separated by commas."""
+    """Yield the rows of a table separated by commas."""
     return _rows(path, ",")
 
 
 def tsv_rows(path: Path) -> Rows:
-    """The rows of a table separated by tabs."""
+    """Yield the rows of a table separated by tabs."""
     return _rows(path, "\t")
 
 
@@ -57,7 +57,7 @@ def _rows(path: Path, delimiter: str) -> Rows:
 def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
     if not columns:
         raise DataError(f"{path}: the table is empty; its first line has the names of the columns")
-    if len(columns) == 1 and (others := [each for each in _DELIMITERS if each != delimiter and each in columns[0]]):
+    if len(columns) == 1 and (others := [other for other in _DELIMITERS if other != delimiter and other in columns[0]]):
         raise DataError(
             f"{path}: its first line has one column, {quoted(columns[0], 80)}, and {_DELIMITERS[others[0]]} in it; columns are separated "
             f"by {_DELIMITERS[delimiter]} here, save it so" + (", or name the file .tsv" if others[0] == "\t" else "")
@@ -71,6 +71,6 @@ def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
 
 def _row(columns: list[str], line: list[str], number: int) -> Row | DataError:
     if len(line) != len(columns):
-        found = f"the row (line {number}) has {len(line)} fields, and the first line names {len(columns)} columns"
-        return DataError(f"{found}; put fields with separators in quotes")
+        problem = f"the row (line {number}) has {len(line)} fields, and the first line names {len(columns)} columns"
+        return DataError(f"{problem}; put fields with separators in quotes")
     return dict(zip(columns, line, strict=True))

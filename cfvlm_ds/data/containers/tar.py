@@ -1,7 +1,7 @@
-"""Tars of samples, as WebDataset writes them: members of one key are a row, whose columns are their extensions.
+"""WebDataset tars: the members with one key are a row, whose columns are their extensions.
 
-Pictures stay where they are, and are named by the place of their bytes (``shard.tar#512+60123``); texts and JSON are read. So a tar must
-not be compressed.
+Pictures stay where they are, and are named by the offset of their bytes (``shard.tar#512+60123``), so a tar must not be compressed. Texts
+and JSON are read.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ TEXTS = ("txt", "text", "caption", "cls", "json", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 _PLAIN = "write the tar with the files themselves (tar --dereference --hard-dereference)"
 _HEADER = MIB
-"""Bytes of a member's header, its long name included: some kB at most."""
+"""Limit of a member's header with its long name, in bytes; real headers have a few kB."""
 
 
 def tar_rows(path: Path) -> Rows:
-    """The samples of a tar."""
+    """Yield the samples of a tar."""
     with open_regular(path) as handle, tarfile.open(fileobj=cast(Any, _Headers(handle)), mode="r:") as tar:
         yield from _samples(path, handle, tar)
 
 
 class _Headers:
-    """A tar's file for a reader of headers, none of which takes more than _HEADER bytes."""
+    """A tar's file for a reader of headers, each of which is at most _HEADER bytes."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.name = handle, ""
@@ -44,9 +44,9 @@ class _Headers:
 
 def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
     size = os.fstat(handle.fileno()).st_size
-    key, sample, wrong = "", Row(), ""
+    key, sample, problem = "", Row(), ""
     while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # a million of them would stay in memory
+        tar.members.clear()  # type: ignore[attr-defined]  # a million members would stay in memory
         if member.isdir() or os.path.basename(member.name).startswith("."):
             continue
         is_file = member.isreg() and not member.issparse()
@@ -55,30 +55,30 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:
-            continue  # no sample: a read-me, say
-        if (now := f"{folder}/{stem}" if folder else stem) != key:
+            continue  # not part of a sample, for instance a read-me
+        if (own_key := f"{folder}/{stem}" if folder else stem) != key:
             if sample:
-                yield f"sample {key!r}", DataError(wrong) if wrong else {"__key__": key, **sample}
-            key, sample, wrong = now, {}, ""
+                yield f"sample {key!r}", DataError(problem) if problem else {"__key__": key, **sample}
+            key, sample, problem = own_key, {}, ""
         if extension in sample:
-            wrong = wrong or f"sample {key!r} has two members {base!r}; give samples keys of their own"
+            problem = problem or f"sample {key!r} has two members {base!r}; give samples keys of their own"
         if not is_file:
-            wrong = wrong or f"sample {key!r}: {base!r} is a link or no plain file; {_PLAIN}"
+            problem = problem or f"sample {key!r}: {base!r} is a link or no plain file; {_PLAIN}"
             sample[extension] = None
             continue
         try:
             sample[extension] = _value(path, handle, member, extension.lower())
         except DataError as error:
-            wrong = wrong or f"sample {key!r}: {error}"
+            problem = problem or f"sample {key!r}: {error}"
     if sample:
-        yield f"sample {key!r}", DataError(wrong) if wrong else {"__key__": key, **sample}
+        yield f"sample {key!r}", DataError(problem) if problem else {"__key__": key, **sample}
     handle.seek(tar.offset)
-    if len(handle.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # a whole one ends with blocks of zeros
+    if len(handle.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # a complete tar ends with blocks of zeros
         raise DataError(f"{path}: the tar has no end; it is cut off, get it whole again")
 
 
 def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:
-    """A text, what JSON says, or the name of the member's bytes."""
+    """Read a text or JSON member, or return the name of the member's bytes."""
     last = extension.rpartition(".")[2]
     place = f"{path.name}#{member.offset_data}+{member.size}"
     if last in ENDINGS:
@@ -87,7 +87,7 @@ def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: st
     if last not in TEXTS and handle.read(min(member.size, 4)).startswith(_MAGIC):
         return place
     if last not in TEXTS and not extension.endswith(("caption", "text")):
-        return place  # what nobody here reads, such as features: its name is metadata
+        return place  # unread data such as features, whose name is metadata
     if member.size > MAX_ROW:
         raise DataError(f"{member.name!r} has {member.size} bytes, and {MAX_ROW} are the bound for a text; shorten it")
     handle.seek(member.offset_data)

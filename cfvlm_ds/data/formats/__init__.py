@@ -1,8 +1,8 @@
-"""Manifest rows to counterfactual groups, one file per format.
+"""Formats: functions from the rows of a manifest to counterfactual groups, one file per format.
 
-A further format is one function from a row to a group (see cfvlm_ds/data/cfgroup.py) and one line in FORMATS. One that makes several groups
-of a row returns a sequence, and says how many without making them in ``parts(row)``. One that makes a group of several rows has
-``claim(row)`` (see truth.py). One with options is a frozen dataclass, whose fields they are.
+A new format is one function from a row to a group (see cfvlm_ds/data/cfgroup.py) and one line in FORMATS. A format with several groups per
+row returns a sequence, and counts them without building them in ``parts(row)``. A format that joins several rows to a group has
+``claim(row)`` (see truth.py). A format with options is a frozen dataclass, whose fields are the options.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMATS: dict[str, Format] = {
 
 
 def format_named(spec: str, where: object) -> Format:
-    """The format that ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` says; a value with a comma is in double quotes.
+    """Return the format of ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``; a value with a comma is in double quotes.
 
     Raises DataError, beginning with ``where``, for an unknown name or option.
     """

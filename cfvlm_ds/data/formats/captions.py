@@ -1,17 +1,17 @@
-"""Captioned pictures by columns: of a CSV, TSV or JSON lines, of COCO's captions JSON, with false captions and other pictures or without.
+"""Captioned pictures in columns of a CSV, TSV, JSON lines or COCO captions file, optionally with false captions and further pictures.
 
     {"image": "a.jpg", "caption": "two dogs on a lawn", "negative_caption": "three dogs on a lawn", "negative_image": "a_edit.jpg"}
 
-Columns are found by their usual names, or mapped: ``captions:image=file_name,caption=text``. ``DEFAULTS`` has the names. A column may hold
-a list, ``caption=first+second`` takes two columns as one list, and ``a.b`` is ``b`` within ``a``. Every caption is true of the picture,
-every negative caption is false of it, and the captions are false of every negative picture. Of as many negative captions as negative
-pictures, the k-th caption is true of the k-th picture (an edited pair), unless ``paired=false`` says that they have nothing to do with
-each other; what is not said is unknown. Captions answer "Describe the image." in a row without a prompt.
+Columns are detected by their usual names (``DEFAULTS``), or mapped: ``captions:image=file_name,caption=text``. A column may hold a list,
+``caption=first+second`` joins two columns to one list, and ``a.b`` is ``b`` within ``a``. Every caption is true of the picture, every
+negative caption is false of it, and the captions are false of every negative picture. If there are as many negative captions as negative
+pictures, the k-th caption is true of the k-th picture (an edited pair), unless ``paired=false`` declares them unrelated. All other cells
+are unknown. In a row without a prompt, captions answer "Describe the image."
 
     {"image": "a.jpg", "caption": "The cat is under the bed.", "label": 0}                                captions:label=label
 
-With ``label``, a column says whether the caption is true, and the rows of one picture and prompt are one group. A column that looks like a
-label is refused until it is named, or ignored, and so is a caption that is a JSON object.
+``label`` names a column that marks captions as true or false; rows with the same picture and prompt are then one group. A column that
+looks like a label is refused until it is named or ignored, and so is a caption that is a JSON object.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 
 
 _BROKEN_LIST = re.compile(r"""\[\s*['"].*\]$""", re.DOTALL)
-"""A list of texts that is none, as numpy prints one without commas, once those that can be read are."""
+"""A text that looks like a list and cannot be parsed as one, such as numpy's notation without commas."""
 
 
 class _Read(NamedTuple):
-    """What a row says: its columns by option, what is true of its pictures, and what that answers."""
+    """Parsed row: its columns by option, the captions that are true of its pictures, their prompt, and the pictures."""
 
     row: Mapping[str, Any]
     columns: dict[str, list[str]]
@@ -57,21 +57,21 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Captions:
-    """Rows of columns as groups.
+    """Rows of captioned pictures as groups.
 
     Args:
-        image: column of the picture, of several if it holds a list.
-        caption: column of what is true of it.
-        negative_caption: column of what is false of it.
+        image: column of the picture, or of a list of pictures.
+        caption: column of the captions that are true of the picture.
+        negative_caption: column of the captions that are false of it.
         negative_image: column of pictures of which the captions are false.
-        prompt: column of what the texts answer.
-        edit: column of what the counterfactual changes: the type of an edit, which names a row of results.
-        id: column of the group's name.
-        ask: what the texts of a row without a prompt answer; empty for no prompt at all.
-        paired: whether as many negative captions as negative pictures belong together.
-        label: column that says whether the caption is true: of a list of captions, a list.
-        true: its values that mean true, joined by ``+``.
-        false: its values that mean false.
+        prompt: column of the prompt that the captions answer.
+        edit: column of the edit type of the counterfactuals, which names a row of results.
+        id: column of the group's id.
+        ask: prompt of rows without one; empty for no prompt.
+        paired: whether negative caption k is true of negative picture k, if there are as many of each.
+        label: column that marks the caption as true or false; a list for a list of captions.
+        true: values of the label that mean true, joined by ``+``.
+        false: values of the label that mean false.
         json: whether captions may be JSON objects.
         ignore: columns that are not read, joined by ``+``.
     """
@@ -99,14 +99,14 @@ class Captions:
         check_label(self.label, self.true, self.false, **given, paired=not self.paired)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Raises DataError without file and line."""
+        """Convert a row to a group. Raises DataError without file and line."""
         if self.label:
             return joined([self._claim(row)])
         read = self._read(row)
         columns, prompt, pictures = read.columns, read.prompt, read.pictures
         texts, repeated = _distinct(read.texts)
         false = self._texts(read.row, columns["negative_caption"])
-        others = [read_pictures(each, "row") for each in _listed(read.row, columns["negative_image"])]
+        others = [read_pictures(value, "row") for value in _listed(read.row, columns["negative_image"])]
         if others and not pictures:
             raise DataError("row: a negative picture without a picture; map the column of the picture, or drop the row")
         belongs = self.paired and len(false) == len(others)
@@ -114,14 +114,13 @@ class Captions:
         for j in range(len(others)):
             match.append((0,) * len(texts) + tuple((1 if j == k else None) if belongs else None for k in range(len(false))))
         kept = self._kept(read, DEFAULTS) | ({"captions.repeated": repeated} if repeated else {})
-        said = [*texts, *false]
         named = {"id": value_of(read.row, columns["id"][0])} if columns["id"] else {}
         images = (pictures, *others)
-        contents = spelled(prompt), said, [[str(picture) for picture in image] for image in images]
+        contents = spelled(prompt), [*texts, *false], [[str(picture) for picture in image] for image in images]
         return CounterfactualGroup(
             id=name(named, "id", "row") if named else row_id({}, *contents),
             images=images,
-            candidates=tuple(Candidate(prompt, text) for text in said),
+            candidates=tuple(Candidate(prompt, text) for text in (*texts, *false)),
             match=tuple(match),
             edits=self._edits(read.row, columns["edit"], len(texts), len(false), len(others), belongs),
             source=self.source,
@@ -130,7 +129,7 @@ class Captions:
 
     @property
     def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """What a row claims, where rows have labels."""
+        """Function from a row to its claim, if rows have labels."""
         return self._claim if self.label else None
 
     def _claim(self, row: Mapping[str, Any]) -> Claim:
@@ -150,12 +149,12 @@ class Captions:
                 "question itself answers something"
             )
         kind = value_of(read.row, read.columns["edit"][0]) if read.columns["edit"] else ""
-        said = [
+        statements = [
             Said(text, truth_of(label, self.label, self.true, self.false), name({"edit": kind}, "edit", "row"))
             for text, label in zip(read.texts, labels, strict=True)
         ]
         kept = self._kept(read, ("image", "caption", "prompt", "edit"))
-        return Claim(read.pictures, read.prompt, tuple(said), self.source, kept)
+        return Claim(read.pictures, read.prompt, tuple(statements), self.source, kept)
 
     def _read(self, row: Mapping[str, Any]) -> _Read:
         row = without_nulls(row, self.ignore)
@@ -174,15 +173,17 @@ class Captions:
         return _Read(row, columns, texts, *self._prompt(row, columns["prompt"], pictures))
 
     def _kept(self, read: _Read, options: Iterable[str]) -> dict[str, Any]:
-        """The columns that are none of these options', nor the label."""
-        used = [each for option in options for each in read.columns[option]]
+        """Return the columns that these options do not name, without the label."""
+        used = [column for option in options for column in read.columns[option]]
         return without(read.row, [*used, self.label] if self.label else used)
 
     def as_answer(self, row: Mapping[str, Any], column: str) -> str:
-        """What maps a column as the answer to a row's caption; an empty text where that is no question."""
+        """Return the format that reads a row's caption as a question and the column as its answer, or "" if
+        the caption is not a question.
+        """
         read = self._read(row)
-        asked = read.columns["caption"][0]
-        return f"{self.source}:prompt={asked},caption={column}" if is_question(read.texts[0]) else ""
+        question = read.columns["caption"][0]
+        return f"{self.source}:prompt={question},caption={column}" if is_question(read.texts[0]) else ""
 
     def _texts(self, row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
         texts = _listed(row, columns)
@@ -193,17 +194,18 @@ class Captions:
                 what = f"{quoted(text, 40)}, which looks like a list and is broken"
                 raise DataError(f"row: column {columns[0]!r} holds {what}; write it as JSON, or say json=true if it is a caption as it is")
             if not self.json and text.strip()[:1] + text.strip()[-1:] == "{}":
-                said = json_object(text)
-                what = f"a JSON object ({_names(said)}), not a text" if said else f"{quoted(text, 40)}, which looks like JSON and is broken"
-                key = next(iter(said)) if len(said) == 1 else "KEY"
-                remedy = f"name what is said, as in caption={columns[0]}.{key}" if said else "correct it"
-                if {"chosen", "rejected"} <= said.keys():
+                value = json_object(text)
+                broken = f"{quoted(text, 40)}, which looks like JSON and is broken"
+                what = f"a JSON object ({_names(value)}), not a text" if value else broken
+                key = next(iter(value)) if len(value) == 1 else "KEY"
+                remedy = f"name what is said, as in caption={columns[0]}.{key}" if value else "correct it"
+                if {"chosen", "rejected"} <= value.keys():
                     remedy = "name the format preference, which reads it"
                 raise DataError(f"row: column {columns[0]!r} holds {what}; {remedy}, or say json=true if it is a caption as it is")
         return [text.strip() for text in texts]
 
     def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
-        """The columns that an option stands for: those that it names, or the first of the usual names that the row has."""
+        """Return the columns of an option: those that it names, or the first of the usual names that the row has."""
         if given := getattr(self, option):
             wanted = [given] if _has(row, given) else given.split("+")
             for column in wanted:
@@ -241,17 +243,17 @@ def _names(row: Mapping[str, Any]) -> str:
 
 
 def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
-    """What some columns hold, lists laid out; an empty field of a table holds nothing."""
-    found: list[Any] = []
+    """Collect the values of some columns in one list; lists are flattened, and empty fields skipped."""
+    values: list[Any] = []
     for column in columns:
         value = value_of(row, column)
         value = as_list(value)
-        found += value if isinstance(value, list) else [] if value == "" else [value]
-    return found
+        values += value if isinstance(value, list) else [] if value == "" else [value]
+    return values
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:
-    """The captions of a picture, and how many were said twice: people say the same."""
+    """Return the distinct captions of a picture and the number of repetitions, because several people may have written the same caption."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(normalised(text), text)

@@ -1,4 +1,4 @@
-"""The data format of CF-VLM's released code (arXiv 2506.17267): a captioned image and K counterfactual captions with images of theirs.
+"""CF-VLM's published rows (arXiv 2506.17267): a captioned image and K counterfactual captions with their images.
 
     {"orig_input": "COCO Yes: <|vision_start|>coco/17.jpg<|vision_end|>", "orig_output": "two dogs on a lawn",
      "cf_samples": [{"cf_text": "three dogs on a lawn", "cf_image_path": "cf/17_0.png"}]}
@@ -30,7 +30,7 @@ class Cfvlm:
     """Rows of CF-VLM's published files.
 
     Args:
-        ask: what the texts of a row without words around its image answer; empty for no prompt at all.
+        ask: prompt of rows without words around the image; empty for no prompt.
         ignore: columns that are not read, joined by ``+``.
     """
 
@@ -38,13 +38,14 @@ class Cfvlm:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """One row as a group: image 0 and text 0 as given, image k and text k the k-th sample.
+        """Convert a row to a group: image 0 and text 0 are the original, image k and text k the k-th sample.
 
-        A sample's text is false of the original's image, and the other way round; what two samples are to each other is unknown.
+        A sample's text is false of the original's image, and the original's text of a sample's image; the cells of two different samples
+        are unknown. The prompt is the text of ``orig_input`` around the image's path. A row has no id and is named by a hash of its
+        contents.
 
-        The prompt is what ``orig_input`` has around the image's path. A row has no id and is named by a hash of its contents. Raises
-        DataError (without file and line) on a missing or misspelt key, a value of another type, an input without exactly one image, or
-        anything CounterfactualGroup refuses.
+        Raises DataError (without file and line) for a missing or misspelt key, a value of another type, an input without exactly one image,
+        or anything CounterfactualGroup refuses.
         """
         row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")

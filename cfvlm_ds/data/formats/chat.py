@@ -1,9 +1,9 @@
-"""Conversations as public data sets spell them, for the formats that have some: turns, pictures at their places, and the last answer.
+"""Conversations in the notations of public data sets: turns, pictures at their places, and the last answer.
 
 Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
-"content": TEXT or PARTS}`` (OpenAI, TRL). In a text ``<image>`` stands for the next picture of the row; a row whose conversation marks no
-place shows its pictures before the user's first turn. White space at the ends of a turn, and line breaks beside ``<image>``, are no part of
-what is said. A column that is null is one that is not there, as Parquet writes it.
+"content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` is the place of the next picture of the row; without such a place, the
+pictures are shown before the user's first turn. White space at the ends of a turn and line breaks beside ``<image>`` are removed. A column
+that is null is treated as missing, because Parquet stores missing columns so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed
 
 IMAGES = ("image", "images")
 PATHS = ("image_path", "img_path", "file_name", "filename", "filepath")
-"""Columns of the picture in a row that has none of those."""
+"""Columns of the picture in a row without the columns IMAGES."""
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
     "model": "assistant", "bing": "assistant", "bard": "assistant",
@@ -36,7 +36,7 @@ _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 class Spoken(NamedTuple):
-    """Turns, the pictures that they show (of which a message itself named some), and the further keys of each turn's message."""
+    """Turns, the pictures that they show (None if the message does not name the picture), and the further keys of each turn's message."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[Path | None, ...]
@@ -44,7 +44,7 @@ class Spoken(NamedTuple):
 
 
 def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
-    """The row without the columns to ignore, without those that are null, and without those of other media where they are empty."""
+    """Copy a row without ignored columns, columns that are null, and empty columns of other media."""
     return {
         key: value
         for key, value in row.items()
@@ -53,43 +53,43 @@ def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
 
 
 def read_messages(value: Any, where: str) -> Spoken:
-    """A list of messages of either spelling. Raises DataError for tools and other media, which no objective here has a use for."""
+    """Parse a list of messages of either notation. Raises DataError for tools and other media, which no objective can use."""
     if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
         raise DataError(f"{where} must be a non-empty list of messages, not {quoted(value)}")
     turns, pictures, further = list[Turn](), list[Path | None](), list[dict[str, Any]]()
     for number, message in enumerate(map(without_nulls, value), 1):
-        here = f"{where}: message {number}"
+        place = f"{where}: message {number}"
         spelling = ("from", "value") if "from" in message or "value" in message else ("role", "content")
         for key in spelling:
             if key not in message:
-                raise DataError(f"{here}: key {key!r} is missing; a message is {{'from', 'value'}} or {{'role', 'content'}}")
-        said, content = message[spelling[0]], message[spelling[1]]
-        if said in _TOOLS or message.get("tool_calls"):
-            raise DataError(f"{here} is of a tool; conversations with tools are not read, leave the row out")
-        if not isinstance(said, str) or said not in ROLES:
-            raise DataError(f"{here}: {spelling[0]!r} is {quoted(said)}; it must be one of {', '.join(ROLES)}")
-        parts, named = _read_content(content, here)
-        turns.append(Turn(ROLES[said], parts))
+                raise DataError(f"{place}: key {key!r} is missing; a message is {{'from', 'value'}} or {{'role', 'content'}}")
+        role, content = message[spelling[0]], message[spelling[1]]
+        if role in _TOOLS or message.get("tool_calls"):
+            raise DataError(f"{place} is of a tool; conversations with tools are not read, leave the row out")
+        if not isinstance(role, str) or role not in ROLES:
+            raise DataError(f"{place}: {spelling[0]!r} is {quoted(role)}; it must be one of {', '.join(ROLES)}")
+        parts, named = _read_content(content, place)
+        turns.append(Turn(ROLES[role], parts))
         pictures += named
-        further.append({key: each for key, each in message.items() if key not in spelling and each not in ([], "")})
+        further.append({key: value for key, value in message.items() if key not in spelling and value not in ([], "")})
     return Spoken(tuple(turns), tuple(pictures), further)
 
 
 def read_text(text: str) -> tuple[Part, ...]:
-    """A text and its places of pictures as parts."""
+    """Split a text at the places of its pictures."""
     parts: list[Part] = []
-    for number, said in enumerate(text.strip().split(_PLACE)):
-        parts += [PICTURE] * (number > 0) + [said.strip("\n")] * bool(said.strip())
+    for number, piece in enumerate(text.strip().split(_PLACE)):
+        parts += [PICTURE] * (number > 0) + [piece.strip("\n")] * bool(piece.strip())
     return tuple(parts)
 
 
 def _read_content(content: Any, where: str) -> tuple[tuple[Part, ...], list[Path | None]]:
     if isinstance(content, str):
-        parts = read_text(content)
-        return parts, [None] * sum(part is PICTURE for part in parts)
+        parts = list(read_text(content))
+        return tuple(parts), [None] * sum(part is PICTURE for part in parts)
     if not isinstance(content, list):
         raise DataError(f"{where}: its content must be a string or a list of parts, not {quoted(content)}")
-    found, pictures = list[Part](), list[Path | None]()
+    parts, pictures = [], list[Path | None]()
     for part in content:
         if not isinstance(part, Mapping):
             raise DataError(f"{where}: a part must be an object with a 'type', not {quoted(part)}")
@@ -98,24 +98,24 @@ def _read_content(content: Any, where: str) -> tuple[tuple[Part, ...], list[Path
             text = part.get("text", part.get("value"))
             if not isinstance(text, str):
                 raise DataError(f"{where}: a part of type {kind!r} must have a 'text', not {quoted(text)}")
-            found += [text] * bool(text.strip())
+            parts += [text] * bool(text.strip())
         elif kind in _KINDS:
             named = next((part[key] for key in _KINDS[kind] if part.get(key) is not None), None)
             if isinstance(named, Mapping) and "url" in named:
                 named = named["url"]
             pictures.append(None if named is None else read_picture(named, where))
-            found.append(PICTURE)
+            parts.append(PICTURE)
         else:
             raise DataError(f"{where}: a part of type {quoted(kind)} is not read; texts and pictures are, leave the row out")
-    if isinstance(first := found[0] if found else None, str):
-        found[0] = first.lstrip()
-    if isinstance(last := found[-1] if found else None, str):
-        found[-1] = last.rstrip()
-    return tuple(found), pictures
+    if isinstance(first := parts[0] if parts else None, str):
+        parts[0] = first.lstrip()
+    if isinstance(last := parts[-1] if parts else None, str):
+        parts[-1] = last.rstrip()
+    return tuple(parts), pictures
 
 
 def read_picture(value: Any, where: str) -> Path:
-    """A picture as rows name it: a path, or an object with one. Raises DataError for contents within the row, and for an address."""
+    """Return the path of a picture, from a path or an object with one. Raises DataError for picture bytes within the row, and for a URL."""
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value.get("bytes") is None:
         value = value["path"]
     if not isinstance(value, str):
@@ -128,12 +128,12 @@ def read_picture(value: Any, where: str) -> Path:
 
 
 def read_pictures(value: Any, where: str) -> Pictures:
-    """One picture, or a list of them."""
-    return tuple(read_picture(each, where) for each in (value if isinstance(value, list) else [value]))
+    """Return the paths of one picture, or of a list of pictures."""
+    return tuple(read_picture(picture, where) for picture in (value if isinstance(value, list) else [value]))
 
 
 def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
-    """The pictures of the first of these columns that a row has; none where it has none. Raises DataError for other media."""
+    """Return the pictures in the first of these columns that a row has. Raises DataError for other media."""
     for key in _OTHER_MEDIA:
         if key in row:
             raise DataError(f"row: {key!r} is not read; pictures and texts are, leave the row out")
@@ -142,7 +142,7 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
 
 
 def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
-    """The one of these columns that a row has, or an empty string. Raises DataError for two."""
+    """Return the one of these columns that a row has, or "". Raises DataError for two."""
     given = [key for key in columns if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one of them, or ignore the other (ignore=COLUMN)")
@@ -150,7 +150,7 @@ def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
 
 
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
-    """The turns with a place for every picture, and the pictures in the order of their places."""
+    """Return the turns with a place for every picture, and the pictures in the order of their places."""
     places = len(spoken.pictures)
     for number, turn in enumerate(spoken.turns, 1):
         if turn.role != "user" and PICTURE in turn.parts:
@@ -172,13 +172,13 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
 
 
 def shown_in(row: Mapping[str, Any], spoken: Spoken) -> tuple[tuple[Turn, ...], Pictures, tuple[str, ...]]:
-    """The turns of a row and their pictures as ``placed`` gives them, and the columns that may name pictures."""
+    """Return the turns of a row and their pictures, as ``placed`` does, and the columns that may name pictures."""
     columns = IMAGES if any(spoken.pictures) or any(key in row for key in IMAGES) else PATHS
     return *placed(spoken, row_pictures(row, columns), "row"), columns
 
 
 def answer_of(turn: Turn) -> str:
-    """What the assistant says in a turn that is scored."""
+    """Return the text of an assistant's turn that is scored."""
     if turn.role != "assistant":
         raise DataError(f"row: the conversation ends with the {turn.role}; its last message must be the assistant's, add or remove one")
     if PICTURE in turn.parts:
@@ -187,20 +187,19 @@ def answer_of(turn: Turn) -> str:
 
 
 def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
-    """The conversation behind the row's own ``system``, which some data sets have beside it."""
-    said = row.get("system", "")
-    if not isinstance(said, str):
-        raise DataError(f"row: 'system' must be a string, not {quoted(said)}")
-    if not said.strip():
+    """Prepend the row's ``system`` column, if it has one, to the conversation."""
+    system = row.get("system", "")
+    if not isinstance(system, str):
+        raise DataError(f"row: 'system' must be a string, not {quoted(system)}")
+    if not system.strip():
         return spoken
     if spoken.turns[0].role == "system":
         raise DataError("row: both 'system' and the first message are of the system; keep one of them")
-    return spoken._replace(turns=(Turn("system", (said.strip(),)), *spoken.turns))
+    return spoken._replace(turns=(Turn("system", (system.strip(),)), *spoken.turns))
 
 
 class _Read(NamedTuple):
-    """What a row of a conversation says: turns with pictures at their places, the column of its messages with what that of each turn says
-    beside, metadata."""
+    """Parsed row of a conversation: its turns and pictures, the column of its messages with the further keys of each, and its metadata."""
 
     row: Mapping[str, Any]
     turns: tuple[Turn, ...]
@@ -211,15 +210,15 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruct:
-    """Rows that are conversations, as groups of one image and one text, or of all labelled answers to one question.
+    """Rows of conversations as groups of one image and one text, or of all labelled answers to one question.
 
     Args:
-        per_turn: a group for every answer of a conversation, in place of one for the last.
-        label: column that says whether the last answer is true, as rows for KTO have it.
-        true: its values that mean true, joined by ``+``.
-        false: its values that mean false.
+        per_turn: make a group for every answer of a conversation, in place of one for the last.
+        label: column that marks the last answer as true or false, as in rows for KTO.
+        true: values of the label that mean true, joined by ``+``.
+        false: values of the label that mean false.
         ignore: columns that are not read, joined by ``+``.
-        keys: columns of which one has the messages.
+        keys: possible columns of the messages.
         source: name of the format.
     """
 
@@ -235,7 +234,7 @@ class Instruct:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Raises DataError without file and line."""
+        """Convert a row to a group, or to several. Raises DataError without file and line."""
         if self.label:
             return joined([self._claim(row)])
         read = self._read(row)
@@ -258,12 +257,12 @@ class Instruct:
 
     @property
     def parts(self) -> Callable[[Mapping[str, Any]], int] | None:
-        """How many groups a row becomes, where that is not always one."""
+        """Function that counts the groups of a row, if a row may have several."""
         return self._answers if self.per_turn and not self.label else None
 
     @property
     def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """What a row claims, where rows have labels."""
+        """Function from a row to its claim, if rows have labels."""
         return self._claim if self.label else None
 
     def _claim(self, row: Mapping[str, Any]) -> Claim:
@@ -287,12 +286,12 @@ class Instruct:
         return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
 
     def _meta(self, read: _Read, number: int) -> dict[str, Any]:
-        """What the row says beside, and the messages as far as the answer that is scored."""
+        """Return the metadata of the row, with the further keys of the messages up to the scored answer."""
         column, beside = read.beside
         return read.meta | ({column: beside[: number + 1]} if any(beside) else {})
 
     def _asked(self, read: _Read, number: int) -> tuple[Prompt, Pictures, str]:
-        """What the answer of a turn answers, with the pictures shown by then, and the answer."""
+        """Return the prompt of the answer in a turn, the pictures shown before it, and the answer."""
         before, last = read.turns[:number], read.turns[number]
         check_conversation(before, "row")
         return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last)

@@ -1,9 +1,9 @@
-"""Columns of any name, as data sets of the Hugging Face hub have them: every one that is read is mapped, and the rest is metadata.
+"""Columns of any name, as in data sets of the Hugging Face hub: every column that is read is mapped, and the others are metadata.
 
     {"picture": "a.jpg", "qa": {"question": "How many dogs?", "answer": "Two."}, "wrong": ["Three.", "One."]}
     hf:image=picture,prompt=qa.question,caption=qa.answer,negative_caption=wrong
 
-The options and what follows from them are those of ``captions``, without its usual names. A row without ``image`` is one of text alone.
+Options and rules are those of ``captions``, without its usual names. A row without ``image`` is text alone.
 """
 
 from __future__ import annotations

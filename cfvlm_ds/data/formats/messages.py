@@ -1,15 +1,16 @@
-"""Chat rows in OpenAI's spelling, as TRL, LLaMA-Factory and ms-swift read them.
+"""Chat rows in OpenAI's notation, as TRL, LLaMA-Factory and ms-swift read them.
 
     {"images": ["a.jpg"], "messages": [{"role": "system", "content": "Be brief."},
                                        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
                                        {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]}]}
 
-Contents are strings, in which ``<image>`` stands for a picture, or lists of parts. A part may name its picture itself, as ``{"type":
+Contents are strings, in which ``<image>`` is the place of a picture, or lists of parts. A part may name its picture itself, as ``{"type":
 "image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory writes ``value`` for either, and for
-``text``. Others are in ``images`` (or ``image``). TRL's ``prompt`` and ``completion``, ms-swift's ``query`` and ``response``, and Alpaca's
-``instruction``, ``input`` and ``output`` are read in place of ``messages``, the latter two behind a ``history`` of pairs.
-``messages:per_turn=true`` as for ``llava``. ``messages:label=label`` reads rows for KTO, whose ``label`` (LLaMA-Factory: ``kto_tag``) says
-whether the answer is good: those with one picture and one conversation before the answer are one group.
+``text``. Other pictures are in ``images`` (or ``image``). In place of ``messages``, TRL's ``prompt`` and ``completion``, ms-swift's
+``query`` and ``response``, and Alpaca's ``instruction``, ``input`` and ``output`` are read, the latter two after a ``history`` of pairs.
+
+``messages:per_turn=true`` is as in ``llava``. ``messages:label=label`` reads rows for KTO, whose ``label`` (LLaMA-Factory: ``kto_tag``)
+marks the answer as good or bad; rows with the same picture and the same conversation before the answer are one group.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.formats.chat import Instruct, Spoken, only, read_messages, read_text
 
 ASKED = ("prompt", "question", "query", "instruction")
-"""Columns of what is asked."""
+"""Columns of the question."""
 ANSWERS = ("completion", "response", "output")
 BESIDE = {"query": ("history",), "instruction": ("input", "history")}
-"""Columns that are part of what is asked, beside the one that asks."""
+"""Column of the question -> further columns that are part of it."""
 
 
 @dataclass(frozen=True)
 class Messages(Instruct):
-    """A row with ``messages``, or with what is asked and the answer in columns."""
+    """Rows with ``messages``, or with columns of a question and its answer."""
 
     keys: tuple[str, ...] = ("messages",)
     source: str = "messages"
@@ -40,15 +41,16 @@ class Messages(Instruct):
     def _spoken(self, row: Mapping[str, Any]) -> tuple[Spoken, tuple[str, ...]]:
         if "messages" in row or not (answer := only(row, ANSWERS, "are answers")):
             return super()._spoken(row)
-        used, asked = asked_in(row, ASKED)
-        if asked is None:
+        used, question = asked_in(row, ASKED)
+        if question is None:
             raise DataError(f"row: column {answer!r} answers nothing; add what is asked as 'prompt', 'query' or 'instruction'")
-        said = spoken_as(row[answer], "assistant", answer)
-        return Spoken(asked.turns + said.turns, asked.pictures + said.pictures, asked.further + said.further), (*used, answer)
+        reply = spoken_as(row[answer], "assistant", answer)
+        spoken = Spoken(question.turns + reply.turns, question.pictures + reply.pictures, question.further + reply.further)
+        return spoken, (*used, answer)
 
 
 def asked_in(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str, ...], Spoken | None]:
-    """What is asked in the one of these columns that the row has, and the columns that it is in; none where it has none of them."""
+    """Return the columns of the question in a row, and the question; none if the row has none of these columns."""
     if not (key := only(row, columns, "say what is asked")):
         return (), None
     value, beside = row[key], BESIDE.get(key, ())
@@ -64,11 +66,11 @@ def asked_in(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str,
             for text, role in zip(reversed(pair), ("assistant", "user"), strict=True):
                 before = spoken_as(text, role, "history")
                 spoken = Spoken(*(one + other for one, other in zip(before, spoken, strict=True)))  # type: ignore[operator]
-    return (key, *(each for each in beside if each in row)), spoken
+    return (key, *(column for column in beside if column in row)), spoken
 
 
 def spoken_as(value: Any, role: str, key: str) -> Spoken:
-    """A string as one turn of ``role``, or a list of messages."""
+    """Parse a string as one turn of ``role``, or a list of messages."""
     if not isinstance(value, str):
         return read_messages(value, f"row: {key!r}")
     parts = read_text(value)

@@ -1,4 +1,4 @@
-"""Groups of data of any format, and the columns of them that no option names."""
+"""Opening of data in any format, and refusal of columns that look like labels or false texts and that no option names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def open_data(
     progress: Callable[[str], object] = lambda line: None,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
-    """Open the groups of data that are no store; see cfvlm_ds.data.open_groups."""
+    """Open the groups of data other than a store; see cfvlm_ds.data.open_groups."""
     scan = scan or Scan()
     rows = open_rows(path, cache=cache, alive=scan.alive, progress=progress)
     if format == AUTO and (format := _taken(rows)) != NATIVE:
@@ -52,7 +52,7 @@ def open_data(
     firsts = count_parts(rows, convert, lambda work: over(work, "groups of each row"))
     if claim := getattr(convert, "claim", None):
         rows = JoinedRows(rows, claim, lambda work: over(work, "labels"))
-    own = [each for each in rows.roots if each not in roots]
+    own = [folder for folder in rows.roots if folder not in roots]
     store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, format, limit)
     if hasattr(convert, "ignore"):
         _refuse_marks(store, convert, scan.alive)
@@ -62,8 +62,9 @@ def open_data(
 
 
 def _taken(rows: Rows) -> str:
-    """The format of the first row that has a known one, among the first; the native one where none of those can be read. Raises DataError
-    where they are of no format."""
+    """Detect the format by the first rows: that of the first row with a known one, or the native one if no row can be read. Raises
+    DataError if the rows have no known format.
+    """
     unknown: DataError | None = None
     first = [rows.value(row) for row in range(min(len(rows), _LOOKED_AT))]
     for row, value in enumerate(first):
@@ -79,8 +80,8 @@ def _taken(rows: Rows) -> str:
     return NATIVE
 
 
-_LOOKED_AT = 100  # rows whose format is looked for
-_LOOKED_FOR_MARKS, _STRETCH = 2048, 64  # groups whose metadata are looked at for labels; of more, as many stretches over the whole file
+_LOOKED_AT = 100  # rows from which the format is detected
+_LOOKED_FOR_MARKS, _STRETCH = 2048, 64  # groups whose metadata are searched for labels, in stretches spread over the file
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
@@ -93,30 +94,31 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
         alive()
         if isinstance(value := rows.value(row), Mapping):
             names = _columns(value)
-            whole = {option for option, _ in absent if getattr(convert, option) in names}  # a name with a + in it
-            if not (absent := {each for each in absent if each[0] not in whole and each[1] not in names}):
+            present = {option for option, _ in absent if getattr(convert, option) in names}  # a name that contains a +
+            absent = {(option, column) for option, column in absent if option not in present and column not in names}
+            if not absent:
                 return
     for option, column in sorted(absent):
         first = next((value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)), {})
-        near = difflib.get_close_matches(column, there := list(_columns(first)), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, there[:20])) or 'none'}"
+        near = difflib.get_close_matches(column, known := list(_columns(first)), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, known[:20])) or 'none'}"
         raise DataError(f"{rows.path}: no row has the column {column!r}, which {option} names; {hint}")
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, None]:
-    """The names by which options may name a row's columns: its own, those within them, and of a tar's sample those of its json."""
-    found = dict.fromkeys(row)
+    """Return the names that options may use for a row's columns: its own, nested ones, and for a tar's sample those of its json."""
+    names = dict.fromkeys(row)
     for name, _ in leaves(row):
         parts = name.split(".")
-        found |= dict.fromkeys(".".join(parts[: k + 1]) for k in range(len(parts)))
+        names |= dict.fromkeys(".".join(parts[: k + 1]) for k in range(len(parts)))
     if "__key__" not in row:
-        return found
-    inner = {name.removeprefix("json.") for name in found}
-    return dict.fromkeys(each for name in (*found, *sorted(inner)) for each in (name, name.lower(), f"sample.{name}"))
+        return names
+    inner = {name.removeprefix("json.") for name in names}
+    return dict.fromkeys(form for name in (*names, *sorted(inner)) for form in (name, name.lower(), f"sample.{name}"))
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
-    """Raise DataError for columns of metadata, of which none is named, that look like labels or hold false texts: all of them at once."""
+    """Raise one DataError for all columns of metadata that look like labels or hold false texts, unless an option names them."""
     number, most = -(-len(store) // _STRETCH), _LOOKED_FOR_MARKS // _STRETCH
     starts = np.unique(np.linspace(0, max(0, len(store) - _STRETCH), min(number, most)).astype(int)).tolist()
     stretches = [range(start, min(start + _STRETCH, len(store))) for start in starts]
@@ -130,23 +132,23 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
 
     label = getattr(convert, "label", None)  # None: the format has no such option
     every = {column.partition(".")[0] for option in DEFAULTS for column in getattr(convert, option, "").split("+") if "." in column}
-    found = [each for each in marks(metadata(), convert.ignore, every) if each.name != label]
-    if not found:
+    columns = [column for column in marks(metadata(), convert.ignore, every) if column.name != label]
+    if not columns:
         return
     named, _, options = store.format.partition(":")
 
     def spec(*given: str, ignored: Sequence[Column] = ()) -> str:
-        again = "|".join(["ignore", *(each.partition("=")[0] for each in given)])
-        kept = re.sub(rf'(^|,)\s*({again})\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
-        ignore = option_value("+".join(filter(None, [convert.ignore, *(each.name for each in ignored)])))
+        replaced = "|".join(["ignore", *(option.partition("=")[0] for option in given)])
+        kept = re.sub(rf'(^|,)\s*({replaced})\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
+        ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in ignored)])))
         return f"{named}:{','.join(filter(None, [kept, *given, ignore and f'ignore={ignore}']))}"
 
-    first, others = found[0], found[1:]
+    first, others = columns[0], columns[1:]
     what, use = "may have what is false of the row's picture", []
     if not label and isinstance(convert, Captions):
         by_option: dict[str, list[str]] = {}
-        for each in found:
-            by_option.setdefault(each.negative, convert.columns_of(store.rows.value(each.row), each.negative)).append(each.name)
+        for column in columns:
+            by_option.setdefault(column.negative, convert.columns_of(store.rows.value(column.row), column.negative)).append(column.name)
         use = [spec(*(f"{option}={option_value('+'.join(names))}" for option, names in by_option.items())) + " if so"]
     elif hasattr(convert, "caption"):
         use = [f"{first.negative} as its name if so"] * (not label)
@@ -160,17 +162,17 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
             use = [f"{spec(first.option, ignored=others)} if {'the first' if others else 'it'} does"]
             if isinstance(convert, Captions) and (mapped := convert.as_answer(store.rows.value(first.row), first.name)):
                 use += [f"{mapped} if it answers what the text asks"]
-    use += [f"{spec(ignored=found)} if not"]
-    columns = f"column{'s' * bool(others)} {', '.join(map(str, found))}"
-    raise DataError(f"{store.where(first.row)}: {columns} {what}, and would not be read; say {', '.join(use)}")
+    use += [f"{spec(ignored=columns)} if not"]
+    listed = f"column{'s' * bool(others)} {', '.join(map(str, columns))}"
+    raise DataError(f"{store.where(first.row)}: {listed} {what}, and would not be read; say {', '.join(use)}")
 
 
 def _say_understood(store: GroupStore, convert: Any, progress: Callable[[str], object]) -> None:
-    """Say how a label is read, by the first group that has a false text."""
+    """Report the interpretation of a label, by the first group with a false text."""
     for _, group in store.entries(range(min(len(store), _LOOKED_AT))):
         if not isinstance(group, DataError) and 0 in group.match[0]:
             texts = [group.candidates[group.match[0].index(truth)].text for truth in (1, 0)]
             shown = ", ".join(map(str, group.images[0])) or "its prompt"
-            said = f"{quoted(texts[0], 80)} is true of {shown}, and {quoted(texts[1], 80)} is false"
-            progress(f"{store.path}: by {convert.label!r}, {said}, as answers to {quoted(spelled(group.candidates[0].prompt), 80)}")
+            example = f"{quoted(texts[0], 80)} is true of {shown}, and {quoted(texts[1], 80)} is false"
+            progress(f"{store.path}: by {convert.label!r}, {example}, as answers to {quoted(spelled(group.candidates[0].prompt), 80)}")
             return

@@ -32,7 +32,7 @@ class Pairs:
     """Rows of two images and two captions.
 
     Args:
-        ask: what the captions of a row without a prompt answer; empty for no prompt at all.
+        ask: prompt of rows without one; empty for no prompt.
         ignore: columns that are not read, joined by ``+``.
     """
 
@@ -40,10 +40,10 @@ class Pairs:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """One row as a group of 2 images x 2 texts whose truth table is the identity; image paths are as written.
+        """Convert a row to a group of 2 images x 2 texts whose truth table is the identity; image paths are as written.
 
         A row without ``id`` is named by a hash of its files and captions: the name does not change when rows move, and a repeated row is
-        found as a duplicate id. Raises DataError (without file and line) on a missing or misspelt key, a value that is not a string, or
+        detected as a duplicate id. Raises DataError (without file and line) for a missing or misspelt key, a value that is not a string, or
         anything CounterfactualGroup refuses, such as two equal captions.
         """
         row = without_nulls(row, self.ignore)

@@ -1,4 +1,4 @@
-"""Preference rows: what is asked, a chosen answer, a rejected one, and the pictures; the columns of TRL, LLaMA-Factory and ms-swift.
+"""Preference rows: a question, a chosen and a rejected answer, and pictures, in the columns of TRL, LLaMA-Factory and ms-swift.
 
     {"prompt": "How many dogs are there?", "image": "a.jpg", "chosen": "Two.", "rejected": "Three."}
     {"prompt": [MESSAGE, ...], "images": ["a.jpg"], "chosen": [MESSAGE], "rejected": [MESSAGE]}                              (TRL)
@@ -8,10 +8,12 @@
     {"query": "How many dogs are there?", "images": ["a.jpg"], "response": "Two.", "rejected_response": "Three."}       (ms-swift)
     {"text": "{\\"question\\": ..., \\"chosen\\": ..., \\"rejected\\": ...}", "image": "a.jpg", "image_path": "coco/a.jpg"}  (RLHF-V)
 
-A message is spelled as in ``llava`` or ``messages``. What is asked may also be called ``question``, or ``instruction`` and ``input``, and
-be left out where ``chosen`` and ``rejected`` are whole conversations. ``image_path`` beside ``image`` is metadata. The rejected answer is
-false of the picture. ``rejected_images`` without a rejected answer are pictures of which the chosen answer is false; where both are given,
-they are false of each other, and what the rest is to each other is unknown.
+Messages are written as in ``llava`` or ``messages``. The question may also be in ``question``, or ``instruction`` and ``input``; it may be
+missing if ``chosen`` and ``rejected`` are complete conversations. ``image_path`` beside ``image`` is metadata.
+
+The rejected answer is false of the picture. Without a rejected answer, the chosen answer is false of ``rejected_images``. If both are
+given, the rejected answer is false of the rejected pictures, and the cells of the chosen answer with these, and of the rejected answer
+with the picture, are unknown.
 """
 
 from __future__ import annotations
@@ -55,11 +57,11 @@ class Preference:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """One row as a group. Raises DataError without file and line."""
+        """Convert a row to a group. Raises DataError without file and line."""
         row = unpacked(without_nulls(row, self.ignore))
-        used, asked, chosen, rejected, further = _said(row)
-        asked = with_system(asked, row)
-        turns, pictures, paths = shown_in(row, asked)
+        used, question, chosen, rejected, further = _said(row)
+        question = with_system(question, row)
+        turns, pictures, paths = shown_in(row, question)
         check_conversation(turns, "row")
         others = row_pictures({key: row[key] for key in _REJECTED_IMAGES if key in row}, _REJECTED_IMAGES)
         if others == pictures:
@@ -89,33 +91,38 @@ class Preference:
 
 
 def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with the answers that RLHF-V has as JSON in its ``text``; any other row is itself."""
-    if "text" not in row or any(key in row for key in _CHOSEN) or not {"chosen", "rejected"} <= (said := json_object(row["text"])).keys():
+    """Replace the ``text`` of an RLHF-V row by the answers that it holds as JSON; other rows are returned unchanged."""
+    if (
+        "text" not in row
+        or any(key in row for key in _CHOSEN)
+        or not {"chosen", "rejected"} <= (answers := json_object(row["text"])).keys()
+    ):
         return row
-    return {key: value for key, value in row.items() if key != "text"} | said
+    return {key: value for key, value in row.items() if key != "text"} | answers
 
 
 def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
-    """The columns of what is asked and chosen, what is asked, the chosen answer and the rejected one, if there is any; and what their
-    messages say beside, by column."""
-    used, asked = asked_in(row, (*_CONVERSATIONS, *ASKED))
+    """Return the used columns, the question, the chosen answer, the rejected one if there is one, and the further keys of their messages by
+    column.
+    """
+    used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""
-    wrong = only(row, _REJECTED, "are there")
-    right = only(row, _CHOSEN, "are there") or ("response" if "response" in row and column != "messages" else "")
-    if right:
-        chosen = _answers(row[right], right)
-    elif asked is not None and asked.turns[-1].role == "assistant":  # ms-swift: the conversation ends with the chosen answer
-        right, chosen, asked = column, asked, _without_last(asked)
+    rejected_column = only(row, _REJECTED, "are there")
+    chosen_column = only(row, _CHOSEN, "are there") or ("response" if "response" in row and column != "messages" else "")
+    if chosen_column:
+        chosen = _answers(row[chosen_column], chosen_column)
+    elif question is not None and question.turns[-1].role == "assistant":  # ms-swift: the conversation ends with the chosen answer
+        chosen_column, chosen, question = column, question, _without_last(question)
     else:
         raise DataError("row: key 'chosen' is missing; add it, or end the conversation with the chosen answer")
-    rejected = _answers(row[wrong], wrong) if wrong else None
-    columns = [(column, asked), (right, chosen), (wrong, rejected)]
+    rejected = _answers(row[rejected_column], rejected_column) if rejected_column else None
+    columns = [(column, question), (chosen_column, chosen), (rejected_column, rejected)]
     further = {name: spoken.further for name, spoken in columns if spoken is not None and any(spoken.further)}
-    if asked is None:
-        asked = _shared(chosen, rejected)
-    answers = [None if each is None else _after(asked, each) for each in (chosen, rejected)]
+    if question is None:
+        question = _shared(chosen, rejected)
+    answers = [None if spoken is None else _after(question, spoken) for spoken in (chosen, rejected)]
     assert answers[0] is not None
-    return (*used, right), asked, answers[0], answers[1], further
+    return (*used, chosen_column), question, answers[0], answers[1], further
 
 
 def _answers(value: Any, key: str) -> Spoken:
@@ -131,20 +138,20 @@ def _nothing() -> Spoken:
 
 
 def _shared(chosen: Spoken, rejected: Spoken | None) -> Spoken:
-    """What two whole conversations begin with; the one of ``chosen`` but its answer where nothing is rejected."""
+    """Return the common beginning of two complete conversations; without a rejected one, the chosen one up to its answer."""
     turns = chosen.turns[:-1]
     if rejected is not None:
         turns = turns[: len([*takewhile(lambda pair: pair[0] == pair[1], zip(turns, rejected.turns, strict=False))])]
     return Spoken(turns, chosen.pictures, chosen.further) if turns else _nothing()
 
 
-def _after(asked: Spoken, said: Spoken) -> str:
-    """The one answer behind what is asked, which a whole conversation repeats."""
-    repeats = said.turns[: len(asked.turns)] == asked.turns
-    if repeats and any(picture is not None for picture in said.pictures) and said.pictures != asked.pictures:
+def _after(question: Spoken, answer: Spoken) -> str:
+    """Return the single answer after the question, which a complete conversation repeats."""
+    repeats = answer.turns[: len(question.turns)] == question.turns
+    if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:
         remedy = "name those of the rejected answer in 'rejected_images', and the others once"
         raise DataError(f"row: what is asked, chosen and rejected name different pictures in their messages; {remedy}")
-    turns = said.turns[len(asked.turns) :] if repeats else said.turns
+    turns = answer.turns[len(question.turns) :] if repeats else answer.turns
     if len(turns) != 1:
         raise DataError(f"row: an answer of {len(turns)} turns; chosen and rejected must differ in one answer of the assistant, the last")
     return answer_of(turns[0])

@@ -1,4 +1,4 @@
-"""Which format a row has, by its keys; and a sample row of each."""
+"""Format detection by the keys of a row, and a sample row of each format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cfvlm_ds.data.formats.preference import unpacked
 
 
 class Sample(NamedTuple):
-    """A row of a format, with the options that it needs, and what such rows are."""
+    """Sample row of a format, with its description and the options it needs."""
 
     what: str
     row: dict[str, Any]
@@ -94,21 +94,21 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("messages", ("query", "response")),
     ("messages", ("instruction", "output")),
 )
-"""In this order: a row of the later ones may have the keys of the earlier ones too."""
+"""Formats and their keys; the order counts, because a row may have the keys of several formats."""
 
 _KTO = ("label", "kto_tag")
-"""Columns of a row for KTO that say whether its answer is good: TRL's and ms-swift's, and LLaMA-Factory's."""
+"""Columns that mark the answer of a row for KTO as good or bad: of TRL and ms-swift, and of LLaMA-Factory."""
 
 
 def kto_label(rows: Iterable[Any]) -> str | None:
-    """The column by which rows of conversations are rows for KTO: it is true or false, or 1 or 0, where it is not null."""
-    said: dict[str, list[Any]] = {key: [row.get(key) for row in rows if isinstance(row, Mapping)] for key in _KTO}
-    said = {key: [value for value in values if value is not None] for key, values in said.items()}
-    return next((key for key, values in said.items() if values and all(value in (0, 1) for value in values)), None)
+    """Return the column that makes conversations rows for KTO: all its values that are not null are true or false, or 1 or 0."""
+    columns: dict[str, list[Any]] = {key: [row.get(key) for row in rows if isinstance(row, Mapping)] for key in _KTO}
+    columns = {key: [value for value in values if value is not None] for key, values in columns.items()}
+    return next((key for key, values in columns.items() if values and all(value in (0, 1) for value in values)), None)
 
 
 def recognised(row: Any, where: str) -> str:
-    """The name of the format that a row has. Raises DataError, beginning with ``where``, for one of none."""
+    """Return the name of a row's format. Raises DataError, beginning with ``where``, for a row of no known format."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: the row is a {type(row).__name__}, not an object; write it as {{...}}")
     row = unpacked(without_nulls(row))
@@ -118,7 +118,7 @@ def recognised(row: Any, where: str) -> str:
     if all(any(column in row for column in DEFAULTS[option]) for option in ("image", "caption")):
         return "captions"
     if "texts" in row or "match" in row:
-        return "cfgroup"  # which says what the row lacks
+        return "cfgroup"  # which reports the missing keys
     shown = ", ".join(repr(key) for key in list(row)[:20]) or "none"
     raise DataError(
         f"{where}: no format is known by the keys of this row ({shown}); name one, and map its columns where they have other names, as in "

@@ -1,8 +1,8 @@
-"""Columns that say whether a text is true of its picture.
+"""Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names them (``label=COLUMN``). A column that nobody names and whose values over the rows look like such marks is refused, as is one
-of false texts: what is false would be learned as true, or be lost. A row with a label is a claim; the claims about one picture, under one
-prompt, are one group.
+The user names such a column (``label=COLUMN``). A column that no option names and whose values look like truth labels is refused, and so is
+a column that looks like false texts: otherwise false texts would be learned as true, or lost. A row with a label is a claim; the claims
+about one picture, under one prompt, are one group.
 """
 
 from __future__ import annotations
@@ -29,44 +29,45 @@ _FALSE = (
 )  # fmt: skip
 _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain")
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
-"""Values of a label, in small letters."""
+"""Values of a label, in lower case."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
-"""What tables have in place of a value."""
+"""Notations of a missing value in tables."""
 
 _MEANS_FALSE = frozenset((
     *(word for word in _FALSE if word.isalpha() and len(word) > 2), "mismatches", "foiled", "counterfactual", "hallucinations",
     "hallucinates", "contradicts", "contradicted", "contradictory",
 ))  # fmt: skip
-"""Words of a column's name by which it marks the texts that are false, or has such texts."""
+"""Words in the names of columns that mark texts as false, or contain false texts."""
 
 _NAMES = {*_TRUTHS, *_MEANS_FALSE, "label", "labels", "cls", "truth", "target", "gt", "kto", "answer", "verdict"} - {"t", "f", "n"}
 _WEIGHTS = {"score", "weight", "loss", "quality", "rating", "similarity", "reward", "keep", "verified", "usable"}
-"""Words of a column's name by which its 0 or 1 counts where all rows have the same: of a label, and of a weight, where a 0 counts."""
+"""Words in column names. If all rows have the same 0 or 1, a column is a label by _NAMES, and one of 0 also by _WEIGHTS."""
 
 _FALSE_TEXTS = _MEANS_FALSE | {
     "neg", "negatives", "negated", "distractor", "distractors", "perturbed", "swapped", "corrupted", "altered", "adversarial", "contrast",
     "contrastive", "cf", "hn",
 }  # fmt: skip
 _INVERTS = _FALSE_TEXTS | {"not", "non", "error", "errors", "erroneous", "noise", "noisy", "misaligned", "unrelated", "irrelevant"}
-"""Words of a label's name by which its yes may mean no."""
+"""Words in the names of labels whose "yes" may mean that the text is false."""
 
 _LETTER, _SCRIPT = re.compile(r"[^\W\d_]"), re.compile(r"[^\W\d_a-zA-Z]{4}")
 _PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|#\d+\+\d+$", re.IGNORECASE)
-"""The name of a picture, or of its bytes in a container."""
+"""End of a picture's name, or of the name of its bytes in a container."""
 _MEMBER = re.compile(r"\.(txt|text|caption|cls|value|content|image|img|png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
-_FEW = 5  # different values of a label
-_DEEP = 8  # objects within objects that are looked into
+_FEW = 5  # largest number of distinct values of a label
+_DEEP = 8  # largest nesting depth that is searched
 
 
 def _is_phrase(text: str) -> bool:
-    """Whether a text has several words, or a few letters of a script that need not part them."""
+    """Return whether a text has several words, or a few letters of a script without spaces between words."""
     return bool((len(text.split(None, 1)) > 1 and _LETTER.search(text)) or _SCRIPT.search(text))
 
 
 class Column:
-    """The values of a column over rows: in small letters, as many as a label may have, and how often it has one; a text or picture, and
-    a picture of a row that shows none."""
+    """Summary of a column over rows: its first distinct values in lower case, the number of values, a text or picture, and a picture of a
+    row that shows none.
+    """
 
     def __init__(self, name: str, row: int) -> None:
         self.name, self.row, self.count, self.values, self.phrase, self.unseen = name, row, 0, dict[str, Any](), "", ""
@@ -74,19 +75,19 @@ class Column:
 
     def add(self, value: Any, blind: bool) -> None:
         value = as_list(value)
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str) and (_is_phrase(each) or _PICTURE.search(each)):
-                self.phrase = self.phrase or each
-                if blind and _PICTURE.search(each):
-                    self.unseen = self.unseen or each
-            if isinstance(each, str | int | float) and (word := _word(each)):
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and (_is_phrase(item) or _PICTURE.search(item)):
+                self.phrase = self.phrase or item
+                if blind and _PICTURE.search(item):
+                    self.unseen = self.unseen or item
+            if isinstance(item, str | int | float) and (word := _word(item)):
                 self.count += 1
                 if len(self.values) <= _FEW:
-                    self.values.setdefault(word, each)
+                    self.values.setdefault(word, item)
 
     @property
     def is_label(self) -> bool:
-        """Whether the values may say what is true."""
+        """True if the values may mark texts as true or false."""
         values, names, last = self.values.keys() - _GAPS, {*self._words}, self._words[-1:]
         if len(self.values) > _FEW or not values:
             return False
@@ -96,23 +97,23 @@ class Column:
         if values <= _TRUTHS.keys() | {"-1"}:
             named = not names.isdisjoint(_NAMES) or ("0" in values and not names.isdisjoint(_WEIGHTS))
             return (named and last not in (["id"], ["ids"])) or (many and not values.isdisjoint(("0", "-1", "f", "n")))
-        if all(map(str.isdecimal, values)):  # classes, or the place of the right one of several texts
+        if all(map(str.isdecimal, values)):  # class numbers, or the index of the right text
             return many and not names.isdisjoint(_NAMES)
         return many and len(self.values) <= 3 and last in (["label"], ["labels"])
 
     @property
     def is_false_texts(self) -> bool:
-        """Whether the values may be texts, or pictures, that are false."""
+        """True if the values may be texts, or pictures, that are false."""
         return bool(self.phrase) and not _FALSE_TEXTS.isdisjoint(self._words)
 
     @property
     def negative(self) -> str:
-        """The option that names such columns."""
+        """Option that a column of false texts, or of pictures, should be given to."""
         return "negative_image" if _PICTURE.search(self.phrase) else "negative_caption"
 
     @property
     def option(self) -> str:
-        """What names the column as a label, with its values where the usual meanings are not known to hold."""
+        """Options that name the column as a label, with its values if the usual meanings may not hold."""
         name = option_value(self.name)
         if not (values := self.values.keys() - _GAPS) <= _TRUTHS.keys():
             return f"label={name},true=...,false=..."
@@ -129,26 +130,28 @@ class Column:
 
 
 def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str, every: Collection[str] = ()) -> list[Column]:
-    """The columns, of those that a format keeps as metadata, that may say which texts are false, or have some, or pictures of rows that
-    show none: labels first, and then false texts.
+    """Return the columns of metadata that look like labels, like false texts, or like pictures of rows that show none, in this order.
 
     Args:
         rows: number and metadata of each row, and whether it shows no picture.
-        ignore: columns that are none, joined by ``+``.
+        ignore: columns to skip, joined by ``+``.
         every: as in ``leaves``.
     """
     columns: dict[str, Column] = {}
     for number, row, blind in rows:
         for name, value in leaves(row, every):
             columns.setdefault(name, Column(name, number)).add(value, blind)
-    found = [each for each in columns.values() if each.name not in listed(ignore)]
-    found = [each for each in found if each.is_label or each.is_false_texts or each.unseen]
-    return sorted(found, key=lambda each: (not each.is_label, not each.is_false_texts, "label" not in each.name))
+    marked = [column for column in columns.values() if column.name not in listed(ignore)]
+    marked = [column for column in marked if column.is_label or column.is_false_texts or column.unseen]
+    return sorted(marked, key=lambda column: (not column.is_label, not column.is_false_texts, "label" not in column.name))
 
 
 def leaves(row: Mapping[str, Any], every: Collection[str] = (), before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Name and value of what a row holds, ``a.b`` being ``b`` within ``a``: an object, JSON of one, or the last of a list of them, as the
-    answer is the last of messages; of a column in ``every``, all of them."""
+    """Yield name and value of the leaves of a row; ``a.b`` is ``b`` within ``a``, which is an object, a JSON text of one, or a list of
+    objects.
+
+    In a list, only the last object is searched, because the last message is the answer; in a column in ``every``, all objects are.
+    """
     for key, value in row.items():
         items = value if isinstance(value, list) and value else [value]
         for item in items if key in every else items[-1:]:
@@ -160,33 +163,35 @@ def leaves(row: Mapping[str, Any], every: Collection[str] = (), before: str = ""
 
 
 def option_value(value: str) -> str:
-    """A value as an option of a format is written."""
+    """Format a value for an option of a format."""
     return f'"{value}"' if "," in value else value
 
 
 def listed(columns: str) -> tuple[str, ...]:
-    """The columns that an option names: one, or several joined by ``+``."""
+    """Split the columns that an option names, which are joined by ``+``; a column name may itself contain a ``+``."""
     return (columns, *columns.split("+"))
 
 
 def _words(name: str) -> list[str]:
-    """The words of a column's own name, ``isFoil`` and ``isfoil`` being ``foil``, and so ``foil.txt``, a member of a tar."""
+    """Split a column's last name into words, without the prefix "is" and the ending of a tar's member: ``isFoil`` and ``foil.txt`` become
+    ``foil``.
+    """
     own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _MEMBER.sub("", name).rpartition(".")[2]).lower()
     return [re.sub("^is(?=.)", "", word) for word in re.findall(r"[a-z]+", own)]
 
 
 def _word(value: Any) -> str:
     word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", word)  # as tables with gaps have it
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", word)  # tables with gaps store integers as floats
 
 
 def check_label(label: str, true: str, false: str, **others: object) -> None:
-    """Raise DataError for options of a format that contradict each other, or that nothing would read.
+    """Raise DataError for options of a format that contradict each other, or that would not be read.
 
     Args:
         label: column of the label.
-        true: its values that mean true, joined by ``+``.
-        false: its values that mean false.
+        true: values of the label that mean true, joined by ``+``.
+        false: values of the label that mean false.
         **others: values of options that are not read beside a label.
     """
     if not label:
@@ -203,7 +208,7 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
-    """What a label says: 1, 0, or None for unknown. ``true`` and ``false`` list its values, joined by ``+``, in place of the usual ones.
+    """Convert a label to 1, 0, or None for unknown. ``true`` and ``false`` list its values, joined by ``+``, in place of the usual ones.
 
     Raises DataError for any other value.
     """
@@ -220,12 +225,12 @@ _ASKS = re.compile(r"(is|are|was|were|does|did)\b.*|.*[?\uff1f]", re.DOTALL | re
 
 
 def is_question(text: str) -> bool:
-    """Whether a text asks for yes or no, or ends as questions do."""
+    """Return whether a text asks for yes or no, or ends with a question mark."""
     return _ASKS.fullmatch(text) is not None
 
 
 class Said(NamedTuple):
-    """A text, whether it is true (None: unknown), and what kind of counterfactual it is where it is false."""
+    """A text, its truth (None if unknown), and the edit type of a false text."""
 
     text: str
     truth: int | None
@@ -233,7 +238,7 @@ class Said(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What a row with a label says of a picture; ``where`` is the row's place, if it is known."""
+    """Texts that a row with a label marks as true or false of a picture; ``where`` is the row's place, if known."""
 
     pictures: Pictures
     prompt: Prompt
@@ -244,42 +249,41 @@ class Claim(NamedTuple):
 
     @property
     def key(self) -> int:
-        """A hash of the picture and the prompt, positive and of 63 bits."""
+        """Hash of the picture and the prompt, positive and of 63 bits."""
         about = [[str(picture) for picture in self.pictures], spelled(normalised_prompt(self.prompt))]
         return hashed(json.dumps(about)) >> 1
 
 
 def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
-    """The claims about one picture, under one prompt, as a group: true texts first. A text that is there twice is kept once, and counted
-    in the metadata.
+    """Join the claims about one picture and prompt to a group, true texts first. A repeated text is kept once, and counted in the metadata.
 
-    Raises DataError, without file and line, where two of them contradict each other, and where none of them is true.
+    Raises DataError, without file and line, if two claims contradict each other, or if no text is true.
     """
     first, known, places = claims[0], dict[str, Said](), dict[str, str]()
     for claim in claims:
-        for each in claim.said:
-            before = known.setdefault(text := normalised(each.text), each)
+        for statement in claim.said:
+            before = known.setdefault(text := normalised(statement.text), statement)
             place = places.setdefault(text, claim.where)
-            if before.truth != each.truth:
-                label = f"{place} and {claim.where} label {quoted(each.text, 80)} differently for one picture"
+            if before.truth != statement.truth:
+                label = f"{place} and {claim.where} label {quoted(statement.text, 80)} differently for one picture"
                 raise DataError(f"row: {label}; keep one of them (the {len(claims)} rows about it are one group)")
-    said = sorted(known.values(), key=lambda each: each.truth != 1)
-    if said[0].truth != 1:
+    statements = sorted(known.values(), key=lambda statement: statement.truth != 1)
+    if statements[0].truth != 1:
         shown = ", ".join(map(str, first.pictures)) or "this prompt"
         rows = f"{len(claims)} row{'s' * (len(claims) > 1)}"
         raise DataError(
             f"row: nothing about {shown} is true of it ({rows}), and a group needs a true text; add one, or leave such rows out"
         )
-    repeated = sum(len(claim.said) for claim in claims) - len(said)
+    repeated = sum(len(claim.said) for claim in claims) - len(statements)
     meta = {key: [claim.meta.get(key) for claim in claims] for key in dict.fromkeys(key for claim in claims for key in claim.meta)}
-    kept = {key: values[0] if all(each == values[0] for each in values) else values for key, values in meta.items()}
-    texts = [each.text for each in said]
+    kept = {key: values[0] if all(value == values[0] for value in values) else values for key, values in meta.items()}
+    texts = [statement.text for statement in statements]
     return CounterfactualGroup(
         id=row_id({}, spelled(first.prompt), texts, [[str(picture) for picture in first.pictures]]),
         images=(first.pictures,),
         candidates=tuple(Candidate(first.prompt, text) for text in texts),
-        match=(tuple(each.truth for each in said),),
-        edits=tuple(Edit(each.edit, text=c) for c, each in enumerate(said) if each.edit and each.truth == 0),
+        match=(tuple(statement.truth for statement in statements),),
+        edits=tuple(Edit(claim.edit, text=c) for c, claim in enumerate(statements) if claim.edit and claim.truth == 0),
         source=first.source,
         meta=as_meta(kept | ({f"{first.source}.repeated": repeated} if repeated else {})),
     )

@@ -2,9 +2,9 @@
 
     {"__key__": "000017", "jpg": "shard-000.tar#512+60123", "txt": "two dogs on a lawn", "json": {"license": "CC0"}}
 
-(The tar itself has ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture's extension, or ``image``;
-the caption is ``txt`` or ``caption``, or said in ``json``. ``neg_caption.txt`` and ``neg_image.jpg``, as in triplets, are a false caption
-and another picture. A ``json`` that is a row of ``llava``, ``messages`` or ``preference`` is read as one, about the sample's picture.
+(The tar contains ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture's extension, or ``image``.
+The caption is ``txt`` or ``caption``, or in ``json``. ``neg_caption.txt`` and ``neg_image.jpg``, as in triplets, are a false caption and a
+further picture. A ``json`` that is a row of ``llava``, ``messages`` or ``preference`` is read as such a row about the sample's picture.
 Labels are read as in ``captions``.
 """
 
@@ -37,7 +37,7 @@ class _Members(Captions):
     source = "webdataset"
 
     def __post_init__(self) -> None:
-        """Members are no options of the user's."""
+        """Skip the checks of options: members are not a user's options."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class WebDataset:
     """Samples of a tar.
 
     Args:
-        caption: member, or column of the ``json``, that has the caption; ``txt.KEY`` is a value of a text that is a JSON object.
+        caption: member, or column of the ``json``, with the caption; ``txt.KEY`` is a value within a text that is a JSON object.
         json: whether captions may be JSON objects.
-        ask: what a caption answers; empty for no prompt at all.
-        label: member, or column of the ``json``, that says whether the text is true.
-        true: its values that mean true, joined by ``+``.
-        false: its values that mean false.
+        ask: prompt of the captions; empty for no prompt.
+        label: member, or column of the ``json``, that marks the text as true or false.
+        true: values of the label that mean true, joined by ``+``.
+        false: values of the label that mean false.
         ignore: members, and columns of the ``json``, that are not read, joined by ``+``.
     """
 
@@ -66,15 +66,15 @@ class WebDataset:
         check_label(self.label, self.true, self.false)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """One sample as a group. Raises DataError without file and line."""
+        """Convert a sample to a group. Raises DataError without file and line."""
         read, columns = self._read(row)
-        found = read(columns)
-        assert isinstance(found, CounterfactualGroup)
-        return found
+        group = read(columns)
+        assert isinstance(group, CounterfactualGroup)
+        return group
 
     @property
     def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """What a sample claims, where samples have labels."""
+        """Function from a sample to its claim, if samples have labels."""
         return self._claim if self.label else None
 
     def _claim(self, row: Mapping[str, Any]) -> Claim:
@@ -86,17 +86,17 @@ class WebDataset:
         return read.claim(columns)
 
     def _read(self, row: Mapping[str, Any]) -> tuple[_Members | Llava | Messages | Preference, dict[str, Any]]:
-        """The format that a sample is read by, and its columns."""
+        """Return the format that reads a sample, and the sample's columns."""
         given = without_nulls(row, self.ignore)
         row = {key.lower(): value for key, value in given.items()}
         if len(row) < len(given):
             raise DataError(
                 f"sample {row.get('__key__')!r} has members that differ in upper and lower case alone ({', '.join(given)}); keep one"
             )
-        said = row.pop("json", {})
-        if not isinstance(said, Mapping):
-            raise DataError(f"sample {row.get('__key__')!r}: its json is a {type(said).__name__}, not an object; write it as {{...}}")
-        said = without_nulls(said, self.ignore)
+        json_row = row.pop("json", {})
+        if not isinstance(json_row, Mapping):
+            raise DataError(f"sample {row.get('__key__')!r}: its json is a {type(json_row).__name__}, not an object; write it as {{...}}")
+        json_row = without_nulls(json_row, self.ignore)
         picture = only(row, PICTURES, "are pictures")
         labels: dict[str, Any] = {"label": self.label, "true": self.true, "false": self.false, "ignore": self.ignore}
         for keys, read in (
@@ -104,19 +104,19 @@ class WebDataset:
             (("messages", "completion"), Messages(**labels)),
             (("chosen", "rejected"), Preference(self.ignore)),
         ):
-            if any(key in said for key in keys):
+            if any(key in json_row for key in keys):
                 if self.caption:
                     problem = f"its json has {keys[0]!r}, and caption={self.caption} would not be read; leave the option out"
                     raise DataError(f"sample {row.get('__key__')!r}: {problem}")
-                return read, {"id": row.get("__key__"), **_about_sample(said, row, picture)}
-        if not picture and (named := [key for key in ("image", "jpg", "png") if isinstance(said.get(key), str)]):
-            row["image"], picture = said[named[0]], "image"
+                return read, {"id": row.get("__key__"), **_about_sample(json_row, row, picture)}
+        if not picture and (named := [key for key in ("image", "jpg", "png") if isinstance(json_row.get(key), str)]):
+            row["image"], picture = json_row[named[0]], "image"
         if not picture:
             raise DataError(
                 f"sample {row.get('__key__')!r} has no picture ({', '.join(row)}); its member must end in one of {', '.join(PICTURES)}"
             )
         texts = [
-            only(row, members, "are texts") or next((key for key in keys if key in said), "")
+            only(row, members, "are texts") or next((key for key in keys if key in json_row), "")
             for members, keys in ((_TEXTS, ("caption", "text")), (_NEGATIVE_TEXTS, ("negative_caption", "neg_caption")))
         ]
         texts[0] = self.caption or texts[0]
@@ -131,14 +131,14 @@ class WebDataset:
             "negative_image": only(row, _NEGATIVE, "are negative pictures"),
             "id": "__key__",
         }
-        return _Members(**columns, json=self.json, ask=self.ask, **labels), {**said, **row}
+        return _Members(**columns, json=self.json, ask=self.ask, **labels), {**json_row, **row}
 
 
-def _about_sample(said: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
-    """A row about the sample's picture, which it may name as it was called elsewhere; that and further members are kept beside."""
+def _about_sample(json_row: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
+    """Return a row about the sample's picture; the picture's name in the row and further members are kept as metadata."""
     kept = {f"sample.{key}": value for key, value in row.items() if key not in ("__key__", picture)}
-    named = [key for key in IMAGES if key in said and (not isinstance(said[key], list) or len(said[key]) == 1)]
-    if not picture or (len(named) != 1 and any(key in said for key in IMAGES)):
-        return {**said, **kept}
-    others = {key: value for key, value in said.items() if key not in IMAGES}
-    return {**others, **kept, "image": row[picture], **{f"json.{key}": said[key] for key in named}}
+    named = [key for key in IMAGES if key in json_row and (not isinstance(json_row[key], list) or len(json_row[key]) == 1)]
+    if not picture or (len(named) != 1 and any(key in json_row for key in IMAGES)):
+        return {**json_row, **kept}
+    others = {key: value for key, value in json_row.items() if key not in IMAGES}
+    return {**others, **kept, "image": row[picture], **{f"json.{key}": json_row[key] for key in named}}

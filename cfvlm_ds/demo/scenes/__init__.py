@@ -1,4 +1,4 @@
-"""The embedded world: scenes with exact counterfactual edits, so that everything can be trained and tested without a download."""
+"""Embedded world: scenes with exact counterfactual edits, for training and tests without a download."""
 
 from cfvlm_ds.demo.scenes.benchmarks import build_benchmarks
 from cfvlm_ds.demo.scenes.build import build_scenes, config_in

@@ -1,8 +1,9 @@
-"""The embedded world in the forms of three public benchmarks, so that a model that was trained on it is evaluated by the public path.
+"""Scenes in the file formats of three public benchmarks, so that a model trained on them is evaluated by the same code as on the
+benchmarks.
 
-SugarCrepe: a picture, its caption, and a negative caption with one edit; additions there are none of, so these two files are empty.
-NaturalBench: two pictures, and for the caption of each the question whether it describes them. POPE: is there such a thing in the picture,
-asked about what is there, and what is not: any other thing, a frequent one, or one that shares its colour or shape with what is there.
+SugarCrepe: a picture, its caption, and a negative caption with one edit; its two files of additions are empty. NaturalBench: two pictures,
+and for each picture's caption the question whether the image shows it. POPE: the question whether a thing is in the picture, about things
+that are there and things that are not: any other thing, a frequent one, or one that shares its colour or shape with a thing in the picture.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SUBSETS = {
     "add_att": (), "add_obj": (), "replace_att": ("colour", "size", "texture", "count"), "replace_obj": ("shape",),
     "replace_rel": ("relation", "depth"), "swap_att": ("colour_swap",), "swap_obj": ("shape_swap",),
 }  # fmt: skip
-"""SugarCrepe's files, and the edits that are of their kind."""
+"""SugarCrepe's files, and the types of edits in each."""
 SPLIT = "test_iid"
 _POPE = ("random", "popular", "adversarial")
 _POPULAR = 8
@@ -37,9 +38,9 @@ Kind = tuple[str, str]
 
 
 def build_benchmarks(config: ScenesConfig, out: Path, progress: Callable[[str], object] = print_line) -> Path:
-    """Write the test split of scenes that are there, in ``config.out_dir``, as benchmarks below ``out``; does nothing if it holds them.
+    """Write the test split of the scenes in ``config.out_dir`` as benchmarks below ``out``, unless it holds them.
 
-    Raises DataError where ``out`` holds anything else.
+    Raises DataError if ``out`` holds anything else.
     """
     out, settings = out.resolve(), {"benchmarks": 1, **settings_of(config)}
     if is_complete(out, settings):
@@ -66,7 +67,7 @@ def build_benchmarks(config: ScenesConfig, out: Path, progress: Callable[[str], 
 
 
 def picture(index: int, number: int) -> str:
-    """The file of a group's picture, as the scenes have it."""
+    """Return the file name of a group's picture, as the scenes have it."""
     return f"{SPLIT}-{index:05d}-{number}.png"
 
 
@@ -92,16 +93,17 @@ def _kinds(scene: Scene) -> list[Kind]:
 
 
 def _asked(seed: int, split: str, drawn: list[SceneGroup], popular: list[Kind]) -> Iterator[dict[str, Any]]:
-    """Two questions about each picture whose answer is yes, and two whose answer is no."""
+    """Yield two questions about each picture with the answer yes, and two with the answer no."""
     number = 0
     for index, group in enumerate(drawn):
-        chance, here = Random(f"{seed}/{split}/{index}"), _kinds(group.scenes[0])
-        every = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in here]
-        shared = [(colour, shape) for colour, shape in every if colour in dict(here) and shape in {each for _, each in here}]
-        wanted = {"random": every, "popular": [kind for kind in popular if kind not in here], "adversarial": shared}[split]
-        chosen = chance.sample(wanted, min(2, len(wanted)))
-        absent = [*chosen, *chance.sample([kind for kind in every if kind not in chosen], 2 - len(chosen))]
-        for label, kinds in (("yes", here), ("no", absent)):
+        rng, present = Random(f"{seed}/{split}/{index}"), _kinds(group.scenes[0])
+        others = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in present]
+        shapes = {shape for _, shape in present}
+        similar = [(colour, shape) for colour, shape in others if colour in dict(present) and shape in shapes]
+        wanted = {"random": others, "popular": [kind for kind in popular if kind not in present], "adversarial": similar}[split]
+        chosen = rng.sample(wanted, min(2, len(wanted)))
+        absent = [*chosen, *rng.sample([kind for kind in others if kind not in chosen], 2 - len(chosen))]
+        for label, kinds in (("yes", present), ("no", absent)):
             for colour, shape in kinds:
                 number += 1
                 text = f"Is there a {colour} {shape} in the image?"

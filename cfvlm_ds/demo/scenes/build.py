@@ -1,8 +1,9 @@
-"""Scenes as an ordinary folder of ``cfgroup/1`` manifests and PNG files; nothing in its form shows that the data is synthetic.
+"""Scenes as an ordinary folder of ``cfgroup/1`` manifests and PNG files, in the same form as real data.
 
-Splits: ``train``, ``validation`` and ``test_iid`` (planted correlation 90 %), ``test_corr50`` and ``test_corr10`` (the same at 50 % and
-10 %), all without held-out combinations, and ``test_combo`` (50 %; the factual scene of every group has a held-out combination). The groups
-of ``test_yes_no``, ``test_choice`` and ``test_count`` ask a question of scenes like those of ``test_combo``; so does a share of training.
+Splits: ``train``, ``validation`` and ``test_iid`` (planted correlation 90 %), ``test_corr50`` and ``test_corr10`` (the same at 50 % and 10
+%), all without held-out combinations, and ``test_combo`` (50 %; the factual scene of every group has a held-out combination). The groups of
+``test_yes_no``, ``test_choice`` and ``test_count`` ask a question about scenes like those of ``test_combo``, and so does a share of the
+training groups.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ RULES = {
     "validation": Rule(0.9),
 }
 GENERATOR = 5
-"""Raised whenever the same settings would give other data, so that an older folder is not taken for the new one."""
+"""Incremented whenever equal settings would give other data, so that older folders are not reused."""
 
 _MIN_CHANGED = 24  # pixels of a 48 x 48 image that an edit must change visibly, scaled with the area
-_VISIBLE = 24  # levels of grey
+_VISIBLE = 24  # smallest visible change, in levels of grey
 _MAX_DRAWS = 2000  # one in seven scenes allows the rarest edit, one in forty the two rarest together
 
 
 @dataclass(frozen=True)
 class SceneGroup:
-    """A group before it is written: the anchor, K edits of it (with their types) and perhaps a sham, said in one phrasing.
+    """A group before it is written: the anchor, its K edits (with their types) and perhaps a sham, all described in one phrasing.
 
-    ``question`` is a kind of QUESTIONS, or "" where the image is described; ``wording`` is the seed of how it is asked.
+    ``question`` is one of QUESTIONS, or "" if the image is described; ``wording`` is the seed of the question's wording.
     """
 
     scenes: tuple[Scene, ...]
@@ -67,16 +68,16 @@ class SceneGroup:
 
     @property
     def pictured(self) -> tuple[Scene, ...]:
-        """The scenes that get an image, in the group's image order."""
+        """Scenes that get an image, in the group's image order."""
         return self.scenes if self.sham is None else (*self.scenes, self.sham)
 
 
 def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print_line, alive: Callable[[], object] = lambda: None) -> Path:
-    """Write the manifests, ``images/`` and ``scenes.json`` under ``config.out_dir`` and return that folder.
+    """Write the manifests, ``images/`` and ``scenes.json`` to ``config.out_dir``, unless it holds them, and return that folder.
 
-    Does nothing if the folder already holds these scenes. It is built beside its place and renamed into it when complete, so a killed
-    build leaves nothing that looks finished; one process at a time may build a folder. Raises DataError on settings that cannot be built,
-    or if the folder holds something else. ``alive`` is called for every group.
+    The folder is built under another name and renamed when complete, so a killed build leaves nothing that looks finished; one process at a
+    time may build a folder. Raises DataError for settings that cannot be built, or if the folder holds something else. ``alive`` is called
+    for every group.
     """
     _check(config)
     out = Path(config.out_dir).resolve()
@@ -114,9 +115,9 @@ def _check(config: ScenesConfig) -> None:
 
 
 def draw_group(config: ScenesConfig, split: str, index: int) -> SceneGroup:
-    """Group ``index`` of a split; depends on nothing but the arguments (``out_dir`` and the number of groups do not matter).
+    """Draw group ``index`` of a split. It depends on the arguments alone, and not on ``out_dir`` or the number of groups.
 
-    The first edit's type is drawn before the scene (in tests: taken in turn), so that rarely applicable types are as frequent as others;
+    The first edit's type is drawn before the scene (in tests, types take turns), so that rarely applicable types are as frequent as others;
     further ones are drawn from those that apply. Raises DataError if no scene allows that many edits of the weighted types.
     """
     rng, rule = Random(f"{config.seed}/{split}/{index}"), RULES[split]
@@ -139,13 +140,15 @@ def draw_group(config: ScenesConfig, split: str, index: int) -> SceneGroup:
     sham = shake(anchor, rng) if test or rng.random() < config.sham_share else None
     scenes = (anchor, *(scene for _, scene in edits))
     phrasing, a_first = rng.randrange(len(PHRASINGS)), rng.random() < 0.5
-    # Drawn apart: the scenes and captions of a seed do not depend on what is asked about them.
+    # A generator of its own, so that the scenes and captions of a seed do not depend on the questions.
     wording = f"{config.seed}/{split}/{index}/asked"
     return SceneGroup(scenes, tuple(kind for kind, _ in edits), sham, phrasing, a_first, _question(config, split, first, wording), wording)
 
 
 def _question(config: ScenesConfig, split: str, edit: str, wording: str) -> str:
-    """What a group asks: its split's kind, in training one drawn, a number where the number was edited; or "" for a description."""
+    """Return the kind of a group's question: that of its split, in training a drawn one ("count" only if the count was edited), or "" for a
+    description.
+    """
     if (kind := split.removeprefix("test_")) in QUESTIONS:
         return kind
     rng = Random(f"{wording}/kind")
@@ -155,23 +158,23 @@ def _question(config: ScenesConfig, split: str, edit: str, wording: str) -> str:
 
 
 def as_group(drawn: SceneGroup, group_id: str, images: tuple[Path, ...]) -> CounterfactualGroup:
-    """The group with its truth table, which is read off the scene graphs."""
+    """Build the group with its truth table, which is computed from the scene graphs."""
     rng = Random(drawn.wording)
     if drawn.question:
-        asked = asking(drawn.question, drawn.pictured, drawn.phrasing, drawn.a_first, rng)
+        texts = asking(drawn.question, drawn.pictured, drawn.phrasing, drawn.a_first, rng)
     else:
-        asked = describing(drawn.pictured, len(drawn.scenes), drawn.phrasing, drawn.a_first, rng)
+        texts = describing(drawn.pictured, len(drawn.scenes), drawn.phrasing, drawn.a_first, rng)
     claims = [describe(scene, drawn.a_first) for scene in drawn.scenes]
     edits = []
     for k, kind in enumerate(drawn.edits, start=1):
-        own = k if k < len(asked.candidates) else None  # a question has two answers, however many scenes there are
+        own = k if k < len(texts.candidates) else None  # a question has two answers, whatever the number of scenes
         before, after = difference(claims[0], claims[k], drawn.phrasing)
         edits.append(Edit(kind, image=k, text=own, source=before, target=after))
     if drawn.sham is not None:
         edits.append(Edit(SHAM, image=len(drawn.scenes)))
     pictures = tuple((image,) for image in images)
-    said = CounterfactualGroup(group_id, pictures, asked.candidates, asked.match, tuple(edits), source=SOURCE)
-    return replace(said, keys=asked.keys, exclude=asked.exclude)
+    group = CounterfactualGroup(group_id, pictures, texts.candidates, texts.match, tuple(edits), source=SOURCE)
+    return replace(group, keys=texts.keys, exclude=texts.exclude)
 
 
 def _is_visible(before: Scene, after: Scene, image_size: int) -> bool:
@@ -182,7 +185,7 @@ def _is_visible(before: Scene, after: Scene, image_size: int) -> bool:
 def _draw_edits(
     rng: Random, anchor: Scene, first: str, num_edits: int, weights: Mapping[str, float], may_hold_out: bool, image_size: int
 ) -> list[tuple[str, Scene]] | None:
-    """``num_edits`` different visible edits, of different types as long as there are such; None if the anchor does not allow them."""
+    """Draw ``num_edits`` different visible edits, of different types as long as possible; None if the anchor does not allow them."""
     edits: list[tuple[str, Scene]] = []
     queue = [first]
     for _ in range(len(EDITS) * num_edits):
@@ -191,7 +194,7 @@ def _draw_edits(
         scene = EDITS[kind](anchor, rng, may_hold_out)
         if scene is None or not _is_visible(anchor, scene, image_size):
             if not edits:
-                return None  # the first type is wanted: draw another scene
+                return None  # the first type is required: draw another scene
         elif all(describe(scene, True) != describe(other, True) for _, other in edits):
             edits.append((kind, scene))
         if len(edits) == num_edits:
@@ -200,7 +203,7 @@ def _draw_edits(
 
 
 def _shuffled(rng: Random, weights: Mapping[str, float]) -> list[str]:
-    """The types with a positive weight in random order, heavier ones earlier."""
+    """Shuffle the types with a positive weight; heavier ones tend to come earlier."""
     left = {kind: weight for kind, weight in weights.items() if weight > 0}
     order = []
     while left:
@@ -227,7 +230,7 @@ def settings_of(config: ScenesConfig) -> dict[str, object]:
 
 
 def config_in(out: Path) -> ScenesConfig | None:
-    """The settings of the world that a folder holds; None where it holds none. Raises DataError where they are none of this revision's."""
+    """Read the settings of the scenes in a folder, or return None if there are none. Raises DataError if another revision drew them."""
     settings = _recorded(out)
     if settings and settings.pop("generator") != GENERATOR:
         raise DataError(f"{out} holds scenes that another revision has drawn; draw them again in another folder")
@@ -235,10 +238,10 @@ def config_in(out: Path) -> ScenesConfig | None:
 
 
 def is_complete(out: Path, settings: dict[str, object]) -> bool:
-    """True: holds these scenes; False: free to build. Raises DataError if the folder holds anything else."""
-    if found := _recorded(out):
-        if found != settings:
-            raise DataError(f"{out} holds scenes of other settings ({found}); choose another out_dir or delete the folder")
+    """Return True if the folder holds these scenes, False if it is free. Raises DataError if it holds anything else."""
+    if recorded := _recorded(out):
+        if recorded != settings:
+            raise DataError(f"{out} holds scenes of other settings ({recorded}); choose another out_dir or delete the folder")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and was not made by build_scenes; choose another out_dir")
@@ -246,7 +249,7 @@ def is_complete(out: Path, settings: dict[str, object]) -> bool:
 
 
 def _recorded(out: Path) -> dict[str, Any]:
-    """The settings in a folder of scenes, and which revision of this file has drawn them; empty where it is none."""
+    """Read the settings in a folder of scenes, with the revision of the generator that drew them; empty if there are none."""
     record = out / "scenes.json"
     if not record.exists():
         return {}

@@ -1,6 +1,6 @@
-"""The embedded world as an editor of pictures: an edit that a caption asks for is drawn exactly, or wrongly in known ways.
+"""Picture editor for the embedded world: draws the requested edit exactly, or with a known fault.
 
-A source is a group of a folder of scenes, by its id. Failing on purpose shows what the step verify is worth, since the truth is known.
+A source is a group in a folder of scenes, by its id. Since the truth is known, deliberate faults measure the step verify.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from cfvlm_ds.demo.scenes.render import render
 from cfvlm_ds.demo.scenes.world import COLOURS, COUNTS, SHAPES, SIZES, TEXTURES, Scene, shake
 
 FAULTS = ("wrong", "nothing", "rerendered", "two")
-"""Another thing than asked for is changed; nothing is; everything is drawn anew with the edit in it; a second thing is changed too."""
+"""A wrong thing is changed; nothing is changed; the whole edited scene is rendered again; a second thing is changed too."""
 
 
 class SceneEditor(Editor):
-    """The editor ``scenes``. ``--folder`` is the folder of scenes; ``--options faults=0.5`` the share of attempts that fail, in one of
-    FAULTS each."""
+    """Editor ``scenes``. ``--folder`` is the folder of scenes, and ``--options faults=0.5`` the share of attempts that fail, each in one of
+    FAULTS.
+    """
 
     varies, threads = True, 1
 
@@ -50,18 +51,18 @@ class SceneEditor(Editor):
 
 
 def drawn_group(config: ScenesConfig, source: str) -> SceneGroup:
-    """The group that an id such as test_iid-00017 names."""
+    """Draw the group that an id such as test_iid-00017 names."""
     split, _, number = source.partition("#")[0].rpartition("-")
     return draw_group(config, split, int(number))
 
 
 def shown_by(drawn: SceneGroup, text: str) -> Scene | None:
-    """The scene that differs from a group's factual one in one thing, and of which the text is what the group would say."""
+    """Return the scene that differs from a group's factual one in one thing and that the text describes, or None."""
     return next((scene for scene in neighbours(drawn.scenes[0]) if _says(drawn, scene) == _plain(text)), None)
 
 
 def is_right(drawn: SceneGroup, text: str, scene: Scene) -> bool:
-    """Whether a scene shows what a text says, and no longer what the group's caption says."""
+    """Return whether a scene shows what a text describes, and no longer what the group's caption describes."""
     wanted = shown_by(drawn, text)
     if wanted is None:
         return False
@@ -69,28 +70,28 @@ def is_right(drawn: SceneGroup, text: str, scene: Scene) -> bool:
 
 
 def fault_of(seed: int, share: float) -> str:
-    """How an attempt fails; empty where it does not."""
-    draw = Random(f"fault/{seed}")
-    return draw.choice(FAULTS) if draw.random() < share else ""
+    """Draw the fault of an attempt, or ""."""
+    rng = Random(f"fault/{seed}")
+    return rng.choice(FAULTS) if rng.random() < share else ""
 
 
 def failed(before: Scene, after: Scene, fault: str, seed: int) -> Scene:
-    """What is drawn in place of an edited scene."""
-    draw = Random(f"failed/{seed}")
+    """Return the scene that is drawn in place of an edited one."""
+    rng = Random(f"failed/{seed}")
     if fault == "nothing":
         return before
     if fault == "rerendered":
-        return shake(after, draw)
+        return shake(after, rng)
     if fault in ("wrong", "two"):
         start = before if fault == "wrong" else after
-        told = {describe(scene, True) for scene in (before, after)}
-        others = [scene for scene in neighbours(start) if describe(scene, True) not in told]
-        return draw.choice(others) if others else start
+        excluded = {describe(scene, True) for scene in (before, after)}
+        others = [scene for scene in neighbours(start) if describe(scene, True) not in excluded]
+        return rng.choice(others) if others else start
     return after
 
 
 def neighbours(scene: Scene) -> Iterator[Scene]:
-    """Every scene that differs in one thing of which captions speak."""
+    """Yield every scene that differs in one thing that captions mention."""
     for index, thing in enumerate(scene.things):
         changed = [
             *(replace(thing, colour=colour) for colour in COLOURS),
@@ -113,5 +114,5 @@ def _says(drawn: SceneGroup, scene: Scene) -> str:
 
 
 def _plain(text: str) -> str:
-    """The world has no "one"; what is underneath is below."""
+    """Replace words that the world does not have: "one" by "a", "underneath" by "below"."""
     return " ".join({"one": "a", "underneath": "below"}.get(word, word) for word in text.split())

@@ -1,7 +1,7 @@
-"""Counterfactual edits: a scene with one factor changed, everything else (jitter, background, distractors) the same object.
+"""Counterfactual edits: a scene with one factor changed and everything else (jitter, background, distractors) identical.
 
-Each edit takes ``(scene, rng, may_hold_out)`` and returns the edited scene, or None where it does not apply. The swaps keep the caption's
-bag of words. An edit only goes between values a caption says, so both captions are false of the other image.
+Each edit takes ``(scene, rng, may_hold_out)`` and returns the edited scene, or None if it does not apply. Swaps keep the caption's bag of
+words. An edit only exchanges values that a caption mentions, so each caption is false of the other image.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ EditFunction = Callable[[Scene, Random, bool], "Scene | None"]
 
 
 def _values(factor: str, scene: Scene, thing: Thing) -> list[Any]:
-    """What a factor of one thing may be changed to."""
+    """Return the values to which a factor of one thing may be changed."""
     overlap = scene.relation in ("front", "behind")
     if factor == "colour":
         return [colour for colour in COLOURS if colour != thing.colour]
     if factor == "shape":
-        return [shape for shape in SHAPES if shape not in {each.shape for each in scene.things}]
+        return [shape for shape in SHAPES if shape not in {other.shape for other in scene.things}]
     if factor == "size":
         return [] if thing.size == "medium" else [size for size in SIZES[1:] if size != thing.size]
     if factor == "texture":
-        said = [texture for texture in TEXTURES[1:] if not (texture == "hollow" and overlap)]
-        return [] if thing.texture == "plain" else [texture for texture in said if texture != thing.texture]
+        textures = [texture for texture in TEXTURES[1:] if not (texture == "hollow" and overlap)]
+        return [] if thing.texture == "plain" else [texture for texture in textures if texture != thing.texture]
     legible = thing.size == "medium" and thing.texture == "plain"
     return [count for count in COUNTS if count != thing.count] if legible else []
 
 
 def _replace(scene: Scene, rng: Random, may_hold_out: bool, factor: str) -> Scene | None:
-    """One thing with another value of a factor, both drawn uniformly; values that make a held-out combination are skipped."""
+    """Change a factor of one thing, both drawn uniformly; values that make a held-out combination are skipped unless allowed."""
     if factor == "count" and scene.relation in ("front", "behind"):
         return None
     for index in rng.sample((0, 1), 2):
         thing = scene.things[index]
         changed = [replace(thing, **{factor: value}) for value in _values(factor, scene, thing)]
-        if allowed := [each for each in changed if may_hold_out or not each.held_out]:
+        if allowed := [other for other in changed if may_hold_out or not other.held_out]:
             chosen = rng.choice(allowed)
             return replace(scene, things=(chosen, scene.things[1]) if index == 0 else (scene.things[0], chosen))
     return None

@@ -1,8 +1,8 @@
-"""Captions: what is claimed of a scene, several ways to say it, and the check of whether a claim is true of a scene.
+"""Caption grammar: the claim of a caption about a scene, its phrasings, and the check whether a claim is true of a scene.
 
-A caption always says shape, colour and number of both things and their relation; texture and size where they are not the default. An
+A caption always mentions shape, colour and number of both things and their relation, and texture and size if they are not the default. An
 anchor and its counterfactuals use the same phrasing and the same mention order, so they differ only in the words of the edited factor.
-Numbers are exact ("a" is one), an unsaid texture or size is left open.
+Numbers are exact ("a" is one); an unmentioned texture or size is left open.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PHRASINGS = (
     "{at} {x} and {at_other} {y}",
     "{of} {y} we see {x}",
 )
-"""Templates over two noun phrases x and y; the others are the relation of x to y, ``at_other`` that of y to x. "{at} ..." keeps the bag of
-words when the relation is reversed."""
+"""Templates over two noun phrases x and y; the other fields are the relation of x to y, except ``at_other``, that of y to x. "{at} ..."
+keeps the bag of words when the relation is reversed."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says of one thing; None is unsaid."""
+    """Attributes of one thing that a caption mentions; None if unmentioned."""
 
     count: int
     size: str | None
@@ -43,7 +43,7 @@ class Description:
     shape: str
 
     def fits(self, thing: Thing) -> bool:
-        """Whether it is true of ``thing``."""
+        """Return whether the description is true of ``thing``."""
         return (
             (self.count, self.colour, self.shape) == (thing.count, thing.colour, thing.shape)
             and self.size in (None, thing.size)
@@ -53,7 +53,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Claim:
-    """The content of a caption: x stands in ``relation`` to y."""
+    """Content of a caption: x is in ``relation`` to y."""
 
     x: Description
     relation: str
@@ -61,7 +61,7 @@ class Claim:
 
 
 def describe(scene: Scene, a_first: bool) -> Claim:
-    """The claim that is made of a scene: A is x (``a_first``) or B is."""
+    """Return the claim of a scene's caption, with thing A as x (``a_first``) or thing B."""
     a, b = (
         Description(
             thing.count,
@@ -76,7 +76,7 @@ def describe(scene: Scene, a_first: bool) -> Claim:
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Whether a claim is true of a scene, whichever thing of the scene plays which part."""
+    """Return whether a claim is true of a scene, with its things in either role."""
     a, b = scene.things
     as_is = claim.x.fits(a) and claim.y.fits(b) and claim.relation == scene.relation
     reversed_ = claim.x.fits(b) and claim.y.fits(a) and claim.relation == OPPOSITE[scene.relation]
@@ -84,24 +84,26 @@ def holds(claim: Claim, scene: Scene) -> bool:
 
 
 def key(claim: Claim) -> str:
-    """What a caption says, whatever its phrasing and whichever thing it names first."""
+    """Return a key of a claim that is independent of its phrasing and mention order."""
     if claim.relation not in ("left", "above", "front"):
         claim = Claim(claim.y, OPPOSITE[claim.relation], claim.x)
     return " ".join(word for word in (*noun_phrase(claim.x), *OF[claim.relation].split(), *noun_phrase(claim.y)) if word)
 
 
 def true_keys(scene: Scene) -> list[str]:
-    """The keys of all captions that are true of a scene: each texture and size that it has may be said or left out."""
-    said = describe(scene, True)
+    """Return the keys of all captions that are true of a scene: each texture and size may be mentioned or not."""
+    claim = describe(scene, True)
     things = [
         [replace(thing, size=size, texture=texture) for size in {thing.size, None} for texture in {thing.texture, None}]
-        for thing in (said.x, said.y)
+        for thing in (claim.x, claim.y)
     ]
-    return sorted(key(Claim(x, said.relation, y)) for x, y in product(*things))
+    return sorted(key(Claim(x, claim.relation, y)) for x, y in product(*things))
 
 
 def parts(claim: Claim, phrasing: int) -> list[str]:
-    """The caption in pieces, unsaid ones empty: two claims in one phrasing have the same pieces at the same places."""
+    """Return the caption in pieces, with "" for unmentioned attributes: claims in one phrasing have corresponding pieces at the same
+    places.
+    """
     relation = claim.relation
     words = {
         "{x}": noun_phrase(claim.x),
@@ -116,33 +118,33 @@ def parts(claim: Claim, phrasing: int) -> list[str]:
 
 
 def say(claim: Claim, phrasing: int) -> str:
-    """The caption: lower case, no full stop."""
+    """Format the caption: lower case, no full stop."""
     return " ".join(piece for piece in parts(claim, phrasing) if piece)
 
 
 def difference(before: Claim, after: Claim, phrasing: int) -> tuple[str, str]:
-    """The words that differ between the captions of two claims: (those of ``before``, those of ``after``)."""
+    """Return the words that differ between the captions of two claims: (those of ``before``, those of ``after``)."""
     pairs = [(p, q) for p, q in zip(parts(before, phrasing), parts(after, phrasing), strict=True) if p != q]
     return " ".join(p for p, _ in pairs), " ".join(q for _, q in pairs)
 
 
 def all_claims(seed: int, num_claims: int) -> list[Claim]:
-    """Claims of the whole grammar, held-out combinations included and nothing correlated."""
+    """Draw claims from the whole grammar, including held-out combinations, without the planted correlation."""
     rng, rule = Random(f"{seed}/captions"), Rule(p=0.5, held_out="may")
     return [describe(draw_scene(rng, rule, draw_plan(rng, rule)), a_first=True) for _ in range(num_claims)]
 
 
 def all_captions(seed: int, num_captions: int) -> list[str]:
-    """Captions from the whole grammar."""
+    """Draw captions from the whole grammar."""
     rng = Random(f"{seed}/phrasings")
     return [say(claim, rng.randrange(len(PHRASINGS))) for claim in all_claims(seed, num_captions)]
 
 
 def noun(shape: str, count: int) -> str:
-    """ "star", "crosses"."""
+    """Return the noun in its number: "star", "crosses"."""
     return shape if count == 1 else shape + ("es" if shape.endswith("s") else "s")
 
 
 def noun_phrase(what: Description) -> list[str]:
-    """Number, size, texture, colour and noun, unsaid ones empty."""
+    """Return number, size, texture, colour and noun, with "" for unmentioned attributes."""
     return [_NUMBERS[what.count], what.size or "", what.texture or "", what.colour, noun(what.shape, what.count)]

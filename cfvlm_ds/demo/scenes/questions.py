@@ -1,7 +1,8 @@
-"""What is asked about a scene: a description, in several wordings, or a question that anchor and counterfactual answer differently.
+"""Prompts about a scene: the request for a description, in several wordings, or a question that anchor and counterfactual answer
+differently.
 
-Both answers of a question are texts of one group and both pictures are shown, so whoever does not see gets one of two right, whatever the
-question, its wording or the order of its options tell.
+Both answers of a question are texts of one group that contains both pictures. A model that ignores the pictures therefore has one of the
+two right, whatever the question, its wording or the order of its options suggest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from cfvlm_ds.demo.scenes.grammar import (
 from cfvlm_ds.demo.scenes.world import Scene
 
 QUESTIONS = ("yes_no", "choice", "count")
-"""Kinds of question; ``count`` goes with the edit of that name alone."""
+"""Kinds of questions; ``count`` is only asked about the edit of that name."""
 
 _DESCRIBE = (
     "Describe the image.",
@@ -46,7 +47,7 @@ _NUMBERS = {1: "one", 2: "two", 3: "three"}
 class Asked:
     """A prompt with its texts, and the truth of each text about each scene (scenes x texts); text 0 is true of scene 0.
 
-    ``keys`` and ``exclude`` are those of the group: what each text says, and all that may be said of some scene.
+    ``keys`` and ``exclude`` are those of the group: the meaning of each text, and everything that is true of some scene.
     """
 
     candidates: tuple[Candidate, ...]
@@ -56,68 +57,72 @@ class Asked:
 
 
 def describing(scenes: tuple[Scene, ...], num_texts: int, phrasing: int, a_first: bool, rng: Random) -> Asked:
-    """The captions of the first ``num_texts`` scenes, asked for in one of several wordings."""
+    """Return the captions of the first ``num_texts`` scenes, requested in one of several wordings."""
     claims = [describe(scene, a_first) for scene in scenes[:num_texts]]
     prompt = rng.choice(_DESCRIBE)
     return Asked(
         tuple(Candidate(prompt, say(claim, phrasing)) for claim in claims),
         tuple(tuple(int(holds(claim, scene)) for claim in claims) for scene in scenes),
         tuple(map(key, claims)),
-        tuple(sorted({each for scene in scenes for each in true_keys(scene)})),
+        tuple(sorted({caption_key for scene in scenes for caption_key in true_keys(scene)})),
     )
 
 
 def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, rng: Random) -> Asked:
-    """A question of ``kind`` that scene 0 answers with text 0 and scene 1 with text 1; further scenes may answer with neither.
+    """Return a question of ``kind`` that scene 0 answers with text 0 and scene 1 with text 1; further scenes may have neither answer.
 
     An answer is its own key.
     """
     exclude = set[str]()
     if kind == "yes_no":
         prompt, truth = _yes_no(scenes, a_first, rng)
-        answers, said = ("yes", "no"), [[int(fits), int(not fits)] for fits in truth]
+        answers, truths = ("yes", "no"), [[int(fits), int(not fits)] for fits in truth]
     elif kind == "choice":
         claims = [describe(scene, a_first) for scene in rng.sample(scenes[:2], 2)]
-        texts, said = _options(scenes, claims, phrasing, rng)
+        texts, truths = _options(scenes, claims, phrasing, rng)
         prompt, answers = rng.choice(_CHOICE).format(a=texts[0], b=texts[1]), ("A", "B")
     else:
         shape, numbers = _counted(scenes[0], scenes[1])
         prompt = rng.choice(_COUNT).format(n=noun(shape, 2))
         answers = (_NUMBERS[numbers[0]], _NUMBERS[numbers[1]])
-        said = [[int(_number_of(shape, scene) == number) for number in numbers] for scene in scenes]
+        truths = [[int(_number_of(shape, scene) == number) for number in numbers] for scene in scenes]
         exclude = {_NUMBERS[number] for scene in scenes if (number := _number_of(shape, scene)) in _NUMBERS}
-    if not said[0][0]:
-        answers, said = answers[::-1], [line[::-1] for line in said]
+    if not truths[0][0]:
+        answers, truths = answers[::-1], [line[::-1] for line in truths]
     candidates = tuple(Candidate(prompt, answer) for answer in answers)
-    return Asked(candidates, tuple(tuple(line) for line in said), (), tuple(sorted(exclude.difference(answers))))
+    return Asked(candidates, tuple(tuple(line) for line in truths), (), tuple(sorted(exclude.difference(answers))))
 
 
 def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str, list[bool]]:
-    """Whether what is true of one of the first two scenes, drawn, holds: of a thing where things differ, else (and often so) of both."""
+    """Return a yes/no question, and its answer for each scene.
+
+    The question is about the claim of one of the first two scenes: about a thing that differs between them (half of the time, if there is
+    one), else about the whole claim.
+    """
     claim, other = (describe(scene, a_first) for scene in rng.sample(scenes[:2], 2))
     wording = rng.choice(_YES_NO)
     own = [thing for thing, instead in ((claim.x, other.x), (claim.y, other.y)) if thing != instead]
     if own and rng.random() < 0.5:
         thing = rng.choice(own)
-        there = [_is_there(thing, scene) for scene in scenes]
-        if there[0] != there[1]:
-            return wording.format(q=f"{_be(thing)} there {phrase(thing)}"), there
+        present = [_is_there(thing, scene) for scene in scenes]
+        if present[0] != present[1]:
+            return wording.format(q=f"{_be(thing)} there {phrase(thing)}"), present
     question = f"{_be(claim.x)} {phrase(claim.x)} {OF[claim.relation]} {phrase(claim.y)}"
     return wording.format(q=question), [holds(claim, scene) for scene in scenes]
 
 
 def _options(scenes: tuple[Scene, ...], claims: list[Claim], phrasing: int, rng: Random) -> tuple[list[str], list[list[int]]]:
-    """Two options and which of them each scene shows: the things that differ, if that is one alone, or the captions."""
+    """Return two options and which of them each scene shows: the differing things, if only one thing differs, or the captions."""
     pairs = [(one, two) for one, two in zip((claims[0].x, claims[0].y), (claims[1].x, claims[1].y), strict=True) if one != two]
     if len(pairs) == 1 and rng.random() < 0.5:
-        there = [[int(_is_there(thing, scene)) for thing in pairs[0]] for scene in scenes]
-        if sorted(there[:2]) == [[0, 1], [1, 0]]:
-            return [phrase(thing) for thing in pairs[0]], there
+        present = [[int(_is_there(thing, scene)) for thing in pairs[0]] for scene in scenes]
+        if sorted(present[:2]) == [[0, 1], [1, 0]]:
+            return [phrase(thing) for thing in pairs[0]], present
     return [say(claim, phrasing) for claim in claims], [[int(holds(claim, scene)) for claim in claims] for scene in scenes]
 
 
 def phrase(thing: Description) -> str:
-    """ "two small red circles"."""
+    """Format a description: "two small red circles"."""
     return " ".join(word for word in noun_phrase(thing) if word)
 
 
@@ -130,7 +135,7 @@ def _be(thing: Description) -> str:
 
 
 def _counted(before: Scene, after: Scene) -> tuple[str, tuple[int, int]]:
-    """The shape whose number differs between two scenes, and its numbers."""
+    """Return the shape whose number differs between two scenes, and its two numbers."""
     old, new = next(pair for pair in zip(before.things, after.things, strict=True) if pair[0].count != pair[1].count)
     return old.shape, (old.count, new.count)
 
@@ -140,13 +145,13 @@ def _number_of(shape: str, scene: Scene) -> int:
 
 
 def all_texts(seed: int, number: int) -> list[str]:
-    """Captions, prompts and answers of the whole world: what a tokenizer should be trained on."""
+    """Draw captions, prompts and answers of the whole world, on which a tokenizer should be trained."""
     rng = Random(f"{seed}/prompts")
     texts = [*all_captions(seed, number), *_DESCRIBE, "yes", "no", "A", "B", *_NUMBERS.values()]
     claims = all_claims(seed, number)
     for claim, other in zip(claims, claims[::-1], strict=True):
-        whole = f"{_be(claim.x)} {phrase(claim.x)} {OF[claim.relation]} {phrase(claim.y)}"
-        texts.append(rng.choice(_YES_NO).format(q=rng.choice((whole, f"{_be(claim.x)} there {phrase(claim.x)}"))))
+        relation_question = f"{_be(claim.x)} {phrase(claim.x)} {OF[claim.relation]} {phrase(claim.y)}"
+        texts.append(rng.choice(_YES_NO).format(q=rng.choice((relation_question, f"{_be(claim.x)} there {phrase(claim.x)}"))))
         texts.append(rng.choice(_CHOICE).format(a=say(claim, 0), b=say(other, 0)))
         texts.append(rng.choice(_COUNT).format(n=noun(claim.x.shape, 2)))
     return texts

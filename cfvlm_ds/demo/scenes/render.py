@@ -1,7 +1,7 @@
-"""Scene -> RGB image, with integer arithmetic only, so that every platform draws the same pixels.
+"""Rendering of scenes to RGB images, with integer arithmetic only, so that every platform draws the same pixels.
 
-Outlines are rasterised here (even-odd rule on integers, 4 x 4 samples per pixel) instead of by ImageDraw, whose float edges may round
-differently elsewhere; the masks are cached, and a scene is a dozen Pillow pastes.
+Outlines are rasterised here (even-odd rule on integers, 4 x 4 samples per pixel) and not by ImageDraw, whose floating-point edges may round
+differently elsewhere. Masks are cached, and a scene takes a dozen Pillow pastes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RGB = {
 }
 _ACCENT = {colour: (30, 30, 30) if colour in ("yellow", "cyan") else (248, 248, 244) for colour in _RGB}  # stripes and dots
 _OUTLINE = (24, 24, 28)
-# neutral tones, two close ones for each background: no thing is ever the colour of what is behind it
+# neutral tones, two similar ones for each background, so that no thing has the colour of its background
 _TONES = (
     ((206, 202, 194), (180, 176, 170)),
     ((168, 170, 176), (146, 148, 156)),
@@ -64,7 +64,7 @@ _CLUSTER_RADIUS = 52  # tenths of a unit
 
 
 def render(scene: Scene, image_size: int) -> Image.Image:
-    """The scene as an RGB image of ``image_size`` x ``image_size`` pixels."""
+    """Render the scene as an RGB image of ``image_size`` x ``image_size`` pixels."""
     image = _background(scene, image_size)
     for mark in scene.distractors:
         stamp = _mark(mark.kind, image_size)
@@ -89,18 +89,18 @@ def _centres(scene: Scene, index: int) -> list[tuple[int, int]]:
 
 
 def _sample_radius(thing: Thing, scale: int, image_size: int) -> int:
-    """Radius in samples."""
+    """Return the radius of a thing in samples."""
     tenths = _RADIUS[thing.size] if thing.count == 1 else _CLUSTER_RADIUS
     return tenths * scale * image_size * _SAMPLES // (10 * 100 * GRID)
 
 
 def _outline_width(image_size: int) -> int:
-    """In samples; three quarters of a unit."""
+    """Return the width of an outline in samples: three quarters of a unit."""
     return max(2, 3 * _SAMPLES * image_size // (4 * GRID))
 
 
 def _half_width(radius: int, image_size: int) -> int:
-    """Half the side of a stamp in pixels: its radius and outline, rounded up."""
+    """Return half the side of a stamp in pixels: its radius and outline, rounded up."""
     return -(-(radius + _outline_width(image_size)) // _SAMPLES)
 
 
@@ -111,7 +111,7 @@ def _box_at(x: int, y: int, half: int, image_size: int) -> Box:
 
 @lru_cache(maxsize=4096)
 def _stamp(shape: str, texture: str, radius: int, image_size: int) -> tuple[Image.Image, Image.Image, Image.Image | None]:
-    """Alpha masks of a thing: outline (with what it covers), fill, and stripes or dots."""
+    """Draw the alpha masks of a thing: outline (including its inside), fill, and stripes or dots."""
     half = _half_width(radius, image_size) * _SAMPLES
     inside = _inside(shape, radius, half)
     unit = image_size * _SAMPLES // GRID
@@ -133,7 +133,7 @@ def _stamp(shape: str, texture: str, radius: int, image_size: int) -> tuple[Imag
 
 
 def _inside(shape: str, radius: int, half: int) -> Mask:
-    """[2 half, 2 half] samples that lie in the shape; both sides are in thousandths of a sample, so all products are exact integers."""
+    """Return the samples in the shape, [2 half, 2 half]; lengths are in thousandths of a sample, so all products are exact integers."""
     centre = np.arange(-half, half, dtype=np.int64) * 1000 + 500
     x, y = centre[None, :], centre[:, None]
     if shape == "circle":
@@ -151,7 +151,7 @@ def _inside(shape: str, radius: int, half: int) -> Mask:
 
 
 def _eroded(mask: Mask, steps: int) -> Mask:
-    """The mask without its ``steps`` outermost samples; beyond the border counts as part of the mask."""
+    """Remove the ``steps`` outermost samples of a mask; everything beyond the border counts as part of the mask."""
     for _ in range(steps):
         padded = np.pad(mask, 1, constant_values=True)
         mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -193,7 +193,7 @@ def _background(scene: Scene, image_size: int) -> Image.Image:
 
 @lru_cache(maxsize=1024)
 def _pattern(kind: str, phase: int, image_size: int) -> Image.Image:
-    """How much of the second tone each pixel has."""
+    """Return the share of the second tone in each pixel."""
     units = np.arange(image_size, dtype=np.int64) * GRID // image_size + phase
     x, y = units[None, :], units[:, None]
     if kind == "gradient":

@@ -1,11 +1,11 @@
-"""What a scene is: two mentioned things, where they stand, and everything a caption never mentions.
+"""Scene model: two mentioned things, their positions, and everything that captions never mention.
 
-The canvas is a grid of ``GRID`` x ``GRID`` units whatever the image size; positions and sizes are integers in units (radii in tenths of a
-unit), so that no float rounding can differ between platforms. Only what is listed in ``SHAPES`` ... ``COUNTS`` is ever said.
+The canvas is a grid of ``GRID`` x ``GRID`` units whatever the image size. Positions and sizes are integers in units (radii in tenths of a
+unit), so that no platform rounds differently. Captions only mention values listed in ``SHAPES`` to ``COUNTS``.
 
-One regularity is planted, with probability ``Rule.p``: of the two things the one whose shape comes first in ``SHAPES`` is the left, the
-upper or the front one, so that a relation can be guessed from the nouns alone. ``HELD_OUT`` combinations are one cell per row and per
-column of the colour x shape square, so every colour and every shape still occurs in training.
+One regularity is planted, with probability ``Rule.p``: of the two things, the one whose shape comes first in ``SHAPES`` is the left, upper
+or front one, so that a relation can be guessed from the nouns alone. ``HELD_OUT`` combinations are one cell per row and per column of the
+colour x shape square, so every colour and every shape still occurs in training.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ TEXTURES = ("plain", "striped", "dotted", "hollow")
 SIZES = ("medium", "small", "large")
 COUNTS = (1, 2, 3)
 RELATIONS = ("left", "right", "above", "below", "front", "behind")
-_FREQUENCY = (2, 2, 2, 2, 1, 1)  # overlapping things hide each other: fewer of them
+_FREQUENCY = (2, 2, 2, 2, 1, 1)  # fewer overlapping things, because they hide each other
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above", "front": "behind", "behind": "front"}
 
 GRID = 48
 BACKGROUNDS = ("flat", "gradient", "stripes", "checker", "bricks", "noise")
 NUM_TONES = 6
 DISTRACTORS = ("dash", "corner")
-"""Marks that no caption word names, so a caption stays true whatever the distractors are."""
+"""Marks that captions never mention, so that they stay true whatever the distractors are."""
 
 HELD_OUT = frozenset((COLOURS[(i + 2) % len(COLOURS)], shape) for i, shape in enumerate(SHAPES))
 
-_SAID = 0.35  # share of things with one attribute beyond colour and shape; at most one each, so captions stay short and things legible
+_SAID = 0.35  # share of things with one attribute beyond colour and shape; at most one, so that captions stay short and things legible
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What a caption may say of one thing. ``count`` > 1 is drawn as a tight cluster."""
+    """Attributes of one thing that captions may mention. A ``count`` > 1 is drawn as a tight cluster."""
 
     shape: str
     colour: str
@@ -45,13 +45,13 @@ class Thing:
 
     @property
     def held_out(self) -> bool:
-        """Whether this colour and shape never occur together in training."""
+        """True if this colour and shape never occur together in training."""
         return (self.colour, self.shape) in HELD_OUT
 
 
 @dataclass(frozen=True)
 class Look:
-    """Jitter of one thing: scale in percent, tint as an RGB offset in levels."""
+    """Jitter of one thing: its scale in percent, and its tint as an RGB offset in levels."""
 
     scale: int
     tint: tuple[int, int, int]
@@ -79,7 +79,7 @@ class Distractor:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two things A and B (index 0 and 1). ``spots`` are their centres in units; ``front`` is the index of the thing drawn last."""
+    """Two things A and B (index 0 and 1). ``spots`` are their centres in units, and ``front`` is the index of the thing drawn last."""
 
     things: tuple[Thing, Thing]
     spots: tuple[tuple[int, int], tuple[int, int]]
@@ -90,7 +90,7 @@ class Scene:
 
     @property
     def relation(self) -> str:
-        """What A is to B, read off the geometry: overlapping things have a depth order, others a side."""
+        """Relation of A to B, derived from the geometry: overlapping things have a depth order, others a side."""
         dx, dy = self.spots[0][0] - self.spots[1][0], self.spots[0][1] - self.spots[1][1]
         if max(abs(dx), abs(dy)) < GRID // 4:
             return "front" if self.front == 0 else "behind"
@@ -101,7 +101,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Rule:
-    """How scenes of a split are drawn: strength of the planted correlation, and whether held-out combinations may or must occur."""
+    """Distribution of a split's scenes: strength of the planted correlation, and whether held-out combinations may or must occur."""
 
     p: float
     held_out: str = "never"  # "never", "may" or "must" (at least one of the two things of every scene)
@@ -109,20 +109,20 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The coin flips that decide one scene, drawn once: redrawing a scene must not bias their rates."""
+    """Random choices that are drawn once per scene, because redrawing a scene must not bias their rates."""
 
     follows_order: bool
     held_out_thing: int | None
 
 
 def draw_plan(rng: Random, rule: Rule) -> Plan:
-    """Whether the scene will follow the planted regularity, and which thing has a held-out combination."""
+    """Draw whether the scene follows the planted regularity, and which thing has a held-out combination."""
     follows_order = rng.random() < rule.p
     return Plan(follows_order, rng.randrange(2) if rule.held_out == "must" else None)
 
 
 def draw_scene(rng: Random, rule: Rule, plan: Plan) -> Scene:
-    """A random scene under ``rule`` that follows ``plan``. The two things always differ in shape, so every caption is unambiguous."""
+    """Draw a random scene under ``rule`` that follows ``plan``. The two things always differ in shape, so every caption is unambiguous."""
     relation = rng.choices(RELATIONS, _FREQUENCY)[0]
     first, second = sorted(rng.sample(range(len(SHAPES)), 2))
     a_comes_first = (relation in ("left", "above", "front")) == plan.follows_order
@@ -137,7 +137,7 @@ def draw_scene(rng: Random, rule: Rule, plan: Plan) -> Scene:
 
 
 def shake(scene: Scene, rng: Random) -> Scene:
-    """The same scene graph with all jitter drawn again: positions, scales, tints, background offset and noise, distractor positions."""
+    """Draw all jitter of a scene again: positions, scales, tints, background offset and noise, distractor positions."""
     spots, front = _draw_spots(rng, scene.relation)
     return replace(
         scene,
@@ -157,7 +157,7 @@ def _draw_thing(rng: Random, rule: Rule, shape: str, must_hold_out: bool, overla
     thing = Thing(shape, rng.choice(colours))
     if rng.random() >= _SAID:
         return thing
-    if overlap:  # seen through, shrunk or clustered, overlapping things could not be told apart at 48 px
+    if overlap:  # hollow, resized or clustered things that overlap cannot be distinguished at 48 px
         return replace(thing, texture=rng.choice(("striped", "dotted")))
     factor = rng.randrange(3)
     if factor == 0:
@@ -185,7 +185,7 @@ def _draw_look(rng: Random) -> Look:
 
 
 def _draw_distractors(rng: Random, relation: str, marks: list[tuple[str, bool]]) -> tuple[Distractor, ...]:
-    # the two margins along the pair's axis stay free of things under every edit: a mark is never covered or uncovered by one
+    # no edit moves a thing into the two margins along the pair's axis, so no edit covers or uncovers a mark
     drawn = []
     for side, (kind, light) in zip(rng.sample((4, GRID - 4), 2), marks, strict=False):
         along = rng.randint(5, GRID - 5)

@@ -1,0 +1,23 @@
+"""Records of benchmark runs: JSON Lines, one record a line by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RUNS, RATE_RUNS = "runs.jsonl", "rates.jsonl"
+"""Files of a folder of records: runs that tables show, and those by which a learning rate was chosen."""
+
+
+def read_records(file: Path) -> dict[str, dict[str, Any]]:
+    """Return records by name, sorted; none if there is no file. Of several records with one name the last counts."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return dict(sorted({row.pop("name"): row for row in rows}.items()))
+
+
+def add_record(file: Path, name: str, record: dict[str, Any]) -> None:
+    """Append a record; threads may share a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as handle:
+        handle.write(json.dumps({"name": name} | record) + "\n")

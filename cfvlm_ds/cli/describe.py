@@ -1,0 +1,94 @@
+"""``cfvlm-ds describe``: what a model writes about pictures, and which of several texts it prefers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from cfvlm_ds.cli.models import load_scorer
+from cfvlm_ds.cli.options import ImageLimits, Positive, add_function, model_named, say
+from cfvlm_ds.core.conversation import DESCRIBE
+from cfvlm_ds.core.data_config import DataConfig
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.ranks import num_ranks
+from cfvlm_ds.core.text import quoted
+
+SomePictures = Annotated[list[str], ("nargs", "*"), ("metavar", "PICTURE")]
+
+
+def add(commands: Any) -> None:
+    """Add the command to a parser's."""
+    add_function(commands, _describe)
+
+
+def _describe(
+    model: str,
+    picture: SomePictures,
+    *,
+    prompt: str = DESCRIBE,
+    choices: list[str] | None = None,
+    max_new_tokens: Positive = 128,
+    limits: ImageLimits,
+) -> None:
+    """Print what a model writes about pictures, or which of several texts it prefers; without a picture it asks for one after another.
+
+    Example: cfvlm-ds describe runs/quickstart dog.jpg --choices "a dog on a sofa" "a sofa on a dog"
+
+    Args:
+        model: model folder or hub name, run folder, or folder of adapters.
+        picture: image files.
+        prompt: question or instruction.
+        choices: texts to compare instead of writing one, by their log-likelihood as answers to the prompt.
+        max_new_tokens: length of what is written, at most.
+    """
+    if num_ranks() > 1:
+        raise ConfigError(f"describe is for one process, and {num_ranks()} were started; start one")
+    if missing := [each for each in picture if not Path(each).is_file()]:
+        raise ConfigError(f"{missing[0]} is not there; name image files")
+    from cfvlm_ds.demo.tiny_llava import is_random
+    from cfvlm_ds.evaluation.generation import write
+
+    config, adapter = model_named(model, limits)
+    scorer, collator, world = load_scorer(config, adapter, max_pixels=DataConfig().max_pixels)
+    if is_random(Path(config.name_or_path)):
+        say(f"note: {config.name_or_path} is a small model with random weights; its texts mean nothing")
+    for path in picture or _typed():
+        try:
+            answer = (
+                _preferences(scorer, collator, world, Path(path), prompt, choices)
+                if choices
+                else write(scorer.model, collator, world.device, (Path(path),), prompt, max_new_tokens, do_sample=False)
+            )
+        except DataError as error:
+            if picture:
+                raise
+            answer = str(error)
+        print(f"{path}\n{answer}\n", flush=True)
+
+
+def _typed() -> Iterator[str]:
+    """Yield the lines of standard input, up to its end or an empty line."""
+    while line := _line():
+        yield line
+
+
+def _line() -> str:
+    if sys.stdin.isatty():
+        print("picture (an empty line ends): ", end="", flush=True)
+    return sys.stdin.readline().strip()
+
+
+def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: str, choices: list[str]) -> str:
+    """Return a line per text, the likeliest first: nats, distance to the first, nats on a blank picture, and what the picture adds."""
+    from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
+    from cfvlm_ds.evaluation import score_groups
+
+    texts = tuple(Candidate(prompt, text) for text in choices)
+    group = CounterfactualGroup(str(picture), ((picture,),), texts, ((1, *(None for _ in choices[1:])),))
+    (scores,) = score_groups(scorer, collator, [group], world, label="")
+    rows = sorted(zip(scores.logp[0].tolist(), scores.blank.tolist(), choices, strict=True), reverse=True)
+    lines = [f"{'nats':>9} {'behind':>9} {'blank':>9} {'gain':>9}  text"]
+    lines += [f"{seen:9.2f} {rows[0][0] - seen:9.2f} {blank:9.2f} {seen - blank:9.2f}  {quoted(text)}" for seen, blank, text in rows]
+    return "\n".join(lines)
