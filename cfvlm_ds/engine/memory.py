@@ -82,7 +82,7 @@ def activations(model: Any, tokens: int, recompute: bool) -> int:
     if recompute:
         recompute_activations(model)
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     text, further = model.config.get_text_config(), {}
     freed = [p.register_post_accumulate_grad_hook(_free_gradient) for p in model.parameters() if p.requires_grad]
     with _Peak() as memory:

@@ -107,11 +107,15 @@ def held(running: Any) -> dict[str, Any]:
     master = optimizer.fp32_partitioned_groups_flat if divided else optimizer.single_partition_of_fp32_groups
     if not divided:
         optimizer.setup_buckets()  # which it does in a backward, and drops at its end
-    buffers = [part for each in optimizer.ipg_buckets.values() for part in (each.buffer if isinstance(each.buffer, list) else [each.buffer])]
+    buffers = [
+        part for each in optimizer.ipg_buckets.values() for part in (each.buffer if isinstance(each.buffer, list) else [each.buffer])
+    ]
     return {
         "parameters": parameters,
         "master": sum(each.nbytes for each in master),
-        "moments": sum(value.nbytes for state in inner.state.values() for value in state.values() if torch.is_tensor(value) and value.dim()),
+        "moments": sum(
+            value.nbytes for state in inner.state.values() for value in state.values() if torch.is_tensor(value) and value.dim()
+        ),
         "sums of gradients": optimizer.grad_partitions_flat_buffer.nbytes if divided else sum(each.nbytes for each in master),
         "buckets": [each.nbytes for each in buffers],
     }
