@@ -31,9 +31,9 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
     if stage == 3:
         layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
         card, host = settings.states_of_stage_3(trained, layer, *place, away["optimizer"], away["param"])
-        card += 0 if away["param"] else 2 * frozen // gpus
-        if (copies := min(gpus, zero.get("zero_hpz_partition_size", 1))) > 1:  # beside its part of the weights, one of a node's copy
-            card += 2 * (trained + frozen) // copies
+        node = zero.get("zero_hpz_partition_size", 1)
+        copy = 2 * (trained + frozen) // min(gpus, node) if node > 1 else 0  # of all weights, divided within a node
+        card += 0 if away["param"] else 2 * frozen // gpus + copy
         host += 2 * frozen // nodes if away["param"] else 0
     else:
         card, host = settings.states_of_stage_2(trained, *place, away["optimizer"])
