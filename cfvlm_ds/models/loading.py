@@ -180,8 +180,10 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
 
 
 class _PatchProduct(nn.Conv3d):
-    """Convolves patches [N, C, T, H, W] that are as large as the kernel, as a matrix product. On a CPU the convolution takes 4 times as long,
-    and 15 times with its gradients; torch 2.9 has a slow one on GPUs."""
+    """Convolves patches [N, C, T, H, W] that are as large as the kernel, as a matrix product.
+
+    On a CPU the convolution takes 4 times as long, and 15 times with its gradients; torch 2.9 has a slow one on GPUs.
+    """
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
