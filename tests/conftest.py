@@ -36,7 +36,7 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LE
 
 
 LONG = (
-    "campaigns", "slurm", "family_training", "training", "features", "faults", "tracked_run", "secrets", "tracking_faults",
+    "campaigns", "slurm", "family_training", "training", "features", "world_sizes", "faults", "tracked_run", "secrets", "tracking_faults",
     "scoring_benchmark", "stopping", "cli", "resize", "export", "tracking", "packing", "families", "fuzz", "dry_run",
 )  # fmt: skip
 """Test files that take longest come first, so that nobody waits for them in the end."""

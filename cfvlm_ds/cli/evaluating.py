@@ -206,13 +206,11 @@ def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
 
 
 def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:
-    import torch
-
     from cfvlm_ds.evaluation.generation import write, writing_digest
     from cfvlm_ds.evaluation.suite.runner import Asked
     from cfvlm_ds.models import attention
 
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    dtype = scorer.model.dtype
     precision = {
         "dtype": str(dtype).removeprefix("torch."),
         "device": world.device.type,

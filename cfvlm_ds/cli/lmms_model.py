@@ -9,7 +9,7 @@ import torch
 
 from cfvlm_ds.cli.models import load_scorer
 from cfvlm_ds.cli.options import ImageLimits, model_named
-from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.distributed import World, own_device
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.evaluation.lmms_requests import Answers
@@ -74,7 +74,7 @@ class LmmsModel(lmms):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             self._device = self.accelerator.device
         else:
-            self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self._device = torch.device(device or own_device())
         world = World(self._rank, 1, 0, self._device)
         scorer, collator, world = load_scorer(model, adapter, max_pixels=MAX_PIXELS, world=world)
         self._answers = Answers(scorer, collator, world, int(batch_size), int(max_tokens_per_forward), bool(per_token))

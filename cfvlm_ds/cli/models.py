@@ -179,15 +179,13 @@ def _track(run: str) -> None:
 
 def joined(zero3: bool = False) -> World:
     """Return the world of the ranks that a launcher has started, which join here, or of this process alone."""
-    import torch
-
-    from cfvlm_ds.core.distributed import World
+    from cfvlm_ds.core.distributed import World, own_device
 
     if num_ranks() > 1 or zero3:
         from cfvlm_ds import engine
 
         return engine.start()
-    return World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return World(0, 1, 0, own_device())
 
 
 def load_scorer(
@@ -203,14 +201,13 @@ def load_scorer(
 
     With ``zero3`` the model is partitioned over all ranks. Without a ``world`` the ranks of the launch join here.
     """
-    import torch
-
     from cfvlm_ds.batching.collator import load_collator
+    from cfvlm_ds.core.distributed import usual_dtype
     from cfvlm_ds.models import Scorer, attach_adapters, family_of, load_model
     from cfvlm_ds.training.self_check import refuse_unusable
 
     world = world or joined(zero3)
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    dtype = usual_dtype(world.device)
     if zero3:
         from cfvlm_ds import engine
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cfvlm_ds.core.distributed import all_reduce_rate
+from cfvlm_ds.core.distributed import all_reduce_rate, own_device
 from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.versions import PACKAGE, version
@@ -100,7 +100,7 @@ def _check(name: str, timeout_s: float) -> str:
 
 def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> float:
     """Measure the bandwidth between the nodes in one collective; all tasks leave together. Raises as ``all_reduce_rate`` does."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
     rate = all_reduce_rate(device)
     dist.destroy_process_group()

@@ -54,6 +54,16 @@ class World:
             print_line(message)
 
 
+def own_device() -> torch.device:
+    """The current GPU where torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of a model that is not trained: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def launch_environment() -> None:
     """Set the launcher's variables for a task of ``srun`` (from Slurm's variables) and for a single rank started by hand."""
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:

@@ -26,11 +26,14 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     is_offloaded, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
     layout = min(gpus, gpus_per_node), nodes
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    zero = ds_config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
     if stage == 3:
         layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
         card, host = settings.states_of_stage_3(num_trained, layer, *layout, is_offloaded["optimizer"], is_offloaded["param"])
-        card += 0 if is_offloaded["param"] else 2 * num_frozen // gpus
+        node = zero.get("zero_hpz_partition_size", 1)
+        copy = 2 * (num_trained + num_frozen) // min(gpus, node) if node > 1 else 0  # of all weights, divided within a node
+        card += 0 if is_offloaded["param"] else 2 * num_frozen // gpus + copy
         host += 2 * num_frozen // nodes if is_offloaded["param"] else 0
     else:
         card, host = settings.states_of_stage_2(num_trained, *layout, is_offloaded["optimizer"])
@@ -58,7 +61,11 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
     """
     zero = ds_config.get("zero_optimization", {})
     sizes = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
-    if zero.get("stage", 0) == 3:
+    stage = zero.get("stage", 0)
+    if stage and zero.get("contiguous_gradients", True):  # ZeRO-1 and 2 fill one buffer while they reduce the other
+        buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
+        sizes["gradient buckets"] = 2 * buffers * int(zero.get("reduce_bucket_size", 5e8))
+    if stage == 3:
         weights = sum(parameter.numel() for parameter in model.parameters())
         sizes["gathered weights"] = 2 * min(weights, int(zero.get("stage3_max_live_parameters", 1e9)))
     return sizes | {"CUDA and NCCL": _CONTEXT}

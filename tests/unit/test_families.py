@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import REPO
 from PIL import Image
-from transformers import LlamaConfig, LlavaConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlavaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phimoe.configuration_phimoe import PhimoeConfig
@@ -403,6 +404,23 @@ def test_adapters_have_gradients_in_every_module(folder: Path, scorer: Scorer, g
         assert not parameter.requires_grad or (parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()), (
             name
         )
+
+
+def test_patches_are_multiplied_as_the_library_convolves_them(folder: Path) -> None:
+    """Values and gradients, by the same weights under the same names."""
+    config = ModelConfig(str(folder), vision_tower=ModuleConfig("full"))
+    models = load_model(config, torch.float32), AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    embeds = [[each for name, each in model.named_modules() if name.endswith("patch_embed.proj")] for model in models]
+    assert len(embeds[0]) == len(embeds[1]) == any(isinstance(each, torch.nn.Conv3d) for each in models[1].modules())
+    for ours, theirs in zip(*embeds, strict=True):
+        patches, computed = torch.randn(6, *theirs.weight.shape[1:], dtype=torch.float64), []
+        for each in (ours.double(), theirs.double()):
+            with FlopCounterMode(display=False) as counted:
+                out = each(patches)
+                computed.append([out, *torch.autograd.grad(out.square().sum(), each.parameters())])
+            assert (each is theirs) == (torch.ops.aten.convolution in counted.get_flop_counts()["Global"])
+        torch.testing.assert_close(*computed)
+        assert [(name, each.shape) for name, each in ours.named_parameters()] == [(n, e.shape) for n, e in theirs.named_parameters()]
 
 
 @pytest.mark.parametrize("module", MODULES)

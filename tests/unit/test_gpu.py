@@ -1,22 +1,28 @@
-"""What only a GPU shows: the variable-length kernels themselves, and a run in bfloat16 whose scores are compared with single rows."""
+"""What only a GPU shows: the variable-length kernels themselves, a run in bfloat16, and what commands and the check of a node do there."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, losses, run, train_arguments
+from conftest import COLOURS, SHAPES, free_port, losses, run, train_arguments
 from test_attention import FORESTS, NARROWED, SEVERAL_BLOCKS, call, dense, inputs, relative
 
-from cfvlm_ds.core.config import TinyLlavaConfig
+from cfvlm_ds.cli.models import load_scorer
+from cfvlm_ds.cluster.node_check import _collective, gpu_fault
+from cfvlm_ds.core.config import ModelConfig, TinyLlavaConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.variable_length import has_varlen
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 BACKENDS = [
     "sdpa",
     pytest.param(
@@ -70,3 +76,19 @@ def test_a_run_in_bfloat16(backend: str, wider: Path, manifests: dict[str, Path]
     output = "".join(run([sys.executable, "train.py", *arguments]) for arguments in (half, full))
     assert f"scores of packed rows ({backend}) equal single-row forwards within" in output
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=0.02)
+
+
+def test_commands_score_near_a_cpu(wider: Path, manifests: dict[str, Path]) -> None:
+    groups, found = list(read_manifest(manifests["train"]))[:4], []
+    for world in (None, World(0, 1, 0, torch.device("cpu"))):
+        scorer, collator, place = load_scorer(ModelConfig(str(wider)), max_pixels=MAX_PIXELS, world=world)
+        batch = collator.scoring_everything()(groups).to(place.device)
+        with torch.no_grad():
+            found.append(batch.scores(scorer(**batch.model_inputs)).logp.cpu())
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+
+
+def test_a_node_is_checked() -> None:
+    assert gpu_fault(torch.cuda.device_count()) is None
+    store = torch.distributed.TCPStore("127.0.0.1", free_port(), 1, is_master=True)
+    assert _collective(store, 0, 1, timedelta(minutes=1)) == 0, "one rank sends nothing"

@@ -25,7 +25,6 @@ from cfvlm_ds.models.chunked_logprobs import head_logprobs
 torch.set_num_threads(1)
 
 ROOT = Path("/data/root")
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def layout(num_tokens: list[list[list[int]]], match: list[list[list[int]]] | None = None) -> GroupLayout:
@@ -104,7 +103,7 @@ def test_head_logprobs_equal_those_of_all_logits(
 
 
 @pytest.mark.parametrize("rows", [8, 100])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_heads_in_half_precision_give_no_rounded_logits(device: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of up to 40, whose bfloat16 is a tenth of a nat off, are those of float64; so are the gradients, but for their type."""
     monkeypatch.setattr("cfvlm_ds.models.chunked_logprobs.LOGITS", rows * 5000)

@@ -45,8 +45,10 @@ class Diffusers(Editor):
         if not options.model:
             raise ConfigError("--with diffusers needs --model, the folder or hub name of a pipeline")
         self._torch = torch
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
+        from cfvlm_ds.core.distributed import own_device, usual_dtype
+
+        device = own_device()
+        self._device, dtype = device.type, usual_dtype(device)
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 options.model, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
