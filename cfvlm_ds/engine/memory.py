@@ -84,7 +84,7 @@ def activations(model: Any, tokens: int, recompute: bool) -> int:
     if recompute:
         recompute_activations(model)
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     text, more_inputs = model.config.get_text_config(), {}
     hooks = [p.register_post_accumulate_grad_hook(_free_gradient) for p in model.parameters() if p.requires_grad]
     with _Peak() as memory:

@@ -12,8 +12,8 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.evaluation.comparisons import UNLABELLED
 from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
-from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
-from cfvlm_ds.evaluation.report import headline, headline_metric, table
+from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, headline_metric, metric_names
+from cfvlm_ds.evaluation.report import headline, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
 from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives

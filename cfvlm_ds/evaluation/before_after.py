@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.metrics import CHANCE, accuracies, points_by_edit
-from cfvlm_ds.evaluation.report import headline_metric
-from cfvlm_ds.evaluation.scoring import GroupScores
+from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, headline_metric
 
 FEWEST_GROUPS = 30
 """Groups below which a difference has no interval: the normal approximation would be too narrow."""
@@ -26,9 +23,9 @@ _MEANINGS = {
 class Change:
     """A row of the table: an edit type of a set, or the mean over edit types (``edit`` is "all"). Accuracies are in %.
 
-    ``language`` is the accuracy of ``pair`` with a blank image after the training, None without such comparisons. ``half_width`` is half of
-    the 95 % interval of ``after - before``, None below ``FEWEST_GROUPS`` groups. ``of`` counts the groups of the set, of which ``groups``
-    were scored before and after.
+    ``language`` is the accuracy of ``pair`` after the training with a blank image, None without such comparisons. ``half_width`` is half
+    of the 95 % interval of ``after - before``, None below ``FEWEST_GROUPS`` groups. ``groups`` counts the groups measured before and after,
+    ``of`` those with a comparison of this row in either.
     """
 
     set: str
@@ -43,48 +40,36 @@ class Change:
     half_width: float | None
 
 
-def compare_scores(
-    name: str, of: int, groups: Sequence[CounterfactualGroup], before: Sequence[GroupScores], after: Sequence[GroupScores]
-) -> Iterator[Change]:
-    """Yield a row for each edit type, and last one for their mean.
+def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
+    """Return a row for each edit type and last one for their mean; none without a group that was measured before and after.
 
-    An accuracy is the ratio of two sums over groups, comparisons won and made, and the mean row averages such ratios. The interval is
-    1.96 standard errors of the difference, by the delta method, with groups as independent units.
+    Groups are matched by id, texts and truth table. An accuracy is the ratio of two sums over groups, comparisons won and made, and the
+    mean row averages such ratios. The interval is 1.96 standard errors of the difference, by the delta method with groups as independent
+    units.
     """
-    was, now = accuracies(groups, before), accuracies(groups, after)
-    if (metric := headline_metric(now)) is None:
-        return
-    gained = defaultdict[str, dict[int, tuple[float, int]]](dict)  # edit -> place of the group -> comparisons won more, comparisons
-    for place, (group, old, new) in enumerate(zip(groups, before, after, strict=True)):
-        earlier = points_by_edit(group, old, metric)
-        for edit, (won, made) in points_by_edit(group, new, metric).items():
-            gained[edit][place] = won - earlier[edit][0], made
-    parts = {edit: _influences(of_group) for edit, of_group in gained.items()}
-    mean = defaultdict[int, float](float)
-    for influences in parts.values():
-        for place, value in influences.items():
-            mean[place] += value / len(parts)
-    for old_row, row in zip(was, now, strict=True):
-        if metric in row.metrics:
-            yield Change(
-                set=name,
-                edit=row.name,
-                groups=row.groups[metric],
-                of=of,
-                metric=metric,
-                chance=CHANCE[metric],
-                language=row.blind.get("pair"),
-                before=old_row.metrics[metric],
-                after=row.metrics[metric],
-                half_width=_half_width((mean if row.mean else parts[row.name]).values()),
-            )
-
-
-def _influences(gained: dict[int, tuple[float, int]]) -> dict[int, float]:
-    """Return what each group adds to the error of an edit type's difference, in points."""
-    made = sum(count for _, count in gained.values())
-    difference = sum(won for won, _ in gained.values()) / made
-    return {place: 100 * (won - difference * count) / made for place, (won, count) in gained.items()}
+    metric = headline_metric(after)
+    if metric is None or metric != headline_metric(before):
+        return []
+    was, now = ({(group, texts): won for group, texts, won in rows[-1].by_group} for rows in (before, after))
+    pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, made
+    for key in was.keys() & now.keys():
+        for edit, (won, made) in now[key].items():
+            pairs[edit][key] = was[key][edit][0], won, made
+    changes, mean = list[Change](), defaultdict[tuple[str, int], float](float)
+    language = {row.name: row.blind.get("pair") for row in after}
+    for edit, of_group in sorted(pairs.items()):
+        first, last, made = (sum(column) for column in zip(*of_group.values(), strict=True))
+        influences = {key: 100 * (b - a - (last - first) / made * n) / made for key, (a, b, n) in of_group.items()}
+        for key, value in influences.items():
+            mean[key] += value / len(pairs)
+        of = len({key for rows in (was, now) for key, won in rows.items() if edit in won})
+        values = metric, CHANCE[metric], language.get(edit), 100 * first / made, 100 * last / made, _half_width(influences.values())
+        changes.append(Change(name, edit, len(of_group), of, *values))
+    if changes:
+        first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))
+        values = metric, CHANCE[metric], after[-1].blind.get("pair"), first, last, _half_width(mean.values())
+        changes.append(Change(name, "all", len(mean), len(was.keys() | now.keys()), *values))
+    return changes
 
 
 def _half_width(influences: Iterable[float]) -> float | None:
@@ -93,10 +78,10 @@ def _half_width(influences: Iterable[float]) -> float | None:
     return 1.96 * math.sqrt(n / (n - 1) * sum(value**2 for value in values)) if n >= FEWEST_GROUPS else None
 
 
-def changes_table(changes: Sequence[Change]) -> str:
+def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after")) -> str:
     """Return the rows as Markdown, with a line for each definition that they need."""
     lines = [
-        "| set | edit | groups | metric | chance | language alone | before | after | difference, 95 % |",
+        f"| set | edit | groups | metric | chance | language alone | {in_cell(names[0])} | {in_cell(names[1])} | difference, 95 % |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for each in changes:
@@ -108,9 +93,9 @@ def changes_table(changes: Sequence[Change]) -> str:
         )
     notes = [_MEANINGS[metric] for metric in dict.fromkeys(each.metric for each in changes)]
     if any(each.language is not None for each in changes):
-        notes.append("language alone: accuracy of `pair` after the training with a blank image, in which only the texts tell; 50 is chance")
+        notes.append(f"language alone: accuracy of `pair` ({names[1]}) with a blank image, where only the texts tell; 50 is chance")
     notes.append(f"difference: paired by group, ± 1.96 standard errors; none below {FEWEST_GROUPS} groups")
-    for name, of in {each.set: each.of for each in changes}.items():
-        if (scored := max(each.groups for each in changes if each.set == name)) < of:
-            notes.append(f"{name}: {scored} of {of} groups have a comparison and were scored before the first step")
+    for each in changes:
+        if each.edit == "all" and each.groups < each.of:
+            notes.append(f"{each.set}: {each.groups} of {each.of} groups were measured both times")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])

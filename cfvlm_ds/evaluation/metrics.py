@@ -17,6 +17,8 @@ Text comparisons depend on the texts' prior likelihood; ``text_pmi`` and ``group
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ import torch
 
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.sequences import Lazy
+from cfvlm_ds.core.text import hashed
 from cfvlm_ds.evaluation.comparisons import comparisons
 from cfvlm_ds.evaluation.loss import NAMED
 from cfvlm_ds.evaluation.scoring import GroupScores
@@ -44,6 +47,8 @@ CHANCE = {
 """Accuracy of random scores, in %."""
 
 METRICS = tuple(CHANCE)
+HEADLINES = ("group", "pair", "image_pair")
+"""Metrics of which the first that a split has stands for it."""
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
 """Names for the counts of the shuffled control. They may differ from those of the metrics, because a group may have no other picture to
 show.
@@ -63,7 +68,8 @@ class Accuracy:
     picture: they measure the language prior. A tie counts one half there.
 
     ``losses`` of the mean row are the terms of the training loss on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative
-    log-likelihood of its true texts on their images, in nats per token, end-of-turn included.
+    log-likelihood of its true texts on their images, in nats per token, end-of-turn included. ``by_group`` of the mean row has a group's
+    id, the hash of its texts and truth table, and by edit type its comparisons won and made, of the headline metric.
     """
 
     name: str
@@ -77,6 +83,7 @@ class Accuracy:
     mean: bool = False
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     nll: float | None = None
+    by_group: list[list[Any]] = field(default_factory=list)
 
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
@@ -85,14 +92,22 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
     num = Counter[str]()
     covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)
     unused: dict[str, list[str]] = {metric: [] for metric in covered}
+    won: dict[str, list[list[Any]]] = {metric: [] for metric in HEADLINES}
     for group, score in zip(groups, scores, strict=True):
         measured = defaultdict[str, set[str]](set)
+        of_group: dict[str, dict[str, list[float]]] = {metric: {} for metric in HEADLINES}
         for labels, points in _outcomes(group, score):
+            for metric, label in itertools.product(points.keys() & of_group.keys(), labels):
+                pair = of_group[metric].setdefault(label, [0.0, 0])
+                pair[0], pair[1] = pair[0] + points[metric], pair[1] + 1
             for label in (_ALL, *labels):
                 sums[label].update(points)
                 counts[label].update(points.keys())
                 measured[label] |= points.keys()
         num.update(measured.keys())
+        for metric, by_label in of_group.items():
+            if by_label:
+                won[metric].append([group.id, _content_hash(group), by_label])
         for label, metrics in measured.items():
             used[label].update(metrics)
         for metric in set(covered) - measured[_ALL]:
@@ -122,19 +137,20 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
                 of_groups,
                 {name: some for name, some in unused.items() if some},
                 mean=True,
+                by_group=next(filter(None, won.values()), []),
             )
         )
     return rows
 
 
-def points_by_edit(group: CounterfactualGroup, score: GroupScores, metric: str) -> dict[str, tuple[float, int]]:
-    """Return the comparisons of a metric that a group wins, and how many it has, by edit type."""
-    found: dict[str, tuple[float, int]] = {}
-    for labels, points in _outcomes(group, score):
-        for label in labels if metric in points else ():
-            won, made = found.get(label, (0.0, 0))
-            found[label] = won + points[metric], made + 1
-    return found
+def headline_metric(rows: Sequence[Accuracy]) -> str | None:
+    """Return the metric that stands for a split in one line; None if it has no comparison."""
+    return next((metric for metric in HEADLINES if rows and metric in rows[-1].metrics), None)
+
+
+def _content_hash(group: CounterfactualGroup) -> int:
+    """Hash a group's texts, prompts and truth table."""
+    return hashed(json.dumps([[[repr(each.prompt), each.text] for each in group.candidates], group.match]))
 
 
 _ALL = ""

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, total_loss
+from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, headline_metric, total_loss
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
 _REASON_CHARS = 200
 _MOST_TYPES = 12  # edit types in a line of a progress log
-_HEADLINES = ("group", "pair", "image_pair")
 
 
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
@@ -74,11 +73,6 @@ def _coverage(row: Accuracy, plain: Callable[[str], str]) -> list[str]:
 def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:
     """Return the number of groups that are missing, and the names of some."""
     return f"{count}: {', '.join(map(plain, names))}{', ...' * (count > len(names))}" if count else ""
-
-
-def headline_metric(rows: Sequence[Accuracy]) -> str | None:
-    """Return the metric that represents a split in a line; None if the split has no comparison."""
-    return next((metric for metric in _HEADLINES if rows and metric in rows[-1].metrics), None)
 
 
 def headline(rows: Sequence[Accuracy]) -> str:

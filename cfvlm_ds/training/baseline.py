@@ -1,6 +1,6 @@
-"""The baseline of a run: scores of its evaluation sets before the first step, from which the table of what the training changed is made.
+"""The baseline of a run: accuracies of its evaluation sets before the first step, for the table of what the training changed.
 
-They are kept in the run folder, and in a cache by model, precision and set, so that a second run from the same model scores nothing.
+The run folder holds them, and a cache by model, precision and set, so that a second run from the same model evaluates nothing.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.identity import Identity, changes, digest
-from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies
-from cfvlm_ds.evaluation.before_after import Change, compare_scores
+from cfvlm_ds.evaluation import Accuracy
+from cfvlm_ds.evaluation.before_after import Change, compare_accuracies
 from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 FOLDER = "baseline"
 FEWEST = 100
-"""Groups of each set that are always scored, however short the training is."""
+"""Groups of each set that are always evaluated, however short the training is."""
 _SHARE = 0.15
 """Groups scored per group trained: a training group takes three forwards, a scored one up to two, so that the baseline takes a tenth."""
 
 
 class Baseline:
-    """Scores of the evaluation sets before the first step.
+    """Accuracies of the evaluation sets before the first step.
 
     Args:
         model: fingerprint of the model's files; None where it is not known, and nothing is cached.
@@ -55,9 +55,9 @@ class Baseline:
         self._folder = Path(config.train.output_dir) / FOLDER
 
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
-        """Score what ``train.eval_on_start`` and ``train.retention`` ask for; returns the accuracies of the sets that were scored whole.
+        """Evaluate what ``train.eval_on_start`` and ``train.retention`` ask for; returns accuracies of the sets evaluated whole.
 
-        A set of ``train.retention`` is always scored whole and now. Rank 0 also returns those that the cache holds whole.
+        A set of ``train.retention`` is always evaluated whole and now. Rank 0 also returns those that the cache holds whole.
         """
         train, say = self._config.train, self._world.say
         wanted = [name for name in self._splits if train.eval_on_start or name in (train.retention or ())]
@@ -69,32 +69,25 @@ class Baseline:
                     "tenth of the training's time (train.eval_on_start true takes all, false none)"
                 )
         cached = run_on_rank0(self._world, lambda: self._from_cache(places))
-        groups = {name: _part(self._splits[name], places[name]) for name in wanted}
         if cached:
-            say(f"before the first step: scores of {', '.join(cached)} are those of an earlier run from this model")
-        results, scores = evaluator({name: groups[name] for name in wanted if name not in cached})
+            say(f"before the first step: accuracies of {', '.join(cached)} are those of an earlier run from this model")
+        results, _ = evaluator({name: _part(self._splits[name], places[name]) for name in wanted if name not in cached})
         if self._world.is_main:
-            for name, found in scores.items():
-                self._keep(name, groups[name], found, len(places[name]))
-            results |= {name: accuracies(groups[name], [each for _, each in self._read(name, groups[name])]) for name in cached}
+            for name, rows in results.items():
+                self._keep(name, rows, len(places[name]))
+            results |= {name: self._read(name) for name in cached}
         return {name: results[name] for name in wanted if name in results and len(places[name]) == len(self._splits[name])}
 
     def forget(self) -> None:
         """Remove the baseline of an earlier run in the folder (rank 0)."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def compare(self, scores: Mapping[str, Sequence[GroupScores]]) -> list[Change]:
-        """Compare the scores of whole sets with the baseline (rank 0); a set without one, or with other contents since, has no rows."""
-        rows: list[Change] = []
-        for name, groups in self._splits.items():
-            pairs = self._read(name, groups)
-            places = [place for place, _ in pairs]
-            part, after = _part(groups, places), [scores[name][place] for place in places]
-            rows += compare_scores(name, len(groups), part, [each for _, each in pairs], after)
-        return rows
+    def compare(self, results: Mapping[str, Sequence[Accuracy]]) -> list[Change]:
+        """Compare the accuracies of sets with the baseline (rank 0); a set without one, or with other contents since, has no rows."""
+        return [change for name, rows in results.items() for change in compare_accuracies(name, self._read(name), rows)]
 
     def _drawn(self, name: str) -> Sequence[int]:
-        """Return the places of the groups of a set that are scored."""
+        """Return the places of the groups of a set that are evaluated."""
         train, size = self._config.train, len(self._splits[name])
         most = max(FEWEST, int(_SHARE * self._trained * size / max(1, sum(map(len, self._splits.values())))))
         if train.eval_on_start is True or name in (train.retention or ()) or size <= most:
@@ -114,20 +107,18 @@ class Baseline:
                 found.append(name)
         return found
 
-    def _keep(self, name: str, groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], count: int) -> None:
-        rows = [[group.id, each.logp.tolist(), each.blank.tolist()] for group, each in zip(groups, scores, strict=True) if each.finite]
-        text = json.dumps({"data": self._identities[name], "groups": rows})
+    def _keep(self, name: str, rows: Sequence[Accuracy], count: int) -> None:
+        text = json.dumps({"data": self._identities[name], "rows": [vars(row) for row in rows]})
         if write_if_possible(self._file(name), text, self._world.say) and (cached := self._cached(name, count)) is not None:
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_if_possible(cached, text, self._world.say)
 
-    def _read(self, name: str, groups: Sequence[CounterfactualGroup]) -> list[tuple[int, GroupScores]]:
-        """Return the place among ``groups`` and the scores of each group of a set's baseline, none where its data are not those of now."""
+    def _read(self, name: str) -> list[Accuracy]:
+        """Return the baseline of a set; nothing if the set has other contents since."""
         file = self._file(name)
         if not file.is_file() or changes((kept := read_json(file))["data"], self._identities[name], of_scores=True):
             return []
-        known = {row[0]: GroupScores(torch.tensor(row[1]), torch.tensor(row[2])) for row in kept["groups"]}
-        return [(place, known[group.id]) for place, group in enumerate(groups) if group.id in known]
+        return [Accuracy(**row) for row in kept["rows"]]
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.json"

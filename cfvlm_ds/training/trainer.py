@@ -209,7 +209,7 @@ class Trainer:
         tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results))
         benchmark_results = write_benchmarks(config, benchmarks, outcomes, self._world, config.train.export and failed is None)
         if self._world.is_main:
-            changes = self.baseline.compare(scores)
+            changes = self.baseline.compare(results)
             written = write_results(config, step, self._data.splits, results, scores, self._data.identities, changes, benchmark_results)
             if config.train.figures:
                 written += draw_figures(self._run_dir, self._data.splits, scores, config.data.max_pixels, say)

@@ -51,7 +51,7 @@ from cfvlm_ds.evaluation import (
     table,
 )
 from cfvlm_ds.evaluation import loss as losses
-from cfvlm_ds.evaluation.before_after import changes_table, compare_scores
+from cfvlm_ds.evaluation.before_after import changes_table, compare_accuracies
 from cfvlm_ds.evaluation.comparisons import comparisons, factual_texts
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 from cfvlm_ds.evaluation.metrics import CHANCE
@@ -214,19 +214,23 @@ def test_rows_by_edit_type_and_the_mean_over_types() -> None:
 def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap() -> None:
     """Accuracies by hand; the interval against means of whole groups drawn with replacement, by edit type and for their mean."""
     wins, loses = scores([[-1.0, -2.0], [-2.0, -1.0]]), scores([[-2.0, -1.0], [-1.0, -2.0]])
-    (colour, mean) = compare_scores("iid", 9, [group()] * 4, [wins, loses, loses, loses], [wins, wins, wins, loses])
-    assert (colour.edit, colour.metric, colour.groups, colour.of, colour.chance) == ("colour", "group", 4, 9, 100 / 6)
+    four = [replace(group(), id=f"g{n}") for n in range(4)]
+    after = accuracies([*four, replace(group(), id="later")], [wins, wins, wins, loses, wins])
+    (colour, mean) = compare_accuracies("iid", accuracies(four, [wins, loses, loses, loses]), after)
+    assert (colour.edit, colour.metric, colour.groups, colour.of, colour.chance) == ("colour", "group", 4, 5, 100 / 6)
     assert (colour.before, colour.after, colour.half_width, colour.language) == (25.0, 75.0, None, 50.0)
     assert (mean.edit, mean.before, mean.after) == ("all", 25.0, 75.0)
+    others = [replace(each, candidates=(Candidate("", "another text"), each.candidates[1])) for each in four]
+    assert compare_accuracies("iid", accuracies(others, [wins] * 4), after) == [], "groups of one id with other texts"
 
     draw = random.Random(3)
     kinds = [group(), group(Edit("shape", 1, 1)), group(Edit("colour", 1, 1), Edit("shape", 2, 2), num_images=3, num_texts=3)]
-    groups = [draw.choice(kinds) for _ in range(300)]
+    groups = [replace(draw.choice(kinds), id=f"g{n}") for n in range(300)]
     size = [(len(each.images), len(each.candidates)) for each in groups]
     before, after = (
         [scores([[draw.gauss(tilt * (i == c), 1) for c in range(cs)] for i in range(n)]) for n, cs in size] for tilt in (0.3, 1)
     )
-    rows = {row.edit: row for row in compare_scores("iid", 300, groups, before, after)}
+    rows = {row.edit: row for row in compare_accuracies("iid", accuracies(groups, before), accuracies(groups, after))}
     gained = {edit: np.zeros((300, 2)) for edit in rows}  # by group: comparisons won more, and comparisons
     for place, (one, old, new) in enumerate(zip(groups, before, after, strict=True)):
         for was, now in zip(accuracies([one], [old]), accuracies([one], [new]), strict=True):
