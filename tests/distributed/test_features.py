@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import losses, run_ranks, run_trainings, selected
@@ -66,7 +67,8 @@ class Engine:
 def groups(small_groups: list[CounterfactualGroup], tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
     """Those of the families' tests, and a picture of several windows (Qwen2.5-VL) in both directions."""
     path = tmp_path_factory.mktemp("large") / "large.png"
-    Image.effect_noise((150, 120), 80).convert("RGB").save(path)
+    noise = np.random.default_rng(0).integers(0, 256, (120, 150, 1), np.uint8)
+    Image.fromarray(noise.repeat(3, axis=2)).save(path)
     return [replace(small_groups[-1], id="large", images=((path,),)), *small_groups]
 
 
@@ -83,9 +85,12 @@ def filled(where: Path, model: ModelConfig, engine: Engine, groups: list[Counter
 
 
 def test_scores_and_gradients_are_those_of_the_tower(folder: Path, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
-    """Sizes, tiles, several pictures in a prompt and text alone mixed in a batch; in one row and in parts; fp32, relative 1e-5."""
+    """Sizes, tiles, several pictures in a prompt and text alone mixed in a batch; in one row and in parts; relative 1e-5.
+
+    In float64, because gradients of a decay (Qwen3.5) are small sums of large terms; experts have no float64 product.
+    """
     model = configured(folder)
-    engine, plain = Engine(model), load_collator(model, "full")
+    engine, plain = Engine(model, torch.float32 if "moe" in folder.name else torch.float64), load_collator(model, "full")
     cached = filled(tmp_path, model, engine, groups)
     passed = engine.tower_runs
     found = []
