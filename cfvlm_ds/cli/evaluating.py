@@ -222,16 +222,26 @@ def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: 
     return Asked(scorer, collator, world, name, identity, precision, writing)
 
 
-def _compare(before: str, after: str, *, draws: Count | None = None) -> None:
-    """Compare two folders of results: differences with intervals, and the items that got better and worse.
+def _compare(before: str, after: list[str], *, draws: Count | None = None) -> None:
+    """Compare results, paired by group or item: accuracies of sets, or benchmarks; several others are also compared in their mean.
 
-    Example: cfvlm-ds compare results/base results/tuned
+    Example: cfvlm-ds compare runs/base runs/seed0 runs/seed1
 
     Args:
-        before: folder that `cfvlm-ds evaluate --benchmarks` wrote.
-        after: another one.
-        draws: random exchanges of the two models' answers, by default as draws of evaluate.
+        before: run folder, file that `cfvlm-ds evaluate --out` wrote, or folder that `cfvlm-ds evaluate --benchmarks` wrote.
+        after: others of the same kind, each compared with the first.
+        draws: random exchanges of the two models' answers to a benchmark, by default as draws of evaluate.
     """
+    from cfvlm_ds.evaluation.before_after import compare_results as compare_sets
+    from cfvlm_ds.evaluation.before_after import is_results
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 
-    print(comparison_table(compare_results(Path(before), Path(after), draws, say), before, after))
+    of_sets = {name: is_results(Path(name)) for name in (before, *after)}
+    if len(set(of_sets.values())) > 1:
+        sets, benchmarks = (next(name for name, found in of_sets.items() if found == kind) for kind in (True, False))
+        raise ConfigError(f"{sets} has accuracies of sets, and {benchmarks} is a folder of benchmarks; compare results of one kind")
+    if of_sets[before]:
+        print(compare_sets(Path(before), [Path(name) for name in after], say))
+        return
+    for name in after:
+        print(comparison_table(compare_results(Path(before), Path(name), draws, say), before, name))

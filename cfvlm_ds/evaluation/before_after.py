@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, headline_metric
 
@@ -78,8 +81,8 @@ def _half_width(influences: Iterable[float]) -> float | None:
     return 1.96 * math.sqrt(n / (n - 1) * sum(value**2 for value in values)) if n >= FEWEST_GROUPS else None
 
 
-def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after")) -> str:
-    """Return the rows as Markdown, with a line for each definition that they need."""
+def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after"), plain: Callable[[str], str] = in_cell) -> str:
+    """Return the rows as Markdown, with a line for each definition that they need; ``plain`` makes a name of the data fit for a cell."""
     lines = [
         f"| set | edit | groups | metric | chance | language alone | {in_cell(names[0])} | {in_cell(names[1])} | difference, 95 % |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
@@ -88,7 +91,7 @@ def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before",
         language = "" if each.language is None else f"{each.language:.1f}"
         width = "" if each.half_width is None else f" ± {each.half_width:.1f}"
         lines.append(
-            f"| {each.set} | {in_cell(each.edit)} | {each.groups} | {each.metric} | {each.chance:.1f} | {language} "
+            f"| {each.set} | {plain(each.edit)} | {each.groups} | {each.metric} | {each.chance:.1f} | {language} "
             f"| {each.before:.1f} | {each.after:.1f} | {each.after - each.before:+.1f}{width} |"
         )
     notes = [_MEANINGS[metric] for metric in dict.fromkeys(each.metric for each in changes)]
@@ -99,3 +102,63 @@ def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before",
         if each.edit == "all" and each.groups < each.of:
             notes.append(f"{each.set}: {each.groups} of {each.of} groups were measured both times")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+
+
+def is_results(path: Path) -> bool:
+    """Return whether a path is a run folder or a file of accuracies, and not a folder of benchmarks."""
+    return path.is_file() or (path / "config.yaml").is_file()
+
+
+def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
+    """Read the accuracies of a run folder, or of a file of ``cfvlm-ds evaluate --out``, by set. Raises DataError."""
+    file = path if path.is_file() else path / "results.json"
+    if not file.is_file():
+        raise DataError(
+            f"{path} has no results.json: the run has not ended; let it end, or evaluate it with `cfvlm-ds evaluate {path} ...`"
+        )
+    try:
+        return {name: [Accuracy(**row) for row in rows] for name, rows in read_json(file).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: not a file of accuracies ({error}); write it with `cfvlm-ds evaluate --out`") from error
+
+
+def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], object]) -> str:
+    """Return a table of each result beside the first, and one of their mean where there are several.
+
+    Raises DataError for a file without accuracies, ConfigError where two results have no group in common.
+    """
+    first, others = read_accuracies(before), {str(path): read_accuracies(path) for path in after}
+    tables = []
+    if len(others) > 1:
+        shared = [name for name in first if all(name in results for results in others.values())]
+        others[f"mean of {len(others)}"] = {name: mean_accuracies([results[name] for results in others.values()]) for name in shared}
+    for label, results in others.items():
+        for path, one, other in ((before, first, results), (label, results, first)):
+            if unmatched := [name for name in one if name not in other]:
+                say(f"only in {path}, and not compared: {', '.join(unmatched)}")
+        by_set = {name: compare_accuracies(name, rows, results[name]) for name, rows in first.items() if name in results}
+        if without := [name for name, changes in by_set.items() if not changes]:
+            say(f"not compared: {', '.join(without)}, without a comparison of a group that {before} and {label} both have")
+        changes = [change for of_set in by_set.values() for change in of_set]
+        if not changes:
+            raise ConfigError(f"{before} ({', '.join(first)}) and {label} ({', '.join(results)}) have no compared group in common")
+        tables.append(changes_table(changes, (str(before), label)))
+    note = ["The interval of a mean covers the choice of groups, not that of seeds."] * (len(after) > 1)
+    return "\n\n".join([*tables, *note])
+
+
+def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
+    """Return the mean over runs of what ``compare_accuracies`` reads, of the groups that all runs have."""
+    tables = [{(group, texts): won for group, texts, won in rows[-1].by_group} for rows in runs]
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+
+    def mean(edit: str, key: tuple[str, int]) -> list[float]:
+        return [sum(table[key][edit][0] for table in tables) / len(tables), tables[0][key][edit][1]]
+
+    def blind(name: str) -> dict[str, float]:
+        found: list[Mapping[str, float]] = [row.blind for rows in runs for row in rows if row.name == name]
+        return {"pair": sum(each["pair"] for each in found) / len(found)} if found and all("pair" in each for each in found) else {}
+
+    rows = [replace(row, blind=blind(row.name)) for row in runs[0]]
+    rows[-1] = replace(rows[-1], by_group=[[*key, {edit: mean(edit, key) for edit in tables[0][key]}] for key in shared])
+    return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.evaluation import Accuracy, table
+from cfvlm_ds.evaluation.before_after import Change, changes_table
 from cfvlm_ds.export.folder import CARD, sealed
 from cfvlm_ds.training.option_changes import ON_RESUME
 
@@ -50,8 +51,8 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
 
     run_dir, step = checkpoint.parent, int(checkpoints.description(checkpoint)["step"])
     options = masked(recorded_options(run_dir))
-    environment, ds_config, data, results, finished = (
-        _recorded(run_dir / f"{name}.json") for name in ("environment", "ds_config", "data", "results", "finished")
+    environment, ds_config, data, results, changes, finished = (
+        _recorded(run_dir / f"{name}.json") for name in ("environment", "ds_config", "data", "results", "before_after", "finished")
     )
     evaluated = _at(finished, "step") == step if evaluated is None else evaluated
     base = str(_at(options, "model.name_or_path"))
@@ -75,7 +76,7 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
     lines += ["## Data", "", *_data(data), ""]
     lines += ["## Objective", "", *_objective(_at(options, "objective")), ""]
     lines += ["## Training", "", *_training(options, environment, ds_config, step), ""]
-    lines += ["## Results", "", *_results(results, evaluated), ""]
+    lines += ["## Results", "", *_results(results, changes, evaluated), ""]
     lines += ["## Use", "", "```python", *(_USE_ADAPTER if adapter else _USE), "```", ""]
     return sealed("\n".join(lines) + "\n")
 
@@ -129,7 +130,7 @@ def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list
     return _table("setting | value", ([name, "not known" if value is None else _cell(value)] for name, value in known.items()))
 
 
-def _results(recorded: Mapping[str, Any], evaluated: bool) -> list[str]:
+def _results(recorded: Mapping[str, Any], changes: Sequence[Any], evaluated: bool) -> list[str]:
     if not evaluated:
         return ["Not known: these weights were exported before, or without, an evaluation of them."]
     if not recorded:
@@ -142,8 +143,11 @@ def _results(recorded: Mapping[str, Any], evaluated: bool) -> list[str]:
     text = (
         "Accuracies in %, by edit type and in their mean (`all`), which also stands for a blank image and for another group's image: what"
     )
+    compared = [Change(**row) for row in changes]
+    left_out += max(0, len(compared) - _MOST_ROWS)
     more = ["", f"{left_out} more rows are in the run's results.md."] if left_out else []
-    return [text, "language alone achieves. Chance is in the last row.", "", *table(shown, _cell).splitlines(), *more]
+    first = [*changes_table(compared[:_MOST_ROWS], plain=_cell).splitlines(), ""] if compared else []
+    return [*first, text, "language alone achieves. Chance is in the last row.", "", *table(shown, _cell).splitlines(), *more]
 
 
 def _table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:

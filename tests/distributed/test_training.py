@@ -29,9 +29,11 @@ from conftest import (
 )
 
 from cfvlm_ds.batching.batch import MicroBatch
+from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import from_row, to_row
+from cfvlm_ds.training.card import _results
 from cfvlm_ds.training.gradient_cache import forward
 
 GLOBAL_BATCH = 16
@@ -132,7 +134,7 @@ def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: 
 
 
 def test_the_table_before_and_after_a_training(
-    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A rate of 0 changes nothing; a second run has its baseline from the cache; an earlier run's in the folder is removed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -151,7 +153,7 @@ def test_the_table_before_and_after_a_training(
             (drawn, [*first, *auto, "--data.evaluation.many", str(many), "--data.evaluation.test", str(manifests["test"])]),
         )
     ]
-    cached = "before the first step: scores of test are those of an earlier run from this model"
+    cached = "before the first step: accuracies of test are those of an earlier run from this model"
     assert [cached in each for each in said] == [False, True, False, True]
     assert (still / "baseline" / "test.json").read_text() == (moved / "baseline" / "test.json").read_text()
     rows = {folder: json.loads((folder / "before_after.json").read_text()) for folder in (still, moved, plain, drawn)}
@@ -165,8 +167,17 @@ def test_the_table_before_and_after_a_training(
     assert "Not compared with the model before the training: test (train.eval_on_start is false)" in (plain / "results.md").read_text()
     assert "100 of 110 groups of many, drawn to take at most a tenth" in said[3]
     (whole,) = (row for row in rows[drawn] if row["set"] == "many" and row["edit"] == "all")
-    assert whole["of"] == 110 and whole["groups"] <= 100 and whole["half_width"] is not None
+    assert 0 < whole["groups"] < whole["of"] < 110 and whole["half_width"] is not None
     text = (drawn / "results.md").read_text()
+    main(["compare", str(still), str(moved), str(moved / "results.json")])
+    tables = capsys.readouterr().out.split("| set | edit | groups | metric | chance | language alone |")[1:]
+    changed = {row["edit"]: f"| {row['before']:.1f} | {row['after']:.1f} | {row['after'] - row['before']:+.1f}" for row in rows[moved]}
+    assert len(tables) == 3 and all(change in table for table in tables for change in changed.values()), "their mean is what both are"
+    with pytest.raises(SystemExit):
+        main(["compare", str(still), str(tmp_path / "said-still")])
+    assert "said-still is a folder of benchmarks; compare results of one kind" in capsys.readouterr().err
+    card = _results(json.loads((moved / "results.json").read_text()), rows[moved], True)
+    assert any(f"`all` | {rows[moved][-1]['groups']} | group " in line and changed["all"] in line for line in card)
     assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")
 
 
