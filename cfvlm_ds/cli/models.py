@@ -133,15 +133,16 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
         replace(Path(out), f"{calibration.block(advice)}\n".encode())
 
 
-def _export(run: str, *, adapter: bool = False, out: str | None = None) -> None:
-    """Export a DeepSpeed checkpoint as a Hugging Face folder.
+def _export(run: str, *, adapter: bool = False, out: str | None = None, push: str | None = None) -> None:
+    """Export a DeepSpeed checkpoint as a Hugging Face folder, and push it to the hub if a repository is named.
 
-    Example: cfvlm-ds export runs/quickstart
+    Example: cfvlm-ds export runs/quickstart --push me/quickstart
 
     Args:
         run: run folder, or one of its checkpoints.
         adapter: only the LoRA adapters, in peft's format, instead of merged into the model.
         out: folder to write, by default RUN/export, or RUN/adapter.
+        push: repository of the Hugging Face hub, USER/NAME, private if it is new.
     """
     from cfvlm_ds.checkpoint import damaged, description, incomplete, newest
     from cfvlm_ds.export import export_adapter, export_hf
@@ -161,6 +162,10 @@ def _export(run: str, *, adapter: bool = False, out: str | None = None) -> None:
     write = export_adapter if adapter else export_hf
     card = card_of(checkpoint, print, adapter=adapter)
     print(f"exported to {write(checkpoint, model.name_or_path, folder, say=say, lora=model.lora, card=card)}")
+    if push:
+        from cfvlm_ds.export import hub
+
+        print(f"pushed to {hub.push(folder, push)}")
 
 
 def _track(run: str) -> None:

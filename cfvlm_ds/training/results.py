@@ -88,7 +88,7 @@ def write_results(
     path = tables = run_dir / "results.md"
     try:
         parts = [summary_of(config, step, results, changes)]
-        parts += ["## All metrics", table(results)] if results else []
+        parts += ["## All metrics", table(results)] if changes else []
         replace(path, ("\n\n".join([*parts, *([markdown(benchmarks)] if benchmarks else [])]) + "\n").encode())
         path = differences = run_dir / CHANGES
         replace(path, json.dumps([vars(each) for each in changes], indent=1).encode())

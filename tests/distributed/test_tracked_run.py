@@ -25,7 +25,7 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity, digest
 from cfvlm_ds.data.picture_index import PictureTable
 
-ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json"}
+ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json", "before_after.json"}
 ARTIFACTS |= {"learning_curves.png", "scores-test.png"}
 
 

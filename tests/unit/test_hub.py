@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -16,10 +17,11 @@ import pytest
 from public_data import PUBLIC
 
 from cfvlm_ds.core.data_config import is_hub
-from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.data import open_groups, read_manifest
 from cfvlm_ds.data.containers import hub
 from cfvlm_ds.data.containers.hub import fetched
+from cfvlm_ds.export.hub import push
 
 COMMIT = "a" * 40
 
@@ -29,7 +31,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
-        self.folder, self.asked = folder, list[str]()
+        self.folder, self.asked, self.pushed = folder, list[str](), dict[str, bytes]()
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -51,6 +53,24 @@ class Answers(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """The upload of small files: https://huggingface.co/docs/hub/api, and the client's own source."""
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            given = json.loads(content)
+            self.say({"url": f"http://{self.headers['Host']}/{given['organization']}/{given['name']}"})
+        elif self.path == "/api/validate-yaml":
+            self.say({"errors": [], "warnings": []})
+        elif self.path == "/api/models/me/tuned/preupload/main":
+            files = json.loads(content)["files"]
+            self.say({"files": [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]})
+        elif self.path == "/api/models/me/tuned/commit/main":
+            rows = [json.loads(line)["value"] for line in content.splitlines()]
+            self.server.pushed |= {row["path"]: base64.b64decode(row["content"]) for row in rows if "path" in row}
+            self.say({"commitUrl": f"http://{self.headers['Host']}/me/tuned/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            self.answer(b"", {"X-Error-Message": "no rights to this namespace"}, 403)
+
     def say(self, value: object) -> None:
         self.answer(json.dumps(value).encode(), {"Content-Type": "application/json"})
 
@@ -59,7 +79,7 @@ class Answers(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
@@ -136,3 +156,18 @@ def test_whoever_waits_shows_life(server: Hub, monkeypatch: pytest.MonkeyPatch) 
     assert fetched(ADDRESS, lambda: signs.append(1), said.append).name == "*.tar" and len(signs) > 1
     assert len(said) == 1 and said[0].startswith(f"fetching {ADDRESS} into ")
     assert fetched("a.jsonl") == Path("a.jsonl") and not is_hub("hf/a.jsonl")
+
+
+def test_an_export_is_pushed_file_by_file(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    (folder := tmp_path / "export").mkdir()
+    files = {"README.md": b"---\nlibrary_name: transformers\n---\n# tuned\n", "config.json": b"{}", "model.safetensors": bytes(range(256))}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    assert push(folder, "me/tuned").endswith("/me/tuned") and server.pushed == files
+    with pytest.raises(ConfigError, match=r"cannot be pushed to other/tuned .*no rights to this namespace.*log in with `hf auth login`"):
+        push(folder, "other/tuned")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ConfigError, match=r"cannot be pushed to me/tuned \(ConnectError"):
+        push(folder, "me/tuned")

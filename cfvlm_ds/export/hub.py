@@ -1,0 +1,26 @@
+"""Uploads of an export to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cfvlm_ds.core.errors import ConfigError
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload an export to a model repository, created as private if it does not exist; returns its address.
+
+    Raises ConfigError if the hub refuses it or cannot be reached. The export stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        address = HfApi().create_repo(repo, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of cfvlm-ds")
+    except Exception as error:  # from the network, the hub or the disk
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{folder} cannot be pushed to {repo} ({type(error).__name__}: {reason}); log in with `hf auth login`, and name a repository "
+            "that you may write to, such as USER/NAME"
+        ) from error
+    return str(address)
