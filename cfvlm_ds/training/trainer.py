@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,11 +73,15 @@ class Trainer:
         self._retention = Retention(config, state, data.identities, world.say)
         self.evaluator = Evaluator(config, world, engine, collator, data.splits, data.benchmarks, self._stop, num_workers)
 
-    def run(self, tracker: Any) -> None:
-        """Train to the end, evaluate and export. Raises SystemExit with ``EXIT_STOPPED`` if the ranks agree to stop."""
+    @cached_property
+    def baseline(self) -> Baseline:
+        """The accuracies before the first step."""
         record, trained = self.state.record or {}, self._sampler.groups_in(self.total_steps)
         dtype = self._engine.module.model.dtype
-        self.baseline = Baseline(self._config, self._data.splits, self._data.identities, record.get("model"), dtype, trained, self._world)
+        return Baseline(self._config, self._data.splits, self._data.identities, record.get("model"), dtype, trained, self._world)
+
+    def run(self, tracker: Any) -> None:
+        """Train to the end, evaluate and export. Raises SystemExit with ``EXIT_STOPPED`` if the ranks agree to stop."""
         try:
             with together():
                 if stopped := self._train(tracker):

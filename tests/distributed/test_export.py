@@ -261,7 +261,7 @@ def test_index_and_the_source_s_other_files(checkpoints: dict[str, Path], source
     total = sum(sizes[dtype] * torch.Size(shape).numel() for _, shape, dtype in headers(source).values())
     assert index["metadata"] == {"total_parameters": 5, "total_size": total}
     assert torch.equal(load_file(out / "model-00002-of-00003.safetensors")[EXTRA], torch.arange(7))
-    left = {"optimizer.pt", "training_args.bin", "trainer_state.json", "pytorch_model.bin.index.json"}
+    left = {"optimizer.pt", "training_args.bin", "trainer_state.json", "pytorch_model.bin.index.json", "README.md"}
     assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()} - left
     for path in source.glob("*"):
         if path.name not in left and path.suffix != ".safetensors" and "index" not in path.name:

@@ -159,7 +159,7 @@ def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Pat
     lp = {name: [row["logp/lp_00"] for row in metrics(tmp_path / name) if "logp/lp_00" in row] for name in ("without", "with")}
     assert min(lp["without"]) < lp["without"][0] - 0.01 and min(lp["with"]) > lp["with"][0] - 0.01, lp
     assert "warning: likelihood displacement: the factual log-likelihood fell" in without and "objective.align.weight" in without
-    assert "displacement" not in held
+    assert "likelihood displacement" not in held
     for name, said in (("without", without), ("with", held)):
         rows = [row for row in metrics(tmp_path / name) if "eval/kept/nll" in row]
         assert [row["step"] for row in rows] == [0, 12], "without being asked for an evaluation before the first step"

@@ -537,6 +537,7 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     ended._world, ended._pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
     ended._config = parse_config(["--train.output_dir", str(run_dir), "--train.figures", "false"], OBJECTIVES)
     ended._retention = SimpleNamespace(evaluated=lambda *_: {})
+    ended.baseline = SimpleNamespace(compare=lambda _: [])
     ended._data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}), run_dir
     return ended, said
 

@@ -450,12 +450,12 @@ def test_ranks_run_as_many_forwards_of_a_budget(
     monkeypatch.setattr(scoring, "gather_objects", gather)
 
     def on_ranks(shown: list[CounterfactualGroup]) -> tuple[list[list[int]], list[Any]]:
-        calls, found = [[], []], [None, None]
+        calls, found, scorers = [[], []], [None, None], [scorer, copy.deepcopy(scorer)]  # a forward hooks into its model
 
         def work(rank: int) -> None:
             try:
                 world = World(rank, ranks, rank, torch.device("cpu"))
-                found[rank] = score_groups(counting(scorer, calls[rank]), collator, shown, world, 2, max_tokens=45, shuffled=True)
+                found[rank] = score_groups(counting(scorers[rank], calls[rank]), collator, shown, world, 2, max_tokens=45, shuffled=True)
             except DataError as error:
                 found[rank] = error
 
