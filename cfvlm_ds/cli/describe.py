@@ -13,6 +13,7 @@ from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.ranks import num_ranks
+from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import quoted
 
 SomePictures = Annotated[list[str], ("nargs", "*"), ("metavar", "PICTURE")]
@@ -38,7 +39,7 @@ def _describe(
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
-        picture: image files.
+        picture: image files, before the options.
         prompt: question or instruction.
         choices: texts to compare instead of writing one, by their log-likelihood as answers to the prompt.
         max_new_tokens: length of what is written, at most.
@@ -46,7 +47,11 @@ def _describe(
     if num_ranks() > 1:
         raise ConfigError(f"describe is for one process, and {num_ranks()} were started; start one")
     if missing := [each for each in picture if not Path(each).is_file()]:
-        raise ConfigError(f"{missing[0]} is not there; name image files")
+        raise ConfigError(f"{missing[0]} is not a file; name image files")
+    if choices and (misplaced := [each for each in choices if Path(each).is_file()]):
+        raise ConfigError(f"{misplaced[0]}, after --choices, is a file and no text; write pictures before the options")
+    if choices and len(set(choices)) < len(choices):
+        raise ConfigError("--choices has one text twice; give different texts")
     from cfvlm_ds.demo.tiny_llava import is_random
     from cfvlm_ds.evaluation.generation import write
 
@@ -54,6 +59,7 @@ def _describe(
     scorer, collator, world = load_scorer(config, adapter, max_pixels=DataConfig().max_pixels)
     if is_random(Path(config.name_or_path)):
         say(f"note: {config.name_or_path} is a small model with random weights; its texts mean nothing")
+    failed = 0
     for path in picture or _typed():
         try:
             answer = (
@@ -62,10 +68,12 @@ def _describe(
                 else write(scorer.model, collator, world.device, (Path(path),), prompt, max_new_tokens, do_sample=False)
             )
         except DataError as error:
-            if picture:
-                raise
-            answer = str(error)
-        print(f"{path}\n{answer}\n", flush=True)
+            failed += 1
+            print_line(f"error: {path}: {error}", error=True)
+        else:
+            print(f"{path}\n{answer}\n", flush=True)
+    if failed and not (sys.stdin and sys.stdin.isatty() and not picture):
+        raise DataError(f"{failed} pictures could not be described, as reported above")
 
 
 def _typed() -> Iterator[str]:
@@ -75,6 +83,8 @@ def _typed() -> Iterator[str]:
 
 
 def _line() -> str:
+    if sys.stdin is None:  # closed
+        return ""
     if sys.stdin.isatty():
         print("picture (an empty line ends): ", end="", flush=True)
     return sys.stdin.readline().strip()
@@ -87,7 +97,7 @@ def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: 
 
     texts = tuple(Candidate(prompt, text) for text in choices)
     group = CounterfactualGroup(str(picture), ((picture,),), texts, ((1, *(None for _ in choices[1:])),))
-    (scores,) = score_groups(scorer, collator, [group], world, label="")
+    (scores,) = score_groups(scorer, collator, [group], world, label="choices")
     rows = sorted(zip(scores.logp[0].tolist(), scores.blank.tolist(), choices, strict=True), reverse=True)
     lines = [f"{'nats':>9} {'behind':>9} {'blank':>9} {'gain':>9}  text"]
     lines += [f"{seen:9.2f} {rows[0][0] - seen:9.2f} {blank:9.2f} {seen - blank:9.2f}  {quoted(text)}" for seen, blank, text in rows]

@@ -236,11 +236,15 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None) -> No
     from cfvlm_ds.evaluation.before_after import is_results
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 
+    if repeated := next((name for at, name in enumerate(after) if name in (before, *after[:at])), None):
+        raise ConfigError(f"{repeated} is given twice; name each result once")
     of_sets = {name: is_results(Path(name)) for name in (before, *after)}
     if len(set(of_sets.values())) > 1:
         sets, benchmarks = (next(name for name, found in of_sets.items() if found == kind) for kind in (True, False))
         raise ConfigError(f"{sets} has accuracies of sets, and {benchmarks} is a folder of benchmarks; compare results of one kind")
     if of_sets[before]:
+        if draws is not None:
+            raise ConfigError("--draws is for benchmarks, and accuracies of sets have intervals without it; leave it out")
         print(compare_sets(Path(before), [Path(name) for name in after], say))
         return
     for name in after:

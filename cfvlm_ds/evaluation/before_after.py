@@ -11,7 +11,7 @@ from pathlib import Path
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, headline_metric
+from cfvlm_ds.evaluation.metrics import CHANCE, HEADLINES, Accuracy
 
 FEWEST_GROUPS = 30
 """Groups below which a difference has no interval: the normal approximation would be too narrow."""
@@ -27,8 +27,8 @@ class Change:
     """A row of the table: an edit type of a set, or the mean over edit types (``edit`` is "all"). Accuracies are in %.
 
     ``language`` is the accuracy of ``pair`` after the training with a blank image, None without such comparisons. ``half_width`` is half
-    of the 95 % interval of ``after - before``, None below ``FEWEST_GROUPS`` groups. ``groups`` counts the groups measured before and after,
-    ``of`` those with a comparison of this row in either.
+    of the 95 % interval of ``after - before``, None below ``FEWEST_GROUPS`` groups and where no group changed. ``groups`` counts the groups
+    measured before and after, ``of`` those with a comparison of this row in either.
     """
 
     set: str
@@ -44,41 +44,50 @@ class Change:
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return a row for each edit type and last one for their mean; none without a group that was measured before and after.
+    """Return a row for each edit type and last one for their mean; none without a comparison made before and after.
 
-    Groups are matched by id, texts and truth table. An accuracy is the ratio of two sums over groups, comparisons won and made, and the
-    mean row averages such ratios. The interval is 1.96 standard errors of the difference, by the delta method with groups as independent
-    units.
+    Groups are matched by id and content (``content_hash``). The metric is the first of ``HEADLINES`` that both have for one. An accuracy is
+    the ratio of two sums over groups, comparisons won and made, and the mean row averages such ratios. The interval is 1.96 standard
+    errors of the difference, by the delta method with groups as independent units.
     """
-    metric = headline_metric(after)
-    if metric is None or metric != headline_metric(before):
+    if not before or not after:
         return []
-    was, now = ({(group, texts): won for group, texts, won in rows[-1].by_group} for rows in (before, after))
+    was, now = ({(group, content): won for group, content, won in rows[-1].by_group} for rows in (before, after))
+    for metric in HEADLINES:
+        old, new = ({key: won[metric] for key, won in side.items() if metric in won} for side in (was, now))
+        if shared := [key for key in new if key in old]:
+            break
+    else:
+        return []
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, made
-    for key in was.keys() & now.keys():
-        for edit, (won, made) in now[key].items():
-            pairs[edit][key] = was[key][edit][0], won, made
+    for key in shared:
+        for edit, (won, made) in new[key].items():
+            pairs[edit][key] = old[key][edit][0], won, made
     changes, mean = list[Change](), defaultdict[tuple[str, int], float](float)
     language = {row.name: row.blind.get("pair") for row in after}
     for edit, of_group in sorted(pairs.items()):
         first, last, made = (sum(column) for column in zip(*of_group.values(), strict=True))
-        influences = {key: 100 * (b - a - (last - first) / made * n) / made for key, (a, b, n) in of_group.items()}
-        for key, value in influences.items():
+        n = len(of_group)
+        errors = {key: 100 * (b - a - (last - first) / made * k) / made * _correction(n) for key, (a, b, k) in of_group.items()}
+        for key, value in errors.items():
             mean[key] += value / len(pairs)
-        of = len({key for rows in (was, now) for key, won in rows.items() if edit in won})
-        values = metric, CHANCE[metric], language.get(edit), 100 * first / made, 100 * last / made, _half_width(influences.values())
-        changes.append(Change(name, edit, len(of_group), of, *values))
-    if changes:
-        first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))
-        values = metric, CHANCE[metric], after[-1].blind.get("pair"), first, last, _half_width(mean.values())
-        changes.append(Change(name, "all", len(mean), len(was.keys() | now.keys()), *values))
-    return changes
+        of = len({key for side in (old, new) for key, won in side.items() if edit in won})
+        values = metric, CHANCE[metric], language.get(edit), 100 * first / made, 100 * last / made, _half_width(errors.values())
+        changes.append(Change(name, edit, n, of, *values))
+    first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))
+    values = metric, CHANCE[metric], after[-1].blind.get("pair"), first, last, _half_width(mean.values())
+    return [*changes, Change(name, "all", len(mean), len(old.keys() | new.keys()), *values)]
 
 
-def _half_width(influences: Iterable[float]) -> float | None:
-    values = list(influences)
-    n = len(values)
-    return 1.96 * math.sqrt(n / (n - 1) * sum(value**2 for value in values)) if n >= FEWEST_GROUPS else None
+def _correction(n: int) -> float:
+    """Return the factor of a standard error that is estimated from ``n`` groups; one group has none."""
+    return math.sqrt(n / (n - 1)) if n > 1 else math.nan
+
+
+def _half_width(errors: Iterable[float]) -> float | None:
+    values = list(errors)
+    width = 1.96 * math.sqrt(sum(value**2 for value in values))
+    return width if len(values) >= FEWEST_GROUPS and width > 0 else None
 
 
 def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after"), plain: Callable[[str], str] = in_cell) -> str:
@@ -96,8 +105,10 @@ def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before",
         )
     notes = [_MEANINGS[metric] for metric in dict.fromkeys(each.metric for each in changes)]
     if any(each.language is not None for each in changes):
-        notes.append(f"language alone: accuracy of `pair` ({names[1]}) with a blank image, where only the texts tell; 50 is chance")
-    notes.append(f"difference: paired by group, ± 1.96 standard errors; none below {FEWEST_GROUPS} groups")
+        notes.append(
+            f"language alone: accuracy of `pair` ({in_cell(names[1])}) with a blank image, where only the texts tell; 50 is chance"
+        )
+    notes.append(f"difference: paired by group, ± 1.96 standard errors; none below {FEWEST_GROUPS} groups, or where nothing changed")
     for each in changes:
         if each.edit == "all" and each.groups < each.of:
             notes.append(f"{each.set}: {each.groups} of {each.of} groups were measured both times")
@@ -105,8 +116,13 @@ def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before",
 
 
 def is_results(path: Path) -> bool:
-    """Return whether a path is a run folder or a file of accuracies, and not a folder of benchmarks."""
-    return path.is_file() or (path / "config.yaml").is_file()
+    """Return True for a run folder or a file of accuracies, False for a folder of benchmarks. Raises ConfigError for anything else."""
+    if path.is_file() or (path / "config.yaml").is_file():
+        return True
+    if not any(path.glob("*/*/results.json")):
+        what = "a run folder, a file of `cfvlm-ds evaluate --out`, or a folder of `cfvlm-ds evaluate --benchmarks`"
+        raise ConfigError(f"{path} holds no results; name {what}")
+    return False
 
 
 def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
@@ -128,9 +144,12 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
     Raises DataError for a file without accuracies, ConfigError where two results have no group in common.
     """
     first, others = read_accuracies(before), {str(path): read_accuracies(path) for path in after}
+    for label, results in others.items():
+        if len(first) == len(results) == 1:  # one set, whatever a run or a file calls it
+            others[label] = {next(iter(first)): next(iter(results.values()))}
     tables = []
     if len(others) > 1:
-        shared = [name for name in first if all(name in results for results in others.values())]
+        shared = [name for name in first if all(results.get(name) for results in others.values())]
         others[f"mean of {len(others)}"] = {name: mean_accuracies([results[name] for results in others.values()]) for name in shared}
     for label, results in others.items():
         for path, one, other in ((before, first, results), (label, results, first)):
@@ -138,10 +157,13 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
                 say(f"only in {path}, and not compared: {', '.join(unmatched)}")
         by_set = {name: compare_accuracies(name, rows, results[name]) for name, rows in first.items() if name in results}
         if without := [name for name, changes in by_set.items() if not changes]:
-            say(f"not compared: {', '.join(without)}, without a comparison of a group that {before} and {label} both have")
+            say(f"not compared: {', '.join(without)}, without a group of one content in {before} and {label}")
         changes = [change for of_set in by_set.values() for change in of_set]
         if not changes:
-            raise ConfigError(f"{before} ({', '.join(first)}) and {label} ({', '.join(results)}) have no compared group in common")
+            raise ConfigError(
+                f"{before} ({', '.join(first)}) and {label} ({', '.join(results)}) have no group in common, by id, texts, truth table, "
+                "edits and names of pictures; compare results of the same sets, evaluated by this version"
+            )
         tables.append(changes_table(changes, (str(before), label)))
     note = ["The interval of a mean covers the choice of groups, not that of seeds."] * (len(after) > 1)
     return "\n\n".join([*tables, *note])
@@ -149,16 +171,22 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
 
 def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
     """Return the mean over runs of what ``compare_accuracies`` reads, of the groups that all runs have."""
-    tables = [{(group, texts): won for group, texts, won in rows[-1].by_group} for rows in runs]
+    tables = [{(group, content): won for group, content, won in rows[-1].by_group} for rows in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
 
-    def mean(edit: str, key: tuple[str, int]) -> list[float]:
-        return [sum(table[key][edit][0] for table in tables) / len(tables), tables[0][key][edit][1]]
+    def mean(key: tuple[str, int], metric: str, edit: str) -> list[float]:
+        return [sum(table[key][metric][edit][0] for table in tables) / len(tables), tables[0][key][metric][edit][1]]
 
     def blind(name: str) -> dict[str, float]:
         found: list[Mapping[str, float]] = [row.blind for rows in runs for row in rows if row.name == name]
         return {"pair": sum(each["pair"] for each in found) / len(found)} if found and all("pair" in each for each in found) else {}
 
     rows = [replace(row, blind=blind(row.name)) for row in runs[0]]
-    rows[-1] = replace(rows[-1], by_group=[[*key, {edit: mean(edit, key) for edit in tables[0][key]}] for key in shared])
+    rows[-1] = replace(
+        rows[-1],
+        by_group=[
+            [*key, {metric: {edit: mean(key, metric, edit) for edit in edits} for metric, edits in tables[0][key].items()}]
+            for key in shared
+        ],
+    )
     return rows

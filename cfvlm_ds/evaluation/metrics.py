@@ -69,7 +69,7 @@ class Accuracy:
 
     ``losses`` of the mean row are the terms of the training loss on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative
     log-likelihood of its true texts on their images, in nats per token, end-of-turn included. ``by_group`` of the mean row has a group's
-    id, the hash of its texts and truth table, and by edit type its comparisons won and made, of the headline metric.
+    id, its ``content_hash``, and by metric of ``HEADLINES`` and edit type its comparisons won and made.
     """
 
     name: str
@@ -92,12 +92,12 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
     num = Counter[str]()
     covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)
     unused: dict[str, list[str]] = {metric: [] for metric in covered}
-    won: dict[str, list[list[Any]]] = {metric: [] for metric in HEADLINES}
+    by_group: list[list[Any]] = []
     for group, score in zip(groups, scores, strict=True):
         measured = defaultdict[str, set[str]](set)
-        of_group: dict[str, dict[str, list[float]]] = {metric: {} for metric in HEADLINES}
+        of_group = defaultdict[str, dict[str, list[float]]](dict)
         for labels, points in _outcomes(group, score):
-            for metric, label in itertools.product(points.keys() & of_group.keys(), labels):
+            for metric, label in itertools.product(points.keys() & set(HEADLINES), labels):
                 pair = of_group[metric].setdefault(label, [0.0, 0])
                 pair[0], pair[1] = pair[0] + points[metric], pair[1] + 1
             for label in (_ALL, *labels):
@@ -105,9 +105,8 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
                 counts[label].update(points.keys())
                 measured[label] |= points.keys()
         num.update(measured.keys())
-        for metric, by_label in of_group.items():
-            if by_label:
-                won[metric].append([group.id, _content_hash(group), by_label])
+        if of_group:
+            by_group.append([group.id, content_hash(group), dict(of_group)])
         for label, metrics in measured.items():
             used[label].update(metrics)
         for metric in set(covered) - measured[_ALL]:
@@ -137,7 +136,7 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
                 of_groups,
                 {name: some for name, some in unused.items() if some},
                 mean=True,
-                by_group=next(filter(None, won.values()), []),
+                by_group=by_group,
             )
         )
     return rows
@@ -148,9 +147,11 @@ def headline_metric(rows: Sequence[Accuracy]) -> str | None:
     return next((metric for metric in HEADLINES if rows and metric in rows[-1].metrics), None)
 
 
-def _content_hash(group: CounterfactualGroup) -> int:
-    """Hash a group's texts, prompts and truth table."""
-    return hashed(json.dumps([[[repr(each.prompt), each.text] for each in group.candidates], group.match]))
+def content_hash(group: CounterfactualGroup) -> int:
+    """Hash a group's texts, prompts, truth table, edits and the names of its picture files."""
+    texts = [[repr(each.prompt), each.text] for each in group.candidates]
+    names = [[picture.name for picture in pictures] for pictures in group.images]
+    return hashed(json.dumps([texts, group.match, [[each.type, each.image, each.text] for each in group.edits], names]))
 
 
 _ALL = ""

@@ -5,6 +5,7 @@ The run folder holds them, and a cache by model, precision and set, so that a se
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -22,11 +23,14 @@ from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.identity import Identity, changes, digest
 from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.evaluation.before_after import Change, compare_accuracies
+from cfvlm_ds.evaluation.metrics import content_hash
 from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 FOLDER = "baseline"
 FEWEST = 100
 """Groups of each set that are always evaluated, however short the training is."""
+_FORM = 1
+"""Form of the files in the cache; a file of another form is not found."""
 _SHARE = 0.15
 """Groups scored per group trained: a training group takes three forwards, a scored one up to two, so that the baseline takes a tenth."""
 
@@ -65,18 +69,21 @@ class Baseline:
         for name in wanted:
             if len(places[name]) < len(self._splits[name]):
                 say(
-                    f"before the first step: {len(places[name])} of {len(self._splits[name])} groups of {name}, drawn to take at most a "
-                    "tenth of the training's time (train.eval_on_start true takes all, false none)"
+                    f"before the first step: {len(places[name])} of {len(self._splits[name])} groups of {name} are drawn, for a tenth of "
+                    f"the training's time or {FEWEST} groups (train.eval_on_start true takes all, false none)"
                 )
         cached = run_on_rank0(self._world, lambda: self._from_cache(places))
         if cached:
             say(f"before the first step: accuracies of {', '.join(cached)} are those of an earlier run from this model")
-        results, _ = evaluator({name: _part(self._splits[name], places[name]) for name in wanted if name not in cached})
-        if self._world.is_main:
-            for name, rows in results.items():
-                self._keep(name, rows, len(places[name]))
-            results |= {name: self._read(name) for name in cached}
-        return {name: results[name] for name in wanted if name in results and len(places[name]) == len(self._splits[name])}
+        results: dict[str, list[Accuracy]] = {}
+        for name in wanted:
+            if name not in cached:
+                results |= evaluator({name: _part(self._splits[name], places[name])})[0]
+                if self._world.is_main:
+                    self._keep(name, results[name], len(places[name]))
+            elif self._world.is_main:
+                results[name] = self._read(self._file(name))
+        return {name: rows for name, rows in results.items() if len(places[name]) == len(self._splits[name])}
 
     def forget(self) -> None:
         """Remove the baseline of an earlier run in the folder (rank 0)."""
@@ -84,7 +91,7 @@ class Baseline:
 
     def compare(self, results: Mapping[str, Sequence[Accuracy]]) -> list[Change]:
         """Compare the accuracies of sets with the baseline (rank 0); a set without one, or with other contents since, has no rows."""
-        return [change for name, rows in results.items() for change in compare_accuracies(name, self._read(name), rows)]
+        return [change for name, rows in results.items() for change in compare_accuracies(name, self._of_run(name), rows)]
 
     def _drawn(self, name: str) -> Sequence[int]:
         """Return the places of the groups of a set that are evaluated."""
@@ -95,30 +102,47 @@ class Baseline:
         return sorted(random.Random(0).sample(range(size), most))
 
     def _from_cache(self, places: Mapping[str, Sequence[int]]) -> list[str]:
-        """Copy what the cache holds into the run folder, and return the sets."""
+        """Copy the sets that the cache holds into the run folder, and return their names."""
         self.forget()
         if places:
             self._folder.mkdir(parents=True, exist_ok=True)
         found = []
         for name, of_set in places.items():
-            cached = self._cached(name, len(of_set))
-            if cached is not None and cached.is_file() and name not in (self._config.train.retention or ()):
-                replace(self._file(name), cached.read_bytes())
+            file = self._cached(name, len(of_set))
+            if file is None or name in (self._config.train.retention or ()) or not (rows := self._read(file)):
+                continue
+            groups = (self._splits[name][place] for place in of_set)
+            now = {(group.id, content_hash(group)) for group in groups}
+            if all((group, content) in now for group, content, _ in rows[-1].by_group):  # labels of edits are outside the set's identity
+                replace(self._file(name), file.read_bytes())
                 found.append(name)
         return found
 
     def _keep(self, name: str, rows: Sequence[Accuracy], count: int) -> None:
-        text = json.dumps({"data": self._identities[name], "rows": [vars(row) for row in rows]})
-        if write_if_possible(self._file(name), text, self._world.say) and (cached := self._cached(name, count)) is not None:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            write_if_possible(cached, text, self._world.say)
+        """Write the accuracies of a set, without losses, which depend on the objective of a run."""
+        plain = [vars(row) | {"losses": {}, "nll": None} for row in rows]
+        text = json.dumps({"data": self._identities[name], "rows": plain})
+        write_if_possible(self._file(name), text, self._world.say)
+        if (file := self._cached(name, count)) is not None:
+            with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+                file.parent.mkdir(parents=True, exist_ok=True)
+                replace(file, text.encode(), shared=True)
 
-    def _read(self, name: str) -> list[Accuracy]:
-        """Return the baseline of a set; nothing if the set has other contents since."""
+    def _of_run(self, name: str) -> list[Accuracy]:
+        """Return the run's baseline of a set; nothing if the set has other contents since."""
         file = self._file(name)
-        if not file.is_file() or changes((kept := read_json(file))["data"], self._identities[name], of_scores=True):
+        rows = self._read(file)
+        return [] if rows and changes(read_json(file)["data"], self._identities[name], of_scores=True) else rows
+
+    def _read(self, file: Path) -> list[Accuracy]:
+        """Read a file of ``_keep``; nothing, with a warning, if it is damaged."""
+        if not file.is_file():
             return []
-        return [Accuracy(**row) for row in kept["rows"]]
+        try:
+            return [Accuracy(**row) for row in read_json(file)["rows"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._world.say(f"warning: {file} cannot be read ({type(error).__name__}), and is not used")
+            return []
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.json"
@@ -127,7 +151,7 @@ class Baseline:
         if self._model is None or self._identities[name]["pictures"] is None:
             return None
         model = self._config.model
-        limits = f"{model.min_pixels} {model.max_pixels} {model.max_tiles} {model.lora.load_in_4bit} {self._dtype}"
+        limits = f"{_FORM} {model.min_pixels} {model.max_pixels} {model.max_tiles} {model.lora.load_in_4bit} {self._dtype}"
         return cache_folder() / FOLDER / f"{digest({**self._identities[name], **self._model, 'limits': limits, 'groups': count})}.json"
 
 

@@ -116,11 +116,9 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
     if not results:
         return "\n".join([*lines, _NO_SETS])
     if missing := [name for name in results if not any(each.set == name for each in changes)]:
-        reason = (
-            "no comparison, no finite scores before the first step, or other contents since"
-            if config.train.eval_on_start
-            else "train.eval_on_start is false"
-        )
+        reason = "not evaluated before the first step with these contents, or without a comparison"
+        if not config.train.eval_on_start:
+            reason = "train.eval_on_start is false"
         lines += [f"Not compared with the model before the training: {', '.join(missing)} ({reason}).", ""]
     return "\n".join([*lines, changes_table(changes) if changes else table(results)])
 

@@ -776,11 +776,13 @@ def test_describe_writes_and_prefers_as_the_library_does(
 
     (broken := tmp_path / "broken.png").write_bytes(b"no picture")
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{broken}\n{picture}\n\nnever read\n"))
-    main(["describe", str(model_dir), "--max_new_tokens", "3"])
-    printed = capsys.readouterr().out
-    assert "is a small model with random weights" in printed and f"\n{picture}\n" in printed and "never read" not in printed
-    assert printed.index(str(broken)) < printed.index(str(picture)), "a picture that cannot be read does not end the session"
-    assert f"{tmp_path / 'none.png'} is not there" in refused(capsys, "describe", model_dir, picture, tmp_path / "none.png")
+    with pytest.raises(SystemExit):
+        main(["describe", str(model_dir), "--max_new_tokens", "3"])
+    printed = capsys.readouterr()
+    assert "is a small model with random weights" in printed.out and f"\n{picture}\n" in printed.out and "never read" not in printed.out
+    assert f"error: {broken}: " in printed.err and "error: 1 pictures could not be described" in printed.err, "the others were"
+    assert f"{tmp_path / 'none.png'} is not a file" in refused(capsys, "describe", model_dir, picture, tmp_path / "none.png")
+    assert "is a file and no text" in refused(capsys, "describe", model_dir, "--choices", "a dog", picture)
 
 
 def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: dict[str, Path]) -> None:

@@ -165,9 +165,9 @@ def test_the_table_before_and_after_a_training(
     assert [row["step"] for row in logged] == [0, 6] and logged[0]["eval/test/pair"] != logged[1]["eval/test/pair"]
     assert rows[plain] == [] and not (plain / "baseline").exists()
     assert "Not compared with the model before the training: test (train.eval_on_start is false)" in (plain / "results.md").read_text()
-    assert "100 of 110 groups of many, drawn to take at most a tenth" in said[3]
+    assert "100 of 110 groups of many are drawn, for a tenth" in said[3]
     (whole,) = (row for row in rows[drawn] if row["set"] == "many" and row["edit"] == "all")
-    assert 0 < whole["groups"] < whole["of"] < 110 and whole["half_width"] is not None
+    assert 0 < whole["groups"] < whole["of"] < 110
     text = (drawn / "results.md").read_text()
     main(["compare", str(still), str(moved), str(moved / "results.json")])
     tables = capsys.readouterr().out.split("| set | edit | groups | metric | chance | language alone |")[1:]
@@ -175,7 +175,7 @@ def test_the_table_before_and_after_a_training(
     assert len(tables) == 3 and all(change in table for table in tables for change in changed.values()), "their mean is what both are"
     with pytest.raises(SystemExit):
         main(["compare", str(still), str(tmp_path / "said-still")])
-    assert "said-still is a folder of benchmarks; compare results of one kind" in capsys.readouterr().err
+    assert "said-still holds no results; name a run folder" in capsys.readouterr().err
     card = _results(json.loads((moved / "results.json").read_text()), rows[moved], True)
     assert any(f"`all` | {rows[moved][-1]['groups']} | group " in line and changed["all"] in line for line in card)
     assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")

@@ -26,9 +26,8 @@ def test_every_option_says_what_its_change_means() -> None:
     declared = option_changes.ON_RESUME
     undeclared = [name for name, kind in declared.items() if kind is None]
     assert not undeclared, (
-        f"{', '.join(undeclared)}: say in cfvlm_ds/core/config.py what its change means for a run, as `NAME: T = meaning(DEFAULT)` "
-        "(it decides what is trained: compared on a resume), fixed(DEFAULT) (so it does, and no checkpoint of another value can be "
-        "continued), speed(DEFAULT) (the same is trained, faster or in less memory) or bookkeeping(DEFAULT) (names, records, checks, stops)"
+        f"{', '.join(undeclared)}: declare in cfvlm_ds/core/config.py what a resume does if it changed, as `NAME: T = option(DEFAULT, "
+        'on_resume=...)`; cfvlm_ds/core/options.py says what "confirm", "refuse", "free" and "ignored" mean'
     )
     assert declared["model.vision_tower.tuning"] == "refuse" and declared["train.learning_rate"] == "confirm" and len(declared) > 60
 

@@ -245,6 +245,15 @@ def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap() -
     for edit, values in drawn.items():
         assert rows[edit].half_width == pytest.approx(1.96 * statistics.stdev(values), rel=0.06), edit
     assert rows["all"].half_width < rows["colour"].half_width and {row.groups for row in rows.values()} != {300}
+    few = [replace(group(Edit(f"edit {n // 4}", 1, 1)), id=f"g{n}") for n in range(36)]  # nine edit types of four groups
+    inside = 0
+    for _ in range(200):
+        before, after = ([wins if draw.random() < 0.5 else loses for _ in few] for _ in range(2))
+        row = compare_accuracies("iid", accuracies(few, before), accuracies(few, after))[-1]
+        inside += abs(row.after - row.before) <= (row.half_width or 0.0)
+    assert 180 <= inside <= 200, "90 to 100 % of intervals hold the true difference, 0"
+    lone = [replace(group(Edit(f"edit {n}", 1, 1)), id=f"g{n}") for n in range(36)]
+    assert compare_accuracies("iid", accuracies(lone, before), accuracies(lone, after))[-1].half_width is None, "no spread within a type"
     text = changes_table(list(rows.values()))
     assert text.count(" ± ") == 4 and f"| iid | colour | {rows['colour'].groups} | group | 16.7 | 50.0 | " in text
 
