@@ -236,7 +236,7 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None) -> No
     from cfvlm_ds.evaluation.before_after import is_results
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 
-    if repeated := next((name for at, name in enumerate(after) if name in (before, *after[:at])), None):
+    if repeated := next((name for at, name in enumerate(after) if name in after[:at]), None):
         raise ConfigError(f"{repeated} is given twice; name each result once")
     of_sets = {name: is_results(Path(name)) for name in (before, *after)}
     if len(set(of_sets.values())) > 1:
