@@ -154,7 +154,8 @@ def test_a_rank_trains_and_holds_its_part(
     card, host = found["planned"]
     weights = 2 * (sum(own for _, _, own in parameters) + sum(found["copies"]))
     if "offload_param" in zero and zero["offload_param"]["device"] == "cpu":
-        assert card == found["gathered"] and 0 <= host - GPUS_PER_NODE * (weights + 20 * parts) < 0.5 * host
+        padding = GPUS_PER_NODE * 22 * len(parameters)  # less than an element of each parameter and rank, which the plan does not count
+        assert card == found["gathered"] and -padding < host - GPUS_PER_NODE * (weights + 20 * parts) < 0.5 * host
     elif "qlora" not in recipe.stem:  # whose frozen weights are packed
         rounding = (18 + 2 * ranks // node * (node > 1)) * len(parameters)
         rounding += 2 * sum(trained.values()) // ranks if zero["stage"] == 2 else 0  # half-precision gradients, which the buckets hold
