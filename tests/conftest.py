@@ -295,6 +295,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     flash.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
 
     def varlen_attn(*arguments: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:
         assert enable_gqa == (arguments[0].shape[1] != arguments[1].shape[1])

@@ -150,7 +150,8 @@ def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: C
 def lock(handle: int, path: Path) -> bool:
     """Lock an open file until it is closed. Returns False if another process holds the lock.
 
-    A file system without locks locks nothing, which is reported once.
+    A file system without locks locks nothing, which is reported once. The package filelock makes the same call, on a file beside the one
+    that is written, and raises where a file system has no locks (ENOLCK, ENOTSUP).
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

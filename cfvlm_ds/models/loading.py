@@ -32,7 +32,7 @@ from cfvlm_ds.models.family import MODULES, Family, Module
 from cfvlm_ds.models.forest_attention import BACKENDS, by_segments, registered
 from cfvlm_ds.models.model_files import check_files, explained
 from cfvlm_ds.models.scorer import Scorer
-from cfvlm_ds.models.variable_length import fastest, has_varlen, takes
+from cfvlm_ds.models.variable_length import fastest, flash_attention, has_varlen, takes
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
@@ -237,14 +237,12 @@ def attention(requested: str, model_config: PreTrainedConfig | None = None, dtyp
 
     Raises ConfigError if this machine or this model does not support the requested one.
     """
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-
     heads = set[int]() if model_config is None else _heads(model_config.get_text_config())
     if requested == "auto":
         return fastest(dtype, heads, torch.cuda.is_available())
     if requested not in BACKENDS:
         raise ConfigError(f"model.attn_implementation {requested!r} is not known; use auto, {', '.join(BACKENDS)}")
-    if requested == "flash_attention_2" and not (is_flash_attn_2_available() or is_flash_attn_3_available()):
+    if requested == "flash_attention_2" and flash_attention() is None:
         raise ConfigError(
             "model.attn_implementation flash_attention_2 needs a CUDA device and the flash-attn package; "
             "install it with `pip install flash-attn --no-build-isolation` or use auto"

@@ -76,13 +76,10 @@ def _attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, forest: F
 
 
 def _flash(window: tuple[int, int], scale: float, *segments: Any) -> Any:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        from flash_attn_interface import flash_attn_varlen_func  # version 3 has the same signature
-
+    function = flash_attention()
+    assert function is not None
     reach = window if window[0] >= 0 else (-1, -1)
-    return flash_attn_varlen_func(*segments, softmax_scale=scale, causal=window[1] == 0, window_size=reach)
+    return function(*segments, softmax_scale=scale, causal=window[1] == 0, window_size=reach)
 
 
 def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
@@ -113,13 +110,42 @@ def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and all(head <= 256 and head % 8 == 0 for head in heads)
 
 
-def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
-    """Return the name of the first of KERNELS that is installed and supports these heads."""
+def flash_attention() -> Callable[..., Any] | None:
+    """Return ``flash_attn_varlen_func`` of flash-attn 2, flash-attn 3 or a kernel downloaded from the hub, in this order, else None."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+    if is_flash_attn_2_available():
+        from flash_attn import flash_attn_varlen_func
+    elif is_flash_attn_3_available():
+        from flash_attn_interface import flash_attn_varlen_func
+    else:
+        return _downloaded_kernel()
+    function: Callable[..., Any] = flash_attn_varlen_func
+    return function
+
+
+@functools.cache
+def _downloaded_kernel() -> Callable[..., Any] | None:
+    """Load flash-attn as built on the hub for this torch and CUDA. Nothing is downloaded: 512 ranks would, and compute nodes cannot."""
+    if importlib.util.find_spec("kernels") is None:
+        return None
+    from kernels import get_local_kernel, install_kernel
+    from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, FLASH_ATTN_KERNEL_VERSIONS
+
+    repository = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
+    try:
+        build = install_kernel(repository, version=FLASH_ATTN_KERNEL_VERSIONS[repository], local_files_only=True)
+    except (OSError, ValueError):  # not downloaded, or not built for this torch
+        return None
+    function: Callable[..., Any] = get_local_kernel(build.parent.parent).flash_attn_varlen_func
+    return function
+
+
+def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
+    """Return the name of the first of KERNELS that is installed and supports these heads."""
     if not on_gpu or not takes(dtype, heads):
         return "sdpa"
-    return "flash_attention_2" if is_flash_attn_2_available() or is_flash_attn_3_available() else "varlen" if has_varlen() else "sdpa"
+    return "flash_attention_2" if flash_attention() is not None else "varlen" if has_varlen() else "sdpa"
 
 
 def has_varlen() -> bool:

@@ -29,6 +29,7 @@ from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.stored import is_store
 from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
 from cfvlm_ds.models import attention, inputs_fingerprint
+from cfvlm_ds.models.variable_length import flash_attention
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import resume
@@ -128,7 +129,9 @@ def _run(config: RunConfig, world: World) -> None:
         importing = import_mlflow() if world.is_main and config.tracking.enabled else None
         ds_engine, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=start.data)
         model = ds_engine.module.model
-        world.say(f"attention: {attention(config.model.attn_implementation, model.config, model.dtype)}")
+        backend = attention(config.model.attn_implementation, model.config, model.dtype)
+        kernel = flash_attention() if backend == "flash_attention_2" else None
+        world.say(f"attention: {backend}" + (f" ({kernel.__module__})" if kernel else ""))
         num_workers = forkable(config.data.workers, importing)
         _checked(config, world, refuse_nonfinite, model, config.model.name_or_path)
         collator = _with_features(config, world, ds_engine, collator, data, pulse, num_workers)

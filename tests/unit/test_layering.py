@@ -286,7 +286,7 @@ ONLY_CUDA = {
     "models/chunked_logprobs.py _product": (1, RUN),
     "models/flops.py peak": (2, RUN),
     "models/loading.py attention": (2, RUN),
-    "models/variable_length.py _flash": (2, KERNEL),
+    "models/variable_length.py flash_attention": (2, KERNEL),
     "models/variable_length.py _varlen": (1, KERNEL),
     "models/variable_length.py has_varlen": (1, KERNEL),
     "training/batches.py micro_batches": (1, RUN),
