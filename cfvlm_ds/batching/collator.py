@@ -315,8 +315,8 @@ def _check_window(
             if (length := prompt_length(tree, text) + text.length) > window:
                 group = groups[cell // (shape[1] * shape[2])].id
                 raise DataError(
-                    f"group {group!r}: text {cell % shape[2]} makes a row of {length} tokens, the model's window is {window}; shorten the "
-                    "text or its prompt"
+                    f"group {group!r}: text {cell % shape[2]} needs a row of {length} tokens, more than the model's window of {window}; shorten "
+                    "the text or its prompt"
                 )
 
 
@@ -337,7 +337,7 @@ def load_collator(
     ):
         window = int(min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length))
     if window < 1:
-        raise ConfigError(f"the window of {model.name_or_path!r} is {window} tokens; compare its config.json and tokenizer_config.json")
+        raise ConfigError(f"the window of {model.name_or_path!r} is {window} tokens; check config.json and tokenizer_config.json")
     collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored, checked=checked)
     collator.prompts.check(model.name_or_path)
     return collator

@@ -148,7 +148,7 @@ class Prompts:
                 "repair the template"
             )
         if (shown := ids.count(placeholder_id(self.processor))) > num_pictures:
-            raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
+            raise DataError(f"{where}: a prompt or text contains {self.processor.image_token!r}, which stands for an image; reword it")
         if shown < num_pictures:
             raise DataError(f"{where}: the model's chat template shows {shown} of {num_pictures} pictures; move them to turns of the user")
         if self._vocabulary and (beyond := [i for i in ids if i >= self._vocabulary and i != placeholder_id(self.processor)]):
@@ -264,7 +264,7 @@ def _check_size(prompt: Prompt, text: str, num_pictures: int, window: int, where
     for what, length in (("", len(text)), (" in its prompt", sum(map(len, texts_of(prompt))))):
         if length > limit:
             raise DataError(
-                f"{where} has {length} characters{what}, and {limit} are the bound for the model's window of {window} tokens; shorten it"
+                f"{where} has {length} characters{what}; the limit for the model's window of {window} tokens is {limit}; shorten it"
             )
     if num_pictures > window:
         raise DataError(f"{where} has {num_pictures} pictures, more than the {window} tokens of the model's window; show fewer")

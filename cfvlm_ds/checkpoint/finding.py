@@ -61,7 +61,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
     if unusable and resume == "auto":
         more = f" ({len(unusable) - 1} more)" if len(unusable) > 1 else ""
         raise ConfigError(
-            f"{output_dir} holds checkpoints of which none can be continued from: {unusable[0]}{more}; restore one or give train.resume "
+            f"{output_dir} has no checkpoint that can be resumed: {unusable[0]}{more}; restore one or give train.resume "
             "the path of another, choose another train.output_dir, or set train.resume to restart to start at step 0 beside them"
         )
     return None

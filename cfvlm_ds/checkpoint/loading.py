@@ -58,7 +58,7 @@ def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, s
     """
     shards = Shards(source)
     if shards.trained != {name for group in shapes for name in group}:
-        raise ConfigError(f"{source} trained other weights than this run does; restore model.*.tuning or choose another output_dir")
+        raise ConfigError(f"{source} trained a different set of weights; restore model.*.tuning or choose another output_dir")
     for name, contents in shards.resharded(rank, ranks, shapes, sizes):
         with create(target / name) as handle:
             torch.save(contents, handle)

@@ -68,6 +68,6 @@ def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:
     """Raise ConfigError for a record of another version; ``what`` is its file or run."""
     if described.get("schema") != SCHEMA:
         raise ConfigError(
-            f"{what} was written by another version of cfvlm-ds, and this one cannot go on from it; use that version (environment.json in "
+            f"{what} was written by another version of cfvlm-ds and cannot be resumed by this one; use that version (environment.json in "
             "the run folder names it), or choose another train.output_dir"
         )

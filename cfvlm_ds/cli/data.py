@@ -101,7 +101,7 @@ def _prepare(
 
     folder, (shard, of) = Path(out), part.shard or (0, 1)
     if of is None:
-        raise ConfigError(f"--shard {shard}: say of how many, as I/N")
+        raise ConfigError(f"--shard {shard} lacks the number of shards; give it as I/N")
     options = PrepareOptions(pack, True, reading.max_pixels, on_error)
     path = local_path(manifest)
     state = source_state(path)
@@ -110,7 +110,7 @@ def _prepare(
     try:
         report, is_complete = prepare(groups, folder, stamp, options, print_line, shard=shard, of=of)
     except OSError as error:
-        raise StorageError(f"{unwritten(folder, error)}; make room, or correct --out: what is prepared is kept") from error
+        raise StorageError(f"{unwritten(folder, error)}; make room, or change --out; finished work is kept") from error
     if report.problems:
         print(report)
         if options.on_error == "error":
@@ -130,7 +130,7 @@ def _prepare_run(config: str, other_options: list[str]) -> None:
     from cfvlm_ds.training.run import prepare
 
     if other_options:
-        raise ConfigError(f"--config names all that is prepared, not with {', '.join(other_options)}; set them in {config}")
+        raise ConfigError(f"--config excludes {', '.join(other_options)}; set them in {config}")
     run = parse_config(["--config", config], OBJECTIVES)
     prepare(run, World(0, 1, 0, torch.device("cpu")))
     print(f"prepared the data of {config} in {run.train.output_dir}/prepared")

@@ -45,13 +45,13 @@ def _describe(
         max_new_tokens: length of what is written, at most.
     """
     if num_ranks() > 1:
-        raise ConfigError(f"describe is for one process, and {num_ranks()} were started; start one")
+        raise ConfigError(f"describe runs in one process, and {num_ranks()} were started; start one")
     if missing := [each for each in picture if not Path(each).is_file()]:
         raise ConfigError(f"{missing[0]} is not a file; name image files")
     if choices and (misplaced := [each for each in choices if Path(each).is_file()]):
-        raise ConfigError(f"{misplaced[0]}, after --choices, is a file and no text; write pictures before the options")
+        raise ConfigError(f"{misplaced[0]}, after --choices, is a file, not a text; write pictures before the options")
     if choices and len(set(choices)) < len(choices):
-        raise ConfigError("--choices has one text twice; give different texts")
+        raise ConfigError("--choices has the same text twice; give different texts")
     from cfvlm_ds.demo.tiny_llava import is_random
     from cfvlm_ds.evaluation.generation import write
 

@@ -88,13 +88,13 @@ def _evaluate(
         no_shuffled: leave out the row of another group's image, which costs one more image and its texts per group.
     """
     if benchmark_options.benchmarks is not None and manifest:
-        raise ConfigError(f"evaluate is given both {manifest[0]} and --benchmarks; give manifests, or benchmarks")
+        raise ConfigError(f"evaluate takes manifests or --benchmarks, not both; leave out {manifest[0]} or --benchmarks")
     if benchmark_options.benchmarks is not None:
         more: dict[str, Any] = {"shuffled": not no_shuffled, "scoring": scoring, "limits": limits, "max_pixels": reading.max_pixels}
         _evaluate_benchmarks(model, benchmark_options, out, **more)
         return
     if unusable := [name for name, value in vars(benchmark_options).items() if value != getattr(BenchmarkOptions, name)]:
-        raise ConfigError(f"--{unusable[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
+        raise ConfigError(f"--{unusable[0]} applies to --benchmarks only; leave it out")
     from cfvlm_ds.data import named_apart, sound_groups
     from cfvlm_ds.evaluation import evaluate, table
 
@@ -128,7 +128,7 @@ def _evaluate_benchmarks(
             raise ConfigError(f"--benchmarks needs --{option}, a folder; add it")
     root, folder = Path(str(options.benchmark_root)), Path(str(out))
     if folder.resolve() == root.resolve():
-        raise ConfigError(f"--out {out} is the folder of the benchmarks, whose files results would lie among; name another one")
+        raise ConfigError(f"--out {out} is the folder of the benchmarks; name another one")
     from cfvlm_ds.core.distributed import ProgressBarrier, default_workers, run_on_rank0
     from cfvlm_ds.evaluation.suite.runner import MAX_TOKENS, Settings, evaluate_benchmarks, results_held
     from cfvlm_ds.evaluation.suite.selection import choose, load_items
@@ -237,14 +237,14 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None) -> No
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 
     if repeated := next((name for at, name in enumerate(after) if name in after[:at]), None):
-        raise ConfigError(f"{repeated} is given twice; name each result once")
+        raise ConfigError(f"{repeated} is given twice; give each result once")
     of_sets = {name: is_results(Path(name)) for name in (before, *after)}
     if len(set(of_sets.values())) > 1:
         sets, benchmarks = (next(name for name, found in of_sets.items() if found == kind) for kind in (True, False))
-        raise ConfigError(f"{sets} has accuracies of sets, and {benchmarks} is a folder of benchmarks; compare results of one kind")
+        raise ConfigError(f"{sets} has results of evaluation sets and {benchmarks} of benchmarks; compare results of one kind")
     if of_sets[before]:
         if draws is not None:
-            raise ConfigError("--draws is for benchmarks, and accuracies of sets have intervals without it; leave it out")
+            raise ConfigError("--draws applies to benchmarks only; leave it out")
         print(compare_sets(Path(before), [Path(name) for name in after], say))
         return
     for name in after:

@@ -19,7 +19,7 @@ try:
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    raise ConfigError(f"lmms-eval is not installed, or not all of it ({error}); pip install 'cfvlm-ds[lmms]'") from error
+    raise ConfigError(f"lmms-eval is not installed, or incomplete ({error}); pip install 'cfvlm-ds[lmms]'") from error
 
 
 class Scored(tuple[float, bool]):
@@ -63,7 +63,7 @@ class LmmsModel(lmms):
     ) -> None:
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ConfigError(f"--batch_size {batch_size}: it is a number of pictures; give one of at least 1")
+            raise ConfigError(f"--batch_size {batch_size} must be at least 1 (pictures)")
         if not pretrained:
             raise ConfigError("the model's arguments lack pretrained=MODEL; add it")
         model, adapter = model_named(str(pretrained), ImageLimits(min_pixels, max_pixels, max_tiles))

@@ -40,16 +40,16 @@ def _view(
         out: folder to write or to replace.
     """
     if sample and ids:
-        raise ConfigError("--sample draws groups, and --ids names them; give one of the two")
+        raise ConfigError("--sample and --ids exclude each other; give one")
     number, folder = sample or 200, Path(out)
     if (Path(source) / "run.json").is_file():
         from cfvlm_ds.counterfactuals.looking import view_work
 
         if useless := [f"--{name}" for name, value in {"root": reading.root, "scores": scores, "ids": ids}.items() if value]:
-            raise ConfigError(f"{source} is a work folder, which names its own pictures; leave {', '.join(useless)} out")
+            raise ConfigError(f"{source} is a work folder, which names its own pictures; leave out {', '.join(useless)}")
         written = view_work(Path(source), folder, rejected=rejected, sample=number, seed=seed, say=say)
     elif rejected:
-        raise ConfigError(f"{source} is no work folder, and has no rejected candidates; leave --rejected out")
+        raise ConfigError(f"{source} is not a work folder and has no rejected candidates; leave out --rejected")
     else:
         from cfvlm_ds.evaluation import view
 

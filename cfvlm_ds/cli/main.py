@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def run() -> None:
         refuse_empty(arguments)
         if getattr(arguments, "action", None) in ALONE and num_ranks() > 1:  # several processes would repeat the same work
-            raise ConfigError(f"data {arguments.action} is for one process, and {num_ranks()} were started; start one, of each shard")
+            raise ConfigError(f"data {arguments.action} runs in one process, and {num_ranks()} were started; start one for each shard")
         arguments.function(arguments)
 
     exit_cleanly(lambda: explain_os_errors(run))

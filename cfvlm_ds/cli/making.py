@@ -109,9 +109,9 @@ def _verify(
     folder, (number, of) = WorkFolder.open(Path(work)), part.shard or (0, None)
     if calibrate:
         if (options, part) != (VerifyOptions(), Part()):
-            raise ConfigError("--calibrate scores nothing, and takes what all shards of W have; leave the scorer's options and --shard out")
+            raise ConfigError("--calibrate uses the scores of all shards and scores nothing; leave out the scorer's options and --shard")
         if not 0 < precision <= 1:
-            raise ConfigError(f"--precision {precision}: a share from above 0 to 1")
+            raise ConfigError(f"--precision {precision} must be above 0 and at most 1")
         print(step.calibrate(folder.path, Path(calibrate), thresholds_of(folder, rule=rule), precision))
         print(f"wrote {folder.path / 'thresholds.json'}, which select takes")
         return
@@ -156,9 +156,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     folder = refuse_foreign_folder(Path(out))
     if options.refine:
         if Path(os.path.realpath(options.refine)).is_relative_to(os.path.realpath(folder)):
-            raise ConfigError(
-                f"--refine {options.refine} lies in the folder of the page, {folder}, which is replaced as a whole; name another"
-            )
+            raise ConfigError(f"--refine {options.refine} is in the page's folder {folder}, which is replaced; name another")
         refined_file(Path(options.refine), *manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
     findings, sets = audit(manifest, reading.root, reading.format, options, say, score)
@@ -189,7 +187,7 @@ def _run(*, config: str, part: Part) -> None:
         refuse_absent(named_model(plan.verify.scorer).name_or_path, f"{config}: verify.scorer: ")
     shard = part.shard
     if shard is not None and (shard[1] not in (None, plan.shards) or shard[0] >= plan.shards):
-        raise ConfigError(f"--shard: the plan {config} has shards 0 to {plan.shards - 1}; say one of them, or I/{plan.shards}")
+        raise ConfigError(f"--shard: the plan {config} has shards 0 to {plan.shards - 1}; give one of them, or I/{plan.shards}")
     for number in range(plan.shards) if shard is None else [shard[0]]:
         store = open_groups(plan.data, plan.root, plan.format, progress=say)
         _print_done("propose", propose(store, Path(plan.out), plan.propose, number, say, plan.shards))

@@ -53,11 +53,13 @@ def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scorin
 
     groups = sound_groups(manifest, reading.root, reading.format, scoring.limit, say)
     if is_hub(manifest) and not out:
-        raise ConfigError(f"{manifest} is no file here, beside which scores are written; name one with --out")
+        raise ConfigError(f"{manifest} is not a local file, so that scores cannot be written beside it; name a file with --out")
     path = own_output(Path(out or f"{Path(manifest)}.scores.jsonl"), is_written, "score", manifest)
     loaded, adapter = model_named(model, limits)
     if adapter is not None:
-        raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
+        raise ConfigError(
+            f"{adapter} holds adapters, and stored scores belong to a whole model; merge them with `cfvlm-ds export` and name the result"
+        )
     with whole_file(path) if own_rank() == 0 else open(os.devnull, "wb") as file:
         world = joined(scoring.zero3)
         listed = Progress(say, "pictures of rows", len(groups), "groups")
@@ -83,8 +85,8 @@ def _scores(
     )
     if broken := [group.id for group, score in zip(groups, scores, strict=True) if not score.finite]:
         raise ConfigError(
-            f"{model}: scores of {len(broken)} of {len(groups)} groups are not finite, such as of {broken[0]!r}, and nothing is made of "
-            "them; compare the model's weights and processor files with the published ones"
+            f"{model}: scores of {len(broken)} of {len(groups)} groups are not finite, such as those of {broken[0]!r}; "
+            "compare the model's weights and processor files with the published ones"
         )
     return scores
 
@@ -115,8 +117,8 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
     all_gaps = list(calibration.gaps(groups, scores, length))
     if not all_gaps:
         raise ConfigError(
-            f"{manifest}: no group has a text or an image that is false beside a true one, so that there is nothing to compare; "
-            "`cfvlm-ds data stats` says what it holds"
+            f"{manifest}: no group has both a true and a false text or image, so there is nothing to compare; "
+            "`cfvlm-ds data stats` lists its contents"
         )
     if not world.is_main:
         return
@@ -179,7 +181,7 @@ def _track(run: str) -> None:
     from cfvlm_ds.tracking import deliver
 
     if not deliver(Path(run)):
-        raise StorageError("MLflow did not get everything, as reported above; the same command continues")
+        raise StorageError("MLflow did not receive everything (see above); run the same command again to continue")
 
 
 def joined(zero3: bool = False) -> World:
@@ -217,7 +219,9 @@ def load_scorer(
         from cfvlm_ds import engine
 
         if adapter is not None:
-            raise ConfigError(f"{adapter} holds adapters, and --zero3 takes a whole model; merge them with `cfvlm-ds export`, name that")
+            raise ConfigError(
+                f"{adapter} holds adapters, and --zero3 needs a whole model; merge them with `cfvlm-ds export` and name the result"
+            )
         scorer: Any = engine.in_parts(model, dtype, world)
     else:
         loaded = load_model(model, dtype)

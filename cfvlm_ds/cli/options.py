@@ -197,7 +197,7 @@ def refuse_empty(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, action.dest, None)
         if action.nargs != argparse.REMAINDER and action.default != "" and "" in (value if isinstance(value, list) else [value]):
             name = (action.option_strings or [action.dest])[-1]
-            raise ConfigError(f"{command.prog}: {name} is empty, as a variable is that was not set; give its value, or . for this folder")
+            raise ConfigError(f"{command.prog}: {name} is empty (an unset variable?); give a value, or . for this folder")
 
 
 def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:

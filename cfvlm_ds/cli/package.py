@@ -40,10 +40,10 @@ def init(folder: str) -> None:
     to = Path(folder)
     refuse_link(to, "name the folder itself")
     if to.exists() and not to.is_dir():
-        raise ConfigError(f"{to} is there and is no folder; name another one")
+        raise ConfigError(f"{to} exists and is not a folder; name another one")
     for name in SHIPPED:
         if os.path.lexists(to / name):
-            raise ConfigError(f"{to / name} is there, and nothing is overwritten; name another folder, or move it away")
+            raise ConfigError(f"{to / name} exists and is not overwritten; name another folder, or move it")
     to.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=to) as partial:
         for name in SHIPPED:
@@ -75,7 +75,7 @@ def completion(top: argparse.ArgumentParser, shell: str) -> str:
     try:
         import shtab
     except ImportError as error:
-        raise ConfigError("completion is written by shtab, which is not installed; `pip install shtab`") from error
+        raise ConfigError("completion needs shtab, which is not installed; `pip install shtab`") from error
     _add_train_options(_subparsers(top)["train"])
     _complete_files(top, shtab.FILE)
     written: str = shtab.complete(top, shell)

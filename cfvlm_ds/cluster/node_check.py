@@ -65,7 +65,7 @@ def gpu_fault(expected: int | None) -> str | None:
 def _check(name: str, timeout_s: float) -> str:
     needed = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT")
     if absent := [name for name in needed if name not in os.environ]:
-        raise ConfigError(f"nodes are checked by tasks of srun that know where to meet, and {absent[0]} is not set; see slurm/launch.sh")
+        raise ConfigError(f"the check of nodes runs as tasks of srun, and {absent[0]} is not set; see slurm/launch.sh")
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     own = software()
     num_gpus = os.environ.get("SLURM_GPUS_ON_NODE")

@@ -41,7 +41,7 @@ def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
     elif hasattr(schedule, "last_batch_iteration"):  # a schedule of DeepSpeed, which has no other state
         schedule.step(schedule.last_batch_iteration)
     else:
-        raise ConfigError(f"the schedule {type(schedule).__name__} of the DeepSpeed JSON takes no changed options; restore them")
+        raise ConfigError(f"the schedule {type(schedule).__name__} of the DeepSpeed JSON does not support changed options; restore them")
 
 
 def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | None:

@@ -114,7 +114,7 @@ class Shards:
         zero, self._state = self._zero(0), self.contents(self._model[0])
         ranks = zero["partition_count"]
         if (expected := max(ranks) if isinstance(ranks, list) else ranks) != len(self._optimizer):
-            raise ConfigError(f"{folder} was written by {expected} ranks and holds the shards of {len(self._optimizer)}; name another one")
+            raise ConfigError(f"{folder} was written by {expected} ranks but holds {len(self._optimizer)} shards; name another one")
         self._stage = int(zero["zero_stage"])
         flat3, flat12 = ("optimizer_state_dict", "fp32_flat_groups"), ("base_optimizer_state", "single_partition_of_fp32_groups")
         self._base, self._flat = flat3 if self._stage == 3 else flat12
@@ -178,7 +178,9 @@ class Shards:
         ranks.
         """
         if any(any(padding) for padding in self._paddings or ()):
-            raise ConfigError("zero_optimization.parameter_alignment ties a checkpoint to its number of ranks; start as many as wrote it")
+            raise ConfigError(
+                "zero_optimization.parameter_alignment ties a checkpoint to its number of ranks; start the same number of ranks"
+            )
         prefix = f"zero_pp_rank_{rank}_"
         first, model = self._optimizer[0], self._model[0]
         yield _RANK.sub(prefix, first.name), {**self.contents(first), _ZERO: self._optimizer_of(rank, ranks, shapes, sizes)}
@@ -260,7 +262,7 @@ def _by_rank(folder: Path, kind: str) -> list[Path]:
     """Return the files of one kind, by rank. Raises ConfigError if there are none, or if a link leads elsewhere."""
     files = list(folder.glob(f"*_{kind}_states.pt"))
     if not files:
-        raise ConfigError(f"{folder} is no ZeRO checkpoint (it has no *_{kind}_states.pt); name another one")
+        raise ConfigError(f"{folder} is not a ZeRO checkpoint (no *_{kind}_states.pt); name another one")
     for file in files:
         refuse_foreign(file, folder)
     return sorted(files, key=lambda file: int(match[1]) if (match := _RANK.search(file.name)) else 0)

@@ -167,5 +167,5 @@ def _try_schedule(config: RunConfig) -> None:
             schedule.step()
     except Exception as error:  # a schedule may need options or metrics that a run does not have
         raise ConfigError(
-            f"train.lr_scheduler_type {name!r} cannot be used here ({first_line(error)}); use cosine, or another without options"
+            f"train.lr_scheduler_type {name!r} cannot be used here ({first_line(error)}); use cosine, or a schedule without options"
         ) from error

@@ -89,7 +89,9 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
     if unresolved := sorted(_autos(resolved.config)):
         raise ConfigError(f'{config.deepspeed}: no rule fills "auto" of {", ".join(unresolved)}; write a value')
     if "gradient_clipping" not in resolved.config:
-        raise ConfigError(f'{config.deepspeed}: gradient_clipping is missing, and releases differ in what that means; write it or "auto"')
+        raise ConfigError(
+            f'{config.deepspeed}: gradient_clipping is missing, and releases interpret that differently; write a value or "auto"'
+        )
     if bf16 and resolved.dtype() != torch.bfloat16:
         raise ConfigError(f'{config.deepspeed}: train.bf16=true needs "bf16": {{"enabled": "auto"}} there, and it gives {resolved.dtype()}')
     return resolved

@@ -66,8 +66,8 @@ def device_index(local_rank: int, visible: int) -> int:
     """
     if local_rank >= visible and "SLURM_PROCID" not in os.environ:
         raise ConfigError(
-            f"rank {os.environ['RANK']} is number {local_rank + 1} on {socket.gethostname()}, where torch sees {visible} GPUs; start one "
-            f"rank for each (`deepspeed --num_gpus {visible}`), or look at CUDA_VISIBLE_DEVICES"
+            f"rank {os.environ['RANK']} is number {local_rank + 1} on {socket.gethostname()}, where torch finds {visible} GPUs; start one "
+            f"rank per GPU (`deepspeed --num_gpus {visible}`), or check CUDA_VISIBLE_DEVICES"
         )
     return local_rank % visible
 

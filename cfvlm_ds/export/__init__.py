@@ -54,7 +54,7 @@ def export_hf(
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
     if lora and lora.load_in_4bit:
-        raise ConfigError(f"{checkpoint} has a base of 4 bits; export its adapters with --adapter, and merge them into {source} with peft")
+        raise ConfigError(f"{checkpoint} has a 4-bit base; export its adapters with --adapter, and merge them into {source} with peft")
     model = skeleton(source)
     folder = model_folder(source)
     check_files(folder)
@@ -63,7 +63,9 @@ def export_hf(
     jobs = fill(find_jobs(model, saved, say), model, zero, checkpoint, source)
     if copied := [name for job in jobs if not job.weights for name in job.stored]:
         if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
-            raise ConfigError(f"{checkpoint} lacks {copied[0]}, and {source} has no safetensors to copy it from; name a folder that has")
+            raise ConfigError(
+                f"{checkpoint} lacks {copied[0]}, and {source} has no safetensors to copy it from; name a folder with safetensors"
+            )
         say(f"export: {len(copied)} tensors that the checkpoint does not hold come from {source}, such as {copied[0]}")
     with replaced(out_dir, "config.json", (folder, checkpoint.resolve())) as partial:
         _refuse_full_disk(partial, out_dir, sum(tensor.nbytes for tensor in saved.values()))

@@ -56,7 +56,9 @@ class Files:
                 self._alive()
                 self._progress.advance(block.nbytes / 1e9)
         if remaining:
-            raise ConfigError(f"the source stores {name} with shape {list(tensor.shape)}, which its weight has not; get the model again")
+            raise ConfigError(
+                f"the source stores {name} with shape {list(tensor.shape)}, unlike the trained weight; download the model again"
+            )
 
 
 def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str, Any]) -> None:

@@ -25,11 +25,11 @@ def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy:
     final = out_dir.resolve()
     for path in needed:
         if path.is_relative_to(final):
-            raise ConfigError(f"{out_dir} holds {path}, which the export is made from; {remedy}")
+            raise ConfigError(f"{out_dir} contains {path}, the source of the export; {remedy}")
     if final.exists() and not final.is_dir():
-        raise ConfigError(f"{out_dir} is a file, and the export is a folder; {remedy}")
+        raise ConfigError(f"{out_dir} is a file, not a folder; {remedy}")
     if final.is_dir() and any(final.iterdir()) and not (final / marker).is_file():
-        raise ConfigError(f"{out_dir} holds other files and no earlier export, and would be replaced; {remedy}")
+        raise ConfigError(f"{out_dir} contains files other than an export, which would be lost; {remedy}")
 
 
 CARD = "README.md"
@@ -65,7 +65,7 @@ def refuse_others_model(out_dir: Path, remedy: str = "name another folder with -
         except (OSError, ValueError):
             ours = False
         if not ours:
-            raise ConfigError(f"{out_dir} holds a model, and no export has written it (by its {CARD}), so that it would be lost; {remedy}")
+            raise ConfigError(f"{out_dir} contains a model that no export wrote (see its {CARD}), which would be lost; {remedy}")
 
 
 def write_card(folder: Path, card: str) -> bool:

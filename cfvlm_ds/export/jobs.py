@@ -81,9 +81,7 @@ def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], objec
             size = sum(saved[name].nbytes for name in together.stored)
             say(f"export: {len(together.weights)} weights can only be converted together, which takes {size / 1e9:.1f} GB of memory twice")
             return [*(job for job in jobs if job not in members), solved]
-    raise ConfigError(
-        f"transformers has no way back from {failed[0].weights[0]} to the source's {failed[0].stored[0]}; update transformers"
-    )
+    raise ConfigError(f"transformers cannot convert {failed[0].weights[0]} back to the source's {failed[0].stored[0]}; update transformers")
 
 
 def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +110,7 @@ def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, sourc
             raise ConfigError(f"{misfit}: {name} has shape {list(zero.weights[name].shape)}, not {list(parameter.shape)}; name its source")
     written = {id(zero.weights[name]) for job in jobs for name in job.weights if name in zero.weights}
     if foreign := sorted(name for name in zero.trained if id(zero.weights[name]) not in written):
-        raise ConfigError(f"{misfit}: {len(foreign)} trained weights have no place in it, such as {foreign[0]}; name its source")
+        raise ConfigError(f"{misfit}: {len(foreign)} trained weights are not in it, such as {foreign[0]}; name its source")
     filled = []
     for job in jobs:
         if missing := [name for name in job.weights if name not in zero.weights]:

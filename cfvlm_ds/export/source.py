@@ -77,9 +77,9 @@ def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Saved]:
     for file in files:
         for name, (shape, dtype) in header(folder / file).items():
             if dtype not in DTYPES:
-                raise ConfigError(f"{folder / file} stores {name} as {dtype}, which is no dtype to export to; name another source")
+                raise ConfigError(f"{folder / file} stores {name} as {dtype}, which cannot be exported; name another source")
             if name in stored:
-                raise ConfigError(f"{folder / file} stores {name}, and so does {stored[name].file}; get the model again")
+                raise ConfigError(f"{folder / file} and {stored[name].file} both store {name}; download the model again")
             stored[name] = Saved(file, shape, DTYPES[dtype])
     return stored
 

@@ -91,11 +91,11 @@ def check_4bit(config: ModelConfig, zero3: bool) -> None:
         return
     if config.language_model.tuning != "lora" or not only_adapters_train(config):
         raise ConfigError(
-            "model.lora.load_in_4bit: weights of 4 bits cannot train, and a model of them is exported as adapters; set "
+            "model.lora.load_in_4bit: 4-bit weights cannot be trained, and such a model is exported as adapters; set "
             "model.language_model.tuning to lora and the other modules to lora or frozen"
         )
     if zero3:
-        raise ConfigError("model.lora.load_in_4bit: transformers cannot load 4-bit weights in ZeRO-3's parts; use ds_configs/z2.json")
+        raise ConfigError("model.lora.load_in_4bit: transformers cannot load 4-bit weights under ZeRO-3; use ds_configs/z2.json")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("model.lora.load_in_4bit needs bitsandbytes; install it with `pip install bitsandbytes`")
 

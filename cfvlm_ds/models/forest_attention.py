@@ -166,7 +166,9 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float, Sight], 
         if forest is None or attention_mask is not None:
             raise ValueError("a model loaded for scoring takes a forest and no mask; load it with transformers for anything else")
         if dropout:
-            raise ConfigError(f"attention dropout of {dropout} makes scores depend on what is packed together; set it to 0 in config.json")
+            raise ConfigError(
+                f"attention dropout ({dropout}) must be 0, since packed rows would share its noise; set it to 0 in config.json"
+            )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend(query, key, value, forest, scale, forest.sight(sliding_window)), None
 

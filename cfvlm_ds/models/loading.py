@@ -44,12 +44,12 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         remedy = (
             f"go on from its base {resolved.name_or_path}, or from a model in which they are merged, the export/ of `cfvlm-ds export RUN`"
         )
-        raise ConfigError(f"model.name_or_path {name_or_path!r} holds adapters and no model to train; {remedy}")
+        raise ConfigError(f"model.name_or_path {name_or_path!r} holds adapters, not a model; {remedy}")
     if resolved.name_or_path != name_or_path:
         raise ConfigError(f"model.name_or_path {name_or_path!r} is a run folder; name its export, {resolved.name_or_path}")
     what, remedy = f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"
     if not os.path.isdir(name_or_path):
-        what = f"model.name_or_path {name_or_path!r} is no folder here, and could not be read from the hub"
+        what = f"model.name_or_path {name_or_path!r} is not a local folder and could not be read from the hub"
         remedy = f"correct it, or fetch it first where there is a network: hf download {name_or_path}"
         _go_offline_without_hub(name_or_path)
     with explained(what, remedy):
@@ -127,7 +127,7 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
         if getattr(config, option) is not None and option not in family.limited_by:
             known = " and ".join(f"model.{name}" for name in family.limited_by)
             remedy = f"use {known}" if known else "its images have a fixed number of visual tokens; leave it out"
-            raise ConfigError(f"model.{option} has no meaning for model type {model_config.model_type!r}: {remedy}")
+            raise ConfigError(f"model.{option} does not apply to model type {model_config.model_type!r}: {remedy}")
     if family.limit is not None:
         family.limit(processor, model_config, config)
 
@@ -162,7 +162,7 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
         model, info = result
     except pickle.UnpicklingError:
         raise ConfigError(
-            f"the pickled weights of {config.name_or_path!r} hold more than tensors, and are not read; convert them to safetensors"
+            f"the pickled weights of {config.name_or_path!r} contain objects other than tensors; convert them to safetensors"
         ) from None
     except RuntimeError as error:  # under ZeRO-3 sizes are not ignored
         if not (mismatched := re.findall(r"size mismatch for (.+)", str(error))):
@@ -249,13 +249,13 @@ def attention(requested: str, model_config: PreTrainedConfig | None = None, dtyp
         )
     if requested in ("flash_attention_2", "varlen") and not takes(dtype, heads):
         raise ConfigError(
-            f"model.attn_implementation {requested} takes half precision and heads of at most 256, a multiple of 8, and the model has "
-            f"{str(dtype).removeprefix('torch.')} and heads of {', '.join(map(str, heads))}; use auto"
+            f"model.attn_implementation {requested} supports half precision and head sizes up to 256 that are multiples of 8; the model "
+            f"has {str(dtype).removeprefix('torch.')} and head size {', '.join(map(str, heads))}; use auto"
         )
     if requested in ("varlen", "flex") and not torch.cuda.is_available():
         raise ConfigError(f"model.attn_implementation {requested} needs a CUDA device; use auto")
     if requested == "varlen" and not has_varlen():
-        raise ConfigError(f"model.attn_implementation varlen needs a newer torch than {torch.__version__}; use auto")
+        raise ConfigError(f"model.attn_implementation varlen needs a torch newer than {torch.__version__}; use auto")
     return requested
 
 

@@ -31,8 +31,8 @@ def check_files(folder: Path) -> None:
         refuse_foreign(path, folder)
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         raise ConfigError(
-            f"{folder} holds a model and adapters, and transformers would load the adapters' own base in its place; put them into folders "
-            "of their own"
+            f"{folder} holds both a model and adapters, and transformers would load the base that the adapters name; move "
+            "them to separate folders"
         )
     for name in weight_files(folder):
         header(folder / name)
@@ -73,13 +73,13 @@ def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]
         index = read_json(path)
         weight_map = index["weight_map"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no index of weights ({type(error).__name__}: {error}); {remedy}") from error
+        raise ConfigError(f"{path} is not a valid index of weights ({type(error).__name__}: {error}); {remedy}") from error
     metadata = index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
-        raise ConfigError(f"{path} is no index of weights (weight_map and metadata are objects in one); {remedy}")
+        raise ConfigError(f"{path} is not a valid index of weights (weight_map and metadata must be objects); {remedy}")
     for name in sorted({bare_name(file, path, ending) for file in weight_map.values()}):
         if not (path.parent / name).is_file():
-            raise ConfigError(f"{path.parent / name} is missing, and {path.name} names it; {remedy}")
+            raise ConfigError(f"{path.parent / name} is listed in {path.name} but missing; {remedy}")
     return weight_map, metadata
 
 

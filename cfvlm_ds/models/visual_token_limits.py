@@ -27,7 +27,7 @@ def pixels_of_frames(processor: Any, config: Any, model: ModelConfig) -> None:
 def _between(images: Any, model: ModelConfig, frames: int) -> None:
     low, high = model.min_pixels or images.size["shortest_edge"] // frames, model.max_pixels or images.size["longest_edge"] // frames
     if low > high:
-        raise ConfigError(f"model.min_pixels is {low} and model.max_pixels {high}; make the first the smaller one")
+        raise ConfigError(f"model.min_pixels ({low}) exceeds model.max_pixels ({high}); lower it")
     images.size = {"shortest_edge": frames * low, "longest_edge": frames * high}
 
 
@@ -39,7 +39,7 @@ def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
     if processor is not None and model.max_pixels:
         images, side = processor.image_processor, processor.patch_size * processor.spatial_merge_size
         if model.max_pixels < 4 * side**2:
-            raise ConfigError(f"model.max_pixels is {model.max_pixels}, and 2 x 2 visual tokens are {4 * side**2}; raise it")
+            raise ConfigError(f"model.max_pixels is {model.max_pixels}, less than 2 x 2 visual tokens ({4 * side**2} pixels); raise it")
         images.size = {"longest_edge": min(images.size["longest_edge"], math.isqrt(model.max_pixels) // side * side)}
 
 
@@ -53,7 +53,7 @@ def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
         pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
         fitting = [tokens for tokens in _BUDGETS if tokens * pixels_per_token <= model.max_pixels]
         if not fitting:
-            raise ConfigError(f"model.max_pixels is {model.max_pixels}, and the least is {_BUDGETS[0] * pixels_per_token}; raise it")
+            raise ConfigError(f"model.max_pixels is {model.max_pixels}; the minimum is {_BUDGETS[0] * pixels_per_token}")
         images.max_soft_tokens = fitting[-1]
 
 
@@ -66,7 +66,7 @@ def grids(processor: Any, config: Any, model: ModelConfig) -> None:
             kept = [grid for grid in holder.image_grid_pinpoints if grid[0] * grid[1] <= model.max_tiles * side**2]
             if not kept:
                 least = min(grid[0] * grid[1] for grid in holder.image_grid_pinpoints) // side**2
-                raise ConfigError(f"model.max_tiles is {model.max_tiles}, and the model's smallest grid has {least} tiles; raise it")
+                raise ConfigError(f"model.max_tiles is {model.max_tiles}, and the smallest grid of the model has {least} tiles; raise it")
             holder.image_grid_pinpoints = kept
 
 

@@ -488,7 +488,7 @@ def test_scores_that_are_not_finite_are_not_written(
     with pytest.raises(SystemExit) as ended:
         main(["score", str(broken.parent), str(manifests["test"]), "--out", str(tmp_path / "out.jsonl")])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2 and said.startswith(f"error: {broken.parent}: scores of 10 of 10 groups are not finite, such as of ")
+    assert ended.value.code == 2 and said.startswith(f"error: {broken.parent}: scores of 10 of 10 groups are not finite, such as those of ")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -634,7 +634,7 @@ def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.vision_tower.tuning", "frozen", "--model.projector.tuning", "frozen"], "cannot load 4-bit weights in ZeRO-3's parts"),
+        (["--model.vision_tower.tuning", "frozen", "--model.projector.tuning", "frozen"], "cannot load 4-bit weights under ZeRO-3"),
         (["--deepspeed", "ds_configs/z2.json"], "the other modules to lora or frozen"),
     ],
 )
@@ -743,7 +743,7 @@ def test_evaluate_takes_run_folders_and_adapters(
         abs(a - b) for name in base for line, other in zip(adapted[name], base[name], strict=True) for a, b in zip(line, other, strict=True)
     ]
     assert max(moved) > 0.05, "the adapters have an effect"
-    assert "holds adapters, and stored scores belong to one model" in refused(capsys, "score", runs / "off", manifests["test"])
+    assert "holds adapters, and stored scores belong to a whole model" in refused(capsys, "score", runs / "off", manifests["test"])
     assert f"{runs / 'z2'} is a run folder without an export" in refused(capsys, "evaluate", runs / "z2", manifests["test"])
     with safe_open(runs / "off" / "adapter" / "adapter_model.safetensors", "pt") as handle:
         weights = {name: handle.get_tensor(name) for name in list(handle.keys())[:-1]}
@@ -782,7 +782,7 @@ def test_describe_writes_and_prefers_as_the_library_does(
     assert "is a small model with random weights" in printed.out and f"\n{picture}\n" in printed.out and "never read" not in printed.out
     assert f"error: {broken}: " in printed.err and "error: 1 pictures could not be described" in printed.err, "the others were"
     assert f"{tmp_path / 'none.png'} is not a file" in refused(capsys, "describe", model_dir, picture, tmp_path / "none.png")
-    assert "is a file and no text" in refused(capsys, "describe", model_dir, "--choices", "a dog", picture)
+    assert "is a file, not a text" in refused(capsys, "describe", model_dir, "--choices", "a dog", picture)
 
 
 def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: dict[str, Path]) -> None:

@@ -364,7 +364,7 @@ def with_layers(source: Path, folder: Path, layers: int, **text: int) -> Path:
     ("layers", "text", "said"),
     [
         (4, {}, r"weights are missing, such as model\.language_model\.layers\.3\."),
-        (2, {}, r"trained weights have no place in it, such as model\.language_model\.layers\.2\."),
+        (2, {}, r"trained weights are not in it, such as model\.language_model\.layers\.2\."),
         (3, {"intermediate_size": 40}, r"mlp\.\w+\.weight has shape \[.*\], not \["),
     ],
 )
@@ -416,8 +416,8 @@ def test_a_checkpoint_that_is_not_what_it_says(checkpoints: dict[str, Path], sou
     cases = [
         ("z3", "*model_states.pt", drop, "elements of each rank's"),
         ("z2", "*model_states.pt", drop, "elements; name another one"),
-        ("z3", "*model_states.pt", foreign, "holds more than tensors"),
-        ("z3", "*optim_states.pt", fewer, "was written by 4 ranks and holds the shards of 3"),
+        ("z3", "*model_states.pt", foreign, "contains objects other than tensors"),
+        ("z3", "*optim_states.pt", fewer, "was written by 4 ranks but holds 3 shards"),
     ]
     for index, (name, pattern, change, said) in enumerate(cases):
         checkpoint = edited(checkpoints[name], tmp_path / str(index), pattern, change)
@@ -527,7 +527,7 @@ def test_a_source_whose_tensors_changed_their_size(checkpoints: dict[str, Path],
         shutil.copytree(sources["llava"], source := tmp_path / str(rows))
         stored = load_file(source / "model.safetensors")
         save_file(stored | {NORM: torch.zeros(rows)}, source / "model.safetensors", {"format": "pt"})
-        with pytest.raises(ConfigError, match=rf"stores {NORM} with shape \[{rows}\], which its weight has not"):
+        with pytest.raises(ConfigError, match=rf"stores {NORM} with shape \[{rows}\], unlike the trained weight"):
             export_hf(checkpoints["z3"], str(source), tmp_path / "out")
 
 
@@ -547,10 +547,10 @@ def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(
 def test_the_place_of_an_export_is_refused_before_a_training(tmp_path: Path) -> None:
     """Where it could not be put when the training is over: the run's folder is as it was."""
     for name, make, said in (
-        ("others", lambda out: (out.mkdir(), (out / "thesis.pdf").touch()), "holds other files and no earlier export"),
+        ("others", lambda out: (out.mkdir(), (out / "thesis.pdf").touch()), "contains files other than an export"),
         ("file", lambda out: out.touch(), "export is no folder, and a run writes one of that name"),
         ("link", lambda out: out.symlink_to(tmp_path), "is a link to"),
-        ("source", lambda out: (out.mkdir(), (out / "config.json").touch()), "which the export is made from"),
+        ("source", lambda out: (out.mkdir(), (out / "config.json").touch()), "the source of the export"),
     ):
         (run_dir := tmp_path / name).mkdir()
         make(run_dir / "export")

@@ -261,14 +261,14 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(
     (folder / ".venv").mkdir()
     assert subprocess.check_output(["bash", "-c", script], cwd=folder, text=True).startswith(f"{folder}/.venv/bin:")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert f"{folder / 'train.py'} is there, and nothing is overwritten" in refused(capsys, "init", folder)
+    assert f"{folder / 'train.py'} exists and is not overwritten" in refused(capsys, "init", folder)
     for name in ("train.py", "ds_configs", "examples"):
         (folder / name).rename(tmp_path / name)
     assert f"{folder / 'slurm'} is there" in refused(capsys, "init", folder) and not (folder / "train.py").exists()
     assert all(path.read_bytes() == before[path] for path in (folder / "slurm").iterdir())
     (link := tmp_path / "link").symlink_to(folder)
     assert "is a link" in refused(capsys, "init", link) and "is no folder" in refused(capsys, "init", tmp_path / "train.py")
-    assert "folder is empty, as a variable is that was not set; give its value, or . for this folder" in refused(capsys, "init", "")
+    assert "folder is empty (an unset variable?)" in refused(capsys, "init", "")
     (dangling := tmp_path / "other").mkdir()
     (dangling / "slurm").symlink_to("nowhere")
     assert "slurm is there" in refused(capsys, "init", dangling) and [path.name for path in dangling.iterdir()] == ["slurm"]
@@ -385,4 +385,4 @@ def test_bash_completes_commands_options_words_and_files(tmp_path: Path, capsys:
 
 def test_completion_says_what_it_lacks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert "completion is written by shtab, which is not installed; `pip install shtab`" in refused(capsys, "completion", "bash")
+    assert "completion needs shtab, which is not installed; `pip install shtab`" in refused(capsys, "completion", "bash")

@@ -309,7 +309,7 @@ def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> 
         ):
             with pytest.raises(DataError, match=said) as raised:
                 collator.row_length(prompt, text, ((48, 48),))
-            assert f"{limit} are the bound for the model's window of {collator.max_length} tokens" in str(raised.value)
+            assert f"the limit for the model's window of {collator.max_length} tokens is {limit}" in str(raised.value)
         with pytest.raises(DataError, match=r"more than the \d+ tokens of the model's window; show fewer"):
             collator.row_length(PROMPT, "a", ((48, 48),) * 100_000)
     assert collator.row_length(PROMPT, "a " * (limit // 2 - 1) + "a", ((48, 48),)) > collator.max_length  # told by its tokens

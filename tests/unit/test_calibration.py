@@ -214,7 +214,7 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "plain.json").write_text(json.dumps(plain))
     with pytest.raises(SystemExit):
         main(["calibrate", str(model_dir), str(tmp_path / "plain.json")])
-    assert "no group has a text or an image that is false beside a true one" in capsys.readouterr().err
+    assert "no group has both a true and a false text or image" in capsys.readouterr().err
 
 
 def test_scores_that_are_not_finite_are_refused(
@@ -230,5 +230,5 @@ def test_scores_that_are_not_finite_are_refused(
     monkeypatch.setattr("cfvlm_ds.evaluation.score_groups", scores)
     with pytest.raises(SystemExit):
         main(["calibrate", str(model_dir), str(manifest), "--out", str(tmp_path / "objective.yaml")])
-    assert "scores of 1 of 4 groups are not finite, such as of 'm-0', and nothing is made of them" in capsys.readouterr().err
+    assert "scores of 1 of 4 groups are not finite, such as those of 'm-0', and nothing is made of them" in capsys.readouterr().err
     assert not (tmp_path / "objective.yaml").exists()

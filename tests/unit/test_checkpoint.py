@@ -166,7 +166,7 @@ def test_nothing_starts_over_beside_checkpoints_that_cannot_be_used(tmp_path: Pa
         ("checkpoint-50", "checkpoint-50: it was written at step 5, so its name is wrong"),
     ):
         moved = make(tmp_path, 5).rename(tmp_path / name)
-        with pytest.raises(ConfigError, match=re.escape(f"holds checkpoints of which none can be continued from: {defect}; {remedy}")):
+        with pytest.raises(ConfigError, match=re.escape(f"has no checkpoint that can be resumed: {defect}; {remedy}")):
             checkpoint.find(tmp_path, "auto", ONE)
         assert checkpoint.find(tmp_path, "restart", ONE) is None
         shutil.rmtree(moved)
@@ -378,7 +378,7 @@ def test_what_a_checkpoint_pickles_is_not_run(where: str, tmp_path: Path) -> Non
     torch.save({"python": Payload(tmp_path / "taken over")}, saved / where)
     rewritten(saved, files={str(file.relative_to(saved)): list(flushed(file)) for file in saved.rglob("*.pt")})
     assert checkpoint.incomplete(saved) is None
-    with pytest.raises(ConfigError, match=rf"{where} holds more than tensors, which would be run .*; name another checkpoint"):
+    with pytest.raises(ConfigError, match=rf"{where} contains objects other than tensors .*; name another checkpoint"):
         checkpoint.load(engine, saved, TrainState(), ONE, tmp_path)
     assert not (tmp_path / "taken over").exists()
 

@@ -476,11 +476,11 @@ def test_a_text_that_does_not_fit_the_window_is_refused(make: Any, groups: list[
     batch = make(max_length=max(lengths))([group])
     assert batch.model_inputs["input_ids"].shape[1] > max(lengths)
     with pytest.raises(
-        DataError, match=rf"group 'many': text \d makes a row of {lengths[longest]} tokens, .* window is {max(lengths) - 1}"
+        DataError, match=rf"group 'many': text \d needs a row of {lengths[longest]} tokens, .* window of {max(lengths) - 1}"
     ):
         make(max_length=max(lengths) - 1)([group])
     long = replace(group, candidates=(*group.candidates[:2], Candidate(PROMPT, "red " * 600 + "circle")))
-    with pytest.raises(DataError, match=r"group 'many': text 2 makes a row .* window is 512; shorten"):
+    with pytest.raises(DataError, match=r"group 'many': text 2 needs a row .* window of 512; shorten"):
         make()([groups[3], long])
     make("anchor")([long])  # the long text is not scored
 
@@ -516,7 +516,7 @@ def test_a_prompt_that_ends_inside_a_token_is_refused(make: Any, groups: list[Co
 
 @pytest.mark.parametrize(("prompt", "text"), [("What is <image>?", "a red circle"), (PROMPT, "a <image> circle"), (PROMPT, "<image>")])
 def test_a_literal_image_placeholder_is_refused(prompt: str, text: str, make: Any, groups: list[CounterfactualGroup]) -> None:
-    with pytest.raises(DataError, match=r"group 'one': text 0: '<image>' in a prompt or text"):
+    with pytest.raises(DataError, match=r"group 'one': text 0: a prompt or text contains '<image>'"):
         make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
 
 

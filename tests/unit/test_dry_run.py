@@ -253,7 +253,7 @@ def test_the_command_needs_no_weights_data_or_launcher(tmp_path: Path) -> None:
 
 def test_contradictions_are_found_before_the_queue(tmp_path: Path) -> None:
     recipe = REPO / "examples" / "llava15_7b.yaml"
-    with pytest.raises(ConfigError, match=r"model\.max_pixels has no meaning for model type 'llava'"):
+    with pytest.raises(ConfigError, match=r"model\.max_pixels does not apply to model type 'llava'"):
         dry_run(configured(recipe, tmp_path, "--model.max_pixels", "1000"))
     frozen = [part for module in ("projector", "language_model") for part in (f"--model.{module}.tuning", "frozen")]
     with pytest.raises(ConfigError, match="every module is frozen"):

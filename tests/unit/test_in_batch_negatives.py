@@ -372,7 +372,7 @@ def test_guests_that_do_not_fit_the_window_are_left_out(model_dir: Path, picture
     narrow = collator._changed(max_length=longest)
     layout = narrow([visited]).layout
     assert not layout.valid[0, :, column].any() and layout.valid.sum() == layout.valid[0].numel() - 2
-    with pytest.raises(DataError, match="the model's window is"):
+    with pytest.raises(DataError, match="the model's window of"):
         collator._changed(max_length=longest - 1)([visited])
 
 

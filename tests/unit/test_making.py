@@ -1120,7 +1120,7 @@ def test_what_lies_beside_the_groups_is_replaced_where_it_is_ours_alone(
     for words in (selecting, auditing) * 2:
         said_by(capsys, *words)
     assert "thin.jsonl is there, and select has not written it" in refused(capsys, *selecting[:4], tmp_path / "thin.jsonl")
-    assert "lies in the folder of the page" in refused(capsys, *auditing[:-1], tmp_path / "a" / "thin.jsonl")
+    assert "is in the page's folder" in refused(capsys, *auditing[:-1], tmp_path / "a" / "thin.jsonl")
     own = {name: (tmp_path / name).read_bytes() for name in theirs}
     for name, words in theirs.items():
         (tmp_path / name).write_bytes(b'{"facts": 1}\n')
@@ -1398,7 +1398,7 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
     plan.write_text(text)
     said_by(capsys, "data", "run", "--config", plan)
     for words, message in (
-        (["--shard", "3"], "has shards 0 to 2"), (["--shard", "0/4"], "say one of them, or I/3"),
+        (["--shard", "3"], "has shards 0 to 2"), (["--shard", "0/4"], "give one of them, or I/3"),
         (["--config", "none.yaml"], "no such file"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):

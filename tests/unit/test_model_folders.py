@@ -97,13 +97,13 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
     "a width of a wrong type": (text_config(hidden_size="wide"), "cannot be "),
     "no heads": (text_config(num_attention_heads=0), "cannot be "),
     "a layer of a wrong type": (config(vision_feature_layer="last"), "cannot be "),
-    "a missing shard": (sharded(lost=True), "model-00002-of-00002.safetensors is missing, and model.safetensors.index.json names it"),
+    "a missing shard": (sharded(lost=True), "model-00002-of-00002.safetensors is listed in model.safetensors.index.json but missing"),
     "a truncated shard": (shortened("model.safetensors"), "model.safetensors cannot be read (Error while deserializing header"),
     "an index that is none": (
-        lambda folder: [sharded(lost=False)(folder), written("model.safetensors.index.json", "[]")(folder)], "is no index of weights"
+        lambda folder: [sharded(lost=False)(folder), written("model.safetensors.index.json", "[]")(folder)], "is not a valid index"
     ),
     "no weights": (removed("model.safetensors"), "cannot be loaded"),
-    "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "holds a model and adapters"),
+    "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "holds both a model and adapters"),
 }  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_a_run_folder_means_its_export_or_its_adapters(tmp_path: Path) -> None:
     named = named_model(str(run))
     assert (named.name_or_path, named.adapter, named.recorded.max_tiles) == ("org/base", run / "adapter", 3)
     assert named_model(str(run / "adapter")).name_or_path == "org/base"
-    with pytest.raises(ConfigError, match="holds adapters and no model to train; go on from its base org/base"):
+    with pytest.raises(ConfigError, match="holds adapters, not a model; go on from its base org/base"):
         load_config(str(run / "adapter"))
     (run / "export").mkdir()
     (run / "export" / "config.json").write_text("{}")

@@ -143,7 +143,7 @@ def test_without_a_network_a_hub_name_is_read_from_the_cache_or_refused_without_
     start = time.monotonic()
     assert load_processor(ModelConfig("models/tiny")).tokenizer is not None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ConfigError, match=r"'models/tinny' is no folder here, and could not be read from the hub"):
+    with pytest.raises(ConfigError, match=r"'models/tinny' is not a local folder and could not be read from the hub"):
         load_config("models/tinny")
     assert time.monotonic() - start < 20
 
@@ -176,7 +176,7 @@ def test_auto_attention(cuda: bool, package: bool, options: Any, expected: str, 
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     assert attention("auto", **options) == expected
     if expected == "sdpa" and options:
-        with pytest.raises(ConfigError, match="flash_attention_2 takes half precision and heads of at most 256, a multiple of 8"):
+        with pytest.raises(ConfigError, match="flash_attention_2 supports half precision"):
             attention("flash_attention_2", **options)
     if expected == "varlen":  # in torch 2.10
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
@@ -360,6 +360,6 @@ def test_pickled_weights_run_nothing(model_dir: Path, tmp_path: Path) -> None:
     torch.save(weights, folder / "pytorch_model.bin")
     load_model(ModelConfig(str(folder)), torch.float32)
     torch.save(weights | {KEY: Opens(tmp_path / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="hold more than tensors, and are not read; convert"):
+    with pytest.raises(ConfigError, match="contain objects other than tensors; convert"):
         load_model(ModelConfig(str(folder)), torch.float32)
     assert not (tmp_path / "ran").exists()
