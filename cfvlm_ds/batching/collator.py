@@ -315,8 +315,8 @@ def _check_window(
             if (length := prompt_length(tree, text) + text.length) > window:
                 group = groups[cell // (shape[1] * shape[2])].id
                 raise DataError(
-                    f"group {group!r}: text {cell % shape[2]} needs a row of {length} tokens, more than the model's window of {window}; shorten "
-                    "the text or its prompt"
+                    f"group {group!r}: text {cell % shape[2]} needs a row of {length} tokens, more than the model's window of {window}; "
+                    "shorten the text or its prompt"
                 )
 
 
