@@ -33,8 +33,8 @@ FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE |
 
 
 @functools.cache
-def site_hooks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("site_hooks", REPO / "docs" / "site_hooks.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, REPO / "docs" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -181,7 +181,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_the_reference_lists_what_the_parser_takes() -> None:
     """Names and defaults, compared with what a run has where no option is given."""
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in site_hooks().options().splitlines()]
+    text = (REPO / "docs" / "configuration.md").read_text()
+    assert text == script("options").page(), "written anew by `python docs/options.py`"
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.partition("\n## All options\n")[2].splitlines()]
     rows = {row[0].strip("`"): row for row in cells if row and row[0].startswith("`")}
     every_term = [part for name in OBJECTIVES for part in (f"--objective.{name}.weight", "1")]
     taken = flat(parse_config(every_term, OBJECTIVES).resolved)
@@ -199,7 +201,7 @@ def test_the_reference_lists_what_the_parser_takes() -> None:
 
 def test_a_link_that_leads_nowhere_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """Which a strict build makes an error; a good one leads to the page's place in the site."""
-    hooks = site_hooks()
+    hooks = script("site_hooks")
 
     def relinked(text: str, uri: str) -> str:
         return hooks._LINK.sub(lambda link: hooks._relinked(link, uri), text)
