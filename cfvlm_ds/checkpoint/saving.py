@@ -2,7 +2,13 @@
 
 A checkpoint is written as ``checkpoint-STEP.partial``. Every rank computes the CRC-32 of its own files while writing them, and flushes them
 to disk. Sizes and checksums are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A folder that does not match its
-list is never resumed from.
+list is never resumed from. Layout::
+
+    checkpoint-STEP/
+        complete.json                     step, number of ranks, size and CRC-32 of every file, state of the loop (state.py)
+        random-state-RANK.pt              random number generators
+        *_model_states.pt                 DeepSpeed: 16-bit weights, or their shapes under ZeRO-3; schedule
+        *_optim_states.pt                 DeepSpeed: 32-bit weights and moments, one part per rank (deepspeed_compat/shards.py)
 """
 
 from __future__ import annotations

@@ -17,8 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import nbformat
 import pytest
 from conftest import REPO, environment
+from nbclient import NotebookClient
 from PIL import Image, ImageDraw
 
 from cfvlm_ds.cli import main
@@ -221,6 +223,14 @@ def test_the_picture_of_the_architecture_shows_every_folder() -> None:
     picture = FENCE.findall((REPO / "docs" / "architecture.md").read_text().split("\n## Package diagram\n")[1])[0][2]
     shown = set(re.findall(r"(?:^ |\+-- )([a-z_]+)  ", picture, re.MULTILINE))
     assert shown == {path.parent.name for path in (REPO / "cfvlm_ds").glob("*/__init__.py")}
+
+
+@pytest.mark.long
+def test_the_notebook_makes_a_compared_model_of_twenty_pictures(tmp_path: Path) -> None:
+    notebook = nbformat.read(REPO / "examples" / "quickstart.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (compared,) = (cell.outputs[0].text for cell in notebook.cells if "cfvlm-ds compare" in cell.source)
+    assert "| 0.0 | 100.0 | +100.0 |" in compared and (tmp_path / "work/runs/notebook/export/model.safetensors").is_file()
 
 
 def test_the_format_of_the_page_reads_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
