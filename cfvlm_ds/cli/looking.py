@@ -10,7 +10,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 
 
 def add(data: Any) -> None:
-    """Add the commands to those of ``data``."""
+    """Register ``view`` and ``stats`` as subcommands of ``data``."""
     add_function(data, _view)
     add_function(data, _stats)
 

@@ -18,9 +18,9 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @contextlib.contextmanager
 def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> Iterator[None]:
-    """Make ``engine.save_checkpoint`` write its states by ``write`` and pass all its writes through ``guard``, inside the block.
+    """Within the block, make ``engine.save_checkpoint`` write its states with ``write``, and wrap every write in ``guard``.
 
-    Its writes are followed by collectives, in which the other ranks would wait for a rank that had left with an exception.
+    Each write is followed by a collective. If a rank had left with an exception, the others would wait there.
     """
     writer, script = engine.checkpoint_engine, engine._copy_recovery_script
     save, makedirs = writer.save, writer.makedirs

@@ -1,6 +1,6 @@
 """Tracker of a run: metrics are written to ``metrics.jsonl``, and sent from there to MLflow, which may be slow, down or absent.
 
-MLflow receives every metric of ``metrics.jsonl`` (training/trainer.py logs them; docs/metrics.md explains them), the files of the run record
+MLflow receives every metric of ``metrics.jsonl`` (logged by training/trainer.py, explained in docs/metrics.md), the files of the run record
 (training/run_record.py), and the tables and figures of the results (training/results.py).
 
 The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns; a thread sends new lines to MLflow in
