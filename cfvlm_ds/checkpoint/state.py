@@ -19,9 +19,9 @@ class TrainState:
 
     ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` is the identity of the training groups;
     ``run_id`` is the MLflow run; ``baseline_lp`` is the initial factual log-likelihood per token, against which displacement is measured;
-    ``best`` holds the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` maps left-out groups to the
-    reasons; ``record`` holds the run's options (see option_changes.py); ``retained`` holds the first evaluation of each set of
-    ``train.retention`` with its ``step`` and its ``data``.
+    ``best`` holds the ``step`` and ``value`` of the best evaluation by ``train.save_best``, and ``worse`` counts the evaluations
+    since; ``skipped`` maps left-out groups to the reasons; ``record`` holds the run's options (see option_changes.py); ``retained`` holds
+    the first evaluation of each set of ``train.retention`` with its ``step`` and its ``data``.
     """
 
     step: int = 0
@@ -30,6 +30,7 @@ class TrainState:
     run_id: str | None = None
     baseline_lp: float | None = None
     best: dict[str, float] | None = None
+    worse: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     record: dict[str, Any] | None = None
     retained: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -42,8 +43,9 @@ class TrainState:
     def evaluated(self, value: float) -> bool:
         """Store a value of the metric ``train.save_best`` if it is the best so far; return True in that case."""
         if self.best is not None and value <= self.best["value"]:
+            self.worse += 1
             return False
-        self.best = {"step": self.step, "value": value}
+        self.best, self.worse = {"step": self.step, "value": value}, 0
         return True
 
     def note(self, **known: Any) -> None:

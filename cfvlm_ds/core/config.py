@@ -143,6 +143,7 @@ class TrainConfig:
         save_keep_every: also keep checkpoints whose step is a multiple of this; 0 disables it.
         save_best: also keep the checkpoint with the highest value of this metric, saved right after the evaluation that measured it; a
             name as in metrics.jsonl, such as ``eval/test/group``.
+        early_stopping: end the training after this many evaluations in a row that do not improve the metric ``save_best``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir, if any; ``never`` starts at step 0 and refuses a
             folder that has any; ``restart`` is ``auto``, but starts at step 0 if none of the checkpoints can be used; or the path of a
             checkpoint.
@@ -192,6 +193,7 @@ class TrainConfig:
     save_total_limit: int = option(2, within=COUNT, on_resume="ignored")
     save_keep_every: int = option(0, within=COUNT, on_resume="ignored")
     save_best: str | None = option(None, on_resume="ignored")
+    early_stopping: int | None = option(None, within=AT_LEAST_ONE, on_resume="ignored")
     resume: str = option("auto", on_resume="ignored")
     resume_changes: Literal["refuse", "allow"] = option("refuse", on_resume="ignored")
     on_nonfinite: Literal["stop", "skip"] = option("stop", on_resume="ignored")

@@ -204,12 +204,14 @@ def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
             f"data.feature_cache {data.feature_cache!r} keeps what a frozen tower gives, and model.vision_tower.tuning is "
             f"{model.vision_tower.tuning}; set that to frozen or leave the cache out"
         )
+    if train.early_stopping is not None and train.save_best is None:
+        raise ConfigError("train.early_stopping needs a metric; set train.save_best, such as eval/test/group")
     if (best := train.save_best) is not None:
         if not train.eval_steps:
             raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
         if not any(best.startswith(f"eval/{split}/") for split in data.evaluation):
             splits = ", ".join(sorted(data.evaluation)) or "empty"
-            raise ConfigError(f"train.save_best {best!r} is no metric of data.evaluation ({splits}); write eval/SPLIT/METRIC")
+            raise ConfigError(f"train.save_best {best!r} is not a metric of data.evaluation ({splits}); write eval/SPLIT/METRIC")
 
 
 def _check_evaluation_set(split: str, given: EvaluationSet) -> None:

@@ -30,6 +30,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("lora_r", "lora_rank", "model.lora.r"), "model.lora.rank"),
     **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "train.eval_steps"),
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), "train.save_best"),
+    **dict.fromkeys(("early_stopping_patience", "early_stop_interval"), "train.early_stopping"),
     **dict.fromkeys(("fp16", "torch_dtype"), "train.bf16"),
     "deepspeed": "deepspeed",
     "epochs": "train.num_train_epochs",

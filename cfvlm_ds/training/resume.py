@@ -54,7 +54,7 @@ class Start:
             )
         sampler.load_state_dict(state.sampler or {})
         if state.record["options"]["train"]["save_best"] != config.train.save_best:
-            state.note(best=None)  # of another metric
+            state.note(best=None, worse=0)  # of another metric
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
         """Return the record for the run's checkpoints, with the model's hashes. They are missing at the start if a hub's model is not on
@@ -136,8 +136,8 @@ def is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
 
 
 def _finished_at(run_dir: Path) -> int | None:
-    """Return the step at which the run in a folder has ended, or None. Raises ConfigError if nothing else in the folder has reached that
-    step.
+    """Return the last planned step of the run that has ended in a folder, or None. Raises ConfigError if nothing else in the folder has
+    reached the step at which it ended.
     """
     finished: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that a power loss has truncated counts as absent
@@ -153,4 +153,4 @@ def _finished_at(run_dir: Path) -> int | None:
             f"{run_dir / FINISHED} says that the run ended at step {step}, and neither a checkpoint nor {METRICS_FILE} beside it has come "
             "so far; remove it to go on from what is there"
         )
-    return step
+    return int(finished.get("total_steps", step))

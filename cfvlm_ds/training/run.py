@@ -152,7 +152,9 @@ def _run(config: RunConfig, world: World) -> None:
             trainer.run(tracker)
     if world.is_main:
         write_if_possible(
-            run_dir / resume.FINISHED, json.dumps({"schema": checkpoint.SCHEMA, "step": total_steps, "record": state.record}), world.say
+            run_dir / resume.FINISHED,
+            json.dumps({"schema": checkpoint.SCHEMA, "step": state.step, "total_steps": total_steps, "record": state.record}),
+            world.say,
         )
     world.wait()
 

@@ -108,7 +108,7 @@ class Trainer:
         started, first_step = time.monotonic(), state.step
         self._engine.train()
         saved = first_step
-        while state.step < self.total_steps:
+        while state.step < self.total_steps and not self._stopped_early:
             try:
                 due = world.is_main and checkpoints.due()
                 result = step.take(state.step + 1, batches, state.step / self.total_steps, self._stop.votes(), due)
@@ -131,13 +131,23 @@ class Trainer:
                 except StopRequested as request:
                     stop = str(request)
                 meter.reset()  # the evaluation's time is not training time
+            last |= self._stopped_early
             if last or stop or save_due or (train.save_steps and state.step % train.save_steps == 0):
                 self._pulse.mark("checkpoint", state.step)
                 tracker.log(state.step, checkpoints.save(needed=last or stop is not None))
                 saved = state.step
             if stop:
                 return stop
+        if self._stopped_early and state.best is not None:
+            best = f"{train.save_best} was best, {state.best['value']:g}, at step {state.best['step']:.0f}"
+            world.say(f"early stopping after step {state.step}: {best}")
         return None
+
+    @property
+    def _stopped_early(self) -> bool:
+        """True after ``train.early_stopping`` evaluations in a row without improvement."""
+        patience = self._config.train.early_stopping
+        return patience is not None and self.state.worse >= patience
 
     def _add(self, meter: Meter, result: StepResult) -> None:
         meter.wait(result.waited_s)

@@ -510,11 +510,28 @@ def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
     check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
     for name in ("eval/s/group", "eval/s/shuffled_pair", "eval/s/count/pair"):
         with pytest.raises(
-            ConfigError, match=rf"^train.save_best '{name}' is no metric .*; take one of eval/s/blind_factual, [^\n]*eval/s/pair, "
+            ConfigError, match=rf"^train.save_best '{name}' is not a metric .*; use one of eval/s/blind_factual, [^\n]*eval/s/pair, "
         ):
             check_best(parse_config([*options, name], OBJECTIVES), splits)
     with pytest.raises(ConfigError, match="no group has a comparison"):
         check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
+
+
+def test_training_ends_early_where_evaluations_do_not_improve(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """Evaluation 1 is the best, 2 and 3 repeat it. A training that goes on after step 2 has counted evaluation 2."""
+    run_dir = tmp_path / "run"
+    options = ["--train.eval_steps", "1", "--train.max_steps", "9", "--train.save_best", "eval/test/pair", "--train.early_stopping", "2"]
+    options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate", "0", "--train.save_steps", "1"]
+    for more in ((), ("--train.resume", str(run_dir / "checkpoint-2"))):
+        ((code, said),) = run_ranks(
+            1, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *options, *more), said=tmp_path / "said"
+        )
+        assert code == 0 and "early stopping after step 3: eval/test/pair was best, " in said and "step 4/9" not in said, said
+        assert json.loads((run_dir / "finished.json").read_text())["step"] == 3 and (run_dir / "results.md").is_file()
+    ((code, said),) = run_ranks(
+        1, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said"
+    )
+    assert code == 0 and "nothing to do" in said
 
 
 def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
@@ -522,7 +539,7 @@ def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manife
     ((code, said),) = run_ranks(
         1, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said"
     )
-    assert code == 2 and "error: train.save_best 'eval/shapes/sham' is no metric that an evaluation of data.evaluation has" in said, said
+    assert code == 2 and "error: train.save_best 'eval/shapes/sham' is not a metric of data.evaluation" in said, said
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step 1" not in said
 
 

@@ -404,8 +404,9 @@ def test_every_example_parses(path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--train.early_stopping", "3"], "train.early_stopping needs a metric; set train.save_best"),
         (["--train.save_best", "eval/iid/group"], "needs evaluations during training; set train.eval_steps"),
-        (["--train.save_best", "eval/ood/group", "--train.eval_steps", "5"], "is no metric of data.evaluation (iid); write eval/SPLIT/"),
+        (["--train.save_best", "eval/ood/group", "--train.eval_steps", "5"], "is not a metric of data.evaluation (iid); write eval/SPLIT/"),
         (["--train.adam_beta2", "1"], "train.adam_beta2 must be from 0 to 0.9999999999999999, not 1"),
         (["--train.per_device_train_batch_size", "0"], "train.per_device_train_batch_size must be from 1 to 1000000, not 0"),
         (["--train.learning_rate", ".nan"], "train.learning_rate must be from 0 to 1e+38, not .nan"),
