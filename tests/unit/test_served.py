@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
 import socket
@@ -13,22 +15,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import draw
+from conftest import draw, run_ranks, train_arguments
 from test_propose import quiet
 
+from cfvlm_ds.cli.main import main
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.propose.step import propose
 from cfvlm_ds.data import open_groups
 
 
-@pytest.fixture(scope="module")
-def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextlib.contextmanager
+def served(model: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", "import sys; from transformers.cli.transformers import main; sys.exit(main())", "serve"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", str(model_dir)]
-    log = tmp_path_factory.mktemp("serve") / "log"
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", str(model)]
     with log.open("wb") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         try:
@@ -46,18 +48,52 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.mark.long
-def test_a_real_server_that_talks_nonsense_breaks_nothing(server: str, model_dir: Path, tmp_path: Path) -> None:
+def test_a_real_server_that_talks_nonsense_breaks_nothing(model_dir: Path, tmp_path: Path) -> None:
     rows = []
     for k, caption in enumerate(["a red circle and a blue square", "two dogs on a couch"]):
         draw(tmp_path / f"{k}.png", [("red", "circle"), ("blue", "square")])
         rows.append({"id": f"c{k}", "image": f"{k}.png", "caption": caption})
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     store = open_groups(tmp_path / "c.jsonl", None, "auto")
-    options = ProposeOptions(back_ends="rules,llm", llm_url=server, llm_model=str(model_dir), llm_attempts=2, llm_timeout_s=600)
-    done = propose(store, tmp_path / "W", options, 0, quiet)
+    with served(model_dir, tmp_path / "log") as server:
+        options = ProposeOptions(back_ends="rules,llm", llm_url=server, llm_model=str(model_dir), llm_attempts=2, llm_timeout_s=600)
+        done = propose(store, tmp_path / "W", options, 0, quiet)
     lines = [json.loads(line) for line in (tmp_path / "W" / "propose" / "shard-00000.jsonl").read_text().splitlines()]
     assert done["counts"]["without a reply"] == 2 and len(lines) == 2
     for line in lines:
         (said,) = [each for each in line["rejected"] if each["back_end"] == "llm"]
         assert said["failed"] and said["reason"].startswith("no usable reply: the reply ")  # of the model, not of the server
         assert line["edits"] and all(each["back_end"] == "rules" for each in line["edits"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_server_answers_as_describe_does(
+    family: str, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With greedy decoding, for a model trained in full and for merged adapters."""
+    draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Describe the image."}]
+    main(["tiny", family, str(tmp_path / "base")])
+    answers = list[str]()
+    for tuning in ("full", "lora"):
+        run_dir = tmp_path / tuning
+        options = [f"--model.{module}.tuning={tuning}" for module in ("vision_tower", "projector", "language_model")]
+        options += ["--train.learning_rate=0.02", "--train.max_steps=3", "--train.export=true"]
+        ((code, said),) = run_ranks(
+            1, "forkserver_ranks:train_script", train_arguments(tmp_path / "base", manifests, run_dir, *options), said=tmp_path / "said"
+        )
+        assert code == 0, said
+        if tuning == "lora":
+            main(["export", str(run_dir)])
+        capsys.readouterr()
+        main(["describe", str(run_dir / "export"), str(tmp_path / "a.png"), "--max_new_tokens", "12"])
+        described = capsys.readouterr().out.partition("\n")[2].strip()
+        body = {"model": str(run_dir / "export"), "messages": [{"role": "user", "content": content}], "max_tokens": 12, "temperature": 0}
+        with served(run_dir / "export", tmp_path / "log") as server:
+            request = urllib.request.Request(f"{server}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                answers.append(json.load(reply)["choices"][0]["message"]["content"].strip())
+        assert answers[-1] == described
+    assert answers[0] != answers[1] and "" not in answers
