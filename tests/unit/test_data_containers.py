@@ -656,9 +656,9 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, se
         {"messages": said},
     ]
     bad = {
-        "none": "the server answers 404 Not Found", "away": "it leads to ftp://127.0.0.1/x", "loop": "infinite loop|error that would lead",
-        "page": "what came is no picture", "large": "it has more than 4000 bytes", "cut": "bytes came|IncompleteRead|bytes read",
-        "slow": "it takes more than 1 s",
+        "none": "the server answers 404 Not Found", "away": "unknown url type: ftp", "loop": "infinite loop|error that would lead",
+        "page": "not a picture", "large": "more than 4000 bytes", "cut": "bytes came|IncompleteRead|bytes read",
+        "slow": "no whole reply within 1 s",
     }  # fmt: skip
     rows = [
         *good,
@@ -707,6 +707,6 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(
         monkeypatch.setattr(downloading, name, value)
     path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/{part}.png"}])
     started = time.monotonic()
-    with pytest.raises(DataError, match="it takes more than 0 s"):
+    with pytest.raises(DataError, match="no whole reply within 0.3 s"):
         downloading.download(path, tmp_path / "out.jsonl")
     assert time.monotonic() - started < 3

@@ -177,14 +177,6 @@ class Captions:
         used = [column for option in options for column in read.columns[option]]
         return without(read.row, [*used, self.label] if self.label else used)
 
-    def as_answer(self, row: Mapping[str, Any], column: str) -> str:
-        """Return the format that reads a row's caption as a question and the column as its answer, or "" if
-        the caption is not a question.
-        """
-        read = self._read(row)
-        question = read.columns["caption"][0]
-        return f"{self.source}:prompt={question},caption={column}" if is_question(read.texts[0]) else ""
-
     def _texts(self, row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
         texts = _listed(row, columns)
         for text in texts:

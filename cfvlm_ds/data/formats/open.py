@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.formats import format_named
 from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
 from cfvlm_ds.data.formats.recognise import kto_label, recognised
-from cfvlm_ds.data.formats.truth import Column, joined, leaves, marks, option_value
+from cfvlm_ds.data.formats.truth import joined, leaves, marks, option_value
 from cfvlm_ds.data.joined import JoinedRows
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.rows import Rows
@@ -81,7 +80,7 @@ def _taken(rows: Rows) -> str:
 
 
 _LOOKED_AT = 100  # rows from which the format is detected
-_LOOKED_FOR_MARKS, _STRETCH = 2048, 64  # groups whose metadata are searched for labels, in stretches spread over the file
+_LOOKED_FOR_MARKS = 2048  # groups whose metadata are searched for labels, spread over the file
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
@@ -118,53 +117,35 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
-    """Raise one DataError for all columns of metadata that look like labels or hold false texts, unless an option names them."""
-    number, most = -(-len(store) // _STRETCH), _LOOKED_FOR_MARKS // _STRETCH
-    starts = np.unique(np.linspace(0, max(0, len(store) - _STRETCH), min(number, most)).astype(int)).tolist()
-    stretches = [range(start, min(start + _STRETCH, len(store))) for start in starts]
+    """Raise one DataError for all columns of metadata that may be labels or hold false texts, unless an option names them."""
 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
-        for stretch in stretches:
+        for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():
             alive()
-            for index, group in store.entries(stretch):
-                if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
-                    yield index, meta, not group.num_pictures
+            group = store.entry(index)
+            if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
+                yield index, meta, not group.num_pictures
 
     label = getattr(convert, "label", None)  # None: the format has no such option
-    every = {column.partition(".")[0] for option in DEFAULTS for column in getattr(convert, option, "").split("+") if "." in column}
-    columns = [column for column in marks(metadata(), convert.ignore, every) if column.name != label]
+    columns = [column for column in marks(metadata(), convert.ignore) if column.name != label]
     if not columns:
         return
-    named, _, options = store.format.partition(":")
-
-    def spec(*given: str, ignored: Sequence[Column] = ()) -> str:
-        replaced = "|".join(["ignore", *(option.partition("=")[0] for option in given)])
-        kept = re.sub(rf'(^|,)\s*({replaced})\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
-        ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in ignored)])))
-        return f"{named}:{','.join(filter(None, [kept, *given, ignore and f'ignore={ignore}']))}"
-
-    first, others = columns[0], columns[1:]
-    what, use = "may have what is false of the row's picture", []
-    if not label and isinstance(convert, Captions):
-        by_option: dict[str, list[str]] = {}
-        for column in columns:
-            by_option.setdefault(column.negative, convert.columns_of(store.rows.value(column.row), column.negative)).append(column.name)
-        use = [spec(*(f"{option}={option_value('+'.join(names))}" for option, names in by_option.items())) + " if so"]
-    elif hasattr(convert, "caption"):
-        use = [f"{first.negative} as its name if so"] * (not label)
-    else:
-        use = ["'rejected' as its name, and the format preference, if so" if label == "" else "a row for each false text if so"]
-    if not (first.is_label or first.is_false_texts):
-        what, use = "may name pictures of rows that show none", ["image as its name if so"]
+    first = columns[0]
+    what, use = "may name pictures of rows that show none", "rename it to 'image'"
     if first.is_label:
-        what, use = "may say whether the text is true", []
-        if label == "":
-            use = [f"{spec(first.option, ignored=others)} if {'the first' if others else 'it'} does"]
-            if isinstance(convert, Captions) and (mapped := convert.as_answer(store.rows.value(first.row), first.name)):
-                use += [f"{mapped} if it answers what the text asks"]
-    use += [f"{spec(ignored=columns)} if not"]
-    listed = f"column{'s' * bool(others)} {', '.join(map(str, columns))}"
-    raise DataError(f"{store.where(first.row)}: {listed} {what}, and would not be read; say {', '.join(use)}")
+        what, use = "may state whether the text is true", f"add {first.option} to the options of the format" if label == "" else ""
+    elif first.false_text:
+        what, use = "may hold what is false of the row's picture", "write a row for each false text"
+        if isinstance(convert, Captions):
+            given = convert.columns_of(store.rows.value(first.row), first.negative) if not label else []
+            names = [*given, *(column.name for column in columns if column.false_text and column.negative == first.negative)]
+            use = f"add {first.negative}={option_value('+'.join(names))} to the options of the format" if not label else ""
+        elif label == "":
+            use = f"rename it to {first.negative!r}" if hasattr(convert, "caption") else "rename it to 'rejected' for the format preference"
+    ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in columns)])))
+    listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
+    remedy = f"{use} if so, or ignore={ignore} if not" if use else f"add ignore={ignore}"
+    raise DataError(f"{store.where(first.row)}: {listed} {what} and would not be read; {remedy}")
 
 
 def _say_understood(store: GroupStore, convert: Any, progress: Callable[[str], object]) -> None:
