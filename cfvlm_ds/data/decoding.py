@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data.picture_file import open_raw, picture_file, picture_stat
+from cfvlm_ds.data.picture_file import open_picture, picture_file, picture_stat
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -23,9 +23,6 @@ MAX_ASPECT = 200
 
 MAX_BYTES = 4 << 30
 """Limit on a picture's file, which is hashed as a whole: 80 bytes for each of MAX_PIXELS."""
-
-MAX_HEADER_READS = 1 << 16
-"""Limit on the reads of a header; photographs need hundreds."""
 
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -48,7 +45,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
         if (size := picture_stat(path)[0]) > MAX_BYTES:
             raise _OutOfBounds(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
-        with _Picture(path) as handle:
+        with open_picture(path) as handle:
             handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
             image = _read_header(handle)
             _check_size(path, image, max_pixels)
@@ -73,7 +70,7 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
     try:
         if not picture_file(path).is_file():
             raise DataError("no such image file")
-        with _Picture(path) as handle:
+        with open_picture(path) as handle:
             image = _read_header(handle)
             _check_size(path, image, max_pixels)  # before _is_turned decodes a PNG whose orientation follows its pixels
             return image.size[::-1] if _is_turned(image) else image.size
@@ -85,32 +82,6 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
 
 class _OutOfBounds(DataError):
     """An image larger or longer than the limits."""
-
-
-class _Picture(io.BufferedReader):
-    """Buffered reader of a picture's file that limits the reads of its header.
-
-    Some decoders read a comment byte by byte, and block every thread that opens another picture meanwhile.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(open_raw(path), 1 << 16)
-        self._path, self._reads = path, 0
-        self._in_header = True
-
-    def header_read(self) -> None:
-        """Lift the limit, because pixels follow."""
-        self._in_header = False
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if self._in_header:
-            self._reads += 1
-            if self._reads > MAX_HEADER_READS:
-                raise _OutOfBounds(
-                    f"{self._path}: its header takes more than {MAX_HEADER_READS} reads, as a comment of so many bytes does; save the "
-                    "image again"
-                )
-        return super().read(size)
 
 
 def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
@@ -132,7 +103,7 @@ def _is_turned(image: Image.Image) -> bool:
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
-def _read_header(handle: _Picture) -> Image.Image:
+def _read_header(handle: io.BufferedReader) -> Image.Image:
     # PIL warns above its own limit and raises above twice that, without the size. Our limit is always checked right after, so PIL's is
     # lifted for the header only. The limit is a global of PIL, hence the lock (warnings.catch_warnings is not thread-safe either).
     with _PIL_LIMIT:
@@ -141,7 +112,6 @@ def _read_header(handle: _Picture) -> Image.Image:
             return Image.open(handle, formats=_FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-            handle.header_read()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

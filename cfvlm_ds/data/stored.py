@@ -24,7 +24,6 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.cfgroup import NATIVE, native_group
-from cfvlm_ds.data.identity import SUMS
 from cfvlm_ds.data.lines import IndexedLines, index_file
 from cfvlm_ds.data.overlap import Keys
 from cfvlm_ds.data.picture_index import PictureTable
@@ -37,8 +36,6 @@ PARTS = "parts"
 """Folder of unfinished work."""
 BEGUN = f"{PARTS}/source.json"
 _OPEN = 200  # files of rows that a process keeps open
-_IDENTITY = {"rows", "order", *SUMS}
-_FOUND = {"images": int, "most_pixels": int, "false_cells": int, "metadata": str, "left_out": int}
 
 
 def is_store(folder: Path) -> bool:
@@ -91,9 +88,6 @@ class StoredRows:
             self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
             if not 0 < self._firsts[-1] == record["groups"] == self.identity["rows"]:
                 raise ValueError("its files have another number of groups")
-            counted = all(type(self.found.get(name)) is kind for name, kind in _FOUND.items())
-            if not (self.identity.keys() >= _IDENTITY and counted):
-                raise ValueError("it does not say what it was made of")
         except (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise

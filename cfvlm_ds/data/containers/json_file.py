@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import DuplicateKey, TooLarge, object_of, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.reading import DuplicateKey, TooLarge, object_of, open_regular, read_bytes
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
+from cfvlm_ds.data.rows import parsed
 
 MAX_JSON = 4 << 30
 """Limit of one JSON value, in bytes: its rows take several times its size in memory until they are written as JSON lines."""
@@ -24,16 +25,9 @@ _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
 def json_rows(path: Path) -> Rows:
     """Yield the rows of a file; a DataError replaces an object with a duplicate key."""
     try:
-        value = parse_json(read_bytes(path, MAX_JSON).decode("utf-8-sig"), _DECODER)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DataError(f"{path}: broken JSON at {line}column {error.colno} ({error.msg}); {_REMEDY}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+        value = parsed(read_bytes(path, MAX_JSON), path, _REMEDY, _DECODER)
     except TooLarge as error:
         raise DataError(f"{path}: {error}; write one object per line, and name the file .jsonl") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that cannot be parsed ({error}); {_REMEDY}") from error
     if isinstance(value, list):
         yield from ((f"item {number}", _row(item)) for number, item in enumerate(value, 1))
     elif isinstance(value, dict) and all(key.isdecimal() and isinstance(item, dict | DataError) for key, item in value.items()):

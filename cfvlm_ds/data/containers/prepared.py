@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import file_lock, whole_folder
+from cfvlm_ds.core.files import cache_folder, file_lock, whole_folder
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of, sources_state
@@ -41,23 +41,19 @@ class Prepared(NamedTuple):
     sources: tuple[tuple[str, int], ...] = ()
 
 
-def prepared_places(path: Path, cache: Path) -> list[Path]:
-    """List the folders for conversions: beside the data and, if that folder is not writable, in the user's cache."""
-    return [path.parent, cache]
-
-
 def prepare(
     path: Path,
     container: str,
-    cache: Sequence[Path],
+    cache: Sequence[Path] | None = None,
     say: Callable[[str], object] = lambda line: None,
     alive: Callable[[], object] = lambda: None,
 ) -> Prepared:
-    """Convert the rows of ``path`` to JSON lines, in the first writable folder of ``cache``, unless one of the folders has them.
+    """Convert the rows of ``path`` to JSON lines, in the first writable folder of ``cache`` (by default the folder of the data, then the
+    user's cache), unless one of the folders has them.
 
     Raises DataError for a container that cannot be read to its end, or if no folder is writable.
     """
-    sources = sources_of(path)
+    sources, cache = sources_of(path), [path.parent, cache_folder()] if cache is None else cache
     try:
         name = _name(path, container)
     except OSError as error:

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cfvlm_ds.core.conversation import spelled
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.cfgroup import NATIVE
 from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.containers.open import open_rows
@@ -55,8 +53,6 @@ def open_data(
     store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, format, limit)
     if hasattr(convert, "ignore"):
         _refuse_marks(store, convert, scan.alive)
-    if claim:
-        _say_understood(store, convert, progress)
     return store
 
 
@@ -146,14 +142,3 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
     remedy = f"{use} if so, or ignore={ignore} if not" if use else f"add ignore={ignore}"
     raise DataError(f"{store.where(first.row)}: {listed} {what} and would not be read; {remedy}")
-
-
-def _say_understood(store: GroupStore, convert: Any, progress: Callable[[str], object]) -> None:
-    """Report the interpretation of a label, by the first group with a false text."""
-    for _, group in store.entries(range(min(len(store), _LOOKED_AT))):
-        if not isinstance(group, DataError) and 0 in group.match[0]:
-            texts = [group.candidates[group.match[0].index(truth)].text for truth in (1, 0)]
-            shown = ", ".join(map(str, group.images[0])) or "its prompt"
-            example = f"{quoted(texts[0], 80)} is true of {shown}, and {quoted(texts[1], 80)} is false"
-            progress(f"{store.path}: by {convert.label!r}, {example}, as answers to {quoted(spelled(group.candidates[0].prompt), 80)}")
-            return

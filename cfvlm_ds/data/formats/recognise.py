@@ -102,15 +102,15 @@ _KTO = ("label", "kto_tag")
 
 def kto_label(rows: Iterable[Any]) -> str | None:
     """Return the column that makes conversations rows for KTO: all its values that are not null are true or false, or 1 or 0."""
-    columns: dict[str, list[Any]] = {key: [row.get(key) for row in rows if isinstance(row, Mapping)] for key in _KTO}
-    columns = {key: [value for value in values if value is not None] for key, values in columns.items()}
-    return next((key for key, values in columns.items() if values and all(value in (0, 1) for value in values)), None)
+    for key in _KTO:
+        values = [row[key] for row in rows if isinstance(row, Mapping) and row.get(key) is not None]
+        if values and all(value in (0, 1) for value in values):
+            return key
+    return None
 
 
-def recognised(row: Any, where: str) -> str:
+def recognised(row: Mapping[str, Any], where: str) -> str:
     """Return the name of a row's format. Raises DataError, beginning with ``where``, for a row of no known format."""
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: the row is a {type(row).__name__}, not an object; write it as {{...}}")
     row = unpacked(without_nulls(row))
     for named, keys in _KEYS:
         if all(key in row for key in keys):
@@ -121,6 +121,6 @@ def recognised(row: Any, where: str) -> str:
         return "cfgroup"  # which reports the missing keys
     shown = ", ".join(repr(key) for key in list(row)[:20]) or "none"
     raise DataError(
-        f"{where}: no format is known by the keys of this row ({shown}); name one, and map its columns where they have other names, as in "
-        "--format captions:image=COLUMN,caption=COLUMN (`cfvlm-ds data formats` lists them)"
+        f"{where}: no format has the keys of this row ({shown}); name one, and map its columns, as in "
+        "--format captions:image=COLUMN,caption=COLUMN (`cfvlm-ds data formats` lists all formats)"
     )
