@@ -137,6 +137,11 @@ class PictureTable:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def sides(self) -> list[int]:
+        """List the longer side of every picture, in pixels."""
+        sides: list[int] = np.maximum(self._facts["width"], self._facts["height"]).tolist()
+        return sides
+
     def find(self, path: Path) -> Picture | None:
         """Return the entry of a picture, or None."""
         return self._recent(path)

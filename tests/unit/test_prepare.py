@@ -26,10 +26,10 @@ from cfvlm_ds.__main__ import main
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.files import Summed, crc32_of
+from cfvlm_ds.core.files import Summed, crc32_of, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import check_manifest, lines, open_groups, picture_check, prepare, read_manifest, stored
+from cfvlm_ds.data import check_manifest, lines, open_groups, picture_check, prepare, read_manifest
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.permutation import RowsTogether
@@ -229,23 +229,6 @@ def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: 
         known.verify(picture)
 
 
-def test_what_a_table_says_is_believed_as_far_as_a_picture_may_be(store: Path, tmp_path: Path) -> None:
-    """A processor would be given a picture of that size to count its tokens; the contents are compared all the same."""
-    shutil.copytree(store, copied := tmp_path / "store")
-    table = copied / stored.PICTURES
-    count = table.stat().st_size // 48
-    for width, height in ((2**31, 2**31), (0, 5), (300, 1)):
-        data = bytearray(table.read_bytes())
-        for k in range(count):
-            at = 8 * count + 40 * k + 32
-            data[at : at + 8] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
-        table.write_bytes(data)
-        edited(copied, lambda record: [each.update(crc32=crc32_of(copied / each["file"])) for each in record["tables"]])
-        known = StoredRows(copied).pictures
-        for picture in shown_in(copied):
-            assert known is not None and known.find(picture) == picture_of(picture, 0, 0)._replace(ctime=0)
-
-
 def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
     """The answers of a conversation are drawn one after the other, from the file and from a store of it, or of a part of it."""
     (tmp_path / "data").mkdir()
@@ -330,8 +313,7 @@ def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(
 
     def overtaken(*given: Any) -> Any:
         monkeypatch.setattr(prepare, function, right)
-        with prepare._summed(out / "other.tar") as written:
-            written.write(b"x")
+        with whole_file(out / "other.tar", shared=True):
             assert preparing(source, out, pack=True)
         return right(*given)
 
@@ -528,9 +510,6 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a table elsewhere": lambda store: edited(store, lambda record: record["tables"][2].update(file="../pictures.table")),
     "another table": lambda store: np.save(store / "row_keys.npy", np.load(store / "row_keys.npy")[::-1]),
     "another number of groups": lambda store: edited(store, lambda record: record["identity"].update(rows=3)),
-    "no identity": lambda store: edited(store, lambda record: record.update(identity={"rows": record["groups"]})),
-    "nothing found": lambda store: edited(store, lambda record: record.update(found={})),
-    "a text for a count": lambda store: edited(store, lambda record: record["found"].update(left_out="\x1b[31mX")),
     "infinite": lambda store: edited(store, lambda record: record["rows"][0].update(groups=float("inf"))),
     "a table of nothing": lambda store: edited(store, lambda record: record.update(tables=[1])),
 }
