@@ -469,20 +469,14 @@ def _read(file: Path, key: str) -> str | None:
 def _begun(out: Path, stamp: str) -> Path:
     """Create the folder of unfinished work. Raises ConfigError for a folder with other contents."""
     work, whole, begun = out / PARTS, out / FILE, out / BEGUN
-    if out.exists() and not (begun.is_file() or whole.is_file()) and (not out.is_dir() or _holds_something(out)):
-        raise ConfigError(f"{out} is there and no store; name another folder with --out")
+    others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # a killed call leaves folders, .tmp
+    if others and not (begun.is_file() or whole.is_file()):
+        raise ConfigError(f"{out} exists and is not a store; name another folder with --out")
     if not whole.is_file():
         work.mkdir(parents=True, exist_ok=True)
         if not begun.exists():
             replace(begun, json.dumps({"source": stamp}).encode(), shared=True)
     return work
-
-
-def _holds_something(out: Path) -> bool:
-    """Return whether a folder has more entries than a call that was killed before writing anything."""
-    return any(
-        path.relative_to(out) != Path(PARTS) and not path.name.endswith(".tmp") for path in (*out.iterdir(), *(out / PARTS).glob("*"))
-    )
 
 
 def _array(array: Array) -> Iterator[bytes]:
