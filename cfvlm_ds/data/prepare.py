@@ -200,7 +200,7 @@ class _Job:
     def is_ended(self) -> bool:
         """Return whether the store is complete. Raises ConfigError if it belongs, or will belong, to other data."""
         for name in (FILE, BEGUN, FILE):  # FILE appears before BEGUN is removed
-            if (stamp := _stamp_of(self.out / name)) == self.stamp:
+            if (stamp := _read(self.out / name, "source")) == self.stamp:
                 return name == FILE
             if stamp is not None:
                 break
@@ -446,7 +446,7 @@ def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool)
     """Remove a store, or an unfinished store, of another state of the data set if that is allowed; returns its pictures."""
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
-    if not (remove_it and (ours or (out / BEGUN).is_file())) or _stamp_of(whole if whole.is_file() else out / BEGUN) == stamp:
+    if not (remove_it and (ours or (out / BEGUN).is_file())) or _read(whole if whole.is_file() else out / BEGUN, "source") == stamp:
         return PictureTables([])
     with contextlib.suppress(OSError, ValueError):
         known.append(PictureTable.opened(out / PICTURES, source.roots))
@@ -454,10 +454,6 @@ def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool)
     for file in itertools.chain(*map(out.glob, _OURS)):
         remove(file)
     return PictureTables(known)
-
-
-def _stamp_of(file: Path) -> str | None:
-    return _read(file, "source")
 
 
 def _read(file: Path, key: str) -> str | None:

@@ -135,9 +135,8 @@ class StoredRows:
         """
         file, index, groups = self._shards[shard]
         try:
-            lines = IndexedLines.mapped(file)
-            if crc32_of(index_file(file)) != index or len(lines) != groups:
-                raise ValueError("its index is another than store.json says")
+            if crc32_of(index_file(file)) != index or len(lines := IndexedLines.mapped(file)) != groups:
+                raise ValueError("its index is not the one in store.json")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"{file}: the rows cannot be read ({reason}); {self._remedy}") from error

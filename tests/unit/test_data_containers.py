@@ -403,7 +403,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "image without captions": (table(json.dumps(COCO | {"annotations": []}), "a.json"), "item 1: row: column 'caption' has no"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: image id 1 occurs twice"),
-    "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), r"nor COCO's captions \(images, item 1 has no 'file"),
+    "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), "images, item 1: key 'file_name'"),
     "tar cut between members": (packed(SHOT, ("a.txt", b"a dog"), cut=8192), "^[^(]*the tar has no end; it is cut off, get it"),
     "cut tar": (packed(SHOT, ("a.txt", b"a dog"), ("b.png", picture(1)), ("b.txt", b"x" * 600), cut=6200), "cut off"),
     "no tar": (table(b"x" * 2000, "a.tar"), r"cannot be read .*; get it whole again|no rows"),
@@ -488,13 +488,6 @@ def test_without_pyarrow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.parquet", "a.arrow"):
         (folder / name).touch()
         assert "reading it needs pyarrow" in (said := refusal(folder / name)) and "pip install 'cfvlm-ds[data]'" in said
-
-
-def test_what_is_streamed_is_refused(folder: Path) -> None:
-    with pytest.raises(
-        DataError, match="data are a list_iterator, not a path; what is streamed has no row number n, and a run could not go"
-    ):
-        read_manifest(iter([CAPTION]))  # type: ignore[arg-type]
 
 
 def test_no_container_is_waited_for(folder: Path) -> None:

@@ -443,7 +443,7 @@ def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Pat
     (tmp_path / "file").write_text("x")
     (tmp_path / "book" / "parts").mkdir(parents=True)
     (tmp_path / "book" / "parts" / "thesis.txt").write_text("x")
-    for name, reason in (("mine", "no store"), ("link", "is a link"), ("file", "no store"), ("book", "no store")):
+    for name, reason in (("mine", "not a store"), ("link", "is a link"), ("file", "not a store"), ("book", "not a store")):
         with pytest.raises(ConfigError, match=reason):
             preparing(source, tmp_path / name)
     shop = tmp_path / "shop"
@@ -457,7 +457,7 @@ def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Pat
     out = tmp_path / "ours"
     assert preparing(source, out)
     (out / "thesis.txt").write_text("x")
-    with pytest.raises(ConfigError, match="no store"):
+    with pytest.raises(ConfigError, match="not a store"):
         prepare.prepare(groups, out, "another", options, str, anew=True)
     assert os.listdir(out) == ["thesis.txt"], "what somebody else has put there"
     assert os.listdir(tmp_path / "mine") == os.listdir(tmp_path / "book" / "parts") == ["thesis.txt"]
@@ -495,6 +495,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no tar": lambda store: (store / "images-00002.tar").unlink(),
     "no index": lambda store: (store / "groups-00002.jsonl.idx").unlink(),
     "index cut": lambda store: os.truncate(store / "groups-00002.jsonl.idx", 90),
+    "another index": lambda store: (store / "groups-00002.jsonl.idx").write_bytes((store / "groups-00001.jsonl.idx").read_bytes()),
     "swapped": swapped,
     "no JSON": lambda store: (store / "store.json").write_text("{"),
     "a list": lambda store: (store / "store.json").write_text("[]"),

@@ -81,7 +81,8 @@ def _prepared(path: Path, folder: Path) -> Prepared:
     sources: tuple[tuple[str, int], ...] = ()
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         sources = tuple((str(name), int(rows)) for name, rows in read_json(folder / _SOURCES))
-    return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, folder), sources)
+    copied = [folder] if (folder / _PICTURES).is_file() else []
+    return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, *copied), sources)
 
 
 def _name(path: Path, container: str) -> str:

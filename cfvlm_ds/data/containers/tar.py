@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import MIB, DuplicateKey, open_regular, parse_json
+from cfvlm_ds.core.reading import MIB, open_regular
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 from cfvlm_ds.data.decoding import ENDINGS
+from cfvlm_ds.data.rows import parsed
 
 TEXTS = ("txt", "text", "caption", "cls", "json", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
@@ -91,10 +92,10 @@ def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: st
     if member.size > MAX_ROW:
         raise DataError(f"{member.name!r} has {member.size} bytes, and {MAX_ROW} are the bound for a text; shorten it")
     handle.seek(member.offset_data)
+    content = handle.read(member.size)
+    if last == "json":
+        return parsed(content, repr(member.name), "correct it")
     try:
-        text = handle.read(member.size).decode("utf-8-sig")
-        return parse_json(text) if last == "json" else text.strip()
+        return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise DataError(f"{member.name!r}: byte {error.start + 1} is not UTF-8; save the text as UTF-8") from error
-    except (DuplicateKey, ValueError, RecursionError) as error:
-        raise DataError(f"{member.name!r}: JSON that cannot be parsed ({error}); correct it") from error

@@ -191,8 +191,6 @@ class Captions:
                 what = f"a JSON object ({_names(value)}), not a text" if value else broken
                 key = next(iter(value)) if len(value) == 1 else "KEY"
                 remedy = f"name what is said, as in caption={columns[0]}.{key}" if value else "correct it"
-                if {"chosen", "rejected"} <= value.keys():
-                    remedy = "name the format preference, which reads it"
                 raise DataError(f"row: column {columns[0]!r} holds {what}; {remedy}, or say json=true if it is a caption as it is")
         return [text.strip() for text in texts]
 

@@ -35,8 +35,8 @@ BESIDE = {"query": ("history",), "instruction": ("input", "history")}
 class Messages(Instruct):
     """Rows with ``messages``, or with columns of a question and its answer."""
 
-    keys: tuple[str, ...] = ("messages",)
-    source: str = "messages"
+    keys = ("messages",)
+    source = "messages"
 
     def _spoken(self, row: Mapping[str, Any]) -> tuple[Spoken, tuple[str, ...]]:
         if "messages" in row or not (answer := only(row, ANSWERS, "are answers")):

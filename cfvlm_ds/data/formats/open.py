@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.formats import format_named
 from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
-from cfvlm_ds.data.formats.recognise import kto_label, recognised
-from cfvlm_ds.data.formats.truth import joined, leaves, marks, option_value
-from cfvlm_ds.data.joined import JoinedRows
+from cfvlm_ds.data.formats.chat import without_nulls
+from cfvlm_ds.data.formats.preference import unpacked
+from cfvlm_ds.data.formats.truth import JoinedRows, joined, leaves, marks, option_value
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.rows import Rows
 from cfvlm_ds.data.store import Format, GroupStore, count_parts
@@ -81,22 +81,23 @@ _LOOKED_FOR_MARKS = 2048  # groups whose metadata are searched for labels, sprea
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
     """Raise DataError for a column that an option of the format names and that no row has, or that ``ignore`` names too."""
-    absent = {(option, column) for option in (*DEFAULTS, "label", "ignore") for column in getattr(convert, option, "").split("+") if column}
-    if both := sorted((column, option) for option, column in absent if option != "ignore" and ("ignore", column) in absent):
+    given = {option: getattr(convert, option, "") for option in (*DEFAULTS, "label", "ignore")}
+    absent = {(column, option) for option, columns in given.items() for column in columns.split("+") if column}
+    if both := sorted((column, option) for column, option in absent if option != "ignore" and (column, "ignore") in absent):
         raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; leave it out of one of them")
+    known = dict[str, None]()
     counted = Progress(progress, f"{rows.path}: columns", len(rows), "rows")
     for row in counted.over(range(len(rows)) if absent else ()):
         alive()
         if isinstance(value := rows.value(row), Mapping):
             names = _columns(value)
-            present = {option for option, _ in absent if getattr(convert, option) in names}  # a name that contains a +
-            absent = {(option, column) for option, column in absent if option not in present and column not in names}
+            known = known or names
+            absent = {(column, option) for column, option in absent if column not in names and given[option] not in names}  # a name with +
             if not absent:
                 return
-    for option, column in sorted(absent):
-        first = next((value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)), {})
-        near = difflib.get_close_matches(column, known := list(_columns(first)), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, known[:20])) or 'none'}"
+    for column, option in sorted(absent):
+        near = difflib.get_close_matches(column, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, list(known)[:20])) or 'none'}"
         raise DataError(f"{rows.path}: no row has the column {column!r}, which {option} names; {hint}")
 
 
@@ -142,3 +143,53 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
     remedy = f"{use} if so, or ignore={ignore} if not" if use else f"add ignore={ignore}"
     raise DataError(f"{store.where(first.row)}: {listed} {what} and would not be read; {remedy}")
+
+
+_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("webdataset", ("__key__",)),
+    ("cfgroup", ("images", "texts", "match")),
+    ("pairs", ("image_0", "image_1", "caption_0", "caption_1")),
+    ("cfvlm", ("orig_input", "orig_output", "cf_samples")),
+    ("preference", ("chosen", "rejected")),
+    ("preference", ("chosen_messages", "rejected_messages")),
+    ("preference", ("response", "rejected_response")),
+    ("preference", ("messages", "rejected_response")),
+    ("preference", ("messages", "rejected_messages")),
+    ("preference", ("messages", "rejected_images")),
+    ("preference", ("chosen", "rejected_images")),
+    ("llava", ("conversations",)),
+    ("messages", ("messages",)),
+    ("messages", ("prompt", "completion")),
+    ("messages", ("query", "response")),
+    ("messages", ("instruction", "output")),
+)
+"""Formats and their keys; the order counts, because a row may have the keys of several formats."""
+
+_KTO = ("label", "kto_tag")
+"""Columns that mark the answer of a row for KTO as good or bad: of TRL and ms-swift, and of LLaMA-Factory."""
+
+
+def kto_label(rows: Iterable[Any]) -> str | None:
+    """Return the column that makes conversations rows for KTO: all its values that are not null are true or false, or 1 or 0."""
+    for key in _KTO:
+        values = [row[key] for row in rows if isinstance(row, Mapping) and row.get(key) is not None]
+        if values and all(value in (0, 1) for value in values):
+            return key
+    return None
+
+
+def recognised(row: Mapping[str, Any], where: str) -> str:
+    """Return the name of a row's format. Raises DataError, beginning with ``where``, for a row of no known format."""
+    row = unpacked(without_nulls(row))
+    for named, keys in _KEYS:
+        if all(key in row for key in keys):
+            return named
+    if all(any(column in row for column in DEFAULTS[option]) for option in ("image", "caption")):
+        return "captions"
+    if "texts" in row or "match" in row:
+        return "cfgroup"  # which reports the missing keys
+    shown = ", ".join(repr(key) for key in list(row)[:20]) or "none"
+    raise DataError(
+        f"{where}: no format has the keys of this row ({shown}); name one, and map its columns, as in "
+        "--format captions:image=COLUMN,caption=COLUMN (`cfvlm-ds data formats` lists all formats)"
+    )
