@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
@@ -39,18 +41,32 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     it is missing, not one of the formats above, 0 pixels wide or high, too large, too elongated, truncated or corrupt. The file is not
     confined to a root here; read_manifest does that.
     """
-    path = Path(path)
+    with _opened(Path(path), max_pixels) as image:
+        ImageOps.exif_transpose(image, in_place=True)  # decodes
+        return _to_rgb(image)
+
+
+def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
+    """Return the width and height of the image that open_image returns, reading the header only. Raises DataError as open_image does, but
+    for pixels.
+    """
+    with _opened(Path(path), max_pixels) as image:
+        return image.size[::-1] if _is_turned(image) else image.size
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Read and check the header of an image. Any error in the block becomes a DataError."""
     try:
         if not picture_file(path).is_file():  # a named pipe would block for ever
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
         if (size := picture_stat(path)[0]) > MAX_BYTES:
-            raise _OutOfBounds(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
+            raise DataError(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
         with open_picture(path) as handle:
             handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
             image = _read_header(handle)
-            _check_size(path, image, max_pixels)
-            ImageOps.exif_transpose(image, in_place=True)  # decodes
-            return _to_rgb(image)
+            _check_size(path, image, max_pixels)  # before _is_turned decodes a PNG whose orientation follows its pixels
+            yield image
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -62,40 +78,18 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"{path}: image cannot be read, truncated or corrupt ({error}); copy or download it again") from error
 
 
-def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
-    """Return the width and height of the image that open_image returns, reading the header only. Raises DataError, naming the file, for a
-    broken header or one beyond the limits.
-    """
-    path = Path(path)
-    try:
-        if not picture_file(path).is_file():
-            raise DataError("no such image file")
-        with open_picture(path) as handle:
-            image = _read_header(handle)
-            _check_size(path, image, max_pixels)  # before _is_turned decodes a PNG whose orientation follows its pixels
-            return image.size[::-1] if _is_turned(image) else image.size
-    except _OutOfBounds:
-        raise
-    except Exception as error:  # as in open_image
-        raise DataError(f"{path}: image cannot be read ({error}); run `cfvlm-ds data check`") from error
-
-
-class _OutOfBounds(DataError):
-    """An image larger or longer than the limits."""
-
-
 def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
     size = width, height = image.size
     if width * height > max_pixels:
-        raise _OutOfBounds(
+        raise DataError(
             f"{path}: image is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; shrink it, or raise max_pixels"
         )
     if max(size) > MAX_ASPECT * min(size):
-        raise _OutOfBounds(f"{path}: image is {width}x{height}, and its sides may be {MAX_ASPECT}:1 at most; crop it, or drop the row")
+        raise DataError(f"{path}: image is {width}x{height}, and its sides may be {MAX_ASPECT}:1 at most; crop it, or drop the row")
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded completely even if the image shows a part of it
         across, down = (int(image.tag_v2.get(side, 1)) for side in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
         if across * down > max_pixels:
-            raise _OutOfBounds(f"{path}: image has tiles of {across}x{down} pixels, over the limit of {max_pixels}; save it again")
+            raise DataError(f"{path}: image has tiles of {across}x{down} pixels, over the limit of {max_pixels}; save it again")
 
 
 def _is_turned(image: Image.Image) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import http.client
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,6 @@ from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.convert import list_of_skipped, list_skipped
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
 from cfvlm_ds.data.manifest import local_path
-from cfvlm_ds.data.rows import Rows
 
 MAX_DOWNLOAD = 64 << 20
 """Limit of a picture, in bytes."""
@@ -70,7 +69,8 @@ def download(
         path = local_path(path, progress=say)
         rows = open_rows(path, progress=say)
         progress = Progress(say, f"pictures of {path}", len(rows), "rows")
-        for chunk in _chunks(rows):
+        for first in range(0, len(rows), _CHUNK):
+            chunk = [(rows.where(row), rows.value(row)) for row in range(first, min(first + _CHUNK, len(rows)))]
             named = [_addresses(row) for _, row in chunk]
             wanted = dict.fromkeys(address for addresses in named for address in addresses)
             fetched = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))
@@ -87,11 +87,6 @@ def download(
                 count += 1
     list_skipped(listed, problems, say)
     return Downloaded(count, len(files), problems)
-
-
-def _chunks(rows: Rows) -> Iterator[list[tuple[str, Any]]]:
-    for first in range(0, len(rows), _CHUNK):
-        yield [(rows.where(row), rows.value(row)) for row in range(first, min(first + _CHUNK, len(rows)))]
 
 
 def _addresses(row: Any) -> list[str]:

@@ -112,14 +112,19 @@ def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | N
     if chosen_column:
         chosen = _answers(row[chosen_column], chosen_column)
     elif question is not None and question.turns[-1].role == "assistant":  # ms-swift: the conversation ends with the chosen answer
-        chosen_column, chosen, question = column, question, _without_last(question)
+        chosen_column, chosen, question = column, question, question._replace(turns=question.turns[:-1])
     else:
         raise DataError("row: key 'chosen' is missing; add it, or end the conversation with the chosen answer")
     rejected = _answers(row[rejected_column], rejected_column) if rejected_column else None
     columns = [(column, question), (chosen_column, chosen), (rejected_column, rejected)]
     further = {name: spoken.further for name, spoken in columns if spoken is not None and any(spoken.further)}
     if question is None:
-        question = _shared(chosen, rejected)
+        shared = chosen.turns[:-1]
+        if rejected is not None:  # two complete conversations: their common beginning
+            shared = shared[: len([*takewhile(lambda pair: pair[0] == pair[1], zip(shared, rejected.turns, strict=False))])]
+        question = chosen._replace(turns=shared)
+    if not question.turns:
+        raise DataError("row: nothing is asked; add 'prompt', or the user's turn before the answer")
     answers = [None if spoken is None else _after(question, spoken) for spoken in (chosen, rejected)]
     assert answers[0] is not None
     return (*used, chosen_column), question, answers[0], answers[1], further
@@ -127,22 +132,6 @@ def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | N
 
 def _answers(value: Any, key: str) -> Spoken:
     return read_messages([value], f"row: {key!r}") if isinstance(value, Mapping) else spoken_as(value, "assistant", key)
-
-
-def _without_last(spoken: Spoken) -> Spoken:
-    return Spoken(spoken.turns[:-1], spoken.pictures, spoken.further) if len(spoken.turns) > 1 else _nothing()
-
-
-def _nothing() -> Spoken:
-    raise DataError("row: an answer without anything that is asked; add 'prompt', or the user's turn before it")
-
-
-def _shared(chosen: Spoken, rejected: Spoken | None) -> Spoken:
-    """Return the common beginning of two complete conversations; without a rejected one, the chosen one up to its answer."""
-    turns = chosen.turns[:-1]
-    if rejected is not None:
-        turns = turns[: len([*takewhile(lambda pair: pair[0] == pair[1], zip(turns, rejected.turns, strict=False))])]
-    return Spoken(turns, chosen.pictures, chosen.further) if turns else _nothing()
 
 
 def _after(question: Spoken, answer: Spoken) -> str:
