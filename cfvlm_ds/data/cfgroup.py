@@ -71,7 +71,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
             raise DataError(f"{where}: match entry {cell!r} must be [image id, text id, 0 or 1]")
         line, c = match[lookup(image_index, cell[0], at)], lookup(text_index, cell[1], at)
         if line[c] is not None and line[c] != truth:
-            raise DataError(f"{where}: match says both 0 and 1 for ({cell[0]}, {cell[1]}); keep one")
+            raise DataError(f"{where}: match has both 0 and 1 for ({cell[0]}, {cell[1]}); keep one")
         line[c] = truth
     prompt = _prompt(row.get("prompt", ""), where)
     listed, edits = row.get("edits", []), []

@@ -74,7 +74,7 @@ class IndexedLines:
         starts.append(stat.st_size)
         final = os.fstat(held.number)
         if (final.st_size, final.st_mtime_ns, final.st_ctime_ns) != (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns):
-            raise ValueError("it was written while it was indexed; start again when it is whole")
+            raise ValueError("the file changed while it was indexed; start again when it is complete")
         return cls(path, held, np.array(starts), np.array(sums), np.array(numbers) if lines > len(sums) else None)
 
     @classmethod
@@ -99,7 +99,7 @@ class IndexedLines:
         line = data[: data.find(b"\n") + 1 or None]
         if zlib.crc32(line) != self.sums.item(row):
             raise DataError(
-                f"{self.where(row)}: the row is not the one that was indexed; do not write a data set while it is used, and prepare a "
+                f"{self.where(row)}: the row has changed since it was indexed; do not write to a data set in use, and prepare a "
                 "store again"
             )
         return line.rstrip(b"\r\n")

@@ -124,7 +124,7 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequ
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
     elif without := [name for name, weight in zip(names, weights, strict=True) if weight is None]:
-        raise DataError(f"data.train: source {without[0]!r} has no weight and others have; give each a weight, or none")
+        raise DataError(f"data.train: source {without[0]!r} has no weight, and others do; give a weight to each or to none")
     else:
         given = [Fraction(repr(float(weight or 0))) for weight in weights]
     total = sum(given, Fraction(0))

@@ -112,7 +112,7 @@ def opened_picture(
         picture = picture_of(path, *open_image(path, max_pixels).size)
         known_before = None if prepared is None else prepared.find(path)
         if known_before is not None and known_before._replace(ctime=picture.ctime) != picture:
-            return f"{path}: the picture is not the one that was prepared; restore it, or prepare the data again", b""
+            return f"{path}: the picture has changed since it was prepared; restore it, or prepare the data again", b""
         content = picture_bytes(path, MAX_BYTES) if contents else b""
         if contents and digest_of(content) != picture.digest:
             return f"{path}: the picture was written while it was read; start again when it is whole", b""

@@ -176,7 +176,7 @@ class _Job:
                 return False
             if missing := units.missing():
                 self.say(
-                    f"{out}: {len(missing)} of {units.count} parts of its pictures are others' to look at; run this again when they have"
+                    f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this again when those have ended"
                 )
                 return False
             pictures = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
@@ -193,7 +193,7 @@ class _Job:
         if strict and self.report.problems:
             return False
         if missing := files.missing():
-            self.say(f"{out}: {len(missing)} of {files.count} files of rows are others' to write; who comes last ends the store")
+            self.say(f"{out}: {len(missing)} of {files.count} files of rows belong to other shards; the last one completes the store")
             return False
         return self._end(units, files, pictures)
 
@@ -397,7 +397,7 @@ def _absolute(picture: Path) -> Path:
 def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
     """Return the path of a picture in a tar of the store."""
     if (at := find(pictures["key"], picture_key(picture))) is None:
-        raise DataError(f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and prepare it again")
+        raise DataError(f"{picture}: the picture is not packed, because the data set has changed meanwhile; remove the store and prepare it again")
     place = pictures[at]
     return _absolute(out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"])))
 

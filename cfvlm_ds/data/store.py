@@ -104,7 +104,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         try:
             groups = [confined(group, self._confine) for group in converted(value, self._convert)]
             if len(groups) != expected:
-                raise DataError(f"the row has {len(groups)} groups and not {expected} as when it was counted; correct the format's parts()")
+                raise DataError(f"the row has {len(groups)} groups, and {expected} were counted; correct the format's parts()")
         except DataError as error:
             raise DataError(f"{self.rows.where(row)}: {error}") from error
         return groups

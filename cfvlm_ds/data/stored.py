@@ -58,9 +58,9 @@ class StoredRows:
         self._file, self._remedy = folder / FILE, "prepare the data again, or copy the store whole"
         if not os.path.lexists(self._file):
             begun = (
-                " whole yet: run `cfvlm-ds data prepare` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
+                ": run `cfvlm-ds data prepare` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
             )
-            raise DataError(f"{folder} is a folder and no store{begun}")
+            raise DataError(f"{folder} is not a complete store{begun}")
         try:
             record = read_json(self._file)
             if record["schema"] != SCHEMA:
@@ -70,7 +70,7 @@ class StoredRows:
                 file = own_file(folder, entry["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != entry["bytes"]:
-                    raise ValueError(f"{file.name} has {size} bytes and not {entry['bytes']}")
+                    raise ValueError(f"{file.name} has {size} bytes in place of {entry['bytes']}")
                 self._sums[file.name] = int(entry["crc32"])
             if strange := [entry["file"] for entry in record["tables"] if crc32_of(folder / entry["file"]) != entry["crc32"]]:
                 raise ValueError(f"{strange[0]} is not the file that was prepared")
@@ -123,7 +123,7 @@ class StoredRows:
                 yield f"{file}: the file cannot be read ({error}); {self._remedy}"
                 continue
             if checksum != self._sums[file.name]:
-                yield f"{file}: it is not the file that was prepared (its CRC-32 is another); {self._remedy}"
+                yield f"{file}: the file has changed since it was prepared (another CRC-32); {self._remedy}"
 
     def _find(self, row: int) -> tuple[LineRows, int]:
         shard = bisect_right(self._firsts, row) - 1

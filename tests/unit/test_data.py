@@ -355,7 +355,7 @@ def test_bad_files(folder: Path) -> None:
     cases: list[tuple[Path, dict[str, object], list[str]]] = [
         (folder / "trian.jsonl", {}, ["no such manifest", "did you mean 'train.jsonl'"]),
         (folder / "zzz", {}, ["no such manifest", "correct the path"]),
-        (folder / "none" / "m.jsonl", {}, ["nor its folder", "correct the path"]),
+        (folder / "none" / "m.jsonl", {}, ["its folder", "correct the path"]),
         (folder, {}, ["is a folder without", "name the data file"]),
         (manifest(folder, "", " ", name="empty.jsonl"), {}, ["no rows", "write some"]),
         (manifest(folder, "[]", name="empty.json"), {}, ["no rows"]),

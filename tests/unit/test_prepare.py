@@ -256,7 +256,7 @@ def test_every_byte_of_a_store_is_held_against_its_sum(where: str, store: Path, 
     data[{"picture": int(place.partition("+")[0]) + 70, "header": 100}[where]] ^= 1
     (copied / tar).write_bytes(data)
     problems = check_manifest(copied, progress=str).problems
-    assert f"{copied / tar}: it is not the file that was prepared (its CRC-32 is another); prepare the data again" in problems[-1]
+    assert f"{copied / tar}: the file has changed since" in problems[-1]
     about = {"picture": f"{tar}#", "header": None}[where]
     assert len(problems) == (1 if about is None else 2) and (about or "CRC-32") in problems[0]
 
@@ -298,7 +298,7 @@ def test_shards_together_are_the_store_of_one(of: int, packs: bool, source: Path
     order, said = random.Random(of).sample(range(of), of), list[str]()
     wholes = [preparing(source, tmp_path / "store", shard, of, said.append, pack=packs) for shard in [*order, *order]]
     assert wholes[-1] and files(tmp_path / "store") == files(stores[packs])
-    assert any("parts of its pictures are others' to look at" in line and "run this again" in line for line in said)
+    assert any("parts of its pictures" in line and "run this again" in line for line in said)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
     assert preparing(source, tmp_path / "store", 1, of, pack=packs), "a store that is whole is left alone"
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
@@ -409,7 +409,7 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_pa
     broken.write_bytes(b"no picture")
     with pytest.raises(DataError, match=rf"m.jsonl:9: {broken}: no image in it"):
         preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
-    with pytest.raises(DataError, match=r"no store whole yet: run `cfvlm-ds data prepare` again"):
+    with pytest.raises(DataError, match="run `cfvlm-ds data prepare` again"):
         open_groups(tmp_path / "store")
     rows = (tmp_path / "data" / "m.jsonl").read_text().splitlines()
     (tmp_path / "data" / "m.jsonl").write_text("\n".join([*rows, rows[0]]))
@@ -461,7 +461,7 @@ def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Pat
         prepare.prepare(groups, out, "another", options, str, anew=True)
     assert os.listdir(out) == ["thesis.txt"], "what somebody else has put there"
     assert os.listdir(tmp_path / "mine") == os.listdir(tmp_path / "book" / "parts") == ["thesis.txt"]
-    with pytest.raises(DataError, match=r"is a folder without .*, and no store; name the data file"):
+    with pytest.raises(DataError, match="name the data file"):
         open_groups(tmp_path / "mine")
 
 

@@ -72,7 +72,7 @@ def open_rows(
 
 def _missing(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"{path}: no such manifest, nor its folder {path.parent}; correct the path{counted_from(path)}"
+        return f"{path}: no such manifest, and its folder {path.parent} does not exist; correct the path{counted_from(path)}"
     near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=3)
     hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "correct the path"
     return f"{path}: no such manifest; {hint}{counted_from(path)}"

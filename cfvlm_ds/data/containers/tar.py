@@ -52,7 +52,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
             continue
         is_file = member.isreg() and not member.issparse()
         if is_file and member.offset_data + member.size > size:
-            raise DataError(f"{path}: member {member.name!r} ends behind the end of the file; it is cut off, get it whole again")
+            raise DataError(f"{path}: member {member.name!r} ends after the end of the file: the tar is cut off; get it again")
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:
@@ -64,7 +64,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
         if extension in sample:
             problem = problem or f"sample {key!r} has two members {base!r}; give samples keys of their own"
         if not is_file:
-            problem = problem or f"sample {key!r}: {base!r} is a link or no plain file; {_PLAIN}"
+            problem = problem or f"sample {key!r}: {base!r} is a link or not a regular file; {_PLAIN}"
             sample[extension] = None
             continue
         try:
@@ -75,7 +75,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
         yield f"sample {key!r}", DataError(problem) if problem else {"__key__": key, **sample}
     handle.seek(tar.offset)
     if len(handle.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # a complete tar ends with blocks of zeros
-        raise DataError(f"{path}: the tar has no end; it is cut off, get it whole again")
+        raise DataError(f"{path}: the tar is cut off before its end; get it again")
 
 
 def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:

@@ -71,7 +71,7 @@ class Preference:
                 f"row: {len(pictures)} pictures and {len(others)} rejected ones; the prompt shows as many either way, correct it"
             )
         if rejected is None and not others:
-            raise DataError("row: nothing is rejected; add 'rejected' or 'rejected_images', or name another format for rows without")
+            raise DataError("row: the rejected answer or picture is missing; add 'rejected' or 'rejected_images', or name another format for rows without")
         answers = [chosen] if rejected is None else [chosen, rejected]
         match: tuple[tuple[int | None, ...], ...] = ((1,) if rejected is None else (1, None if others else 0),)
         if others:
@@ -124,7 +124,7 @@ def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | N
             shared = shared[: len([*takewhile(lambda pair: pair[0] == pair[1], zip(shared, rejected.turns, strict=False))])]
         question = chosen._replace(turns=shared)
     if not question.turns:
-        raise DataError("row: nothing is asked; add 'prompt', or the user's turn before the answer")
+        raise DataError("row: the question is missing; add 'prompt', or the user's turn before the answer")
     answers = [None if spoken is None else _after(question, spoken) for spoken in (chosen, rejected)]
     assert answers[0] is not None
     return (*used, chosen_column), question, answers[0], answers[1], further
@@ -139,7 +139,7 @@ def _after(question: Spoken, answer: Spoken) -> str:
     repeats = answer.turns[: len(question.turns)] == question.turns
     if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:
         remedy = "name those of the rejected answer in 'rejected_images', and the others once"
-        raise DataError(f"row: what is asked, chosen and rejected name different pictures in their messages; {remedy}")
+        raise DataError(f"row: question, chosen and rejected answer name different pictures in their messages; {remedy}")
     turns = answer.turns[len(question.turns) :] if repeats else answer.turns
     if len(turns) != 1:
         raise DataError(f"row: an answer of {len(turns)} turns; chosen and rejected must differ in one answer of the assistant, the last")
