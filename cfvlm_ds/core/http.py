@@ -65,7 +65,7 @@ class _Watched(requests.HTTPHandler, requests.HTTPSHandler):
     """Opens connections under a deadline."""
 
     def __init__(self, deadline: Deadline) -> None:
-        super().__init__(context=_TLS)  # type: ignore[call-arg]
+        super().__init__(context=_TLS)
         self._deadline = deadline
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:

@@ -23,7 +23,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS
-from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
+from cfvlm_ds.data.manifest import Root, open_groups, repeated
 from cfvlm_ds.data.passes import Done, Scan, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
@@ -84,7 +84,8 @@ def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str
         report.add(part.report)
         ids.append(part.ids)
         pictures.append(part.pictures)
-    repeats = dict(_repeated(store, *map(np.concatenate, zip(*ids, strict=True)), scan))
+    hashes, places = (np.concatenate(parts) for parts in zip(*ids, strict=True))
+    repeats = dict(_repeated(store, hashes, places, scan))
     report.problems.extend(repeats.values())
     seen = SeenRows(distinct(pictures), list(repeats))
     report.num_images += len(seen.pictures[0])
@@ -235,10 +236,8 @@ def check_manifest(
 
     With ``lengths`` (for instance a Collator), rows beyond the model's window are problems and visual tokens are counted. ``max_pixels`` is
     as in open_image. ``progress`` receives a line with rate and time left every 5 seconds. The files of a store are also compared with
-    their checksums. Problems are collected, not raised; DataError is raised for an unknown format.
+    their checksums. Problems are collected, not raised.
     """
-    known_format(path, format)
-    data_roots(path, root)
     try:
         store = open_groups(path, root, format, progress=progress)
     except DataError as error:

@@ -99,8 +99,7 @@ class IndexedLines:
         line = data[: data.find(b"\n") + 1 or None]
         if zlib.crc32(line) != self.sums.item(row):
             raise DataError(
-                f"{self.where(row)}: the row has changed since it was indexed; do not write to a data set in use, and prepare a "
-                "store again"
+                f"{self.where(row)}: the row has changed since it was indexed; do not write to a data set in use, and prepare a store again"
             )
         return line.rstrip(b"\r\n")
 

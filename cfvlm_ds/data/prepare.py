@@ -175,9 +175,7 @@ class _Job:
                 self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan))
                 return False
             if missing := units.missing():
-                self.say(
-                    f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this again when those have ended"
-                )
+                self.say(f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this again after them")
                 return False
             pictures = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
             pictures = pictures[np.argsort(pictures["key"])]
@@ -397,7 +395,7 @@ def _absolute(picture: Path) -> Path:
 def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
     """Return the path of a picture in a tar of the store."""
     if (at := find(pictures["key"], picture_key(picture))) is None:
-        raise DataError(f"{picture}: the picture is not packed, because the data set has changed meanwhile; remove the store and prepare it again")
+        raise DataError(f"{picture}: the picture is not packed: the data set has changed; remove the store and prepare it again")
     place = pictures[at]
     return _absolute(out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"])))
 

@@ -83,13 +83,14 @@ class CheckReport:
 
     def add(self, other: CheckReport) -> None:
         """Add the report of later rows of the same manifest."""
-        for name in ("num_groups", "num_images", "num_texts", "num_cells", "num_unknown_cells", "num_false_cells"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("prompts", "shapes", "sources", "edit_types", "num_counterfactuals", "text_lengths", "visual_tokens", "metadata"):
-            getattr(self, name).update(getattr(other, name))
         if other.longest_text > self.longest_text:
-            for name in ("longest_text", "longest_text_unit", "longest_text_where"):
-                setattr(self, name, getattr(other, name))
+            self.longest_text_unit, self.longest_text_where = other.longest_text_unit, other.longest_text_where
+        self.longest_text = max(self.longest_text, other.longest_text)
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            elif name.startswith("num_"):
+                setattr(self, name, getattr(self, name) + value)
         self.problems += other.problems
 
     @property

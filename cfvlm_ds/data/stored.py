@@ -57,9 +57,7 @@ class StoredRows:
         self.path = folder
         self._file, self._remedy = folder / FILE, "prepare the data again, or copy the store whole"
         if not os.path.lexists(self._file):
-            begun = (
-                ": run `cfvlm-ds data prepare` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
-            )
+            begun = ": run `cfvlm-ds data prepare` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
             raise DataError(f"{folder} is not a complete store{begun}")
         try:
             record = read_json(self._file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -135,55 +136,55 @@ def test_pairs(folder: Path) -> None:
     assert "m.jsonl:2:" in message and "repeats" in message and "m.jsonl:1;" in message
 
 
-BAD_ROWS = {
-    "broken JSON": ('{"id": "g", "images": [}', ["column 24", "one JSON object per line"]),
-    "not UTF-8": ("LATIN1", ["byte 9", "UTF-8", "save the file"]),
-    "nested": ("[" * 100_000, ["cannot be parsed", "one JSON object per line"]),
-    "list row": ([1, 2], ["list", "write one object per line"]),
-    "null row": ("null", ["NoneType", "write it as {...}"]),
-    "unknown key": (row(imagse=[]), ["unknown key 'imagse'", "did you mean 'images'?"]),
-    "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), ["'pth'", "did you mean 'path'?"]),
-    "missing key": ({"id": "g"}, ["'images' is missing", "add it"]),
-    "duplicate id": (row("first", prompt="x"), ["'first'", "m.jsonl:1;", "make ids unique"]),
-    "wrong type": (row(match=5), ["'match' must be a list"]),
-    "unhashable id": (row(match=[[["i0"], "t0", 1]]), ["no id ['i0']"]),
-    "edit not an object": (row(edits=[["type"]]), ["'edits' must be a list of objects"]),
-    "null byte": (row(images=[{"id": "i0", "path": "a\0.png"}, {"id": "i1", "path": "b.png"}]), ["null byte", "correct it"]),
-    "exclude not a list": (row(exclude="two dogs"), ["'exclude' must be a list of strings", "list keys of texts"]),
-    "a key that is none": (row(texts=[{"id": "t0", "text": "two dogs", "key": None}, {"id": "t1", "text": "three"}]), ["'key' must be"]),
-    "truth as a float": (row(match=[["i0", "t0", 1.0]]), ["[image id, text id, 0 or 1]"]),
-    "half a character": (row(prompt="\ud800"), ["\\ud800 is half of a", "remove it"]),
-    "line break in an id": (row(images=[{"id": "i\n0", "path": "a.png"}], match=[["i0", "t0", 1]]), ["known: i\\n0"]),
-    "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), ["no id '\\x1b[2J'"]),
-    "endless value": (row(match="x" * 10_000), ["xxx [...] xxx"]),
-    "infinite weight": (row(weight=1e400), ["weight must be a positive number", "drop the row"]),
-    "huge weight": (row(weight=10**400), ["not what the format expects", "compare it with the format"]),
-    "bad truth": (row(match=[["i0", "t0", 2]]), ["[image id, text id, 0 or 1]"]),
-    "empty text": (row(texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": " "}]), ["text 1 is empty", "remove it"]),
+BAD_ROWS: dict[str, tuple[object, str]] = {
+    "broken JSON": ('{"id": "g", "images": [}', "column 24"),
+    "not UTF-8": ("LATIN1", "byte 9"),
+    "nested": ("[" * 100_000, "JSON"),
+    "list row": ([1, 2], "list"),
+    "null row": ("null", "NoneType"),
+    "unknown key": (row(imagse=[]), "'imagse'.*'images'"),
+    "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), "'pth'.*'path'"),
+    "missing key": ({"id": "g"}, "'images'"),
+    "duplicate id": (row("first", prompt="x"), "'first'.*m.jsonl:1;"),
+    "wrong type": (row(match=5), "'match'"),
+    "unhashable id": (row(match=[[["i0"], "t0", 1]]), "'i0'"),
+    "edit not an object": (row(edits=[["type"]]), "'edits'"),
+    "null byte": (row(images=[{"id": "i0", "path": "a\0.png"}, {"id": "i1", "path": "b.png"}]), "null byte"),
+    "exclude not a list": (row(exclude="two dogs"), "'exclude'"),
+    "a key that is none": (row(texts=[{"id": "t0", "text": "two dogs", "key": None}, {"id": "t1", "text": "three"}]), "'key'"),
+    "truth as a float": (row(match=[["i0", "t0", 1.0]]), "match entry"),
+    "half a character": (row(prompt="\ud800"), "ud800"),
+    "line break in an id": (row(images=[{"id": "i\n0", "path": "a.png"}], match=[["i0", "t0", 1]]), "i\\\\n0"),
+    "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), "\\\\x1b"),
+    "endless value": (row(match="x" * 10_000), "\\[\\.\\.\\.\\]"),
+    "infinite weight": (row(weight=1e400), "weight"),
+    "huge weight": (row(weight=10**400), "format"),
+    "bad truth": (row(match=[["i0", "t0", 2]]), "match entry"),
+    "empty text": (row(texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": " "}]), "text 1"),
     "equal texts": (
         row(texts=[{"id": "t0", "text": "two caf\u00e9s"}, {"id": "t1", "text": " two  cafe\u0301s"}]),
-        ["text 1 equals text 0", "remove one"],
+        "text 1 equals text 0",
     ),
     "absolute path": (
         row(images=[{"id": "i0", "path": "/etc/x.png"}, {"id": "i1", "path": "b.png"}]),
-        ["'/etc/x.png'", "outside the data root", "data.root"],
+        "'/etc/x.png'.*outside",
     ),
     "dot dot": (
         row(images=[{"id": "i0", "path": "../x.png"}, {"id": "i1", "path": "b.png"}]),
-        ["'../x.png'", "outside the data root", "data.root"],
+        "'../x.png'.*outside",
     ),
     "link": (
         row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}]),
-        ["'link.png'", "secret.png", "add the folder that holds it"],
+        "'link.png'.*secret.png",
     ),
     "linked folder": (
         row(images=[{"id": "i0", "path": "out/secret.png"}, {"id": "i1", "path": "b.png"}]),
-        ["outside/secret.png)", "add the folder that holds it"],
+        "outside/secret.png",
     ),
-    "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), ["path is empty", "write the file's path"]),
+    "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), "path is empty"),
     "same file": (
         row(images=[{"id": "i0", "path": "a.png"}, {"id": "i1", "path": "./a.png"}], match=[["i0", "t0", 1], ["i1", "t0", 0]]),
-        ["counterfactual image 1 equals image 0", "name the edited image"],
+        "image 1 equals image 0",
     ),
 }
 
@@ -196,13 +197,12 @@ def test_bad_row_names_file_line_and_remedy(folder: Path, case: str) -> None:
     secret = save(folder / "outside" / "secret.png")
     (root / "link.png").symlink_to(secret)
     (root / "out").symlink_to(secret.parent)
-    bad, fragments = BAD_ROWS[case]
+    bad, said = BAD_ROWS[case]
     path = manifest(root, row("first"), "", bad)
     if case == "not UTF-8":
         path.write_bytes(path.read_bytes().replace(b"LATIN1", '{"id": "é"}'.encode("latin-1")))
     message = refusal(path)
-    assert message.startswith(f"{path}:3: ")
-    assert all(fragment in message for fragment in fragments), message
+    assert message.startswith(f"{path}:3: ") and re.search(said, message), message
     # The check sees the same problem, and only it.
     assert check_manifest(path, progress=pytest.fail).problems == [message]
 
@@ -267,25 +267,6 @@ def test_loop_of_links(folder: Path) -> None:
     assert problem.startswith(f"{path}:1: ") and "correct" in problem
 
 
-@pytest.mark.parametrize(
-    ("bad", "fragments"),
-    [
-        ({**pair(), "promtp": "Which?"}, ["unknown key 'promtp'", "did you mean 'prompt'? if not, name it otherwise"]),
-        ({"image_0": "a.png", "image1": "b.png"}, ["unknown key 'image1'", "did you mean 'image_1'?"]),
-        ({"image_0": "a.png"}, ["'image_1' is missing", "add it"]),
-        (pair(caption_1=3), ["'caption_1' must be a string", "quote it"]),
-        (pair(caption_1="a dog bites  a man"), ["text 1 equals text 0", "remove one"]),
-        (pair(image_1="a.png"), ["counterfactual image 1 equals image 0", "name the edited image"]),
-        (pair(image_1="../b.png"), ["'../b.png'", "outside the data root", "data.root"]),
-    ],
-)
-def test_bad_pairs(folder: Path, bad: dict[str, object], fragments: list[str]) -> None:
-    path = manifest(folder, pair(), bad)
-    message = refusal(path, format="pairs")
-    assert message.startswith(f"{path}:2: ")
-    assert all(fragment in message for fragment in fragments), message
-
-
 def test_further_keys_of_published_rows_are_metadata(folder: Path) -> None:
     """A row as Winoground is published: what nothing reads is kept with the group, and the check counts and names it."""
     published = pair(id=7, tag="Adjective-Color", secondary_tag="", num_main_preds=1, collapsed_tag="Object")
@@ -335,42 +316,48 @@ def test_cfvlm_rows(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "fragments"),
+    ("bad", "said"),
     [
-        (cfvlm_row(orig_input="COCO Yes: a.png"), ["must hold one image", "<|vision_start|>PATH<|vision_end|>"]),
-        (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), ["must hold one image"]),
-        (cfvlm_row(cf_samples=None), ["'cf_samples' must be a list of objects"]),
-        (cfvlm_row(cf_samples=[{"cf_txt": "x"}]), ["cf_samples: unknown key 'cf_txt'", "did you mean 'cf_text'?"]),
-        (cfvlm_row(cf_samples=[{"cf_text": "two dogs", "cf_image_path": "b.png"}]), ["text 1 equals text 0"]),
-        (cfvlm_row(orig_output=7), ["'orig_output' must be a string"]),
+        (pair(promtp="Which?"), "'promtp'.*'prompt'"),
+        ({"image_0": "a.png", "image1": "b.png"}, "'image1'.*'image_1'"),
+        ({"image_0": "a.png"}, "'image_1' is missing"),
+        (pair(caption_1=3), "'caption_1'"),
+        (pair(caption_1="a dog bites  a man"), "text 1 equals text 0"),
+        (pair(image_1="a.png"), "image 1 equals image 0"),
+        (pair(image_1="../b.png"), "'../b.png'.*outside"),
+        (cfvlm_row(orig_input="COCO Yes: a.png"), "one image"),
+        (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), "one image"),
+        (cfvlm_row(cf_samples=None), "'cf_samples'"),
+        (cfvlm_row(cf_samples=[{"cf_txt": "x"}]), "'cf_txt'.*'cf_text'"),
+        (cfvlm_row(cf_samples=[{"cf_text": "two dogs", "cf_image_path": "b.png"}]), "text 1 equals text 0"),
+        (cfvlm_row(orig_output=7), "'orig_output'"),
     ],
 )
-def test_bad_cfvlm_rows(folder: Path, bad: dict[str, object], fragments: list[str]) -> None:
-    message = refusal(manifest(folder, cfvlm_row(), bad, name="data.json"), format="cfvlm")
-    assert message.startswith(f"{folder}/data.json:2: ") and all(fragment in message for fragment in fragments), message
+def test_a_bad_row_of_a_published_format_names_file_line_and_field(folder: Path, bad: dict[str, object], said: str) -> None:
+    format, good = ("cfvlm", cfvlm_row()) if "orig_input" in bad else ("pairs", pair())
+    message = refusal(manifest(folder, good, bad, name="data.json"), format=format)
+    assert message.startswith(f"{folder}/data.json:2: ") and re.search(said, message), message
 
 
 def test_bad_files(folder: Path) -> None:
     manifest(folder, row(), name="train.jsonl")
-    cases: list[tuple[Path, dict[str, object], list[str]]] = [
-        (folder / "trian.jsonl", {}, ["no such manifest", "did you mean 'train.jsonl'"]),
-        (folder / "zzz", {}, ["no such manifest", "correct the path"]),
-        (folder / "none" / "m.jsonl", {}, ["its folder", "correct the path"]),
-        (folder, {}, ["is a folder without", "name the data file"]),
-        (manifest(folder, "", " ", name="empty.jsonl"), {}, ["no rows", "write some"]),
-        (manifest(folder, "[]", name="empty.json"), {}, ["no rows"]),
-        (manifest(folder, "{", json.dumps(row())[1:], name="object.json"), {}, ["holds a dict, not a list", "name the file .jsonl"]),
-        (manifest(folder, "[1,", "2", name="broken.json"), {}, ["line 3, column 1", "name the file .jsonl"]),
-        (manifest(folder, [row(), row(weight=-1)], name="list.json"), {}, [": item 2: ", "weight"]),
-        (folder / "train.jsonl", {"root": folder / "nowhere"}, ["nowhere is not a folder", "pass the folder"]),
-        (folder / "train.jsonl", {"format": "cfgruop"}, ["unknown format 'cfgruop'", "did you mean 'cfgroup'?"]),
-        (folder / "train.jsonl", {"format": "xyz"}, ["unknown format 'xyz'", "known: cfgroup, pairs, cfvlm"]),
+    cases: list[tuple[Path, dict[str, object], str]] = [
+        (folder / "trian.jsonl", {}, "'train.jsonl'"),
+        (folder / "zzz", {}, "no such manifest"),
+        (folder / "none" / "m.jsonl", {}, "its folder"),
+        (folder, {}, "name the data file"),
+        (manifest(folder, "", " ", name="empty.jsonl"), {}, "no rows"),
+        (manifest(folder, "[]", name="empty.json"), {}, "no rows"),
+        (manifest(folder, "{", json.dumps(row())[1:], name="object.json"), {}, "dict.*[.]jsonl"),
+        (manifest(folder, "[1,", "2", name="broken.json"), {}, "line 3, column 1"),
+        (manifest(folder, [row(), row(weight=-1)], name="list.json"), {}, ": item 2: .*weight"),
+        (folder / "train.jsonl", {"root": folder / "nowhere"}, "nowhere"),
+        (folder / "train.jsonl", {"format": "cfgruop"}, "'cfgruop'.*'cfgroup'"),
+        (folder / "train.jsonl", {"format": "xyz"}, "'xyz'.*cfgroup, pairs, cfvlm"),
     ]
-    for path, options, fragments in cases:
+    for path, options, said in cases:
         message = refusal(path, **options)
-        assert all(fragment in message for fragment in fragments), message
-        if "format" not in options:
-            assert check_manifest(path, **options).problems == [message]  # type: ignore[arg-type]
+        assert re.search(said, message) and check_manifest(path, **options).problems == [message], message  # type: ignore[arg-type]
 
 
 # ---- images
@@ -441,13 +428,13 @@ def test_a_prompt_may_be_a_conversation(folder: Path) -> None:
     assert to_row(groups[1], folder)["prompt"] == later
     assert len({data_identity([group], [folder])["texts"] for group in groups}) == 4
     for bad, said in (
-        ([{"role": "user"}], "prompt: key 'content' is missing"),
-        ([{"role": "user", "contnet": "x"}], "unknown key 'contnet'; did you mean 'content'"),
-        ([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "pictures are in 'images'"),
-        ([{"role": "user", "content": 3}], "a part is"),
-        (later[:3], "ends with the turn of the assistant"),
-        (later[2:], "the conversation shows 0 pictures, and an image has 1"),
-        (7, "'prompt' must be a string or a list of turns"),
+        ([{"role": "user"}], "'content'"),
+        ([{"role": "user", "contnet": "x"}], "'contnet'"),
+        ([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "'images'"),
+        ([{"role": "user", "content": 3}], "part"),
+        (later[:3], "assistant"),
+        (later[2:], "0 pictures"),
+        (7, "'prompt'"),
     ):
         assert said in refusal(manifest(folder, row(prompt=bad))), said
 

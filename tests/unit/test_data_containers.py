@@ -396,7 +396,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "item that is no row": (table("[[1]]", "a.json"), "item 1: .*list"),
     "a number": (table("7", "a.json"), "int"),
     "another object": (table(json.dumps({"data": [CAPTION], "x": 1}, indent=1), "a.json"), "'data', 'x'"),
-    "instances of COCO": (table(json.dumps(COCO | {"annotations": [{"image_id": 1, "id": 2, "bbox": []}]}), "a.json"), "annotations, item 1: key 'caption'"),
+    "instances of COCO": (table(json.dumps(COCO | {"annotations": [{"image_id": 1}]}), "a.json"), "annotations, item 1: key 'caption'"),
     "image without captions": (table(json.dumps(COCO | {"annotations": []}), "a.json"), "item 1: .*'caption'"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: .* 1"),
     "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), "images, item 1: key 'file_name'"),
@@ -696,6 +696,6 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(
         monkeypatch.setattr(downloading, name, value)
     path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/{part}.png"}])
     started = time.monotonic()
-    with pytest.raises(DataError, match="no whole reply within 0.3 s"):
+    with pytest.raises(DataError, match="no whole reply within"):
         downloading.download(path, tmp_path / "out.jsonl")
     assert time.monotonic() - started < 3

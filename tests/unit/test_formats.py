@@ -602,7 +602,7 @@ def test_columns_that_every_format_s_options_name_are_looked_for(tmp_path: Path)
 def test_negatives_beside_labels_are_not_left_out(tmp_path: Path) -> None:
     rows = [CAPTION | {"label": 1, "negative_caption": "a cat"}, CAPTION | {"caption": "a bus", "label": 0}]
     path = lines(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(DataError, match="'negative_caption' is not read beside label=label; say ignore=negative_caption"):
+    with pytest.raises(DataError, match=r"'negative_caption' .* ignore=negative_caption"):
         read_manifest(path, format="captions:label=label")
     (group,) = read_manifest(path, format="captions:label=label,ignore=negative_caption")
     assert group.match == ((1, 0),)

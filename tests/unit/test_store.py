@@ -84,7 +84,7 @@ def test_a_file_that_is_written_is_indexed_again(small: None, tmp_path: Path) ->
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert rows(IndexedLines.scanned(path)) == naive(path), "of the same size, with its old time"
     assert found.line(0) == b'{"a": 1}'
-    with pytest.raises(DataError, match="rows.jsonl:2: the row has changed"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the row has changed"):
         found.line(1)
     os.truncate(path, 3)
     with pytest.raises(DataError, match="has changed"):

@@ -72,7 +72,7 @@ def fetched(
 def _read(path: str) -> _Address:
     match = _ADDRESS.fullmatch(path)
     if match is None:
-        raise DataError(f"{path} is not the address of a data set; write hf://datasets/ORG/NAME/FILES, such as data/train-*.parquet for FILES")
+        raise DataError(f"{path} is not the address of a data set; write hf://datasets/ORG/NAME/FILES, with FILES such as train-*.parquet")
     name, revision, files = match[1], unquote(match[2] or "main"), match[3]
     if files is None:
         converted = f"{path}@~parquet/default/train/*.parquet"

@@ -70,7 +70,7 @@ def sources_of(path: Path) -> list[Path]:
             raise DataError(f"{path}: no file has such a name; correct the pattern")
         if len(kinds := {_kind(path, file) for file in files}) > 1 or LINES in kinds or "json" in kinds:
             raise DataError(
-                f"{path}: a pattern must match files of one kind among {', '.join(_together())}; this one matches {', '.join(sorted(kinds))}"
+                f"{path}: a pattern matches files of one kind, {', '.join(_together())}; this one matches {', '.join(sorted(kinds))}"
             )
         return files
     return [path]

@@ -60,18 +60,18 @@ def _taken(rows: Rows) -> str:
     """Detect the format by the first rows: that of the first row with a known one, or the native one if no row can be read. Raises
     DataError if the rows have no known format.
     """
-    unknown: DataError | None = None
-    first = [rows.value(row) for row in range(min(len(rows), _LOOKED_AT))]
-    for row, value in enumerate(first):
-        if isinstance(value, Mapping):
-            try:
-                named = recognised(value, rows.where(row))
-                label = kto_label(first) if named in ("llava", "messages") else None
-                return f"{named}:label={label}" if label else named
-            except DataError as error:
-                unknown = unknown or error
-    if unknown is not None:
-        raise unknown
+    first = {row: value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)}
+    for value in first.values():
+        if named := recognised(value):
+            label = kto_label(first.values()) if named in ("llava", "messages") else None
+            return f"{named}:label={label}" if label else named
+    if first:
+        row, value = next(iter(first.items()))
+        shown = ", ".join(repr(key) for key in list(value)[:20]) or "none"
+        raise DataError(
+            f"{rows.where(row)}: no format has the keys of this row ({shown}); name one, and map its columns, as in "
+            "--format captions:image=COLUMN,caption=COLUMN (`cfvlm-ds data formats` lists all formats)"
+        )
     return NATIVE
 
 
@@ -169,27 +169,21 @@ _KTO = ("label", "kto_tag")
 """Columns that mark the answer of a row for KTO as good or bad: of TRL and ms-swift, and of LLaMA-Factory."""
 
 
-def kto_label(rows: Iterable[Any]) -> str | None:
+def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:
     """Return the column that makes conversations rows for KTO: all its values that are not null are true or false, or 1 or 0."""
     for key in _KTO:
-        values = [row[key] for row in rows if isinstance(row, Mapping) and row.get(key) is not None]
+        values = [row[key] for row in rows if row.get(key) is not None]
         if values and all(value in (0, 1) for value in values):
             return key
     return None
 
 
-def recognised(row: Mapping[str, Any], where: str) -> str:
-    """Return the name of a row's format. Raises DataError, beginning with ``where``, for a row of no known format."""
+def recognised(row: Mapping[str, Any]) -> str:
+    """Return the name of a row's format, or ""."""
     row = unpacked(without_nulls(row))
     for named, keys in _KEYS:
         if all(key in row for key in keys):
             return named
     if all(any(column in row for column in DEFAULTS[option]) for option in ("image", "caption")):
         return "captions"
-    if "texts" in row or "match" in row:
-        return "cfgroup"  # which reports the missing keys
-    shown = ", ".join(repr(key) for key in list(row)[:20]) or "none"
-    raise DataError(
-        f"{where}: no format has the keys of this row ({shown}); name one, and map its columns, as in "
-        "--format captions:image=COLUMN,caption=COLUMN (`cfvlm-ds data formats` lists all formats)"
-    )
+    return NATIVE if "texts" in row or "match" in row else ""  # which reports the missing keys

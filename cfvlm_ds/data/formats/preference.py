@@ -71,7 +71,7 @@ class Preference:
                 f"row: {len(pictures)} pictures and {len(others)} rejected ones; the prompt shows as many either way, correct it"
             )
         if rejected is None and not others:
-            raise DataError("row: the rejected answer or picture is missing; add 'rejected' or 'rejected_images', or name another format for rows without")
+            raise DataError("row: the rejected answer or picture is missing; add 'rejected' or 'rejected_images', or name another format")
         answers = [chosen] if rejected is None else [chosen, rejected]
         match: tuple[tuple[int | None, ...], ...] = ((1,) if rejected is None else (1, None if others else 0),)
         if others:
