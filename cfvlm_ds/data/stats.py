@@ -93,10 +93,10 @@ def statistics(
     if pictures is None:
         pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     report.add(check_texts(store, lengths, pictures, progress, scan))
-    contents = partial(_contents, store, pictures)
-    parts = scan.over(range(len(store)), contents, Progress(progress, "contents", len(store), "groups"))
-    distinct = (len(np.unique(np.concatenate(hashes))) for hashes in zip(*parts, strict=True))
-    return Statistics(report, Counter(pictures.sides()), *distinct, len(seen.repeats))
+    work = partial(_contents, store, pictures)
+    parts = scan.over(range(len(store)), work, Progress(progress, "contents", len(store), "groups"))
+    rows, contents, texts, prompts = (len(np.unique(np.concatenate(hashes))) for hashes in zip(*parts, strict=True))
+    return Statistics(report, Counter(pictures.sides()), rows, contents, texts, prompts, len(seen.repeats))
 
 
 def _contents(store: GroupStore, pictures: PictureTable, places: Sequence[int], done: Done) -> list[npt.NDArray[Any]]:

@@ -258,13 +258,10 @@ def test_links_inside_the_root_are_fine(folder: Path) -> None:
     root = folder.parent / (folder.name + "-link")
     root.symlink_to(folder)
     assert read_manifest(root / "m.jsonl")[0].images[0] == (root / "link.png",)
-
-
-def test_loop_of_links(folder: Path) -> None:
     (folder / "loop").symlink_to(folder / "loop")
     path = manifest(folder, row(images=[{"id": "i0", "path": "loop/x.png"}, {"id": "i1", "path": "b.png"}]))
     (problem,) = check_manifest(path).problems  # refused while reading or, from Python 3.13, while opening
-    assert problem.startswith(f"{path}:1: ") and "correct" in problem
+    assert problem.startswith(f"{path}:1: ")
 
 
 def test_further_keys_of_published_rows_are_metadata(folder: Path) -> None:
@@ -609,20 +606,14 @@ def test_all_problems_are_collected(folder: Path) -> None:
         row("long", prompt="one two", texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": "a b c d e f"}]),
     )
     report = check_manifest(path, lengths=Words())
-    expected = {  # line -> what its problem says, in the order of the lines
-        2: ["broken JSON at column 2", "one JSON object per line"],
-        3: ["bomb.png", "30000x30000", "shrink it"],
-        4: ["zero.png", "0 pixels wide or high", "replace"],
-        5: ["gone.png", "no such image file", "restore it"],  # named once, by the first row that uses the file
-        7: ["counterfactual image 1 equals image 0 byte for byte", "copy.png", "redo the edit"],
-        9: ["repeats", f"{path}:1;", "remove it"],
-        10: ["text 1 is 11 tokens", "window of 10", "shorten it"],
-    }
-    assert not report.ok and len(report.problems) == len(expected)
-    for line, fragments in expected.items():
+    expected = {
+        2: "column 2", 3: "bomb.png: .*30000x30000", 4: "zero.png: .*0 pixels", 5: "gone.png", 7: "image 1 equals image 0", 9: f"{path}:1;",
+        10: "text 1 is 11 tokens .* 10",
+    }  # fmt: skip
+    assert not report.ok and len(report.problems) == len(expected), "a missing file is named once, by the first row that shows it"
+    for line, said in expected.items():
         (problem,) = [problem for problem in report.problems if problem.startswith(f"{path}:{line}: ")]
-        assert all(fragment in problem for fragment in fragments), problem
-        assert problem in str(report)
+        assert re.search(said, problem) and problem in str(report), problem
     assert (report.num_groups, report.longest_text, report.longest_text_unit) == (9, 11, "tokens"), "one of an id that is taken is a group"
     assert report.longest_text_where == f"{path}:10, text 1"
 
@@ -672,11 +663,6 @@ def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPat
     begun = ["check of rows", "pictures", "rows", f"{file}: scores", "contents of pictures"]
     counted = [line.partition(" of 2 ")[0] for line in lines if not line.startswith("index of")]
     assert counted == [f"{what}: {n}" for what in begun for n in (1, 2)]
-
-
-def test_long_reports_are_cut(folder: Path) -> None:
-    report = check_manifest(manifest(folder, *(" " * k + "{" for k in range(60))))
-    assert len(report.problems) == 60 and "... and 10 more" in str(report)
 
 
 class Words:
@@ -763,3 +749,5 @@ def test_a_report_of_endless_names_ends(folder: Path) -> None:
     lines = str(report).splitlines()
     assert max(map(len, lines)) < 3000 and sum(line.endswith("and 10 more") for line in lines) == 1
     assert any("metadata         'tag': 40, 'key 0': 1, " in line and line.endswith("and 11 more (kept, not used)") for line in lines)
+    report = check_manifest(manifest(folder, *(" " * k + "{" for k in range(60))))
+    assert len(report.problems) == 60 and "... and 10 more" in str(report)
