@@ -88,7 +88,7 @@ def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str
     repeats = dict(_repeated(store, hashes, places, scan))
     report.problems.extend(repeats.values())
     seen = SeenRows(distinct(pictures), list(repeats))
-    report.num_images += len(seen.pictures[0])
+    report.add(CheckReport(report.manifest, num_images=len(seen.pictures[0])))
     return seen
 
 

@@ -259,7 +259,7 @@ def test_several_files_are_one_source(folder: Path) -> None:
         open_groups(folder / "part-*.csv", format="captions")[3]
     for pattern, said in (
         ("none-*.csv", "no such manifest; correct the path"),
-        ("*.*", "one kind among csv, tsv"),
+        ("*.*", "one kind, csv, tsv"),
     ):
         assert said in refusal(folder / pattern)
 
