@@ -69,9 +69,8 @@ def sources_of(path: Path) -> list[Path]:
         if not files:
             raise DataError(f"{path}: no file has such a name; correct the pattern")
         if len(kinds := {_kind(path, file) for file in files}) > 1 or LINES in kinds or "json" in kinds:
-            raise DataError(
-                f"{path}: a pattern matches files of one kind, {', '.join(_together())}; this one matches {', '.join(sorted(kinds))}"
-            )
+            together = ", ".join(kind for kind in CONTAINERS if kind != "json")
+            raise DataError(f"{path}: a pattern matches files of one kind, {together}; this one matches {', '.join(sorted(kinds))}")
         return files
     return [path]
 
@@ -93,10 +92,6 @@ def sources_state(path: Path) -> tuple[int, int, int]:
 
 def _is_picture(path: Path) -> bool:
     return _SUFFIXES.get(path.suffix.lower()) == "pictures"
-
-
-def _together() -> list[str]:
-    return [kind for kind in CONTAINERS if kind != "json"]
 
 
 def _kind(path: Path, file: Path) -> str:
