@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,14 +150,11 @@ def _formats() -> None:
     """
     from cfvlm_ds.data.containers.kinds import CONTAINERS
     from cfvlm_ds.data.formats import FORMATS
-    from cfvlm_ds.data.formats.recognise import SAMPLES
 
-    print(f"containers (by the ending of a name, or what is in a folder): jsonl, {', '.join(CONTAINERS)}\n")
-    for name in FORMATS:
-        sample = SAMPLES[name]
-        print(f"{name}: {sample.what}" + (f"\n    --format {name}:{sample.options}" if sample.options else ""))
-        print(f"    {json.dumps(sample.row)}\n")
-    print("Without --format it is the one that the first row has by its keys.")
+    print(f"Containers, by the ending of a name or the contents of a folder: jsonl, {', '.join(CONTAINERS)}\n")
+    for name, read in FORMATS.items():
+        print(f"{name}: {sys.modules[read.__module__].__doc__}")
+    print("Without --format, the keys of the first row select the format.")
 
 
 def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: Reading) -> None:

@@ -13,18 +13,18 @@ from cfvlm_ds.core.strict import Given, fitted
 _OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCII)
 
 
-def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = (), fixed: Collection[str] = ()) -> Any:
+def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = ()) -> Any:
     """Return the entry of ``known`` that ``spec`` names, with the given options; a value with a comma is in double quotes.
 
-    The options of an entry are its fields, if it is a dataclass, except the ``fixed`` ones. ``besides`` are other valid names, for
-    messages. Raises ValueError for an unknown name, option or value.
+    The options of an entry are its fields, if it is a dataclass. ``besides`` are other valid names, for messages. Raises ValueError for an
+    unknown name, option or value.
     """
     name, colon, options = spec.partition(":")
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; {near(name, [*known, *besides], 'known: ')}")
     entry = known[name]
     fields = dataclasses.fields(entry) if dataclasses.is_dataclass(entry) and not isinstance(entry, type) else ()
-    defaults = {field.name: getattr(entry, field.name) for field in fields if field.name not in fixed}
+    defaults = {field.name: getattr(entry, field.name) for field in fields}
     if colon and not defaults:
         raise ValueError(f"{kind} {name!r} has no options; write {name!r} alone")
     values: dict[str, Any] = {}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import urllib.error
 from typing import Any
 from urllib.parse import urlsplit
 
-from cfvlm_ds.core.deadline import Deadline
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.http import Reply, call
 from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import one_line, printable
@@ -56,49 +57,30 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
     Raises CallFailed for any reply except JSON of status 200 within the limits, and ConfigError for a failure that repeating the call
     cannot solve.
     """
-    parts = urlsplit(url)
-    kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname, parts.port, timeout=timeout_s)
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
-    with Deadline(timeout_s) as deadline:
-        deadline.watch(connection)
-        try:
-            try:
-                connection.connect()
-            except OSError as error:
-                raise Unreachable(f"{type(error).__name__}: {error}") from error
-            connection.request(
-                "POST", parts._replace(scheme="", netloc="", fragment="").geturl() or "/", json.dumps(body).encode(), headers
-            )
-            response = connection.getresponse()
-            content = response.read(most_bytes + 1)
-            if deadline.late:
-                raise CallFailed(f"no whole reply within {timeout_s:g} s")
-            if len(content) > most_bytes:
-                raise CallFailed(f"the reply has more than {most_bytes} bytes")
-            if response.status != 200:
-                _refuse(url, response, content)
-        except CallFailed:
-            raise
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if deadline.late or isinstance(error, TimeoutError):
-                raise CallFailed(f"no whole reply within {timeout_s:g} s") from error
-            raise CallFailed(f"{type(error).__name__}: {error}") from error
-        finally:
-            connection.close()
     try:
-        return parse_json(content.decode())
+        reply = call(url, headers, json.dumps(body).encode(), silence_s=timeout_s, whole_s=timeout_s, most_bytes=most_bytes)
+    except urllib.error.URLError as error:
+        raise Unreachable(f"{type(error.reason).__name__}: {error.reason}") from error
+    except TimeoutError as error:
+        raise CallFailed(f"no whole reply within {timeout_s:g} s") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise CallFailed(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}") from error
+    if reply.status != 200:
+        _refuse(url, reply)
+    try:
+        return parse_json(reply.content.decode())
     except (ValueError, RecursionError) as error:
-        raise CallFailed(f"the reply is no JSON: {error}") from error
+        raise CallFailed(f"the reply is not JSON: {error}") from error
 
 
-def _refuse(url: str, response: Any, content: bytes) -> None:
+def _refuse(url: str, reply: Reply) -> None:
     """Raise for a status that is not 200."""
-    message = one_line(content[:400].decode("utf-8", "replace"), 200)
-    if response.status in (400, 422):
-        raise Unfit(f"status {response.status}: {message}")
-    if response.status in (401, 403, 404, 405) or 300 <= response.status < 400:
-        raise ConfigError(f"{url}: the server answers {response.status} ({message}); correct the address, the model's name or the token")
-    wait = response.getheader("Retry-After", "")
-    raise CallFailed(f"status {response.status}: {message}", after_s=min(float(wait), LONGEST_WAIT_S) if wait.isdecimal() else 0.0)
+    message = one_line(reply.content[:400].decode("utf-8", "replace"), 200)
+    if reply.status in (400, 422):
+        raise Unfit(f"status {reply.status}: {message}")
+    if reply.status in (401, 403, 404, 405) or 300 <= reply.status < 400:
+        raise ConfigError(f"{url}: the server answers {reply.status} ({message}); correct the address, the model's name or the token")
+    wait = reply.headers.get("Retry-After", "")
+    raise CallFailed(f"status {reply.status}: {message}", after_s=min(float(wait), LONGEST_WAIT_S) if wait.isdecimal() else 0.0)

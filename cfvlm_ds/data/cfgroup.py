@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,11 @@ from cfvlm_ds.data.fields import all_objects, as_meta, check_keys, index, items,
 
 NATIVE = "cfgroup"
 SCHEMA = f"{NATIVE}/1"
-_KEPT, _KEPT_OF_IMAGE, _KEPT_OF_TEXT = ("split", "license"), ("role", "sha256", "meta"), ("role", "meta")
+_KEPT, _KEPT_OF_PARTS = ("split", "license"), ("role", "sha256", "meta")
 _AS_WRITTEN = Path()
-_BESIDE, _BESIDE_PARTS = frozenset(_KEPT), frozenset((*_KEPT_OF_IMAGE, *_KEPT_OF_TEXT))
 _GROUP_KEYS = frozenset(("schema", "id", "source", "prompt", "images", "texts", "match", "edits", "weight", "exclude", "meta", *_KEPT))
-_IMAGE_KEYS = frozenset(("id", "path", *_KEPT_OF_IMAGE))
-_TEXT_KEYS = frozenset(("id", "text", "prompt", "key", *_KEPT_OF_TEXT))
+_IMAGE_KEYS = frozenset(("id", "path", *_KEPT_OF_PARTS))
+_TEXT_KEYS = frozenset(("id", "text", "prompt", "key", "role", "meta"))
 _EDIT_KEYS = frozenset(("type", "image", "text", "from", "to", "meta"))
 
 
@@ -73,7 +71,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
             raise DataError(f"{where}: match entry {cell!r} must be [image id, text id, 0 or 1]")
         line, c = match[lookup(image_index, cell[0], at)], lookup(text_index, cell[1], at)
         if line[c] is not None and line[c] != truth:
-            raise DataError(f"{where}: match says both 0 and 1 for ({cell[0]}, {cell[1]}); keep one")
+            raise DataError(f"{where}: match has both 0 and 1 for ({cell[0]}, {cell[1]}); keep one")
         line[c] = truth
     prompt = _prompt(row.get("prompt", ""), where)
     listed, edits = row.get("edits", []), []
@@ -118,11 +116,9 @@ def _excluded(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
     """Collect the fields that no group uses: the row's ``meta``, and further fields of its parts under names such as ``images.sha256``."""
-    if _BESIDE.isdisjoint(row) and all(map(_BESIDE_PARTS.isdisjoint, chain(*parts))):  # true of most rows
-        return row.get("meta")
     fields = {key: row[key] for key in _KEPT if key in row}
-    for kind, listed, keys in zip(("images", "texts", "edits"), parts, (_KEPT_OF_IMAGE, _KEPT_OF_TEXT, ("meta",)), strict=True):
-        for key in keys:
+    for kind, listed in zip(("images", "texts", "edits"), parts, strict=True):
+        for key in _KEPT_OF_PARTS:
             if any(key in part for part in listed):
                 fields[f"{kind}.{key}"] = [part.get(key) for part in listed]
     own = row.get("meta")

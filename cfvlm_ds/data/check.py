@@ -1,7 +1,7 @@
 """Data check: all problems of a data set, and its contents, before a long run meets them.
 
-The check passes over the groups three times and keeps none of them: rows, then pictures, then texts. Memory: 8 bytes for each id, 16 for
-each distinct picture.
+The check passes over the groups three times and keeps none of them: rows, then pictures, then texts. Memory: 16 bytes for each row, and
+for each picture of a row.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS
-from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
-from cfvlm_ds.data.passes import Done, Firsts, Scan, contains
+from cfvlm_ds.data.manifest import Root, open_groups, repeated
+from cfvlm_ds.data.passes import Done, Scan, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
@@ -70,59 +70,54 @@ class SeenRows(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Results of a chunk of rows; ``ids`` is 0 for an invalid row."""
+    """Results of a chunk of rows: hashes of the ids, and keys of the pictures, each with its first place."""
 
     report: CheckReport
-    ids: Array
+    ids: tuple[Array, Array]
     pictures: tuple[Array, Array]
 
 
 def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
     """Count the contents of the rows in ``report``, and add their problems."""
-    ids, pictures = [np.empty(0, np.uint64)], Firsts()
+    ids, pictures = [_arrays({})], [_arrays({})]
     for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "check of rows", len(store), "groups")):
         report.add(part.report)
         ids.append(part.ids)
-        pictures.add(*part.pictures)
-    repeats = dict(_repeated(store, np.concatenate(ids), scan))
+        pictures.append(part.pictures)
+    hashes, places = (np.concatenate(parts) for parts in zip(*ids, strict=True))
+    repeats = dict(_repeated(store, hashes, places, scan))
     report.problems.extend(repeats.values())
-    seen = SeenRows(pictures.sorted(), list(repeats))
+    seen = SeenRows(distinct(pictures), list(repeats))
     report.add(CheckReport(report.manifest, num_images=len(seen.pictures[0])))
     return seen
 
 
 def _rows(store: GroupStore, places: Sequence[int], done: Done) -> _Rows:
-    report, ids = CheckReport(str(store.path)), np.zeros(len(places), np.uint64)
-    pictures: dict[int, int] = {}
+    report, ids, pictures = CheckReport(str(store.path)), dict[int, int](), dict[int, int]()
     last: object = None
-    for k, (index, group) in enumerate(store.entries(places)):
+    for index, group in store.entries(places):
         if isinstance(group, DataError):
             if group is not last:  # one error for all groups of a row
                 report.problems.append(str(group))
             last = group
         else:
             report.add_group(group)
-            ids[k] = _id_key(group.id)
+            ids[index] = hashed(group.id)
             for picture in itertools.chain(*group.images):
                 pictures.setdefault(picture_key(picture), index)
         done()
-    return _Rows(report, ids, _arrays(pictures))
+    return _Rows(report, _arrays(ids)[::-1], _arrays(pictures))
 
 
 def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
-    return np.fromiter(values.keys(), np.uint64, len(values)), np.fromiter(values.values(), np.int64, len(values))
+    return np.fromiter(values.keys(), np.uint64, len(values)), np.fromiter(values.values(), np.uint64, len(values))
 
 
-def _id_key(group_id: str) -> int:
-    return hashed(group_id) or 1
-
-
-def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[tuple[int, str]]:
+def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
     """Yield the groups whose id an earlier group has, each with a message; ids with equal hashes are compared as texts."""
-    ordered = np.sort(ids)
-    suspects = np.setdiff1d(ordered[1:][ordered[1:] == ordered[:-1]], np.zeros(1, np.uint64))
+    _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     first: dict[str, int] = {}
-    for index in np.flatnonzero(contains(suspects, ids)).tolist():
+    for index in places[counts[inverse] > 1].tolist():
         scan.alive()
         group = store.entry(index)
         if not isinstance(group, DataError) and first.setdefault(group.id, index) != index:
@@ -139,12 +134,12 @@ def check_texts(
 
     ``pictures`` are the sound ones. Invalid rows and broken pictures have been reported before.
     """
-    report, shown = CheckReport(str(store.path)), Firsts()
+    report, shown = CheckReport(str(store.path)), [_arrays({})]
     texts = _Texts(store, lengths, pictures or PictureTable.of(()))
     for part, images in scan.over(range(len(store)), texts, Progress(progress, "check of texts", len(store), "groups")):
         report.add(part)
-        shown.add(*images)
-    report.visual_tokens.update(shown.sorted()[1].tolist())
+        shown.append(images)
+    report.visual_tokens.update(distinct(shown)[1].tolist())
     return report
 
 
@@ -241,10 +236,8 @@ def check_manifest(
 
     With ``lengths`` (for instance a Collator), rows beyond the model's window are problems and visual tokens are counted. ``max_pixels`` is
     as in open_image. ``progress`` receives a line with rate and time left every 5 seconds. The files of a store are also compared with
-    their checksums. Problems are collected, not raised; DataError is raised for an unknown format.
+    their checksums. Problems are collected, not raised.
     """
-    known_format(path, format)
-    data_roots(path, root)
     try:
         store = open_groups(path, root, format, progress=progress)
     except DataError as error:

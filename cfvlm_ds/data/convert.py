@@ -72,8 +72,6 @@ def convert(
     if described := report.prompts[repr(DESCRIBE)]:
         say(f"{described} of {report.num_groups} groups read ask {DESCRIBE!r}, as captions without a prompt do (ask= asks another)")
     list_skipped(listed, report.problems, say, "groups")
-    if seen.repeats:
-        say(f"{len(seen.repeats)} of the groups that were left out repeat an earlier one, or its id")
     return Converted(groups, report.problems, base)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data.picture_file import open_raw, picture_file, picture_stat
+from cfvlm_ds.data.picture_file import open_picture, picture_file, picture_stat
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -23,9 +25,6 @@ MAX_ASPECT = 200
 
 MAX_BYTES = 4 << 30
 """Limit on a picture's file, which is hashed as a whole: 80 bytes for each of MAX_PIXELS."""
-
-MAX_HEADER_READS = 1 << 16
-"""Limit on the reads of a header; photographs need hundreds."""
 
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -42,18 +41,32 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     it is missing, not one of the formats above, 0 pixels wide or high, too large, too elongated, truncated or corrupt. The file is not
     confined to a root here; read_manifest does that.
     """
-    path = Path(path)
+    with _opened(Path(path), max_pixels) as image:
+        ImageOps.exif_transpose(image, in_place=True)  # decodes
+        return _to_rgb(image)
+
+
+def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
+    """Return the width and height of the image that open_image returns, reading the header only. Raises DataError as open_image does, but
+    for pixels.
+    """
+    with _opened(Path(path), max_pixels) as image:
+        return image.size[::-1] if _is_turned(image) else image.size
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Read and check the header of an image. Any error in the block becomes a DataError."""
     try:
         if not picture_file(path).is_file():  # a named pipe would block for ever
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
         if (size := picture_stat(path)[0]) > MAX_BYTES:
-            raise _OutOfBounds(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
-        with _Picture(path) as handle:
+            raise DataError(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
+        with open_picture(path) as handle:
             handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
             image = _read_header(handle)
-            _check_size(path, image, max_pixels)
-            ImageOps.exif_transpose(image, in_place=True)  # decodes
-            return _to_rgb(image)
+            _check_size(path, image, max_pixels)  # before _is_turned decodes a PNG whose orientation follows its pixels
+            yield image
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -65,66 +78,18 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"{path}: image cannot be read, truncated or corrupt ({error}); copy or download it again") from error
 
 
-def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
-    """Return the width and height of the image that open_image returns, reading the header only. Raises DataError, naming the file, for a
-    broken header or one beyond the limits.
-    """
-    path = Path(path)
-    try:
-        if not picture_file(path).is_file():
-            raise DataError("no such image file")
-        with _Picture(path) as handle:
-            image = _read_header(handle)
-            _check_size(path, image, max_pixels)  # before _is_turned decodes a PNG whose orientation follows its pixels
-            return image.size[::-1] if _is_turned(image) else image.size
-    except _OutOfBounds:
-        raise
-    except Exception as error:  # as in open_image
-        raise DataError(f"{path}: image cannot be read ({error}); run `cfvlm-ds data check`") from error
-
-
-class _OutOfBounds(DataError):
-    """An image larger or longer than the limits."""
-
-
-class _Picture(io.BufferedReader):
-    """Buffered reader of a picture's file that limits the reads of its header.
-
-    Some decoders read a comment byte by byte, and block every thread that opens another picture meanwhile.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(open_raw(path), 1 << 16)
-        self._path, self._reads = path, 0
-        self._in_header = True
-
-    def header_read(self) -> None:
-        """Lift the limit, because pixels follow."""
-        self._in_header = False
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if self._in_header:
-            self._reads += 1
-            if self._reads > MAX_HEADER_READS:
-                raise _OutOfBounds(
-                    f"{self._path}: its header takes more than {MAX_HEADER_READS} reads, as a comment of so many bytes does; save the "
-                    "image again"
-                )
-        return super().read(size)
-
-
 def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
     size = width, height = image.size
     if width * height > max_pixels:
-        raise _OutOfBounds(
+        raise DataError(
             f"{path}: image is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; shrink it, or raise max_pixels"
         )
     if max(size) > MAX_ASPECT * min(size):
-        raise _OutOfBounds(f"{path}: image is {width}x{height}, and its sides may be {MAX_ASPECT}:1 at most; crop it, or drop the row")
+        raise DataError(f"{path}: image is {width}x{height}, and its sides may be {MAX_ASPECT}:1 at most; crop it, or drop the row")
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded completely even if the image shows a part of it
         across, down = (int(image.tag_v2.get(side, 1)) for side in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
         if across * down > max_pixels:
-            raise _OutOfBounds(f"{path}: image has tiles of {across}x{down} pixels, over the limit of {max_pixels}; save it again")
+            raise DataError(f"{path}: image has tiles of {across}x{down} pixels, over the limit of {max_pixels}; save it again")
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -132,7 +97,7 @@ def _is_turned(image: Image.Image) -> bool:
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
-def _read_header(handle: _Picture) -> Image.Image:
+def _read_header(handle: io.BufferedReader) -> Image.Image:
     # PIL warns above its own limit and raises above twice that, without the size. Our limit is always checked right after, so PIL's is
     # lifted for the header only. The limit is a global of PIL, hence the lock (warnings.catch_warnings is not thread-safe either).
     with _PIL_LIMIT:
@@ -141,7 +106,6 @@ def _read_header(handle: _Picture) -> Image.Image:
             return Image.open(handle, formats=_FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-            handle.header_read()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

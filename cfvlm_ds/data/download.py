@@ -11,27 +11,22 @@ import binascii
 import hashlib
 import http.client
 import json
-import ssl
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cfvlm_ds.core.deadline import Deadline
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace, whole_file
-from cfvlm_ds.core.progress import EVERY_S
+from cfvlm_ds.core.http import call
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import new_output, refuse_link
 from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.convert import list_of_skipped, list_skipped
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
 from cfvlm_ds.data.manifest import local_path
-from cfvlm_ds.data.rows import Rows
 
 MAX_DOWNLOAD = 64 << 20
 """Limit of a picture, in bytes."""
@@ -69,16 +64,17 @@ def download(
     refuse_link(folder, "name another file with --out")
     new_output(out, path)
     listed = list_of_skipped(out)
-    rows, files, problems, last_line = 0, set[str](), list[str](), time.monotonic()
+    count, files, problems = 0, set[str](), list[str]()
     with whole_file(out) as file, ThreadPoolExecutor(threads) as pool:
         path = local_path(path, progress=say)
-        for chunk in _chunks(open_rows(path, progress=say)):
+        rows = open_rows(path, progress=say)
+        progress = Progress(say, f"pictures of {path}", len(rows), "rows")
+        for first in range(0, len(rows), _CHUNK):
+            chunk = [(rows.where(row), rows.value(row)) for row in range(first, min(first + _CHUNK, len(rows)))]
             named = [_addresses(row) for _, row in chunk]
             wanted = dict.fromkeys(address for addresses in named for address in addresses)
             fetched = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))
-            if time.monotonic() - last_line >= EVERY_S:
-                last_line = time.monotonic()
-                say(f"pictures of {path}: {rows} rows, {len(problems)} left out")
+            progress.advance(len(chunk))
             for (where, row), addresses in zip(chunk, named, strict=True):
                 failed = next((error for address in addresses if isinstance(error := fetched[address], DataError)), None)
                 if isinstance(row, DataError) or failed is not None:
@@ -88,14 +84,9 @@ def download(
                     continue
                 files.update(str(fetched[address]) for address in addresses)
                 file.write(json.dumps(_with_files(row, fetched.__getitem__), ensure_ascii=False).encode() + b"\n")
-                rows += 1
+                count += 1
     list_skipped(listed, problems, say)
-    return Downloaded(rows, len(files), problems)
-
-
-def _chunks(rows: Rows) -> Iterator[list[tuple[str, Any]]]:
-    for first in range(0, len(rows), _CHUNK):
-        yield [(rows.where(row), rows.value(row)) for row in range(first, min(first + _CHUNK, len(rows)))]
+    return Downloaded(count, len(files), problems)
 
 
 def _addresses(row: Any) -> list[str]:
@@ -126,7 +117,7 @@ def _fetched(address: str, folder: Path) -> str | DataError:
             try:
                 image_size(unchecked, MAX_PIXELS)
             except DataError as error:
-                raise DataError("what came is no picture, or none within the bounds; look at the address, or leave the row out") from error
+                raise DataError("the file is not a picture within the limits; check the address, or leave the row out") from error
             finally:
                 unchecked.unlink()
             replace(file, content)
@@ -147,65 +138,17 @@ def _of_text(address: str) -> bytes:
         raise DataError(f"the picture within the row cannot be decoded ({error}); write the row again") from error
 
 
-class _OnlyHttp(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if not newurl.startswith(("http://", "https://")):
-            raise urllib.error.URLError(f"it leads to {newurl[:80]}")
-        request: Any = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None:
-            request.deadline = req.deadline
-        return request
-
-
-class _Http(urllib.request.HTTPHandler):
-    def http_open(self, req: Any) -> Any:
-        return self.do_open(partial(_watched, http.client.HTTPConnection, req.deadline), req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def https_open(self, req: Any) -> Any:
-        return self.do_open(partial(_watched, http.client.HTTPSConnection, req.deadline, context=_TLS), req)
-
-
-def _watched(kind: Any, deadline: Deadline, *where: Any, **how: Any) -> Any:
-    return deadline.watch(kind(*where, **how))
-
-
-_TLS = ssl.create_default_context()
-_OPENER = urllib.request.build_opener(_OnlyHttp, _Http, _Https)
-
-
 def _of_network(address: str) -> bytes:
+    headers = {"User-Agent": "cfvlm-ds data download"}
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _of_one_answer(address)
-        except urllib.error.HTTPError as error:
-            why, again = f"the server answers {error.code} {error.reason}", error.code in _AGAIN
+            reply = call(address, headers, silence_s=TIMEOUT_S, whole_s=WHOLE_S, most_bytes=MAX_DOWNLOAD, follow=True)
+            if reply.status < 300:
+                return reply.content
+            why, again = f"the server answers {reply.status} {reply.reason}", reply.status in _AGAIN
         except (OSError, ValueError, http.client.HTTPException) as error:
             why, again = str(getattr(error, "reason", error)) or type(error).__name__, not isinstance(error, ValueError)
         if not again or attempt == ATTEMPTS:
-            raise DataError(f"cannot be fetched ({why}); look at the address, or leave the row out")
+            raise DataError(f"cannot be fetched ({why}); check the address, or leave the row out")
         time.sleep(attempt * PAUSE_S)
     raise AssertionError
-
-
-def _of_one_answer(address: str) -> bytes:
-    request: Any = urllib.request.Request(address, headers={"User-Agent": "cfvlm-ds data download"})
-    parts, size = list[bytes](), 0
-    with Deadline(WHOLE_S) as request.deadline:
-        try:
-            with _OPENER.open(request, timeout=TIMEOUT_S) as answer:
-                while block := answer.read1(1 << 16):
-                    parts.append(block)
-                    size += len(block)
-                    if size > MAX_DOWNLOAD:
-                        raise ValueError(f"it has more than {MAX_DOWNLOAD} bytes, the bound for a picture")
-                stated = answer.headers.get("Content-Length", "")
-        except (OSError, http.client.HTTPException):
-            if not request.deadline.late:
-                raise
-    if request.deadline.late:
-        raise ValueError(f"it takes more than {WHOLE_S:.0f} s")
-    if stated.isdecimal() and int(stated) != size:
-        raise OSError(f"{size} of {stated} bytes came")
-    return b"".join(parts)

@@ -74,22 +74,16 @@ class IndexedLines:
         starts.append(stat.st_size)
         final = os.fstat(held.number)
         if (final.st_size, final.st_mtime_ns, final.st_ctime_ns) != (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns):
-            raise ValueError("it was written while it was indexed; start again when it is whole")
+            raise ValueError("the file changed while it was indexed; start again when it is complete")
         return cls(path, held, np.array(starts), np.array(sums), np.array(numbers) if lines > len(sums) else None)
 
     @classmethod
     def mapped(cls, path: Path) -> IndexedLines:
-        """Open the lines of a finished file by the index beside it (write_index). Raises OSError, ValueError."""
-        held, file = HeldFile(path), index_file(path)
-        data = np.memmap(file, np.uint8, "r") if file.stat().st_size >= _HEADER.itemsize else np.zeros(_HEADER.itemsize, np.uint8)
-        magic, size, rows = np.frombuffer(data[: _HEADER.itemsize].tobytes(), _HEADER, 1)[0].item()
-        begin, end = _HEADER.itemsize, _HEADER.itemsize + 8 * (rows + 1)
-        if magic != _MAGIC or size != os.fstat(held.number).st_size or rows < 0 or end + 4 * rows != len(data):
-            raise ValueError("its index is of another file")
-        starts, sums = np.asarray(data[begin:end]).view("<u8"), np.asarray(data[end:]).view("<u4")
-        if int(starts[-1]) != size or not bool((starts[1:] > starts[:-1]).all()):
-            raise ValueError("its index is of another file")
-        return cls(path, held, starts, sums)
+        """Open the lines of a finished file by the index beside it (write_index), which must be whole. Raises OSError, ValueError."""
+        data = np.memmap(index_file(path), np.uint8, "r")
+        begin, rows = _HEADER.itemsize, int(data[: _HEADER.itemsize].view(_HEADER)["rows"][0])
+        end = begin + 8 * (rows + 1)
+        return cls(path, HeldFile(path), np.asarray(data[begin:end]).view("<u8"), np.asarray(data[end:]).view("<u4"))
 
     def __len__(self) -> int:
         return len(self.sums)
@@ -105,8 +99,7 @@ class IndexedLines:
         line = data[: data.find(b"\n") + 1 or None]
         if zlib.crc32(line) != self.sums.item(row):
             raise DataError(
-                f"{self.where(row)}: the row is not the one that was indexed; do not write a data set while it is used, and prepare a "
-                "store again"
+                f"{self.where(row)}: the row has changed since it was indexed; do not write to a data set in use, and prepare a store again"
             )
         return line.rstrip(b"\r\n")
 

@@ -46,11 +46,6 @@ def open_groups(
     row raises a DataError of one sentence with file, row (1-based line, or item of a list) and remedy. Repeated ids are detected by the
     data check.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise DataError(
-            f"data are a {type(path).__name__}, not a path; what is streamed has no row number n, and a run could not go on where it was: "
-            "write it to files (save_to_disk, to_parquet, to_json) and name those"
-        )
     known_format(path, format)
     path = local_path(path, scan, progress)
     roots = data_roots(path, root)

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -124,7 +124,7 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequ
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
     elif without := [name for name, weight in zip(names, weights, strict=True) if weight is None]:
-        raise DataError(f"data.train: source {without[0]!r} has no weight and others have; give each a weight, or none")
+        raise DataError(f"data.train: source {without[0]!r} has no weight, and others do; give a weight to each or to none")
     else:
         given = [Fraction(repr(float(weight or 0))) for weight in weights]
     total = sum(given, Fraction(0))
@@ -204,7 +204,7 @@ class Order:
         return {"num_groups": sum(self.sizes), "seed": self.seed, **mixed, **({"order": "+".join(kinds)} if kinds else {})}
 
 
-class MixedGroups(Sequence[CounterfactualGroup]):
+class MixedGroups(Lazy[CounterfactualGroup]):
     """Groups of all sources, one source after the other; each is named ``SOURCE/ID`` and carries its source and objectives.
 
     Args:
@@ -221,20 +221,7 @@ class MixedGroups(Sequence[CounterfactualGroup]):
     ) -> None:
         self.sources, self.names, self.objectives = list(sources), list(names), list(objectives)
         self._ends = np.cumsum([len(source) for source in sources])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> CounterfactualGroup: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[CounterfactualGroup]: ...
-
-    def __getitem__(self, index: int | slice) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        if isinstance(index, slice):
-            return Lazy(self._group, range(len(self))[index])
-        return self._group(range(len(self))[index])
+        super().__init__(self._group, int(self._ends[-1]))
 
     def _group(self, index: int) -> CounterfactualGroup:
         source = int(self._ends.searchsorted(index, "right"))

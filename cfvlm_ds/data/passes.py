@@ -62,26 +62,11 @@ class Scan:
             progress.advance(len(chunk))
 
 
-class Firsts:
-    """Distinct 64-bit keys and the first place of each, added chunk by chunk with growing places."""
-
-    def __init__(self) -> None:
-        self._keys, self._places = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-        self._waiting = 0
-
-    def add(self, keys: Array, places: Array) -> None:
-        """Add keys with their places."""
-        self._keys.append(keys)
-        self._places.append(places)
-        self._waiting += len(keys)
-        if self._waiting > max(1 << 20, len(self._keys[0])):
-            self.sorted()
-
-    def sorted(self) -> tuple[Array, Array]:
-        """Return the distinct keys in order, and their first places."""
-        keys, first = np.unique(np.concatenate(self._keys), return_index=True)
-        self._keys, self._places, self._waiting = [keys], [np.concatenate(self._places)[first]], 0
-        return keys, self._places[0]
+def distinct(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Return the distinct 64-bit keys of all parts in order, each with its first value."""
+    keys, values = map(np.concatenate, zip(*parts, strict=True))
+    keys, first = np.unique(keys, return_index=True)
+    return keys, values[first]
 
 
 def contains(keys: Array, wanted: Array) -> Array:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.data.decoding import MAX_BYTES, open_image
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
@@ -23,7 +22,7 @@ from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore, told_apart
 from cfvlm_ds.data.stored import StoredRows
 
-_CHUNK = 64  # pictures opened before the first of them is yielded
+_AHEAD = 64  # pictures opened before they are requested
 
 Array = npt.NDArray[Any]
 
@@ -81,17 +80,15 @@ def opened_pictures(
     contents: bool = False,
 ) -> Iterator[OpenedPicture]:
     """Open the pictures with these keys, except the ``known`` ones that have not been written since."""
-    # Threads suffice, because PIL decodes without the interpreter lock. Chunks limit the memory of pending work for millions of files.
     prepared = store.rows.pictures if isinstance(store.rows, StoredRows) else None
-    wanted, pool = first_uses(store, keys, places), ThreadPoolExecutor(cores_per_rank())
-    open_one = partial(opened_picture, known=known, prepared=prepared, max_pixels=max_pixels, contents=contents)
-    try:
-        while chunk := [use for _, use in zip(range(_CHUNK), wanted, strict=False)]:
-            for (index, path), result in zip(chunk, pool.map(open_one, [path for _, path in chunk]), strict=True):
-                scan.alive()
-                yield OpenedPicture(index, path, *result)
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def opened(use: tuple[int, Path]) -> tuple[Picture | str, bytes]:
+        return opened_picture(use[1], known, prepared, max_pixels, contents)
+
+    # Threads suffice, because PIL decodes without the interpreter lock.
+    for (index, path), result in side_by_side(opened, first_uses(store, keys, places), cores_per_rank(), _AHEAD):
+        scan.alive()
+        yield OpenedPicture(index, path, *result)
 
 
 def opened_picture(
@@ -112,7 +109,7 @@ def opened_picture(
         picture = picture_of(path, *open_image(path, max_pixels).size)
         known_before = None if prepared is None else prepared.find(path)
         if known_before is not None and known_before._replace(ctime=picture.ctime) != picture:
-            return f"{path}: the picture is not the one that was prepared; restore it, or prepare the data again", b""
+            return f"{path}: the picture has changed since it was prepared; restore it, or prepare the data again", b""
         content = picture_bytes(path, MAX_BYTES) if contents else b""
         if contents and digest_of(content) != picture.digest:
             return f"{path}: the picture was written while it was read; start again when it is whole", b""

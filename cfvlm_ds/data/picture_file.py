@@ -51,24 +51,20 @@ def picture_stat(path: Path) -> tuple[int, int]:
     return (stat.st_size if part is None else _inside(path, part, stat.st_size)[1]), stat.st_ctime_ns
 
 
-def open_raw(path: Path) -> io.RawIOBase:
-    """Open the bytes of a picture, unbuffered. Raises as picture_stat does, and ValueError for a file that is not regular."""
+def open_picture(path: Path) -> io.BufferedReader:
+    """Open the bytes of a picture for reading; nothing outside of them is ever read. Raises as picture_stat does, and ValueError for a file
+    that is not regular.
+    """
     if (part := _part(path)) is None:
-        raw: io.RawIOBase = cast(Any, open_regular(path)).detach()
-        return raw
+        return cast(io.BufferedReader, open_regular(path))
     file = picture_file(path)
     stat = file.stat()
     container = _container(str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    return _Part(path, container, *_inside(path, part, os.fstat(container.number).st_size))
-
-
-def open_picture(path: Path) -> io.BufferedReader:
-    """Open the bytes of a picture for reading; nothing outside of them is ever read. Raises as ``open_raw`` does."""
-    return io.BufferedReader(open_raw(path), 1 << 16)
+    return io.BufferedReader(_Part(path, container, *_inside(path, part, os.fstat(container.number).st_size)), 1 << 16)
 
 
 def picture_bytes(path: Path, limit: int) -> bytes:
-    """Read all bytes of a picture. Raises as ``open_raw`` does, and TooLarge for more than ``limit``."""
+    """Read all bytes of a picture. Raises as ``open_picture`` does, and TooLarge for more than ``limit``."""
     if (size := picture_stat(path)[0]) <= limit:  # a larger one is not read
         with open_picture(path) as handle:
             content = read_within(handle, size, limit)

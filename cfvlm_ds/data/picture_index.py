@@ -24,7 +24,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import TooLarge
 from cfvlm_ds.core.text import hashed
-from cfvlm_ds.data.decoding import MAX_ASPECT, MAX_BYTES, Size, image_size
+from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
 from cfvlm_ds.data.picture_file import open_picture, picture_stat
 
 FACTS = np.dtype([("size", "<i8"), ("ctime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
@@ -32,7 +32,6 @@ RECORD = np.dtype([("key", "<u8"), ("facts", FACTS)])
 _BLOCK = 1 << 20  # bytes read, and records written, at a time
 _DIGEST = 16  # bytes
 _AT_ONCE = 4096  # pictures processed, and cached, at a time
-_MOST_PIXELS = 1 << 30
 
 
 class Picture(NamedTuple):
@@ -86,7 +85,7 @@ def picture_of(path: Path, width: int, height: int) -> Picture:
 
 
 class PictureTable:
-    """Pictures by path: sorted keys, and the properties of each. Sizes beyond any possible picture's are treated as unknown.
+    """Pictures by path: sorted keys, and the properties of each.
 
     ``roots`` are the folders of a store that its keys are relative to.
     """
@@ -138,6 +137,11 @@ class PictureTable:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def sides(self) -> list[int]:
+        """List the longer side of every picture, in pixels."""
+        sides: list[int] = np.maximum(self._facts["width"], self._facts["height"]).tolist()
+        return sides
+
     def find(self, path: Path) -> Picture | None:
         """Return the entry of a picture, or None."""
         return self._recent(path)
@@ -147,8 +151,6 @@ class PictureTable:
         if place is None:
             return None
         size, ctime, digest, width, height = self._facts[place].item()
-        if width * height > _MOST_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-            width = height = 0
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:

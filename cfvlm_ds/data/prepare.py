@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,14 +166,16 @@ class _Job:
         units, files = (_Files(self.work, kind, -(-len(source) // size)) for kind, size in (("images", PICTURED), ("groups", ROWS)))
         pictures, broken = None, dict[int, str]()
         if self.options.open_pictures or self.options.pack:
-            self._open_pictures(units, *seen.pictures)
+            keys, places = seen.pictures
+            unit_of = places // PICTURED
+            progress = Progress(self.say, "pictures", int((unit_of % self.of == self.shard).sum()), "pictures")
+            for number in units.missing(self.shard, self.of):
+                self._open_unit(units, number, keys[unit_of == number], places[unit_of == number], progress)
             if strict and self.report.problems:
                 self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan))
                 return False
             if missing := units.missing():
-                self.say(
-                    f"{out}: {len(missing)} of {units.count} parts of its pictures are others' to look at; run this again when they have"
-                )
+                self.say(f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this again after them")
                 return False
             pictures = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
             pictures = pictures[np.argsort(pictures["key"])]
@@ -187,14 +191,14 @@ class _Job:
         if strict and self.report.problems:
             return False
         if missing := files.missing():
-            self.say(f"{out}: {len(missing)} of {files.count} files of rows are others' to write; who comes last ends the store")
+            self.say(f"{out}: {len(missing)} of {files.count} files of rows belong to other shards; the last one completes the store")
             return False
         return self._end(units, files, pictures)
 
     def is_ended(self) -> bool:
         """Return whether the store is complete. Raises ConfigError if it belongs, or will belong, to other data."""
         for name in (FILE, BEGUN, FILE):  # FILE appears before BEGUN is removed
-            if (stamp := _stamp_of(self.out / name)) == self.stamp:
+            if (stamp := _read(self.out / name, "source")) == self.stamp:
                 return name == FILE
             if stamp is not None:
                 break
@@ -202,56 +206,53 @@ class _Job:
             f"{self.out} was prepared from another state of {self.source.path}, or with other options; remove it, or name another --out"
         )
 
-    def _open_pictures(self, units: _Files, keys: Array, places: Array) -> None:
-        progress = Progress(self.say, "pictures", int((places // PICTURED % self.of == self.shard).sum()), "pictures")
-        for number in units.missing(self.shard, self.of):
-            within = places // PICTURED == number
-            records, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
-            file = self.out / f"{units.name(number)}.tar"
-            tar = _summed(file) if self.options.pack else contextlib.nullcontext()
-            wanted = opened_pictures(
-                self.source,
-                keys[within],
-                places[within],
-                self.options.max_pixels,
-                self.scan,
-                None if self.options.pack else PictureTables([*_opened_before(self.work, number), self.known]),
-                contents=self.options.pack,
-            )
-            try:
-                with tar as written:
-                    for k, opened in enumerate(progress.over(wanted)):
-                        key = picture_key(opened.path)
-                        if isinstance(opened.found, str):
-                            broken[key] = opened.found
-                            problems.append(f"{self.source.where(opened.group)}: {opened.found}")
-                        elif written is None:
-                            records.append((key, picture_key(opened.path, self.source.roots[0]), 0, 0, tuple(opened.found)))
-                        else:
-                            suffix, start = opened.path.suffix.lower(), written.size + tarfile.BLOCKSIZE
-                            written.write(tar_member(f"{number:05}-{k:07}{suffix if suffix in _SUFFIXES else ''}", opened.content))
-                            name = picture_key(self.out / part_name(file.name, start, len(opened.content)), self.out)
-                            records.append((key, name, number, start, tuple(opened.found._replace(ctime=0))))
-                    if written is not None:
-                        written.write(bytes(2 * tarfile.BLOCKSIZE))
-                        written.write(bytes(-written.size % tarfile.RECORDSIZE))
-            finally:  # a call that is stopped keeps its results
-                with whole_file(units.file(number, "npy"), shared=True) as handle:
-                    np.save(handle, np.sort(np.array(records, _PLACE), order="key"), allow_pickle=False)
-            if problems and self.options.on_error == "error":  # the next call opens them again
-                self.report.problems.extend(problems)
-            else:
-                units.note(number, pictures=len(records), broken=broken, **({} if written is None else _record(file, written)))
+    def _open_unit(self, units: _Files, number: int, keys: Array, places: Array, progress: Progress) -> None:
+        """Open the pictures of a unit of work and record them; with ``pack``, write their tar."""
+        records, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
+        pack, file = self.options.pack, self.out / f"{units.name(number)}.tar"
+        known = None if pack else PictureTables([*_opened_before(self.work, number), self.known])
+        wanted = opened_pictures(self.source, keys, places, self.options.max_pixels, self.scan, known, contents=pack)
+
+        def members() -> Iterator[bytes]:
+            place = tarfile.BLOCKSIZE
+            for k, opened in enumerate(progress.over(wanted)):
+                key = picture_key(opened.path)
+                if isinstance(opened.found, str):
+                    broken[key] = opened.found
+                    problems.append(f"{self.source.where(opened.group)}: {opened.found}")
+                elif not pack:
+                    records.append((key, picture_key(opened.path, self.source.roots[0]), 0, 0, tuple(opened.found)))
+                else:
+                    suffix, size = opened.path.suffix.lower(), len(opened.content)
+                    yield (member := tar_member(f"{number:05}-{k:07}{suffix if suffix in _SUFFIXES else ''}", opened.content))
+                    name = picture_key(self.out / part_name(file.name, place, size), self.out)
+                    records.append((key, name, number, place, tuple(opened.found._replace(ctime=0))))
+                    place += len(member)
+            yield bytes(2 * tarfile.BLOCKSIZE + -(place + tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+
+        try:
+            record = _written(file, members()) if pack else dict[str, Any]()
+            deque(() if pack else members(), 0)
+        finally:  # a call that is stopped keeps its results
+            with whole_file(units.file(number, "npy"), shared=True) as handle:
+                np.save(handle, np.sort(np.array(records, _PLACE), order="key"), allow_pickle=False)
+        if problems and self.options.on_error == "error":  # the next call opens them again
+            self.report.problems.extend(problems)
+        else:
+            units.note(number, pictures=len(records), broken=broken, **record)
 
     def _write_rows(self, files: _Files, number: int, writer: RowLines, progress: Progress) -> None:
         """Write a file of rows, its index, and the arrays for the final tables."""
-        places, parts = range(number * ROWS, min((number + 1) * ROWS, len(self.source))), []
+        places, parts = range(number * ROWS, min((number + 1) * ROWS, len(self.source))), list[Chunk]()
         report = CheckReport(self.report.manifest)
-        with _summed(file := self.out / f"{files.name(number)}.jsonl") as written:
+
+        def encoded() -> Iterator[bytes]:
             for part in self.scan.over(places, writer, progress):
-                written.write(part.lines)
+                yield part.lines
                 report.add(part.report)
                 parts.append(part)
+
+        record = _written(file := self.out / f"{files.name(number)}.jsonl", encoded())
         self.report.add(report)
         if report.problems and self.options.on_error == "error":
             return
@@ -259,15 +260,9 @@ class _Job:
         with whole_file(files.file(number, "npz"), shared=True) as handle:
             rows = np.concatenate([part.rows for part in parts])
             np.savez(handle, order=np.frombuffer(identity.order, np.uint8), rows=rows, row_keys=keys.rows, picture_keys=keys.pictures)
-        files.note(
-            number,
-            **_record(file, written),
-            groups=identity.rows,
-            index=crc32_of(lines.write_index(file)),
-            known=identity.known,
-            sums={name: str(value) for name, value in identity.sums.items()},
-            problems=report.problems,
-        )
+        index = crc32_of(lines.write_index(file))
+        found = {"groups": identity.rows, "index": index, "known": identity.known, "sums": identity.sums, "problems": report.problems}
+        files.note(number, **record, **found)
 
     def _end(self, units: _Files, files: _Files, pictures: Array | None) -> bool:
         """Write the tables and store.json."""
@@ -275,9 +270,7 @@ class _Job:
         arrays = [np.load(files.file(number, "npz"), allow_pickle=False) for number in range(files.count)]
         identity = joined_identity(
             [
-                IdentityPart(
-                    record["groups"], held["order"].tobytes(), record["known"], {name: int(value) for name, value in record["sums"].items()}
-                )
+                IdentityPart(record["groups"], held["order"].tobytes(), record["known"], record["sums"])
                 for record, held in zip(records, arrays, strict=True)
             ]
         )
@@ -287,25 +280,18 @@ class _Job:
         problems = list(dict.fromkeys([*self.report.problems, *itertools.chain(*(record["problems"] for record in records))]))
         if not len(rows):
             raise DataError(f"{problems[0]} (and none of the {left_out} groups can be used)")
-        tables = [_written(self.out / ROW_KEYS, keys.rows), _written(self.out / PICTURE_KEYS, keys.pictures)]
+        tables = {ROW_KEYS: _array(keys.rows), PICTURE_KEYS: _array(keys.pictures)}
         most_pixels = 0
         if pictures is not None:
             order = np.argsort(pictures["name"], kind="stable")
             facts = pictures["facts"]
             most_pixels = int((facts["width"].astype(np.int64) * facts["height"]).max(initial=0))
-            table = PictureTable(pictures["name"][order], facts[order])
-            with _summed(self.out / PICTURES) as written:
-                for part in table.parts():
-                    written.write(part)
-            tables.append(_record(self.out / PICTURES, written))
+            tables[PICTURES] = PictureTable(pictures["name"][order], facts[order]).parts()
         if self.source.together is not None:
             firsts = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(rows))
-            tables.append(_written(self.out / TOGETHER, firsts.astype("<u4")))
+            tables[TOGETHER] = _array(firsts.astype("<u4"))
         if left_out:
-            with _summed(self.out / LEFT_OUT) as written:
-                for problem in problems:
-                    written.write(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n")
-            tables.append(_record(self.out / LEFT_OUT, written))
+            tables[LEFT_OUT] = (json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n" for problem in problems)
         shown = ("file", "bytes", "crc32", "groups", "index", "pictures")
         record = {
             "schema": SCHEMA,
@@ -324,7 +310,7 @@ class _Job:
             },
             "rows": [{name: entry[name] for name in shown if name in entry} for entry in records if entry["groups"]],
             "images": [{name: entry[name] for name in shown if name in entry} for entry in units.records()] if self.options.pack else [],
-            "tables": tables,
+            "tables": [_written(self.out / name, parts) for name, parts in tables.items()],
         }
         self.is_ended()
         for left in self.out.glob("*.tmp"):  # files of killed calls
@@ -409,7 +395,7 @@ def _absolute(picture: Path) -> Path:
 def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
     """Return the path of a picture in a tar of the store."""
     if (at := find(pictures["key"], picture_key(picture))) is None:
-        raise DataError(f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and prepare it again")
+        raise DataError(f"{picture}: the picture is not packed: the data set has changed; remove the store and prepare it again")
     place = pictures[at]
     return _absolute(out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"])))
 
@@ -458,7 +444,7 @@ def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool)
     """Remove a store, or an unfinished store, of another state of the data set if that is allowed; returns its pictures."""
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
-    if not (remove_it and (ours or (out / BEGUN).is_file())) or _stamp_of(whole if whole.is_file() else out / BEGUN) == stamp:
+    if not (remove_it and (ours or (out / BEGUN).is_file())) or _read(whole if whole.is_file() else out / BEGUN, "source") == stamp:
         return PictureTables([])
     with contextlib.suppress(OSError, ValueError):
         known.append(PictureTable.opened(out / PICTURES, source.roots))
@@ -466,10 +452,6 @@ def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool)
     for file in itertools.chain(*map(out.glob, _OURS)):
         remove(file)
     return PictureTables(known)
-
-
-def _stamp_of(file: Path) -> str | None:
-    return _read(file, "source")
 
 
 def _read(file: Path, key: str) -> str | None:
@@ -481,8 +463,9 @@ def _read(file: Path, key: str) -> str | None:
 def _begun(out: Path, stamp: str) -> Path:
     """Create the folder of unfinished work. Raises ConfigError for a folder with other contents."""
     work, whole, begun = out / PARTS, out / FILE, out / BEGUN
-    if out.exists() and not (begun.is_file() or whole.is_file()) and (not out.is_dir() or _holds_something(out)):
-        raise ConfigError(f"{out} is there and no store; name another folder with --out")
+    others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # a killed call leaves folders, .tmp
+    if others and not (begun.is_file() or whole.is_file()):
+        raise ConfigError(f"{out} exists and is not a store; name another folder with --out")
     if not whole.is_file():
         work.mkdir(parents=True, exist_ok=True)
         if not begun.exists():
@@ -490,27 +473,16 @@ def _begun(out: Path, stamp: str) -> Path:
     return work
 
 
-def _holds_something(out: Path) -> bool:
-    """Return whether a folder has more entries than a call that was killed before writing anything."""
-    return any(
-        path.relative_to(out) != Path(PARTS) and not path.name.endswith(".tmp") for path in (*out.iterdir(), *(out / PARTS).glob("*"))
-    )
+def _array(array: Array) -> Iterator[bytes]:
+    """Yield the contents of an array's .npy file."""
+    np.lib.format.write_array(buffer := io.BytesIO(), array, allow_pickle=False)
+    yield buffer.getvalue()
 
 
-def _written(file: Path, array: Array) -> dict[str, Any]:
-    """Write an array; returns the record of its file."""
-    with _summed(file) as written:
-        np.lib.format.write_array(written, array, allow_pickle=False)
-    return _record(file, written)
-
-
-@contextlib.contextmanager
-def _summed(path: Path) -> Iterator[Summed]:
-    """Open a file that appears complete at the end of the block."""
-    with whole_file(path, shared=True) as handle:
-        yield Summed(handle)
-
-
-def _record(file: Path, written: Summed) -> dict[str, Any]:
-    """Return name, size and checksum of a written file."""
+def _written(file: Path, parts: Iterable[bytes]) -> dict[str, Any]:
+    """Write a file, which appears complete; returns its name, size and checksum."""
+    with whole_file(file, shared=True) as handle:
+        written = Summed(handle)
+        for part in parts:
+            written.write(part)
     return {"file": file.name, "bytes": written.size, "crc32": written.crc32}

@@ -36,9 +36,13 @@ class CheckReport:
     num_false_cells: int = 0
     prompts: Counter[str] = field(default_factory=Counter)
     """Number of groups by their prompt: DESCRIBE, which is the default of captions, "empty", or "others"."""
+    shapes: Counter[str] = field(default_factory=Counter)
+    """Number of groups by images x texts; a group of text alone has 0 images."""
+    sources: Counter[str] = field(default_factory=Counter)
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
     """K -> number of groups with K texts, or images, that are not true of the factual image, or text (without shams)."""
+    text_lengths: Counter[int] = field(default_factory=Counter)
     longest_text: int = 0
     longest_text_unit: str = "characters"
     """"tokens" of prompt, image and text, or "characters" of the text."""
@@ -58,6 +62,8 @@ class CheckReport:
         self.num_false_cells += sum(line.count(0) for line in group.match)
         prompts = {candidate.prompt for candidate in group.candidates}
         self.prompts[repr(DESCRIBE) if prompts == {DESCRIBE} else "empty" if prompts == {""} else "others"] += 1
+        self.shapes[f"{len(group.images) if group.num_pictures else 0} x {len(group.candidates)}"] += 1
+        self.sources[group.source or "(none)"] += 1
         meta = json.loads(group.meta or "null")
         self.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
         self.edit_types.update(edit.type for edit in group.edits)
@@ -71,18 +77,20 @@ class CheckReport:
         All lengths of a report have the same ``unit``; ``where`` returns the group's place, and ``number`` is the text's index in it.
         """
         self.longest_text_unit = unit
+        self.text_lengths[length] += 1
         if length > self.longest_text:
             self.longest_text, self.longest_text_where = length, f"{where()}, text {number}"
 
     def add(self, other: CheckReport) -> None:
         """Add the report of later rows of the same manifest."""
-        for name in ("num_groups", "num_images", "num_texts", "num_cells", "num_unknown_cells", "num_false_cells"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("prompts", "edit_types", "num_counterfactuals", "visual_tokens", "metadata"):
-            getattr(self, name).update(getattr(other, name))
         if other.longest_text > self.longest_text:
-            for name in ("longest_text", "longest_text_unit", "longest_text_where"):
-                setattr(self, name, getattr(other, name))
+            self.longest_text_unit, self.longest_text_where = other.longest_text_unit, other.longest_text_where
+        self.longest_text = max(self.longest_text, other.longest_text)
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            elif name.startswith("num_"):
+                setattr(self, name, getattr(self, name) + value)
         self.problems += other.problems
 
     @property

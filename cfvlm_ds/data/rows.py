@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,39 +46,33 @@ class LineRows:
 
     def value(self, row: int) -> Any:
         try:
-            line = self._lines.line(row)
+            value = parsed(self._lines.line(row), self.where(row), "write one JSON object per line, or put a list in a file named .json")
         except DataError as error:
             return error
         except OSError as error:
             return DataError(f"{self.where(row)}: the row cannot be read ({error.strerror}); look at the file's disk and start again")
-        value = _parsed(line, lambda: self.where(row), "write one JSON object per line, or put a list in a file named .json")
         if isinstance(value, list):
             return DataError(f"{self.where(row)}: the line is a list, not an object; write one object per line, or name the file .json")
         return value
 
 
-def half_of_character(error: UnicodeEncodeError, where: str) -> DataError:
-    """Build the error for a text with half a surrogate pair, which cannot be encoded."""
-    half = ascii(error.object[error.start])[1:-1]
-    return DataError(f"{where}: {half} is half of a character, and no tokenizer or file takes it; write the whole or remove it")
-
-
-def _parsed(data: bytes, where: Callable[[], str], remedy: str) -> Any:
-    """Parse a JSON text, or return the error."""
+def parsed(data: bytes, where: object, remedy: str, decoder: json.JSONDecoder | None = None) -> Any:
+    """Parse a JSON text in UTF-8; ``decoder`` is as in parse_json. Raises DataError, beginning with ``where``."""
     try:
         text = data.decode("utf-8-sig" if data.startswith(BOM_UTF8) else "utf-8")  # the former is decoded in Python
-        value = parse_json(text)
-        if "\\ud" in text or "\\uD" in text:
+        value = parse_json(text, decoder)
+        if decoder is None and ("\\ud" in text or "\\uD" in text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return DataError(f"{where()}: broken JSON at {line}column {error.colno} ({error.msg}); {remedy}")
+        raise DataError(f"{where}: broken JSON at {line}column {error.colno} ({error.msg}); {remedy}") from error
     except UnicodeEncodeError as error:
-        return half_of_character(error, where())
+        half = ascii(error.object[error.start])[1:-1]
+        raise DataError(f"{where}: {half} is half of a surrogate pair, which no tokenizer accepts; write both or remove it") from error
     except UnicodeDecodeError as error:
-        return DataError(f"{where()}: byte {error.start + 1} is not UTF-8; save the file as UTF-8")
+        raise DataError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except DuplicateKey as error:
-        return DataError(f"{where()}: {error}")
+        raise DataError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested brackets
-        return DataError(f"{where()}: JSON that cannot be parsed ({error}); {remedy}")
+        raise DataError(f"{where}: JSON that cannot be parsed ({error}); {remedy}") from error

@@ -9,8 +9,9 @@ so that no format can forget it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,9 @@ Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[Counterfac
 """Row -> group, or groups, with image paths as written. Raises DataError without file and line."""
 
 
-class GroupStore(Sequence[CounterfactualGroup]):
-    """Groups of a manifest. Threads and forked processes can share one object.
+class GroupStore(Lazy[CounterfactualGroup]):
+    """Groups of a manifest; accessing an invalid row raises a DataError that names file, row and remedy. Threads and forked processes can
+    share one object.
 
     Args:
         rows: rows of the manifest.
@@ -51,6 +53,8 @@ class GroupStore(Sequence[CounterfactualGroup]):
         self.rows, self.roots, self.firsts, self.format, self._limit = rows, roots, firsts, format, limit
         self._convert, self._confine = convert, Confinement(roots)
         self._last: tuple[int, Sequence[CounterfactualGroup] | DataError] = (-1, ())
+        number = len(rows) if firsts is None else int(firsts[-1])
+        super().__init__(self._group, number if limit is None else min(number, limit))
 
     @property
     def path(self) -> Path:
@@ -64,22 +68,6 @@ class GroupStore(Sequence[CounterfactualGroup]):
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored
-
-    def __len__(self) -> int:
-        number = len(self.rows) if self.firsts is None else int(self.firsts[-1])
-        return number if self._limit is None else min(number, self._limit)
-
-    @overload
-    def __getitem__(self, index: int) -> CounterfactualGroup: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[CounterfactualGroup]: ...
-
-    def __getitem__(self, index: int | slice) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Return a group, or a lazy slice. Raises DataError naming file, row and remedy for an invalid row."""
-        if isinstance(index, slice):
-            return Lazy(self._group, range(len(self))[index])
-        return self._group(range(len(self))[index])
 
     def where(self, index: int) -> str:
         """Return the place of a group's row."""
@@ -116,25 +104,19 @@ class GroupStore(Sequence[CounterfactualGroup]):
         try:
             groups = [confined(group, self._confine) for group in converted(value, self._convert)]
             if len(groups) != expected:
-                raise DataError(f"the row has {len(groups)} groups and not {expected} as when it was counted; correct the format's parts()")
+                raise DataError(f"the row has {len(groups)} groups, and {expected} were counted; correct the format's parts()")
         except DataError as error:
             raise DataError(f"{self.rows.where(row)}: {error}") from error
         return groups
 
 
-class Unraised(Sequence[CounterfactualGroup | DataError]):
+class Unraised(Lazy[CounterfactualGroup | DataError]):
     """Groups for a data worker, with an error in place of a group whose row cannot be read: an exception raised in a worker would lose its
     message.
     """
 
     def __init__(self, groups: Sequence[CounterfactualGroup]) -> None:
-        self._groups = groups
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __getitem__(self, index: Any) -> Any:
-        return _unraised(self._groups.__getitem__, index)
+        super().__init__(partial(_unraised, groups.__getitem__), len(groups))
 
 
 def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:

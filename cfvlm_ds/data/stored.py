@@ -24,7 +24,6 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.cfgroup import NATIVE, native_group
-from cfvlm_ds.data.identity import SUMS
 from cfvlm_ds.data.lines import IndexedLines, index_file
 from cfvlm_ds.data.overlap import Keys
 from cfvlm_ds.data.picture_index import PictureTable
@@ -37,8 +36,6 @@ PARTS = "parts"
 """Folder of unfinished work."""
 BEGUN = f"{PARTS}/source.json"
 _OPEN = 200  # files of rows that a process keeps open
-_IDENTITY = {"rows", "order", *SUMS}
-_FOUND = {"images": int, "most_pixels": int, "false_cells": int, "metadata": str, "left_out": int}
 
 
 def is_store(folder: Path) -> bool:
@@ -60,10 +57,8 @@ class StoredRows:
         self.path = folder
         self._file, self._remedy = folder / FILE, "prepare the data again, or copy the store whole"
         if not os.path.lexists(self._file):
-            begun = (
-                " whole yet: run `cfvlm-ds data prepare` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
-            )
-            raise DataError(f"{folder} is a folder and no store{begun}")
+            begun = ": run `cfvlm-ds data prepare` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
+            raise DataError(f"{folder} is not a complete store{begun}")
         try:
             record = read_json(self._file)
             if record["schema"] != SCHEMA:
@@ -73,7 +68,7 @@ class StoredRows:
                 file = own_file(folder, entry["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != entry["bytes"]:
-                    raise ValueError(f"{file.name} has {size} bytes and not {entry['bytes']}")
+                    raise ValueError(f"{file.name} has {size} bytes in place of {entry['bytes']}")
                 self._sums[file.name] = int(entry["crc32"])
             if strange := [entry["file"] for entry in record["tables"] if crc32_of(folder / entry["file"]) != entry["crc32"]]:
                 raise ValueError(f"{strange[0]} is not the file that was prepared")
@@ -91,9 +86,6 @@ class StoredRows:
             self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
             if not 0 < self._firsts[-1] == record["groups"] == self.identity["rows"]:
                 raise ValueError("its files have another number of groups")
-            counted = all(type(self.found.get(name)) is kind for name, kind in _FOUND.items())
-            if not (self.identity.keys() >= _IDENTITY and counted):
-                raise ValueError("it does not say what it was made of")
         except (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
@@ -129,7 +121,7 @@ class StoredRows:
                 yield f"{file}: the file cannot be read ({error}); {self._remedy}"
                 continue
             if checksum != self._sums[file.name]:
-                yield f"{file}: it is not the file that was prepared (its CRC-32 is another); {self._remedy}"
+                yield f"{file}: the file has changed since it was prepared (another CRC-32); {self._remedy}"
 
     def _find(self, row: int) -> tuple[LineRows, int]:
         shard = bisect_right(self._firsts, row) - 1
@@ -141,9 +133,8 @@ class StoredRows:
         """
         file, index, groups = self._shards[shard]
         try:
-            lines = IndexedLines.mapped(file)
-            if crc32_of(index_file(file)) != index or len(lines) != groups:
-                raise ValueError("its index is another than store.json says")
+            if crc32_of(index_file(file)) != index or len(lines := IndexedLines.mapped(file)) != groups:
+                raise ValueError("its index is not the one in store.json")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"{file}: the rows cannot be read ({reason}); {self._remedy}") from error

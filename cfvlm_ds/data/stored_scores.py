@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,26 +96,25 @@ class ScoresFile(Mapping[str, StoredScores]):
         self._keys, self._places = keys[order], order + 1
 
     def __getitem__(self, group_id: str) -> StoredScores:
-        return _scores_of(self._row(self.row_of(group_id)))
+        if (place := self.row_of(group_id)) is None:
+            raise KeyError(group_id)
+        return _scores_of(_parsed(self._rows, place))
 
     def __iter__(self) -> Iterator[str]:
-        return (self._row(place)["id"] for place in range(1, len(self._rows)))
+        return (_parsed(self._rows, place)["id"] for place in range(1, len(self._rows)))
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def row_of(self, group_id: str) -> int:
-        """Return the row of a group; the header is row 0. Raises KeyError."""
+    def row_of(self, group_id: str) -> int | None:
+        """Return the row of a group, or None; the header is row 0."""
         key = np.uint64(_key(group_id))
         for at in range(int(self._keys.searchsorted(key)), len(self._keys)):
             if self._keys[at] != key:
                 break
-            if self._row(place := int(self._places[at]))["id"] == group_id:
+            if _parsed(self._rows, place := int(self._places[at]))["id"] == group_id:
                 return place
-        raise KeyError(group_id)
-
-    def _row(self, place: int) -> Any:
-        return _parsed(self._rows, place)
+        return None
 
 
 class ScoresOfSources(Mapping[str, StoredScores]):
@@ -159,39 +157,23 @@ def read_scores(
         if not len(rows):
             raise ValueError("it is empty")
         _check_header(path, _parsed(rows, 0), data, made_by)
-        scores, elsewhere = _checked(rows, groups, Progress(say, f"{path}: scores", len(rows) - 1, "groups"))
+        keys = (_key(_parsed(rows, place)["id"]) for place in range(1, len(rows)))
+        scores = ScoresFile(rows, np.fromiter(keys, np.uint64, len(rows) - 1))
+        if len(scores) > len(groups):
+            raise ValueError(f"it has {len(scores)} groups and not {len(groups)}")
+        for group in Progress(say, f"{path}: scores", len(groups), "groups").over(groups):
+            if (place := scores.row_of(group.id)) is None:
+                raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete, or has another twice; {_REMEDY}")
+            _check_matrix(rows, place, group, _scores_of(_parsed(rows, place)))
+        return scores
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{path}: not a scores file ({reason}); {_REMEDY}") from error
-    for place in (*elsewhere, *range(len(scores), len(groups))):
-        group = groups[place]
-        if group.id not in scores:
-            raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete, or has another twice; {_REMEDY}")
-        _check_matrix(rows, scores.row_of(group.id), group, scores[group.id])
-    return scores
 
 
 _REMEDY = "write it again with `cfvlm-ds score`"
-
-
-def _checked(rows: IndexedLines, groups: Sequence[CounterfactualGroup], progress: Progress) -> tuple[ScoresFile, Sequence[int]]:
-    """Check the scores of a file; returns them, and the places of groups whose row is at another place. Raises DataError, and as parsing a
-    row does.
-    """
-    keys, elsewhere = np.zeros(len(rows) - 1, np.uint64), array("q")
-    for place in progress.over(range(1, len(rows))):
-        row = _parsed(rows, place)
-        if place > len(groups):
-            raise DataError(f"{rows.where(place)}: group {quoted(row['id'])} is one too many, or occurs twice; {_REMEDY}")
-        keys[place - 1] = _key(row["id"])
-        scores, group = _scores_of(row), groups[place - 1]
-        if group.id == row["id"]:
-            _check_matrix(rows, place, group, scores)
-        else:
-            elsewhere.append(place - 1)
-    return ScoresFile(rows, keys), elsewhere
 
 
 def _check_header(path: Path, header: Any, data: Identity, made_by: Mapping[str, str] | None) -> None:

@@ -280,7 +280,7 @@ def test_a_check_that_is_killed_goes_on(
     config: RunConfig, data: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
-    monkeypatch.setattr(picture_check, "_CHUNK", 2)
+    monkeypatch.setattr(picture_check, "_AHEAD", 2)
     run = configured(config, tmp_path / "run", train=str(data))
 
     def leave() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import re
 import struct
-import time
 import warnings
 import zlib
 from dataclasses import replace
@@ -137,55 +136,55 @@ def test_pairs(folder: Path) -> None:
     assert "m.jsonl:2:" in message and "repeats" in message and "m.jsonl:1;" in message
 
 
-BAD_ROWS = {
-    "broken JSON": ('{"id": "g", "images": [}', ["column 24", "one JSON object per line"]),
-    "not UTF-8": ("LATIN1", ["byte 9", "UTF-8", "save the file"]),
-    "nested": ("[" * 100_000, ["cannot be parsed", "one JSON object per line"]),
-    "list row": ([1, 2], ["list", "write one object per line"]),
-    "null row": ("null", ["NoneType", "write it as {...}"]),
-    "unknown key": (row(imagse=[]), ["unknown key 'imagse'", "did you mean 'images'?"]),
-    "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), ["'pth'", "did you mean 'path'?"]),
-    "missing key": ({"id": "g"}, ["'images' is missing", "add it"]),
-    "duplicate id": (row("first", prompt="x"), ["'first'", "m.jsonl:1;", "make ids unique"]),
-    "wrong type": (row(match=5), ["'match' must be a list"]),
-    "unhashable id": (row(match=[[["i0"], "t0", 1]]), ["no id ['i0']"]),
-    "edit not an object": (row(edits=[["type"]]), ["'edits' must be a list of objects"]),
-    "null byte": (row(images=[{"id": "i0", "path": "a\0.png"}, {"id": "i1", "path": "b.png"}]), ["null byte", "correct it"]),
-    "exclude not a list": (row(exclude="two dogs"), ["'exclude' must be a list of strings", "list keys of texts"]),
-    "a key that is none": (row(texts=[{"id": "t0", "text": "two dogs", "key": None}, {"id": "t1", "text": "three"}]), ["'key' must be"]),
-    "truth as a float": (row(match=[["i0", "t0", 1.0]]), ["[image id, text id, 0 or 1]"]),
-    "half a character": (row(prompt="\ud800"), ["\\ud800 is half of a character", "remove it"]),
-    "line break in an id": (row(images=[{"id": "i\n0", "path": "a.png"}], match=[["i0", "t0", 1]]), ["known: i\\n0"]),
-    "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), ["no id '\\x1b[2J'"]),
-    "endless value": (row(match="x" * 10_000), ["xxx [...] xxx"]),
-    "infinite weight": (row(weight=1e400), ["weight must be a positive number", "drop the row"]),
-    "huge weight": (row(weight=10**400), ["not what the format expects", "compare it with the format"]),
-    "bad truth": (row(match=[["i0", "t0", 2]]), ["[image id, text id, 0 or 1]"]),
-    "empty text": (row(texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": " "}]), ["text 1 is empty", "remove it"]),
+BAD_ROWS: dict[str, tuple[object, str]] = {
+    "broken JSON": ('{"id": "g", "images": [}', "column 24"),
+    "not UTF-8": ("LATIN1", "byte 9"),
+    "nested": ("[" * 100_000, "JSON"),
+    "list row": ([1, 2], "list"),
+    "null row": ("null", "NoneType"),
+    "unknown key": (row(imagse=[]), "'imagse'.*'images'"),
+    "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), "'pth'.*'path'"),
+    "missing key": ({"id": "g"}, "'images'"),
+    "duplicate id": (row("first", prompt="x"), "'first'.*m.jsonl:1;"),
+    "wrong type": (row(match=5), "'match'"),
+    "unhashable id": (row(match=[[["i0"], "t0", 1]]), "'i0'"),
+    "edit not an object": (row(edits=[["type"]]), "'edits'"),
+    "null byte": (row(images=[{"id": "i0", "path": "a\0.png"}, {"id": "i1", "path": "b.png"}]), "null byte"),
+    "exclude not a list": (row(exclude="two dogs"), "'exclude'"),
+    "a key that is none": (row(texts=[{"id": "t0", "text": "two dogs", "key": None}, {"id": "t1", "text": "three"}]), "'key'"),
+    "truth as a float": (row(match=[["i0", "t0", 1.0]]), "match entry"),
+    "half a character": (row(prompt="\ud800"), "ud800"),
+    "line break in an id": (row(images=[{"id": "i\n0", "path": "a.png"}], match=[["i0", "t0", 1]]), "i\\\\n0"),
+    "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), "\\\\x1b"),
+    "endless value": (row(match="x" * 10_000), "\\[\\.\\.\\.\\]"),
+    "infinite weight": (row(weight=1e400), "weight"),
+    "huge weight": (row(weight=10**400), "format"),
+    "bad truth": (row(match=[["i0", "t0", 2]]), "match entry"),
+    "empty text": (row(texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": " "}]), "text 1"),
     "equal texts": (
         row(texts=[{"id": "t0", "text": "two caf\u00e9s"}, {"id": "t1", "text": " two  cafe\u0301s"}]),
-        ["text 1 equals text 0", "remove one"],
+        "text 1 equals text 0",
     ),
     "absolute path": (
         row(images=[{"id": "i0", "path": "/etc/x.png"}, {"id": "i1", "path": "b.png"}]),
-        ["'/etc/x.png'", "outside the data root", "data.root"],
+        "'/etc/x.png'.*outside",
     ),
     "dot dot": (
         row(images=[{"id": "i0", "path": "../x.png"}, {"id": "i1", "path": "b.png"}]),
-        ["'../x.png'", "outside the data root", "data.root"],
+        "'../x.png'.*outside",
     ),
     "link": (
         row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}]),
-        ["'link.png'", "secret.png", "add the folder that holds it"],
+        "'link.png'.*secret.png",
     ),
     "linked folder": (
         row(images=[{"id": "i0", "path": "out/secret.png"}, {"id": "i1", "path": "b.png"}]),
-        ["outside/secret.png)", "add the folder that holds it"],
+        "outside/secret.png",
     ),
-    "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), ["path is empty", "write the file's path"]),
+    "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), "path is empty"),
     "same file": (
         row(images=[{"id": "i0", "path": "a.png"}, {"id": "i1", "path": "./a.png"}], match=[["i0", "t0", 1], ["i1", "t0", 0]]),
-        ["counterfactual image 1 equals image 0", "name the edited image"],
+        "image 1 equals image 0",
     ),
 }
 
@@ -198,13 +197,12 @@ def test_bad_row_names_file_line_and_remedy(folder: Path, case: str) -> None:
     secret = save(folder / "outside" / "secret.png")
     (root / "link.png").symlink_to(secret)
     (root / "out").symlink_to(secret.parent)
-    bad, fragments = BAD_ROWS[case]
+    bad, said = BAD_ROWS[case]
     path = manifest(root, row("first"), "", bad)
     if case == "not UTF-8":
         path.write_bytes(path.read_bytes().replace(b"LATIN1", '{"id": "é"}'.encode("latin-1")))
     message = refusal(path)
-    assert message.startswith(f"{path}:3: ")
-    assert all(fragment in message for fragment in fragments), message
+    assert message.startswith(f"{path}:3: ") and re.search(said, message), message
     # The check sees the same problem, and only it.
     assert check_manifest(path, progress=pytest.fail).problems == [message]
 
@@ -260,32 +258,10 @@ def test_links_inside_the_root_are_fine(folder: Path) -> None:
     root = folder.parent / (folder.name + "-link")
     root.symlink_to(folder)
     assert read_manifest(root / "m.jsonl")[0].images[0] == (root / "link.png",)
-
-
-def test_loop_of_links(folder: Path) -> None:
     (folder / "loop").symlink_to(folder / "loop")
     path = manifest(folder, row(images=[{"id": "i0", "path": "loop/x.png"}, {"id": "i1", "path": "b.png"}]))
     (problem,) = check_manifest(path).problems  # refused while reading or, from Python 3.13, while opening
-    assert problem.startswith(f"{path}:1: ") and "correct" in problem
-
-
-@pytest.mark.parametrize(
-    ("bad", "fragments"),
-    [
-        ({**pair(), "promtp": "Which?"}, ["unknown key 'promtp'", "did you mean 'prompt'? if not, name it otherwise"]),
-        ({"image_0": "a.png", "image1": "b.png"}, ["unknown key 'image1'", "did you mean 'image_1'?"]),
-        ({"image_0": "a.png"}, ["'image_1' is missing", "add it"]),
-        (pair(caption_1=3), ["'caption_1' must be a string", "quote it"]),
-        (pair(caption_1="a dog bites  a man"), ["text 1 equals text 0", "remove one"]),
-        (pair(image_1="a.png"), ["counterfactual image 1 equals image 0", "name the edited image"]),
-        (pair(image_1="../b.png"), ["'../b.png'", "outside the data root", "data.root"]),
-    ],
-)
-def test_bad_pairs(folder: Path, bad: dict[str, object], fragments: list[str]) -> None:
-    path = manifest(folder, pair(), bad)
-    message = refusal(path, format="pairs")
-    assert message.startswith(f"{path}:2: ")
-    assert all(fragment in message for fragment in fragments), message
+    assert problem.startswith(f"{path}:1: ")
 
 
 def test_further_keys_of_published_rows_are_metadata(folder: Path) -> None:
@@ -337,42 +313,48 @@ def test_cfvlm_rows(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "fragments"),
+    ("bad", "said"),
     [
-        (cfvlm_row(orig_input="COCO Yes: a.png"), ["must hold one image", "<|vision_start|>PATH<|vision_end|>"]),
-        (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), ["must hold one image"]),
-        (cfvlm_row(cf_samples=None), ["'cf_samples' must be a list of objects"]),
-        (cfvlm_row(cf_samples=[{"cf_txt": "x"}]), ["cf_samples: unknown key 'cf_txt'", "did you mean 'cf_text'?"]),
-        (cfvlm_row(cf_samples=[{"cf_text": "two dogs", "cf_image_path": "b.png"}]), ["text 1 equals text 0"]),
-        (cfvlm_row(orig_output=7), ["'orig_output' must be a string"]),
+        (pair(promtp="Which?"), "'promtp'.*'prompt'"),
+        ({"image_0": "a.png", "image1": "b.png"}, "'image1'.*'image_1'"),
+        ({"image_0": "a.png"}, "'image_1' is missing"),
+        (pair(caption_1=3), "'caption_1'"),
+        (pair(caption_1="a dog bites  a man"), "text 1 equals text 0"),
+        (pair(image_1="a.png"), "image 1 equals image 0"),
+        (pair(image_1="../b.png"), "'../b.png'.*outside"),
+        (cfvlm_row(orig_input="COCO Yes: a.png"), "one image"),
+        (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), "one image"),
+        (cfvlm_row(cf_samples=None), "'cf_samples'"),
+        (cfvlm_row(cf_samples=[{"cf_txt": "x"}]), "'cf_txt'.*'cf_text'"),
+        (cfvlm_row(cf_samples=[{"cf_text": "two dogs", "cf_image_path": "b.png"}]), "text 1 equals text 0"),
+        (cfvlm_row(orig_output=7), "'orig_output'"),
     ],
 )
-def test_bad_cfvlm_rows(folder: Path, bad: dict[str, object], fragments: list[str]) -> None:
-    message = refusal(manifest(folder, cfvlm_row(), bad, name="data.json"), format="cfvlm")
-    assert message.startswith(f"{folder}/data.json:2: ") and all(fragment in message for fragment in fragments), message
+def test_a_bad_row_of_a_published_format_names_file_line_and_field(folder: Path, bad: dict[str, object], said: str) -> None:
+    format, good = ("cfvlm", cfvlm_row()) if "orig_input" in bad else ("pairs", pair())
+    message = refusal(manifest(folder, good, bad, name="data.json"), format=format)
+    assert message.startswith(f"{folder}/data.json:2: ") and re.search(said, message), message
 
 
 def test_bad_files(folder: Path) -> None:
     manifest(folder, row(), name="train.jsonl")
-    cases: list[tuple[Path, dict[str, object], list[str]]] = [
-        (folder / "trian.jsonl", {}, ["no such manifest", "did you mean 'train.jsonl'"]),
-        (folder / "zzz", {}, ["no such manifest", "correct the path"]),
-        (folder / "none" / "m.jsonl", {}, ["nor its folder", "correct the path"]),
-        (folder, {}, ["is a folder without", "name the data file"]),
-        (manifest(folder, "", " ", name="empty.jsonl"), {}, ["no rows", "write some"]),
-        (manifest(folder, "[]", name="empty.json"), {}, ["no rows"]),
-        (manifest(folder, "{", json.dumps(row())[1:], name="object.json"), {}, ["holds a dict, not a list", "name the file .jsonl"]),
-        (manifest(folder, "[1,", "2", name="broken.json"), {}, ["line 3, column 1", "name the file .jsonl"]),
-        (manifest(folder, [row(), row(weight=-1)], name="list.json"), {}, [": item 2: ", "weight"]),
-        (folder / "train.jsonl", {"root": folder / "nowhere"}, ["nowhere is not a folder", "pass the folder"]),
-        (folder / "train.jsonl", {"format": "cfgruop"}, ["unknown format 'cfgruop'", "did you mean 'cfgroup'?"]),
-        (folder / "train.jsonl", {"format": "xyz"}, ["unknown format 'xyz'", "known: cfgroup, pairs, cfvlm"]),
+    cases: list[tuple[Path, dict[str, object], str]] = [
+        (folder / "trian.jsonl", {}, "'train.jsonl'"),
+        (folder / "zzz", {}, "no such manifest"),
+        (folder / "none" / "m.jsonl", {}, "its folder"),
+        (folder, {}, "name the data file"),
+        (manifest(folder, "", " ", name="empty.jsonl"), {}, "no rows"),
+        (manifest(folder, "[]", name="empty.json"), {}, "no rows"),
+        (manifest(folder, "{", json.dumps(row())[1:], name="object.json"), {}, "dict.*[.]jsonl"),
+        (manifest(folder, "[1,", "2", name="broken.json"), {}, "line 3, column 1"),
+        (manifest(folder, [row(), row(weight=-1)], name="list.json"), {}, ": item 2: .*weight"),
+        (folder / "train.jsonl", {"root": folder / "nowhere"}, "nowhere"),
+        (folder / "train.jsonl", {"format": "cfgruop"}, "'cfgruop'.*'cfgroup'"),
+        (folder / "train.jsonl", {"format": "xyz"}, "'xyz'.*cfgroup, pairs, cfvlm"),
     ]
-    for path, options, fragments in cases:
+    for path, options, said in cases:
         message = refusal(path, **options)
-        assert all(fragment in message for fragment in fragments), message
-        if "format" not in options:
-            assert check_manifest(path, **options).problems == [message]  # type: ignore[arg-type]
+        assert re.search(said, message) and check_manifest(path, **options).problems == [message], message  # type: ignore[arg-type]
 
 
 # ---- images
@@ -443,13 +425,13 @@ def test_a_prompt_may_be_a_conversation(folder: Path) -> None:
     assert to_row(groups[1], folder)["prompt"] == later
     assert len({data_identity([group], [folder])["texts"] for group in groups}) == 4
     for bad, said in (
-        ([{"role": "user"}], "prompt: key 'content' is missing"),
-        ([{"role": "user", "contnet": "x"}], "unknown key 'contnet'; did you mean 'content'"),
-        ([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "pictures are in 'images'"),
-        ([{"role": "user", "content": 3}], "a part is"),
-        (later[:3], "ends with the turn of the assistant"),
-        (later[2:], "the conversation shows 0 pictures, and an image has 1"),
-        (7, "'prompt' must be a string or a list of turns"),
+        ([{"role": "user"}], "'content'"),
+        ([{"role": "user", "contnet": "x"}], "'contnet'"),
+        ([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "'images'"),
+        ([{"role": "user", "content": 3}], "part"),
+        (later[:3], "assistant"),
+        (later[2:], "0 pictures"),
+        (7, "'prompt'"),
     ):
         assert said in refusal(manifest(folder, row(prompt=bad))), said
 
@@ -470,32 +452,6 @@ def test_what_a_native_row_has_beside_is_kept_and_counted(folder: Path) -> None:
     report = check_manifest(path)
     assert report.ok and report.metadata["'images.sha256'"] == 1 and report.metadata["'license'"] == 2 and report.metadata["'split'"] == 2
     assert "'images.sha256': 1" in str(report) and "(kept, not used)" in str(report)
-
-
-def test_a_header_that_is_read_byte_by_byte_is_bounded(tmp_path: Path) -> None:
-    """PIL takes the comment of a PPM and the bytes between a GIF's blocks one at a time: 10 MB of them are ten seconds."""
-    pixels = b"2 1\n255\n" + bytes(6)
-    (tmp_path / "short.ppm").write_bytes(b"P6\n#" + b"x" * 30_000 + b"\n" + pixels)
-    assert open_image(tmp_path / "short.ppm").size == image_size(tmp_path / "short.ppm") == (2, 1)
-    png = io.BytesIO()
-    Image.frombytes("RGB", (100, 90), os.urandom(27_000)).save(png, "PNG")
-    start = (content := png.getvalue()).index(b"IDAT") - 4
-    end = content.index(b"IEND") - 4
-    data = content[start + 8 : end - 4]
-    parts = (b"IDAT" + data[at : at + 1] for at in range(len(data)))
-    split = b"".join(struct.pack(">I", 1) + part + struct.pack(">I", zlib.crc32(part)) for part in parts)
-    (tmp_path / "parts.png").write_bytes(content[:start] + split + content[end:])
-    assert open_image(tmp_path / "parts.png").tobytes() == Image.open(png).tobytes(), "pixels are no header, however many reads they take"
-    (tmp_path / "long.ppm").write_bytes(b"P6\n#" + b"x" * 1_000_000 + b"\n" + pixels)
-    gif = io.BytesIO()
-    Image.new("P", (2, 1)).save(gif, "GIF")
-    (tmp_path / "long.gif").write_bytes(gif.getvalue().replace(b",", b"\0" * 1_000_000 + b",", 1))
-    for name in ("long.ppm", "long.gif"):
-        began = time.process_time()
-        for read in (open_image, image_size):
-            with pytest.raises(DataError, match=rf"^{tmp_path / name}: its header takes more than 65536 reads.*; save the image again$"):
-                read(tmp_path / name)
-        assert time.process_time() - began < 2
 
 
 def test_bad_images(tmp_path: Path) -> None:
@@ -615,6 +571,9 @@ def test_report_counts(folder: Path) -> None:
         num_unknown_cells=1 + 3,
         num_false_cells=1 + 1,
         prompts={"others": 4},  # type: ignore[arg-type]
+        shapes={"2 x 2": 1, "3 x 2": 1, "1 x 1": 1, "1 x 2": 1},  # type: ignore[arg-type]
+        sources={"(none)": 4},  # type: ignore[arg-type]
+        text_lengths={8: 3, 10: 3, 1: 1},  # type: ignore[arg-type]
         edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
         num_counterfactuals={1: 2, 0: 2},  # type: ignore[arg-type]
         longest_text=len("three dogs"),
@@ -647,20 +606,14 @@ def test_all_problems_are_collected(folder: Path) -> None:
         row("long", prompt="one two", texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": "a b c d e f"}]),
     )
     report = check_manifest(path, lengths=Words())
-    expected = {  # line -> what its problem says, in the order of the lines
-        2: ["broken JSON at column 2", "one JSON object per line"],
-        3: ["bomb.png", "30000x30000", "shrink it"],
-        4: ["zero.png", "0 pixels wide or high", "replace"],
-        5: ["gone.png", "no such image file", "restore it"],  # named once, by the first row that uses the file
-        7: ["counterfactual image 1 equals image 0 byte for byte", "copy.png", "redo the edit"],
-        9: ["repeats", f"{path}:1;", "remove it"],
-        10: ["text 1 is 11 tokens", "window of 10", "shorten it"],
-    }
-    assert not report.ok and len(report.problems) == len(expected)
-    for line, fragments in expected.items():
+    expected = {
+        2: "column 2", 3: "bomb.png: .*30000x30000", 4: "zero.png: .*0 pixels", 5: "gone.png", 7: "image 1 equals image 0", 9: f"{path}:1;",
+        10: "text 1 is 11 tokens .* 10",
+    }  # fmt: skip
+    assert not report.ok and len(report.problems) == len(expected), "a missing file is named once, by the first row that shows it"
+    for line, said in expected.items():
         (problem,) = [problem for problem in report.problems if problem.startswith(f"{path}:{line}: ")]
-        assert all(fragment in problem for fragment in fragments), problem
-        assert problem in str(report)
+        assert re.search(said, problem) and problem in str(report), problem
     assert (report.num_groups, report.longest_text, report.longest_text_unit) == (9, 11, "tokens"), "one of an id that is taken is a group"
     assert report.longest_text_where == f"{path}:10, text 1"
 
@@ -710,11 +663,6 @@ def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPat
     begun = ["check of rows", "pictures", "rows", f"{file}: scores", "contents of pictures"]
     counted = [line.partition(" of 2 ")[0] for line in lines if not line.startswith("index of")]
     assert counted == [f"{what}: {n}" for what in begun for n in (1, 2)]
-
-
-def test_long_reports_are_cut(folder: Path) -> None:
-    report = check_manifest(manifest(folder, *(" " * k + "{" for k in range(60))))
-    assert len(report.problems) == 60 and "... and 10 more" in str(report)
 
 
 class Words:
@@ -801,3 +749,5 @@ def test_a_report_of_endless_names_ends(folder: Path) -> None:
     lines = str(report).splitlines()
     assert max(map(len, lines)) < 3000 and sum(line.endswith("and 10 more") for line in lines) == 1
     assert any("metadata         'tag': 40, 'key 0': 1, " in line and line.endswith("and 11 more (kept, not used)") for line in lines)
+    report = check_manifest(manifest(folder, *(" " * k + "{" for k in range(60))))
+    assert len(report.problems) == 60 and "... and 10 more" in str(report)

@@ -84,7 +84,7 @@ def test_scores_are_read_when_they_are_used(
     assert len(mixed) == len(groups) + 1 and list(mixed)[-1] == f"b.c/{groups[0].id}"
     assert "d/x" not in mixed and f"b.c/{groups[1].id}" not in mixed
     edit(path, 3, lambda row: row.update(blank=[-1.25]))
-    with pytest.raises(DataError, match="the row is not the one that was indexed"):
+    with pytest.raises(DataError, match="the row has changed since it was indexed"):
         found[groups[2].id]
 
 

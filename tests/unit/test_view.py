@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from public_data import PUBLIC
+from stores import preparing
 
 from cfvlm_ds import page as pages
 from cfvlm_ds.cli.main import main
@@ -463,15 +464,16 @@ def test_statistics_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         "images x texts": "2 x 2: 3, 1 x 1: 1",
         "pictures": "5 different files, min 60, median 120, 95 % up to 120, max 120 pixels of the longer side",
         "texts": "3 different of 7, for 2 different prompts",
-        "text length": "min 1, median 12, 95 % up to 14, max 14 characters",
+        "lengths": "min 1, median 12, 95 % up to 14, max 14 characters",
+        "visual tokens": "none",
         "cells": "7 true, 3 false, 3 unknown of 13",
         "edit types": "count: 3",
         "sources": "lawn: 3, (none): 1",
-        "equal rows": "2 of 4 have another's texts and pictures",
-        "equal texts": "6 of 7 are said more than once",
-        "equal pictures": "2 of 5 files",
-        "equal ids": "1 rows",
-        "problems": "3 (`cfvlm-ds data check` names all)",
+        "equal rows": "1 of 4 rows repeat another",
+        "equal texts": "4 of 7 texts repeat another",
+        "equal pictures": "1 of 5 files repeat another",
+        "equal ids": "1 of 4 rows repeat another",
+        "problems": "3 (`cfvlm-ds data check` lists all)",
     }
 
 
@@ -485,8 +487,13 @@ def test_statistics_of_what_others_publish(folder: Path, capsys: pytest.CaptureF
     assert re.search(r"cells +20 true, 0 false, 0 unknown of 20\n", printed)
     assert re.search(r"images x texts +1 x 1: 18, 0 x 1: 2\n", printed)
     again = group("h", texts=list(reversed(group("g")["texts"])), match=[["i0", "t1", 1], ["i0", "t0", 1], ["i1", "t0", 0]])
-    found = statistics(manifest(folder, group("g"), again, group("k", prompt="Other.")))
-    assert "2 of 3 have another's texts and pictures" in str(found)
+    path = manifest(folder, group("g"), again, group("k", prompt="Other."))
+    assert (found := statistics(path)).num_rows == 2
+    assert preparing(path, folder / "store")
+    (folder / "a.png").unlink()
+    of_store = statistics(folder / "store")
+    assert vars(of_store) == vars(found) | {"report": of_store.report}, "the store's table knows its pictures"
+    assert of_store.report.ok and of_store.report.shapes == {"2 x 2": 3}
 
 
 class Tokens:
@@ -507,9 +514,10 @@ def test_statistics_in_tokens(folder: Path) -> None:
     text_alone = group("t", images=[{"id": "i0", "path": None}], match=[["i0", "t0", 1]], edits=[])
     refused = group("x", texts=[{"id": "t0", "text": "x"}], match=[["i0", "t0", 1]], edits=[])
     found = statistics(manifest(folder, group("g"), text_alone, refused), lengths=Tokens())
-    assert list(found.text_lengths.elements()) == [9 + 12 + 120, 9 + 14 + 120, 9 + 12, 9 + 14]
-    assert found.visual_tokens == {120: 4} and "visual tokens    min 120" in str(found) and "row length" in str(found)
-    assert found.report.problems == ["group 'x': no x"] and found.shapes == {"2 x 2": 1, "0 x 2": 1, "2 x 1": 1}
+    report = found.report
+    assert list(report.text_lengths.elements()) == [9 + 12 + 120, 9 + 14 + 120, 9 + 12, 9 + 14]
+    assert report.visual_tokens == {120: 2} and "visual tokens    min 120" in str(found), "of the two pictures"
+    assert len(report.problems) == 1 and "group 'x'" in report.problems[0] and report.shapes == {"2 x 2": 1, "0 x 2": 1, "2 x 1": 1}
 
 
 # ---- in a browser

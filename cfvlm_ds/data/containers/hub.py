@@ -65,14 +65,14 @@ def fetched(
             alive()
             fetching.join(_EVERY_S)
         if problems or (folder := _cached_folder(record)) is None:
-            raise problems[0] if problems else DataError(f"{path}: what was fetched is not there any more; start again")
+            raise problems[0] if problems else DataError(f"{path}: the downloaded files are missing; start again")
     return folder / address.files
 
 
 def _read(path: str) -> _Address:
     match = _ADDRESS.fullmatch(path)
     if match is None:
-        raise DataError(f"{path} is no address of a data set; write hf://datasets/ORG/NAME/FILES, such as data/train-*.parquet for FILES")
+        raise DataError(f"{path} is not the address of a data set; write hf://datasets/ORG/NAME/FILES, with FILES such as train-*.parquet")
     name, revision, files = match[1], unquote(match[2] or "main"), match[3]
     if files is None:
         converted = f"{path}@~parquet/default/train/*.parquet"
@@ -81,7 +81,7 @@ def _read(path: str) -> _Address:
         )
     *folders, _ = parts = files.split("/")
     if any(part in ("", ".", "..") for part in parts) or any(map(glob.has_magic, folders)):
-        raise DataError(f"{path}: a pattern may be in the last part of the files' path, and no part may be empty or a dot; correct it")
+        raise DataError(f"{path}: only the last part of the files' path may be a pattern, and none may be empty or a dot; correct it")
     return _Address(name, _CONVERTED.get(revision, revision), files)
 
 
@@ -116,7 +116,7 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         files = [name for name in every if name.count("/") == depth and fnmatchcase(name, address.files)]
         if not files:
             near = one_line(", ".join(every[:_SHOWN]), 1000) + ", ..." * (len(every) > _SHOWN)
-            problems.append(DataError(f"{path}: the data set has no such file; it has {near or 'none at all'}"))
+            problems.append(DataError(f"{path}: the data set has no such file; it has {near or 'no files'}"))
             return
         folder = record.with_name(f"{address.name.replace('/', '--')[:80]}.{str(known.sha)[:40]}")
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import DuplicateKey, TooLarge, object_of, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.reading import DuplicateKey, TooLarge, object_of, open_regular, read_bytes
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
+from cfvlm_ds.data.rows import parsed
 
 MAX_JSON = 4 << 30
 """Limit of one JSON value, in bytes: its rows take several times its size in memory until they are written as JSON lines."""
@@ -24,16 +25,9 @@ _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
 def json_rows(path: Path) -> Rows:
     """Yield the rows of a file; a DataError replaces an object with a duplicate key."""
     try:
-        value = parse_json(read_bytes(path, MAX_JSON).decode("utf-8-sig"), _DECODER)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DataError(f"{path}: broken JSON at {line}column {error.colno} ({error.msg}); {_REMEDY}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+        value = parsed(read_bytes(path, MAX_JSON), path, _REMEDY, _DECODER)
     except TooLarge as error:
         raise DataError(f"{path}: {error}; write one object per line, and name the file .jsonl") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that cannot be parsed ({error}); {_REMEDY}") from error
     if isinstance(value, list):
         yield from ((f"item {number}", _row(item)) for number, item in enumerate(value, 1))
     elif isinstance(value, dict) and all(key.isdecimal() and isinstance(item, dict | DataError) for key, item in value.items()):
@@ -66,9 +60,13 @@ def _row(value: Any) -> Row | DataError:
 def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) -> Rows:
     images, captions = dict[Any, Row](), dict[Any, list[Row]]()
     for number, value in enumerate(pictures, 1):
-        _take(path, f"images, item {number}", value, images, captions)
+        name, file, further = _taken(value, "id", "file_name", where := f"{path}: images, item {number}")
+        if name in images:
+            raise DataError(f"{where}: image id {name!r} occurs twice; keep one of them")
+        images[name] = {"id": name, "image": file, **further}
     for number, value in enumerate(annotations, 1):
-        _take(path, f"annotations, item {number}", value, None, captions)
+        name, text, further = _taken(value, "image_id", "caption", f"{path}: annotations, item {number}")
+        captions.setdefault(name, []).append({"caption": text, **further})
     for number, (image_id, row) in enumerate(images.items(), 1):
         records = captions.pop(image_id, [])
         lists = {key: [record.get(key) for record in records] for key in dict.fromkeys(key for record in records for key in record)}
@@ -80,26 +78,16 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
         yield f"image {unknown!r}", DataError(problem)
 
 
-def _take(path: Path, where: str, value: Any, images: dict[Any, Row] | None, captions: dict[Any, list[Row]]) -> None:
-    """Add an item of COCO's file to the pictures or, if ``images`` is None, to the captions."""
+def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
+    """Return the name and the content of an item of COCO's file, and its further fields."""
     row = _row(value)
     if isinstance(row, DataError):
-        raise DataError(f"{path}: {where}: {row}")
-    needed = ("id", "file_name") if images is not None else ("image_id", "caption")
-    for key in needed:
-        if not isinstance(row.get(key), (str, int)) and where == "images, item 1":
-            remedy = "write [...] or name the file .jsonl"
-            raise DataError(f"{path}: holds a dict, not a list of rows, nor COCO's captions ({where} has no {key!r}); {remedy}")
+        raise DataError(f"{where}: {row}")
+    for key in (name, content):
         if not isinstance(row.get(key), (str, int)):
-            raise DataError(
-                f"{path}: {where}: key {key!r} is missing or no {'text' if key == 'caption' else 'name'}; COCO's captions have it"
-            )
-    if images is None:
-        captions.setdefault(row["image_id"], []).append({key: value for key, value in row.items() if key != "image_id"})
-    elif row["id"] in images:
-        raise DataError(f"{path}: {where}: image id {row['id']!r} occurs twice; keep one of them")
-    else:
-        images[row["id"]] = {"id": row["id"], "image": row["file_name"], **{key: value for key, value in row.items() if key not in needed}}
+            remedy = "which COCO's captions have; add it, or write the rows as a list [...]"
+            raise DataError(f"{where}: key {key!r} is missing or not a text or number, {remedy}")
+    return row[name], row[content], {key: value for key, value in row.items() if key not in (name, content)}
 
 
 def is_lines(path: Path) -> bool:

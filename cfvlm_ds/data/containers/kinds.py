@@ -69,9 +69,8 @@ def sources_of(path: Path) -> list[Path]:
         if not files:
             raise DataError(f"{path}: no file has such a name; correct the pattern")
         if len(kinds := {_kind(path, file) for file in files}) > 1 or LINES in kinds or "json" in kinds:
-            raise DataError(
-                f"{path}: a pattern is for files of one of the kinds {', '.join(_together())}; this one is of {', '.join(sorted(kinds))}"
-            )
+            together = ", ".join(kind for kind in CONTAINERS if kind != "json")
+            raise DataError(f"{path}: a pattern matches files of one kind, {together}; this one matches {', '.join(sorted(kinds))}")
         return files
     return [path]
 
@@ -95,21 +94,17 @@ def _is_picture(path: Path) -> bool:
     return _SUFFIXES.get(path.suffix.lower()) == "pictures"
 
 
-def _together() -> list[str]:
-    return [kind for kind in CONTAINERS if kind != "json"]
-
-
 def _kind(path: Path, file: Path) -> str:
     for ending, command in COMPRESSED.items():
         if file.name.lower().endswith(ending):
             raise DataError(
-                f"{path}: it is compressed, and rows and pictures are read at their places; unpack it first ({command} {file.name})"
+                f"{path}: the file is compressed, and rows and pictures are read by position; unpack it first ({command} {file.name})"
             )
     if file.suffix.lower() in _SPREADSHEETS:
-        raise DataError(f"{path}: it is a spreadsheet; save it as CSV in UTF-8, with the names of the columns in the first line")
+        raise DataError(f"{path}: the file is a spreadsheet; save it as CSV in UTF-8, with the names of the columns in the first line")
     kind = _SUFFIXES.get(file.suffix.lower(), LINES)
     if kind == "tar" and file.is_file() and _compressed(file):
-        raise DataError(f"{path}: it is compressed, whatever its name says; unpack it first (tar -xf and tar -cf without z, or gunzip)")
+        raise DataError(f"{path}: the file is compressed in spite of its name; unpack it first (tar -xf and tar -cf without z, or gunzip)")
     if kind == "json":
         try:
             return LINES if is_lines(file) else kind
@@ -167,8 +162,8 @@ def _in_folder(path: Path) -> list[Path]:
     elif pictures:
         hint = f"put the caption of {pictures[0].name} into {pictures[0].with_suffix('.txt').name} beside it, or name the data file"
     if any((path / name).is_file() for name in _OF_MODELS):
-        hint = "it is of a model: name the data, after the model where a command takes both"
-    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)}, and no store; {hint}")
+        hint = "it is a model folder; name the data, after the model if the command takes both"
+    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)} and not a store; {hint}")
 
 
 def _saved(path: Path) -> list[Path]:

@@ -1,9 +1,8 @@
-"""Opening of rows in any container: JSON lines, a JSON value in memory, or JSON lines converted from another container."""
+"""Opening of rows in any container: JSON lines, or JSON lines converted from another container."""
 
 from __future__ import annotations
 
 import difflib
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -11,49 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import cache_folder
-from cfvlm_ds.core.reading import MIB, counted_from, is_there
-from cfvlm_ds.data.containers.json_file import json_rows
+from cfvlm_ds.core.reading import counted_from, is_there
 from cfvlm_ds.data.containers.kinds import LINES, container_of
-from cfvlm_ds.data.containers.prepared import Prepared, prepare, prepared_places
-from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
+from cfvlm_ds.data.containers.prepared import Prepared, prepare
 from cfvlm_ds.data.lines import IndexedLines
-from cfvlm_ds.data.rows import LineRows, Rows, half_of_character
-
-MAX_LIST = 16 * MIB
-"""Limit, in bytes, of a JSON value whose rows are held in memory, in several times its size; a larger one is converted to JSON lines."""
-
-
-class ListRows:
-    """Rows of one JSON value, in memory, with their places in it."""
-
-    roots: tuple[Path, ...] = ()
-
-    def __init__(self, path: Path, items: list[tuple[str, Any]]) -> None:
-        self.path, self._items = path, items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def where(self, row: int) -> str:
-        return f"{self.path}: {self._items[row][0]}"
-
-    def value(self, row: int) -> Any:
-        value = self._items[row][1]
-        if isinstance(value, DataError):
-            return DataError(f"{self.where(row)}: {value}")
-        try:
-            if len(json.dumps(value, ensure_ascii=False, default=_raised).encode()) > MAX_ROW:
-                return DataError(f"{self.where(row)}: the row has more than {MAX_ROW} bytes; split it")
-        except DataError as error:  # stands in place of an object within the row
-            return DataError(f"{self.where(row)}: {error}")
-        except UnicodeEncodeError as error:
-            return half_of_character(error, self.where(row))
-        return value
-
-
-def _raised(error: DataError) -> Any:
-    raise error
+from cfvlm_ds.data.rows import LineRows, Rows
 
 
 class PreparedRows(LineRows):
@@ -93,10 +54,8 @@ def open_rows(
         kind = container_of(path) if is_there(path) else LINES
         if kind == LINES:
             rows: Rows = LineRows(IndexedLines.scanned(path, **options))
-        elif kind == "json" and path.stat().st_size <= MAX_LIST:
-            rows = ListRows(path, list(rows_of(path, json_rows)))
         else:
-            prepared = prepare(path, kind, prepared_places(path, cache_folder()) if cache is None else cache, progress, alive)
+            prepared = prepare(path, kind, cache, progress, alive)
             rows = PreparedRows(path, IndexedLines.scanned(prepared.lines, **options), prepared)
     except DataError:
         raise
@@ -113,7 +72,7 @@ def open_rows(
 
 def _missing(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"{path}: no such manifest, nor its folder {path.parent}; correct the path{counted_from(path)}"
+        return f"{path}: no such manifest, and its folder {path.parent} does not exist; correct the path{counted_from(path)}"
     near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=3)
     hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "correct the path"
     return f"{path}: no such manifest; {hint}{counted_from(path)}"

@@ -12,14 +12,13 @@ import hashlib
 import json
 import os
 import tarfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import file_lock, whole_folder
-from cfvlm_ds.core.progress import EVERY_S
+from cfvlm_ds.core.files import cache_folder, file_lock, whole_folder
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of, sources_state
 from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
@@ -42,23 +41,19 @@ class Prepared(NamedTuple):
     sources: tuple[tuple[str, int], ...] = ()
 
 
-def prepared_places(path: Path, cache: Path) -> list[Path]:
-    """List the folders for conversions: beside the data and, if that folder is not writable, in the user's cache."""
-    return [path.parent, cache]
-
-
 def prepare(
     path: Path,
     container: str,
-    cache: Sequence[Path],
+    cache: Sequence[Path] | None = None,
     say: Callable[[str], object] = lambda line: None,
     alive: Callable[[], object] = lambda: None,
 ) -> Prepared:
-    """Convert the rows of ``path`` to JSON lines, in the first writable folder of ``cache``, unless one of the folders has them.
+    """Convert the rows of ``path`` to JSON lines, in the first writable folder of ``cache`` (by default the folder of the data, then the
+    user's cache), unless one of the folders has them.
 
     Raises DataError for a container that cannot be read to its end, or if no folder is writable.
     """
-    sources = sources_of(path)
+    sources, cache = sources_of(path), [path.parent, cache_folder()] if cache is None else cache
     try:
         name = _name(path, container)
     except OSError as error:
@@ -86,7 +81,8 @@ def _prepared(path: Path, folder: Path) -> Prepared:
     sources: tuple[tuple[str, int], ...] = ()
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         sources = tuple((str(name), int(rows)) for name, rows in read_json(folder / _SOURCES))
-    return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, folder), sources)
+    copied = [folder] if (folder / _PICTURES).is_file() else []
+    return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, *copied), sources)
 
 
 def _name(path: Path, container: str) -> str:
@@ -98,28 +94,19 @@ def _name(path: Path, container: str) -> str:
 def _write(
     path: Path, container: str, sources: Sequence[Path], folder: Path, say: Callable[[str], object], alive: Callable[[], object]
 ) -> None:
-    last_line = time.monotonic()
+    progress = Progress(say, f"preparing {path}", None, "rows")
     pictures, counted = _Pictures(folder / _PICTURES), dict.fromkeys(sources, 0)
     try:
         with open(folder / _LINES, "xb") as lines:
-            for number, (source, row) in enumerate(_rows(container, sources), 1):
-                alive()
-                counted[source] += 1
-                lines.write(_line(row, pictures) + b"\n")
-                if time.monotonic() - last_line >= EVERY_S:
-                    last_line = time.monotonic()
-                    sizes = f"{lines.tell() / 1e6:.0f} MB of them, {pictures.size / 1e6:.0f} MB of pictures copied"
-                    say(f"preparing {path}: {number} rows, {sizes}")
+            for source in sources:
+                for _, row in progress.over(rows_of(source, CONTAINERS[container])):
+                    alive()
+                    counted[source] += 1
+                    lines.write(_line(row, pictures) + b"\n")
     finally:
         pictures.close()
     if len(sources) > 1:
         (folder / _SOURCES).write_text(json.dumps([(source.name, rows) for source, rows in counted.items()]))
-
-
-def _rows(container: str, sources: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any] | DataError]]:
-    for source in sources:
-        for _, row in rows_of(source, CONTAINERS[container]):
-            yield source, row
 
 
 def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
@@ -140,7 +127,7 @@ class _Pictures:
     """Tar of the pictures that were copied; a repeated picture has the name of its first copy."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self.size = path, 0
+        self._path = path
         self._handle: IO[bytes] | None = None
         self._known: dict[bytes, str] = {}
         self._count = 0
@@ -170,5 +157,5 @@ class _Pictures:
             self._handle = open(self._path, "xb")  # noqa: SIM115  # closed by close()
         place = self._handle.tell() + tarfile.BLOCKSIZE
         self._handle.write(tar_member(f"{self._count:09d}.img", value))
-        self._count, self.size = self._count + 1, self.size + len(value)
+        self._count += 1
         return part_name(_PICTURES, place, len(value))

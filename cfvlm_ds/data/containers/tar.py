@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import MIB, DuplicateKey, open_regular, parse_json
+from cfvlm_ds.core.reading import MIB, open_regular
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 from cfvlm_ds.data.decoding import ENDINGS
+from cfvlm_ds.data.rows import parsed
 
 TEXTS = ("txt", "text", "caption", "cls", "json", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
@@ -51,7 +52,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
             continue
         is_file = member.isreg() and not member.issparse()
         if is_file and member.offset_data + member.size > size:
-            raise DataError(f"{path}: member {member.name!r} ends behind the end of the file; it is cut off, get it whole again")
+            raise DataError(f"{path}: member {member.name!r} ends after the end of the file: the tar is cut off; get it again")
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:
@@ -63,7 +64,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
         if extension in sample:
             problem = problem or f"sample {key!r} has two members {base!r}; give samples keys of their own"
         if not is_file:
-            problem = problem or f"sample {key!r}: {base!r} is a link or no plain file; {_PLAIN}"
+            problem = problem or f"sample {key!r}: {base!r} is a link or not a regular file; {_PLAIN}"
             sample[extension] = None
             continue
         try:
@@ -74,7 +75,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
         yield f"sample {key!r}", DataError(problem) if problem else {"__key__": key, **sample}
     handle.seek(tar.offset)
     if len(handle.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # a complete tar ends with blocks of zeros
-        raise DataError(f"{path}: the tar has no end; it is cut off, get it whole again")
+        raise DataError(f"{path}: the tar is cut off before its end; get it again")
 
 
 def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:
@@ -91,10 +92,10 @@ def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: st
     if member.size > MAX_ROW:
         raise DataError(f"{member.name!r} has {member.size} bytes, and {MAX_ROW} are the bound for a text; shorten it")
     handle.seek(member.offset_data)
+    content = handle.read(member.size)
+    if last == "json":
+        return parsed(content, repr(member.name), "correct it")
     try:
-        text = handle.read(member.size).decode("utf-8-sig")
-        return parse_json(text) if last == "json" else text.strip()
+        return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise DataError(f"{member.name!r}: byte {error.start + 1} is not UTF-8; save the text as UTF-8") from error
-    except (DuplicateKey, ValueError, RecursionError) as error:
-        raise DataError(f"{member.name!r}: JSON that cannot be parsed ({error}); correct it") from error

@@ -42,6 +42,6 @@ def format_named(spec: str, where: object) -> Format:
     Raises DataError, beginning with ``where``, for an unknown name or option.
     """
     try:
-        return cast(Format, named("format", spec, FORMATS, [AUTO], ("keys", "source")))
+        return cast(Format, named("format", spec, FORMATS, [AUTO]))
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error

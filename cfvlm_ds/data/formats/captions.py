@@ -136,14 +136,14 @@ class Captions:
         read = self._read(row)
         for option in ("negative_caption", "negative_image"):
             if negative := read.columns[option]:
-                remedy = f"say ignore={negative[0]} if they are to be left out, or drop label= if every caption is true"
+                remedy = f"add ignore={negative[0]} to leave them out, or drop label= if every caption is true"
                 raise DataError(f"row: column {negative[0]!r} is not read beside label={self.label}; {remedy}")
         labels = as_list(value_of(read.row, self.label))
         labels = labels if isinstance(labels, list) else [labels]
         if len(labels) != len(read.texts):
             raise DataError(f"row: {len(labels)} labels and {len(read.texts)} captions; give each caption one")
         if read.prompt in ("", DESCRIBE) and (text := next(filter(is_question, read.texts), None)):
-            remedy = f"say {self.source}:prompt={read.columns['caption'][0]},caption={self.label} if that column has the answers"
+            remedy = f"name {self.source}:prompt={read.columns['caption'][0]},caption={self.label} if that column holds the answers"
             raise DataError(
                 f"row: {quoted(text, 80)} is a question, and {self.label!r} may be its answer, not a label; {remedy}, or ask=... if the "
                 "question itself answers something"
@@ -162,8 +162,8 @@ class Captions:
         columns = {option: self.columns_of(row, option) for option in DEFAULTS}
         for option in ("caption", *(("image",) if self.image or self.usual else ())):
             if not columns[option]:
-                names = f"the usual names are {', '.join(DEFAULTS[option])}" if self.usual else f"there are {_names(row)}"
-                raise DataError(f"row: no column says what the {option} is ({names}); map one, as in {self.source}:{option}=COLUMN")
+                names = f"the usual names are {', '.join(DEFAULTS[option])}" if self.usual else f"the row has {_names(row)}"
+                raise DataError(f"row: no column holds the {option} ({names}); map one, as in {self.source}:{option}=COLUMN")
         texts = self._texts(row, columns["caption"])
         if not texts:
             raise DataError(f"row: column {columns['caption'][0]!r} has no text; write a caption or drop the row")
@@ -177,14 +177,6 @@ class Captions:
         used = [column for option in options for column in read.columns[option]]
         return without(read.row, [*used, self.label] if self.label else used)
 
-    def as_answer(self, row: Mapping[str, Any], column: str) -> str:
-        """Return the format that reads a row's caption as a question and the column as its answer, or "" if
-        the caption is not a question.
-        """
-        read = self._read(row)
-        question = read.columns["caption"][0]
-        return f"{self.source}:prompt={question},caption={column}" if is_question(read.texts[0]) else ""
-
     def _texts(self, row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
         texts = _listed(row, columns)
         for text in texts:
@@ -192,16 +184,14 @@ class Captions:
                 raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}; write it as one")
             if not self.json and _BROKEN_LIST.match(text.strip()):
                 what = f"{quoted(text, 40)}, which looks like a list and is broken"
-                raise DataError(f"row: column {columns[0]!r} holds {what}; write it as JSON, or say json=true if it is a caption as it is")
+                raise DataError(f"row: column {columns[0]!r} holds {what}; write it as JSON, or add json=true if it is a caption")
             if not self.json and text.strip()[:1] + text.strip()[-1:] == "{}":
                 value = json_object(text)
                 broken = f"{quoted(text, 40)}, which looks like JSON and is broken"
                 what = f"a JSON object ({_names(value)}), not a text" if value else broken
                 key = next(iter(value)) if len(value) == 1 else "KEY"
-                remedy = f"name what is said, as in caption={columns[0]}.{key}" if value else "correct it"
-                if {"chosen", "rejected"} <= value.keys():
-                    remedy = "name the format preference, which reads it"
-                raise DataError(f"row: column {columns[0]!r} holds {what}; {remedy}, or say json=true if it is a caption as it is")
+                remedy = f"name the caption, as in caption={columns[0]}.{key}" if value else "correct it"
+                raise DataError(f"row: column {columns[0]!r} holds {what}; {remedy}, or add json=true if it is a caption")
         return [text.strip() for text in texts]
 
     def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
@@ -210,13 +200,13 @@ class Captions:
             wanted = [given] if _has(row, given) else given.split("+")
             for column in wanted:
                 if not _has(row, column) and option in ("image", "caption"):
-                    raise DataError(f"row: column {column!r} is not there ({option}={given}); there are {_names(row)}")
+                    raise DataError(f"row: column {column!r} is missing ({option}={given}); the row has {_names(row)}")
             return [column for column in wanted if _has(row, column)]
         return [column for column in DEFAULTS[option] if column in row][:1] if self.usual or option == "id" else []
 
     def _prompt(self, row: Mapping[str, Any], columns: list[str], pictures: Pictures) -> tuple[Prompt, Pictures]:
         if columns and self.ask != DESCRIBE:
-            raise DataError(f"row: both the column {columns[0]!r} and ask={self.ask!r} say what the texts answer; give one of them")
+            raise DataError(f"row: both the column {columns[0]!r} and ask={self.ask!r} give the prompt; keep one of them")
         ask = self.ask if pictures or self.ask != DESCRIBE else ""
         value = (value_of(row, columns[0]) if columns else "") or ask
         if not value or (value == DESCRIBE and not columns):

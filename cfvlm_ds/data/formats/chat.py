@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conversation, pictures_of, simplest, spelled
 from cfvlm_ds.core.errors import DataError
@@ -218,8 +218,8 @@ class Instruct:
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
         ignore: columns that are not read, joined by ``+``.
-        keys: possible columns of the messages.
-        source: name of the format.
+
+    Each format has the possible columns of the messages, ``keys``, and its name, ``source``.
     """
 
     per_turn: bool = False
@@ -227,8 +227,9 @@ class Instruct:
     true: str = ""
     false: str = ""
     ignore: str = ""
-    keys: tuple[str, ...] = ()
-    source: str = ""
+
+    keys: ClassVar[tuple[str, ...]]
+    source: ClassVar[str]
 
     def __post_init__(self) -> None:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)

@@ -21,5 +21,5 @@ from cfvlm_ds.data.formats.chat import Instruct
 class Llava(Instruct):
     """Rows with ``conversations``."""
 
-    keys: tuple[str, ...] = ("conversations", "conversation")
-    source: str = "llava"
+    keys = ("conversations", "conversation")
+    source = "llava"

@@ -35,15 +35,15 @@ BESIDE = {"query": ("history",), "instruction": ("input", "history")}
 class Messages(Instruct):
     """Rows with ``messages``, or with columns of a question and its answer."""
 
-    keys: tuple[str, ...] = ("messages",)
-    source: str = "messages"
+    keys = ("messages",)
+    source = "messages"
 
     def _spoken(self, row: Mapping[str, Any]) -> tuple[Spoken, tuple[str, ...]]:
         if "messages" in row or not (answer := only(row, ANSWERS, "are answers")):
             return super()._spoken(row)
         used, question = asked_in(row, ASKED)
         if question is None:
-            raise DataError(f"row: column {answer!r} answers nothing; add what is asked as 'prompt', 'query' or 'instruction'")
+            raise DataError(f"row: column {answer!r} has no question; add it as 'prompt', 'query' or 'instruction'")
         reply = spoken_as(row[answer], "assistant", answer)
         spoken = Spoken(question.turns + reply.turns, question.pictures + reply.pictures, question.further + reply.further)
         return spoken, (*used, answer)
@@ -51,7 +51,7 @@ class Messages(Instruct):
 
 def asked_in(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str, ...], Spoken | None]:
     """Return the columns of the question in a row, and the question; none if the row has none of these columns."""
-    if not (key := only(row, columns, "say what is asked")):
+    if not (key := only(row, columns, "hold the question")):
         return (), None
     value, beside = row[key], BESIDE.get(key, ())
     if "input" in beside and (more := row.get("input", "")) != "":

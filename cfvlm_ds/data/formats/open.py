@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cfvlm_ds.core.conversation import spelled
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.cfgroup import NATIVE
 from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.formats import format_named
 from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
-from cfvlm_ds.data.formats.recognise import kto_label, recognised
-from cfvlm_ds.data.formats.truth import Column, joined, leaves, marks, option_value
-from cfvlm_ds.data.joined import JoinedRows
+from cfvlm_ds.data.formats.chat import without_nulls
+from cfvlm_ds.data.formats.preference import unpacked
+from cfvlm_ds.data.formats.truth import JoinedRows, joined, leaves, marks, option_value
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.rows import Rows
 from cfvlm_ds.data.store import Format, GroupStore, count_parts
@@ -56,8 +53,6 @@ def open_data(
     store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, format, limit)
     if hasattr(convert, "ignore"):
         _refuse_marks(store, convert, scan.alive)
-    if claim:
-        _say_understood(store, convert, progress)
     return store
 
 
@@ -65,43 +60,44 @@ def _taken(rows: Rows) -> str:
     """Detect the format by the first rows: that of the first row with a known one, or the native one if no row can be read. Raises
     DataError if the rows have no known format.
     """
-    unknown: DataError | None = None
-    first = [rows.value(row) for row in range(min(len(rows), _LOOKED_AT))]
-    for row, value in enumerate(first):
-        if isinstance(value, Mapping):
-            try:
-                named = recognised(value, rows.where(row))
-                label = kto_label(first) if named in ("llava", "messages") else None
-                return f"{named}:label={label}" if label else named
-            except DataError as error:
-                unknown = unknown or error
-    if unknown is not None:
-        raise unknown
+    first = {row: value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)}
+    for value in first.values():
+        if named := recognised(value):
+            label = kto_label(first.values()) if named in ("llava", "messages") else None
+            return f"{named}:label={label}" if label else named
+    if first:
+        row, value = next(iter(first.items()))
+        shown = ", ".join(repr(key) for key in list(value)[:20]) or "none"
+        raise DataError(
+            f"{rows.where(row)}: no format has the keys of this row ({shown}); name one, and map its columns, as in "
+            "--format captions:image=COLUMN,caption=COLUMN (`cfvlm-ds data formats` lists all formats)"
+        )
     return NATIVE
 
 
 _LOOKED_AT = 100  # rows from which the format is detected
-_LOOKED_FOR_MARKS, _STRETCH = 2048, 64  # groups whose metadata are searched for labels, in stretches spread over the file
+_LOOKED_FOR_MARKS = 2048  # groups whose metadata are searched for labels, spread over the file
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
     """Raise DataError for a column that an option of the format names and that no row has, or that ``ignore`` names too."""
-    absent = {(option, column) for option in (*DEFAULTS, "label", "ignore") for column in getattr(convert, option, "").split("+") if column}
-    if both := sorted((column, option) for option, column in absent if option != "ignore" and ("ignore", column) in absent):
+    given = {option: getattr(convert, option, "") for option in (*DEFAULTS, "label", "ignore")}
+    absent = {(column, option) for option, columns in given.items() for column in columns.split("+") if column}
+    if both := sorted((column, option) for column, option in absent if option != "ignore" and (column, "ignore") in absent):
         raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; leave it out of one of them")
+    known = dict[str, None]()
     counted = Progress(progress, f"{rows.path}: columns", len(rows), "rows")
     for row in counted.over(range(len(rows)) if absent else ()):
         alive()
         if isinstance(value := rows.value(row), Mapping):
             names = _columns(value)
-            present = {option for option, _ in absent if getattr(convert, option) in names}  # a name that contains a +
-            absent = {(option, column) for option, column in absent if option not in present and column not in names}
+            known = known or names
+            absent = {(column, option) for column, option in absent if column not in names and given[option] not in names}  # a name with +
             if not absent:
                 return
-    for option, column in sorted(absent):
-        first = next((value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)), {})
-        near = difflib.get_close_matches(column, known := list(_columns(first)), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, known[:20])) or 'none'}"
+    for column, option in sorted(absent):
+        near = difflib.get_close_matches(column, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, list(known)[:20])) or 'none'}"
         raise DataError(f"{rows.path}: no row has the column {column!r}, which {option} names; {hint}")
 
 
@@ -118,61 +114,76 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
-    """Raise one DataError for all columns of metadata that look like labels or hold false texts, unless an option names them."""
-    number, most = -(-len(store) // _STRETCH), _LOOKED_FOR_MARKS // _STRETCH
-    starts = np.unique(np.linspace(0, max(0, len(store) - _STRETCH), min(number, most)).astype(int)).tolist()
-    stretches = [range(start, min(start + _STRETCH, len(store))) for start in starts]
+    """Raise one DataError for all columns of metadata that may be labels or hold false texts, unless an option names them."""
 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
-        for stretch in stretches:
+        for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():
             alive()
-            for index, group in store.entries(stretch):
-                if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
-                    yield index, meta, not group.num_pictures
+            group = store.entry(index)
+            if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
+                yield index, meta, not group.num_pictures
 
     label = getattr(convert, "label", None)  # None: the format has no such option
-    every = {column.partition(".")[0] for option in DEFAULTS for column in getattr(convert, option, "").split("+") if "." in column}
-    columns = [column for column in marks(metadata(), convert.ignore, every) if column.name != label]
+    columns = [column for column in marks(metadata(), convert.ignore) if column.name != label]
     if not columns:
         return
-    named, _, options = store.format.partition(":")
-
-    def spec(*given: str, ignored: Sequence[Column] = ()) -> str:
-        replaced = "|".join(["ignore", *(option.partition("=")[0] for option in given)])
-        kept = re.sub(rf'(^|,)\s*({replaced})\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
-        ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in ignored)])))
-        return f"{named}:{','.join(filter(None, [kept, *given, ignore and f'ignore={ignore}']))}"
-
-    first, others = columns[0], columns[1:]
-    what, use = "may have what is false of the row's picture", []
-    if not label and isinstance(convert, Captions):
-        by_option: dict[str, list[str]] = {}
-        for column in columns:
-            by_option.setdefault(column.negative, convert.columns_of(store.rows.value(column.row), column.negative)).append(column.name)
-        use = [spec(*(f"{option}={option_value('+'.join(names))}" for option, names in by_option.items())) + " if so"]
-    elif hasattr(convert, "caption"):
-        use = [f"{first.negative} as its name if so"] * (not label)
-    else:
-        use = ["'rejected' as its name, and the format preference, if so" if label == "" else "a row for each false text if so"]
-    if not (first.is_label or first.is_false_texts):
-        what, use = "may name pictures of rows that show none", ["image as its name if so"]
+    first = columns[0]
+    what, use = "may name pictures of rows that show none", "rename it to 'image'"
     if first.is_label:
-        what, use = "may say whether the text is true", []
-        if label == "":
-            use = [f"{spec(first.option, ignored=others)} if {'the first' if others else 'it'} does"]
-            if isinstance(convert, Captions) and (mapped := convert.as_answer(store.rows.value(first.row), first.name)):
-                use += [f"{mapped} if it answers what the text asks"]
-    use += [f"{spec(ignored=columns)} if not"]
-    listed = f"column{'s' * bool(others)} {', '.join(map(str, columns))}"
-    raise DataError(f"{store.where(first.row)}: {listed} {what}, and would not be read; say {', '.join(use)}")
+        what, use = "may state whether the text is true", f"add {first.option} to the options of the format" if label == "" else ""
+    elif first.false_text:
+        what, use = "may hold what is false of the row's picture", "write a row for each false text"
+        if isinstance(convert, Captions):
+            given = convert.columns_of(store.rows.value(first.row), first.negative) if not label else []
+            names = [*given, *(column.name for column in columns if column.false_text and column.negative == first.negative)]
+            use = f"add {first.negative}={option_value('+'.join(names))} to the options of the format" if not label else ""
+        elif label == "":
+            use = f"rename it to {first.negative!r}" if hasattr(convert, "caption") else "rename it to 'rejected' for the format preference"
+    ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in columns)])))
+    listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
+    remedy = f"{use} if so, or ignore={ignore} if not" if use else f"add ignore={ignore}"
+    raise DataError(f"{store.where(first.row)}: {listed} {what} and would not be read; {remedy}")
 
 
-def _say_understood(store: GroupStore, convert: Any, progress: Callable[[str], object]) -> None:
-    """Report the interpretation of a label, by the first group with a false text."""
-    for _, group in store.entries(range(min(len(store), _LOOKED_AT))):
-        if not isinstance(group, DataError) and 0 in group.match[0]:
-            texts = [group.candidates[group.match[0].index(truth)].text for truth in (1, 0)]
-            shown = ", ".join(map(str, group.images[0])) or "its prompt"
-            example = f"{quoted(texts[0], 80)} is true of {shown}, and {quoted(texts[1], 80)} is false"
-            progress(f"{store.path}: by {convert.label!r}, {example}, as answers to {quoted(spelled(group.candidates[0].prompt), 80)}")
-            return
+_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("webdataset", ("__key__",)),
+    ("cfgroup", ("images", "texts", "match")),
+    ("pairs", ("image_0", "image_1", "caption_0", "caption_1")),
+    ("cfvlm", ("orig_input", "orig_output", "cf_samples")),
+    ("preference", ("chosen", "rejected")),
+    ("preference", ("chosen_messages", "rejected_messages")),
+    ("preference", ("response", "rejected_response")),
+    ("preference", ("messages", "rejected_response")),
+    ("preference", ("messages", "rejected_messages")),
+    ("preference", ("messages", "rejected_images")),
+    ("preference", ("chosen", "rejected_images")),
+    ("llava", ("conversations",)),
+    ("messages", ("messages",)),
+    ("messages", ("prompt", "completion")),
+    ("messages", ("query", "response")),
+    ("messages", ("instruction", "output")),
+)
+"""Formats and their keys; the order counts, because a row may have the keys of several formats."""
+
+_KTO = ("label", "kto_tag")
+"""Columns that mark the answer of a row for KTO as good or bad: of TRL and ms-swift, and of LLaMA-Factory."""
+
+
+def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """Return the column that makes conversations rows for KTO: all its values that are not null are true or false, or 1 or 0."""
+    for key in _KTO:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values and all(value in (0, 1) for value in values):
+            return key
+    return None
+
+
+def recognised(row: Mapping[str, Any]) -> str:
+    """Return the name of a row's format, or ""."""
+    row = unpacked(without_nulls(row))
+    for named, keys in _KEYS:
+        if all(key in row for key in keys):
+            return named
+    if all(any(column in row for column in DEFAULTS[option]) for option in ("image", "caption")):
+        return "captions"
+    return NATIVE if "texts" in row or "match" in row else ""  # which reports the missing keys

@@ -71,7 +71,7 @@ class Preference:
                 f"row: {len(pictures)} pictures and {len(others)} rejected ones; the prompt shows as many either way, correct it"
             )
         if rejected is None and not others:
-            raise DataError("row: nothing is rejected; add 'rejected' or 'rejected_images', or name another format for rows without")
+            raise DataError("row: the rejected answer or picture is missing; add 'rejected' or 'rejected_images', or name another format")
         answers = [chosen] if rejected is None else [chosen, rejected]
         match: tuple[tuple[int | None, ...], ...] = ((1,) if rejected is None else (1, None if others else 0),)
         if others:
@@ -112,14 +112,19 @@ def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | N
     if chosen_column:
         chosen = _answers(row[chosen_column], chosen_column)
     elif question is not None and question.turns[-1].role == "assistant":  # ms-swift: the conversation ends with the chosen answer
-        chosen_column, chosen, question = column, question, _without_last(question)
+        chosen_column, chosen, question = column, question, question._replace(turns=question.turns[:-1])
     else:
         raise DataError("row: key 'chosen' is missing; add it, or end the conversation with the chosen answer")
     rejected = _answers(row[rejected_column], rejected_column) if rejected_column else None
     columns = [(column, question), (chosen_column, chosen), (rejected_column, rejected)]
     further = {name: spoken.further for name, spoken in columns if spoken is not None and any(spoken.further)}
     if question is None:
-        question = _shared(chosen, rejected)
+        shared = chosen.turns[:-1]
+        if rejected is not None:  # two complete conversations: their common beginning
+            shared = shared[: len([*takewhile(lambda pair: pair[0] == pair[1], zip(shared, rejected.turns, strict=False))])]
+        question = chosen._replace(turns=shared)
+    if not question.turns:
+        raise DataError("row: the question is missing; add 'prompt', or the user's turn before the answer")
     answers = [None if spoken is None else _after(question, spoken) for spoken in (chosen, rejected)]
     assert answers[0] is not None
     return (*used, chosen_column), question, answers[0], answers[1], further
@@ -129,28 +134,12 @@ def _answers(value: Any, key: str) -> Spoken:
     return read_messages([value], f"row: {key!r}") if isinstance(value, Mapping) else spoken_as(value, "assistant", key)
 
 
-def _without_last(spoken: Spoken) -> Spoken:
-    return Spoken(spoken.turns[:-1], spoken.pictures, spoken.further) if len(spoken.turns) > 1 else _nothing()
-
-
-def _nothing() -> Spoken:
-    raise DataError("row: an answer without anything that is asked; add 'prompt', or the user's turn before it")
-
-
-def _shared(chosen: Spoken, rejected: Spoken | None) -> Spoken:
-    """Return the common beginning of two complete conversations; without a rejected one, the chosen one up to its answer."""
-    turns = chosen.turns[:-1]
-    if rejected is not None:
-        turns = turns[: len([*takewhile(lambda pair: pair[0] == pair[1], zip(turns, rejected.turns, strict=False))])]
-    return Spoken(turns, chosen.pictures, chosen.further) if turns else _nothing()
-
-
 def _after(question: Spoken, answer: Spoken) -> str:
     """Return the single answer after the question, which a complete conversation repeats."""
     repeats = answer.turns[: len(question.turns)] == question.turns
     if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:
         remedy = "name those of the rejected answer in 'rejected_images', and the others once"
-        raise DataError(f"row: what is asked, chosen and rejected name different pictures in their messages; {remedy}")
+        raise DataError(f"row: question, chosen and rejected answer name different pictures in their messages; {remedy}")
     turns = answer.turns[len(question.turns) :] if repeats else answer.turns
     if len(turns) != 1:
         raise DataError(f"row: an answer of {len(turns)} turns; chosen and rejected must differ in one answer of the assistant, the last")

@@ -1,7 +1,7 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names such a column (``label=COLUMN``). A column that no option names and whose values look like truth labels is refused, and so is
-a column that looks like false texts: otherwise false texts would be learned as true, or lost. A row with a label is a claim; the claims
+The user names such a column (``label=COLUMN``). A column that no option names is refused if public data sets give its name and values to
+labels, or its name to false texts: these would be learned as true, or lost. A row with a label is a claim; the claims
 about one picture, under one prompt, are one group.
 """
 
@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from cfvlm_ds.core.conversation import Prompt, normalised, normalised_prompt, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import hashed, quoted
 from cfvlm_ds.data.fields import as_list, as_meta, json_object, row_id
+from cfvlm_ds.data.rows import Rows
+from cfvlm_ds.data.store import apply
 
 _TRUE = (
     "1", "true", "t", "yes", "y", "correct", "right", "positive", "match", "matched", "entailment", "entailed", "valid", "real",
@@ -27,139 +32,118 @@ _FALSE = (
     "invalid", "fake", "foil", "bad", "rejected", "hallucinated", "hallucination", "falsified", "refutes", "unsupported",
     "unfaithful", "inaccurate", "inconsistent", "undesirable", "untrue", "not true", "not_entailment",
 )  # fmt: skip
-_UNKNOWN = ("neutral", "unknown", "unsure", "uncertain")
+_UNKNOWN = ("neutral", "unknown", "unsure", "uncertain", "not enough info", "nei")
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
 """Values of a label, in lower case."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 """Notations of a missing value in tables."""
 
-_MEANS_FALSE = frozenset((
-    *(word for word in _FALSE if word.isalpha() and len(word) > 2), "mismatches", "foiled", "counterfactual", "hallucinations",
-    "hallucinates", "contradicts", "contradicted", "contradictory",
+_FALSE_NAMES = frozenset((
+    *(word for word in _FALSE if len(word) > 2), "mismatches", "foiled", "counterfactual", "hallucinations", "hallucinates", "contradicts",
+    "contradicted", "contradictory", "neg", "negatives", "negated", "distractor", "distractors", "perturbed", "swapped", "corrupted",
+    "altered", "adversarial", "contrast", "contrastive", "cf", "hn", "not", "non", "error", "errors", "erroneous", "noise", "noisy",
+    "misaligned", "unrelated", "irrelevant",
 ))  # fmt: skip
-"""Words in the names of columns that mark texts as false, or contain false texts."""
+"""Words in the names of columns that hold false texts, and of labels whose "yes" may mean that the text is false."""
 
-_NAMES = {*_TRUTHS, *_MEANS_FALSE, "label", "labels", "cls", "truth", "target", "gt", "kto", "answer", "verdict"} - {"t", "f", "n"}
-_WEIGHTS = {"score", "weight", "loss", "quality", "rating", "similarity", "reward", "keep", "verified", "usable"}
-"""Words in column names. If all rows have the same 0 or 1, a column is a label by _NAMES, and one of 0 also by _WEIGHTS."""
+_CHOICES = {"correct", "right", "answer"}
+"""Words in the names of labels whose values may also be numbers: the place of the right text in a list."""
 
-_FALSE_TEXTS = _MEANS_FALSE | {
-    "neg", "negatives", "negated", "distractor", "distractors", "perturbed", "swapped", "corrupted", "altered", "adversarial", "contrast",
-    "contrastive", "cf", "hn",
-}  # fmt: skip
-_INVERTS = _FALSE_TEXTS | {"not", "non", "error", "errors", "erroneous", "noise", "noisy", "misaligned", "unrelated", "irrelevant"}
-"""Words in the names of labels whose "yes" may mean that the text is false."""
+_LABEL_NAMES = {*_TRUTHS, *_FALSE_NAMES, *_CHOICES, "label", "labels", "cls", "gold", "truth", "target", "gt", "kto", "verdict", "weight"}
+_LABEL_NAMES -= {"t", "f", "n"}
+"""Words in the names of labels."""
 
-_LETTER, _SCRIPT = re.compile(r"[^\W\d_]"), re.compile(r"[^\W\d_a-zA-Z]{4}")
 _PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|#\d+\+\d+$", re.IGNORECASE)
 """End of a picture's name, or of the name of its bytes in a container."""
 _MEMBER = re.compile(r"\.(txt|text|caption|cls|value|content|image|img|png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
-_FEW = 5  # largest number of distinct values of a label
 _DEEP = 8  # largest nesting depth that is searched
 
 
-def _is_phrase(text: str) -> bool:
-    """Return whether a text has several words, or a few letters of a script without spaces between words."""
-    return bool((len(text.split(None, 1)) > 1 and _LETTER.search(text)) or _SCRIPT.search(text))
-
-
+@dataclass
 class Column:
-    """Summary of a column over rows: its first distinct values in lower case, the number of values, a text or picture, and a picture of a
-    row that shows none.
+    """A column of metadata: the words of its name, the row that has it first, its distinct values by their lower case, a false text or
+    picture among them, and a picture of a row that shows none.
     """
 
-    def __init__(self, name: str, row: int) -> None:
-        self.name, self.row, self.count, self.values, self.phrase, self.unseen = name, row, 0, dict[str, Any](), "", ""
-        self._words = _words(name)
+    name: str
+    words: list[str]
+    row: int
+    values: dict[str, Any] = field(default_factory=dict)
+    false_text: str = ""
+    unseen: str = ""
 
     def add(self, value: Any, blind: bool) -> None:
         value = as_list(value)
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str) and (_is_phrase(item) or _PICTURE.search(item)):
-                self.phrase = self.phrase or item
-                if blind and _PICTURE.search(item):
+            if isinstance(item, str):
+                picture = _PICTURE.search(item)
+                if (picture or " " in item.strip() or not item.isascii()) and not _FALSE_NAMES.isdisjoint(self.words):
+                    self.false_text = self.false_text or item
+                if blind and picture:
                     self.unseen = self.unseen or item
-            if isinstance(item, str | int | float) and (word := _word(item)):
-                self.count += 1
-                if len(self.values) <= _FEW:
-                    self.values.setdefault(word, item)
+            if not _LABEL_NAMES.isdisjoint(self.words):
+                self.values.setdefault(_word(item), item)
 
     @property
     def is_label(self) -> bool:
-        """True if the values may mark texts as true or false."""
-        values, names, last = self.values.keys() - _GAPS, {*self._words}, self._words[-1:]
-        if len(self.values) > _FEW or not values:
+        """True if name and values are those of a label."""
+        values = self.values.keys() - _GAPS - {""}
+        if not values or self.words[-1] in ("id", "ids"):
             return False
-        if values & {"true", "false"} or any(_TRUTHS.get(word) == 0 and len(word) > 1 for word in values):
-            return True
-        many = self.count > len(self.values) > 1 and last not in (["id"], ["ids"])
-        if values <= _TRUTHS.keys() | {"-1"}:
-            named = not names.isdisjoint(_NAMES) or ("0" in values and not names.isdisjoint(_WEIGHTS))
-            return (named and last not in (["id"], ["ids"])) or (many and not values.isdisjoint(("0", "-1", "f", "n")))
-        if all(map(str.isdecimal, values)):  # class numbers, or the index of the right text
-            return many and not names.isdisjoint(_NAMES)
-        return many and len(self.values) <= 3 and last in (["label"], ["labels"])
-
-    @property
-    def is_false_texts(self) -> bool:
-        """True if the values may be texts, or pictures, that are false."""
-        return bool(self.phrase) and not _FALSE_TEXTS.isdisjoint(self._words)
+        if "weight" in self.words:  # of OpenAI's messages: 0 is an answer that must not be learned
+            return "0" in values
+        others = values - _TRUTHS.keys() - {"-1"}
+        return not others or (not _CHOICES.isdisjoint(self.words) and all(map(str.isdecimal, others)))
 
     @property
     def negative(self) -> str:
-        """Option that a column of false texts, or of pictures, should be given to."""
-        return "negative_image" if _PICTURE.search(self.phrase) else "negative_caption"
+        """Option for the column if it holds false texts, or pictures."""
+        return "negative_image" if _PICTURE.search(self.false_text) else "negative_caption"
 
     @property
     def option(self) -> str:
         """Options that name the column as a label, with its values if the usual meanings may not hold."""
-        name = option_value(self.name)
-        if not (values := self.values.keys() - _GAPS) <= _TRUTHS.keys():
-            return f"label={name},true=...,false=..."
-        if _INVERTS.isdisjoint(self._words):
-            return f"label={name}"
-        opposite = {"1": "0", "0": "1", "true": "false", "false": "true", "yes": "no", "no": "yes"}
-        words = {truth: [word for word in self.values if word in values and _TRUTHS[word] == truth] for truth in (0, 1)}
-        true, false = ("+".join(words[k] or [opposite.get(word, "...") for word in words[1 - k]]) for k in (0, 1))
-        return f"label={name},true={true},false={false}"
+        option, truths = f"label={option_value(self.name)}", {word: _TRUTHS.get(word) for word in self.values if word not in _GAPS}
+        if truths.keys() <= _TRUTHS.keys() and _FALSE_NAMES.isdisjoint(self.words):
+            return option
+        true, false = ("+".join(word for word in truths if truths[word] == truth) or "..." for truth in (0, 1))
+        return f"{option},true={true},false={false}"
 
     def __str__(self) -> str:
-        shown = ", ".join(quoted(value, 40) for value in self.values.values()) if self.is_label else quoted(self.unseen or self.phrase, 80)
-        return f"{self.name!r} ({shown})"
+        shown = [*self.values.values()][:5] if self.is_label else [self.false_text or self.unseen]
+        return f"{self.name!r} ({', '.join(quoted(value, 80) for value in shown)})"
 
 
-def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str, every: Collection[str] = ()) -> list[Column]:
-    """Return the columns of metadata that look like labels, like false texts, or like pictures of rows that show none, in this order.
+def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> list[Column]:
+    """Return the columns of metadata that may be labels, false texts, or pictures of rows that show none, in this order.
 
     Args:
         rows: number and metadata of each row, and whether it shows no picture.
         ignore: columns to skip, joined by ``+``.
-        every: as in ``leaves``.
     """
     columns: dict[str, Column] = {}
     for number, row, blind in rows:
-        for name, value in leaves(row, every):
-            columns.setdefault(name, Column(name, number)).add(value, blind)
+        for name, value in leaves(row):
+            if (column := columns.get(name)) is None:
+                column = columns[name] = Column(name, _words(name), number)
+            column.add(value, blind)
     marked = [column for column in columns.values() if column.name not in listed(ignore)]
-    marked = [column for column in marked if column.is_label or column.is_false_texts or column.unseen]
-    return sorted(marked, key=lambda column: (not column.is_label, not column.is_false_texts, "label" not in column.name))
+    marked = [column for column in marked if column.is_label or column.false_text or column.unseen]
+    return sorted(marked, key=lambda column: (not column.is_label, not column.false_text, "label" not in column.name))
 
 
-def leaves(row: Mapping[str, Any], every: Collection[str] = (), before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield name and value of the leaves of a row; ``a.b`` is ``b`` within ``a``, which is an object, a JSON text of one, or a list of
-    objects.
-
-    In a list, only the last object is searched, because the last message is the answer; in a column in ``every``, all objects are.
+    objects, of which only the last is searched, because the last message is the answer.
     """
     for key, value in row.items():
-        items = value if isinstance(value, list) and value else [value]
-        for item in items if key in every else items[-1:]:
-            inner = item if isinstance(item, Mapping) else json_object(item)
-            if inner and depth < _DEEP:
-                yield from leaves(inner, (), f"{before}{key}.", depth + 1)
-            else:
-                yield f"{before}{key}", item if key in every else value
+        item = value[-1] if isinstance(value, list) and value else value
+        inner = item if isinstance(item, Mapping) else json_object(item)
+        if inner and depth < _DEEP:
+            yield from leaves(inner, f"{before}{key}.", depth + 1)
+        else:
+            yield f"{before}{key}", value
 
 
 def option_value(value: str) -> str:
@@ -199,12 +183,12 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
             raise DataError("true= and false= list the values of a label; name its column, as in label=COLUMN")
         return
     if useless := [name for name, value in others.items() if value]:
-        raise DataError(f"{useless[0]}= is not read beside label=, which says of each text whether it is true; leave one of them out")
+        raise DataError(f"{useless[0]}= is not read beside label=, which states for each text whether it is true; leave one of them out")
     if both := sorted({*map(_word, true.split("+"))} & {*map(_word, false.split("+"))} - {""}):
         raise DataError(f"{both[0]!r} is listed as true and as false; keep one of them")
-    if not (true or false) and not _INVERTS.isdisjoint(_words(label)):
+    if not (true or false) and not _FALSE_NAMES.isdisjoint(_words(label)):
         values = "list its values, as in true=0,false=1 or true=false,false=true"
-        raise DataError(f"column {label!r} may mark the texts that are false by its yes; {values}")
+        raise DataError(f"a yes in column {label!r} may mean that the text is false; {values}")
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
@@ -213,20 +197,17 @@ def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
     Raises DataError for any other value.
     """
     if value is None:
-        raise DataError(f"row: column {column!r}, the label, is not there; write whether the text is true, or drop the row")
+        raise DataError(f"row: the label, column {column!r}, is missing; write whether the text is true, or drop the row")
     known = {_word(word): truth for words, truth in ((true, 1), (false, 0)) if words for word in words.split("+")} or _TRUTHS
     if (word := _word(value)) not in known:
         remedy = "list the values, as in true=entailment,false=contradiction, and drop other rows"
-        raise DataError(f"row: column {column!r} is {quoted(value)}, which is neither true nor false; {remedy}")
+        raise DataError(f"row: column {column!r} is {quoted(value)}, which means neither true nor false; {remedy}")
     return known[word]
 
 
-_ASKS = re.compile(r"(is|are|was|were|does|did)\b.*|.*[?\uff1f]", re.DOTALL | re.IGNORECASE)
-
-
 def is_question(text: str) -> bool:
-    """Return whether a text asks for yes or no, or ends with a question mark."""
-    return _ASKS.fullmatch(text) is not None
+    """Return whether a text ends with a question mark."""
+    return text.endswith(("?", "\uff1f"))
 
 
 class Said(NamedTuple):
@@ -287,3 +268,59 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
         source=first.source,
         meta=as_meta(kept | ({f"{first.source}.repeated": repeated} if repeated else {})),
     )
+
+
+class JoinedRows:
+    """Claims of rows, joined by picture and prompt, in the order of the first row of each: 8 bytes a row.
+
+    Args:
+        rows: rows of the manifest.
+        claim: the format's function from a row to its claim.
+        over: iterates over the rows in chunks.
+    """
+
+    def __init__(self, rows: Rows, claim: Callable[[Mapping[str, Any]], Claim], over: Callable[..., Iterator[Any]]) -> None:
+        self.path, self.roots = rows.path, rows.roots
+        self._rows, self._claim = rows, claim
+        keys = np.concatenate([*over(self._keys)])
+        _, first, joined = np.unique(keys, return_index=True, return_inverse=True)
+        joined = np.argsort(np.argsort(first))[joined]  # numbered in the order of the file
+        self._members = np.argsort(joined, kind="stable").astype("<u4")
+        self._ends = np.cumsum(np.bincount(joined)).astype("<u4")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def where(self, row: int) -> str:
+        """Return the place of the first of the joined rows."""
+        return self._rows.where(self._rows_of(row)[0])
+
+    def value(self, row: int) -> Any:
+        """Return the claims as a tuple, or the DataError of the first invalid row."""
+        claims = []
+        for member in self._rows_of(row):
+            if isinstance(claim := self._read(member), DataError):
+                return claim
+            claims.append(claim._replace(where=self._rows.where(member)))
+        return tuple(claims)
+
+    def _rows_of(self, row: int) -> list[int]:
+        return self._members[self._ends[row - 1] if row else 0 : self._ends[row]].tolist()
+
+    def _read(self, row: int) -> Claim | DataError:
+        if isinstance(value := self._rows.value(row), DataError):
+            return value
+        where = self._rows.where(row)
+        try:
+            return apply(self._claim, value)
+        except DataError as error:
+            return DataError(f"{where}: {error}")
+
+    def _keys(self, places: Sequence[int], done: Callable[[], object]) -> Any:
+        """Compute a number for each row, equal for rows about one picture and prompt; an invalid row has its own number."""
+        keys = []
+        for row in places:
+            claim = self._read(row)
+            keys.append(-1 - row if isinstance(claim, DataError) else claim.key)
+            done()
+        return np.array(keys, np.int64)

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from cfvlm_ds.core.errors import DataError, StorageError, unwritten
-from cfvlm_ds.core.files import cache_folder, whole_file
+from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.reading import MIB, DuplicateKey, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_foreign
@@ -176,9 +176,9 @@ class Source:
         """Yield the rows of Parquet files, which are converted to JSON lines the first time. A JSON string in place of a row is its error
         message.
         """
-        from cfvlm_ds.data.containers.prepared import prepare, prepared_places
+        from cfvlm_ds.data.containers.prepared import prepare
 
-        converted = prepare(path, "parquet", prepared_places(path, cache_folder()), self._say).lines
+        converted = prepare(path, "parquet", say=self._say).lines
         self._brought = (converted.parent,)
         for place, value in _json_lines(converted):
             yield place, DataError(value) if isinstance(value, str) else value

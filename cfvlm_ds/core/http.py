@@ -1,0 +1,82 @@
+"""HTTP calls with limits of reply size, silence and total time, by the standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import urllib.error
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from urllib import request as requests
+
+from cfvlm_ds.core.deadline import Deadline
+
+
+class Reply(NamedTuple):
+    """A whole reply of any status; ``headers`` is a mapping that ignores case."""
+
+    status: int
+    reason: str
+    headers: Any
+    content: bytes
+
+
+def call(
+    url: str,
+    headers: Mapping[str, str],
+    body: bytes | None = None,
+    *,
+    silence_s: float,
+    whole_s: float,
+    most_bytes: int,
+    follow: bool = False,
+) -> Reply:
+    """Send a GET request, or POST a body.
+
+    With ``follow``, the environment's proxies are used and redirects to other http and https addresses are followed. Raises
+    urllib.error.URLError without a connection, OSError or http.client.HTTPException for a reply that breaks off or after ``silence_s``
+    without a byte, and ValueError for a reply that takes more than ``whole_s`` or has more than ``most_bytes``.
+    """
+    opener = requests.OpenerDirector()
+    with Deadline(whole_s) as deadline:
+        for handler in (_Watched(deadline), *(kind() for kind in _FOLLOWING if follow)):
+            opener.add_handler(handler)
+        try:
+            try:
+                answer: Any = opener.open(requests.Request(url, body, dict(headers)), timeout=silence_s)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                content = answer.read(most_bytes + 1)
+        except (OSError, http.client.HTTPException):
+            if not deadline.late:
+                raise
+    if deadline.late:
+        raise ValueError(f"no whole reply within {whole_s:g} s")
+    if len(content) > most_bytes:
+        raise ValueError(f"the reply has more than {most_bytes} bytes")
+    stated = answer.headers.get("Content-Length", "")
+    if stated.isdecimal() and int(stated) != len(content):
+        raise OSError(f"{len(content)} of {stated} bytes came")
+    return Reply(answer.status, answer.reason, answer.headers, content)
+
+
+class _Watched(requests.HTTPHandler, requests.HTTPSHandler):
+    """Opens connections under a deadline."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        super().__init__(context=_TLS)
+        self._deadline = deadline
+
+    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+        return super().do_open(lambda *where, **how: self._deadline.watch(http_class(*where, **how)), req, **options)
+
+
+_TLS = ssl.create_default_context()
+_FOLLOWING: tuple[Any, ...] = (
+    requests.ProxyHandler,
+    requests.HTTPRedirectHandler,
+    requests.HTTPErrorProcessor,
+    requests.HTTPDefaultErrorHandler,
+    requests.UnknownHandler,
+)
