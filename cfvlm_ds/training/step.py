@@ -5,6 +5,7 @@ All ranks handle failures within a step alike: groups that cannot be read, a los
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from cfvlm_ds.engine import drop_prefetch_recording
 from cfvlm_ds.models import Routed, adapters_off
 from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
 from cfvlm_ds.training.gradient_cache import forward
-from cfvlm_ds.training.hard_negatives import Hardest, HardNegatives
+from cfvlm_ds.training.hard_negatives import Hardest, cut_to_hardest
 from cfvlm_ds.training.in_batch_negatives import CrossRankScores, look_ahead
 from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
@@ -93,8 +94,6 @@ class OptimizerStep:
     ) -> None:
         self._config, self._world, self._engine = config, world, engine
         self._collator, self._skipped, self._nonfinite, self._mark = collator, skipped, nonfinite, mark
-        number = config.train.hard_negatives
-        self._hardest = None if number is None else HardNegatives(engine, number, self._forwards, collator.packed_again)
 
     def take(self, number: int, batches: Iterator[MicroBatch], progress: float, votes: Tensor, save_due: bool) -> StepResult:
         """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
@@ -112,14 +111,13 @@ class OptimizerStep:
         micro_batches, lost = self._fetch(batches)
         waited = time.monotonic() - started
         chosen: list[Hardest] = []
-        if self._hardest is not None and self._all_have_batches(lost):
+        if self._config.train.hard_negatives is not None and self._all_have_batches(lost):
             self._mark("computation", number)
-            with explain_out_of_memory(
-                f"at step {number} on rank {self._world.rank}",
-                [batch for micro_batch in micro_batches for batch in micro_batch.forwards],
-                _memory_remedy(self._config),
-            ):
-                micro_batches, chosen = self._hardest.of(micro_batches)
+            with self._memory_explained(number, micro_batches):
+                keep, pack = self._config.train.hard_negatives, self._collator.packed_again
+                micro_batches, chosen = cut_to_hardest(
+                    self._engine, micro_batches, self._forwards(micro_batches), self._world.device, keep, pack
+                )
         self._mark("agreement", number)
         agreed = self._agree(micro_batches, votes, save_due, lost)
         if agreed.worker_lost:
@@ -152,6 +150,10 @@ class OptimizerStep:
         dist.all_reduce(missing)
         return not bool(missing)
 
+    def _memory_explained(self, number: int, micro_batches: Sequence[MicroBatch]) -> contextlib.AbstractContextManager[None]:
+        everything = [batch for micro_batch in micro_batches for batch in micro_batch.forwards]
+        return explain_out_of_memory(f"at step {number} on rank {self._world.rank}", everything, _memory_remedy(self._config))
+
     def _agree(self, micro_batches: Sequence[MicroBatch], votes: Tensor, save_due: bool, lost: str | None) -> _Agreed:
         local: dict[str, Tensor] = {}
         for micro_batch in micro_batches:
@@ -172,8 +174,7 @@ class OptimizerStep:
         finite = torch.ones((), device=world.device)
         coupled, of_step = bool(batch_terms(objective)), None
         forwards, balance = self._forwards(micro_batches), RouterBalance(engine, self._config.train.router_balance, world)
-        everything = [batch for micro_batch in micro_batches for batch in micro_batch.forwards]
-        with explain_out_of_memory(f"at step {number} on rank {world.rank}", everything, _memory_remedy(self._config)):
+        with self._memory_explained(number, micro_batches):
             self._mark("computation", number)
             if coupled and len(micro_batches) > 1:
                 of_step = CrossRankScores.gathered(look_ahead(engine, micro_batches, forwards, world.device), world)
