@@ -25,6 +25,7 @@ from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.core.text import few
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.evaluation.benchmarks.base import Item
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 
 Forward = Callable[..., Tensor]
@@ -239,17 +240,17 @@ def score_batches(
     return scored
 
 
-def other_images(groups: Sequence[CounterfactualGroup], seed: int = 0) -> list[Pictures | None]:
-    """Return for each group the factual image of another one that shows none of its own pictures; None if there is none.
+def other_images(groups: Sequence[CounterfactualGroup | Item]) -> list[Pictures | None]:
+    """Return for each group or item the first image of another one that shows none of its own pictures; None if there is none.
 
-    In an order drawn by ``seed``, each group takes the image of the next one, so each image is used once. Groups that share pictures take
+    In a random but fixed order, each group takes the image of the next one, so each image is used once. Groups that share pictures take
     the nearest image that fits; at most ``_TRIES`` neighbours are tried.
     """
     images: list[Pictures | None] = [None] * len(groups)
     by_size: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
-        by_size.setdefault(group.num_pictures, []).append(index)
-    draw = random.Random(seed)
+        by_size.setdefault(len(group.images[0]), []).append(index)
+    draw = random.Random(0)
     for num_pictures, members in sorted(by_size.items()):
         draw.shuffle(members)
         for place, index in enumerate(members if num_pictures else ()):

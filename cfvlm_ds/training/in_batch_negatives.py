@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,15 +37,15 @@ class StepPart(NamedTuple):
     places: range
 
 
+@dataclass(frozen=True)
 class WholeSteps:
     """The micro-batches of a rank with their steps: the ``batch_sampler`` of a DataLoader over ``WithNegatives``."""
 
-    def __init__(self, sampler: GroupSampler) -> None:
-        self._sampler = sampler
+    sampler: GroupSampler
 
     def __iter__(self) -> Iterator[StepPart]:
-        rank, world_size = self._sampler.rank, self._sampler.world_size
-        for parts in self._sampler.steps():
+        rank, world_size = self.sampler.rank, self.sampler.world_size
+        for parts in self.sampler.steps():
             step, first = tuple(index for part in parts for index in part), 0
             for number, part in enumerate(parts):
                 if number % world_size == rank:

@@ -534,11 +534,11 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     said: list[str] = []
     ended: Any = object.__new__(trainer.Trainer)
     ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
-    ended._world, ended._pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
-    ended._config = parse_config(["--train.output_dir", str(run_dir), "--train.figures", "false"], OBJECTIVES)
+    ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
+    ended.config = parse_config(["--train.output_dir", str(run_dir), "--train.figures", "false"], OBJECTIVES)
     ended._retention = SimpleNamespace(evaluated=lambda *_: {})
     ended.baseline = SimpleNamespace(compare=lambda _: [])
-    ended._data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}), run_dir
+    ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}), run_dir
     return ended, said
 
 
