@@ -73,11 +73,15 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         lines += ["The base is a folder; its name on a hub, and a line `base_model` above, are yours to add before you publish this.", ""]
     if not license:
         lines += ["The license is not known: the base states none that this program has found.", ""]
-    lines += ["## Data", "", *_data(data), ""]
-    lines += ["## Objective", "", *_objective(_at(options, "objective")), ""]
-    lines += ["## Training", "", *_training(options, environment, ds_config, step), ""]
-    lines += ["## Results", "", *_results(results, changes, evaluated), ""]
-    lines += ["## Use", "", "```python", *(_USE_ADAPTER if adapter else _USE), "```", ""]
+    sections = {
+        "Data": _data(data),
+        "Objective": _objective(_at(options, "objective")),
+        "Training": _training(options, environment, ds_config, step),
+        "Results": _results(results, changes, evaluated),
+        "Use": ["```python", *(_USE_ADAPTER if adapter else _USE), "```"],
+    }
+    for title, section in sections.items():
+        lines += [f"## {title}", "", *section, ""]
     return sealed("\n".join(lines) + "\n")
 
 
@@ -118,15 +122,19 @@ def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list
     adapted = any(_at(options, f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
     recorded = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
     options_used = {name: _at(options, name) for name in recorded if adapted or not name.startswith("model.lora.")}
-    known = {"optimizer steps": step, "ranks": _at(environment, "world_size"), "device": _at(environment, "device")}
-    known |= {"ZeRO stage": _at(ds_config, "zero_optimization.stage"), "bfloat16": _at(ds_config, "bf16.enabled")}
-    known |= {name: value for name, value in options_used.items() if value is not None}
-    known |= {name: _at(environment, f"packages.{name}") for name in ("torch", "transformers", "deepspeed")}
-    known |= {
+    known = {
+        "optimizer steps": step,
+        "ranks": _at(environment, "world_size"),
+        "device": _at(environment, "device"),
+        "ZeRO stage": _at(ds_config, "zero_optimization.stage"),
+        "bfloat16": _at(ds_config, "bf16.enabled"),
+        **{name: value for name, value in options_used.items() if value is not None},
+        **{name: _at(environment, f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},
         "cfvlm-ds of the training": _at(environment, "packages.cfvlm-ds"),
         "revision of the training": _at(environment, "git_revision"),
+        "cfvlm-ds of this export": version("cfvlm-ds"),
+        "revision of this export": git_revision(),
     }
-    known |= {"cfvlm-ds of this export": version("cfvlm-ds"), "revision of this export": git_revision()}
     return _table("setting | value", ([name, "not known" if value is None else _cell(value)] for name, value in known.items()))
 
 
@@ -135,19 +143,19 @@ def _results(recorded: Mapping[str, Any], changes: Sequence[Any], evaluated: boo
         return ["Not known: these weights were exported before, or without, an evaluation of them."]
     if not recorded:
         return ["None: the run had no evaluation sets."]
-    shown, left_out = {}, 0
-    for split, accuracies in recorded.items():
-        rows = [Accuracy(**row) for row in accuracies]
-        left_out += max(0, len(rows) - _MOST_ROWS)
-        shown[split] = rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]]
-    text = (
-        "Accuracies in %, by edit type and in their mean (`all`), which also stands for a blank image and for another group's image: what"
-    )
+    tables = {split: [Accuracy(**row) for row in rows] for split, rows in recorded.items()}
     compared = [Change(**row) for row in changes]
-    left_out += max(0, len(compared) - _MOST_ROWS)
-    more = ["", f"{left_out} more rows are in the run's results.md."] if left_out else []
+    left_out = sum(max(0, len(rows) - _MOST_ROWS) for rows in (*tables.values(), compared))
+    shown = {split: rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]] for split, rows in tables.items()}
     first = [*changes_table(compared[:_MOST_ROWS], plain=_cell).splitlines(), ""] if compared else []
-    return [*first, text, "language alone achieves. Chance is in the last row.", "", *table(shown, _cell).splitlines(), *more]
+    more = ["", f"{left_out} more rows are in the run's results.md."] * bool(left_out)
+    return [*first, *_CONTROLS, "", *table(shown, _cell).splitlines(), *more]
+
+
+_CONTROLS = (
+    "Accuracies in %, by edit type and in their mean (`all`), which also stands for a blank image and for another group's image: what",
+    "language alone achieves. Chance is in the last row.",
+)
 
 
 def _table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
