@@ -145,7 +145,7 @@ def _results(recorded: Mapping[str, Any], changes: Sequence[Any], evaluated: boo
         return ["None: the run had no evaluation sets."]
     tables = {split: [Accuracy(**row) for row in rows] for split, rows in recorded.items()}
     compared = [Change(**row) for row in changes]
-    left_out = sum(max(0, len(rows) - _MOST_ROWS) for rows in (*tables.values(), compared))
+    left_out = sum(max(0, size - _MOST_ROWS) for size in (*map(len, tables.values()), len(compared)))
     shown = {split: rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]] for split, rows in tables.items()}
     first = [*changes_table(compared[:_MOST_ROWS], plain=_cell).splitlines(), ""] if compared else []
     more = ["", f"{left_out} more rows are in the run's results.md."] * bool(left_out)

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Source, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, yes_no
-from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
 
 QUERIES = File("data/query/query_discriminative.json", ("id", "image", "query"), 14_216)
 TRUTH = File("data/annotations.json", ("id", "type", "truth"))
@@ -20,14 +19,14 @@ def item(row: Row) -> Item:
     if (known := truth.get(str(row["id"]))) is None:
         raise broken or row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files of one revision")
     kind = str(known["type"]).removeprefix("discriminative-").split("-")[0]
-    return Item(
+    return single(
         str(row["id"]),
-        ((row.picture(row["image"], "image", "images"),),),
+        row.picture(row["image"], "image", "images"),
         YES_NO,
-        (known.truth("truth", YES_NO),),
+        str(row["image"]),
+        known.truth("truth", YES_NO),
         row.text("query") + ASK,
-        tags={"type": {"hallucination": "existence"}.get(kind, kind)},
-        cluster=str(row["image"]),
+        type={"hallucination": "existence"}.get(kind, kind),
     )
 
 

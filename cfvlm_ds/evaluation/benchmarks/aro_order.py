@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, by
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
@@ -92,14 +92,7 @@ def _items(*folders: str) -> Callable[[Row], list[Item]]:
             raise row.error("'caption' must be a list of texts")
         orders = [(cleaned(caption), *shuffles(cleaned(caption))) for caption in captions]
         return [
-            Item(
-                f"{row.number}/{number}",
-                ((picture,),),
-                texts,
-                (one_hot(0, len(texts)),),
-                tags={"options": str(len(texts))},
-                cluster=str(row["image"]),
-            )
+            single(f"{row.number}/{number}", picture, texts, str(row["image"]), one_hot(0, len(texts)), options=str(len(texts)))
             for number, texts in enumerate(orders)
             if len(texts) > 1  # a caption of one word has no other order
         ]

@@ -66,6 +66,21 @@ def quad(id: str, pictures: Sequence[Path], captions: Sequence[str], cluster: st
     return Item(id, images, tuple(captions), ((1, 0), (0, 1)), tags=tags, cluster=cluster or id)
 
 
+def single(
+    id: str,
+    picture: Path,
+    texts: Sequence[str],
+    cluster: str,
+    truth: tuple[int, ...] = (1, 0),
+    prompt: str = "",
+    listed: bool = False,
+    /,
+    **tags: str,
+) -> Item:
+    """Return an item of one picture; by default the first of two texts is true of it."""
+    return Item(id, ((picture,),), tuple(texts), (truth,), prompt, listed, tags, cluster)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The scores of an item under a probe.

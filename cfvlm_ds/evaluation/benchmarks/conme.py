@@ -4,9 +4,8 @@ models.
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, single
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 PARTS = ("replace-att", "replace-obj", "replace-rel")
 COLUMNS = ("image", "base_question", "correct_option", "incorrect_option")
@@ -16,7 +15,7 @@ def item(row: Row) -> Item:
     picture = row.picture(_file(row["image"]), "", "images", "../coco/val2017")
     options = row.text("correct_option"), row.text("incorrect_option")
     question = row.text("base_question")
-    return Item(f"{row.part}/{row.number}", ((picture,),), options, ((1, 0),), question, tags={"part": row.part}, cluster=picture.name)
+    return single(f"{row.part}/{row.number}", picture, options, picture.name, (1, 0), question, part=row.part)
 
 
 def _file(name: str) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values, quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Row, Values, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, means, quads, sliced, tag
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("image_0", "text_0", "image_1", "text_1", "category")
 

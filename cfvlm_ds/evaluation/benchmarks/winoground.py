@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("id", "image_0", "image_1", "caption_0", "caption_1", "collapsed_tag")
 
