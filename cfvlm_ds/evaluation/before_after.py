@@ -68,7 +68,8 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     for edit, of_group in sorted(pairs.items()):
         first, last, made = (sum(column) for column in zip(*of_group.values(), strict=True))
         n = len(of_group)
-        errors = {key: 100 * (b - a - (last - first) / made * k) / made * _correction(n) for key, (a, b, k) in of_group.items()}
+        correction = math.sqrt(n / (n - 1)) if n > 1 else math.nan  # of a standard error that is estimated from n groups
+        errors = {key: 100 * (b - a - (last - first) / made * k) / made * correction for key, (a, b, k) in of_group.items()}
         for key, value in errors.items():
             mean[key] += value / len(pairs)
         of = len({key for side in (old, new) for key, won in side.items() if edit in won})
@@ -77,11 +78,6 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))
     values = metric, CHANCE[metric], after[-1].blind.get("pair"), first, last, _half_width(mean.values())
     return [*changes, Change(name, "all", len(mean), len(old.keys() | new.keys()), *values)]
-
-
-def _correction(n: int) -> float:
-    """Return the factor of a standard error that is estimated from ``n`` groups; one group has none."""
-    return math.sqrt(n / (n - 1)) if n > 1 else math.nan
 
 
 def _half_width(errors: Iterable[float]) -> float | None:

@@ -102,7 +102,7 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
         bounded = "" if low <= scale <= high else f", and {low:g} to {high:g} is what a margin is good for"
         reasons.append(f"{term}.margin {margin:g} {unit}: {why}{bounded}")
         beta = _round(MarginTerm.beta * per)
-        pull = sum(_sigmoid(beta * (margin - value)) for value in values) / len(values)
+        pull = torch.sigmoid(beta * (margin - torch.tensor(values, dtype=torch.float64))).mean().item()
         weight = _round(per * min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
         reasons.append(
             f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; its comparisons begin with {100 * pull:.0f} % of their largest pull"
@@ -233,7 +233,3 @@ def quantile(values: Sequence[float], percent: float) -> float:
 def _round(value: float) -> float:
     """Round to two digits, as an option is written."""
     return float(f"{value:.2g}")
-
-
-def _sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value)) if value > -500 else 0.0

@@ -52,7 +52,8 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
     run_dir, step = checkpoint.parent, int(checkpoints.description(checkpoint)["step"])
     options = masked(recorded_options(run_dir))
     environment, ds_config, data, results, changes, finished = (
-        _recorded(run_dir / f"{name}.json") for name in ("environment", "ds_config", "data", "results", "before_after", "finished")
+        read_json(path) if (path := run_dir / f"{name}.json").is_file() else {}
+        for name in ("environment", "ds_config", "data", "results", "before_after", "finished")
     )
     evaluated = _at(finished, "step") == step if evaluated is None else evaluated
     base = str(_at(options, "model.name_or_path"))
@@ -174,11 +175,6 @@ def license_of(base: str) -> dict[str, Any]:
     if not isinstance(front.get("license"), str):
         return {}
     return {name: _line(front[name]) for name in ("license", "license_name", "license_link") if isinstance(front.get(name), str)}
-
-
-def _recorded(path: Path) -> Any:
-    """Return a record of the run folder; empty if it is missing."""
-    return read_json(path) if path.is_file() else {}
 
 
 def _at(values: Any, option: str) -> Any:

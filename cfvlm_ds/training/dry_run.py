@@ -52,7 +52,10 @@ def _memory(model: Any, config: RunConfig, ds_config: dict[str, Any]) -> Iterato
     working = engine.working_memory(model, ds_config, tokens, recompute)
     quantised = config.model.lora.load_in_4bit and linear_weights(model, family_of(model.config))
     saved = int(quantised * (2 - BYTES_OF_4BIT))
-    stage, offloaded = ds_config.get("zero_optimization", {}).get("stage", 0), _offloaded(engine.offloaded(ds_config))
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    names = {"optimizer": "optimizer", "param": "weights"}
+    moved = " and ".join(names[name] for name, is_offloaded in engine.offloaded(ds_config).items() if is_offloaded)
+    offloaded = f", {moved} offloaded" if moved else ""
     yield f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs a node{offloaded}; peak: {tokens} tokens a forward"
     yield f"{'GPUs':>6} {'GiB per GPU':>12} {'peak':>8} {'GiB of host memory per node':>28}"
     for gpus in _GPUS:
@@ -66,8 +69,3 @@ def _memory(model: Any, config: RunConfig, ds_config: dict[str, Any]) -> Iterato
         yield "all of it in bfloat16; train.bf16 is false, and weights and activations of float32 take twice as much"
     other = engine.activations(model, tokens, not recompute) / _GIB
     yield f"beside the states: {sizes} GiB; activations {'without' if recompute else 'with'} gradient checkpointing: {other:.1f} GiB"
-
-
-def _offloaded(offload: dict[str, bool]) -> str:
-    names = [{"optimizer": "optimizer", "param": "weights"}[name] for name, is_offloaded in offload.items() if is_offloaded]
-    return f", {' and '.join(names)} offloaded" if names else ""

@@ -17,7 +17,7 @@ import transformers
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cluster.signals import WorkerLost, last_word, shield_worker, worker_deaths
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
-from cfvlm_ds.core.data_config import DataConfig, DataSet, is_hub
+from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import replace, write_if_possible
@@ -65,7 +65,7 @@ class RunData:
 class SourceData(NamedTuple):
     """One of the training sets and its identity."""
 
-    groups: Sequence[CounterfactualGroup]
+    groups: GroupStore
     identity: Identity
 
 
@@ -85,7 +85,12 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     splits = {name: stores.open(each) for name, each in evaluation_sets.items()}
     sources = {name: SourceData(groups, stored_rows(groups).identity) for name, groups in train.items()}
     identities = {name: stored_rows(groups).identity for name, groups in splits.items()}
-    groups, identity = _together(data, sources)
+    if data.is_mixture:
+        objectives = {name: None if each.objectives is None else tuple(each.objectives) for name, each in train_sets.items()}
+        groups: Sequence[CounterfactualGroup] = MixedGroups(list(train.values()), list(train), list(objectives.values()))
+        identity = mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
+    else:
+        ((groups, identity),) = sources.values()
     benchmarks = read_benchmarks(config, world, stores.collator)
     collator = next((each.collator for each in benchmarks.values()), stores.collator)
     tables = [table for each in (*train.values(), *splits.values()) if (table := stored_rows(each).pictures) is not None]
@@ -158,16 +163,6 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
         return run_on_rank0(world, call, barrier)
     except TimeoutError as error:
         raise ConfigError(f"{what} cannot end: {error}; look at its node and start again, nothing found is lost") from error
-
-
-def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequence[CounterfactualGroup], Identity]:
-    """Return the training groups of a run and their identity, from its only set or from the sources of a mixture."""
-    if not data.is_mixture:
-        (only,) = sources.values()
-        return only.groups, only.identity
-    objectives = {name: None if each.objectives is None else tuple(each.objectives) for name, each in data.train_sets.items()}
-    groups = MixedGroups([each.groups for each in sources.values()], list(sources), list(objectives.values()))
-    return groups, mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
 
 
 def forget(config: RunConfig, world: World) -> None:

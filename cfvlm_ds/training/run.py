@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,8 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, all_reduce_rate, preserve_rng, run_on_rank0, seed_everything
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import write_if_possible
-from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
-from cfvlm_ds.data import GroupSampler, GroupStore, PackedSampler
+from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.mixture import Order, shares_of
 from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.stored import is_store
@@ -141,7 +140,10 @@ def _run(config: RunConfig, world: World) -> None:
             _check_scores(config, world, ds_engine, collator, data, sampler)
             if (data.splits or data.benchmarks) and state.step < total_steps:
                 trainer.evaluator.rehearse()
-        with tracker_of(config, world, start.checkpoint_dir, data) as tracker, signals.before_leaving(partial(_close_at_once, tracker)):
+        with (
+            tracker_of(config, world, start.checkpoint_dir, data) as tracker,
+            signals.before_leaving(lambda code: tracker.close("SCHEDULED" if code == signals.EXIT_STOPPED else "KILLED", timeout=5.0)),
+        ):
             if world.is_main:
                 (run_dir / resume.FINISHED).unlink(missing_ok=True)
             for path in [*write_record(config, ds_engine.module, resolved.config, world, data), *start.note(run_dir, state.step, world)]:
@@ -154,29 +156,20 @@ def _run(config: RunConfig, world: World) -> None:
     world.wait()
 
 
-def _close_at_once(tracker: Any, code: int) -> None:
-    tracker.close("SCHEDULED" if code == signals.EXIT_STOPPED else "KILLED", timeout=5.0)
-
-
 def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
     """Return the stored scores of the training groups if an objective needs them and the model without its adapters cannot replace them."""
     if not scores_needed(config):
         return None
     made_by = model_fingerprint(config.model, world)
     try:
-        return _read_scores(config, data, made_by, world)
+        scores = {
+            name: read_scores(Path(source.scores), *data.sources[name], made_by=made_by, say=world.say)
+            for name, source in config.data.train_sets.items()
+            if source.scores is not None
+        }
     except DataError:
         forget(config, world)
         raise
-
-
-def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str], world: World) -> Mapping[str, StoredScores]:
-    """Return the scores of the training groups by id, from each source that has a scores file."""
-    scores = {
-        name: read_scores(Path(source.scores), *data.sources[name], made_by=made_by, say=world.say)
-        for name, source in config.data.train_sets.items()
-        if source.scores is not None
-    }
     return ScoresOfSources(scores) if config.data.is_mixture else next(iter(scores.values()))
 
 
@@ -229,17 +222,12 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
     return replace(config, train=replace(train, per_device_train_batch_size=fits), resolved=resolved)
 
 
-def _rows_of(groups: Sequence[CounterfactualGroup]) -> RowsTogether | None:
-    """Return the row boundaries of a data set whose rows hold several groups."""
-    firsts = groups.together if isinstance(groups, GroupStore) else None
-    return None if firsts is None else RowsTogether(firsts, len(groups))
-
-
 def _order(config: RunConfig, data: RunData) -> Order:
     sources = config.data.train_sets
     sizes = tuple(len(each.groups) for each in data.sources.values())
     shares = shares_of([each.weight for each in sources.values()], sizes, list(sources)) if config.data.is_mixture else ()
-    rows = tuple(_rows_of(each.groups) for each in data.sources.values())
+    firsts = [each.groups.together for each in data.sources.values()]  # of rows that hold several groups
+    rows = tuple(None if first is None else RowsTogether(first, size) for first, size in zip(firsts, sizes, strict=True))
     return Order(sizes, shares, config.train.seed, config.data.stopping_strategy, rows)
 
 

@@ -107,10 +107,10 @@ class OptimizerStep:
         micro_batches, lost = self._fetch(batches)
         waited = time.monotonic() - started
         chosen: list[Hardest] = []
-        if self.config.train.hard_negatives is not None and self._all_have_batches(lost):
+        keep, pack = self.config.train.hard_negatives, self.collator.packed_again
+        if keep is not None and not all_reduce_sums([torch.tensor(float(lost is not None))], self.world.device)[0]:
             self.mark("computation", number)
             with self._memory_explained(number, micro_batches):
-                keep, pack = self.config.train.hard_negatives, self.collator.packed_again
                 micro_batches, chosen = cut_to_hardest(
                     self.engine, micro_batches, self._forwards(micro_batches), self.world.device, keep, pack
                 )
@@ -140,11 +140,6 @@ class OptimizerStep:
             return [next(batches).to(device) for _ in range(count)], None
         except WorkerLost as error:
             return [MicroBatch((self.collator.scoring_everything()([STAND_IN]),)).to(device)], str(error)
-
-    def _all_have_batches(self, lost: str | None) -> bool:
-        missing = torch.tensor([float(lost is not None)], device=self.world.device)
-        dist.all_reduce(missing)
-        return not bool(missing)
 
     def _memory_explained(self, number: int, micro_batches: Sequence[MicroBatch]) -> contextlib.AbstractContextManager[None]:
         everything = [batch for micro_batch in micro_batches for batch in micro_batch.forwards]
@@ -190,17 +185,12 @@ class OptimizerStep:
                     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
                 # DeepSpeed skips a step whose global gradient norm is not finite, so the last loss must be finite on all ranks or on none.
                 backward(loss * torch.where(finite > 0, 1.0, torch.nan) if last else loss)
-                measured.append(self._measured(micro_batch, scores, loss.detach() / world.size, shares, balance))
+                loss, (share, routed) = loss.detach() / world.size, balance.taken()
+                if share is not None:
+                    loss, shares = loss + self.config.train.router_balance * share, {**shares, "router_balance": share}
+                measured.append(Measured(micro_batch, scores, loss, shares, routed))
             engine.step()
         return measured, bool(finite)
-
-    def _measured(
-        self, micro_batch: MicroBatch, scores: Scores, loss: Tensor, shares: Mapping[str, Tensor], balance: RouterBalance
-    ) -> Measured:
-        share, routed = balance.taken()
-        if share is not None:
-            loss, shares = loss + self.config.train.router_balance * share, {**shares, "router_balance": share}
-        return Measured(micro_batch, scores, loss, shares, routed)
 
     def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
         """Return the number of forwards of each micro-batch, equal on every rank because ZeRO-3 gathers weights on all ranks together."""

@@ -72,9 +72,17 @@ def group_tokens(
     if not all(gather_objects(tokens is not None, world)):
         (tokens,) = broadcast_object(counted)
     assert tokens is not None
-    for k, option in enumerate(("max_tokens_per_micro_batch", "max_tokens_per_forward")):
-        if problem := _too_large(groups, tokens[k], option, data):
-            raise DataError(problem)
+    parts = {
+        "max_tokens_per_micro_batch": "its images and texts",
+        "max_tokens_per_forward": "one image with one text, which no forward divides,",
+    }
+    for counts, (option, what) in zip(tokens, parts.items(), strict=True):
+        limit, most = getattr(data, option), int(counts.max())
+        if limit is not None and most > limit:
+            group = groups[int(counts.argmax())].id
+            raise DataError(
+                f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"
+            )
     return tokens[0]
 
 
@@ -140,12 +148,3 @@ def _mapped(file: Path, count: int) -> Tokens | None:
     except (OSError, ValueError, EOFError):
         return None
     return np.asarray(tokens) if tokens.dtype == np.int32 and tokens.shape == (2, count) else None
-
-
-def _too_large(groups: Sequence[CounterfactualGroup], tokens: Tokens, option: str, data: DataConfig) -> str | None:
-    limit, most = getattr(data, option), int(tokens.max())
-    if limit is None or most <= limit:
-        return None
-    what = "one image with one text, which no forward divides," if option == "max_tokens_per_forward" else "its images and texts"
-    group = groups[int(tokens.argmax())].id
-    return f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"

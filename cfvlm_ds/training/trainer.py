@@ -37,7 +37,7 @@ from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, summary_of, write_results
 from cfvlm_ds.training.retention import Retention
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
-from cfvlm_ds.training.step import OptimizerStep, StepResult
+from cfvlm_ds.training.step import OptimizerStep
 
 
 @dataclass
@@ -106,6 +106,7 @@ class Trainer:
         checkpoints = Checkpoints(self.engine, state, self._run_dir, world, train)
         if state.step == 0:
             self._begin(tracker)
+        part_of_step = 1 / (world.size * train.gradient_accumulation_steps)
         started, first_step = time.monotonic(), state.step
         self.engine.train()
         saved = first_step
@@ -118,7 +119,9 @@ class Trainer:
                     tracker.log(state.step, checkpoints.save(needed=True))
                 then = f"step {state.step} is the last whole one and is saved" if state.step else "nothing was trained"
                 self._end(tracker, f"at step {state.step + 1}, {lost}", f"{then}, and the same command continues", alone=False)
-            self._add(meter, result)
+            meter.wait(result.waited_s)
+            for measured in result.measured:
+                measure(meter, measured, self.config.objective, part_of_step, self._flops, self._sources)
             self.sampler.advance()
             state.step_done(self.sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
@@ -139,12 +142,6 @@ class Trainer:
             if stop:
                 return stop
         return None
-
-    def _add(self, meter: Meter, result: StepResult) -> None:
-        meter.wait(result.waited_s)
-        part_of_step = 1 / (self.world.size * self.config.train.gradient_accumulation_steps)
-        for measured in result.measured:
-            measure(meter, measured, self.config.objective, part_of_step, self._flops, self._sources)
 
     def _record(self, tracker: Any, meter: Meter, left: str) -> None:
         """Log and print the metrics since the last record."""

@@ -253,7 +253,7 @@ def test_a_step_takes_no_group_twice(options: dict[str, int], ranks: int, fits: 
     """25 groups: a default is what fits, and says so; what is asked for and does not fit is refused with what does."""
     sections = {name: "data" if name.startswith("max") else "train" for name in options}
     config = parse_config([part for name, value in options.items() for part in (f"--{sections[name]}.{name}", str(value))], OBJECTIVES)
-    groups: Any = range(25)
+    groups: Any = type("Groups", (list,), {"together": None})(range(25))
     data, world = RunData(groups, {}, {}, None, sources={"train": SourceData(groups, {})}), World(0, ranks, 0, CPU)
     if isinstance(fits, str):
         with pytest.raises(ConfigError, match=fits):

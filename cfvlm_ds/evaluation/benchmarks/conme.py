@@ -12,15 +12,12 @@ COLUMNS = ("image", "base_question", "correct_option", "incorrect_option")
 
 
 def item(row: Row) -> Item:
-    picture = row.picture(_file(row["image"]), "", "images", "../coco/val2017")
+    name = row["image"]  # a COCO number or a path
+    file = f"{int(name):012d}.jpg" if name.isascii() and name.isdecimal() and len(name) <= 12 else name
+    picture = row.picture(file, "", "images", "../coco/val2017")
     options = row.text("correct_option"), row.text("incorrect_option")
     question = row.text("base_question")
     return single(f"{row.part}/{row.number}", picture, options, picture.name, (1, 0), question, part=row.part)
-
-
-def _file(name: str) -> str:
-    """Return the file of a picture that is named by its COCO number or by a path."""
-    return f"{int(name):012d}.jpg" if name.isascii() and name.isdecimal() and len(name) <= 12 else name
 
 
 CONME = Benchmark(

@@ -191,7 +191,9 @@ class Source:
         """
         if not isinstance(name, str):
             raise DataError(f"{where}: {quoted(name)} is no name of a picture; {_AGAIN}")
-        roots = (*self._brought, *(self._folder(folder) for folder in folders or ("",)))
+        beside, inside = self.root.parent, self.root
+        named = (beside / folder[3:] if folder.startswith("../") else inside / folder for folder in folders or ("",))
+        roots = (*self._brought, *named)
         if roots not in self._confined:
             self._confined[roots] = Confinement(roots, _OUTSIDE)
         try:
@@ -203,9 +205,6 @@ class Source:
             problem = f"{where}: no picture {roots[0] / name}{others}; put the pictures there, as docs/benchmarks says"
             self.absent.setdefault(path, DataError(problem))
         return path
-
-    def _folder(self, folder: str) -> Path:
-        return self.root.parent / folder[3:] if folder.startswith("../") else self.root / folder
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:

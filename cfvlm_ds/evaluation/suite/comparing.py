@@ -161,10 +161,7 @@ def comparison_table(results: Sequence[Compared], before: str, after: str) -> st
         for name in names:
             counts = f"{len(better)} | {len(worse)}" if name == headline else " | "
             start = f"| {in_cell(pair.before.called)} | {in_cell(pair.before.label)} |"
-            lines.append(f"{start} {_row(name, pair.differences[name])} | {counts} |")
+            metric = pair.differences[name]
+            values = f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {metric.after - metric.before:+.1f}"
+            lines.append(f"{start} {values} | {between(metric.interval)} | {metric} | {counts} |")
     return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{pair.place}: {note}" for pair in results for note in pair.notes)])
-
-
-def _row(name: str, metric: Difference) -> str:
-    sign = f"{metric.after - metric.before:+.1f}"
-    return f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {sign} | {between(metric.interval)} | {metric}"

@@ -40,13 +40,9 @@ class Checked:
         for item in self.items:
             content = [item.id, item.prompt, item.listed, item.texts, item.match, sorted(item.tags.items())]
             texts.update(json.dumps(content).encode())
-            digests = [[self._digest(picture) for picture in image] for image in item.images]
+            digests = [[known.digest.hex() if (known := self.pictures.find(picture)) else "" for picture in image] for image in item.images]
             pictures.update(json.dumps([item.id, digests]).encode())
         return {"items": len(self.items), "texts": texts.hexdigest(), "pictures": pictures.hexdigest()}
-
-    def _digest(self, picture: Path) -> str:
-        known = self.pictures.find(picture)
-        return "" if known is None else known.digest.hex()
 
 
 def checked_items(

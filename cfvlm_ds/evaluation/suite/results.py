@@ -121,17 +121,14 @@ def write_result(folder: Path, result: Result) -> None:
     try:
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
-                file.write(json.dumps(_finite(_row(outcome))).encode() + b"\n")
+                every = vars(outcome.item) | vars(outcome)
+                # the benchmark's own files name the pictures
+                row = {name: value for name, value in every.items() if name not in ("item", "images") and value is not None}
+                file.write(json.dumps(_finite(row)).encode() + b"\n")
         replace(folder / RESULTS, (json.dumps(_finite(result.record), indent=1) + "\n").encode())
         (folder / SCORES).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{unwritten(folder / RESULTS, error)}; make room, and the same command goes on with what was scored") from error
-
-
-def _row(outcome: Outcome) -> dict[str, Any]:
-    """Return an item without its pictures, which the benchmark's own files name, and its outcome."""
-    every = vars(outcome.item) | vars(outcome)
-    return {name: value for name, value in every.items() if name not in ("item", "images") and value is not None}
 
 
 def _finite(value: Any) -> Any:
