@@ -130,10 +130,22 @@ def _run(config: RunConfig, world: World) -> None:
         world.say(f"attention: {attention(config.model.attn_implementation, model.config, model.dtype)}")
         num_workers = forkable(config.data.workers, importing)
         _checked(config, world, refuse_nonfinite, model, config.model.name_or_path)
-        collator = _with_features(config, world, ds_engine, collator, data, pulse, num_workers)
+        if config.data.feature_cache is not None:
+            pulse.mark("features", 0)
+            groups = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
+            folder = Path(config.data.feature_cache)
+            cache = precompute_features(folder, config.model, ds_engine, collator.files, groups, world, num_workers)
+            engine.invalidate_prefetch_trace(ds_engine)  # it contains the vision tower, which does not run again
+            collator = collator.taking_features(cache)
         trainer = Trainer(config, world, ds_engine, collator, data, sampler, state, total_steps, pulse, num_workers)
         if start.checkpoint_dir is not None:
-            _restore(config, world, ds_engine, state, start, sampler)
+            options = engine.optimizer_options(ds_engine)
+            checkpoint.load(ds_engine, start.checkpoint_dir, state, world, run_dir)
+            start.check(state, config, sampler)
+            if start.changed:  # this run's options apply
+                engine.apply_optimizer_options(ds_engine, options)
+            state.note(data=start.data)
+            world.say(f"resumed from {start.checkpoint_dir} at step {state.step}")
             _checked(config, world, refuse_nonfinite, model, str(start.checkpoint_dir))
         state.note(record=start.complete_record(config, world))
         with preserve_rng(world.device):  # a resumed run draws the random numbers of an uninterrupted one
@@ -229,31 +241,6 @@ def _order(config: RunConfig, data: RunData) -> Order:
     firsts = [each.groups.together for each in data.sources.values()]  # of rows that hold several groups
     rows = tuple(None if first is None else RowsTogether(first, size) for first, size in zip(firsts, sizes, strict=True))
     return Order(sizes, shares, config.train.seed, config.data.stopping_strategy, rows)
-
-
-def _with_features(
-    config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, pulse: heartbeat.Heartbeat, num_workers: int
-) -> Collator:
-    """Return the collator; if data.feature_cache is set, it reads features in place of pictures. Missing features are computed."""
-    if config.data.feature_cache is None:
-        return collator
-    pulse.mark("features", 0)
-    groups = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
-    cache = precompute_features(Path(config.data.feature_cache), config.model, ds_engine, collator.files, groups, world, num_workers)
-    engine.invalidate_prefetch_trace(ds_engine)  # it contains the vision tower, which does not run again
-    return collator.taking_features(cache)
-
-
-def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState, start: resume.Start, sampler: GroupSampler) -> None:
-    """Load a checkpoint and apply this run's options where they have changed."""
-    checkpoint_dir, options = start.checkpoint_dir, engine.optimizer_options(ds_engine)
-    assert checkpoint_dir is not None
-    checkpoint.load(ds_engine, checkpoint_dir, state, world, Path(config.train.output_dir))
-    start.check(state, config, sampler)
-    if start.changed:
-        engine.apply_optimizer_options(ds_engine, options)
-    state.note(data=start.data)
-    world.say(f"resumed from {checkpoint_dir} at step {state.step}")
 
 
 def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:

@@ -97,7 +97,20 @@ def _counted(
     """Return [2, groups]: the tokens of every group, and those of its largest image with one text."""
 
     def work(places: Sequence[int], done: Done) -> Tokens | str:
-        return _measured(groups, collator, data, pictures, places, done)
+        """Return the counts of some groups, or the message of one that cannot be read."""
+        try:
+            chunk = [groups[index] for index in places]
+            shown = (picture for group in chunk for image in group.images for picture in image)
+            with ThreadPoolExecutor(min(4, cores_per_rank())) as pool:  # many such processes may run
+                sizes = sizes_of(shown, pictures, data.max_pixels, pool)
+            counts = np.zeros((2, len(chunk)), np.int32)
+            for k, group in enumerate(chunk):
+                trees = collator.tree_tokens(group, sizes)
+                counts[:, k] = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
+                done()
+            return counts
+        except DataError as error:
+            return str(error)
 
     counted = [np.zeros((2, 0), np.int32)]
     for part in scan.over(range(len(groups)), work, Progress(say, "tokens", len(groups), "groups")):
@@ -105,30 +118,6 @@ def _counted(
             raise DataError(part)
         counted.append(part)
     return np.concatenate(counted, 1, dtype=np.int32)
-
-
-def _measured(
-    groups: Sequence[CounterfactualGroup],
-    collator: Collator,
-    data: DataConfig,
-    pictures: PictureTable | None,
-    places: Sequence[int],
-    done: Done = lambda: None,
-) -> Tokens | str:
-    """Return [2, places] like ``_counted``, or the message of a group that cannot be read."""
-    try:
-        chunk = [groups[index] for index in places]
-        shown = (picture for group in chunk for image in group.images for picture in image)
-        with ThreadPoolExecutor(min(4, cores_per_rank())) as pool:  # many such processes may run
-            sizes = sizes_of(shown, pictures, data.max_pixels, pool)
-        counted = np.zeros((2, len(chunk)), np.int32)
-        for k, group in enumerate(chunk):
-            trees = collator.tree_tokens(group, sizes)
-            counted[:, k] = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
-            done()
-        return counted
-    except DataError as error:
-        return str(error)
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:

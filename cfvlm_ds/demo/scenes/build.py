@@ -92,7 +92,14 @@ def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest:
                 for index in range(size):
                     alive()
-                    manifest.write(_write_group(config, split, index, folder) + "\n")
+                    drawn, group_id = draw_group(config, split, index), f"{split}-{index:05d}"
+                    paths = tuple(folder / "images" / split / f"{group_id}-{i}.png" for i in range(len(drawn.pictured)))
+                    for path, scene in zip(paths, drawn.pictured, strict=True):
+                        render(scene, config.image_size).save(path, compress_level=1)
+                    group = as_group(drawn, group_id, paths)
+                    if drawn.question and split == "train":
+                        group = replace(group, weight=config.question_weight)
+                    manifest.write(json.dumps(to_row(group, folder), ensure_ascii=False) + "\n")
                     shown.advance()
         (folder / "scenes.json").write_text(json.dumps({"settings": settings}, indent=2) + "\n", encoding="utf-8")
     progress(f"scenes: {sum(sizes.values())} groups in {out}")
@@ -210,19 +217,6 @@ def _shuffled(rng: Random, weights: Mapping[str, float]) -> list[str]:
         order.append(rng.choices(list(left), list(left.values()))[0])
         del left[order[-1]]
     return order
-
-
-def _write_group(config: ScenesConfig, split: str, index: int, root: Path) -> str:
-    """Write the images of a group; returns its manifest line."""
-    drawn = draw_group(config, split, index)
-    group_id = f"{split}-{index:05d}"
-    paths = tuple(root / "images" / split / f"{group_id}-{i}.png" for i in range(len(drawn.pictured)))
-    for path, scene in zip(paths, drawn.pictured, strict=True):
-        render(scene, config.image_size).save(path, compress_level=1)
-    group = as_group(drawn, group_id, paths)
-    if drawn.question and split == "train":
-        group = replace(group, weight=config.question_weight)
-    return json.dumps(to_row(group, root), ensure_ascii=False)
 
 
 def settings_of(config: ScenesConfig) -> dict[str, object]:
