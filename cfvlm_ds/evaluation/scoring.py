@@ -58,24 +58,6 @@ class GroupScores:
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
-Packed = tuple[tuple[int, int, int], bytes]
-"""A group's scores in float32, after the numbers of images, texts and shuffled texts (-1 if these were not requested)."""
-
-
-def packed(scores: GroupScores) -> Packed:
-    """Pack the scores of a group, for ``unpacked``."""
-    parts = [part.flatten() for part in (scores.logp, scores.blank, scores.shuffled) if part is not None]
-    images, texts = scores.logp.shape
-    return (images, texts, -1 if scores.shuffled is None else len(scores.shuffled)), torch.cat(parts).float().numpy().tobytes()
-
-
-def unpacked(stored: Packed) -> GroupScores:
-    """Return the scores of a group."""
-    (images, texts, others), values = stored
-    seen, blank, shuffled = torch.tensor(np.frombuffer(values, np.float32)).split([images * texts, texts, max(others, 0)])
-    return GroupScores(seen.view(images, texts), blank, shuffled if others >= 0 else None)
-
-
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
@@ -119,17 +101,23 @@ def score_groups(
     Raises DataError as the collator does, on all ranks, and OutOfMemory with the ``remedy`` if memory runs out.
     """
     batches = [range(start, min(start + batch_size, len(groups))) for start in range(0, len(groups), batch_size)]
-    donors, local = other_images(groups) if shuffled else None, dict[int, Packed]()
+    donors = other_images(groups) if shuffled else None
+    local: dict[int, list[Any]] = {}  # arrays, which are smaller than tensors
     progress = Progress(world.say, label, len(groups), "groups")
     options: dict[str, Any] = {"max_tokens": max_tokens, "remedy": remedy, "reference": None if loss is None else loss.reference}
     turns = scored_batches(forward, collator, groups, seen_as(groups, donors), batches, world, num_workers, label, **options)
     for number, (indices, scored) in enumerate(turns):
         if loss is not None and indices:
             loss.add(indices, [groups[index] for index in indices], scored[0])
-        local |= {index: packed(scores) for index, scores in matrices(groups, indices, scored, donors).items()}
+        for index, scores in matrices(groups, indices, scored, donors).items():
+            local[index] = [None if part is None else np.array(part, np.float32) for part in vars(scores).values()]
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
-    every = {index: scores_of_group for part in gather_objects(local, world) for index, scores_of_group in part.items()}
-    results = Lazy(lambda index: unpacked(every[index]), len(groups))
+    every = {index: arrays for part in gather_objects(local, world) for index, arrays in part.items()}
+
+    def scores_of(index: int) -> GroupScores:
+        return GroupScores(*(None if array is None else torch.from_numpy(array) for array in every[index]))  # type: ignore[arg-type]
+
+    results = Lazy(scores_of, len(groups))
     warn_of_nonfinite(groups, results, world, label)
     return results
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Source, Values, single
-from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, yes_no
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Row, Source, single
+from cfvlm_ds.evaluation.benchmarks.metrics import by, yes_no
 
 QUERIES = File("data/query/query_discriminative.json", ("id", "image", "query"), 14_216)
 TRUTH = File("data/annotations.json", ("id", "type", "truth"))
@@ -37,16 +36,11 @@ def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
     return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
 
 
-def metrics(table: Sequence[Judged]) -> Values:
-    """Return the yes/no metrics with No as the positive answer: F1 measures the detection of absent things."""
-    return sliced(table, tag("type"), lambda part: yes_no(part, positive=1))
-
-
 AMBER = Benchmark(
     title="AMBER (discriminative)",
     files=(QUERIES, File(TRUTH.name)),
     item=item,
-    metrics=metrics,
+    metrics=by("type", partial(yes_no, positive=1)),  # F1 measures the detection of absent things
     headline="f1",
     probes=("yes_no", "generate"),
     unofficial=f"the instruction {ASK.strip()!r}",

@@ -13,7 +13,7 @@ from math import comb, prod
 
 import numpy as np
 
-from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Values
 
 Key = Callable[[Judged], str]
 _KNOWN = 1 << 16
@@ -97,20 +97,19 @@ def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
     return means(parts, {"macro": "macro/"}) | parts
 
 
-def sliced(table: Sequence[Judged], key: Key, metrics: Callable[[Sequence[Judged]], Values]) -> Values:
-    """Return the metrics of all items, and as METRIC/PART those of each part."""
-    values = metrics(table)
-    for name, part in grouped(table, key).items():
-        values |= {f"{metric}/{name}": value for metric, value in metrics(part).items()}
-    return values
-
-
-def by(name: str, metrics: Callable[[Sequence[Judged]], Values]) -> Callable[[Sequence[Judged]], Values]:
+def by(name: str, metrics: Metrics) -> Metrics:
     """Return a metric function: the values of all items and, as METRIC/PART, of the items of each tag."""
-    return lambda table: sliced(table, tag(name), metrics)
+
+    def of_all_and_parts(table: Sequence[Judged]) -> Values:
+        values = metrics(table)
+        for part, members in grouped(table, tag(name)).items():
+            values |= {f"{metric}/{part}": value for metric, value in metrics(members).items()}
+        return values
+
+    return of_all_and_parts
 
 
-def macro_by(name: str, least: int = 1) -> Callable[[Sequence[Judged]], Values]:
+def macro_by(name: str, least: int = 1) -> Metrics:
     """Return a metric function: the accuracy of each tag, their mean (see ``macro``), and the accuracy of all items."""
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Values, single
-from cfvlm_ds.evaluation.benchmarks.metrics import means, sliced, tag, yes_no
+from cfvlm_ds.evaluation.benchmarks.metrics import by, means, yes_no
 
 COLUMNS = ("question_id", "image", "text", "label")
 SPLITS = ("random", "popular", "adversarial")
@@ -20,7 +20,7 @@ def item(row: Row) -> Item:
 
 def metrics(table: Sequence[Judged]) -> Values:
     """Return the yes/no metrics of all questions and of each split, and the means over splits, which papers report."""
-    values = sliced(table, tag("split"), yes_no)
+    values = by("split", yes_no)(table)
     return values | means(values, {"f1_macro": "f1/", "accuracy_macro": "accuracy/"})
 
 
