@@ -85,6 +85,8 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
     reasons = []
     anchored, why = _length_norm(all_gaps)
     reasons.append(why)
+    priors = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in all_gaps if gap.prior is not None]
+    guessed = quantile(priors, _GUESSED) if priors else 0.0  # a picture decides a comparison only if it changes the scores by more
     for side, term in TERMS.items():
         of_side = [gap for gap in all_gaps if gap.side == side]
         if not of_side:
@@ -96,8 +98,9 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
         low, high = (_round(nats / per) for nats in _NATS)
         unit = "nats per token" if anchored else "nats"
         scale, why = _least_decided(of_side, values)
-        if (guessed := _guessed(all_gaps, anchored)) is not None and guessed[0] > scale:
-            scale, why = guessed
+        if guessed > scale:
+            scale, of_pairs = guessed, f"in {_GUESSED} % of comparisons, which a picture must outweigh"
+            why = f"language alone prefers one of two texts by {guessed:.2g} or less {of_pairs}"
         margin = _round(min(max(scale, low), high))
         bounded = "" if low <= scale <= high else f", and {low:g} to {high:g} is what a margin is good for"
         reasons.append(f"{term}.margin {margin:g} {unit}: {why}{bounded}")
@@ -142,21 +145,6 @@ def _least_decided(some_gaps: Sequence[Gap], values: Sequence[float]) -> tuple[f
     known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": [abs(value) for value in values]}
     scale, label = min((quantile(some, 50), label) for label, some in known.items())
     return scale, f"{label}, the least decided, has gaps of {scale:.2g} either way"
-
-
-def _guessed(all_gaps: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
-    """Return the 75 % quantile of the gaps that two texts have without a picture, and its description.
-
-    A picture decides a comparison only if it changes the scores by more.
-    """
-    sizes = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in all_gaps if gap.prior is not None]
-    if not sizes:
-        return None
-    scale = quantile(sizes, _GUESSED)
-    return (
-        scale,
-        f"language alone prefers one of two texts by {scale:.2g} or less in {_GUESSED} % of comparisons, which a picture must outweigh",
-    )
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:

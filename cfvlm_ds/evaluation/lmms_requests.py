@@ -145,11 +145,22 @@ def likelihoods(model: Answers, groups: Sequence[CounterfactualGroup], places: S
     by_place: dict[Place, Likelihood] = {}
     size = model.batch_size
     with _misses(model.scorer) as missed:
-        options: dict[str, Any] = {"max_tokens": model.max_tokens, "remedy": f"lower the batch size ({size})", "reference": missed}
         for pictured in (True, False):
             mine = [number for number, group in enumerate(groups) if bool(group.num_pictures) == pictured]
             batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-            turns = scored_batches(model.scorer, model.collator, groups, [groups], batches, model.world, 0, "scoring", **options)
+            turns = scored_batches(
+                model.scorer,
+                model.collator,
+                groups,
+                [groups],
+                batches,
+                model.world,
+                0,
+                "scoring",
+                max_tokens=model.max_tokens,
+                remedy=f"lower the batch size ({size})",
+                reference=missed,
+            )
             for indices, (scores,) in turns:
                 assert scores.reference is not None
                 for j, number in enumerate(indices):

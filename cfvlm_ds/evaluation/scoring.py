@@ -104,8 +104,10 @@ def score_groups(
     donors = other_images(groups) if shuffled else None
     local: dict[int, list[Any]] = {}  # arrays, which are smaller than tensors
     progress = Progress(world.say, label, len(groups), "groups")
-    options: dict[str, Any] = {"max_tokens": max_tokens, "remedy": remedy, "reference": None if loss is None else loss.reference}
-    turns = scored_batches(forward, collator, groups, seen_as(groups, donors), batches, world, num_workers, label, **options)
+    views, reference = seen_as(groups, donors), None if loss is None else loss.reference
+    turns = scored_batches(
+        forward, collator, groups, views, batches, world, num_workers, label, max_tokens=max_tokens, remedy=remedy, reference=reference
+    )
     for number, (indices, scored) in enumerate(turns):
         if loss is not None and indices:
             loss.add(indices, [groups[index] for index in indices], scored[0])

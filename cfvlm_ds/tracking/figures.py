@@ -16,7 +16,7 @@ from cfvlm_ds.tracking.metrics_log import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import SubFigure
 
 INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
 TRUE_COLOUR = "#e8710a"
@@ -25,6 +25,7 @@ DPI = 160
 
 _CELL_W, _CELL_H, _THUMB, _LINE = 1.75, 1.05, 1.05, 0.145  # inches
 _CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
+_DOTS = " \N{HORIZONTAL ELLIPSIS}"
 _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
 _MOST_SERIES, _SERIES_CHARS = 8, 30
 
@@ -69,14 +70,13 @@ def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": title,
         "images": group["images"][:_MOST_IMAGES],
-        "captions": [_wrapped(caption) for caption in group["captions"][:_MOST_CAPTIONS]],
+        "captions": [
+            # wrapping takes time for a caption of megabytes
+            textwrap.fill(caption[: 2 * _CAPTION_CHARS * _CAPTION_LINES], _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=_DOTS)
+            for caption in group["captions"][:_MOST_CAPTIONS]
+        ],
         **rows,
     }
-
-
-def _wrapped(caption: str) -> str:
-    caption = caption[: 2 * _CAPTION_CHARS * _CAPTION_LINES]  # wrapping takes time for a caption of megabytes
-    return textwrap.fill(caption, _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=" \N{HORIZONTAL ELLIPSIS}")
 
 
 def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> None:
@@ -126,6 +126,9 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     Raises:
         FileNotFoundError: no such file. ValueError: it holds none of these metrics.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     series: dict[str, list[tuple[int, float]]] = {}
     for row in read_rows(metrics_jsonl):
         for name, value in row.items():
@@ -138,33 +141,12 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
             panels.append((title, label, shown, len(names) - len(shown)))
     if not panels:
         raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
-    figure, places = paged(len(panels), 3.0)
-    for axes, panel in zip(places, panels, strict=True):
-        _draw_curves(axes, *panel)
-    figure.savefig(path)
-
-
-def paged(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure with this number of panels in one or two columns; ``height`` is that of a panel in inches."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    rows, columns = math.ceil(panels / 2), min(2, panels)
+    rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
-    figure = Figure(figsize=(5.2 * columns, height * rows), dpi=DPI, facecolor="white", layout=layout)
-    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, panels + 1)]
-
-
-def in_style(axes: Axes, title: str, label: str) -> None:
-    """Apply the common style to a panel; ``label`` names its horizontal axis."""
-    axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
-    axes.set_xlabel(label, fontsize=8.5, color=MUTED)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.grid(axis="y", color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
+    figure = Figure(figsize=(5.2 * columns, 3.0 * rows), dpi=DPI, facecolor="white", layout=layout)
+    for place, panel in enumerate(panels, 1):
+        _draw_curves(figure.add_subplot(rows, columns, place), *panel)
+    figure.savefig(path)
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")
@@ -201,7 +183,14 @@ def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[t
         short = one_line(name.split("/", 1)[1], _SERIES_CHARS)
         # matplotlib omits labels that begin with an underscore from the legend
         axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
-    in_style(axes, title, "optimizer step")
+    axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
+    axes.set_xlabel("optimizer step", fontsize=8.5, color=MUTED)
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.grid(axis="y", color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
     axes.set_ylabel(label, fontsize=8.5, color=MUTED)
     if label in ("fraction", "%"):
         axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))

@@ -168,7 +168,13 @@ class Delivery:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables..."
         _make_store(self._uri)
         client = client_class(tracking_uri=self._uri)
-        run = self._find_run(client) or self._create_run(client)
+        if (run := self._find_run(client)) is None:
+            if (experiment := client.get_experiment_by_name(self.record.experiment)) is not None:
+                number = experiment.experiment_id
+            else:
+                local = None if os.environ.get("MLFLOW_TRACKING_URI") else (self._run_dir / "mlartifacts").as_uri()
+                number = client.create_experiment(self.record.experiment, artifact_location=local)
+            run = client.create_run(number, self.record.start_ms, {_TOKEN_TAG: self.record.token}, self.record.run_name)
         self._describe(client, run)
         self._client = client
         if shows_progress():
@@ -196,14 +202,6 @@ class Delivery:
             if record.status is None:
                 client.update_run(run.info.run_id, status="RUNNING")
         return run
-
-    def _create_run(self, client: Any) -> Any:
-        if (experiment := client.get_experiment_by_name(self.record.experiment)) is not None:
-            experiment_id = experiment.experiment_id
-        else:
-            local = None if os.environ.get("MLFLOW_TRACKING_URI") else (self._run_dir / "mlartifacts").as_uri()
-            experiment_id = client.create_experiment(self.record.experiment, artifact_location=local)
-        return client.create_run(experiment_id, self.record.start_ms, {_TOKEN_TAG: self.record.token}, self.record.run_name)
 
     def _describe(self, client: Any, run: Any) -> None:
         """Send parameters, tags and data sets, and record the run's id."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,16 +18,6 @@ from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
-
-
-def forkable(num_workers: int, importing: threading.Thread | None) -> int:
-    """Return the number of data workers after the import in the thread ``importing`` has ended.
-
-    A process that is forked during an import inherits a locked import lock and never gets past its first import.
-    """
-    if importing is not None:
-        importing.join()
-    return num_workers
 
 
 def micro_batches(

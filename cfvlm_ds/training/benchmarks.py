@@ -45,10 +45,6 @@ class RunBenchmark:
     pictures: PictureTable
     collator: Collator
 
-    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-        """Return the values by table and metric."""
-        return results(self.chosen.benchmark, outcomes)
-
 
 _REMEDY = "take that data set out, or correct its files"
 Outcomes = Mapping[str, Sequence[Outcome]]
@@ -95,7 +91,7 @@ def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes
     """Return the metrics under the names that they are logged by."""
     flat: dict[str, float] = {}
     for name, outcome in outcomes.items():
-        flat |= logged(name, benchmarks[name].metrics(outcome))
+        flat |= logged(name, results(benchmarks[name].chosen.benchmark, outcome))
     return flat
 
 
@@ -110,7 +106,7 @@ def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
     """Return the headline metric as a line for a progress log."""
-    tables, metric = benchmark.metrics(outcomes), benchmark.chosen.benchmark.headline
+    tables, metric = results(benchmark.chosen.benchmark, outcomes), benchmark.chosen.benchmark.headline
     controls = [
         f"{name} {tables[table][metric]:.1f}" for table, name in (("blank", "blank image"), ("chance", "chance")) if metric in tables[table]
     ]

@@ -62,8 +62,16 @@ class Evaluator:
         outcomes = {}
         with self._evaluating():
             for name, benchmark in self.benchmarks.items():
-                options: dict[str, Any] = {"num_workers": self.num_workers, "label": f"evaluating {name}", "shuffled": shuffled}
-                scores = score_groups(self.engine, self.collator, benchmark.plan.groups, self.world, **options, **self._options())
+                scores = score_groups(
+                    self.engine,
+                    self.collator,
+                    benchmark.plan.groups,
+                    self.world,
+                    num_workers=self.num_workers,
+                    label=f"evaluating {name}",
+                    shuffled=shuffled,
+                    **self._options(),
+                )
                 outcomes[name] = benchmark.plan.outcomes(scores, token_lengths(self.collator))
         return outcomes
 

@@ -21,11 +21,6 @@ Backward = Callable[[Tensor], None]
 """Adds the gradients of a loss over the scores."""
 
 
-def nothing(batch: Batch, counts: bool) -> float:
-    """Return 0: the step has no loss beside the objective."""
-    return 0.0
-
-
 def forward(
     engine: Any,
     micro_batch: MicroBatch,
@@ -33,7 +28,7 @@ def forward(
     device: torch.device,
     reference_of: ReferenceOf,
     last: bool,
-    beside: BesideOf = nothing,
+    beside: BesideOf = lambda batch, counts: 0.0,
 ) -> tuple[Scores, Backward]:
     """Score a micro-batch in ``number`` forwards, the same number on all ranks; return the scores [G, I, C] and the function that adds
     gradients.

@@ -31,7 +31,6 @@ from cfvlm_ds.models import attention, inputs_fingerprint
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import resume
-from cfvlm_ds.training.batches import forkable
 from cfvlm_ds.training.evaluator import check_best
 from cfvlm_ds.training.read_data import RunData, forget, model_fingerprint, read_data
 from cfvlm_ds.training.results import refuse_export
@@ -128,7 +127,10 @@ def _run(config: RunConfig, world: World) -> None:
         ds_engine, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=start.data)
         model = ds_engine.module.model
         world.say(f"attention: {attention(config.model.attn_implementation, model.config, model.dtype)}")
-        num_workers = forkable(config.data.workers, importing)
+        if importing is not None:
+            # A process that is forked during an import inherits a locked import lock and never gets past its first import.
+            importing.join()
+        num_workers = config.data.workers
         _checked(config, world, refuse_nonfinite, model, config.model.name_or_path)
         if config.data.feature_cache is not None:
             pulse.mark("features", 0)

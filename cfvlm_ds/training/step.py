@@ -63,17 +63,6 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class _Agreed:
-    """Sums over all ranks from one collective."""
-
-    denominators: Mapping[str, Tensor]
-    votes: Sequence[float]
-    save_due: bool
-    worker_lost: bool
-    dropped: bool
-
-
-@dataclass(frozen=True)
 class OptimizerStep:
     """Runner of optimizer steps.
 
@@ -115,13 +104,19 @@ class OptimizerStep:
                     self.engine, micro_batches, self._forwards(micro_batches), self.world.device, keep, pack
                 )
         self.mark("agreement", number)
-        agreed = self._agree(micro_batches, votes, save_due, lost)
-        if agreed.worker_lost:
+        local: dict[str, Tensor] = {}
+        for micro_batch in micro_batches:
+            for name, denominator in denominators(self.config.objective, micro_batch.layout).items():
+                local[name] = local[name] + denominator if name in local else denominator
+        flags = torch.tensor([float(save_due), float(lost is not None), float(sum(len(each.dropped) for each in micro_batches))])
+        *sums, control = all_reduce_sums([*local.values(), torch.cat([votes, flags])], self.world.device)
+        *all_votes, save_due, a_worker_is_lost, dropped = control.tolist()
+        if a_worker_is_lost:
             messages = enumerate(gather_objects(lost, self.world))
             raise WorkerLost("; ".join(f"rank {rank}: {message}" for rank, message in messages if message is not None))
-        if agreed.dropped:
+        if dropped:
             self.skipped.note(micro_batches)
-        measured, finite = self._compute(number, micro_batches, agreed.denominators, progress)
+        measured, finite = self._compute(number, micro_batches, dict(zip(local, sums, strict=True)), progress)
         # the loss scaling of fp16 leaves steps out on its own
         if not finite or not (self.engine.was_step_applied() or self.engine.fp16_enabled()):
             losses = [(each.micro_batch, each.loss) for each in measured]
@@ -131,7 +126,7 @@ class OptimizerStep:
             self.nonfinite.finite()
         if chosen and measured:
             measured = [replace(each, hardest=hardest) for each, hardest in zip(measured, chosen, strict=True)]
-        return StepResult(reason(agreed.votes), agreed.save_due, waited, measured)
+        return StepResult(reason(all_votes), bool(save_due), waited, measured)
 
     def _fetch(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], str | None]:
         """Return the step's micro-batches and None; if a data worker has died, a stand-in and the error message."""
@@ -144,17 +139,6 @@ class OptimizerStep:
     def _memory_explained(self, number: int, micro_batches: Sequence[MicroBatch]) -> contextlib.AbstractContextManager[None]:
         everything = [batch for micro_batch in micro_batches for batch in micro_batch.forwards]
         return explain_out_of_memory(f"at step {number} on rank {self.world.rank}", everything, _memory_remedy(self.config))
-
-    def _agree(self, micro_batches: Sequence[MicroBatch], votes: Tensor, save_due: bool, lost: str | None) -> _Agreed:
-        local: dict[str, Tensor] = {}
-        for micro_batch in micro_batches:
-            for name, denominator in denominators(self.config.objective, micro_batch.layout).items():
-                local[name] = local[name] + denominator if name in local else denominator
-        dropped = sum(len(micro_batch.dropped) for micro_batch in micro_batches)
-        flags = torch.tensor([float(save_due), float(lost is not None), float(dropped)])
-        *sums, control = all_reduce_sums([*local.values(), torch.cat([votes, flags])], self.world.device)
-        *stop, due, dead, missing = control.tolist()
-        return _Agreed(dict(zip(local, sums, strict=True)), stop, bool(due), bool(dead), bool(missing))
 
     def _compute(
         self, number: int, micro_batches: Sequence[MicroBatch], denominators: Mapping[str, Tensor], progress: float

@@ -105,7 +105,10 @@ class Trainer:
         meter = Meter(deepspeed_engine.gather_clock(self.engine, world.device))
         checkpoints = Checkpoints(self.engine, state, self._run_dir, world, train)
         if state.step == 0:
-            self._begin(tracker)
+            self.pulse.mark("evaluation", 0)
+            before = self.baseline.measure(self.evaluator)
+            outcomes = self.evaluator.ask() if self.data.benchmarks and train.eval_on_start is True else {}
+            self._log_evaluation(tracker, before, outcomes, "before the first step, ")
         part_of_step = 1 / (world.size * train.gradient_accumulation_steps)
         started, first_step = time.monotonic(), state.step
         self.engine.train()
@@ -158,14 +161,6 @@ class Trainer:
         world.say(_progress(state.step, self.total_steps, metrics, left))
         self._retention.trained(metrics)
         self._idle.recorded(metrics)
-
-    def _begin(self, tracker: Any) -> None:
-        """Evaluate the model before the first step, as train.eval_on_start and train.retention require."""
-        train = self.config.train
-        self.pulse.mark("evaluation", 0)
-        results = self.baseline.measure(self.evaluator)
-        outcomes = self.evaluator.ask() if self.data.benchmarks and train.eval_on_start is True else {}
-        self._log_evaluation(tracker, results, outcomes, "before the first step, ")
 
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps; return True if the result is the best so far by train.save_best."""

@@ -143,13 +143,23 @@ class Source:
             yield from self._rows(file, name)
 
     def _rows(self, file: File, name: str) -> Iterator[Row | DataError]:
-        from cfvlm_ds.data.containers.rows import rows_of  # imported late, as below, because training without benchmarks does not need it
+        # imported late, as below, because training without benchmarks does not need them
+        from cfvlm_ds.data.containers.rows import rows_of
+        from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
 
+        readers: dict[str, Callable[[Path], _Placed]] = {
+            ".json": _json_values,
+            ".jsonl": _json_lines,
+            ".txt": _text_lines,
+            ".csv": csv_rows,
+            ".tsv": tsv_rows,
+            ".parquet": self._prepared,
+        }
         path, self._brought = self.root / name, ()
         self.counts.setdefault(file.name, 0)
         self.read[file.name] = name
         try:
-            for place, value in rows_of(path, self._reader(path.suffix)):
+            for place, value in rows_of(path, readers[path.suffix]):
                 self.counts[file.name] += 1
                 kind, _, number = place.partition(" ")
                 where = f"{path}:{number}" if kind == "line" else f"{path}: {place}"
@@ -159,18 +169,6 @@ class Source:
                     yield error
         except DataError as error:  # names the file and the remedy
             yield error
-
-    def _reader(self, suffix: str) -> Callable[[Path], _Placed]:
-        from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
-
-        return {
-            ".json": _json_values,
-            ".jsonl": _json_lines,
-            ".txt": _text_lines,
-            ".csv": csv_rows,
-            ".tsv": tsv_rows,
-            ".parquet": self._prepared,
-        }[suffix]
 
     def _prepared(self, path: Path) -> _Placed:
         """Yield the rows of Parquet files, which are converted to JSON lines the first time. A JSON string in place of a row is its error

@@ -222,13 +222,23 @@ def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: Pict
     """Yield the scores of this rank's groups, a batch at a time, except the groups that are ``known``."""
     groups, size = scoring_plan.groups, settings.batch_size
     collator, donors = model.collator.of_run("full", None, pictures), other_images(groups) if settings.shuffled else None
-    options: dict[str, Any] = {"max_tokens": settings.max_tokens, "remedy": settings.remedy}
     for pictured in (True, False):  # a text without a picture has no blank row of its own
         every = [k for k, group in enumerate(groups) if bool(group.num_pictures) == pictured]
         batches = [every[start : start + size] for start in range(0, len(every), size)]
         unscored = [batch for batch in batches if not all(k in known for k in batch)]
         views = seen_as(groups, donors) if pictured else [groups]
-        turns = scored_batches(model.forward, collator, groups, views, unscored, model.world, settings.num_workers, label, **options)
+        turns = scored_batches(
+            model.forward,
+            collator,
+            groups,
+            views,
+            unscored,
+            model.world,
+            settings.num_workers,
+            label,
+            max_tokens=settings.max_tokens,
+            remedy=settings.remedy,
+        )
         for indices, scored in turns:
             yield {k: kept(scores) for k, scores in matrices(groups, indices, scored, donors).items()}
 
