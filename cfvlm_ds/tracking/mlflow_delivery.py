@@ -213,12 +213,7 @@ class Delivery:
         tags |= {_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()}
         send(client, run_id, "params", [entities.Param(name, text) for name, text in params.items() if name not in run.data.params])
         send(client, run_id, "tags", [entities.RunTag(name, text) for name, text in tags.items()])
-        self._log_inputs(client, run)
-        self._change(run_id=run_id)
-
-    def _log_inputs(self, client: Any, run: Any) -> None:
-        """Log the data sets that the run does not have yet."""
-        entities, context = _mlflow("mlflow.entities"), _mlflow("mlflow.utils.mlflow_tags").MLFLOW_DATASET_CONTEXT
+        context = _mlflow("mlflow.utils.mlflow_tags").MLFLOW_DATASET_CONTEXT
         known = {(each.dataset.name, each.dataset.digest, *(tag.value for tag in each.tags)) for each in run.inputs.dataset_inputs}
         new = []
         for each in self.record.inputs:
@@ -231,7 +226,8 @@ class Delivery:
                 dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=source, profile=profile)
                 new.append(entities.DatasetInput(dataset=dataset, tags=[entities.InputTag(context, each["context"])]))
         if new:
-            client.log_inputs(run.info.run_id, datasets=new)
+            client.log_inputs(run_id, datasets=new)
+        self._change(run_id=run_id)
 
     def _deliver_metrics(self) -> bool:
         """Send the next part of metrics.jsonl; return False if there was none."""

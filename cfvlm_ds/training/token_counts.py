@@ -52,13 +52,38 @@ def group_tokens(
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
+    def work(places: Sequence[int], done: Done) -> Tokens | str:
+        """Return the counts of some groups, or the message of one that cannot be read."""
+        try:
+            chunk = [groups[index] for index in places]
+            shown = (picture for group in chunk for image in group.images for picture in image)
+            with ThreadPoolExecutor(min(4, cores_per_rank())) as pool:  # many such processes may run
+                sizes = sizes_of(shown, pictures, data.max_pixels, pool)
+            counts = np.zeros((2, len(chunk)), np.int32)
+            for k, group in enumerate(chunk):
+                trees = collator.tree_tokens(group, sizes)
+                counts[:, k] = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
+                done()
+            return counts
+        except DataError as error:
+            return str(error)
+
+    def counts_of_all() -> Tokens:
+        """Return [2, groups]: the tokens of every group, and those of its largest image with one text."""
+        parts, scan = [np.zeros((2, 0), np.int32)], Scan(barrier.alive, shield_worker)
+        for part in scan.over(range(len(groups)), work, Progress(world.say, "tokens", len(groups), "groups")):
+            if isinstance(part, str):
+                raise DataError(part)
+            parts.append(part)
+        return np.concatenate(parts, 1, dtype=np.int32)
+
     def find() -> Path | None:
         files = _files(folders, depends_on, collator)
         for file in files:
             if (known := _mapped(file, len(groups))) is not None:
                 counted.append(known)
                 return file
-        counted.append(_counted(groups, collator, data, pictures, Scan(barrier.alive, shield_worker), world.say))
+        counted.append(counts_of_all())
         for file in files:
             with contextlib.suppress(OSError):  # a full disk only costs memory and the time of the next start
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,40 +109,6 @@ def group_tokens(
                 f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"
             )
     return tokens[0]
-
-
-def _counted(
-    groups: Sequence[CounterfactualGroup],
-    collator: Collator,
-    data: DataConfig,
-    pictures: PictureTable | None,
-    scan: Scan,
-    say: Callable[[str], object],
-) -> Tokens:
-    """Return [2, groups]: the tokens of every group, and those of its largest image with one text."""
-
-    def work(places: Sequence[int], done: Done) -> Tokens | str:
-        """Return the counts of some groups, or the message of one that cannot be read."""
-        try:
-            chunk = [groups[index] for index in places]
-            shown = (picture for group in chunk for image in group.images for picture in image)
-            with ThreadPoolExecutor(min(4, cores_per_rank())) as pool:  # many such processes may run
-                sizes = sizes_of(shown, pictures, data.max_pixels, pool)
-            counts = np.zeros((2, len(chunk)), np.int32)
-            for k, group in enumerate(chunk):
-                trees = collator.tree_tokens(group, sizes)
-                counts[:, k] = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
-                done()
-            return counts
-        except DataError as error:
-            return str(error)
-
-    counted = [np.zeros((2, 0), np.int32)]
-    for part in scan.over(range(len(groups)), work, Progress(say, "tokens", len(groups), "groups")):
-        if isinstance(part, str):
-            raise DataError(part)
-        counted.append(part)
-    return np.concatenate(counted, 1, dtype=np.int32)
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:
