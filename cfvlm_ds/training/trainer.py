@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cfvlm_ds import checkpoint
 from cfvlm_ds import engine as deepspeed_engine
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.checkpoint import TrainState
@@ -29,7 +30,6 @@ from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.batches import micro_batches
 from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
-from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.meter import Meter, measure
@@ -103,7 +103,7 @@ class Trainer:
         step = OptimizerStep(self.config, world, self.engine, self.collator, skipped, nonfinite, self.pulse.mark)
         batches = micro_batches(self.data.groups, self.sampler, self.collator, self.config, world, self.num_workers)
         meter = Meter(deepspeed_engine.gather_clock(self.engine, world.device))
-        checkpoints = Checkpoints(self.engine, state, self._run_dir, world, train)
+        self._saved_at = time.monotonic()
         if state.step == 0:
             self.pulse.mark("evaluation", 0)
             before = self.baseline.measure(self.evaluator)
@@ -115,11 +115,11 @@ class Trainer:
         saved = first_step
         while state.step < self.total_steps:
             try:
-                due = world.is_main and checkpoints.due()
+                due = world.is_main and 0 < train.save_minutes * 60 <= time.monotonic() - self._saved_at
                 result = step.take(state.step + 1, batches, state.step / self.total_steps, self._stop.votes(), due)
             except WorkerLost as lost:
                 if saved < state.step:
-                    tracker.log(state.step, checkpoints.save(needed=True))
+                    tracker.log(state.step, self._save(needed=True))
                 then = f"step {state.step} is the last whole one and is saved" if state.step else "nothing was trained"
                 self._end(tracker, f"at step {state.step + 1}, {lost}", f"{then}, and the same command continues", alone=False)
             meter.wait(result.waited_s)
@@ -140,11 +140,29 @@ class Trainer:
                 meter.reset()  # the evaluation's time is not training time
             if last or stop or save_due or (train.save_steps and state.step % train.save_steps == 0):
                 self.pulse.mark("checkpoint", state.step)
-                tracker.log(state.step, checkpoints.save(needed=last or stop is not None))
+                tracker.log(state.step, self._save(needed=last or stop is not None))
                 saved = state.step
             if stop:
                 return stop
         return None
+
+    def _save(self, needed: bool) -> dict[str, float]:
+        """Save a checkpoint and return its cost as metrics: seconds, and their share of the time since the last checkpoint.
+
+        A failure raises SaveError if the checkpoint is ``needed``; otherwise it prints a warning.
+        """
+        started, train, failed = time.monotonic(), self.config.train, False
+        try:
+            checkpoint.save(self.engine, self.state, self._run_dir, self.world, train.save_total_limit, train.save_keep_every)
+        except checkpoint.SaveError as error:
+            if needed:
+                raise
+            failed = True
+            self.world.say(f"warning: {error}; training goes on and the next checkpoint is tried in its turn")
+        ended = time.monotonic()
+        share = (ended - started) / (ended - self._saved_at)
+        self._saved_at = ended
+        return {"checkpoint/seconds": ended - started, "checkpoint/share": share, "checkpoint/failed": float(failed)}
 
     def _record(self, tracker: Any, meter: Meter, left: str) -> None:
         """Log and print the metrics since the last record."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ def one_hot(gold: int, size: int) -> tuple[int, ...]:
     return tuple(int(place == gold) for place in range(size))
 
 
+@dataclass(eq=False)
 class Source:
     """The folder of a benchmark; ``say`` reports the progress of long work on its files.
 
@@ -119,14 +120,14 @@ class Source:
         absent: missing picture that a row names -> the error for the first such row.
     """
 
-    def __init__(self, root: Path, say: Callable[[str], object] = lambda line: None) -> None:
-        self.root, self._say = root, say
-        self.counts: dict[str, int] = {}
-        self.read: dict[str, str] = {}
-        self.absent: dict[Path, DataError] = {}
-        self._brought: tuple[Path, ...] = ()
-        """Folder of the pictures that the current file contained."""
-        self._confined: dict[tuple[Path, ...], Confinement] = {}
+    root: Path
+    say: Callable[[str], object] = lambda line: None
+    counts: dict[str, int] = field(default_factory=dict)
+    read: dict[str, str] = field(default_factory=dict)
+    absent: dict[Path, DataError] = field(default_factory=dict)
+    _brought: tuple[Path, ...] = ()
+    """Folder of the pictures that the current file contained."""
+    _confined: dict[tuple[Path, ...], Confinement] = field(default_factory=dict)
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
         """Yield the rows of a file. A missing or damaged file yields one DataError."""
@@ -176,7 +177,7 @@ class Source:
         """
         from cfvlm_ds.data.containers.prepared import prepare, prepared_places
 
-        converted = prepare(path, "parquet", prepared_places(path, cache_folder()), self._say).lines
+        converted = prepare(path, "parquet", prepared_places(path, cache_folder()), self.say).lines
         self._brought = (converted.parent,)
         for place, value in _json_lines(converted):
             yield place, DataError(value) if isinstance(value, str) else value
