@@ -15,7 +15,6 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.tracking.metrics_log import read_rows
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
 INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
@@ -128,6 +127,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
 
     series: dict[str, list[tuple[int, float]]] = {}
     for row in read_rows(metrics_jsonl):
@@ -144,8 +144,40 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
     figure = Figure(figsize=(5.2 * columns, 3.0 * rows), dpi=DPI, facecolor="white", layout=layout)
-    for place, panel in enumerate(panels, 1):
-        _draw_curves(figure.add_subplot(rows, columns, place), *panel)
+    for place, (title, label, chosen, others) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for index, (name, points) in enumerate(chosen.items()):
+            steps = [step for step, _ in points]
+            values = [value if math.isfinite(value) else math.nan for _, value in points]
+            colour = LINES[index % len(LINES)]
+            dense = len(points) > 60
+            smooth = _smoothed(values) if dense else values
+            if dense:
+                axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+            marker = "o" if len(points) <= 30 else ""
+            short = one_line(name.split("/", 1)[1], _SERIES_CHARS)
+            # matplotlib omits labels that begin with an underscore from the legend
+            axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
+        axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
+        axes.set_xlabel("optimizer step", fontsize=8.5, color=MUTED)
+        axes.tick_params(labelsize=8, colors=MUTED, length=0)
+        axes.grid(axis="y", color=RULE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(RULE)
+        axes.set_ylabel(label, fontsize=8.5, color=MUTED)
+        if label in ("fraction", "%"):
+            axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if others:
+            note = f"and {others} more in metrics.jsonl"
+            axes.plot([], [], linestyle="none", label=note)
+        legend = axes.legend(
+            fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2
+        )
+        for text in legend.get_texts():
+            text.set(**AS_WRITTEN)
     figure.savefig(path)
 
 
@@ -166,43 +198,6 @@ def _place(name: str) -> int | None:
     if first != "eval":
         return 0
     return _ACCURACIES.index(metric) if len(parts) == 3 and metric in _ACCURACIES else None
-
-
-def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[tuple[int, float]]], others: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for index, (name, points) in enumerate(chosen.items()):
-        steps = [step for step, _ in points]
-        values = [value if math.isfinite(value) else math.nan for _, value in points]
-        colour = LINES[index % len(LINES)]
-        dense = len(points) > 60
-        smooth = _smoothed(values) if dense else values
-        if dense:
-            axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
-        marker = "o" if len(points) <= 30 else ""
-        short = one_line(name.split("/", 1)[1], _SERIES_CHARS)
-        # matplotlib omits labels that begin with an underscore from the legend
-        axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
-    axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
-    axes.set_xlabel("optimizer step", fontsize=8.5, color=MUTED)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.grid(axis="y", color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
-    axes.set_ylabel(label, fontsize=8.5, color=MUTED)
-    if label in ("fraction", "%"):
-        axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if others:
-        note = f"and {others} more in metrics.jsonl"
-        axes.plot([], [], linestyle="none", label=note)
-    legend = axes.legend(
-        fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2
-    )
-    for text in legend.get_texts():
-        text.set(**AS_WRITTEN)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -43,7 +43,6 @@ class RunBenchmark:
     notes: tuple[str, ...]
     example: Mapping[str, str]
     pictures: PictureTable
-    collator: Collator
 
 
 _REMEDY = "take that data set out, or correct its files"
@@ -67,8 +66,11 @@ def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
     return chosen
 
 
-def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) -> dict[str, RunBenchmark]:
-    """Read the benchmarks of data.evaluation; collective. Raises DataError for the first item that the model cannot take."""
+def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) -> tuple[dict[str, RunBenchmark], Collator | None]:
+    """Read the benchmarks of data.evaluation; return them and the model's collator, if one is loaded. Collective.
+
+    Raises DataError for the first item that the model cannot take.
+    """
     benchmarks = {}
     for name, each in config.data.benchmark_sets.items():
         collator = collator or load_collator(config.model, "full", config.data.max_pixels)
@@ -83,8 +85,8 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
             f"{len(scoring_plan.groups)} groups"
         )
         example = example_of(checked.items[0], chosen.way, collator)
-        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, example, checked.pictures, collator)
-    return benchmarks
+        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, example, checked.pictures)
+    return benchmarks, collator
 
 
 def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:

@@ -28,8 +28,8 @@ class Idle:
         """Check the metrics of a training record and warn about new findings."""
         for option, why in self._findings(metrics):
             if option not in self.warned:
-                self.warned.add(option)
                 self.say(f"warning: {option} {why}")
+            self.warned.add(option)
 
     def _findings(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         for term, (metric, lack, remedy) in _LACKS.items():

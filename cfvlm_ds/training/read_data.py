@@ -92,8 +92,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
         identity = mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
     else:
         ((groups, identity),) = sources.values()
-    benchmarks = read_benchmarks(config, world, stores.collator)
-    collator = next((each.collator for each in benchmarks.values()), stores.collator)
+    benchmarks, collator = read_benchmarks(config, world, stores.collator)
     tables = [table for each in (*train.values(), *splits.values()) if (table := stored_rows(each).pictures) is not None]
     evaluated = {name: stored_rows(groups).keys for name, groups in splits.items()}
     evaluated |= {name: keys_of(benchmark.plan.groups, benchmark.pictures) for name, benchmark in benchmarks.items()}

@@ -11,7 +11,7 @@ from typing import Any
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
-from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.files import Say, replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
@@ -28,7 +28,6 @@ from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figur
 from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
-Say = Callable[[str], object]
 CHANGES = "before_after.json"
 """Rows of the table of what the training changed."""
 

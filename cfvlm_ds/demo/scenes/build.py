@@ -149,19 +149,12 @@ def draw_group(config: ScenesConfig, split: str, index: int) -> SceneGroup:
     phrasing, a_first = rng.randrange(len(PHRASINGS)), rng.random() < 0.5
     # A generator of its own, so that the scenes and captions of a seed do not depend on the questions.
     wording = f"{config.seed}/{split}/{index}/asked"
-    return SceneGroup(scenes, tuple(kind for kind, _ in edits), sham, phrasing, a_first, _question(config, split, first, wording), wording)
-
-
-def _question(config: ScenesConfig, split: str, edit: str, wording: str) -> str:
-    """Return the kind of a group's question: that of its split, in training a drawn one ("count" only if the count was edited), or "" for a
-    description.
-    """
-    if (kind := split.removeprefix("test_")) in QUESTIONS:
-        return kind
-    rng = Random(f"{wording}/kind")
-    if split != "train" or rng.random() >= config.question_share:
-        return ""
-    return rng.choice([kind for kind in QUESTIONS if kind != "count" or edit == "count"])
+    question = split.removeprefix("test_")
+    if question not in QUESTIONS:
+        asked = Random(f"{wording}/kind")
+        is_asked = not test and asked.random() < config.question_share
+        question = asked.choice([kind for kind in QUESTIONS if kind != "count" or first == "count"]) if is_asked else ""
+    return SceneGroup(scenes, tuple(kind for kind, _ in edits), sham, phrasing, a_first, question, wording)
 
 
 def as_group(drawn: SceneGroup, group_id: str, images: tuple[Path, ...]) -> CounterfactualGroup:

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from cfvlm_ds.core.errors import DataError, StorageError, unwritten
-from cfvlm_ds.core.files import cache_folder, whole_file
+from cfvlm_ds.core.files import Say, cache_folder, whole_file
 from cfvlm_ds.core.reading import MIB, DuplicateKey, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_foreign
@@ -121,7 +121,7 @@ class Source:
     """
 
     root: Path
-    say: Callable[[str], object] = lambda line: None
+    say: Say = lambda line: None
     counts: dict[str, int] = field(default_factory=dict)
     read: dict[str, str] = field(default_factory=dict)
     absent: dict[Path, DataError] = field(default_factory=dict)

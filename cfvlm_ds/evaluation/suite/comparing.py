@@ -59,11 +59,6 @@ class Compared:
     differences: Mapping[str, Difference]
     notes: Sequence[str]
 
-    @property
-    def place(self) -> str:
-        """Name of the benchmark and the probe."""
-        return self.before.place
-
     def changes(self) -> tuple[list[str], list[str]]:
         """Return the items that were wrong and are right, and those that were right and are wrong."""
         right = [(after.item.id, is_right(self.benchmark, before), is_right(self.benchmark, after)) for before, after in self.pairs]
@@ -154,7 +149,7 @@ def comparison_table(results: Sequence[Compared], before: str, after: str) -> st
     for pair in results:
         better, worse = pair.changes()
         for word, ids in (("better", better), ("worse", worse)):
-            flipped += [f"{pair.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
+            flipped += [f"{pair.before.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
         headline = pair.benchmark.headline
         names = [headline] * (headline in pair.differences)
         names += [name for name, difference in pair.differences.items() if name != headline and difference.resolved]
@@ -164,4 +159,4 @@ def comparison_table(results: Sequence[Compared], before: str, after: str) -> st
             metric = pair.differences[name]
             values = f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {metric.after - metric.before:+.1f}"
             lines.append(f"{start} {values} | {between(metric.interval)} | {metric} | {counts} |")
-    return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{pair.place}: {note}" for pair in results for note in pair.notes)])
+    return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{pair.before.place}: {note}" for pair in results for note in pair.notes)])
