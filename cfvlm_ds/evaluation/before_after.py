@@ -117,7 +117,7 @@ def is_results(path: Path) -> bool:
         return True
     if not any(path.glob("*/*/results.json")):
         what = "a run folder, a file of `cfvlm-ds evaluate --out`, or a folder of `cfvlm-ds evaluate --benchmarks`"
-        raise ConfigError(f"{path} holds no results; name {what}")
+        raise ConfigError(f"{path} contains no results; name {what}")
     return False
 
 

@@ -197,7 +197,7 @@ def _question(request: Any, documents: Documents, folder: str) -> tuple[str, tup
     label = f"task {task!r}, row {number}"
     text = str(target if isinstance(target, str) else target(documents[task][split][number])).strip()
     if not text:
-        raise DataError(f"{label}: the text whose likelihood is asked for is empty; correct the task's options")
+        raise DataError(f"{label}: the text to score is empty; correct the task's options")
     pictures = _as_files(_shown(visual, documents, task, split, number), folder, label)
     return label, (pictures,), (Candidate(_prompt(context, len(pictures)), text),)
 

@@ -120,8 +120,8 @@ def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBe
     name = config.train.save_best
     if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks or {})):
         raise ConfigError(
-            f"train.save_best {name!r} is no metric that an evaluation of data.evaluation has: no comparison of its groups makes one; take "
-            f"one of {', '.join(sorted(known)) or 'none, for no group has a comparison'}"
+            f"train.save_best {name!r} is not a metric of data.evaluation, whose groups have no comparison for it; the metrics are "
+            f"{', '.join(sorted(known)) or 'none: no group has a comparison'}"
         )
 
 

@@ -143,7 +143,7 @@ def _finished_at(run_dir: Path) -> int | None:
         done = False
     if not done:
         raise ConfigError(
-            f"{run_dir / FINISHED} says that the run ended at step {step}, and neither a checkpoint nor {METRICS_FILE} beside it has come "
-            "so far; remove it to go on from what is there"
+            f"{run_dir / FINISHED} says that the run ended at step {step}, but no checkpoint and no record in {METRICS_FILE} reaches "
+            "that step; remove it to continue from what is there"
         )
     return step

@@ -522,7 +522,7 @@ def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manife
     ((code, said),) = run_ranks(
         1, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said"
     )
-    assert code == 2 and "error: train.save_best 'eval/shapes/sham' is no metric that an evaluation of data.evaluation has" in said, said
+    assert code == 2 and "error: train.save_best 'eval/shapes/sham'" in said, said
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step 1" not in said
 
 

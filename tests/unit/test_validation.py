@@ -159,7 +159,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
             ["--train.hard_negatives", "1", *(part for term in ("csd", "fcd") for part in (f"--objective.{term}.weight", "0"))],
             "train.hard_negatives keeps what the model takes most for true, and align scores no text on an image that it is false of",
         ),
-        (["--train.retention", "[kept]"], "train.retention: 'kept' is no manifest of data.evaluation (none); name one of them"),
+        (["--train.retention", "[kept]"], "train.retention: 'kept' is not a manifest of data.evaluation (none); name one of them"),
         (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl: no such manifest"),
         (["--data.format", "cfgrop"], "unknown format 'cfgrop'; did you mean 'cfgroup'?"),
         (["--objective.dpo.weight", "1"], "an objective needs stored scores"),
@@ -175,7 +175,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
         (["--model.attn_implementation", "flash_attention_2"], "flash_attention_2 needs a CUDA device and the flash-attn package"),
         (["--model.max_pixels", "1000"], "model.max_pixels has no meaning for model type 'llava'"),
         (["--deepspeed", "ds_configs/z4.json"], "ds_configs/z4.json: no such file; there are"),
-        (["--train.resume", "checkpoint-9"], "train.resume 'checkpoint-9' is no folder; give auto, never, restart or the path of a"),
+        (["--train.resume", "checkpoint-9"], "train.resume 'checkpoint-9' is not a folder; give auto, never, restart or the path of a"),
     ],
 )
 def test_options_that_end_a_run_are_found_before_pictures_are_opened(

@@ -189,7 +189,7 @@ class Source:
         with ``where`` for an invalid name.
         """
         if not isinstance(name, str):
-            raise DataError(f"{where}: {quoted(name)} is no name of a picture; {_AGAIN}")
+            raise DataError(f"{where}: {quoted(name)} is not the name of a picture; {_AGAIN}")
         beside, inside = self.root.parent, self.root
         named = (beside / folder[3:] if folder.startswith("../") else inside / folder for folder in folders or ("",))
         roots = (*self._brought, *named)

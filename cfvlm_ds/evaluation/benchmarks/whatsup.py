@@ -55,7 +55,7 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
     """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
-        raise row.error(f"the file name {path.name!r} says no relation ({', '.join(PAIRS)})")
+        raise row.error(f"the file name {path.name!r} contains no relation ({', '.join(PAIRS)})")
     return f"{words[0]}+{words[-1]}", PAIRS[words[1]]
 
 
