@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -291,18 +290,6 @@ def test_a_small_qwen_is_asked_everything(tmp_path: Path, monkeypatch: pytest.Mo
     results = ask(asked(qwen, load_collator(config, "full")), root, tmp_path / "out", ",".join(BENCHMARKS), settings=Settings(draws=3))
     assert len(results) == len(BENCHMARKS)
     assert not [result.place for result in results if result.record["not_finite"]]
-
-
-def test_progress_counts_items(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of pope many questions share a picture, and so a group."""
-    said: list[str] = []
-    monkeypatch.setattr("cfvlm_ds.core.progress.FIRST_S", 0.0)
-    monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
-    (found,) = ask(asked(scorer, collator), root, tmp_path, "pope")
-    (line,) = [line for line in said if line.startswith("pope (yes_no): ") and " left" in line and "items" in line][-1:]
-    done, total = map(int, re.findall(r": (\d+) of (\d+) items", line)[0])
-    pictures = {each.item.id: each.item.images for each in found.outcomes}
-    assert total == len(pictures) and done % (len(pictures) // len(set(pictures.values()))) == 0 < done
 
 
 # What is on disk ------------------------------------------------------------------------------------------------------------------------
