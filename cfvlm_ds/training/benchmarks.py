@@ -15,8 +15,8 @@ from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
-from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
-from cfvlm_ds.evaluation.benchmarks.base import Values
+from cfvlm_ds.evaluation.benchmarks import Outcome, results
+from cfvlm_ds.evaluation.benchmarks.base import Values, tied
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
@@ -101,8 +101,7 @@ def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
     """Return the names of the metrics that ``benchmark_metrics`` will contain for the shown images, derived from the items alone."""
     names = set()
     for name, benchmark in benchmarks.items():
-        tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images)) for item in benchmark.plan.items]
-        names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied)}
+        names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied(benchmark.plan.items))}
     return names
 
 

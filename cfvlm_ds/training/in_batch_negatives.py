@@ -26,6 +26,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, InBatchNegative, Pictures,
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
+from cfvlm_ds.objectives.batch_align import own_images
 
 Entry = CounterfactualGroup | DataError
 
@@ -202,8 +203,7 @@ def _entries(scores: Scores) -> npt.NDArray[np.float64]:
     layout = scores.layout
     if layout.in_batch is None:
         return np.zeros((0, 4))
-    true = layout.positive & layout.same_prompt[:, :1]
-    own = true & (true.cumsum(1) == 1)
+    own = own_images(layout)
     compared = own | (layout.negative & layout.same_prompt[:, :1] & own.any(1, keepdim=True))
     compared[:, :, layout.num_own :] = layout.valid[:, :, layout.num_own :]
     compared = compared.cpu()

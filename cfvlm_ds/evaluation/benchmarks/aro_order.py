@@ -102,21 +102,18 @@ def _items(*folders: str) -> Callable[[Row], list[Item]]:
 
 _UNOFFICIAL = "the shuffles: drawn once by a hash, content words by a list in place of a tagger, repeated ones dropped"
 
-COCO_ORDER = Benchmark(
-    title="ARO, COCO-Order",
-    files=(File("coco_karpathy_test.json", ("image", "caption"), 5000),),
-    item=_items("", "images", "../coco"),
-    metrics=by("options", accuracy),
-    headline="accuracy",
-    probes=("match", "caption"),
-    unofficial=_UNOFFICIAL,
-)
-FLICKR_ORDER = Benchmark(
-    title="ARO, Flickr30k-Order",
-    files=(File("flickr30k_test.json", ("image", "caption"), 1000),),
-    item=_items("", "images", "../flickr30k"),
-    metrics=by("options", accuracy),
-    headline="accuracy",
-    probes=("match", "caption"),
-    unofficial=_UNOFFICIAL,
-)
+
+def _benchmark(title: str, name: str, rows: int, folder: str) -> Benchmark:
+    return Benchmark(
+        title=title,
+        files=(File(name, ("image", "caption"), rows),),
+        item=_items("", "images", folder),
+        metrics=by("options", accuracy),
+        headline="accuracy",
+        probes=("match", "caption"),
+        unofficial=_UNOFFICIAL,
+    )
+
+
+COCO_ORDER = _benchmark("ARO, COCO-Order", "coco_karpathy_test.json", 5000, "../coco")
+FLICKR_ORDER = _benchmark("ARO, Flickr30k-Order", "flickr30k_test.json", 1000, "../flickr30k")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
@@ -245,10 +245,14 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 def chance(benchmark: Benchmark, items: Sequence[Item]) -> Values:
     """Return the values of random scores on these items: every comparison is a tie, except where the benchmark states a value."""
-    tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images), blind=True) for item in items]
-    names = benchmark.metrics([replace(judged_item, blind=False) for judged_item in tied])
+    names = benchmark.metrics(tied(items))
     stated = {name: benchmark.chance[base] for name in names if (base := name.split("/")[0]) in benchmark.chance}
-    return benchmark.metrics(tied) | stated
+    return benchmark.metrics(tied(items, blind=True)) | stated
+
+
+def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
+    """Return a table in which every score is 0."""
+    return [Judged(item, ((0.0,) * len(item.texts),) * len(item.images), blind) for item in items]
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:

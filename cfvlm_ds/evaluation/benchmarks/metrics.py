@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import comb, prod
+from typing import Any
 
 import numpy as np
 
@@ -182,13 +183,19 @@ def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
     return [(judged.scores[0][0] - judged.scores[0][1], bool(judged.item.match[0][0])) for judged in table]
 
 
+def _by_answer(pairs: Sequence[tuple[float, bool]]) -> tuple[Any, Any]:
+    """Return the sorted margins of items whose answer is yes, and of the others."""
+    yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
+    return yes, no
+
+
 def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
     """Return the area under the ROC curve in %: the share of pairs of a yes and a no item in which the yes has the larger margin, a tie one
     half.
 
     None if one of the two answers never occurs or a score is not a number.
     """
-    yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
+    yes, no = _by_answer(pairs)
     if not len(yes) or not len(no) or np.isnan([*yes, *no]).any():
         return None
     won = np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")
@@ -199,7 +206,7 @@ def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
     """Return the margin threshold for yes that classifies the most ``pairs`` correctly; of several, the one nearest to 0, then the
     smaller.
     """
-    yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
+    yes, no = _by_answer(pairs)
     values = np.unique([margin for margin, _ in pairs])
     cuts = np.concatenate([[0.0, values[0] - 1, values[-1] + 1], (values[1:] + values[:-1]) / 2])
     right = len(yes) - np.searchsorted(yes, cuts, "right") + np.searchsorted(no, cuts, "right")
