@@ -5,33 +5,39 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch.utils.data import DataLoader
+
 from cfvlm_ds import checkpoint
 from cfvlm_ds import engine as deepspeed_engine
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.cluster import signals
 from cfvlm_ds.cluster.heartbeat import Heartbeat
 from cfvlm_ds.cluster.signals import EXIT_STOPPED, Stop, StopRequested, WorkerLost, together
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import ProgressBarrier, World
+from cfvlm_ds.core.distributed import ProgressBarrier, World, isolated_rng
 from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
 from cfvlm_ds.evaluation.benchmarks import Outcome
 from cfvlm_ds.evaluation.suite.results import RESULTS
 from cfvlm_ds.evaluation.suite.tables import overview, summary
 from cfvlm_ds.models import ModelFlops, peak
+from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.baseline import Baseline
-from cfvlm_ds.training.batches import micro_batches
 from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.idle import Idle
+from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, summary_of, write_results
@@ -101,7 +107,7 @@ class Trainer:
         skipped = SkippedGroups(self.config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
         step = OptimizerStep(self.config, world, self.engine, self.collator, skipped, nonfinite, self.pulse.mark)
-        batches = micro_batches(self.data.groups, self.sampler, self.collator, self.config, world, self.num_workers)
+        batches = self._micro_batches()
         meter = Meter(deepspeed_engine.gather_clock(self.engine, world.device))
         self._saved_at = time.monotonic()
         if state.step == 0:
@@ -145,6 +151,32 @@ class Trainer:
             if stop:
                 return stop
         return None
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of this rank from the sampler's position on, prepared by data workers while the engine computes.
+
+        Raises WorkerLost when a data worker has died.
+        """
+        groups, sampler, num_workers, terms = self.data.groups, self.sampler, self.num_workers, batch_terms(self.config.objective)
+        loader: Any = DataLoader(
+            WithNegatives(groups, terms, self.config.train.seed) if terms else Unraised(groups),  # type: ignore[arg-type]
+            batch_sampler=WholeSteps(sampler) if terms else sampler,  # type: ignore[arg-type]
+            collate_fn=partial(self.collator.without_unreadable, max_tokens=self.config.data.max_tokens_per_forward),
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
+            pin_memory=self.world.device.type == "cuda",
+            worker_init_fn=signals.shield_worker,
+            generator=isolated_rng(),
+        )
+        iterator = iter(loader)
+        if num_workers:
+            signals.defer_worker_deaths()
+        while True:
+            with signals.worker_deaths(), signals.deferred_deaths_raised():
+                micro_batch = next(iterator, None)
+            if micro_batch is None:
+                return
+            yield micro_batch
 
     def _save(self, needed: bool) -> dict[str, float]:
         """Save a checkpoint and return its cost as metrics: seconds, and their share of the time since the last checkpoint.
