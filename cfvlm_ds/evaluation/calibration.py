@@ -97,7 +97,13 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
         values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
         low, high = (_round(nats / per) for nats in _NATS)
         unit = "nats per token" if anchored else "nats"
-        scale, why = _least_decided(of_side, values)
+        sizes: dict[str, list[float]] = {}
+        for gap, value in zip(of_side, values, strict=True):
+            for label in gap.labels:
+                sizes.setdefault(label, []).append(abs(value))
+        known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": list(map(abs, values))}
+        scale, label = min((quantile(some, 50), label) for label, some in known.items())
+        why = f"{label}, the least decided, has gaps of {scale:.2g} either way"
         if guessed > scale:
             scale, of_pairs = guessed, f"in {_GUESSED} % of comparisons, which a picture must outweigh"
             why = f"language alone prefers one of two texts by {guessed:.2g} or less {of_pairs}"
@@ -134,17 +140,6 @@ def _why_weight(anchored: bool, size: float) -> str:
         return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} with which 1 was measured{divided}"
     heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
     return f"texts have {size:.0f} tokens; align averages over them, and {heavier}{divided}"
-
-
-def _least_decided(some_gaps: Sequence[Gap], values: Sequence[float]) -> tuple[float, str]:
-    """Return the smallest median gap over edit types, and its description."""
-    sizes: dict[str, list[float]] = {}
-    for gap, value in zip(some_gaps, values, strict=True):
-        for label in gap.labels:
-            sizes.setdefault(label, []).append(abs(value))
-    known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": [abs(value) for value in values]}
-    scale, label = min((quantile(some, 50), label) for label, some in known.items())
-    return scale, f"{label}, the least decided, has gaps of {scale:.2g} either way"
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:

@@ -189,7 +189,12 @@ def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | N
     """Return the views of the groups that are scored: on their own images, on a blank one and, if requested, on another group's."""
     views: list[Sequence[CounterfactualGroup]] = [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
     if donors is not None:
-        views.append(Lazy(lambda index: shown_instead(groups[index], donors[index]), len(groups)))
+
+        def on_another_image(index: int) -> CounterfactualGroup:
+            blind, donor = blinded(groups[index]), donors[index]
+            return blind if donor is None else replace(blind, images=(donor,))
+
+        views.append(Lazy(on_another_image, len(groups)))
     return views
 
 
@@ -254,9 +259,3 @@ def other_images(groups: Sequence[CounterfactualGroup | Item]) -> list[Pictures 
 
 
 _TRIES = 1000
-
-
-def shown_instead(group: CounterfactualGroup, image: Pictures | None) -> CounterfactualGroup:
-    """Return the group with one image in place of its own (None: a blank one); the truth is unknown for every text but the first."""
-    blind = blinded(group)
-    return blind if image is None else replace(blind, images=(image,))

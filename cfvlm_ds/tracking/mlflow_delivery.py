@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import threading
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -192,7 +193,9 @@ class Delivery:
             if run is None or run.info.lifecycle_stage == "deleted":
                 say(f"MLflow at {self._uri} has no run {record.run_id}: a new one gets all that is in {METRICS_FILE}")
                 with self._lock:
-                    self.record = record.start_over()
+                    artifacts = {path: {**artifact, "pending": True} for path, artifact in record.artifacts.items()}
+                    tags, token = {**record.tags, "continues_run": record.run_id}, uuid.uuid4().hex
+                    self.record = replace(record, tags=tags, run_id=None, offset=0, token=token, artifacts=artifacts)
                 run = None
         elif (experiment := client.get_experiment_by_name(record.experiment)) is not None:
             runs = client.search_runs([experiment.experiment_id], f"tags.`{_TOKEN_TAG}` = '{record.token}'", max_results=1)

@@ -74,9 +74,16 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         lines += ["The base is a folder; its name on a hub, and a line `base_model` above, are yours to add before you publish this.", ""]
     if not license:
         lines += ["The license is not known: the base states none that this program has found.", ""]
+    names = ("name", "context", "groups", "format", "source", "digest")
+    sets = [[_cell(_last(str(data_set[name]))) for name in names] for data_set in data]
+    terms = []
+    for name, settings in (_at(options, "objective") or {}).items():
+        others = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "weight")
+        if settings["weight"] != 0:
+            terms.append([_cell(name), _cell(settings["weight"]), _cell(others)])
     sections = {
-        "Data": _data(data),
-        "Objective": _objective(_at(options, "objective")),
+        "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
+        "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
         "Training": _training(options, environment, ds_config, step),
         "Results": _results(results, changes, evaluated),
         "Use": ["```python", *(_USE_ADAPTER if adapter else _USE), "```"],
@@ -101,22 +108,8 @@ _USE_ADAPTER = (
 )
 
 
-def _data(listed: Any) -> list[str]:
-    if not listed:
-        return ["Not known: the run folder has no data.json that can be read."]
-    text = "The identity is a digest of texts, labels, weights and pictures; moved with its folder, a data set keeps it."
-    names = ("name", "context", "groups", "format", "source", "digest")
-    rows = ([_cell(_last(str(data_set[name]))) for name in names] for data_set in listed)
-    return [text, "", *_table("set | use | groups | format | manifest | identity", rows)]
-
-
-def _objective(terms: Any) -> list[str]:
-    rows = []
-    for name, settings in (terms or {}).items():
-        others = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "weight")
-        if settings["weight"] != 0:
-            rows.append([_cell(name), _cell(settings["weight"]), _cell(others)])
-    return ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", rows)]
+_NO_DATA = "Not known: the run folder has no data.json that can be read."
+_IDENTITY = "The identity is a digest of texts, labels, weights and pictures; moved with its folder, a data set keeps it."
 
 
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:

@@ -149,7 +149,10 @@ def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[Gr
 
 
 def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """Return one group of each edit type, at most four types, in the form that score_matrix_figure takes."""
+    """Return one group of each edit type, at most four types, in the form that score_matrix_figure takes.
+
+    Prompts precede the texts of a group with several prompts.
+    """
     first: dict[str, int] = {}
     for index, group in enumerate(groups):
         first.setdefault(group.edits[0].type if group.edits else UNLABELLED, index)
@@ -157,15 +160,12 @@ def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]
         {
             "title": f"{kind}: {groups[index].id}",
             "images": [[open_image(picture, max_pixels) for picture in pictures] for pictures in groups[index].images],
-            "captions": _captions(groups[index]),
+            "captions": [
+                each.text if len(set(groups[index].prompt_ids)) == 1 else f"{readable(each.prompt)} {each.text}"
+                for each in groups[index].candidates
+            ],
             "scores": scores[index].logp.tolist(),
             "match": groups[index].match,
         }
         for kind, index in list(first.items())[-4:]
     ]
-
-
-def _captions(group: CounterfactualGroup) -> list[str]:
-    """Return the texts, preceded by their prompts if the group has several prompts."""
-    single_prompt = len(set(group.prompt_ids)) == 1
-    return [candidate.text if single_prompt else f"{readable(candidate.prompt)} {candidate.text}" for candidate in group.candidates]
