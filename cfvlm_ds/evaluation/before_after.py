@@ -52,7 +52,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     """
     if not before or not after:
         return []
-    was, now = ({(group, content): won for group, content, won in rows[-1].by_group} for rows in (before, after))
+    was, now = _by_group(before), _by_group(after)
     for metric in HEADLINES:
         old, new = ({key: won[metric] for key, won in side.items() if metric in won} for side in (was, now))
         if shared := [key for key in new if key in old]:
@@ -78,6 +78,11 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))
     values = metric, CHANCE[metric], after[-1].blind.get("pair"), first, last, _half_width(mean.values())
     return [*changes, Change(name, "all", len(mean), len(old.keys() | new.keys()), *values)]
+
+
+def _by_group(rows: Sequence[Accuracy]) -> dict[tuple[str, int], dict[str, dict[str, list[float]]]]:
+    """Return comparisons won and made by group (its id and content), metric and edit type."""
+    return {(group, content): won for group, content, won in rows[-1].by_group}
 
 
 def _half_width(errors: Iterable[float]) -> float | None:
@@ -167,7 +172,7 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
 
 def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
     """Return the mean over runs of what ``compare_accuracies`` reads, of the groups that all runs have."""
-    tables = [{(group, content): won for group, content, won in rows[-1].by_group} for rows in runs]
+    tables = [_by_group(rows) for rows in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
 
     def mean(key: tuple[str, int], metric: str, edit: str) -> list[float]:
