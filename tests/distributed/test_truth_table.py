@@ -221,7 +221,7 @@ def test_a_second_question_is_trained_on_every_image(model_dir: Path) -> None:
     layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([one])
     assert layout.valid.all()
     ones = torch.ones(layout.valid.shape)
-    compared = Csd()._violations(ones, layout)[1].nonzero()[:, 1:].tolist()
+    compared = Csd().violations(ones, layout)[1].nonzero()[:, 1:].tolist()
     assert sorted(compared) == [[0, 0, 1], [0, 3, 2], [1, 1, 0], [1, 2, 3]], "image, true text, false text"
     (own,) = (replace(one, match=((1, 0, None, None), (0, 1, 1, 0))),)  # of the second question nothing is known on the factual image
     star = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([own]).valid[0]
