@@ -134,7 +134,7 @@ def test_a_score_that_is_no_number_is_the_unlikeliest(
     answers: Answers, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NumPy's argmin would take it for the least."""
-    monkeypatch.setattr("cfvlm_ds.evaluation.lmms_requests.likelihoods", lambda *_: [SimpleNamespace(logp=math.nan, tokens=2, greedy=True)])
+    monkeypatch.setattr(Answers, "_likelihoods", lambda *_: [SimpleNamespace(logp=math.nan, tokens=2, greedy=True)])
     assert answers.loglikelihood(asked("a cat"), documents(rows)) == [(math.inf, False)]
     assert answers.loglikelihood(asked(lambda doc: "a cat"), documents(rows)) == [(-math.inf, False)]
 
