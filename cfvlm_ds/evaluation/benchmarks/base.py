@@ -222,13 +222,18 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
     """Return about ``limit`` items, spread evenly over all items in whole clusters, so that no part is missing and no pair is split."""
     if limit is None or limit >= len(items):
         return list(items)
-    clusters: dict[str, list[int]] = {}
-    for number, item in enumerate(items):
-        clusters.setdefault(item.cluster or item.id, []).append(number)
-    members = list(clusters.values())
+    members = places_of([item.cluster or item.id for item in items])
     count = math.ceil(limit * len(members) / len(items))
     taken = {number for k in range(count) for number in members[k * len(members) // count]}
     return [item for number, item in enumerate(items) if number in taken]
+
+
+def places_of(names: Sequence[str]) -> list[list[int]]:
+    """Return the places of each name, in the order of its first appearance."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+    return list(places.values())
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
