@@ -81,7 +81,9 @@ def record(
     return json.loads(json.dumps({**record, "model": model_hashes(config.model.name_or_path, alive, say)}, default=str))
 
 
-def model_hashes(name_or_path: str, alive: Callable[[], object], say: Callable[[str], object]) -> dict[str, str] | None:
+def model_hashes(
+    name_or_path: str, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
+) -> dict[str, str] | None:
     """Return ``fingerprint`` of the model's files; None while a hub's model is not on this machine."""
     folder = name_or_path
     if not os.path.isdir(folder):
