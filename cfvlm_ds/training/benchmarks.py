@@ -34,7 +34,6 @@ class RunBenchmark:
     """A benchmark of a run.
 
     ``plan`` holds the groups that are scored for it, ``identity`` identifies its items, and ``example`` shows the prompt of one item.
-    ``collator`` belongs to the model, which was checked to accept every item.
     """
 
     chosen: Chosen
