@@ -30,6 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import scene_editor as editor
 import yaml
 from learning import before
 from records import RUNS, add_record, read_records
@@ -47,7 +48,7 @@ from cfvlm_ds.counterfactuals.verify import verify
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder, seed_of
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.demo.base import write_base
-from cfvlm_ds.demo.scenes import build_scenes, editor
+from cfvlm_ds.demo.scenes import build_scenes
 from cfvlm_ds.demo.scenes.world import COLOURS, SHAPES
 
 REPO = Path(__file__).resolve().parent.parent

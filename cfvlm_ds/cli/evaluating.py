@@ -90,8 +90,8 @@ def _evaluate(
     if benchmark_options.benchmarks is not None and manifest:
         raise ConfigError(f"evaluate takes manifests or --benchmarks, not both; leave out {manifest[0]} or --benchmarks")
     if benchmark_options.benchmarks is not None:
-        more: dict[str, Any] = {"shuffled": not no_shuffled, "scoring": scoring, "limits": limits, "max_pixels": reading.max_pixels}
-        _evaluate_benchmarks(model, benchmark_options, out, **more)
+        shuffled, max_pixels = not no_shuffled, reading.max_pixels
+        _evaluate_benchmarks(model, benchmark_options, out, shuffled=shuffled, scoring=scoring, limits=limits, max_pixels=max_pixels)
         return
     if unusable := [name for name, value in vars(benchmark_options).items() if value != getattr(BenchmarkOptions, name)]:
         raise ConfigError(f"--{unusable[0]} applies to --benchmarks only; leave it out")
@@ -104,8 +104,16 @@ def _evaluate(
         own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
     splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
     scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
-    batches: dict[str, Any] = {"batch_size": scoring.batch_size, "max_tokens": scoring.max_tokens_per_forward, "remedy": scoring.remedy}
-    results, _ = evaluate(scorer, collator, splits, world, shuffled=not no_shuffled, **batches)
+    results, _ = evaluate(
+        scorer,
+        collator,
+        splits,
+        world,
+        scoring.batch_size,
+        max_tokens=scoring.max_tokens_per_forward,
+        shuffled=not no_shuffled,
+        remedy=scoring.remedy,
+    )
     if world.is_main:
         print(table(results))
     if out and world.is_main:

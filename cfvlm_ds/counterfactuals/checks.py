@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from cfvlm_ds.data.decoding import open_image
+from cfvlm_ds.page.pictures import reduced
 
 SIDE = 128
 """Longer side, in pixels, at which pictures are compared. At this size, saving as JPEG or by a latent model changes less than VISIBLE."""
@@ -34,16 +35,14 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
     facts["hash"] = int(perceptual_hash(first) ^ perceptual_hash(second)).bit_count()
     if first.size != second.size:
         return facts
-    scale = min(1.0, SIDE / max(first.size))
-    size = max(1, round(first.width * scale)), max(1, round(first.height * scale))
-    small = [np.asarray(image.resize(size, Image.Resampling.BOX), np.int16) for image in (first, second)]
-    far = np.abs(small[0] - small[1]).max(2)
+    far = np.abs(reduced(first, SIDE).astype(np.int16) - reduced(second, SIDE)).max(2)
     exact = np.asarray(first) != np.asarray(second)
     changed = far > VISIBLE
     facts |= {"changed": _rounded(changed.mean()), "mean": _rounded(far.mean()), "identical": not bool(exact.any())}
     if changed.any():
         rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
-        edges = (columns[0] / size[0], rows[0] / size[1], (columns[-1] + 1) / size[0], (rows[-1] + 1) / size[1])
+        height, width = far.shape
+        edges = (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
         facts |= {"largest": _rounded(largest_piece(changed) / changed.sum()), "box": [_rounded(edge) for edge in edges]}
     if mask is not None:
         unmasked = np.asarray(mask.resize(first.size)) < 128

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import World
@@ -57,9 +56,20 @@ def evaluate(
     """
     results, scores = {}, {}
     for name, groups in splits.items():
-        options: dict[str, Any] = {"max_tokens": max_tokens, "shuffled": shuffled, "remedy": remedy}
         loss = EvaluationLoss(objectives or {}, reference)
-        scores[name] = score_groups(forward, collator, groups, world, batch_size, num_workers, f"evaluating {name}", loss=loss, **options)
+        scores[name] = score_groups(
+            forward,
+            collator,
+            groups,
+            world,
+            batch_size,
+            num_workers,
+            f"evaluating {name}",
+            max_tokens=max_tokens,
+            shuffled=shuffled,
+            remedy=remedy,
+            loss=loss,
+        )
         results[name] = accuracies(groups, scores[name])
         split_loss = loss.reduce(world)
         if results[name]:

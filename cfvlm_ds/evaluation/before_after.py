@@ -52,7 +52,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     """
     if not before or not after:
         return []
-    was, now = ({(group, content): won for group, content, won in rows[-1].by_group} for rows in (before, after))
+    was, now = _by_group(before), _by_group(after)
     for metric in HEADLINES:
         old, new = ({key: won[metric] for key, won in side.items() if metric in won} for side in (was, now))
         if shared := [key for key in new if key in old]:
@@ -68,7 +68,8 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     for edit, of_group in sorted(pairs.items()):
         first, last, made = (sum(column) for column in zip(*of_group.values(), strict=True))
         n = len(of_group)
-        errors = {key: 100 * (b - a - (last - first) / made * k) / made * _correction(n) for key, (a, b, k) in of_group.items()}
+        correction = math.sqrt(n / (n - 1)) if n > 1 else math.nan  # of a standard error that is estimated from n groups
+        errors = {key: 100 * (b - a - (last - first) / made * k) / made * correction for key, (a, b, k) in of_group.items()}
         for key, value in errors.items():
             mean[key] += value / len(pairs)
         of = len({key for side in (old, new) for key, won in side.items() if edit in won})
@@ -79,9 +80,9 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     return [*changes, Change(name, "all", len(mean), len(old.keys() | new.keys()), *values)]
 
 
-def _correction(n: int) -> float:
-    """Return the factor of a standard error that is estimated from ``n`` groups; one group has none."""
-    return math.sqrt(n / (n - 1)) if n > 1 else math.nan
+def _by_group(rows: Sequence[Accuracy]) -> dict[tuple[str, int], dict[str, dict[str, list[float]]]]:
+    """Return comparisons won and made by group (its id and content), metric and edit type."""
+    return {(group, content): won for group, content, won in rows[-1].by_group}
 
 
 def _half_width(errors: Iterable[float]) -> float | None:
@@ -121,7 +122,7 @@ def is_results(path: Path) -> bool:
         return True
     if not any(path.glob("*/*/results.json")):
         what = "a run folder, a file of `cfvlm-ds evaluate --out`, or a folder of `cfvlm-ds evaluate --benchmarks`"
-        raise ConfigError(f"{path} holds no results; name {what}")
+        raise ConfigError(f"{path} contains no results; name {what}")
     return False
 
 
@@ -171,7 +172,7 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
 
 def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
     """Return the mean over runs of what ``compare_accuracies`` reads, of the groups that all runs have."""
-    tables = [{(group, content): won for group, content, won in rows[-1].by_group} for rows in runs]
+    tables = [_by_group(rows) for rows in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
 
     def mean(key: tuple[str, int], metric: str, edit: str) -> list[float]:

@@ -85,6 +85,8 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
     reasons = []
     anchored, why = _length_norm(all_gaps)
     reasons.append(why)
+    priors = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in all_gaps if gap.prior is not None]
+    guessed = quantile(priors, _GUESSED) if priors else 0.0  # a picture decides a comparison only if it changes the scores by more
     for side, term in TERMS.items():
         of_side = [gap for gap in all_gaps if gap.side == side]
         if not of_side:
@@ -95,14 +97,21 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
         values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
         low, high = (_round(nats / per) for nats in _NATS)
         unit = "nats per token" if anchored else "nats"
-        scale, why = _least_decided(of_side, values)
-        if (guessed := _guessed(all_gaps, anchored)) is not None and guessed[0] > scale:
-            scale, why = guessed
+        sizes: dict[str, list[float]] = {}
+        for gap, value in zip(of_side, values, strict=True):
+            for label in gap.labels:
+                sizes.setdefault(label, []).append(abs(value))
+        known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": list(map(abs, values))}
+        scale, label = min((quantile(some, 50), label) for label, some in known.items())
+        why = f"{label}, the least decided, has gaps of {scale:.2g} either way"
+        if guessed > scale:
+            scale, of_pairs = guessed, f"in {_GUESSED} % of comparisons, which a picture must outweigh"
+            why = f"language alone prefers one of two texts by {guessed:.2g} or less {of_pairs}"
         margin = _round(min(max(scale, low), high))
         bounded = "" if low <= scale <= high else f", and {low:g} to {high:g} is what a margin is good for"
         reasons.append(f"{term}.margin {margin:g} {unit}: {why}{bounded}")
         beta = _round(MarginTerm.beta * per)
-        pull = sum(_sigmoid(beta * (margin - value)) for value in values) / len(values)
+        pull = torch.sigmoid(beta * (margin - torch.tensor(values, dtype=torch.float64))).mean().item()
         weight = _round(per * min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
         reasons.append(
             f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; its comparisons begin with {100 * pull:.0f} % of their largest pull"
@@ -131,32 +140,6 @@ def _why_weight(anchored: bool, size: float) -> str:
         return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} with which 1 was measured{divided}"
     heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
     return f"texts have {size:.0f} tokens; align averages over them, and {heavier}{divided}"
-
-
-def _least_decided(some_gaps: Sequence[Gap], values: Sequence[float]) -> tuple[float, str]:
-    """Return the smallest median gap over edit types, and its description."""
-    sizes: dict[str, list[float]] = {}
-    for gap, value in zip(some_gaps, values, strict=True):
-        for label in gap.labels:
-            sizes.setdefault(label, []).append(abs(value))
-    known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": [abs(value) for value in values]}
-    scale, label = min((quantile(some, 50), label) for label, some in known.items())
-    return scale, f"{label}, the least decided, has gaps of {scale:.2g} either way"
-
-
-def _guessed(all_gaps: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
-    """Return the 75 % quantile of the gaps that two texts have without a picture, and its description.
-
-    A picture decides a comparison only if it changes the scores by more.
-    """
-    sizes = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in all_gaps if gap.prior is not None]
-    if not sizes:
-        return None
-    scale = quantile(sizes, _GUESSED)
-    return (
-        scale,
-        f"language alone prefers one of two texts by {scale:.2g} or less in {_GUESSED} % of comparisons, which a picture must outweigh",
-    )
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
@@ -233,7 +216,3 @@ def quantile(values: Sequence[float], percent: float) -> float:
 def _round(value: float) -> float:
     """Round to two digits, as an option is written."""
     return float(f"{value:.2g}")
-
-
-def _sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value)) if value > -500 else 0.0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 from cfvlm_ds.batching.batch import BLANK
@@ -45,31 +44,28 @@ def rehearse(
     """
     barrier = ProgressBarrier(world)  # rank 0 may read very many picture headers
     collator = collator.scoring_everything()
-    find = partial(_largest, collator, splits, batch_size, max_tokens, shuffled, barrier.alive)
-    for split, groups, tokens, _ in run_on_rank0(world, find, barrier):
+
+    def largest() -> list[_Tried]:
+        most = over = _Tried("", [], 0, 0)
+        with ThreadPoolExecutor(cores_per_rank()) as pool:
+            for split, groups in splits.items():
+                for view in seen_as(groups, other_images(groups) if shuffled else None):
+                    for start in range(0, len(groups), batch_size):
+                        shown = list(view[start : start + batch_size])
+                        pictures = (picture for group in shown for image in group.images for picture in image)
+                        opened = [picture for picture in pictures if picture.parent != BLANK.parent]
+                        sizes = sizes_of(opened, collator.files.checked, collator.files.max_pixels, pool)
+                        trees = []
+                        for group in shown:
+                            barrier.alive()
+                            trees += collator.tree_tokens(group, sizes)
+                        batch = _Tried(split, shown, sum(tree.whole for tree in trees), max(tree.least for tree in trees))
+                        most = batch if batch.tokens > most.tokens else most
+                        over = batch if batch.least > over.least else over
+        return [*[most] * bool(most.groups), *[over] * (max_tokens is not None and over is not most and over.least > max_tokens)]
+
+    for split, groups, tokens, _ in run_on_rank0(world, largest, barrier):
         parts = guarded(collator, max_tokens)(groups)
         score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {split},", remedy)
         forwards = 0 if isinstance(parts, DataError) else len(parts)
         world.say(f"the largest evaluation batch, of {split}, fits: {len(groups)} groups, {tokens} tokens in {forwards} forwards")
-
-
-def _largest(
-    collator: Collator, splits: Splits, batch_size: int, max_tokens: int | None, shuffled: bool, alive: Callable[[], object]
-) -> list[_Tried]:
-    """Return the batches to try, selected among all batches of all splits."""
-    most = over = _Tried("", [], 0, 0)
-    with ThreadPoolExecutor(cores_per_rank()) as pool:
-        for split, groups in splits.items():
-            for view in seen_as(groups, other_images(groups) if shuffled else None):
-                for start in range(0, len(groups), batch_size):
-                    shown = list(view[start : start + batch_size])
-                    pictures = [picture for group in shown for image in group.images for picture in image if picture.parent != BLANK.parent]
-                    sizes = sizes_of(pictures, collator.files.checked, collator.files.max_pixels, pool)
-                    trees = []
-                    for group in shown:
-                        alive()
-                        trees += collator.tree_tokens(group, sizes)
-                    batch = _Tried(split, shown, sum(tree.whole for tree in trees), max(tree.least for tree in trees))
-                    most = batch if batch.tokens > most.tokens else most
-                    over = batch if batch.least > over.least else over
-    return [*[most] * bool(most.groups), *[over] * (max_tokens is not None and over is not most and over.least > max_tokens)]

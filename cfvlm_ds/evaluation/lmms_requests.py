@@ -78,7 +78,7 @@ class Answers:
             packing = Packing()
             with tempfile.TemporaryDirectory() as folder:
                 places = [packing.add(*_question(request, documents, folder)) for request in part]
-                scored = likelihoods(self, packing.groups(), places)
+                scored = self._likelihoods(packing.groups(), places)
             for request, text in zip(part, scored, strict=True):
                 value = text.logp / (text.tokens if self.per_token else 1)
                 finite = math.isfinite(value)
@@ -89,6 +89,38 @@ class Answers:
         if broken:
             self.world.say(f"warning: {broken} of {len(requests)} likelihoods are not finite, and count as those of the unlikeliest texts")
         return values
+
+    def _likelihoods(self, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
+        """Return the likelihoods of the texts at some places of the groups; not collective.
+
+        Raises DataError for a text or a picture that cannot be scored, OutOfMemory if memory runs out.
+        """
+        by_place: dict[Place, Likelihood] = {}
+        size = self.batch_size
+        with _misses(self.scorer) as missed:
+            for pictured in (True, False):
+                mine = [number for number, group in enumerate(groups) if bool(group.num_pictures) == pictured]
+                batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+                turns = scored_batches(
+                    self.scorer,
+                    self.collator,
+                    groups,
+                    [groups],
+                    batches,
+                    self.world,
+                    0,
+                    "scoring",
+                    max_tokens=self.max_tokens,
+                    remedy=f"lower the batch size ({size})",
+                    reference=missed,
+                )
+                for indices, (scores,) in turns:
+                    assert scores.reference is not None
+                    for j, number in enumerate(indices):
+                        for c in range(len(groups[number].candidates)):
+                            wrong, tokens = scores.reference[j, 0, c].item(), int(scores.layout.num_tokens[j, 0, c])
+                            by_place[number, (c,)] = Likelihood(scores.logp[j, 0, c].item(), tokens, wrong == 0)
+        return [by_place[place] for place in places]
 
     def generate_until(self, requests: Sequence[Any], documents: Documents) -> list[str]:
         """Generate a text for each request, one at a time, up to the first of its stop strings.
@@ -137,28 +169,6 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-def likelihoods(model: Answers, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
-    """Return the likelihoods of the texts at some places of the groups; not collective.
-
-    Raises DataError for a text or a picture that cannot be scored, OutOfMemory if memory runs out.
-    """
-    by_place: dict[Place, Likelihood] = {}
-    size = model.batch_size
-    with _misses(model.scorer) as missed:
-        options: dict[str, Any] = {"max_tokens": model.max_tokens, "remedy": f"lower the batch size ({size})", "reference": missed}
-        for pictured in (True, False):
-            mine = [number for number, group in enumerate(groups) if bool(group.num_pictures) == pictured]
-            batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-            turns = scored_batches(model.scorer, model.collator, groups, [groups], batches, model.world, 0, "scoring", **options)
-            for indices, (scores,) in turns:
-                assert scores.reference is not None
-                for j, number in enumerate(indices):
-                    for c in range(len(groups[number].candidates)):
-                        wrong, tokens = scores.reference[j, 0, c].item(), int(scores.layout.num_tokens[j, 0, c])
-                        by_place[number, (c,)] = Likelihood(scores.logp[j, 0, c].item(), tokens, wrong == 0)
-    return [by_place[place] for place in places]
-
-
 @contextmanager
 def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
     """Yield a function that counts, for each cell of the last scored batch, the tokens that are not the likeliest ones."""
@@ -187,7 +197,7 @@ def _question(request: Any, documents: Documents, folder: str) -> tuple[str, tup
     label = f"task {task!r}, row {number}"
     text = str(target if isinstance(target, str) else target(documents[task][split][number])).strip()
     if not text:
-        raise DataError(f"{label}: the text whose likelihood is asked for is empty; correct the task's options")
+        raise DataError(f"{label}: the text to score is empty; correct the task's options")
     pictures = _as_files(_shown(visual, documents, task, split, number), folder, label)
     return label, (pictures,), (Candidate(_prompt(context, len(pictures)), text),)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.batch_layout import wanted_cells
 from cfvlm_ds.core.distributed import World, gather_objects
-from cfvlm_ds.core.groups import Cells, CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
@@ -64,7 +64,9 @@ class EvaluationLoss:
         true = scores.layout.positive
         self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())
         self._likelihood[1] += int((scores.layout.num_tokens + scores.layout.num_end_tokens)[true].sum())
-        layout = restricted(scores.layout, groups, self._cells)
+        layout = scores.layout  # restricted to that of training, because an objective may use any scored cell
+        prompt = torch.zeros_like(layout.match[:, 0], dtype=torch.int64) if layout.prompt is None else layout.prompt
+        layout = replace(layout, valid=layout.valid & wanted_cells(groups, layout.match, prompt, self._cells))
         logp, end_logp = (torch.where(layout.valid, each, 0) for each in (scores.logp, scores.end_logp))
         scores = replace(scores, layout=layout, logp=logp, end_logp=end_logp)
         for name, term in self._objectives.items():
@@ -118,12 +120,6 @@ def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
     if not bool((denominators > 0).any()):
         return None
     return float(torch.where(denominators > 0, numerators / denominators.clamp(min=torch.finfo(denominators.dtype).tiny), 0).sum())
-
-
-def restricted(layout: GroupLayout, groups: Sequence[CounterfactualGroup], cells: Cells) -> GroupLayout:
-    """Return the layout that training would have given these groups, because an objective may use any scored cell."""
-    prompt = torch.zeros_like(layout.match[:, 0], dtype=torch.int64) if layout.prompt is None else layout.prompt
-    return replace(layout, valid=layout.valid & wanted_cells(groups, layout.match, prompt, cells))
 
 
 def _one(layout: GroupLayout, place: int) -> GroupLayout:

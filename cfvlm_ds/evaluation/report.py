@@ -33,10 +33,23 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
                 lines.append(f"| {split} | all, another group's image | {row.num} | {_cells(row.shuffled)} |")
     lines.append(f"| chance | | | {_cells(CHANCE)} |")
     lines += ["", "| split | metric | groups used | comparisons | groups without one |", "|---|---|---:|---:|---|"]
-    for split, rows in splits.items():
-        for row in rows[-1:]:
-            lines += [f"| {split} | {line}" for line in _coverage(row, plain)]
-    if losses := [f"| {split} | {line}" for split, rows in splits.items() for row in rows[-1:] for line in _losses(row, plain, reason)]:
+    losses = []
+    for split, row in {split: rows[-1] for split, rows in splits.items() if rows}.items():
+        metrics_by_counts: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}  # metrics of the same comparisons share a line
+        for metric in row.groups:
+            key = row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))
+            metrics_by_counts.setdefault(key, []).append(metric)
+        for (groups, comparisons, unused), metrics in metrics_by_counts.items():
+            missing = _without(row.num - groups, unused, plain)
+            lines.append(f"| {split} | {', '.join(metrics)} | {groups} | {comparisons} | {missing} |")
+        for name, term in row.losses.items():
+            missing = _without(row.num - term["groups"], term["unused"], plain)
+            value = "" if term["value"] is None else f"{term['value']:.4f}"
+            shown = f"{value} | {term['groups']} | {missing}" if not term["lacking"] else f"| | not computed: {reason(term['lacking'])}"
+            losses.append(f"| {split} | {name} | {term['weight']:g} | {shown} |")
+        if (total := total_loss(row.losses)) is not None:
+            losses.append(f"| {split} | all, weighted | | {total:.4f} | | |")
+    if losses:
         lines += [
             "",
             "| split | loss | weight | value | groups used | groups that have nothing for it |",
@@ -44,30 +57,6 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
             *losses,
         ]
     return "\n".join(lines)
-
-
-def _losses(row: Accuracy, plain: Callable[[str], str], reason: Callable[[str], str]) -> list[str]:
-    """Return a line for each term of the training loss, and one for their weighted sum."""
-    lines = []
-    for name, term in row.losses.items():
-        missing = _without(row.num - term["groups"], term["unused"], plain)
-        value = "" if term["value"] is None else f"{term['value']:.4f}"
-        shown = f"{value} | {term['groups']} | {missing}" if not term["lacking"] else f"| | not computed: {reason(term['lacking'])}"
-        lines.append(f"{name} | {term['weight']:g} | {shown} |")
-    if (total := total_loss(row.losses)) is not None:
-        lines.append(f"all, weighted | | {total:.4f} | | |")
-    return lines
-
-
-def _coverage(row: Accuracy, plain: Callable[[str], str]) -> list[str]:
-    """Return a line for each set of metrics that are computed from the same comparisons."""
-    metrics_by_counts: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}
-    for metric in row.groups:
-        metrics_by_counts.setdefault((row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))), []).append(metric)
-    lines = []
-    for (groups, comparisons, unused), metrics in metrics_by_counts.items():
-        lines.append(f"{', '.join(metrics)} | {groups} | {comparisons} | {_without(row.num - groups, unused, plain)} |")
-    return lines
 
 
 def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:

@@ -25,6 +25,7 @@ from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.core.text import few
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.evaluation.benchmarks.base import Item
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 
 Forward = Callable[..., Tensor]
@@ -55,24 +56,6 @@ class GroupScores:
     def stored(self) -> StoredScores:
         """Return the scores as plain numbers, for a scores file."""
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
-
-
-Packed = tuple[tuple[int, int, int], bytes]
-"""A group's scores in float32, after the numbers of images, texts and shuffled texts (-1 if these were not requested)."""
-
-
-def packed(scores: GroupScores) -> Packed:
-    """Pack the scores of a group, for ``unpacked``."""
-    parts = [part.flatten() for part in (scores.logp, scores.blank, scores.shuffled) if part is not None]
-    images, texts = scores.logp.shape
-    return (images, texts, -1 if scores.shuffled is None else len(scores.shuffled)), torch.cat(parts).float().numpy().tobytes()
-
-
-def unpacked(stored: Packed) -> GroupScores:
-    """Return the scores of a group."""
-    (images, texts, others), values = stored
-    seen, blank, shuffled = torch.tensor(np.frombuffer(values, np.float32)).split([images * texts, texts, max(others, 0)])
-    return GroupScores(seen.view(images, texts), blank, shuffled if others >= 0 else None)
 
 
 def guarded(
@@ -118,17 +101,25 @@ def score_groups(
     Raises DataError as the collator does, on all ranks, and OutOfMemory with the ``remedy`` if memory runs out.
     """
     batches = [range(start, min(start + batch_size, len(groups))) for start in range(0, len(groups), batch_size)]
-    donors, local = other_images(groups) if shuffled else None, dict[int, Packed]()
+    donors = other_images(groups) if shuffled else None
+    local: dict[int, list[Any]] = {}  # arrays, which are smaller than tensors
     progress = Progress(world.say, label, len(groups), "groups")
-    options: dict[str, Any] = {"max_tokens": max_tokens, "remedy": remedy, "reference": None if loss is None else loss.reference}
-    turns = scored_batches(forward, collator, groups, seen_as(groups, donors), batches, world, num_workers, label, **options)
+    views, reference = seen_as(groups, donors), None if loss is None else loss.reference
+    turns = scored_batches(
+        forward, collator, groups, views, batches, world, num_workers, label, max_tokens=max_tokens, remedy=remedy, reference=reference
+    )
     for number, (indices, scored) in enumerate(turns):
         if loss is not None and indices:
             loss.add(indices, [groups[index] for index in indices], scored[0])
-        local |= {index: packed(scores) for index, scores in matrices(groups, indices, scored, donors).items()}
+        for index, scores in matrices(groups, indices, scored, donors).items():
+            local[index] = [None if part is None else np.array(part, np.float32) for part in vars(scores).values()]
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
-    every = {index: scores_of_group for part in gather_objects(local, world) for index, scores_of_group in part.items()}
-    results = Lazy(lambda index: unpacked(every[index]), len(groups))
+    every = {index: arrays for part in gather_objects(local, world) for index, arrays in part.items()}
+
+    def scores_of(index: int) -> GroupScores:
+        return GroupScores(*(None if array is None else torch.from_numpy(array) for array in every[index]))  # type: ignore[arg-type]
+
+    results = Lazy(scores_of, len(groups))
     warn_of_nonfinite(groups, results, world, label)
     return results
 
@@ -198,7 +189,12 @@ def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | N
     """Return the views of the groups that are scored: on their own images, on a blank one and, if requested, on another group's."""
     views: list[Sequence[CounterfactualGroup]] = [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
     if donors is not None:
-        views.append(Lazy(lambda index: shown_instead(groups[index], donors[index]), len(groups)))
+
+        def on_another_image(index: int) -> CounterfactualGroup:
+            blind, donor = blinded(groups[index]), donors[index]
+            return blind if donor is None else replace(blind, images=(donor,))
+
+        views.append(Lazy(on_another_image, len(groups)))
     return views
 
 
@@ -239,17 +235,17 @@ def score_batches(
     return scored
 
 
-def other_images(groups: Sequence[CounterfactualGroup], seed: int = 0) -> list[Pictures | None]:
-    """Return for each group the factual image of another one that shows none of its own pictures; None if there is none.
+def other_images(groups: Sequence[CounterfactualGroup | Item]) -> list[Pictures | None]:
+    """Return for each group or item the first image of another one that shows none of its own pictures; None if there is none.
 
-    In an order drawn by ``seed``, each group takes the image of the next one, so each image is used once. Groups that share pictures take
+    In a random but fixed order, each group takes the image of the next one, so each image is used once. Groups that share pictures take
     the nearest image that fits; at most ``_TRIES`` neighbours are tried.
     """
     images: list[Pictures | None] = [None] * len(groups)
     by_size: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
-        by_size.setdefault(group.num_pictures, []).append(index)
-    draw = random.Random(seed)
+        by_size.setdefault(len(group.images[0]), []).append(index)
+    draw = random.Random(0)
     for num_pictures, members in sorted(by_size.items()):
         draw.shuffle(members)
         for place, index in enumerate(members if num_pictures else ()):
@@ -263,9 +259,3 @@ def other_images(groups: Sequence[CounterfactualGroup], seed: int = 0) -> list[P
 
 
 _TRIES = 1000
-
-
-def shown_instead(group: CounterfactualGroup, image: Pictures | None) -> CounterfactualGroup:
-    """Return the group with one image in place of its own (None: a blank one); the truth is unknown for every text but the first."""
-    blind = blinded(group)
-    return blind if image is None else replace(blind, images=(image,))

@@ -91,6 +91,11 @@ def has_any(mask: Tensor) -> Tensor:
     return mask.flatten(1).any(1)
 
 
+def no_scores(layout: GroupLayout) -> Tensor:
+    """Return scores of 0 for every cell. Denominators use them to count comparisons, which depend on the layout alone."""
+    return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
+
+
 def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Tensor:
     """Return the maximum over ``dim`` of the entries in ``mask``, 0 if there are none; ``soft`` > 0 gives soft * (logsumexp(v / soft) - log
     n).
@@ -153,12 +158,29 @@ class MarginTerm(Objective):
     def needs_prior(self) -> bool:
         return self.pmi != 0
 
-    def normalised(self, scores: Scores) -> Tensor:
-        """Return the scores on this term's scale, [G, I, C]."""
-        return normalised_scores(scores, self.len_norm, self.pmi)
+    def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+        """Return (violation, mask) of the term's comparisons, [G, ...] each; ``similarity`` [G, I, C] are scores on the term's scale."""
+        raise NotImplementedError
+
+    def denominator(self, layout: GroupLayout) -> Tensor:
+        return (layout.weight * has_any(self.violations(no_scores(layout), layout)[1])).sum()
+
+    def numerator(self, scores: Scores) -> Tensor:
+        violation, mask = self._violations_of(scores)
+        per_group = mean_over(self.penalty(violation, scores.layout), mask)
+        return (scores.layout.weight.to(per_group) * per_group).sum()
+
+    def report(self, scores: Scores) -> Report:
+        with torch.no_grad():
+            violation, mask = self._violations_of(scores)
+        active, name = self.penalty(violation, scores.layout) > 0, type(self).__name__.lower()
+        return {f"{kind}/{name}": ((each & mask).sum(), mask.sum()) for kind, each in (("active", active), ("violated", violation >= 0))}
+
+    def _violations_of(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        return self.violations(normalised_scores(scores, self.len_norm, self.pmi), scores.layout)
 
     def penalty(self, violation: Tensor, layout: GroupLayout) -> Tensor:
-        """Return the link applied to margin + violation; ``violation`` is [G, ...] on the scale of ``normalised``."""
+        """Return the link applied to margin + violation; ``violation`` is [G, ...] on the term's scale."""
         if self.margin_unit == "per_token":
             margin = torch.full_like(layout.weight, self.margin)
         else:

@@ -91,8 +91,7 @@ class BatchAlign(Objective):
         """Return [G], the mean over the group's texts that are true of some image."""
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
-        true = layout.positive & layout.same_prompt[:, :1]
-        own = true & (true.cumsum(1) == 1)  # a sham image does not count as a second image of a text
+        own = own_images(layout)
         others = torch.cat([similarity, cross_group], 1)
         false = torch.cat([layout.negative, cross_group > float("-inf")], 1)
         own_score = torch.where(own, similarity, 0).sum(1, keepdim=True)
@@ -121,6 +120,12 @@ class BatchAlign(Objective):
 
 _LEAST = -1e30
 """Replaces excluded entries in a sum of exponentials: with -inf for all of them, gradients would be NaN."""
+
+
+def own_images(layout: GroupLayout) -> Tensor:
+    """Return [G, I, C] bool: each text with the first image that it is true of; a sham image does not count as a second one."""
+    true = layout.positive & layout.same_prompt[:, :1]
+    return true & (true.cumsum(1) == 1)
 
 
 def _in_batch(layout: GroupLayout) -> Tensor:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
-from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import MarginTerm, Report, comparisons, has_any, mean_over
+from cfvlm_ds.objectives.base import MarginTerm, comparisons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +32,7 @@ class Csd(MarginTerm):
     def cells(self) -> Cells:
         return "star" if self.mode == "cross" else "matched"
 
-    def denominator(self, layout: GroupLayout) -> Tensor:
-        zeros = torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
-        return (layout.weight * has_any(self._violations(zeros, layout)[1])).sum()
-
-    def numerator(self, scores: Scores) -> Tensor:
-        violation, mask = self._violations(self.normalised(scores), scores.layout)
-        per_group = mean_over(self.penalty(violation, scores.layout), mask)
-        return (scores.layout.weight.to(per_group) * per_group).sum()
-
-    def report(self, scores: Scores) -> Report:
-        violation, mask = self._violations(self.normalised(scores).detach(), scores.layout)
-        active = (self.penalty(violation, scores.layout) > 0) & mask
-        return {"active/csd": (active.sum(), mask.sum()), "violated/csd": (((violation >= 0) & mask).sum(), mask.sum())}
-
-    def _violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
         if self.mode == "cross":
             return comparisons(similarity, layout.positive, layout.negative, layout.same_prompt)
         others = layout.positive & layout.same_prompt[:, :1]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import Report, has_any, mean_over
-from cfvlm_ds.objectives.reference import ReferenceTerm, image_pairs, no_ratio, text_pairs, true_pairs
+from cfvlm_ds.objectives.base import Report
+from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text_pairs, true_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +29,12 @@ class Dpo(ReferenceTerm):
     image_side: float = 0.0
     anchor: float = 0.0
 
-    def denominator(self, layout: GroupLayout) -> Tensor:
-        none = no_ratio(layout)
-        groups = [has_any(text_pairs(none, layout)[1]), has_any(image_pairs(none, layout)[1]), has_any(true_pairs(layout))]
-        return (layout.weight.unsqueeze(1) * torch.stack(groups, 1)).sum(0)
-
-    def numerator(self, scores: Scores) -> Tensor:
-        layout, ratio = scores.layout, self.ratio(scores)
-        weight = layout.weight.to(ratio)
-        parts = []
-        for factor, (violation, mask) in (
-            (self.text_side, text_pairs(ratio, layout)),
-            (self.image_side, image_pairs(ratio, layout)),
-        ):
-            parts.append(factor * (weight * mean_over(F.softplus(self.beta * violation), mask)).sum())
-        parts.append(self.anchor * (weight * mean_over(F.softplus(-self.beta * ratio), true_pairs(layout))).sum())
-        return torch.stack(parts)
+    def parts(self, ratio: Tensor, layout: GroupLayout) -> list[Part]:
+        return [
+            self.preferred(self.text_side, *text_pairs(ratio, layout)),
+            self.preferred(self.image_side, *image_pairs(ratio, layout)),
+            self.preferred(self.anchor, -ratio, true_pairs(layout)),
+        ]
 
     def report(self, scores: Scores) -> Report:
-        return self.compared("dpo", text_pairs(self.ratio(scores).detach(), scores.layout))
+        return self.compared(text_pairs(self.ratio(scores).detach(), scores.layout))

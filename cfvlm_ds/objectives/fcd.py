@@ -9,8 +9,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
-from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import MarginTerm, Report, comparisons, has_any, masked_max
+from cfvlm_ds.objectives.base import MarginTerm, comparisons, masked_max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,22 +35,7 @@ class Fcd(MarginTerm):
     def cells(self) -> Cells:
         return "star"
 
-    def denominator(self, layout: GroupLayout) -> Tensor:
-        zeros = torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
-        return (layout.weight * has_any(self._violations(zeros, layout)[1])).sum()
-
-    def numerator(self, scores: Scores) -> Tensor:
-        violation, mask = self._violations(self.normalised(scores), scores.layout)
-        penalty = torch.where(mask, self.penalty(violation, scores.layout), 0)
-        per_group = penalty.sum(1) / mask.sum(1).clamp(min=1)
-        return (scores.layout.weight.to(per_group) * per_group).sum()
-
-    def report(self, scores: Scores) -> Report:
-        violation, mask = self._violations(self.normalised(scores).detach(), scores.layout)
-        active = (self.penalty(violation, scores.layout) > 0) & mask
-        return {"active/fcd": (active.sum(), mask.sum()), "violated/fcd": (((violation >= 0) & mask).sum(), mask.sum())}
-
-    def _violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
         """Return (violation, mask), each [G, 1 or 2]: the hardest comparison of the factual text, and the hardest one of the other
         texts.
         """

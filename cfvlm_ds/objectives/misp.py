@@ -11,7 +11,7 @@ from torch import Tensor
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.base import Report, has_any, mean_over
-from cfvlm_ds.objectives.reference import ReferenceTerm, image_pairs, no_ratio, text_pairs
+from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +30,12 @@ class Misp(ReferenceTerm):
     text_side: float = 1.0
     image_side: float = 1.0
 
-    def denominator(self, layout: GroupLayout) -> Tensor:
-        none = no_ratio(layout)
-        groups = [has_any(text_pairs(none, layout)[1]), has_any(image_pairs(none, layout)[1])]
-        return (layout.weight.unsqueeze(1) * torch.stack(groups, 1)).sum(0)
-
-    def numerator(self, scores: Scores) -> Tensor:
-        layout, ratio = scores.layout, self.ratio(scores)
-        violation, mask = text_pairs(ratio, layout)
+    def parts(self, ratio: Tensor, layout: GroupLayout) -> list[Part]:
         others, known = image_pairs(ratio, layout)
         lost = torch.where(known, self.beta * others, float("-inf")).flatten(2)
         chosen = torch.logsumexp(F.pad(lost, (1, 0)), 2)  # the prepended 0 is the text's own image
-        per_group = [
-            self.text_side * mean_over(F.softplus(self.beta * violation), mask),
-            self.image_side * mean_over(chosen, known.flatten(2).any(2)),
-        ]
-        return (layout.weight.to(ratio).unsqueeze(1) * torch.stack(per_group, 1)).sum(0)
+        images = self.image_side * mean_over(chosen, known.flatten(2).any(2)), has_any(known)
+        return [self.preferred(self.text_side, *text_pairs(ratio, layout)), images]
 
     def report(self, scores: Scores) -> Report:
-        return self.compared("misp", image_pairs(self.ratio(scores).detach(), scores.layout))
+        return self.compared(image_pairs(self.ratio(scores).detach(), scores.layout))

@@ -9,15 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import Objective, Report, comparisons
+from cfvlm_ds.objectives.base import Objective, Report, comparisons, has_any, mean_over, no_scores
 
 Compared = tuple[Tensor, Tensor]
 """(violation, mask) of comparisons, in nats of log-ratio."""
+Part = tuple[Tensor, Tensor]
+"""The loss of each group [G], and True where the group has a comparison [G]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +56,29 @@ class ReferenceTerm(Objective):
             raise ValueError(f"{name} needs reference scores: write them with `cfvlm-ds score` and pass --data.scores")
         return scores.logp - scores.reference.detach().to(scores.logp)
 
-    def compared(self, name: str, *pairs: Compared) -> Report:
+    def parts(self, ratio: Tensor, layout: GroupLayout) -> list[Part]:
+        """Return the parts of the term from the log-ratio r [G, I, C]."""
+        raise NotImplementedError
+
+    def denominator(self, layout: GroupLayout) -> Tensor:
+        counted = [counts for _, counts in self.parts(no_scores(layout), layout)]
+        return (layout.weight.unsqueeze(1) * torch.stack(counted, 1)).sum(0)
+
+    def numerator(self, scores: Scores) -> Tensor:
+        losses = torch.stack([loss for loss, _ in self.parts(self.ratio(scores), scores.layout)], 1)
+        return (scores.layout.weight.to(losses).unsqueeze(1) * losses).sum(0)
+
+    def preferred(self, weight: float, violation: Tensor, mask: Tensor) -> Part:
+        """Return a part: the weighted mean of -log sigmoid(-beta violation) over a group's comparisons."""
+        return weight * mean_over(F.softplus(self.beta * violation), mask), has_any(mask)
+
+    def compared(self, *pairs: Compared) -> Report:
         """Return the share of won comparisons, and the mean of beta (r_true - r_false) over them."""
         won = torch.stack([((violation < 0) & mask).sum() for violation, mask in pairs]).sum()
         margin = torch.stack([torch.where(mask, -self.beta * violation, 0).sum() for violation, mask in pairs]).sum()
         count = torch.stack([mask.sum() for _, mask in pairs]).sum()
+        name = type(self).__name__.lower()
         return {f"{name}/accuracy": (won, count), f"{name}/margin": (margin, count)}
-
-
-def no_ratio(layout: GroupLayout) -> Tensor:
-    """Return a log-ratio of 0 everywhere. Denominators use it to count comparisons, which depend on the layout alone."""
-    return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
 def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:

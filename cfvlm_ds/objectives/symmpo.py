@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.base import Report, has_any, mean_over
-from cfvlm_ds.objectives.reference import ReferenceTerm, no_ratio, text_pairs
+from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,29 +34,20 @@ class SymMPO(ReferenceTerm):
     consistency: float = 1e-4
     anchor: float = 1.0
 
-    def denominator(self, layout: GroupLayout) -> Tensor:
-        none = no_ratio(layout)
-        pairs = has_any(_pairs(none, layout)[2])
-        groups = [has_any(text_pairs(none, layout)[1]), pairs, layout.positive[:, 0, 0], pairs]
-        return (layout.weight.unsqueeze(1) * torch.stack(groups, 1)).sum(0)
-
-    def numerator(self, scores: Scores) -> Tensor:
-        layout, ratio = scores.layout, self.ratio(scores)
-        violation, mask = text_pairs(ratio, layout)
+    def parts(self, ratio: Tensor, layout: GroupLayout) -> list[Part]:
         on_factual, on_other, pairs = _pairs(ratio, layout)
         both = F.softplus(self.beta * on_factual) + F.softplus(self.beta * on_other)
-        factual = torch.where(layout.positive[:, 0, 0], F.softplus(-self.beta * ratio[:, 0, 0]), 0)
-        per_group = [
-            self.text_side * mean_over(F.softplus(self.beta * violation), mask),
-            self.symmetric * mean_over(both, pairs) + self.consistency * mean_over((on_factual - on_other) ** 2, pairs),
-            self.anchor * factual,
-            self.anchor * mean_over(F.softplus(-self.beta * ratio), pairs),
+        unequal = self.consistency * mean_over((on_factual - on_other) ** 2, pairs)
+        return [
+            self.preferred(self.text_side, *text_pairs(ratio, layout)),
+            (self.symmetric * mean_over(both, pairs) + unequal, has_any(pairs)),
+            self.preferred(self.anchor, -ratio[:, :1, :1], layout.positive[:, :1, :1]),
+            self.preferred(self.anchor, -ratio, pairs),
         ]
-        return (layout.weight.to(ratio).unsqueeze(1) * torch.stack(per_group, 1)).sum(0)
 
     def report(self, scores: Scores) -> Report:
         on_factual, on_other, pairs = _pairs(self.ratio(scores).detach(), scores.layout)
-        return self.compared("symmpo", (on_factual, pairs), (on_other, pairs))
+        return self.compared((on_factual, pairs), (on_other, pairs))
 
 
 def _pairs(ratio: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:

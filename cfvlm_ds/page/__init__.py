@@ -199,7 +199,7 @@ def refuse_foreign_folder(out: Path) -> Path:
     entries = sorted(os.listdir(final)) if final.is_dir() else []
     foreign = [name for name in entries if name not in _NAMES]
     if foreign or (entries and _MARKER not in entries):
-        raise ConfigError(f"{out} holds {(foreign or entries)[0]!r}, which is no part of a page, and would be replaced; {remedy}")
+        raise ConfigError(f"{out} holds {(foreign or entries)[0]!r}, which is not part of a page and would be replaced; {remedy}")
     return final
 
 

@@ -62,9 +62,9 @@ def looks(folder: Path, max_pixels: int) -> Looks:
     return look
 
 
-def reduced(image: Pillow.Image) -> Grid:
-    """Reduce an RGB picture to the means on its grid; a picture smaller than the grid stays as it is."""
-    scale = min(1.0, GRID / max(image.size))
+def reduced(image: Pillow.Image, longer: int = GRID) -> Grid:
+    """Reduce an RGB picture to means on a grid with ``longer`` cells on its longer side; a smaller picture stays as it is."""
+    scale = min(1.0, longer / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     return np.asarray(image.resize((width, height), Pillow.Resampling.BOX))
 

@@ -60,12 +60,6 @@ class DeliveryRecord:
             say(f"{path} is damaged and left aside; the run's id is taken from its checkpoint, if there is one")
             return None
 
-    def start_over(self) -> DeliveryRecord:
-        """Return a record for a server that has lost the run: everything is sent to a new run."""
-        artifacts = {path: {**artifact, "pending": True} for path, artifact in self.artifacts.items()}
-        tags = {**self.tags, "continues_run": self.run_id}
-        return dataclasses.replace(self, tags=tags, run_id=None, offset=0, token=uuid.uuid4().hex, artifacts=artifacts)
-
     def save(self, run_dir: Path) -> str | None:
         """Write the record; return the reason if it could not be written, or None."""
         path = run_dir / RECORD_FILE

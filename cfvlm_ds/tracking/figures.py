@@ -15,8 +15,7 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.tracking.metrics_log import read_rows
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import SubFigure
 
 INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
 TRUE_COLOUR = "#e8710a"
@@ -25,6 +24,7 @@ DPI = 160
 
 _CELL_W, _CELL_H, _THUMB, _LINE = 1.75, 1.05, 1.05, 0.145  # inches
 _CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
+_DOTS = " \N{HORIZONTAL ELLIPSIS}"
 _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
 _MOST_SERIES, _SERIES_CHARS = 8, 30
 
@@ -69,14 +69,13 @@ def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": title,
         "images": group["images"][:_MOST_IMAGES],
-        "captions": [_wrapped(caption) for caption in group["captions"][:_MOST_CAPTIONS]],
+        "captions": [
+            # wrapping takes time for a caption of megabytes
+            textwrap.fill(caption[: 2 * _CAPTION_CHARS * _CAPTION_LINES], _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=_DOTS)
+            for caption in group["captions"][:_MOST_CAPTIONS]
+        ],
         **rows,
     }
-
-
-def _wrapped(caption: str) -> str:
-    caption = caption[: 2 * _CAPTION_CHARS * _CAPTION_LINES]  # wrapping takes time for a caption of megabytes
-    return textwrap.fill(caption, _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=" \N{HORIZONTAL ELLIPSIS}")
 
 
 def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> None:
@@ -126,6 +125,10 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     Raises:
         FileNotFoundError: no such file. ValueError: it holds none of these metrics.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
+
     series: dict[str, list[tuple[int, float]]] = {}
     for row in read_rows(metrics_jsonl):
         for name, value in row.items():
@@ -138,33 +141,44 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
             panels.append((title, label, shown, len(names) - len(shown)))
     if not panels:
         raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
-    figure, places = paged(len(panels), 3.0)
-    for axes, panel in zip(places, panels, strict=True):
-        _draw_curves(axes, *panel)
-    figure.savefig(path)
-
-
-def paged(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure with this number of panels in one or two columns; ``height`` is that of a panel in inches."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    rows, columns = math.ceil(panels / 2), min(2, panels)
+    rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
-    figure = Figure(figsize=(5.2 * columns, height * rows), dpi=DPI, facecolor="white", layout=layout)
-    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, panels + 1)]
-
-
-def in_style(axes: Axes, title: str, label: str) -> None:
-    """Apply the common style to a panel; ``label`` names its horizontal axis."""
-    axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
-    axes.set_xlabel(label, fontsize=8.5, color=MUTED)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.grid(axis="y", color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
+    figure = Figure(figsize=(5.2 * columns, 3.0 * rows), dpi=DPI, facecolor="white", layout=layout)
+    for place, (title, label, chosen, others) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for index, (name, points) in enumerate(chosen.items()):
+            steps = [step for step, _ in points]
+            values = [value if math.isfinite(value) else math.nan for _, value in points]
+            colour = LINES[index % len(LINES)]
+            dense = len(points) > 60
+            smooth = _smoothed(values) if dense else values
+            if dense:
+                axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+            marker = "o" if len(points) <= 30 else ""
+            short = one_line(name.split("/", 1)[1], _SERIES_CHARS)
+            # matplotlib omits labels that begin with an underscore from the legend
+            axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
+        axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
+        axes.set_xlabel("optimizer step", fontsize=8.5, color=MUTED)
+        axes.tick_params(labelsize=8, colors=MUTED, length=0)
+        axes.grid(axis="y", color=RULE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(RULE)
+        axes.set_ylabel(label, fontsize=8.5, color=MUTED)
+        if label in ("fraction", "%"):
+            axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if others:
+            note = f"and {others} more in metrics.jsonl"
+            axes.plot([], [], linestyle="none", label=note)
+        legend = axes.legend(
+            fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2
+        )
+        for text in legend.get_texts():
+            text.set(**AS_WRITTEN)
+    figure.savefig(path)
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")
@@ -184,36 +198,6 @@ def _place(name: str) -> int | None:
     if first != "eval":
         return 0
     return _ACCURACIES.index(metric) if len(parts) == 3 and metric in _ACCURACIES else None
-
-
-def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[tuple[int, float]]], others: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for index, (name, points) in enumerate(chosen.items()):
-        steps = [step for step, _ in points]
-        values = [value if math.isfinite(value) else math.nan for _, value in points]
-        colour = LINES[index % len(LINES)]
-        dense = len(points) > 60
-        smooth = _smoothed(values) if dense else values
-        if dense:
-            axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
-        marker = "o" if len(points) <= 30 else ""
-        short = one_line(name.split("/", 1)[1], _SERIES_CHARS)
-        # matplotlib omits labels that begin with an underscore from the legend
-        axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
-    in_style(axes, title, "optimizer step")
-    axes.set_ylabel(label, fontsize=8.5, color=MUTED)
-    if label in ("fraction", "%"):
-        axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if others:
-        note = f"and {others} more in metrics.jsonl"
-        axes.plot([], [], linestyle="none", label=note)
-    legend = axes.legend(
-        fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2
-    )
-    for text in legend.get_texts():
-        text.set(**AS_WRITTEN)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import threading
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +169,13 @@ class Delivery:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables..."
         _make_store(self._uri)
         client = client_class(tracking_uri=self._uri)
-        run = self._find_run(client) or self._create_run(client)
+        if (run := self._find_run(client)) is None:
+            if (experiment := client.get_experiment_by_name(self.record.experiment)) is not None:
+                number = experiment.experiment_id
+            else:
+                local = None if os.environ.get("MLFLOW_TRACKING_URI") else (self._run_dir / "mlartifacts").as_uri()
+                number = client.create_experiment(self.record.experiment, artifact_location=local)
+            run = client.create_run(number, self.record.start_ms, {_TOKEN_TAG: self.record.token}, self.record.run_name)
         self._describe(client, run)
         self._client = client
         if shows_progress():
@@ -186,7 +193,9 @@ class Delivery:
             if run is None or run.info.lifecycle_stage == "deleted":
                 say(f"MLflow at {self._uri} has no run {record.run_id}: a new one gets all that is in {METRICS_FILE}")
                 with self._lock:
-                    self.record = record.start_over()
+                    artifacts = {path: {**artifact, "pending": True} for path, artifact in record.artifacts.items()}
+                    tags, token = {**record.tags, "continues_run": record.run_id}, uuid.uuid4().hex
+                    self.record = replace(record, tags=tags, run_id=None, offset=0, token=token, artifacts=artifacts)
                 run = None
         elif (experiment := client.get_experiment_by_name(record.experiment)) is not None:
             runs = client.search_runs([experiment.experiment_id], f"tags.`{_TOKEN_TAG}` = '{record.token}'", max_results=1)
@@ -196,14 +205,6 @@ class Delivery:
             if record.status is None:
                 client.update_run(run.info.run_id, status="RUNNING")
         return run
-
-    def _create_run(self, client: Any) -> Any:
-        if (experiment := client.get_experiment_by_name(self.record.experiment)) is not None:
-            experiment_id = experiment.experiment_id
-        else:
-            local = None if os.environ.get("MLFLOW_TRACKING_URI") else (self._run_dir / "mlartifacts").as_uri()
-            experiment_id = client.create_experiment(self.record.experiment, artifact_location=local)
-        return client.create_run(experiment_id, self.record.start_ms, {_TOKEN_TAG: self.record.token}, self.record.run_name)
 
     def _describe(self, client: Any, run: Any) -> None:
         """Send parameters, tags and data sets, and record the run's id."""
@@ -215,12 +216,7 @@ class Delivery:
         tags |= {_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()}
         send(client, run_id, "params", [entities.Param(name, text) for name, text in params.items() if name not in run.data.params])
         send(client, run_id, "tags", [entities.RunTag(name, text) for name, text in tags.items()])
-        self._log_inputs(client, run)
-        self._change(run_id=run_id)
-
-    def _log_inputs(self, client: Any, run: Any) -> None:
-        """Log the data sets that the run does not have yet."""
-        entities, context = _mlflow("mlflow.entities"), _mlflow("mlflow.utils.mlflow_tags").MLFLOW_DATASET_CONTEXT
+        context = _mlflow("mlflow.utils.mlflow_tags").MLFLOW_DATASET_CONTEXT
         known = {(each.dataset.name, each.dataset.digest, *(tag.value for tag in each.tags)) for each in run.inputs.dataset_inputs}
         new = []
         for each in self.record.inputs:
@@ -233,7 +229,8 @@ class Delivery:
                 dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=source, profile=profile)
                 new.append(entities.DatasetInput(dataset=dataset, tags=[entities.InputTag(context, each["context"])]))
         if new:
-            client.log_inputs(run.info.run_id, datasets=new)
+            client.log_inputs(run_id, datasets=new)
+        self._change(run_id=run_id)
 
     def _deliver_metrics(self) -> bool:
         """Send the next part of metrics.jsonl; return False if there was none."""

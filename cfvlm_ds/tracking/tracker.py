@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,7 +86,7 @@ def open_tracker(
     )
     if problem := record.save(run_dir):
         say(f"{problem}: the run goes on, and it is tried again with every delivery")
-    return Tracker(run_dir, record, kept_names, mlflow, close_timeout)
+    return Tracker(Waiting(run_dir / METRICS_FILE, say), Delivery(run_dir, record, enabled=mlflow), kept_names, close_timeout)
 
 
 def _experiment(name: str) -> str:
@@ -115,6 +115,7 @@ class NullTracker:
         return self
 
 
+@dataclass(frozen=True)
 class Tracker:
     """Writer of a run's metrics to ``metrics.jsonl``, from where they are delivered to MLflow. Created by ``open_tracker``.
 
@@ -122,15 +123,15 @@ class Tracker:
     The exception passes.
     """
 
-    def __init__(self, run_dir: Path, record: DeliveryRecord, kept_names: set[str], mlflow: bool, close_timeout: float) -> None:
-        self._kept_names, self._close_timeout = kept_names, close_timeout
-        self._lines = Waiting(run_dir / METRICS_FILE, say)
-        self._delivery = Delivery(run_dir, record, enabled=mlflow)
+    lines: Waiting
+    delivery: Delivery
+    kept_names: set[str]
+    close_timeout: float
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run, for checkpoints; None until MLflow has answered for the first time."""
-        return self._delivery.record.run_id
+        return self.delivery.record.run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of an optimizer step to ``metrics.jsonl``; return without waiting for MLflow.
@@ -142,17 +143,17 @@ class Tracker:
         """
         line: dict[str, Any] = {"step": int(step), "time": now_ms() / 1000}
         for name, value in metrics.items():
-            if step == self._delivery.record.resume_step and name in self._kept_names:
+            if step == self.delivery.record.resume_step and name in self.kept_names:
                 continue  # for example the evaluation at a checkpoint's step, which a resume computes again
             number = float(value)
             line[name] = number if math.isfinite(number) else str(number)
-        self._lines.write(json.dumps(line))
+        self.lines.write(json.dumps(line))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Schedule the upload of a file into ``folder``. The file is read later and must stay in place. A second call uploads its new
         contents.
         """
-        self._delivery.add_artifact(str(Path(path).absolute()), folder)
+        self.delivery.add_artifact(str(Path(path).absolute()), folder)
 
     def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
         """Set the final status and wait for MLflow to receive the rest, at most ``timeout`` or else ``close_timeout`` seconds.
@@ -160,13 +161,13 @@ class Tracker:
         A second call does nothing. SCHEDULED is the status of a run that was requested to stop and will continue; MLflow's other statuses
         are for live or ended runs. Undelivered data are counted on stderr, with the command that delivers them later.
         """
-        if self._lines.closed:
+        if self.lines.closed:
             return
-        if lost := self._lines.close():
+        if lost := self.lines.close():
             steps = sorted(row["step"] for row in (parse_line(line.encode() + b"\n") for line in lost) if row is not None)
             span = f" (steps {steps[0]} to {steps[-1]})" if steps else ""
-            say(f"{len(lost)} records of metrics{span} are lost: {self._lines.path} could not be written to the end")
-        self._delivery.finish(status, now_ms(), self._close_timeout if timeout is None else timeout)
+            say(f"{len(lost)} records of metrics{span} are lost: {self.lines.path} could not be written to the end")
+        self.delivery.finish(status, now_ms(), self.close_timeout if timeout is None else timeout)
 
     def __enter__(self) -> Tracker:
         return self

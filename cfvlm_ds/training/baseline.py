@@ -10,7 +10,9 @@ import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +37,7 @@ _SHARE = 0.15
 """Groups scored per group trained: a training group takes three forwards, a scored one up to two, so that the baseline takes a tenth."""
 
 
+@dataclass(frozen=True)
 class Baseline:
     """Accuracies of the evaluation sets before the first step.
 
@@ -44,115 +47,103 @@ class Baseline:
         trained: groups that the run trains on, repeated ones counted as often.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        splits: Splits,
-        identities: Mapping[str, Identity],
-        model: Mapping[str, str] | None,
-        dtype: torch.dtype,
-        trained: int,
-        world: World,
-    ) -> None:
-        self._config, self._splits, self._identities, self._world = config, splits, identities, world
-        self._model, self._dtype, self._trained = model, str(dtype), trained
-        self._folder = Path(config.train.output_dir) / FOLDER
+    config: RunConfig
+    splits: Splits
+    identities: Mapping[str, Identity]
+    model: Mapping[str, str] | None
+    dtype: torch.dtype
+    trained: int
+    world: World
 
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
-        """Evaluate what ``train.eval_on_start`` and ``train.retention`` ask for; returns accuracies of the sets evaluated whole.
+        """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require; return accuracies of those evaluated whole.
 
-        A set of ``train.retention`` is always evaluated whole and now. Rank 0 also returns those that the cache holds whole.
+        A set of ``train.retention`` is always evaluated whole and now.
         """
-        train, say = self._config.train, self._world.say
-        wanted = [name for name in self._splits if train.eval_on_start or name in (train.retention or ())]
-        places = {name: self._drawn(name) for name in wanted}
-        for name in wanted:
-            if len(places[name]) < len(self._splits[name]):
+        say = self.world.say
+        wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start or name in self._retained}
+        for name, places in wanted.items():
+            if len(places) < len(self.splits[name]):
                 say(
-                    f"before the first step: {len(places[name])} of {len(self._splits[name])} groups of {name} are drawn, for a tenth of "
+                    f"before the first step: {len(places)} of {len(self.splits[name])} groups of {name} are drawn, for a tenth of "
                     f"the training's time or {FEWEST} groups (train.eval_on_start true takes all, false none)"
                 )
-        cached = run_on_rank0(self._world, lambda: self._from_cache(places))
-        if cached:
-            say(f"before the first step: accuracies of {', '.join(cached)} are those of an earlier run from this model")
-        results: dict[str, list[Accuracy]] = {}
-        for name in wanted:
-            if name not in cached:
-                results |= evaluator({name: _part(self._splits[name], places[name])})[0]
-                if self._world.is_main:
-                    self._keep(name, results[name], len(places[name]))
-            elif self._world.is_main:
-                results[name] = self._read(self._file(name))
-        return {name: rows for name, rows in results.items() if len(places[name]) == len(self._splits[name])}
-
-    def forget(self) -> None:
-        """Remove the baseline of an earlier run in the folder (rank 0)."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        results: dict[str, list[Accuracy]] = run_on_rank0(self.world, lambda: self._from_cache(wanted))
+        if results:
+            say(f"before the first step: accuracies of {', '.join(results)} are those of an earlier run from this model")
+        for name, places in wanted.items():
+            if name not in results:
+                results |= evaluator({name: _part(self.splits[name], places)})[0]
+                if self.world.is_main:
+                    self._keep(name, results[name], len(places))
+        return {name: results[name] for name, places in wanted.items() if len(places) == len(self.splits[name])}
 
     def compare(self, results: Mapping[str, Sequence[Accuracy]]) -> list[Change]:
         """Compare the accuracies of sets with the baseline (rank 0); a set without one, or with other contents since, has no rows."""
-        return [change for name, rows in results.items() for change in compare_accuracies(name, self._of_run(name), rows)]
+        changed = []
+        for name, after in results.items():
+            identity, before = self._read(self._file(name))
+            if before and not changes(identity, self.identities[name], of_scores=True):
+                changed += compare_accuracies(name, before, after)
+        return changed
+
+    @property
+    def _retained(self) -> Sequence[str]:
+        return self.config.train.retention or ()
 
     def _drawn(self, name: str) -> Sequence[int]:
         """Return the places of the groups of a set that are evaluated."""
-        train, size = self._config.train, len(self._splits[name])
-        most = max(FEWEST, int(_SHARE * self._trained * size / max(1, sum(map(len, self._splits.values())))))
-        if train.eval_on_start is True or name in (train.retention or ()) or size <= most:
+        size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
+        most = max(FEWEST, int(_SHARE * self.trained * size / of_all))
+        if self.config.train.eval_on_start is True or name in self._retained or size <= most:
             return range(size)
         return sorted(random.Random(0).sample(range(size), most))
 
-    def _from_cache(self, places: Mapping[str, Sequence[int]]) -> list[str]:
-        """Copy the sets that the cache holds into the run folder, and return their names."""
-        self.forget()
-        if places:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        found = []
-        for name, of_set in places.items():
-            file = self._cached(name, len(of_set))
-            if file is None or name in (self._config.train.retention or ()) or not (rows := self._read(file)):
+    def _from_cache(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[Accuracy]]:
+        """Remove the baseline of an earlier run in the folder, and copy the sets there that the cache holds; return their accuracies."""
+        folder = self._file("").parent
+        shutil.rmtree(folder, ignore_errors=True)
+        if wanted:
+            folder.mkdir(parents=True, exist_ok=True)
+        found = {}
+        for name, places in wanted.items():
+            file = None if name in self._retained else self._cached(name, len(places))
+            if file is None or not (rows := self._read(file)[1]):
                 continue
-            groups = (self._splits[name][place] for place in of_set)
-            now = {(group.id, content_hash(group)) for group in groups}
+            now = {(group.id, content_hash(group)) for group in _part(self.splits[name], places)}
             if all((group, content) in now for group, content, _ in rows[-1].by_group):  # labels of edits are outside the set's identity
                 replace(self._file(name), file.read_bytes())
-                found.append(name)
+                found[name] = rows
         return found
 
     def _keep(self, name: str, rows: Sequence[Accuracy], count: int) -> None:
         """Write the accuracies of a set, without losses, which depend on the objective of a run."""
         plain = [vars(row) | {"losses": {}, "nll": None} for row in rows]
-        text = json.dumps({"data": self._identities[name], "rows": plain})
-        write_if_possible(self._file(name), text, self._world.say)
+        text = json.dumps({"data": self.identities[name], "rows": plain})
+        write_if_possible(self._file(name), text, self.world.say)
         if (file := self._cached(name, count)) is not None:
             with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace(file, text.encode(), shared=True)
 
-    def _of_run(self, name: str) -> list[Accuracy]:
-        """Return the run's baseline of a set; nothing if the set has other contents since."""
-        file = self._file(name)
-        rows = self._read(file)
-        return [] if rows and changes(read_json(file)["data"], self._identities[name], of_scores=True) else rows
-
-    def _read(self, file: Path) -> list[Accuracy]:
-        """Read a file of ``_keep``; nothing, with a warning, if it is damaged."""
-        if not file.is_file():
-            return []
+    def _read(self, file: Path) -> tuple[Any, list[Accuracy]]:
+        """Read the identity and the accuracies of a set from a file of ``_keep``; no accuracies, with a warning, if it is damaged."""
         try:
-            return [Accuracy(**row) for row in read_json(file)["rows"]]
+            kept = read_json(file) if file.is_file() else {"data": None, "rows": []}
+            return kept["data"], [Accuracy(**row) for row in kept["rows"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self._world.say(f"warning: {file} cannot be read ({type(error).__name__}), and is not used")
-            return []
+            self.world.say(f"warning: {file} cannot be read ({type(error).__name__}), and is not used")
+            return None, []
 
     def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.json"
+        return Path(self.config.train.output_dir, FOLDER, f"{name}.json")
 
     def _cached(self, name: str, count: int) -> Path | None:
-        if self._model is None or self._identities[name]["pictures"] is None:
+        if self.model is None or self.identities[name]["pictures"] is None:
             return None
-        model = self._config.model
-        limits = f"{_FORM} {model.min_pixels} {model.max_pixels} {model.max_tiles} {model.lora.load_in_4bit} {self._dtype}"
-        return cache_folder() / FOLDER / f"{digest({**self._identities[name], **self._model, 'limits': limits, 'groups': count})}.json"
+        model = self.config.model
+        limits = f"{_FORM} {model.min_pixels} {model.max_pixels} {model.max_tiles} {model.lora.load_in_4bit} {self.dtype}"
+        return cache_folder() / FOLDER / f"{digest({**self.identities[name], **self.model, 'limits': limits, 'groups': count})}.json"
 
 
 def _part(groups: Sequence[CounterfactualGroup], places: Sequence[int]) -> Sequence[CounterfactualGroup]:

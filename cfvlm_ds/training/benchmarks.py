@@ -12,16 +12,16 @@ from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
-from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
-from cfvlm_ds.evaluation.benchmarks.base import Values
+from cfvlm_ds.evaluation.benchmarks import Outcome, results
+from cfvlm_ds.evaluation.benchmarks.base import Values, tied
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
-from cfvlm_ds.evaluation.suite.results import Result, recorded, result_folder, write_result
-from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items
+from cfvlm_ds.evaluation.suite.results import Result, result_folder, result_of, write_result
+from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, refuse_problems
 from cfvlm_ds.evaluation.suite.tables import logged
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
@@ -34,22 +34,17 @@ class RunBenchmark:
     """A benchmark of a run.
 
     ``plan`` holds the groups that are scored for it, ``identity`` identifies its items, and ``example`` shows the prompt of one item.
-    ``collator`` belongs to the model, which was checked to accept every item.
     """
 
     chosen: Chosen
     plan: Plan
     identity: Mapping[str, Any]
     notes: tuple[str, ...]
-    example: Mapping[str, Any]
+    example: Mapping[str, str]
     pictures: PictureTable
-    collator: Collator
-
-    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-        """Return the values by table and metric."""
-        return results(self.chosen.benchmark, outcomes)
 
 
+_REMEDY = "take that data set out, or correct its files"
 Outcomes = Mapping[str, Sequence[Outcome]]
 """Name of the evaluation set -> the outcomes of its items."""
 
@@ -70,32 +65,34 @@ def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
     return chosen
 
 
-def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) -> dict[str, RunBenchmark]:
-    """Read the benchmarks of data.evaluation; collective. Raises DataError for the first item that the model cannot take."""
+def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) -> tuple[dict[str, RunBenchmark], Collator | None]:
+    """Read the benchmarks of data.evaluation; return them and the model's collator, if one is loaded. Collective.
+
+    Raises DataError for the first item that the model cannot take.
+    """
     benchmarks = {}
     for name, each in config.data.benchmark_sets.items():
         collator = collator or load_collator(config.model, "full", config.data.max_pixels)
         chosen = chosen_of(name, each)
-        loaded = run_on_rank0(world, partial(load_items, chosen, world.say, limit=each.limit), ProgressBarrier(world))
-        checked = checked_items(loaded.items, chosen.way, collator, world, f"data.evaluation.{name}")
-        if checked.left_out:
-            more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
-            raise DataError(f"data.evaluation.{name}: {checked.left_out[0][1]}{more}; take that data set out, or correct its files")
+        label, load = f"data.evaluation.{name}", partial(load_items, chosen, world.say, limit=each.limit, remedy=_REMEDY)
+        loaded = run_on_rank0(world, load, ProgressBarrier(world))
+        checked = checked_items(loaded.items, chosen.way, collator, world, label)
+        refuse_problems(label, [why for _, why in checked.left_out], len(loaded.items), remedy=_REMEDY)
         scoring_plan = plan(checked.items, chosen.way)  # type: ignore[arg-type]
         world.say(
             f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, asked by {chosen.label} in "
             f"{len(scoring_plan.groups)} groups"
         )
         example = example_of(checked.items[0], chosen.way, collator)
-        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, example, checked.pictures, collator)
-    return benchmarks
+        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, example, checked.pictures)
+    return benchmarks, collator
 
 
 def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:
     """Return the metrics under the names that they are logged by."""
     flat: dict[str, float] = {}
     for name, outcome in outcomes.items():
-        flat |= logged(name, benchmarks[name].metrics(outcome))
+        flat |= logged(name, results(benchmarks[name].chosen.benchmark, outcome))
     return flat
 
 
@@ -103,14 +100,13 @@ def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
     """Return the names of the metrics that ``benchmark_metrics`` will contain for the shown images, derived from the items alone."""
     names = set()
     for name, benchmark in benchmarks.items():
-        tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images)) for item in benchmark.plan.items]
-        names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied)}
+        names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied(benchmark.plan.items))}
     return names
 
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
     """Return the headline metric as a line for a progress log."""
-    tables, metric = benchmark.metrics(outcomes), benchmark.chosen.benchmark.headline
+    tables, metric = results(benchmark.chosen.benchmark, outcomes), benchmark.chosen.benchmark.headline
     controls = [
         f"{name} {tables[table][metric]:.1f}" for table, name in (("blank", "blank image"), ("chance", "chance")) if metric in tables[table]
     ]
@@ -132,12 +128,10 @@ def write_benchmarks(
     identity = _identity(config, world, barrier.alive) if exported and outcomes and world.is_main else {}
     for name, items in outcomes.items() if world.is_main else ():
         benchmark = benchmarks[name]
-        model = {"name": str(run_dir), **{part: identity.get(part) for part in ("weights", "inputs", "adapter")}}
         settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
-        header = benchmark.chosen.header(model, benchmark.identity, settings)
-        record = recorded(benchmark.chosen.benchmark, header, items, drawn[name], (), benchmark.notes, **benchmark.example)
-        result = Result(name, benchmark.chosen.label, record, tuple(items))
-        write_result(result_folder(run_dir / FOLDER / name / benchmark.chosen.label), result)
+        header = benchmark.chosen.header(identity, benchmark.identity, settings)
+        result = result_of(name, benchmark.chosen, str(run_dir), header, items, drawn[name], benchmark.example, benchmark.notes)
+        write_result(result_folder(run_dir / FOLDER / result.place), result)
         written.append(result)
     return written
 

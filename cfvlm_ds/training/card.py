@@ -52,7 +52,8 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
     run_dir, step = checkpoint.parent, int(checkpoints.description(checkpoint)["step"])
     options = masked(recorded_options(run_dir))
     environment, ds_config, data, results, changes, finished = (
-        _recorded(run_dir / f"{name}.json") for name in ("environment", "ds_config", "data", "results", "before_after", "finished")
+        read_json(path) if (path := run_dir / f"{name}.json").is_file() else {}
+        for name in ("environment", "ds_config", "data", "results", "before_after", "finished")
     )
     evaluated = _at(finished, "step") == step if evaluated is None else evaluated
     base = str(_at(options, "model.name_or_path"))
@@ -73,11 +74,22 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         lines += ["The base is a folder; its name on a hub, and a line `base_model` above, are yours to add before you publish this.", ""]
     if not license:
         lines += ["The license is not known: the base states none that this program has found.", ""]
-    lines += ["## Data", "", *_data(data), ""]
-    lines += ["## Objective", "", *_objective(_at(options, "objective")), ""]
-    lines += ["## Training", "", *_training(options, environment, ds_config, step), ""]
-    lines += ["## Results", "", *_results(results, changes, evaluated), ""]
-    lines += ["## Use", "", "```python", *(_USE_ADAPTER if adapter else _USE), "```", ""]
+    names = ("name", "context", "groups", "format", "source", "digest")
+    sets = [[_cell(_last(str(data_set[name]))) for name in names] for data_set in data]
+    terms = []
+    for name, settings in (_at(options, "objective") or {}).items():
+        others = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "weight")
+        if settings["weight"] != 0:
+            terms.append([_cell(name), _cell(settings["weight"]), _cell(others)])
+    sections = {
+        "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
+        "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
+        "Training": _training(options, environment, ds_config, step),
+        "Results": _results(results, changes, evaluated),
+        "Use": ["```python", *(_USE_ADAPTER if adapter else _USE), "```"],
+    }
+    for title, section in sections.items():
+        lines += [f"## {title}", "", *section, ""]
     return sealed("\n".join(lines) + "\n")
 
 
@@ -96,37 +108,27 @@ _USE_ADAPTER = (
 )
 
 
-def _data(listed: Any) -> list[str]:
-    if not listed:
-        return ["Not known: the run folder has no data.json that can be read."]
-    text = "The identity is a digest of texts, labels, weights and pictures; moved with its folder, a data set keeps it."
-    names = ("name", "context", "groups", "format", "source", "digest")
-    rows = ([_cell(_last(str(data_set[name]))) for name in names] for data_set in listed)
-    return [text, "", *_table("set | use | groups | format | manifest | identity", rows)]
-
-
-def _objective(terms: Any) -> list[str]:
-    rows = []
-    for name, settings in (terms or {}).items():
-        others = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "weight")
-        if settings["weight"] != 0:
-            rows.append([_cell(name), _cell(settings["weight"]), _cell(others)])
-    return ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", rows)]
+_NO_DATA = "Not known: the run folder has no data.json that can be read."
+_IDENTITY = "The identity is a digest of texts, labels, weights and pictures; moved with its folder, a data set keeps it."
 
 
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
     adapted = any(_at(options, f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
     recorded = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
     options_used = {name: _at(options, name) for name in recorded if adapted or not name.startswith("model.lora.")}
-    known = {"optimizer steps": step, "ranks": _at(environment, "world_size"), "device": _at(environment, "device")}
-    known |= {"ZeRO stage": _at(ds_config, "zero_optimization.stage"), "bfloat16": _at(ds_config, "bf16.enabled")}
-    known |= {name: value for name, value in options_used.items() if value is not None}
-    known |= {name: _at(environment, f"packages.{name}") for name in ("torch", "transformers", "deepspeed")}
-    known |= {
+    known = {
+        "optimizer steps": step,
+        "ranks": _at(environment, "world_size"),
+        "device": _at(environment, "device"),
+        "ZeRO stage": _at(ds_config, "zero_optimization.stage"),
+        "bfloat16": _at(ds_config, "bf16.enabled"),
+        **{name: value for name, value in options_used.items() if value is not None},
+        **{name: _at(environment, f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},
         "cfvlm-ds of the training": _at(environment, "packages.cfvlm-ds"),
         "revision of the training": _at(environment, "git_revision"),
+        "cfvlm-ds of this export": version("cfvlm-ds"),
+        "revision of this export": git_revision(),
     }
-    known |= {"cfvlm-ds of this export": version("cfvlm-ds"), "revision of this export": git_revision()}
     return _table("setting | value", ([name, "not known" if value is None else _cell(value)] for name, value in known.items()))
 
 
@@ -135,19 +137,19 @@ def _results(recorded: Mapping[str, Any], changes: Sequence[Any], evaluated: boo
         return ["Not known: these weights were exported before, or without, an evaluation of them."]
     if not recorded:
         return ["None: the run had no evaluation sets."]
-    shown, left_out = {}, 0
-    for split, accuracies in recorded.items():
-        rows = [Accuracy(**row) for row in accuracies]
-        left_out += max(0, len(rows) - _MOST_ROWS)
-        shown[split] = rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]]
-    text = (
-        "Accuracies in %, by edit type and in their mean (`all`), which also stands for a blank image and for another group's image: what"
-    )
+    tables = {split: [Accuracy(**row) for row in rows] for split, rows in recorded.items()}
     compared = [Change(**row) for row in changes]
-    left_out += max(0, len(compared) - _MOST_ROWS)
-    more = ["", f"{left_out} more rows are in the run's results.md."] if left_out else []
+    left_out = sum(max(0, size - _MOST_ROWS) for size in (*map(len, tables.values()), len(compared)))
+    shown = {split: rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]] for split, rows in tables.items()}
     first = [*changes_table(compared[:_MOST_ROWS], plain=_cell).splitlines(), ""] if compared else []
-    return [*first, text, "language alone achieves. Chance is in the last row.", "", *table(shown, _cell).splitlines(), *more]
+    more = ["", f"{left_out} more rows are in the run's results.md."] * bool(left_out)
+    return [*first, *_CONTROLS, "", *table(shown, _cell).splitlines(), *more]
+
+
+_CONTROLS = (
+    "Accuracies in %, by edit type and in their mean (`all`), which also stands for a blank image and for another group's image: what",
+    "language alone achieves. Chance is in the last row.",
+)
 
 
 def _table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
@@ -166,11 +168,6 @@ def license_of(base: str) -> dict[str, Any]:
     if not isinstance(front.get("license"), str):
         return {}
     return {name: _line(front[name]) for name in ("license", "license_name", "license_link") if isinstance(front.get(name), str)}
-
-
-def _recorded(path: Path) -> Any:
-    """Return a record of the run folder; empty if it is missing."""
-    return read_json(path) if path.is_file() else {}
 
 
 def _at(values: Any, option: str) -> Any:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 
 from cfvlm_ds import engine
@@ -31,43 +28,34 @@ def dry_run(config: RunConfig) -> str:
     model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
     lines = [f"model type       {model.config.model_type}", f"attention        {attention(config.model.attn_implementation, model.config)}"]
     lines += [f"objective        {config.loss}", *config.model.unused, ""]
-    return "\n".join([*lines, *_modules(model, config), "", *_memory(model, config, resolved.config)])
-
-
-def _modules(model: Any, config: RunConfig) -> Iterator[str]:
     counts = parameter_counts(model, family_of(model.config))
-    yield f"{'module':<16} {'parameters':>16} {'trainable':>16} {'tuning':>8} {'learning rate':>14}"
+    lines.append(f"{'module':<16} {'parameters':>16} {'trainable':>16} {'tuning':>8} {'learning rate':>14}")
     for module in MODULES:
         options = getattr(config.model, module)
         rate = config.train.learning_rate if options.learning_rate is None else options.learning_rate
-        yield f"{module:<16} {counts[module][0]:>16,} {counts[module][1]:>16,} {options.tuning:>8} {rate:>14.2g}"
+        lines.append(f"{module:<16} {counts[module][0]:>16,} {counts[module][1]:>16,} {options.tuning:>8} {rate:>14.2g}")
     total_parameters, trainable = (sum(count[k] for count in counts.values()) for k in (0, 1))
-    yield f"{'all':<16} {total_parameters:>16,} {trainable:>16,}"
-
-
-def _memory(model: Any, config: RunConfig, ds_config: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines about memory by number of GPUs. Without a token budget a forward has 8192 tokens, prompts and images included."""
-    data, recompute = config.data, config.model.gradient_checkpointing
-    tokens = data.max_tokens_per_forward or data.max_tokens_per_micro_batch or _TOKENS
+    lines += [f"{'all':<16} {total_parameters:>16,} {trainable:>16,}", ""]
+    ds_config, recompute = resolved.config, config.model.gradient_checkpointing
+    tokens = config.data.max_tokens_per_forward or config.data.max_tokens_per_micro_batch or _TOKENS  # prompts and images included
     working = engine.working_memory(model, ds_config, tokens, recompute)
     quantised = config.model.lora.load_in_4bit and linear_weights(model, family_of(model.config))
-    saved = int(quantised * (2 - BYTES_OF_4BIT))
-    stage, offloaded = ds_config.get("zero_optimization", {}).get("stage", 0), _offloaded(engine.offloaded(ds_config))
-    yield f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs a node{offloaded}; peak: {tokens} tokens a forward"
-    yield f"{'GPUs':>6} {'GiB per GPU':>12} {'peak':>8} {'GiB of host memory per node':>28}"
+    stage, names = ds_config.get("zero_optimization", {}).get("stage", 0), {"optimizer": "optimizer", "param": "weights"}
+    moved = " and ".join(names[name] for name, is_offloaded in engine.offloaded(ds_config).items() if is_offloaded)
+    offloaded = f", {moved} offloaded" if moved else ""
+    lines.append(f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs a node{offloaded}; peak: {tokens} tokens a forward")
+    lines.append(f"{'GPUs':>6} {'GiB per GPU':>12} {'peak':>8} {'GiB of host memory per node':>28}")
     for gpus in _GPUS:
         card, host = engine.model_states(model, ds_config, gpus, _GPUS_PER_NODE)
-        card -= saved
-        yield f"{gpus:>6} {card / _GIB:>12.1f} {(card + sum(working.values())) / _GIB:>8.1f} {host / _GIB:>28.1f}"
-    sizes = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in working.items())
+        card -= int(quantised * (2 - BYTES_OF_4BIT))
+        lines.append(f"{gpus:>6} {card / _GIB:>12.1f} {(card + sum(working.values())) / _GIB:>8.1f} {host / _GIB:>28.1f}")
     if config.model.vision_tower.tuning != "frozen":
-        yield "not counted: what the vision tower keeps, which trains"
+        lines.append("not counted: what the vision tower keeps, which trains")
     if config.train.bf16 is False:
-        yield "all of it in bfloat16; train.bf16 is false, and weights and activations of float32 take twice as much"
+        lines.append("all of it in bfloat16; train.bf16 is false, and weights and activations of float32 take twice as much")
+    sizes = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in working.items())
     other = engine.activations(model, tokens, not recompute) / _GIB
-    yield f"beside the states: {sizes} GiB; activations {'without' if recompute else 'with'} gradient checkpointing: {other:.1f} GiB"
-
-
-def _offloaded(offload: dict[str, bool]) -> str:
-    names = [{"optimizer": "optimizer", "param": "weights"}[name] for name, is_offloaded in offload.items() if is_offloaded]
-    return f", {' and '.join(names)} offloaded" if names else ""
+    lines.append(
+        f"beside the states: {sizes} GiB; activations {'without' if recompute else 'with'} gradient checkpointing: {other:.1f} GiB"
+    )
+    return "\n".join(lines)

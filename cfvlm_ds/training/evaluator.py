@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -25,23 +26,18 @@ from cfvlm_ds.training.benchmarks import RunBenchmark, benchmark_names
 Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Evaluation of a run's splits and benchmarks within the token budget of training."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        engine: Any,
-        collator: Collator,
-        splits: Splits,
-        benchmarks: Mapping[str, RunBenchmark],
-        stop: Stop,
-        num_workers: int,
-    ) -> None:
-        self._config, self._world, self._engine, self._collator = config, world, engine, collator
-        self.splits, self._benchmarks = splits, benchmarks
-        self._stop, self._num_workers = stop, num_workers
+    config: RunConfig
+    world: World
+    engine: Any
+    collator: Collator
+    splits: Splits
+    benchmarks: Mapping[str, RunBenchmark]
+    stop: Stop
+    num_workers: int
 
     def __call__(self, splits: Splits, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
         """Evaluate sets of groups; return accuracies and scores by set.
@@ -50,14 +46,14 @@ class Evaluator:
         """
         with self._evaluating():
             return evaluate(
-                self._engine,
-                self._collator,
+                self.engine,
+                self.collator,
                 splits,
-                self._world,
-                num_workers=self._num_workers,
+                self.world,
+                num_workers=self.num_workers,
                 shuffled=shuffled,
-                objectives=self._config.objective,
-                reference=self._reference if only_adapters_train(self._config.model) else None,
+                objectives=self.config.objective,
+                reference=self._reference if only_adapters_train(self.config.model) else None,
                 **self._options(),
             )
 
@@ -65,45 +61,53 @@ class Evaluator:
         """Return the outcomes of the items of each benchmark. Raises as ``__call__`` does."""
         outcomes = {}
         with self._evaluating():
-            for name, benchmark in self._benchmarks.items():
-                options: dict[str, Any] = {"num_workers": self._num_workers, "label": f"evaluating {name}", "shuffled": shuffled}
-                scores = score_groups(self._engine, self._collator, benchmark.plan.groups, self._world, **options, **self._options())
-                outcomes[name] = benchmark.plan.outcomes(scores, token_lengths(self._collator))
+            for name, benchmark in self.benchmarks.items():
+                scores = score_groups(
+                    self.engine,
+                    self.collator,
+                    benchmark.plan.groups,
+                    self.world,
+                    num_workers=self.num_workers,
+                    label=f"evaluating {name}",
+                    shuffled=shuffled,
+                    **self._options(),
+                )
+                outcomes[name] = benchmark.plan.outcomes(scores, token_lengths(self.collator))
         return outcomes
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        self._engine.eval()
-        hook = self._engine.register_forward_pre_hook(self._vote)  # every rank makes equally many forwards
+        self.engine.eval()
+        hook = self.engine.register_forward_pre_hook(self._vote)  # every rank makes equally many forwards
         try:
             with together(), worker_deaths():
                 yield
         finally:
             hook.remove()
-            self._engine.train()
+            self.engine.train()
 
     def _reference(self, batch: Batch) -> Tensor:
         """Return the scores [G, I, C] of the model without its adapters, as training does (cfvlm_ds.training.step)."""
-        with adapters_off(self._engine.module.model):
-            return batch.scores(self._engine(**batch.model_inputs)).logp
+        with adapters_off(self.engine.module.model):
+            return batch.scores(self.engine(**batch.model_inputs)).logp
 
     def rehearse(self) -> None:
         """Run the largest evaluation batch, so that a lack of memory shows before the first step and not after the training."""
-        self._engine.eval()
-        shuffled = self._config.train.eval_shuffled
-        splits = {**self.splits, **{name: benchmark.plan.groups for name, benchmark in self._benchmarks.items()}}
-        rehearse(self._engine, self._collator, splits, self._world, shuffled=shuffled, **self._options())
-        self._engine.train()
+        self.engine.eval()
+        shuffled = self.config.train.eval_shuffled
+        splits = {**self.splits, **{name: benchmark.plan.groups for name, benchmark in self.benchmarks.items()}}
+        rehearse(self.engine, self.collator, splits, self.world, shuffled=shuffled, **self._options())
+        self.engine.train()
 
     def _vote(self, *arguments: Any) -> None:
-        votes = self._stop.votes().to(self._world.device)
+        votes = self.stop.votes().to(self.world.device)
         dist.all_reduce(votes)
         if (why := reason(votes.tolist())) is not None:
             raise StopRequested(why)
 
     def _options(self) -> dict[str, Any]:
         """Return the token budget and the advice for an out-of-memory error."""
-        data, size = self._config.data, self._config.train.per_device_eval_batch_size
+        data, size = self.config.data, self.config.train.per_device_eval_batch_size
         limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
         option = "data.max_tokens_per_forward" if data.max_tokens_per_forward else "data.max_tokens_per_micro_batch"
         setting = f"{option} ({limit})" if limit else f"train.per_device_eval_batch_size ({size}), set data.max_tokens_per_forward"

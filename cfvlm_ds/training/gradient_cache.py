@@ -1,4 +1,4 @@
-"""The gradients of one micro-batch: in one pass, or in several forwards with a gradient cache (arXiv 2101.06983)."""
+"""The gradients of one micro-batch in one or several forwards, with a gradient cache between them (arXiv 2101.06983)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ Backward = Callable[[Tensor], None]
 """Adds the gradients of a loss over the scores."""
 
 
-def nothing(batch: Batch, counts: bool) -> float:
-    """Return 0: the step has no loss beside the objective."""
-    return 0.0
-
-
 def forward(
     engine: Any,
     micro_batch: MicroBatch,
@@ -33,38 +28,14 @@ def forward(
     device: torch.device,
     reference_of: ReferenceOf,
     last: bool,
-    beside: BesideOf = nothing,
+    beside: BesideOf = lambda batch, counts: 0.0,
 ) -> tuple[Scores, Backward]:
     """Score a micro-batch in ``number`` forwards, the same number on all ranks; return the scores [G, I, C] and the function that adds
     gradients.
 
-    ``last`` marks the last micro-batch of a step, whose backward completes the gradients.
-    """
-    if number == 1:
-        return _one_pass(engine, micro_batch, reference_of, last, beside)
-    return _two_passes(engine, micro_batch, number, device, reference_of, last, beside)
-
-
-def _one_pass(engine: Any, micro_batch: MicroBatch, reference_of: ReferenceOf, last: bool, beside: BesideOf) -> tuple[Scores, Backward]:
-    (batch,) = micro_batch.forwards
-    engine.set_gradient_accumulation_boundary(last)
-    reference = reference_of(batch)
-    scores = batch.scores(engine(**batch.model_inputs))
-    extra = beside(batch, True)
-
-    def backward(loss: Tensor) -> None:
-        engine.backward(loss + extra, scale_wrt_gas=False)
-
-    return scores if reference is None else replace(scores, reference=reference), backward
-
-
-def _two_passes(
-    engine: Any, micro_batch: MicroBatch, number: int, device: torch.device, reference_of: ReferenceOf, last: bool, beside: BesideOf
-) -> tuple[Scores, Backward]:
-    """Score like ``_one_pass`` with the activations of only one forward in memory.
-
-    The first pass computes the scores, which the loss couples. The derivatives of the loss by the log-probs are the weights of the second
-    pass, which uses the same random numbers. The last forward serves both passes. Repeated batches have the weight 0.
+    Only the activations of one forward are in memory. The first pass computes the scores, which the loss couples. The derivatives of the
+    loss by the log-probs are the weights of the second pass, which repeats all forwards but the last with the same random numbers. Repeated
+    batches have the weight 0. ``last`` marks the last micro-batch of a step, whose backward completes the gradients.
     """
     batches, repeats = micro_batch.padded(number), number - len(micro_batch.forwards)
     references = [reference_of(batch) for batch in batches][repeats:]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.training.in_batch_negatives import look_ahead
 
 
 @dataclass(frozen=True)
@@ -29,38 +30,22 @@ class Hardest:
     entered: int
 
 
-class HardNegatives:
-    """Selection of the hardest counterfactuals of each group in a micro-batch.
+def cut_to_hardest(
+    engine: Any,
+    micro_batches: Sequence[MicroBatch],
+    forwards: Sequence[int],
+    device: torch.device,
+    number: int,
+    pack: Callable[[MicroBatch, Tensor], MicroBatch],
+) -> tuple[list[MicroBatch], list[Hardest]]:
+    """Return the micro-batches with only the hardest cells of each group, and the selection of each; collective, as ``look_ahead`` is.
 
-    Args:
-        engine: drives a Scorer.
-        number: counterfactuals that a group keeps.
-        forwards: returns the number of forwards of each micro-batch, the same on every rank.
-        pack: packs a micro-batch again with only the given cells (Collator.packed_again).
+    ``pack`` packs a micro-batch again with the given cells (Collator.packed_again).
     """
-
-    def __init__(
-        self,
-        engine: Any,
-        number: int,
-        forwards: Callable[[Sequence[MicroBatch]], list[int]],
-        pack: Callable[[MicroBatch, Tensor], MicroBatch],
-    ) -> None:
-        self._engine, self._number, self._forwards, self._pack = engine, number, forwards, pack
-
-    def of(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[Hardest]]:
-        """Return the micro-batches with only the hardest cells, and the selection of each. Collective: every rank makes equally many
-        forwards.
-        """
-        self._engine.eval()  # without dropout no random number is drawn that a resumed run would miss
-        with torch.no_grad():
-            scored = [
-                micro_batch.scores([self._engine(**batch.model_inputs) for batch in micro_batch.padded(number)])
-                for micro_batch, number in zip(micro_batches, self._forwards(micro_batches), strict=True)
-            ]
-        self._engine.train()
-        chosen = [hardest(scores, self._number) for scores in scored]
-        return [self._pack(micro_batch, hardest.cells) for micro_batch, hardest in zip(micro_batches, chosen, strict=True)], chosen
+    engine.eval()
+    chosen = [hardest(scores, number) for scores in look_ahead(engine, micro_batches, forwards, device)]
+    engine.train()
+    return [pack(micro_batch, each.cells) for micro_batch, each in zip(micro_batches, chosen, strict=True)], chosen
 
 
 def hardest(scores: Scores, number: int) -> Hardest:

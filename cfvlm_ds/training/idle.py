@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.objectives import batch_terms
@@ -15,24 +16,26 @@ _LACKS = {
 """Term -> a metric that exists only where the term finds its data, the data that it lacks otherwise, and the remedy."""
 
 
+@dataclass(frozen=True)
 class Idle:
     """Monitor of options without an effect. It passes one warning for each such option to ``say``."""
 
-    def __init__(self, config: RunConfig, say: Callable[[str], object]) -> None:
-        self._config, self._say, self._warned = config, say, set[str]()
+    config: RunConfig
+    say: Callable[[str], object]
+    warned: set[str] = field(default_factory=set)
 
     def recorded(self, metrics: Mapping[str, float]) -> None:
         """Check the metrics of a training record and warn about new findings."""
         for option, why in self._findings(metrics):
-            if option not in self._warned:
-                self._warned.add(option)
-                self._say(f"warning: {option} {why}")
+            if option not in self.warned:
+                self.say(f"warning: {option} {why}")
+            self.warned.add(option)
 
     def _findings(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         for term, (metric, lack, remedy) in _LACKS.items():
             if f"loss/{term}" in metrics and metric not in metrics:
                 yield f"objective.{term}", f"has found {lack} in the steps of this record; {remedy}"
-        for term, requested in batch_terms(self._config.objective).items():
+        for term, requested in batch_terms(self.config.objective).items():
             if (available := metrics.get(f"{term}/texts")) is not None and 2 * available < requested:
                 yield (
                     f"objective.{term}.texts",
@@ -42,6 +45,6 @@ class Idle:
         if "hard_negatives/proposed" in metrics and metrics["hard_negatives/proposed"] == metrics["hard_negatives/entered"]:
             yield (
                 "train.hard_negatives",
-                f"{self._config.train.hard_negatives} has left nothing out in the steps of this record: no group of one question has more "
+                f"{self.config.train.hard_negatives} has left nothing out in the steps of this record: no group of one question has more "
                 "counterfactuals; a forward that chooses nothing is paid for in each",
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, InBatchNegative, Pictures,
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
+from cfvlm_ds.objectives.batch_align import own_images
 
 Entry = CounterfactualGroup | DataError
 
@@ -37,15 +38,15 @@ class StepPart(NamedTuple):
     places: range
 
 
+@dataclass(frozen=True)
 class WholeSteps:
     """The micro-batches of a rank with their steps: the ``batch_sampler`` of a DataLoader over ``WithNegatives``."""
 
-    def __init__(self, sampler: GroupSampler) -> None:
-        self._sampler = sampler
+    sampler: GroupSampler
 
     def __iter__(self) -> Iterator[StepPart]:
-        rank, world_size = self._sampler.rank, self._sampler.world_size
-        for parts in self._sampler.steps():
+        rank, world_size = self.sampler.rank, self.sampler.world_size
+        for parts in self.sampler.steps():
             step, first = tuple(index for part in parts for index in part), 0
             for number, part in enumerate(parts):
                 if number % world_size == rank:
@@ -202,8 +203,7 @@ def _entries(scores: Scores) -> npt.NDArray[np.float64]:
     layout = scores.layout
     if layout.in_batch is None:
         return np.zeros((0, 4))
-    true = layout.positive & layout.same_prompt[:, :1]
-    own = true & (true.cumsum(1) == 1)
+    own = own_images(layout)
     compared = own | (layout.negative & layout.same_prompt[:, :1] & own.any(1, keepdim=True))
     compared[:, :, layout.num_own :] = layout.valid[:, :, layout.num_own :]
     compared = compared.cpu()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.core.distributed import World, all_reduce_sums
-from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import ModelFlops
 from cfvlm_ds.objectives import Objectives, likelihood_report, scores_of
 from cfvlm_ds.training.step import Measured
@@ -114,17 +113,12 @@ def measure(
         meter.add_rate("throughput/tokens_per_s", batch.num_tokens)
         meter.add_rate("throughput/images_per_s", batch.num_images)
         meter.add_rate("throughput/model_tflop_per_s", flops.of(batch.model_inputs, batch.num_scored) / 1e12)
-    for source in sources:
-        _measure_source(meter, scores, objectives, source)
-
-
-def _measure_source(meter: Meter, scores: Scores, objectives: Objectives, source: str) -> None:
-    """Add each term's mean over the groups of one source. Every rank adds the same metrics, whether or not it has groups of the source."""
-    layout = scores.layout.of_source(source)
-    for name, objective in objectives.items():
-        of_source = scores_of(name, objective, replace(scores, layout=layout))
-        counts = torch.atleast_1d(objective.denominator(of_source.layout))
-        with torch.no_grad():
-            totals = torch.atleast_1d(objective.numerator(of_source)) if source in layout.sources else torch.zeros_like(counts)
-        for number, (total, count) in enumerate(zip(totals, counts, strict=True)):
-            meter.add(f"loss/{name}/{source}", total, count, number)
+    for source in sources:  # every rank adds the same metrics, whether or not it has groups of the source
+        layout = scores.layout.of_source(source)
+        for name, objective in objectives.items():
+            of_source = scores_of(name, objective, replace(scores, layout=layout))
+            counts = torch.atleast_1d(objective.denominator(of_source.layout))
+            with torch.no_grad():
+                totals = torch.atleast_1d(objective.numerator(of_source)) if source in layout.sources else torch.zeros_like(counts)
+            for number, (total, count) in enumerate(zip(totals, counts, strict=True)):
+                meter.add(f"loss/{name}/{source}", total, count, number)

@@ -99,10 +99,9 @@ def model_hashes(
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return the differences between two records that decide what is trained."""
     old, new = _effective(before), _effective(now)
-    if _TOTAL in old:
-        old, new = ({name: value for name, value in each.items() if name not in _STEPS} for each in (old, new))
-    for one, other in ((old, new), (new, old)):
-        one.update({name: (0.0, "confirm") for name in other.keys() - one.keys() if name.startswith("objective.") and _is_weight(name)})
+    for one, other in ((old, new), (new, old)):  # an absent term has the weight 0
+        missing = [name for name in other.keys() - one.keys() if name.startswith("objective.") and name.endswith(".weight")]
+        one.update(dict.fromkeys(missing, (0.0, "confirm")))
     changes = []
     for name in sorted(old.keys() & new.keys()):
         (was, kind), (value, _) = old[name], new[name]
@@ -112,10 +111,6 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
                 was, value = (f"{each['options']['model']['name_or_path']} ({what[:8]})" for each, what in ((before, was), (now, value)))
             changes.append(Change(name, was, value, kind == "refuse" or packing))
     return changes
-
-
-def _is_weight(option: str) -> bool:
-    return option.endswith(".weight")
 
 
 def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> str | None:
@@ -151,27 +146,24 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
     for name, value in options.items():
         section, part, *_ = [*name.split("."), ""]
         if section == "objective":
-            if part not in absent or _is_weight(name):
+            if part not in absent or name.endswith(".weight"):
                 values[name] = (value, "confirm")
         elif (kind := ON_RESUME.get(name)) in ("confirm", "refuse") and not (
-            name == "train.bf16"
+            name in ("train.bf16", *_STEPS)
             or (section == "model" and part == "lora" and not adapted)
             or (name.endswith(".learning_rate") and part in modules and options[f"model.{part}.tuning"] == "frozen")
         ):
             values[name] = (value, kind)
-    accumulated, ranks = options["train.gradient_accumulation_steps"], record.get("ranks")
-    if ranks is not None and options["data.max_tokens_per_micro_batch"] is None:
-        groups = (options["train.per_device_train_batch_size"] or MICRO_BATCH_SIZE) * accumulated * ranks
+    micro_batches = options["train.gradient_accumulation_steps"] * record["ranks"]
+    if options["data.max_tokens_per_micro_batch"] is None:
+        groups = (options["train.per_device_train_batch_size"] or MICRO_BATCH_SIZE) * micro_batches
         values["groups per step (train.per_device_train_batch_size x train.gradient_accumulation_steps x ranks)"] = (groups, "confirm")
-    elif ranks is not None:
-        values["micro-batches per step (train.gradient_accumulation_steps x ranks)"] = (accumulated * ranks, "confirm")
-    if record.get("steps") is not None:
-        values[_TOTAL] = (record["steps"], "confirm")
-    if record.get("model"):
+    else:
+        values["micro-batches per step (train.gradient_accumulation_steps x ranks)"] = (micro_batches, "confirm")
+    values[_TOTAL] = (record["steps"], "confirm")
+    if record["model"]:  # a hub's model may not be on disk yet
         values |= {_WEIGHTS: (record["model"]["weights"], "refuse"), _INPUTS: (record["model"]["inputs"], "confirm")}
-    if record.get("deepspeed") is not None:
-        values |= _settings(record["deepspeed"])
-    return values
+    return values | _settings(record["deepspeed"])
 
 
 def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:

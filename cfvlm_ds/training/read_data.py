@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import transformers
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cluster.signals import WorkerLost, last_word, shield_worker, worker_deaths
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
-from cfvlm_ds.core.data_config import DataConfig, DataSet, is_hub
+from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import replace, write_if_possible
@@ -65,7 +66,7 @@ class RunData:
 class SourceData(NamedTuple):
     """One of the training sets and its identity."""
 
-    groups: Sequence[CounterfactualGroup]
+    groups: GroupStore
     identity: Identity
 
 
@@ -80,16 +81,27 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     scan = Scan(barrier.alive, shield_worker)
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
         run_on_rank0(world, lambda: [str(local_path(path, scan, world.say)) for path in hub], barrier)
-    stores = _Stores(config, world, barrier, most_rows)
+    stores = _Stores(config, world, barrier, scan, most_rows)
     train = {name: stores.open(each) for name, each in train_sets.items()}
     splits = {name: stores.open(each) for name, each in evaluation_sets.items()}
     sources = {name: SourceData(groups, stored_rows(groups).identity) for name, groups in train.items()}
     identities = {name: stored_rows(groups).identity for name, groups in splits.items()}
-    groups, identity = _together(data, sources)
-    benchmarks = read_benchmarks(config, world, stores.collator)
-    collator = next((each.collator for each in benchmarks.values()), stores.collator)
+    if data.is_mixture:
+        objectives = {name: None if each.objectives is None else tuple(each.objectives) for name, each in train_sets.items()}
+        groups: Sequence[CounterfactualGroup] = MixedGroups(list(train.values()), list(train), list(objectives.values()))
+        identity = mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
+    else:
+        ((groups, identity),) = sources.values()
+    benchmarks, collator = read_benchmarks(config, world, stores.collator)
     tables = [table for each in (*train.values(), *splits.values()) if (table := stored_rows(each).pictures) is not None]
-    _name_shared(config, world, train, splits, benchmarks)
+    evaluated = {name: stored_rows(groups).keys for name, groups in splits.items()}
+    evaluated |= {name: keys_of(benchmark.plan.groups, benchmark.pictures) for name, benchmark in benchmarks.items()}
+    for (name, train_groups), (split, keys) in itertools.product(train.items(), evaluated.items()) if world.is_main else ():
+        if shared := str(shared_with(stored_rows(train_groups).keys, keys)):
+            trained = without_secrets(train_sets[name].path)
+            world.say(
+                f"warning: data.evaluation.{split}: {shared} are in the training set {trained} too; results there are not about new data"
+            )
     _refuse_idle(config, train)
     return RunData(groups, dict(splits), identity, PictureTables(tables) if tables else None, collator, identities, sources, benchmarks)
 
@@ -98,27 +110,6 @@ def stored_rows(groups: GroupStore) -> StoredRows:
     """Return the store that groups are read from."""
     assert isinstance(groups.rows, StoredRows)
     return groups.rows
-
-
-def _name_shared(
-    config: RunConfig,
-    world: World,
-    train: Mapping[str, GroupStore],
-    splits: Mapping[str, GroupStore],
-    benchmarks: Mapping[str, RunBenchmark],
-) -> None:
-    """Warn about groups or pictures that training and evaluation share: results on trained groups do not measure generalisation."""
-    if not world.is_main:
-        return
-    evaluated = {name: stored_rows(groups).keys for name, groups in splits.items()}
-    evaluated |= {name: keys_of(benchmark.plan.groups, benchmark.pictures) for name, benchmark in benchmarks.items()}
-    for name, groups in train.items():
-        for split, keys in evaluated.items():
-            if shared := str(shared_with(stored_rows(groups).keys, keys)):
-                warning = (
-                    f"data.evaluation.{split}: {shared} are in the training set {without_secrets(config.data.train_sets[name].path)} too"
-                )
-                world.say(f"warning: {warning}; what is measured there is no generalisation")
 
 
 def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
@@ -160,16 +151,6 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
         raise ConfigError(f"{what} cannot end: {error}; look at its node and start again, nothing found is lost") from error
 
 
-def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequence[CounterfactualGroup], Identity]:
-    """Return the training groups of a run and their identity, from its only set or from the sources of a mixture."""
-    if not data.is_mixture:
-        (only,) = sources.values()
-        return only.groups, only.identity
-    objectives = {name: None if each.objectives is None else tuple(each.objectives) for name, each in data.train_sets.items()}
-    groups = MixedGroups([each.groups for each in sources.values()], list(sources), list(objectives.values()))
-    return groups, mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
-
-
 def forget(config: RunConfig, world: World) -> None:
     """Make the next start prepare the training data again, because this start is refused for them.
 
@@ -193,6 +174,7 @@ def model_fingerprint(model: ModelConfig, world: World) -> dict[str, str]:
     return run_on_rank0(world, lambda: fingerprint(model, barrier.alive, world.say), barrier)
 
 
+@dataclass
 class _Stores:
     """The stores of a run, opened on all ranks.
 
@@ -200,10 +182,12 @@ class _Stores:
     visual tokens, which depend on the model, are stored there too.
     """
 
-    def __init__(self, config: RunConfig, world: World, barrier: ProgressBarrier, most_rows: int | None) -> None:
-        self._config, self._world, self._barrier, self._most_rows = config, world, barrier, most_rows
-        self._scan = Scan(barrier.alive, shield_worker)
-        self.collator: Collator | None = None
+    config: RunConfig
+    world: World
+    barrier: ProgressBarrier
+    scan: Scan
+    most_rows: int | None
+    collator: Collator | None = None
 
     def open(self, data_set: DataSet) -> GroupStore:
         """Open the groups of a data set; rank 0 prints a summary. Raises DataError with the first problem on every rank."""
@@ -214,19 +198,19 @@ class _Stores:
             stores.append(open_store(Path(prepared or data_set.path), [Path(os.path.abspath(root)) for root in roots]))
         except DataError as error:
             problem = str(error)
-            if prepared and not self._world.is_main:
-                problem += f"; every node must see {self._config.train.output_dir}"
-        if problem := next((data_set for data_set in gather_objects(problem, self._world) if data_set), None):
+            if prepared and not self.world.is_main:
+                problem += f"; every node must see {self.config.train.output_dir}"
+        if problem := next((data_set for data_set in gather_objects(problem, self.world) if data_set), None):
             raise DataError(problem)
-        self._world.say(self._by_rank_0(lambda: self._summary(data_set, stores[0], prepared is not None)))
+        self.world.say(self._by_rank_0(lambda: self._summary(data_set, stores[0], prepared is not None)))
         return stores[0]
 
     def _by_rank_0(self, function: Callable[[], Any]) -> Any:
-        return by_rank_0(self._world, self._barrier, f"the preparation of {self._config.data.trained_on}", function)
+        return by_rank_0(self.world, self.barrier, f"the preparation of {self.config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
         """Prepare a data set for this run if necessary; return its folder, or None for a store, which is used in place."""
-        path, config, say = local_path(each.path), self._config, self._world.say
+        path, config, say = local_path(each.path), self.config, self.world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None
         from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state  # imports all formats
@@ -240,16 +224,16 @@ class _Stores:
         except DataError:  # a damaged store is prepared again
             _disown(folder)
         groups = self._source(each)
-        if self._most_rows is not None and len(groups) > self._most_rows:
+        if self.most_rows is not None and len(groups) > self.most_rows:
             roots = [each.root] if isinstance(each.root, str) else each.root or []
             options_given = [("format", format), *(("root", root) for root in roots), ("limit", each.limit)]
             written = "".join(f" --{name} {value}" for name, value in options_given if value is not None)
             raise DataError(
-                f"{each.path}: has {len(groups)} groups, and a run prepares {self._most_rows} of a data set itself; run "
+                f"{each.path}: has {len(groups)} groups, and a run prepares {self.most_rows} of a data set itself; run "
                 f"`cfvlm-ds data prepare {each.path}{written} --out {each.path}.store` first, and name {each.path}.store in its place"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        report = prepare(groups, folder, stamp, options, say, anew=True, scan=self._scan).report
+        report = prepare(groups, folder, stamp, options, say, anew=True, scan=self.scan).report
         self._refuse(each, report)
         if source_state(path) != state:
             _disown(folder)
@@ -258,8 +242,8 @@ class _Stores:
 
     def _source(self, each: DataSet) -> GroupStore:
         """Open the groups of a data set that is not a store. Errors refer to the rows of the original files."""
-        format = each.format or self._config.data.format
-        return open_groups(each.path, each.root, format, limit=each.limit, scan=self._scan, progress=self._world.say)
+        format = each.format or self.config.data.format
+        return open_groups(each.path, each.root, format, limit=each.limit, scan=self.scan, progress=self.world.say)
 
     def _refuse(self, each: DataSet, report: CheckReport) -> None:
         """Raise DataError for the first problem of a data set, if there is any."""
@@ -268,11 +252,11 @@ class _Stores:
         more = len(report.problems) - 1
         remedy = "; data.on_error is about what breaks later, and `cfvlm-ds data prepare --on_error skip` leaves this out"
         others = f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""
-        raise DataError(report.problems[0] + remedy * (self._config.data.on_error == "skip") + others)
+        raise DataError(report.problems[0] + remedy * (self.config.data.on_error == "skip") + others)
 
     def _summary(self, each: DataSet, groups: GroupStore, prepared: bool) -> str:
         """Return a line that describes a data set. Raises DataError for a text or an image that the model cannot take."""
-        store, config = stored_rows(groups), self._config
+        store, config = stored_rows(groups), self.config
         summary = f"{each.path}: {len(groups)} groups"
         if store.found["left_out"]:
             summary += f" ({store.found['left_out']} were left out when they were prepared)"
@@ -286,23 +270,23 @@ class _Stores:
         key, known = self._measured_by(store), _recorded(file)
         if known.get("key") != key:
             self.collator = self.collator or load_collator(config.model, "full", config.data.max_pixels)
-            report = check_texts(self._source(each) if prepared else groups, self.collator, store.pictures, self._world.say, self._scan)
+            report = check_texts(self._source(each) if prepared else groups, self.collator, store.pictures, self.world.say, self.scan)
             self._refuse(each, report)
             known = {"key": key, "visual_tokens": report.visual_range}
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_if_possible(file, json.dumps(known), self._world.say)
+            write_if_possible(file, json.dumps(known), self.world.say)
         summary += f", {store.found['images']} images"
         summary += f", visual tokens {known['visual_tokens']}" if known["visual_tokens"] else ""
         return without_secrets(summary + (f", metadata {store.found['metadata']}" if store.found["metadata"] else ""))
 
     def _measured_by(self, store: StoredRows) -> str:
         """Return a hash of everything that the lengths of a store's texts depend on."""
-        model = self._config.model
+        model = self.config.model
         inputs = None
         with contextlib.suppress(OSError, ConfigError):  # reported where the files are used
             inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
         limits = [getattr(model, option) for option in IMAGE_LIMITS]
-        parts = [digest(store.identity), without_secrets(model.name_or_path), inputs, *limits, self._config.data.max_pixels]
+        parts = [digest(store.identity), without_secrets(model.name_or_path), inputs, *limits, self.config.data.max_pixels]
         return hashlib.sha256(json.dumps([*parts, transformers.__version__]).encode()).hexdigest()
 
 

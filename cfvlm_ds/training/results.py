@@ -11,7 +11,7 @@ from typing import Any
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
-from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.files import Say, replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
@@ -28,16 +28,15 @@ from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figur
 from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
-Say = Callable[[str], object]
 CHANGES = "before_after.json"
 """Rows of the table of what the training changed."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
     """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained. ``alive`` is called meanwhile."""
-    model, (folder, _) = config.model, _exported(config)
-    card = card_of(checkpoint, say, adapter=only_adapters_train(model))
-    if only_adapters_train(model):
+    model, (adapter, folder, _) = config.model, _exported(config)
+    card = card_of(checkpoint, say, adapter=adapter)
+    if adapter:
         exported = export_adapter(checkpoint, model.name_or_path, folder, model.lora, say, alive, card)
     else:
         exported = export_hf(checkpoint, model.name_or_path, folder, say, model.lora, alive, card)
@@ -46,8 +45,8 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Call
 
 def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
     """Add the results of the evaluation, which follows the export, to the export's card."""
-    folder, marker = _exported(config)
-    card = card_of(checkpoint, say, adapter=only_adapters_train(config.model), evaluated=True)
+    adapter, folder, marker = _exported(config)
+    card = card_of(checkpoint, say, adapter=adapter, evaluated=True)
     try:
         if card is not None and (folder / marker).is_file() and not write_card(folder, card):
             say(f"warning: {folder / CARD} was not written by this package, and stays as it is")
@@ -58,16 +57,16 @@ def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
 def refuse_export(config: RunConfig) -> None:
     """Raise ConfigError if the export could not be written to its folder after the training."""
     if config.train.export:
-        folder, marker = _exported(config)
+        _, folder, marker = _exported(config)
         remedy = "choose another train.output_dir, or set train.export to false"
         refuse_replacing(folder, marker, [Path(config.model.name_or_path).resolve()], remedy)
         refuse_others_model(folder, remedy)
 
 
-def _exported(config: RunConfig) -> tuple[Path, str]:
-    """Return the folder of a run's export and the file that marks an export."""
-    name, marker = ("adapter", "adapter_config.json") if only_adapters_train(config.model) else ("export", "config.json")
-    return Path(config.train.output_dir) / name, marker
+def _exported(config: RunConfig) -> tuple[bool, Path, str]:
+    """Return whether a run exports adapters, the folder of its export, and the file that marks an export."""
+    adapter, run_dir = only_adapters_train(config.model), Path(config.train.output_dir)
+    return adapter, *((run_dir / "adapter", "adapter_config.json") if adapter else (run_dir / "export", "config.json"))
 
 
 def write_results(
@@ -84,23 +83,25 @@ def write_results(
 
     results.md also contains the results of ``benchmarks``. Raises StorageError on a full disk.
     """
-    run_dir = Path(config.train.output_dir)
-    path = tables = run_dir / "results.md"
+    run_dir = path = Path(config.train.output_dir)
+    parts = [summary_of(config, step, results, changes)]
+    parts += ["## All metrics", table(results)] * bool(changes)
+    parts += [markdown(benchmarks)] * bool(benchmarks)
+    contents = {
+        run_dir / "results.md": "\n\n".join(parts) + "\n",
+        run_dir / "results.json": json.dumps({name: [vars(row) for row in rows] for name, rows in results.items()}, indent=1),
+        run_dir / CHANGES: json.dumps([vars(each) for each in changes], indent=1),
+    }
     try:
-        parts = [summary_of(config, step, results, changes)]
-        parts += ["## All metrics", table(results)] if changes else []
-        replace(path, ("\n\n".join([*parts, *([markdown(benchmarks)] if benchmarks else [])]) + "\n").encode())
-        path = differences = run_dir / CHANGES
-        replace(path, json.dumps([vars(each) for each in changes], indent=1).encode())
-        path = rows = run_dir / "results.json"
-        replace(path, json.dumps({name: [vars(row) for row in accuracies] for name, accuracies in results.items()}, indent=1).encode())
+        for path, text in contents.items():
+            replace(path, text.encode())
         (run_dir / "scores").mkdir(exist_ok=True)
         for split, groups in splits.items():
             stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
             write_scores(path := run_dir / "scores" / f"{split}.jsonl", groups, stored, str(run_dir), identities[split])
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
-    return [tables, rows, differences]
+    return list(contents)
 
 
 def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change]) -> str:
@@ -131,25 +132,27 @@ _NO_SETS = (
 
 def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:
     """Draw the figures and return the paths of those that could be drawn. A failure is a warning."""
-    drawn: list[Path] = []
 
-    def attempt(name: str, draw: Callable[[Path], None]) -> None:
+    def draw_scores(path: Path, split: str) -> None:
+        score_matrix_figure(path, samples(splits[split], scores[split], max_pixels))
+
+    drawn = []
+    figures = {"learning_curves.png": partial(learning_curves_figure, metrics_jsonl=run_dir / "metrics.jsonl")}
+    for name, draw in (figures | {f"scores-{split}.png": partial(draw_scores, split=split) for split in splits}).items():
         path = run_dir / name
         try:
             draw(path)
             drawn.append(path)
         except Exception as error:  # a drawing library may fail on any caption or number
             say(f"warning: {path} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); the run goes on")
-
-    attempt("learning_curves.png", lambda path: learning_curves_figure(path, run_dir / "metrics.jsonl"))
-    for split, groups in splits.items():
-        shown = partial(samples, groups, scores[split], max_pixels)
-        attempt(f"scores-{split}.png", lambda path, shown=shown: score_matrix_figure(path, shown()))  # type: ignore[misc]
     return drawn
 
 
 def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """Return one group of each edit type, at most four types, in the form that score_matrix_figure takes."""
+    """Return one group of each edit type, at most four types, in the form that score_matrix_figure takes.
+
+    Prompts precede the texts of a group with several prompts.
+    """
     first: dict[str, int] = {}
     for index, group in enumerate(groups):
         first.setdefault(group.edits[0].type if group.edits else UNLABELLED, index)
@@ -157,15 +160,12 @@ def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]
         {
             "title": f"{kind}: {groups[index].id}",
             "images": [[open_image(picture, max_pixels) for picture in pictures] for pictures in groups[index].images],
-            "captions": _captions(groups[index]),
+            "captions": [
+                each.text if len(set(groups[index].prompt_ids)) == 1 else f"{readable(each.prompt)} {each.text}"
+                for each in groups[index].candidates
+            ],
             "scores": scores[index].logp.tolist(),
             "match": groups[index].match,
         }
         for kind, index in list(first.items())[-4:]
     ]
-
-
-def _captions(group: CounterfactualGroup) -> list[str]:
-    """Return the texts, preceded by their prompts if the group has several prompts."""
-    single_prompt = len(set(group.prompt_ids)) == 1
-    return [candidate.text if single_prompt else f"{readable(candidate.prompt)} {candidate.text}" for candidate in group.candidates]

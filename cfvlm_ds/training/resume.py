@@ -95,15 +95,22 @@ def decide(
             raise ConfigError(problem)
         return changes
 
-    if is_finished(config, total_steps, world):
-        run_on_rank0(world, lambda: changed_since(finished_record(run_dir), run_dir, total_steps))
+    finished = partial(run_on_rank0, world, lambda: _finished_at(run_dir))
+    if train.resume in ("auto", "restart") and finished() == total_steps:
+
+        def refuse_changed() -> None:
+            record = read_json(run_dir / FINISHED)
+            checkpoint.refuse_other_version(record, run_dir)
+            changed_since(record["record"], run_dir, total_steps)
+
+        run_on_rank0(world, refuse_changed)
         world.say(
             f"{run_dir} has finished at step {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again"
         )
         return None
     checkpoint_dir = checkpoint.find(run_dir, train.resume, world)
     if checkpoint_dir is None:
-        if train.resume == "auto" and (step := run_on_rank0(world, lambda: _finished_at(run_dir))) is not None:
+        if train.resume == "auto" and (step := finished()) is not None:
             raise ConfigError(
                 f"{run_dir} has finished at step {step} and holds no checkpoint to go on from to step {total_steps}; choose another "
                 "train.output_dir, or set train.resume to restart to start at step 0"
@@ -121,20 +128,6 @@ def decide(
     return start
 
 
-def finished_record(run_dir: Path) -> dict[str, Any]:
-    """Return the record of a finished run. Raises ConfigError for a record of another version."""
-    finished = read_json(run_dir / FINISHED)
-    checkpoint.refuse_other_version(finished, run_dir)
-    return dict(finished["record"])
-
-
-def is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
-    """Return True if a start with train.resume ``auto`` has nothing left to do; rank 0 decides."""
-    if config.train.resume not in ("auto", "restart"):
-        return False
-    return run_on_rank0(world, lambda: _finished_at(Path(config.train.output_dir))) == total_steps
-
-
 def _finished_at(run_dir: Path) -> int | None:
     """Return the last planned step of the run that has ended in a folder, or None. Raises ConfigError if nothing else in the folder has
     reached the step at which it ended.
@@ -150,7 +143,7 @@ def _finished_at(run_dir: Path) -> int | None:
         done = False
     if not done:
         raise ConfigError(
-            f"{run_dir / FINISHED} says that the run ended at step {step}, and neither a checkpoint nor {METRICS_FILE} beside it has come "
-            "so far; remove it to go on from what is there"
+            f"{run_dir / FINISHED} says that the run ended at step {step}, but no checkpoint and no record in {METRICS_FILE} reaches "
+            "that step; remove it to continue from what is there"
         )
     return int(finished.get("total_steps", step))

@@ -7,6 +7,7 @@ may also forget captions or other kinds. The sets of ``train.retention`` are eva
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cfvlm_ds.checkpoint import TrainState
@@ -15,28 +16,34 @@ from cfvlm_ds.data.identity import Identity, changes
 from cfvlm_ds.evaluation import Accuracy, headline_metric
 
 
+@dataclass
 class Retention:
     """Comparison of metrics with their first values. It warns where one fell by more than ``train.displacement_warning``.
 
     ``identities`` are those of the evaluation sets. A set whose contents have changed is compared with its first evaluation since then.
     """
 
-    def __init__(self, config: RunConfig, state: TrainState, identities: Mapping[str, Identity], say: Callable[[str], object]) -> None:
-        self._train, self._state, self._say, self._identities = config.train, state, say, identities
+    config: RunConfig
+    state: TrainState
+    identities: Mapping[str, Identity]
+    say: Callable[[str], object]
+    warned: float = 0.0
+
+    @property
+    def _remedy(self) -> str:
         advice = (
             "raise objective.retain.weight"
-            if "retain" in config.objective
+            if "retain" in self.config.objective
             else "add objective.retain (it holds the model near its start on plain captions among the training data)"
         )
-        self._warned = 0.0
-        self._remedy = f"{advice}, raise objective.align.weight or lower train.learning_rate"
+        return f"{advice}, raise objective.align.weight or lower train.learning_rate"
 
     def trained(self, metrics: Mapping[str, float]) -> None:
         """Check a training record. A warning is repeated only when the fall has doubled since the last one."""
-        fallen = self._state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
-        if fallen > max(self._train.displacement_warning, 2 * self._warned):
-            self._warned = fallen
-            self._say(
+        fallen = self.state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
+        if fallen > max(self.config.train.displacement_warning, 2 * self.warned):
+            self.warned = fallen
+            self.say(
                 f"warning: likelihood displacement: the factual log-likelihood fell {fallen:.2f} nats per token below its start; "
                 f"{self._remedy}"
             )
@@ -44,7 +51,7 @@ class Retention:
     def evaluated(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
         """Compare an evaluation with the first one; return the change of each set of ``train.retention`` in nats per token and points."""
         changed: dict[str, float] = {}
-        for split in self._train.retention or ():
+        for split in self.config.train.retention or ():
             if not (rows := results.get(split)):
                 continue
             overall, metric = rows[-1], headline_metric(rows)
@@ -53,9 +60,9 @@ class Retention:
             start = self._start(split, measured)
             deltas = {name: value - start[name] for name, value in measured.items() if name in start}
             changed |= {f"retention/{split}/{name}": change for name, change in deltas.items()}
-            if (risen := deltas.get("nll", 0.0)) > self._train.displacement_warning:
+            if (risen := deltas.get("nll", 0.0)) > self.config.train.displacement_warning:
                 since = f"step {start['step']}" if start["step"] else "the start"
-                self._say(
+                self.say(
                     f"warning: retention: true texts of data.evaluation.{split} lost {risen:.2f} nats per token since {since}; "
                     f"{self._remedy}"
                 )
@@ -63,11 +70,11 @@ class Retention:
 
     def _start(self, split: str, measured: Mapping[str, float]) -> Mapping[str, Any]:
         """Return the first evaluation of a set with its ``step``. In a continued run that may be the present one."""
-        start, data = self._state.retained.get(split), self._identities[split]
+        start, data = self.state.retained.get(split), self.identities[split]
         change = None if start is None else changes(start["data"], data)
         if start is not None and change is None:
             return start
-        if start is not None or self._state.step:
+        if start is not None or self.state.step:
             why = "was not evaluated at the start" if change is None else f"has other contents since ({change})"
-            self._say(f"retention: data.evaluation.{split} {why}; it is compared with step {self._state.step} from here on")
-        return self._state.keep(split, data, measured)
+            self.say(f"retention: data.evaluation.{split} {why}; it is compared with step {self.state.step} from here on")
+        return self.state.keep(split, data, measured)

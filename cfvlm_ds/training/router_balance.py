@@ -9,6 +9,7 @@ forwards first makes all of them without gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from cfvlm_ds.core.distributed import World, all_reduce_sums, random_state, set_
 from cfvlm_ds.models import Routed
 
 
+@dataclass
 class RouterBalance:
     """The balance loss of one step, and the routing statistics of its forwards.
 
@@ -27,23 +29,24 @@ class RouterBalance:
         weight: weight of the loss; with 0 the experts' loads are only counted.
     """
 
-    def __init__(self, engine: Any, weight: float, world: World) -> None:
-        self._engine, self._weight, self._world = engine, weight, world
-        self._of_step: tuple[Tensor, Tensor] | None = None  # rows by expert [E] and all rows, over all ranks
-        self._since: list[Routed] = []
+    engine: Any
+    weight: float
+    world: World
+    _of_step: tuple[Tensor, Tensor] | None = None  # rows by expert [E] and all rows, over all ranks
+    _since: list[Routed] = field(default_factory=list)
 
     def look_ahead(self, micro_batches: Sequence[MicroBatch], forwards: Sequence[int]) -> None:
         """Make the forwards of the step once without gradients if there are several. ``forwards`` holds their number by micro-batch."""
-        if not self._weight or sum(forwards) == 1:
+        if not self.weight or sum(forwards) == 1:
             return
-        before = random_state(self._world.device)
+        before = random_state(self.world.device)
         routings: list[Routed | None] = []
         with torch.no_grad():
             for micro_batch, number in zip(micro_batches, forwards, strict=True):
                 for k, batch in enumerate(micro_batch.padded(number), len(micro_batch.forwards) - number):
-                    self._engine(**batch.model_inputs)
+                    self.engine(**batch.model_inputs)
                     routings.append(self._last(batch, k >= 0))
-        set_random_state(before, self._world.device)
+        set_random_state(before, self.world.device)
         self._agree([routed for routed in routings if routed is not None])
 
     def term(self, batch: Batch, counts: bool) -> Tensor | float:
@@ -52,20 +55,20 @@ class RouterBalance:
         if routed is None:
             return 0.0
         self._since.append(Routed(routed.taken, routed.probability.detach(), routed.rows))
-        if not self._weight:
+        if not self.weight:
             return 0.0
         if self._of_step is None:
             self._agree([routed])
-        return self._weight * self._share(routed) * self._world.size  # DeepSpeed averages gradients over ranks
+        return self.weight * self._share(routed) * self.world.size  # DeepSpeed averages gradients over ranks
 
     def taken(self) -> tuple[Tensor | None, list[Routed]]:
         """Return this rank's unweighted share of the step's loss and the routing statistics, both since the last call."""
         since, self._since = self._since, []
-        return torch.stack([self._share(routed) for routed in since]).sum() if since and self._weight else None, since
+        return torch.stack([self._share(routed) for routed in since]).sum() if since and self.weight else None, since
 
     def _last(self, batch: Batch, counts: bool) -> Routed | None:
         """Return the routing of the last forward, set to zero for a repeated batch and for the stand-in of unreadable groups."""
-        routed: Routed | None = self._engine.module.routed
+        routed: Routed | None = self.engine.module.routed
         if routed is None or (counts and batch.layout.ids):
             return routed
         return Routed(0 * routed.taken, 0 * routed.probability, 0 * routed.rows)
@@ -73,7 +76,7 @@ class RouterBalance:
     def _agree(self, routings: Sequence[Routed]) -> None:
         if routings:
             local = [torch.stack(values).sum(0) for values in zip(*((routed.taken, routed.rows) for routed in routings), strict=True)]
-            taken, rows = all_reduce_sums(local, self._world.device)
+            taken, rows = all_reduce_sums(local, self.world.device)
             self._of_step = taken.float(), rows.float().clamp(min=1)
 
     def _share(self, routed: Routed) -> Tensor:

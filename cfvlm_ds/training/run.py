@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,8 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, all_reduce_rate, preserve_rng, run_on_rank0, seed_everything
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import write_if_possible
-from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
-from cfvlm_ds.data import GroupSampler, GroupStore, PackedSampler
+from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.mixture import Order, shares_of
 from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.stored import is_store
@@ -33,7 +32,6 @@ from cfvlm_ds.models.variable_length import flash_attention
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import resume
-from cfvlm_ds.training.batches import forkable
 from cfvlm_ds.training.evaluator import check_best
 from cfvlm_ds.training.read_data import RunData, forget, model_fingerprint, read_data
 from cfvlm_ds.training.results import refuse_export
@@ -132,19 +130,37 @@ def _run(config: RunConfig, world: World) -> None:
         backend = attention(config.model.attn_implementation, model.config, model.dtype)
         kernel = flash_attention() if backend == "flash_attention_2" else None
         world.say(f"attention: {backend}" + (f" ({kernel.__module__})" if kernel else ""))
-        num_workers = forkable(config.data.workers, importing)
+        if importing is not None:
+            # A process that is forked during an import inherits a locked import lock and never gets past its first import.
+            importing.join()
+        num_workers = config.data.workers
         _checked(config, world, refuse_nonfinite, model, config.model.name_or_path)
-        collator = _with_features(config, world, ds_engine, collator, data, pulse, num_workers)
+        if config.data.feature_cache is not None:
+            pulse.mark("features", 0)
+            groups = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
+            folder = Path(config.data.feature_cache)
+            cache = precompute_features(folder, config.model, ds_engine, collator.files, groups, world, num_workers)
+            engine.invalidate_prefetch_trace(ds_engine)  # it contains the vision tower, which does not run again
+            collator = collator.taking_features(cache)
         trainer = Trainer(config, world, ds_engine, collator, data, sampler, state, total_steps, pulse, num_workers)
         if start.checkpoint_dir is not None:
-            _restore(config, world, ds_engine, state, start, sampler)
+            options = engine.optimizer_options(ds_engine)
+            checkpoint.load(ds_engine, start.checkpoint_dir, state, world, run_dir)
+            start.check(state, config, sampler)
+            if start.changed:  # this run's options apply
+                engine.apply_optimizer_options(ds_engine, options)
+            state.note(data=start.data)
+            world.say(f"resumed from {start.checkpoint_dir} at step {state.step}")
             _checked(config, world, refuse_nonfinite, model, str(start.checkpoint_dir))
         state.note(record=start.complete_record(config, world))
         with preserve_rng(world.device):  # a resumed run draws the random numbers of an uninterrupted one
             _check_scores(config, world, ds_engine, collator, data, sampler)
             if (data.splits or data.benchmarks) and state.step < total_steps:
                 trainer.evaluator.rehearse()
-        with tracker_of(config, world, start.checkpoint_dir, data) as tracker, signals.before_leaving(partial(_close_at_once, tracker)):
+        with (
+            tracker_of(config, world, start.checkpoint_dir, data) as tracker,
+            signals.before_leaving(lambda code: tracker.close("SCHEDULED" if code == signals.EXIT_STOPPED else "KILLED", timeout=5.0)),
+        ):
             if world.is_main:
                 (run_dir / resume.FINISHED).unlink(missing_ok=True)
             for path in [*write_record(config, ds_engine.module, resolved.config, world, data), *start.note(run_dir, state.step, world)]:
@@ -159,29 +175,20 @@ def _run(config: RunConfig, world: World) -> None:
     world.wait()
 
 
-def _close_at_once(tracker: Any, code: int) -> None:
-    tracker.close("SCHEDULED" if code == signals.EXIT_STOPPED else "KILLED", timeout=5.0)
-
-
 def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
     """Return the stored scores of the training groups if an objective needs them and the model without its adapters cannot replace them."""
     if not scores_needed(config):
         return None
     made_by = model_fingerprint(config.model, world)
     try:
-        return _read_scores(config, data, made_by, world)
+        scores = {
+            name: read_scores(Path(source.scores), *data.sources[name], made_by=made_by, say=world.say)
+            for name, source in config.data.train_sets.items()
+            if source.scores is not None
+        }
     except DataError:
         forget(config, world)
         raise
-
-
-def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str], world: World) -> Mapping[str, StoredScores]:
-    """Return the scores of the training groups by id, from each source that has a scores file."""
-    scores = {
-        name: read_scores(Path(source.scores), *data.sources[name], made_by=made_by, say=world.say)
-        for name, source in config.data.train_sets.items()
-        if source.scores is not None
-    }
     return ScoresOfSources(scores) if config.data.is_mixture else next(iter(scores.values()))
 
 
@@ -234,43 +241,13 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
     return replace(config, train=replace(train, per_device_train_batch_size=fits), resolved=resolved)
 
 
-def _rows_of(groups: Sequence[CounterfactualGroup]) -> RowsTogether | None:
-    """Return the row boundaries of a data set whose rows hold several groups."""
-    firsts = groups.together if isinstance(groups, GroupStore) else None
-    return None if firsts is None else RowsTogether(firsts, len(groups))
-
-
 def _order(config: RunConfig, data: RunData) -> Order:
     sources = config.data.train_sets
     sizes = tuple(len(each.groups) for each in data.sources.values())
     shares = shares_of([each.weight for each in sources.values()], sizes, list(sources)) if config.data.is_mixture else ()
-    rows = tuple(_rows_of(each.groups) for each in data.sources.values())
+    firsts = [each.groups.together for each in data.sources.values()]  # of rows that hold several groups
+    rows = tuple(None if first is None else RowsTogether(first, size) for first, size in zip(firsts, sizes, strict=True))
     return Order(sizes, shares, config.train.seed, config.data.stopping_strategy, rows)
-
-
-def _with_features(
-    config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, pulse: heartbeat.Heartbeat, num_workers: int
-) -> Collator:
-    """Return the collator; if data.feature_cache is set, it reads features in place of pictures. Missing features are computed."""
-    if config.data.feature_cache is None:
-        return collator
-    pulse.mark("features", 0)
-    groups = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
-    cache = precompute_features(Path(config.data.feature_cache), config.model, ds_engine, collator.files, groups, world, num_workers)
-    engine.invalidate_prefetch_trace(ds_engine)  # it contains the vision tower, which does not run again
-    return collator.taking_features(cache)
-
-
-def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState, start: resume.Start, sampler: GroupSampler) -> None:
-    """Load a checkpoint and apply this run's options where they have changed."""
-    checkpoint_dir, options = start.checkpoint_dir, engine.optimizer_options(ds_engine)
-    assert checkpoint_dir is not None
-    checkpoint.load(ds_engine, checkpoint_dir, state, world, Path(config.train.output_dir))
-    start.check(state, config, sampler)
-    if start.changed:
-        engine.apply_optimizer_options(ds_engine, options)
-    state.note(data=start.data)
-    world.say(f"resumed from {checkpoint_dir} at step {state.step}")
 
 
 def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:

@@ -90,7 +90,7 @@ def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, dat
     # A run that was killed before its first checkpoint starts over at step 0 and remains the same MLflow run.
     at_step_0 = {"step": None if config.train.resume == "never" else 0}
     description: dict[str, Any] = at_step_0 if checkpoint_dir is None else checkpoint.description(checkpoint_dir)
-    run_dir = Path(config.train.output_dir)
+    run_dir, program, revision = Path(config.train.output_dir), os.path.basename(sys.argv[0]), git_revision()
     return open_tracker(
         enabled=world.is_main,
         run_dir=run_dir,
@@ -98,21 +98,15 @@ def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, dat
         run_name=config.tracking.run_name or run_dir.name,
         params=config.resolved,
         tags={
-            "git_revision": git_revision(),
+            "git_revision": revision,
             "world_size": str(world.size),
             "model_type": load_config(config.model.name_or_path).model_type,
-            **_source(),
+            "mlflow.source.name": "cfvlm-ds train" if program in ("__main__.py", "cfvlm-ds") else os.path.abspath(sys.argv[0]),
+            "mlflow.source.type": "LOCAL",
+            **({} if revision == "unknown" else {"mlflow.source.git.commit": revision}),
         },
         inputs=[{name: data_set[name] for name in INPUT} for data_set in described(config, data)],
         run_id=description.get("run_id"),
         resume_step=description["step"],
         mlflow=config.tracking.enabled,
     )
-
-
-def _source() -> dict[str, str]:
-    """Return the started program and its git revision under the tag names that MLflow displays."""
-    program = os.path.basename(sys.argv[0])
-    name = "cfvlm-ds train" if program in ("__main__.py", "cfvlm-ds") else os.path.abspath(sys.argv[0])
-    commit = {} if (revision := git_revision()) == "unknown" else {"mlflow.source.git.commit": revision}
-    return {"mlflow.source.name": name, "mlflow.source.type": "LOCAL", **commit}

@@ -11,10 +11,11 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cfvlm_ds.batching.batch import STAND_IN, Batch
@@ -23,6 +24,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.deepspeed_compat.parameters import own_part
 from cfvlm_ds.models import attention
 from cfvlm_ds.models.forest_attention import stock_attention
@@ -96,15 +98,22 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
     dtype = next(model.parameters()).dtype
     bound = UNSUSPICIOUS.get(dtype, _HALF)
     with torch.no_grad():
-        packed = _Packed.of(forward, collator, groups, config.data.max_tokens_per_forward, world)
-        cells = [_compared(forward, model, packed, place) for place in (packed.places[0], max(packed.places, key=lambda place: place[2]))]
-        worst = _largest([cell.off / cell.tokens for cell in cells], world)
+        readable = collator.readable(groups)[0]
+        row = (
+            (collator if readable else collator.scoring_everything())
+            .parts(readable or [STAND_IN], config.data.max_tokens_per_forward)[0]
+            .to(world.device)
+        )
+        places = torch.stack(torch.unravel_index(row.cell.unique(), row.layout.valid.shape), 1).tolist()
+        scores = row.scores(forward(**row.model_inputs))
+        compared = partial(_compared, forward, model, collator.scoring_everything(), readable or [STAND_IN], scores)
+        cells = [compared(place) for place in (places[0], max(places, key=lambda place: place[2]))]
+        worst = _largest(cells, world)
         allowed = bound
         if not worst <= bound and math.isfinite(worst):
-            step = max(1, len(packed.places) // _CELLS)
-            more = [packed.places[step * k % len(packed.places)] for k in range(_CELLS)]  # equally many forwards on every rank
-            cells += [_compared(forward, model, packed, place) for place in more]
-            worst = _largest([cell.off / cell.tokens for cell in cells], world)
+            step = max(1, len(places) // _CELLS)
+            cells += [compared(places[step * k % len(places)]) for k in range(_CELLS)]  # equally many forwards on every rank
+            worst = _largest(cells, world)
             allowed = max(bound, worst * _SPREADS / _spreads(forward, model, cells, dtype, world))
     backend = attention(config.model.attn_implementation, model.config, dtype)
     if not worst <= allowed:
@@ -118,34 +127,14 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
     world.say(f"scores of packed rows ({backend}) equal single-row forwards within {worst:.1e} nats per token{explained}")
 
 
-@dataclass
-class _Packed:
-    """Scores of a packed row, and the (group, image, text) of its cells."""
-
-    scores: Any
-    places: list[list[int]]
-    groups: Sequence[CounterfactualGroup]
-    collator: Collator
-
-    @classmethod
-    def of(cls, forward: Any, collator: Collator, groups: Sequence[CounterfactualGroup], max_tokens: int | None, world: World) -> _Packed:
-        kept, _ = collator.readable(groups)
-        batch = (collator if kept else collator.scoring_everything()).parts(kept or [STAND_IN], max_tokens)[0].to(world.device)
-        places = torch.stack(torch.unravel_index(batch.cell.unique(), batch.layout.valid.shape), 1).tolist()
-        return cls(batch.scores(forward(**batch.model_inputs)), places, kept or [STAND_IN], collator.scoring_everything())
-
-
-def _compared(forward: Any, model: Any, packed: _Packed, place: list[int]) -> Cell:
+def _compared(
+    forward: Any, model: Any, collator: Collator, groups: Sequence[CounterfactualGroup], scores: Scores, place: list[int]
+) -> Cell:
+    """Score one cell (group, image, text) of a packed row in a row of its own."""
     g, i, c = place
-    group, layout = packed.groups[g], packed.scores.layout
-    part: dict[str, Any] = {
-        "images": group.images[i : i + 1],
-        "candidates": group.candidates[c : c + 1],
-        "match": ((1,),),
-        "edits": (),
-        "keys": (),
-    }
-    single = packed.collator([replace(group, **part)]).to(packed.scores.logp.device)
+    images, candidates = groups[g].images[i : i + 1], groups[g].candidates[c : c + 1]
+    alone_in_row = replace(groups[g], images=images, candidates=candidates, match=((1,),), edits=(), keys=())
+    single = collator([alone_in_row]).to(scores.logp.device)
     largest: list[float] = []
 
     def note(head: Any, inputs: Any) -> None:
@@ -156,7 +145,7 @@ def _compared(forward: Any, model: Any, packed: _Packed, place: list[int]) -> Ce
         alone = _alone(forward, model, single)
     finally:
         handle.remove()
-    return Cell(float(packed.scores.logp[g, i, c]), alone, int(layout.num_tokens[g, i, c]), single, max(largest))
+    return Cell(float(scores.logp[g, i, c]), alone, int(scores.layout.num_tokens[g, i, c]), single, max(largest))
 
 
 def _alone(forward: Any, model: Any, single: Batch) -> float:
@@ -182,10 +171,7 @@ def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype
 
 def _mean(values: Sequence[float], world: World) -> float:
     """Return the mean over all ranks."""
-    total = torch.tensor([sum(values), float(len(values))], dtype=torch.float64, device=world.device)
-    if world.size > 1:
-        dist.all_reduce(total)
-    return float(total[0] / total[1])
+    return fmean(value for of_rank in gather_objects(values, world) for value in of_rank)
 
 
 @contextlib.contextmanager
@@ -211,10 +197,7 @@ def rounded_otherwise(model: nn.Module, dtype: torch.dtype, seed: int, device: t
             handle.remove()
 
 
-def _largest(values: Sequence[float], world: World) -> float:
-    """Return the largest value over all ranks; NaN if any value is NaN."""
-    local = torch.tensor(values, dtype=torch.float64, device=world.device)
-    local = torch.stack([local.nan_to_num(0, posinf=math.inf).max(), local.isnan().any().double()])
-    if world.size > 1:
-        dist.all_reduce(local, op=dist.ReduceOp.MAX)
-    return math.nan if local[1] else float(local[0])
+def _largest(cells: Sequence[Cell], world: World) -> float:
+    """Return the largest difference per token over all ranks; NaN if any difference is NaN."""
+    off = [value for of_rank in gather_objects([cell.off / cell.tokens for cell in cells], world) for value in of_rank]
+    return math.nan if any(map(math.isnan, off)) else max(off)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from cfvlm_ds.core.journal import append
 _MOST_IN_A_ROW = 10
 
 
+@dataclass(frozen=True)
 class SkippedGroups:
     """Record of the groups that could not be read and the reasons, in the run's state and in skipped.json.
 
@@ -29,8 +31,10 @@ class SkippedGroups:
         skipped: group id -> reason, of the run's state; extended by ``note``.
     """
 
-    def __init__(self, data: DataConfig, run_dir: Path, skipped: dict[str, str], world: World) -> None:
-        self._data, self._file, self._skipped, self._world = data, run_dir / "skipped.json", skipped, world
+    data: DataConfig
+    run_dir: Path
+    skipped: dict[str, str]
+    world: World
 
     def note(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Record the groups that were left out of these micro-batches. Collective: all ranks call it if any rank has left groups out.
@@ -38,32 +42,34 @@ class SkippedGroups:
         Raises DataError on all ranks if data.on_error and data.max_skipped do not allow it.
         """
         mine = [entry for micro_batch in micro_batches for entry in micro_batch.dropped]
-        dropped = dict(entry for entries in gather_objects(mine, self._world) for entry in entries)
-        if self._data.on_error == "error":
+        dropped = dict(entry for entries in gather_objects(mine, self.world) for entry in entries)
+        if self.data.on_error == "error":
             first, *more = dropped.values()
             raise DataError(first + (f" ({len(more)} more groups of this step cannot be read)" if more else ""))
-        self._skipped.update(dropped)
-        if len(self._skipped) > self._data.max_skipped:
+        self.skipped.update(dropped)
+        if len(self.skipped) > self.data.max_skipped:
             raise DataError(
-                f"{len(self._skipped)} groups cannot be read, over data.max_skipped ({self._data.max_skipped}), such as "
+                f"{len(self.skipped)} groups cannot be read, over data.max_skipped ({self.data.max_skipped}), such as "
                 f"{next(iter(dropped.values()))}"
             )
         for name, why in dropped.items():
-            self._world.say(f"warning: group {name!r} is left out: {why}")
-        if self._world.is_main:
-            write_if_possible(self._file, json.dumps(self._skipped, indent=1), self._world.say)
+            self.world.say(f"warning: group {name!r} is left out: {why}")
+        if self.world.is_main:
+            write_if_possible(self.run_dir / "skipped.json", json.dumps(self.skipped, indent=1), self.world.say)
 
 
+@dataclass
 class NonfiniteSteps:
     """Record of the steps whose loss or gradient was not finite, in nonfinite.jsonl."""
 
-    def __init__(self, train: TrainConfig, run_dir: Path, world: World) -> None:
-        self._train, self._file, self._world = train, run_dir / "nonfinite.jsonl", world
-        self._in_a_row = 0
+    train: TrainConfig
+    run_dir: Path
+    world: World
+    in_a_row: int = 0
 
     def finite(self) -> None:
         """Note that a step was finite."""
-        self._in_a_row = 0
+        self.in_a_row = 0
 
     def note(self, step: int, losses: Sequence[tuple[MicroBatch, Tensor]], what: str, applied: bool) -> None:
         """Record a non-finite step with its groups; all ranks call it. ``what`` is "loss" or "gradient".
@@ -72,15 +78,16 @@ class NonfiniteSteps:
         so all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is not ``skip``, or if the step has been
         ``applied``.
         """
+        file = self.run_dir / "nonfinite.jsonl"
         mine = [name for each, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in each.layout.ids]
-        by_rank = {rank: names for rank, names in enumerate(gather_objects(mine, self._world)) if names}
-        self._in_a_row += 1
-        if self._world.is_main:
-            append(self._file, json.dumps({"step": step, "what": what, "groups": by_rank}), self._world.say)
+        by_rank = {rank: names for rank, names in enumerate(gather_objects(mine, self.world)) if names}
+        self.in_a_row += 1
+        if self.world.is_main:
+            append(file, json.dumps({"step": step, "what": what, "groups": by_rank}), self.world.say)
         shown = "; ".join(f"rank {rank}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for rank, names in by_rank.items())
-        message = f"the {what} is not finite at step {step}; groups of {shown}; {self._file} lists them"
-        if self._train.on_nonfinite == "stop" or applied:
+        message = f"the {what} is not finite at step {step}; groups of {shown}; {file} lists them"
+        if self.train.on_nonfinite == "stop" or applied:
             raise FloatingPointError(message)
-        if self._in_a_row > _MOST_IN_A_ROW:
-            raise FloatingPointError(f"{message}; it is the {self._in_a_row}th step in a row, and a lower learning rate may help")
-        self._world.say(f"warning: {message}; the step is left out on all ranks")
+        if self.in_a_row > _MOST_IN_A_ROW:
+            raise FloatingPointError(f"{message}; it is the {self.in_a_row}th step in a row, and a lower learning rate may help")
+        self.world.say(f"warning: {message}; the step is left out on all ranks")

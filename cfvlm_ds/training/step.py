@@ -5,6 +5,7 @@ All ranks handle failures within a step alike: groups that cannot be read, a los
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from cfvlm_ds.engine import drop_prefetch_recording
 from cfvlm_ds.models import Routed, adapters_off
 from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
 from cfvlm_ds.training.gradient_cache import forward
-from cfvlm_ds.training.hard_negatives import Hardest, HardNegatives
+from cfvlm_ds.training.hard_negatives import Hardest, cut_to_hardest
 from cfvlm_ds.training.in_batch_negatives import CrossRankScores, look_ahead
 from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
@@ -62,16 +63,6 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class _Agreed:
-    """Sums over all ranks from one collective."""
-
-    denominators: Mapping[str, Tensor]
-    votes: Sequence[float]
-    save_due: bool
-    worker_lost: bool
-    dropped: bool
-
-
 class OptimizerStep:
     """Runner of optimizer steps.
 
@@ -81,20 +72,13 @@ class OptimizerStep:
         mark: called with the phase and the step's number, so that a hang can be located.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        engine: Any,
-        collator: Collator,
-        skipped: SkippedGroups,
-        nonfinite: NonfiniteSteps,
-        mark: Callable[[str, int], None],
-    ) -> None:
-        self._config, self._world, self._engine = config, world, engine
-        self._collator, self._skipped, self._nonfinite, self._mark = collator, skipped, nonfinite, mark
-        number = config.train.hard_negatives
-        self._hardest = None if number is None else HardNegatives(engine, number, self._forwards, collator.packed_again)
+    config: RunConfig
+    world: World
+    engine: Any
+    collator: Collator
+    skipped: SkippedGroups
+    nonfinite: NonfiniteSteps
+    mark: Callable[[str, int], None]
 
     def take(self, number: int, batches: Iterator[MicroBatch], progress: float, votes: Tensor, save_due: bool) -> StepResult:
         """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
@@ -107,81 +91,73 @@ class OptimizerStep:
 
         Raises WorkerLost on all ranks, before anything is computed, if one of them has lost its batches.
         """
-        self._mark("data", number)
+        self.mark("data", number)
         started = time.monotonic()
         micro_batches, lost = self._fetch(batches)
         waited = time.monotonic() - started
         chosen: list[Hardest] = []
-        if self._hardest is not None and self._all_have_batches(lost):
-            self._mark("computation", number)
-            with explain_out_of_memory(
-                f"at step {number} on rank {self._world.rank}",
-                [batch for micro_batch in micro_batches for batch in micro_batch.forwards],
-                _memory_remedy(self._config),
-            ):
-                micro_batches, chosen = self._hardest.of(micro_batches)
-        self._mark("agreement", number)
-        agreed = self._agree(micro_batches, votes, save_due, lost)
-        if agreed.worker_lost:
-            messages = enumerate(gather_objects(lost, self._world))
+        keep, pack = self.config.train.hard_negatives, self.collator.packed_again
+        if keep is not None and not all_reduce_sums([torch.tensor(float(lost is not None))], self.world.device)[0]:
+            self.mark("computation", number)
+            with self._memory_explained(number, micro_batches):
+                micro_batches, chosen = cut_to_hardest(
+                    self.engine, micro_batches, self._forwards(micro_batches), self.world.device, keep, pack
+                )
+        self.mark("agreement", number)
+        local: dict[str, Tensor] = {}
+        for micro_batch in micro_batches:
+            for name, denominator in denominators(self.config.objective, micro_batch.layout).items():
+                local[name] = local[name] + denominator if name in local else denominator
+        flags = torch.tensor([float(save_due), float(lost is not None), float(sum(len(each.dropped) for each in micro_batches))])
+        *sums, control = all_reduce_sums([*local.values(), torch.cat([votes, flags])], self.world.device)
+        *all_votes, save_due, a_worker_is_lost, dropped = control.tolist()
+        if a_worker_is_lost:
+            messages = enumerate(gather_objects(lost, self.world))
             raise WorkerLost("; ".join(f"rank {rank}: {message}" for rank, message in messages if message is not None))
-        if agreed.dropped:
-            self._skipped.note(micro_batches)
-        measured, finite = self._compute(number, micro_batches, agreed.denominators, progress)
+        if dropped:
+            self.skipped.note(micro_batches)
+        measured, finite = self._compute(number, micro_batches, dict(zip(local, sums, strict=True)), progress)
         # the loss scaling of fp16 leaves steps out on its own
-        if not finite or not (self._engine.was_step_applied() or self._engine.fp16_enabled()):
+        if not finite or not (self.engine.was_step_applied() or self.engine.fp16_enabled()):
             losses = [(each.micro_batch, each.loss) for each in measured]
-            self._nonfinite.note(number, losses, "gradient" if finite else "loss", self._engine.was_step_applied())
+            self.nonfinite.note(number, losses, "gradient" if finite else "loss", self.engine.was_step_applied())
             measured = []
         else:
-            self._nonfinite.finite()
+            self.nonfinite.finite()
         if chosen and measured:
             measured = [replace(each, hardest=hardest) for each, hardest in zip(measured, chosen, strict=True)]
-        return StepResult(reason(agreed.votes), agreed.save_due, waited, measured)
+        return StepResult(reason(all_votes), bool(save_due), waited, measured)
 
     def _fetch(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], str | None]:
         """Return the step's micro-batches and None; if a data worker has died, a stand-in and the error message."""
-        device, count = self._world.device, self._config.train.gradient_accumulation_steps
+        device, count = self.world.device, self.config.train.gradient_accumulation_steps
         try:
             return [next(batches).to(device) for _ in range(count)], None
         except WorkerLost as error:
-            return [MicroBatch((self._collator.scoring_everything()([STAND_IN]),)).to(device)], str(error)
+            return [MicroBatch((self.collator.scoring_everything()([STAND_IN]),)).to(device)], str(error)
 
-    def _all_have_batches(self, lost: str | None) -> bool:
-        missing = torch.tensor([float(lost is not None)], device=self._world.device)
-        dist.all_reduce(missing)
-        return not bool(missing)
-
-    def _agree(self, micro_batches: Sequence[MicroBatch], votes: Tensor, save_due: bool, lost: str | None) -> _Agreed:
-        local: dict[str, Tensor] = {}
-        for micro_batch in micro_batches:
-            for name, denominator in denominators(self._config.objective, micro_batch.layout).items():
-                local[name] = local[name] + denominator if name in local else denominator
-        dropped = sum(len(micro_batch.dropped) for micro_batch in micro_batches)
-        flags = torch.tensor([float(save_due), float(lost is not None), float(dropped)])
-        *sums, control = all_reduce_sums([*local.values(), torch.cat([votes, flags])], self._world.device)
-        *stop, due, dead, missing = control.tolist()
-        return _Agreed(dict(zip(local, sums, strict=True)), stop, bool(due), bool(dead), bool(missing))
+    def _memory_explained(self, number: int, micro_batches: Sequence[MicroBatch]) -> contextlib.AbstractContextManager[None]:
+        everything = [batch for micro_batch in micro_batches for batch in micro_batch.forwards]
+        return explain_out_of_memory(f"at step {number} on rank {self.world.rank}", everything, _memory_remedy(self.config))
 
     def _compute(
         self, number: int, micro_batches: Sequence[MicroBatch], denominators: Mapping[str, Tensor], progress: float
     ) -> tuple[list[Measured], bool]:
         """Compute the gradients of all micro-batches and update the weights; return the measurements, and True if every loss was finite."""
-        world, objective, engine = self._world, self._config.objective, self._engine
+        world, objective, engine = self.world, self.config.objective, self.engine
         measured: list[Measured] = []
         finite = torch.ones((), device=world.device)
         coupled, of_step = bool(batch_terms(objective)), None
-        forwards, balance = self._forwards(micro_batches), RouterBalance(engine, self._config.train.router_balance, world)
-        everything = [batch for micro_batch in micro_batches for batch in micro_batch.forwards]
-        with explain_out_of_memory(f"at step {number} on rank {world.rank}", everything, _memory_remedy(self._config)):
-            self._mark("computation", number)
+        forwards, balance = self._forwards(micro_batches), RouterBalance(engine, self.config.train.router_balance, world)
+        with self._memory_explained(number, micro_batches):
+            self.mark("computation", number)
             if coupled and len(micro_batches) > 1:
                 of_step = CrossRankScores.gathered(look_ahead(engine, micro_batches, forwards, world.device), world)
             balance.look_ahead(micro_batches, forwards)
             for remaining, (micro_batch, count) in zip(
                 reversed(range(len(forwards))), zip(micro_batches, forwards, strict=True), strict=True
             ):
-                self._mark("computation", number)
+                self.mark("computation", number)
                 last = remaining == 0
                 scores, backward = forward(engine, micro_batch, count, world.device, self._reference, last, balance.term)
                 if coupled:
@@ -193,36 +169,31 @@ class OptimizerStep:
                     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
                 # DeepSpeed skips a step whose global gradient norm is not finite, so the last loss must be finite on all ranks or on none.
                 backward(loss * torch.where(finite > 0, 1.0, torch.nan) if last else loss)
-                measured.append(self._measured(micro_batch, scores, loss.detach() / world.size, shares, balance))
+                loss, (share, routed) = loss.detach() / world.size, balance.taken()
+                if share is not None:
+                    loss, shares = loss + self.config.train.router_balance * share, {**shares, "router_balance": share}
+                measured.append(Measured(micro_batch, scores, loss, shares, routed))
             engine.step()
         return measured, bool(finite)
-
-    def _measured(
-        self, micro_batch: MicroBatch, scores: Scores, loss: Tensor, shares: Mapping[str, Tensor], balance: RouterBalance
-    ) -> Measured:
-        share, routed = balance.taken()
-        if share is not None:
-            loss, shares = loss + self._config.train.router_balance * share, {**shares, "router_balance": share}
-        return Measured(micro_batch, scores, loss, shares, routed)
 
     def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
         """Return the number of forwards of each micro-batch, equal on every rank because ZeRO-3 gathers weights on all ranks together."""
         forwards = [len(micro_batch.forwards) for micro_batch in micro_batches]
-        if self._config.data.max_tokens_per_forward is None:
+        if self.config.data.max_tokens_per_forward is None:
             return forwards
-        most = torch.tensor(forwards, device=self._world.device)
+        most = torch.tensor(forwards, device=self.world.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return most.tolist()
 
     def _reference(self, batch: Batch) -> Tensor | None:
         """Return the scores [G, I, C] of the model without its adapters, if an objective needs a reference and none is stored."""
-        if batch.reference is not None or not any(term.needs_reference for term in self._config.objective.values()):
+        if batch.reference is not None or not any(term.needs_reference for term in self.config.objective.values()):
             return None
-        self._engine.eval()
-        with torch.no_grad(), adapters_off(self._engine.module.model):
-            logp = batch.scores(self._engine(**batch.model_inputs)).logp
-        drop_prefetch_recording(self._engine)  # the training forward begins like this one but continues with a backward
-        self._engine.train()
+        self.engine.eval()
+        with torch.no_grad(), adapters_off(self.engine.module.model):
+            logp = batch.scores(self.engine(**batch.model_inputs)).logp
+        drop_prefetch_recording(self.engine)  # the training forward begins like this one but continues with a backward
+        self.engine.train()
         return logp
 
 

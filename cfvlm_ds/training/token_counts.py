@@ -52,13 +52,38 @@ def group_tokens(
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
+    def work(places: Sequence[int], done: Done) -> Tokens | str:
+        """Return the counts of some groups, or the message of one that cannot be read."""
+        try:
+            chunk = [groups[index] for index in places]
+            shown = (picture for group in chunk for image in group.images for picture in image)
+            with ThreadPoolExecutor(min(4, cores_per_rank())) as pool:  # many such processes may run
+                sizes = sizes_of(shown, pictures, data.max_pixels, pool)
+            counts = np.zeros((2, len(chunk)), np.int32)
+            for k, group in enumerate(chunk):
+                trees = collator.tree_tokens(group, sizes)
+                counts[:, k] = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
+                done()
+            return counts
+        except DataError as error:
+            return str(error)
+
+    def counts_of_all() -> Tokens:
+        """Return [2, groups]: the tokens of every group, and those of its largest image with one text."""
+        parts, scan = [np.zeros((2, 0), np.int32)], Scan(barrier.alive, shield_worker)
+        for part in scan.over(range(len(groups)), work, Progress(world.say, "tokens", len(groups), "groups")):
+            if isinstance(part, str):
+                raise DataError(part)
+            parts.append(part)
+        return np.concatenate(parts, 1, dtype=np.int32)
+
     def find() -> Path | None:
         files = _files(folders, depends_on, collator)
         for file in files:
             if (known := _mapped(file, len(groups))) is not None:
                 counted.append(known)
                 return file
-        counted.append(_counted(groups, collator, data, pictures, Scan(barrier.alive, shield_worker), world.say))
+        counted.append(counts_of_all())
         for file in files:
             with contextlib.suppress(OSError):  # a full disk only costs memory and the time of the next start
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,55 +97,18 @@ def group_tokens(
     if not all(gather_objects(tokens is not None, world)):
         (tokens,) = broadcast_object(counted)
     assert tokens is not None
-    for k, option in enumerate(("max_tokens_per_micro_batch", "max_tokens_per_forward")):
-        if problem := _too_large(groups, tokens[k], option, data):
-            raise DataError(problem)
+    parts = {
+        "max_tokens_per_micro_batch": "its images and texts",
+        "max_tokens_per_forward": "one image with one text, which no forward divides,",
+    }
+    for counts, (option, what) in zip(tokens, parts.items(), strict=True):
+        limit, most = getattr(data, option), int(counts.max())
+        if limit is not None and most > limit:
+            group = groups[int(counts.argmax())].id
+            raise DataError(
+                f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"
+            )
     return tokens[0]
-
-
-def _counted(
-    groups: Sequence[CounterfactualGroup],
-    collator: Collator,
-    data: DataConfig,
-    pictures: PictureTable | None,
-    scan: Scan,
-    say: Callable[[str], object],
-) -> Tokens:
-    """Return [2, groups]: the tokens of every group, and those of its largest image with one text."""
-
-    def work(places: Sequence[int], done: Done) -> Tokens | str:
-        return _measured(groups, collator, data, pictures, places, done)
-
-    counted = [np.zeros((2, 0), np.int32)]
-    for part in scan.over(range(len(groups)), work, Progress(say, "tokens", len(groups), "groups")):
-        if isinstance(part, str):
-            raise DataError(part)
-        counted.append(part)
-    return np.concatenate(counted, 1, dtype=np.int32)
-
-
-def _measured(
-    groups: Sequence[CounterfactualGroup],
-    collator: Collator,
-    data: DataConfig,
-    pictures: PictureTable | None,
-    places: Sequence[int],
-    done: Done = lambda: None,
-) -> Tokens | str:
-    """Return [2, places] like ``_counted``, or the message of a group that cannot be read."""
-    try:
-        chunk = [groups[index] for index in places]
-        shown = (picture for group in chunk for image in group.images for picture in image)
-        with ThreadPoolExecutor(min(4, cores_per_rank())) as pool:  # many such processes may run
-            sizes = sizes_of(shown, pictures, data.max_pixels, pool)
-        counted = np.zeros((2, len(chunk)), np.int32)
-        for k, group in enumerate(chunk):
-            trees = collator.tree_tokens(group, sizes)
-            counted[:, k] = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
-            done()
-        return counted
-    except DataError as error:
-        return str(error)
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:
@@ -140,12 +128,3 @@ def _mapped(file: Path, count: int) -> Tokens | None:
     except (OSError, ValueError, EOFError):
         return None
     return np.asarray(tokens) if tokens.dtype == np.int32 and tokens.shape == (2, count) else None
-
-
-def _too_large(groups: Sequence[CounterfactualGroup], tokens: Tokens, option: str, data: DataConfig) -> str | None:
-    limit, most = getattr(data, option), int(tokens.max())
-    if limit is None or most <= limit:
-        return None
-    what = "one image with one text, which no forward divides," if option == "max_tokens_per_forward" else "its images and texts"
-    group = groups[int(tokens.argmax())].id
-    return f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"

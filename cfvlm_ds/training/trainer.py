@@ -5,40 +5,48 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch.utils.data import DataLoader
+
+from cfvlm_ds import checkpoint
 from cfvlm_ds import engine as deepspeed_engine
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.cluster import signals
 from cfvlm_ds.cluster.heartbeat import Heartbeat
 from cfvlm_ds.cluster.signals import EXIT_STOPPED, Stop, StopRequested, WorkerLost, together
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import ProgressBarrier, World
+from cfvlm_ds.core.distributed import ProgressBarrier, World, isolated_rng
 from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
 from cfvlm_ds.evaluation.benchmarks import Outcome
 from cfvlm_ds.evaluation.suite.results import RESULTS
 from cfvlm_ds.evaluation.suite.tables import overview, summary
 from cfvlm_ds.models import ModelFlops, peak
+from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.baseline import Baseline
-from cfvlm_ds.training.batches import micro_batches
 from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
-from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.idle import Idle
+from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, summary_of, write_results
 from cfvlm_ds.training.retention import Retention
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
-from cfvlm_ds.training.step import OptimizerStep, StepResult
+from cfvlm_ds.training.step import OptimizerStep
 
 
+@dataclass
 class Trainer:
     """Trainer of a model from its present state to the end of the run.
 
@@ -50,35 +58,34 @@ class Trainer:
         num_workers: number of data workers, which may be forked from here on.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        engine: Any,
-        collator: Collator,
-        data: RunData,
-        sampler: GroupSampler,
-        state: TrainState,
-        total_steps: int,
-        pulse: Heartbeat,
-        num_workers: int,
-    ) -> None:
-        self.state, self.total_steps = state, total_steps
-        self._config, self._world, self._engine, self._collator = config, world, engine, collator
-        self._data, self._sampler, self._pulse, self._num_workers = data, sampler, pulse, num_workers
+    config: RunConfig
+    world: World
+    engine: Any
+    collator: Collator
+    data: RunData
+    sampler: GroupSampler
+    state: TrainState
+    total_steps: int
+    pulse: Heartbeat
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        config, data, say = self.config, self.data, self.world.say
         self._run_dir = Path(config.train.output_dir)
-        self._flops = ModelFlops(engine.module.model, engine.module.family)
+        self._flops = ModelFlops(self.engine.module.model, self.engine.module.family)
         self._sources = tuple(data.sources) if config.data.is_mixture else ()
-        self._stop, self._idle = Stop(config.train.stop_margin_s), Idle(config, world.say)
-        self._retention = Retention(config, state, data.identities, world.say)
-        self.evaluator = Evaluator(config, world, engine, collator, data.splits, data.benchmarks, self._stop, num_workers)
+        self._stop, self._idle = Stop(config.train.stop_margin_s), Idle(config, say)
+        self._retention = Retention(config, self.state, data.identities, say)
+        self.evaluator = Evaluator(
+            config, self.world, self.engine, self.collator, data.splits, data.benchmarks, self._stop, self.num_workers
+        )
 
     @cached_property
     def baseline(self) -> Baseline:
         """The accuracies before the first step."""
-        record, trained = self.state.record or {}, self._sampler.groups_in(self.total_steps)
-        dtype = self._engine.module.model.dtype
-        return Baseline(self._config, self._data.splits, self._data.identities, record.get("model"), dtype, trained, self._world)
+        record, trained = self.state.record or {}, self.sampler.groups_in(self.total_steps)
+        dtype = self.engine.module.model.dtype
+        return Baseline(self.config, self.data.splits, self.data.identities, record.get("model"), dtype, trained, self.world)
 
     def run(self, tracker: Any) -> None:
         """Train to the end, evaluate and export. Raises SystemExit with ``EXIT_STOPPED`` if the ranks agree to stop."""
@@ -91,35 +98,41 @@ class Trainer:
             self._exit_for_resume(tracker, f"{request}, before the evaluation was done")
         except WorkerLost as lost:
             self._end(
-                tracker, f"rank {self._world.rank}, in the evaluation: {lost}", "the same command continues from the last checkpoint", True
+                tracker, f"rank {self.world.rank}, in the evaluation: {lost}", "the same command continues from the last checkpoint", True
             )
 
     def _train(self, tracker: Any) -> str | None:
         """Train to the end, or until the ranks agree to stop; return the reason to stop, or None."""
-        train, state, world = self._config.train, self.state, self._world
-        skipped = SkippedGroups(self._config.data, self._run_dir, state.skipped, world)
+        train, state, world = self.config.train, self.state, self.world
+        skipped = SkippedGroups(self.config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
-        step = OptimizerStep(self._config, world, self._engine, self._collator, skipped, nonfinite, self._pulse.mark)
-        batches = micro_batches(self._data.groups, self._sampler, self._collator, self._config, world, self._num_workers)
-        meter = Meter(deepspeed_engine.gather_clock(self._engine, world.device))
-        checkpoints = Checkpoints(self._engine, state, self._run_dir, world, train)
+        step = OptimizerStep(self.config, world, self.engine, self.collator, skipped, nonfinite, self.pulse.mark)
+        batches = self._micro_batches()
+        meter = Meter(deepspeed_engine.gather_clock(self.engine, world.device))
+        self._saved_at = time.monotonic()
         if state.step == 0:
-            self._begin(tracker)
+            self.pulse.mark("evaluation", 0)
+            before = self.baseline.measure(self.evaluator)
+            outcomes = self.evaluator.ask() if self.data.benchmarks and train.eval_on_start is True else {}
+            self._log_evaluation(tracker, before, outcomes, "before the first step, ")
+        part_of_step = 1 / (world.size * train.gradient_accumulation_steps)
         started, first_step = time.monotonic(), state.step
-        self._engine.train()
+        self.engine.train()
         saved = first_step
         while state.step < self.total_steps and not self._stopped_early:
             try:
-                due = world.is_main and checkpoints.due()
+                due = world.is_main and 0 < train.save_minutes * 60 <= time.monotonic() - self._saved_at
                 result = step.take(state.step + 1, batches, state.step / self.total_steps, self._stop.votes(), due)
             except WorkerLost as lost:
                 if saved < state.step:
-                    tracker.log(state.step, checkpoints.save(needed=True))
+                    tracker.log(state.step, self._save(needed=True))
                 then = f"step {state.step} is the last whole one and is saved" if state.step else "nothing was trained"
                 self._end(tracker, f"at step {state.step + 1}, {lost}", f"{then}, and the same command continues", alone=False)
-            self._add(meter, result)
-            self._sampler.advance()
-            state.step_done(self._sampler.state_dict())
+            meter.wait(result.waited_s)
+            for measured in result.measured:
+                measure(meter, measured, self.config.objective, part_of_step, self._flops, self._sources)
+            self.sampler.advance()
+            state.step_done(self.sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
             if (state.step % train.logging_steps == 0 or last) and len(meter):  # the meter is empty if every step was left out
                 passed_s = time.monotonic() - started
@@ -133,8 +146,8 @@ class Trainer:
                 meter.reset()  # the evaluation's time is not training time
             last |= self._stopped_early
             if last or stop or save_due or (train.save_steps and state.step % train.save_steps == 0):
-                self._pulse.mark("checkpoint", state.step)
-                tracker.log(state.step, checkpoints.save(needed=last or stop is not None))
+                self.pulse.mark("checkpoint", state.step)
+                tracker.log(state.step, self._save(needed=last or stop is not None))
                 saved = state.step
             if stop:
                 return stop
@@ -146,24 +159,62 @@ class Trainer:
     @property
     def _stopped_early(self) -> bool:
         """True after ``train.early_stopping`` evaluations in a row without improvement."""
-        patience = self._config.train.early_stopping
+        patience = self.config.train.early_stopping
         return patience is not None and self.state.worse >= patience
 
-    def _add(self, meter: Meter, result: StepResult) -> None:
-        meter.wait(result.waited_s)
-        part_of_step = 1 / (self._world.size * self._config.train.gradient_accumulation_steps)
-        for measured in result.measured:
-            measure(meter, measured, self._config.objective, part_of_step, self._flops, self._sources)
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of this rank from the sampler's position on, prepared by data workers while the engine computes.
+
+        Raises WorkerLost when a data worker has died.
+        """
+        groups, sampler, num_workers, terms = self.data.groups, self.sampler, self.num_workers, batch_terms(self.config.objective)
+        loader: Any = DataLoader(
+            WithNegatives(groups, terms, self.config.train.seed) if terms else Unraised(groups),  # type: ignore[arg-type]
+            batch_sampler=WholeSteps(sampler) if terms else sampler,  # type: ignore[arg-type]
+            collate_fn=partial(self.collator.without_unreadable, max_tokens=self.config.data.max_tokens_per_forward),
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
+            pin_memory=self.world.device.type == "cuda",
+            worker_init_fn=signals.shield_worker,
+            generator=isolated_rng(),
+        )
+        iterator = iter(loader)
+        if num_workers:
+            signals.defer_worker_deaths()
+        while True:
+            with signals.worker_deaths(), signals.deferred_deaths_raised():
+                micro_batch = next(iterator, None)
+            if micro_batch is None:
+                return
+            yield micro_batch
+
+    def _save(self, needed: bool) -> dict[str, float]:
+        """Save a checkpoint and return its cost as metrics: seconds, and their share of the time since the last checkpoint.
+
+        A failure raises SaveError if the checkpoint is ``needed``; otherwise it prints a warning.
+        """
+        started, train, failed = time.monotonic(), self.config.train, False
+        try:
+            checkpoint.save(self.engine, self.state, self._run_dir, self.world, train.save_total_limit, train.save_keep_every)
+        except checkpoint.SaveError as error:
+            if needed:
+                raise
+            failed = True
+            self.world.say(f"warning: {error}; training goes on and the next checkpoint is tried in its turn")
+        ended = time.monotonic()
+        share = (ended - started) / (ended - self._saved_at)
+        self._saved_at = ended
+        return {"checkpoint/seconds": ended - started, "checkpoint/share": share, "checkpoint/failed": float(failed)}
 
     def _record(self, tracker: Any, meter: Meter, left: str) -> None:
         """Log and print the metrics since the last record."""
-        engine, state, world = self._engine, self.state, self._world
+        engine, state, world = self.engine, self.state, self.world
         metrics = meter.reduce(world)
         rates = {group["name"].split(".")[0]: group["lr"] for group in engine.optimizer.param_groups}
         metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
         metrics["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
-        metrics |= {f"epoch/{name}": passes for name, passes in zip(self._sources, self._sampler.epochs_by_source(), strict=True)}
-        metrics |= {"epoch": self._sampler.epoch, "skipped_steps": engine.skipped_steps, "skipped_groups": len(state.skipped)}
+        metrics |= {f"epoch/{name}": passes for name, passes in zip(self._sources, self.sampler.epochs_by_source(), strict=True)}
+        metrics |= {"epoch": self.sampler.epoch, "skipped_steps": engine.skipped_steps, "skipped_groups": len(state.skipped)}
         if (fastest := peak(world.device)) is not None:
             metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
         tracker.log(state.step, metrics)
@@ -171,34 +222,26 @@ class Trainer:
         self._retention.trained(metrics)
         self._idle.recorded(metrics)
 
-    def _begin(self, tracker: Any) -> None:
-        """Evaluate the model before the first step, as train.eval_on_start and train.retention require."""
-        train = self._config.train
-        self._pulse.mark("evaluation", 0)
-        results = self.baseline.measure(self.evaluator)
-        outcomes = self.evaluator.ask() if self._data.benchmarks and train.eval_on_start is True else {}
-        self._log_evaluation(tracker, results, outcomes, "before the first step, ")
-
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps; return True if the result is the best so far by train.save_best."""
-        self._pulse.mark("evaluation", self.state.step)
-        results, _ = self.evaluator(self._data.splits)
-        outcomes = self.evaluator.ask() if self._data.benchmarks else {}
+        self.pulse.mark("evaluation", self.state.step)
+        results, _ = self.evaluator(self.data.splits)
+        outcomes = self.evaluator.ask() if self.data.benchmarks else {}
         metrics = self._log_evaluation(tracker, results, outcomes)
-        return (value := best_metric(self._config, metrics)) is not None and self.state.evaluated(value)
+        return (value := best_metric(self.config, metrics)) is not None and self.state.evaluated(value)
 
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
     ) -> dict[str, float]:
         """Log and print the headlines of an evaluation; returns all of its metrics."""
-        benchmarks = self._data.benchmarks
+        benchmarks = self.data.benchmarks
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
         if metrics:
             tracker.log(self.state.step, metrics)
         headlines = [(split, headline(rows)) for split, rows in results.items()]
         headlines += [(name, headline_of(benchmarks[name], outcome)) for name, outcome in outcomes.items()]
         for name, line in headlines:
-            self._world.say(f"{when}{name}: {line}")
+            self.world.say(f"{when}{name}: {line}")
         return metrics
 
     def _finish(self, tracker: Any) -> None:
@@ -207,27 +250,27 @@ class Trainer:
         The export comes first, so that no later failure withholds the trained model from the user. If the export itself fails, its error is
         raised after the evaluation has been written.
         """
-        config, step, say = self._config, self.state.step, self._world.say
-        self._pulse.mark("evaluation and export", step)
+        config, step, say = self.config, self.state.step, self.world.say
+        self.pulse.mark("evaluation and export", step)
         failed: Exception | None = None
-        barrier = ProgressBarrier(self._world)  # a long export would exceed the timeout of the evaluation's first collective
-        if self._world.is_main and config.train.export:
+        barrier = ProgressBarrier(self.world)  # a long export would exceed the timeout of the evaluation's first collective
+        if self.world.is_main and config.train.export:
             try:
                 export_checkpoint(config, self._run_dir / f"checkpoint-{step}", say, barrier.alive)
             except Exception as error:
                 failed = error
                 say(f"warning: the export failed ({error}); the evaluation follows, then this error ends the run")
         barrier.meet()
-        benchmarks = self._data.benchmarks
-        results, scores = self.evaluator(self._data.splits, config.train.eval_shuffled)
+        benchmarks = self.data.benchmarks
+        results, scores = self.evaluator(self.data.splits, config.train.eval_shuffled)
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
         tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results))
-        benchmark_results = write_benchmarks(config, benchmarks, outcomes, self._world, config.train.export and failed is None)
-        if self._world.is_main:
+        benchmark_results = write_benchmarks(config, benchmarks, outcomes, self.world, config.train.export and failed is None)
+        if self.world.is_main:
             changes = self.baseline.compare(results)
-            written = write_results(config, step, self._data.splits, results, scores, self._data.identities, changes, benchmark_results)
+            written = write_results(config, step, self.data.splits, results, scores, self.data.identities, changes, benchmark_results)
             if config.train.figures:
-                written += draw_figures(self._run_dir, self._data.splits, scores, config.data.max_pixels, say)
+                written += draw_figures(self._run_dir, self.data.splits, scores, config.data.max_pixels, say)
             if config.train.export and failed is None:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
             for path in written:
@@ -245,18 +288,18 @@ class Trainer:
     def _exit_for_resume(self, tracker: Any, why: str) -> NoReturn:
         """Exit from a run that will continue from the checkpoint of its last step; all ranks call it."""
         done, goes_on = f"stopped after step {self.state.step} of {self.total_steps}", "continues from the checkpoint"
-        self._world.say(f"{done}: {why}; the same command {goes_on if self.state.step else 'starts again'}")
+        self.world.say(f"{done}: {why}; the same command {goes_on if self.state.step else 'starts again'}")
         tracker.close("SCHEDULED")
-        self._world.wait()  # the launcher kills all ranks as soon as one exits with a non-zero code
+        self.world.wait()  # the launcher kills all ranks as soon as one exits with a non-zero code
         sys.exit(EXIT_STOPPED)
 
     def _end(self, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
         """Exit from a run that has lost a data worker: this rank ``alone``, or all ranks together."""
         tracker.close("FAILED")
-        if self._world.is_main or alone:
+        if self.world.is_main or alone:
             print_line(f"error: {what}; memory is what such processes are usually killed for: lower data.num_workers; {then}", error=True)
         if not alone:
-            self._world.wait()
+            self.world.wait()
         sys.exit(1)
 
 

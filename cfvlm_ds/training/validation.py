@@ -46,7 +46,7 @@ def validate(config: RunConfig, world: World | None) -> None:
     engine.validate(config, resolved, size, None if world is None else device)
     if world is not None:
         if (resume := config.train.resume) not in ("auto", "never", "restart") and not os.path.isdir(resume):
-            raise ConfigError(f"train.resume {resume!r} is no folder; give auto, never, restart or the path of a checkpoint")
+            raise ConfigError(f"train.resume {resume!r} is not a folder; give auto, never, restart or the path of a checkpoint")
         _check_data(config)
         _check_step(config, size)
 
@@ -101,7 +101,9 @@ def _check_data(config: RunConfig) -> None:
     for name in config.train.retention or ():
         if name not in data.evaluation_sets:
             known = ", ".join(data.evaluation_sets) or "none"
-            raise ConfigError(f"train.retention: {name!r} is no manifest of data.evaluation ({known}); name one of them, or add it there")
+            raise ConfigError(
+                f"train.retention: {name!r} is not a manifest of data.evaluation ({known}); name one of them, or add it there"
+            )
     for name, each in data.benchmark_sets.items():
         if not (root := chosen_of(name, each).root).is_dir() and not (scenes is not None and _is_below(str(root), scenes.out_dir)):
             raise ConfigError(f"data.evaluation.{name}: {root}: no such folder; put the benchmark's files there, as docs/benchmarks says")

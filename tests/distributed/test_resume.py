@@ -131,7 +131,7 @@ REFUSED = {
     "stage": "cannot be continued with what has changed: --deepspeed zero_optimization.stage was 3 and is 2; restore",
     "data": "tracked/checkpoint-2 was trained on ",
     "never": "already holds checkpoint-2; use train.resume=auto",
-    "named": "checkpoint-9' is no folder; give auto, never, restart or the path of a checkpoint",
+    "named": "checkpoint-9' is not a folder; give auto, never, restart or the path of a checkpoint",
     "late": "the scores are wrong",
 }
 

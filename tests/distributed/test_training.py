@@ -175,7 +175,7 @@ def test_the_table_before_and_after_a_training(
     assert len(tables) == 3 and all(change in table for table in tables for change in changed.values()), "their mean is what both are"
     with pytest.raises(SystemExit):
         main(["compare", str(still), str(tmp_path / "said-still")])
-    assert "said-still holds no results; name a run folder" in capsys.readouterr().err
+    assert "said-still contains no results; name a run folder" in capsys.readouterr().err
     card = _results(json.loads((moved / "results.json").read_text()), rows[moved], True)
     assert any(f"`all` | {rows[moved][-1]['groups']} | group " in line and changed["all"] in line for line in card)
     assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")

@@ -141,7 +141,7 @@ def left_out(number: int) -> Iterator[None]:
     def stepped(step, at, batches, *arguments):  # type: ignore[no-untyped-def]
         if at != number:
             return take(step, at, batches, *arguments)
-        for _ in range(step._config.train.gradient_accumulation_steps):
+        for _ in range(step.config.train.gradient_accumulation_steps):
             next(batches)
         return StepResult(None, False, 0.0, [])
 

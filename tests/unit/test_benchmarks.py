@@ -598,8 +598,8 @@ def test_frames_of_videos_are_arrays_of_blue_green_and_red(tmp_path: Path) -> No
         (b"\x93NUMPY", "no array"),
         (b"PK\x03\x04", "no array"),
         (None, "no array"),
-        (frame[0], "is no picture"),
-        (frame * 1.0, "is no picture"),
+        (frame[0], "is not a picture"),
+        (frame * 1.0, "is not a picture"),
     ):
         item.images[0][0].unlink(missing_ok=True)
         with open(tmp_path / "images/eqbenyoucook2/v/a.npy", "wb") as file:

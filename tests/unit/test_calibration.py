@@ -62,7 +62,7 @@ def test_gaps_are_those_that_training_compares(model_dir: Path, tmp_path: Path) 
             if edit.type == "sham":
                 shams[g, edit.image] = True
     seen = replace(layout, valid=layout.valid & ~shams)
-    violation, mask = Csd()._violations(Scores(seen, logp, logp).logp, seen)
+    violation, mask = Csd().violations(Scores(seen, logp, logp).logp, seen)
     found = list(gaps(groups, scores, lambda group: 7))
     assert sorted(gap.nats for gap in found if gap.side == "text") == pytest.approx(sorted((-violation[mask]).tolist()))
     assert {gap.tokens for gap in found} == {7} and {label for gap in found for label in gap.labels} >= {"colour"}

@@ -208,7 +208,7 @@ def test_a_finished_run_is_what_the_folder_says(told: Any, tmp_path: Path) -> No
 
     for found in ("", '{"step": 4, "time": 1.0}\n{"step": 5, "ti', "not json\n"):
         files["metrics.jsonl"] = found
-        with pytest.raises(ConfigError, match=r"finished\.json says that the run ended at step 5, and neither .*; remove it to go on from"):
+        with pytest.raises(ConfigError, match=r"finished\.json says that the run ended at step 5"):
             start()
     (tmp_path / "checkpoint-5").mkdir()
     assert start() is None

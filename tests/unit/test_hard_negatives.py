@@ -19,7 +19,7 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.models import Scorer
-from cfvlm_ds.training.hard_negatives import HardNegatives, hardest
+from cfvlm_ds.training.hard_negatives import cut_to_hardest, hardest
 
 
 def kept(match: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], number: int, prompt: Sequence[int] | None = None) -> list[Any]:
@@ -147,9 +147,8 @@ def test_a_micro_batch_is_cut_to_the_hardest_by_the_model(collator: Collator, gr
     with torch.no_grad():
         scores = Scores.joined([part.scores(scorer(**part.model_inputs)) for part in parts])
     expected = parts[0].layout.valid & hardest(scores, 1).cells
-    cut, (chosen,) = HardNegatives(Engine(), 1, lambda micro_batches: [len(parts) + 2], collator.packed_again).of(
-        [MicroBatch(tuple(parts))]
-    )
+    micro_batches, pack = [MicroBatch(tuple(parts))], collator.packed_again
+    cut, (chosen,) = cut_to_hardest(Engine(), micro_batches, [len(parts) + 2], torch.device("cpu"), 1, pack)
     assert torch.equal(cut[0].layout.valid, expected) and expected.sum() < parts[0].layout.valid.sum()
     pairs = [len(group.candidates) - 1 for group in groups[1:]]  # the first group asks two questions
     assert (chosen.proposed, chosen.entered) == (sum(pairs), sum(min(pair, 1) for pair in pairs)) and max(pairs) == 2

@@ -289,7 +289,7 @@ ONLY_CUDA = {
     "models/variable_length.py flash_attention": (2, KERNEL),
     "models/variable_length.py _varlen": (1, KERNEL),
     "models/variable_length.py has_varlen": (1, KERNEL),
-    "training/batches.py micro_batches": (1, RUN),
+    "training/trainer.py Trainer._micro_batches": (1, RUN),
     "training/run_record.py write_record": (1, RUN),
 }
 """Function -> how many of its lines only CUDA runs, or choose by it, and the test of test_gpu.py that runs them."""

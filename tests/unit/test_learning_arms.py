@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import learning
+import learning_arms as arms
+import learning_shown as pages
+import learning_tables as shown
 import pytest
-from conftest import REPO, write_manifest
+from conftest import write_manifest
 
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
@@ -21,29 +22,6 @@ from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.demo import report as demo_report
 from cfvlm_ds.demo.scenes.edits import EDITS
 from cfvlm_ds.objectives import OBJECTIVES, required_cells
-
-
-@pytest.fixture(scope="module")
-def learning() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPO / "benchmarks"))
-        yield importlib.import_module("learning")
-
-
-@pytest.fixture(scope="module")
-def arms(learning: ModuleType) -> ModuleType:
-    return sys.modules["learning_arms"]
-
-
-@pytest.fixture(scope="module")
-def pages(learning: ModuleType) -> ModuleType:
-    return sys.modules["learning_shown"]
-
-
-@pytest.fixture(scope="module")
-def shown(learning: ModuleType) -> ModuleType:
-    return sys.modules["learning_tables"]
-
 
 TERMS = {
     "nll-factual": {"align"},
@@ -60,7 +38,7 @@ TERMS = {
 }
 
 
-def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType) -> None:
+def test_every_arm_is_a_run_and_has_the_terms_of_its_title() -> None:
     assert TERMS.keys() < learning.ARMS.keys() and len({arm.title for arm in learning.KNOWN.values()}) == len(learning.KNOWN)
     options = {name: ["--config", "examples/quickstart.yaml", *arm.options] for name, arm in learning.KNOWN.items()}
     configs = {name: parse_config(each, OBJECTIVES) for name, each in options.items()}
@@ -86,7 +64,7 @@ def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType)
     assert [(longer[term].len_norm, longer[term].margin) for term in ("csd", "fcd")] == [("anchor", 0.076)] * 2
 
 
-def test_rows_with_negatives_of_one_kind(arms: ModuleType, tmp_path: Path) -> None:
+def test_rows_with_negatives_of_one_kind(tmp_path: Path) -> None:
     """Read as any row: the factual pair, and false texts on its image or edited images for its text, as many as there were."""
     path = write_manifest(tmp_path / "m.jsonl", 9)
     for line, whole in zip(path.read_text().splitlines(), read_manifest(path), strict=True):
@@ -97,7 +75,7 @@ def test_rows_with_negatives_of_one_kind(arms: ModuleType, tmp_path: Path) -> No
         assert all(edit.image is None for edit in texts.edits) and all(edit.text is None for edit in images.edits)
 
 
-def test_rows_of_fewer_groups_and_of_wrong_ones(arms: ModuleType, tmp_path: Path) -> None:
+def test_rows_of_fewer_groups_and_of_wrong_ones(tmp_path: Path) -> None:
     """Of 400 groups the first hundred, and a tenth and a third in which each picture has the other's caption, the tenth among the third."""
     texts = [{"id": "t0", "text": "a red car"}, {"id": "t1", "text": "a blue car"}]
     world = [{"id": f"g{k}", "texts": texts, "match": [["i0", "t0", 1], ["i0", "t1", 0]]} for k in range(400)]
@@ -119,7 +97,7 @@ def test_rows_of_fewer_groups_and_of_wrong_ones(arms: ModuleType, tmp_path: Path
     assert len({job.name for job in jobs}) == 4 and jobs[3].name == "default-1e-3-seed0"
 
 
-def test_longer_captions_stay_true_and_differ_in_the_same_words(arms: ModuleType, tmp_path: Path) -> None:
+def test_longer_captions_stay_true_and_differ_in_the_same_words(tmp_path: Path) -> None:
     """Statements of things that no caption of the row names, the same ones at the same place; questions are as they were."""
     texts = [
         {"id": "t0", "text": "two red circles above a blue star", "key": "k0"},
@@ -148,13 +126,13 @@ def test_longer_captions_stay_true_and_differ_in_the_same_words(arms: ModuleType
     ]
 
 
-def test_steps_are_those_of_the_time_of_the_default(learning: ModuleType, arms: ModuleType) -> None:
+def test_steps_are_those_of_the_time_of_the_default() -> None:
     costs = {("nll-all", 0): 2 / 3, ("nll-all", 14): 5 / 9}
     jobs = [arms.Job(arm, "1e-3", 0, more=more) for arm in ("nll-all", "default", "calibrated") for more in (0, 14)]
     assert [learning.steps_of(job, costs) for job in jobs] == [1500, 1800, 1000, 1000, 1000, 1000]
 
 
-def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(learning: ModuleType, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(tmp_path: Path) -> None:
     """A process that ends without its last file (stopped), one that fails, one that ends; then nothing is run."""
     script = "import sys, time; b = time.process_time()\nwhile time.process_time() < b + 0.1: pass\n"
     folder = tmp_path / "weight-0.3-run"
@@ -167,7 +145,7 @@ def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(learning: Modul
     assert {path.name for path in tmp_path.iterdir()} == {"weight-0.3-run", "weight-0.3-run.log"}, "a log of its own"
 
 
-def test_a_finished_run_of_another_objective_is_not_taken_for_this_one(learning: ModuleType, tmp_path: Path) -> None:
+def test_a_finished_run_of_another_objective_is_not_taken_for_this_one(tmp_path: Path) -> None:
     """As it is after a default has changed: the command is the same, and what it means is not."""
     command = ["python", "train.py", "--config", "examples/quickstart.yaml", "--objective.csd.weight=0.5"]
     options = parse_config(command[2:], OBJECTIVES).resolved
@@ -182,9 +160,7 @@ def test_a_finished_run_of_another_objective_is_not_taken_for_this_one(learning:
                 learning.run_process(command, tmp_path, {}, "finished.json")
 
 
-def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(
-    learning: ModuleType, arms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One scoring of each manifest on which an arm that needs it trains, be it named first or last."""
     called: list[list[str]] = []
     built: list[tuple[Path, Any]] = []
@@ -205,9 +181,7 @@ def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(
     assert [(command[3], command[5]) for command in called] == wanted
 
 
-def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
-    learning: ModuleType, arms: ModuleType, shown: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rate has one seed, the two best of them a second one; a rate that had luck with the first does not win by it."""
     for module in (arms, learning):
         monkeypatch.setattr(module, "RECORDS", tmp_path)
@@ -231,7 +205,7 @@ def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
     assert "| default objective | 7 | 60.0 | 64.0, 60.0 | 64.0 | 70.0, 50.0 | 99.0 |" in table and table.count("\n") == 3
 
 
-def test_a_run_takes_the_training_of_the_choice_of_its_rate(learning: ModuleType, tmp_path: Path) -> None:
+def test_a_run_takes_the_training_of_the_choice_of_its_rate(tmp_path: Path) -> None:
     """All of it but what says that it has ended and what it was evaluated on, if it took as many steps and none has begun by itself."""
     choice, folder = tmp_path / "rates" / "run", tmp_path / "run"
     (choice / "checkpoint-20").mkdir(parents=True)
@@ -252,7 +226,7 @@ def test_a_run_takes_the_training_of_the_choice_of_its_rate(learning: ModuleType
     assert (folder / "metrics.jsonl").read_text() == "its own"
 
 
-def test_tables_of_records_of_any_age(learning: ModuleType, shown: ModuleType) -> None:
+def test_tables_of_records_of_any_age() -> None:
     """Those of the repository, one seed alone, and differences from the control by seeds that both have, the interval by hand."""
     named = learning.read_records(learning.RECORDS / learning.RUNS)
     base, records = named.pop(learning.BASE), list(named.values())
@@ -283,7 +257,7 @@ def test_tables_of_records_of_any_age(learning: ModuleType, shown: ModuleType) -
     assert "| DPO | 1e-3 | 2 | +2.5 ± 6.4 |" in table and "NLL, all pairs | 1e-3" not in table
 
 
-def test_pages_say_what_the_records_say(learning: ModuleType, pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_say_what_the_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each table of runs in RESULTS.md and TRIALS.md is the one that its command prints; of a page with other figures --report makes it."""
     originals = [page.read_text() for page in learning.PAGES]
     copies = [tmp_path / page.name for page in learning.PAGES]
@@ -299,7 +273,7 @@ def test_pages_say_what_the_records_say(learning: ModuleType, pages: ModuleType,
         assert sum(text.count(f"`python benchmarks/learning.py --table {name}`") for text in originals) == 1, f"{name} is shown"
 
 
-def test_a_table_is_what_its_rows_say(pages: ModuleType) -> None:
+def test_a_table_is_what_its_rows_say() -> None:
     """Two seeds have no interval and three have one, by hand; differences are of equal seeds; the base is one row without a rate."""
 
     def found(arm: str, seed: int, value: float) -> dict[str, Any]:
@@ -328,7 +302,7 @@ def test_a_table_is_what_its_rows_say(pages: ModuleType) -> None:
     ]
 
 
-def test_a_page_has_the_table_of_a_command_once(shown: ModuleType) -> None:
+def test_a_page_has_the_table_of_a_command_once() -> None:
     page = "As `python a.py --table x` says, and more\nof it:\n\n| old |\n|---|\n| 1 |\n\nThen `python a.py --table y`:\n\n| two |\n"
     one, two = ("a.py --table x", "| new |\n|---|"), ("a.py --table y", "| 2 |")
     renewed = shown.renewed(page, [one, two])
@@ -341,9 +315,7 @@ def test_a_page_has_the_table_of_a_command_once(shown: ModuleType) -> None:
         shown.renewed(page + page, [one])
 
 
-def test_a_table_runs_what_it_lacks(
-    learning: ModuleType, pages: ModuleType, arms: ModuleType, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+def test_a_table_runs_what_it_lacks(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """The base first, with the default's own first run; of the others those that have no record; then it prints."""
     table = pages.Table((pages.Row("base"), pages.Row("DPO", "dpo", seeds=(0, 1))), ("all",), num_test=90)
     ran, runs = list[tuple[str, int]](), tmp_path / learning.RUNS
@@ -366,7 +338,7 @@ def test_a_table_runs_what_it_lacks(
     assert capsys.readouterr().out.count("| base | | | | 20.0 |\n| DPO | 3e-4 | 2 | 3/4 | 45.0 |\n") == 2
 
 
-def test_the_demo_prints_its_run_beside_what_was_measured(learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(relation: float) -> dict[str, Any]:
         rows = {"combo": {"relation": relation, "all": 80.0}, "yes_no": {"relation": 50.0, "all": 60.0}}
         return {split: {edit: {"groups": 1000, "group": value} for edit, value in edits.items()} for split, edits in rows.items()}
@@ -397,7 +369,7 @@ def test_the_package_holds_what_the_demo_prints() -> None:
     assert set(told["base"]["combo"]) == {*EDITS, "all"}
 
 
-def test_the_figure_over_time_shows_what_its_arms_have(shown: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_over_time_shows_what_its_arms_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line of each arm, of as many points as it has times, in the order of time; an arm that has none draws none."""
     from matplotlib import pyplot
 
@@ -411,8 +383,3 @@ def test_the_figure_over_time_shows_what_its_arms_have(shown: ModuleType, tmp_pa
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes[0].get_lines()[:3]]
     assert drawn == [([1000, 2800], [75, 78]), ([], []), ([1000], [82])]
     assert (tmp_path / "time.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_half_the_width_of_an_interval(shown: ModuleType) -> None:
-    """Student's t of 4 values at 95 % is 3.182, worked by hand for 1, 2, 3, 4: deviation 1.291, standard error 0.6455."""
-    assert shown.half_width([1, 2, 3, 4]) == pytest.approx(3.18 * 0.6455, abs=1e-3)

@@ -116,7 +116,7 @@ def test_what_cannot_be_answered_is_one_sentence(answers: Answers, rows: list[di
     video = SimpleNamespace(args=(PROMPT, "a cat", lambda doc: ["clip.mp4"], 3, "mine", "test"))
     for requests, said in (
         ([video], r"task 'mine', row 3 shows a str, and pictures alone"),
-        (asked(" "), "task 'mine', row 0: the text whose likelihood is asked for is empty"),
+        (asked(" "), "task 'mine', row 0: the text to score is empty"),
         ([SimpleNamespace(args=("", "a cat"))], "acc_mutual_info takes the largest"),
         (asked("a </s> cat", row=0), "task 'mine', row 0"),
     ):
@@ -134,7 +134,7 @@ def test_a_score_that_is_no_number_is_the_unlikeliest(
     answers: Answers, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NumPy's argmin would take it for the least."""
-    monkeypatch.setattr("cfvlm_ds.evaluation.lmms_requests.likelihoods", lambda *_: [SimpleNamespace(logp=math.nan, tokens=2, greedy=True)])
+    monkeypatch.setattr(Answers, "_likelihoods", lambda *_: [SimpleNamespace(logp=math.nan, tokens=2, greedy=True)])
     assert answers.loglikelihood(asked("a cat"), documents(rows)) == [(math.inf, False)]
     assert answers.loglikelihood(asked(lambda doc: "a cat"), documents(rows)) == [(-math.inf, False)]
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scene_editor
 import torch
 from conftest import COLOURS, REPO, draw
 from PIL import Image, ImageDraw, ImageOps
@@ -53,7 +54,6 @@ from cfvlm_ds.counterfactuals.verify import calibrate, verify
 from cfvlm_ds.counterfactuals.work_folder import OUTDATED, WorkFolder
 from cfvlm_ds.data import open_groups, open_image, read_manifest
 from cfvlm_ds.demo.scenes import build_scenes
-from cfvlm_ds.demo.scenes import editor as scene_editor
 from cfvlm_ds.demo.scenes.grammar import describe, holds
 from cfvlm_ds.demo.scenes.world import COLOURS as WORLD_COLOURS
 from cfvlm_ds.demo.scenes.world import SHAPES as WORLD_SHAPES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import importlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,9 +10,13 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import prior_groups
+import prior_model
+import prior_pictures
+import prior_projector
 import pytest
+import real_prior
 import torch
-from conftest import REPO
 from cut_outs import SHOWN, write_cut_outs, write_language_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -29,19 +32,9 @@ ROUNDED = {"red": 0, "orange": 28, "yellow": 50, "green": 115, "blue": 215, "pur
 
 
 @pytest.fixture(scope="module")
-def modules() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPO / "benchmarks"))
-        yield {
-            name: importlib.import_module(name)
-            for name in ("real_prior", "prior_pictures", "prior_groups", "prior_model", "prior_projector")
-        }
-
-
-@pytest.fixture(scope="module")
-def data(modules: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prior")
-    modules["prior_groups"].write_pictures(write_cut_outs(folder / "cut_outs"), folder / "data", SIZES)
+    prior_groups.write_pictures(write_cut_outs(folder / "cut_outs"), folder / "data", SIZES)
     return folder / "data"
 
 
@@ -136,25 +129,15 @@ def test_natural_pictures_show_what_is_usual(data: Path) -> None:
         assert set(questions) <= {"yes", "no"}
 
 
-def test_a_source_with_too_little_is_refused(modules: Any, tmp_path: Path) -> None:
+def test_a_source_with_too_little_is_refused(tmp_path: Path) -> None:
     folder = write_cut_outs(tmp_path / "cut_outs")
     for name in ("bird", "bat", "cloud", "rocket", "kite", "swan"):
         (folder / f"{name}.png").unlink()
     with pytest.raises(SystemExit, match="no training thing is usually above others; name a font or folder with more things by --font"):
-        modules["prior_groups"].write_pictures(folder, tmp_path / "data", SIZES)
+        prior_groups.write_pictures(folder, tmp_path / "data", SIZES)
     assert not (tmp_path / "data").exists()
     with pytest.raises(SystemExit, match=r"nothing.ttf is missing; install fonts-noto-color-emoji"):
-        modules["prior_pictures"].things(tmp_path / "nothing.ttf")
-
-
-def test_a_model_without_gguf_or_file_is_one_sentence(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = modules["prior_model"]
-    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"the package gguf is missing; pip install 'cfvlm-ds\[gguf\]'"):
-        model.language_model("", tmp_path)
-    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(SystemExit, match=r"own\.whl is missing; name a wheel"):
-        model.language_model(str(tmp_path / "own.whl"), tmp_path)
+        prior_pictures.things(tmp_path / "nothing.ttf")
 
 
 TERMS = {
@@ -165,15 +148,15 @@ TERMS = {
 """Of arms that have others than the default's."""
 
 
-def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(modules: Any, data: Path, tmp_path: Path) -> None:
+def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(data: Path, tmp_path: Path) -> None:
     """By transformers' own forward of the model that is written: the mean of a picture's tokens, against the mean vector of each name."""
     language = write_language_model(tmp_path / "language")
-    small = build_tiny_llava(modules["prior_model"].small_llava(tmp_path / "small"), ["a banana"])
+    small = build_tiny_llava(prior_model.small_llava(tmp_path / "small"), ["a banana"])
     manifest = data / "natural.jsonl"
-    found = modules["prior_projector"].translated(small, language, manifest, tmp_path / "projector.pt", epochs=300)
-    again = modules["prior_projector"].translated(small, language, manifest, tmp_path / "projector.pt", epochs=0)
+    found = prior_projector.translated(small, language, manifest, tmp_path / "projector.pt", epochs=300)
+    again = prior_projector.translated(small, language, manifest, tmp_path / "projector.pt", epochs=0)
     assert again.keys() == found.keys() and again["top5"] == found["top5"] >= found["top1"], "kept"
-    written = modules["prior_model"].write_llava(language, small, tmp_path / "llava", found["weights"])
+    written = prior_model.write_llava(language, small, tmp_path / "llava", found["weights"])
     model: Any = AutoModelForImageTextToText.from_pretrained(written, dtype=torch.float32)
     processor: Any = AutoProcessor.from_pretrained(written)
     shown = [row for row in rows(data, "natural")[:54] if len(row["meta"]["things"]) == 1]  # learned from: 60, of which 6 are held back
@@ -189,8 +172,8 @@ def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(modules: Any, 
     assert len(right) > 20 and sum(right) > 0.8 * len(right)
 
 
-def test_every_arm_has_the_terms_of_its_title(modules: Any) -> None:
-    arms = modules["real_prior"].ARMS
+def test_every_arm_has_the_terms_of_its_title() -> None:
+    arms = real_prior.ARMS
     for name, arm in arms.items():
         config = parse_config(["--config", "benchmarks/real_prior.yaml", *arm.options], OBJECTIVES)
         assert set(config.objective) == TERMS.get(name, {"align", "csd", "fcd"}) and config.model.language_model.tuning == "lora"
@@ -204,7 +187,7 @@ def test_every_arm_has_the_terms_of_its_title(modules: Any) -> None:
             assert config.objective["align"].counterfactual == (name != "nll-natural")
 
 
-def test_agree_and_conflict_are_the_two_comparisons_of_each_group(modules: Any, tmp_path: Path) -> None:
+def test_agree_and_conflict_are_the_two_comparisons_of_each_group(tmp_path: Path) -> None:
     """By the package's own metrics of scores made by hand: four groups of a colour; three natural and one changed picture are right."""
     import torch
 
@@ -222,7 +205,7 @@ def test_agree_and_conflict_are_the_two_comparisons_of_each_group(modules: Any, 
     blank = torch.tensor([-1.0, -2.0])
     results = accuracies(groups, [GroupScores(torch.tensor(each, dtype=torch.float32), blank) for each in found])
     (tmp_path / "results.json").write_text(json.dumps({"test": [vars(row) for row in results]}))
-    colour = modules["real_prior"].accuracies(tmp_path / "results.json")["test"]["colour"]
+    colour = real_prior.accuracies(tmp_path / "results.json")["test"]["colour"]
     assert (colour["agree"], colour["conflict"], colour["group"]) == (75, 25, 25)
     assert (colour["blind_agree"], colour["blind_conflict"]) == (100, 0)
 
@@ -240,68 +223,64 @@ def record(arm: str, rate: str, seed: int, conflict: float) -> dict[str, Any]:
     return {"arm": arm, "rate": rate, "seed": seed, "steps": 7, "results": results}
 
 
-def test_rates_and_tables(modules: Any, tmp_path: Path) -> None:
-    bench = modules["real_prior"]
+def test_rates_and_tables(tmp_path: Path) -> None:
     for rate, value in (("2e-4", 60), ("5e-4", 70), ("1e-3", 70)):
-        bench.add_record(tmp_path / bench.RATE_RUNS, f"dpo-{rate}-seed0", record("dpo", rate, 0, value))
-    assert bench.best_rate(tmp_path, "dpo") == "5e-4", "of equals the lower"
+        real_prior.add_record(tmp_path / real_prior.RATE_RUNS, f"dpo-{rate}-seed0", record("dpo", rate, 0, value))
+    assert real_prior.best_rate(tmp_path, "dpo") == "5e-4", "of equals the lower"
     with pytest.raises(SystemExit, match="no run of default"):
-        bench.best_rate(tmp_path, "default")
+        real_prior.best_rate(tmp_path, "default")
     for seed, value in enumerate((1.0, 2.0, 3.0)):
-        bench.add_record(tmp_path / bench.RUNS, f"default-5e-4-seed{seed}", record("default", "5e-4", seed, value))
-    bench.add_record(tmp_path / bench.RUNS, "base", {"results": record("", "", 0, 30.0)["results"]})
-    summary, by_edit, tried, each = bench.tables(tmp_path)
+        real_prior.add_record(tmp_path / real_prior.RUNS, f"default-5e-4-seed{seed}", record("default", "5e-4", seed, value))
+    real_prior.add_record(tmp_path / real_prior.RUNS, "base", {"results": record("", "", 0, 30.0)["results"]})
+    summary, by_edit, tried, each = real_prior.tables(tmp_path)
     # mean 2, deviation 1: 4.30 / sqrt(3) = 2.5
     assert "| default objective, 5e-4 | 3 | 7 | 50.0 ± 0.0 | 2.0 ± 2.5 |" in summary and "| base |  |  | 50.0 | 30.0 |" in summary
     assert "| 30.0 |" in by_edit and each.count("seed") == 4
     assert tried.splitlines()[0].endswith("| 2e-4 | 5e-4 | 1e-3 |") and "| DPO | 60.0 | 70.0 | 70.0 |" in tried
-    bench.main(["--report", "--records", str(tmp_path), "--out", str(tmp_path / "new" / "out")])
+    real_prior.main(["--report", "--records", str(tmp_path), "--out", str(tmp_path / "new" / "out")])
     assert (tmp_path / "new" / "out" / "real_prior.md").read_text().count(summary) == 1
 
 
-def test_the_pages_say_what_the_records_say(modules: Any, tmp_path: Path) -> None:
+def test_the_pages_say_what_the_records_say(tmp_path: Path) -> None:
     """Each table is the one that its command prints, of the runs that the command makes."""
-    bench = modules["real_prior"]
-    names = {f"{arm}-{rate}-seed{seed}" for (arm, rate), seeds in bench.SHOWN.items() for seed in range(seeds)}
-    assert names == {name for name in bench.read_records(bench.RECORDS / bench.RUNS) if "-seed" in name}
-    originals = [page.read_text() for page in bench.PAGES]
-    copies = [tmp_path / page.name for page in bench.PAGES]
+    names = {f"{arm}-{rate}-seed{seed}" for (arm, rate), seeds in real_prior.SHOWN.items() for seed in range(seeds)}
+    assert names == {name for name in real_prior.read_records(real_prior.RECORDS / real_prior.RUNS) if "-seed" in name}
+    originals = [page.read_text() for page in real_prior.PAGES]
+    copies = [tmp_path / page.name for page in real_prior.PAGES]
     for text, copy in zip(originals, copies, strict=True):
         copy.write_text(text.replace("| base |  |  | 9", "| base |  |  | 8"))
         assert copy.read_text() != text
-    bench.renew_pages(copies, zip(bench.COMMANDS, bench.tables(bench.RECORDS), strict=False))
+    real_prior.renew_pages(copies, zip(real_prior.COMMANDS, real_prior.tables(real_prior.RECORDS), strict=False))
     assert [copy.read_text() for copy in copies] == originals, "run --report"
 
 
-def test_a_table_makes_the_runs_that_it_lacks(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    bench = modules["real_prior"]
+def test_a_table_makes_the_runs_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     ran: list[str] = []
 
     def run(options: Any, job: Any, steps: int, splits: Any) -> None:
         ran.append(f"{job.name} {steps}")
-        bench.add_record(options.records / bench.RUNS, job.name, record(job.arm, job.rate, job.seed, 9.0))
+        real_prior.add_record(options.records / real_prior.RUNS, job.name, record(job.arm, job.rate, job.seed, 9.0))
 
-    monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "seconds_per_step", lambda options, arm: 1.0 if arm == "dpo" else 2.0)
-    monkeypatch.setattr(bench, "SHOWN", {("default", "2e-3"): 2, ("dpo", "5e-4"): 1})
-    bench.add_record(tmp_path / bench.RUNS, "base", {"results": record("", "", 0, 30.0)["results"]})
-    bench.add_record(tmp_path / bench.RUNS, "default-2e-3-seed0", record("default", "2e-3", 0, 8.0))
+    monkeypatch.setattr(real_prior, "run", run)
+    monkeypatch.setattr(real_prior, "seconds_per_step", lambda options, arm: 1.0 if arm == "dpo" else 2.0)
+    monkeypatch.setattr(real_prior, "SHOWN", {("default", "2e-3"): 2, ("dpo", "5e-4"): 1})
+    real_prior.add_record(tmp_path / real_prior.RUNS, "base", {"results": record("", "", 0, 30.0)["results"]})
+    real_prior.add_record(tmp_path / real_prior.RUNS, "default-2e-3-seed0", record("default", "2e-3", 0, 8.0))
     given = ["--parts", "arms", "--table", "arms", "--steps", "10", "--records", str(tmp_path), "--out", str(tmp_path / "out")]
     for _ in range(2):
-        bench.main(given)
+        real_prior.main(given)
     assert ran == ["default-2e-3-seed1 10", "dpo-5e-4-seed0 20"]
     told = capsys.readouterr().out
     assert told.count("| DPO, 5e-4 | 1 | 7 |") == 2 and "by edit" not in told
 
 
-def test_pictures_do_not_depend_on_what_else_is_shown(modules: Any, data: Path) -> None:
+def test_pictures_do_not_depend_on_what_else_is_shown(data: Path) -> None:
     """Drawn twice from one state, a scene is the same; what is held out goes by the name alone."""
-    pictures = modules["prior_pictures"]
-    found = {thing.name: thing for thing in pictures.things(data.parent / "cut_outs")}
+    found = {thing.name: thing for thing in prior_pictures.things(data.parent / "cut_outs")}
     few = data.parent / "few"
     few.mkdir()
     (few / "banana.png").write_bytes((data.parent / "cut_outs" / "banana.png").read_bytes())
-    (banana,) = pictures.things(few)
+    (banana,) = prior_pictures.things(few)
     assert (banana.held_out, banana.alone, banana.colour) == (found["banana"].held_out, found["banana"].alone, "yellow")
-    scene = pictures.Scene((banana, found["rose"]), ("blue", ""), "left")
+    scene = prior_pictures.Scene((banana, found["rose"]), ("blue", ""), "left")
     assert scene.drawn(Random(3)).tobytes() == scene.drawn(Random(3)).tobytes() != scene.drawn(Random(4)).tobytes()

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Item, Judged, Outcome, lo
 from cfvlm_ds.evaluation.benchmarks.base import spread
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.generation import writing_digest
-from cfvlm_ds.evaluation.probes import PROBES, Caption, Generate, log_share, variants
+from cfvlm_ds.evaluation.probes import PROBES, Caption, Generate, Match, log_share, variants
 from cfvlm_ds.evaluation.suite import runner as asking
 from cfvlm_ds.evaluation.suite.bootstrap import (
     FEWEST_DRAWN,
@@ -53,9 +52,9 @@ from cfvlm_ds.evaluation.suite.bootstrap import (
     intervals,
 )
 from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
-from cfvlm_ds.evaluation.suite.results import ITEMS, RESULTS, SCORES, Result, read_results, recorded, result_folder, write_result
+from cfvlm_ds.evaluation.suite.results import ITEMS, RESULTS, SCORES, Result, read_results, result_folder, result_of, write_result
 from cfvlm_ds.evaluation.suite.runner import Asked, Settings, evaluate_benchmarks
-from cfvlm_ds.evaluation.suite.selection import choose, load_items, way_named
+from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, way_named
 from cfvlm_ds.evaluation.suite.tables import markdown, omissions, overview, summary
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
 from cfvlm_ds.models.forest_attention import stock_attention
@@ -291,18 +290,6 @@ def test_a_small_qwen_is_asked_everything(tmp_path: Path, monkeypatch: pytest.Mo
     results = ask(asked(qwen, load_collator(config, "full")), root, tmp_path / "out", ",".join(BENCHMARKS), settings=Settings(draws=3))
     assert len(results) == len(BENCHMARKS)
     assert not [result.place for result in results if result.record["not_finite"]]
-
-
-def test_progress_counts_items(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of pope many questions share a picture, and so a group."""
-    said: list[str] = []
-    monkeypatch.setattr("cfvlm_ds.core.progress.FIRST_S", 0.0)
-    monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
-    (found,) = ask(asked(scorer, collator), root, tmp_path, "pope")
-    (line,) = [line for line in said if line.startswith("pope (yes_no): ") and " left" in line and "items" in line][-1:]
-    done, total = map(int, re.findall(r": (\d+) of (\d+) items", line)[0])
-    pictures = {each.item.id: each.item.images for each in found.outcomes}
-    assert total == len(pictures) and done % (len(pictures) // len(set(pictures.values()))) == 0 < done
 
 
 # What is on disk ------------------------------------------------------------------------------------------------------------------------
@@ -553,11 +540,12 @@ def test_intervals_of_the_fewest_clusters_hold_the_truth() -> None:
 
 
 def result(outcomes: Sequence[Outcome], name: str = "sugarcrepe", called: str = "", identity: str = "a", draws: int = 0) -> Result:
-    header = {"benchmark": name, "probe": {"name": "match"}, "model": {"name": identity}, "data": {"items": len(outcomes), "pictures": "p"}}
+    header = {"benchmark": name, "probe": {"name": "match"}, "model": {}, "data": {"items": len(outcomes), "pictures": "p"}}
     metrics = BENCHMARKS[name].metrics
     bootstrap = Bootstrap([each.item.cluster for each in outcomes])
     drawn = [bootstrap.values(metrics, seen(outcomes), k) for k in range(draws)]
-    return Result(called or name, "match", recorded(BENCHMARKS[name], header, outcomes, drawn, prompt="?"), tuple(outcomes))
+    chosen = Chosen(name, BENCHMARKS[name], "match", Match(), Path())
+    return result_of(called or name, chosen, identity, header, outcomes, drawn, {"prompt": "?"})
 
 
 def test_a_cheat_that_does_not_look_is_found_out_by_the_summary() -> None:

@@ -18,8 +18,8 @@ from cfvlm_ds.core.conversation import messages
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import MAX_PIXELS, open_groups
 from cfvlm_ds.data.mixture import Order, shares_of
+from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.models.forest_attention import stock_attention
-from cfvlm_ds.training.run import _rows_of
 
 SCENE = [("red", "circle"), ("blue", "square")]
 SAID = [("what is in the image?", caption(SCENE)), ("which is red?", "a circle"), ("and blue?", "a square"), ("is it green?", "no")]
@@ -64,8 +64,8 @@ def test_the_answers_of_a_conversation_meet_in_a_micro_batch(tmp_path: Path) -> 
     said = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}] * 2
     rows = [{"id": str(k), "image": f"images/{k % 12:03d}.png", "conversations": said} for k in range(40)]
     groups = open_groups(lines(tmp_path / "rows.jsonl", rows), format="llava:per_turn=true")
-    together = _rows_of(groups)
-    assert together is not None and _rows_of(list(groups)) is None and len(groups) == 80
+    assert groups.together is not None and len(groups) == 80
+    together = RowsTogether(groups.together, 80)
     mixed = Order((80, 10), shares_of([1, 1], (80, 10), "ab"), 0, rows=(together, None))
     from_mixture = [group for group in mixed.at(0, 400) if group < 80]
     for drawn in (Order((80,), (), 0, rows=(together,)).at(0, 160), from_mixture[:160]):

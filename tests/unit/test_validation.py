@@ -159,7 +159,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
             ["--train.hard_negatives", "1", *(part for term in ("csd", "fcd") for part in (f"--objective.{term}.weight", "0"))],
             "train.hard_negatives keeps what the model takes most for true, and align scores no text on an image that it is false of",
         ),
-        (["--train.retention", "[kept]"], "train.retention: 'kept' is no manifest of data.evaluation (none); name one of them"),
+        (["--train.retention", "[kept]"], "train.retention: 'kept' is not a manifest of data.evaluation (none); name one of them"),
         (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl: no such manifest"),
         (["--data.format", "cfgrop"], "unknown format 'cfgrop'; did you mean 'cfgroup'?"),
         (["--objective.dpo.weight", "1"], "an objective needs stored scores"),
@@ -175,7 +175,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
         (["--model.attn_implementation", "flash_attention_2"], "flash_attention_2 needs a CUDA device and the flash-attn package"),
         (["--model.max_pixels", "1000"], "model.max_pixels does not apply to model type 'llava'"),
         (["--deepspeed", "ds_configs/z4.json"], "ds_configs/z4.json: no such file; there are"),
-        (["--train.resume", "checkpoint-9"], "train.resume 'checkpoint-9' is no folder; give auto, never, restart or the path of a"),
+        (["--train.resume", "checkpoint-9"], "train.resume 'checkpoint-9' is not a folder; give auto, never, restart or the path of a"),
     ],
 )
 def test_options_that_end_a_run_are_found_before_pictures_are_opened(
@@ -253,7 +253,7 @@ def test_a_step_takes_no_group_twice(options: dict[str, int], ranks: int, fits: 
     """25 groups: a default is what fits, and says so; what is asked for and does not fit is refused with what does."""
     sections = {name: "data" if name.startswith("max") else "train" for name in options}
     config = parse_config([part for name, value in options.items() for part in (f"--{sections[name]}.{name}", str(value))], OBJECTIVES)
-    groups: Any = range(25)
+    groups: Any = type("Groups", (list,), {"together": None})(range(25))
     data, world = RunData(groups, {}, {}, None, sources={"train": SourceData(groups, {})}), World(0, ranks, 0, CPU)
     if isinstance(fits, str):
         with pytest.raises(ConfigError, match=fits):

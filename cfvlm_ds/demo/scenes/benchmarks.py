@@ -56,7 +56,8 @@ def build_benchmarks(config: ScenesConfig, out: Path, progress: Callable[[str], 
                 for place in places:
                     shutil.copyfile(pictures / picture(index, number), folder / place / picture(index, number))
         for subset, edits in SUBSETS.items():
-            rows = [_negative(index, group) for index, group in enumerate(drawn) if group.edits[0] in edits]
+            chosen = [(picture(index, 0), _captions(group)) for index, group in enumerate(drawn) if group.edits[0] in edits]
+            rows = [{"filename": name, "caption": texts[0], "negative_caption": texts[1]} for name, texts in chosen]
             _write(folder / "sugarcrepe" / "data" / f"{subset}.json", {str(number): row for number, row in enumerate(rows)})
         _write_lines(folder / "naturalbench" / "train.jsonl", (_questions(index, group) for index, group in enumerate(drawn)))
         popular = [kind for kind, _ in Counter(kind for group in drawn for kind in _kinds(group.scenes[0])).most_common(_POPULAR)]
@@ -73,11 +74,6 @@ def picture(index: int, number: int) -> str:
 
 def _captions(group: SceneGroup) -> list[str]:
     return [say(describe(scene, group.a_first), group.phrasing) for scene in group.scenes]
-
-
-def _negative(index: int, group: SceneGroup) -> dict[str, str]:
-    caption, negative, *_ = _captions(group)
-    return {"filename": picture(index, 0), "caption": caption, "negative_caption": negative}
 
 
 def _questions(index: int, group: SceneGroup) -> dict[str, Any]:

@@ -92,7 +92,14 @@ def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest:
                 for index in range(size):
                     alive()
-                    manifest.write(_write_group(config, split, index, folder) + "\n")
+                    drawn, group_id = draw_group(config, split, index), f"{split}-{index:05d}"
+                    paths = tuple(folder / "images" / split / f"{group_id}-{i}.png" for i in range(len(drawn.pictured)))
+                    for path, scene in zip(paths, drawn.pictured, strict=True):
+                        render(scene, config.image_size).save(path, compress_level=1)
+                    group = as_group(drawn, group_id, paths)
+                    if drawn.question and split == "train":
+                        group = replace(group, weight=config.question_weight)
+                    manifest.write(json.dumps(to_row(group, folder), ensure_ascii=False) + "\n")
                     shown.advance()
         (folder / "scenes.json").write_text(json.dumps({"settings": settings}, indent=2) + "\n", encoding="utf-8")
     progress(f"scenes: {sum(sizes.values())} groups in {out}")
@@ -142,19 +149,12 @@ def draw_group(config: ScenesConfig, split: str, index: int) -> SceneGroup:
     phrasing, a_first = rng.randrange(len(PHRASINGS)), rng.random() < 0.5
     # A generator of its own, so that the scenes and captions of a seed do not depend on the questions.
     wording = f"{config.seed}/{split}/{index}/asked"
-    return SceneGroup(scenes, tuple(kind for kind, _ in edits), sham, phrasing, a_first, _question(config, split, first, wording), wording)
-
-
-def _question(config: ScenesConfig, split: str, edit: str, wording: str) -> str:
-    """Return the kind of a group's question: that of its split, in training a drawn one ("count" only if the count was edited), or "" for a
-    description.
-    """
-    if (kind := split.removeprefix("test_")) in QUESTIONS:
-        return kind
-    rng = Random(f"{wording}/kind")
-    if split != "train" or rng.random() >= config.question_share:
-        return ""
-    return rng.choice([kind for kind in QUESTIONS if kind != "count" or edit == "count"])
+    question = split.removeprefix("test_")
+    if question not in QUESTIONS:
+        asked = Random(f"{wording}/kind")
+        is_asked = not test and asked.random() < config.question_share
+        question = asked.choice([kind for kind in QUESTIONS if kind != "count" or first == "count"]) if is_asked else ""
+    return SceneGroup(scenes, tuple(kind for kind, _ in edits), sham, phrasing, a_first, question, wording)
 
 
 def as_group(drawn: SceneGroup, group_id: str, images: tuple[Path, ...]) -> CounterfactualGroup:
@@ -210,19 +210,6 @@ def _shuffled(rng: Random, weights: Mapping[str, float]) -> list[str]:
         order.append(rng.choices(list(left), list(left.values()))[0])
         del left[order[-1]]
     return order
-
-
-def _write_group(config: ScenesConfig, split: str, index: int, root: Path) -> str:
-    """Write the images of a group; returns its manifest line."""
-    drawn = draw_group(config, split, index)
-    group_id = f"{split}-{index:05d}"
-    paths = tuple(root / "images" / split / f"{group_id}-{i}.png" for i in range(len(drawn.pictured)))
-    for path, scene in zip(paths, drawn.pictured, strict=True):
-        render(scene, config.image_size).save(path, compress_level=1)
-    group = as_group(drawn, group_id, paths)
-    if drawn.question and split == "train":
-        group = replace(group, weight=config.question_weight)
-    return json.dumps(to_row(group, root), ensure_ascii=False)
 
 
 def settings_of(config: ScenesConfig) -> dict[str, object]:

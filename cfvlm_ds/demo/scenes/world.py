@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from random import Random
+from typing import TypeAlias
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
@@ -107,28 +108,26 @@ class Rule:
     held_out: str = "never"  # "never", "may" or "must" (at least one of the two things of every scene)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Random choices that are drawn once per scene, because redrawing a scene must not bias their rates."""
-
-    follows_order: bool
-    held_out_thing: int | None
+Plan: TypeAlias = tuple[bool, int | None]
+"""Choices that are drawn once per scene, because redrawing a scene must not bias their rates: whether it follows the planted regularity,
+and the index of a thing with a held-out combination."""
 
 
 def draw_plan(rng: Random, rule: Rule) -> Plan:
     """Draw whether the scene follows the planted regularity, and which thing has a held-out combination."""
     follows_order = rng.random() < rule.p
-    return Plan(follows_order, rng.randrange(2) if rule.held_out == "must" else None)
+    return follows_order, rng.randrange(2) if rule.held_out == "must" else None
 
 
 def draw_scene(rng: Random, rule: Rule, plan: Plan) -> Scene:
     """Draw a random scene under ``rule`` that follows ``plan``. The two things always differ in shape, so every caption is unambiguous."""
+    follows_order, held_out_thing = plan
     relation = rng.choices(RELATIONS, _FREQUENCY)[0]
     first, second = sorted(rng.sample(range(len(SHAPES)), 2))
-    a_comes_first = (relation in ("left", "above", "front")) == plan.follows_order
+    a_comes_first = (relation in ("left", "above", "front")) == follows_order
     shapes = (SHAPES[first], SHAPES[second]) if a_comes_first else (SHAPES[second], SHAPES[first])
     overlap = relation in ("front", "behind")
-    a, b = (_draw_thing(rng, rule, shape, plan.held_out_thing == i, overlap) for i, shape in enumerate(shapes))
+    a, b = (_draw_thing(rng, rule, shape, held_out_thing == i, overlap) for i, shape in enumerate(shapes))
     spots, front = _draw_spots(rng, relation)
     backdrop = Backdrop(rng.choice(BACKGROUNDS), rng.randrange(NUM_TONES), rng.randrange(GRID), rng.getrandbits(32))
     kinds = [rng.choice(DISTRACTORS) for _ in range(rng.randrange(3))]

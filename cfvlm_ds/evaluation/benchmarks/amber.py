@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, yes_no
-from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Row, Source, single
+from cfvlm_ds.evaluation.benchmarks.metrics import by, yes_no
 
 QUERIES = File("data/query/query_discriminative.json", ("id", "image", "query"), 14_216)
 TRUTH = File("data/annotations.json", ("id", "type", "truth"))
@@ -20,14 +18,14 @@ def item(row: Row) -> Item:
     if (known := truth.get(str(row["id"]))) is None:
         raise broken or row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files of one revision")
     kind = str(known["type"]).removeprefix("discriminative-").split("-")[0]
-    return Item(
+    return single(
         str(row["id"]),
-        ((row.picture(row["image"], "image", "images"),),),
+        row.picture(row["image"], "image", "images"),
         YES_NO,
-        (known.truth("truth", YES_NO),),
+        str(row["image"]),
+        known.truth("truth", YES_NO),
         row.text("query") + ASK,
-        tags={"type": {"hallucination": "existence"}.get(kind, kind)},
-        cluster=str(row["image"]),
+        type={"hallucination": "existence"}.get(kind, kind),
     )
 
 
@@ -38,16 +36,11 @@ def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
     return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
 
 
-def metrics(table: Sequence[Judged]) -> Values:
-    """Return the yes/no metrics with No as the positive answer: F1 measures the detection of absent things."""
-    return sliced(table, tag("type"), lambda part: yes_no(part, positive=1))
-
-
 AMBER = Benchmark(
     title="AMBER (discriminative)",
     files=(QUERIES, File(TRUTH.name)),
     item=item,
-    metrics=metrics,
+    metrics=by("type", partial(yes_no, positive=1)),  # F1 measures the detection of absent things
     headline="f1",
     probes=("yes_no", "generate"),
     unofficial=f"the instruction {ASK.strip()!r}",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.decoding import open_image
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, macro_by, tag
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, keep_picture
 
@@ -47,22 +47,22 @@ ATTRIBUTION = File("visual_genome_attribution.json", (*COLUMNS, "attributes"), 2
 
 
 def relation_item(row: Row) -> Item:
-    return _pair(row, {"relation": row.text("relation_name")})
+    return _pair(row, relation=row.text("relation_name"))
 
 
 def attribution_item(row: Row) -> Item:
     first, second = row["attributes"][:2]
-    return _pair(row, {"attributes": f"{first}_{second}"})
+    return _pair(row, attributes=f"{first}_{second}")
 
 
-def _pair(row: Row, tags: dict[str, str]) -> Item:
+def _pair(row: Row, **tags: str) -> Item:
     picture = row.picture(row["image_path"], "images")
     box = tuple(row[key] for key in BOX)
     if not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 << 20 for value in box) or not min(box[2:]):
         raise row.error(f"the box {box} must be four whole numbers, with a width and a height")
     captions = row.text("true_caption"), row.text("false_caption")
     cut = picture if picture in row.source.absent else _cut(picture, box, row.source.root)
-    return Item(row.number, ((cut,),), captions, ((1, 0),), tags=tags, cluster=str(row["image_path"]))
+    return single(row.number, cut, captions, str(row["image_path"]), **tags)
 
 
 def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, by
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
@@ -92,14 +92,7 @@ def _items(*folders: str) -> Callable[[Row], list[Item]]:
             raise row.error("'caption' must be a list of texts")
         orders = [(cleaned(caption), *shuffles(cleaned(caption))) for caption in captions]
         return [
-            Item(
-                f"{row.number}/{number}",
-                ((picture,),),
-                texts,
-                (one_hot(0, len(texts)),),
-                tags={"options": str(len(texts))},
-                cluster=str(row["image"]),
-            )
+            single(f"{row.number}/{number}", picture, texts, str(row["image"]), one_hot(0, len(texts)), options=str(len(texts)))
             for number, texts in enumerate(orders)
             if len(texts) > 1  # a caption of one word has no other order
         ]
@@ -109,21 +102,18 @@ def _items(*folders: str) -> Callable[[Row], list[Item]]:
 
 _UNOFFICIAL = "the shuffles: drawn once by a hash, content words by a list in place of a tagger, repeated ones dropped"
 
-COCO_ORDER = Benchmark(
-    title="ARO, COCO-Order",
-    files=(File("coco_karpathy_test.json", ("image", "caption"), 5000),),
-    item=_items("", "images", "../coco"),
-    metrics=by("options", accuracy),
-    headline="accuracy",
-    probes=("match", "caption"),
-    unofficial=_UNOFFICIAL,
-)
-FLICKR_ORDER = Benchmark(
-    title="ARO, Flickr30k-Order",
-    files=(File("flickr30k_test.json", ("image", "caption"), 1000),),
-    item=_items("", "images", "../flickr30k"),
-    metrics=by("options", accuracy),
-    headline="accuracy",
-    probes=("match", "caption"),
-    unofficial=_UNOFFICIAL,
-)
+
+def _benchmark(title: str, name: str, rows: int, folder: str) -> Benchmark:
+    return Benchmark(
+        title=title,
+        files=(File(name, ("image", "caption"), rows),),
+        item=_items("", "images", folder),
+        metrics=by("options", accuracy),
+        headline="accuracy",
+        probes=("match", "caption"),
+        unofficial=_UNOFFICIAL,
+    )
+
+
+COCO_ORDER = _benchmark("ARO, COCO-Order", "coco_karpathy_test.json", 5000, "../coco")
+FLICKR_ORDER = _benchmark("ARO, Flickr30k-Order", "flickr30k_test.json", 1000, "../flickr30k")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
@@ -64,6 +64,21 @@ def quad(id: str, pictures: Sequence[Path], captions: Sequence[str], cluster: st
     """Return an item of two pictures and two texts, each text true of its own picture."""
     images = tuple((picture,) for picture in pictures)
     return Item(id, images, tuple(captions), ((1, 0), (0, 1)), tags=tags, cluster=cluster or id)
+
+
+def single(
+    id: str,
+    picture: Path,
+    texts: Sequence[str],
+    cluster: str,
+    truth: tuple[int, ...] = (1, 0),
+    prompt: str = "",
+    listed: bool = False,
+    /,
+    **tags: str,
+) -> Item:
+    """Return an item of one picture; by default the first of two texts is true of it."""
+    return Item(id, ((picture,),), tuple(texts), (truth,), prompt, listed, tags, cluster)
 
 
 @dataclass(frozen=True)
@@ -207,13 +222,18 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
     """Return about ``limit`` items, spread evenly over all items in whole clusters, so that no part is missing and no pair is split."""
     if limit is None or limit >= len(items):
         return list(items)
-    clusters: dict[str, list[int]] = {}
-    for number, item in enumerate(items):
-        clusters.setdefault(item.cluster or item.id, []).append(number)
-    members = list(clusters.values())
+    members = places_of([item.cluster or item.id for item in items])
     count = math.ceil(limit * len(members) / len(items))
     taken = {number for k in range(count) for number in members[k * len(members) // count]}
     return [item for number, item in enumerate(items) if number in taken]
+
+
+def places_of(names: Sequence[str]) -> list[list[int]]:
+    """Return the places of each name, in the order of its first appearance."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+    return list(places.values())
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
@@ -230,10 +250,14 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 def chance(benchmark: Benchmark, items: Sequence[Item]) -> Values:
     """Return the values of random scores on these items: every comparison is a tie, except where the benchmark states a value."""
-    tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images), blind=True) for item in items]
-    names = benchmark.metrics([replace(judged_item, blind=False) for judged_item in tied])
+    names = benchmark.metrics(tied(items))
     stated = {name: benchmark.chance[base] for name in names if (base := name.split("/")[0]) in benchmark.chance}
-    return benchmark.metrics(tied) | stated
+    return benchmark.metrics(tied(items, blind=True)) | stated
+
+
+def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
+    """Return a table in which every score is 0."""
+    return [Judged(item, ((0.0,) * len(item.texts),) * len(item.images), blind) for item in items]
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("image", "caption", "negative_caption", "negative_image", "type", "subtype")
 

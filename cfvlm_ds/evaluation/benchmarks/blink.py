@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 TASKS = (
     "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw", "Multi-view_Reasoning",

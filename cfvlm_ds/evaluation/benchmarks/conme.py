@@ -4,24 +4,20 @@ models.
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, single
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 PARTS = ("replace-att", "replace-obj", "replace-rel")
 COLUMNS = ("image", "base_question", "correct_option", "incorrect_option")
 
 
 def item(row: Row) -> Item:
-    picture = row.picture(_file(row["image"]), "", "images", "../coco/val2017")
+    name = row["image"]  # a COCO number or a path
+    file = f"{int(name):012d}.jpg" if name.isascii() and name.isdecimal() and len(name) <= 12 else name
+    picture = row.picture(file, "", "images", "../coco/val2017")
     options = row.text("correct_option"), row.text("incorrect_option")
     question = row.text("base_question")
-    return Item(f"{row.part}/{row.number}", ((picture,),), options, ((1, 0),), question, tags={"part": row.part}, cluster=picture.name)
-
-
-def _file(name: str) -> str:
-    """Return the file of a picture that is named by its COCO number or by a path."""
-    return f"{int(name):012d}.jpg" if name.isascii() and name.isdecimal() and len(name) <= 12 else name
+    return single(f"{row.part}/{row.number}", picture, options, picture.name, (1, 0), question, part=row.part)
 
 
 CONME = Benchmark(

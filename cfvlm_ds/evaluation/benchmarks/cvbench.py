@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Row, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, tag
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("task", "question", "choices", "answer", "filename", "source")
 
 
 def item(row: Row) -> Item:
     options = tuple(str(option) for option in row["choices"])
-    return Item(
+    return single(
         f"{row.part}/{row.number}",
-        ((row.picture(row["filename"], "", "img"),),),
+        row.picture(row["filename"], "", "img"),
         options,
-        (row.truth("answer", [f"({chr(65 + place)})" for place in range(len(options))]),),
+        str(row["filename"]),
+        row.truth("answer", [f"({chr(65 + place)})" for place in range(len(options))]),
         row.text("question"),
-        tags={"source": row.text("source"), "task": row.text("task")},
-        cluster=str(row["filename"]),
+        source=row.text("source"),
+        task=row.text("task"),
     )
 
 

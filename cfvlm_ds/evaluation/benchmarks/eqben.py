@@ -26,7 +26,7 @@ MADE = "png"
 def item(row: Row) -> Item:
     folder = row.text("image0").split("/")[0]
     if folder not in SUBSETS:
-        raise row.error(f"picture folder {folder!r} is none of {', '.join(SUBSETS)}")
+        raise row.error(f"picture folder {folder!r} is not one of {', '.join(SUBSETS)}")
     pictures = [_picture(row, row[key]) for key in ("image0", "image1")]
     return quad(row.number, pictures, (row.text("caption0"), row.text("caption1")), subset=SUBSETS[folder])
 
@@ -46,7 +46,7 @@ def _frame(path: Path) -> Image.Image:
     except (OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: no array of numbers in it ({error}); get the official file again") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not 0 < array.shape[0] * array.shape[1] <= MAX_PIXELS:
-        raise DataError(f"{path}: an array {array.dtype} {array.shape} is no picture (height, width, 3); get the official file again")
+        raise DataError(f"{path}: an array {array.dtype} {array.shape} is not a picture (height, width, 3); get the official file again")
     return Image.fromarray(np.ascontiguousarray(array[:, :, ::-1]))
 
 

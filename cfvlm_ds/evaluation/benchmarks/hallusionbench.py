@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 KEY = ("category", "subcategory", "set_id", "figure_id", "question_id")
 ASK = " Please answer yes or no."

@@ -10,10 +10,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import comb, prod
+from typing import Any
 
 import numpy as np
 
-from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Values
 
 Key = Callable[[Judged], str]
 _KNOWN = 1 << 16
@@ -97,20 +98,19 @@ def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
     return means(parts, {"macro": "macro/"}) | parts
 
 
-def sliced(table: Sequence[Judged], key: Key, metrics: Callable[[Sequence[Judged]], Values]) -> Values:
-    """Return the metrics of all items, and as METRIC/PART those of each part."""
-    values = metrics(table)
-    for name, part in grouped(table, key).items():
-        values |= {f"{metric}/{name}": value for metric, value in metrics(part).items()}
-    return values
-
-
-def by(name: str, metrics: Callable[[Sequence[Judged]], Values]) -> Callable[[Sequence[Judged]], Values]:
+def by(name: str, metrics: Metrics) -> Metrics:
     """Return a metric function: the values of all items and, as METRIC/PART, of the items of each tag."""
-    return lambda table: sliced(table, tag(name), metrics)
+
+    def of_all_and_parts(table: Sequence[Judged]) -> Values:
+        values = metrics(table)
+        for part, members in grouped(table, tag(name)).items():
+            values |= {f"{metric}/{part}": value for metric, value in metrics(members).items()}
+        return values
+
+    return of_all_and_parts
 
 
-def macro_by(name: str, least: int = 1) -> Callable[[Sequence[Judged]], Values]:
+def macro_by(name: str, least: int = 1) -> Metrics:
     """Return a metric function: the accuracy of each tag, their mean (see ``macro``), and the accuracy of all items."""
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
@@ -183,13 +183,19 @@ def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
     return [(judged.scores[0][0] - judged.scores[0][1], bool(judged.item.match[0][0])) for judged in table]
 
 
+def _by_answer(pairs: Sequence[tuple[float, bool]]) -> tuple[Any, Any]:
+    """Return the sorted margins of items whose answer is yes, and of the others."""
+    yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
+    return yes, no
+
+
 def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
     """Return the area under the ROC curve in %: the share of pairs of a yes and a no item in which the yes has the larger margin, a tie one
     half.
 
     None if one of the two answers never occurs or a score is not a number.
     """
-    yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
+    yes, no = _by_answer(pairs)
     if not len(yes) or not len(no) or np.isnan([*yes, *no]).any():
         return None
     won = np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")
@@ -200,7 +206,7 @@ def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
     """Return the margin threshold for yes that classifies the most ``pairs`` correctly; of several, the one nearest to 0, then the
     smaller.
     """
-    yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
+    yes, no = _by_answer(pairs)
     values = np.unique([margin for margin, _ in pairs])
     cuts = np.concatenate([[0.0, values[0] - 1, values[-1] + 1], (values[1:] + values[:-1]) / 2])
     right = len(yes) - np.searchsorted(yes, cuts, "right") + np.searchsorted(no, cuts, "right")

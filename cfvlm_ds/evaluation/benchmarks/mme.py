@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, tag, together
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -19,14 +18,16 @@ def item(row: Row) -> Item:
     folder = row.source.root / row.part / "images"  # smaller tasks have pictures and questions in one folder
     folder = folder if folder.is_dir() else folder.parent
     name = next((file for ending in ENDINGS if (folder / (file := f"{stem}{ending}")).is_file()), f"{stem}.jpg")
-    return Item(
-        f"{row.part}/{stem}/{row.number}",
-        ((row.picture(name, folder.relative_to(row.source.root).as_posix()),),),
+    picture = f"{row.part}/{stem}"
+    return single(
+        f"{picture}/{row.number}",
+        row.picture(name, folder.relative_to(row.source.root).as_posix()),
         YES_NO,
-        (row.truth("answer", YES_NO),),
+        picture,
+        row.truth("answer", YES_NO),
         row.text("question"),
-        tags={"task": row.part, "picture": f"{row.part}/{stem}"},
-        cluster=f"{row.part}/{stem}",
+        task=row.part,
+        picture=picture,
     )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, single
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("index", "question", "image", "answer", "category")
 ASK = "\nAnswer with the option's letter from the given choices directly."
@@ -18,16 +17,9 @@ def item(row: Row) -> Item:
     options = tuple(letter for letter in LETTERS if re.search(rf"\b{letter}\s*[:.)]", question))
     if options != tuple(LETTERS[: len(options)]) or len(options) < 2:
         options = tuple(LETTERS)
-    return Item(
-        str(row["index"]),
-        ((row.picture(row["image"], "", "images"),),),
-        options,
-        (row.truth("answer", options),),
-        question + ASK,
-        listed=True,
-        tags={"category": row.text("category")},
-        cluster=str(row["image"]),
-    )
+    picture, truth = row.picture(row["image"], "", "images"), row.truth("answer", options)
+    category = row.text("category")
+    return single(str(row["index"]), picture, options, str(row["image"]), truth, question + ASK, True, category=category)
 
 
 MMSTAR = Benchmark(

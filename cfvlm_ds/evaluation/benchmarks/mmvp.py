@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
@@ -24,8 +24,7 @@ def item(row: Row) -> Item:
     number, pair = int(index), str((int(index) + 1) // 2)
     picture = row.picture(f"{number}.jpg", "MMVP Images")
     texts = options["a"].strip(), options["b"].strip()
-    gold = one_hot("ab".index(answer[1]), 2)
-    return Item(str(number), ((picture,),), texts, (gold,), row.text("Question"), tags={"pair": pair}, cluster=pair)
+    return single(str(number), picture, texts, pair, one_hot("ab".index(answer[1]), 2), row.text("Question"), pair=pair)
 
 
 def metrics(table: Sequence[Judged]) -> Values:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, all_right, mean, sets, tag, text_right, together
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 KINDS = {
     "yes_no": (YES_NO, " Please answer Yes or No."),

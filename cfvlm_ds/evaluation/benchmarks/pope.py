@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import means, sliced, tag, yes_no
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Values, single
+from cfvlm_ds.evaluation.benchmarks.metrics import by, means, yes_no
 
 COLUMNS = ("question_id", "image", "text", "label")
 SPLITS = ("random", "popular", "adversarial")
@@ -14,20 +13,14 @@ ASK = "\nAnswer the question using a single word or phrase."
 
 
 def item(row: Row) -> Item:
-    return Item(
-        f"{row.part}/{row['question_id']}",
-        ((row.picture(row["image"], "val2014", "images/val2014", "../coco/val2014"),),),
-        YES_NO,
-        (row.truth("label", YES_NO),),
-        row.text("text") + ASK,
-        tags={"split": row.part},
-        cluster=str(row["image"]),
-    )
+    picture = row.picture(row["image"], "val2014", "images/val2014", "../coco/val2014")
+    truth, question = row.truth("label", YES_NO), row.text("text") + ASK
+    return single(f"{row.part}/{row['question_id']}", picture, YES_NO, str(row["image"]), truth, question, split=row.part)
 
 
 def metrics(table: Sequence[Judged]) -> Values:
     """Return the yes/no metrics of all questions and of each split, and the means over splits, which papers report."""
-    values = sliced(table, tag("split"), yes_no)
+    values = by("split", yes_no)(table)
     return values | means(values, {"f1_macro": "f1/", "accuracy_macro": "accuracy/"})
 
 

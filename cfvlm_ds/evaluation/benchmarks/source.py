@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from cfvlm_ds.core.errors import DataError, StorageError, unwritten
-from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.files import Say, whole_file
 from cfvlm_ds.core.reading import MIB, DuplicateKey, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_foreign
@@ -110,6 +110,7 @@ def one_hot(gold: int, size: int) -> tuple[int, ...]:
     return tuple(int(place == gold) for place in range(size))
 
 
+@dataclass(eq=False)
 class Source:
     """The folder of a benchmark; ``say`` reports the progress of long work on its files.
 
@@ -119,14 +120,14 @@ class Source:
         absent: missing picture that a row names -> the error for the first such row.
     """
 
-    def __init__(self, root: Path, say: Callable[[str], object] = lambda line: None) -> None:
-        self.root, self._say = root, say
-        self.counts: dict[str, int] = {}
-        self.read: dict[str, str] = {}
-        self.absent: dict[Path, DataError] = {}
-        self._brought: tuple[Path, ...] = ()
-        """Folder of the pictures that the current file contained."""
-        self._confined: dict[tuple[Path, ...], Confinement] = {}
+    root: Path
+    say: Say = lambda line: None
+    counts: dict[str, int] = field(default_factory=dict)
+    read: dict[str, str] = field(default_factory=dict)
+    absent: dict[Path, DataError] = field(default_factory=dict)
+    _brought: tuple[Path, ...] = ()
+    """Folder of the pictures that the current file contained."""
+    _confined: dict[tuple[Path, ...], Confinement] = field(default_factory=dict)
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
         """Yield the rows of a file. A missing or damaged file yields one DataError."""
@@ -143,13 +144,23 @@ class Source:
             yield from self._rows(file, name)
 
     def _rows(self, file: File, name: str) -> Iterator[Row | DataError]:
-        from cfvlm_ds.data.containers.rows import rows_of  # imported late, as below, because training without benchmarks does not need it
+        # imported late, as below, because training without benchmarks does not need them
+        from cfvlm_ds.data.containers.rows import rows_of
+        from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
 
+        readers: dict[str, Callable[[Path], _Placed]] = {
+            ".json": _json_values,
+            ".jsonl": _json_lines,
+            ".txt": _text_lines,
+            ".csv": csv_rows,
+            ".tsv": tsv_rows,
+            ".parquet": self._prepared,
+        }
         path, self._brought = self.root / name, ()
         self.counts.setdefault(file.name, 0)
         self.read[file.name] = name
         try:
-            for place, value in rows_of(path, self._reader(path.suffix)):
+            for place, value in rows_of(path, readers[path.suffix]):
                 self.counts[file.name] += 1
                 kind, _, number = place.partition(" ")
                 where = f"{path}:{number}" if kind == "line" else f"{path}: {place}"
@@ -160,25 +171,13 @@ class Source:
         except DataError as error:  # names the file and the remedy
             yield error
 
-    def _reader(self, suffix: str) -> Callable[[Path], _Placed]:
-        from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
-
-        return {
-            ".json": _json_values,
-            ".jsonl": _json_lines,
-            ".txt": _text_lines,
-            ".csv": csv_rows,
-            ".tsv": tsv_rows,
-            ".parquet": self._prepared,
-        }[suffix]
-
     def _prepared(self, path: Path) -> _Placed:
         """Yield the rows of Parquet files, which are converted to JSON lines the first time. A JSON string in place of a row is its error
         message.
         """
         from cfvlm_ds.data.containers.prepared import prepare
 
-        converted = prepare(path, "parquet", say=self._say).lines
+        converted = prepare(path, "parquet", say=self.say).lines
         self._brought = (converted.parent,)
         for place, value in _json_lines(converted):
             yield place, DataError(value) if isinstance(value, str) else value
@@ -190,8 +189,10 @@ class Source:
         with ``where`` for an invalid name.
         """
         if not isinstance(name, str):
-            raise DataError(f"{where}: {quoted(name)} is no name of a picture; {_AGAIN}")
-        roots = (*self._brought, *(self._folder(folder) for folder in folders or ("",)))
+            raise DataError(f"{where}: {quoted(name)} is not the name of a picture; {_AGAIN}")
+        beside, inside = self.root.parent, self.root
+        named = (beside / folder[3:] if folder.startswith("../") else inside / folder for folder in folders or ("",))
+        roots = (*self._brought, *named)
         if roots not in self._confined:
             self._confined[roots] = Confinement(roots, _OUTSIDE)
         try:
@@ -203,9 +204,6 @@ class Source:
             problem = f"{where}: no picture {roots[0] / name}{others}; put the pictures there, as docs/benchmarks says"
             self.absent.setdefault(path, DataError(problem))
         return path
-
-    def _folder(self, folder: str) -> Path:
-        return self.root.parent / folder[3:] if folder.startswith("../") else self.root / folder
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:

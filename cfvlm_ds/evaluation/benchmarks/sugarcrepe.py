@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Row, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, means, tag
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 ROWS = {
     "add_att": 692, "add_obj": 2062, "replace_att": 788, "replace_obj": 1652, "replace_rel": 1406, "swap_att": 666, "swap_obj": 245,
@@ -17,8 +16,8 @@ COCO = ("val2017", "images/val2017", "../coco/val2017")
 
 def item(row: Row) -> Item:
     captions = row.text("caption"), row.text("negative_caption")
-    picture, tags = row.picture(row["filename"], *COCO), {"subset": row.part}
-    return Item(f"{row.part}/{row.number}", ((picture,),), captions, ((1, 0),), tags=tags, cluster=str(row["filename"]))
+    picture = row.picture(row["filename"], *COCO)
+    return single(f"{row.part}/{row.number}", picture, captions, str(row["filename"]), subset=row.part)
 
 
 def metrics(table: Sequence[Judged]) -> Values:

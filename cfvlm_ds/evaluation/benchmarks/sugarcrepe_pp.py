@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, single
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 from cfvlm_ds.evaluation.benchmarks.sugarcrepe import COCO
 
 SUBSETS = ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -12,9 +11,8 @@ CAPTIONS = ("caption", "caption2", "negative_caption")
 
 
 def item(row: Row) -> Item:
-    captions = tuple(row.text(column) for column in CAPTIONS)
-    picture, tags = row.picture(row["filename"], *COCO), {"subset": row.part}
-    return Item(f"{row.part}/{row['id']}", ((picture,),), captions, ((1, 1, 0),), tags=tags, cluster=str(row["filename"]))
+    captions, picture = [row.text(column) for column in CAPTIONS], row.picture(row["filename"], *COCO)
+    return single(f"{row.part}/{row['id']}", picture, captions, str(row["filename"]), (1, 1, 0), subset=row.part)
 
 
 SUGARCREPE_PP = Benchmark(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, single
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 VALID = {
     "existence": 505, "plurals": 851, "counting-hard": 868, "counting-small-quant": 900, "counting-adversarial": 691, "relations": 535,
@@ -23,8 +22,8 @@ def item(row: Row) -> Item | None:
         return None
     name, data_set = row.text("image_file"), row.text("dataset")
     picture = row.picture(name, f"images/{data_set}", "images")
-    captions, tags = (row.text("caption"), row.text("foil")), {"part": row.part}
-    return Item(f"{row.part}/{row.number}", ((picture,),), captions, ((1, 0),), tags=tags, cluster=f"{data_set}/{name}")
+    captions = row.text("caption"), row.text("foil")
+    return single(f"{row.part}/{row.number}", picture, captions, f"{data_set}/{name}", part=row.part)
 
 
 VALSE = Benchmark(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values, quad
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, means, quads, sliced, tag
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Row, Values, quad
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, means, quads
 
 COLUMNS = ("image_0", "text_0", "image_1", "text_1", "category")
 
@@ -18,7 +17,7 @@ def item(row: Row) -> Item:
 
 def metrics(table: Sequence[Judged]) -> Values:
     """Return the scores of all items and of each category, and the means over categories as ``NAME_macro``, which the authors report."""
-    values = sliced(table, tag("category"), quads)
+    values = by("category", quads)(table)
     return values | means(values, {f"{name}_macro": f"{name}/" for name in ("text", "image", "group")})
 
 

@@ -5,9 +5,8 @@ changed.
 from __future__ import annotations
 
 from cfvlm_ds.data.fields import as_list
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("object", "correct_answer", "incorrect_answer", "original_image", "counterfact_image")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Row, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, means, tag
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 BRANCHES = ("Attribute", "Object", "Relation")
 
@@ -18,8 +17,7 @@ def item(row: Row) -> Item:
     if not all(isinstance(side, list) for side in sides):
         raise row.error("the row must be [picture, {'POS': [text], 'NEG': [text]}]")
     texts = sides[0][0], sides[1][0]
-    tags, cluster = {"branch": row.part, "leaf": leaf}, f"{folder}/{row['picture']}"
-    return Item(f"{leaf}/{row.number}", ((picture,),), texts, ((1, 0),), tags=tags, cluster=cluster)
+    return single(f"{leaf}/{row.number}", picture, texts, f"{folder}/{row['picture']}", branch=row.part, leaf=leaf)
 
 
 def metrics(table: Sequence[Judged]) -> Values:

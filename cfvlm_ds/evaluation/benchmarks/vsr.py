@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import macro, tag, yes_no
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("image", "caption", "label", "relation")
 ASK = 'Is this sentence true of the picture: "{}" Please answer Yes or No.'
@@ -14,8 +13,8 @@ ASK = 'Is this sentence true of the picture: "{}" Please answer Yes or No.'
 
 def item(row: Row) -> Item:
     picture = row.picture(row["image"], "data/images", "images", "../coco/train2017", "../coco/val2017")
-    question, tags = ASK.format(row.text("caption")), {"relation": row.text("relation")}
-    return Item(row.number, ((picture,),), YES_NO, (row.truth("label", (1, 0)),), question, tags=tags, cluster=str(row["image"]))
+    question, truth = ASK.format(row.text("caption")), row.truth("label", (1, 0))
+    return single(row.number, picture, YES_NO, str(row["image"]), truth, question, relation=row.text("relation"))
 
 
 def metrics(table: Sequence[Judged]) -> Values:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import PurePosixPath
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, means, sets, tag, text_right
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
@@ -35,8 +35,7 @@ def item(row: Row) -> Item:
         return _controlled(row)
     stem = str(row["image_id"]).zfill(12 if row.part.startswith("coco") else 0)
     picture = row.picture(f"{stem}.jpg", *QUESTIONS[row.part])
-    texts = row["true"], row["false"]
-    return Item(f"{row.part}/{row.number}", ((picture,),), texts, ((1, 0),), tags={"part": row.part}, cluster=stem)
+    return single(f"{row.part}/{row.number}", picture, (row["true"], row["false"]), stem, part=row.part)
 
 
 def _controlled(row: Row) -> Item:
@@ -45,9 +44,9 @@ def _controlled(row: Row) -> Item:
         raise row.error("'caption_options' must be four texts")
     path = PurePosixPath(str(row["image_path"]).removeprefix("data/"))
     scene, pair = scene_of(row, path)
-    tags = {"part": row.part, "set": f"{row.part}/{scene}", "pair": f"{row.part}/{scene}/{pair}"}
-    picture = row.picture(str(path), "")
-    return Item(f"{row.part}/{path.stem}", ((picture,),), tuple(options), (one_hot(0, 4),), tags=tags, cluster=tags["set"])
+    picture, group = row.picture(str(path), ""), f"{row.part}/{scene}"
+    tags = {"part": row.part, "set": group, "pair": f"{group}/{pair}"}
+    return single(f"{row.part}/{path.stem}", picture, options, group, one_hot(0, 4), **tags)
 
 
 def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
@@ -56,7 +55,7 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
     """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
-        raise row.error(f"the file name {path.name!r} says no relation ({', '.join(PAIRS)})")
+        raise row.error(f"the file name {path.name!r} contains no relation ({', '.join(PAIRS)})")
     return f"{words[0]}+{words[-1]}", PAIRS[words[1]]
 
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
-from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("id", "image_0", "image_1", "caption_0", "caption_1", "collapsed_tag")
 
 
 def item(row: Row) -> Item:
-    pictures = [_named(row, row[column]) for column in ("image_0", "image_1")]
+    names = [row[column] for column in ("image_0", "image_1")]  # without a suffix
+    files = [f"{name}.png" if isinstance(name, str) and not Path(name).suffix else name for name in names]
+    pictures = [row.picture(file, "images", "data/images") for file in files]
     return quad(str(row["id"]), pictures, (row.text("caption_0"), row.text("caption_1")), tag=str(row["collapsed_tag"]))
-
-
-def _named(row: Row, name: object) -> Path:
-    """Return a picture that a row names without its suffix."""
-    file = f"{name}.png" if isinstance(name, str) and not Path(name).suffix else name
-    return row.picture(file, "images", "data/images")
 
 
 WINOGROUND = Benchmark(

@@ -17,7 +17,7 @@ import numpy as np
 
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values, judged
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values, judged, places_of
 
 Interval = tuple[float, float]
 LEVEL, SEED = 0.95, 0
@@ -42,10 +42,7 @@ class Bootstrap:
     """
 
     def __init__(self, clusters: Sequence[str]) -> None:
-        members: dict[str, list[int]] = {}
-        for number, name in enumerate(clusters):
-            members.setdefault(name, []).append(number)
-        self._members = list(members.values())
+        self._members = places_of(clusters)
 
     @property
     def clusters(self) -> int:

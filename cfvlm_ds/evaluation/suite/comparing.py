@@ -55,24 +55,14 @@ class Compared:
 
     before: Result
     benchmark: Benchmark
-    pairs: tuple[tuple[Outcome, Outcome], ...]
+    pairs: Sequence[tuple[Outcome, Outcome]]
     differences: Mapping[str, Difference]
-    notes: tuple[str, ...]
-
-    @property
-    def place(self) -> str:
-        """Name of the benchmark and the probe."""
-        return self.before.place
+    notes: Sequence[str]
 
     def changes(self) -> tuple[list[str], list[str]]:
         """Return the items that were wrong and are right, and those that were right and are wrong."""
-        better: list[str] = []
-        worse: list[str] = []
-        for before, after in self.pairs:
-            was, now = is_right(self.benchmark, before), is_right(self.benchmark, after)
-            if was != now:
-                (better if now else worse).append(after.item.id)
-        return better, worse
+        right = [(after.item.id, is_right(self.benchmark, before), is_right(self.benchmark, after)) for before, after in self.pairs]
+        return [item for item, was, now in right if now and not was], [item for item, was, now in right if was and not now]
 
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
@@ -111,47 +101,36 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
     if not pairs:
         raise ConfigError(f"{before.place}: the two results have no item in common; evaluate both models on the same files")
     tables = [judged([pair[side] for pair in pairs])["seen"] for side in (0, 1)]
-    bootstrap = bootstrap_of([pair[0] for pair in pairs])
-    draws = draws_for(len(pairs)) if draws is None else draws
-    drawn: list[Values] = []
     was, now = (benchmark.metrics(table) for table in tables)
+    bootstrap, draws = bootstrap_of([pair[0] for pair in pairs]), draws_for(len(pairs)) if draws is None else draws
+    drawn: list[Values] = []
     exchanges = bootstrap.exchanges(draws) if draws and bootstrap.clusters >= LEAST_CLUSTERS else ()
     for exchanged in Progress(say, f"{before.place}: intervals", draws, "exchanges").over(exchanges):
         one, other = (benchmark.metrics([tables[k ^ (n in exchanged)][n] for n in range(len(pairs))]) for k in (0, 1))
         drawn.append({name: other[name] - one[name] for name in one if name in other})
-    tested = [
-        name for name in was if drawn and all(difference.get(name, math.nan) == difference.get(name, math.nan) for difference in drawn)
-    ]
+    tested = [name for name in was if drawn and not any(math.isnan(difference.get(name, math.nan)) for difference in drawn)]
     spans = exchange_intervals(drawn, tested)
     differences = {name: Difference(was[name], now[name], spans.get(name), bootstrap.clusters) for name in was if name in now}
-    return Compared(before, benchmark, tuple(pairs), differences, tuple(notes))
+    return Compared(before, benchmark, pairs, differences, notes)
 
 
 def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]], list[str]]:
     """Return the outcomes of items that both have, and notes about the others."""
-    later = {outcome.item.id: outcome for outcome in after.outcomes}
-    pairs, changed = [], []
-    for outcome in before.outcomes:
-        other = later.pop(outcome.item.id, None)
-        if other is None or _content(outcome) != _content(other):
-            changed.append(outcome.item.id)
-        else:
-            pairs.append((outcome, other))
-    changed += list(later)
-    notes = []
-    if changed:
+    first, second = ({outcome.item.id: outcome for outcome in result.outcomes} for result in (before, after))
+    same = [name for name in first if name in second and _content(first[name]) == _content(second[name])]
+    notes, shared = [], set(same)
+    if changed := [name for name in first | second if name not in shared]:
         notes.append(
             f"{len(changed)} items are in one of the results only, or have other texts, parts or clusters, and are not compared: "
             f"{few(changed)}"
         )
-    one, other_data = before.record["data"], after.record["data"]
-    if not changed and one.get("pictures") != other_data.get("pictures"):
+    elif before.record["data"].get("pictures") != after.record["data"].get("pictures"):
         notes.append("the pictures of the two results differ: these are differences of the data too")
     if before.record["probe"] != after.record["probe"]:
         notes.append("the two models were asked with other options of the probe")
     if before.record.get("prompt") != after.record.get("prompt"):
         notes.append("the two models were asked in different words, by their chat templates")
-    return pairs, notes
+    return [(first[name], second[name]) for name in same], notes
 
 
 def _content(outcome: Outcome) -> tuple[object, ...]:
@@ -170,17 +149,14 @@ def comparison_table(results: Sequence[Compared], before: str, after: str) -> st
     for pair in results:
         better, worse = pair.changes()
         for word, ids in (("better", better), ("worse", worse)):
-            flipped += [f"{pair.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
+            flipped += [f"{pair.before.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
         headline = pair.benchmark.headline
         names = [headline] * (headline in pair.differences)
         names += [name for name, difference in pair.differences.items() if name != headline and difference.resolved]
         for name in names:
             counts = f"{len(better)} | {len(worse)}" if name == headline else " | "
             start = f"| {in_cell(pair.before.called)} | {in_cell(pair.before.label)} |"
-            lines.append(f"{start} {_row(name, pair.differences[name])} | {counts} |")
-    return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{pair.place}: {note}" for pair in results for note in pair.notes)])
-
-
-def _row(name: str, metric: Difference) -> str:
-    sign = f"{metric.after - metric.before:+.1f}"
-    return f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {sign} | {between(metric.interval)} | {metric}"
+            metric = pair.differences[name]
+            values = f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {metric.after - metric.before:+.1f}"
+            lines.append(f"{start} {values} | {between(metric.interval)} | {metric} | {counts} |")
+    return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{pair.before.place}: {note}" for pair in results for note in pair.notes)])

@@ -40,13 +40,9 @@ class Checked:
         for item in self.items:
             content = [item.id, item.prompt, item.listed, item.texts, item.match, sorted(item.tags.items())]
             texts.update(json.dumps(content).encode())
-            digests = [[self._digest(picture) for picture in image] for image in item.images]
+            digests = [[known.digest.hex() if (known := self.pictures.find(picture)) else "" for picture in image] for image in item.images]
             pictures.update(json.dumps([item.id, digests]).encode())
         return {"items": len(self.items), "texts": texts.hexdigest(), "pictures": pictures.hexdigest()}
-
-    def _digest(self, picture: Path) -> str:
-        known = self.pictures.find(picture)
-        return "" if known is None else known.digest.hex()
 
 
 def checked_items(
@@ -81,8 +77,20 @@ def checked_items(
     table = PictureTable.of((path, picture) for path, picture in pictures.items() if isinstance(picture, Picture))
 
     def problem(item: Item) -> str | None:
-        entries = (pictures[picture] for image in item.images for picture in image)
-        return next((entry for entry in entries if isinstance(entry, str)), None) or _unfit(item, way, collator, table)
+        """Return the reason why a model cannot take an item, or None."""
+        found = [[pictures[picture] for picture in image] for image in item.images]
+        if unread := [entry for image in found for entry in image if isinstance(entry, str)]:
+            return unread[0]
+        sizes = dict.fromkeys(tuple((entry.width, entry.height) for entry in image if isinstance(entry, Picture)) for image in found)
+        sizes[(BLANK_SIZE,) * len(item.images[0])] = None  # blank pictures are shown too
+        try:
+            longest = max(collator.row_length(cell.prompt, cell.text, size) for size in sizes for cell in cells_of(item, way))
+        except DataError as error:
+            return f"item {item.id!r}: {error}"
+        longest += way.max_new_tokens if isinstance(way, Generate) else 0
+        if longest > collator.max_length:
+            return f"item {item.id!r}: {longest} tokens with its pictures, and the model's window is {collator.max_length}"
+        return None
 
     numbers = range(world.rank, len(items), world.size)
     progress = Progress(world.say, f"{label}: texts{' of this rank' * (world.size > 1)}", len(numbers), "items")
@@ -102,23 +110,6 @@ def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
     """Return the prompt of an item as the chat template writes it, and the first text that is scored."""
     first = cells_of(item, way)[0]
     return {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt, "answer": first.text}
-
-
-def _unfit(item: Item, way: Way, collator: Collator, table: PictureTable) -> str | None:
-    """Return the reason why a model cannot take an item, or None."""
-    try:
-        sizes_by_image = [
-            tuple((picture_record.width, picture_record.height) for picture in image if (picture_record := table.find(picture)))
-            for image in item.images
-        ]
-        sizes = dict.fromkeys([*sizes_by_image, (BLANK_SIZE,) * len(item.images[0])])  # blank pictures are shown too
-        longest = max(collator.row_length(cell.prompt, cell.text, size) for size in sizes for cell in cells_of(item, way))
-    except DataError as error:
-        return f"item {item.id!r}: {error}"
-    longest += way.max_new_tokens if isinstance(way, Generate) else 0
-    if longest > collator.max_length:
-        return f"item {item.id!r}: {longest} tokens with its pictures, and the model's window is {collator.max_length}"
-    return None
 
 
 def token_lengths(collator: Collator) -> Callable[[Candidate], int]:

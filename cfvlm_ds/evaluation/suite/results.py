@@ -22,12 +22,14 @@ from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.journal import Journal, records
 from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Values
+from cfvlm_ds.evaluation.benchmarks.base import Values
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.evaluation.suite.bootstrap import SEED, bootstrap_of, intervals
+from cfvlm_ds.evaluation.suite.selection import Chosen
 
 SCHEMA, JOURNAL = "cfresults/1", "cfpartial/1"
 RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
@@ -62,31 +64,32 @@ class Result:
         return values
 
 
-def recorded(
-    benchmark: Benchmark,
+def result_of(
+    called: str,
+    chosen: Chosen,
+    model: str,
     header: Mapping[str, Any],
     outcomes: Sequence[Outcome],
     drawn: Sequence[Values],
-    left_out: Sequence[tuple[str, str]] = (),
+    example: Mapping[str, str],
     notes: Sequence[str] = (),
+    left_out: Sequence[tuple[str, str]] = (),
     in_files: int | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Return the contents of results.json.
+) -> Result:
+    """Return the result of an evaluation.
 
-    They consist of the ``header`` with everything that the scores depend on, the metrics of every table, the intervals from the bootstrap's
-    ``drawn`` metrics, the items that were left out, and notes on the benchmark.
+    Its record consists of the ``header`` with everything that the scores depend on, the name of the ``model``, the metrics of every table,
+    the intervals from the bootstrap's ``drawn`` metrics, an ``example`` of a prompt, the items that were left out, and notes.
     """
-    return {
+    benchmark = chosen.benchmark
+    counts = {"in files": len(outcomes) if in_files is None else in_files, "asked": len(outcomes), "left out": len(left_out)}
+    record = {
         "schema": SCHEMA,
         **header,
+        "model": {"name": without_secrets(model), **header["model"]},
         "title": benchmark.title,
-        **more,
-        "items": {
-            "in files": len(outcomes) + len(left_out) if in_files is None else in_files,
-            "asked": len(outcomes),
-            "left out": len(left_out),
-        },
+        **example,
+        "items": counts,
         "left_out": [list(each) for each in left_out],
         "not_finite": [each.item.id for each in outcomes if any(value != value for row in each.seen for value in row)],
         "notes": list(notes),
@@ -96,6 +99,7 @@ def recorded(
         "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": SEED},
         "unofficial": benchmark.unofficial,
     }
+    return Result(called, chosen.label, record, tuple(outcomes))
 
 
 # Writing ------------------------------------------------------------------------------------------------------------------------------
@@ -117,17 +121,14 @@ def write_result(folder: Path, result: Result) -> None:
     try:
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
-                file.write(json.dumps(_finite(_row(outcome))).encode() + b"\n")
+                every = vars(outcome.item) | vars(outcome)
+                # the benchmark's own files name the pictures
+                row = {name: value for name, value in every.items() if name not in ("item", "images") and value is not None}
+                file.write(json.dumps(_finite(row)).encode() + b"\n")
         replace(folder / RESULTS, (json.dumps(_finite(result.record), indent=1) + "\n").encode())
         (folder / SCORES).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{unwritten(folder / RESULTS, error)}; make room, and the same command goes on with what was scored") from error
-
-
-def _row(outcome: Outcome) -> dict[str, Any]:
-    """Return an item without its pictures, which the benchmark's own files name, and its outcome."""
-    every = vars(outcome.item) | vars(outcome)
-    return {name: value for name, value in every.items() if name not in ("item", "images") and value is not None}
 
 
 def _finite(value: Any) -> Any:

@@ -20,9 +20,8 @@ from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, InputError
 from cfvlm_ds.core.files import replace as write_whole
-from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import Pictures
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import own_output, refuse_link
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan, written
@@ -39,13 +38,13 @@ from cfvlm_ds.evaluation.suite.results import (
     kept,
     read_result,
     read_results,
-    recorded,
     refuse_other,
     result_folder,
+    result_of,
     taken,
     write_result,
 )
-from cfvlm_ds.evaluation.suite.selection import Chosen, refuse_problems
+from cfvlm_ds.evaluation.suite.selection import OF_MODEL, Chosen, refuse_problems
 from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 
 _Rows = dict[int, dict[str, Any]]
@@ -53,7 +52,6 @@ _Rows = dict[int, dict[str, Any]]
 MAX_TOKENS = 16_384
 """Default tokens of a forward: a hundred questions about a picture, for any model."""
 _TABLES = "results.md"
-_OF_MODEL = ("weights", "inputs", "adapter")
 
 
 @dataclass(frozen=True)
@@ -138,151 +136,133 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
             "tokens; each is a tree of its own"
         )
     seen: dict[Path, Picture | str] = {}
-    results = [_Evaluation(model, benchmark, loaded, out, settings).result(seen) for benchmark, loaded in chosen]
+    results = [_evaluate_one(model, benchmark, loaded, out, settings, seen) for benchmark, loaded in chosen]
     run_on_rank0(world, lambda: write_whole(out / _TABLES, (markdown(read_results(out)) + "\n").encode()))
     return results
 
 
 def _refuse_another_model(out: Path, model: Asked) -> None:
-    now = {name: model.identity.get(name) for name in _OF_MODEL}
+    now = {name: model.identity.get(name) for name in OF_MODEL}
     for path in sorted(out.glob(f"*/*/{RESULTS}")):
         before = read_result(path.parent).record["model"]
-        refuse_other(path, {"model": {name: before.get(name) for name in _OF_MODEL}}, {"model": now})
+        refuse_other(path, {"model": {name: before.get(name) for name in OF_MODEL}}, {"model": now})
 
 
-class _Evaluation:
-    """One benchmark under one probe."""
+def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, settings: Settings, seen: dict[Path, Picture | str]) -> Result:
+    """Return the result of one benchmark under one probe from disk, or evaluate the model.
 
-    def __init__(self, model: Asked, chosen: Chosen, loaded: Loaded, out: Path, settings: Settings) -> None:
-        self._model, self._chosen, self._loaded, self._settings = model, chosen, loaded, settings
-        self._world, self._label = model.world, f"{chosen.name} ({chosen.label})"
-        self._folder = out / chosen.name / chosen.label
-        self._barrier = ProgressBarrier(model.world)
+    Pictures in ``seen`` are not opened again for the check.
+    """
+    world, label, folder, barrier = model.world, f"{chosen.name} ({chosen.label})", out / chosen.place, ProgressBarrier(model.world)
+    checked = checked_items(loaded.items, chosen.way, model.collator, world, label, seen)
+    refuse_problems(f"benchmark {chosen.name}", [why for _, why in checked.left_out], len(checked.items), settings.skip)
+    limits = {"batch_size": settings.batch_size, "max_tokens_per_forward": settings.max_tokens, "shuffled": settings.shuffled}
+    header = chosen.header(model.identity, checked.identity(), {**limits, "limit": loaded.limit, **model.precision})
 
-    def result(self, seen: dict[Path, Picture | str]) -> Result:
-        """Return the result from disk, or evaluate the model. Pictures in ``seen`` are not opened again for the check."""
-        settings, world = self._settings, self._world
-        checked = checked_items(self._loaded.items, self._chosen.way, self._model.collator, world, self._label, seen=seen)
-        refuse_problems(self._chosen.name, [why for _, why in checked.left_out], len(checked.items), settings.skip)
-        header = self._header(checked)
-        finished: Result | None = run_on_rank0(world, lambda: self._finished(header), self._barrier)
-        if finished is not None:
-            world.say(f"{self._label}: {len(finished.outcomes)} items are in {self._folder} already")
-            return finished
-        journal: Partial = run_on_rank0(world, lambda: Partial(result_folder(self._folder), header), self._barrier)
-        outcomes = self._outcomes(checked, journal)
-        result = Result(self._chosen.name, self._chosen.label, self._record(header, checked, outcomes), tuple(outcomes))
-        run_on_rank0(world, lambda: write_result(self._folder, result))
-        return result
-
-    def _header(self, checked: Checked) -> dict[str, Any]:
-        """Return everything that the scores depend on."""
-        settings = self._settings
-        of_model = (*_OF_MODEL, *["writing"] * isinstance(self._chosen.way, Generate))
-        settings_used = {
-            "batch_size": settings.batch_size,
-            "max_tokens_per_forward": settings.max_tokens,
-            "shuffled": settings.shuffled,
-            "limit": self._loaded.limit,
-            **self._model.precision,
-        }
-        return self._chosen.header({name: self._model.identity.get(name) for name in of_model}, checked.identity(), settings_used)
-
-    def _finished(self, header: Mapping[str, Any]) -> Result | None:
-        if not (self._folder / RESULTS).is_file():
+    def finished() -> Result | None:
+        if not (folder / RESULTS).is_file():
             return None
-        finished = read_result(self._folder)
-        refuse_other(self._folder / RESULTS, finished.record, header)
-        return finished
+        found = read_result(folder)
+        refuse_other(folder / RESULTS, found.record, header)
+        return found
 
-    def _record(self, header: Mapping[str, Any], checked: Checked, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-        """Return the contents of results.json."""
-        left_out = [("", str(problem)) for problem in self._loaded.problems] + list(checked.left_out)
+    known: Result | None = run_on_rank0(world, finished, barrier)
+    if known is not None:
+        world.say(f"{label}: {len(known.outcomes)} items are in {folder} already")
+        return known
+    journal: Partial = run_on_rank0(world, lambda: Partial(result_folder(folder), header), barrier)
+    outcomes = _outcomes(model, chosen, settings, checked, journal, label, barrier)
+    drawn = drawn_together(world, outcomes, chosen.benchmark.metrics, settings.draws, label, barrier)
 
-        def relative(message: str) -> str:
-            """Remove the folder of the files on this machine."""
-            return message.replace(f"{self._chosen.root.parent}/", "")
+    def relative(message: object) -> str:
+        """Remove the folder of the files on this machine."""
+        return str(message).replace(f"{chosen.root.parent}/", "")
 
-        return recorded(
-            self._chosen.benchmark,
-            {**header, "model": {"name": without_secrets(self._model.name), **header["model"]}},
-            outcomes,
-            drawn_together(self._world, outcomes, self._chosen.benchmark.metrics, self._settings.draws, self._label, self._barrier),
-            [(name, relative(why)) for name, why in left_out],
-            [relative(note) for note in self._loaded.notes],
-            in_files=self._loaded.in_files,
-            **example_of(checked.items[0], self._chosen.way, self._model.collator),
+    left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
+    notes, example = [relative(note) for note in loaded.notes], example_of(checked.items[0], chosen.way, model.collator)
+    result = result_of(chosen.name, chosen, model.name, header, outcomes, drawn, example, notes, left_out, loaded.in_files)
+    run_on_rank0(world, lambda: write_result(folder, result))
+    return result
+
+
+def _outcomes(
+    model: Asked, chosen: Chosen, settings: Settings, checked: Checked, journal: Partial, label: str, barrier: ProgressBarrier
+) -> list[Outcome]:
+    """Score the groups, or generate the texts, that the journal lacks; return the outcomes of all items."""
+    way, rows, world, items = chosen.way, journal.rows, model.world, checked.items
+    if isinstance(way, Generate):
+        items_of, turns = Counter(range(len(items))), _written(model, items, way, settings, rows, barrier)
+    else:
+        scoring_plan = plan(items, way)
+        items_of = Counter(group for group, _ in scoring_plan.places)
+        turns = _scored(model, scoring_plan, settings, checked.pictures, rows, label)
+    total, on_disk = len(items), sum(items_of[k] for k in rows)
+    if rows:
+        world.say(f"{label}: {on_disk} of {total} items are on disk, and it goes on from there")
+    progress = Progress(world.say, label, total - on_disk, "items")
+    for local in _with_problem(turns):
+        barrier.meet()
+        gathered: _Rows = {}
+        for part, wrong in gather_objects(local, world):
+            if wrong is not None:
+                raise wrong
+            gathered |= part
+        run_on_rank0(world, partial(journal.add, gathered))
+        rows |= gathered
+        progress.advance(sum(items_of[k] for k in gathered))
+    if isinstance(way, Generate):
+        parse, answered = PARSERS.get(chosen.name, answer), [(item, rows[k]) for k, item in enumerate(items)]
+        return [written(item, row["said"], row["blank"], row.get("shuffled"), parse) for item, row in answered]
+    scores = [taken(rows[k]) for k in range(len(scoring_plan.groups))]
+    warn_of_nonfinite(scoring_plan.groups, scores, world, label)
+    return scoring_plan.outcomes(scores, token_lengths(model.collator))
+
+
+def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: PictureTable, known: _Rows, label: str) -> Iterator[_Rows]:
+    """Yield the scores of this rank's groups, a batch at a time, except the groups that are ``known``."""
+    groups, size = scoring_plan.groups, settings.batch_size
+    collator, donors = model.collator.of_run("full", None, pictures), other_images(groups) if settings.shuffled else None
+    for pictured in (True, False):  # a text without a picture has no blank row of its own
+        every = [k for k, group in enumerate(groups) if bool(group.num_pictures) == pictured]
+        batches = [every[start : start + size] for start in range(0, len(every), size)]
+        unscored = [batch for batch in batches if not all(k in known for k in batch)]
+        views = seen_as(groups, donors) if pictured else [groups]
+        turns = scored_batches(
+            model.forward,
+            collator,
+            groups,
+            views,
+            unscored,
+            model.world,
+            settings.num_workers,
+            label,
+            max_tokens=settings.max_tokens,
+            remedy=settings.remedy,
         )
+        for indices, scored in turns:
+            yield {k: kept(scores) for k, scores in matrices(groups, indices, scored, donors).items()}
 
-    # Scoring ---------------------------------------------------------------------------------------------------------------------------
 
-    def _outcomes(self, checked: Checked, journal: Partial) -> list[Outcome]:
-        way, rows, world = self._chosen.way, journal.rows, self._world
-        if isinstance(way, Generate):
-            items_of, turns = Counter(range(len(checked.items))), self._written(checked.items, way, rows)
-        else:
-            scoring_plan = plan(checked.items, way)
-            items_of, turns = Counter(group for group, _ in scoring_plan.places), self._scored(scoring_plan, checked.pictures, rows)
-        total, on_disk = len(checked.items), sum(items_of[k] for k in rows)
-        if rows:
-            world.say(f"{self._label}: {on_disk} of {total} items are on disk, and it goes on from there")
-        progress = Progress(world.say, self._label, total - on_disk, "items")
-        for local in _with_problem(turns):
-            self._barrier.meet()
-            gathered: _Rows = {}
-            for part, wrong in gather_objects(local, world):
-                if wrong is not None:
-                    raise wrong
-                gathered |= part
-            run_on_rank0(world, partial(journal.add, gathered))
-            rows |= gathered
-            progress.advance(sum(items_of[k] for k in gathered))
-        if isinstance(way, Generate):
-            parse = PARSERS.get(self._chosen.name, answer)
-            answered = [(item, rows[k]) for k, item in enumerate(checked.items)]
-            return [written(item, row["said"], row["blank"], row.get("shuffled"), parse) for item, row in answered]
-        scores = [taken(rows[k]) for k in range(len(scoring_plan.groups))]
-        warn_of_nonfinite(scoring_plan.groups, scores, world, self._label)
-        return scoring_plan.outcomes(scores, token_lengths(self._model.collator))
-
-    def _scored(self, scoring_plan: Plan, pictures: PictureTable, known: _Rows) -> Iterator[_Rows]:
-        """Yield the scores of this rank's groups, a batch at a time, except the groups that are ``known``."""
-        groups, settings = scoring_plan.groups, self._settings
-        collator = self._model.collator.of_run("full", None, pictures)
-        donors = other_images(groups) if settings.shuffled else None
-        options: dict[str, Any] = {"max_tokens": settings.max_tokens, "remedy": settings.remedy}
-        for pictured in (True, False):  # a text without a picture has no blank row of its own
-            every = [k for k, group in enumerate(groups) if bool(group.num_pictures) == pictured]
-            batches = [every[start : start + settings.batch_size] for start in range(0, len(every), settings.batch_size)]
-            unscored = [batch for batch in batches if not all(k in known for k in batch)]
-            views = seen_as(groups, donors) if pictured else [groups]
-            turns = scored_batches(
-                self._model.forward, collator, groups, views, unscored, self._world, settings.num_workers, self._label, **options
-            )
-            for indices, scored in turns:
-                yield {k: kept(scores) for k, scores in matrices(groups, indices, scored, donors).items()}
-
-    def _written(self, items: Sequence[Item], way: Generate, known: _Rows) -> Iterator[_Rows]:
-        """Yield the generated texts about this rank's items, a batch at a time."""
-        say, world, settings, most = self._model.say, self._world, self._settings, way.max_new_tokens
-        if say is None:
-            raise ConfigError(
-                "the probe generate needs a whole model on each rank, and this one is in parts; leave out --zero3, or name another probe"
-            )
-        groups = [
-            CounterfactualGroup(item.id, item.images, (Candidate("", "x"),), ((1,), *[(None,)] * (len(item.images) - 1))) for item in items
-        ]
-        donors = other_images(groups) if settings.shuffled else [None] * len(groups)
-        unwritten = [k for k in range(len(items)) if k not in known]
-        for start in range(0, len(unwritten), settings.batch_size * world.size):
-            texts: _Rows = {}
-            for k in unwritten[start : start + settings.batch_size * world.size][world.rank :: world.size]:
-                item, donor, prompt = items[k], donors[k], way.asked(items[k])
-                blank = tuple(BLANK.with_suffix(f".{number}") for number in range(len(item.images[0])))
-                texts[k] = {"said": [say(image, prompt, most) for image in item.images], "blank": say(blank, prompt, most)}
-                texts[k] |= {} if donor is None else {"shuffled": say(donor, prompt, most)}
-                self._barrier.alive()
-            yield texts
+def _written(
+    model: Asked, items: Sequence[Item], way: Generate, settings: Settings, known: _Rows, barrier: ProgressBarrier
+) -> Iterator[_Rows]:
+    """Yield the generated texts about this rank's items, a batch at a time."""
+    say, world, most = model.say, model.world, way.max_new_tokens
+    if say is None:
+        raise ConfigError(
+            "the probe generate needs a whole model on each rank, and this one is in parts; leave out --zero3, or name another probe"
+        )
+    donors = other_images(items) if settings.shuffled else [None] * len(items)
+    unwritten, together = [k for k in range(len(items)) if k not in known], settings.batch_size * world.size
+    for start in range(0, len(unwritten), together):
+        texts: _Rows = {}
+        for k in unwritten[start : start + together][world.rank :: world.size]:
+            item, donor, prompt = items[k], donors[k], way.asked(items[k])
+            blank = tuple(BLANK.with_suffix(f".{number}") for number in range(len(item.images[0])))
+            texts[k] = {"said": [say(image, prompt, most) for image in item.images], "blank": say(blank, prompt, most)}
+            texts[k] |= {} if donor is None else {"shuffled": say(donor, prompt, most)}
+            barrier.alive()
+        yield texts
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:

@@ -16,6 +16,8 @@ from cfvlm_ds.evaluation.probes import PROBES, Generate, Probe
 
 Way: TypeAlias = Probe | Generate
 
+OF_MODEL = ("weights", "inputs", "adapter")
+"""Hashes of a model that decide its scores."""
 _SKIP = "name --on_error skip to leave such items out, counted and named"
 
 
@@ -35,11 +37,12 @@ class Chosen:
         return f"{self.name}/{self.label}"
 
     def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything that scores depend on, in the form of results.json."""
+        """Return everything that scores depend on, in the form of results.json. ``model`` holds its hashes by name."""
+        names = (*OF_MODEL, "writing") if isinstance(self.way, Generate) else OF_MODEL
         return {
             "benchmark": self.name,
             "probe": {"name": self.way.name, **asdict(self.way)},  # type: ignore[arg-type]
-            "model": dict(model),
+            "model": {name: model.get(name) for name in names},
             "data": dict(data),
             "settings": dict(settings),
             "versions": {name: version(name) for name in ("cfvlm-ds", "torch", "transformers")},
@@ -88,20 +91,22 @@ def way_named(spec: str) -> tuple[str, Way]:
     return "".join([way.name, *(f".{re.sub(r'[^A-Za-z0-9_-]+', '_', str(value))[:40]}" for value in changed)]), way
 
 
-def load_items(chosen: Chosen, say: Callable[[str], object], *, limit: int | None = None, skip: bool = False) -> Loaded:
+def load_items(
+    chosen: Chosen, say: Callable[[str], object], *, limit: int | None = None, skip: bool = False, remedy: str = _SKIP
+) -> Loaded:
     """Load the items of a benchmark, about ``limit`` of them.
 
     Raises DataError for the first invalid row or missing picture unless such items are skipped, and if no item remains.
     """
     loaded = load(chosen.benchmark, chosen.root, say, limit)
-    refuse_problems(chosen.name, loaded.problems, len(loaded.items), skip)
+    refuse_problems(f"benchmark {chosen.name}", loaded.problems, len(loaded.items), skip, remedy)
     for note in loaded.notes:
         say(f"{chosen.name}: {note}")
     return loaded
 
 
-def refuse_problems(name: str, problems: Sequence[object], num_items: int, skip: bool) -> None:
+def refuse_problems(label: str, problems: Sequence[object], num_items: int, skip: bool = False, remedy: str = _SKIP) -> None:
     """Raise DataError for the first problem with a benchmark's items, unless such items are skipped and others remain."""
     if problems and not (skip and num_items):
         more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise DataError(f"benchmark {name}: {problems[0]}{more}{f'; {_SKIP}' if num_items else ''}")
+        raise DataError(f"{label}: {problems[0]}{more}{f'; {remedy}' if num_items else ''}")

@@ -79,8 +79,13 @@ def _section(result: Result) -> list[str]:
         *(f"- {in_cell(note, 300)}" for note in record["notes"]),
         *[f"- unofficial: {in_cell(record['unofficial'], 300)}"] * bool(record["unofficial"]),
     ]
+    shown, spans = [name for name in TABLES if name in result.metrics], record["intervals"]
+    lines = [f"| metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |", f"|---|---:|---|{'---:|' * len(shown)}"]
+    for metric, value in result.metrics["seen"].items():
+        controls = " | ".join(number(result.metrics[name].get(metric)) for name in shown)
+        lines.append(f"| {in_cell(metric)} | {number(value)} | {between(spans.get(metric))} | {controls} |")
     heading = f"## {in_cell(record['title'])} ({in_cell(result.label)})"
-    parts = [heading, "\n".join(facts), every_metric(result.metrics, record["intervals"])]
+    parts = [heading, "\n".join(facts), "\n".join(lines)]
     if left_out := record["left_out"]:
         reasons = [f"- {in_cell(reason, 300)}" for _, reason in left_out[:_NAMED]]
         more = [f"- and {len(left_out) - _NAMED} more, in results.json"] * (len(left_out) > _NAMED)
@@ -92,16 +97,6 @@ def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
     """Return the metrics by logged name: eval/NAME/METRIC, and eval/NAME/blind_METRIC and shuffled_METRIC for the language prior."""
     prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
     return {f"eval/{name}/{prefix}{metric}": value for table, prefix in prefixes.items() for metric, value in tables.get(table, {}).items()}
-
-
-def every_metric(metrics: Mapping[str, Values], spans: Mapping[str, Sequence[float]]) -> str:
-    """Return a table of every metric."""
-    shown = [name for name in TABLES if name in metrics]
-    lines = [f"| metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |", f"|---|---:|---|{'---:|' * len(shown)}"]
-    for metric, value in metrics["seen"].items():
-        controls = " | ".join(number(metrics[name].get(metric)) for name in shown)
-        lines.append(f"| {in_cell(metric)} | {number(value)} | {between(spans.get(metric))} | {controls} |")
-    return "\n".join(lines)
 
 
 def number(value: float | None) -> str:
