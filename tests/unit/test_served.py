@@ -96,4 +96,4 @@ def test_a_server_answers_as_describe_does(
             with urllib.request.urlopen(request, timeout=600) as reply:
                 answers.append(json.load(reply)["choices"][0]["message"]["content"].strip())
         assert answers[-1] == described
-    assert answers[0] != answers[1] and "" not in answers
+    assert answers[0] != answers[1]
