@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import (
+    ONE,
     PROMPT,
     REPO,
     environment,
@@ -30,11 +30,13 @@ from conftest import (
     metrics,
     plain_logp,
     plain_scores,
+    read_rows,
     run,
     run_ranks,
     run_trainings,
     train_arguments,
     write_manifest,
+    write_rows,
 )
 from PIL import Image
 from safetensors import safe_open
@@ -49,7 +51,7 @@ from cfvlm_ds.cli.options import model_named
 from cfvlm_ds.cli.train import with_quickstart
 from cfvlm_ds.cluster.signals import EXIT_DISK_FULL
 from cfvlm_ds.core.config import BuildConfig, ModelConfig, TinyLlavaConfig
-from cfvlm_ds.core.distributed import World, run_on_rank0
+from cfvlm_ds.core.distributed import run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError, OutOfMemory, StorageError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
@@ -134,7 +136,7 @@ def test_what_a_user_can_correct_is_one_sentence_and_exit_code_2(kind: type[Inpu
         raise kind("the disk of x is full; make room")
 
     with pytest.raises(kind):
-        run_on_rank0(World(0, 1, 0, torch.device("cpu")), found)
+        run_on_rank0(ONE, found)
     with pytest.raises(SystemExit) as ended:
         exit_cleanly(found)
     assert ended.value.code == 2 and capsys.readouterr().err == "error: the disk of x is full; make room\n"
@@ -148,7 +150,7 @@ def test_a_full_disk_has_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[s
             raise OSError(number, os.strerror(number), "x")
 
         with pytest.raises(SystemExit) as ended:
-            exit_cleanly(lambda: run_on_rank0(World(0, 1, 0, torch.device("cpu")), write))
+            exit_cleanly(lambda: run_on_rank0(ONE, write))
         assert ended.value.code == code and capsys.readouterr().err.startswith("error: [Errno")
 
 
@@ -210,7 +212,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One manifest per defect, always in row 2 of 3."""
     folder = tmp_path_factory.mktemp("bad")
     good = write_manifest(folder / "good.jsonl", 3, seed=5, ragged=False)
-    rows = [json.loads(line) for line in good.read_text().splitlines()]
+    rows = read_rows(good)
     (folder / "images" / "huge.png").write_bytes(png_header(30_000, 30_000))
     (folder / "images" / "corrupt.png").write_bytes((folder / "images" / "good-0-0.png").read_bytes()[:60])
     (folder.parent / "outside.png").write_bytes((folder / "images" / "good-0-0.png").read_bytes())
@@ -279,7 +281,7 @@ def test_data_check_reports_every_text_that_a_model_cannot_take(
     rows = [json.loads(line) for line in bad["good"].read_text().splitlines()]
     for row in rows[::2]:
         row["texts"][1]["text"] += " </s>"
-    (path := bad["good"].with_name("control.jsonl")).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows((path := bad["good"].with_name("control.jsonl")), rows)
     with pytest.raises(SystemExit):
         main(["data", "check", str(path), "--model", str(model_dir)])
     said = capsys.readouterr()

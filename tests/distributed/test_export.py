@@ -18,11 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import environment, run
+from conftest import ONE, environment, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.export import export_hf, jobs
@@ -558,7 +557,7 @@ def test_the_place_of_an_export_is_refused_before_a_training(tmp_path: Path) -> 
         config = parse_config(["--model.name_or_path", source, "--train.output_dir", str(run_dir)], OBJECTIVES)
         before = [str(path) for path in run_dir.rglob("*")]
         refused = pytest.raises(ConfigError, match=rf"{said}.*choose another train\.output_dir")
-        with refused, _locked(run_dir, World(0, 1, 0, torch.device("cpu")), partial(refuse_export, config)):
+        with refused, _locked(run_dir, ONE, partial(refuse_export, config)):
             raise AssertionError
         assert [str(path) for path in run_dir.rglob("*")] == before
         refuse_export(parse_config([*ADAPTERS, "--train.output_dir", str(run_dir)], OBJECTIVES))

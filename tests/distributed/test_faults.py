@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import losses, metrics, run_ranks, train_arguments
+from conftest import losses, metrics, read_rows, run_ranks, train_arguments, write_rows
 
 from cfvlm_ds.data import GroupSampler
 
@@ -54,7 +54,7 @@ def train_all(model_dir: Path, manifests: dict[str, Path], folder: Path, plans: 
         for name, (fault, extra) in plans.items()
     ]
     listed = folder / "plans.jsonl"
-    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(listed, rows)
     said: dict[str, list[str]] = {name: [] for name in plans}
     for code, output in run_ranks(2, "fault_injection:train_listed", listed, said=folder / "plans", timeout=1500):
         assert (code != 0) == ("memory" in plans), output[-4000:]
@@ -195,7 +195,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what: str, tr
         assert [row[name] for row in rows if "loss" in row] == [row[name] for row in expected if "loss" in row], name
     assert [row["step"] for row in rows if "loss" in row] == [1, 3, 4, 5]
     assert [row["skipped_steps"] for row in rows if "loss" in row] == [0, 1, 1, 1]
-    (listed,) = [json.loads(line) for line in (run_dir / "nonfinite.jsonl").read_text().splitlines()]
+    (listed,) = read_rows(run_dir / "nonfinite.jsonl")
     groups = {"1": ids(1)} if what == "loss" else {"0": ids(0), "1": ids(1)}
     assert listed == {"step": ILL, "what": what, "groups": groups}
     (warning,) = [line for line in said[run_dir.name] if line.startswith("warning: the")]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import losses, run_ranks, run_trainings, selected
+from conftest import ONE, losses, run_ranks, run_trainings, selected
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_families import configured, linear
@@ -33,8 +33,6 @@ from cfvlm_ds.data.features import Features, read_features, write_features
 from cfvlm_ds.demo.family_checkpoints import SMALL, write_small
 from cfvlm_ds.models import Scorer, family_of, load_model, tower_fingerprint
 from cfvlm_ds.objectives import OBJECTIVES
-
-ALONE = World(0, 1, 0, torch.device("cpu"))
 
 EVALUATED = ("llava", "llava_onevision")
 ON_RANKS = {1: tuple(SMALL), 2: (*EVALUATED, "qwen2_5_vl", "qwen3_vl")}  # families that train on so many
@@ -79,7 +77,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def filled(where: Path, model: ModelConfig, engine: Engine, groups: list[CounterfactualGroup]) -> Collator:
     collator, numbers = load_collator(model, "full"), torch.get_rng_state()
-    collator = collator.taking_features(precompute_features(where, model, engine, collator.files, groups, ALONE, 0))
+    collator = collator.taking_features(precompute_features(where, model, engine, collator.files, groups, ONE, 0))
     assert torch.equal(torch.get_rng_state(), numbers), "dropout has the numbers that it has without a cache"
     return collator
 

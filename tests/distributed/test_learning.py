@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, run_trainings, train_arguments, write_manifest
+from conftest import ONE, metrics, run_trainings, train_arguments, write_manifest
 from torch import Tensor
 
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import ModelConfig, ModuleConfig
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import open_groups, read_manifest
@@ -85,7 +84,7 @@ def fit(model_dir: Path, batch: Batch, loss: Loss, steps: int) -> tuple[Scorer, 
 
 
 def group_accuracy(scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> float:
-    scores = score_groups(scorer, collator, groups, World(0, 1, 0, torch.device("cpu")))
+    scores = score_groups(scorer, collator, groups, ONE)
     return accuracies(groups, scores)[-1].metrics["group"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import losses, metrics, run_ranks, train_arguments, write_manifest
+from conftest import losses, metrics, run_ranks, train_arguments, write_manifest, write_rows
 
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import to_row
@@ -25,7 +25,7 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     for row in rows:  # a picture and its caption, as instruction data have them
         kept = {"images": row["images"][:1], "texts": row["texts"][:1], "match": row["match"][:1], "edits": []}
         row |= kept | {"id": row["id"].replace("pairs", "chat")}
-    plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(plain, rows)
     few = folder / "few.jsonl"
     few.write_text(
         "".join(manifests["test"].read_text().splitlines(keepends=True)[:3]).replace("images/", f"{manifests['test'].parent}/images/")

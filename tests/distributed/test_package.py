@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import REPO, environment, launcher
+from conftest import ONE, REPO, environment, launcher, read_rows
 from test_cli import refused
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core import verbosity
 from cfvlm_ds.core.config import SECTIONS
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import option_parser, parse_config
 from cfvlm_ds.core.shipped import SHIPPED, resolve_shipped, shipped
@@ -162,7 +160,7 @@ def demonstrated(run_dir: Path, world: Path, out: Path) -> tuple[float, float]:
     for line in recipe.splitlines():
         if line.startswith("\tcfvlm-ds "):
             main([str(places.get(word, word)) for word in line.split()[1:]])
-    groups = [json.loads(line) for line in (run_dir / "scenes" / "test_iid.jsonl").read_text().splitlines()]
+    groups = read_rows(run_dir / "scenes" / "test_iid.jsonl")
     manifest = run_dir.parent / "iid.jsonl"
     manifest.write_text("".join(f"{json.dumps(group | {'prompt': 'Describe the image.'})}\n" for group in groups))
     options = ["--root", str(run_dir / "scenes"), "--no_shuffled", "--out", str(manifest.with_suffix(".json"))]
@@ -330,7 +328,7 @@ def test_quiet_and_verbose_are_options_of_every_command(
     for name in ("DEEPSPEED_LOG_LEVEL", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(name, "warning")
     monkeypatch.setattr(verbosity, "_shown", "progress")
-    world = World(0, 1, 0, torch.device("cpu"))
+    world = ONE
 
     def said() -> list[str]:
         capsys.readouterr()

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import losses, run_ranks, train_arguments, write_manifest
+from conftest import ONE, losses, read_rows, run_ranks, train_arguments, write_manifest, write_rows
 from PIL import Image
 
 from cfvlm_ds import engine
@@ -35,7 +35,6 @@ from cfvlm_ds.cluster import signals
 from cfvlm_ds.core import ranks
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
@@ -47,8 +46,6 @@ from cfvlm_ds.training import read_data as preflight
 from cfvlm_ds.training import resume, token_counts
 from cfvlm_ds.training import run as training_run
 from cfvlm_ds.training.token_counts import group_tokens
-
-ONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +74,7 @@ def test_every_set_has_its_own_root_and_format(config: RunConfig, data: Path, tm
     ]
     lists = tmp_path / "lists"
     lists.mkdir()
-    (lists / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_rows(lists / "pairs.jsonl", pairs)
     moved = shutil.copy(data, lists / "train.jsonl")
     evaluation = {"train": EvaluationSet(str(lists / "pairs.jsonl"), str(other), "pairs"), "same": str(moved)}
     read = preflight.read_data(configured(config, tmp_path / "run", train=str(moved), root=[str(data.parent)], evaluation=evaluation), ONE)
@@ -251,7 +248,7 @@ def test_a_training_says_which_keys_of_its_rows_are_not_used(
     config: RunConfig, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [json.loads(line) | {"meta": {"tag": 1}} for line in data.read_text().splitlines()]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(data, rows)
     run = configured(config, tmp_path / "run", train=str(data))
     for _ in range(2):  # looked at, and known
         preflight.read_data(run, ONE)
@@ -440,10 +437,10 @@ def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(
 ) -> None:
     """The first opens every picture, both know everything afterwards; what is wrong is said by both."""
     train = write_manifest(tmp_path / "data" / "long.jsonl", 18, seed=4, ragged=False)
-    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    rows = read_rows(train)
     for row, name in ((rows[3], "none"), (rows[4], "nothing"), (rows[5], "naught")):
         row["images"][1]["path"] = f"images/{name}.png"
-    (tmp_path / "data" / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "data" / "bad.jsonl", rows)
     ended = run_ranks(
         2, "test_preflight:read_late", str(train), str(model_dir), str(tmp_path / "run"), str(tmp_path / "data" / "bad.jsonl"),
         said=tmp_path / "said", timeout=120,

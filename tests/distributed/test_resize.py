@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, losses, metrics, run_ranks, selected, train_arguments
+from conftest import REPO, losses, metrics, run_ranks, selected, train_arguments, write_rows
 
 from cfvlm_ds.checkpoint.loading import reshard
 from cfvlm_ds.export.zero import ZeroWeights
@@ -40,7 +40,7 @@ def runs(
             fault = ["stopped", stop] if stop < STEPS else ["nothing"]
             rows.append({"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *options)})
         listed = folder / f"{family}.jsonl"
-        listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(listed, rows)
         return run_ranks(ranks, "fault_injection:train_listed", listed, said=folder / f"said-{family}")
 
     families = [

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import losses, metrics, run_ranks, selected, train_arguments, write_manifest
+from conftest import losses, metrics, read_rows, run_ranks, selected, train_arguments, write_manifest, write_rows
 
 TUNED = [part for module in ("vision_tower", "projector") for part in (f"--model.{module}.tuning", "frozen")]
 TUNED += ["--model.language_model.tuning", "lora", "--model.lora.dropout", "0.3"]
@@ -63,7 +62,7 @@ def trained(
         plan(name, "tracked", ["unchanged", str(folder / "tracked"), name == "late"], *tracked, *extra)
     listed = folder / "plans.jsonl"
     rows = [{"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *extra)} for _, name, fault, extra in plans]
-    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(listed, rows)
     said: dict[str, list[str]] = {start: [] for start, *_ in plans}
     for code, output in run_ranks(2, "fault_injection:train_listed", listed, said=folder / "said", timeout=900):
         assert code == 0, output[-6000:]
@@ -113,7 +112,7 @@ def test_changed_options_of_the_optimizer_apply_to_the_first_step(stage: str, tr
 
 def test_allowed_changes_are_kept_with_the_run(trained: tuple[Path, dict[str, list[str]]]) -> None:
     folder, said = trained
-    (line,) = [json.loads(line) for line in (folder / "z3 allowed" / "resume_changes.jsonl").read_text().splitlines()]
+    (line,) = read_rows(folder / "z3 allowed" / "resume_changes.jsonl")
     assert line["step"] == 2 and line["changes"].keys() == {f"train.{name}" for name in NEW}
     assert line["changes"]["train.learning_rate"] == [0.003, 0.02]
     assert "after step 2: train.lr_scheduler_type was cosine and is linear" in said["z3 allowed"]

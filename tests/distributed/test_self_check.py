@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_ranks, train_arguments
+from conftest import ONE, run_ranks, train_arguments
 from safetensors.torch import load_file, save_file
 
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import ModelConfig
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import read_manifest
@@ -24,8 +23,6 @@ from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.models import forest_attention as attention
 from cfvlm_ds.training.run import _checked
 from cfvlm_ds.training.self_check import check_scores, refuse_nonfinite
-
-ONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class Engine:

@@ -16,7 +16,7 @@ import forkserver_ranks
 import mlflow
 import pytest
 import torch
-from conftest import REPO, losses, run_ranks, run_trainings, train_arguments
+from conftest import REPO, losses, read_rows, run_ranks, run_trainings, train_arguments
 from safetensors.torch import load_file
 from test_tracking import Server
 
@@ -222,7 +222,7 @@ def test_a_crashed_run_is_marked_failed(client: Any, model_dir: Path, manifests:
     assert all(code for code, _ in ended), output
     message = "FloatingPointError: the loss is not finite at step 3; groups of rank 0: train-"
     assert output.count(message) == 2, output[-5000:]
-    (row,) = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+    (row,) = read_rows(folder / "nonfinite.jsonl")
     assert (row["step"], row["what"]) == (3, "loss") and [len(row["groups"][rank]) for rank in ("0", "1")] == [8, 8]
     failed = the_run(client, "crashed")
     assert failed.info.status == "FAILED"

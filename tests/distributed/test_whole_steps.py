@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, metrics, run_trainings, selected, train_arguments
+from conftest import ONE, losses, metrics, run_trainings, selected, train_arguments
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import GroupSampler, open_groups, read_manifest
@@ -104,7 +103,7 @@ def test_the_first_loss_is_that_of_the_whole_step_at_once(
     below = denominators(objective, batch.layout)
     shares = [
         weighted_loss(objective, each, below)[1]["batch_align"].item()
-        for each in (scores, CrossRankScores.gathered([scores], World(0, 1, 0, torch.device("cpu"))).added_to(scores))
+        for each in (scores, CrossRankScores.gathered([scores], ONE).added_to(scores))
     ]
     assert metrics(trajectories[1, 1])[0]["loss/batch_align"] == pytest.approx(shares[1], rel=1e-4) and shares[1] > shares[0] + 0.1
 

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import REPO
+from conftest import ONE, REPO, read_rows
 
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import GroupSampler
@@ -202,7 +200,7 @@ def test_a_finished_run_is_what_the_folder_says(told: Any, tmp_path: Path) -> No
             (tmp_path / name).write_text(content)
         before = sorted(tmp_path.iterdir())
         try:
-            return resume.decide(config, Z3, World(0, 1, 0, torch.device("cpu")), sampler, {}, 5)
+            return resume.decide(config, Z3, ONE, sampler, {}, 5)
         finally:
             assert sorted(tmp_path.iterdir()) == before
 
@@ -225,7 +223,7 @@ def test_changes_are_noted_once(told: Any, tmp_path: Path) -> None:
     found = option_changes.compare(told(), told("--train.learning_rate", "0.1"))
     for step in (4, 4, 6):
         option_changes.note(tmp_path / "c.jsonl", step, found, print)
-    lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "c.jsonl")
     assert lines == [{"step": step, "changes": {"train.learning_rate": [1e-05, 0.1]}} for step in (4, 6)]
 
 

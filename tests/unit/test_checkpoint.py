@@ -17,15 +17,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ONE
 
 from cfvlm_ds import checkpoint
 from cfvlm_ds.checkpoint import TrainState, saving
 from cfvlm_ds.checkpoint.saving import flushed
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import crc32_of
-
-ONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, draw
+from conftest import REPO, draw, read_rows, write_rows
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.counterfactuals.audit.shortcuts import by_words
@@ -414,7 +414,7 @@ def captions(tmp_path: Path) -> Path:
         draw(tmp_path / f"{k}.png", [("red", "circle"), ("blue", "square")])
         rows.append({"id": f"c{k}", "image": f"{k}.png", "caption": caption, "license": "CC0"})
     path = tmp_path / "captions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return path
 
 
@@ -424,7 +424,7 @@ def asked_model(captions: Path, out: Path, server: Server, **options: Any) -> di
 
 
 def lines_of(out: Path, step: str = "propose") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / step / "shard-00000.jsonl").read_text().splitlines()]
+    return read_rows(out / step / "shard-00000.jsonl")
 
 
 @pytest.fixture
@@ -669,7 +669,7 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
         {"id": f"r{k}", "caption": "a {} {} in a {}".format(*(chance.choice(words) for words in texts)), "image": f"{k}.png"}
         for k in range(120)
     ]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "c.jsonl", rows)
     made = {}
     for shards in (1, 7):
         out = tmp_path / f"W{shards}"
@@ -698,7 +698,7 @@ def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.Mo
         propose(store, out, ProposeOptions(), shard, quiet, 7)
         own = list(range(shard, 60, 7))
         assert read == [0, *(range(60) if shard == 3 else ()), *own]
-        records = [json.loads(line) for line in (out / "propose" / f"shard-{shard:05d}.jsonl").read_text().splitlines()]
+        records = read_rows(out / "propose" / f"shard-{shard:05d}.jsonl")
         assert [record.get("source") for record in records] == [f"r{k}" if k % 9 != 4 else None for k in own]
 
 
@@ -778,7 +778,7 @@ def test_a_caption_said_of_many_pictures_does_not_hide_the_others(tmp_path: Path
     """Two thousand pictures say the same; the one that differs in a word is found by all that come before it, and few rows are read."""
     rows = [{"id": f"r{k:04}", "caption": "a red car in a street", "image": f"{k}.png"} for k in range(2000)]
     rows.append({"id": "s", "caption": "a blue car in a street", "image": "s.png"})
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "c.jsonl", rows)
     propose(open_groups(tmp_path / "c.jsonl", None, "auto"), tmp_path / "W", ProposeOptions(back_ends="mine"), 0, quiet)
-    records = [json.loads(line) for line in (tmp_path / "W" / "propose" / "shard-00000.jsonl").read_text().splitlines()]
+    records = read_rows(tmp_path / "W" / "propose" / "shard-00000.jsonl")
     assert [[each["text"] for each in record["edits"]] for record in records] == [["a blue car in a street"]] * 2000 + [[]]

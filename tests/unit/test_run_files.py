@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import draw
+from conftest import ONE, draw, write_rows
 
 from cfvlm_ds.cluster import heartbeat
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import replace, update, whole_file, whole_folder, write_if_possible
 from cfvlm_ds.core.journal import Journal, Waiting, append, as_line
@@ -31,7 +29,6 @@ from cfvlm_ds.data import open_groups
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.training.run import _locked
 
-ONE = World(0, 1, 0, torch.device("cpu"))
 FORK = multiprocessing.get_context("fork")
 
 
@@ -144,7 +141,7 @@ def test_a_full_disk_stops_no_tracker(tmp_path: Path) -> None:
             tracker.log(3, {"loss": 3.0})
 
     rows = [{"step": step, "time": 1.0, "loss": float(step)} for step in range(1, 5)]
-    (path := tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows((path := tmp_path / "metrics.jsonl"), rows)
     forked(tracked, tmp_path)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"], "nothing half-written is left"

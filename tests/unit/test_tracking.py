@@ -18,6 +18,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from conftest import read_rows
 
 from cfvlm_ds.cli.main import main as cfvlm_ds_main
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
@@ -117,7 +118,7 @@ def _history(client: Any, run_id: str | None, name: str) -> list[tuple[int, floa
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(run_dir / "metrics.jsonl")
 
 
 def test_everything_arrives(

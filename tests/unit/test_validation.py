@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO, train_arguments
+from conftest import ONE, REPO, train_arguments
 
 from cfvlm_ds import engine
 from cfvlm_ds.core.distributed import World
@@ -184,9 +184,9 @@ def test_options_that_end_a_run_are_found_before_pictures_are_opened(
     """A manifest of nothing but its name, and no process group: what is not refused passes."""
     (manifest := tmp_path / "train.jsonl").touch()
     arguments = train_arguments(model_dir, {"train": manifest}, tmp_path / "run")
-    validate(parse_config(arguments, OBJECTIVES), World(0, 1, 0, CPU))
+    validate(parse_config(arguments, OBJECTIVES), ONE)
     with pytest.raises(InputError) as raised:
-        validate(parse_config([*arguments, *options], OBJECTIVES), World(0, 1, 0, CPU))
+        validate(parse_config([*arguments, *options], OBJECTIVES), ONE)
     assert sentence in str(raised.value) and not (tmp_path / "run").exists()
 
 
@@ -196,7 +196,7 @@ def test_what_is_built_first_is_not_looked_for(tmp_path: Path) -> None:
     quickstart = ["--config", "examples/quickstart.yaml", "--build.scenes.out_dir", str(scenes), "--build.base", str(tiny)]
     quickstart += ["--model.name_or_path", str(tiny), "--data.train", str(scenes / "train.jsonl")]
     evaluated = [f"--data.evaluation={{test: {scenes / 'test_iid.jsonl'}}}"]
-    world = World(0, 1, 0, CPU)
+    world = ONE
     validate(parse_config([*quickstart, *evaluated], OBJECTIVES), world)
     for options, sentence in (
         ([*evaluated, *FROZEN], "every module is frozen"),
@@ -220,10 +220,10 @@ def test_a_path_that_is_only_beside_the_yaml_is_named(
     config = parse_config([*arguments, "--config", "conf/run.yaml", f"--{option}", "mine"], OBJECTIVES)
     if option not in ("data.root", "data.scores"):  # which nothing needs here
         with pytest.raises(InputError, match=re.escape(f"a relative path counts from {tmp_path}")):
-            validate(config, World(0, 1, 0, CPU))
+            validate(config, ONE)
     (tmp_path / "conf" / "mine").mkdir()
     with pytest.raises(ConfigError, match=rf"mine is not there \(a relative path counts from {tmp_path}\); conf/mine, beside the file"):
-        validate(config, World(0, 1, 0, CPU))
+        validate(config, ONE)
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -> None:
