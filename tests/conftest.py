@@ -42,7 +42,7 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LE
 
 
 LONG = (
-    "campaigns", "slurm", "family_training", "training", "features", "world_sizes", "faults", "tracked_run", "secrets", "tracking_faults",
+    "campaigns", "slurm", "family_training", "training", "features", "world_sizes", "faults", "tracked_run", "secrets",
     "scoring_benchmark", "stopping", "cli", "resize", "export", "tracking", "packing", "families", "fuzz", "dry_run",
 )  # fmt: skip
 """Test files that take longest come first, so that nobody waits for them in the end."""
@@ -286,6 +286,21 @@ def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float
     output = "".join(text for _, text in ended)
     assert not any(code for code, _ in ended), output[-6000:]
     return output
+
+
+def run_train(ranks: int, arguments: list[str], *variables: dict[str, str], said: Path, code: int = 0) -> list[str]:
+    """train.py by so many ranks, which all end with this exit code; what each said."""
+    ended = run_ranks(ranks, "forkserver_ranks:train_script", arguments, *variables, said=said)
+    assert {each for each, _ in ended} == {code}, ended
+    return [output for _, output in ended]
+
+
+def run_plans(ranks: int, plans: Iterable[tuple[list[Any], list[str]]], said: Path, timeout: float = 900, code: int = 0) -> list[str]:
+    """Trainings one after the other by one family of ranks, each with a fault of support/fault_injection.py; what was said in each."""
+    listed = write_rows(said.with_suffix(".jsonl"), ({"fault": fault, "arguments": arguments} for fault, arguments in plans))
+    ended = run_ranks(ranks, "fault_injection:train_listed", listed, said=said, timeout=timeout)
+    assert all(bool(each) == bool(code) for each, _ in ended), ended
+    return ["".join(parts) for parts in zip(*(output.split("=== next training\n") for _, output in ended), strict=True)]
 
 
 def selected(request: pytest.FixtureRequest, name: str) -> list[Any]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, metrics, plain_scores, run_ranks, run_trainings, save_groups, selected
+from conftest import losses, metrics, plain_scores, run_ranks, run_trainings, save_groups, selected, tensors
 from PIL import Image
-from safetensors import safe_open
 
 from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
@@ -120,14 +119,6 @@ def test_two_ranks_equal_one(on: tuple[str, str], trained: dict[tuple[str, str, 
     expected = losses(trained[(*on, 1)])
     assert losses(trained[(*on, 2)]) == pytest.approx(expected, rel=2e-4)
     assert len(expected) == STEPS and len(set(expected)) == STEPS
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as handle:
-            found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
-    return found
 
 
 @each("full")

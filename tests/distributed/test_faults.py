@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import losses, metrics, read_rows, run_ranks, train_arguments, write_rows
+from conftest import losses, metrics, read_rows, run_plans, train_arguments
 
 from cfvlm_ds.data import GroupSampler
 
@@ -46,30 +46,16 @@ def planned(manifests: dict[str, Path], folder: Path) -> Plans:
     return plans
 
 
-def train_all(model_dir: Path, manifests: dict[str, Path], folder: Path, plans: Plans) -> dict[str, list[str]]:
-    """Train every plan in one family of two ranks, the last of which ends with an exit code; what the ranks said in each."""
-    micro = ["--train.per_device_train_batch_size", "8"]
-    rows = [
-        {"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *micro, *extra)}
-        for name, (fault, extra) in plans.items()
-    ]
-    listed = folder / "plans.jsonl"
-    write_rows(listed, rows)
-    said: dict[str, list[str]] = {name: [] for name in plans}
-    for code, output in run_ranks(2, "fault_injection:train_listed", listed, said=folder / "plans", timeout=1500):
-        assert (code != 0) == ("memory" in plans), output[-4000:]
-        for name, part in zip(plans, output.split("=== next training\n"), strict=True):
-            said[name] += part.splitlines()
-    return said
-
-
 @pytest.fixture(scope="module")
 def trainings(
     model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> tuple[Path, dict[str, list[str]]]:
     folder, tests = tmp_path_factory.mktemp("faults"), {item.name for item in request.session.items if item.path == request.path}
     plans = {name: plan for name, plan in planned(manifests, folder).items() if name not in LONG or LONG[name] in tests}
-    return folder, train_all(model_dir, manifests, folder, plans)
+    micro = ["--train.per_device_train_batch_size", "8"]
+    listed = [(fault, train_arguments(model_dir, manifests, folder / name, *micro, *extra)) for name, (fault, extra) in plans.items()]
+    said = run_plans(2, listed, folder / "plans", timeout=1500, code=1)  # the last of them
+    return folder, {name: text.splitlines() for name, text in zip(plans, said, strict=True)}
 
 
 FIVE = ["--train.max_steps", "5", "--train.per_device_train_batch_size", "4"]

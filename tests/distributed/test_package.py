@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ONE, REPO, environment, launcher, read_rows
-from test_cli import refused
+from conftest import ONE, REPO, environment, launcher, read_rows, refused
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core import verbosity

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import losses, metrics, read_rows, run_ranks, selected, train_arguments, write_manifest, write_rows
+from conftest import losses, metrics, read_rows, run_plans, selected, train_arguments, write_manifest
 
 TUNED = [part for module in ("vision_tower", "projector") for part in (f"--model.{module}.tuning", "frozen")]
 TUNED += ["--model.language_model.tuning", "lora", "--model.lora.dropout", "0.3"]
@@ -31,10 +31,10 @@ def trained(
 ) -> tuple[Path, dict[str, list[str]]]:
     """Two ranks: runs that were interrupted after their second step, or not; then starts that are refused. What each start said."""
     folder = tmp_path_factory.mktemp("resume")
-    plans: list[tuple[str, str, list[Any], list[str]]] = []
+    plans: dict[str, tuple[list[Any], list[str]]] = {}
 
     def plan(start: str, name: str, fault: list[Any], *extra: str) -> None:
-        plans.append((start, name, fault, [*TUNED, *OFTEN, *extra]))
+        plans[start] = fault, train_arguments(model_dir, manifests, folder / name, *TUNED, *OFTEN, *extra)
 
     for stage in dict.fromkeys(["z3", *selected(request, "stage")]):
         given = STAGES[stage]
@@ -60,15 +60,8 @@ def trained(
     }
     for name, extra in refusals.items():
         plan(name, "tracked", ["unchanged", str(folder / "tracked"), name == "late"], *tracked, *extra)
-    listed = folder / "plans.jsonl"
-    rows = [{"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *extra)} for _, name, fault, extra in plans]
-    write_rows(listed, rows)
-    said: dict[str, list[str]] = {start: [] for start, *_ in plans}
-    for code, output in run_ranks(2, "fault_injection:train_listed", listed, said=folder / "said", timeout=900):
-        assert code == 0, output[-6000:]
-        for (start, *_), part in zip(plans, output.split("=== next training\n"), strict=True):
-            said[start] += part.splitlines()
-    return folder, said
+    said = run_plans(2, plans.values(), folder / "said")
+    return folder, {start: text.splitlines() for start, text in zip(plans, said, strict=True)}
 
 
 @pytest.mark.parametrize("stage", ["z3", pytest.param("z2", marks=pytest.mark.long)])

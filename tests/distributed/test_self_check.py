@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ONE, run_ranks, train_arguments
+from conftest import ONE, run_train, train_arguments
 from safetensors.torch import load_file, save_file
 
 from cfvlm_ds.batching.collator import Collator, load_collator
@@ -150,14 +150,10 @@ def test_ranks_name_what_is_not_finite_in_their_parts(model_dir: Path, manifests
     weights = load_file(broken / "model.safetensors")
     weights["language_model.lm_head.weight"][-1, -1] = torch.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    ended = run_ranks(
-        2,
-        "forkserver_ranks:train_script",
-        train_arguments(broken, manifests, tmp_path / "run", "--train.self_check", "error"),
-        said=tmp_path / "said",
-    )
-    said = f"{broken} has weights that are not finite: lm_head.weight; get the model again"
-    assert [code for code, _ in ended] == [2, 2] and said in ended[0][1].splitlines()[-1] and said not in ended[1][1]
+    arguments = train_arguments(broken, manifests, tmp_path / "run", "--train.self_check", "error")
+    first, second = run_train(2, arguments, said=tmp_path / "said", code=2)
+    said = f"{broken} has weights that are not finite: lm_head.weight"
+    assert said in first.splitlines()[-1] and said not in second
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "config.yaml").exists()
 
 

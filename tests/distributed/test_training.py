@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import forkserver_ranks
 import pytest
 import torch
 from conftest import (
@@ -20,7 +16,9 @@ from conftest import (
     environment,
     losses,
     metrics,
-    run_ranks,
+    printed,
+    refused,
+    run_train,
     run_trainings,
     save_groups,
     selected,
@@ -29,7 +27,6 @@ from conftest import (
 )
 
 from cfvlm_ds.batching.batch import MicroBatch
-from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import from_row, to_row
@@ -79,14 +76,9 @@ def test_ranks_and_accumulation_give_one_trajectory(layout: tuple[int, ...], tra
                 assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), f"{name} at step {want['step']} with {layout}"
 
 
-def test_rank_local_means_would_be_noticed(trajectories: dict[tuple[int, ...], Path]) -> None:
+def test_rank_local_means_would_be_noticed(manifests: dict[str, Path]) -> None:
     """The ragged data does distinguish global from rank-local denominators: groups differ in their counts from rank to rank."""
-    from cfvlm_ds.data import read_manifest
-
-    config = trajectories[4, 1] / "config.yaml"
-    train = next(line.split(": ")[1].strip() for line in config.read_text().splitlines() if line.strip().startswith("train: /"))
-    counts = [len(group.candidates) for group in read_manifest(train)]
-    assert len(set(counts)) == 3
+    assert {len(group.candidates) for group in read_manifest(manifests["train"])} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.long)])
@@ -107,30 +99,6 @@ def test_equals_the_plain_torch_reference(
     if steps == 20:
         golden = json.loads((REPO / "tests/golden/train20.json").read_text())
         assert expected == pytest.approx(golden, rel=2e-3), "the reference itself moved: see CONTRIBUTING on golden files"
-
-
-@pytest.mark.long  # test_resume has it without a kill, and test_tracked_run kills a run
-def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    """kill -9 of every process mid-run, then the same options again, with data workers: losses of the same bits."""
-    extra = ["--train.save_steps", "3", "--train.max_steps", "10", "--data.num_workers", "1"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    command = train_arguments(model_dir, manifests, broken, *extra)
-    run_trainings(2, train_arguments(model_dir, manifests, whole, *extra), said=tmp_path / "said")
-    ranks = forkserver_ranks.start(2, "forkserver_ranks:train_script", command, said=tmp_path / "said-first")
-    deadline = time.monotonic() + 300
-    while not (broken / "checkpoint-6").exists():
-        assert all(rank.is_alive() for rank in ranks), (tmp_path / "said-first" / "rank-0.log").read_text()[-6000:]
-        assert time.monotonic() < deadline, "no checkpoint in time"
-        time.sleep(0.01)
-    for rank in ranks:
-        os.killpg(rank.pid or 0, signal.SIGKILL)  # and its data worker
-    for rank in ranks:
-        rank.join()
-    assert len(losses(broken)) < 10, "killed too late to prove anything"
-    (broken / "checkpoint-6" / "complete.json").unlink()  # a checkpoint whose writing was cut off is passed over
-    output = run_trainings(2, command, said=tmp_path / "said-again")
-    assert "passed over" in output and "resumed from" in output and "step 3" in output
-    assert losses(broken) == losses(whole)
 
 
 def test_the_table_before_and_after_a_training(
@@ -169,13 +137,12 @@ def test_the_table_before_and_after_a_training(
     (whole,) = (row for row in rows[drawn] if row["set"] == "many" and row["edit"] == "all")
     assert 0 < whole["groups"] < whole["of"] < 110
     text = (drawn / "results.md").read_text()
-    main(["compare", str(still), str(moved), str(moved / "results.json")])
-    tables = capsys.readouterr().out.split("| set | edit | groups | metric | chance | language alone |")[1:]
+    tables = printed(capsys, "compare", still, moved, moved / "results.json").split(
+        "| set | edit | groups | metric | chance | language alone |"
+    )[1:]
     changed = {row["edit"]: f"| {row['before']:.1f} | {row['after']:.1f} | {row['after'] - row['before']:+.1f}" for row in rows[moved]}
     assert len(tables) == 3 and all(change in table for table in tables for change in changed.values()), "their mean is what both are"
-    with pytest.raises(SystemExit):
-        main(["compare", str(still), str(tmp_path / "said-still")])
-    assert "said-still holds no results; name a run folder" in capsys.readouterr().err
+    assert "said-still" in refused(capsys, "compare", still, tmp_path / "said-still")
     card = _results(json.loads((moved / "results.json").read_text()), rows[moved], True)
     assert any(f"`all` | {rows[moved][-1]['groups']} | group " in line and changed["all"] in line for line in card)
     assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")
@@ -239,12 +206,8 @@ def test_ranks_whose_rows_differ_make_the_same_collectives(tower: str, model_dir
     for ranks in (1, 3):
         size = ["--train.per_device_train_batch_size", str(3 // ranks)]
         arguments = train_arguments(model_dir, manifests, tmp_path / str(ranks), *options, *size)
-        ended = run_ranks(
-            ranks, "forkserver_ranks:train_script", arguments, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, said=tmp_path / f"said-{ranks}"
-        )
-        for code, output in ended:
-            assert code == 0, output[-4000:]
-        rates = re.findall(r"all-reduce over 3 ranks: ([\d.]+) GB/s", ended[0][1])
+        said = run_train(ranks, arguments, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, said=tmp_path / f"said-{ranks}")
+        rates = re.findall(r"all-reduce over 3 ranks: ([\d.]+) GB/s", said[0])
         assert [float(rate) > 0 for rate in rates] == [True] * (ranks > 1)
     assert len(losses(tmp_path / "1")) == 4 and losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=2e-4)
     assert json.loads((tmp_path / "3" / "skipped.json").read_text())

@@ -129,24 +129,6 @@ def test_08_every_cell_and_its_gradient_equal_one_plain_forward(
         assert (gradient(logp, scorer) - expected).norm() < 1e-4 * expected.norm(), key
 
 
-def test_shared_and_separate_prefixes_train_alike(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
-    """The gradient of a random combination of all cells, end-of-turn included."""
-    found = []
-    for share_prefix in (True, False):
-        scores = scored(scorer, make(share_prefix=share_prefix)(groups))
-        factors = torch.randn(2, *scores.logp.shape, generator=torch.Generator().manual_seed(0))
-        found.append(gradient((factors * torch.stack([scores.logp, scores.end_logp])).sum(), scorer))
-    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
-
-
-def test_images_and_texts_matter(plain: dict[Any, Any]) -> None:
-    """Else the equalities above would show little: two cells of a row or column differ by ten times the tolerance at least."""
-    values = torch.tensor([[plain["many", i, c][0] for c in range(3)] for i in range(4)])
-    between_images = (values[:, None] - values[None])[~torch.eye(4, dtype=torch.bool)]
-    between_texts = (values[:, :, None] - values[:, None])[:, ~torch.eye(3, dtype=torch.bool)]
-    assert min(between_images.abs().min(), between_texts.abs().min()) > 5e-3
-
-
 @pytest.mark.parametrize("fault", ["leak", "positions", "prefix"])
 def test_08_a_fault_in_the_tree_would_be_noticed(
     fault: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup], plain: dict[Any, Any]
@@ -433,30 +415,6 @@ def test_stored_scores_land_in_their_cells(make: Any, scorer: Scorer, groups: li
     assert without.reference is None and without.prior is None
     everything = collator.scoring_everything()(order)
     assert everything.reference is None and everything.layout.valid.sum() == 19 and collator.cells == "star"
-
-
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_scoring_everything_keeps_the_options(share_prefix: bool, make: Any) -> None:
-    collator = make("anchor", share_prefix=share_prefix, max_length=77, max_pixels=88).scoring_everything()
-    assert (collator.cells, collator.share_prefix, collator.max_length, collator.files.max_pixels) == ("full", share_prefix, 77, 88)
-
-
-def test_to_moves_every_tensor(make: Any, groups: list[CounterfactualGroup]) -> None:
-    stored = {
-        g.id: StoredScores(tuple(tuple(0.0 for _ in g.candidates) for _ in g.images), tuple(0.0 for _ in g.candidates)) for g in groups
-    }
-    batch = make(stored=stored)(groups).to(torch.device("meta"))
-    layout = batch.layout
-    tensors = [
-        *batch.model_inputs.values(),
-        *batch.model_inputs["image_inputs"].values(),
-        batch.cell,
-        batch.is_end,
-        batch.reference,
-        batch.prior,
-    ]
-    tensors += [layout.valid, layout.match, layout.num_tokens, layout.num_end_tokens, layout.weight]
-    assert {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)} == {"meta"} and layout.ids[0] == "many"
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------------------------

@@ -12,33 +12,17 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
-from conftest import read_rows
+from conftest import free_port, read_rows, wait_for
 
 from cfvlm_ds.cli.main import main as cfvlm_ds_main
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
 from cfvlm_ds.tracking.delivery_record import DeliveryRecord
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_for(condition: Callable[[], Any], seconds: float = 40.0) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        result = condition()
-        if result:
-            return result
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s")
 
 
 class Server:
@@ -46,7 +30,7 @@ class Server:
 
     def __init__(self, folder: Path, arguments: list[str] | None = None) -> None:
         store = ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
-        self.folder, self.port = folder, _free_port()
+        self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, "-m", "mlflow", *(arguments or store), "--port", str(self.port), "--workers", "1"]
         self._process: subprocess.Popen[bytes] | None = None
@@ -73,7 +57,7 @@ class Server:
             self.kill()
 
     def wait(self) -> None:
-        _wait_for(self._answers, 180)
+        wait_for(self._answers, 180)
 
     def _answers(self) -> bool:
         try:
@@ -161,7 +145,7 @@ def test_resume_continues_the_run_and_doubles_no_step(remote: Server, client: An
     second.log(3, {"eval": 0.25})
     for step in range(4, 8):
         second.log(step, {"loss": float(step)})
-    _wait_for(lambda: client.get_run(first.run_id).info.status == "RUNNING")
+    wait_for(lambda: client.get_run(first.run_id).info.status == "RUNNING")
     second.close()
     assert second.run_id == first.run_id
     assert _history(client, first.run_id, "loss") == [(step, float(step)) for step in range(1, 8)]
@@ -198,7 +182,7 @@ def test_a_resume_does_not_log_data_sets_twice(remote: Server, client: Any, tmp_
 def test_data_sets_reach_a_server_that_was_down_and_one_that_has_lost_the_run(
     tmp_path: Path, server: Server, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     inputs = [{**TRAIN, "source": "https://me:hunter2@host/train.jsonl", "name": "x" * 600}]
     with open_tracker(True, tmp_path, "tests", "down", {}, {}, close_timeout=0.5, inputs=inputs) as tracker:
         tracker.log(1, {"loss": 1.0})
@@ -272,7 +256,7 @@ def test_a_server_that_starts_late_and_is_killed_loses_nothing(
         log(range(0, 100))
         assert tracker.run_id is None
         remote.start()
-        _wait_for(lambda: tracker.run_id is not None)
+        wait_for(lambda: tracker.run_id is not None)
         killer_due = time.monotonic() + 1.0
         step = 100
         while time.monotonic() < killer_due:
@@ -383,11 +367,6 @@ def test_a_damaged_record_is_left_aside(tmp_path: Path, left: bytes, capsys: pyt
     assert "is damaged and left aside" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_record_is_named(remote: Server, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no record"):
-        deliver(tmp_path)
-
-
 def test_a_moved_run_knows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with open_tracker(True, tmp_path / "run", "tests", "a run", {}, {}, mlflow=False) as tracker:
@@ -395,7 +374,7 @@ def test_a_moved_run_knows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tracker.artifact(tmp_path / "run" / "results.md")
     (tmp_path / "run").rename(tmp_path / "moved")
     with _open(tmp_path / "moved", resume_step=0) as again:
-        _wait_for(lambda: again.run_id)
+        wait_for(lambda: again.run_id)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/moved/mlflow.db")
     assert "results.md" in {item.path for item in client.list_artifacts(again.run_id)}
 
@@ -411,11 +390,6 @@ def test_disabled_does_nothing(tmp_path: Path) -> None:
         tracker.artifact(tmp_path / "nothing")
         tracker.close("FAILED")
     assert tracker.run_id is None and not (tmp_path / "run").exists()
-
-
-def test_importing_does_not_import_mlflow() -> None:
-    code = "import sys, cfvlm_ds.tracking; assert 'mlflow' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
 
 
 def test_a_local_store_whose_making_was_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
