@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ONE, environment, run
+from conftest import ONE, contents, environment, run, tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -149,7 +149,7 @@ def sources(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "moe": qwen3_vl_moe(out / "moe"),
         "wide": llava(out / "wide", LlamaConfig(**wide)),
     }
-    stored = load_file(model_dir / "model.safetensors")
+    stored = tensors(model_dir)
 
     sharded = out / "sharded"  # bfloat16 but for one weight, neighbours in different files, and a tensor no model has a place for
     shutil.copytree(model_dir, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -225,9 +225,11 @@ CASES += [("z3", "sharded"), ("z2 frozen", "sharded"), ("moe", "moe"), ("moe z2"
 @pytest.mark.parametrize(("checkpoint", "source"), CASES)
 def test_every_tensor(checkpoint: str, source: str, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
     said: list[str] = []
-    out = export_hf(checkpoints[checkpoint], str(sources[source]), tmp_path / "out", said.append)
+    alive: list[int] = []
+    out = export_hf(checkpoints[checkpoint], str(sources[source]), tmp_path / "out", said.append, alive=lambda: alive.append(1))
     stored = headers(sources[source])
     assert headers(out) == stored, "names, files, shapes, dtypes"
+    assert len(alive) >= len(stored), "a sign of life for each"
     bf16, before = checkpoint in BF16, weights(sources[source])
     for name, tensor in weights(out).items():
         if "frozen" in checkpoint and name.startswith(TOWER):
@@ -237,18 +239,13 @@ def test_every_tensor(checkpoint: str, source: str, checkpoints: dict[str, Path]
         if source == "sharded" and not name.endswith("language_model.norm.weight"):
             expected = expected.bfloat16()
         assert torch.equal(tensor, expected.float()), name
-    assert said == (
-        ["export: 1 tensors that the checkpoint does not hold come from " + f"{sources[source]}, such as " + EXTRA] * (source == "sharded")
-    )
+    assert [EXTRA in line for line in said] == [True] * (source == "sharded"), "what the checkpoint does not hold"
+    if source == "both":  # of a tied weight's names each has its value
+        held, expected = tensors(out), value("model.language_model.embed_tokens.weight", (41, 16))
+        assert all(torch.equal(held[name], expected) for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"))
 
 
 EXTRA = "vision_tower.vision_model.embeddings.position_ids"
-
-
-def test_both_names_of_a_tied_weight_have_its_value(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
-    stored = load_file(export_hf(checkpoints["moe"], str(sources["both"]), tmp_path / "out") / "model.safetensors")
-    expected = value("model.language_model.embed_tokens.weight", (41, 16))
-    assert torch.equal(stored["lm_head.weight"], expected) and torch.equal(stored["model.language_model.embed_tokens.weight"], expected)
 
 
 def test_index_and_the_source_s_other_files(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
@@ -362,16 +359,24 @@ def with_layers(source: Path, folder: Path, layers: int, **text: int) -> Path:
 @pytest.mark.parametrize(
     ("layers", "text", "said"),
     [
-        (4, {}, r"weights are missing, such as model\.language_model\.layers\.3\."),
-        (2, {}, r"trained weights have no place in it, such as model\.language_model\.layers\.2\."),
-        (3, {"intermediate_size": 40}, r"mlp\.\w+\.weight has shape \[.*\], not \["),
+        (4, {}, r"missing, .*layers\.3\."),
+        (2, {}, r"no place .*layers\.2\."),
+        (3, {"intermediate_size": 40}, r"mlp\.\w+\.weight has shape"),
+        (1, {}, rf"{NORM} with shape \[1\]"),
+        (77, {}, rf"{NORM} with shape \[77\]"),
     ],
 )
 def test_a_source_that_does_not_fit(
     layers: int, text: dict[str, int], said: str, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    source = with_layers(sources["llava"], tmp_path / "source", layers, **text)
-    with pytest.raises(ConfigError, match=rf"does not fit {source}.*{said}"):
+    """The last two have a header that is right by itself, of a tensor with fewer or more values than its weight."""
+    source = tmp_path / "source"
+    if NORM in said:
+        shutil.copytree(sources["llava"], source)
+        save_file(tensors(source) | {NORM: torch.zeros(layers)}, source / "model.safetensors", {"format": "pt"})
+    else:
+        with_layers(sources["llava"], source, layers, **text)
+    with pytest.raises(ConfigError, match=rf"{source}.*{said}"):
         export_hf(checkpoints["z3"], str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -428,9 +433,9 @@ def test_a_checkpoint_that_is_not_what_it_says(checkpoints: dict[str, Path], sou
 def older(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
     """An earlier export, which must be there unchanged at the end."""
     out = export_hf(checkpoints["z2 frozen"], str(sources["llava"]), tmp_path / "out")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = contents(tmp_path)
     yield out
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert contents(tmp_path) == before
 
 
 def test_a_full_disk_leaves_the_older_export(
@@ -439,12 +444,12 @@ def test_a_full_disk_leaves_the_older_export(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(StorageError, match=r"out cannot be written \(.*File too large.*; what was there is unchanged"):
+        with pytest.raises(StorageError, match=r"out .*File too large"):
             export_hf(checkpoints["z3"], str(sources["llava"]), older)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
-    with pytest.raises(StorageError, match=r"out needs 0\.0 GB and its disk has 0\.0 GB free; name another folder"):
+    with pytest.raises(StorageError, match=r"out needs 0\.0 GB"):
         export_hf(checkpoints["z3"], str(sources["llava"]), older)
 
 
@@ -474,10 +479,10 @@ def test_an_index_that_names_files_elsewhere(name: Any, checkpoints: dict[str, P
     name = name.format(outside=outside) if isinstance(name, str) else name
     index["weight_map"] = {key: name if file == first.name else file for key, file in index["weight_map"].items()}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=r"source/model\.safetensors\.index\.json: .* (is no bare file name|does not end in|is a list)"):
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=r"source/model\.safetensors\.index\.json: "):
         export_hf(checkpoints["z3"], str(source), tmp_path / "out")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert contents(tmp_path) == before
 
 
 def test_links_are_neither_copied_from_elsewhere_nor_written_through(
@@ -492,7 +497,7 @@ def test_links_are_neither_copied_from_elsewhere_nor_written_through(
             (source / "NOTICE").symlink_to(tmp_path / "secret" / "key.jinja")
         else:
             (source / "additional_chat_templates").symlink_to(tmp_path / "secret")
-        with pytest.raises(ConfigError, match=r"leads out of its folder, to .*secret/key\.jinja; put the file itself there"):
+        with pytest.raises(ConfigError, match=r"secret/key\.jinja"):
             export_hf(checkpoints["z3"], str(source), tmp_path / "out")
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -503,7 +508,7 @@ def test_links_are_neither_copied_from_elsewhere_nor_written_through(
             export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
             assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out").is_symlink()
         else:
-            with pytest.raises(ConfigError, match=rf"{name} is a link to {mine}, and nothing is written through a link"):
+            with pytest.raises(ConfigError, match=f"{name} is a link to {mine}"):
                 export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
             (tmp_path / name).unlink()
         assert [path.name for path in mine.iterdir()] == ["config.json"] and (mine / "config.json").read_text() == "mine"
@@ -518,16 +523,6 @@ def test_the_links_of_a_hub_cache_are_read(checkpoints: dict[str, Path], sources
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     out = export_hf(checkpoints["z3"], str(snapshot), tmp_path / "out")
     assert headers(out) == headers(sources["sharded"]) and not any(path.is_symlink() for path in out.iterdir())
-
-
-def test_a_source_whose_tensors_changed_their_size(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
-    """A header that is right by itself, of a tensor with fewer or more values than its weight: its neighbours are not written over."""
-    for rows in (1, 77):
-        shutil.copytree(sources["llava"], source := tmp_path / str(rows))
-        stored = load_file(source / "model.safetensors")
-        save_file(stored | {NORM: torch.zeros(rows)}, source / "model.safetensors", {"format": "pt"})
-        with pytest.raises(ConfigError, match=rf"stores {NORM} with shape \[{rows}\], which its weight has not"):
-            export_hf(checkpoints["z3"], str(source), tmp_path / "out")
 
 
 def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(
@@ -546,10 +541,10 @@ def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(
 def test_the_place_of_an_export_is_refused_before_a_training(tmp_path: Path) -> None:
     """Where it could not be put when the training is over: the run's folder is as it was."""
     for name, make, said in (
-        ("others", lambda out: (out.mkdir(), (out / "thesis.pdf").touch()), "holds other files and no earlier export"),
-        ("file", lambda out: out.touch(), "export is no folder, and a run writes one of that name"),
-        ("link", lambda out: out.symlink_to(tmp_path), "is a link to"),
-        ("source", lambda out: (out.mkdir(), (out / "config.json").touch()), "which the export is made from"),
+        ("others", lambda out: (out.mkdir(), (out / "thesis.pdf").touch()), "other files"),
+        ("file", lambda out: out.touch(), "folder"),
+        ("link", lambda out: out.symlink_to(tmp_path), "link"),
+        ("source", lambda out: (out.mkdir(), (out / "config.json").touch()), "made from"),
     ):
         (run_dir := tmp_path / name).mkdir()
         make(run_dir / "export")
@@ -567,19 +562,6 @@ ADAPTERS = ["--model.name_or_path", "m"]
 ADAPTERS += [
     f"--model.{part}.tuning={how}" for part, how in (("vision_tower", "frozen"), ("projector", "lora"), ("language_model", "lora"))
 ]
-
-
-def test_long_exports_say_how_long(
-    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter(range(0, 100_000, 6))  # 6 s from block to block
-    monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
-    said: list[str] = []
-    alive: list[int] = []
-    export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out", said.append, alive=lambda: alive.append(1))
-    blocks = RANKS * len(headers(sources["llava"]))
-    assert len(alive) == len(said) == blocks and all(line.startswith("export: 0.0 of 0.0 GB, ") for line in said)
-    assert said[-1].endswith(" GB/s, 0:00:00 left") and not said[0].endswith(" 0:00:00 left")
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------------------------

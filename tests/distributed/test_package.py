@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ONE, REPO, environment, launcher, read_rows, refused
+from conftest import ONE, REPO, contents, environment, launcher, printed, read_rows, refused
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core import verbosity
@@ -28,19 +28,9 @@ from cfvlm_ds.objectives import OBJECTIVES
 
 ROOT_FILES = sorted(str(path.relative_to(REPO)) for name in SHIPPED for path in [REPO / name, *(REPO / name).glob("*")] if path.is_file())
 SMALL = [
-    *(
-        "--build.scenes.num_train",
-        "24",
-        "--build.scenes.num_test",
-        "4",
-        "--data.num_workers",
-        "0",
-        "--train.per_device_train_batch_size",
-        "4",
-    ),
-    *("--train.max_steps", "3", "--train.logging_steps", "1", "--train.eval_steps", "0"),
-    *("--train.figures", "false", "--tracking.enabled", "false"),
-]
+    "--build.scenes.num_train=24", "--build.scenes.num_test=4", "--data.num_workers=0", "--train.per_device_train_batch_size=4",
+    "--train.max_steps=3", "--train.logging_steps=1", "--train.eval_steps=0", "--train.figures=false", "--tracking.enabled=false",
+]  # fmt: skip
 IN_ONE_PROCESS = """
 import runpy, sys
 import cfvlm_ds
@@ -141,7 +131,7 @@ def test_the_installed_copy_trains_in_an_empty_folder(source: Path, installed: P
     assert json.loads((run_dir / "environment.json").read_text())["git_revision"] == git(source, "rev-parse", "HEAD").strip()
     own, public = demonstrated(run_dir, tmp_path / "world", tmp_path / "results")
     assert own == pytest.approx(public) and len(list((tmp_path / "results").glob("*/*/results.json"))) == 3
-    written = {str(path.relative_to(tmp_path / "copies")): path.read_bytes() for path in (tmp_path / "copies").rglob("*") if path.is_file()}
+    written = contents(tmp_path / "copies")
     assert written.keys() == set(ROOT_FILES)
     assert all(written[name] == (REPO / name).read_bytes() for name in ROOT_FILES if name != "slurm/env.sh")
 
@@ -211,18 +201,8 @@ def test_a_name_means_the_file_of_the_working_directory_and_else_the_packages(tm
     monkeypatch.chdir(tmp_path)
     packaged = str(REPO / "ds_configs" / "z3.json")
     assert resolve_shipped("z3.json", "ds_configs") == resolve_shipped("ds_configs/z3.json", "ds_configs") == packaged
-    for other in (
-        "z9.json",
-        "examples/z3.json",
-        "./z3.json",
-        "../ds_configs/z3.json",
-        "/z3.json",
-        "ds_configs/../train.py",
-        "..",
-        "",
-        "x/ds_configs/z3.json",
-    ):
-        assert resolve_shipped(other, "ds_configs") == other
+    others = ("z9.json", "examples/z3.json", "./z3.json", "../ds_configs/z3.json", "/z3.json", "ds_configs/../train.py", "..", "")
+    assert [resolve_shipped(other, "ds_configs") for other in (*others, "x/ds_configs/z3.json")] == [*others, "x/ds_configs/z3.json"]
     (tmp_path / "z3.json").symlink_to("nowhere")
     assert resolve_shipped("z3.json", "ds_configs") == "z3.json", "what is named is what is there, also where that is broken"
     assert resolve_shipped("ds_configs/z3.json", "ds_configs") == packaged
@@ -237,12 +217,6 @@ def test_options_name_packaged_files_and_ones_own(tmp_path: Path, monkeypatch: p
     assert own.model == recipe.model and own.deepspeed == str(shipped("ds_configs") / "z2.json")
     (tmp_path / "qwen2_5_vl_7b.yaml").write_text("model: {name_or_path: mine}\n")
     assert parse_config(["--config", "qwen2_5_vl_7b.yaml"], OBJECTIVES).model.name_or_path == "mine"
-    with pytest.raises(
-        ConfigError, match=r"--config qwen\.yaml: no such file; give the path of yours, or one of examples/.*qwen2_5_vl_7b\.yaml"
-    ):
-        parse_config(["--config", "qwen.yaml"], OBJECTIVES)
-    with pytest.raises(ConfigError, match=r"--config /none\.yaml: no such file"):
-        parse_config(["--config=/none.yaml"], OBJECTIVES)
 
 
 # --- init -------------------------------------------------------------------------------------------------------------------------------
@@ -257,18 +231,16 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(
     assert subprocess.check_output(["bash", "-c", script], cwd=folder, text=True) == "/opt/a b's/bin:/bin\n"
     (folder / ".venv").mkdir()
     assert subprocess.check_output(["bash", "-c", script], cwd=folder, text=True).startswith(f"{folder}/.venv/bin:")
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert f"{folder / 'train.py'} is there, and nothing is overwritten" in refused(capsys, "init", folder)
+    assert f"{folder / 'train.py'} is there" in refused(capsys, "init", folder)
     for name in ("train.py", "ds_configs", "examples"):
         (folder / name).rename(tmp_path / name)
-    assert f"{folder / 'slurm'} is there" in refused(capsys, "init", folder) and not (folder / "train.py").exists()
-    assert all(path.read_bytes() == before[path] for path in (folder / "slurm").iterdir())
-    (link := tmp_path / "link").symlink_to(folder)
-    assert "is a link" in refused(capsys, "init", link) and "is no folder" in refused(capsys, "init", tmp_path / "train.py")
-    assert "folder is empty, as a variable is that was not set; give its value, or . for this folder" in refused(capsys, "init", "")
     (dangling := tmp_path / "other").mkdir()
     (dangling / "slurm").symlink_to("nowhere")
-    assert "slurm is there" in refused(capsys, "init", dangling) and [path.name for path in dangling.iterdir()] == ["slurm"]
+    (link := tmp_path / "link").symlink_to(folder)
+    before = contents(tmp_path)
+    for given, named in ((folder, "slurm is there"), (link, "is a link"), (tmp_path / "train.py", "folder"), (dangling, "slurm is there")):
+        assert named in refused(capsys, "init", given)
+    assert contents(tmp_path) == before and [path.name for path in dangling.iterdir()] == ["slurm"]
 
 
 def test_copies_that_fail_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,13 +259,6 @@ def test_copies_that_fail_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------------------
-
-
-def test_version_names_the_code(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--version"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and re.fullmatch(r"cfvlm-ds \S+ \(revision [0-9a-f]{40}\)\n", said), said
 
 
 def test_the_help_of_train_has_an_example_that_parses_and_the_rule_of_names() -> None:
@@ -344,23 +309,19 @@ def test_quiet_and_verbose_are_options_of_every_command(
     with pytest.raises(SystemExit):
         main(["--verbose", "init", str(tmp_path / "c")])
     shown = capsys.readouterr().err
-    assert (
-        "Traceback" in shown and shown.splitlines()[-1].startswith("error: ") and "Traceback" not in refused(capsys, "init", tmp_path / "c")
-    )
-    assert [parse_config([*given, "--model.name_or_path", "M"], OBJECTIVES).shows for given in ([], ["--quiet"], ["--verbose"])] == [
-        "progress",
-        "results",
-        "everything",
-    ]
-    assert not {"quiet", "verbose"} & parse_config(["--quiet"], OBJECTIVES).resolved.keys()
-    with pytest.raises(ConfigError, match="--quiet and --verbose contradict each other"):
+    assert "Traceback" in shown and shown.splitlines()[-1].startswith("error: ")
+    for given, shows in (([], "progress"), (["--quiet"], "results"), (["--verbose"], "everything")):
+        config = parse_config(given, OBJECTIVES)
+        assert config.shows == shows and not {"quiet", "verbose"} & config.resolved.keys()
+    with pytest.raises(ConfigError, match="--quiet and --verbose"):
         parse_config(["--quiet", "--verbose"], OBJECTIVES)
 
 
-def test_bash_completes_commands_options_words_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bash_completes_commands_options_words_and_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By bash itself, which is asked as it asks when somebody presses TAB."""
-    main(["completion", "bash"])
-    (script := tmp_path / "completion").write_text(capsys.readouterr().out)
+    (script := tmp_path / "completion").write_text(printed(capsys, "completion", "bash"))
     (tmp_path / "groups.jsonl").touch()
 
     def completed(*words: str) -> set[str]:
@@ -376,10 +337,9 @@ def test_bash_completes_commands_options_words_and_files(tmp_path: Path, capsys:
     assert {f"--{name}." for name in SECTIONS} | {"--objective."} <= {f"{name.partition('.')[0]}." for name in completed("train", "--")}
     assert completed("data", "check", "gr") == {"groups.jsonl"} and completed("train", "--data.train", "gr") == {"groups.jsonl"}
     for shell in ("zsh", "tcsh"):
-        main(["completion", shell])
-        assert "--data.train" in capsys.readouterr().out
-
-
-def test_completion_says_what_it_lacks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        assert "--data.train" in printed(capsys, "completion", shell)
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert "completion is written by shtab, which is not installed; `pip install shtab`" in refused(capsys, "completion", "bash")
+    assert "pip install shtab" in refused(capsys, "completion", "bash")
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and re.fullmatch(r"cfvlm-ds \S+ \(revision [0-9a-f]{40}\)\n", capsys.readouterr().out)

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ONE, losses, read_rows, run_ranks, train_arguments, write_manifest, write_rows
+from conftest import ONE, losses, read_rows, run_ranks, run_train, train_arguments, write_manifest, write_rows
 from PIL import Image
 
 from cfvlm_ds import engine
@@ -111,7 +111,7 @@ def test_what_was_checked_is_checked_again_under_other_options_only(
     first = read()
     assert len(opened) == 12 == len(set(opened))
     assert read().identity == first.identity and not opened
-    with pytest.raises(DataError, match=r"48x48 = 2304 pixels, over the limit of 2000.*11 more"):
+    with pytest.raises(DataError, match="48x48 .*11 more"):
         read(max_pixels=2000)
     assert read().identity == first.identity and len(opened) == 12
     with pytest.raises(DataError, match="row: unknown key"):
@@ -146,8 +146,7 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(
             data.write_text(flipped)
 
     first = preflight.read_data(configured(config, tmp_path / "first", train=str(data)), ONE)
-    said = "the manifest was written while it was checked; start again when it is whole"
-    with monkeypatch.context() as patched, pytest.raises(DataError, match=said):
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="written while it was checked"):
         patched.setattr(preflight.ProgressBarrier, "alive", lambda barrier: write())
         preflight.read_data(run, ONE)
     assert data.read_text() == flipped
@@ -226,7 +225,7 @@ def test_a_store_of_another_schema_or_half_of_one_is_made_again(config: RunConfi
         if folder == store:
             assert preflight.read_data(run, ONE).identity == first.identity
         else:
-            with pytest.raises(DataError, match=r"the store cannot be read .*; prepare the data again, or copy the store whole"):
+            with pytest.raises(DataError, match=str(folder)):
                 preflight.read_data(own, ONE)
 
 
@@ -267,9 +266,7 @@ def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config
         return group_tokens(groups, collator, replace(config.data, max_tokens_per_forward=limit), ONE)
 
     assert max(tokens(least)) == whole and all(part.num_tokens <= least for part in collator.parts(groups, least))
-    with pytest.raises(
-        DataError, match=f"has {least} tokens in one image with one text.*data.max_tokens_per_forward is {least - 1}; raise"
-    ):
+    with pytest.raises(DataError, match=f"{least} tokens .*data.max_tokens_per_forward is {least - 1}"):
         tokens(least - 1)
 
 
@@ -313,7 +310,7 @@ def test_a_picture_is_held_against_the_check_when_it_is_opened(config: RunConfig
     assert collator([read.groups[1]]).num_images == 2
     picture.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     for refused in (lambda: collator(read.groups), lambda: collator.files.content((picture, False))):
-        with pytest.raises(DataError, match=f"{picture}: the picture has other contents than when the data were checked"):
+        with pytest.raises(DataError, match=f"{picture}: .*other contents"):
             refused()
     (kept, dropped) = collator.readable(read.groups)
     assert [name for name, _ in dropped] == [read.groups[1].id] and len(kept) == 5
@@ -337,14 +334,7 @@ CHANGES: dict[str, tuple[Callable[[list[CounterfactualGroup]], list[Counterfactu
         lambda groups: [replace(groups[0], candidates=tuple(replace(c, prompt="Which?") for c in groups[0].candidates)), *groups[1:]],
         "prompts or texts",
     ),
-    "texts exchanged": (
-        lambda groups: [
-            replace(groups[0], candidates=groups[1].candidates),
-            replace(groups[1], candidates=groups[0].candidates),
-            *groups[2:],
-        ],
-        "prompts or texts",
-    ),
+    "text": (lambda groups: [replace(groups[0], candidates=groups[1].candidates), *groups[1:]], "prompts or texts"),
     "images exchanged": (lambda groups: [replace(groups[0], images=groups[0].images[::-1]), *groups[1:]], "PICTURES"),
     "row": (lambda groups: groups[1:], "the number of rows (5, was 6)"),
     "other row": (lambda groups: [replace(groups[0], id="new"), *groups[1:]], "the groups (other ids)"),
@@ -485,21 +475,15 @@ def train_again(arguments: list[str], changed: str) -> None:
 
 
 def test_a_run_goes_on_with_its_own_data_only(model_dir: Path, data: Path, tmp_path: Path) -> None:
-    """Rows in another order, a label, a weight: one sentence each, and nothing is touched. A copy in another folder goes on, and so does
-    what was exchanged and is restored."""
+    """Rows in another order, a row less, other pictures: one sentence each, and nothing is touched. A copy in another folder goes on, and
+    so does what was exchanged and is restored."""
     text = data.read_text()
     lines = text.splitlines()
-    row = json.loads(lines[0])
-    flipped, weighted = (
-        json.dumps(row | {"match": [*row["match"][:1], ["i0", "t1", 1], *row["match"][2:]]}),
-        json.dumps(row | {"weight": 3.0}),
-    )
     shutil.copytree(data.parent, moved := tmp_path / "moved")
     shutil.copytree(data.parent, swapped := tmp_path / "swapped")
-    one, other = (swapped / image["path"] for image in row["images"])
+    one, other = (swapped / image["path"] for image in json.loads(lines[0])["images"])
     exchange(one, other)
-    texts = [text, "\n".join(lines[::-1]), "\n".join([flipped, *lines[1:]]), "\n".join([weighted, *lines[1:]]), "\n".join(lines[1:])]
-    changed = [{"train": str(data), "text": each} for each in texts]
+    changed = [{"train": str(data), "text": each} for each in (text, "\n".join(lines[::-1]), "\n".join(lines[1:]))]
     changed += [{"train": str(swapped / data.name), "text": text}]
     changed += [{"train": str(swapped / data.name), "exchange": [str(one), str(other)]}]  # restored, with their old times
     changed += [{"train": str(moved / data.name), "text": text, "steps": 4}]
@@ -510,10 +494,9 @@ def test_a_run_goes_on_with_its_own_data_only(model_dir: Path, data: Path, tmp_p
     ((code, output),) = run_ranks(1, "test_preflight:train_again", arguments, json.dumps(changed), said=tmp_path / "said")
     assert code == 0, output[-4000:]
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    reasons = ["the order of the rows", "labels (match)", "weights", "the number of rows (5, was 6)", "contents of pictures"]
-    assert len(errors) == len(reasons) and output.count("ended 2") == 5, output[-4000:]
-    for error, reason in zip(errors, reasons, strict=True):
-        assert "checkpoint-2 was trained on" in error and f"before a change of {reason}; restore the data" in error
+    reasons = ["the order of the rows", "the number of rows (5, was 6)", "contents of pictures"]
+    assert len(errors) == output.count("ended 2"), output[-4000:]
+    assert all(f"before a change of {reason}" in error for error, reason in zip(errors, reasons, strict=True))
     assert output.count("trained\n") == 2 and len(losses(run)) == 4
 
 
@@ -537,8 +520,8 @@ def found_by_one() -> None:
     leave_at_once(lambda: exit_cleanly(found))
 
 
-def errors_of(ended: list[tuple[int, str]]) -> list[list[str]]:
-    return [[line for line in output.splitlines() if line.startswith("error: ")] for _, output in ended]
+def errors_of(said: list[str]) -> list[list[str]]:
+    return [[line for line in output.splitlines() if line.startswith("error: ")] for output in said]
 
 
 def test_a_refusal_is_said_by_one_of_several_ranks(model_dir: Path, tmp_path: Path) -> None:
@@ -548,15 +531,13 @@ def test_a_refusal_is_said_by_one_of_several_ranks(model_dir: Path, tmp_path: Pa
         ("option", ["--train.learning_rat", "1"], "did you mean"),
         ("manifest", missing, "none.jsonl: no such manifest; correct the path"),
     ):
-        ended = run_ranks(2, "forkserver_ranks:train_script", options, said=tmp_path / name, timeout=120)
-        assert [code for code, _ in ended] == [2, 2], ended
-        ((first,), others) = errors_of(ended)
-        assert sentence in first and not others, ended
+        ((first,), others) = errors_of(run_train(2, options, said=tmp_path / name, code=2))
+        assert sentence in first and not others
 
 
 def test_a_failure_that_one_rank_alone_knows_is_said(tmp_path: Path) -> None:
     ended = run_ranks(2, "test_preflight:found_by_one", said=tmp_path / "said", timeout=120)
-    assert ended[1][0] == 2 and errors_of(ended) == [[], ["error: only rank 1 sees this; look"]], ended
+    assert ended[1][0] == 2 and errors_of([output for _, output in ended]) == [[], ["error: only rank 1 sees this; look"]], ended
 
 
 def test_who_has_printed_a_sentence_is_known_by_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,13 @@ def recorded(folder: Path) -> list[float]:
     return losses(folder) if (folder / "metrics.jsonl").exists() else []
 
 
+def begun(arguments: Sequence[str], folder: Path, output: Path) -> list[ForkServerProcess]:
+    """Two ranks that have taken two steps."""
+    ranks = start(arguments, output)
+    wait_for(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
+    return ranks
+
+
 def the_run(folder: Path) -> tuple[str, str]:
     from mlflow import MlflowClient
 
@@ -76,8 +83,7 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir: Path, man
     folder = tmp_path / "run"
     extra = ["--train.max_steps", "16", "--data.num_workers", "1", "--tracking.enabled", "true", "--train.hang_timeout_s", "300"]
     arguments = train_arguments(model_dir, manifests, folder, *extra)
-    ranks = start(arguments, tmp_path)
-    wait_for(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
+    ranks = begun(arguments, folder, tmp_path)
     for _ in range(2):
         assert signal_all(ranks[1], signal.SIGINT) == 2, "a rank and its data worker"
     assert end(ranks) == [EXIT_STOPPED, EXIT_STOPPED], (tmp_path / "rank-1.log").read_text()
@@ -108,8 +114,9 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stopped_process_is_named_and_ends_the_run(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """SIGSTOP of rank 0: the other one waits in a collective, and says who hangs."""
     folder = tmp_path / "run"
-    ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps", "10000", "--train.hang_timeout_s", "10"), tmp_path)
-    wait_for(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
+    ranks = begun(
+        train_arguments(model_dir, manifests, folder, "--train.max_steps", "10000", "--train.hang_timeout_s", "10"), folder, tmp_path
+    )
     os.kill(ranks[0].pid or 0, signal.SIGSTOP)
     try:
         before = time.monotonic()
@@ -215,8 +222,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(model_dir: Path, manifests: dict[str
 def test_a_killed_data_worker_costs_no_step(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """As the kernel kills where memory is short: one sentence, and the last whole step is saved, on both ranks."""
     folder = tmp_path / "run"
-    ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps", "9999", "--data.num_workers", "1"), tmp_path)
-    wait_for(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
+    ranks = begun(train_arguments(model_dir, manifests, folder, "--train.max_steps", "9999", "--data.num_workers", "1"), folder, tmp_path)
     (worker,) = psutil.Process(ranks[1].pid).children()
     worker.kill()
     assert end(ranks, 60) == [1, 1], (tmp_path / "rank-1.log").read_text()
@@ -278,6 +284,8 @@ def test_time_runs_out_when_a_step_and_the_margin_no_longer_fit(monkeypatch: pyt
     assert reason([0, 1]) == "the job's time is nearly over" and reason([2, 1]) == "a signal asked for it" and reason([0, 0]) is None
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     assert Stop(margin_s=60).votes().tolist() == [0, 0], "no Slurm, no end"
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
+    assert reason(Stop(1e9).votes().tolist()) is None
 
 
 EARLY = """

@@ -91,6 +91,7 @@ def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(cap
         *((f"{command} none a.jsonl", "model.name_or_path 'none'") for command in ("score", "evaluate")),
         ("data check a.jsonl --model none", "model.name_or_path 'none'"),
         ("export .", "config.yaml"),
+        *((f"{command} model a.jsonl --out a.jsonl/out", "a.jsonl/out cannot be written") for command in ("score", "evaluate")),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments: str, sentence: str, here: Path, ended: Callable[..., str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -67,14 +68,12 @@ def problem(path: Path, **options: Any) -> str:
 
 
 def test_a_manifest_is_a_regular_file(folder: Path) -> None:
+    (folder / "zero.json").symlink_to("/dev/zero")
     for name in ("pipe.jsonl", "pipe.json"):
         os.mkfifo(folder / name)
-        assert problem(folder / name) == (
-            f"{folder / name}: the manifest cannot be read: it is a named pipe and not a regular file; write its contents to one"
-        )
-    assert "it is a device and not a regular file" in problem(Path("/dev/zero"))
-    (folder / "zero.json").symlink_to("/dev/zero")
-    assert "it is a device and not a regular file" in problem(folder / "zero.json")
+    for path, kind in ((folder / "pipe.jsonl", "pipe"), (folder / "pipe.json", "pipe"), (folder / "zero.json", "device"),
+                       (Path("/dev/zero"), "device")):  # fmt: skip
+        assert re.match(f"{path}: .*{kind} and not a regular file", problem(path))
 
 
 def test_lines_of_a_manifest_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,21 +173,20 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("train: {seed: 1}\ndata: {}\ntrain: {seed: 2}\n", "key 'train' occurs twice in one section (on line 3, after line 1)"),
-        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 1\n", "key 'seed' occurs twice in one section (on line 4, after line 2)"),
-        ("data: {evaluation: {a: x, b: y, a: z}}", "key 'a' occurs twice"),
-        ('{"train": {"seed": 1,\n"seed": 2}}', "key 'seed' occurs twice in one section (on line 2, after line 1)"),
-        ("train.max_steps: 1\ntrain: {max_steps: 2}\n", "'max_steps' occurs twice, by itself and in its section"),
+        ("train: {seed: 1}\ndata: {}\ntrain: {seed: 2}\n", "'train' occurs twice in one section (on line 3, after line 1)"),
+        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 1\n", "'seed' occurs twice in one section (on line 4, after line 2)"),
+        ("data: {evaluation: {a: x, b: y, a: z}}", "'a' occurs twice"),
+        ('{"train": {"seed": 1,\n"seed": 2}}', "'seed' occurs twice in one section (on line 2, after line 1)"),
+        ("train.max_steps: 1\ntrain: {max_steps: 2}\n", "'max_steps' occurs twice"),
         ("model: &model {lora: *model}", "recursive"),
     ],
 )
 def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    for given in ([f"--config={path}"], ["--config", str(path)]):
-        with pytest.raises(ConfigError) as raised:
-            parse_config(given, OBJECTIVES)
-        assert said in str(raised.value) and str(path) in str(raised.value)
+    with pytest.raises(ConfigError) as raised:
+        parse_config(["--config", str(path)], OBJECTIVES)
+    assert said in str(raised.value) and str(path) in str(raised.value)
     with pytest.raises(ConfigError, match="'a' occurs twice"):
         parse_config(["--data.evaluation", '{"a": "x", "a": "y"}'], OBJECTIVES)
     path.write_text("train.max_steps: 1\ntrain: {seed: 2}\nmodel: {lora: {rank: 4}, lora.alpha: 8}\n")
@@ -201,12 +199,12 @@ def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, t
 
 def test_a_key_given_twice_in_json_is_refused(folder: Path, tmp_path: Path) -> None:
     twice = json.dumps(row())[:-1] + ', "prompt": "another"}'
-    assert problem(manifest(folder, row("a"), twice)) == f"{folder}/m.jsonl:2: key 'prompt' occurs twice in one object; keep one of them"
+    assert problem(manifest(folder, row("a"), twice)).startswith(f"{folder}/m.jsonl:2: key 'prompt' occurs twice")
     path = manifest(folder, json.dumps([row()], indent=1), name="list.json")
     path.write_text(path.read_text().replace('"edits": [', '"edits": [],\n  "edits": ['))
-    assert "item 1: key 'edits' occurs twice in one object; keep one of them" in problem(path)
+    assert "item 1: key 'edits' occurs twice" in problem(path)
     (ds := tmp_path / "ds.json").write_text('{"bf16": {"enabled": true},\n "zero_optimization": {"stage": 3,\n "stage": 2}}')
-    with pytest.raises(ConfigError, match=r"ds\.json: .*key 'stage' occurs twice in one object; keep one"):
+    with pytest.raises(ConfigError, match=r"ds\.json: .*key 'stage' occurs twice"):
         engine.read_json(str(ds))
     assert parse_json('[{"a": {"a": ["a", {"a": 1}]}, "b": "a:"}, {"a": "\\"a\\": {"}]') == [
         {"a": {"a": ["a", {"a": 1}]}, "b": "a:"},
@@ -219,16 +217,19 @@ def test_a_key_given_twice_in_json_is_refused(folder: Path, tmp_path: Path) -> N
 # ---- pictures
 
 
-@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000), (5_000_000, 1), (20_100, 100)])
-def test_the_sides_of_a_picture_are_bounded(tmp_path: Path, size: tuple[int, int]) -> None:
-    path = png(tmp_path / "line.png", *size)
+def test_the_sides_and_pixels_of_a_picture_are_bounded_by_its_header(tmp_path: Path) -> None:
+    """PIL decodes a PNG to find its orientation."""
+    path = tmp_path / "line.png"
     for read in (open_image, image_size):
-        with pytest.raises(DataError) as raised:
-            read(path)
-        assert str(raised.value) == (f"{path}: image is {size[0]}x{size[1]}, and its sides may be 200:1 at most; crop it, or drop the row")
-    for fits in ((200, 1), (3, 600)):
-        Image.new("RGB", fits).save(path)
-        assert open_image(path).size == image_size(path) == fits
+        for width, height in ((100_000, 1), (1, 100_000), (5_000_000, 1), (20_100, 100), (30_000, 30_000)):
+            with pytest.raises(DataError, match=rf"^{path}: .*{width}x{height}"):
+                read(png(path, width, height))
+        for fits in ((200, 1), (3, 600)):
+            Image.new("RGB", fits).save(path)
+            found = read(path)
+            assert (found if read is image_size else found.size) == fits
+            with pytest.raises(DataError, match="over the limit of 3;"):
+                read(path, 3)
 
 
 def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path: Path, model_dir: Path) -> None:
@@ -250,52 +251,31 @@ def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path: Path, model_dir:
 
 def test_the_tiles_of_a_tiff_are_bounded(tmp_path: Path) -> None:
     """A kilobyte that shows 16x16 pixels of one tile, which is decoded whole: gigabytes."""
-    tags = [
-        (256, 16),
-        (257, 16),
-        (258, 8),
-        (259, 8),
-        (262, 1),
-        (277, 1),
-        (322, 40_000),
-        (323, 40_000),
-        (324, 8 + 2 + 10 * 12 + 4),
-        (325, 13),
-    ]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    side, data = 40_000, 8 + 2 + 10 * 12 + 4
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: data, 325: 13}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     path = tmp_path / "tile.tif"
     path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + zlib.compress(bytes(256)))
     for read in (open_image, image_size):
-        with pytest.raises(DataError, match=r"tile\.tif: image has tiles of 40000x40000 pixels, over the limit of 50000000; save it again"):
+        with pytest.raises(DataError, match=r"tile\.tif: .*40000x40000"):
             read(path)
-
-
-def test_a_header_is_held_against_the_pixel_limit_too(tmp_path: Path) -> None:
-    """PIL decodes a PNG to find its orientation."""
-    with pytest.raises(DataError, match="over the limit of 50000000"):
-        image_size(png(tmp_path / "bomb.png", 30_000, 30_000))
-    with pytest.raises(DataError, match="over the limit of 3;"):
-        image_size(png(tmp_path / "small.png", 2, 2), max_pixels=3)
 
 
 # ---- chat templates and texts
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        ("{% for %}", "raises TemplateSyntaxError"),
-        ("{{ raise_exception('no pictures, please') }}", r"raises TemplateError \(no pictures, please\)"),
-        ("{{ nothing.at.all }}", "raises UndefinedError"),
-        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "raises SecurityError"),
-        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "raises RecursionError"),
-    ],
-)
-def test_a_chat_template_that_raises_is_one_sentence_with_its_folder(template: str, said: str, model_dir: Path, tmp_path: Path) -> None:
+def test_a_chat_template_that_raises_is_one_sentence_with_its_folder(model_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model_dir, tmp_path / "model")
-    (copy / "chat_template.jinja").write_text(template + CHAT_TEMPLATE)
-    with pytest.raises(ConfigError, match=f"^model '{copy}': the model's chat template {said}"):
-        load_collator(ModelConfig(str(copy)), "full")
+    for template, raised in (
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ raise_exception('no pictures, please') }}", r"TemplateError \(no pictures, please\)"),
+        ("{{ nothing.at.all }}", "UndefinedError"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
+    ):
+        (copy / "chat_template.jinja").write_text(template + CHAT_TEMPLATE)
+        with pytest.raises(ConfigError, match=f"^model '{copy}': .*{raised}"):
+            load_collator(ModelConfig(str(copy)), "full")
 
 
 def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> None:
@@ -309,8 +289,8 @@ def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> 
         ):
             with pytest.raises(DataError, match=said) as raised:
                 collator.row_length(prompt, text, ((48, 48),))
-            assert f"{limit} are the bound for the model's window of {collator.max_length} tokens" in str(raised.value)
-        with pytest.raises(DataError, match=r"more than the \d+ tokens of the model's window; show fewer"):
+            assert str(limit) in str(raised.value)
+        with pytest.raises(DataError, match="window"):
             collator.row_length(PROMPT, "a", ((48, 48),) * 100_000)
     assert collator.row_length(PROMPT, "a " * (limit // 2 - 1) + "a", ((48, 48),)) > collator.max_length  # told by its tokens
 

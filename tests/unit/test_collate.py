@@ -252,7 +252,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize("cells", CELLS)
-def test_exactly_the_cells_asked_for_are_built(cells: str, make: Any, groups: list[CounterfactualGroup]) -> None:
+def test_exactly_the_cells_asked_for_are_built(cells: str, make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
     batch = make(cells)(groups)
     layout = batch.layout
     expected = {(g, *cell) for g, of_group in enumerate(CELLS[cells]) for cell in of_group}
@@ -265,24 +265,18 @@ def test_exactly_the_cells_asked_for_are_built(cells: str, make: Any, groups: li
             truth = group.match[i][c] if inside else None
             assert layout.match[g, i, c] == (-1 if truth is None else truth)
             assert (layout.num_tokens[g, i, c] > 0) == inside
-
-
-def test_unknown_cells_of_row_and_column_0_are_left_out_of_star(make: Any, groups: list[CounterfactualGroup]) -> None:
-    group = replace(groups[0], match=((1, None, 0), (0, 1, None), (None, 0, 1), (1, 0, 0)))
-    assert {tuple(cell) for cell in make("star")([group]).layout.valid[0].nonzero().tolist()} == {
-        (0, 0),
-        (0, 2),
-        (1, 0),
-        (1, 1),
-        (2, 2),
-        (3, 0),
-    }
-
-
-def test_cells_that_are_not_scored_are_0(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
-    scores = scored(scorer, make("star")(groups))
+    scores = scored(scorer, batch)
     for values in (scores.logp, scores.end_logp):
-        assert (values[~scores.layout.valid] == 0).all() and (values[scores.layout.valid] < 0).all()
+        assert (values[~layout.valid] == 0).all() and (values[layout.valid] < 0).all()
+    if cells == "star":  # whose unknown cells of the first row and column are left out
+        unknown = replace(groups[0], match=((1, None, 0), (0, 1, None), (None, 0, 1), (1, 0, 0)))
+        known = {(0, 0), (0, 2), (1, 0), (1, 1), (2, 2), (3, 0)}
+        assert {tuple(cell) for cell in make("star")([unknown]).layout.valid[0].nonzero().tolist()} == known
+    if cells == "anchor":  # whose other pictures are not opened
+        gone = replace(groups[0], images=(groups[0].images[0], *((Path(f"gone{k}.png"),) for k in range(3))))
+        assert make("anchor")([gone]).num_images == 1
+        with pytest.raises(DataError, match=r"gone0\.png"):
+            make("matched")([gone])
 
 
 def test_a_batch_comes_out_of_a_worker_as_it_went_in(make: Any, groups: list[CounterfactualGroup]) -> None:
@@ -343,14 +337,6 @@ def test_each_image_is_opened_and_encoded_once(
     finally:
         hook.remove()
     assert encoded == [8]
-
-
-def test_images_of_cells_that_are_not_scored_are_not_opened(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
-    gone = replace(groups[0], images=(groups[0].images[0], *((tmp_path / f"gone{k}.png",) for k in range(3))))
-    batch = make("anchor")([gone])
-    assert batch.num_images == len(batch.model_inputs["image_inputs"]["pixel_values"]) == 1
-    with pytest.raises(DataError, match=r"gone0\.png"):
-        make("matched")([gone])
 
 
 def test_blinded(make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]) -> None:
@@ -420,10 +406,26 @@ def test_stored_scores_land_in_their_cells(make: Any, scorer: Scorer, groups: li
 # Refusals -----------------------------------------------------------------------------------------------------------------------------
 
 
-def with_template(make: Any, template: str) -> Collator:
-    collator = make()
-    collator.processor.chat_template = template
-    return collator
+ANSWER = "ASSISTANT: {% for item in message['content'] %}{{ item['text'] }}"
+TEMPLATES = {
+    "alters the text": (ANSWER, ANSWER.replace("'] }}", "'] | trim }}"), "does not follow its prompt"),
+    "has a prompt that is no prefix": ("%}ASSISTANT:{%", "%}BOT:{%", "does not follow its prompt"),
+    "ends its prompt inside a token": ("%}ASSISTANT:{%", "%}ASSISTANT: {%", "changes the tokens of its prompt"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_after_which_no_text_can_be_scored_is_refused(case: str, make: Any, groups: list[CounterfactualGroup]) -> None:
+    collator, (right, wrong, named) = make(), TEMPLATES[case]
+    for text in ("a red circle ", " a red circle  ", "a red circle\n"):
+        group = replace(groups[3], candidates=(Candidate(PROMPT, text),))
+        collator.processor.chat_template = CHAT_TEMPLATE
+        assert collator([group]).layout.num_tokens.item() > 0
+        collator.processor.chat_template = CHAT_TEMPLATE.replace(right, wrong)
+        with pytest.raises(DataError, match=f"group 'one': text 0 .*{named}"):
+            collator([group])
+    if "alters" in case:
+        collator([groups[3]])
 
 
 def test_a_text_that_does_not_fit_the_window_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
@@ -433,49 +435,15 @@ def test_a_text_that_does_not_fit_the_window_is_refused(make: Any, groups: list[
     longest = max(range(3), key=lambda c: lengths[c])
     batch = make(max_length=max(lengths))([group])
     assert batch.model_inputs["input_ids"].shape[1] > max(lengths)
-    with pytest.raises(
-        DataError, match=rf"group 'many': text \d makes a row of {lengths[longest]} tokens, .* window is {max(lengths) - 1}"
-    ):
+    with pytest.raises(DataError, match=rf"group 'many': text \d .* {lengths[longest]} tokens, .* {max(lengths) - 1}"):
         make(max_length=max(lengths) - 1)([group])
     long = replace(group, candidates=(*group.candidates[:2], Candidate(PROMPT, "red " * 600 + "circle")))
-    with pytest.raises(DataError, match=r"group 'many': text 2 makes a row .* window is 512; shorten"):
+    with pytest.raises(DataError, match=r"group 'many': text 2 .* 512"):
         make()([groups[3], long])
     make("anchor")([long])  # the long text is not scored
-
-
-@pytest.mark.parametrize("text", ["a red circle ", " a red circle  ", "a red circle\n"])
-def test_a_template_that_alters_the_text_is_refused(text: str, make: Any, groups: list[CounterfactualGroup]) -> None:
-    trimming = with_template(
-        make,
-        CHAT_TEMPLATE.replace(
-            "ASSISTANT: {% for item in message['content'] %}{{ item['text'] }}",
-            "ASSISTANT: {% for item in message['content'] %}{{ item['text'] | trim }}",
-        ),
-    )
-    group = replace(groups[3], candidates=(Candidate(PROMPT, text),))
-    assert make()([group]).layout.num_tokens.item() > 0, "the template that leaves it alone takes it"
-    with pytest.raises(DataError, match=r"group 'one': text 0 .* does not follow its prompt unchanged"):
-        trimming([group])
-    trimming([replace(group, candidates=(Candidate(PROMPT, text.strip()),))])
-
-
-def test_a_template_whose_prompt_is_not_a_prefix_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
-    other = with_template(make, CHAT_TEMPLATE.replace("%}ASSISTANT:{%", "%}BOT:{%"))
-    with pytest.raises(DataError, match=r"group 'one': text 0 .* does not follow its prompt unchanged"):
-        other([groups[3]])
-
-
-def test_a_prompt_that_ends_inside_a_token_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
-    """A generation prompt with a space after it: alone the space is a token, before a word it is part of the word's."""
-    broken = with_template(make, CHAT_TEMPLATE.replace("%}ASSISTANT:{%", "%}ASSISTANT: {%"))
-    with pytest.raises(DataError, match=r"group 'one': text 0 .* changes the tokens of its prompt"):
-        broken([groups[3]])
-
-
-@pytest.mark.parametrize(("prompt", "text"), [("What is <image>?", "a red circle"), (PROMPT, "a <image> circle"), (PROMPT, "<image>")])
-def test_a_literal_image_placeholder_is_refused(prompt: str, text: str, make: Any, groups: list[CounterfactualGroup]) -> None:
-    with pytest.raises(DataError, match=r"group 'one': text 0: '<image>' in a prompt or text"):
-        make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
+    for prompt, text in (("What is <image>?", "a red circle"), (PROMPT, "a <image> circle"), (PROMPT, "<image>")):
+        with pytest.raises(DataError, match="group 'one': text 0: '<image>'"):
+            make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
 
 
 def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_manifest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from cfvlm_ds.batching.collator import load_collator
-from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.run_folder import named_model, recorded_model
@@ -200,7 +198,7 @@ def test_a_run_folder_means_its_export_or_its_adapters(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
     (run / "config.yaml").write_text(json.dumps({"model": {"name_or_path": "org/base", "max_tiles": 3, "lora": {"rank": 4}}}))
-    with pytest.raises(ConfigError, match=rf"{run} is a run folder without an export; write one with `cfvlm-ds export {run}`"):
+    with pytest.raises(ConfigError, match=f"cfvlm-ds export {run}"):
         named_model(str(run))
     (run / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}))
     with pytest.raises(ConfigError, match=r"adapter has no adapter_model\.safetensors"):
@@ -209,41 +207,22 @@ def test_a_run_folder_means_its_export_or_its_adapters(tmp_path: Path) -> None:
     named = named_model(str(run))
     assert (named.name_or_path, named.adapter, named.recorded.max_tiles) == ("org/base", run / "adapter", 3)
     assert named_model(str(run / "adapter")).name_or_path == "org/base"
-    with pytest.raises(ConfigError, match="holds adapters and no model to train; go on from its base org/base"):
+    with pytest.raises(ConfigError, match="org/base"):
         load_config(str(run / "adapter"))
     (run / "export").mkdir()
     (run / "export" / "config.json").write_text("{}")
     assert (named_model(str(run)).name_or_path, named_model(str(run)).adapter) == (str(run / "export"), None)
     assert named_model("org/model").name_or_path == "org/model" and recorded_model(run).lora.rank == 4
-
-
-NO_RUNS = ["", "[]", "model: 7", "model: {}", "model: {name_or_path: [x]}", "model: {name_or_path: x, lora: {rank: many}}",
-           "model: {name_or_path: x, mystery: 1}", "{", "\0", "- " * 3000, "model: !!python/name:os.system"]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", NO_RUNS, ids=lambda text: text[:20])
-def test_a_recorded_configuration_that_is_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.yaml is not a run's configuration \(.*\); restore it"):
-        recorded_model(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["[]", "{", '{"peft_type": "LORA"}', '{"peft_type": "IA3", "base_model_name_or_path": "x"}',
-                                  '{"peft_type": "LORA", "base_model_name_or_path": ["x"]}'])  # fmt: skip
-def test_adapters_that_are_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"adapter_config\.json.* (describes no adapters|are not known).*; name a folder that"):
-        named_model(str(tmp_path))
-
-
-def test_outputs_that_cannot_be_written(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = write_manifest(tmp_path / "m.jsonl", 1)
-    (tmp_path / "file").write_text("")
-    for command in ("score", "evaluate"):
-        with pytest.raises(SystemExit) as ended:
-            main([command, str(model_dir), str(manifest), "--out", str(tmp_path / "file" / "out")])
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert ended.value.code == 2 and said.startswith(f"error: {tmp_path / 'file' / 'out'} cannot be written (") and "--out" in said
+    for text in ("", "[]", "model: 7", "model: {}", "model: {name_or_path: [x]}", "model: {name_or_path: x, lora: {rank: many}}",
+                 "model: {name_or_path: x, mystery: 1}", "{", "\0", "- " * 3000, "model: !!python/name:os.system"):  # fmt: skip
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"run/config\.yaml"):
+            recorded_model(run)
+    for text in ("[]", "{", '{"peft_type": "LORA"}', '{"peft_type": "IA3", "base_model_name_or_path": "x"}',
+                 '{"peft_type": "LORA", "base_model_name_or_path": ["x"]}'):  # fmt: skip
+        (run / "adapter" / "adapter_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"adapter_config\.json"):
+            named_model(str(run / "adapter"))
 
 
 @pytest.fixture(scope="module")
@@ -294,10 +273,10 @@ def test_modules_that_were_saved_whole_are_those_of_peft(model_dir: Path, tmp_pa
         ({"r": -1}, "; "),
         ({"r": "x"}, "; "),
         ({"lora_alpha": "x"}, "cannot be loaded"),
-        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "have megatron_config in their adapter_config.json, which is not"),
-        ({"layer_replication": [[0, 10**9]]}, "have layer_replication in their adapter_config.json, which is not supported; merge them"),
-        ({"target_parameters": ["a"]}, "have target_parameters in their"),
-        ({"modules_to_save": ["multi_modal_projector"]}, "cannot be loaded (KeyError: "),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication"),
+        ({"target_parameters": ["a"]}, "target_parameters"),
+        ({"modules_to_save": ["multi_modal_projector"]}, "KeyError: "),
     ],
 )
 def test_adapters_that_say_what_they_are_not(change: dict[str, Any], said: str, adapters: Path, model_dir: Path, tmp_path: Path) -> None:
