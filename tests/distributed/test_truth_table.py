@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import metrics, run_ranks, save_groups, train_arguments
+from conftest import COLOURS, PROMPT, metrics, run_train, save_groups, train_arguments
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli.main import main
@@ -405,15 +405,9 @@ def test_the_shuffled_row_counts_the_groups_that_have_another_image() -> None:
 def shapes(manifests: dict[str, Path]) -> Path:
     """Groups without edits on real pictures: captions, two questions on two images, an edited image without a text, eight choices."""
     picture = [(path,) for path in sorted((manifests["test"].parent / "images").glob("test-*.png"))]
-    identity, questions = (
-        ((1, 0), (0, 1)),
-        tuple(Candidate(f"Is it {word}?", answer) for word in ("red", "blue") for answer in ("yes", "no")),
-    )
-    colours = tuple(
-        Candidate("Describe the image.", f"a {c} {s} costs $x_{{$")
-        for c in ("red", "green", "blue", "yellow")
-        for s in ("circle", "square")
-    )
+    identity = ((1, 0), (0, 1))
+    questions = tuple(Candidate(f"Is it {word}?", answer) for word in ("red", "blue") for answer in ("yes", "no"))
+    colours = tuple(Candidate(PROMPT, f"a {c} {s} costs $x_{{$") for c in COLOURS for s in ("circle", "square"))
     groups = [
         CounterfactualGroup("captions", (picture[0],), colours[:2], ((1, 0),)),
         CounterfactualGroup("questions", tuple(picture[1:3]), questions, ((1, 0, 0, 1), (0, 1, 1, 0))),
@@ -434,18 +428,10 @@ def test_a_training_evaluates_every_shape_within_its_budget(
     options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.max_steps", "2", "--train.figures", "true"]
     options += ["--train.save_best", "eval/shapes/pair", "--data.max_tokens_per_forward", "60", "--train.export", "true"]
     options += ["--train.per_device_train_batch_size", "2", "--data.num_workers", "1"]
-    ended = run_ranks(2, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
-    assert [code for code, _ in ended] == [0, 0], ended
-    said = ended[0][1]
+    said, _ = run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
     (warning,) = (line for line in said.splitlines() if "warning" in line)
     assert "shapes: 2 of its 8 pictures are in the training set" in warning  # the test split repeats two, and takes its pictures from it
-    order = [
-        "the largest evaluation batch, of shapes, fits: 5 groups, ",
-        "step 1/2",
-        "  shapes: group accuracy unlabelled",
-        "exported to",
-        "| split |",
-    ]
+    order = ["the largest evaluation batch, of shapes", "step 1/2", "  shapes: group accuracy unlabelled", "exported to", "| split |"]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
     assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
     rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
@@ -468,20 +454,16 @@ def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
     splits = {"s": [group([[1, 0]])]}
     check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
     for name in ("eval/s/group", "eval/s/shuffled_pair", "eval/s/count/pair"):
-        with pytest.raises(
-            ConfigError, match=rf"^train.save_best '{name}' is no metric .*; take one of eval/s/blind_factual, [^\n]*eval/s/pair, "
-        ):
+        with pytest.raises(ConfigError, match=rf"^train.save_best '{name}' .* eval/s/blind_factual, [^\n]*eval/s/pair, "):
             check_best(parse_config([*options, name], OBJECTIVES), splits)
-    with pytest.raises(ConfigError, match="no group has a comparison"):
+    with pytest.raises(ConfigError, match="comparison"):
         check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
 
 
 def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
     options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.save_best", "eval/shapes/sham"]
-    ((code, said),) = run_ranks(
-        1, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said"
-    )
-    assert code == 2 and "error: train.save_best 'eval/shapes/sham' is no metric that an evaluation of data.evaluation has" in said, said
+    (said,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said", code=2)
+    assert "error: train.save_best 'eval/shapes/sham'" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step 1" not in said
 
 
@@ -530,10 +512,8 @@ def test_a_figure_that_fails_is_a_warning(tmp_path: Path) -> None:
     splits, said = {"good": [replace(good, images=((),))], "gone": [gone]}, list[str]()
     drawn = results.draw_figures(tmp_path, splits, {name: [scores([[-1.0, -2.0]])] for name in splits}, 10**6, said.append)
     assert drawn == [tmp_path / "scores-good.png"] and drawn[0].exists()
-    assert [line.split(" could not be drawn (")[0] for line in said] == [
-        f"warning: {tmp_path}/{n}.png" for n in ("learning_curves", "scores-gone")
-    ]
-    assert all(line.endswith("; the run goes on") and "\n" not in line for line in said)
+    names = ("learning_curves", "scores-gone")
+    assert all(line.startswith(f"warning: {tmp_path}/{name}.png ") and "\n" not in line for name, line in zip(names, said, strict=True))
 
 
 def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def test_a_checkpoint_that_is_not_whole_is_told(case: str, tmp_path: Path) -> No
     """A resume takes its step, ranks and MLflow run from the list; a file elsewhere has the right size and sum."""
     (tmp_path / "outside.pt").write_bytes(b"x" * 10)
     change, named = INCOMPLETE[case]
-    assert checkpoint.incomplete(path := make(tmp_path, 3)) is None
+    path = make(tmp_path, 3)
+    assert checkpoint.incomplete(path) is None
     change(path)
     (path,) = tmp_path.glob("checkpoint-*")
     assert named in str(checkpoint.incomplete(path))

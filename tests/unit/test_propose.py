@@ -102,78 +102,10 @@ def test_the_rules_propose_what_is_right_and_most_of_it() -> None:
     for caption, edits in TABLE:
         texts = {(each.type, each.text) for each in every(caption)}
         wrong += [text for text in texts if not any(text[0] == kind and text[1] in right for kind, _, right in edits)]
-        listed = [any((kind, text) in texts for text in right) for kind, must, right in edits if must]
-        proposed, wanted, found = proposed + len(texts), wanted + len(listed), found + sum(listed)
-    assert len(TABLE) >= 300 and proposed > 2000
-    assert len(wrong) <= 0.01 * proposed and found >= 0.6 * wanted, (wrong, found, wanted)
-
-
-def test_the_lists_of_words_hold_words_and_name_listed_nouns() -> None:
-    """A name that is mistyped would hold of nothing, and YAML takes a bare "on" for true."""
-    strings: list[Any] = [vocabulary.LISTS]
-    while strings:
-        value = strings.pop()
-        assert isinstance(value, (dict, list, str)), value
-        strings += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    ones = {one for _, one, _ in vocabulary.NOUNS.values()}
-    for one, others in vocabulary.by_word("instead").items():
-        assert {one, *others} <= ones and {*others} - {one}, one
-    for table in ("kept_beside", "never_beside", "only_beside", "governed"):
-        assert vocabulary.by_word(table).keys() <= ones | vocabulary.LISTS["nouns"].keys(), table
-    assert all(other in vocabulary.ACTIONS for others in vocabulary.ACTIONS.values() for other in others)
-    for colours in vocabulary.by_word("colours_of").values():
-        assert {*colours} <= {*vocabulary.COLOURS}
-    for materials in vocabulary.by_word("made_of").values():
-        assert {*materials} <= {*vocabulary.MATERIALS}
-
-
-def test_no_word_is_found_within_another_one() -> None:
-    """Every listed word with letters before or after it is another word, of which nothing is proposed."""
-    listed = {*vocabulary.COLOURS, *vocabulary.SIZES, *vocabulary.NUMBERS, "sitting", "left"} | {*sorted(vocabulary.NOUNS)[::9]}
-    for word in sorted(listed):
-        for made in (f"x{word}", f"pre-{word}", f"{word}-like"):
-            assert every(f"the {made} of wuppertal") == [], made
-
-
-def test_no_caption_breaks_the_rules() -> None:
-    """Words of the lists in any order, with marks, numbers and capitals between them."""
-    chance = random.Random(11)
-    listed = [
-        "a",
-        "an",
-        "the",
-        "two",
-        "one",
-        "3",
-        "٣",
-        "left",
-        "of",
-        "to",
-        ",",
-        ".",
-        "“",
-        "-",
-        "of",
-        "and",
-        "is",
-        "are",
-        "with",
-        "sitting",
-        "Fuji",
-        "hydrants",
-        "wooden",
-        "several",
-        "group",
-    ]
-    listed += [
-        "the right of",
-        "a group of",
-        *vocabulary.NOUNS,
-        *vocabulary.COLOURS,
-        *vocabulary.SIZES,
-        *vocabulary.ACTIONS,
-        *vocabulary.LISTS["after_an_action"].split(),
-    ]
+        plain = "a an the two one 3 ٣ left of to , . “ - of and is are with sitting Fuji hydrants wooden several group"
+    listed = plain.split(" ")
+    listed += ["the right of", "a group of", *vocabulary.LISTS["after_an_action"].split()]
+    listed += [*vocabulary.NOUNS, *vocabulary.COLOURS, *vocabulary.SIZES, *vocabulary.ACTIONS]
     proposals = 0
     for _ in range(150):
         caption = " ".join(chance.choices(listed, k=chance.randrange(1, 9)))
@@ -184,33 +116,21 @@ def test_no_caption_breaks_the_rules() -> None:
 
 
 def test_what_cannot_be_edited_has_a_reason() -> None:
-    for caption, reason in (
-        ("no dog", "a negation"),
-        ("fog", "nothing to edit"),
-        ("a dog\x1b[31m", "no caption"),
-        ("a " * 2000, "no caption"),
-    ):
+    for caption in ("no dog", "fog", "a dog\x1b[31m", "a " * 2000):
         found = edits_of(caption, TYPES)
-        assert isinstance(found, Rejected) and found.reason.startswith(reason), caption
-
-
-def test_articles() -> None:
-    assert [english.article(word) for word in ("apple", "hour", "unicorn", "one", "useful", "European", "dog")] == [
-        "an", "an", "a", "a", "a", "a", "a",
-    ]  # fmt: skip
+        assert isinstance(found, Rejected) and found.reason, caption
+    words = ("apple", "hour", "unicorn", "one", "useful", "European", "dog")
+    assert [english.article(word) for word in words] == ["an", "an", *["a"] * 5]
 
 
 def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, remedy in (
-        ("spacy.util.get_installed_models", "python -m spacy download en_core_web_sm"),
-        ("", r"cfvlm-ds\[counterfactuals\]"),
+    for absent, remedy in (
+        (lambda: monkeypatch.setattr("spacy.util.get_installed_models", lambda: []), "python -m spacy download en_core_web_sm"),
+        (lambda: monkeypatch.setitem(sys.modules, "spacy", None), r"cfvlm-ds\[counterfactuals\]"),
     ):
         english.parser.cache_clear()
-        if name:
-            monkeypatch.setattr(name, lambda: [])
-        else:
-            monkeypatch.setitem(sys.modules, "spacy", None)
-        with pytest.raises(ConfigError, match=f"--with rules: spaCy .*{remedy}"):
+        absent()
+        with pytest.raises(ConfigError, match=f"--with rules: .*{remedy}"):
             proposed(tmp_path, ["a red car"])
     monkeypatch.undo()
     assert proposed(tmp_path, ["a red car"]) != {}
@@ -303,9 +223,9 @@ def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:
     edits = proposed(tmp_path / "own", 9 * ["a red car in a park"], words=str(tmp_path / "words.yaml"))
     texts = {edit["text"] for listed in edits.values() for edit in listed}
     assert texts == {"a cyan car in a park", "a white car in a park"} and all(len(listed) == 1 for listed in edits.values())
-    for line, said in (("relation: [left]", "has no list of words"), ("object: [dragon]", "the forms of 'dragon' are not known")):
+    for line, named in (("relation: [left]", "relation"), ("object: [dragon]", "'dragon'")):
         (tmp_path / "words.yaml").write_text(line)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=named):
             proposed(tmp_path / line[:3], ["a red car"], words=str(tmp_path / "words.yaml"))
 
 
@@ -315,25 +235,26 @@ def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, kind, said",
     [
-        ("a blue car near two dogs", "colour", None),
-        ("a red car near three dogs", "count", None),
-        ("two red dogs near a car", "swap_object", None),
-        ("two red cats near a car", "swap_object", "a swap has the same words"),
-        ("a blue car near three dogs", "colour", "more than one thing changed"),
-        ("a red car near three cats", "count", "more than one thing changed"),
-        ("a red automobile near two dogs", "object", "a paraphrase"),
-        ("the red car near two dogs", "object", "nothing visible changed"),
-        ("A red car near two dogs.", "object", "only punctuation changed"),
+        ("a blue car near two dogs", "colour", ""),
+        ("a red car near three dogs", "count", ""),
+        ("two red dogs near a car", "swap_object", ""),
+        ("two red cats near a car", "swap_object", "same words"),
+        ("a blue car near three dogs", "colour", "more than one"),
+        ("a red car near three cats", "count", "more than one"),
+        ("a red automobile near two dogs", "object", "paraphrase"),
+        ("the red car near two dogs", "object", "visible"),
+        ("A red car near two dogs.", "object", "punctuation"),
         ("a red car near two dogs", "object", "nothing changed"),
         ("", "object", "no text"),
-        ("a red car near two\ndogs", "object", "not one printable line"),
-        ("a red car without two dogs", "relation", "a negation"),
-        ("near two dogs a red car", "object", "words are only in another order"),
-        ("a red car near the " + "very " * 9 + "old dogs", "object", "more than one thing changed"),
+        ("a red car near two\ndogs", "object", "printable"),
+        ("a red car without two dogs", "relation", "negation"),
+        ("near two dogs a red car", "object", "order"),
+        ("a red car near the " + "very " * 9 + "old dogs", "object", "more than one"),
     ],
 )
-def test_a_text_is_judged_by_its_words(text: str, kind: str, said: str | None) -> None:
-    assert defect("a red car near two dogs", text, kind) == said
+def test_a_text_is_judged_by_its_words(text: str, kind: str, said: str) -> None:
+    found = defect("a red car near two dogs", text, kind)
+    assert said in (found or "") and bool(found) == bool(said)
 
 
 # --- a language model -------------------------------------------------------------------------------------------------------------------
@@ -538,33 +459,20 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
         assert done["counts"]["without a reply"] == 4 and len(server.asked) == 12
-        assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == "no usable reply: status 500: boom"
+        assert "status 500: boom" in lines_of(tmp_path / "W")[0]["rejected"][0]["reason"]
         monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
-        with pytest.raises(ConfigError, match="3 captions in a row without a usable reply"):
+        with pytest.raises(ConfigError, match="3 captions"):
             asked_model(captions, tmp_path / "V", server, llm_calls=1)
-    for status in (401, 404, 302):
-        server = Server(lambda body, number, status=status: (status, b"bad model", {"Location": "http://elsewhere/"}))
-        with server.running(), pytest.raises(ConfigError, match=f"answers {status} .*bad model.*; correct the address"):
-            asked_model(captions, tmp_path / f"U{status}", server)
-
-
-@pytest.mark.parametrize("status", [400, 422])
-def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
-    status: int, captions: Path, tmp_path: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A caption that is too long for a server must not end the step at every start."""
-    server = Server(lambda body, number: (status, b"too long", {}) if "red car" in json.dumps(body) else (200, reply([]), {}))
-    with server.running():
-        done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
-    assert done["counts"]["without a reply"] == 1 and len(server.asked) == 4 and not at_once
-    assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == f"no usable reply: status {status}: too long"
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
-    server = Server(lambda body, number: (status, b"no such option", {}))
-    with (
-        server.running(),
-        pytest.raises(ConfigError, match=f"3 captions in a row .*, the last: status {status}: no such option; .*options"),
-    ):
-        asked_model(captions, tmp_path / "V", server, llm_calls=1)
+    for status, text in ((401, "bad model"), (404, "bad model"), (302, "bad model"), (400, "no such option"), (422, "no such option")):
+        server = Server(lambda body, number, status=status, text=text: (status, text.encode(), {"Location": "http://elsewhere/"}))
+        with server.running(), pytest.raises(ConfigError, match=f"{status}.*{text}"):
+            asked_model(captions, tmp_path / f"U{status}", server, llm_calls=1)
+    for status in (400, 422):  # a caption that is too long for a server must not end the step at every start
+        server = Server(lambda body, number, at=status: (at, b"too long", {}) if "red car" in json.dumps(body) else (200, reply([]), {}))
+        with server.running():
+            done = asked_model(captions, tmp_path / f"W{status}", server, llm_calls=1)
+        assert done["counts"]["without a reply"] == 1 and len(server.asked) == 4
+        assert "too long" in lines_of(tmp_path / f"W{status}")[0]["rejected"][0]["reason"]
 
 
 def test_a_restart_asks_of_no_caption_that_has_its_record(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
@@ -582,7 +490,7 @@ def test_a_restart_asks_of_no_caption_that_has_its_record(captions: Path, tmp_pa
         asked_model(captions, out, server, llm_calls=3)
         assert len(server.asked) == 5 and "fog" in json.dumps(server.asked[4])
         assert {path.name: path.read_bytes() for path in (out / "propose").iterdir()} == whole
-        with pytest.raises(ConfigError, match=r"begun with other settings \(.*llm_model: 'm' then, 'n' now.*\)"):
+        with pytest.raises(ConfigError, match="llm_model: 'm'"):
             (out / "propose" / "shard-00000.done.json").unlink()
             asked_model(captions, out, server, llm_model="n")
 
@@ -612,7 +520,7 @@ def test_a_server_that_is_not_there_is_said_at_once(captions: Path, tmp_path: Pa
     server = Server(lambda body, number: (200, reply([]), {}))
     with server.running():
         pass
-    with pytest.raises(ConfigError, match=r"it cannot be reached \(ConnectionRefusedError.*start the server, or correct the address"):
+    with pytest.raises(ConfigError, match="ConnectionRefusedError"):
         asked_model(captions, tmp_path / "W", server)
     with server.running():  # at another address: nothing was done with the first
         asked_model(captions, tmp_path / "W", server)
@@ -702,13 +610,6 @@ def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.Mo
         assert [record.get("source") for record in records] == [f"r{k}" if k % 9 != 4 else None for k in own]
 
 
-def test_data_of_which_nothing_can_be_read_leave_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text('{"image": "a.png", "caption": 7}\n' * 3)
-    with pytest.raises(DataError, match=r"c.jsonl:1: .*\(and so are all 3 groups\)"):
-        propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "W", ProposeOptions(), 0, quiet)
-    assert not (tmp_path / "W").exists()
-
-
 def test_shards_that_start_side_by_side_make_one_index(tmp_path: Path) -> None:
     built, path = [], tmp_path / "mine" / "slots.bin"
 
@@ -767,11 +668,13 @@ def test_registered_back_ends_are_called_by_name(captions: Path, tmp_path: Path,
     store = open_groups(captions, None, "auto")
     done = propose(store, tmp_path / "W", ProposeOptions(back_ends="rules,own"), 0, quiet)
     assert done["counts"]["back end: own"] == 4 and WorkFolder.open(tmp_path / "W").settings("propose")["settings"]["own"] == {"version": 3}
-    with pytest.raises(ConfigError, match="--with rulez: no such back end; did you mean 'rules'"):
-        propose(store, tmp_path / "V", ProposeOptions(back_ends="rulez"), 0, quiet)
-    with pytest.raises(ConfigError, match="--types color: no such type of edit"):
-        propose(store, tmp_path / "V", ProposeOptions(types="color"), 0, quiet)
-    assert not (tmp_path / "V").exists() and set(TYPES) > {"colour"}
+    for options, named in (({"back_ends": "rulez"}, "--with rulez: .*'rules'"), ({"types": "color"}, "--types color")):
+        with pytest.raises(ConfigError, match=named):
+            propose(store, tmp_path / "V", ProposeOptions(**options), 0, quiet)
+    write_rows(tmp_path / "c.jsonl", [{"image": "a.png", "caption": 7}] * 3)
+    with pytest.raises(DataError, match=r"c\.jsonl:1: .* 3 groups"):
+        propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "V", ProposeOptions(), 0, quiet)
+    assert not (tmp_path / "V").exists()
 
 
 def test_a_caption_said_of_many_pictures_does_not_hide_the_others(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from conftest import free_port, read_rows, wait_for
 
 from cfvlm_ds.cli.main import main as cfvlm_ds_main
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
-from cfvlm_ds.tracking.delivery_record import DeliveryRecord
 
 
 class Server:
@@ -89,6 +88,13 @@ def remote(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 @pytest.fixture
 def client(server: Server) -> Any:
     return mlflow.MlflowClient(tracking_uri=server.url)
+
+
+def _delivered(run_dir: Path) -> str:
+    """The id of the run that the folder was delivered to."""
+    run_id = json.loads((run_dir / ".mlflow_delivery.json").read_text())["run_id"]
+    assert isinstance(run_id, str)
+    return run_id
 
 
 def _open(run_dir: Path, params: dict[str, Any] | None = None, **where: Any) -> Tracker:
@@ -189,12 +195,12 @@ def test_data_sets_reach_a_server_that_was_down_and_one_that_has_lost_the_run(
     assert "hunter2" not in (tmp_path / ".mlflow_delivery.json").read_text()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     assert deliver(tmp_path)
-    run_id = DeliveryRecord.load(tmp_path).run_id  # type: ignore[union-attr]
+    run_id = _delivered(tmp_path)
     (found,) = client.get_run(run_id).inputs.dataset_inputs
     assert (found.dataset.name, json.loads(found.dataset.source)) == ("x" * 500, {"uri": "https://***@host/train.jsonl"})
     client.delete_run(run_id)
-    assert deliver(tmp_path) and DeliveryRecord.load(tmp_path).run_id != run_id  # type: ignore[union-attr]
-    assert len(client.get_run(DeliveryRecord.load(tmp_path).run_id).inputs.dataset_inputs) == 1  # type: ignore[union-attr]
+    assert deliver(tmp_path) and _delivered(tmp_path) != run_id
+    assert len(client.get_run(_delivered(tmp_path)).inputs.dataset_inputs) == 1
 
 
 def test_a_new_run_in_a_used_folder_starts_over(remote: Server, client: Any, tmp_path: Path) -> None:
@@ -215,7 +221,7 @@ def test_a_crash_shows_failed(remote: Server, client: Any, tmp_path: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "out of luck" in done.stderr
-    run = client.get_run(json.loads((tmp_path / ".mlflow_delivery.json").read_text())["run_id"])
+    run = client.get_run(_delivered(tmp_path))
     assert (run.info.status, run.data.metrics["loss"]) == ("FAILED", 1.0)
 
 
@@ -290,16 +296,18 @@ def test_close_is_bounded_and_the_rest_is_delivered_later(
     remote.wait()
     for _ in range(2):  # the second time there is nothing left to do
         cfvlm_ds_main(["track", str(tmp_path)])
-    run_id = json.loads((tmp_path / ".mlflow_delivery.json").read_text())["run_id"]
-    assert _history(client, run_id, "a") == [(1, 1.0), (2, 3.0)]
-    assert client.get_run(run_id).info.status == "FAILED"
+    assert _history(client, _delivered(tmp_path), "a") == [(1, 1.0), (2, 3.0)]
+    assert client.get_run(_delivered(tmp_path)).info.status == "FAILED"
 
 
 def test_local_store_is_what_mlflow_ui_shows(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its making was cut off: killed between two of its migrations, MLflow's own file is refused by every later start."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run_dir = tmp_path / "run folder"
+    (run_dir := tmp_path / "run folder").mkdir()
+    (run_dir / "mlflow.db.tmp").write_bytes(b"half of a store")
     with _open(run_dir) as tracker:
         tracker.log(1, {"loss/lm": 0.5})
+    assert not (run_dir / "mlflow.db.tmp").exists()
     ui = Server(run_dir, ["ui"])
     ui.start()
     try:
@@ -313,7 +321,7 @@ def test_local_store_is_what_mlflow_ui_shows(tmp_path: Path, server: Server, mon
     # A run recorded without a server can be copied to one.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     assert deliver(run_dir, timeout=30)
-    copy = mlflow.MlflowClient(tracking_uri=server.url).get_run(json.loads((run_dir / ".mlflow_delivery.json").read_text())["run_id"])
+    copy = mlflow.MlflowClient(tracking_uri=server.url).get_run(_delivered(run_dir))
     assert (copy.data.metrics["loss/lm"], copy.data.tags["continues_run"], copy.info.status) == (0.5, tracker.run_id, "FINISHED")
 
 
@@ -328,9 +336,7 @@ def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(
     assert "set MLFLOW_TRACKING_URI, or rename the folder" in said and "To deliver it later" in said
     assert os.listdir(tmp_path / "runs") == [name] and not list(tmp_path.rglob("*.db*"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-    assert deliver(run_dir, 60)
-    found = DeliveryRecord.load(run_dir)
-    assert found is not None and client.get_run(found.run_id).data.metrics["loss"] == 1.0
+    assert deliver(run_dir, 60) and client.get_run(_delivered(run_dir)).data.metrics["loss"] == 1.0
 
 
 def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path: Path) -> None:
@@ -390,15 +396,3 @@ def test_disabled_does_nothing(tmp_path: Path) -> None:
         tracker.artifact(tmp_path / "nothing")
         tracker.close("FAILED")
     assert tracker.run_id is None and not (tmp_path / "run").exists()
-
-
-def test_a_local_store_whose_making_was_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between two of its migrations, MLflow's own file is refused as out of date by every later start."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlflow.db.tmp").write_bytes(b"half of a store")
-    with open_tracker(True, tmp_path, "tests", "a run", {"lr": 0.1}, {}) as tracker:
-        tracker.log(1, {"loss": 1.0})
-    assert not (tmp_path / "mlflow.db.tmp").exists()
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
-    assert run.info.status == "FINISHED" and run.data.metrics["loss"] == 1.0
