@@ -329,7 +329,7 @@ def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -
     before, after = (int(re.findall(r"propose: 3 of 6 shards, (\d+) records", each)[0]) for each in (text, status(out)))
     assert after == before + 2
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and ranges([]) == ""
-    with pytest.raises(ConfigError, match=r"verify is not through with 6 of 6 shards; run them first: --array=0-5"):
+    with pytest.raises(ConfigError, match=r"6 of 6 shards.*--array=0-5"):
         select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
 
 
@@ -371,7 +371,7 @@ def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_b
         assert contents(out) == before
     (out / "edit" / "shard-00002.jsonl").unlink()  # with the completion file alone it is not through
     assert "edit: 2 of 3 shards" in status(out)
-    with pytest.raises(ConfigError, match="edit is not through with shard 2"):
+    with pytest.raises(ConfigError, match="edit has not finished shard 2"):
         verify(out, VerifyOptions(), 2, quiet, None)
     through_all(photos, out, 3)
     assert contents(out) == before
@@ -844,7 +844,7 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
     shown = (tmp_path / "groups.jsonl").read_text(), (tmp_path / "page" / "index.html").read_text()
     assert all("--api-key ***" in text for text in shown)
     assert not [name for name, content in contents(tmp_path).items() if secret.encode() in content]
-    with pytest.raises(ConfigError, match=r"begun with other settings \(command: "):
+    with pytest.raises(ConfigError, match=r"\(command: "):
         edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py")), 0, quiet)
 
 
@@ -912,7 +912,7 @@ def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pyte
     for part, library in (("unet", "own"), ("unet", "planted"), ("_class_name", "own"), ("unet", "diffusers"), ("unet", "os")):
         index = {"_class_name": "DDPMPipeline", part: [library, "UNet2DConditionModel"]}
         (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
-        with pytest.raises(ConfigError, match="no pipeline of diffusers"):
+        with pytest.raises(ConfigError, match="diffusers pipeline"):
             Diffusers(editor)
     assert not (tmp_path / "ran").exists()
     assert f"diffusers>={OLDEST};" in (REPO / "pyproject.toml").read_text()
@@ -937,7 +937,7 @@ def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: s
     assert content[0] == content[1] != content[2]
     with pytest.raises(ConfigError, match=r"--options steps: .* is not called with it; it takes .*num_inference_steps"):
         Diffusers(EditOptions(model=options.model, options="steps=2"))
-    with pytest.raises(ConfigError, match="no pipeline of diffusers"):
+    with pytest.raises(ConfigError, match="diffusers pipeline"):
         Diffusers(EditOptions(model=str(tmp_path)))
     unit = Unit(task(path, seed=1, mask=tmp_path / "m.png"), "diffusers", {"original": "", "proposal": {}})
     record, made = make(unit, {"diffusers": editor}, EditOptions())

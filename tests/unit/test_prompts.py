@@ -220,12 +220,12 @@ def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path: Path) -> No
     [
         ((), 0, "no turn"),
         ((USER, Turn("assistant", ("b",))), 0, "the assistant"),
-        ((Turn("tool", ("a",)), USER), 0, "turn 1 of .*'tool'"),
-        ((USER, SYSTEM, USER), 0, "turn 2 of .* system"),
-        ((USER, Turn("assistant", (" ",)), USER), 0, "turn 2 of .* empty"),
-        ((Turn("user", (PICTURE, "a", PICTURE)),), 1, "2 pictures, and an image has 1"),
-        ((USER,), 1, "0 pictures, and an image has 1"),
-        ((USER, Turn("assistant", ("b",))) * 600 + (USER,), 0, "1201 turns, and 1024"),
+        ((Turn("tool", ("a",)), USER), 0, "turn 1 .*'tool'"),
+        ((USER, SYSTEM, USER), 0, "turn 2 .* system"),
+        ((USER, Turn("assistant", (" ",)), USER), 0, "turn 2 .* empty"),
+        ((Turn("user", (PICTURE, "a", PICTURE)),), 1, "2 pictures"),
+        ((USER,), 1, "0 pictures"),
+        ((USER, Turn("assistant", ("b",))) * 600 + (USER,), 0, "1201 turns.*1024"),
     ],
 )
 def test_a_conversation_that_cannot_be_answered(turns: Prompt, pictures: int, said: str) -> None:
