@@ -60,7 +60,7 @@ def check_conversation(turns: Sequence[Turn], where: str) -> None:
         ending = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
         raise DataError(f"{where}: the conversation {ending}; end it with a turn of the user, which the text answers")
     if len(turns) > MAX_TURNS or sum(len(turn.parts) for turn in turns) > MAX_PARTS:
-        raise DataError(f"{where}: the conversation has {len(turns)} turns, over the limit of {MAX_TURNS} with {MAX_PARTS} parts; shorten it")
+        raise DataError(f"{where}: the conversation has {len(turns)} turns, over the limit of {MAX_TURNS} ({MAX_PARTS} parts); shorten it")
     for number, turn in enumerate(turns, 1):
         if turn.role not in ROLES:
             raise DataError(f"{where}: turn {number} of the conversation has the role {turn.role!r}; the roles are {', '.join(ROLES)}")

@@ -169,7 +169,7 @@ def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | 
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--thresholds {file}: {error}") from error
     if thresholds.rule == "checks" and margin is not None:
-        raise ConfigError("--margin applies to scores, and the rule checks compares only pixels; run verify with --scorer, or omit --margin")
+        raise ConfigError("--margin applies to scores, and the rule checks compares pixels; run verify with --scorer, or omit it")
     return thresholds
 
 

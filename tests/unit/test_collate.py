@@ -416,12 +416,11 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_a_template_after_which_no_text_can_be_scored_is_refused(case: str, make: Any, groups: list[CounterfactualGroup]) -> None:
-    collator, (right, wrong, named) = make(), TEMPLATES[case]
+    plain, collator, (right, wrong, named) = make(), make(), TEMPLATES[case]
+    collator.processor.chat_template = CHAT_TEMPLATE.replace(right, wrong)
     for text in ("a red circle ", " a red circle  ", "a red circle\n"):
         group = replace(groups[3], candidates=(Candidate(PROMPT, text),))
-        collator.processor.chat_template = CHAT_TEMPLATE
-        assert collator([group]).layout.num_tokens.item() > 0
-        collator.processor.chat_template = CHAT_TEMPLATE.replace(right, wrong)
+        assert plain([group]).layout.num_tokens.item() > 0
         with pytest.raises(DataError, match=f"group 'one': text 0 .*{named}"):
             collator([group])
     if "alters" in case:
