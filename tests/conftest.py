@@ -332,6 +332,14 @@ def metrics(output_dir: Path) -> list[dict[str, float]]:
     return read_rows(output_dir / "metrics.jsonl")
 
 
+def assert_same_trajectory(expected: Path, found: Path, *names: str) -> None:
+    """Losses, likelihoods, gradient norms, and what begins with other names, of two runs: fp32, relative 2e-4."""
+    for want, have in zip(metrics(expected), metrics(found), strict=True):
+        for name in want:
+            if name.startswith(("loss", "logp/", "grad_norm", *names)):
+                assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), (name, want["step"], found.name)
+
+
 def losses(output_dir: Path) -> list[float]:
     """The loss of every step, in order."""
     return [row["loss"] for row in metrics(output_dir) if "loss" in row]

@@ -91,7 +91,7 @@ SCHEDULER = {
 @pytest.mark.parametrize("name", [path.stem for path in SHIPPED])
 def test_autos_are_filled_as_transformers_fills_them(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     options = [part for key, value in VALUES.items() for part in (f"--train.{key}", str(value))]
-    ours = resolve(raw(name, **changes), *options, "--train.warmup_ratio", "0.2").config
+    ours = resolve(raw(name, **changes), *options, "--train.warmup_ratio=0.2").config
     assert resolve(raw(name), *options, ranks=8).config["train_batch_size"] == 48
     theirs = by_transformers(raw(name, **changes), tmp_path, **VALUES, warmup_steps=0.2)
     assert ours == theirs
@@ -121,9 +121,9 @@ def test_shipped_files_are_explicit_and_known_to_deepspeed(path: Path) -> None:
         ({"train_batch_size": 4}, [], ["train_batch_size=4", "micro-batch x accumulation x ranks=8"]),
         ({"optimizer": {"params": {"lr": 1e-3}}}, [], ["optimizer.params.lr=0.001", "train.learning_rate=1e-05"]),
         ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, [], ["optimizer.params.betas=[0.9, 0.95]", "[0.9, 0.999]"]),
-        ({"bf16": {"enabled": True}}, ["--train.bf16", "false"], ["bf16.enabled=True", "train.bf16=False"]),
-        ({"bf16": {"enabled": False}}, ["--train.bf16", "true"], ["bf16.enabled=False", "train.bf16=True"]),
-        ({"bf16": None}, ["--train.bf16", "true"], ["train.bf16=true", "torch.float32"]),
+        ({"bf16": {"enabled": True}}, ["--train.bf16=false"], ["bf16.enabled=True", "train.bf16=False"]),
+        ({"bf16": {"enabled": False}}, ["--train.bf16=true"], ["bf16.enabled=False", "train.bf16=True"]),
+        ({"bf16": None}, ["--train.bf16=true"], ["train.bf16=true", "torch.float32"]),
         ({"gradient_clipping": 0.5, "train_batch_size": 4}, [], ["gradient_clipping=0.5", "train_batch_size=4"]),
         ({"zero_optimization": {"sub_group_size": "auto"}}, [], ["zero_optimization.sub_group_size"]),
         ({"gradient_clipping": None}, [], ["gradient_clipping"]),
@@ -172,7 +172,7 @@ def test_precision(monkeypatch: pytest.MonkeyPatch, capable: bool | None, writte
 
 def grouped(model_dir: Path, *argv: str) -> list[dict[str, Any]]:
     """Parameter groups with names in place of parameters."""
-    config = configured("--model.name_or_path", str(model_dir), "--train.weight_decay", "0.1", *argv)
+    config = configured(f"--model.name_or_path={model_dir}", "--train.weight_decay=0.1", *argv)
     model = load_model(config.model, torch.float32)
     scorer = Scorer(model, family_of(model.config))
     name = {parameter: name for name, parameter in model.named_parameters()}
@@ -185,7 +185,7 @@ def expected_module(name: str) -> str:
 
 def test_groups_have_rates_by_module_and_decay_by_kind(model_dir: Path) -> None:
     groups = grouped(
-        model_dir, "--train.learning_rate", "1e-4", "--model.vision_tower.learning_rate", "1e-6", "--model.projector.learning_rate", "0"
+        model_dir, "--train.learning_rate=1e-4", "--model.vision_tower.learning_rate=1e-6", "--model.projector.learning_rate=0"
     )
     rates = {"vision_tower": 1e-6, "projector": 0.0, "language_model": 1e-4}
     for group in groups:
@@ -203,7 +203,7 @@ def test_groups_have_rates_by_module_and_decay_by_kind(model_dir: Path) -> None:
 
 
 def test_frozen_modules_are_left_out(model_dir: Path) -> None:
-    groups = grouped(model_dir, "--model.vision_tower.tuning", "frozen", "--model.language_model.tuning", "frozen")
+    groups = grouped(model_dir, "--model.vision_tower.tuning=frozen", "--model.language_model.tuning=frozen")
     assert {expected_module(name) for group in groups for name in group["params"]} == {"projector"}
 
 
@@ -436,7 +436,7 @@ def process(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     lock = plant(folder / "extensions", "deepspeed_shm_comm")
     zero = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
     (folder / "z3.json").write_text(json.dumps(raw("z3", zero_optimization=zero)))
-    options = ["--train.weight_decay", "0.1", "--model.projector.learning_rate", "1e-4", "--deepspeed", str(folder / "z3.json")]
+    options = ["--train.weight_decay=0.1", "--model.projector.learning_rate=1e-4", "--deepspeed", str(folder / "z3.json")]
     printed = subprocess.run(
         [sys.executable, folder / "script.py", *train_arguments(model_dir, manifests, folder / "out", *options)],
         cwd=REPO, env=environment() | {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}, capture_output=True, text=True, timeout=100,

@@ -150,7 +150,7 @@ def test_a_training_evaluates_benchmarks(
     own, shown = ({path.read_bytes() for path in found} for found in ((root / "coco").rglob("*.png"), trained))
     evaluated = {"crepe": {"benchmark": "sugarcrepe", "root": str(root), "probe": "caption"}, "test": str(manifests["test"])}
     more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_steps=1", "--train.export=true"]
-    more += ["--train.save_best", "eval/crepe/macro/swap_obj"]
+    more += ["--train.save_best=eval/crepe/macro/swap_obj"]
     (said, _), recorded = run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said"), metrics(run_dir)
     assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures are in the training set" in said
     assert "21 items of SugarCrepe, asked by caption in" in said and "  crepe: macro " in said
@@ -166,8 +166,8 @@ def test_a_training_evaluates_benchmarks(
     assert {part: record["model"][part] for part in identity} == identity, "of the exported model"
     assert "Describe the image." in record["prompt"] and record["answer"] == "a red circle and a blue square"
     for change, sentence in (
-        (["--train.save_best", "eval/crepe/macro/nothing"], "is no metric that an evaluation of data.evaluation has"),
-        (["--data.evaluation.crepe.benchmark", "sugarcreep"], "data.evaluation.crepe: "),
+        (["--train.save_best=eval/crepe/macro/nothing"], "is no metric that an evaluation of data.evaluation has"),
+        (["--data.evaluation.crepe.benchmark=sugarcreep"], "data.evaluation.crepe: "),
     ):
         arguments = train_arguments(model_dir, manifests, tmp_path / "no", *more, *change)
-        assert sentence in run_train(1, arguments, said=tmp_path / change[0], code=2)[0]
+        assert sentence in run_train(1, arguments, said=tmp_path / "said-no", code=2)[0]

@@ -549,16 +549,16 @@ def test_the_place_of_an_export_is_refused_before_a_training(tmp_path: Path) -> 
         (run_dir := tmp_path / name).mkdir()
         make(run_dir / "export")
         source = str(run_dir / "export") if name == "source" else str(tmp_path / "model")
-        config = parse_config(["--model.name_or_path", source, "--train.output_dir", str(run_dir)], OBJECTIVES)
+        config = parse_config(["--model.name_or_path", source, f"--train.output_dir={run_dir}"], OBJECTIVES)
         before = [str(path) for path in run_dir.rglob("*")]
         refused = pytest.raises(ConfigError, match=rf"{said}.*choose another train\.output_dir")
         with refused, _locked(run_dir, ONE, partial(refuse_export, config)):
             raise AssertionError
         assert [str(path) for path in run_dir.rglob("*")] == before
-        refuse_export(parse_config([*ADAPTERS, "--train.output_dir", str(run_dir)], OBJECTIVES))
+        refuse_export(parse_config([*ADAPTERS, f"--train.output_dir={run_dir}"], OBJECTIVES))
 
 
-ADAPTERS = ["--model.name_or_path", "m"]
+ADAPTERS = ["--model.name_or_path=m"]
 ADAPTERS += [
     f"--model.{part}.tuning={how}" for part, how in (("vision_tower", "frozen"), ("projector", "lora"), ("language_model", "lora"))
 ]

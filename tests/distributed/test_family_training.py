@@ -188,7 +188,7 @@ def test_the_routers_are_balanced_over_the_whole_step(models: dict[str, Path], m
         for name, (of, options) in ways.items():
             own = {"router_balance": "5", "export": "false", "logging_steps": "1"} | options
             few = [part for option, value in own.items() for part in (f"--train.{option}", value)] + ["--data.evaluation", "{}"]
-            few += ["--data.max_tokens_per_forward", "150"] * ("parts" in name)  # no tree is larger
+            few += ["--data.max_tokens_per_forward=150"] * ("parts" in name)  # no tree is larger
             if of == ranks:
                 runs.append([*arguments(models["qwen3_vl_moe"], manifest, tmp_path / name, "full", ranks), *few])
         run_trainings(ranks, *runs, said=tmp_path / f"said-{ranks}", timeout=900)
@@ -207,7 +207,7 @@ def test_a_rank_that_leaves_the_tower_out_is_caught(
     wrong: bool, models: dict[str, Path], manifest: dict[str, Path], tmp_path: Path
 ) -> None:
     """The mistake that the tests above would miss if ranks did not wait for each other: it ends in an error, within a time limit."""
-    options = [*arguments(models["qwen3_vl"], manifest, tmp_path / "run", "lora", 2), "--train.export", "false", "--data.evaluation", "{}"]
+    options = [*arguments(models["qwen3_vl"], manifest, tmp_path / "run", "lora", 2), "--train.export=false", "--data.evaluation", "{}"]
     ended = run_ranks(2, "wrong_order:train", wrong, options, said=tmp_path / "said", timeout=120)
     assert all((code != 0) == wrong for code, _ in ended), ended
     assert (len(losses(tmp_path / "run")) < STEPS) == wrong

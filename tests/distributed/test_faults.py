@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import losses, metrics, read_rows, run_plans, train_arguments
+from conftest import assert_same_trajectory, losses, metrics, read_rows, run_plans, train_arguments
 
 from cfvlm_ds.data import GroupSampler
 
@@ -19,27 +20,27 @@ Plans = dict[str, tuple[list[Any], list[str]]]
 
 def planned(manifests: dict[str, Path], folder: Path) -> Plans:
     """What is trained, one after the other, in one family of processes."""
-    often = ["--train.save_steps", "1", "--train.max_steps", "3", "--train.save_total_limit", "0"]
-    last, test = ["--train.save_total_limit", "1"], [f"--data.evaluation.test={manifests['test']}"]
-    one_epoch = ["--train.max_steps", "3"]
-    unreadable = [*one_epoch, "--data.train", str(damaged(manifests["train"], folder / "damaged")), "--data.check", "rows"]
-    alone = ["--train.per_device_train_batch_size", "1", "--train.gradient_accumulation_steps", "8"]
+    often = ["--train.save_steps=1", "--train.max_steps=3", "--train.save_total_limit=0"]
+    last, test = ["--train.save_total_limit=1"], [f"--data.evaluation.test={manifests['test']}"]
+    one_epoch = ["--train.max_steps=3"]
+    unreadable = [*one_epoch, "--data.train", str(damaged(manifests["train"], folder / "damaged")), "--data.check=rows"]
+    alone = ["--train.per_device_train_batch_size=1", "--train.gradient_accumulation_steps=8"]
     plans: Plans = {
         "whole": (["nothing"], often),
         "full for a while": (["full disk", 2], often),
         "full at the end": (["full disk", 3], often),
-        "slow gathers": (["slow gathers", 0.02, str(folder / "slow.txt")], ["--train.max_steps", "3"]),
-        "slow export": (["slow export", 3.0], ["--train.max_steps", "1", "--train.export", "true", *test]),
+        "slow gathers": (["slow gathers", 0.02, str(folder / "slow.txt")], ["--train.max_steps=3"]),
+        "slow export": (["slow export", 3.0], ["--train.max_steps=1", "--train.export=true", *test]),
         "left out": (["left out", ILL], FIVE),
         **{f"{what} {then}": (["nothing"], planted(what, then)) for what in ("loss", "gradient") for then in ("skip", "stop")},
         "no room for metrics": (["full metrics", str(folder / "no room for metrics"), 3, 4], planted("loss", "skip")),
         "without": (["without", BROKEN], one_epoch),
-        "unreadable skip": (["nothing"], [*unreadable, "--data.on_error", "skip", "--data.num_workers", "1"]),
-        "unreadable skip alone": (["nothing"], [*unreadable, "--data.on_error", "skip", *alone]),
-        "unreadable over": (["nothing"], [*unreadable, "--data.on_error", "skip", "--data.max_skipped", "0"]),
+        "unreadable skip": (["nothing"], [*unreadable, "--data.on_error=skip", "--data.num_workers=1"]),
+        "unreadable skip alone": (["nothing"], [*unreadable, "--data.on_error=skip", *alone]),
+        "unreadable over": (["nothing"], [*unreadable, "--data.on_error=skip", "--data.max_skipped=0"]),
         "unreadable error": (["nothing"], unreadable),
-        "by the clock": (["nothing"], ["--train.save_minutes", "1e-9", "--train.max_steps", "3", *last, "--train.save_keep_every", "2"]),
-        "best": (["nothing"], ["--train.eval_steps", "1", "--train.max_steps", "4", *last, "--train.save_best", "eval/test/pair", *test]),
+        "by the clock": (["nothing"], ["--train.save_minutes=1e-9", "--train.max_steps=3", *last, "--train.save_keep_every=2"]),
+        "best": (["nothing"], ["--train.eval_steps=1", "--train.max_steps=4", *last, "--train.save_best=eval/test/pair", *test]),
         "taken": (["taken", str(folder / "taken" / "run.lock")], one_epoch),
         "memory": (["exit"], planted("memory", "stop")),
     }
@@ -52,13 +53,13 @@ def trainings(
 ) -> tuple[Path, dict[str, list[str]]]:
     folder, tests = tmp_path_factory.mktemp("faults"), {item.name for item in request.session.items if item.path == request.path}
     plans = {name: plan for name, plan in planned(manifests, folder).items() if name not in LONG or LONG[name] in tests}
-    micro = ["--train.per_device_train_batch_size", "8"]
+    micro = ["--train.per_device_train_batch_size=8"]
     listed = [(fault, train_arguments(model_dir, manifests, folder / name, *micro, *extra)) for name, (fault, extra) in plans.items()]
     said = run_plans(2, listed, folder / "plans", timeout=1500, code=1)  # the last of them
     return folder, {name: text.splitlines() for name, text in zip(plans, said, strict=True)}
 
 
-FIVE = ["--train.max_steps", "5", "--train.per_device_train_batch_size", "4"]
+FIVE = ["--train.max_steps=5", "--train.per_device_train_batch_size=4"]
 LONG = {
     "slow export": "test_an_export_may_take_longer_than_collectives",
     "gradient skip": "test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both[gradient]",
@@ -92,6 +93,14 @@ def raised(lines: list[str]) -> dict[int, str]:
     return {int(rank): message for rank, message in found}
 
 
+def common(lines: list[str]) -> str:
+    """The one error that both ranks raised."""
+    messages = raised(lines)
+    assert set(messages) == {0, 1}
+    (message,) = set(messages.values())
+    return message
+
+
 def ids(rank: int) -> list[str]:
     """The groups of a rank's micro-batch of step ILL."""
     sampler = GroupSampler(num_groups=48, groups_per_micro_batch=4, gradient_accumulation_steps=1, rank=rank, world_size=2, seed=0)
@@ -123,9 +132,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(trainings: tuple[Pat
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
     folder, said = trainings
     run_dir = folder / "full at the end"
-    messages = raised(said[run_dir.name])
-    assert set(messages) == {0, 1} and len(set(messages.values())) == 1, "one sentence, on both"
-    assert messages[0].startswith(f"SaveError: {run_dir}/checkpoint-3 cannot be written (rank 1: [Errno 27] File too large")
+    assert re.match(rf"SaveError: {run_dir}/checkpoint-3 .*rank 1: \[Errno 27\] File too large", common(said[run_dir.name]))
     assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
 
 
@@ -135,32 +142,29 @@ def test_metrics_wait_for_room_and_cost_nothing(trainings: tuple[Path, dict[str,
     run_dir = folder / "no room for metrics"
     assert not raised(said[run_dir.name])
     spoken = "\n".join(said[run_dir.name])
-    assert spoken.count(f"{run_dir}/metrics.jsonl cannot be written (No space left on device)") == 1
-    assert spoken.count(f"{run_dir}/metrics.jsonl can be written again, and has everything") == 1
-    assert spoken.count(f"warning: {run_dir}/nonfinite.jsonl cannot be written (Is a directory)") == 1 and ids(1)[0] in spoken
+    for words in (
+        "metrics.jsonl cannot be written (No space",
+        "metrics.jsonl can be written again",
+        "nonfinite.jsonl cannot be written (Is",
+    ):
+        assert spoken.count(f"{run_dir}/{words}") == 1
+    assert ids(1)[0] in spoken
+    timed = ("time", "throughput/", "checkpoint/")
     rows, expected = (
-        [
-            {name: value for name, value in row.items() if not name.startswith(("time", "throughput/", "checkpoint/"))}
-            for row in metrics(path)
-        ]
+        [{name: value for name, value in row.items() if not name.startswith(timed)} for row in metrics(path)]
         for path in (run_dir, folder / "loss skip")
     )
     assert rows == expected and {row["step"] for row in rows} == {1, 3, 4, 5}
 
 
-def test_the_cost_of_saving_is_recorded(trainings: tuple[Path, dict[str, list[str]]]) -> None:
-    for row in metrics(trainings[0] / "whole"):
-        if "checkpoint/seconds" in row:
-            assert 0 < row["checkpoint/seconds"] < 60 and 0 < row["checkpoint/share"] < 1
-
-
-def test_saving_by_the_clock_and_keeping_multiples(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_checkpoints_by_the_clock_multiples_and_the_best_are_kept_and_their_cost_recorded(
+    trainings: tuple[Path, dict[str, list[str]]],
+) -> None:
     run_dir = trainings[0] / "by the clock"
-    assert [row["step"] for row in metrics(run_dir) if "checkpoint/failed" in row] == [1, 2, 3]
+    saved = [row for row in metrics(run_dir) if "checkpoint/failed" in row]
+    assert [row["step"] for row in saved] == [1, 2, 3]
+    assert all(0 < row["checkpoint/seconds"] < 60 and 0 < row["checkpoint/share"] < 1 for row in saved)
     assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-2", "checkpoint-3"}
-
-
-def test_the_best_evaluation_is_kept(trainings: tuple[Path, dict[str, list[str]]]) -> None:
     run_dir = trainings[0] / "best"
     found = {row["step"]: row["eval/test/pair"] for row in metrics(run_dir) if "eval/test/pair" in row and row["step"] < 4}
     best = max(found, key=lambda step: (found[step], -step))
@@ -191,9 +195,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what: str, tr
 @pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.long)])
 def test_a_step_that_is_not_finite_stops_both_ranks_by_default(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
     folder, said = trainings
-    messages = raised(said[f"{what} stop"])
-    assert set(messages) == {0, 1} and len(set(messages.values())) == 1
-    assert messages[1].startswith(f"FloatingPointError: the {what} is not finite at step 2; groups of rank") and ids(1)[0] in messages[1]
+    assert re.match(f"FloatingPointError: the {what} .* step 2; .*{ids(1)[0]}", common(said[f"{what} stop"]))
     assert losses(folder / f"{what} stop") == losses(folder / f"{what} skip")[:1]
     assert not list((folder / f"{what} stop").glob("checkpoint-*"))
 
@@ -222,30 +224,19 @@ def test_an_unreadable_group_is_left_out_with_the_same_counts_everywhere(trainin
 
 def test_a_rank_whose_micro_batch_is_empty_still_takes_part(trainings: tuple[Path, dict[str, list[str]]]) -> None:
     """One group a micro-batch, so that nothing is left of the damaged one's: the same trajectory, nothing of the stand-in in any metric."""
-    rows, expected = metrics(trainings[0] / "unreadable skip alone"), metrics(trainings[0] / "without")
-    for want, have in zip(expected, rows, strict=True):
-        for name in want:
-            if name.startswith(("loss", "logp/", "grad_norm", "active/", "violated/")):
-                assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), (name, want["step"])
+    assert_same_trajectory(trainings[0] / "without", trainings[0] / "unreadable skip alone", "active/", "violated/")
 
 
 def test_unreadable_groups_over_the_budget_are_an_error_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
-    for name, sentence in (
-        ("unreadable over", "DataError: 1 groups cannot be read, over data.max_skipped (0), such as "),
-        ("unreadable error", "DataError: "),
-    ):
-        messages = raised(trainings[1][name])
-        assert set(messages) == {0, 1} and len(set(messages.values())) == 1, name
-        assert messages[0].startswith(sentence) and f"train-{BROKEN}-0.png: image cannot be read" in messages[0]
+    for name, sentence in (("unreadable over", r"DataError: 1 groups .*data\.max_skipped \(0\)"), ("unreadable error", "DataError: ")):
+        assert re.match(rf"{sentence}.*train-{BROKEN}-0\.png: image cannot be read", common(trainings[1][name]))
 
 
 # Two runs in one folder ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_in_use_is_refused_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
-    messages = raised(trainings[1]["taken"])
-    assert set(messages) == {0, 1} and len(set(messages.values())) == 1
-    assert "ConfigError: " in messages[1] and "is in use by process 7 on node9, Slurm job 4711, started yesterday; choose" in messages[1]
+    assert re.match("ConfigError: .* process 7 on node9, Slurm job 4711, started yesterday", common(trainings[1]["taken"]))
     assert [path.name for path in (trainings[0] / "taken").iterdir()] == ["run.lock"]
 
 

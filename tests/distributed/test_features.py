@@ -186,9 +186,9 @@ def trained(
             for kind in ("tower", "cache"):
                 found[family, kind, ranks] = folder = out / f"{family}-{kind}-{ranks}"
                 cache = ["--data.feature_cache", str(out / f"features-{family}-{ranks}")] * (kind == "cache")
-                few = ["--model.vision_tower.tuning", "frozen", "--train.max_steps", "3", "--train.export", "false"]
+                few = ["--model.vision_tower.tuning=frozen", "--train.max_steps=3", "--train.export=false"]
                 few += ["--data.evaluation", json.dumps({"test": str(manifest["test"])} if family in EVALUATED else {})]
-                few += ["--data.num_workers", str(int(family in EVALUATED))]
+                few += [f"--data.num_workers={int(family in EVALUATED)}"]
                 runs.append([*arguments(models[family], manifest, folder, "full", ranks), *few, *cache])
         run_trainings(ranks, *runs, said=out / f"said-{ranks}", timeout=900, by="gather_counter:train_all")
     return found
@@ -355,7 +355,7 @@ def test_a_picture_that_cannot_be_read_is_an_error_where_it_is_used(
 
 
 def test_a_rank_without_room_ends_all_in_one_sentence(models: dict[str, Path], manifest: dict[str, Path], tmp_path: Path) -> None:
-    options = [*arguments(models["llava"], manifest, tmp_path / "run", "full", 2), "--model.vision_tower.tuning", "frozen"]
+    options = [*arguments(models["llava"], manifest, tmp_path / "run", "full", 2), "--model.vision_tower.tuning=frozen"]
     options += ["--data.feature_cache", str(tmp_path / "features")]
     (said,) = run_plans(2, [(["no room"], options)], tmp_path / "said")
     assert len(re.findall(r"rank \d raised \w+: data\.feature_cache: .*File too large", said)) == 2

@@ -148,9 +148,9 @@ def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Pat
     made_by, scores = fingerprint(ModelConfig(str(model_dir))), tmp_path / "scores.jsonl"
     write_scores(scores, groups, stored, "m", data_identity(groups, groups.roots), made_by=made_by)
     for name, weight in (("without", "0"), ("with", "1")):
-        options = ["--objective.align.weight", weight, "--train.displacement_warning", "0.01", "--train.per_device_train_batch_size", "8"]
-        options += ["--train.max_steps", "12", "--objective.fcd.weight", "0", "--objective.retain.weight", "0.1"]
-        options += ["--data.scores", str(scores), "--data.evaluation.kept", str(manifest), "--train.retention", "[kept]"]
+        options = ["--objective.align.weight", weight, "--train.displacement_warning=0.01", "--train.per_device_train_batch_size=8"]
+        options += ["--train.max_steps=12", "--objective.fcd.weight=0", "--objective.retain.weight=0.1"]
+        options += [f"--data.scores={scores}", f"--data.evaluation.kept={manifest}", "--train.retention", "[kept]"]
         arguments.append(train_arguments(model_dir, {"train": manifest}, tmp_path / name, *options))
     output = run_trainings(1, *arguments, said=tmp_path / "said")
     without, held = output.split("parameters: ")[1:]

@@ -32,12 +32,12 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
         {"path": str(plain), "weight": 3, "objectives": ["align"]},
         {"path": str(few), "weight": 1, "root": [str(manifests["test"].parent)]},
     ]
-    evaluation = ["--data.evaluation", json.dumps({"half": str(manifests["train"])}), "--train.eval_shuffled", "false"]
+    evaluation = ["--data.evaluation", json.dumps({"half": str(manifests["train"])}), "--train.eval_shuffled=false"]
 
     def arguments(name: str, groups: int, *extra: str, changed: dict[int, dict[str, Any]] | None = None) -> list[str]:
         listed = json.dumps([source | (changed or {}).get(place, {}) for place, source in enumerate(sources)])
-        steps = ["--train.max_steps", "4", "--train.save_steps", "1", "--train.save_total_limit", "0"]
-        size = ["--train.per_device_train_batch_size", str(groups), "--data.train", listed]
+        steps = ["--train.max_steps=4", "--train.save_steps=1", "--train.save_total_limit=0"]
+        size = [f"--train.per_device_train_batch_size={groups}", "--data.train", listed]
         return train_arguments(model_dir, manifests, folder / name, *steps, *size, *extra)
 
     said: dict[str, str] = {}
@@ -52,16 +52,16 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     }
     masked = {k: {"objectives": ["align", "csd"]} for k in (0, 2)}
     refused = ["unchanged", str(folder / "broken"), False]
-    alone = ["--objective.csd.weight", "0", "--objective.fcd.weight", "0"]
+    alone = ["--objective.csd.weight=0", "--objective.fcd.weight=0"]
     run(1, {
         "share": (refused, arguments("broken", 8, changed={0: {"weight": 5}})),
         "objectives": (refused, arguments("broken", 8, changed={1: {"objectives": ["align", "csd"]}})),
         "name": (refused, arguments("broken", 8, changed={1: {"name": "talk"}})),
         "one": (["nothing"], arguments("one", 8)),
         "resumed": (["nothing"], arguments("broken", 8)),
-        "idle": (["nothing"], arguments("idle", 4, "--train.max_steps", "1", changed=without)),
-        "masked": (["nothing"], arguments("masked", 4, "--train.max_steps", "1", changed=masked)),
-        "meant": (["nothing"], arguments("meant", 4, "--train.max_steps", "1", *alone, changed=without)),
+        "idle": (["nothing"], arguments("idle", 4, "--train.max_steps=1", changed=without)),
+        "masked": (["nothing"], arguments("masked", 4, "--train.max_steps=1", changed=masked)),
+        "meant": (["nothing"], arguments("meant", 4, "--train.max_steps=1", *alone, changed=without)),
     })  # fmt: skip
     return folder, said
 

@@ -41,7 +41,7 @@ def test_the_objective_of_the_page_trains(model_dir: Path, manifests: dict[str, 
     script, called = tmp_path / "mine.py", re.compile(r"^run\(\[.*\]\)$", re.MULTILINE)
     assert called.search(block)
     script.write_text(called.sub("import sys\nrun(sys.argv[1:])", block))
-    options = train_arguments(model_dir, manifests, tmp_path / "run", "--train.max_steps", "3", "--objective.softmax.weight", "0.5")
+    options = train_arguments(model_dir, manifests, tmp_path / "run", "--train.max_steps=3", "--objective.softmax.weight=0.5")
     ((code, said),) = run_ranks(1, "forkserver_ranks:script", str(script), options, said=tmp_path / "said")
     assert code == 0, said
     assert all({"loss/softmax", "loss/align"} <= row.keys() for row in metrics(tmp_path / "run") if "loss" in row)
@@ -58,7 +58,7 @@ def test_a_family_of_ones_own_trains_as_the_one_it_is_like(model_dir: Path, mani
     (tmp_path / "model" / "config.json").write_text(json.dumps(renamed))
     (tmp_path / "own.py").write_text(FAMILY)
     (tmp_path / "unknown.py").write_text(FAMILY.replace('FAMILIES["own_llava"] =', "_ ="))
-    short = ("--train.max_steps", "3", "--train.export", "true")
+    short = ("--train.max_steps=3", "--train.export=true")
     for script, code, model in (("unknown", 1, tmp_path / "model"), ("own", 0, tmp_path / "model"), ("own", 0, model_dir)):
         run_dir = tmp_path / f"{script}-{model.name}"
         options = train_arguments(model, manifests, run_dir, *short)

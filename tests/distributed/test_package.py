@@ -177,7 +177,7 @@ def test_deepspeeds_launcher_starts_the_installed_module(installed: Path, tmp_pa
     done = subprocess.run(command, cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and "step 3/3" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
     assert (tmp_path / "runs" / "quickstart" / "export" / "config.json").is_file()
-    wrong = subprocess.run([*command, "--train.max_stepz", "3"], cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True)
+    wrong = subprocess.run([*command, "--train.max_stepz=3"], cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True)
     assert wrong.returncode != 0 and "unknown option 'train.max_stepz'; did you mean 'train.max_steps'?" in wrong.stderr + wrong.stdout
 
 

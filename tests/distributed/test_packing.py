@@ -111,15 +111,13 @@ def test_a_group_over_the_limit_is_refused() -> None:
 def packed(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
     """Name -> (run folder, output), of five steps of two micro-batches of at most 500 tokens."""
     out = tmp_path_factory.mktemp("packed")
-    options = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5", "--train.self_check", "error"]
+    options = ["--data.max_tokens_per_micro_batch=500", "--train.max_steps=5", "--train.self_check=error"]
 
     def arguments(name: str, *extra: str) -> list[str]:
         return train_arguments(model_dir, manifests, out / name, *options, *extra)
 
-    accumulated = ["--train.gradient_accumulation_steps", "2"]
-    one = run_trainings(
-        1, arguments("one", *accumulated, "--train.save_steps", "2", "--train.save_total_limit", "9"), said=out / "said-one"
-    )
+    accumulated = ["--train.gradient_accumulation_steps=2"]
+    one = run_trainings(1, arguments("one", *accumulated, "--train.save_steps=2", "--train.save_total_limit=9"), said=out / "said-one")
     assert preparing(manifests["train"], out / "store", pack=True)
     resumed = [*options, *accumulated, "--train.resume", str(out / "one" / "checkpoint-2")]
     again = run_trainings(1, train_arguments(model_dir, {"train": out / "store"}, out / "again", *resumed), said=out / "said-again")
@@ -144,7 +142,7 @@ def test_the_first_row_is_compared_with_ordinary_forwards(packed: dict[str, tupl
 
 def test_wrong_scores_stop_a_run_before_it_trains(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """Siblings that see each other, in a real run: an error that names the attention, and no step."""
-    arguments = train_arguments(model_dir, manifests, tmp_path / "run", "--train.self_check", "error")
+    arguments = train_arguments(model_dir, manifests, tmp_path / "run", "--train.self_check=error")
     ((code, said),) = run_ranks(1, "rank_functions:seeing_siblings", arguments, said=tmp_path / "said")
     assert code == 1
     assert "model.attn_implementation sdpa gives scores that differ by" in said

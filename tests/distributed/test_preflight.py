@@ -50,7 +50,7 @@ from cfvlm_ds.training.token_counts import group_tokens
 
 @pytest.fixture(scope="module")
 def config(model_dir: Path) -> RunConfig:
-    return parse_config(["--config", "tests/support/train.yaml", "--model.name_or_path", str(model_dir)], OBJECTIVES)
+    return parse_config(["--config", "tests/support/train.yaml", f"--model.name_or_path={model_dir}"], OBJECTIVES)
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     world = engine.start()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
     config = parse_config(
-        ["--config", "tests/support/train.yaml", "--model.name_or_path", model, "--data.max_tokens_per_micro_batch", "4000"], OBJECTIVES
+        ["--config", "tests/support/train.yaml", "--model.name_or_path", model, "--data.max_tokens_per_micro_batch=4000"], OBJECTIVES
     )
     right, opened = picture_check.open_image, []
 
@@ -468,7 +468,7 @@ def train_again(arguments: list[str], changed: str) -> None:
             Path(each["train"]).write_text(each["text"])
         try:
             options = [option if option != str(name) else each["train"] for option in arguments]
-            train_main([*options, "--train.max_steps", str(each.get("steps", 3)), "--train.resume_changes", "allow"])
+            train_main([*options, "--train.max_steps", str(each.get("steps", 3)), "--train.resume_changes=allow"])
             print("trained", flush=True)
         except SystemExit as ended:
             print("ended", ended.code, flush=True)
@@ -489,7 +489,7 @@ def test_a_run_goes_on_with_its_own_data_only(model_dir: Path, data: Path, tmp_p
     changed += [{"train": str(moved / data.name), "text": text, "steps": 4}]
     run = tmp_path / "run"
     arguments = train_arguments(
-        model_dir, {"train": data}, run, "--train.max_steps", "2", "--train.per_device_train_batch_size", "2", "--data.num_workers", "0"
+        model_dir, {"train": data}, run, "--train.max_steps=2", "--train.per_device_train_batch_size=2", "--data.num_workers=0"
     )  # fmt: skip
     ((code, output),) = run_ranks(1, "test_preflight:train_again", arguments, json.dumps(changed), said=tmp_path / "said")
     assert code == 0, output[-4000:]
@@ -528,7 +528,7 @@ def test_a_refusal_is_said_by_one_of_several_ranks(model_dir: Path, tmp_path: Pa
     """Before ranks meet, where none hears of another, and after it; by rank 0, whose log is the one that is looked at."""
     missing = train_arguments(model_dir, {"train": tmp_path / "none.jsonl"}, tmp_path / "run")
     for name, options, sentence in (
-        ("option", ["--train.learning_rat", "1"], "did you mean"),
+        ("option", ["--train.learning_rat=1"], "did you mean"),
         ("manifest", missing, "none.jsonl: no such manifest; correct the path"),
     ):
         ((first,), others) = errors_of(run_train(2, options, said=tmp_path / name, code=2))

@@ -15,7 +15,7 @@ from cfvlm_ds.checkpoint.loading import reshard
 from cfvlm_ds.export.zero import ZeroWeights
 
 STEPS, GROUPS = 6, 16
-FROZEN = ["--model.vision_tower.tuning", "frozen"]
+FROZEN = ["--model.vision_tower.tuning=frozen"]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def runs(
             if name.startswith("z2") and "z2 down" not in selected(request, "name"):
                 continue
             stage = ["--deepspeed", "ds_configs/z2.json"] if name.startswith("z2") else ["--deepspeed", str(folder / "z3.json"), *FROZEN]
-            options = ["--train.max_steps", str(STEPS), "--train.save_steps", "2", "--train.save_total_limit", "0", *stage]
-            options += ["--train.per_device_train_batch_size", str(GROUPS // ranks)]
+            options = [f"--train.max_steps={STEPS}", "--train.save_steps=2", "--train.save_total_limit=0", *stage]
+            options += [f"--train.per_device_train_batch_size={GROUPS // ranks}"]
             fault = ["stopped", stop] if stop < STEPS else ["nothing"]
             rows.append((fault, train_arguments(model_dir, manifests, folder / name, *options)))
         return "".join(run_plans(ranks, rows, folder / f"said-{family}"))

@@ -12,8 +12,8 @@ import yaml
 from conftest import losses, metrics, read_rows, run_plans, selected, train_arguments, write_manifest
 
 TUNED = [part for module in ("vision_tower", "projector") for part in (f"--model.{module}.tuning", "frozen")]
-TUNED += ["--model.language_model.tuning", "lora", "--model.lora.dropout", "0.3"]
-OFTEN = ["--train.max_steps", "4", "--train.save_steps", "1", "--train.save_total_limit", "0", "--train.per_device_train_batch_size", "8"]
+TUNED += ["--model.language_model.tuning=lora", "--model.lora.dropout=0.3"]
+OFTEN = ["--train.max_steps=4", "--train.save_steps=1", "--train.save_total_limit=0", "--train.per_device_train_batch_size=8"]
 STAGES = {"z3": [], "z2": ["--deepspeed", "ds_configs/z2.json"]}
 NEW = {
     "learning_rate": 0.02, "weight_decay": 0.25, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "max_grad_norm": 0.01,
@@ -41,22 +41,22 @@ def trained(
         plan(f"{stage} whole", f"{stage} whole", ["nothing"], *given)
         plan(f"{stage} first", f"{stage} broken", ["stopped", 2], *given)
         plan(f"{stage} allowed", f"{stage} allowed", ["branched", str(folder / f"{stage} broken")], *given, *new_options(),
-             "--train.resume_changes", "allow")  # fmt: skip
+             "--train.resume_changes=allow")  # fmt: skip
         plan(f"{stage} second", f"{stage} broken", ["nothing"], *given)
-    tracked = ["--tracking.enabled", "true", "--train.max_steps", "2"]
+    tracked = ["--tracking.enabled=true", "--train.max_steps=2"]
     plan("tracked", "tracked", ["nothing"], *tracked)
     (folder / "other").mkdir()
     other = write_manifest(folder / "other" / "train.jsonl", 48, seed=9)
     refusals: dict[str, list[str]] = {
-        "learning rate": ["--train.learning_rate", "0.001", "--train.max_steps", "4"],
-        "finished": ["--train.weight_decay", "0.5"],
-        "rank": ["--model.lora.rank", "4", "--train.max_steps", "4", "--train.resume_changes", "allow"],
-        "full": ["--model.language_model.tuning", "full", "--train.max_steps", "4"],
-        "stage": [*STAGES["z2"], "--train.max_steps", "4"],
-        "data": ["--data.train", str(other), "--train.max_steps", "4", "--train.resume_changes", "allow"],
-        "never": ["--train.resume", "never"],
+        "learning rate": ["--train.learning_rate=0.001", "--train.max_steps=4"],
+        "finished": ["--train.weight_decay=0.5"],
+        "rank": ["--model.lora.rank=4", "--train.max_steps=4", "--train.resume_changes=allow"],
+        "full": ["--model.language_model.tuning=full", "--train.max_steps=4"],
+        "stage": [*STAGES["z2"], "--train.max_steps=4"],
+        "data": [f"--data.train={other}", "--train.max_steps=4", "--train.resume_changes=allow"],
+        "never": ["--train.resume=never"],
         "named": ["--train.resume", str(folder / "tracked" / "checkpoint-9")],
-        "late": ["--train.max_steps", "4", "--train.resume_changes", "allow"],
+        "late": ["--train.max_steps=4", "--train.resume_changes=allow"],
     }
     for name, extra in refusals.items():
         plan(name, "tracked", ["unchanged", str(folder / "tracked"), name == "late"], *tracked, *extra)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import forkserver_ranks
 import mlflow
 import pytest
 from conftest import REPO, environment, free_port, run_train, train_arguments
@@ -59,7 +57,7 @@ def leaks_of(folder: Path) -> dict[str, set[str]]:
     return {str(path.relative_to(folder)): found for path in files if (found := leaks(path.read_bytes()))}
 
 
-TRACKED = ["--tracking.enabled", "true", "--train.max_steps", "2"]
+TRACKED = ["--tracking.enabled=true", "--train.max_steps=2"]
 
 
 def process(arguments: list[str], url: str) -> tuple[int, str]:
@@ -74,24 +72,12 @@ def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> st
     return run_train(1, [*arguments, *TRACKED], variables, said=folder / "said")[0]
 
 
-def test_a_forked_rank_has_the_environment_of_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that of the test that started the server: another one's tracking server would get what is to be searched here."""
-    monkeypatch.setattr(os, "environ", {"MLFLOW_TRACKING_URI": "http://gone", "PYTHONPATH": "tests", "A": "old"})
-    forkserver_ranks.take({"A": "new", "B": "b"})
-    assert os.environ == {"PYTHONPATH": "tests", "A": "new", "B": "b"}
-
-
-def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "a.bin").write_bytes(b"\0" + PLANTED["hf"].encode() + b"\xff")
-    assert leaks_of(tmp_path) == {"a.bin": {"hf"}} and leaks(f"x{PLANTED['aws']}y") == {"aws"}
-
-
 def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """A run named with a signed URL, as people do who paste an address into the wrong option, and a folder that was saved under one."""
     address = f"https://me:{PLANTED['name']}@host/run?password={PLANTED['query']}&sig={PLANTED['signature']}#t={PLANTED['fragment']}"
     (root := tmp_path / f"pictures?sig={PLANTED['root']}").symlink_to(manifests["train"].parent)
-    named = ["--tracking.experiment", "secrets", "--tracking.run_name", address, "--data.root", str(root)]
-    evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export", "true", "--train.figures", "true"]
+    named = ["--tracking.experiment=secrets", "--tracking.run_name", address, f"--data.root={root}"]
+    evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export=true", "--train.figures=true"]
     code, said = process(train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated), server.url)
     assert code == 0, said[-3000:]
     assert "MLflow run" in said and "://***@127.0.0.1" in said, "the address is said, without its password"

@@ -81,7 +81,7 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir: Path, man
     """Ctrl-C at one of two ranks, passed on twice as by a terminal and a launcher: both stop after one step, and MLflow knows that the run
     is not over."""
     folder = tmp_path / "run"
-    extra = ["--train.max_steps", "16", "--data.num_workers", "1", "--tracking.enabled", "true", "--train.hang_timeout_s", "300"]
+    extra = ["--train.max_steps=16", "--data.num_workers=1", "--tracking.enabled=true", "--train.hang_timeout_s=300"]
     arguments = train_arguments(model_dir, manifests, folder, *extra)
     ranks = begun(arguments, folder, tmp_path)
     for _ in range(2):
@@ -100,7 +100,7 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir: Path, man
     assert len(losses(folder)) == 16 and (folder / "results.json").exists()
     assert the_run(folder) == (first, "FINISHED")
 
-    as_many = ["--train.per_device_train_batch_size", "32"]  # groups a step as on two ranks: others would be another run
+    as_many = ["--train.per_device_train_batch_size=32"]  # groups a step as on two ranks: others would be another run
     assert end(start([*arguments, *as_many], tmp_path, size=1)) == [0]
     assert f"{folder} has finished at step 16: nothing to do" in (tmp_path / "rank-0.log").read_text()
     assert len(losses(folder)) == 16 and the_run(folder) == (first, "FINISHED")
@@ -114,9 +114,7 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stopped_process_is_named_and_ends_the_run(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """SIGSTOP of rank 0: the other one waits in a collective, and says who hangs."""
     folder = tmp_path / "run"
-    ranks = begun(
-        train_arguments(model_dir, manifests, folder, "--train.max_steps", "10000", "--train.hang_timeout_s", "10"), folder, tmp_path
-    )
+    ranks = begun(train_arguments(model_dir, manifests, folder, "--train.max_steps=10000", "--train.hang_timeout_s=10"), folder, tmp_path)
     os.kill(ranks[0].pid or 0, signal.SIGSTOP)
     try:
         before = time.monotonic()
@@ -148,7 +146,7 @@ def held(where: str, tmp_path: Path, arguments: Sequence[str], size: int = 1) ->
 def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """In the data check and in the export, within a call that lets no handler of Python's run; the run goes on from its last checkpoint."""
     folder = tmp_path / "run"
-    extra = ["--train.max_steps", "2", "--tracking.enabled", "true", "--train.export", "true"]
+    extra = ["--train.max_steps=2", "--tracking.enabled=true", "--train.export=true"]
     arguments = train_arguments(model_dir, manifests, folder, *extra)
     for where, number in (("read_data", signal.SIGTERM), ("export_checkpoint", signal.SIGINT)):
         (rank,) = held(where, tmp_path, arguments)
@@ -181,7 +179,7 @@ def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(
 def test_signals_are_obeyed_within_an_evaluation(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """One of two ranks gets one: both leave in mid-evaluation, during training and at its end, and the run is finished by a later start."""
     folder = tmp_path / "run"
-    extra = ["--train.max_steps", "2", "--train.eval_steps", "1", "--train.per_device_eval_batch_size", "1"]
+    extra = ["--train.max_steps=2", "--train.eval_steps=1", "--train.per_device_eval_batch_size=1"]
     arguments = train_arguments(model_dir, manifests, folder, *extra, f"--data.evaluation.test={manifests['test']}")
     for step in (1, 2):
         ranks = held("evaluation", tmp_path, arguments, size=2)
@@ -201,7 +199,7 @@ def test_signals_are_obeyed_within_an_evaluation(model_dir: Path, manifests: dic
 def test_a_second_ctrl_c_ends_a_run_at_once(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """Of a rank that waits in a collective for one that never comes: its MLflow run is KILLED and its folder free."""
     folder = tmp_path / "run"
-    ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps", "9999", "--tracking.enabled", "true"), tmp_path)
+    ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps=9999", "--tracking.enabled=true"), tmp_path)
     wait_for(lambda: (len(recorded(folder)) >= 2 and (folder / "mlflow.db").exists()) or not ranks[0].is_alive())
     os.kill(ranks[1].pid or 0, signal.SIGSTOP)
     try:
@@ -222,7 +220,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(model_dir: Path, manifests: dict[str
 def test_a_killed_data_worker_costs_no_step(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """As the kernel kills where memory is short: one sentence, and the last whole step is saved, on both ranks."""
     folder = tmp_path / "run"
-    ranks = begun(train_arguments(model_dir, manifests, folder, "--train.max_steps", "9999", "--data.num_workers", "1"), folder, tmp_path)
+    ranks = begun(train_arguments(model_dir, manifests, folder, "--train.max_steps=9999", "--data.num_workers=1"), folder, tmp_path)
     (worker,) = psutil.Process(ranks[1].pid).children()
     worker.kill()
     assert end(ranks, 60) == [1, 1], (tmp_path / "rank-1.log").read_text()

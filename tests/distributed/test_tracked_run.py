@@ -43,7 +43,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def tracked(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:
     """Options of a tracked training; its experiment has the name of its folder."""
-    options = ["--tracking.enabled", "true", "--tracking.experiment", output_dir.name, "--train.figures", "true"]
+    options = ["--tracking.enabled=true", "--tracking.experiment", output_dir.name, "--train.figures=true"]
     return train_arguments(model_dir, manifests, output_dir, *options, *extra)
 
 
@@ -82,8 +82,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def finished(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, four steps, an evaluation in between and at the end."""
     folder = tmp_path_factory.mktemp("data") / "finished"
-    extra = ["--train.max_steps", "4", "--train.eval_steps", "2", "--train.per_device_train_batch_size", "8"]
-    extra += [f"--data.evaluation.test={manifests['test']}", "--tracking.run_name", "four steps", "--model.projector.learning_rate", "1e-4"]
+    extra = ["--train.max_steps=4", "--train.eval_steps=2", "--train.per_device_train_batch_size=8"]
+    extra += [f"--data.evaluation.test={manifests['test']}", "--tracking.run_name", "four steps", "--model.projector.learning_rate=1e-4"]
     run_train(2, tracked(model_dir, manifests, folder, *extra), said=folder.with_name("said"))
     return folder
 
@@ -168,7 +168,7 @@ def test_artifacts_are_the_files_of_the_run_folder(client: Any, finished: Path, 
 def test_a_killed_run_goes_on_as_the_same_run(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """kill -9 when the server has steps that the newest checkpoint has not: they are computed again and not recorded twice."""
     folder, last = tmp_path / "killed", 100
-    extra = ["--train.max_steps", str(last), "--train.save_steps", "25"]
+    extra = [f"--train.max_steps={last}", "--train.save_steps=25"]
     arguments = tracked(model_dir, manifests, folder, *extra)
     (process,) = forkserver_ranks.start(1, "forkserver_ranks:train_script", arguments, said=tmp_path / "said-first")
 
@@ -237,7 +237,7 @@ def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(
 ) -> None:
     proxy, folder = SlowProxy(int(client.tracking_uri.rpartition(":")[2])), tmp_path / "slow"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
-    arguments = tracked(model_dir, manifests, folder, "--train.max_steps", "60")
+    arguments = tracked(model_dir, manifests, folder, "--train.max_steps=60")
     run_train(1, arguments, said=tmp_path / "said")
     ended = time.time()
     assert proxy.answers >= 3, "it did talk to the slow server"
@@ -254,21 +254,21 @@ def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(
 
 
 def module_of(name: str) -> str:
-    return next((module for key, module in (("vision_tower", "vision_tower"), ("projector", "projector")) if key in name), "language_model")
+    return next((module for module in ("vision_tower", "projector") if module in name), "language_model")
 
 
 def test_freezing_learning_rates_and_gradient_checkpointing(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """Three trainings under ZeRO-3 in one process, judged by their exports: plain torch sees what every module's weights did."""
     rates = {"vision_tower": 1e-3, "projector": 2e-3, "language_model": 4e-3}
     own = [part for module, rate in rates.items() for part in (f"--model.{module}.learning_rate", str(rate))]
-    frozen = ["--train.max_steps", "2", "--model.vision_tower.tuning", "frozen"]
+    frozen = ["--train.max_steps=2", "--model.vision_tower.tuning=frozen"]
     runs = {
         # AdamW's first step moves every weight by the learning rate, whatever its gradient.
-        "rates": ["--train.max_steps", "1", "--train.lr_scheduler_type", "constant", "--train.warmup_ratio", "0", *own],
+        "rates": ["--train.max_steps=1", "--train.lr_scheduler_type=constant", "--train.warmup_ratio=0", *own],
         "frozen": frozen,
-        "recomputed": [*frozen, "--model.gradient_checkpointing", "true"],
+        "recomputed": [*frozen, "--model.gradient_checkpointing=true"],
     }
-    always = ["--train.export", "true", "--train.per_device_train_batch_size", "8"]
+    always = ["--train.export=true", "--train.per_device_train_batch_size=8"]
     arguments = [train_arguments(model_dir, manifests, tmp_path / name, *always, *extra) for name, extra in runs.items()]
     output = run_trainings(1, *arguments, said=tmp_path / "said", by="rank_functions:counted")
 

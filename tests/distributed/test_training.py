@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import (
     REPO,
+    assert_same_trajectory,
     environment,
     losses,
     metrics,
@@ -56,7 +57,7 @@ def trajectories(
         arguments = []
         for (_, steps, *limit), folder in ((layout, folder) for layout, folder in folders.items() if layout[0] == ranks):
             micro = GLOBAL_BATCH // (ranks * steps)
-            extra = ["--train.per_device_train_batch_size", str(micro), "--train.gradient_accumulation_steps", str(steps)]
+            extra = [f"--train.per_device_train_batch_size={micro}", f"--train.gradient_accumulation_steps={steps}"]
             extra += [part for tokens in limit for part in ("--data.max_tokens_per_forward", str(tokens))]
             arguments.append(train_arguments(model_dir, manifests, folder, *extra))
         if arguments:
@@ -67,13 +68,9 @@ def trajectories(
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_ranks_and_accumulation_give_one_trajectory(layout: tuple[int, ...], trajectories: dict[tuple[int, ...], Path]) -> None:
     """Ragged groups included (0 to 2 counterfactuals, shams): every term is divided by its global count. fp32, relative 2e-4."""
-    expected = metrics(trajectories[1, 1])
-    assert len(losses(trajectories[1, 1])) == 6
-    assert losses(trajectories[1, 1])[-1] < losses(trajectories[1, 1])[0] - 0.3, "it must train, or equality means nothing"
-    for want, have in zip(expected, metrics(trajectories[layout]), strict=True):
-        for name in want:
-            if name.startswith(("loss", "logp/", "grad_norm")):
-                assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), f"{name} at step {want['step']} with {layout}"
+    first, *_, last = losses(trajectories[1, 1])
+    assert len(losses(trajectories[1, 1])) == 6 and last < first - 0.3, "it must train, or equality means nothing"
+    assert_same_trajectory(trajectories[1, 1], trajectories[layout])
 
 
 def test_rank_local_means_would_be_noticed(manifests: dict[str, Path]) -> None:
@@ -111,14 +108,14 @@ def test_the_table_before_and_after_a_training(
     (plain / "baseline").mkdir(parents=True)
     (plain / "baseline" / "test.json").write_text(json.dumps({"data": {}, "groups": []}))
     many = write_manifest(tmp_path / "many.jsonl", 110)
-    first, auto = ["--train.max_steps", "1"], ["--train.eval_on_start", "auto"]
+    first, auto = ["--train.max_steps=1"], ["--train.eval_on_start=auto"]
     said = [
         run_trainings(2, train_arguments(model_dir, manifests, folder, *options), said=tmp_path / f"said-{folder.name}")
         for folder, options in (
-            (still, ["--train.learning_rate", "0", *first, *auto, *split]),
-            (moved, ["--train.learning_rate", "0.01", *auto, *split]),
+            (still, ["--train.learning_rate=0", *first, *auto, *split]),
+            (moved, ["--train.learning_rate=0.01", *auto, *split]),
             (plain, [*first, *split]),
-            (drawn, [*first, *auto, "--data.evaluation.many", str(many), "--data.evaluation.test", str(manifests["test"])]),
+            (drawn, [*first, *auto, f"--data.evaluation.many={many}", "--data.evaluation.test", str(manifests["test"])]),
         )
     ]
     cached = "before the first step: accuracies of test are those of an earlier run from this model"
@@ -202,9 +199,9 @@ def test_ranks_whose_rows_differ_make_the_same_collectives(tower: str, model_dir
         if kind == "broken":
             pictures[0].write_bytes(b"no picture")
     manifests = {"train": save_groups(tmp_path / "rows.jsonl", groups)}
-    options = ["--model.vision_tower.tuning", tower, "--train.max_steps", "4", "--data.check", "rows", "--data.on_error", "skip"]
+    options = ["--model.vision_tower.tuning", tower, "--train.max_steps=4", "--data.check=rows", "--data.on_error=skip"]
     for ranks in (1, 3):
-        size = ["--train.per_device_train_batch_size", str(3 // ranks)]
+        size = [f"--train.per_device_train_batch_size={3 // ranks}"]
         arguments = train_arguments(model_dir, manifests, tmp_path / str(ranks), *options, *size)
         said = run_train(ranks, arguments, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, said=tmp_path / f"said-{ranks}")
         rates = re.findall(r"all-reduce over 3 ranks: ([\d.]+) GB/s", said[0])

@@ -425,9 +425,9 @@ def test_a_training_evaluates_every_shape_within_its_budget(
     """Two ranks of ZeRO-3, forwards of at most 60 tokens: the largest evaluation batch before step 1, the best by a metric of single
     comparisons, the export before the tables, and a figure of captions that read as broken formulas."""
     run_dir = tmp_path / "run"
-    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.max_steps", "2", "--train.figures", "true"]
-    options += ["--train.save_best", "eval/shapes/pair", "--data.max_tokens_per_forward", "60", "--train.export", "true"]
-    options += ["--train.per_device_train_batch_size", "2", "--data.num_workers", "1"]
+    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps=1", "--train.max_steps=2", "--train.figures=true"]
+    options += ["--train.save_best=eval/shapes/pair", "--data.max_tokens_per_forward=60", "--train.export=true"]
+    options += ["--train.per_device_train_batch_size=2", "--data.num_workers=1"]
     said, _ = run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
     (warning,) = (line for line in said.splitlines() if "warning" in line)
     assert "shapes: 2 of its 8 pictures are in the training set" in warning  # the test split repeats two, and takes its pictures from it
@@ -450,7 +450,7 @@ def test_a_training_evaluates_every_shape_within_its_budget(
 
 
 def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
-    options = ["--train.eval_steps", "1", "--data.evaluation.s", "s.jsonl", "--data.train", "t.jsonl", "--train.save_best"]
+    options = ["--train.eval_steps=1", "--data.evaluation.s=s.jsonl", "--data.train=t.jsonl", "--train.save_best"]
     splits = {"s": [group([[1, 0]])]}
     check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
     for name in ("eval/s/group", "eval/s/shuffled_pair", "eval/s/count/pair"):
@@ -461,7 +461,7 @@ def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
 
 
 def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
-    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.save_best", "eval/shapes/sham"]
+    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps=1", "--train.save_best=eval/shapes/sham"]
     (said,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said", code=2)
     assert "error: train.save_best 'eval/shapes/sham'" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step 1" not in said
@@ -476,7 +476,7 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     ended: Any = object.__new__(trainer.Trainer)
     ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
     ended._world, ended._pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
-    ended._config = parse_config(["--train.output_dir", str(run_dir), "--train.figures", "false"], OBJECTIVES)
+    ended._config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
     ended._retention = SimpleNamespace(evaluated=lambda *_: {})
     ended.baseline = SimpleNamespace(compare=lambda _: [])
     ended._data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}), run_dir

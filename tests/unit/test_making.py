@@ -15,7 +15,6 @@ import re
 import shutil
 import signal
 import sys
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,23 +143,6 @@ def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # --- the work folder --------------------------------------------------------------------------------------------------------------------
-
-
-def test_records_are_whole_and_say_where_everything_comes_from(whole: Path, scenes: Path) -> None:
-    work = WorkFolder.open(whole)
-    lines, made = list(work.records("propose", 0)), list(work.records("edit", 0))
-    edits = [each for line in lines for each in line["edits"]]
-    assert len(lines) == 36 and len(edits) > 100 and len(made) == 2 * len(edits)
-    assert len({each["id"] for each in edits}) == len(edits)
-    assert work.done("edit", 0) is not None and (work.done("edit", 0) or {})["records"] == len(made)
-    with tarfile.open(work.tar(0)) as tar:
-        members = tar.getmembers()
-    pictures = [each["picture"] for each in made if each.get("picture")]
-    assert [(m.offset_data, m.size) for m in members] == [(p["start"], p["length"]) for p in pictures]
-    assert len({each["seed"] for each in made}) == len(made) and all(
-        len(each["parent_sha256"]) == 64 for each in made if "refused" not in each
-    )
-    assert set(work.settings("edit")["settings"]) == {"scenes"} and work.settings("verify")["scored"] is True
 
 
 @pytest.mark.parametrize("step", ["propose", "edit", "verify"])
