@@ -101,8 +101,10 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
         for text in ("", "[]", '{"step": 3}', '{"files": {"a": [1, 2]}', '{"files": {"a": 1}}', '{"files": [1]}')
     },
     **{
-        f"{change} changed": (lambda path, change=change: (path / LIST).write_text(json.dumps(json.loads((path / LIST).read_text()) | change)),
-                              f"{LIST} is damaged")
+        f"{change} changed": (
+            lambda path, change=change: (path / LIST).write_text(json.dumps(json.loads((path / LIST).read_text()) | change)),
+            f"{LIST} is damaged",
+        )
         for change in ({"step": 4}, {"world_size": 2}, {"run_id": "b"}, {"files": {}})
     },
     "a file elsewhere": (lambda path: rewritten(path, files={"../outside.pt": (10, SUM)}), "bare file name"),

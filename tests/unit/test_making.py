@@ -751,12 +751,6 @@ def test_masks_confine_what_changes(photos: Path, tmp_path: Path) -> None:
     assert next(work.records("verify", 0))["checks"]["outside"] == 0
 
 
-def png_of(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
-
-
 PROGRAM = """
 import json, sys
 from PIL import Image

@@ -36,8 +36,6 @@ from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.store import GroupStore
 
-Say = Callable[[str], object]
-
 
 def quiet(line: str) -> None:
     pass
