@@ -531,22 +531,21 @@ def test_a_restart_asks_of_no_caption_that_has_its_record(captions: Path, tmp_pa
 @pytest.mark.parametrize(
     "section, values",
     [
-        (ProposeOptions, {"per_type": 0}), (ProposeOptions, {"llm_timeout_s": math.nan}),
-        (ProposeOptions, {"llm_calls": 0}), (ProposeOptions, {"llm_timeout_s": 0.0}), (ProposeOptions, {"llm_attempts": 0}),
-        (EditOptions, {"attempts": 0}), (EditOptions, {"threads": -1}), (EditOptions, {"timeout_s": math.inf}),
-        (VerifyOptions, {"batch_size": 0}), (SelectOptions, {"per_type": -1}),
-        (SelectOptions, {"per_source": 0}), (SelectOptions, {"margin": math.nan}), (AuditOptions, {"sample": 0}),
+        (ProposeOptions, {"per_type": 0, "llm_calls": 0, "llm_timeout_s": 0.0, "llm_attempts": 0}),
+        (ProposeOptions, {"llm_timeout_s": math.nan}),
+        (EditOptions, {"attempts": 0, "threads": -1, "timeout_s": math.inf}), (VerifyOptions, {"batch_size": 0}),
+        (SelectOptions, {"per_type": -1, "per_source": 0, "margin": math.nan}), (AuditOptions, {"sample": 0}),
     ],
 )  # fmt: skip
 def test_numbers_that_say_nothing_are_refused_by_the_name_of_their_option(section: Any, values: dict[str, Any], tmp_path: Path) -> None:
-    ((name, value),) = values.items()
-    with pytest.raises(ConfigError, match=f"^--{name} {re.escape(str(value))}: it is"):
-        section(**values)
-    if section is not AuditOptions:
-        key = section.__name__.removesuffix("Options").lower()
-        (tmp_path / "plan.yaml").write_text(f"data: x\nout: W\n{key}: {{{name}: {'.' if value - value else ''}{value}}}\n")
-        with pytest.raises(ConfigError, match=rf"plan\.yaml: {key}\.{name} .*(: it is|not {value}; )"):
-            read_plan(str(tmp_path / "plan.yaml"))
+    key = section.__name__.removesuffix("Options").lower()
+    for name, value in values.items():
+        with pytest.raises(ConfigError, match=f"^--{name} {re.escape(str(value))} "):
+            section(**{name: value})
+        if section is not AuditOptions:
+            (tmp_path / "plan.yaml").write_text(f"data: x\nout: W\n{key}: {{{name}: {'.' if value - value else ''}{value}}}\n")
+            with pytest.raises(ConfigError, match=rf"plan\.yaml: {key}\.{name} "):
+                read_plan(str(tmp_path / "plan.yaml"))
 
 
 def test_a_server_that_is_not_there_is_said_at_once(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
