@@ -11,7 +11,7 @@ import subprocess
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,19 @@ def checkpoints(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return {name: out / name / "checkpoint-1" for name, *_ in plan}
 
 
+Export = Callable[..., Path]
+
+
+@pytest.fixture
+def export(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> Export:
+    """Export a checkpoint and a source, by their names or folders."""
+
+    def export(checkpoint: Any, source: Any, *said: Any, out: Path = tmp_path / "out", **more: Any) -> Path:
+        return export_hf(checkpoints.get(checkpoint, checkpoint), str(sources.get(source, source)), out, *said, **more)
+
+    return export
+
+
 def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -223,10 +236,10 @@ CASES += [("z3", "sharded"), ("z2 frozen", "sharded"), ("moe", "moe"), ("moe z2"
 
 
 @pytest.mark.parametrize(("checkpoint", "source"), CASES)
-def test_every_tensor(checkpoint: str, source: str, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+def test_every_tensor(checkpoint: str, source: str, export: Export, sources: dict[str, Path]) -> None:
     said: list[str] = []
     alive: list[int] = []
-    out = export_hf(checkpoints[checkpoint], str(sources[source]), tmp_path / "out", said.append, alive=lambda: alive.append(1))
+    out = export(checkpoint, source, said.append, alive=lambda: alive.append(1))
     stored = headers(sources[source])
     assert headers(out) == stored, "names, files, shapes, dtypes"
     assert len(alive) >= len(stored), "a sign of life for each"
@@ -248,9 +261,9 @@ def test_every_tensor(checkpoint: str, source: str, checkpoints: dict[str, Path]
 EXTRA = "vision_tower.vision_model.embeddings.position_ids"
 
 
-def test_index_and_the_source_s_other_files(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+def test_index_and_the_source_s_other_files(export: Export, sources: dict[str, Path]) -> None:
     source = sources["sharded"]
-    out = export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+    out = export("z3", source)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
     sizes = {"BF16": 2, "F32": 4, "I64": 8}
@@ -264,18 +277,14 @@ def test_index_and_the_source_s_other_files(checkpoints: dict[str, Path], source
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_source_without_safetensors_gets_the_library_s_own_names(
-    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
-) -> None:
-    out = export_hf(checkpoints["z3"], str(sources["bin"]), tmp_path / "out")
+def test_a_source_without_safetensors_gets_the_library_s_own_names(export: Export, sources: dict[str, Path]) -> None:
+    out = export("z3", "bin")
     assert headers(out) == headers(sources["llava"]), "which the library saved"
     assert not list(out.glob("*.bin"))
     assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(out).items())
 
 
-def test_large_files_are_split(
-    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_files_are_split(export: Export, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     whole = huggingface_hub.split_torch_state_dict_into_shards
@@ -286,7 +295,7 @@ def test_large_files_are_split(
         return whole(tensors, filename_pattern=filename_pattern, max_shard_size="300KB")
 
     monkeypatch.setattr(huggingface_hub, "split_torch_state_dict_into_shards", split)
-    out = export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
+    out = export("z3", "llava")
     assert limits == ["5GB"] and len(list(out.glob("*.safetensors"))) > 1
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert {name: file for name, (file, *_) in headers(out).items()} == index and set(index) == set(headers(sources["llava"]))
@@ -295,7 +304,7 @@ def test_large_files_are_split(
 
 @pytest.mark.parametrize("together", [4, 30], ids=["the ones that fail", "all"])
 def test_conversions_that_need_more_weights_get_them(
-    together: int, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    together: int, export: Export, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mixtral's four expert weights convert one by one; here they fail unless given together, or with all others."""
     alone = jobs.revert
@@ -307,7 +316,7 @@ def test_conversions_that_need_more_weights_get_them(
 
     monkeypatch.setattr(jobs, "revert", revert)
     said: list[str] = []
-    out = export_hf(checkpoints["mixtral"], str(sources["mixtral"]), tmp_path / "out", said.append)
+    out = export("mixtral", "mixtral", said.append)
     assert len(said) == 1 and int(said[0].split()[1]) >= together and "can only be converted together" in said[0]
     assert headers(out) == headers(sources["mixtral"])
     assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(out).items())
@@ -330,13 +339,13 @@ def edited(checkpoint: Path, folder: Path, pattern: str, change: Any) -> Path:
 
 
 def test_a_frozen_module_that_was_not_kept_comes_from_the_source(
-    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+    export: Export, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
 ) -> None:
     checkpoint = edited(
         checkpoints["z3 frozen"], tmp_path, "*model_states.pt", lambda s: s.update(frozen_param_shapes=None, frozen_param_fragments=None)
     )
     said: list[str] = []
-    exported = weights(export_hf(checkpoint, str(sources["llava"]), tmp_path / "out", said.append))
+    exported = weights(export(checkpoint, "llava", said.append))
     before = weights(sources["llava"])
     assert all(torch.equal(exported[name], before[name]) for name in before if name.startswith(TOWER))
     assert sum(name.startswith(TOWER) for name in before) == int(said[0].split()[1]) and str(sources["llava"]) in said[0]
@@ -367,7 +376,7 @@ def with_layers(source: Path, folder: Path, layers: int, **text: int) -> Path:
     ],
 )
 def test_a_source_that_does_not_fit(
-    layers: int, text: dict[str, int], said: str, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+    layers: int, text: dict[str, int], said: str, export: Export, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     """The last two have a header that is right by itself, of a tensor with fewer or more values than its weight."""
     source = tmp_path / "source"
@@ -377,7 +386,7 @@ def test_a_source_that_does_not_fit(
     else:
         with_layers(sources["llava"], source, layers, **text)
     with pytest.raises(ConfigError, match=rf"{source}.*{said}"):
-        export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+        export("z3", source)
     assert not (tmp_path / "out").exists()
 
 
@@ -407,7 +416,7 @@ def test_parts_of_a_checkpoint_that_are_lost_or_odd(stage: str, pattern: str, ch
     assert lost >= 8
 
 
-def test_a_checkpoint_that_is_not_what_it_says(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_what_it_says(export: Export, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     def drop(state: dict[str, Any]) -> None:
         state["param_shapes"][0].popitem()
 
@@ -426,34 +435,32 @@ def test_a_checkpoint_that_is_not_what_it_says(checkpoints: dict[str, Path], sou
     for index, (name, pattern, change, said) in enumerate(cases):
         checkpoint = edited(checkpoints[name], tmp_path / str(index), pattern, change)
         with pytest.raises(ConfigError, match=said):
-            export_hf(checkpoint, str(sources["llava"]), tmp_path / "out")
+            export(checkpoint, "llava")
 
 
 @pytest.fixture
-def older(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
+def older(export: Export, tmp_path: Path) -> Iterator[Path]:
     """An earlier export, which must be there unchanged at the end."""
-    out = export_hf(checkpoints["z2 frozen"], str(sources["llava"]), tmp_path / "out")
+    out = export("z2 frozen", "llava")
     before = contents(tmp_path)
     yield out
     assert contents(tmp_path) == before
 
 
-def test_a_full_disk_leaves_the_older_export(
-    older: Path, checkpoints: dict[str, Path], sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_older_export(older: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(StorageError, match=r"out .*File too large"):
-            export_hf(checkpoints["z3"], str(sources["llava"]), older)
+            export("z3", "llava", out=older)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
     with pytest.raises(StorageError, match=r"out needs 0\.0 GB"):
-        export_hf(checkpoints["z3"], str(sources["llava"]), older)
+        export("z3", "llava", out=older)
 
 
-def test_folders_that_must_not_be_replaced(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+def test_folders_that_must_not_be_replaced(export: Export, sources: dict[str, Path], tmp_path: Path) -> None:
     source = tmp_path / "models" / "source"
     shutil.copytree(sources["llava"], source)
     (tmp_path / "file").write_text("")
@@ -462,12 +469,12 @@ def test_folders_that_must_not_be_replaced(checkpoints: dict[str, Path], sources
     (tmp_path / "mine" / "thesis.tex").write_text("")
     for out, said in {**refused, tmp_path / "mine": "holds other files"}.items():
         with pytest.raises(InputError, match=said):
-            export_hf(checkpoints["z3"], str(source), out)
+            export("z3", source, out=out)
     assert headers(source) == headers(sources["llava"]) and (tmp_path / "mine" / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize("name", ["{outside}", "../{outside.name}", "sub/x.safetensors", "config.json", "..", ["x"]], ids=str)
-def test_an_index_that_names_files_elsewhere(name: Any, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+def test_an_index_that_names_files_elsewhere(name: Any, export: Export, sources: dict[str, Path], tmp_path: Path) -> None:
     """The file that it names is one of safetensors with the model's own tensors, which an export would otherwise rewrite."""
     source, outside = tmp_path / "source", tmp_path / "other.safetensors"
     shutil.copytree(sources["sharded"], source)
@@ -481,13 +488,11 @@ def test_an_index_that_names_files_elsewhere(name: Any, checkpoints: dict[str, P
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match=r"source/model\.safetensors\.index\.json: "):
-        export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+        export("z3", source)
     assert contents(tmp_path) == before
 
 
-def test_links_are_neither_copied_from_elsewhere_nor_written_through(
-    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_links_are_neither_copied_from_elsewhere_nor_written_through(export: Export, sources: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "key.jinja").write_text("a private key")
     for kind in ("file", "folder"):
@@ -498,42 +503,40 @@ def test_links_are_neither_copied_from_elsewhere_nor_written_through(
         else:
             (source / "additional_chat_templates").symlink_to(tmp_path / "secret")
         with pytest.raises(ConfigError, match=r"secret/key\.jinja"):
-            export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+            export("z3", source)
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "config.json").write_text("mine")
     for name in ("out", "out.replaced.partial", "out.partial"):
         (tmp_path / name).symlink_to(mine)
         if name == "out.partial":
-            export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
+            export("z3", "llava")
             assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out").is_symlink()
         else:
             with pytest.raises(ConfigError, match=f"{name} is a link to {mine}"):
-                export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
+                export("z3", "llava")
             (tmp_path / name).unlink()
         assert [path.name for path in mine.iterdir()] == ["config.json"] and (mine / "config.json").read_text() == "mine"
 
 
-def test_the_links_of_a_hub_cache_are_read(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+def test_the_links_of_a_hub_cache_are_read(export: Export, sources: dict[str, Path], tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--org--model" / "snapshots" / "abc", tmp_path / "models--org--model" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for number, path in enumerate(path for path in sources["sharded"].iterdir() if path.is_file()):
         shutil.copy(path, blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    out = export_hf(checkpoints["z3"], str(snapshot), tmp_path / "out")
+    out = export("z3", snapshot)
     assert headers(out) == headers(sources["sharded"]) and not any(path.is_symlink() for path in out.iterdir())
 
 
-def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(
-    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(export: Export, tmp_path: Path) -> None:
     """What somebody has kept of an older one under a name of their own is theirs."""
     for name in ("out.partial", "out.replaced.partial", "out.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("stale")
     for checkpoint in ("z2 frozen", "z3"):
-        export_hf(checkpoints[checkpoint], str(sources["llava"]), tmp_path / "out")
+        export(checkpoint, "llava")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"] and (tmp_path / "out.old" / "config.json").exists()
     assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(tmp_path / "out").items())
 
