@@ -87,6 +87,14 @@ def rewritten(path: Path, **changed: Any) -> None:
     (path / "complete.json").write_text(json.dumps(listed))
 
 
+def save(output_dir: Path, step: int, engine: Any = None, **kept: Any) -> Path:
+    return checkpoint.save(engine or Engine(), TrainState(step=step), output_dir, ONE, **{"keep": 1} | kept)
+
+
+def continued(output_dir: Path) -> Path | None:
+    return checkpoint.find(output_dir, "auto", ONE)
+
+
 def names(output_dir: Path) -> set[str]:
     return {path.name for path in output_dir.iterdir()}
 
@@ -133,7 +141,7 @@ def test_a_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> None:
     (mine / "thesis.tex").write_text("mine")
     (run / "checkpoint-3.partial").symlink_to(mine)
     (run / "checkpoint-2.partial").symlink_to(mine)
-    saved = checkpoint.save(Engine(), TrainState(step=3), run, ONE, keep=1)
+    saved = save(run, 3)
     assert not saved.is_symlink() and checkpoint.incomplete(saved) is None and names(run) == {"checkpoint-3"}
     assert names(mine) == {"thesis.tex"}
 
@@ -142,7 +150,7 @@ def test_auto_takes_the_newest_complete_one_by_number(tmp_path: Path, capsys: py
     make(tmp_path, 9), make(tmp_path, 10), make(tmp_path, 100, complete=False)
     make(tmp_path, 200).rename(tmp_path / "checkpoint-200.partial")
     make(tmp_path, 300).rename(tmp_path / "best"), make(tmp_path, 8).rename(tmp_path / "older")
-    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-10" == checkpoint.newest(tmp_path)
+    assert continued(tmp_path) == tmp_path / "checkpoint-10" == checkpoint.newest(tmp_path)
     said = capsys.readouterr().out
     assert "checkpoint-100: " in said and f"{tmp_path / 'best'} is a checkpoint of step 300" in said
     assert not any(name in said for name in ("checkpoint-9:", "200", "older"))
@@ -155,19 +163,19 @@ def test_auto_takes_the_newest_complete_one_by_number(tmp_path: Path, capsys: py
 
 def test_nothing_starts_over_beside_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     """Damaged, foreign or under another name: refused, unless told. What a killed save has left is no checkpoint."""
-    assert checkpoint.find(tmp_path, "auto", ONE) is None
+    assert continued(tmp_path) is None
     assert checkpoint.find(tmp_path / "absent", "auto", ONE) is None
     make(tmp_path, 4).rename(tmp_path / "checkpoint-4.partial"), make(tmp_path, 3).rename(tmp_path / "checkpoint-3.old.partial")
-    assert checkpoint.find(tmp_path, "auto", ONE) is None
+    assert continued(tmp_path) is None
     for name in ("kept", "checkpoint-50"):
         moved = make(tmp_path, 5).rename(tmp_path / name)
         with pytest.raises(ConfigError, match=f"{name}: .* step 5"):
-            checkpoint.find(tmp_path, "auto", ONE)
+            continued(tmp_path)
         assert checkpoint.find(tmp_path, "restart", ONE) is None
         shutil.rmtree(moved)
     make(tmp_path, 5, complete=False), make(tmp_path, 6).rename(tmp_path / "best")
     with pytest.raises(ConfigError, match=r"checkpoint-5: .* \(1 more\)"):
-        checkpoint.find(tmp_path, "auto", ONE)
+        continued(tmp_path)
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         checkpoint.newest(tmp_path)
     make(tmp_path, 2)
@@ -195,16 +203,16 @@ def test_a_save_keeps_the_newest_by_number_multiples_and_the_best(tmp_path: Path
     assert after(110, best={"step": 110, "value": 62.0}, keep=1) == {"checkpoint-110"}
     make(tmp_path, 130, complete=False)
     after(120, keep=1)
-    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-120"
+    assert continued(tmp_path) == tmp_path / "checkpoint-120"
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(tmp_path: Path) -> None:
-    checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
+    save(tmp_path, 1)
     with pytest.raises(checkpoint.SaveError, match=r"checkpoint-2 .*rank 0: .*No space left"):
-        checkpoint.save(FullDisk(), TrainState(step=2), tmp_path, ONE, keep=1)
+        save(tmp_path, 2, FullDisk())
     assert names(tmp_path) == {"checkpoint-1"}, "what was written of it takes no room"
-    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-1"
-    checkpoint.save(Engine(), TrainState(step=2), tmp_path, ONE, keep=1)
+    assert continued(tmp_path) == tmp_path / "checkpoint-1"
+    save(tmp_path, 2)
     assert names(tmp_path) == {"checkpoint-2"}
 
 
@@ -213,10 +221,10 @@ def test_what_rank_0_alone_cannot_write_is_an_error_too(part: str, tmp_path: Pat
     def full(*arguments: Any) -> None:
         raise OSError(122, "Disk quota exceeded")
 
-    checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
+    save(tmp_path, 1)
     monkeypatch.setattr(Engine if part.startswith("_copy") else saving, part, full)
     with pytest.raises(checkpoint.SaveError, match="Disk quota exceeded"):
-        checkpoint.save(Engine(), TrainState(step=2), tmp_path, ONE, keep=1)
+        save(tmp_path, 2)
     assert names(tmp_path) == {"checkpoint-1"}
 
 
@@ -230,7 +238,7 @@ def test_a_write_that_torch_cannot_end_is_named_and_gives_its_room_back(tmp_path
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(checkpoint.SaveError, match=r"rank 0: \[Errno 27\] File too large"):
-            checkpoint.save(Large(), TrainState(step=2), tmp_path, ONE, keep=1)
+            save(tmp_path, 2, Large())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     links = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.exists() or entry.is_symlink()]
@@ -240,13 +248,13 @@ def test_a_write_that_torch_cannot_end_is_named_and_gives_its_room_back(tmp_path
 def test_a_damaged_file_is_named_and_the_next_older_checkpoint_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One bit of a newest checkpoint's shard, which sizes do not show."""
     for step in (1, 2):
-        saved = checkpoint.save(Engine(), TrainState(step=step), tmp_path, ONE, keep=2)
+        saved = save(tmp_path, step, keep=2)
     shard = saved / "shards" / "rank0.pt"
     contents = bytearray(shard.read_bytes())
     contents[len(contents) // 2] ^= 4
     shard.write_bytes(contents)
     assert checkpoint.incomplete(saved) is None
-    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-1"
+    assert continued(tmp_path) == tmp_path / "checkpoint-1"
     said = capsys.readouterr().out
     assert f"passed over {saved}: shards/rank0.pt is damaged: its CRC-32 is {zlib.crc32(contents):08x} instead of" in said
     with pytest.raises(ConfigError, match=r"checkpoint-2: shards/rank0\.pt"):
@@ -263,7 +271,7 @@ def test_a_sum_is_taken_while_a_file_is_written(tmp_path: Path, monkeypatch: pyt
 
     read = list[str]()
     monkeypatch.setattr(saving, "crc32_of", lambda file: read.append(file.name) or crc32_of(file))
-    saved = checkpoint.save(Large(), TrainState(step=1), tmp_path, ONE, keep=1)
+    saved = save(tmp_path, 1, Large())
     files = json.loads((saved / "complete.json").read_text())["files"]
     assert set(read) == {"script.py", "complete.json"} and {"shards/rank0.pt", "random-state-0.pt"} < set(files)
     for name, (size, crc32) in files.items():
@@ -278,7 +286,7 @@ def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle)))
     monkeypatch.setattr(os, "replace", lambda source, target: (done.append("rename"), replace(source, target)))
-    checkpoint.save(Engine(), TrainState(step=4), tmp_path, ONE, keep=1)
+    save(tmp_path, 4)
     partial = str(tmp_path / "checkpoint-4.partial")
     before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
     expected = {f"{partial}{name}" for name in ("", "/shards", "/shards/rank0.pt", "/random-state-0.pt", "/script.py", "/complete.json")}
@@ -320,7 +328,7 @@ class Payload:
 @pytest.mark.parametrize("where", ["random-state-0.pt", "shards/rank0.pt"])
 def test_what_a_checkpoint_pickles_is_not_run(where: str, tmp_path: Path) -> None:
     """A whole checkpoint by its list, made by somebody else; DeepSpeed's reader is that of the engine."""
-    saved = checkpoint.save(engine := Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=1)
+    saved = save(tmp_path, 3, engine := Engine())
     torch.save({"python": Payload(tmp_path / "taken over")}, saved / where)
     rewritten(saved, files={str(file.relative_to(saved)): list(flushed(file)) for file in saved.rglob("*.pt")})
     assert checkpoint.incomplete(saved) is None
@@ -338,7 +346,7 @@ def test_what_the_library_cannot_load_is_one_sentence(tmp_path: Path) -> None:
         def load_checkpoint(self, folder: str, tag: str) -> Any:
             return None, None
 
-    saved = checkpoint.save(Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=1)
+    saved = save(tmp_path, 3)
     for engine, reason in ((Stumbling(), "RuntimeError"), (Refusing(), "DeepSpeed")):
         with pytest.raises(ConfigError, match=f"checkpoint-3.*{reason}"):
             checkpoint.load(engine, saved, TrainState(), ONE, tmp_path)

@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import COLOURS, REPO, contents, draw, printed, read_rows, refused, wait_for, write_rows
 from PIL import Image, ImageDraw, ImageOps
-from test_propose import Server, quiet, reply
+from test_propose import Server, proposing, quiet, reply
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ScenesConfig
@@ -188,6 +188,11 @@ def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole: Path, scenes: Path, 
     assert contents(out).items() >= {name: held for name, held in contents(whole).items() if not name.startswith("verify")}.items()
 
 
+def verified(out: Path, shard: int = 0) -> dict[str, Any]:
+    """Verify a shard without a scorer."""
+    return verify(out, VerifyOptions(), shard, quiet, None)
+
+
 def candidates_of(out: Path, step: str) -> dict[tuple[str, int], Any]:
     """The records without the places of pictures, whatever the shard."""
     work, found = WorkFolder.open(out), {}
@@ -318,9 +323,9 @@ def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -
 def through_all(photos: Path, out: Path, shards: int) -> None:
     """All steps of all shards, as far as they are not done."""
     for shard in range(shards):
-        propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation"), shard, quiet, shards)
+        proposing(photos, out, shard=shard, shards=shards, types="colour,relation")
         edit(out, EditOptions(), shard, quiet)
-        verify(out, VerifyOptions(), shard, quiet, None)
+        verified(out, shard)
 
 
 def test_an_id_that_is_in_two_shards_is_counted_and_left_out_the_second_time(photos: Path, tmp_path: Path) -> None:
@@ -340,7 +345,7 @@ def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_b
         done.write_text(json.dumps(json.loads(done.read_text()) | {"sha256": hashlib.sha256(b"").hexdigest()}))
         for refuses in (
             lambda: select(out, tmp_path / "g.jsonl", SelectOptions(), quiet),
-            lambda: verify(out, VerifyOptions(), 1, quiet, None),
+            lambda: verified(out, 1),
         ):
             with pytest.raises(DataError, match=rf"{later}/shard-00001\.jsonl {OUTDATED}") as said:
                 refuses()
@@ -354,7 +359,7 @@ def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_b
     (out / "edit" / "shard-00002.jsonl").unlink()  # with the completion file alone it is not through
     assert "edit: 2 of 3 shards" in status(out)
     with pytest.raises(ConfigError, match="edit has not finished shard 2"):
-        verify(out, VerifyOptions(), 2, quiet, None)
+        verified(out, 2)
     through_all(photos, out, 3)
     assert contents(out) == before
 
@@ -684,7 +689,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def edited(photos: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
-    propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation"), 0, quiet)
+    proposing(photos, out, types="colour,relation")
     edit(out, EditOptions(**options), 0, quiet)
     return list(WorkFolder.open(out).records("edit", 0))
 
@@ -719,7 +724,7 @@ def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos: Path, 
         place = next(each["picture"] for each in work.records("edit", 0) if each["picture"])
         tar.seek(place["start"] + place["length"] // 2)
         tar.write(b"\0")
-    verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    verified(tmp_path / "W")
     said = {each["edit"]: each.get("problem", "") for each in work.records("verify", 0)}
     assert {name for name, problem in said.items() if problem == "a picture is another one than when it was edited"} == {
         "p0/1", "p1/0", "p1/1",
@@ -747,7 +752,7 @@ def test_masks_confine_what_changes(photos: Path, tmp_path: Path) -> None:
     original, inside = np.asarray(open_image(photos.with_name("0.png"))), np.asarray(mask) > 0
     assert (image[~inside] == original[~inside]).all() and (image[inside] == np.asarray(noise_picture(20))[inside]).all()
     assert "the mask is 32x32 and its picture 64x64" in next(each for each in found if each["edit"] == "p1/0")["detail"]
-    verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    verified(tmp_path / "W")
     assert next(work.records("verify", 0))["checks"]["outside"] == 0
 
 
@@ -783,7 +788,7 @@ def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path
 
 def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "W"
-    propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="relation"), 0, quiet)
+    proposing(photos, out, types="relation")
     for options in (
         *({"back_ends": "command", "command": command}
           for command in ("", "edit.py {request}", "nosuchprogram {request} {output}", "true '{request} {output}")),
@@ -808,10 +813,10 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
     server = Server(lambda body, number: (200, reply([]), {}))
     with server.running():
         asked = {"llm_url": f"{server.url}?key={secret}", "llm_model": "m"}
-        propose(open_groups(photos, None, "auto"), out, ProposeOptions(back_ends="rules,llm", types="relation", **asked), 0, quiet)
+        proposing(photos, out, back_ends="rules,llm", types="relation", **asked)
     for given in (command, command.replace(secret, "renewed")):  # a secret may change
         edit(out, EditOptions(back_ends="command", command=given), 0, quiet)
-    verify(out, VerifyOptions(), 0, quiet, None)
+    verified(out)
     assert server.paths == {f"/v1/chat/completions?key={secret}"}  # which the server did get
     assert "denied" in str(list(WorkFolder.open(out).records("edit", 0)))
     printed(capsys, "data", "select", out, "--out", tmp_path / "groups.jsonl")
@@ -972,7 +977,7 @@ def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, c
     """What a command wrote it replaces: groups, tables and thinned sets. Captions, other rows, journals and somebody's files stay."""
     out, groups = tmp_path / "W", tmp_path / "g.jsonl"
     edited(photos, out)
-    verify(out, VerifyOptions(), 0, quiet, None)
+    verified(out)
     selecting = ["data", "select", out, "--out"]
     write_rows(tmp_path / "pairs.jsonl", [row | {"meta": {"steps": {}}} for row in pair_rows(tmp_path, 20)])
     auditing = ["data", "audit", tmp_path / "pairs.jsonl", "--out", tmp_path / "a", "--refine"]
@@ -1009,7 +1014,7 @@ def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
     options = ProposeOptions(back_ends="mine,rules", types="colour")
     propose(open_groups(tmp_path / "c.jsonl", None, "auto"), tmp_path / "W", options, 0, quiet)
     edit(tmp_path / "W", EditOptions(back_ends="none"), 0, quiet)
-    done = verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    done = verified(tmp_path / "W")
     assert done["counts"]["not: a picture cannot be read"] == 2  # in a pair, and as one that is to be edited
     parts = select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(splits="a=0.5,b=0.5"), quiet)
     counts = parts.by_type["colour"]

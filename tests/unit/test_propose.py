@@ -41,6 +41,11 @@ def quiet(line: str) -> None:
     pass
 
 
+def proposing(path: Path, out: Path, shard: int = 0, shards: int = 1, **options: Any) -> dict[str, Any]:
+    """Propose edits for a shard of some captions."""
+    return propose(open_groups(path, None, "auto"), out, ProposeOptions(**options), shard, quiet, shards)
+
+
 def every(caption: str, types: str = ",".join(TYPES)) -> list[Proposal]:
     """All that the rules allow of a caption."""
     found = edits_of(caption, types.split(","))
@@ -178,7 +183,7 @@ def proposed(folder: Path, captions: Sequence[str], shards: int = 1, **options: 
     path = folder / "captions.jsonl"
     path.write_text("".join(json.dumps({"id": f"r{k}", "caption": said, "image": f"{k}.png"}) + "\n" for k, said in enumerate(captions)))
     for shard in range(shards):
-        propose(open_groups(path, None, "auto"), folder / "W", ProposeOptions(**options), shard, quiet, shards)
+        proposing(path, folder / "W", shard=shard, shards=shards, **options)
     records = [json.loads(line) for file in sorted((folder / "W" / "propose").glob("*.jsonl")) for line in file.read_text().splitlines()]
     return {record["source"]: record["edits"] for record in records}
 
@@ -374,7 +379,7 @@ def captions(tmp_path: Path) -> Path:
 
 def asked_model(captions: Path, out: Path, server: Server, **options: Any) -> dict[str, Any]:
     given = {"back_ends": "llm", "llm_url": server.url, "llm_model": "m", "llm_timeout_s": 1.5, "llm_attempts": 3} | options
-    return propose(open_groups(captions, None, "auto"), out, ProposeOptions(**given), 0, quiet)
+    return proposing(captions, out, **given)
 
 
 def lines_of(out: Path, step: str = "propose") -> list[dict[str, Any]]:
@@ -714,6 +719,6 @@ def test_a_caption_said_of_many_pictures_does_not_hide_the_others(tmp_path: Path
     rows = [{"id": f"r{k:04}", "caption": "a red car in a street", "image": f"{k}.png"} for k in range(2000)]
     rows.append({"id": "s", "caption": "a blue car in a street", "image": "s.png"})
     write_rows(tmp_path / "c.jsonl", rows)
-    propose(open_groups(tmp_path / "c.jsonl", None, "auto"), tmp_path / "W", ProposeOptions(back_ends="mine"), 0, quiet)
+    proposing(tmp_path / "c.jsonl", tmp_path / "W", back_ends="mine")
     records = read_rows(tmp_path / "W" / "propose" / "shard-00000.jsonl")
     assert [[each["text"] for each in record["edits"]] for record in records] == [["a blue car in a street"]] * 2000 + [[]]
