@@ -63,6 +63,12 @@ def configured(config: RunConfig, run: Path, **changes: Any) -> RunConfig:
     return replace(config, data=replace(config.data, **given), train=replace(config.train, output_dir=str(run)))
 
 
+@pytest.fixture
+def own(config: RunConfig, data: Path, tmp_path: Path) -> RunConfig:
+    """A run on the data alone."""
+    return configured(config, tmp_path / "run", train=str(data))
+
+
 def test_every_set_has_its_own_root_and_format(config: RunConfig, data: Path, tmp_path: Path) -> None:
     """Training groups under one folder, pairs under another; an evaluation set may be named train."""
     other = tmp_path / "other"
@@ -131,10 +137,9 @@ def test_what_was_checked_is_checked_again_under_other_options_only(
 
 
 def test_what_is_written_while_it_is_checked_is_looked_at_again(
-    config: RunConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: RunConfig, config: RunConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A manifest that changes after it was read, or under its old time, is another one; what was read is what a run is recognised by."""
-    run = configured(config, tmp_path / "run", train=str(data))
     before, text, unchanged = data.stat(), data.read_text(), read_manifest(data)
     flipped = text.replace('["i0", "t1", 0]', '["i0", "t1", 1]', 1)
     assert flipped != text
@@ -148,18 +153,18 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(
     first = preflight.read_data(configured(config, tmp_path / "first", train=str(data)), ONE)
     with monkeypatch.context() as patched, pytest.raises(DataError, match="written while it was checked"):
         patched.setattr(preflight.ProgressBarrier, "alive", lambda barrier: write())
-        preflight.read_data(run, ONE)
+        preflight.read_data(own, ONE)
     assert data.read_text() == flipped
     assert list(first.groups) == unchanged, "a run reads what it has prepared"
-    second = preflight.read_data(run, ONE)
+    second = preflight.read_data(own, ONE)
     assert changes(first.identity, second.identity) == "labels (match)" and list(second.groups) == read_manifest(data)
     data.write_text(text)
     os.utime(data, ns=(before.st_atime_ns, second_time := data.stat().st_mtime_ns))
-    third = preflight.read_data(run, ONE)
+    third = preflight.read_data(own, ONE)
     assert changes(second.identity, third.identity) == "labels (match)"
     data.write_text(flipped)
     os.utime(data, ns=(before.st_atime_ns, second_time))
-    assert changes(third.identity, preflight.read_data(run, ONE).identity) == "labels (match)", "of the same size, with its old time"
+    assert changes(third.identity, preflight.read_data(own, ONE).identity) == "labels (match)", "of the same size, with its old time"
 
 
 def test_a_large_manifest_is_prepared_before_the_run(config: RunConfig, data: Path, tmp_path: Path, opened: list[str]) -> None:
@@ -194,20 +199,19 @@ def test_a_run_is_prepared_before_it_has_its_gpus(
 
 
 @pytest.mark.parametrize("after", range(1, 40, 6))
-def test_a_first_start_that_is_killed_goes_on(config: RunConfig, data: Path, tmp_path: Path, after: int) -> None:
+def test_a_first_start_that_is_killed_goes_on(own: RunConfig, config: RunConfig, data: Path, tmp_path: Path, after: int) -> None:
     """SIGKILL after ever more signs of life: the next start has what an undisturbed one has."""
-    run = configured(config, tmp_path / "run", train=str(data))
     left = itertools.count(after, -1)
     if not (child := os.fork()):
         try:
             preflight.ProgressBarrier.alive = lambda barrier: next(left) or os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
-            preflight.read_data(run, ONE)
+            preflight.read_data(own, ONE)
             os._exit(0)
         finally:
             os._exit(3)
     assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
     whole = preflight.read_data(configured(config, tmp_path / "other", train=str(data)), ONE)
-    assert (found := preflight.read_data(run, ONE)).identity == whole.identity and list(found.groups) == list(whole.groups)
+    assert (found := preflight.read_data(own, ONE)).identity == whole.identity and list(found.groups) == list(whole.groups)
 
 
 def test_a_store_of_another_schema_or_half_of_one_is_made_again(config: RunConfig, data: Path, tmp_path: Path, opened: list[str]) -> None:
@@ -230,10 +234,10 @@ def test_a_store_of_another_schema_or_half_of_one_is_made_again(config: RunConfi
 
 
 def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(
-    config: RunConfig, data: Path, model_dir: Path, tmp_path: Path
+    own: RunConfig, config: RunConfig, model_dir: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(model_dir, tmp_path / "model")
-    run = replace(configured(config, tmp_path / "run", train=str(data)), model=replace(config.model, name_or_path=str(model)))
+    run = replace(own, model=replace(config.model, name_or_path=str(model)))
     preflight.read_data(run, ONE)
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     red = next(token for token in tokenizer["added_tokens"] if token["content"] == "</s>")
@@ -244,13 +248,12 @@ def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(
 
 
 def test_a_training_says_which_keys_of_its_rows_are_not_used(
-    config: RunConfig, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: RunConfig, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [json.loads(line) | {"meta": {"tag": 1}} for line in data.read_text().splitlines()]
     write_rows(data, rows)
-    run = configured(config, tmp_path / "run", train=str(data))
     for _ in range(2):  # looked at, and known
-        preflight.read_data(run, ONE)
+        preflight.read_data(own, ONE)
         assert "train.jsonl: 6 groups, 12 images, visual tokens min" in (said := capsys.readouterr().out)
         assert "metadata 'tag': 6 (kept, not used)" in said
 
@@ -270,12 +273,9 @@ def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config
         tokens(least - 1)
 
 
-def test_a_check_that_is_killed_goes_on(
-    config: RunConfig, data: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_that_is_killed_goes_on(own: RunConfig, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
     monkeypatch.setattr(picture_check, "_CHUNK", 2)
-    run = configured(config, tmp_path / "run", train=str(data))
 
     def leave() -> None:
         if len(opened) >= 7:
@@ -283,13 +283,13 @@ def test_a_check_that_is_killed_goes_on(
 
     with pytest.raises(SystemExit), monkeypatch.context() as patched:
         patched.setattr(preflight.ProgressBarrier, "alive", lambda barrier: leave())
-        preflight.read_data(run, ONE)
+        preflight.read_data(own, ONE)
     (found,) = (tmp_path / "run" / "prepared").glob("*/parts/images-00000.npy")
     kept = len(np.load(found))
     assert 4 <= kept < 12
     seen = opened.copy()
     opened.clear()
-    read = preflight.read_data(run, ONE)
+    read = preflight.read_data(own, ONE)
     assert len(opened) == 12 - kept and set(seen) | set(opened) == {picture.name for group in read.groups for (picture,) in group.images}
     assert read.pictures is not None and len(read.pictures) == 12
     for group in read.groups:
@@ -298,9 +298,9 @@ def test_a_check_that_is_killed_goes_on(
             assert found == (stat.st_size, stat.st_ctime_ns, hashlib.blake2b(picture.read_bytes(), digest_size=16).digest(), 48, 48)
 
 
-def test_a_picture_is_held_against_the_check_when_it_is_opened(config: RunConfig, data: Path, tmp_path: Path) -> None:
+def test_a_picture_is_held_against_the_check_when_it_is_opened(own: RunConfig, config: RunConfig, tmp_path: Path) -> None:
     """Written again with the same bytes it passes; with others, of the same size too, it is refused by name."""
-    read = preflight.read_data(configured(config, tmp_path / "run", train=str(data)), ONE)
+    read = preflight.read_data(own, ONE)
     collator = load_collator(config.model, "full", checked=read.pictures)
     (picture,) = read.groups[1].images[1]
     before = picture.read_bytes()

@@ -23,6 +23,10 @@ from cfvlm_ds.models import attach_adapters, fingerprint, load_config, load_mode
 from cfvlm_ds.models.model_files import hashed_files, weight_patterns
 
 
+def loaded(folder: Path) -> Any:
+    return load_model(ModelConfig(str(folder), attn_implementation="sdpa"), torch.float32)
+
+
 def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
@@ -110,14 +114,14 @@ def test_models_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: Path
     edit, said = LOADING[case]
     edit(folder := shutil.copytree(model_dir, tmp_path / "model"))
     with pytest.raises(ConfigError) as refused:
-        load_model(ModelConfig(str(folder), attn_implementation="sdpa"), torch.float32)
+        loaded(folder)
     assert (said in str(refused.value) and str(folder) in str(refused.value)) or "model type" in str(refused.value), refused.value
     assert "; " in str(refused.value), "and what to do"
 
 
 def test_a_whole_model_in_shards_loads(model_dir: Path, tmp_path: Path) -> None:
     sharded(lost=False)(folder := shutil.copytree(model_dir, tmp_path / "model"))
-    whole, parts = (load_model(ModelConfig(str(each), attn_implementation="sdpa"), torch.float32) for each in (model_dir, folder))
+    whole, parts = (loaded(each) for each in (model_dir, folder))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
@@ -230,7 +234,7 @@ def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import peft
 
     torch.manual_seed(0)
-    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    model = loaded(model_dir)
     described = peft.LoraConfig(r=3, target_modules=r".*language_model.*\.(q|v)_proj", init_lora_weights=False)
     peft.get_peft_model(model, described).save_pretrained(folder := tmp_path_factory.mktemp("adapters"))
     return folder
@@ -241,10 +245,10 @@ def test_adapters_are_what_their_weights_are(adapters: Path, model_dir: Path, tm
     import peft
 
     def attached(folder: Path) -> dict[str, torch.Tensor]:
-        model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+        model = loaded(model_dir)
         return attach_adapters(model, folder).state_dict()
 
-    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    model = loaded(model_dir)
     expected = peft.PeftModel.from_pretrained(model, str(adapters)).get_base_model().state_dict()
     slow = shutil.copytree(adapters, tmp_path / "slow")
     edited("adapter_config.json", lambda content: content.update(target_modules=r"(?:[a-z_.\d]+)+\d+!"))(slow)
@@ -256,14 +260,14 @@ def test_adapters_are_what_their_weights_are(adapters: Path, model_dir: Path, tm
 def test_modules_that_were_saved_whole_are_those_of_peft(model_dir: Path, tmp_path: Path) -> None:
     import peft
 
-    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    model = loaded(model_dir)
     described = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"], init_lora_weights=False)
     trained = peft.get_peft_model(model, described)
     for parameter in trained.parameters():
         parameter.data += parameter.requires_grad
     trained.save_pretrained(tmp_path)
     expected = trained.get_base_model().state_dict()
-    found = attach_adapters(load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32), tmp_path).state_dict()
+    found = attach_adapters(loaded(model_dir), tmp_path).state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -281,7 +285,7 @@ def test_modules_that_were_saved_whole_are_those_of_peft(model_dir: Path, tmp_pa
 )
 def test_adapters_that_say_what_they_are_not(change: dict[str, Any], said: str, adapters: Path, model_dir: Path, tmp_path: Path) -> None:
     edited("adapter_config.json", lambda content: content.update(change))(folder := shutil.copytree(adapters, tmp_path / "adapters"))
-    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    model = loaded(model_dir)
     with pytest.raises(ConfigError) as refused:
         attach_adapters(model, folder)
     assert said in str(refused.value) and str(folder) in str(refused.value), refused.value
