@@ -75,7 +75,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduli
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _one_thread():
     torch.set_num_threads(1)
 
 
@@ -86,12 +86,12 @@ def build_test_model(out_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tmp_path_factory):
     return build_test_model(tmp_path_factory.mktemp("model") / "llava")
 
 
 @pytest.fixture(scope="session")
-def scorer(model_dir: Path) -> Any:
+def scorer(model_dir):
     """The test model in fp32 with weights drawn wide, so that masks, positions and images matter as they do after training."""
     model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
@@ -163,7 +163,7 @@ def save_groups(path: Path, groups: list[CounterfactualGroup]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def manifests(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     return {name: write_manifest(folder / f"{name}.jsonl", num, seed) for seed, (name, num) in enumerate((("train", 48), ("test", 10)))}
 
@@ -364,7 +364,7 @@ def varlen(
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(monkeypatch):
     """Stand-ins with the signatures of the two kernels that need a GPU: what is tested is how they are called."""
     flash: Any = types.ModuleType("flash_attn")
 

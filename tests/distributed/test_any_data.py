@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import forkserver_ranks
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.long
 ROWS = 204
 
 
-def test_a_mixture_of_all_formats(model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_of_all_formats(model_dir, manifests, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sources: dict[str, dict[str, Any]] = {}
     for name, (write, _) in PUBLIC.items():

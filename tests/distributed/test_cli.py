@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import (
@@ -73,7 +72,7 @@ COMMANDS = [
 # --- where commands read and print --------------------------------------------------------------------------------------------------------
 
 
-def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path, monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stderr", terminal)
     with pytest.raises(SystemExit) as ended:
@@ -82,9 +81,7 @@ def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path: Path, monkeypa
     assert ended.value.code == 2 and rb"\u72ac.jsonl: no such manifest" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-def test_files_that_cannot_be_read_or_written_are_one_sentence(
-    bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_cannot_be_read_or_written_are_one_sentence(bad, tmp_path, capsys):
     (tmp_path / "file").touch()
     said = refused(capsys, "data", "build", tmp_path / "file" / "scenes", "--num_train", "1", "--num_test", "1")
     assert f"{tmp_path / 'file'}" in said and "Not a directory; make room, or correct the path or its permissions" in said
@@ -102,7 +99,7 @@ def test_files_that_cannot_be_read_or_written_are_one_sentence(
     ],
     ids=repr,
 )  # fmt: skip
-def test_what_a_user_can_correct_is_one_sentence_and_an_exit_code(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_user_can_correct_is_one_sentence_and_an_exit_code(error, code, capsys):
     """Whichever it is, and whichever rank found it."""
 
     def found() -> None:
@@ -113,7 +110,7 @@ def test_what_a_user_can_correct_is_one_sentence_and_an_exit_code(error: Excepti
     assert ended.value.code == code and str(error) in only_sentence(capsys.readouterr().err)
 
 
-def test_a_reader_that_has_enough_is_no_error(bad: dict[str, Path]) -> None:
+def test_a_reader_that_has_enough_is_no_error(bad):
     """As ``| head`` is."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -127,7 +124,7 @@ def test_a_reader_that_has_enough_is_no_error(bad: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, [], ["data"]], ids=" ".join)
-def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_has_an_example_that_parses(command, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
     assert ended.value.code == 0
@@ -139,7 +136,7 @@ def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.Capt
     assert len(ran) == 1
 
 
-def test_the_list_of_commands_is_the_one_tested_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_commands_is_the_one_tested_here(capsys):
     listed = []
     for prefix in ([], ["data"], ["cluster"]):
         with pytest.raises(SystemExit):
@@ -149,7 +146,7 @@ def test_the_list_of_commands_is_the_one_tested_here(capsys: pytest.CaptureFixtu
     assert sorted(listed) == sorted([*COMMANDS, ["train"]]), "whose options are those of train.py"
 
 
-def test_installed_command() -> None:
+def test_installed_command():
     assert "example: cfvlm-ds data check" in run([str(Path(sys.executable).with_name("cfvlm-ds")), "data", "check", "--help"])
 
 
@@ -157,7 +154,7 @@ def test_installed_command() -> None:
 
 
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bad(tmp_path_factory):
     """One manifest per defect, always in row 2 of 3."""
     folder = tmp_path_factory.mktemp("bad")
     good = write_manifest(folder / "good.jsonl", 3, seed=5, ragged=False)
@@ -179,15 +176,13 @@ DEFECTS = {
 """What of the sound manifest is exchanged for what, and what the refusal names; test_data has every defect of a row."""
 
 
-def test_data_check_names_file_and_row(bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_names_file_and_row(bad, model_dir, capsys):
     for defect, (*_, place) in DEFECTS.items():
         assert re.match(rf"error: {bad[defect]}:[12]: .*{place}", refused(capsys, "data", "check", bad[defect], "--model", model_dir))
     assert "problems         none" in printed(capsys, "data", "check", bad["good"], "--model", model_dir)
 
 
-def test_data_check_reports_every_text_that_a_model_cannot_take(
-    bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_check_reports_every_text_that_a_model_cannot_take(bad, model_dir, capsys):
     rows = [json.loads(line) for line in bad["good"].read_text().splitlines()]
     for row in rows[::2]:
         row["texts"][1]["text"] += " </s>"
@@ -201,7 +196,7 @@ def test_data_check_reports_every_text_that_a_model_cannot_take(
         assert f"group '{group}': text 1: " in problem and "'</s>'" in problem
 
 
-def test_data_check_options_reach_the_check(bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_options_reach_the_check(bad, tmp_path, capsys):
     for option, value, said in (
         ("--max_pixels", "2000", "48x48"), ("--max_pixels", "1", "(5 more"), ("--root", tmp_path, "no such image file"),
         ("--format", "cfgrop", "'cfgroup'"),
@@ -209,9 +204,7 @@ def test_data_check_options_reach_the_check(bad: dict[str, Path], tmp_path: Path
         assert said in refused(capsys, "data", "check", bad["good"], option, value)
 
 
-def test_scoring_names_a_bad_image_and_writes_nothing(
-    bad: dict[str, Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scoring_names_a_bad_image_and_writes_nothing(bad, model_dir, tmp_path, capsys):
     out = tmp_path / "scores.jsonl"
     assert "images/corrupt.png" in refused(capsys, "score", model_dir, bad["corrupt_image"], "--out", out)
     assert "no such manifest" not in refused(capsys, "evaluate", model_dir, bad["missing_image"], "--out", out)
@@ -233,9 +226,7 @@ for arguments in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def refusals(
-    bad: dict[str, Path], model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[str, Path]]:
+def refusals(bad, model_dir, manifests, tmp_path_factory):
     """What train_main ends with, and its run folder: every case in turn, in one process."""
     folder = tmp_path_factory.mktemp("refusals")
     hostile = folder / "hostile"  # its index names the tested model's own weights
@@ -270,13 +261,13 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_training_refuses_before_it_starts(case: str, refusals: dict[str, tuple[str, Path]]) -> None:
+def test_training_refuses_before_it_starts(case, refusals):
     said, folder = refusals[case]
     assert said.startswith("error: ") and all(part in said for part in REFUSALS[case]), said
     assert not (folder / "metrics.jsonl").exists() and not list(folder.glob("checkpoint*"))
 
 
-def test_train_py_itself(bad: dict[str, Path], model_dir: Path, tmp_path: Path) -> None:
+def test_train_py_itself(bad, model_dir, tmp_path):
     command = [sys.executable, "train.py", *train_arguments(model_dir, {"train": bad["corrupt_image"]}, tmp_path / "run")]
     ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
     assert ended.returncode == 2
@@ -298,7 +289,7 @@ def test_train_py_itself(bad: dict[str, Path], model_dir: Path, tmp_path: Path) 
         ["--model", "{name_or_path: M}"],
     ],
 )
-def test_a_model_or_data_of_ones_own_is_no_quickstart(options: list[str]) -> None:
+def test_a_model_or_data_of_ones_own_is_no_quickstart(options):
     """Nothing but what was asked for and the documented defaults."""
     asked = parse_config(options, OBJECTIVES)
     found = parse_config(with_quickstart(options), OBJECTIVES)
@@ -317,20 +308,20 @@ def test_a_model_or_data_of_ones_own_is_no_quickstart(options: list[str]) -> Non
         (["--objective.csd.weight=0", "--model.projector.tuning=frozen"], {}),
     ],
 )
-def test_other_options_change_the_quickstart(options: list[str], changed: dict[str, Any]) -> None:
+def test_other_options_change_the_quickstart(options, changed):
     quickstart = parse_config(["--config", "examples/quickstart.yaml"], OBJECTIVES)
     found = parse_config(with_quickstart(options), OBJECTIVES)
     assert found.build.scenes is not None and found.data == quickstart.data
     assert found.train == dataclasses.replace(quickstart.train, **changed)
 
 
-def test_slurm_finds_the_folder_of_the_same_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_slurm_finds_the_folder_of_the_same_run(capsys):
     for options, folder in (([], "runs/quickstart"), (["--model.name_or_path=M", "--data.train=F"], "runs/default")):
         main(["cluster", "output_dir", "--", *options])
         assert capsys.readouterr().out.strip().endswith(f"/{folder}")
 
 
-def test_bitsandbytes_does_not_miss_its_kernel_aloud() -> None:
+def test_bitsandbytes_does_not_miss_its_kernel_aloud():
     """Its module for CPUs is read as where it misses the kernel: with the library's own logging, and with ours."""
     code = """
 import logging, importlib, sys
@@ -353,15 +344,13 @@ importlib.reload(ops)
 
 
 @pytest.fixture(scope="module")
-def scores_file(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scores_file(model_dir, manifests, tmp_path_factory):
     out = tmp_path_factory.mktemp("scores") / "new" / "train.jsonl"
     main(["score", str(model_dir), str(manifests["train"]), "--out", str(out), "--batch_size", "7"])
     return out
 
 
-def test_scores_that_are_not_finite_are_not_written(
-    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_that_are_not_finite_are_not_written(model_dir, manifests, tmp_path, capsys):
     broken = shutil.copytree(model_dir, tmp_path / "model") / "processor_config.json"
     described = json.loads(broken.read_text())
     described["image_processor"]["image_mean"] = [math.nan] * 3
@@ -371,7 +360,7 @@ def test_scores_that_are_not_finite_are_not_written(
 
 
 @pytest.fixture(scope="module")
-def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(model_dir, manifests, scores_file, tmp_path_factory):
     """Short trainings in one process: ``z2``, ``z3`` (evaluated and exported), ``dpo``, and DPO of adapters with two kinds of reference."""
     folder = tmp_path_factory.mktemp("runs")
     dpo = ["--objective.dpo.weight=1", "--objective.align.weight=0"]
@@ -394,13 +383,13 @@ def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_pat
     return folder
 
 
-def test_stage_2_and_stage_3_take_the_same_steps(runs: Path) -> None:
+def test_stage_2_and_stage_3_take_the_same_steps(runs):
     assert len(losses(runs / "z3")) == 2
     assert losses(runs / "z2") == pytest.approx(losses(runs / "z3"), rel=1e-5)
     assert json.loads((runs / "z2" / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
 
 
-def test_dpo_starts_at_log_2(runs: Path) -> None:
+def test_dpo_starts_at_log_2(runs):
     """At the first step the policy is the reference, so every margin is 0 (arXiv 2305.18290, equation 7)."""
     first, second = (row for row in metrics(runs / "dpo") if "loss" in row)
     assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
@@ -408,19 +397,19 @@ def test_dpo_starts_at_log_2(runs: Path) -> None:
     assert abs(second["loss/dpo"] - math.log(2)) > 1e-4, "the policy moves away from the reference"
 
 
-def test_a_reference_without_adapters_leaves_the_prefetch_of_weights_alone(runs: Path) -> None:
+def test_a_reference_without_adapters_leaves_the_prefetch_of_weights_alone(runs):
     """Once a step is recorded, ZeRO-3 fetches weights before they are used, in that forward and in the trained one."""
     traces = json.loads((runs / "traces.json").read_text())
     assert traces["off"][2] == traces["stored"][2] == 0 < traces["off"][0]
 
 
-def test_without_its_adapters_the_model_is_the_reference(runs: Path) -> None:
+def test_without_its_adapters_the_model_is_the_reference(runs):
     """The same losses as with the scores that the model had before, three steps under ZeRO-3."""
     assert losses(runs / "off") == pytest.approx(losses(runs / "stored"), rel=1e-5)
     assert losses(runs / "off")[0] != pytest.approx(losses(runs / "off")[1], abs=1e-4)
 
 
-def test_an_evaluation_compares_adapters_with_the_model_without_them(runs: Path, model_dir: Path, manifests: dict[str, Path]) -> None:
+def test_an_evaluation_compares_adapters_with_the_model_without_them(runs, model_dir, manifests):
     """DPO by hand, of the scores that the run has left and of those of the model that it began with; the other terms are there too."""
     groups = read_manifest(manifests["test"])
     scorer, collator, world = load_scorer(ModelConfig(str(model_dir)), max_pixels=MAX_PIXELS)
@@ -444,7 +433,7 @@ def test_an_evaluation_compares_adapters_with_the_model_without_them(runs: Path,
     assert "| test | dpo | 1 | | | not computed: it needs reference scores" in (runs / "dpo" / "results.md").read_text()
 
 
-def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_of_adapters(runs, model_dir, tmp_path, capsys):
     """The run's own adapters are those of the command, which merges them when not told otherwise."""
     main(["export", str(runs / "off"), "--adapter", "--out", str(tmp_path / "adapter")])
     written = tensors(tmp_path / "adapter")
@@ -465,7 +454,7 @@ def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys:
     assert all(tensors(tmp_path / "adapter")[name].equal(tensor) for name, tensor in before.items())
 
 
-def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_on_a_base_of_4_bits(manifests, tmp_path):
     """QLoRA under ZeRO-2, with bitsandbytes' CPU code: near the whole base's loss at the first step, and adapters that peft loads."""
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
@@ -496,7 +485,7 @@ def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path
         (["--deepspeed", "ds_configs/z2.json"], "the other modules to lora or frozen"),
     ],
 )
-def test_4_bits_where_they_cannot_be(options: list[str], message: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_4_bits_where_they_cannot_be(options, message, model_dir, manifests, tmp_path):
     quantised = ["--model.language_model.tuning=lora", "--model.lora.load_in_4bit=true", *options]
     (output,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *quantised), said=tmp_path / "said", code=2)
     assert message in output.splitlines()[-1]
@@ -509,9 +498,7 @@ def test_4_bits_where_they_cannot_be(options: list[str], message: str, model_dir
         (lambda weights, name: weights.update({name: weights[name][:3]}), "has 1 mismatched keys: "),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(
-    edit: Any, message: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(edit, message, model_dir, manifests, tmp_path):
     broken = shutil.copytree(model_dir, tmp_path / "broken")
     weights = tensors(broken)
     name = next(name for name in weights if "linear_1.weight" in name)
@@ -521,9 +508,7 @@ def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(
     assert f"{message}model.{name}" in output
 
 
-def test_manifests_of_one_name_have_a_row_each(
-    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_manifests_of_one_name_have_a_row_each(model_dir, manifests, tmp_path, capsys):
     lines = manifests["test"].read_text().splitlines()
     for folder, rows in (("iid", lines[:2]), ("ood", lines[2:3])):
         (tmp_path / folder).mkdir()
@@ -535,9 +520,7 @@ def test_manifests_of_one_name_have_a_row_each(
     assert named[0] in refused(capsys, "evaluate", model_dir, named[0], named[0])
 
 
-def test_evaluate_prints_the_table_of_the_run(
-    runs: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_prints_the_table_of_the_run(runs, manifests, tmp_path, capsys):
     """The exported folder, scored in one process with another batch size, has the run's own results."""
     out = tmp_path / "e" / "r.json"
     said = printed(capsys, "evaluate", runs / "z3" / "export", manifests["test"], "--out", out, "--batch_size", "3").strip()
@@ -549,7 +532,7 @@ def test_evaluate_prints_the_table_of_the_run(
     assert [row | {"losses": {}} for row in of_run] == found and of_run[-1]["losses"].keys() == {"align", "csd", "fcd"}
 
 
-def test_exports_have_cards_with_what_the_run_knows(runs: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_exports_have_cards_with_what_the_run_knows(runs, manifests, tmp_path):
     """Written with the export, completed by the evaluation, and the same when the checkpoint is exported again."""
     card = (runs / "z3" / "export" / "README.md").read_text()
     listed = json.loads((runs / "z3" / "data.json").read_text())
@@ -570,9 +553,7 @@ def test_exports_have_cards_with_what_the_run_knows(runs: Path, manifests: dict[
     assert "library_name: peft" in adapter and "| `dpo` | `1.0` |" in adapter and "| test | all, blank image |" in adapter
 
 
-def test_evaluate_takes_run_folders_and_adapters(
-    runs: Path, model_dir: Path, manifests: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_takes_run_folders_and_adapters(runs, model_dir, manifests, capsys):
     """A run folder stands for its export, or for its adapters; these score as peft's own model does, in a process without this package."""
     assert printed(capsys, "evaluate", runs / "z3", manifests["test"]).strip() in (runs / "z3" / "results.md").read_text()
     adapted, base = plain_scores(manifests["test"], f"{model_dir}+{runs / 'off' / 'adapter'}", str(model_dir))
@@ -597,9 +578,7 @@ def test_evaluate_takes_run_folders_and_adapters(
     assert "1 weights have no counterpart" in refused(capsys, "evaluate", broken, manifests["test"])
 
 
-def test_describe_writes_and_prefers_as_the_library_does(
-    runs: Path, model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manifests, tmp_path, capsys, monkeypatch):
     export, texts = runs / "z3" / "export", ("a red circle and a blue square", "a blue square and a red circle")
     (picture,) = read_manifest(manifests["test"])[0].images[0]
     model, processor = LlavaForConditionalGeneration.from_pretrained(export).eval(), AutoProcessor.from_pretrained(export)
@@ -630,7 +609,7 @@ def test_describe_writes_and_prefers_as_the_library_does(
     assert "is a file and no text" in refused(capsys, "describe", model_dir, "--choices", "a dog", picture)
 
 
-def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: dict[str, Path]) -> None:
+def test_export_scores_the_same_under_plain_transformers(runs, manifests):
     folder = runs / "z3" / "export"
     (plain,) = plain_scores(manifests["test"], str(folder))
     groups = read_manifest(manifests["test"])
@@ -641,7 +620,7 @@ def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: 
             assert ours == pytest.approx(theirs, rel=1e-5), name
 
 
-def test_export_has_the_source_s_tensors_with_other_values(runs: Path, model_dir: Path) -> None:
+def test_export_has_the_source_s_tensors_with_other_values(runs, model_dir):
     source, exported = tensors(model_dir), tensors(runs / "z3" / "export")
     assert {n: (t.shape, t.dtype) for n, t in exported.items()} == {n: (t.shape, t.dtype) for n, t in source.items()}
     moved = [name for name, tensor in exported.items() if not tensor.equal(source[name])]
@@ -651,14 +630,14 @@ def test_export_has_the_source_s_tensors_with_other_values(runs: Path, model_dir
         assert (runs / "z3" / "export" / name).exists() == (model_dir / name).exists()
 
 
-def test_export_command_writes_the_same_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_writes_the_same_folder(runs, tmp_path, capsys):
     for given in (runs / "z3", runs / "z3" / "checkpoint-2"):
         assert f"exported to {tmp_path / given.name}" in printed(capsys, "export", given, "--out", tmp_path / given.name)
         again, first = contents(tmp_path / given.name), contents(runs / "z3" / "export")
         assert again.keys() == first.keys() and again["model.safetensors"] == first["model.safetensors"]
 
 
-def test_export_of_a_damaged_checkpoint_leaves_nothing(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_of_a_damaged_checkpoint_leaves_nothing(runs, tmp_path, capsys):
     shutil.copytree(runs / "z3" / "checkpoint-2", tmp_path / "checkpoint-2")
     shutil.copy(runs / "z3" / "config.yaml", tmp_path)
     shard = next((tmp_path / "checkpoint-2").glob("*optim_states.pt"))
@@ -670,7 +649,7 @@ def test_export_of_a_damaged_checkpoint_leaves_nothing(runs: Path, tmp_path: Pat
         assert shard.name in said and defect in said and not (tmp_path / "export").exists()
 
 
-def test_build_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_then_check(tmp_path, capsys):
     main(["data", "build", str(tmp_path / "scenes"), "--num_train", "5", "--num_test", "2", "--seed", "3"])
     manifest = tmp_path / "scenes" / "train.jsonl"
     assert len(manifest.read_text().splitlines()) == 5

@@ -89,7 +89,7 @@ SCHEDULER = {
     "changes", [{}, {"scheduler": SCHEDULER | {"params": SCHEDULER["params"] | {"warmup_min_lr": 0}}}], ids=["", "scheduler"]
 )
 @pytest.mark.parametrize("name", [path.stem for path in SHIPPED])
-def test_autos_are_filled_as_transformers_fills_them(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_autos_are_filled_as_transformers_fills_them(name, changes, tmp_path):
     options = [part for key, value in VALUES.items() for part in (f"--train.{key}", str(value))]
     ours = resolve(raw(name, **changes), *options, "--train.warmup_ratio=0.2").config
     assert resolve(raw(name), *options, ranks=8).config["train_batch_size"] == 48
@@ -99,7 +99,7 @@ def test_autos_are_filled_as_transformers_fills_them(name: str, changes: dict[st
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_files_are_explicit_and_known_to_deepspeed(path: Path) -> None:
+def test_shipped_files_are_explicit_and_known_to_deepspeed(path):
     import deepspeed
     import deepspeed.runtime.constants as constants
 
@@ -129,14 +129,14 @@ def test_shipped_files_are_explicit_and_known_to_deepspeed(path: Path) -> None:
         ({"gradient_clipping": None}, [], ["gradient_clipping"]),
     ],
 )
-def test_contradictions_name_both_values(changes: dict[str, Any], argv: list[str], parts: list[str]) -> None:
+def test_contradictions_name_both_values(changes, argv, parts):
     with pytest.raises(ConfigError) as raised:
         resolve(raw(**changes), *argv)
     assert all(part in str(raised.value) for part in [*parts, "z3_offload.json"]), str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_model_made_after_a_configuration_is_resolved_is_whole() -> None:
+def test_a_model_made_after_a_configuration_is_resolved_is_whole():
     """Also where one is refused: a start that follows in the process would partition what rank 0 alone makes to count parameters."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -159,7 +159,7 @@ def test_a_model_made_after_a_configuration_is_resolved_is_whole() -> None:
         (None, True, "auto", torch.bfloat16),
     ],
 )
-def test_precision(monkeypatch: pytest.MonkeyPatch, capable: bool | None, written: Any, asked: str, expected: torch.dtype) -> None:
+def test_precision(monkeypatch, capable, written, asked, expected):
     """capable None is a CPU; the JSON decides where it says something, the device where both leave it open."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bool(capable))
     device = CPU if capable is None else torch.device("cuda", 0)
@@ -183,7 +183,7 @@ def expected_module(name: str) -> str:
     return "vision_tower" if "vision_tower" in name else "projector" if "projector" in name else "language_model"
 
 
-def test_groups_have_rates_by_module_and_decay_by_kind(model_dir: Path) -> None:
+def test_groups_have_rates_by_module_and_decay_by_kind(model_dir):
     groups = grouped(
         model_dir, "--train.learning_rate=1e-4", "--model.vision_tower.learning_rate=1e-6", "--model.projector.learning_rate=0"
     )
@@ -202,7 +202,7 @@ def test_groups_have_rates_by_module_and_decay_by_kind(model_dir: Path) -> None:
     assert len(names) == len(set(names)) == number, "every weight that is used is in exactly one group"
 
 
-def test_frozen_modules_are_left_out(model_dir: Path) -> None:
+def test_frozen_modules_are_left_out(model_dir):
     groups = grouped(model_dir, "--model.vision_tower.tuning=frozen", "--model.language_model.tuning=frozen")
     assert {expected_module(name) for group in groups for name in group["params"]} == {"projector"}
 
@@ -219,7 +219,7 @@ def test_frozen_modules_are_left_out(model_dir: Path) -> None:
         (b'{"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": "8"}', "train_micro_batch_size_per_gpu"),
     ],
 )
-def test_what_is_no_deepspeed_json_is_one_sentence(content: bytes, said: str, tmp_path: Path) -> None:
+def test_what_is_no_deepspeed_json_is_one_sentence(content, said, tmp_path):
     (path := tmp_path / "ds.json").write_bytes(content)
     config = configured(json_file=path)
     with pytest.raises(ConfigError) as raised:
@@ -256,7 +256,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
 """
 
 
-def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_same_port(tmp_path: Path) -> None:
+def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_same_port(tmp_path):
     """Two launchers of two ranks each start at once, and a third training holds the port of all."""
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "CROSS_SIZE": "1", "TMPDIR": str(tmp_path)}
     with socket.socket() as other:
@@ -284,7 +284,7 @@ def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_s
     assert not list(tmp_path.iterdir()), "nothing is left of how they met"
 
 
-def test_a_port_file_of_somebody_else_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_file_of_somebody_else_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "_PORT_TIMEOUT_S", 0.2)
     (published := tmp_path / "published").write_text("1")
     assert distributed._published_port(published) == "1"
@@ -293,7 +293,7 @@ def test_a_port_file_of_somebody_else_is_not_believed(tmp_path: Path, monkeypatc
         distributed._published_port(published)
 
 
-def test_the_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_of_a_rank(monkeypatch):
     """Slurm may show each task its own GPU alone; a launcher that shows all and starts more ranks is refused."""
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("SLURM_PROCID", raising=False)
@@ -307,7 +307,7 @@ def test_the_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what runs here -------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_revision_is_the_package_s_wherever_a_run_is_started(tmp_path: Path) -> None:
+def test_the_revision_is_the_package_s_wherever_a_run_is_started(tmp_path):
     """Git is asked about a copy of the package in a checkout of its own, as an installed file below one, and where there is no git."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C"]
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
@@ -337,7 +337,7 @@ def test_the_revision_is_the_package_s_wherever_a_run_is_started(tmp_path: Path)
     assert asked(here, PATH=str(tmp_path)) == "unknown none"
 
 
-def test_packages_without_metadata_do_not_end_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_without_metadata_do_not_end_a_check(monkeypatch):
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -354,7 +354,7 @@ def plant(folder: Path, name: str) -> Path:
     return folder / name / "lock"
 
 
-def test_a_stale_lock_is_removed_and_named_and_one_that_a_process_holds_open_left_alone(tmp_path: Path) -> None:
+def test_a_stale_lock_is_removed_and_named_and_one_that_a_process_holds_open_left_alone(tmp_path):
     held, stale, said = plant(tmp_path, "a"), plant(tmp_path, "b"), []
     (tmp_path / "b" / "b.so").touch()
     holder = subprocess.Popen(
@@ -368,7 +368,7 @@ def test_a_stale_lock_is_removed_and_named_and_one_that_a_process_holds_open_lef
     assert starting.clear_stale_locks(tmp_path, said.append) == [held]
 
 
-def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path, monkeypatch):
     """Another machine may hold it; untouched for five minutes it is stale."""
     import psutil
 
@@ -429,7 +429,7 @@ print("REPORT" + json.dumps({"started": started, "before": before, "inside": ins
 
 
 @pytest.fixture(scope="module")
-def process(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def process(model_dir, manifests, tmp_path_factory):
     """One rank that starts where a killed build left a lock, initializes ZeRO-3 with nothing kept gathered, and takes one step."""
     folder = tmp_path_factory.mktemp("engine")
     (folder / "script.py").write_text(SCRIPT)
@@ -446,7 +446,7 @@ def process(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     return json.loads(report.removeprefix("REPORT")) | {"lock": lock, "output": printed.stdout}
 
 
-def test_a_start_joins_alone_after_a_stale_lock_and_uses_freed_memory_again(process: dict[str, Any]) -> None:
+def test_a_start_joins_alone_after_a_stale_lock_and_uses_freed_memory_again(process):
     """A tensor of 64 MB needs new pages of the system (16384, or 32 huge ones), and one after it none; MLflow is left out, and nothing is
     compiled."""
     assert not process["lock"].exists() and str(process["lock"]) in process["output"]
@@ -457,7 +457,7 @@ def test_a_start_joins_alone_after_a_stale_lock_and_uses_freed_memory_again(proc
     assert second < first / 4
 
 
-def test_zero3_really_partitions(process: dict[str, Any], model_dir: Path) -> None:
+def test_zero3_really_partitions(process, model_dir):
     shapes = sorted(list(tensor.shape) for tensor in tensors(model_dir).values())
     for when in ("before", "after"):
         assert all(has_id and shape == [0] for has_id, shape, _ in process[when].values()), f"gathered {when} the step"
@@ -467,7 +467,7 @@ def test_zero3_really_partitions(process: dict[str, Any], model_dir: Path) -> No
         assert shape == process["before"][name][2], f"{name} is whole where it is used"
 
 
-def test_the_groups_reach_the_optimizer(process: dict[str, Any]) -> None:
+def test_the_groups_reach_the_optimizer(process):
     """Six groups with the decay of their kind; the projector's rate is its own, in warm-up both start from the schedule's first value."""
     assert [decay for _, decay in process["groups"]] == [0.1, 0.0] * 3
     rates = [rate for rate, _ in process["groups"]]

@@ -59,7 +59,7 @@ main(sys.argv[1:])
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmarks")
     (folder / "sugarcrepe" / "data").mkdir(parents=True)
     for number in range(9):
@@ -92,7 +92,7 @@ def options(model_dir: Path, root: Path, out: Path, *more: str) -> list[str]:
     return ["evaluate", str(model_dir), *asked, "--benchmark_root", str(root), "--out", str(out), *more]
 
 
-def test_ranks_and_a_kill_give_the_bytes_of_one_undisturbed_rank(model_dir: Path, root: Path, tmp_path: Path) -> None:
+def test_ranks_and_a_kill_give_the_bytes_of_one_undisturbed_rank(model_dir, root, tmp_path):
     """One rank; three; and two of which one is killed after two of three rounds, which two others go on from."""
     for ranks in (1, 3):
         ended = started(ranks, COMMAND, options(model_dir, root, tmp_path / f"ranks-{ranks}"), tmp_path, f"on-{ranks}")
@@ -110,7 +110,7 @@ def test_ranks_and_a_kill_give_the_bytes_of_one_undisturbed_rank(model_dir: Path
 
 
 @pytest.mark.long
-def test_a_model_in_parts_says_the_same(model_dir: Path, root: Path, tmp_path: Path) -> None:
+def test_a_model_in_parts_says_the_same(model_dir, root, tmp_path):
     ended = started(2, COMMAND, options(model_dir, root, tmp_path / "parts", "--zero3"), tmp_path, "parts")
     ended += started(1, COMMAND, options(model_dir, root, tmp_path / "whole"), tmp_path, "whole")
     assert [code for code, _ in ended] == [0, 0, 0], ended
@@ -121,9 +121,7 @@ def test_a_model_in_parts_says_the_same(model_dir: Path, root: Path, tmp_path: P
     assert len(one) == len(other) == 21 and all(a[0] == pytest.approx(b[0], rel=1e-5) for a, b in zip(one, other, strict=True))
 
 
-def test_a_benchmark_of_ones_own_is_registered_from_a_script(
-    model_dir: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir, root, tmp_path, capsys):
     """Evaluated, and compared with itself, by a script that touches nothing of the package; the command alone does not know it."""
     arguments = ["evaluate", str(model_dir), "--benchmarks", "mine", "--benchmark_root", str(root), "--out", str(tmp_path / "out")]
     ((code, said),) = started(1, OWN, arguments, tmp_path, "own")
@@ -139,9 +137,7 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(
     assert ended.value.code == 2 and "error: unknown benchmark 'mine'" in capsys.readouterr().err
 
 
-def test_a_training_evaluates_benchmarks(
-    model_dir: Path, manifests: dict[str, Path], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, capsys):
     """In its metrics, for save_best, and as results that compare reads; beside a manifest, on two ranks."""
     run_dir = tmp_path / "run"
     root = shutil.copytree(root, tmp_path / "benchmarks")

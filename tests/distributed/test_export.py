@@ -11,7 +11,7 @@ import subprocess
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def qwen3_vl_moe(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sources(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def sources(model_dir, tmp_path_factory):
     """``llava``, and the same in other forms; ``mixtral``, whose experts are stored apart; ``moe``; ``wide``, of 180 MB."""
     from transformers import LlamaConfig, MixtralConfig
 
@@ -157,9 +157,9 @@ def sources(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for index, (name, tensor) in enumerate(sorted(stored.items())):
         placed[f"model-{index % 3 + 1:05d}-of-00003.safetensors"][name] = tensor if name == NORM else tensor.bfloat16()
     placed["model-00002-of-00003.safetensors"]["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(7)
-    for file, tensors in placed.items():
-        save_file(tensors, sharded / file, {"format": "pt"})
-    weight_map = {name: file for file, tensors in placed.items() for name in tensors}
+    for file, held in placed.items():
+        save_file(held, sharded / file, {"format": "pt"})
+    weight_map = {name: file for file, held in placed.items() for name in held}
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_parameters": 5}, "weight_map": weight_map}))
     for left in ("optimizer.pt", "training_args.bin", "trainer_state.json", "pytorch_model.bin.index.json"):
         (sharded / left).write_text("{}")
@@ -178,7 +178,7 @@ def sources(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def checkpoints(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(sources, tmp_path_factory):
     out = tmp_path_factory.mktemp("zero")
     plan = [  # name, source, stage, what is frozen
         ("z3", "llava", 3, None),
@@ -201,7 +201,7 @@ Export = Callable[..., Path]
 
 
 @pytest.fixture
-def export(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> Export:
+def export(checkpoints, sources, tmp_path):
     """Export a checkpoint and a source, by their names or folders."""
 
     def export(checkpoint: Any, source: Any, *said: Any, out: Path = tmp_path / "out", **more: Any) -> Path:
@@ -236,7 +236,7 @@ CASES += [("z3", "sharded"), ("z2 frozen", "sharded"), ("moe", "moe"), ("moe z2"
 
 
 @pytest.mark.parametrize(("checkpoint", "source"), CASES)
-def test_every_tensor(checkpoint: str, source: str, export: Export, sources: dict[str, Path]) -> None:
+def test_every_tensor(checkpoint, source, export, sources):
     said: list[str] = []
     alive: list[int] = []
     out = export(checkpoint, source, said.append, alive=lambda: alive.append(1))
@@ -261,7 +261,7 @@ def test_every_tensor(checkpoint: str, source: str, export: Export, sources: dic
 EXTRA = "vision_tower.vision_model.embeddings.position_ids"
 
 
-def test_index_and_the_source_s_other_files(export: Export, sources: dict[str, Path]) -> None:
+def test_index_and_the_source_s_other_files(export, sources):
     source = sources["sharded"]
     out = export("z3", source)
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -277,14 +277,14 @@ def test_index_and_the_source_s_other_files(export: Export, sources: dict[str, P
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_source_without_safetensors_gets_the_library_s_own_names(export: Export, sources: dict[str, Path]) -> None:
+def test_a_source_without_safetensors_gets_the_library_s_own_names(export, sources):
     out = export("z3", "bin")
     assert headers(out) == headers(sources["llava"]), "which the library saved"
     assert not list(out.glob("*.bin"))
     assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(out).items())
 
 
-def test_large_files_are_split(export: Export, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_split(export, sources, monkeypatch):
     import huggingface_hub
 
     whole = huggingface_hub.split_torch_state_dict_into_shards
@@ -303,9 +303,7 @@ def test_large_files_are_split(export: Export, sources: dict[str, Path], monkeyp
 
 
 @pytest.mark.parametrize("together", [4, 30], ids=["the ones that fail", "all"])
-def test_conversions_that_need_more_weights_get_them(
-    together: int, export: Export, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversions_that_need_more_weights_get_them(together, export, sources, monkeypatch):
     """Mixtral's four expert weights convert one by one; here they fail unless given together, or with all others."""
     alone = jobs.revert
 
@@ -338,9 +336,7 @@ def edited(checkpoint: Path, folder: Path, pattern: str, change: Any) -> Path:
     return folder / checkpoint.name
 
 
-def test_a_frozen_module_that_was_not_kept_comes_from_the_source(
-    export: Export, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_frozen_module_that_was_not_kept_comes_from_the_source(export, checkpoints, sources, tmp_path):
     checkpoint = edited(
         checkpoints["z3 frozen"], tmp_path, "*model_states.pt", lambda s: s.update(frozen_param_shapes=None, frozen_param_fragments=None)
     )
@@ -375,9 +371,7 @@ def with_layers(source: Path, folder: Path, layers: int, **text: int) -> Path:
         (77, {}, rf"{NORM} with shape \[77\]"),
     ],
 )
-def test_a_source_that_does_not_fit(
-    layers: int, text: dict[str, int], said: str, export: Export, sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_source_that_does_not_fit(layers, text, said, export, sources, tmp_path):
     """The last two have a header that is right by itself, of a tensor with fewer or more values than its weight."""
     source = tmp_path / "source"
     if NORM in said:
@@ -392,7 +386,7 @@ def test_a_source_that_does_not_fit(
 
 @pytest.mark.parametrize("stage", ["z3", "z2", "z1 frozen"])
 @pytest.mark.parametrize("pattern", ["*model_states.pt", "*optim_states.pt"])
-def test_parts_of_a_checkpoint_that_are_lost_or_odd(stage: str, pattern: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_parts_of_a_checkpoint_that_are_lost_or_odd(stage, pattern, checkpoints, tmp_path):
     """Each part of what an export reads, in turn: found, or one sentence."""
     optimizer = "optim" in pattern
     lost = 0
@@ -416,7 +410,7 @@ def test_parts_of_a_checkpoint_that_are_lost_or_odd(stage: str, pattern: str, ch
     assert lost >= 8
 
 
-def test_a_checkpoint_that_is_not_what_it_says(export: Export, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_what_it_says(export, checkpoints, tmp_path):
     def drop(state: dict[str, Any]) -> None:
         state["param_shapes"][0].popitem()
 
@@ -439,7 +433,7 @@ def test_a_checkpoint_that_is_not_what_it_says(export: Export, checkpoints: dict
 
 
 @pytest.fixture
-def older(export: Export, tmp_path: Path) -> Iterator[Path]:
+def older(export, tmp_path):
     """An earlier export, which must be there unchanged at the end."""
     out = export("z2 frozen", "llava")
     before = contents(tmp_path)
@@ -447,7 +441,7 @@ def older(export: Export, tmp_path: Path) -> Iterator[Path]:
     assert contents(tmp_path) == before
 
 
-def test_a_full_disk_leaves_the_older_export(older: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_older_export(older, export, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -460,7 +454,7 @@ def test_a_full_disk_leaves_the_older_export(older: Path, export: Export, monkey
         export("z3", "llava", out=older)
 
 
-def test_folders_that_must_not_be_replaced(export: Export, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_folders_that_must_not_be_replaced(export, sources, tmp_path):
     source = tmp_path / "models" / "source"
     shutil.copytree(sources["llava"], source)
     (tmp_path / "file").write_text("")
@@ -474,7 +468,7 @@ def test_folders_that_must_not_be_replaced(export: Export, sources: dict[str, Pa
 
 
 @pytest.mark.parametrize("name", ["{outside}", "../{outside.name}", "sub/x.safetensors", "config.json", "..", ["x"]], ids=str)
-def test_an_index_that_names_files_elsewhere(name: Any, export: Export, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_an_index_that_names_files_elsewhere(name, export, sources, tmp_path):
     """The file that it names is one of safetensors with the model's own tensors, which an export would otherwise rewrite."""
     source, outside = tmp_path / "source", tmp_path / "other.safetensors"
     shutil.copytree(sources["sharded"], source)
@@ -492,7 +486,7 @@ def test_an_index_that_names_files_elsewhere(name: Any, export: Export, sources:
     assert contents(tmp_path) == before
 
 
-def test_links_are_neither_copied_from_elsewhere_nor_written_through(export: Export, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_links_are_neither_copied_from_elsewhere_nor_written_through(export, sources, tmp_path):
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "key.jinja").write_text("a private key")
     for kind in ("file", "folder"):
@@ -519,7 +513,7 @@ def test_links_are_neither_copied_from_elsewhere_nor_written_through(export: Exp
         assert [path.name for path in mine.iterdir()] == ["config.json"] and (mine / "config.json").read_text() == "mine"
 
 
-def test_the_links_of_a_hub_cache_are_read(export: Export, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_the_links_of_a_hub_cache_are_read(export, sources, tmp_path):
     snapshot, blobs = tmp_path / "models--org--model" / "snapshots" / "abc", tmp_path / "models--org--model" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -530,7 +524,7 @@ def test_the_links_of_a_hub_cache_are_read(export: Export, sources: dict[str, Pa
     assert headers(out) == headers(sources["sharded"]) and not any(path.is_symlink() for path in out.iterdir())
 
 
-def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(export: Export, tmp_path: Path) -> None:
+def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(export, tmp_path):
     """What somebody has kept of an older one under a name of their own is theirs."""
     for name in ("out.partial", "out.replaced.partial", "out.old"):
         (tmp_path / name).mkdir()
@@ -541,7 +535,7 @@ def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(export: Expo
     assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(tmp_path / "out").items())
 
 
-def test_the_place_of_an_export_is_refused_before_a_training(tmp_path: Path) -> None:
+def test_the_place_of_an_export_is_refused_before_a_training(tmp_path):
     """Where it could not be put when the training is over: the run's folder is as it was."""
     for name, make, said in (
         ("others", lambda out: (out.mkdir(), (out / "thesis.pdf").touch()), "other files"),
@@ -583,9 +577,7 @@ print(json.dumps(peak() - before))
 """
 
 
-def test_memory_stays_far_below_the_model_and_a_hub_name_serves(
-    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_memory_stays_far_below_the_model_and_a_hub_name_serves(checkpoints, sources, tmp_path):
     """A fresh process exports a small model by its hub name, which imports all there is, and then one of 180 MB."""
     repository = tmp_path / "cache" / "models--org--model"
     shutil.copytree(sources["llava"], repository / "snapshots" / "abc")

@@ -48,9 +48,7 @@ def planned(manifests: dict[str, Path], folder: Path) -> Plans:
 
 
 @pytest.fixture(scope="module")
-def trainings(
-    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> tuple[Path, dict[str, list[str]]]:
+def trainings(model_dir, manifests, tmp_path_factory, request):
     folder, tests = tmp_path_factory.mktemp("faults"), {item.name for item in request.session.items if item.path == request.path}
     plans = {name: plan for name, plan in planned(manifests, folder).items() if name not in LONG or LONG[name] in tests}
     micro = ["--train.per_device_train_batch_size=8"]
@@ -108,7 +106,7 @@ def ids(rank: int) -> list[str]:
 
 
 @pytest.mark.long
-def test_an_export_may_take_longer_than_collectives(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_an_export_may_take_longer_than_collectives(trainings):
     folder, said = trainings
     assert not raised(said["slow export"]), said["slow export"]
     assert (folder / "slow export" / "export" / "config.json").is_file() and (folder / "slow export" / "results.json").is_file()
@@ -117,7 +115,7 @@ def test_an_export_may_take_longer_than_collectives(trainings: tuple[Path, dict[
 # Files that cannot be written ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(trainings):
     """The system refuses rank 1's files at step 2: a warning on rank 0, nothing left of that checkpoint, and the same losses."""
     folder, said = trainings
     run_dir = folder / "full for a while"
@@ -129,14 +127,14 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(trainings: tuple[Pat
     assert [(row["step"], row["checkpoint/failed"]) for row in metrics(run_dir) if "checkpoint/failed" in row] == [(1, 0), (2, 1), (3, 0)]
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_on_all_ranks(trainings):
     folder, said = trainings
     run_dir = folder / "full at the end"
     assert re.match(rf"SaveError: {run_dir}/checkpoint-3 .*rank 1: \[Errno 27\] File too large", common(said[run_dir.name]))
     assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
 
 
-def test_metrics_wait_for_room_and_cost_nothing(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_metrics_wait_for_room_and_cost_nothing(trainings):
     """The system has no room for metrics.jsonl in steps 3 and 4, and takes no nonfinite.jsonl: two warnings, and the same rows in order."""
     folder, said = trainings
     run_dir = folder / "no room for metrics"
@@ -157,9 +155,7 @@ def test_metrics_wait_for_room_and_cost_nothing(trainings: tuple[Path, dict[str,
     assert rows == expected and {row["step"] for row in rows} == {1, 3, 4, 5}
 
 
-def test_checkpoints_by_the_clock_multiples_and_the_best_are_kept_and_their_cost_recorded(
-    trainings: tuple[Path, dict[str, list[str]]],
-) -> None:
+def test_checkpoints_by_the_clock_multiples_and_the_best_are_kept_and_their_cost_recorded(trainings):
     run_dir = trainings[0] / "by the clock"
     saved = [row for row in metrics(run_dir) if "checkpoint/failed" in row]
     assert [row["step"] for row in saved] == [1, 2, 3]
@@ -175,7 +171,7 @@ def test_checkpoints_by_the_clock_multiples_and_the_best_are_kept_and_their_cost
 
 
 @pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.long)])
-def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what, trainings):
     """As if its data had been taken and nothing computed: weights, moments and schedule are untouched, and later figures the same."""
     folder, said = trainings
     run_dir = folder / f"{what} skip"
@@ -193,7 +189,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what: str, tr
 
 
 @pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.long)])
-def test_a_step_that_is_not_finite_stops_both_ranks_by_default(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_step_that_is_not_finite_stops_both_ranks_by_default(what, trainings):
     folder, said = trainings
     assert re.match(f"FloatingPointError: the {what} .* step 2; .*{ids(1)[0]}", common(said[f"{what} stop"]))
     assert losses(folder / f"{what} stop") == losses(folder / f"{what} skip")[:1]
@@ -209,7 +205,7 @@ def so_far() -> list[set[int]]:
 # Groups that cannot be read --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_unreadable_group_is_left_out_with_the_same_counts_everywhere(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_an_unreadable_group_is_left_out_with_the_same_counts_everywhere(trainings):
     """The reference never hears of the group: its sampler leaves it out of the micro-batch, and all its files are sound."""
     folder, said = trainings
     run_dir = folder / "unreadable skip"
@@ -222,12 +218,12 @@ def test_an_unreadable_group_is_left_out_with_the_same_counts_everywhere(trainin
     assert f"'train-{BROKEN}' is left out" in warning
 
 
-def test_a_rank_whose_micro_batch_is_empty_still_takes_part(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_rank_whose_micro_batch_is_empty_still_takes_part(trainings):
     """One group a micro-batch, so that nothing is left of the damaged one's: the same trajectory, nothing of the stand-in in any metric."""
     assert_same_trajectory(trainings[0] / "without", trainings[0] / "unreadable skip alone", "active/", "violated/")
 
 
-def test_unreadable_groups_over_the_budget_are_an_error_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_unreadable_groups_over_the_budget_are_an_error_on_all_ranks(trainings):
     for name, sentence in (("unreadable over", r"DataError: 1 groups .*data\.max_skipped \(0\)"), ("unreadable error", "DataError: ")):
         assert re.match(rf"{sentence}.*train-{BROKEN}-0\.png: image cannot be read", common(trainings[1][name]))
 
@@ -235,7 +231,7 @@ def test_unreadable_groups_over_the_budget_are_an_error_on_all_ranks(trainings: 
 # Two runs in one folder ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_in_use_is_refused_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_folder_in_use_is_refused_on_all_ranks(trainings):
     assert re.match("ConfigError: .* process 7 on node9, Slurm job 4711, started yesterday", common(trainings[1]["taken"]))
     assert [path.name for path in (trainings[0] / "taken").iterdir()] == ["run.lock"]
 
@@ -243,7 +239,7 @@ def test_a_folder_in_use_is_refused_on_all_ranks(trainings: tuple[Path, dict[str
 # Memory ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_names_the_batch_and_the_setting(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_out_of_memory_names_the_batch_and_the_setting(trainings):
     """torch's own allocator refuses on one rank; the other one ends too, and neither well, without a launcher to see to it."""
     said = "\n".join(trainings[1]["memory"])
     assert "error: out of memory at step 2 on rank 1; its largest forward has 4 groups, " in said
@@ -254,7 +250,7 @@ def test_out_of_memory_names_the_batch_and_the_setting(trainings: tuple[Path, di
 # Where the time goes ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_wait_for_weights_is_measured(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+def test_the_wait_for_weights_is_measured(trainings):
     """Gathers that take longer by known times show up as those times in the share of the step, and in the progress line."""
     folder, said = trainings
 

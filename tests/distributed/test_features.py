@@ -63,7 +63,7 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def groups(small_groups: list[CounterfactualGroup], tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+def groups(small_groups, tmp_path_factory):
     """Those of the families' tests, and a picture of several windows (Qwen2.5-VL) in both directions."""
     path = tmp_path_factory.mktemp("large") / "large.png"
     noise = np.random.default_rng(0).integers(0, 256, (120, 150, 1), np.uint8)
@@ -72,7 +72,7 @@ def groups(small_groups: list[CounterfactualGroup], tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name in UNLIKE else pytest.mark.long) for name in SMALL])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request, tmp_path_factory):
     return write_small(request.param, tmp_path_factory.mktemp("families") / request.param)
 
 
@@ -83,7 +83,7 @@ def filled(where: Path, model: ModelConfig, engine: Engine, groups: list[Counter
     return collator
 
 
-def test_scores_and_gradients_are_those_of_the_tower(folder: Path, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_scores_and_gradients_are_those_of_the_tower(folder, groups, tmp_path):
     """Sizes, tiles, several pictures in a prompt and text alone mixed in a batch; in one row and in parts; relative 1e-5.
 
     In float64, because gradients of a decay (Qwen3.5) are small sums of large terms; experts have no float64 product.
@@ -116,7 +116,7 @@ def test_scores_and_gradients_are_those_of_the_tower(folder: Path, groups: list[
         assert str(own.model_inputs[name]) == str(whole.model_inputs[name]), name
 
 
-def test_adapters_of_the_projector_drop_out_alike(folder: Path, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_adapters_of_the_projector_drop_out_alike(folder, groups, tmp_path):
     """From the same random numbers, where the second factor of an adapter is not zero; fp32, relative 1e-5. Dropout draws along memory: a
     tower whose output lies there in another order has other numbers, as docs/families.md says."""
     model = configured(folder, projector=ModuleConfig("lora"), lora=LoraConfig(rank=2, dropout=0.5))
@@ -139,7 +139,7 @@ def test_adapters_of_the_projector_drop_out_alike(folder: Path, groups: list[Cou
     assert by_seed > 1e-3, "dropout matters"
 
 
-def test_the_blank_control_is_that_of_the_tower(folder: Path, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_the_blank_control_is_that_of_the_tower(folder, groups, tmp_path):
     model = configured(folder)
     engine, plain = Engine(model), load_collator(model, "full")
     blind = [blinded(group) for group in groups]
@@ -151,11 +151,7 @@ def test_the_blank_control_is_that_of_the_tower(folder: Path, groups: list[Count
     torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
 
 
-def test_a_second_run_does_not_run_the_tower_and_bfloat16_stays_apart(
-    folder: Path,
-    groups: list[CounterfactualGroup],
-    tmp_path: Path,
-) -> None:
+def test_a_second_run_does_not_run_the_tower_and_bfloat16_stays_apart(folder, groups, tmp_path):
     """In bfloat16 scores with and without are equal bit for bit; a Pixtral tower has all pictures in one row and rounds with it: 0.05."""
     model, engine = configured(folder), Engine(configured(folder))
     filled(tmp_path / "cache", model, engine, groups)
@@ -171,12 +167,7 @@ def test_a_second_run_does_not_run_the_tower_and_bfloat16_stays_apart(
 
 
 @pytest.fixture(scope="module")
-def trained(
-    models: dict[str, Path],
-    manifest: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
-    request: pytest.FixtureRequest,
-) -> dict[tuple[str, str, int], Path]:
+def trained(models, manifest, tmp_path_factory, request):
     """(family, "tower" or "cache", ranks) -> run folder. Two families also evaluate, and have workers."""
     out = tmp_path_factory.mktemp("runs")
     found, chosen = {}, selected(request, "on")
@@ -195,7 +186,7 @@ def trained(
 
 
 @pytest.mark.parametrize("on", TRAINED, ids="{0[1]}-{0[0]}".format)
-def test_a_training_has_the_losses_of_the_tower(on: tuple[int, str], trained: dict[tuple[str, str, int], Path]) -> None:
+def test_a_training_has_the_losses_of_the_tower(on, trained):
     """ZeRO-3, projector and language model trained, a rank without an image at some step, evaluation included; fp32, relative 1e-6."""
     ranks, family = on
     tower, cache = trained[family, "tower", ranks], trained[family, "cache", ranks]
@@ -207,7 +198,7 @@ def test_a_training_has_the_losses_of_the_tower(on: tuple[int, str], trained: di
 
 
 @pytest.mark.parametrize("on", TRAINED, ids="{0[1]}-{0[0]}".format)
-def test_no_step_runs_or_gathers_the_tower(on: tuple[int, str], trained: dict[tuple[str, str, int], Path]) -> None:
+def test_no_step_runs_or_gathers_the_tower(on, trained):
     ranks, family = on
     before, after = json.loads((trained[family, "cache", ranks] / "watched.json").read_text()).values()
     assert before["runs"] > 0 and len(before) > 3 and after == {}
@@ -216,7 +207,7 @@ def test_no_step_runs_or_gathers_the_tower(on: tuple[int, str], trained: dict[tu
 
 
 @pytest.fixture(scope="module")
-def next_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def next_dir(tmp_path_factory):
     return write_small("llava_next", tmp_path_factory.mktemp("next") / "llava_next")
 
 
@@ -241,7 +232,7 @@ def place(where: Path, model: ModelConfig, groups: list[CounterfactualGroup], **
     return collator.images.cache.place
 
 
-def test_what_changes_features_changes_their_names(next_dir: Path, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_what_changes_features_changes_their_names(next_dir, groups, tmp_path):
     """One weight of the tower, the processor, a limit and the dtype; not the language model, nor the projector."""
 
     def one_weight(part: str) -> Any:
@@ -262,7 +253,7 @@ def test_what_changes_features_changes_their_names(next_dir: Path, groups: list[
     assert len({*same, *different}) == 5
 
 
-def test_a_picture_is_known_by_its_bytes(next_dir: Path, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_a_picture_is_known_by_its_bytes(next_dir, groups, tmp_path):
     """A copy under another name costs nothing; other bytes under the same name are another picture."""
     model, engine = configured(next_dir), Engine(configured(next_dir))
     group = groups[-1]
@@ -278,7 +269,7 @@ def test_a_picture_is_known_by_its_bytes(next_dir: Path, groups: list[Counterfac
         assert torch.equal(engine(**batch.model_inputs), engine(**load_collator(model, "full")([moved]).model_inputs))
 
 
-def test_the_tower_is_found_under_older_names(model_dir: Path, tmp_path: Path) -> None:
+def test_the_tower_is_found_under_older_names(model_dir, tmp_path):
     """Published files have names that the library translates; every one of its weights counts, and nothing else does."""
     file, family = "model.safetensors", family_of(load_model(configured(model_dir), torch.float32).config)
 
@@ -297,7 +288,7 @@ def test_the_tower_is_found_under_older_names(model_dir: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", ["cut short", "another byte", "gone"])
-def test_a_damaged_file(damage: str, next_dir: Path, groups: list[CounterfactualGroup], tmp_path: Path, capsys: Any) -> None:
+def test_a_damaged_file(damage, next_dir, groups, tmp_path, capsys):
     """Where it is read, one sentence names it; a fill computes it again where its size or header tells."""
     model, engine, group = configured(next_dir), Engine(configured(next_dir)), groups[-1]
     collator = filled(tmp_path, model, engine, [group])
@@ -321,7 +312,7 @@ def test_a_damaged_file(damage: str, next_dir: Path, groups: list[Counterfactual
     assert not [path for path in tmp_path.rglob("*.*") if path.suffix != ".safetensors"]
 
 
-def test_a_file_is_whole_whoever_else_writes_it(tmp_path: Path) -> None:
+def test_a_file_is_whole_whoever_else_writes_it(tmp_path):
     """Runs may fill one folder at the same time."""
     file = tmp_path / "ab" / "picture.safetensors"
     features = Features((3, 2), [7], {"projector": torch.arange(2e4)}, {"grid": torch.tensor([[1, 2, 2]])})
@@ -339,11 +330,7 @@ def test_a_file_is_whole_whoever_else_writes_it(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.*")) == [file]
 
 
-def test_a_picture_that_cannot_be_read_is_an_error_where_it_is_used(
-    next_dir: Path,
-    groups: list[CounterfactualGroup],
-    tmp_path: Path,
-) -> None:
+def test_a_picture_that_cannot_be_read_is_an_error_where_it_is_used(next_dir, groups, tmp_path):
     """So data.on_error decides on it as without the cache."""
     broken, gone = tmp_path / "broken.png", tmp_path / "gone.png"
     broken.write_bytes(Path(groups[0].images[0][0]).read_bytes()[:200])
@@ -354,7 +341,7 @@ def test_a_picture_that_cannot_be_read_is_an_error_where_it_is_used(
     assert "truncated or corrupt" in dropped[0][1] and "gone.png: image cannot be read (No such file" in dropped[1][1]
 
 
-def test_a_rank_without_room_ends_all_in_one_sentence(models: dict[str, Path], manifest: dict[str, Path], tmp_path: Path) -> None:
+def test_a_rank_without_room_ends_all_in_one_sentence(models, manifest, tmp_path):
     options = [*arguments(models["llava"], manifest, tmp_path / "run", "full", 2), "--model.vision_tower.tuning=frozen"]
     options += ["--data.feature_cache", str(tmp_path / "features")]
     (said,) = run_plans(2, [(["no room"], options)], tmp_path / "said")

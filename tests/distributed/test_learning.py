@@ -31,22 +31,22 @@ def model_config(model_dir: Path, **options: ModuleConfig) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def manifest(tmp_path_factory):
     return write_manifest(tmp_path_factory.mktemp("eight") / "eight.jsonl", 8, ragged=False)
 
 
 @pytest.fixture(scope="module")
-def groups(manifest: Path) -> list[CounterfactualGroup]:
+def groups(manifest):
     return read_manifest(manifest)
 
 
 @pytest.fixture(scope="module")
-def collator(model_dir: Path) -> Collator:
+def collator(model_dir):
     return load_collator(model_config(model_dir), "full")
 
 
 @pytest.fixture(scope="module")
-def batch(collator: Collator, groups: list[CounterfactualGroup]) -> Batch:
+def batch(collator, groups):
     return collator(groups)
 
 
@@ -91,9 +91,7 @@ def group_accuracy(scorer: Scorer, collator: Collator, groups: list[Counterfactu
 
 
 @pytest.mark.long
-def test_eight_groups_are_learned_and_the_truth_stays_up(
-    model_dir: Path, collator: Collator, groups: list[CounterfactualGroup], batch: Batch
-) -> None:
+def test_eight_groups_are_learned_and_the_truth_stays_up(model_dir, collator, groups, batch):
     before = group_accuracy(load(model_config(model_dir)).eval(), collator, groups)
     scorer, history = fit(model_dir, batch, weighted(CF_VLM, batch), 60)
     assert before < 50 and group_accuracy(scorer, collator, groups) == 100
@@ -102,9 +100,7 @@ def test_eight_groups_are_learned_and_the_truth_stays_up(
 
 
 @pytest.mark.long
-def test_the_factual_text_becomes_less_likely_on_the_other_image(
-    model_dir: Path, collator: Collator, groups: list[CounterfactualGroup], batch: Batch
-) -> None:
+def test_the_factual_text_becomes_less_likely_on_the_other_image(model_dir, collator, groups, batch):
     """The published code adds NLL(T_0 | I_k) to NLL(T_0 | I_0), which raises both: no gap, and no pair that is told apart."""
 
     def as_published(scores: Scores) -> Tensor:
@@ -122,13 +118,13 @@ def test_the_factual_text_becomes_less_likely_on_the_other_image(
     assert group_accuracy(ours, collator, groups) == 100 and group_accuracy(theirs, collator, groups) < 50
 
 
-def test_contrast_alone_also_lowers_it_absolutely(model_dir: Path, batch: Batch) -> None:
+def test_contrast_alone_also_lowers_it_absolutely(model_dir, batch):
     _, history = fit(model_dir, batch, weighted({"csd": Csd(), "fcd": Fcd()}, batch), 30)
     assert history["lp_k0"][-1] < history["lp_k0"][0] - 0.3 and history["lp_0k"][-1] < history["lp_0k"][0] - 0.3
 
 
 @pytest.mark.long
-def test_the_papers_matched_form_pushes_true_captions_down(model_dir: Path, batch: Batch) -> None:
+def test_the_papers_matched_form_pushes_true_captions_down(model_dir, batch):
     """The documented defect of mode ``matched``: T_k, true of I_k, is made less likely there, more so than the false T_0."""
     change = {}
     for mode in ("matched", "matched_sg", "cross"):
@@ -139,7 +135,7 @@ def test_the_papers_matched_form_pushes_true_captions_down(model_dir: Path, batc
     assert change["cross"]["lp_kk"] > change["cross"]["lp_k0"] + 0.5
 
 
-def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Path) -> None:
+def test_the_displacement_warning(model_dir, manifest, tmp_path):
     """Real trainings at one threshold: without align the factual text falls and the run says so; with it, it does not."""
     arguments, groups = [], open_groups(str(manifest))
     stored = {

@@ -17,7 +17,7 @@ Trained = tuple[Path, dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(model_dir, manifests, tmp_path_factory):
     """Four steps of eight groups from three sources, on two ranks and on one, and stopped on two and continued on one."""
     folder = tmp_path_factory.mktemp("mixture")
     plain = folder / "chat.jsonl"
@@ -66,14 +66,14 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     return folder, said
 
 
-def test_one_trajectory_on_any_number_of_ranks(trained: Trained) -> None:
+def test_one_trajectory_on_any_number_of_ranks(trained):
     folder, _ = trained
     assert len(losses(folder / "one")) == 4
     assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-5)
     assert losses(folder / "broken") == pytest.approx(losses(folder / "one"), rel=1e-5)
 
 
-def test_sources_are_seen_by_their_shares(trained: Trained) -> None:
+def test_sources_are_seen_by_their_shares(trained):
     """Passes over each source after every step, by counting the order of the whole stream from its start."""
     folder, _ = trained
     sizes = (30, 20, 3)
@@ -87,18 +87,18 @@ def test_sources_are_seen_by_their_shares(trained: Trained) -> None:
     assert sum(group < 30 for group in drawn) == 16 and len(set(drawn[:16]) & set(range(50, 53))) == 2
 
 
-def test_each_source_has_its_own_losses(trained: Trained) -> None:
+def test_each_source_has_its_own_losses(trained):
     for row in (row for row in metrics(trained[0] / "two") if "loss" in row):
         assert row.keys() >= {"loss/align/train", "loss/align/chat", "loss/csd/train"}
         assert not {"loss/csd/chat", "loss/fcd/chat"} & row.keys()
 
 
-def test_a_changed_mixture_is_refused(trained: Trained) -> None:
+def test_a_changed_mixture_is_refused(trained):
     for name, word in (("share", "'5/9'"), ("objectives", "the mixture"), ("name", "the mixture")):
         assert word in trained[1][name]
 
 
-def test_what_is_shared_is_named_and_a_term_without_work_refused(trained: Trained, manifests: dict[str, Path]) -> None:
+def test_what_is_shared_is_named_and_a_term_without_work_refused(trained, manifests):
     """The evaluation set is the training file, of which thirty rows are trained on; three sources without a negative."""
     folder, said = trained
     groups = read_manifest(manifests["train"])

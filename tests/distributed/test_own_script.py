@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from conftest import REPO, losses, metrics, run_ranks, train_arguments
 from safetensors.torch import load_file
@@ -33,7 +32,7 @@ run(sys.argv[1:])
 """
 
 
-def test_the_objective_of_the_page_trains(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_the_objective_of_the_page_trains(model_dir, manifests, tmp_path):
     """At most 40 lines, of which two methods are needed; beside the package's own terms, with its options on the command line."""
     section = (REPO / "docs" / "extending.md").read_text().split("\n## An objective\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
@@ -48,7 +47,7 @@ def test_the_objective_of_the_page_trains(model_dir: Path, manifests: dict[str, 
     assert len(losses(tmp_path / "run")) == 3
 
 
-def test_a_family_of_ones_own_trains_as_the_one_it_is_like(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_family_of_ones_own_trains_as_the_one_it_is_like(model_dir, manifests, tmp_path):
     """A model type that the package does not know is refused; one line of a script makes it a LLaVA, bit for bit in losses and export."""
     for file in model_dir.iterdir():
         (tmp_path / "model" / file.name).parent.mkdir(exist_ok=True)

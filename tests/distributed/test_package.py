@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,7 +47,7 @@ def git(folder: Path, *command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     """The files of the repository as they are now, committed elsewhere: a build writes into the tree that it builds. And some that a
     working tree has besides."""
     folder = tmp_path_factory.mktemp("source") / "tree"
@@ -71,7 +70,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     pip(["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)])
     (built,) = folder.iterdir()
@@ -79,7 +78,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel, tmp_path_factory):
     """Where the wheel alone is installed; everything that it depends on comes from this environment."""
     folder = tmp_path_factory.mktemp("installed") / "packages"
     pip(["install", "--no-deps", "--target", str(folder), str(wheel)])
@@ -96,7 +95,7 @@ def with_packages(installed: Path) -> dict[str, str]:
     return environment() | {"PYTHONPATH": str(installed), "PATH": f"{installed / 'bin'}:{environment()['PATH']}"}
 
 
-def test_the_wheel_has_the_package_and_what_a_run_needs_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_has_the_package_and_what_a_run_needs_and_nothing_else(wheel):
     files = [
         path
         for path in (REPO / "cfvlm_ds").rglob("*")
@@ -118,7 +117,7 @@ def test_the_wheel_has_the_package_and_what_a_run_needs_and_nothing_else(wheel: 
     assert version and f"\nversion: {version[1]}\n" in (REPO / "CITATION.cff").read_text(), "the citation names another version"
 
 
-def test_the_installed_copy_trains_in_an_empty_folder(source: Path, installed: Path, tmp_path: Path) -> None:
+def test_the_installed_copy_trains_in_an_empty_folder(source, installed, tmp_path):
     """With the packaged recipe and DeepSpeed JSON, by their names; the option of DeepSpeed's launcher stands where that puts it."""
     command = [sys.executable, "-c", IN_ONE_PROCESS, "--config", "quickstart.yaml", "--deepspeed", "z3.json", *SMALL]
     done = subprocess.run(command, cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True, timeout=300, check=False)
@@ -161,7 +160,7 @@ def demonstrated(run_dir: Path, world: Path, out: Path) -> tuple[float, float]:
     return sum(row["metrics"]["factual"] * row["comparisons"]["factual"] for row in rows) / count, metrics["seen"]["accuracy"]
 
 
-def test_an_archive_of_the_sources_has_what_a_wheel_is_built_from(source: Path, tmp_path: Path) -> None:
+def test_an_archive_of_the_sources_has_what_a_wheel_is_built_from(source, tmp_path):
     command = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"]
     subprocess.run(command, cwd=source, capture_output=True, check=True, timeout=100)
     (archive,) = tmp_path.iterdir()
@@ -172,7 +171,7 @@ def test_an_archive_of_the_sources_has_what_a_wheel_is_built_from(source: Path, 
 
 
 @pytest.mark.long
-def test_deepspeeds_launcher_starts_the_installed_module(installed: Path, tmp_path: Path) -> None:
+def test_deepspeeds_launcher_starts_the_installed_module(installed, tmp_path):
     command = [*launcher(2), "--module", "cfvlm_ds", "train", *SMALL]
     done = subprocess.run(command, cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and "step 3/3" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
@@ -182,7 +181,7 @@ def test_deepspeeds_launcher_starts_the_installed_module(installed: Path, tmp_pa
 
 
 @pytest.mark.long
-def test_an_empty_environment_by_the_lines_of_the_page(source: Path, tmp_path: Path) -> None:
+def test_an_empty_environment_by_the_lines_of_the_page(source, tmp_path):
     """Downloads everything that the package depends on: minutes, and gigabytes."""
     (block,) = re.findall(r"```\n(python3 -m venv .*?)```", (REPO / "docs" / "install.md").read_text(), re.DOTALL)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
@@ -197,7 +196,7 @@ def test_an_empty_environment_by_the_lines_of_the_page(source: Path, tmp_path: P
 # --- files by their names ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_name_means_the_file_of_the_working_directory_and_else_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_means_the_file_of_the_working_directory_and_else_the_packages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     packaged = str(REPO / "ds_configs" / "z3.json")
     assert resolve_shipped("z3.json", "ds_configs") == resolve_shipped("ds_configs/z3.json", "ds_configs") == packaged
@@ -208,7 +207,7 @@ def test_a_name_means_the_file_of_the_working_directory_and_else_the_packages(tm
     assert resolve_shipped("ds_configs/z3.json", "ds_configs") == packaged
 
 
-def test_options_name_packaged_files_and_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_name_packaged_files_and_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = parse_config(["--config", "qwen2_5_vl_7b.yaml"], OBJECTIVES)
     assert recipe.model.name_or_path == "Qwen/Qwen2.5-VL-7B-Instruct" and recipe.deepspeed == str(shipped("ds_configs") / "z3.json")
@@ -222,9 +221,7 @@ def test_options_name_packaged_files_and_ones_own(tmp_path: Path, monkeypatch: p
 # --- init -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/opt/a b's/bin/python")
     main(["init", str(folder := tmp_path / "my runs")])
     script = "SLURM_JOB_ID=7 HOME=/h PATH=/bin; source slurm/env.sh; echo $PATH"
@@ -243,7 +240,7 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(
     assert contents(tmp_path) == before and [path.name for path in dangling.iterdir()] == ["slurm"]
 
 
-def test_copies_that_fail_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_that_fail_leave_nothing(tmp_path, capsys, monkeypatch):
     (tmp_path / "mine").touch()
 
     def broken(path: Path) -> bytes:
@@ -261,7 +258,7 @@ def test_copies_that_fail_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFi
 # --- the command ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_help_of_train_has_an_example_that_parses_and_the_rule_of_names() -> None:
+def test_the_help_of_train_has_an_example_that_parses_and_the_rule_of_names():
     said = " ".join(option_parser(OBJECTIVES, "cfvlm-ds train").format_help().split())
     assert "is the one in the working directory where that is there, else the one of that name that comes with the package" in said
     rule, example = said.split(" example: cfvlm-ds train ")
@@ -269,14 +266,14 @@ def test_the_help_of_train_has_an_example_that_parses_and_the_rule_of_names() ->
 
 
 @pytest.fixture
-def mask() -> Iterator[None]:
+def mask():
     before, interrupt = signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGINT)
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     signal.signal(signal.SIGINT, interrupt)
 
 
-def test_train_holds_signals_back_and_passes_its_options_on(mask: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_holds_signals_back_and_passes_its_options_on(mask, monkeypatch):
     seen = []
     monkeypatch.setattr("cfvlm_ds.cli.train.train_main", lambda *given: seen.append((given, signal.pthread_sigmask(signal.SIG_BLOCK, ()))))
     main(["--local_rank=1", "train", "--config", "train", "train"])
@@ -286,9 +283,7 @@ def test_train_holds_signals_back_and_passes_its_options_on(mask: None, monkeypa
     assert {signal.SIGUSR1, signal.SIGTERM} <= held
 
 
-def test_quiet_and_verbose_are_options_of_every_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quiet_and_verbose_are_options_of_every_command(tmp_path, capsys, monkeypatch):
     for name in ("DEEPSPEED_LOG_LEVEL", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(name, "warning")
     monkeypatch.setattr(verbosity, "_shown", "progress")
@@ -317,9 +312,7 @@ def test_quiet_and_verbose_are_options_of_every_command(
         parse_config(["--quiet", "--verbose"], OBJECTIVES)
 
 
-def test_bash_completes_commands_options_words_and_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bash_completes_commands_options_words_and_files(tmp_path, capsys, monkeypatch):
     """By bash itself, which is asked as it asks when somebody presses TAB."""
     (script := tmp_path / "completion").write_text(printed(capsys, "completion", "bash"))
     (tmp_path / "groups.jsonl").touch()

@@ -49,12 +49,12 @@ from cfvlm_ds.training.token_counts import group_tokens
 
 
 @pytest.fixture(scope="module")
-def config(model_dir: Path) -> RunConfig:
+def config(model_dir):
     return parse_config(["--config", "tests/support/train.yaml", f"--model.name_or_path={model_dir}"], OBJECTIVES)
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     return write_manifest(tmp_path / "data" / "train.jsonl", 6, seed=2, ragged=False)
 
 
@@ -64,12 +64,12 @@ def configured(config: RunConfig, run: Path, **changes: Any) -> RunConfig:
 
 
 @pytest.fixture
-def own(config: RunConfig, data: Path, tmp_path: Path) -> RunConfig:
+def own(config, data, tmp_path):
     """A run on the data alone."""
     return configured(config, tmp_path / "run", train=str(data))
 
 
-def test_every_set_has_its_own_root_and_format(config: RunConfig, data: Path, tmp_path: Path) -> None:
+def test_every_set_has_its_own_root_and_format(config, data, tmp_path):
     """Training groups under one folder, pairs under another; an evaluation set may be named train."""
     other = tmp_path / "other"
     shutil.copytree(data.parent / "images", other / "pictures")
@@ -90,7 +90,7 @@ def test_every_set_has_its_own_root_and_format(config: RunConfig, data: Path, tm
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def opened(monkeypatch):
     """Names of the pictures that the check opens."""
     names: list[str] = []
     right = picture_check.open_image
@@ -103,9 +103,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_what_was_checked_is_checked_again_under_other_options_only(
-    config: RunConfig, data: Path, tmp_path: Path, opened: list[str]
-) -> None:
+def test_what_was_checked_is_checked_again_under_other_options_only(config, data, tmp_path, opened):
     """A root, a format or a limit that has changed, and a manifest that was written, are looked at; pictures that have not been are not."""
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(data.parent, other)
@@ -117,7 +115,7 @@ def test_what_was_checked_is_checked_again_under_other_options_only(
     first = read()
     assert len(opened) == 12 == len(set(opened))
     assert read().identity == first.identity and not opened
-    with pytest.raises(DataError, match="48x48 .*11 more"):
+    with pytest.raises(DataError, match=r"48x48 .*11 more"):
         read(max_pixels=2000)
     assert read().identity == first.identity and len(opened) == 12
     with pytest.raises(DataError, match="row: unknown key"):
@@ -136,9 +134,7 @@ def test_what_was_checked_is_checked_again_under_other_options_only(
     assert not read(check="rows").pictures and not opened
 
 
-def test_what_is_written_while_it_is_checked_is_looked_at_again(
-    own: RunConfig, config: RunConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_written_while_it_is_checked_is_looked_at_again(own, config, data, tmp_path, monkeypatch):
     """A manifest that changes after it was read, or under its old time, is another one; what was read is what a run is recognised by."""
     before, text, unchanged = data.stat(), data.read_text(), read_manifest(data)
     flipped = text.replace('["i0", "t1", 0]', '["i0", "t1", 1]', 1)
@@ -167,7 +163,7 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(
     assert changes(third.identity, preflight.read_data(own, ONE).identity) == "labels (match)", "of the same size, with its old time"
 
 
-def test_a_large_manifest_is_prepared_before_the_run(config: RunConfig, data: Path, tmp_path: Path, opened: list[str]) -> None:
+def test_a_large_manifest_is_prepared_before_the_run(config, data, tmp_path, opened):
     """The sentence names a command that makes a store of what the run would have read; a run's own preparation is another way."""
     run = configured(config, tmp_path / "run", train=str(data))
     with pytest.raises(DataError, match="has 6 groups, and a run prepares 5 of a data set itself; run `cfvlm-ds") as refused:
@@ -182,9 +178,7 @@ def test_a_large_manifest_is_prepared_before_the_run(config: RunConfig, data: Pa
     assert len(opened) == 24, "what is prepared is taken, whatever its size"
 
 
-def test_a_run_is_prepared_before_it_has_its_gpus(
-    data: Path, model_dir: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, opened, monkeypatch):
     """By its configuration alone: the start opens, measures and counts nothing."""
     named = {"model": {"name_or_path": str(model_dir)}, "data": {"train": str(data), "max_tokens_per_micro_batch": 4000}}
     (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run"), "bf16": False}}))
@@ -199,7 +193,7 @@ def test_a_run_is_prepared_before_it_has_its_gpus(
 
 
 @pytest.mark.parametrize("after", range(1, 40, 6))
-def test_a_first_start_that_is_killed_goes_on(own: RunConfig, config: RunConfig, data: Path, tmp_path: Path, after: int) -> None:
+def test_a_first_start_that_is_killed_goes_on(own, config, data, tmp_path, after):
     """SIGKILL after ever more signs of life: the next start has what an undisturbed one has."""
     left = itertools.count(after, -1)
     if not (child := os.fork()):
@@ -214,7 +208,7 @@ def test_a_first_start_that_is_killed_goes_on(own: RunConfig, config: RunConfig,
     assert (found := preflight.read_data(own, ONE)).identity == whole.identity and list(found.groups) == list(whole.groups)
 
 
-def test_a_store_of_another_schema_or_half_of_one_is_made_again(config: RunConfig, data: Path, tmp_path: Path, opened: list[str]) -> None:
+def test_a_store_of_another_schema_or_half_of_one_is_made_again(config, data, tmp_path, opened):
     """In the run folder; a store of the user's own is refused, for nobody knows what it was made of."""
     run = configured(config, tmp_path / "run", train=str(data))
     first = preflight.read_data(run, ONE)
@@ -233,9 +227,7 @@ def test_a_store_of_another_schema_or_half_of_one_is_made_again(config: RunConfi
                 preflight.read_data(own, ONE)
 
 
-def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(
-    own: RunConfig, config: RunConfig, model_dir: Path, tmp_path: Path
-) -> None:
+def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(own, config, model_dir, tmp_path):
     model = shutil.copytree(model_dir, tmp_path / "model")
     run = replace(own, model=replace(config.model, name_or_path=str(model)))
     preflight.read_data(run, ONE)
@@ -247,9 +239,7 @@ def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(
         preflight.read_data(run, ONE)
 
 
-def test_a_training_says_which_keys_of_its_rows_are_not_used(
-    own: RunConfig, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_training_says_which_keys_of_its_rows_are_not_used(own, data, tmp_path, capsys):
     rows = [json.loads(line) | {"meta": {"tag": 1}} for line in data.read_text().splitlines()]
     write_rows(data, rows)
     for _ in range(2):  # looked at, and known
@@ -258,7 +248,7 @@ def test_a_training_says_which_keys_of_its_rows_are_not_used(
         assert "metadata 'tag': 6 (kept, not used)" in said
 
 
-def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config: RunConfig, data: Path) -> None:
+def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config, data):
     """An image's texts are divided between forwards; one text with its prompt and image is not."""
     groups, collator = read_manifest(data), load_collator(config.model, "full")
     batches = collator.parts(groups, max_tokens=1)
@@ -273,7 +263,7 @@ def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config
         tokens(least - 1)
 
 
-def test_a_check_that_is_killed_goes_on(own: RunConfig, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_is_killed_goes_on(own, tmp_path, opened, monkeypatch):
     """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
     monkeypatch.setattr(picture_check, "_CHUNK", 2)
 
@@ -298,7 +288,7 @@ def test_a_check_that_is_killed_goes_on(own: RunConfig, tmp_path: Path, opened: 
             assert found == (stat.st_size, stat.st_ctime_ns, hashlib.blake2b(picture.read_bytes(), digest_size=16).digest(), 48, 48)
 
 
-def test_a_picture_is_held_against_the_check_when_it_is_opened(own: RunConfig, config: RunConfig, tmp_path: Path) -> None:
+def test_a_picture_is_held_against_the_check_when_it_is_opened(own, config, tmp_path):
     """Written again with the same bytes it passes; with others, of the same size too, it is refused by name."""
     read = preflight.read_data(own, ONE)
     collator = load_collator(config.model, "full", checked=read.pictures)
@@ -343,7 +333,7 @@ CHANGES: dict[str, tuple[Callable[[list[CounterfactualGroup]], list[Counterfactu
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_has_changed_is_named(change: str, data: Path, tmp_path: Path) -> None:
+def test_what_has_changed_is_named(change, data, tmp_path):
     """By paths where contents are not known, and by contents where they are; a copy in another folder is the same either way."""
     groups = read_manifest(data)
     shutil.copytree(data.parent, tmp_path / "copied")
@@ -359,7 +349,7 @@ def test_what_has_changed_is_named(change: str, data: Path, tmp_path: Path) -> N
         assert changes(of(groups, data.parent, contents), of(changed, tmp_path / "copied", contents)) == expected
 
 
-def test_threads_of_the_check_keep_to_the_cores_they_are_given(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_the_check_keep_to_the_cores_they_are_given(data, monkeypatch):
     running, most = 0, 0
     lock, right = threading.Lock(), picture_check.open_image
 
@@ -422,9 +412,7 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
             print("refused", error)
 
 
-def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(
-    config: RunConfig, data: Path, model_dir: Path, tmp_path: Path
-) -> None:
+def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(config, data, model_dir, tmp_path):
     """The first opens every picture, both know everything afterwards; what is wrong is said by both."""
     train = write_manifest(tmp_path / "data" / "long.jsonl", 18, seed=4, ragged=False)
     rows = read_rows(train)
@@ -474,7 +462,7 @@ def train_again(arguments: list[str], changed: str) -> None:
             print("ended", ended.code, flush=True)
 
 
-def test_a_run_goes_on_with_its_own_data_only(model_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_its_own_data_only(model_dir, data, tmp_path):
     """Rows in another order, a row less, other pictures: one sentence each, and nothing is touched. A copy in another folder goes on, and
     so does what was exchanged and is restored."""
     text = data.read_text()
@@ -524,7 +512,7 @@ def errors_of(said: list[str]) -> list[list[str]]:
     return [[line for line in output.splitlines() if line.startswith("error: ")] for output in said]
 
 
-def test_a_refusal_is_said_by_one_of_several_ranks(model_dir: Path, tmp_path: Path) -> None:
+def test_a_refusal_is_said_by_one_of_several_ranks(model_dir, tmp_path):
     """Before ranks meet, where none hears of another, and after it; by rank 0, whose log is the one that is looked at."""
     missing = train_arguments(model_dir, {"train": tmp_path / "none.jsonl"}, tmp_path / "run")
     for name, options, sentence in (
@@ -535,12 +523,12 @@ def test_a_refusal_is_said_by_one_of_several_ranks(model_dir: Path, tmp_path: Pa
         assert sentence in first and not others
 
 
-def test_a_failure_that_one_rank_alone_knows_is_said(tmp_path: Path) -> None:
+def test_a_failure_that_one_rank_alone_knows_is_said(tmp_path):
     ended = run_ranks(2, "test_preflight:found_by_one", said=tmp_path / "said", timeout=120)
     assert ended[1][0] == 2 and errors_of([output for _, output in ended]) == [[], ["error: only rank 1 sees this; look"]], ended
 
 
-def test_who_has_printed_a_sentence_is_known_by_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_printed_a_sentence_is_known_by_a_mark(tmp_path, monkeypatch):
     """Of this launch and this sentence; an old mark is another launch's, and one that cannot be left keeps nobody silent."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(ranks, "_WAIT_S", 0.1)

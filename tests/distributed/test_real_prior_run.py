@@ -16,7 +16,7 @@ SIZES = {"natural": 32, "train": 8, "validation": 4, "test": 8, "yes_no": 4, "na
 
 
 @pytest.mark.long
-def test_every_part_and_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_and_the_tables(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
     bench = importlib.import_module("real_prior")
     started: list[str] = []

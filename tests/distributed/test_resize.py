@@ -19,9 +19,7 @@ FROZEN = ["--model.vision_tower.tuning=frozen"]
 
 
 @pytest.fixture(scope="module")
-def runs(
-    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> tuple[Path, str]:
+def runs(model_dir, manifests, tmp_path_factory, request):
     """Runs of one global batch size under ZeRO-3 (frozen tower, so many elements a sub-group that their number changes with the ranks) and
     ZeRO-2 (whose round robin orders weights by the number of ranks); and all that was said."""
     folder = tmp_path_factory.mktemp("resize")
@@ -54,7 +52,7 @@ def runs(
 
 
 @pytest.mark.parametrize("name", ["z3 down", pytest.param("z2 down", marks=pytest.mark.long), "z3 up"])
-def test_the_trajectory_goes_on(name: str, runs: tuple[Path, str]) -> None:
+def test_the_trajectory_goes_on(name, runs):
     """Losses and gradient norms within 2e-5, final weights within 2e-5 of the largest: the order of additions differs, nothing else."""
     folder, said = runs
     whole = folder / f"{name[:2]} whole"
@@ -76,7 +74,7 @@ def flat_sizes(shapes: Sequence[Mapping[str, torch.Size]], ranks: int) -> list[i
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 7])
-def test_every_weight_and_moment_is_there_bit_for_bit(ranks: int, runs: tuple[Path, str], tmp_path: Path) -> None:
+def test_every_weight_and_moment_is_there_bit_for_bit(ranks, runs, tmp_path):
     """The resharded checkpoint is read by the export's reader of ZeRO checkpoints, and so are its moments, laid where the weights lie."""
     source = runs[0] / "z3 down" / "checkpoint-2"
     shapes = torch.load(source / "zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=False)["param_shapes"]

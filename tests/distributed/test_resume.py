@@ -26,9 +26,7 @@ def new_options() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> tuple[Path, dict[str, list[str]]]:
+def trained(model_dir, manifests, tmp_path_factory, request):
     """Two ranks: runs that were interrupted after their second step, or not; then starts that are refused. What each start said."""
     folder = tmp_path_factory.mktemp("resume")
     plans: dict[str, tuple[list[Any], list[str]]] = {}
@@ -65,7 +63,7 @@ def trained(
 
 
 @pytest.mark.parametrize("stage", ["z3", pytest.param("z2", marks=pytest.mark.long)])
-def test_a_run_with_dropout_goes_on_bit_for_bit(stage: str, trained: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_run_with_dropout_goes_on_bit_for_bit(stage, trained):
     """Two ranks, whose random numbers part at the first forward, since their rows have other sizes."""
     folder, said = trained
     assert any("resumed from" in line for line in said[f"{stage} second"]), said[f"{stage} second"]
@@ -82,7 +80,7 @@ def shards(checkpoint: Path, rank: int) -> tuple[list[torch.Tensor], list[dict[s
 
 
 @pytest.mark.parametrize("stage", ["z3", pytest.param("z2", marks=pytest.mark.long)])
-def test_changed_options_of_the_optimizer_apply_to_the_first_step(stage: str, trained: tuple[Path, dict[str, list[str]]]) -> None:
+def test_changed_options_of_the_optimizer_apply_to_the_first_step(stage, trained):
     """AdamW by hand from one checkpoint to the next: gradient from the first moment, then second moment, clipping, decay and step."""
     folder = trained[0]
     before, after = folder / f"{stage} broken" / "checkpoint-2", folder / f"{stage} allowed" / "checkpoint-3"
@@ -103,7 +101,7 @@ def test_changed_options_of_the_optimizer_apply_to_the_first_step(stage: str, tr
     assert rows[0]["grad_norm"] > NEW["max_grad_norm"]
 
 
-def test_allowed_changes_are_kept_with_the_run(trained: tuple[Path, dict[str, list[str]]]) -> None:
+def test_allowed_changes_are_kept_with_the_run(trained):
     folder, said = trained
     (line,) = read_rows(folder / "z3 allowed" / "resume_changes.jsonl")
     assert line["step"] == 2 and line["changes"].keys() == {f"train.{name}" for name in NEW}
@@ -129,7 +127,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_start_leaves_the_run_as_it_was(name: str, trained: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_refused_start_leaves_the_run_as_it_was(name, trained):
     """Every byte of the run folder, the MLflow store in it included, but for the ranks' signs of life and the cache of the data check."""
     said = trained[1][name]
     raised = [line.partition(" raised ")[2] for line in said if " raised " in line]

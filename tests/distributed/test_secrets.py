@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ PLANTED = {place: SECRET.format(place) for place in PLACES}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("server")).running() as server:
         yield server
 
@@ -72,7 +71,7 @@ def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> st
     return run_train(1, [*arguments, *TRACKED], variables, said=folder / "said")[0]
 
 
-def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tracked_run_tells_no_secret(server, model_dir, manifests, tmp_path):
     """A run named with a signed URL, as people do who paste an address into the wrong option, and a folder that was saved under one."""
     address = f"https://me:{PLANTED['name']}@host/run?password={PLANTED['query']}&sig={PLANTED['signature']}#t={PLANTED['fragment']}"
     (root := tmp_path / f"pictures?sig={PLANTED['root']}").symlink_to(manifests["train"].parent)
@@ -92,14 +91,14 @@ def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifest
 
 
 @pytest.mark.long
-def test_a_server_that_is_down_is_named_without_its_password(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_server_that_is_down_is_named_without_its_password(model_dir, manifests, tmp_path):
     url = f"http://127.0.0.1:{free_port()}"
     said = trained(planted(url), train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
     assert "does not answer" in said and "://***@127.0.0.1" in said and "did not get" in said
     assert not leaks(said) and not leaks_of(tmp_path / "run")
 
 
-def test_no_secret_in_the_local_store(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_no_secret_in_the_local_store(model_dir, manifests, tmp_path):
     """Without a server: the SQLite file of the run folder. The tokens are those of other services."""
     variables = planted("http://unused")
     del variables["MLFLOW_TRACKING_URI"]
@@ -107,7 +106,7 @@ def test_no_secret_in_the_local_store(model_dir: Path, manifests: dict[str, Path
     assert (tmp_path / "run" / "mlflow.db").exists() and not leaks(said) and not leaks_of(tmp_path / "run")
 
 
-def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir, manifests, tmp_path):
     given = f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl?sig={PLANTED['signature']}"
     code, said = process([*train_arguments(model_dir, manifests, tmp_path), given], "http://x")
     assert code == 2 and not leaks(said), said
@@ -140,12 +139,12 @@ def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path,
         ),
     ],
 )
-def test_what_is_masked_in_a_text(text: str, shown: str) -> None:
+def test_what_is_masked_in_a_text(text, shown):
     assert without_secrets(text) == shown == without_secrets(shown)
     assert str(InputError(text)) == shown
 
 
-def test_names_of_credentials_mask_their_values() -> None:
+def test_names_of_credentials_mask_their_values():
     """Also as keys of a DeepSpeed JSON, in the styles that names have."""
     key = PLANTED["key"]
     secret = {
@@ -161,7 +160,7 @@ def test_names_of_credentials_mask_their_values() -> None:
     assert masked({f"http://h/?sig={key}": 1}) == {"http://h/?sig=***": 1}
 
 
-def test_a_mask_takes_no_time() -> None:
+def test_a_mask_takes_no_time():
     """Texts from files may be large, and made to be slow."""
     started = time.process_time()
     for text in ("=a" * 10**5, "token='" * 30_000, "://u:" * 30_000, "://a?" + "b&" * 30_000, "a" * 10**6 + "=", " bearer " * 10**5):
@@ -169,7 +168,7 @@ def test_a_mask_takes_no_time() -> None:
     assert time.process_time() - started < 20
 
 
-def test_a_traceback_shows_no_secret() -> None:
+def test_a_traceback_shows_no_secret():
     code = (
         "import threading\nfrom cfvlm_ds.core.secrets import mask_tracebacks\nmask_tracebacks()\n"
         f"def fail(): raise OSError('http://me:{PLANTED['name']}@host/?sig={PLANTED['query']}')\n"

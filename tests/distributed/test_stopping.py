@@ -77,7 +77,7 @@ def the_run(folder: Path) -> tuple[str, str]:
 
 
 @pytest.mark.usefixtures("_no_server")
-def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir, manifests, tmp_path):
     """Ctrl-C at one of two ranks, passed on twice as by a terminal and a launcher: both stop after one step, and MLflow knows that the run
     is not over."""
     folder = tmp_path / "run"
@@ -107,11 +107,11 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir: Path, man
 
 
 @pytest.fixture
-def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_server(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def test_a_stopped_process_is_named_and_ends_the_run(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_stopped_process_is_named_and_ends_the_run(model_dir, manifests, tmp_path):
     """SIGSTOP of rank 0: the other one waits in a collective, and says who hangs."""
     folder = tmp_path / "run"
     ranks = begun(train_arguments(model_dir, manifests, folder, "--train.max_steps=10000", "--train.hang_timeout_s=10"), folder, tmp_path)
@@ -143,7 +143,7 @@ def held(where: str, tmp_path: Path, arguments: Sequence[str], size: int = 1) ->
 
 
 @pytest.mark.usefixtures("_no_server")
-def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir, manifests, tmp_path):
     """In the data check and in the export, within a call that lets no handler of Python's run; the run goes on from its last checkpoint."""
     folder = tmp_path / "run"
     extra = ["--train.max_steps=2", "--tracking.enabled=true", "--train.export=true"]
@@ -162,9 +162,7 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir: Path
 
 
 @pytest.mark.parametrize("signalled", [(0, 1), (0,), (1,)])
-def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(
-    signalled: Sequence[int], model_dir: Path, manifests: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(signalled, model_dir, manifests, tmp_path):
     """Two ranks look at the rows in processes of their own. All processes of both get a signal, as from srun, or those of one rank."""
     arguments = train_arguments(model_dir, {"train": many_rows(manifests["train"], 1 << 15)}, tmp_path / "run")
     ranks = forkserver_ranks.start(2, "forkserver_ranks:train_script", arguments, {"LOCAL_WORLD_SIZE": "1"}, said=tmp_path)
@@ -176,7 +174,7 @@ def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(
     assert "stopped: a signal asked for it; the same command continues\n" in said[0] and "error" not in said[0] + said[1]
 
 
-def test_signals_are_obeyed_within_an_evaluation(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_signals_are_obeyed_within_an_evaluation(model_dir, manifests, tmp_path):
     """One of two ranks gets one: both leave in mid-evaluation, during training and at its end, and the run is finished by a later start."""
     folder = tmp_path / "run"
     extra = ["--train.max_steps=2", "--train.eval_steps=1", "--train.per_device_eval_batch_size=1"]
@@ -196,7 +194,7 @@ def test_signals_are_obeyed_within_an_evaluation(model_dir: Path, manifests: dic
 
 
 @pytest.mark.usefixtures("_no_server")
-def test_a_second_ctrl_c_ends_a_run_at_once(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_a_run_at_once(model_dir, manifests, tmp_path):
     """Of a rank that waits in a collective for one that never comes: its MLflow run is KILLED and its folder free."""
     folder = tmp_path / "run"
     ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps=9999", "--tracking.enabled=true"), tmp_path)
@@ -217,7 +215,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(model_dir: Path, manifests: dict[str
     assert the_run(folder)[1] == "KILLED" and not (folder / "run.lock").exists()
 
 
-def test_a_killed_data_worker_costs_no_step(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_data_worker_costs_no_step(model_dir, manifests, tmp_path):
     """As the kernel kills where memory is short: one sentence, and the last whole step is saved, on both ranks."""
     folder = tmp_path / "run"
     ranks = begun(train_arguments(model_dir, manifests, folder, "--train.max_steps=9999", "--data.num_workers=1"), folder, tmp_path)
@@ -233,7 +231,7 @@ def test_a_killed_data_worker_costs_no_step(model_dir: Path, manifests: dict[str
 
 
 @pytest.mark.parametrize("how", ["hangs", "ended"])
-def test_a_rank_that_beats_but_does_not_move_is_named(tmp_path: Path, how: str) -> None:
+def test_a_rank_that_beats_but_does_not_move_is_named(tmp_path, how):
     """Rank 2 stays in its data while the others wait for it: all leave. Where it has ended, nobody accuses it, but the wait ends too."""
     ranks = forkserver_ranks.start(3, "rank_functions:stand_still", tmp_path, how == "ended", said=tmp_path)
     for rank in ranks:
@@ -267,12 +265,12 @@ def peer(phase: str, moves: int, silent_s: float = 0, still_s: float = 0) -> Pee
         ([peer("start-up", 0), Peer(None, 5)], None),
     ],
 )
-def test_verdict(peers: list[Peer], named: int | None) -> None:
+def test_verdict(peers, named):
     found = verdict(peers, 10)
     assert (found and found[0]) == named
 
 
-def test_time_runs_out_when_a_step_and_the_margin_no_longer_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_runs_out_when_a_step_and_the_margin_no_longer_fit(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(stopping.time, "time", lambda: now)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1100")
@@ -301,7 +299,7 @@ time.sleep(60)
 """
 
 
-def test_a_signal_during_the_imports_is_not_lost() -> None:
+def test_a_signal_during_the_imports_is_not_lost():
     """Nor obeyed while ranks have to agree; it is as soon as they have not."""
     done = subprocess.run([sys.executable, "-c", EARLY], cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True, timeout=50)
     assert (done.stdout, done.returncode) == ("here\n", EXIT_STOPPED)
@@ -320,7 +318,7 @@ class Slow(torch.utils.data.Dataset[int]):
         return 8
 
 
-def test_data_workers_survive_what_srun_sends_and_end_with_their_rank() -> None:
+def test_data_workers_survive_what_srun_sends_and_end_with_their_rank():
     batches = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=shield_worker))
     worker = int(next(batches))
     subprocess.run(["sh", "-c", f"kill -USR1 {worker}; kill -TERM {worker}"], check=True)
@@ -332,7 +330,7 @@ def test_data_workers_survive_what_srun_sends_and_end_with_their_rank() -> None:
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
-def test_the_end_of_a_workers_connection_is_its_death(error: type[Exception]) -> None:
+def test_the_end_of_a_workers_connection_is_its_death(error):
     """Tensors come over a socket, which the kernel closes before it reports the death."""
     batches = iter(DataLoader(Slow(), num_workers=1))
     worker = int(next(batches))
@@ -357,7 +355,7 @@ with stopping.last_word():
 """
 
 
-def test_a_compiler_that_is_ended_gives_its_lock_back(tmp_path: Path) -> None:
+def test_a_compiler_that_is_ended_gives_its_lock_back(tmp_path):
     """As torch locks the folder of an extension that it compiles: a lock that stays would hold up the next start for ever."""
     (lock := tmp_path / "lock").touch()
     command = [sys.executable, "-c", COMPILES, str(lock)]

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ ARTIFACTS |= {"learning_curves.png", "scores-test.png"}
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def client(tmp_path_factory):
     """The server that every training of this module finds in its environment."""
     with Server(tmp_path_factory.mktemp("server")).running() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server.url)
@@ -79,7 +78,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def finished(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(client, model_dir, manifests, tmp_path_factory):
     """Two ranks, four steps, an evaluation in between and at the end."""
     folder = tmp_path_factory.mktemp("data") / "finished"
     extra = ["--train.max_steps=4", "--train.eval_steps=2", "--train.per_device_train_batch_size=8"]
@@ -88,7 +87,7 @@ def finished(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path_
     return folder
 
 
-def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> None:
+def test_metrics_are_on_the_server_as_on_disk(client, finished):
     found = on_server(client, the_run(client, "finished"))
     assert found == on_disk(finished)
     every_step = set(["loss", "learning_rate", "grad_norm", "epoch", "skipped_steps", "skipped_groups"])
@@ -115,7 +114,7 @@ def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> No
     assert f"| test | all, weighted | | {whole:.4f} | | |" in (finished / "results.md").read_text()
 
 
-def test_parameters_and_tags_describe_the_run(client: Any, finished: Path, model_dir: Path) -> None:
+def test_parameters_and_tags_describe_the_run(client, finished, model_dir):
     import yaml
 
     found = the_run(client, "finished")
@@ -132,7 +131,7 @@ def test_parameters_and_tags_describe_the_run(client: Any, finished: Path, model
     assert Path(tags["mlflow.source.name"]) == REPO / "train.py"
 
 
-def test_the_runs_data_sets_are_there_by_digest_size_and_place(client: Any, finished: Path, manifests: dict[str, Path]) -> None:
+def test_the_runs_data_sets_are_there_by_digest_size_and_place(client, finished, manifests):
     inputs = {each.dataset.name: each for each in the_run(client, "finished").inputs.dataset_inputs}
     listed = {each["name"]: each for each in json.loads((finished / "data.json").read_text())}
     assert inputs.keys() == listed.keys() == {"train", "test"}
@@ -145,13 +144,13 @@ def test_the_runs_data_sets_are_there_by_digest_size_and_place(client: Any, fini
         assert {tag.key: tag.value for tag in inputs[name].tags} == {"mlflow.data.context": context}
 
 
-def test_what_a_run_writes_is_known_by_name(finished: Path) -> None:
+def test_what_a_run_writes_is_known_by_name(finished):
     """A link or pipe of such a name is refused at a start (cfvlm_ds.core.run_folder)."""
     listed = [path.name for path in finished.iterdir() if not path.name.startswith("checkpoint-")]
     assert len(listed) > 12 and not [name for name in listed if not any(fnmatch(name, known) for known in (*FILES, *FOLDERS))]
 
 
-def test_artifacts_are_the_files_of_the_run_folder(client: Any, finished: Path, tmp_path: Path) -> None:
+def test_artifacts_are_the_files_of_the_run_folder(client, finished, tmp_path):
     run_id = the_run(client, "finished").info.run_id
     assert {item.path for item in client.list_artifacts(run_id)} == ARTIFACTS
     for name in sorted(ARTIFACTS):
@@ -165,7 +164,7 @@ def test_artifacts_are_the_files_of_the_run_folder(client: Any, finished: Path, 
 # A run that does not ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_as_the_same_run(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_as_the_same_run(client, model_dir, manifests, tmp_path):
     """kill -9 when the server has steps that the newest checkpoint has not: they are computed again and not recorded twice."""
     folder, last = tmp_path / "killed", 100
     extra = [f"--train.max_steps={last}", "--train.save_steps=25"]
@@ -232,9 +231,7 @@ class SlowProxy:
 
 
 @pytest.mark.long
-def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(
-    client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(client, model_dir, manifests, tmp_path, monkeypatch):
     proxy, folder = SlowProxy(int(client.tracking_uri.rpartition(":")[2])), tmp_path / "slow"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
     arguments = tracked(model_dir, manifests, folder, "--train.max_steps=60")
@@ -257,7 +254,7 @@ def module_of(name: str) -> str:
     return next((module for module in ("vision_tower", "projector") if module in name), "language_model")
 
 
-def test_freezing_learning_rates_and_gradient_checkpointing(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_freezing_learning_rates_and_gradient_checkpointing(model_dir, manifests, tmp_path):
     """Three trainings under ZeRO-3 in one process, judged by their exports: plain torch sees what every module's weights did."""
     rates = {"vision_tower": 1e-3, "projector": 2e-3, "language_model": 4e-3}
     own = [part for module, rate in rates.items() for part in (f"--model.{module}.learning_rate", str(rate))]

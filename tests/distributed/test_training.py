@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,9 +46,7 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def trajectories(
-    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[tuple[int, ...], Path]:
+def trajectories(model_dir, manifests, tmp_path_factory, request):
     """Layout -> run folder, 16 groups a step; (1, 1) and (4, 1) always."""
     chosen = list(dict.fromkeys([(1, 1), (4, 1), *selected(request, "layout")]))
     folders = {layout: tmp_path_factory.mktemp("x".join(map(str, layout))) for layout in chosen}
@@ -66,22 +63,20 @@ def trajectories(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_ranks_and_accumulation_give_one_trajectory(layout: tuple[int, ...], trajectories: dict[tuple[int, ...], Path]) -> None:
+def test_ranks_and_accumulation_give_one_trajectory(layout, trajectories):
     """Ragged groups included (0 to 2 counterfactuals, shams): every term is divided by its global count. fp32, relative 2e-4."""
     first, *_, last = losses(trajectories[1, 1])
     assert len(losses(trajectories[1, 1])) == 6 and last < first - 0.3, "it must train, or equality means nothing"
     assert_same_trajectory(trajectories[1, 1], trajectories[layout])
 
 
-def test_rank_local_means_would_be_noticed(manifests: dict[str, Path]) -> None:
+def test_rank_local_means_would_be_noticed(manifests):
     """The ragged data does distinguish global from rank-local denominators: groups differ in their counts from rank to rank."""
     assert {len(group.candidates) for group in read_manifest(manifests["train"])} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.long)])
-def test_equals_the_plain_torch_reference(
-    steps: int, trajectories: dict[tuple[int, ...], Path], model_dir: Path, manifests: dict[str, Path], tmp_path: Path
-) -> None:
+def test_equals_the_plain_torch_reference(steps, trajectories, model_dir, manifests, tmp_path):
     """A single-process loop of about 60 lines that shares no code with the package gives the same losses, and those of the golden file."""
     folder = trajectories[1, 1]
     if steps != 6:
@@ -98,9 +93,7 @@ def test_equals_the_plain_torch_reference(
         assert expected == pytest.approx(golden, rel=2e-3), "the reference itself moved: see CONTRIBUTING on golden files"
 
 
-def test_the_table_before_and_after_a_training(
-    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, monkeypatch, capsys):
     """A rate of 0 changes nothing; a second run has its baseline from the cache; an earlier run's in the folder is removed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     split = ["--data.evaluation.test", str(manifests["test"])]
@@ -145,7 +138,7 @@ def test_the_table_before_and_after_a_training(
     assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")
 
 
-def test_two_passes_draw_the_same_random_numbers() -> None:
+def test_two_passes_draw_the_same_random_numbers():
     """A part drops out the same in both forwards: the gradient is that of one graph over all parts, and the last one completes it."""
     weight, boundaries = torch.ones(6, requires_grad=True), []
 
@@ -184,7 +177,7 @@ def test_two_passes_draw_the_same_random_numbers() -> None:
 
 
 @pytest.mark.parametrize("tower", ["full", pytest.param("frozen", marks=pytest.mark.long)])
-def test_ranks_whose_rows_differ_make_the_same_collectives(tower: str, model_dir: Path, tmp_path: Path) -> None:
+def test_ranks_whose_rows_differ_make_the_same_collectives(tower, model_dir, tmp_path):
     """Text alone, one picture, several at once, or nothing, since a picture is broken: a rank without pictures would not gather the tower's
     weights, and the others wait for ever (DeepSpeed#7170). torch compares every collective of the ranks, and the losses are one rank's."""
     groups = read_manifest(write_manifest(tmp_path / "m.jsonl", 12, seed=2))

@@ -168,7 +168,7 @@ GROUPS = [asked(seed, 1 + seed % 4, 2 + seed % 5, 1 + seed % 3) for seed in rang
 
 
 @pytest.mark.parametrize("name", NAIVE)
-def test_objectives_compare_answers_to_one_prompt(name: str) -> None:
+def test_objectives_compare_answers_to_one_prompt(name):
     """Loss and units of 60 groups of 1 to 4 images, 2 to 6 texts and 1 to 3 prompts, against loops over cells."""
     objective, part, naive = NAIVE[name]
     per_group = [naive(g) for g in GROUPS]
@@ -182,7 +182,7 @@ def test_objectives_compare_answers_to_one_prompt(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_prompt_changes_no_bit(name: str) -> None:
+def test_one_prompt_changes_no_bit(name):
     """Prompt numbers of groups that have one prompt, or none given: loss, units, gradient and report are the same bits."""
     objective = {name: OBJECTIVES[name](weight=0.7, warmup=0.0, **({"infonce": 0.5} if name == "align" else {}))}
     groups = [replace(g, prompts=[0] * len(g.prompts)) for g in GROUPS]
@@ -195,7 +195,7 @@ def test_one_prompt_changes_no_bit(name: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_the_collator_numbers_the_prompts(model_dir: Path, tmp_path: Path) -> None:
+def test_the_collator_numbers_the_prompts(model_dir, tmp_path):
     texts = (("Is it red?", "yes"), ("Is it big?", "yes"), ("Is it red?", "no"))
     one = group([[1, 1, 0]], texts=texts)
     assert one.prompt_ids == (0, 1, 0)
@@ -205,7 +205,7 @@ def test_the_collator_numbers_the_prompts(model_dir: Path, tmp_path: Path) -> No
     assert same == [[True, False, True], [False, True, False], [True, False, True]]
 
 
-def test_a_second_question_is_trained_on_every_image(model_dir: Path) -> None:
+def test_a_second_question_is_trained_on_every_image(model_dir):
     """Two images, two questions, yes and no: star has each question's own false answer on either image, and each answer's false image."""
     one, _ = SHAPES["NaturalBench: two images, two questions"]
     layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([one])
@@ -255,7 +255,7 @@ SHAPES: dict[str, tuple[CounterfactualGroup, dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_of_group_counts(shape: str) -> None:
+def test_every_shape_of_group_counts(shape):
     """Comparisons of each metric; all won, then all lost; a metric without one is absent and its count is 0, in row and table."""
     one, expected = SHAPES[shape]
     right = [[0.0 if truth == 1 else -1.0 for truth in row] for row in one.match]
@@ -305,7 +305,7 @@ def naive_metrics(g: CounterfactualGroup, s: list[list[float]], blank: list[floa
     return found
 
 
-def test_metrics_equal_the_naive_twin() -> None:
+def test_metrics_equal_the_naive_twin():
     """500 groups of any shape, truth unknown here and there, up to three prompts: pooled shares, counts, and the groups without one."""
     rng = random.Random(3)
     groups, values = [], []
@@ -330,7 +330,7 @@ def test_metrics_equal_the_naive_twin() -> None:
 # What is true, or unknown, is no error ----------------------------------------------------------------------------------------------------
 
 
-def test_a_sham_edit_with_a_text_is_no_row() -> None:
+def test_a_sham_edit_with_a_text_is_no_row():
     """It says that the factual text is true of its image: no comparison, and no part of the mean."""
     edits = (Edit("colour", 1, 1), Edit(SHAM, 2, 0))
     one = group([[1, 0], [0, 1], [1, 0]], *edits)
@@ -343,7 +343,7 @@ def test_a_sham_edit_with_a_text_is_no_row() -> None:
     assert rows[-1].comparisons["pair"] == 2 and rows[-1].comparisons["sham"] == 1
 
 
-def test_an_edit_type_named_all_is_not_the_mean() -> None:
+def test_an_edit_type_named_all_is_not_the_mean():
     wins, loses = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
     identity: Truth = [[1, 0], [0, 1]]
     splits = {"s": accuracies([group(identity, Edit("all", 1, 1)), group(identity, Edit("colour", 1, 1))], [scores(wins), scores(loses)])}
@@ -354,7 +354,7 @@ def test_an_edit_type_named_all_is_not_the_mean() -> None:
     assert [line.split(" | ")[1] for line in lines[2:6]] == ['"all"', "colour", "all", "all, blank image"]
 
 
-def test_names_from_the_data_cannot_break_the_table() -> None:
+def test_names_from_the_data_cannot_break_the_table():
     rows = accuracies([group([[1, 0]], Edit("a|b\n| x | y", text=1)), group([[1]], name="g|\nh" * 90)], [scores([[1, 0]]), scores([[1]])])
     lines = table({"s": rows}).splitlines()
     assert any("| a\\|b \\| x \\| y |" in line for line in lines) and all(len(line) < 300 for line in lines)
@@ -364,7 +364,7 @@ def test_names_from_the_data_cannot_break_the_table() -> None:
 # What language alone achieves ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_of_the_log_ends_however_many_types_there_are() -> None:
+def test_a_line_of_the_log_ends_however_many_types_there_are():
     groups = [group([[1, 0]], Edit(f"type {n:02}", text=1)) for n in range(40)]
     rows = accuracies(groups, [scores([[0.0, -1.0]])] * 40)
     said = headline(rows)
@@ -372,7 +372,7 @@ def test_a_line_of_the_log_ends_however_many_types_there_are() -> None:
     assert headline(accuracies(groups[:11], [scores([[0.0, -1.0]])] * 11)).endswith("type 09 100.0, type 10 100.0, all 100.0")
 
 
-def test_the_blind_row_says_what_language_alone_achieves() -> None:
+def test_the_blind_row_says_what_language_alone_achieves():
     """Three groups of one image: language decides one rightly, one wrongly, and ties in one (1/2): 50 %, where the model has 100."""
     groups = [group([[1, 0]]) for _ in range(4)]
     right = [[1.0, 0.0]]
@@ -384,7 +384,7 @@ def test_the_blind_row_says_what_language_alone_achieves() -> None:
     assert flat["eval/s/blind_pair"] == 62.5 and not any("shuffled" in name for name in flat)
 
 
-def test_the_shuffled_row_counts_the_groups_that_have_another_image() -> None:
+def test_the_shuffled_row_counts_the_groups_that_have_another_image():
     nothing: list[float] = []
     groups = [group([[1, 0]], name=name) for name in ("a", "b", "c")]
     rows = accuracies(
@@ -402,7 +402,7 @@ def test_the_shuffled_row_counts_the_groups_that_have_another_image() -> None:
 
 
 @pytest.fixture(scope="module")
-def shapes(manifests: dict[str, Path]) -> Path:
+def shapes(manifests):
     """Groups without edits on real pictures: captions, two questions on two images, an edited image without a text, eight choices."""
     picture = [(path,) for path in sorted((manifests["test"].parent / "images").glob("test-*.png"))]
     identity = ((1, 0), (0, 1))
@@ -419,9 +419,7 @@ def shapes(manifests: dict[str, Path]) -> Path:
 
 
 @pytest.mark.long
-def test_a_training_evaluates_every_shape_within_its_budget(
-    model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path
-) -> None:
+def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests, shapes, tmp_path):
     """Two ranks of ZeRO-3, forwards of at most 60 tokens: the largest evaluation batch before step 1, the best by a metric of single
     comparisons, the export before the tables, and a figure of captions that read as broken formulas."""
     run_dir = tmp_path / "run"
@@ -449,7 +447,7 @@ def test_a_training_evaluates_every_shape_within_its_budget(
     assert [row | {"losses": {}} for row in rows] == found, "one forward per batch, on one rank"
 
 
-def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
+def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused():
     options = ["--train.eval_steps=1", "--data.evaluation.s=s.jsonl", "--data.train=t.jsonl", "--train.save_best"]
     splits = {"s": [group([[1, 0]])]}
     check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
@@ -460,7 +458,7 @@ def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
         check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
 
 
-def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
+def test_save_best_is_refused_before_anything_is_trained(model_dir, manifests, shapes, tmp_path):
     options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps=1", "--train.save_best=eval/shapes/sham"]
     (said,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said", code=2)
     assert "error: train.save_best 'eval/shapes/sham'" in said
@@ -488,7 +486,7 @@ class Refusing:
         raise OSError("no tracker")
 
 
-def test_a_trained_model_is_exported_whatever_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_model_is_exported_whatever_follows(tmp_path, monkeypatch):
     """The tracker refuses, or the evaluation: the export is there. The export refuses: the evaluation is, and then the error."""
     ended, said = finishing(tmp_path)
     monkeypatch.setattr(trainer, "export_checkpoint", lambda *_: said.append("exported"))
@@ -506,7 +504,7 @@ def test_a_trained_model_is_exported_whatever_follows(tmp_path: Path, monkeypatc
     assert (tmp_path / "results.md").exists() and said[1].startswith("warning: the export failed (disk full); the evaluation follows")
 
 
-def test_a_figure_that_fails_is_a_warning(tmp_path: Path) -> None:
+def test_a_figure_that_fails_is_a_warning(tmp_path):
     """No metrics to draw, and a picture that is gone since it was scored: each is named, and what can be drawn is."""
     good, gone = group([[1, 0]], name="good"), group([[1, 0]], name="gone")
     splits, said = {"good": [replace(good, images=((),))], "gone": [gone]}, list[str]()
@@ -516,7 +514,7 @@ def test_a_figure_that_fails_is_a_warning(tmp_path: Path) -> None:
     assert all(line.startswith(f"warning: {tmp_path}/{name}.png ") and "\n" not in line for name, line in zip(names, said, strict=True))
 
 
-def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path: Path) -> None:
+def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path):
     groups = [replace(group([[1, 0, 0]], texts=(*YES_NO, ("Is it big?", "yes")), name="asked"), images=((),))]
     groups += [replace(group([[1, 0]], Edit("count", text=1), name="said"), images=((),))]
     asked, said = results.samples(groups, [scores([[-1.0] * 3]), scores([[-1.0] * 2])], 100)

@@ -48,9 +48,7 @@ def write_priors(path: Path, model_dir: Path, manifest: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trajectories(
-    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[tuple[int, ...], Path]:
+def trajectories(model_dir, manifests, tmp_path_factory, request):
     """Layout -> run folder, three steps of 16 groups, with scores of a blank image that are as good as any; beside it "hard-1" and
     "hard-2", of hard negatives on as many ranks."""
     folder = tmp_path_factory.mktemp("batch")
@@ -74,7 +72,7 @@ def trajectories(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_ranks_and_accumulation_give_one_trajectory(layout: tuple[int, ...], trajectories: dict[tuple[int, ...], Path]) -> None:
+def test_ranks_and_accumulation_give_one_trajectory(layout, trajectories):
     """Which texts meet which images, and what each costs: fp32, relative 2e-4. Data workers where there are two steps."""
     expected = metrics(trajectories[1, 1])
     assert len(losses(trajectories[1, 1])) == 3
@@ -83,9 +81,7 @@ def test_ranks_and_accumulation_give_one_trajectory(layout: tuple[int, ...], tra
     assert_same_trajectory(trajectories[1, 1], trajectories[layout], "violated/", "batch_align/")
 
 
-def test_the_first_loss_is_that_of_the_whole_step_at_once(
-    trajectories: dict[tuple[int, ...], Path], model_dir: Path, manifests: dict[str, Path]
-) -> None:
+def test_the_first_loss_is_that_of_the_whole_step_at_once(trajectories, model_dir, manifests):
     """All 16 groups in one row, outside of a run: what each text scores on images of other groups counts."""
     groups = open_groups(str(manifests["train"]))
     stored = read_scores(trajectories[1, 1].parent / "scores.jsonl", groups, data_identity(groups, groups.roots))
@@ -105,7 +101,7 @@ def test_the_first_loss_is_that_of_the_whole_step_at_once(
     assert metrics(trajectories[1, 1])[0]["loss/batch_align"] == pytest.approx(shares[1], rel=1e-4) and shares[1] > shares[0] + 0.1
 
 
-def test_hard_negatives_give_one_trajectory(trajectories: dict[tuple[int, ...], Path]) -> None:
+def test_hard_negatives_give_one_trajectory(trajectories):
     """Two ranks with unequally many forwards in two micro-batches each; fp32, relative 2e-4."""
     one, two = (trajectories[1, 1].parent / f"hard-{ranks}" for ranks in (1, 2))
     assert len(losses(one)) == 3
@@ -113,9 +109,7 @@ def test_hard_negatives_give_one_trajectory(trajectories: dict[tuple[int, ...], 
     assert_same_trajectory(one, two, "hard_negatives/")
 
 
-def test_the_first_step_is_that_of_the_hardest(
-    trajectories: dict[tuple[int, ...], Path], model_dir: Path, manifests: dict[str, Path]
-) -> None:
+def test_the_first_step_is_that_of_the_hardest(trajectories, model_dir, manifests):
     """Of groups that have no other counterfactual, chosen here by scores of plain rows: losses of every term."""
     groups, config = read_manifest(manifests["train"]), ModelConfig(str(model_dir), attn_implementation="sdpa")
     sampler = GroupSampler(num_groups=48, groups_per_micro_batch=16, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)

@@ -67,7 +67,7 @@ def problem(path: Path, **options: Any) -> str:
 # ---- files
 
 
-def test_a_manifest_is_a_regular_file(folder: Path) -> None:
+def test_a_manifest_is_a_regular_file(folder):
     (folder / "zero.json").symlink_to("/dev/zero")
     for name in ("pipe.jsonl", "pipe.json"):
         os.mkfifo(folder / name)
@@ -76,7 +76,7 @@ def test_a_manifest_is_a_regular_file(folder: Path) -> None:
         assert re.match(f"{path}: .*{kind} and not a regular file", problem(path))
 
 
-def test_lines_of_a_manifest_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_a_manifest_are_bounded(folder, monkeypatch):
     """A file of nothing but zeros, 64 GiB long and empty on disk, is one line: the reading ends at its bound."""
     path = manifest(folder, row("first"))
     os.truncate(path, 2**36)
@@ -94,7 +94,7 @@ def test_lines_of_a_manifest_are_bounded(folder: Path, monkeypatch: pytest.Monke
     assert len(read_manifest(folder / "one_line.json", format="pairs")) == 9
 
 
-def test_a_group_has_a_bounded_number_of_images_and_texts(folder: Path) -> None:
+def test_a_group_has_a_bounded_number_of_images_and_texts(folder):
     """100,000 images and as many texts fit in a few MB of a manifest; their truth table would not fit in any memory."""
     many = [{"id": f"{k}", "path": "a.png"} for k in range(MAX_SIDE + 1)]
     texts = [{"id": f"{k}", "text": f"{k}"} for k in range(MAX_SIDE + 1)]
@@ -120,7 +120,7 @@ def compared(num_images: int, num_texts: int, true: Callable[[int, int], bool], 
     return row(edits=[]) | {"images": images, "texts": texts, "match": match} | more
 
 
-def test_a_group_has_a_bounded_number_of_comparisons(folder: Path) -> None:
+def test_a_group_has_a_bounded_number_of_comparisons(folder):
     """Of 65,536 cells, half of them true, there are 17 million, and an evaluation would make each of them; so are few, where each is looked
     up for 2048 edits. What people have is far below: one text an image, or many texts of which one is true."""
     half = compared(2, 1024, lambda i, c: (i + c) % 2 == 0)
@@ -144,7 +144,7 @@ def test_a_group_has_a_bounded_number_of_comparisons(folder: Path) -> None:
         CounterfactualGroup("g", ((Path("x"),),) * len(match), tuple(Candidate("", f"{c}") for c in range(len(match[0]))), match)
 
 
-def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
+def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder):
     groups = read_manifest(manifest(folder, row()))
     path = folder / "scores.jsonl"
     stored = scores.StoredScores(((-1.0, -2.0), (-2.0, -1.0)), (-3.0, -3.0))
@@ -181,7 +181,7 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
         ("model: &model {lora: *model}", "recursive"),
     ],
 )
-def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, tmp_path: Path) -> None:
+def test_a_key_given_twice_in_a_configuration_is_refused(text, said, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as raised:
@@ -197,7 +197,7 @@ def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, t
     assert parse_config([f"--config={path}", "--train.seed", "3", "--train.seed", "4"], OBJECTIVES).train.seed == 4
 
 
-def test_a_key_given_twice_in_json_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_key_given_twice_in_json_is_refused(folder, tmp_path):
     twice = json.dumps(row())[:-1] + ', "prompt": "another"}'
     assert problem(manifest(folder, row("a"), twice)).startswith(f"{folder}/m.jsonl:2: key 'prompt' occurs twice")
     path = manifest(folder, json.dumps([row()], indent=1), name="list.json")
@@ -217,7 +217,7 @@ def test_a_key_given_twice_in_json_is_refused(folder: Path, tmp_path: Path) -> N
 # ---- pictures
 
 
-def test_the_sides_and_pixels_of_a_picture_are_bounded_by_its_header(tmp_path: Path) -> None:
+def test_the_sides_and_pixels_of_a_picture_are_bounded_by_its_header(tmp_path):
     """PIL decodes a PNG to find its orientation."""
     path = tmp_path / "line.png"
     for read in (open_image, image_size):
@@ -232,7 +232,7 @@ def test_the_sides_and_pixels_of_a_picture_are_bounded_by_its_header(tmp_path: P
                 read(path, 3)
 
 
-def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path: Path, model_dir: Path) -> None:
+def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path, model_dir):
     """A small picture before a terabyte of zeros, and a pipe: not read to be hashed either, for stored scores or a feature cache."""
     png(tmp_path / "long.png", 9, 9)
     os.truncate(tmp_path / "long.png", 2**40)
@@ -249,7 +249,7 @@ def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path: Path, model_dir:
             known.verify(path)  # whoever opens it says what is wrong
 
 
-def test_the_tiles_of_a_tiff_are_bounded(tmp_path: Path) -> None:
+def test_the_tiles_of_a_tiff_are_bounded(tmp_path):
     """A kilobyte that shows 16x16 pixels of one tile, which is decoded whole: gigabytes."""
     side, data = 40_000, 8 + 2 + 10 * 12 + 4
     tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: data, 325: 13}
@@ -264,7 +264,7 @@ def test_the_tiles_of_a_tiff_are_bounded(tmp_path: Path) -> None:
 # ---- chat templates and texts
 
 
-def test_a_chat_template_that_raises_is_one_sentence_with_its_folder(model_dir: Path, tmp_path: Path) -> None:
+def test_a_chat_template_that_raises_is_one_sentence_with_its_folder(model_dir, tmp_path):
     copy = shutil.copytree(model_dir, tmp_path / "model")
     for template, raised in (
         ("{% for %}", "TemplateSyntaxError"),
@@ -278,7 +278,7 @@ def test_a_chat_template_that_raises_is_one_sentence_with_its_folder(model_dir: 
             load_collator(ModelConfig(str(copy)), "full")
 
 
-def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> None:
+def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir):
     collator = load_collator(ModelConfig(str(model_dir)), "full")
     limit = 16 * collator.max_length
     long = "a" * 10_000_000
@@ -306,7 +306,7 @@ def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> 
     ],
     ids=["letters", "parts", "list", "lines", "pictures"],
 )  # fmt: skip
-def test_a_text_of_a_megabyte_is_read_in_a_pass(row: dict[str, Any], folder: Path) -> None:
+def test_a_text_of_a_megabyte_is_read_in_a_pass(row, folder):
     (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with within(10), contextlib.suppress(DataError):
         check_manifest(folder / "rows.jsonl", progress=str)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +19,14 @@ from cfvlm_ds.training import option_changes, resume
 Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": False}, "gradient_clipping": 1.0}
 
 
-def test_every_option_says_what_its_change_means() -> None:
+def test_every_option_says_what_its_change_means():
     declared = option_changes.ON_RESUME
     undeclared = [name for name, kind in declared.items() if kind is None]
     assert not undeclared, f"{undeclared}: declare on_resume in cfvlm_ds/core/config.py, as cfvlm_ds/core/options.py explains"
     assert declared["model.vision_tower.tuning"] == "refuse" and declared["train.learning_rate"] == "confirm" and len(declared) > 60
 
 
-def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() -> None:
+def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means():
     def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
         below = [leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key} for key, value in values.items()]
         return set().union(*below)
@@ -43,7 +42,7 @@ def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() ->
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Any:
+def told(monkeypatch):
     """A function from options, and what else a run is told, to its record."""
     monkeypatch.setattr(option_changes, "model_hashes", lambda name, alive, say: {"weights": name.split("@")[0], "inputs": "i"})
 
@@ -69,9 +68,7 @@ FIXED = (
 
 
 @pytest.mark.parametrize(("option", "before", "after"), [*RESUMABLE, *FIXED])
-def test_what_decides_what_is_trained_is_named_and_may_be_allowed_where_a_checkpoint_can_continue(
-    option: str, before: str, after: str, told: Any
-) -> None:
+def test_what_decides_what_is_trained_is_named_and_may_be_allowed_where_a_checkpoint_can_continue(option, before, after, told):
     given = "4" if "accumulation" in option else after  # of 16 groups
     found = option_changes.compare(told(*LORA), told(*LORA, f"--{option}={given}"))
     (change,) = found
@@ -83,7 +80,7 @@ def test_what_decides_what_is_trained_is_named_and_may_be_allowed_where_a_checkp
     assert is_fixed or option_changes.refused(found, "run/checkpoint-7", 7, allowed=True) is None
 
 
-def test_deepspeed_settings(told: Any) -> None:
+def test_deepspeed_settings(told):
     def said(**deepspeed: Any) -> list[str]:
         return [f"{change}{' (fixed)' if change.fixed else ''}" for change in option_changes.compare(told(), told(**deepspeed))]
 
@@ -102,7 +99,7 @@ def test_deepspeed_settings(told: Any) -> None:
     assert said(optimizer={"type": "Lamb"}) == ["--deepspeed optimizer was AdamW of torch and is Lamb (fixed)"]
 
 
-def test_what_changes_nothing_passes(told: Any) -> None:
+def test_what_changes_nothing_passes(told):
     """Other ranks with as many groups a step, other places, speed and records, and options that are not in use."""
     same = ("--train.per_device_train_batch_size", "4", "--train.gradient_accumulation_steps", "1")
     assert option_changes.compare(told(), told(*same, ranks=4)) == []
@@ -118,13 +115,13 @@ def test_what_changes_nothing_passes(told: Any) -> None:
     assert option_changes.compare(told(*packed, "8"), told(*packed, "4")) == []
 
 
-def test_other_ranks_or_epochs_are_named(told: Any) -> None:
+def test_other_ranks_or_epochs_are_named(told):
     found = [str(change) for change in option_changes.compare(told(), told(ranks=1, steps=75))]
     assert ["was 16 and is 8" in found[0], "was 38 and is 75" in found[1]] == [True] * len(found)
     assert option_changes.compare(told(), told("--train.max_steps", "38")) == [], "as many steps, said in another way"
 
 
-def test_a_model_is_known_by_its_files(model_dir: Path, tmp_path: Path) -> None:
+def test_a_model_is_known_by_its_files(model_dir, tmp_path):
     """Moved, it is the same; other weights, another architecture or another chat template are told apart."""
     copy = tmp_path / "moved"
     shutil.copytree(model_dir, copy)
@@ -146,12 +143,12 @@ def test_a_model_is_known_by_its_files(model_dir: Path, tmp_path: Path) -> None:
     assert option_changes.model_hashes(str(copy)) == first
 
 
-def test_secrets_neither_leave_nor_count(told: Any) -> None:
+def test_secrets_neither_leave_nor_count(told):
     url = "https://me:hunter2@host/data.jsonl"
     assert "hunter2" not in json.dumps(told("--data.train", url)) and option_changes.compare(told("--data.train", url), told()) == []
 
 
-def test_a_finished_run_is_what_the_folder_says(told: Any, tmp_path: Path) -> None:
+def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
     """Of this revision, and with something left of its last step: else it is not taken for one, and nothing is touched."""
     config = parse_config(["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path)], OBJECTIVES)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
@@ -182,7 +179,7 @@ def test_a_finished_run_is_what_the_folder_says(told: Any, tmp_path: Path) -> No
             start()
 
 
-def test_changes_are_noted_once(told: Any, tmp_path: Path) -> None:
+def test_changes_are_noted_once(told, tmp_path):
     found = option_changes.compare(told(), told("--train.learning_rate", "0.1"))
     for step in (4, 4, 6):
         option_changes.note(tmp_path / "c.jsonl", step, found, print)
@@ -190,7 +187,7 @@ def test_changes_are_noted_once(told: Any, tmp_path: Path) -> None:
     assert lines == [{"step": step, "changes": {"train.learning_rate": [1e-05, 0.1]}} for step in (4, 6)]
 
 
-def test_no_data_loader_draws_from_the_random_numbers_of_the_run() -> None:
+def test_no_data_loader_draws_from_the_random_numbers_of_the_run():
     """Its iterators draw a seed each, which dropout would miss after a resume."""
     calls = [
         (path.name, {keyword.arg for keyword in node.keywords})

@@ -8,7 +8,7 @@ import random
 import resource
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from cfvlm_ds.core.files import crc32_of
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _process_group() -> Iterator[None]:
+def _process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -123,7 +123,7 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", INCOMPLETE)
-def test_a_checkpoint_that_is_not_whole_is_told(case: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_whole_is_told(case, tmp_path):
     """A resume takes its step, ranks and MLflow run from the list; a file elsewhere has the right size and sum."""
     (tmp_path / "outside.pt").write_bytes(b"x" * 10)
     change, named = INCOMPLETE[case]
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_is_not_whole_is_told(case: str, tmp_path: Path) -> No
     assert checkpoint.incomplete(make(tmp_path, 5).rename(tmp_path / "mine")) is None
 
 
-def test_a_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> None:
+def test_a_checkpoint_is_not_written_through_a_link(tmp_path):
     (mine := tmp_path / "mine").mkdir()
     (run := tmp_path / "run").mkdir()
     (mine / "thesis.tex").write_text("mine")
@@ -146,7 +146,7 @@ def test_a_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> None:
     assert names(mine) == {"thesis.tex"}
 
 
-def test_auto_takes_the_newest_complete_one_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_takes_the_newest_complete_one_by_number(tmp_path, capsys):
     make(tmp_path, 9), make(tmp_path, 10), make(tmp_path, 100, complete=False)
     make(tmp_path, 200).rename(tmp_path / "checkpoint-200.partial")
     make(tmp_path, 300).rename(tmp_path / "best"), make(tmp_path, 8).rename(tmp_path / "older")
@@ -161,7 +161,7 @@ def test_auto_takes_the_newest_complete_one_by_number(tmp_path: Path, capsys: py
     assert checkpoint.find(tmp_path / "absent", "never", ONE) is None
 
 
-def test_nothing_starts_over_beside_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
+def test_nothing_starts_over_beside_checkpoints_that_cannot_be_used(tmp_path):
     """Damaged, foreign or under another name: refused, unless told. What a killed save has left is no checkpoint."""
     assert continued(tmp_path) is None
     assert checkpoint.find(tmp_path / "absent", "auto", ONE) is None
@@ -182,7 +182,7 @@ def test_nothing_starts_over_beside_checkpoints_that_cannot_be_used(tmp_path: Pa
     assert checkpoint.find(tmp_path, "restart", ONE) == tmp_path / "checkpoint-2", "a restarted run goes on like any other"
 
 
-def test_a_save_keeps_the_newest_by_number_multiples_and_the_best(tmp_path: Path) -> None:
+def test_a_save_keeps_the_newest_by_number_multiples_and_the_best(tmp_path):
     """It replaces what a killed save has left, an unfinished folder of its step, and a file of its name; one that was passed over counts
     for nothing."""
 
@@ -206,7 +206,7 @@ def test_a_save_keeps_the_newest_by_number_multiples_and_the_best(tmp_path: Path
     assert continued(tmp_path) == tmp_path / "checkpoint-120"
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(checkpoint.SaveError, match=r"checkpoint-2 .*rank 0: .*No space left"):
         save(tmp_path, 2, FullDisk())
@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("part", ["_copy_recovery_script", "_publish"])
-def test_what_rank_0_alone_cannot_write_is_an_error_too(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_rank_0_alone_cannot_write_is_an_error_too(part, tmp_path, monkeypatch):
     def full(*arguments: Any) -> None:
         raise OSError(122, "Disk quota exceeded")
 
@@ -228,7 +228,7 @@ def test_what_rank_0_alone_cannot_write_is_an_error_too(part: str, tmp_path: Pat
     assert names(tmp_path) == {"checkpoint-1"}
 
 
-def test_a_write_that_torch_cannot_end_is_named_and_gives_its_room_back(tmp_path: Path) -> None:
+def test_a_write_that_torch_cannot_end_is_named_and_gives_its_room_back(tmp_path):
     """The system refuses the file; one that is removed and still open would keep the disk full."""
 
     class Large(Engine):
@@ -245,7 +245,7 @@ def test_a_write_that_torch_cannot_end_is_named_and_gives_its_room_back(tmp_path
     assert not [link for link in links if str(tmp_path) in link] and not names(tmp_path)
 
 
-def test_a_damaged_file_is_named_and_the_next_older_checkpoint_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_named_and_the_next_older_checkpoint_taken(tmp_path, capsys):
     """One bit of a newest checkpoint's shard, which sizes do not show."""
     for step in (1, 2):
         saved = save(tmp_path, step, keep=2)
@@ -263,7 +263,7 @@ def test_a_damaged_file_is_named_and_the_next_older_checkpoint_taken(tmp_path: P
     assert checkpoint.damaged(saved, ["script.py"]), "files that no rank has noted are summed too"
 
 
-def test_a_sum_is_taken_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sum_is_taken_while_a_file_is_written(tmp_path, monkeypatch):
     """Of weights as zlib finds it in the file: a checkpoint of a large model is not read again."""
 
     class Large(Engine):
@@ -280,7 +280,7 @@ def test_a_sum_is_taken_while_a_file_is_written(tmp_path: Path, monkeypatch: pyt
     assert torch.equal(torch.load(saved / "shards" / "rank0.pt", mmap=True)["weights"], Large.weights)
 
 
-def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     """A power loss must not leave a visible checkpoint with empty files: contents, then entries of folders, then the rename."""
     done: list[str] = []
     fsync, replace = os.fsync, os.replace
@@ -294,7 +294,7 @@ def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     assert after == [str(tmp_path)]
 
 
-def test_state_and_random_numbers_come_back(tmp_path: Path) -> None:
+def test_state_and_random_numbers_come_back(tmp_path):
     state = TrainState(3, {"epoch": 1, "position": 16}, run_id="r1", baseline_lp=-2.5, best={"step": 2, "value": 50.0})
     torch.manual_seed(7), random.seed(7)
     saved = checkpoint.save(Engine(), state, tmp_path, ONE, keep=1)
@@ -306,7 +306,7 @@ def test_state_and_random_numbers_come_back(tmp_path: Path) -> None:
     assert (torch.rand(3).tolist(), random.random()) == expected
 
 
-def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
     saved = checkpoint.save(Engine(), TrainState(3, {"samples_seen": 6}), tmp_path, ONE, keep=1)
     for schema in (None, 2):
         rewritten(saved, schema=schema)
@@ -326,7 +326,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("where", ["random-state-0.pt", "shards/rank0.pt"])
-def test_what_a_checkpoint_pickles_is_not_run(where: str, tmp_path: Path) -> None:
+def test_what_a_checkpoint_pickles_is_not_run(where, tmp_path):
     """A whole checkpoint by its list, made by somebody else; DeepSpeed's reader is that of the engine."""
     saved = save(tmp_path, 3, engine := Engine())
     torch.save({"python": Payload(tmp_path / "taken over")}, saved / where)
@@ -337,7 +337,7 @@ def test_what_a_checkpoint_pickles_is_not_run(where: str, tmp_path: Path) -> Non
     assert not (tmp_path / "taken over").exists()
 
 
-def test_what_the_library_cannot_load_is_one_sentence(tmp_path: Path) -> None:
+def test_what_the_library_cannot_load_is_one_sentence(tmp_path):
     class Stumbling(Engine):
         def load_checkpoint(self, folder: str, tag: str) -> Any:
             return folder, {"copied": torch.zeros(3).copy_(torch.zeros(2))}

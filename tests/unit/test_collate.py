@@ -6,7 +6,7 @@ import copy
 import pickle
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ GREY = Image.new("RGB", (336, 336), (128, 128, 128))
 
 
 @pytest.fixture(scope="module")
-def processor(model_dir: Path) -> Any:
+def processor(model_dir):
     return load_processor(ModelConfig(str(model_dir)))
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+def groups(tmp_path_factory):
     """Ragged: two counterfactuals, an unknown cell and a sham; texts only (one of a single token); images only; one pair, which shares an
     image with the first group and asks another question."""
     folder = tmp_path_factory.mktemp("images")
@@ -68,7 +68,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup
 
 
 @pytest.fixture(scope="module")
-def make(model_dir: Path) -> Callable[..., Collator]:
+def make(model_dir):
     def make(cells: str = "full", **changes: Any) -> Collator:
         limit = changes.pop("max_pixels", MAX_PIXELS)
         collator = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), cells, limit)  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def gradient(value: Tensor, scorer: Scorer) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain(scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]) -> dict[tuple[str, int, int], tuple[Tensor, Tensor, Tensor]]:
+def plain(scorer, processor, groups):
     """(score, end score, gradient of the score) of every cell, each by a forward and backward of its own."""
     cells = {}
     for group in groups:
@@ -117,9 +117,7 @@ def plain(scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]) -> 
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_08_every_cell_and_its_gradient_equal_one_plain_forward(
-    share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup], plain: dict[Any, Any]
-) -> None:
+def test_08_every_cell_and_its_gradient_equal_one_plain_forward(share_prefix, make, scorer, groups, plain):
     batch = make(share_prefix=share_prefix)(groups)
     assert len(batch.model_inputs["forest"].roots) - 1 == (8 if share_prefix else 19)
     cells = by_cell(scored(scorer, batch), groups)
@@ -130,9 +128,7 @@ def test_08_every_cell_and_its_gradient_equal_one_plain_forward(
 
 
 @pytest.mark.parametrize("fault", ["leak", "positions", "prefix"])
-def test_08_a_fault_in_the_tree_would_be_noticed(
-    fault: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup], plain: dict[Any, Any]
-) -> None:
+def test_08_a_fault_in_the_tree_would_be_noticed(fault, make, scorer, processor, groups, plain):
     """Siblings seen, positions that run on, a prefix that is not seen: each moves every text it touches by more than 1e-3 nats."""
     batch = make()(groups[:1])
     forest = batch.model_inputs["forest"]
@@ -149,7 +145,7 @@ def test_08_a_fault_in_the_tree_would_be_noticed(
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_07_batch_mates_and_orders_do_not_matter(share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_07_batch_mates_and_orders_do_not_matter(share_prefix, make, scorer, groups):
     collator = make(share_prefix=share_prefix)
     alone = {}
     for group in groups:
@@ -175,7 +171,7 @@ def test_07_batch_mates_and_orders_do_not_matter(share_prefix: bool, make: Any, 
 # Tokens -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_09_scored_tokens_are_the_text_and_its_end(make: Any, processor: Any, groups: list[CounterfactualGroup]) -> None:
+def test_09_scored_tokens_are_the_text_and_its_end(make, processor, groups):
     batch = make()(groups)
     shape, targets = batch.layout.valid.shape, batch.model_inputs["targets"]
     assert (
@@ -196,9 +192,7 @@ def test_09_scored_tokens_are_the_text_and_its_end(make: Any, processor: Any, gr
 
 
 @pytest.mark.parametrize("text", ["ünïcode 猫", "two  spaces", "a\nb", "x < y & {z}", "USER: Describe the image. ASSISTANT: a red circle"])
-def test_odd_texts_are_scored_letter_by_letter(
-    text: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]
-) -> None:
+def test_odd_texts_are_scored_letter_by_letter(text, make, scorer, processor, groups):
     group = replace(groups[3], candidates=(Candidate(PROMPT, text),))
     batch = make()([group])
     assert processor.tokenizer.decode(batch.model_inputs["targets"][~batch.is_end]).removeprefix(" ") == text
@@ -207,7 +201,7 @@ def test_odd_texts_are_scored_letter_by_letter(
     assert [scores.logp.item(), scores.end_logp.item()] == pytest.approx([tokens.sum().item(), end.item()], rel=1e-4)
 
 
-def test_num_tokens_and_row_length_count_tokens(make: Any, processor: Any, groups: list[CounterfactualGroup]) -> None:
+def test_num_tokens_and_row_length_count_tokens(make, processor, groups):
     """A row of one text is the library's own encoding of the whole string; a shared row counts its prompt once."""
 
     def length(candidate: Candidate, answer: str) -> int:
@@ -252,7 +246,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize("cells", CELLS)
-def test_exactly_the_cells_asked_for_are_built(cells: str, make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_exactly_the_cells_asked_for_are_built(cells, make, scorer, groups):
     batch = make(cells)(groups)
     layout = batch.layout
     expected = {(g, *cell) for g, of_group in enumerate(CELLS[cells]) for cell in of_group}
@@ -279,7 +273,7 @@ def test_exactly_the_cells_asked_for_are_built(cells: str, make: Any, scorer: Sc
             make("matched")([gone])
 
 
-def test_a_batch_comes_out_of_a_worker_as_it_went_in(make: Any, groups: list[CounterfactualGroup]) -> None:
+def test_a_batch_comes_out_of_a_worker_as_it_went_in(make, groups):
     """Every tensor with its type and shape, empty ones and single numbers too, and all of them in one piece of shared memory."""
     stored = {
         group.id: StoredScores(((0.5,) * len(group.candidates),) * len(group.images), (0.25,) * len(group.candidates)) for group in groups
@@ -317,9 +311,7 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(make: Any, groups: list[Cou
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_each_image_is_opened_and_encoded_once(
-    share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_image_is_opened_and_encoded_once(share_prefix, make, scorer, groups, monkeypatch):
     """Also an image of two groups, of two prompts and of several texts."""
     opened: list[Path] = []
     original = image_source.open_image
@@ -339,7 +331,7 @@ def test_each_image_is_opened_and_encoded_once(
     assert encoded == [8]
 
 
-def test_blinded(make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]) -> None:
+def test_blinded(make, scorer, processor, groups):
     """One mid-grey image; every text is scored, and no text but the first has a known truth."""
     blind = [blinded(group) for group in groups]
     assert blind[0] == replace(groups[0], images=((BLANK.with_suffix(".0"),),), match=((1, None, None),), edits=())
@@ -355,9 +347,7 @@ def test_blinded(make: Any, scorer: Scorer, processor: Any, groups: list[Counter
 # Stored scores ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_an_image_beside_rows_with_one(
-    make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup], plain: Any
-) -> None:
+def test_rows_without_an_image_beside_rows_with_one(make, scorer, processor, groups, plain):
     """Text alone is scored by the language model alone; the tower runs and takes part in the backward pass even if no row has an image."""
     texts = (Candidate("Name a colour.", "red"), Candidate("Name a colour.", "green and blue"))
     spoken = CounterfactualGroup("spoken", ((),), texts, ((1, 0),))
@@ -381,7 +371,7 @@ def test_rows_without_an_image_beside_rows_with_one(
     assert blinded(spoken).images == ((),)
 
 
-def test_stored_scores_land_in_their_cells(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_stored_scores_land_in_their_cells(make, scorer, groups):
     stored = {}
     for g, group in enumerate(groups):
         logp = tuple(tuple(-1.0 - 100 * g - 10 * i - c for c in range(len(group.candidates))) for i in range(len(group.images)))
@@ -415,7 +405,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
-def test_a_template_after_which_no_text_can_be_scored_is_refused(case: str, make: Any, groups: list[CounterfactualGroup]) -> None:
+def test_a_template_after_which_no_text_can_be_scored_is_refused(case, make, groups):
     plain, collator, (right, wrong, named) = make(), make(), TEMPLATES[case]
     collator.processor.chat_template = CHAT_TEMPLATE.replace(right, wrong)
     spaces = ("a red circle ", " a red circle  ", "a red circle\n") if "alters" in case else (groups[3].candidates[0].text,)
@@ -428,7 +418,7 @@ def test_a_template_after_which_no_text_can_be_scored_is_refused(case: str, make
         collator([groups[3]])
 
 
-def test_a_text_that_does_not_fit_the_window_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
+def test_a_text_that_does_not_fit_the_window_is_refused(make, groups):
     """The limit is the longest prompt and text of one branch, not the shared row; it is never cut."""
     group = groups[0]
     lengths = [make().row_length(candidate.prompt, candidate.text, ((48, 48),)) for candidate in group.candidates]
@@ -446,7 +436,7 @@ def test_a_text_that_does_not_fit_the_window_is_refused(make: Any, groups: list[
             make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
 
 
-def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make, groups, tmp_path):
     named = Path(shutil.copy(groups[3].images[0][0], tmp_path / "<blank image>.png"))
     found, expected = (
         make()([replace(groups[3], images=((path,),))]).model_inputs["image_inputs"] for path in (named, groups[3].images[0][0])
@@ -454,7 +444,7 @@ def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make: Any, groups:
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
-def test_a_picture_in_a_tar_scores_as_the_file_does(make: Any, scorer: Scorer, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_a_picture_in_a_tar_scores_as_the_file_does(make, scorer, groups, tmp_path):
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for (file,) in groups[0].images:
             tar.add(file, file.name)
@@ -464,7 +454,7 @@ def test_a_picture_in_a_tar_scores_as_the_file_does(make: Any, scorer: Scorer, g
     assert torch.equal(found, expected)
 
 
-def test_a_bad_image_is_refused_by_file(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_a_bad_image_is_refused_by_file(make, groups, tmp_path):
     whole = groups[3].images[0][0].read_bytes()
     (tmp_path / "junk.png").write_bytes(b"not a picture")
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -480,9 +470,7 @@ def test_a_bad_image_is_refused_by_file(make: Any, groups: list[CounterfactualGr
 
 
 @pytest.mark.parametrize("cells", ["anchor", "full"])
-def test_15_align_is_the_librarys_own_supervised_loss(
-    cells: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]
-) -> None:
+def test_15_align_is_the_librarys_own_supervised_loss(cells, make, scorer, processor, groups):
     """Token mean over the batch, end-of-turn included: value to 1e-6, gradient to 1e-5."""
     batch_of = [replace(group, weight=1.0) for group in groups]
     objectives = {"align": Align(counterfactual=0.0)}
@@ -504,11 +492,11 @@ def test_15_align_is_the_librarys_own_supervised_loss(
 
 
 @pytest.fixture(scope="module")
-def narrow(scorer: Scorer) -> Scorer:
+def narrow(scorer):
     return copy.deepcopy(scorer).to(torch.bfloat16)
 
 
-def test_bf16_scores_stay_near_fp32(make: Any, scorer: Scorer, narrow: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_bf16_scores_stay_near_fp32(make, scorer, narrow, groups):
     """Within 0.02 nats per token of fp32 in any cell, and within 0.01 on average, rows shared or not."""
     with torch.no_grad():
         for share_prefix in (True, False):
@@ -520,7 +508,7 @@ def test_bf16_scores_stay_near_fp32(make: Any, scorer: Scorer, narrow: Scorer, g
             assert off.mean() < 0.01 and off.max() < 0.02, (off.mean(), off.max())
 
 
-def test_bf16_states_have_fp32_logits(make: Any, narrow: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_bf16_states_have_fp32_logits(make, narrow, groups):
     """Bit for bit what the head's product gives in fp32, and not what its bf16 logits give."""
     batch = make(share_prefix=False)(groups)
     inputs = batch.model_inputs | {"image_inputs": {"pixel_values": batch.model_inputs["image_inputs"]["pixel_values"].bfloat16()}}

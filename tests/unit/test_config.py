@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def parse(*argv: str) -> RunConfig:
 
 
 @pytest.fixture
-def written(tmp_path: Path):
+def written(tmp_path):
     def write(text: str) -> list[str]:
         path = tmp_path / "run.yaml"
         path.write_bytes(text.encode(errors="surrogateescape"))
@@ -37,7 +36,7 @@ def written(tmp_path: Path):
     return write
 
 
-def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path: Path) -> None:
+def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path):
     """From YAML and from the command line; what a split does not say is the training data's."""
     (file := tmp_path / "c.yaml").write_text(
         "data: {root: [/a, /b], evaluation: {plain: p.jsonl, own: {path: o.jsonl, root: /r, format: pairs}, train: {path: t.jsonl}}}"
@@ -54,7 +53,7 @@ def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path: Path) -> 
     assert [parse(f"--data.root={root}").data.train_sets["train"].root for root in ("/a", "[/a,/b]")] == ["/a", ["/a", "/b"]]
 
 
-def test_an_evaluation_set_is_a_manifest_or_a_benchmark(written) -> None:
+def test_an_evaluation_set_is_a_manifest_or_a_benchmark(written):
     data = parse(*written("data: {evaluation: {a: m.jsonl, crepe: {benchmark: sugarcrepe, root: /b, limit: 7, probe: match}}}")).data
     assert list(data.evaluation_sets) == ["a"]
     assert data.benchmark_sets == {"crepe": EvaluationSet(root="/b", limit=7, benchmark="sugarcrepe", probe="match")}
@@ -70,7 +69,7 @@ data:
 """
 
 
-def test_training_data_may_be_a_list_of_sources(written) -> None:
+def test_training_data_may_be_a_list_of_sources(written):
     """From YAML and from the command line; what a source does not say is the data's."""
     wanted = {
         "groups": Source("a/groups.jsonl", "/r", "cfgroup", name="groups", weight=2),
@@ -149,9 +148,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("named", MISTAKES)
-def test_a_mistake_is_one_sentence_that_names_the_option(
-    written: Callable[[str], list[str]], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_is_one_sentence_that_names_the_option(written, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given in MISTAKES[named]:
         line = given.startswith("--") or given in ("my.yaml", "org/name a.jsonl")
@@ -162,7 +159,7 @@ def test_a_mistake_is_one_sentence_that_names_the_option(
         assert len(said) < 900 + len(given) and "here" not in os.listdir(tmp_path)
 
 
-def test_a_value_of_one_file_and_a_section_of_another_are_refused(tmp_path: Path) -> None:
+def test_a_value_of_one_file_and_a_section_of_another_are_refused(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("train: 5\n")
     second.write_text("train.seed: 3\ndata.evaluation: {test: a.jsonl}\n")
@@ -173,7 +170,7 @@ def test_a_value_of_one_file_and_a_section_of_another_are_refused(tmp_path: Path
         assert parse("--config", str(second), *given).data.evaluation["test"] == EvaluationSet(path, "c")
 
 
-def test_values_in_unusual_places_are_read(written: Callable[[str], list[str]], tmp_path: Path) -> None:
+def test_values_in_unusual_places_are_read(written, tmp_path):
     run = parse("--objective", "{retain: {weight: 3}}", "--data.train", "[{path: a}]", "--data.train+", "{path: b}", "--data.root", "#x")
     assert run.objective["retain"].weight == 3 and [each.path for each in run.data.train] == ["a", "b"] and run.data.root == "#x"  # type: ignore[union-attr]
     assert parse("--data.root", "null", "--data.root+", "b").data.root == ["b"]
@@ -187,7 +184,7 @@ def test_values_in_unusual_places_are_read(written: Callable[[str], list[str]], 
     assert set(parse(*written("objective: {align.weight: 1, csd: {}}")).objective) == {"align", "csd"}
 
 
-def test_defaults_then_yaml_then_command_line(written) -> None:
+def test_defaults_then_yaml_then_command_line(written):
     given = written("train: {max_steps: 7, seed: 3}\nobjective: {csd: {margin: 0.125}}\n")
     assert (parse().train.max_steps, parse().train.seed, parse().train.save_steps) == (-1, 0, 500)
     config = parse(*given, "--train.max_steps", "9", "--objective.fcd.margin=0.5")
@@ -196,7 +193,7 @@ def test_defaults_then_yaml_then_command_line(written) -> None:
     assert parse("--train.max_steps", "9", *given).train.max_steps == 7, "options apply in the order they are written"
 
 
-def test_what_other_programs_call_an_option_is_one_here() -> None:
+def test_what_other_programs_call_an_option_is_one_here():
     resolved = parse().resolved
     for option in set(strict._OTHER_NAMES.values()):
         value: Any = resolved
@@ -213,7 +210,7 @@ def test_what_other_programs_call_an_option_is_one_here() -> None:
         ("score model data more", "'more'; see `cfvlm-ds score --help`"),
     ],
 )
-def test_what_a_command_does_not_take_is_one_sentence(line: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_command_does_not_take_is_one_sentence(line, named, capsys):
     assert named in refused(capsys, *line.split())
 
 
@@ -231,21 +228,21 @@ def test_what_a_command_does_not_take_is_one_sentence(line: str, named: str, cap
         ("objective: {dpo: {}, fcd: {weight: 0}}", ["--objective.align.weight=3"], ["align", "dpo"]),
     ],
 )
-def test_a_run_has_the_terms_that_are_named(stated: str, options: list[str], terms: list[str], written) -> None:
+def test_a_run_has_the_terms_that_are_named(stated, options, terms, written):
     """A file states the whole objective, the command line adds to it; none named is the default. Always in one order, as sums are."""
     config = parse(*(written(stated) if stated else ()), *options)
     assert list(config.objective) == list(config.resolved["objective"]) == terms
     assert parse(*written(yaml.safe_dump(dict(config.resolved)))).objective == config.objective
 
 
-def test_several_files_state_the_objective_together(tmp_path: Path) -> None:
+def test_several_files_state_the_objective_together(tmp_path):
     for name in ("align", "dpo"):
         (tmp_path / name).write_text(f"objective: {{{name}: {{weight: 2}}}}")
     config = parse("--config", str(tmp_path / "dpo"), f"--config={tmp_path / 'align'}")
     assert config.loss == "2 align + 2 dpo"
 
 
-def test_print_config_parses_back_to_the_same(written, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_parses_back_to_the_same(written, capsys):
     given = [*written("train: {max_steps: 7, bf16: false}\ndata: {evaluation: {a: b}}"), "--objective.csd.weight", "0.1"]
     given += ["--build.scenes.out_dir", "x", "--model.projector.learning_rate", "2e-4", "--deepspeed", "mine.json"]
     with pytest.raises(SystemExit) as ended:
@@ -261,7 +258,7 @@ def test_print_config_parses_back_to_the_same(written, capsys: pytest.CaptureFix
     assert set(expected.resolved) == {"model", "data", "train", "tracking", "build", "objective", "deepspeed"}
 
 
-def test_help_has_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_example(capsys):
     with pytest.raises(SystemExit) as ended:
         parse("--help")
     assert ended.value.code == 0
@@ -270,12 +267,12 @@ def test_help_has_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--train.max_grad_norm" in printed and "clip the global gradient norm" in printed
 
 
-def test_the_launcher_s_local_rank_is_accepted() -> None:
+def test_the_launcher_s_local_rank_is_accepted():
     """The deepspeed launcher appends it to every rank's arguments; it must not be part of the run's definition."""
     assert parse("--local_rank=3").resolved == parse("--local_rank", "1").resolved == parse().resolved
 
 
-def test_a_researcher_s_objective_gets_its_options() -> None:
+def test_a_researcher_s_objective_gets_its_options():
     @dataclass(frozen=True)
     class Mine:
         weight: float = 1.0
@@ -296,14 +293,14 @@ def test_a_researcher_s_objective_gets_its_options() -> None:
 EXAMPLES = sorted(path for path in (REPO / "examples").glob("*.yaml") if not path.name.startswith("build_"))
 
 
-def test_every_example_parses() -> None:
+def test_every_example_parses():
     assert len(EXAMPLES) > 3
     for path in EXAMPLES:
         config = parse("--config", str(path))
         assert config.data.train and config.model.name_or_path and (REPO / config.deepspeed).is_file()
 
 
-def test_values_without_quotes_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+def test_values_without_quotes_are_those_of_yaml_1_2(tmp_path):
     """PyYAML knows 1.1, to which off is false, 010 is 8, 1:30 is 90 and 1e-5 is a text."""
     file = tmp_path / "a.yaml"
     given = {
@@ -320,7 +317,7 @@ def test_values_without_quotes_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     assert parse_config(["--model.name_or_path", "x", "--config", str(file)], OBJECTIVES).train.self_check == "off"
 
 
-def test_a_printed_configuration_reads_back_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_printed_configuration_reads_back_the_same(tmp_path, capsys):
     """Texts that are numbers or switches to YAML 1.1 or 1.2 are quoted."""
     names = {"1e5": "a", "08": "b", "off": "c", "1_0": "d", "12e03": "e"}
     given = "".join(f"    '{name}': {path}\n" for name, path in names.items())

@@ -61,7 +61,7 @@ SEED, FAULTS = 5, 0.5
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "scenes"
     build_scenes(ScenesConfig(str(folder), num_train=1, num_test=36, image_size=48), lambda line: None)
     words = {
@@ -77,7 +77,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _scene_editor(monkeypatch: pytest.MonkeyPatch) -> None:
+def _scene_editor(monkeypatch):
     monkeypatch.setitem(EDITORS, "scenes", scene_editor.SceneEditor)
 
 
@@ -133,7 +133,7 @@ class Oracle:
 
 
 @pytest.fixture(scope="module")
-def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(scenes, tmp_path_factory):
     """A work folder with all steps done, in one shard and without a disturbance."""
     EDITORS["scenes"] = scene_editor.SceneEditor
     out = begun(scenes, tmp_path_factory.mktemp("whole") / "W")
@@ -147,7 +147,7 @@ def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("step", ["propose", "edit", "verify"])
 @pytest.mark.parametrize("part", [0.31, 0.999])
-def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_whatever_is_torn_ends_in_the_same_bytes(step, part, whole, scenes, tmp_path):
     out = tmp_path / "W"
     shutil.copytree(whole, out)
     for later in ("propose", "edit", "verify")[("propose", "edit", "verify").index(step) :]:
@@ -169,7 +169,7 @@ def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: 
     assert oracle.calls > 0 and (step != "verify" or part < 0.9 or oracle.calls <= 64)
 
 
-def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole, scenes, tmp_path):
     out = begun(scenes, tmp_path / "W")
     shard = out / "edit" / "shard-00000.jsonl"
     shard.parent.mkdir()
@@ -205,7 +205,7 @@ def candidates_of(out: Path, step: str) -> dict[tuple[str, int], Any]:
     return found
 
 
-def test_one_shard_and_seven_give_the_same_candidates(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_one_shard_and_seven_give_the_same_candidates(whole, scenes, tmp_path):
     out = begun(scenes, tmp_path / "W", shards=7)
     for shard in (6, 2, 0, 1, 5, 4, 3):
         edit(out, scene_options(scenes), shard, quiet, 7)
@@ -222,7 +222,7 @@ def test_one_shard_and_seven_give_the_same_candidates(whole: Path, scenes: Path,
     assert rows[0] == rows[1] and len(rows[0]) > 10
 
 
-def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_what_differs_is_refused_before_anything_is_touched(whole, scenes, tmp_path):
     out, other = tmp_path / "W", tmp_path / "other"
     shutil.copytree(whole, out)
     other.mkdir()
@@ -275,7 +275,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_what_no_step_has_written_is_refused_by_file(case: str, photos: Path, tmp_path: Path) -> None:
+def test_what_no_step_has_written_is_refused_by_file(case, photos, tmp_path):
     through_all(photos, out := tmp_path / "W", 1)
     change, place = SPOILT[case]
     change(out)
@@ -285,7 +285,7 @@ def test_what_no_step_has_written_is_refused_by_file(case: str, photos: Path, tm
     assert not (tmp_path / "groups.jsonl").exists()
 
 
-def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
+def test_repeated_ids_and_broken_rows_are_counted(tmp_path):
     draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
     rows = [
         '{"id": "a", "image": "a.png", "caption": "a red car"}',
@@ -305,7 +305,7 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
     assert any("a.png" in line for line in said if line.startswith("warning: "))
 
 
-def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -> None:
+def test_status_names_missing_shards_as_an_array(scenes, tmp_path):
     out = tmp_path / "W"
     for shard in (0, 1, 4):
         propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(), shard, quiet, 6)
@@ -328,7 +328,7 @@ def through_all(photos: Path, out: Path, shards: int) -> None:
         verified(out, shard)
 
 
-def test_an_id_that_is_in_two_shards_is_counted_and_left_out_the_second_time(photos: Path, tmp_path: Path) -> None:
+def test_an_id_that_is_in_two_shards_is_counted_and_left_out_the_second_time(photos, tmp_path):
     with open(photos, "a") as file:
         file.write(json.dumps({"id": "p0", "image": "1.png", "caption": "a cup to the left of a box"}) + "\n")
     through_all(photos, tmp_path / "W", 4)  # rows 0 and 6 are of the shards 0 and 2
@@ -336,7 +336,7 @@ def test_an_id_that_is_in_two_shards_is_counted_and_left_out_the_second_time(pho
     assert survival.total[REPEATED] > 0 and len(read_manifest(tmp_path / "g.jsonl")) == 6
 
 
-def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_bytes(photos, tmp_path):
     out = tmp_path / "W"
     through_all(photos, out, 3)
     before = contents(out)
@@ -364,7 +364,7 @@ def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_b
     assert contents(out) == before
 
 
-def test_a_work_folder_writes_through_no_link(photos: Path, tmp_path: Path) -> None:
+def test_a_work_folder_writes_through_no_link(photos, tmp_path):
     through_all(photos, tmp_path / "W", 1)
     for name in ("propose", "edit", "verify", "pictures"):
         (tmp_path / "W" / name).rename(tmp_path / "elsewhere")
@@ -379,7 +379,7 @@ def test_a_work_folder_writes_through_no_link(photos: Path, tmp_path: Path) -> N
         edit(tmp_path / "V", EditOptions(), 0, quiet)
 
 
-def test_a_table_that_was_copied_is_the_same_data_and_a_corrected_one_is_not(photos: Path, tmp_path: Path) -> None:
+def test_a_table_that_was_copied_is_the_same_data_and_a_corrected_one_is_not(photos, tmp_path):
     """A copy's rows are prepared in another folder, which is none of the settings; a correction may keep the size."""
     rows = read_rows(photos)
     table = tmp_path / "captions.csv"
@@ -407,7 +407,7 @@ def judged(out: Path, thresholds: Thresholds, oracle: Oracle) -> tuple[int, int,
     return len(passed), sum(passed), sum(oracle.truth.values())
 
 
-def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verdicts_are_precise_where_the_scorer_sees(whole, scenes, tmp_path, capsys):
     """A noisy scorer is made precise by a margin that labels call for; a perfect one needs none; pixels alone are not enough."""
     noisy = Oracle(whole, scenes, noise=2.5)
     assert {False, True} == set(noisy.truth.values())
@@ -455,7 +455,7 @@ def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, t
 SCORES = {"match": [[-0.1, -3.0]], "likelihood": [[-9.0, -12.0]], "blank": [-9.5, -9.4]}
 
 
-def test_a_verdict_by_hand() -> None:
+def test_a_verdict_by_hand():
     log = math.log
     record: dict[str, Any] = {
         "type": "colour",
@@ -494,7 +494,7 @@ def test_a_verdict_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_margin_and_drop_keep_most_at_the_precision(seed: int) -> None:
+def test_margin_and_drop_keep_most_at_the_precision(seed):
     """Against every pair of thresholds that labels can call for, tried one by one; a drop is set only where it keeps more."""
     draw = random.Random(seed)
 
@@ -519,7 +519,7 @@ def test_margin_and_drop_keep_most_at_the_precision(seed: int) -> None:
     assert (alone.kept, alone.thresholds.margin, alone.thresholds.drop) == (1, 0.0, 2.0), "what has no likelihood fits worst"
 
 
-def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, capsys):
     """Labels that a margin below 0 would suit: what is kept is judged by the signs of all cells, by hand."""
 
     def scored(worst: float) -> dict[str, Any]:
@@ -555,7 +555,7 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path: Pat
     assert "--margin -1.0" in refused(capsys, "data", "select", tmp_path, "--out", tmp_path / "g.jsonl", "--margin", "-1")
 
 
-def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole, scenes, tmp_path):
     out = tmp_path / "W"
     shutil.copytree(whole, out)
     shutil.rmtree(out / "verify")
@@ -591,7 +591,7 @@ def naive_largest(mask: np.ndarray[Any, Any]) -> int:
     return best
 
 
-def test_largest_piece_is_that_of_a_flood_fill() -> None:
+def test_largest_piece_is_that_of_a_flood_fill():
     draw = np.random.default_rng(0)
     for density in (0.0, 0.1, 0.3, 0.5, 0.9, 1.0):
         for shape in ((1, 1), (1, 9), (13, 7), (40, 31)):
@@ -603,7 +603,7 @@ def test_largest_piece_is_that_of_a_flood_fill() -> None:
     assert largest_piece(spiral) == naive_largest(spiral)
 
 
-def test_facts_of_two_pictures_by_hand(tmp_path: Path) -> None:
+def test_facts_of_two_pictures_by_hand(tmp_path):
     first = Image.new("RGB", (100, 50), (90, 90, 90))
     second = first.copy()
     second.paste((200, 90, 90), (20, 10, 40, 30))
@@ -627,7 +627,7 @@ def noise_picture(seed: int, size: int = 64) -> Image.Image:
     return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def test_hashes_find_what_was_saved_again_and_nothing_else(tmp_path: Path) -> None:
+def test_hashes_find_what_was_saved_again_and_nothing_else(tmp_path):
     pictures = [noise_picture(k) for k in range(30)]
     again = []
     for k, picture in enumerate(pictures):
@@ -655,7 +655,7 @@ def task(path: Path, caption: str = "a cup to the left of a plate", text: str = 
     return Task(**(named | {"target_words": "right", "instruction": "Do it.", "attempt": 0, "seed": 7} | more))
 
 
-def test_a_mirror_image_is_taken_where_it_is_exact(tmp_path: Path) -> None:
+def test_a_mirror_image_is_taken_where_it_is_exact(tmp_path):
     path = draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
     flip = Flip(EditOptions())
     assert flip.takes(task(path)) and not flip.takes(task(path, type="object"))
@@ -677,7 +677,7 @@ def test_a_mirror_image_is_taken_where_it_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     """Captions of real pictures, of which each has a relation to exchange."""
     rows = []
     for k in range(6):
@@ -694,7 +694,7 @@ def edited(photos: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     return list(WorkFolder.open(out).records("edit", 0))
 
 
-def test_each_edit_goes_to_the_first_editor_that_takes_it(photos: Path, tmp_path: Path) -> None:
+def test_each_edit_goes_to_the_first_editor_that_takes_it(photos, tmp_path):
     found = edited(photos, tmp_path / "W", back_ends="flip,none")
     assert [each["editor"] for each in found] == ["none", "flip"] * 6 and len(found) == 12
     assert all(each["picture"] is None for each in found[::2]) and all(each["picture"]["size"] == [64, 64] for each in found[1::2])
@@ -702,7 +702,7 @@ def test_each_edit_goes_to_the_first_editor_that_takes_it(photos: Path, tmp_path
     assert [each.get("refused") for each in alone[:2]] == ["no editor takes it", None]
 
 
-def test_edited_pictures_of_a_folder_are_checked(photos: Path, tmp_path: Path) -> None:
+def test_edited_pictures_of_a_folder_are_checked(photos, tmp_path):
     folder = tmp_path / "mine"
     for k in range(4):
         (folder / f"p{k}").mkdir(parents=True)
@@ -716,7 +716,7 @@ def test_edited_pictures_of_a_folder_are_checked(photos: Path, tmp_path: Path) -
     assert found["p4/0"]["refused"] == "no editor takes it"
 
 
-def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos: Path, tmp_path: Path) -> None:
+def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos, tmp_path):
     edited(photos, tmp_path / "W", back_ends="flip,none")
     shutil.copy(tmp_path / "2.png", tmp_path / "1.png")
     work = WorkFolder.open(tmp_path / "W")
@@ -732,7 +732,7 @@ def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos: Path, 
     assert sum(not problem for problem in said.values()) == 9
 
 
-def test_masks_confine_what_changes(photos: Path, tmp_path: Path) -> None:
+def test_masks_confine_what_changes(photos, tmp_path):
     (tmp_path / "masks" / "p0").mkdir(parents=True)
     (tmp_path / "masks" / "p1").mkdir()
     mask = Image.new("L", (64, 64), 0)
@@ -772,7 +772,7 @@ else: image.save(sys.argv[2], "PNG")
 """
 
 
-def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path, tmp_path: Path) -> None:
+def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos, tmp_path):
     (tmp_path / "edit.py").write_text(PROGRAM)
     photos.write_text("".join(photos.read_text().splitlines(keepends=True)[:5]))
     command = f"{sys.executable} {tmp_path / 'edit.py'} {{request}} {{output}}"
@@ -786,7 +786,7 @@ def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path
     assert "no image in it" in by_id["p4/0"]["refused"]
 
 
-def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(photos: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(photos, tmp_path):
     out = tmp_path / "W"
     proposing(photos, out, types="relation")
     for options in (
@@ -800,7 +800,7 @@ def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_righ
     assert edit(out, EditOptions(), 0, quiet)["counts"]["pictures"] == 6
 
 
-def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_secret_of_an_option_is_recorded_or_shown(photos, tmp_path, capsys):
     """Addresses with a key in their query, a command with a token, and what both say: neither records, groups nor the page have it."""
     secret, out = "hunter2", tmp_path / "W"
     (tmp_path / "edit.py").write_text(
@@ -829,7 +829,7 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
         edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py")), 0, quiet)
 
 
-def test_diffusers_that_is_absent_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_that_is_absent_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"which is not installed; pip install 'cfvlm-ds\[edit\]'"):
         Diffusers(EditOptions(model="x"))
@@ -880,7 +880,7 @@ def tiny_pipeline(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.diffusers
-def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_a_pipeline_names_is_not_run(tmp_path, monkeypatch):
     """In the folder of a part, under a name of its own and a library's, and a module that could be imported; the oldest version is one."""
     import diffusers
 
@@ -905,7 +905,7 @@ def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.long
 @pytest.mark.diffusers
 @pytest.mark.parametrize("kind", ["instruct", "inpaint"])
-def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: str, tmp_path: Path) -> None:
+def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind, tmp_path):
     noise_picture(3).crop((0, 0, 50, 41)).save(path := tmp_path / "a.png")
     mask = Image.new("L", (50, 41), 0)
     mask.paste(255, (10, 10, 30, 30))
@@ -930,7 +930,7 @@ def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: s
 # --- selection --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_groups_are_the_best_of_each_edit_with_their_history(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_groups_are_the_best_of_each_edit_with_their_history(whole, scenes, tmp_path):
     survival = select(whole, tmp_path / "groups.jsonl", SelectOptions(per_source=2), quiet)
     rows = read_rows(tmp_path / "groups.jsonl")
     groups = read_manifest(tmp_path / "groups.jsonl", survival.roots or None)
@@ -955,7 +955,7 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole: Path, scenes
     assert "| kept |" in survival.table() and "| proposed |" in (tmp_path / "groups.jsonl.survival.md").read_text()
 
 
-def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) -> None:
+def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path):
     few = select(whole, tmp_path / "few.jsonl", SelectOptions(per_type=3, per_source=9), quiet)
     assert all(counts["kept"] <= 3 for counts in few.by_type.values()) and any(counts["kept"] == 3 for counts in few.by_type.values())
     parts = select(whole, tmp_path / "g.jsonl", SelectOptions(splits="train=0.7,test=0.3"), quiet)
@@ -973,7 +973,7 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
     assert hostile.table().splitlines()[0] == r"| | a\\x1b\[2J\|b | all | |"
 
 
-def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_file_that_somebody_wrote_is_replaced(photos, tmp_path, capsys):
     """What a command wrote it replaces: groups, tables and thinned sets. Captions, other rows, journals and somebody's files stay."""
     out, groups = tmp_path / "W", tmp_path / "g.jsonl"
     edited(photos, out)
@@ -1003,7 +1003,7 @@ def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, c
     assert len(read_manifest(tmp_path / "sub" / "g.jsonl", folders)) == 6
 
 
-def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
+def test_a_real_pair_is_of_one_split_or_of_none(tmp_path):
     """`mine` shows the picture of another source: where that is of another split, the pair is counted and left out."""
     rows = []
     for k in range(24):
@@ -1029,7 +1029,7 @@ def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
 # --- audit ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_area_under_the_curve_is_that_of_all_pairs() -> None:
+def test_area_under_the_curve_is_that_of_all_pairs():
     draw = random.Random(1)
     for _ in range(5):
         one, two = ([float(draw.randrange(6)) for _ in range(n)] for n in (17, 23))
@@ -1038,7 +1038,7 @@ def test_area_under_the_curve_is_that_of_all_pairs() -> None:
         assert area == pytest.approx(won / (17 * 23)) and low <= area <= high
 
 
-def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refine_thins_planted_cues_by_the_command_line(tmp_path, capsys):
     """Of 300 groups, 200 have a counterfactual that is longer and 60 one with a word of its own; judged by naive counts of the file."""
     rows = []
     for k in range(300):
@@ -1102,7 +1102,7 @@ def pair_rows(
     return rows
 
 
-def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path: Path) -> None:
+def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path):
     clean = pair_rows(tmp_path, 60)
     found, sets = audited(tmp_path, {"train": clean[:40], "test": clean[40:]})
     assert found.faults == []
@@ -1124,7 +1124,7 @@ def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("questions", "old_share"), [(2, 0.75), (8, 0.5625)])
-def test_answers_to_different_questions_are_not_compared(questions: int, old_share: float, tmp_path: Path) -> None:
+def test_answers_to_different_questions_are_not_compared(questions, old_share, tmp_path):
     """24 pictures with some questions each. A scorer likes any answer to a later question less, and of each question's the true one more:
     without the picture it knows every answer, though it is right in fewer of all pairs of a true and a false text."""
     pair_rows(tmp_path, 24)
@@ -1153,7 +1153,7 @@ def test_answers_to_different_questions_are_not_compared(questions: int, old_sha
         audited(tmp_path, {"train": rows}, score, refine=str(tmp_path / "kept.jsonl"))
 
 
-def test_what_is_not_measured_has_no_number(tmp_path: Path) -> None:
+def test_what_is_not_measured_has_no_number(tmp_path):
     """All captions of one picture are on one side of the halves; a group of two questions with a text each has nothing to compare."""
     rows = pair_rows(tmp_path, 1)
     row = rows[0]
@@ -1169,7 +1169,7 @@ def test_what_is_not_measured_has_no_number(tmp_path: Path) -> None:
     assert dict(found.facts)["texts told on a blank picture"].startswith("not measured") and not found.shortcuts
 
 
-def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
+def test_duplicates_and_leaks_are_found_and_named(tmp_path):
     rows = pair_rows(tmp_path, 30)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty"):
@@ -1201,7 +1201,7 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
 # --- commands ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_commands_go_from_captions_to_groups(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_go_from_captions_to_groups(photos, tmp_path, capsys):
     out, groups = tmp_path / "W", tmp_path / "groups.jsonl"
     proposed = printed(capsys, "data", "propose", photos, "--out", out, "--types", "colour,relation", "--seed", "2")
     assert proposed.count("captions.jsonl: taken as") == 1
@@ -1218,7 +1218,7 @@ def test_the_commands_go_from_captions_to_groups(photos: Path, tmp_path: Path, c
     assert ended.value.code == 1 and "that are nearly one of them" in (tmp_path / "audit" / "report.md").read_text()
 
 
-def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_all_of_it(photos, tmp_path, capsys):
     plan = tmp_path / "plan.yaml"
     plan.write_text(
         f"data: {photos}\nout: {tmp_path / 'W'}\ngroups: {tmp_path / 'g.jsonl'}\nshards: 3\n"
@@ -1244,9 +1244,7 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
     assert read_plan("examples/build_coco.yaml").shards == 64
 
 
-def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.yaml").write_text("colour: [red, 3]")
     plan = "data: captions.jsonl\nout: W\n"

@@ -110,7 +110,7 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", LOADING)
-def test_models_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_be_loaded(case, model_dir, tmp_path):
     edit, said = LOADING[case]
     edit(folder := shutil.copytree(model_dir, tmp_path / "model"))
     with pytest.raises(ConfigError) as refused:
@@ -119,7 +119,7 @@ def test_models_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: Path
     assert "; " in str(refused.value), "and what to do"
 
 
-def test_a_whole_model_in_shards_loads(model_dir: Path, tmp_path: Path) -> None:
+def test_a_whole_model_in_shards_loads(model_dir, tmp_path):
     sharded(lost=False)(folder := shutil.copytree(model_dir, tmp_path / "model"))
     whole, parts = (loaded(each) for each in (model_dir, folder))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
@@ -135,11 +135,11 @@ def test_a_whole_model_in_shards_loads(model_dir: Path, tmp_path: Path) -> None:
         ([], set()),
     ],
 )
-def test_pickled_weights_of_a_hub_are_fetched_where_there_are_no_others(files: list[str], fetched: set[str]) -> None:
+def test_pickled_weights_of_a_hub_are_fetched_where_there_are_no_others(files, fetched):
     assert set(filter_repo_objects(files, allow_patterns=weight_patterns(files))) == fetched
 
 
-def test_a_model_is_recognised_by_the_weights_that_are_loaded(model_dir: Path, tmp_path: Path) -> None:
+def test_a_model_is_recognised_by_the_weights_that_are_loaded(model_dir, tmp_path):
     """Pickles that a cache has beside them are no part of it, and a pipe of that name is not waited for."""
     folder = shutil.copytree(model_dir, tmp_path / "model")
     known = fingerprint(ModelConfig(str(folder)))
@@ -178,7 +178,7 @@ PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", PROCESSORS)
-def test_processors_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: Path) -> None:
+def test_processors_that_cannot_be_loaded(case, model_dir, tmp_path):
     edit, said = PROCESSORS[case]
     edit(folder := shutil.copytree(model_dir, tmp_path / "model"))
     with pytest.raises(ConfigError) as refused:
@@ -189,7 +189,7 @@ def test_processors_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     "make", [skeleton, lambda source: meta_model(ModelConfig(source), torch.float32, "sdpa")], ids=["export", "dry run"]
 )
-def test_a_configuration_of_which_no_model_can_be_made(make: Callable[[str], object], model_dir: Path, tmp_path: Path) -> None:
+def test_a_configuration_of_which_no_model_can_be_made(make, model_dir, tmp_path):
     text_config(hidden_act="none")(folder := shutil.copytree(model_dir, tmp_path / "model"))
     with pytest.raises(ConfigError, match=r"no model can be made of the configuration of .*model' .*; "):
         make(str(folder))
@@ -198,7 +198,7 @@ def test_a_configuration_of_which_no_model_can_be_made(make: Callable[[str], obj
 # Run folders and adapters -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_folder_means_its_export_or_its_adapters(tmp_path: Path) -> None:
+def test_a_run_folder_means_its_export_or_its_adapters(tmp_path):
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
     (run / "config.yaml").write_text(json.dumps({"model": {"name_or_path": "org/base", "max_tiles": 3, "lora": {"rank": 4}}}))
@@ -230,7 +230,7 @@ def test_a_run_folder_means_its_export_or_its_adapters(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(model_dir, tmp_path_factory):
     import peft
 
     torch.manual_seed(0)
@@ -240,7 +240,7 @@ def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_adapters_are_what_their_weights_are(adapters: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_adapters_are_what_their_weights_are(adapters, model_dir, tmp_path):
     """A pattern of layers that would take for ever to match is not matched, and the same layers get the same adapters."""
     import peft
 
@@ -257,7 +257,7 @@ def test_adapters_are_what_their_weights_are(adapters: Path, model_dir: Path, tm
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_modules_that_were_saved_whole_are_those_of_peft(model_dir: Path, tmp_path: Path) -> None:
+def test_modules_that_were_saved_whole_are_those_of_peft(model_dir, tmp_path):
     import peft
 
     model = loaded(model_dir)
@@ -283,7 +283,7 @@ def test_modules_that_were_saved_whole_are_those_of_peft(model_dir: Path, tmp_pa
         ({"modules_to_save": ["multi_modal_projector"]}, "KeyError: "),
     ],
 )
-def test_adapters_that_say_what_they_are_not(change: dict[str, Any], said: str, adapters: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_adapters_that_say_what_they_are_not(change, said, adapters, model_dir, tmp_path):
     edited("adapter_config.json", lambda content: content.update(change))(folder := shutil.copytree(adapters, tmp_path / "adapters"))
     model = loaded(model_dir)
     with pytest.raises(ConfigError) as refused:

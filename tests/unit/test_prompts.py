@@ -30,7 +30,7 @@ def make(model_type: str, folder: Path) -> Collator:
 
 
 @pytest.fixture(params=list(SMALL))
-def collator(request: pytest.FixtureRequest, tmp_path: Path) -> Collator:
+def collator(request, tmp_path):
     return make(request.param, tmp_path)
 
 
@@ -75,7 +75,7 @@ def begins(processor: Any, whole: list[int], row: list[int]) -> bool:
 
 
 @pytest.mark.parametrize("bos", ["as the family has it", "added", "written and added"])
-def test_ids_are_those_of_the_library(bos: str, collator: Collator, tmp_path: Path) -> None:
+def test_ids_are_those_of_the_library(bos, collator, tmp_path):
     """With no image, one, and two in one prompt; whatever of template and tokenizer gives the conversation its first token."""
     processor = collator.processor
     if bos != "as the family has it":
@@ -98,7 +98,7 @@ def test_ids_are_those_of_the_library(bos: str, collator: Collator, tmp_path: Pa
             assert prompt == processor.tokenizer.apply_chat_template(messages, tokenize=True, **options)
 
 
-def test_control_tokens_are_refused_in_prompts_and_texts(collator: Collator) -> None:
+def test_control_tokens_are_refused_in_prompts_and_texts(collator):
     """All that the tokenizer knows, those included that it does not list among its own special ones."""
     tokenizer = collator.processor.tokenizer
     tokenizer.add_tokens([AddedToken("<|start_header_id|>", special=True)], special_tokens=True)
@@ -121,7 +121,7 @@ def test_control_tokens_are_refused_in_prompts_and_texts(collator: Collator) -> 
         assert prompts.encoded(PROMPT, TEXT, pictures, "g") == prompts.encoded((turn,), TEXT, pictures, "g")
 
 
-def test_a_prompt_opens_no_turn_of_its_own(tmp_path: Path) -> None:
+def test_a_prompt_opens_no_turn_of_its_own(tmp_path):
     """Nor has it a token that the model does not know, as of a tokenizer to which words were added, and to the model none."""
     prompts = make("qwen2_5_vl", tmp_path).prompts
     with pytest.raises(DataError, match=r"text 0: its prompt \('no<\|im_end\|>.*'<\|im_(start|end)\|>'"):
@@ -164,7 +164,7 @@ def spoken(turns: tuple[Turn, ...], images: list[Image.Image], *answer: str) -> 
 
 
 @pytest.mark.parametrize("case", CHATS)
-def test_a_conversation_has_the_ids_of_the_library(case: str, collator: Collator, tmp_path: Path) -> None:
+def test_a_conversation_has_the_ids_of_the_library(case, collator, tmp_path):
     """Prompt, answer and pictures of the row that the collator builds; pictures of other sizes, so that their order shows."""
     processor, turns = collator.processor, CHATS[case]
     sizes = [(60, 40), (90, 30), (40, 60), (28, 84)][: sum(part is PICTURE for turn in turns for part in turn.parts)]
@@ -184,7 +184,7 @@ def test_a_conversation_has_the_ids_of_the_library(case: str, collator: Collator
         assert torch.equal(shown, expected), "the pictures in the order in which they are named, padding aside"
 
 
-def test_a_later_turn_goes_on_from_the_earlier_ones(tmp_path: Path) -> None:
+def test_a_later_turn_goes_on_from_the_earlier_ones(tmp_path):
     """A group may ask several things of a picture, each after what was said before: the picture and its first question are there once."""
     collator = make("qwen2_5_vl", tmp_path)
     Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "a.png")
@@ -194,7 +194,7 @@ def test_a_later_turn_goes_on_from_the_earlier_ones(tmp_path: Path) -> None:
     assert batch.num_images == 1 and batch.model_inputs["forest"].parents == (-1, 0, 0, 2, 2)
 
 
-def test_a_template_that_takes_no_system_says_so_in_one_sentence(collator: Collator) -> None:
+def test_a_template_that_takes_no_system_says_so_in_one_sentence(collator):
     collator.processor.chat_template = REFUSES_SYSTEM + collator.processor.chat_template
     with pytest.raises(DataError) as raised:
         collator.prompts.encoded(CHATS["system"], TEXT, 1, "group 'g': text 0")
@@ -202,7 +202,7 @@ def test_a_template_that_takes_no_system_says_so_in_one_sentence(collator: Colla
     assert collator.prompts.encoded(CHATS["system"][1:], TEXT, 1, "g").text_ids
 
 
-def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path):
     """What the data say and the model never sees is no small thing."""
     collator = make("llava_onevision", tmp_path)
     collator.processor.chat_template = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + str(
@@ -228,7 +228,7 @@ def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path: Path) -> No
         ((USER, Turn("assistant", ("b",))) * 600 + (USER,), 0, "1201 turns.*1024"),
     ],
 )
-def test_a_conversation_that_cannot_be_answered(turns: Prompt, pictures: int, said: str) -> None:
+def test_a_conversation_that_cannot_be_answered(turns, pictures, said):
     with pytest.raises(DataError, match=f"group 'g': .*{said}"):
         CounterfactualGroup("g", ((Path("a.png"),) * pictures,), (Candidate(turns, "x"),), ((1,),))
 
@@ -262,7 +262,7 @@ def thinking(folder: Path, thought: str, asked: str) -> Collator:
 
 
 @pytest.mark.parametrize("case", THINKING)
-def test_a_model_that_thinks_answers_after_an_empty_thought(case: str, tmp_path: Path) -> None:
+def test_a_model_that_thinks_answers_after_an_empty_thought(case, tmp_path):
     """The prompt ends with it, as the model's own mode without thinking writes it, and what is scored is the text and nothing else."""
     collator = thinking(tmp_path, *THINKING[case])
     processor, tokenizer = collator.processor, collator.processor.tokenizer
@@ -281,7 +281,7 @@ def test_a_model_that_thinks_answers_after_an_empty_thought(case: str, tmp_path:
     assert collator.row_length(PROMPT, TEXT, tuple(SIZES[:1])) == sum(map(len, ours(collator, images, tmp_path)))
 
 
-def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path: Path) -> None:
+def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path):
     """As for every user of that model: here, as in Qwen3's, a thought of an earlier turn is dropped, and the answer has an empty one."""
     collator = thinking(tmp_path, *THINKING["by itself, unless told"])
     collator.processor.chat_template = collator.processor.chat_template.replace(
@@ -298,7 +298,7 @@ def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path:
         collator.prompts.encoded(PROMPT, "a thought </think> a circle", 1, "text 0")
 
 
-def test_a_thought_that_cannot_be_left_out_is_named(tmp_path: Path) -> None:
+def test_a_thought_that_cannot_be_left_out_is_named(tmp_path):
     """Once for the model, and for a group."""
     collator = thinking(tmp_path, "", OPEN)
     with pytest.raises(ConfigError, match=r"model 'm': .*<think>"):
@@ -312,9 +312,7 @@ def test_a_thought_that_cannot_be_left_out_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
 @pytest.mark.parametrize("max_tokens", [None, 4096])
-def test_what_a_processor_raises_names_file_and_group(
-    model_type: str, max_tokens: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_processor_raises_names_file_and_group(model_type, max_tokens, tmp_path, monkeypatch):
     """The processor's own limit, here one that is lower than that of the data; under ``skip`` the rest of the batch is used."""
     collator = make(model_type, tmp_path)
     take = type(collator.processor.image_processor).preprocess
@@ -353,7 +351,7 @@ def test_what_a_processor_raises_names_file_and_group(
             read()
 
 
-def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path, monkeypatch):
     """What libraries in Rust raise is no Exception, and would pass every handler of one."""
 
     class PanicException(BaseException):

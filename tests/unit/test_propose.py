@@ -99,7 +99,7 @@ def with_articles(text: str) -> str:
 TABLE = table()[1]
 
 
-def test_the_rules_propose_what_is_right_and_most_of_it() -> None:
+def test_the_rules_propose_what_is_right_and_most_of_it():
     """All that they may propose of each caption, against a table written by hand: 1 % may be wrong, and three fifths are found."""
     wrong, proposed, wanted, found = [], 0, 0, 0
     for caption, edits in TABLE:
@@ -111,7 +111,7 @@ def test_the_rules_propose_what_is_right_and_most_of_it() -> None:
     assert len(wrong) <= 0.01 * proposed and found >= 0.6 * wanted, (wrong, found, wanted)
 
 
-def test_the_lists_of_words_hold_words_and_name_listed_nouns() -> None:
+def test_the_lists_of_words_hold_words_and_name_listed_nouns():
     """A name that is mistyped would hold of nothing, and YAML takes a bare "on" for true."""
     strings: list[Any] = [vocabulary.LISTS]
     while strings:
@@ -130,7 +130,7 @@ def test_the_lists_of_words_hold_words_and_name_listed_nouns() -> None:
         assert {*materials} <= {*vocabulary.MATERIALS}
 
 
-def test_no_word_is_found_within_another_one() -> None:
+def test_no_word_is_found_within_another_one():
     """Every listed word with letters before or after it is another word, of which nothing is proposed."""
     listed = {*vocabulary.COLOURS, *vocabulary.SIZES, *vocabulary.NUMBERS, "sitting", "left"} | {*sorted(vocabulary.NOUNS)[::9]}
     for word in sorted(listed):
@@ -138,7 +138,7 @@ def test_no_word_is_found_within_another_one() -> None:
             assert every(f"the {made} of wuppertal") == [], made
 
 
-def test_no_caption_breaks_the_rules() -> None:
+def test_no_caption_breaks_the_rules():
     """Words of the lists in any order, with marks, numbers and capitals between them."""
     chance = random.Random(11)
     plain = "a an the two one 3 ٣ left of to , . “ - of and is are with sitting Fuji hydrants wooden several group"
@@ -153,7 +153,7 @@ def test_no_caption_breaks_the_rules() -> None:
     assert proposals > 20
 
 
-def test_what_cannot_be_edited_has_a_reason() -> None:
+def test_what_cannot_be_edited_has_a_reason():
     for caption in ("no dog", "fog", "a dog\x1b[31m", "a " * 2000):
         found = edits_of(caption, TYPES)
         assert isinstance(found, Rejected) and found.reason, caption
@@ -161,7 +161,7 @@ def test_what_cannot_be_edited_has_a_reason() -> None:
     assert [english.article(word) for word in words] == ["an", "an", *["a"] * 5]
 
 
-def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch, tmp_path):
     for absent, remedy in (
         (lambda: monkeypatch.setattr("spacy.util.get_installed_models", lambda: []), "python -m spacy download en_core_web_sm"),
         (lambda: monkeypatch.setitem(sys.modules, "spacy", None), r"cfvlm-ds\[counterfactuals\]"),
@@ -188,7 +188,7 @@ def proposed(folder: Path, captions: Sequence[str], shards: int = 1, **options: 
     return {record["source"]: record["edits"] for record in records}
 
 
-def test_a_word_is_kept_as_often_as_the_ones_that_come_for_it(tmp_path: Path) -> None:
+def test_a_word_is_kept_as_often_as_the_ones_that_come_for_it(tmp_path):
     """Worked by hand: 10 rights become lefts; of 30 lefts so many become rights, m, that m - 10 is the root of m + 10: 15, one half."""
     captions = [f"a cup to the {side} of a plate" for side in 30 * ["left"] + 10 * ["right"]]
     edits = proposed(tmp_path, captions, types="relation")
@@ -197,7 +197,7 @@ def test_a_word_is_kept_as_often_as_the_ones_that_come_for_it(tmp_path: Path) ->
     assert sum(len(edits[f"r{k}"]) for k in range(30)) < 30 and all(len(edits[f"r{k}"]) == 1 for k in range(30, 40))
 
 
-def test_an_edit_is_drawn_with_its_share_and_no_caption_has_too_many() -> None:
+def test_an_edit_is_drawn_with_its_share_and_no_caption_has_too_many():
     """Of edits with shares 1, 1/2 and 1/4 each is drawn so often, less where one at most stays, against 4 standard deviations."""
     edits = [Edit("colour", Caption("a red car"), {1: target}, "", "red", target) for target in ("blue", "green", "gold")]
     prices = {"colour": {"red": 1.0, "blue": 2.0, "green": 0.5, "gold": 0.25}}
@@ -224,7 +224,7 @@ def skewed(number: int) -> list[str]:
     ]
 
 
-def test_the_words_of_a_set_do_not_tell_its_edits(tmp_path: Path) -> None:
+def test_the_words_of_a_set_do_not_tell_its_edits(tmp_path):
     """By the audit's own measure, where edits drawn of all that are possible are told; no word comes much oftener than it goes."""
     captions = skewed(300)
     edits = proposed(tmp_path, captions)
@@ -246,7 +246,7 @@ def test_the_words_of_a_set_do_not_tell_its_edits(tmp_path: Path) -> None:
             assert abs(goes[word] - comes[word]) <= 4 * math.sqrt(goes[word] + comes[word]), word
 
 
-def test_one_shard_and_seven_propose_the_same_whoever_counts_the_words(tmp_path: Path) -> None:
+def test_one_shard_and_seven_propose_the_same_whoever_counts_the_words(tmp_path):
     captions = skewed(40)
     whole = proposed(tmp_path / "whole", captions)
     assert proposed(tmp_path / "cut", captions, 7) == whole and proposed(tmp_path / "other", captions, seed=1) != whole
@@ -256,7 +256,7 @@ def test_one_shard_and_seven_propose_the_same_whoever_counts_the_words(tmp_path:
     assert proposed(tmp_path / "cut", captions, 7) == whole and (tmp_path / "cut" / "W" / "prices.json").read_bytes() == first
 
 
-def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:
+def test_words_of_ones_own_are_what_edits_lead_to(tmp_path):
     (tmp_path / "words.yaml").write_text("colour: [cyan, white]\nobject: [van]\n")
     edits = proposed(tmp_path / "own", 9 * ["a red car in a park"], words=str(tmp_path / "words.yaml"))
     texts = {edit["text"] for listed in edits.values() for edit in listed}
@@ -290,7 +290,7 @@ def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:
         ("a red car near the " + "very " * 9 + "old dogs", "object", "more than one"),
     ],
 )
-def test_a_text_is_judged_by_its_words(text: str, kind: str, said: str) -> None:
+def test_a_text_is_judged_by_its_words(text, kind, said):
     found = defect("a red car near two dogs", text, kind)
     assert said in (found or "") and bool(found) == bool(said)
 
@@ -367,7 +367,7 @@ def edit(kind: str, text: str, told: str = "Do it.") -> dict[str, str]:
 
 
 @pytest.fixture
-def captions(tmp_path: Path) -> Path:
+def captions(tmp_path):
     rows = []
     for k, caption in enumerate(["a red car near two dogs", "a cup on a table", "a man on a bench", "fog"]):
         draw(tmp_path / f"{k}.png", [("red", "circle"), ("blue", "square")])
@@ -387,16 +387,14 @@ def lines_of(out: Path, step: str = "propose") -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def at_once(monkeypatch):
     """Pauses between calls are noted and not waited for."""
     pauses: list[float] = []
     monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.pause", pauses.append)
     return pauses
 
 
-def test_what_a_model_says_is_judged_and_kept(
-    captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: list[float]
-) -> None:
+def test_what_a_model_says_is_judged_and_kept(captions, tmp_path, monkeypatch, at_once):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     said = [
         edit("colour", "a blue car near two dogs"),
@@ -461,7 +459,7 @@ FAULTS: dict[str, tuple[int, bytes | Callable[[Any], None], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_retried(fault: str, captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+def test_a_fault_is_retried(fault, captions, tmp_path, at_once):
     good = reply([edit("colour", "a blue car near two dogs")])
     seen: Counter[str] = Counter()
 
@@ -479,7 +477,7 @@ def test_a_fault_is_retried(fault: str, captions: Path, tmp_path: Path, at_once:
         assert all(pause >= 7 for pause in at_once)
 
 
-def test_a_reply_that_never_ends_is_left() -> None:
+def test_a_reply_that_never_ends_is_left():
     slow = {"body": (200, drip(b" ", 100, 0.1), {}), "nothing": (200, drip(b"", 40, 0.1), {"Content-Length": "5"})}
     for name, answer in slow.items():
         server = Server(lambda body, number, answer=answer: answer)
@@ -490,9 +488,7 @@ def test_a_reply_that_never_ends_is_left() -> None:
             assert time.monotonic() - started < 1.5, name
 
 
-def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_ends_it(
-    captions: Path, tmp_path: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_ends_it(captions, tmp_path, at_once, monkeypatch):
     server = Server(lambda body, number: (500, b"boom", {}))
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
@@ -513,7 +509,7 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
         assert "too long" in lines_of(tmp_path / f"W{status}")[0]["rejected"][0]["reason"]
 
 
-def test_a_restart_asks_of_no_caption_that_has_its_record(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+def test_a_restart_asks_of_no_caption_that_has_its_record(captions, tmp_path, at_once):
     def answers(body: dict[str, Any], number: int) -> Any:
         threading.Event().wait(0.1)  # so that calls meet
         return 200, reply([edit("colour", "a blue car near two dogs")]), {}
@@ -542,7 +538,7 @@ def test_a_restart_asks_of_no_caption_that_has_its_record(captions: Path, tmp_pa
         (SelectOptions, {"per_type": -1, "per_source": 0, "margin": math.nan}), (AuditOptions, {"sample": 0}),
     ],
 )  # fmt: skip
-def test_numbers_that_say_nothing_are_refused_by_the_name_of_their_option(section: Any, values: dict[str, Any], tmp_path: Path) -> None:
+def test_numbers_that_say_nothing_are_refused_by_the_name_of_their_option(section, values, tmp_path):
     key = section.__name__.removesuffix("Options").lower()
     for name, value in values.items():
         with pytest.raises(ConfigError, match=f"^--{name} {re.escape(str(value))} "):
@@ -553,7 +549,7 @@ def test_numbers_that_say_nothing_are_refused_by_the_name_of_their_option(sectio
                 read_plan(str(tmp_path / "plan.yaml"))
 
 
-def test_a_server_that_is_not_there_is_said_at_once(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+def test_a_server_that_is_not_there_is_said_at_once(captions, tmp_path, at_once):
     server = Server(lambda body, number: (200, reply([]), {}))
     with server.running():
         pass
@@ -563,7 +559,7 @@ def test_a_server_that_is_not_there_is_said_at_once(captions: Path, tmp_path: Pa
         asked_model(captions, tmp_path / "W", server)
 
 
-def test_addresses() -> None:
+def test_addresses():
     assert check_url("https://node:8000/v1/", "--x") == "https://node:8000/v1"
     for url in ("", "file:///etc/passwd", "node:8000", "http://", "http://a b/", "http://u:p@node/", "http://x:99999999/"):
         with pytest.raises(ConfigError, match="--x"):
@@ -595,7 +591,7 @@ def mined(tmp_path: Path, shards: int = 1, **options: Any) -> set[tuple[str, str
     return found
 
 
-def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
+def test_real_pairs_are_found_once_and_by_every_cut(tmp_path):
     """Against all pairs by hand: a word of one list in place of another one of it, pictures that are not the same, synonyms left out."""
     pairs = "a1 a7 a8 b3 b7 b8 d7 d8 d0 h0 i0"  # d3 says what a0 says, and j0 is a's own picture; grey is gray
     expected = {(pair[0], "colour", f"{pair[1]}.png") for pair in pairs.split()}
@@ -605,7 +601,7 @@ def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
     assert wider - expected == {("a", "other", "5.png"), ("d", "other", "5.png")}  # a house in place of a car
 
 
-def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_path, monkeypatch):
     """With more pairs than are looked at or kept, shards in any order, and an index that each of some shards makes anew."""
     monkeypatch.setattr(mine, "_LOOKED_AT", 8)
     chance = random.Random(9)
@@ -629,7 +625,7 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
     assert made[1] == made[7] and len(made[1]) == 120 and len(pairs) > 100
 
 
-def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_reads_its_own_rows_alone(tmp_path, monkeypatch):
     """The first one reads all rows once more, for the words; each has every seventh row."""
     rows = [f'{{"id": "r{k}", "caption": "a red car", "image": "{k}.png"}}' if k % 9 != 4 else "{broken" for k in range(60)]
     (tmp_path / "c.jsonl").write_text("\n".join(rows) + "\n")
@@ -647,7 +643,7 @@ def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.Mo
         assert [record.get("source") for record in records] == [f"r{k}" if k % 9 != 4 else None for k in own]
 
 
-def test_shards_that_start_side_by_side_make_one_index(tmp_path: Path) -> None:
+def test_shards_that_start_side_by_side_make_one_index(tmp_path):
     built, path = [], tmp_path / "mine" / "slots.bin"
 
     def captions() -> Iterator[tuple[int, str]]:
@@ -667,7 +663,7 @@ def key_of(caption: str, place: int) -> bytes:
     return next(key for key, where, _ in slots.slots(caption) if where == place)
 
 
-def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path: Path) -> None:
+def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):
     """Of every key the rows with another word in its place, from any start; where more are there than are asked for, of all words."""
     draw_word = random.Random(3)
     captions = [(row, " ".join(draw_word.choice("abcd") for _ in range(4))) for row in range(400)]
@@ -688,7 +684,7 @@ def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path: Path) -> None
     assert slots.opened(tmp_path / "none.bin", iter([])).rows(b"key of 8", "a", 5, 0) == []
 
 
-def test_registered_back_ends_are_called_by_name(captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_back_ends_are_called_by_name(captions, tmp_path, monkeypatch):
     class Own:
         threads = 1
 
@@ -714,7 +710,7 @@ def test_registered_back_ends_are_called_by_name(captions: Path, tmp_path: Path,
     assert not (tmp_path / "V").exists()
 
 
-def test_a_caption_said_of_many_pictures_does_not_hide_the_others(tmp_path: Path) -> None:
+def test_a_caption_said_of_many_pictures_does_not_hide_the_others(tmp_path):
     """Two thousand pictures say the same; the one that differs in a word is found by all that come before it, and few rows are read."""
     rows = [{"id": f"r{k:04}", "caption": "a red car in a street", "image": f"{k}.png"} for k in range(2000)]
     rows.append({"id": "s", "caption": "a blue car in a street", "image": "s.png"})

@@ -59,7 +59,7 @@ def handle_of(path: Path) -> int:
     return found
 
 
-def test_lines_wait_for_room_and_keep_their_order(tmp_path: Path) -> None:
+def test_lines_wait_for_room_and_keep_their_order(tmp_path):
     said: list[str] = []
     lines = Waiting(path := tmp_path / "a.jsonl", said.append)
     lines.write("one")
@@ -74,7 +74,7 @@ def test_lines_wait_for_room_and_keep_their_order(tmp_path: Path) -> None:
     assert lines.close() == [] and lines.close() == []
 
 
-def test_a_line_that_the_disk_took_in_part_is_taken_back_and_written_whole_later(tmp_path: Path) -> None:
+def test_a_line_that_the_disk_took_in_part_is_taken_back_and_written_whole_later(tmp_path):
     def written(path: Path) -> None:
         said: list[str] = []
         lines = Waiting(path, said.append)
@@ -92,7 +92,7 @@ def test_a_line_that_the_disk_took_in_part_is_taken_back_and_written_whole_later
     assert path.read_text().splitlines() == [*(f"{number} {'x' * 8}" for number in range(5)), "5"]
 
 
-def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path, capsys):
     """What is whole stays, what is torn is named and dropped, and a second writer is refused meanwhile."""
 
     def second(path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path: Path, capsys: pyte
     journal.close()
 
 
-def test_metrics_that_never_find_room_are_named_and_hide_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_that_never_find_room_are_named_and_hide_no_error(tmp_path, capsys):
     """The error of the training is the one that is raised, and the run's record says FAILED."""
     with pytest.raises(RuntimeError, match="the first"), open_tracker(True, tmp_path, "tests", "a", {}, {}, mlflow=False) as tracker:
         tracker.log(1, {"loss": 1.0})
@@ -131,7 +131,7 @@ def test_metrics_that_never_find_room_are_named_and_hide_no_error(tmp_path: Path
     assert json.loads((tmp_path / ".mlflow_delivery.json").read_text())["status"] == "FAILED"
 
 
-def test_a_full_disk_stops_no_tracker(tmp_path: Path) -> None:
+def test_a_full_disk_stops_no_tracker(tmp_path):
     """Not even at its start, which takes the steps after the checkpoint out of metrics.jsonl without room for a copy."""
 
     def tracked(run_dir: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_full_disk_stops_no_tracker(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "write", [lambda path, say: write_if_possible(path, "new" * 100, say), lambda path, say: append(path, "new" * 100, say)]
 )
-def test_other_files_are_whole_or_as_before(tmp_path: Path, write: Callable[[Path, Any], bool]) -> None:
+def test_other_files_are_whole_or_as_before(tmp_path, write):
     def limited(path: Path) -> None:
         said: list[str] = []
         largest_file(50)
@@ -164,7 +164,7 @@ def test_other_files_are_whole_or_as_before(tmp_path: Path, write: Callable[[Pat
     assert path.read_text().removeprefix("old\n").strip() == "new" * 100 and [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_errors_name_the_file_and_an_equal_one_needs_no_room(tmp_path: Path) -> None:
+def test_errors_name_the_file_and_an_equal_one_needs_no_room(tmp_path):
     def limited(path: Path) -> None:
         largest_file(2)
         update(path, b"content")
@@ -188,7 +188,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Any], object]]] = {
 
 
 @pytest.mark.parametrize("how", WRITERS)
-def test_nothing_is_written_through_a_link(how: str, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link(how, tmp_path):
     linked, write = WRITERS[how]
     (victim := tmp_path / "victim").write_text("mine")
     (folder := tmp_path / "run").mkdir()
@@ -212,7 +212,7 @@ ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", ENTRIES)
-def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case: str, tmp_path: Path) -> None:
+def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case, tmp_path):
     make, said = ENTRIES[case]
     (run := tmp_path / "run").mkdir()
     (run / "config.yaml").write_text(OPTIONS)
@@ -230,7 +230,7 @@ def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case:
 OPTIONS = "{model: {}, data: {}, train: {}, tracking: {}, build: {}, objective: {}, deepspeed: ds.json}"
 
 
-def test_a_run_does_not_begin_among_somebodys_files(tmp_path: Path) -> None:
+def test_a_run_does_not_begin_among_somebodys_files(tmp_path):
     for name in ("slurm", "prepared", "heartbeat", "scenes", "features"):
         (tmp_path / name).mkdir()
     for name in ("train-17.log", ".notes"):
@@ -250,7 +250,7 @@ def test_a_run_does_not_begin_among_somebodys_files(tmp_path: Path) -> None:
         pass
 
 
-def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path: Path) -> None:
+def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path):
     """A folder that cannot be made is one sentence with its path, and what a link leads to stays."""
     (kept := tmp_path / "mine").mkdir()
     (kept / "rank-0.json").write_text("mine")
@@ -266,7 +266,7 @@ def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path: Path) -> N
         heartbeat.prepare(tmp_path / "file")
 
 
-def test_a_folder_that_two_write_at_the_same_time_is_whole_or_an_error(tmp_path: Path) -> None:
+def test_a_folder_that_two_write_at_the_same_time_is_whole_or_an_error(tmp_path):
     """The first finds that its folder is gone and touches nothing of the second's."""
     first, second = whole_folder(tmp_path / "made"), whole_folder(tmp_path / "made")
     (first.__enter__() / "one").write_text("first")
@@ -277,7 +277,7 @@ def test_a_folder_that_two_write_at_the_same_time_is_whole_or_an_error(tmp_path:
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["two"] and [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
+def test_one_process_at_a_time_writes_a_file(tmp_path):
     """The second is told before it has anything to write, and the first keeps what it has; a killed one is in nobody's way."""
 
     def killed(path: Path) -> None:
@@ -312,7 +312,7 @@ def without_flock(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
-def test_work_goes_on_where_a_file_system_has_no_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_goes_on_where_a_file_system_has_no_locks(number, tmp_path, monkeypatch):
     """It is reported once; of two that write one file nevertheless, one is told and the file is whole."""
 
     def working(folder: Path, number: int) -> None:

@@ -73,20 +73,20 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("server")).running() as server:
         yield server
 
 
 @pytest.fixture
-def remote(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+def remote(server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     return server
 
 
 @pytest.fixture
-def client(server: Server) -> Any:
+def client(server):
     return mlflow.MlflowClient(tracking_uri=server.url)
 
 
@@ -111,9 +111,7 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
     return read_rows(run_dir / "metrics.jsonl")
 
 
-def test_everything_arrives(
-    remote: Server, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "named by the environment")
     report = tmp_path / "report.txt"
     report.write_text("hello")
@@ -137,7 +135,7 @@ def test_everything_arrives(
     assert [item.path for item in client.list_artifacts(tracker.run_id, "reports")] == ["reports/report.txt"]
 
 
-def test_resume_continues_the_run_and_doubles_no_step(remote: Server, client: Any, tmp_path: Path) -> None:
+def test_resume_continues_the_run_and_doubles_no_step(remote, client, tmp_path):
     with pytest.raises(SystemExit), _open(tmp_path, {"lr": 0.1, "seed": 1}) as first:
         for step in range(1, 6):
             first.log(step, {"loss": float(step)})
@@ -172,7 +170,7 @@ def inputs_of(client: Any, run_id: str | None) -> list[tuple[str, str, str]]:
     return sorted((each.dataset.name, each.dataset.digest[0], each.tags[0].value) for each in found)
 
 
-def test_a_resume_does_not_log_data_sets_twice(remote: Server, client: Any, tmp_path: Path) -> None:
+def test_a_resume_does_not_log_data_sets_twice(remote, client, tmp_path):
     """The same in both starts; another evaluation set, and changed training data, are inputs besides."""
     test = {**TRAIN, "name": "test", "context": "evaluation", "groups": 3}
     changed = {**TRAIN, "digest": "b" * 32}
@@ -185,9 +183,7 @@ def test_a_resume_does_not_log_data_sets_twice(remote: Server, client: Any, tmp_
     assert inputs_of(client, first.run_id) == expected
 
 
-def test_data_sets_reach_a_server_that_was_down_and_one_that_has_lost_the_run(
-    tmp_path: Path, server: Server, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_sets_reach_a_server_that_was_down_and_one_that_has_lost_the_run(tmp_path, server, client, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     inputs = [{**TRAIN, "source": "https://me:hunter2@host/train.jsonl", "name": "x" * 600}]
     with open_tracker(True, tmp_path, "tests", "down", {}, {}, close_timeout=0.5, inputs=inputs) as tracker:
@@ -203,7 +199,7 @@ def test_data_sets_reach_a_server_that_was_down_and_one_that_has_lost_the_run(
     assert len(client.get_run(_delivered(tmp_path)).inputs.dataset_inputs) == 1
 
 
-def test_a_new_run_in_a_used_folder_starts_over(remote: Server, client: Any, tmp_path: Path) -> None:
+def test_a_new_run_in_a_used_folder_starts_over(remote, client, tmp_path):
     with _open(tmp_path) as first:
         first.log(1, {"loss": 1.0})
     with _open(tmp_path) as second:
@@ -213,7 +209,7 @@ def test_a_new_run_in_a_used_folder_starts_over(remote: Server, client: Any, tmp
     assert len(_lines(tmp_path)) == 1
 
 
-def test_a_crash_shows_failed(remote: Server, client: Any, tmp_path: Path) -> None:
+def test_a_crash_shows_failed(remote, client, tmp_path):
     script = (
         "import pathlib, sys\nfrom cfvlm_ds.tracking import open_tracker\n"
         "with open_tracker(True, pathlib.Path(sys.argv[1]), 'tests', 'crash', {}, {}) as tracker:\n"
@@ -225,7 +221,7 @@ def test_a_crash_shows_failed(remote: Server, client: Any, tmp_path: Path) -> No
     assert (run.info.status, run.data.metrics["loss"]) == ("FAILED", 1.0)
 
 
-def test_secrets_are_masked(remote: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_secrets_are_masked(remote, client, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", remote.url.replace("://", "://me:hunter2@"))
     params = {
         "hub": {"hf_token": "hunter2", "apiKey": "hunter2", "secrets": {"wandb": ["hunter2"]}, "password": 7},
@@ -244,9 +240,7 @@ def test_secrets_are_masked(remote: Server, client: Any, tmp_path: Path, capsys:
     assert "hunter2" not in str(run.to_dictionary()) + written + output.out + output.err
 
 
-def test_a_server_that_starts_late_and_is_killed_loses_nothing(
-    remote: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_starts_late_and_is_killed_loses_nothing(remote, client, tmp_path, capsys):
     remote.kill()
     longest = 0.0
 
@@ -280,9 +274,7 @@ def test_a_server_that_starts_late_and_is_killed_loses_nothing(
     assert "answers again" in capsys.readouterr().err
 
 
-def test_close_is_bounded_and_the_rest_is_delivered_later(
-    remote: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_close_is_bounded_and_the_rest_is_delivered_later(remote, client, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as away, socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
         away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         tracker = _open(tmp_path, close_timeout=1.0)
@@ -300,7 +292,7 @@ def test_close_is_bounded_and_the_rest_is_delivered_later(
     assert client.get_run(_delivered(tmp_path)).info.status == "FAILED"
 
 
-def test_local_store_is_what_mlflow_ui_shows(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_store_is_what_mlflow_ui_shows(tmp_path, server, monkeypatch):
     """Also where its making was cut off: killed between two of its migrations, MLflow's own file is refused by every later start."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (run_dir := tmp_path / "run folder").mkdir()
@@ -326,9 +318,7 @@ def test_local_store_is_what_mlflow_ui_shows(tmp_path: Path, server: Server, mon
 
 
 @pytest.mark.parametrize("name", ["a%41b", "a?b"])
-def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(
-    name: str, tmp_path: Path, server: Server, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(name, tmp_path, server, client, monkeypatch, capsys):
     """Nothing is written beside it, and a server gets them later."""
     with _open(run_dir := tmp_path / "runs" / name) as tracker:
         tracker.log(1, {"loss": 1.0})
@@ -339,7 +329,7 @@ def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(
     assert deliver(run_dir, 60) and client.get_run(_delivered(run_dir)).data.metrics["loss"] == 1.0
 
 
-def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path: Path) -> None:
+def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path):
     """As in a container whose user has no entry among the users."""
     stranger = ["unshare", "--user", "--map-user=54321"]
     if subprocess.run([*stranger, "true"], capture_output=True).returncode:
@@ -352,7 +342,7 @@ def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path: Path) 
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
 
 
-def test_the_callers_own_mlflow_state_is_untouched(remote: Server, tmp_path: Path) -> None:
+def test_the_callers_own_mlflow_state_is_untouched(remote, tmp_path):
     before = (mlflow.get_tracking_uri(), mlflow.active_run())
     with _open(tmp_path):
         pass
@@ -360,7 +350,7 @@ def test_the_callers_own_mlflow_state_is_untouched(remote: Server, tmp_path: Pat
 
 
 @pytest.mark.parametrize("left", [b"", b"\xff", b"[]", b'{"nothing": 1}'])
-def test_a_damaged_record_is_left_aside(tmp_path: Path, left: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_is_left_aside(tmp_path, left, capsys):
     """A power loss may leave a file without its contents; damaged lines of metrics are dropped, since they stop the others."""
     with open_tracker(True, tmp_path, "tests", "a run", {}, {}, mlflow=False) as tracker:
         tracker.log(1, {"loss": 1.0})
@@ -373,7 +363,7 @@ def test_a_damaged_record_is_left_aside(tmp_path: Path, left: bytes, capsys: pyt
     assert "is damaged and left aside" in capsys.readouterr().err
 
 
-def test_a_moved_run_knows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_run_knows_its_files(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with open_tracker(True, tmp_path / "run", "tests", "a run", {}, {}, mlflow=False) as tracker:
         (tmp_path / "run" / "results.md").write_text("good")
@@ -385,7 +375,7 @@ def test_a_moved_run_knows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "results.md" in {item.path for item in client.list_artifacts(again.run_id)}
 
 
-def test_disabled_does_nothing(tmp_path: Path) -> None:
+def test_disabled_does_nothing(tmp_path):
     with open_tracker(True, tmp_path / "local", "tests", "a run", {}, {}, mlflow=False) as tracker:
         tracker.log(1, {"loss": 2.0})
     assert tracker.run_id is None and not (tmp_path / "local" / "mlflow.db").exists()

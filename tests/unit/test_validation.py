@@ -80,12 +80,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("named", REFUSED)
-def test_what_deepspeed_would_not_do_as_it_is_written_is_refused_by_key(named: str, tmp_path: Path) -> None:
+def test_what_deepspeed_would_not_do_as_it_is_written_is_refused_by_key(named, tmp_path):
     base, changes = REFUSED[named]
     assert named in said(tmp_path, changes, base=base)
 
 
-def test_comments_and_every_key_that_deepspeed_asks_for_pass(tmp_path: Path) -> None:
+def test_comments_and_every_key_that_deepspeed_asks_for_pass(tmp_path):
     assert said(tmp_path, {"_comment": "ours", "//": "too", "prescale_gradients": False, "dump_state": False, "log_level": None}) == ""
     sections = {name: {} for name in ("tensorboard", "comms_logger", "aio", "checkpoint", "data_types", "flops_profiler", "torch_autocast")}
     assert said(tmp_path, sections | {"activation_checkpointing": {"profile": False}}) == ""
@@ -95,7 +95,7 @@ def test_comments_and_every_key_that_deepspeed_asks_for_pass(tmp_path: Path) -> 
     assert said(tmp_path, {}, base="z3_zeropp", device=None) == said(tmp_path, {"fp16": {"enabled": True}}, device=None) == "", "dry run"
 
 
-def test_schedules_that_need_options_of_their_own_are_refused(tmp_path: Path) -> None:
+def test_schedules_that_need_options_of_their_own_are_refused(tmp_path):
     for name in ["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]:
         assert said(tmp_path, {}, "--train.lr_scheduler_type", name) == ""
     for name, reason in (
@@ -137,9 +137,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
         (["--train.resume", "checkpoint-9"], "train.resume 'checkpoint-9'"),
     ],
 )
-def test_options_that_end_a_run_are_found_before_pictures_are_opened(
-    options: list[str], sentence: str, model_dir: Path, tmp_path: Path
-) -> None:
+def test_options_that_end_a_run_are_found_before_pictures_are_opened(options, sentence, model_dir, tmp_path):
     """A manifest of nothing but its name, and no process group: what is not refused passes."""
     (manifest := tmp_path / "train.jsonl").touch()
     arguments = train_arguments(model_dir, {"train": manifest}, tmp_path / "run")
@@ -149,7 +147,7 @@ def test_options_that_end_a_run_are_found_before_pictures_are_opened(
     assert sentence in str(raised.value) and not (tmp_path / "run").exists()
 
 
-def test_what_is_built_first_is_not_looked_for(tmp_path: Path) -> None:
+def test_what_is_built_first_is_not_looked_for(tmp_path):
     """And only that: a manifest elsewhere is missed before 42,800 pictures are drawn."""
     scenes, tiny = tmp_path / "scenes", tmp_path / "tiny"
     quickstart = ["--config", "examples/quickstart.yaml", "--build.scenes.out_dir", str(scenes), "--build.base", str(tiny)]
@@ -167,9 +165,7 @@ def test_what_is_built_first_is_not_looked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["data.train", "data.root", "data.scores", "data.evaluation.test", "model.name_or_path"])
-def test_a_path_that_is_only_beside_the_yaml_is_named(
-    option: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_that_is_only_beside_the_yaml_is_named(option, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (manifest := tmp_path / "train.jsonl").touch()
     given = train_arguments(model_dir, {"train": manifest}, tmp_path / "run")
@@ -185,7 +181,7 @@ def test_a_path_that_is_only_beside_the_yaml_is_named(
         validate(config, ONE)
 
 
-def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_what_a_run_refuses(model_dir, tmp_path):
     wrong = json.loads((REPO / "ds_configs" / "z3.json").read_text()) | {"gradient_cliping": 1}
     (tmp_path / "ds.json").write_text(json.dumps(wrong))
     with pytest.raises(ConfigError, match="did you mean 'gradient_clipping'"):
@@ -208,7 +204,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -
         ({"gradient_accumulation_steps": 26, "max_tokens_per_micro_batch": 900}, 1, "set train.gradient_accumulation_steps to at most 25"),
     ],
 )
-def test_a_step_takes_no_group_twice(options: dict[str, int], ranks: int, fits: int | str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_takes_no_group_twice(options, ranks, fits, capsys):
     """25 groups: a default is what fits, and says so; what is asked for and does not fit is refused with what does."""
     sections = {name: "data" if name.startswith("max") else "train" for name in options}
     config = parse_config([part for name, value in options.items() for part in (f"--{sections[name]}.{name}", str(value))], OBJECTIVES)
