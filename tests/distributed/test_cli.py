@@ -95,7 +95,8 @@ def test_files_that_cannot_be_read_or_written_are_one_sentence(bad, tmp_path, ca
     ("error", "code"),
     [
         *((kind("the disk of x is full"), 2) for kind in (ConfigError, DataError, StorageError, SaveError, OutOfMemory)),
-        (OSError(errno.ENOSPC, "", "x"), EXIT_DISK_FULL), (OSError(errno.EDQUOT, "", "x"), EXIT_DISK_FULL), (OSError(errno.EACCES, ""), 2),
+        *((OSError(number, os.strerror(number), "x"), code)
+          for number, code in ((errno.ENOSPC, EXIT_DISK_FULL), (errno.EDQUOT, EXIT_DISK_FULL), (errno.EACCES, 2))),
     ],
     ids=repr,
 )  # fmt: skip
