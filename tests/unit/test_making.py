@@ -537,7 +537,8 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, cap
     assert "precision 100.0 % (95 % interval 43.9 to 100.0), recall 50.0 %, yield 3 of 7 labelled" in str(generous)
     strict = fitted([(2.0, True), (1.0, True), (0.5, False), (-0.3, False)])
     assert strict.thresholds.margin == 0.75
-    assert fitted([(2.0, True), (2.0 - 1e-6, False)]).thresholds.margin < 2.0  # what is kept is above it by less than is shown
+    assert fitted([(2.0, True), (1.0, True), (1.0, False)]).kept == 1, "ties stay together"
+    assert fitted([(2.0, True), (2.0 - 1e-6, False)], 1.0).thresholds.margin < 2.0  # what is kept is above it by less than is shown
     with pytest.raises(ConfigError, match="2 pass the checks"):
         fitted([(2.0, False), (1.0, True), *[(-0.1, True)] * 20])
     for wrong, place in (
@@ -956,8 +957,8 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole, scenes, tmp_
 
 
 def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path):
-    few = select(whole, tmp_path / "few.jsonl", SelectOptions(per_type=3, per_source=9), quiet)
-    assert all(counts["kept"] <= 3 for counts in few.by_type.values()) and any(counts["kept"] == 3 for counts in few.by_type.values())
+    every, few = (select(whole, tmp_path / f"{most}.jsonl", SelectOptions(per_type=most, per_source=9), quiet) for most in (0, 3))
+    assert all(counts["kept"] == min(3, every.by_type[kind]["kept"]) for kind, counts in few.by_type.items())
     parts = select(whole, tmp_path / "g.jsonl", SelectOptions(splits="train=0.7,test=0.3"), quiet)
     assert set(parts.files) == {str(tmp_path / "g.train.jsonl"), str(tmp_path / "g.test.jsonl")} and all(parts.files.values())
     shown = [{row["images"][0]["path"] for row in map(json.loads, Path(name).read_text().splitlines())} for name in parts.files]
