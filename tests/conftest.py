@@ -6,21 +6,26 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from xdist.scheduler import LoadFileScheduling
 
+from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig, TinyLlavaConfig
+from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
@@ -29,6 +34,7 @@ from cfvlm_ds.models.forest_attention import stock_attention
 
 REPO = Path(__file__).resolve().parent.parent
 PROMPT = "Describe the image."
+ONE = World(0, 1, 0, torch.device("cpu"))
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square")
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
@@ -36,7 +42,7 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LE
 
 
 LONG = (
-    "campaigns", "slurm", "family_training", "training", "features", "world_sizes", "faults", "tracked_run", "secrets", "tracking_faults",
+    "campaigns", "slurm", "family_training", "training", "features", "world_sizes", "faults", "tracked_run", "secrets",
     "scoring_benchmark", "stopping", "cli", "resize", "export", "tracking", "packing", "families", "fuzz", "dry_run",
 )  # fmt: skip
 """Test files that take longest come first, so that nobody waits for them in the end."""
@@ -69,7 +75,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduli
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _one_thread():
     torch.set_num_threads(1)
 
 
@@ -80,12 +86,12 @@ def build_test_model(out_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tmp_path_factory):
     return build_test_model(tmp_path_factory.mktemp("model") / "llava")
 
 
 @pytest.fixture(scope="session")
-def scorer(model_dir: Path) -> Any:
+def scorer(model_dir):
     """The test model in fp32 with weights drawn wide, so that masks, positions and images matter as they do after training."""
     model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
@@ -153,22 +159,71 @@ def write_manifest(path: Path, num_groups: int, seed: int = 0, ragged: bool = Tr
 
 
 def save_groups(path: Path, groups: list[CounterfactualGroup]) -> Path:
-    path.write_text("".join(json.dumps(to_row(group, path.parent)) + "\n" for group in groups))
-    return path
+    return write_rows(path, (to_row(group, path.parent) for group in groups))
 
 
 @pytest.fixture(scope="session")
-def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def manifests(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     return {name: write_manifest(folder / f"{name}.jsonl", num, seed) for seed, (name, num) in enumerate((("train", 48), ("test", 10)))}
 
 
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def many_rows(manifest: Path, number: int) -> Path:
     """A manifest beside another one, whose rows it repeats under ids of their own: from 16,384 on they are checked in processes."""
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    many = manifest.with_name(f"{number}.jsonl")
-    many.write_text("".join(json.dumps(rows[k % len(rows)] | {"id": str(k)}) + "\n" for k in range(number)))
-    return many
+    rows = read_rows(manifest)
+    return write_rows(manifest.with_name(f"{number}.jsonl"), (rows[k % len(rows)] | {"id": str(k)} for k in range(number)))
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """What a command prints."""
+    capsys.readouterr()
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """The one sentence that a command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert ended.value.code == 2
+    return only_sentence(capsys.readouterr().err)
+
+
+def only_sentence(stderr: str) -> str:
+    # Hugging Face's progress bars, the tokenizer's own warning about a long text, and torch's about a CUDA toolkit without a device are not
+    # ours to silence here.
+    foreign = re.compile(r"it/s\]|^\[transformers\]|No CUDA runtime is found")
+    lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and not foreign.search(line)]
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    return lines[0]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
+    """What the condition gives when it holds."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.01)
+    return result
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def environment() -> dict[str, str]:
@@ -226,11 +281,26 @@ def run_ranks(number: int, function: str, *arguments: object, said: Path, timeou
 
 def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float = 600, by: str = "forkserver_ranks:train_all") -> str:
     """The trainings, one after the other, by one family of ranks; what they said."""
-    (listed := said.with_suffix(".jsonl")).write_text("".join(json.dumps(arguments) + "\n" for arguments in trainings))
+    listed = write_rows(said.with_suffix(".jsonl"), trainings)
     ended = run_ranks(number, by, listed, said=said, timeout=timeout)
     output = "".join(text for _, text in ended)
     assert not any(code for code, _ in ended), output[-6000:]
     return output
+
+
+def run_train(ranks: int, arguments: list[str], *variables: dict[str, str], said: Path, code: int = 0) -> list[str]:
+    """train.py by so many ranks, which all end with this exit code; what each said."""
+    ended = run_ranks(ranks, "forkserver_ranks:train_script", arguments, *variables, said=said)
+    assert {each for each, _ in ended} == {code}, ended
+    return [output for _, output in ended]
+
+
+def run_plans(ranks: int, plans: Iterable[tuple[list[Any], list[str]]], said: Path, timeout: float = 900, code: int = 0) -> list[str]:
+    """Trainings one after the other by one family of ranks, each with a fault of support/fault_injection.py; what was said in each."""
+    listed = write_rows(said.with_suffix(".jsonl"), ({"fault": fault, "arguments": arguments} for fault, arguments in plans))
+    ended = run_ranks(ranks, "fault_injection:train_listed", listed, said=said, timeout=timeout)
+    assert all(bool(each) == bool(code) for each, _ in ended), ended
+    return ["".join(parts) for parts in zip(*(output.split("=== next training\n") for _, output in ended), strict=True)]
 
 
 def selected(request: pytest.FixtureRequest, name: str) -> list[Any]:
@@ -259,7 +329,15 @@ def train_arguments(model_dir: Path, manifests: dict[str, Path], output_dir: Pat
 
 
 def metrics(output_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(output_dir / "metrics.jsonl")
+
+
+def assert_same_trajectory(expected: Path, found: Path, *names: str) -> None:
+    """Losses, likelihoods, gradient norms, and what begins with other names, of two runs: fp32, relative 2e-4."""
+    for want, have in zip(metrics(expected), metrics(found), strict=True):
+        for name in want:
+            if name.startswith(("loss", "logp/", "grad_norm", *names)):
+                assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), (name, want["step"], found.name)
 
 
 def losses(output_dir: Path) -> list[float]:
@@ -286,7 +364,7 @@ def varlen(
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(monkeypatch):
     """Stand-ins with the signatures of the two kernels that need a GPU: what is tested is how they are called."""
     flash: Any = types.ModuleType("flash_attn")
 

@@ -58,16 +58,16 @@ def check_conversation(turns: Sequence[Turn], where: str) -> None:
     """Raise DataError, beginning with ``where``, for turns that no text can answer."""
     if not turns or turns[-1].role != "user":
         ending = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
-        raise DataError(f"{where}: the conversation {ending}; a text answers the user, whose turn must be the last one before it")
+        raise DataError(f"{where}: the conversation {ending}; end it with a turn of the user, which the text answers")
     if len(turns) > MAX_TURNS or sum(len(turn.parts) for turn in turns) > MAX_PARTS:
-        raise DataError(f"{where}: the conversation has {len(turns)} turns, and {MAX_TURNS} of {MAX_PARTS} parts are the bound; shorten it")
+        raise DataError(f"{where}: the conversation has {len(turns)} turns, over the limit of {MAX_TURNS} ({MAX_PARTS} parts); shorten it")
     for number, turn in enumerate(turns, 1):
         if turn.role not in ROLES:
-            raise DataError(f"{where}: turn {number} of the conversation is of {turn.role!r}; the roles are {', '.join(ROLES)}")
+            raise DataError(f"{where}: turn {number} of the conversation has the role {turn.role!r}; the roles are {', '.join(ROLES)}")
         if turn.role == "system" and number > 1:
-            raise DataError(f"{where}: turn {number} of the conversation is of the system; only the first one can be, move it there")
+            raise DataError(f"{where}: turn {number} of the conversation has the role system; only the first turn may, move it there")
         if not any(part is PICTURE or part.strip() for part in turn.parts):
-            raise DataError(f"{where}: turn {number} of the conversation ({turn.role}) is empty; write what is said, or remove it")
+            raise DataError(f"{where}: turn {number} of the conversation ({turn.role}) is empty; write a text, or remove the turn")
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:

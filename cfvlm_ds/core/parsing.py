@@ -49,7 +49,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     _check(built.model, built.data, built.train)
     if not active:
         raise ConfigError(
-            f"every objective that is named has weight 0 ({', '.join(named)}); name one with a weight, or none for the default"
+            f"every named objective has weight 0 ({', '.join(named)}); give one a weight, or name none for the default"
         )
     if "print_config" in switches:
         print(yaml_of(resolved), end="")
@@ -119,7 +119,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
             raise ConfigError(f"{flag} needs a value; write {flag} VALUE, which is true or false where the option is a switch")
         value = value if equals else words.pop(0)
         if not value.strip():
-            raise ConfigError(f"{flag} is empty, as a variable is that was not set; give its value, or leave it out for the default")
+            raise ConfigError(f"{flag} is empty, as if a variable was not set; give its value, or leave it out for the default")
         if option in _LAUNCHERS:
             raise ConfigError(f"{flag} is an option of the launcher; write `deepspeed {flag} {value} train.py` and the run's options")
         if option == "config":
@@ -189,14 +189,14 @@ def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = 
 def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
     """Raise ConfigError for options that contradict each other."""
     if not train.output_dir:
-        raise ConfigError("train.output_dir is empty, as a variable is that was not set; name a folder, or leave it out for the default")
+        raise ConfigError("train.output_dir is empty, as if a variable was not set; name a folder, or leave it out for the default")
     if train.max_steps == 0:
         raise ConfigError("train.max_steps must be at least 1, or -1 to use train.num_train_epochs, not 0")
     for source in [] if isinstance(data.train, str) else data.train:
         if not source.path:
-            raise ConfigError("data.train: a source has an empty path, as a variable is that was not set; name its manifest")
+            raise ConfigError("data.train: a source has an empty path, as if a variable was not set; name its manifest")
         if source.objectives == []:
-            raise ConfigError(f"data.train: objectives of {source.path!r} is an empty list; name those that its groups count in, or none")
+            raise ConfigError(f"data.train: objectives of {source.path!r} is an empty list; name its objectives, or omit the list")
     for split, given in data.evaluation.items():
         _check_evaluation_set(split, EvaluationSet(given) if isinstance(given, str) else given)
     if data.feature_cache is not None and model.vision_tower.tuning != "frozen":
@@ -222,9 +222,9 @@ def _check_evaluation_set(split: str, given: EvaluationSet) -> None:
         raise ConfigError(f"data.evaluation: {split!r} {EvaluationSet.FORM}")
     if given.benchmark and (given.path or given.format or not isinstance(given.root, str)):
         raise ConfigError(
-            f"data.evaluation.{split}: benchmark {given.benchmark!r} needs root, one folder, and has neither path nor format; correct these"
+            f"data.evaluation.{split}: benchmark {given.benchmark!r} needs root, one folder, and takes no path or format; correct these"
         )
     if not given.benchmark and given.probe is not None:
         raise ConfigError(
-            f"data.evaluation.{split}: probe {given.probe!r} is of a benchmark, and {given.path!r} is a manifest; leave it out"
+            f"data.evaluation.{split}: probe {given.probe!r} applies to benchmarks, and {given.path!r} is a manifest; leave it out"
         )

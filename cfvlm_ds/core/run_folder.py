@@ -84,7 +84,7 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
             if any(fnmatch(path.name, name) for name in names):
                 refuse_link(path, remedy)
                 if not right():
-                    raise ConfigError(f"{path} is no {kind}, and a run writes one of that name; {remedy}")
+                    raise ConfigError(f"{path} is not a {kind}, and a run writes one of that name; {remedy}")
     if any(run_dir.glob("checkpoint-*")):
         return
     if (run_dir / "config.yaml").is_file():
@@ -94,15 +94,15 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
             is_complete = False
         if not is_complete:
             raise ConfigError(
-                f"{run_dir / 'config.yaml'} is none that a run has written, with every option in it, and would be written over; move it "
-                "away, or choose another train.output_dir"
+                f"{run_dir / 'config.yaml'} was not written by a run, because it lacks options, and would be overwritten; move it away, or "
+                "choose another train.output_dir"
             )
         return
     named = {path.parts[len(run_dir.absolute().parts)] for path in _paths(options) if run_dir.absolute() in path.parents}
     own = (*FILES, *FOLDERS, "slurm", "*.log", ".*")
     if foreign := [path.name for path in entries if path.name not in named and not any(fnmatch(path.name, name) for name in own)]:
         more = f" and {len(foreign) - 1} more" * (len(foreign) > 1)
-        raise ConfigError(f"{run_dir} holds {foreign[0]!r}{more}, which no run has written; choose a new folder as train.output_dir")
+        raise ConfigError(f"{run_dir} holds {foreign[0]!r}{more}, not written by a run; choose a new folder as train.output_dir")
 
 
 def _paths(options: Any) -> Iterator[Path]:
@@ -159,9 +159,9 @@ def base_of(folder: Path) -> str:
         settings: Any = read_json(folder / ADAPTER)
         kind, base = settings["peft_type"], settings["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{folder / ADAPTER} describes no adapters ({type(error).__name__}: {error}); {remedy}") from error
+        raise ConfigError(f"{folder / ADAPTER} does not describe adapters ({type(error).__name__}: {error}); {remedy}") from error
     if kind != "LORA" or not isinstance(base, str) or not base:
-        raise ConfigError(f"{folder / ADAPTER}: adapters of kind {kind!r} on {base!r} are not known; {remedy}")
+        raise ConfigError(f"{folder / ADAPTER}: adapters of kind {kind!r} on {base!r} are not supported; {remedy}")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}; {remedy}")
     return base

@@ -25,7 +25,7 @@ def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
     elif name in ("", ".", "..") or "/" in name or "\\" in name:
         problem = "is no bare file name, and files are only taken from the folder itself"
     elif not name.isprintable() or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
-        problem = "is no name that a file can have"
+        problem = "is not a valid file name"
     elif not name.endswith(ending):
         problem = f"does not end in {ending}"
     if problem:
@@ -52,7 +52,7 @@ def refuse_foreign(path: Path, folder: Path) -> None:
     try:
         target, inside = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise ConfigError(f"{path} cannot be followed ({error}); put the file itself there") from error
+        raise ConfigError(f"{path} cannot be resolved ({error}); put the file itself there") from error
     blobs = [inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else []
     if not any(target.is_relative_to(allowed) for allowed in (inside, *blobs)):
         raise ConfigError(f"{path} leads out of its folder, to {target}; put the file itself there")
@@ -73,7 +73,7 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     if path.exists() and any(Path(source).exists() and path.samefile(source) for source in inputs):
         raise ConfigError(f"{path} is read here, and would be replaced; name another file to write")
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is there and is no file; name another one with {option}")
+        raise ConfigError(f"{path} exists and is not a file; name another one with {option}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()

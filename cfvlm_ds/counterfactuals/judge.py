@@ -120,8 +120,8 @@ def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
         odds = [[_log_odds(value) for value in row] for row in scores["match"]]
         result |= _four(odds, odds, "")
     if rule in ("likelihood", "both"):
-        logp = [[math.nan if value is None else value for value in row] for row in scores["likelihood"]]
-        blank = [math.nan if value is None else value for value in scores["blank"]]
+        logp = [list(map(_number, row)) for row in scores["likelihood"]]
+        blank = list(map(_number, scores["blank"]))
         result |= _four([[value - prior for value, prior in zip(row, blank, strict=True)] for row in logp], logp, "likelihood of ")
     return result
 
@@ -164,12 +164,12 @@ def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | 
     try:
         value = {} if not file else read_json(file) if str(file).endswith(".json") else read_yaml(file)
         if not isinstance(value, dict):
-            raise ValueError("it holds no thresholds; write them as `cfvlm-ds data verify --calibrate` does")
+            raise ValueError("it does not contain thresholds; write them as `cfvlm-ds data verify --calibrate` does")
         thresholds: Thresholds = build(Thresholds, value | given)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--thresholds {file}: {error}") from error
     if thresholds.rule == "checks" and margin is not None:
-        raise ConfigError("--margin is of scores, and the rule checks compares pixels alone; run verify with --scorer, or leave it out")
+        raise ConfigError("--margin applies to scores, and the rule checks compares pixels; run verify with --scorer, or omit it")
     return thresholds
 
 
@@ -207,26 +207,25 @@ def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresh
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]
     good = sum(is_good for _, _, is_good in judged)
-    passing = sorted(
-        (_Labelled(judgement.worst, _drop(record), is_good) for record, judgement, is_good in judged if judgement.reason == GOOD),
-        key=lambda candidate: -candidate.worst,
-    )
-    limits = [None, *sorted({candidate.drop for candidate in passing if 0 <= candidate.drop < math.inf}, reverse=True)]
-    limits = limits[:: -(-len(limits) // _LIMITS)]
-    ways = [(counts, limit) for limit in limits if (counts := _most_kept(_within(passing, limit), precision)) is not None]
-    if not ways:
+    passing = [(judgement.worst, _drop(record), is_good) for record, judgement, is_good in judged if judgement.reason == GOOD]
+    passing.sort(key=lambda candidate: -candidate[0])
+    limits = [math.inf, *sorted({drop for _, drop, _ in passing if 0 <= drop < math.inf}, reverse=True)]
+    most, fitted = (0, 0), start
+    for limit in limits[:: -(-len(limits) // _LIMITS)]:
+        ranked, right = [candidate for candidate in passing if candidate[1] <= limit], 0
+        for kept, (worst, _, is_good) in enumerate(ranked, 1):
+            right += is_good
+            following = ranked[kept][0] if kept < len(ranked) else -math.inf  # ties stay together
+            if kept > most[0] and following < worst and right / kept >= precision:
+                drop = None if limit == math.inf else _between(limit, min(other for _, other, _ in passing if other > limit))
+                margin = 0.0 if kept == len(ranked) else _between(following, worst)
+                most, fitted = (kept, right), replace(start, margin=margin, drop=drop)
+    if most == (0, 0):
         raise ConfigError(
             f"no margin reaches a precision of {precision:g} on {len(judged)} labelled candidates, of which {good} are good and "
-            f"{len(passing)} pass the checks and have all four cells right; label more, take another scorer or rule, or lower --precision"
+            f"{len(passing)} pass the checks and have four right cells; label more, use another scorer or rule, or lower --precision"
         )
-    (kept, right), limit = max(ways, key=lambda way: way[0][0])
-    ranked = _within(passing, limit)
-    margin, drop = 0.0, limit
-    if kept < len(ranked):
-        margin = _between(ranked[kept].worst, ranked[kept - 1].worst)
-    if limit is not None:
-        drop = _between(limit, min(candidate.drop for candidate in passing if candidate.drop > limit))
-    return Calibrated(replace(start, margin=margin, drop=drop), kept, right, good, len(judged))
+    return Calibrated(fitted, *most, good, len(judged))
 
 
 def _between(low: float, high: float) -> float:
@@ -234,26 +233,5 @@ def _between(low: float, high: float) -> float:
     return middle if low <= (middle := round((low + high) / 2, 4)) < high else low
 
 
-@dataclass(frozen=True)
-class _Labelled:
-    worst: float
-    drop: float
-    good: bool
-
-
 _LIMITS = 256
 """Largest number of drops to try."""
-
-
-def _within(ranked: Sequence[_Labelled], limit: float | None) -> Sequence[_Labelled]:
-    return ranked if limit is None else [candidate for candidate in ranked if candidate.drop <= limit]
-
-
-def _most_kept(ranked: Sequence[_Labelled], precision: float) -> tuple[int, int] | None:
-    """Return how many of the first candidates, and how many good ones among them, can be kept at a precision; ties stay together."""
-    best, right = None, 0
-    for number, candidate in enumerate(ranked, 1):
-        right += candidate.good
-        if (number == len(ranked) or ranked[number].worst < candidate.worst) and right / number >= precision:
-            best = number, right
-    return best

@@ -24,7 +24,7 @@ def _at_least(options: object, **least: float) -> None:
     for name, low in least.items():
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= low):
-            raise ConfigError(f"--{name} {value}: it is at least {low:g}")
+            raise ConfigError(f"--{name} {value} must be at least {low:g}")
 
 
 def named(listed: str, known: Collection[str], option: str, what: str = "back end") -> list[str]:
@@ -34,7 +34,7 @@ def named(listed: str, known: Collection[str], option: str, what: str = "back en
         if name not in known:
             raise ConfigError(f"{option} {name}: no such {what}; {near(name, known, 'there are ')}")
     if not names:
-        raise ConfigError(f"{option} names none; there are {', '.join(known)}")
+        raise ConfigError(f"{option} is empty; name some of {', '.join(known)}")
     return names
 
 
@@ -145,7 +145,7 @@ class VerifyOptions:
     def __post_init__(self) -> None:
         _at_least(self, batch_size=1)
         if "{text}" not in self.template:
-            raise ConfigError(f"--template {self.template!r}: it has no {{text}} in it, the place of the caption")
+            raise ConfigError(f"--template {self.template!r} lacks {{text}}, the place of the caption; add it")
 
 
 @dataclass(frozen=True)

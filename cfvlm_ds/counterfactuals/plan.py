@@ -45,10 +45,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not 1 <= self.shards <= MAX_SHARDS:
-            raise ConfigError(f"shards {self.shards}: it is 1 to {MAX_SHARDS}")
+            raise ConfigError(f"shards {self.shards} must be from 1 to {MAX_SHARDS}")
         for option in ("data", "out"):
             if not getattr(self, option):
-                raise ConfigError(f"{option} is empty; the captions and the work folder are needed")
+                raise ConfigError(f"{option} is empty; name the captions and the work folder")
 
     def check(self) -> None:
         """Raise ConfigError for options that a later step would refuse: wrong ones, or other ones than it was started with."""

@@ -92,7 +92,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
         raise ConfigError(
-            f"{out}: verify is not through with {len(missing)} of {work.shards} shards; run them first: --array={ranges(missing)}"
+            f"{out}: verify has not finished {len(missing)} of {work.shards} shards; run them first: --array={ranges(missing)}"
         )
     for shard in range(work.shards):
         work.need("verify", shard)
@@ -125,7 +125,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                     outside.update(_outside(row, further))
         if not written:
             became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
-            raise ConfigError(f"{out}: no candidate is left; this is what became of them: {became}")
+            raise ConfigError(f"{out}: no candidate is left; the outcomes are: {became}")
     survival.files.update({str(files[name]): written[name] for name in files})
     survival.roots.extend(map(str, [folder, *sorted(outside)] if outside else []))
     replace(_beside(file), f"{survival.table()}\n\n{survival.captions()}\n".encode())
@@ -206,29 +206,24 @@ def _kept(
     kept: list[Edited] = []
     texts = {normalised(history.caption)}
     for edited in history.edits:
-        kind = str(edited.proposal["type"])
-        if edited.reason != GOOD:
-            survival.add(kind, edited.reason)
-            continue
-        if edited not in taken:
-            survival.add(kind, NO_ROOM)
+        kind, text = str(edited.proposal["type"]), normalised(str(edited.proposal["text"]))
+        picture = edited.best.made.get("picture") or {}
+        outcome = edited.reason or KEPT
+        if outcome != KEPT:
+            pass
+        elif edited not in taken:
+            outcome = NO_ROOM
         elif kind in cuts and _draw(edited) > cuts[kind]:
-            survival.add(kind, QUOTA)
-        elif (mined := _mined(edited)) and _drawn(mined, shares, options.seed) != home:
-            survival.add(kind, ELSEWHERE)
-        elif (text := normalised(str(edited.proposal["text"]))) in texts:
-            survival.add(kind, TWICE)
+            outcome = QUOTA
+        elif "path" in picture and _drawn(str(picture["sha256"]), shares, options.seed) != home:  # a real picture
+            outcome = ELSEWHERE
+        elif text in texts:
+            outcome = TWICE
         else:
-            survival.add(kind, KEPT)
             kept.append(edited)
             texts.add(text)
+        survival.add(kind, outcome)
     return kept
-
-
-def _mined(edited: Edited) -> str:
-    """Return the sha256 of the real picture that an edit uses; "" if it uses none."""
-    picture = edited.best.made.get("picture") or {}
-    return str(picture["sha256"]) if "path" in picture else ""
 
 
 def _row(
@@ -282,7 +277,7 @@ def parse_splits(text: str) -> dict[str, float]:
         except ValueError:
             raise ConfigError(f"--splits {part!r}: write NAME=SHARE, as in train=0.9,test=0.1") from None
         if not name.strip().replace("_", "").isalnum() or not shares[name.strip()] > 0:
-            raise ConfigError(f"--splits {part!r}: a name of letters and digits, and a share above 0")
+            raise ConfigError(f"--splits {part!r}: use a name of letters and digits, and a share above 0")
     if shares and abs(sum(shares.values()) - 1) > 1e-6:
         raise ConfigError(f"--splits {text}: the shares add up to {sum(shares.values()):g} and not to 1")
     return shares

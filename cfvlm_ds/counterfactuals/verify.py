@@ -107,24 +107,15 @@ def measured(
         return records
     groups = {k: group_of(chunk[k], options) for k in wanted}
     try:
-        scores: dict[int, GroupScores | str] = dict(zip(wanted, score([groups[k] for k in wanted]), strict=True))
+        scores = dict(zip(wanted, score([groups[k] for k in wanted]), strict=True))
     except DataError:  # one of them cannot be scored
-        scores = {k: _scored_alone(groups[k], score) for k in wanted}
+        scores = {}
     for k in wanted:
-        result = scores[k]
-        records[k] |= (
-            {"problem": "it cannot be scored", "detail": result}
-            if isinstance(result, str)
-            else {"scores": score_record(chunk[k], result, options)}
-        )
+        try:
+            records[k]["scores"] = score_record(chunk[k], scores[k] if scores else score([groups[k]])[0], options)
+        except DataError as error:
+            records[k] |= {"problem": "it cannot be scored", "detail": one_line(str(error), 300)}
     return records
-
-
-def _scored_alone(group: CounterfactualGroup, score: Score) -> GroupScores | str:
-    try:
-        return score([group])[0]
-    except DataError as error:
-        return one_line(str(error), 300)
 
 
 def _inspected(candidate: Candidate) -> dict[str, Any]:
@@ -224,7 +215,7 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
         if not isinstance(edit, str) or type(attempt) is not int or not isinstance(good, bool):
             raise DataError(f'{labelled}: line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
         if labels.setdefault((edit, attempt), good) != good:
-            raise DataError(f"{labelled}: line {number} says of {edit!r}, attempt {attempt}, the opposite of an earlier line")
+            raise DataError(f"{labelled}: line {number} contradicts an earlier line about {edit!r}, attempt {attempt}; keep one of them")
     judged: list[tuple[Mapping[str, Any], bool]] = []
     for shard in range(work.shards):
         for record in work.records(STEP, shard):
@@ -232,7 +223,7 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
                 judged.append((record, labels.pop(name)))
     if labels:
         edit, attempt = next(iter(labels))
-        raise DataError(f"{labelled}: {len(labels)} labels are of no verified candidate, such as {edit!r}, attempt {attempt}; verify first")
+        raise DataError(f"{labelled}: {len(labels)} labels have no verified candidate, such as {edit!r}, attempt {attempt}; verify first")
     fitted = calibrated(judged, start, precision)
     replace(out / "thresholds.json", fitted.as_json().encode(), shared=True)
     return fitted

@@ -43,7 +43,7 @@ STEPS = ("propose", "edit", "verify")
 _FOLDERS = (*STEPS, "pictures", "mine")
 MAX_SHARDS = 100_000
 T = TypeVar("T")
-OUTDATED = "was made of other records of the step before it than there are now"
+OUTDATED = "was made from other records of the previous step than the current ones"
 
 
 def seed_of(*parts: object) -> int:
@@ -84,7 +84,7 @@ class WorkFolder:
         """
         _refuse_links(path)
         if not 1 <= shards <= MAX_SHARDS:
-            raise ConfigError(f"{shards} shards; cut the work in 1 to {MAX_SHARDS}")
+            raise ConfigError(f"{shards} shards; divide the work into 1 to {MAX_SHARDS}")
         source = {
             "path": os.path.abspath(store.path),
             "format": store.format,
@@ -94,7 +94,7 @@ class WorkFolder:
         }
         about: dict[str, Any] = {"schema": SCHEMA, "shards": shards, "source": source}
         if path.exists() and not (path / "run.json").exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(f"{path} is there and no work folder; name another one")
+            raise ConfigError(f"{path} exists and is not a work folder; name another folder")
         path.mkdir(parents=True, exist_ok=True)
         _settled(path / "run.json", about, path)
         return cls(path, about)
@@ -105,7 +105,7 @@ class WorkFolder:
         _refuse_links(path)
         about = _read(path / "run.json")
         if about.get("schema") != SCHEMA:
-            raise ConfigError(f"{path} is no work folder; begin one with `cfvlm-ds data propose`")
+            raise ConfigError(f"{path} is not a work folder; create one with `cfvlm-ds data propose`")
         return cls(path, about)
 
     def settle(self, step: str, options: Any, **more: Any) -> None:
@@ -159,7 +159,7 @@ class WorkFolder:
         if self.done(step, shard) is None:
             begun = f"{self.about['source']['path']} --out {self.path}" if step == STEPS[0] else self.path
             remedy = f"run `cfvlm-ds data {step} {begun} --shard {shard}/{self.shards}` first"
-            raise ConfigError(f"{self.path}: {step} is not through with shard {shard}; {remedy}")
+            raise ConfigError(f"{self.path}: {step} has not finished shard {shard}; {remedy}")
         for before, after in pairwise(STEPS[: STEPS.index(step) + 1]):
             made, now = self.done(after, shard) or {}, self.done(before, shard) or {}
             if made.get("of") != now.get("sha256"):
@@ -175,15 +175,13 @@ class WorkFolder:
         """
         of = self.shards if of is None else of
         if of != self.shards or not 0 <= shard < of:
-            raise ConfigError(
-                f"{self.path} is cut in {self.shards} shards, and --shard says {shard}/{of}; say 0 to {self.shards - 1} of them"
-            )
+            raise ConfigError(f"{self.path} has {self.shards} shards, and --shard is {shard}/{of}; use 0 to {self.shards - 1}")
         if step != STEPS[0]:
             self.need(STEPS[STEPS.index(step) - 1], shard)
         self.refuse_other(step, options)
         if (done := self.done(step, shard)) is not None:
             self.need(step, shard)
-            say(f"{self.path}: {step} is through with shard {shard}")
+            say(f"{self.path}: {step} has finished shard {shard}")
         return done
 
 
@@ -207,7 +205,7 @@ class ShardStep:
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
         """Raise DataError if an existing record is not of this unit, because the folder then belongs to other data."""
         if any(record.get(key) != value for key, value in named.items()):
-            raise DataError(f"{self._journal.path}: it has a record of {quoted(record)[:120]} in place of {named}; start a new work folder")
+            raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} in place of {named}; start a new work folder")
 
     def remaining(
         self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
@@ -262,13 +260,13 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
     current, wanted_now = _read(path), json.loads(text)
     if current == wanted_now:
         return
-    remedy = f"take the same ones, or another folder than {folder}"
+    remedy = f"use the same settings, or another folder than {folder}"
     if path.stem in STEPS:
-        remedy += f"; to do {path.stem} again, remove {path} and {path.with_suffix('')}, and those of the steps after it"
+        remedy += f"; to repeat {path.stem}, remove {path} and {path.with_suffix('')}, and those of the following steps"
     old, new = flat(current), flat(wanted_now)
     differing = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     shown = "; ".join(f"{key}: {quoted(was, 160)} then, {quoted(value, 160)} now" for key, was, value in differing[:4])
-    raise ConfigError(f"{path} was begun with other settings ({shown}); {remedy}")
+    raise ConfigError(f"{path} was created with other settings ({shown}); {remedy}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -276,4 +274,4 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(read_json(path)) if path.exists() else {}
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is none that a step has written ({error}); remove it, or start a new work folder") from error
+        raise ConfigError(f"{path} was not written by a step ({error}); remove it, or start a new work folder") from error

@@ -6,20 +6,18 @@ import json
 import math
 import os
 import signal
-import time
-from pathlib import Path
 from typing import Any
 
 import forkserver_ranks
 import pytest
-from conftest import losses, metrics, run_trainings, train_arguments
+from conftest import losses, metrics, run_trainings, train_arguments, wait_for
 from public_data import PUBLIC
 
 pytestmark = pytest.mark.long
 ROWS = 204
 
 
-def test_a_mixture_of_all_formats(model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_of_all_formats(model_dir, manifests, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sources: dict[str, dict[str, Any]] = {}
     for name, (write, _) in PUBLIC.items():
@@ -29,8 +27,8 @@ def test_a_mixture_of_all_formats(model_dir: Path, manifests: dict[str, Path], t
     listed = json.dumps([{**source, "name": name, "weight": 1 + k % 3} for k, (name, source) in enumerate(sources.items())])
 
     def arguments(name: str, *extra: str) -> list[str]:
-        steps = ["--train.max_steps", "6", "--train.save_steps", "1", "--train.save_total_limit", "0", "--data.train", listed]
-        packed = ["--data.max_tokens_per_micro_batch", "1500", "--train.eval_shuffled", "false"]
+        steps = ["--train.max_steps=6", "--train.save_steps=1", "--train.save_total_limit=0", "--data.train", listed]
+        packed = ["--data.max_tokens_per_micro_batch=1500", "--train.eval_shuffled=false"]
         return train_arguments(model_dir, manifests, tmp_path / name, *steps, *packed, *extra)
 
     said = run_trainings(2, arguments("whole", "--data.evaluation", json.dumps(sources)), said=tmp_path / "whole-said", timeout=1500)
@@ -51,9 +49,7 @@ def test_a_mixture_of_all_formats(model_dir: Path, manifests: dict[str, Path], t
     plan = tmp_path / "broken.jsonl"
     plan.write_text(json.dumps(arguments("broken")) + "\n")
     ranks = forkserver_ranks.start(2, "forkserver_ranks:train_all", plan, said=tmp_path / "killed-said")
-    until = time.monotonic() + 600
-    while not (tmp_path / "broken" / "checkpoint-3" / "complete.json").exists() and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_for((tmp_path / "broken" / "checkpoint-3" / "complete.json").exists, 600)
     for rank in ranks:
         os.killpg(rank.pid or 0, signal.SIGKILL)
     for rank in ranks:

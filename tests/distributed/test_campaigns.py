@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import REPO, environment, launcher, run
@@ -23,7 +22,7 @@ def campaign(*arguments: str, timeout: float) -> str:
     return done.stdout
 
 
-def test_the_quickstart_runs_to_its_end_and_learns(tmp_path: Path) -> None:
+def test_the_quickstart_runs_to_its_end_and_learns(tmp_path):
     """The README's command: on combinations never trained on, group accuracy over all edits is twice what chance gives (16.7 %)."""
     run([*launcher(1), "train.py", "--deepspeed", "ds_configs/z3.json", "--train.output_dir", str(tmp_path / "run")], timeout=4200)
     print(table := (tmp_path / "run" / "results.md").read_text())
@@ -34,15 +33,15 @@ def test_the_quickstart_runs_to_its_end_and_learns(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "export" / "config.json").is_file()
 
 
-def test_slurm_faults() -> None:
+def test_slurm_faults():
     """Nine faults to a job of eight nodes on a real Slurm: losses and weights are those of the undisturbed job."""
     assert "9 faults to one job, COMPLETED" in campaign("tests/slurm/faults.py", timeout=4500)
 
 
-def test_kill_9_of_random_ranks() -> None:
+def test_kill_9_of_random_ranks():
     """Thirty times over one run of four ranks: weights, moments and losses have the bits of a run that nobody killed."""
     assert "30 rounds" in campaign("tests/support/kill_ranks.py", timeout=4200)
 
 
-def test_ten_thousand_mutated_inputs() -> None:
+def test_ten_thousand_mutated_inputs():
     assert "10000 rounds of seed 0, 0 defects" in campaign("tests/support/fuzz.py", timeout=4200)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import errno
 import io
@@ -12,32 +11,33 @@ import os
 import re
 import resource
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from conftest import (
+    ONE,
     PROMPT,
     REPO,
+    contents,
     environment,
     losses,
     metrics,
+    only_sentence,
     plain_logp,
     plain_scores,
+    printed,
+    refused,
     run,
-    run_ranks,
+    run_train,
     run_trainings,
+    tensors,
     train_arguments,
     write_manifest,
+    write_rows,
 )
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -49,8 +49,8 @@ from cfvlm_ds.cli.options import model_named
 from cfvlm_ds.cli.train import with_quickstart
 from cfvlm_ds.cluster.signals import EXIT_DISK_FULL
 from cfvlm_ds.core.config import BuildConfig, ModelConfig, TinyLlavaConfig
-from cfvlm_ds.core.distributed import World, run_on_rank0
-from cfvlm_ds.core.errors import ConfigError, DataError, InputError, OutOfMemory, StorageError
+from cfvlm_ds.core.distributed import run_on_rank0
+from cfvlm_ds.core.errors import ConfigError, DataError, OutOfMemory, StorageError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.decoding import MAX_PIXELS
@@ -60,52 +60,19 @@ from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.objectives import OBJECTIVES
 
+_DATA = "build check view stats formats convert download prepare propose edit verify select audit run status"
+_OTHERS = "tiny score calibrate describe evaluate compare track export init completion"
 COMMANDS = [
-    ["data", "build"],
-    ["data", "check"],
-    ["data", "view"],
-    ["data", "stats"],
-    ["data", "formats"],
-    ["data", "convert"],
-    ["data", "download"],
-    ["data", "prepare"],
-    *(["data", name] for name in ("propose", "edit", "verify", "select", "audit", "run", "status")),
-    ["tiny"],
-    ["score"],
-    ["calibrate"],
-    ["describe"],
-    ["evaluate"],
-    ["compare"],
-    ["track"],
-    ["export"],
-    ["init"],
-    ["completion"],
+    *(["data", name] for name in _DATA.split(" ")),
+    *([name] for name in _OTHERS.split(" ")),
     *(["cluster", name] for name in ("check", "output_dir")),
 ]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one sentence a command ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code == 2
-    return only_sentence(capsys.readouterr().err)
-
-
-def only_sentence(stderr: str) -> str:
-    # Hugging Face's progress bars, the tokenizer's own warning about a long text, and torch's about a CUDA toolkit without a device are not
-    # ours to silence here.
-    foreign = re.compile(r"it/s\]|^\[transformers\]|No CUDA runtime is found")
-    lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and not foreign.search(line)]
-    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
-    return lines[0]
 
 
 # --- where commands read and print --------------------------------------------------------------------------------------------------------
 
 
-def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path, monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stderr", terminal)
     with pytest.raises(SystemExit) as ended:
@@ -114,9 +81,7 @@ def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path: Path, monkeypa
     assert ended.value.code == 2 and rb"\u72ac.jsonl: no such manifest" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-def test_files_that_cannot_be_read_or_written_are_one_sentence(
-    bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_cannot_be_read_or_written_are_one_sentence(bad, tmp_path, capsys):
     (tmp_path / "file").touch()
     said = refused(capsys, "data", "build", tmp_path / "file" / "scenes", "--num_train", "1", "--num_test", "1")
     assert f"{tmp_path / 'file'}" in said and "Not a directory; make room, or correct the path or its permissions" in said
@@ -126,33 +91,27 @@ def test_files_that_cannot_be_read_or_written_are_one_sentence(
         assert "; " in refused(capsys, "export", name)
 
 
-@pytest.mark.parametrize("kind", [ConfigError, DataError, StorageError, SaveError, OutOfMemory])
-def test_what_a_user_can_correct_is_one_sentence_and_exit_code_2(kind: type[InputError], capsys: pytest.CaptureFixture[str]) -> None:
-    """Whichever it is, and whichever rank found it; a full disk and a small memory are no faults of a configuration."""
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        *((kind("the disk of x is full"), 2) for kind in (ConfigError, DataError, StorageError, SaveError, OutOfMemory)),
+        *((OSError(number, os.strerror(number), "x"), code)
+          for number, code in ((errno.ENOSPC, EXIT_DISK_FULL), (errno.EDQUOT, EXIT_DISK_FULL), (errno.EACCES, 2))),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_a_user_can_correct_is_one_sentence_and_an_exit_code(error, code, capsys):
+    """Whichever it is, and whichever rank found it."""
 
     def found() -> None:
-        raise kind("the disk of x is full; make room")
+        raise error
 
-    with pytest.raises(kind):
-        run_on_rank0(World(0, 1, 0, torch.device("cpu")), found)
     with pytest.raises(SystemExit) as ended:
-        exit_cleanly(found)
-    assert ended.value.code == 2 and capsys.readouterr().err == "error: the disk of x is full; make room\n"
-    assert issubclass(kind, ConfigError) == (kind is ConfigError)
+        exit_cleanly(lambda: run_on_rank0(ONE, found))
+    assert ended.value.code == code and str(error) in only_sentence(capsys.readouterr().err)
 
 
-def test_a_full_disk_has_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    for number, code in ((errno.ENOSPC, EXIT_DISK_FULL), (errno.EDQUOT, EXIT_DISK_FULL), (errno.EACCES, 2)):
-
-        def write(number: int = number) -> None:
-            raise OSError(number, os.strerror(number), "x")
-
-        with pytest.raises(SystemExit) as ended:
-            exit_cleanly(lambda: run_on_rank0(World(0, 1, 0, torch.device("cpu")), write))
-        assert ended.value.code == code and capsys.readouterr().err.startswith("error: [Errno")
-
-
-def test_a_reader_that_has_enough_is_no_error(bad: dict[str, Path]) -> None:
+def test_a_reader_that_has_enough_is_no_error(bad):
     """As ``| head`` is."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -165,20 +124,20 @@ def test_a_reader_that_has_enough_is_no_error(bad: dict[str, Path]) -> None:
 # --- help ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [*COMMANDS, [], ["data"]], ids=" ".join)
+def test_help_has_an_example_that_parses(command, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
     assert ended.value.code == 0
-    example = " ".join(capsys.readouterr().out.split()).split("example: ")[1]
-    assert f"{example} ".startswith(f"cfvlm-ds {' '.join(command)} ")
+    example = " ".join(capsys.readouterr().out.split()).rpartition("example: ")[2]
+    assert example.startswith(" ".join(["cfvlm-ds", *command]))
     ran = []
     monkeypatch.setattr("cfvlm_ds.cli.main.exit_cleanly", ran.append)
     main(example.split()[1:])
     assert len(ran) == 1
 
 
-def test_the_list_of_commands_is_the_one_tested_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_commands_is_the_one_tested_here(capsys):
     listed = []
     for prefix in ([], ["data"], ["cluster"]):
         with pytest.raises(SystemExit):
@@ -188,98 +147,47 @@ def test_the_list_of_commands_is_the_one_tested_here(capsys: pytest.CaptureFixtu
     assert sorted(listed) == sorted([*COMMANDS, ["train"]]), "whose options are those of train.py"
 
 
-def test_installed_command() -> None:
+def test_installed_command():
     assert "example: cfvlm-ds data check" in run([str(Path(sys.executable).with_name("cfvlm-ds")), "data", "check", "--help"])
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------------------
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises width x height."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-
-
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bad(tmp_path_factory):
     """One manifest per defect, always in row 2 of 3."""
     folder = tmp_path_factory.mktemp("bad")
     good = write_manifest(folder / "good.jsonl", 3, seed=5, ragged=False)
-    rows = [json.loads(line) for line in good.read_text().splitlines()]
-    (folder / "images" / "huge.png").write_bytes(png_header(30_000, 30_000))
     (folder / "images" / "corrupt.png").write_bytes((folder / "images" / "good-0-0.png").read_bytes()[:60])
-    (folder.parent / "outside.png").write_bytes((folder / "images" / "good-0-0.png").read_bytes())
-
-    def image(path: str) -> Callable[[dict[str, Any]], object]:
-        return lambda row: row["images"][1].update(path=path)
-
-    def text(value: str) -> Callable[[dict[str, Any]], object]:
-        return lambda row: row["texts"][1].update(text=value)
-
-    changes = {
-        "missing_image": image("images/none.png"),
-        "corrupt_image": image("images/corrupt.png"),
-        "huge_image": image("images/huge.png"),
-        "outside": image("../outside.png"),
-        "absolute": image("/etc/passwd"),
-        "equal_caption": text(rows[1]["texts"][0]["text"]),
-        "empty_text": text(" "),
-        "long_text": text("a red circle and a blue square " * 100 + "end"),
-    }
-    found = {"good": good}
-    for name, change in changes.items():
-        changed = copy.deepcopy(rows)
-        change(changed[1])
+    whole, found = good.read_text(), {"good": good}
+    for name, (value, wrong, _) in DEFECTS.items():
         found[name] = folder / f"{name}.jsonl"
-        found[name].write_text("\n".join(map(json.dumps, changed)) + "\n")
-    found["broken_json"] = folder / "broken_json.jsonl"
-    found["broken_json"].write_text("\n".join([json.dumps(rows[0]), json.dumps(rows[1])[:-1], json.dumps(rows[2])]) + "\n")
+        found[name].write_text(whole.replace(value, wrong))
     return found
 
 
 DEFECTS = {
-    "missing_image": ["images/none.png", "no such image file", "restore it"],
-    "corrupt_image": ["images/corrupt.png", "truncated or corrupt", "copy or download it again"],
-    "huge_image": ["images/huge.png", "30000x30000", "shrink it, or raise max_pixels"],
-    "outside": ["'../outside.png'", "outside the data root", "add the folder that holds it to data.root"],
-    "absolute": ["'/etc/passwd'", "outside the data root", "add the folder that holds it to data.root"],
-    "equal_caption": ["text 1 equals text 0", "must differ"],
-    "empty_text": ["text 1 is empty", "write a text"],
-    "long_text": ["text 1 is", "window of 512", "shorten it"],
-    "broken_json": ["broken JSON at column", "write one JSON object per line"],
+    "missing_image": ("images/good-1-1.png", "images/none.png", "images/none.png"),
+    "corrupt_image": ("images/good-1-1.png", "images/corrupt.png", "images/corrupt.png"),
+    "outside": ("images/good-1-1.png", "/etc/passwd", "'/etc/passwd'"),
+    "long_text": ('"id": "t1", "text": "', f'"id": "t1", "text": "{"a red circle and a blue square " * 100}', "window of 512"),
+    "broken_json": ('{"schema": "cfgroup/1", "id": "good-1",', '{"id"', "broken JSON at column"),
 }
+"""What of the sound manifest is exchanged for what, and what the refusal names; test_data has every defect of a row."""
 
 
-def test_every_defect_is_covered(bad: dict[str, Path]) -> None:
-    assert set(bad) == {"good", *DEFECTS}
+def test_data_check_names_file_and_row(bad, model_dir, capsys):
+    for defect, (*_, place) in DEFECTS.items():
+        assert re.match(rf"error: {bad[defect]}:[12]: .*{place}", refused(capsys, "data", "check", bad[defect], "--model", model_dir))
+    assert "problems         none" in printed(capsys, "data", "check", bad["good"], "--model", model_dir)
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_data_check_names_file_row_and_remedy(
-    defect: str, bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = refused(capsys, "data", "check", bad[defect], "--model", model_dir)
-    assert said.startswith(f"error: {bad[defect]}:2: ")
-    assert all(part in said for part in DEFECTS[defect]), said
-
-
-def test_data_check_of_sound_data(bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["data", "check", str(bad["good"]), "--model", str(model_dir)])
-    assert "problems         none" in capsys.readouterr().out
-
-
-def test_data_check_reports_every_text_that_a_model_cannot_take(
-    bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_check_reports_every_text_that_a_model_cannot_take(bad, model_dir, capsys):
     rows = [json.loads(line) for line in bad["good"].read_text().splitlines()]
     for row in rows[::2]:
         row["texts"][1]["text"] += " </s>"
-    (path := bad["good"].with_name("control.jsonl")).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows((path := bad["good"].with_name("control.jsonl")), rows)
     with pytest.raises(SystemExit):
         main(["data", "check", str(path), "--model", str(model_dir)])
     said = capsys.readouterr()
@@ -289,37 +197,19 @@ def test_data_check_reports_every_text_that_a_model_cannot_take(
         assert f"group '{group}': text 1: " in problem and "'</s>'" in problem
 
 
-def test_data_check_options_reach_the_check(bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "48x48" in refused(capsys, "data", "check", bad["good"], "--max_pixels", "2000")
-    assert "no such image file" in refused(capsys, "data", "check", bad["good"], "--root", tmp_path)
-    assert "unknown format 'cfgrop'; did you mean 'cfgroup'?" in refused(capsys, "data", "check", bad["good"], "--format", "cfgrop")
-    assert "(5 more, listed above)" in refused(capsys, "data", "check", bad["good"], "--max_pixels", "1")
+def test_data_check_options_reach_the_check(bad, tmp_path, capsys):
+    for option, value, said in (
+        ("--max_pixels", "2000", "48x48"), ("--max_pixels", "1", "(5 more"), ("--root", tmp_path, "no such image file"),
+        ("--format", "cfgrop", "'cfgroup'"),
+    ):  # fmt: skip
+        assert said in refused(capsys, "data", "check", bad["good"], option, value)
 
 
-def test_missing_manifest_or_model(bad: dict[str, Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    near = bad["good"].with_name("god.jsonl")
-    for arguments in (["data", "check", near], ["score", model_dir, near], ["evaluate", model_dir, near]):
-        assert f"{near}: no such manifest; did you mean 'good.jsonl'" in refused(capsys, *arguments)
-    absent = tmp_path / "no" / "model"
-    for arguments in (["data", "check", bad["good"], "--model", absent], ["score", absent, bad["good"]], ["evaluate", absent, bad["good"]]):
-        assert f"model.name_or_path {str(absent)!r} does not exist" in refused(capsys, *arguments)
-
-
-def test_scoring_names_a_bad_image_and_writes_nothing(
-    bad: dict[str, Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scoring_names_a_bad_image_and_writes_nothing(bad, model_dir, tmp_path, capsys):
     out = tmp_path / "scores.jsonl"
     assert "images/corrupt.png" in refused(capsys, "score", model_dir, bad["corrupt_image"], "--out", out)
     assert "no such manifest" not in refused(capsys, "evaluate", model_dir, bad["missing_image"], "--out", out)
     assert not list(tmp_path.iterdir())
-
-
-def test_export_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is not a run folder (no config.yaml)" in refused(capsys, "export", tmp_path)
-    (tmp_path / "config.yaml").write_text("model: {name_or_path: x}")
-    assert "holds no complete checkpoint" in refused(capsys, "export", tmp_path)
-    (tmp_path / "checkpoint-3").mkdir()
-    assert "checkpoint-3: complete.json is missing" in refused(capsys, "export", tmp_path / "checkpoint-3")
 
 
 # --- train.py refuses before it trains ------------------------------------------------------------------------------------------------
@@ -337,14 +227,9 @@ for arguments in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def refusals(
-    bad: dict[str, Path], model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[str, Path]]:
+def refusals(bad, model_dir, manifests, tmp_path_factory):
     """What train_main ends with, and its run folder: every case in turn, in one process."""
     folder = tmp_path_factory.mktemp("refusals")
-    unknown = json.loads((REPO / "ds_configs" / "z3.json").read_text())
-    unknown["zero_optimization"]["sub_grup_size"] = 1
-    (folder / "unknown.json").write_text(json.dumps(unknown))
     hostile = folder / "hostile"  # its index names the tested model's own weights
     shutil.copytree(model_dir, hostile, ignore=shutil.ignore_patterns("*.safetensors"))
     index = {"weight_map": dict.fromkeys(tensors(model_dir), str(model_dir / "model.safetensors"))}
@@ -352,16 +237,10 @@ def refusals(
     evaluation = [f"--data.evaluation.test={bad['missing_image']}"]
     cases = {
         "long_text": (bad["long_text"], []),
-        "broken_json": (bad["broken_json"], ["--data.check", "rows"]),
+        "broken_json": (bad["broken_json"], ["--data.check=rows"]),
         "evaluation": (manifests["train"], evaluation),
-        "no_manifest": (folder / "absent.jsonl", []),
-        "no_model": (manifests["train"], ["--model.name_or_path", str(folder / "no" / "model")]),
-        "hostile": (manifests["train"], ["--model.name_or_path", str(hostile)]),
-        "no_scores": (manifests["train"], ["--objective.dpo.weight", "1"]),
-        "scores_absent": (manifests["train"], ["--objective.dpo.weight", "1", "--data.scores", str(folder / "absent.jsonl")]),
-        "no_json": (manifests["train"], ["--deepspeed", str(folder / "absent.json")]),
-        "unknown_key": (manifests["train"], ["--deepspeed", str(folder / "unknown.json")]),
-        "schedule": (manifests["train"], ["--train.lr_scheduler_type", "cosin"]),
+        "hostile": (manifests["train"], [f"--model.name_or_path={hostile}"]),
+        "no_scores": (manifests["train"], ["--objective.dpo.weight=1"]),
     }
     arguments = [json.dumps(train_arguments(model_dir, {"train": m}, folder / name, *extra)) for name, (m, extra) in cases.items()]
     done = subprocess.run(
@@ -373,33 +252,27 @@ def refusals(
 
 
 REFUSALS = {
-    "long_text": ["long_text.jsonl:2: ", "window of 512"],
-    "broken_json": ["broken_json.jsonl:2: ", "broken JSON"],
-    "evaluation": ["missing_image.jsonl:2: ", "no such image file"],
-    "no_manifest": ["absent.jsonl: no such manifest"],
-    "no_model": ["model.name_or_path", "does not exist"],
-    "hostile": ["hostile/model.safetensors.index.json: ", "is no bare file name"],
-    "no_scores": ["`cfvlm-ds score`", "data.scores"],
-    "scores_absent": ["absent.jsonl: no such scores file", "`cfvlm-ds score`"],
-    "no_json": ["absent.json: no such file; there are ds_configs/"],
-    "unknown_key": ["unknown.json", "sub_grup_size", "did you mean 'sub_group_size'?"],
-    "schedule": ["train.lr_scheduler_type", "cosin ", "cosine_with_restarts"],
+    "long_text": ["long_text.jsonl:1: ", "window of 512"],
+    "broken_json": ["broken_json.jsonl:2: "],
+    "evaluation": ["missing_image.jsonl:2: "],
+    "hostile": ["hostile/model.safetensors.index.json: "],
+    "no_scores": ["data.scores"],
 }
+"""What reading alone shows; test_validation has the options."""
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_training_refuses_before_it_starts(case: str, refusals: dict[str, tuple[str, Path]]) -> None:
+def test_training_refuses_before_it_starts(case, refusals):
     said, folder = refusals[case]
     assert said.startswith("error: ") and all(part in said for part in REFUSALS[case]), said
     assert not (folder / "metrics.jsonl").exists() and not list(folder.glob("checkpoint*"))
 
 
-def test_train_py_itself(bad: dict[str, Path], model_dir: Path, tmp_path: Path) -> None:
+def test_train_py_itself(bad, model_dir, tmp_path):
     command = [sys.executable, "train.py", *train_arguments(model_dir, {"train": bad["corrupt_image"]}, tmp_path / "run")]
     ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
     assert ended.returncode == 2
-    said = only_sentence(ended.stderr)
-    assert said.startswith(f"error: {bad['corrupt_image']}:2: ") and all(part in said for part in DEFECTS["corrupt_image"])
+    assert only_sentence(ended.stderr).startswith(f"error: {bad['corrupt_image']}:2: ")
     assert "step 1" not in ended.stdout and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -411,13 +284,13 @@ def test_train_py_itself(bad: dict[str, Path], model_dir: Path, tmp_path: Path) 
     [
         ["--model.name_or_path", "M", "--data.train", "F"],
         ["--model.name_or_path=M"],
-        ["--data.train=F", "--train.max_steps", "9"],
-        ["--data.evaluation.test", "F"],
+        ["--data.train=F", "--train.max_steps=9"],
+        ["--data.evaluation.test=F"],
         ["--data.evaluation={test: F}"],
         ["--model", "{name_or_path: M}"],
     ],
 )
-def test_a_model_or_data_of_ones_own_is_no_quickstart(options: list[str]) -> None:
+def test_a_model_or_data_of_ones_own_is_no_quickstart(options):
     """Nothing but what was asked for and the documented defaults."""
     asked = parse_config(options, OBJECTIVES)
     found = parse_config(with_quickstart(options), OBJECTIVES)
@@ -429,27 +302,27 @@ def test_a_model_or_data_of_ones_own_is_no_quickstart(options: list[str]) -> Non
     ("options", "changed"),
     [
         ([], {}),
-        (["--train.output_dir", "X", "--deepspeed", "ds_configs/z2.json"], {"output_dir": "X"}),
-        (["--train.max_steps=9", "--build.scenes.num_train", "60"], {"max_steps": 9}),
+        (["--train.output_dir=X", "--deepspeed", "ds_configs/z2.json"], {"output_dir": "X"}),
+        (["--train.max_steps=9", "--build.scenes.num_train=60"], {"max_steps": 9}),
         (["--train.num_train_epochs", "2"], {"num_train_epochs": 2.0, "max_steps": -1}),
-        (["--train.num_train_epochs", "2", "--train.max_steps", "9"], {"num_train_epochs": 2.0, "max_steps": 9}),
-        (["--objective.csd.weight", "0", "--model.projector.tuning", "frozen"], {}),
+        (["--train.num_train_epochs=2", "--train.max_steps=9"], {"num_train_epochs": 2.0, "max_steps": 9}),
+        (["--objective.csd.weight=0", "--model.projector.tuning=frozen"], {}),
     ],
 )
-def test_other_options_change_the_quickstart(options: list[str], changed: dict[str, Any]) -> None:
+def test_other_options_change_the_quickstart(options, changed):
     quickstart = parse_config(["--config", "examples/quickstart.yaml"], OBJECTIVES)
     found = parse_config(with_quickstart(options), OBJECTIVES)
     assert found.build.scenes is not None and found.data == quickstart.data
     assert found.train == dataclasses.replace(quickstart.train, **changed)
 
 
-def test_slurm_finds_the_folder_of_the_same_run(capsys: pytest.CaptureFixture[str]) -> None:
-    for options, folder in (([], "runs/quickstart"), (["--model.name_or_path", "M", "--data.train", "F"], "runs/default")):
+def test_slurm_finds_the_folder_of_the_same_run(capsys):
+    for options, folder in (([], "runs/quickstart"), (["--model.name_or_path=M", "--data.train=F"], "runs/default")):
         main(["cluster", "output_dir", "--", *options])
         assert capsys.readouterr().out.strip().endswith(f"/{folder}")
 
 
-def test_bitsandbytes_does_not_miss_its_kernel_aloud() -> None:
+def test_bitsandbytes_does_not_miss_its_kernel_aloud():
     """Its module for CPUs is read as where it misses the kernel: with the library's own logging, and with ours."""
     code = """
 import logging, importlib, sys
@@ -472,42 +345,37 @@ importlib.reload(ops)
 
 
 @pytest.fixture(scope="module")
-def scores_file(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scores_file(model_dir, manifests, tmp_path_factory):
     out = tmp_path_factory.mktemp("scores") / "new" / "train.jsonl"
     main(["score", str(model_dir), str(manifests["train"]), "--out", str(out), "--batch_size", "7"])
     return out
 
 
-def test_scores_that_are_not_finite_are_not_written(
-    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_that_are_not_finite_are_not_written(model_dir, manifests, tmp_path, capsys):
     broken = shutil.copytree(model_dir, tmp_path / "model") / "processor_config.json"
     described = json.loads(broken.read_text())
     described["image_processor"]["image_mean"] = [math.nan] * 3
     broken.write_text(json.dumps(described))
-    with pytest.raises(SystemExit) as ended:
-        main(["score", str(broken.parent), str(manifests["test"]), "--out", str(tmp_path / "out.jsonl")])
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2 and said.startswith(f"error: {broken.parent}: scores of 10 of 10 groups are not finite, such as those of ")
-    assert not (tmp_path / "out.jsonl").exists()
+    said = refused(capsys, "score", broken.parent, manifests["test"], "--out", tmp_path / "out.jsonl")
+    assert said.startswith(f"error: {broken.parent}: scores of 10 of 10 groups") and not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.fixture(scope="module")
-def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(model_dir, manifests, scores_file, tmp_path_factory):
     """Short trainings in one process: ``z2``, ``z3`` (evaluated and exported), ``dpo``, and DPO of adapters with two kinds of reference."""
     folder = tmp_path_factory.mktemp("runs")
-    dpo = ["--objective.dpo.weight", "1", "--objective.align.weight", "0"]
+    dpo = ["--objective.dpo.weight=1", "--objective.align.weight=0"]
     modules = {"vision_tower": "frozen", "projector": "frozen", "language_model": "lora"}
     adapters = [*dpo, *(part for name, tuning in modules.items() for part in (f"--model.{name}.tuning", tuning))]
     extra = {
         "z2": ["--deepspeed", "ds_configs/z2.json"],
-        "z3": [f"--data.evaluation.test={manifests['test']}", "--train.export", "true"],
-        "dpo": [*dpo, "--data.scores", str(scores_file), f"--data.evaluation.test={manifests['test']}"],
-        "stored": [*adapters, "--data.scores", str(scores_file), "--model.lora.dropout", "0", "--train.max_steps", "3"],
-        "off": [*adapters, "--train.max_steps", "3", "--train.export", "true", f"--data.evaluation.test={manifests['test']}"],
+        "z3": [f"--data.evaluation.test={manifests['test']}", "--train.export=true"],
+        "dpo": [*dpo, f"--data.scores={scores_file}", f"--data.evaluation.test={manifests['test']}"],
+        "stored": [*adapters, f"--data.scores={scores_file}", "--model.lora.dropout=0", "--train.max_steps=3"],
+        "off": [*adapters, "--train.max_steps=3", "--train.export=true", f"--data.evaluation.test={manifests['test']}"],
     }
     options = {
-        name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", "--train.warmup_ratio", "0", *more)
+        name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps=2", "--train.warmup_ratio=0", *more)
         for name, more in extra.items()
     }
     output = run_trainings(1, *options.values(), said=folder / "said", by="rank_functions:traced")
@@ -516,21 +384,13 @@ def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_pat
     return folder
 
 
-def test_stage_2_and_stage_3_take_the_same_steps(runs: Path) -> None:
+def test_stage_2_and_stage_3_take_the_same_steps(runs):
     assert len(losses(runs / "z3")) == 2
     assert losses(runs / "z2") == pytest.approx(losses(runs / "z3"), rel=1e-5)
     assert json.loads((runs / "z2" / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
 
 
-def test_score_writes_what_dpo_reads(scores_file: Path, model_dir: Path, manifests: dict[str, Path]) -> None:
-    groups = read_manifest(manifests["train"])
-    stored = read_scores(scores_file, groups, data_identity(groups, [manifests["train"].parent]))
-    assert json.loads(scores_file.read_text().splitlines()[0])["model"] == str(model_dir)
-    assert set(stored) == {group.id for group in groups}
-    assert all(value < 0 for scores in stored.values() for line in scores.logp for value in line)
-
-
-def test_dpo_starts_at_log_2(runs: Path) -> None:
+def test_dpo_starts_at_log_2(runs):
     """At the first step the policy is the reference, so every margin is 0 (arXiv 2305.18290, equation 7)."""
     first, second = (row for row in metrics(runs / "dpo") if "loss" in row)
     assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
@@ -538,19 +398,19 @@ def test_dpo_starts_at_log_2(runs: Path) -> None:
     assert abs(second["loss/dpo"] - math.log(2)) > 1e-4, "the policy moves away from the reference"
 
 
-def test_a_reference_without_adapters_leaves_the_prefetch_of_weights_alone(runs: Path) -> None:
+def test_a_reference_without_adapters_leaves_the_prefetch_of_weights_alone(runs):
     """Once a step is recorded, ZeRO-3 fetches weights before they are used, in that forward and in the trained one."""
     traces = json.loads((runs / "traces.json").read_text())
     assert traces["off"][2] == traces["stored"][2] == 0 < traces["off"][0]
 
 
-def test_without_its_adapters_the_model_is_the_reference(runs: Path) -> None:
+def test_without_its_adapters_the_model_is_the_reference(runs):
     """The same losses as with the scores that the model had before, three steps under ZeRO-3."""
     assert losses(runs / "off") == pytest.approx(losses(runs / "stored"), rel=1e-5)
     assert losses(runs / "off")[0] != pytest.approx(losses(runs / "off")[1], abs=1e-4)
 
 
-def test_an_evaluation_compares_adapters_with_the_model_without_them(runs: Path, model_dir: Path, manifests: dict[str, Path]) -> None:
+def test_an_evaluation_compares_adapters_with_the_model_without_them(runs, model_dir, manifests):
     """DPO by hand, of the scores that the run has left and of those of the model that it began with; the other terms are there too."""
     groups = read_manifest(manifests["test"])
     scorer, collator, world = load_scorer(ModelConfig(str(model_dir)), max_pixels=MAX_PIXELS)
@@ -574,14 +434,7 @@ def test_an_evaluation_compares_adapters_with_the_model_without_them(runs: Path,
     assert "| test | dpo | 1 | | | not computed: it needs reference scores" in (runs / "dpo" / "results.md").read_text()
 
 
-def test_dpo_of_a_whole_model_needs_a_file(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    arguments = train_arguments(model_dir, manifests, tmp_path / "run", "--objective.dpo.weight", "1")
-    ((code, output),) = run_ranks(1, "forkserver_ranks:train_script", arguments, said=tmp_path / "said")
-    assert code == 2 and output.count("error: ") == 1
-    assert "needs stored scores; write them with `cfvlm-ds score` and set data.scores" in output.splitlines()[-1]
-
-
-def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_of_adapters(runs, model_dir, tmp_path, capsys):
     """The run's own adapters are those of the command, which merges them when not told otherwise."""
     main(["export", str(runs / "off"), "--adapter", "--out", str(tmp_path / "adapter")])
     written = tensors(tmp_path / "adapter")
@@ -592,22 +445,17 @@ def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys:
     merged, source = tensors(tmp_path / "merged"), tensors(model_dir)
     changed = {name for name in source if not merged[name].equal(source[name])}
     assert changed == {name for name in source if "language_model" in name and "_proj." in name}
-    with pytest.raises(SystemExit):
-        main(["export", str(runs / "z3"), "--adapter", "--out", str(tmp_path / "none")])
-    assert "has no adapters; export it without --adapter" in capsys.readouterr().err
+    assert "no adapters" in refused(capsys, "export", runs / "z3", "--adapter", "--out", tmp_path / "none")
     before, limits = tensors(tmp_path / "adapter"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(SystemExit) as left:
-            main(["export", str(runs / "off"), "--adapter", "--out", str(tmp_path / "adapter")])
+        assert "adapter cannot be written" in refused(capsys, "export", runs / "off", "--adapter", "--out", tmp_path / "adapter")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and "adapter cannot be written" in said and "what was there is unchanged" in said
     assert all(tensors(tmp_path / "adapter")[name].equal(tensor) for name, tensor in before.items())
 
 
-def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_on_a_base_of_4_bits(manifests, tmp_path):
     """QLoRA under ZeRO-2, with bitsandbytes' CPU code: near the whole base's loss at the first step, and adapters that peft loads."""
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
@@ -615,7 +463,7 @@ def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path
     captions = [candidate.text for group in read_manifest(manifests["train"]) for candidate in group.candidates]
     model = build_tiny_llava(TinyLlavaConfig(str(tmp_path / "model"), hidden_size=64, vision_hidden_size=32), captions)
     modules = {"vision_tower": "frozen", "projector": "frozen", "language_model": "lora"}
-    options = ["--deepspeed", "ds_configs/z2.json", "--train.export", "true"]
+    options = ["--deepspeed", "ds_configs/z2.json", "--train.export=true"]
     options += [part for name, tuning in modules.items() for part in (f"--model.{name}.tuning", tuning)]
     trainings = [
         train_arguments(model, manifests, tmp_path / name, *options, "--model.lora.load_in_4bit", wanted)
@@ -634,15 +482,14 @@ def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.vision_tower.tuning", "frozen", "--model.projector.tuning", "frozen"], "cannot load 4-bit weights under ZeRO-3"),
+        (["--model.vision_tower.tuning=frozen", "--model.projector.tuning=frozen"], "cannot load 4-bit weights in ZeRO-3's parts"),
         (["--deepspeed", "ds_configs/z2.json"], "the other modules to lora or frozen"),
     ],
 )
-def test_4_bits_where_they_cannot_be(options: list[str], message: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    quantised = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "true", *options]
-    arguments = train_arguments(model_dir, manifests, tmp_path / "run", *quantised)
-    ((code, output),) = run_ranks(1, "forkserver_ranks:train_script", arguments, said=tmp_path / "said")
-    assert code == 2 and message in output.splitlines()[-1]
+def test_4_bits_where_they_cannot_be(options, message, model_dir, manifests, tmp_path):
+    quantised = ["--model.language_model.tuning=lora", "--model.lora.load_in_4bit=true", *options]
+    (output,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *quantised), said=tmp_path / "said", code=2)
+    assert message in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -652,57 +499,41 @@ def test_4_bits_where_they_cannot_be(options: list[str], message: str, model_dir
         (lambda weights, name: weights.update({name: weights[name][:3]}), "has 1 mismatched keys: "),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(
-    edit: Any, message: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(edit, message, model_dir, manifests, tmp_path):
     broken = shutil.copytree(model_dir, tmp_path / "broken")
     weights = tensors(broken)
     name = next(name for name in weights if "linear_1.weight" in name)
     edit(weights, name)
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    ((code, output),) = run_ranks(
-        1, "forkserver_ranks:train_script", train_arguments(broken, manifests, tmp_path / "run"), said=tmp_path / "said"
-    )
-    assert code == 2 and f"{message}model.{name}" in output and "; repair it" in output, output[-2000:]
+    (output,) = run_train(1, train_arguments(broken, manifests, tmp_path / "run"), said=tmp_path / "said", code=2)
+    assert f"{message}model.{name}" in output
 
 
-def test_manifests_of_one_name_have_a_row_each(
-    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_manifests_of_one_name_have_a_row_each(model_dir, manifests, tmp_path, capsys):
     lines = manifests["test"].read_text().splitlines()
     for folder, rows in (("iid", lines[:2]), ("ood", lines[2:3])):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "test.jsonl").write_text("\n".join(rows))
     named = [str(tmp_path / folder / "test.jsonl") for folder in ("iid", "ood")]
     options = ["--root", str(manifests["test"].parent), "--out", str(tmp_path / "r.json"), "--no_shuffled"]
-    main(["evaluate", str(model_dir), *named, *options])
-    printed, written = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
-    assert list(written) == ["iid/test", "ood/test"] and all(name in printed for name in written)
-    with pytest.raises(SystemExit):
-        main(["evaluate", str(model_dir), named[0], named[0]])
-    assert f"error: {named[0]} is given twice; name each manifest once" in capsys.readouterr().err
+    shown, written = printed(capsys, "evaluate", model_dir, *named, *options), json.loads((tmp_path / "r.json").read_text())
+    assert list(written) == ["iid/test", "ood/test"] and all(name in shown for name in written)
+    assert named[0] in refused(capsys, "evaluate", model_dir, named[0], named[0])
 
 
-def test_evaluate_prints_the_table_of_the_run(
-    runs: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_prints_the_table_of_the_run(runs, manifests, tmp_path, capsys):
     """The exported folder, scored in one process with another batch size, has the run's own results."""
-    main(["evaluate", str(runs / "z3" / "export"), str(manifests["test"]), "--out", str(tmp_path / "e" / "r.json"), "--batch_size", "3"])
-    said = capsys.readouterr().out.strip()
-    printed = "\n".join(line for line in said.splitlines() if not line.startswith("evaluating "))  # of a slow machine
-    assert (
-        (runs / "z3" / "results.md")
-        .read_text()
-        .partition("(train.eval_on_start is false).\n\n")[2]
-        .startswith(f"{printed}\n\n| split | loss |")
-    )
-    assert "| chance |" in printed and "| test | all, blank image |" in printed
-    found, of_run = (json.loads(path.read_text())["test"] for path in (tmp_path / "e" / "r.json", runs / "z3" / "results.json"))
+    out = tmp_path / "e" / "r.json"
+    said = printed(capsys, "evaluate", runs / "z3" / "export", manifests["test"], "--out", out, "--batch_size", "3").strip()
+    shown = "\n".join(line for line in said.splitlines() if not line.startswith("evaluating "))  # of a slow machine
+    of_run = (runs / "z3" / "results.md").read_text().partition("(train.eval_on_start is false).\n\n")[2]
+    assert of_run.startswith(f"{shown}\n\n| split | loss |") and "| chance |" in shown and "| test | all, blank image |" in shown
+    found, of_run = (json.loads(path.read_text())["test"] for path in (out, runs / "z3" / "results.json"))
     assert found[-1].pop("nll") == pytest.approx(of_run[-1].pop("nll"), rel=1e-6), "sums of other batches"
     assert [row | {"losses": {}} for row in of_run] == found and of_run[-1]["losses"].keys() == {"align", "csd", "fcd"}
 
 
-def test_exports_have_cards_with_what_the_run_knows(runs: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_exports_have_cards_with_what_the_run_knows(runs, manifests, tmp_path):
     """Written with the export, completed by the evaluation, and the same when the checkpoint is exported again."""
     card = (runs / "z3" / "export" / "README.md").read_text()
     listed = json.loads((runs / "z3" / "data.json").read_text())
@@ -723,12 +554,9 @@ def test_exports_have_cards_with_what_the_run_knows(runs: Path, manifests: dict[
     assert "library_name: peft" in adapter and "| `dpo` | `1.0` |" in adapter and "| test | all, blank image |" in adapter
 
 
-def test_evaluate_takes_run_folders_and_adapters(
-    runs: Path, model_dir: Path, manifests: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_takes_run_folders_and_adapters(runs, model_dir, manifests, capsys):
     """A run folder stands for its export, or for its adapters; these score as peft's own model does, in a process without this package."""
-    main(["evaluate", str(runs / "z3"), str(manifests["test"])])
-    assert capsys.readouterr().out.strip() in (runs / "z3" / "results.md").read_text()
+    assert printed(capsys, "evaluate", runs / "z3", manifests["test"]).strip() in (runs / "z3" / "results.md").read_text()
     adapted, base = plain_scores(manifests["test"], f"{model_dir}+{runs / 'off' / 'adapter'}", str(model_dir))
     groups, tables = read_manifest(manifests["test"]), []
     for named in (runs / "off", runs / "off" / "adapter"):
@@ -736,8 +564,7 @@ def test_evaluate_takes_run_folders_and_adapters(
         scorer, collator, world = load_scorer(model, adapter, max_pixels=MAX_PIXELS)
         for group, score in zip(groups, score_groups(scorer, collator, groups, world), strict=True):
             assert score.logp.tolist() == [pytest.approx(line, rel=1e-4) for line in adapted[group.id]], group.id
-        main(["evaluate", str(named), str(manifests["test"])])
-        tables.append(capsys.readouterr().out)
+        tables.append(printed(capsys, "evaluate", named, manifests["test"]))
     assert tables[0] == tables[1] and "| chance |" in tables[0]
     moved = [
         abs(a - b) for name in base for line, other in zip(adapted[name], base[name], strict=True) for a, b in zip(line, other, strict=True)
@@ -745,16 +572,14 @@ def test_evaluate_takes_run_folders_and_adapters(
     assert max(moved) > 0.05, "the adapters have an effect"
     assert "holds adapters, and stored scores belong to a whole model" in refused(capsys, "score", runs / "off", manifests["test"])
     assert f"{runs / 'z2'} is a run folder without an export" in refused(capsys, "evaluate", runs / "z2", manifests["test"])
-    with safe_open(runs / "off" / "adapter" / "adapter_model.safetensors", "pt") as handle:
-        weights = {name: handle.get_tensor(name) for name in list(handle.keys())[:-1]}
+    weights = tensors(runs / "off" / "adapter")
+    weights.popitem()
     broken = shutil.copytree(runs / "off" / "adapter", runs / "broken")
     save_file(weights, broken / "adapter_model.safetensors")
-    assert "do not fit their base: 1 weights have no counterpart, such as" in refused(capsys, "evaluate", broken, manifests["test"])
+    assert "1 weights have no counterpart" in refused(capsys, "evaluate", broken, manifests["test"])
 
 
-def test_describe_writes_and_prefers_as_the_library_does(
-    runs: Path, model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manifests, tmp_path, capsys, monkeypatch):
     export, texts = runs / "z3" / "export", ("a red circle and a blue square", "a blue square and a red circle")
     (picture,) = read_manifest(manifests["test"])[0].images[0]
     model, processor = LlavaForConditionalGeneration.from_pretrained(export).eval(), AutoProcessor.from_pretrained(export)
@@ -785,7 +610,7 @@ def test_describe_writes_and_prefers_as_the_library_does(
     assert "is a file, not a text" in refused(capsys, "describe", model_dir, "--choices", "a dog", picture)
 
 
-def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: dict[str, Path]) -> None:
+def test_export_scores_the_same_under_plain_transformers(runs, manifests):
     folder = runs / "z3" / "export"
     (plain,) = plain_scores(manifests["test"], str(folder))
     groups = read_manifest(manifests["test"])
@@ -796,15 +621,7 @@ def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: 
             assert ours == pytest.approx(theirs, rel=1e-5), name
 
 
-def tensors(folder: Path) -> dict[str, Any]:
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as handle:
-            found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
-    return found
-
-
-def test_export_has_the_source_s_tensors_with_other_values(runs: Path, model_dir: Path) -> None:
+def test_export_has_the_source_s_tensors_with_other_values(runs, model_dir):
     source, exported = tensors(model_dir), tensors(runs / "z3" / "export")
     assert {n: (t.shape, t.dtype) for n, t in exported.items()} == {n: (t.shape, t.dtype) for n, t in source.items()}
     moved = [name for name, tensor in exported.items() if not tensor.equal(source[name])]
@@ -814,49 +631,29 @@ def test_export_has_the_source_s_tensors_with_other_values(runs: Path, model_dir
         assert (runs / "z3" / "export" / name).exists() == (model_dir / name).exists()
 
 
-def test_export_keeps_the_source_s_dtype(runs: Path, model_dir: Path, tmp_path: Path) -> None:
-    """Training is in float32 or with a float32 master copy; a bfloat16 model stays one on disk."""
-    source, run_dir = tmp_path / "source", tmp_path / "run"
-    shutil.copytree(model_dir, source)
-    save_file({name: tensor.bfloat16() for name, tensor in tensors(model_dir).items()}, source / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "bfloat16"
-    (source / "config.json").write_text(json.dumps(config))
-    shutil.copytree(runs / "z3" / "checkpoint-2", run_dir / "checkpoint-2")
-    (run_dir / "config.yaml").write_text(json.dumps({"model": {"name_or_path": str(source)}}))
-    main(["export", str(run_dir)])
-    exported, full = tensors(run_dir / "export"), tensors(runs / "z3" / "export")
-    assert set(exported) == set(full)
-    assert all(tensor.equal(full[name].bfloat16()) for name, tensor in exported.items())
-
-
-def test_export_command_writes_the_same_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_writes_the_same_folder(runs, tmp_path, capsys):
     for given in (runs / "z3", runs / "z3" / "checkpoint-2"):
-        main(["export", str(given), "--out", str(tmp_path / given.name)])
-        assert f"exported to {tmp_path / given.name}" in capsys.readouterr().out
-        again, first = tensors(tmp_path / given.name), tensors(runs / "z3" / "export")
-        assert set(again) == set(first) and all(again[name].equal(first[name]) for name in first)
+        assert f"exported to {tmp_path / given.name}" in printed(capsys, "export", given, "--out", tmp_path / given.name)
+        again, first = contents(tmp_path / given.name), contents(runs / "z3" / "export")
+        assert again.keys() == first.keys() and again["model.safetensors"] == first["model.safetensors"]
 
 
-def test_export_of_a_damaged_checkpoint_leaves_nothing(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_of_a_damaged_checkpoint_leaves_nothing(runs, tmp_path, capsys):
     shutil.copytree(runs / "z3" / "checkpoint-2", tmp_path / "checkpoint-2")
     shutil.copy(runs / "z3" / "config.yaml", tmp_path)
     shard = next((tmp_path / "checkpoint-2").glob("*optim_states.pt"))
-    shard.write_bytes(shard.read_bytes()[:-1])
-    said = refused(capsys, "export", tmp_path / "checkpoint-2")
-    assert shard.name in said and "instead of" in said and not (tmp_path / "export").exists()
-    whole = next((runs / "z3" / "checkpoint-2").glob("*optim_states.pt")).read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
-    said = refused(capsys, "export", tmp_path / "checkpoint-2")
-    assert f"{shard.name} is damaged: its CRC-32 is" in said and not (tmp_path / "export").exists(), "one bit of a weight"
+    whole = bytearray(shard.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    for content, defect in ((whole, "damaged"), (whole[:-1], "instead of")):  # one bit of a weight, and a file cut short
+        shard.write_bytes(content)
+        said = refused(capsys, "export", tmp_path / "checkpoint-2")
+        assert shard.name in said and defect in said and not (tmp_path / "export").exists()
 
 
-def test_build_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_then_check(tmp_path, capsys):
     main(["data", "build", str(tmp_path / "scenes"), "--num_train", "5", "--num_test", "2", "--seed", "3"])
     manifest = tmp_path / "scenes" / "train.jsonl"
     assert len(manifest.read_text().splitlines()) == 5
     for path in sorted((tmp_path / "scenes").glob("*.jsonl")):
-        capsys.readouterr()
-        main(["data", "check", str(path)])
-        assert "problems         none" in capsys.readouterr().out
-    assert "holds scenes of other settings" in refused(capsys, "data", "build", tmp_path / "scenes", "--num_train", "6")
+        assert "problems         none" in printed(capsys, "data", "check", path)
+    assert "scenes" in refused(capsys, "data", "build", tmp_path / "scenes", "--num_train", "6")

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, metrics, plain_scores, run_ranks, run_trainings, save_groups, selected
+from conftest import losses, metrics, plain_scores, run_ranks, run_trainings, save_groups, selected, tensors
 from PIL import Image
-from safetensors import safe_open
 
 from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
@@ -56,7 +55,7 @@ def write_groups(path: Path, num: int, text_only: bool) -> Path:
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def manifest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("groups")
     return {"train": write_groups(folder / "train.jsonl", 12, True), "test": write_groups(folder / "test.jsonl", 3, False)}
 
@@ -87,15 +86,13 @@ def arguments(model: Path, manifest: dict[str, Path], out: Path, tuning: str, ra
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return {family: write_small(family, folder / family) for family in SMALL}
 
 
 @pytest.fixture(scope="module")
-def trained(
-    models: dict[str, Path], manifest: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[tuple[str, str, int], Path]:
+def trained(models, manifest, tmp_path_factory, request):
     """(family, tuning, ranks) -> run folder."""
     out, chosen = tmp_path_factory.mktemp("runs"), selected(request, "on") or FEW
     found = {(*pair, ranks): out / f"{'-'.join(pair)}-{ranks}" for pair in chosen for ranks in (1, 2)}
@@ -105,7 +102,7 @@ def trained(
     return found
 
 
-def test_one_rank_has_no_image_at_some_step(manifest: dict[str, Path]) -> None:
+def test_one_rank_has_no_image_at_some_step(manifest):
     """The data do what the tests below say."""
     groups = read_manifest(manifest["train"])
     layout = {"num_groups": len(groups), "groups_per_micro_batch": GLOBAL_BATCH // 2, "gradient_accumulation_steps": 1, "world_size": 2}
@@ -115,25 +112,15 @@ def test_one_rank_has_no_image_at_some_step(manifest: dict[str, Path]) -> None:
 
 
 @each("full", "lora")
-def test_two_ranks_equal_one(on: tuple[str, str], trained: dict[tuple[str, str, int], Path]) -> None:
+def test_two_ranks_equal_one(on, trained):
     """Images on one rank only, gradient checkpointing on and off, ZeRO-3: one trajectory. fp32, relative 2e-4."""
     expected = losses(trained[(*on, 1)])
     assert losses(trained[(*on, 2)]) == pytest.approx(expected, rel=2e-4)
     assert len(expected) == STEPS and len(set(expected)) == STEPS
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as handle:
-            found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
-    return found
-
-
 @each("full")
-def test_exports_have_the_sources_names_and_dtypes(
-    on: tuple[str, str], models: dict[str, Path], trained: dict[tuple[str, str, int], Path]
-) -> None:
+def test_exports_have_the_sources_names_and_dtypes(on, models, trained):
     source, exported = tensors(models[on[0]]), tensors(trained[(*on, 2)] / "export")
     assert {name: (t.shape, t.dtype) for name, t in exported.items()} == {name: (t.shape, t.dtype) for name, t in source.items()}
     trained = [name for name in source if source[name].dim() and "audio" not in name]
@@ -141,9 +128,7 @@ def test_exports_have_the_sources_names_and_dtypes(
 
 
 @each("lora")
-def test_adapters_leave_the_model_as_it_was(
-    on: tuple[str, str], trained: dict[tuple[str, str, int], Path], models: dict[str, Path]
-) -> None:
+def test_adapters_leave_the_model_as_it_was(on, trained, models):
     """After some steps of both modules' adapters the frozen projector, and every weight beside an adapter, is bit for bit the source's."""
     folder = trained[(*on, 2)]
     held, merged_names = ZeroWeights(folder / f"checkpoint-{STEPS}"), 0
@@ -162,9 +147,7 @@ def test_adapters_leave_the_model_as_it_was(
 
 
 @pytest.mark.long  # test_export and test_cli have it of LLaVA
-def test_a_fresh_process_scores_the_exports_as_the_run_did(
-    models: dict[str, Path], trained: dict[tuple[str, str, int], Path], manifest: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_fresh_process_scores_the_exports_as_the_run_did(models, trained, manifest, tmp_path):
     """The whole model, the adapters in peft's format, and the adapters merged, under transformers and peft alone; relative 1e-4."""
     wanted = {}
     for (family, tuning, ranks), folder in trained.items():
@@ -183,7 +166,7 @@ def test_a_fresh_process_scores_the_exports_as_the_run_did(
 
 
 @pytest.mark.long
-def test_the_routers_are_balanced_over_the_whole_step(models: dict[str, Path], manifest: dict[str, Path], tmp_path: Path) -> None:
+def test_the_routers_are_balanced_over_the_whole_step(models, manifest, tmp_path):
     """One rank and two, in one micro-batch, in several and in parts, recomputed or not: one trajectory. fp32, relative 2e-4."""
     ways: dict[str, tuple[int, dict[str, str]]] = {
         "one": (1, {}),
@@ -197,7 +180,7 @@ def test_the_routers_are_balanced_over_the_whole_step(models: dict[str, Path], m
         for name, (of, options) in ways.items():
             own = {"router_balance": "5", "export": "false", "logging_steps": "1"} | options
             few = [part for option, value in own.items() for part in (f"--train.{option}", value)] + ["--data.evaluation", "{}"]
-            few += ["--data.max_tokens_per_forward", "150"] * ("parts" in name)  # no tree is larger
+            few += ["--data.max_tokens_per_forward=150"] * ("parts" in name)  # no tree is larger
             if of == ranks:
                 runs.append([*arguments(models["qwen3_vl_moe"], manifest, tmp_path / name, "full", ranks), *few])
         run_trainings(ranks, *runs, said=tmp_path / f"said-{ranks}", timeout=900)
@@ -212,11 +195,9 @@ def test_the_routers_are_balanced_over_the_whole_step(models: dict[str, Path], m
 
 
 @pytest.mark.parametrize("wrong", [pytest.param(False, marks=pytest.mark.long), True])
-def test_a_rank_that_leaves_the_tower_out_is_caught(
-    wrong: bool, models: dict[str, Path], manifest: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_rank_that_leaves_the_tower_out_is_caught(wrong, models, manifest, tmp_path):
     """The mistake that the tests above would miss if ranks did not wait for each other: it ends in an error, within a time limit."""
-    options = [*arguments(models["qwen3_vl"], manifest, tmp_path / "run", "lora", 2), "--train.export", "false", "--data.evaluation", "{}"]
+    options = [*arguments(models["qwen3_vl"], manifest, tmp_path / "run", "lora", 2), "--train.export=false", "--data.evaluation", "{}"]
     ended = run_ranks(2, "wrong_order:train", wrong, options, said=tmp_path / "said", timeout=120)
     assert all((code != 0) == wrong for code, _ in ended), ended
     assert (len(losses(tmp_path / "run")) < STEPS) == wrong

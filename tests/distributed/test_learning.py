@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, run_trainings, train_arguments, write_manifest
+from conftest import ONE, metrics, run_trainings, train_arguments, write_manifest
 from torch import Tensor
 
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import ModelConfig, ModuleConfig
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import open_groups, read_manifest
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, write_scores
-from cfvlm_ds.engine.setup import recompute_activations
 from cfvlm_ds.evaluation import accuracies, score_groups
 from cfvlm_ds.models import Scorer, family_of, fingerprint, load_model
 from cfvlm_ds.objectives import Align, Csd, Fcd, Objective, denominators, likelihood_report, weighted_loss
@@ -33,22 +31,22 @@ def model_config(model_dir: Path, **options: ModuleConfig) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def manifest(tmp_path_factory):
     return write_manifest(tmp_path_factory.mktemp("eight") / "eight.jsonl", 8, ragged=False)
 
 
 @pytest.fixture(scope="module")
-def groups(manifest: Path) -> list[CounterfactualGroup]:
+def groups(manifest):
     return read_manifest(manifest)
 
 
 @pytest.fixture(scope="module")
-def collator(model_dir: Path) -> Collator:
+def collator(model_dir):
     return load_collator(model_config(model_dir), "full")
 
 
 @pytest.fixture(scope="module")
-def batch(collator: Collator, groups: list[CounterfactualGroup]) -> Batch:
+def batch(collator, groups):
     return collator(groups)
 
 
@@ -85,7 +83,7 @@ def fit(model_dir: Path, batch: Batch, loss: Loss, steps: int) -> tuple[Scorer, 
 
 
 def group_accuracy(scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> float:
-    scores = score_groups(scorer, collator, groups, World(0, 1, 0, torch.device("cpu")))
+    scores = score_groups(scorer, collator, groups, ONE)
     return accuracies(groups, scores)[-1].metrics["group"]
 
 
@@ -93,9 +91,7 @@ def group_accuracy(scorer: Scorer, collator: Collator, groups: list[Counterfactu
 
 
 @pytest.mark.long
-def test_eight_groups_are_learned_and_the_truth_stays_up(
-    model_dir: Path, collator: Collator, groups: list[CounterfactualGroup], batch: Batch
-) -> None:
+def test_eight_groups_are_learned_and_the_truth_stays_up(model_dir, collator, groups, batch):
     before = group_accuracy(load(model_config(model_dir)).eval(), collator, groups)
     scorer, history = fit(model_dir, batch, weighted(CF_VLM, batch), 60)
     assert before < 50 and group_accuracy(scorer, collator, groups) == 100
@@ -104,9 +100,7 @@ def test_eight_groups_are_learned_and_the_truth_stays_up(
 
 
 @pytest.mark.long
-def test_the_factual_text_becomes_less_likely_on_the_other_image(
-    model_dir: Path, collator: Collator, groups: list[CounterfactualGroup], batch: Batch
-) -> None:
+def test_the_factual_text_becomes_less_likely_on_the_other_image(model_dir, collator, groups, batch):
     """The published code adds NLL(T_0 | I_k) to NLL(T_0 | I_0), which raises both: no gap, and no pair that is told apart."""
 
     def as_published(scores: Scores) -> Tensor:
@@ -124,13 +118,13 @@ def test_the_factual_text_becomes_less_likely_on_the_other_image(
     assert group_accuracy(ours, collator, groups) == 100 and group_accuracy(theirs, collator, groups) < 50
 
 
-def test_contrast_alone_also_lowers_it_absolutely(model_dir: Path, batch: Batch) -> None:
+def test_contrast_alone_also_lowers_it_absolutely(model_dir, batch):
     _, history = fit(model_dir, batch, weighted({"csd": Csd(), "fcd": Fcd()}, batch), 30)
     assert history["lp_k0"][-1] < history["lp_k0"][0] - 0.3 and history["lp_0k"][-1] < history["lp_0k"][0] - 0.3
 
 
 @pytest.mark.long
-def test_the_papers_matched_form_pushes_true_captions_down(model_dir: Path, batch: Batch) -> None:
+def test_the_papers_matched_form_pushes_true_captions_down(model_dir, batch):
     """The documented defect of mode ``matched``: T_k, true of I_k, is made less likely there, more so than the false T_0."""
     change = {}
     for mode in ("matched", "matched_sg", "cross"):
@@ -141,7 +135,7 @@ def test_the_papers_matched_form_pushes_true_captions_down(model_dir: Path, batc
     assert change["cross"]["lp_kk"] > change["cross"]["lp_k0"] + 0.5
 
 
-def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Path) -> None:
+def test_the_displacement_warning(model_dir, manifest, tmp_path):
     """Real trainings at one threshold: without align the factual text falls and the run says so; with it, it does not."""
     arguments, groups = [], open_groups(str(manifest))
     stored = {
@@ -150,9 +144,9 @@ def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Pat
     made_by, scores = fingerprint(ModelConfig(str(model_dir))), tmp_path / "scores.jsonl"
     write_scores(scores, groups, stored, "m", data_identity(groups, groups.roots), made_by=made_by)
     for name, weight in (("without", "0"), ("with", "1")):
-        options = ["--objective.align.weight", weight, "--train.displacement_warning", "0.01", "--train.per_device_train_batch_size", "8"]
-        options += ["--train.max_steps", "12", "--objective.fcd.weight", "0", "--objective.retain.weight", "0.1"]
-        options += ["--data.scores", str(scores), "--data.evaluation.kept", str(manifest), "--train.retention", "[kept]"]
+        options = ["--objective.align.weight", weight, "--train.displacement_warning=0.01", "--train.per_device_train_batch_size=8"]
+        options += ["--train.max_steps=12", "--objective.fcd.weight=0", "--objective.retain.weight=0.1"]
+        options += [f"--data.scores={scores}", f"--data.evaluation.kept={manifest}", "--train.retention", "[kept]"]
         arguments.append(train_arguments(model_dir, {"train": manifest}, tmp_path / name, *options))
     output = run_trainings(1, *arguments, said=tmp_path / "said")
     without, held = output.split("parameters: ")[1:]
@@ -175,54 +169,5 @@ def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Pat
 # Where gradients go ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(frozen: bool, model_dir: Path, batch: Batch) -> None:
-    """fp32, relative 1e-5 of a tensor's largest entry. Every block with a gradient runs twice, counted inside it: its own hooks do not."""
-    found: list[dict[str, Tensor]] = []
-    values: list[float] = []
-    calls = [0, 0]
-    for enabled in (False, True):
-        scorer = load(model_config(model_dir, vision_tower=ModuleConfig("frozen" if frozen else "full")))
-        if enabled:
-            recompute_activations(scorer.model)
-        for layers in (scorer.model.model.language_model.layers, scorer.model.model.vision_tower.encoder.layers):
-            for layer in layers:
-                layer.mlp.register_forward_pre_hook(lambda *_, which=int(enabled): calls.__setitem__(which, calls[which] + 1))
-        loss = weighted(CF_VLM, batch)(batch.scores(scorer(**batch.model_inputs)))
-        loss.backward()
-        values.append(loss.item())
-        found.append({name: p.grad for name, p in scorer.named_parameters() if p.grad is not None})
-    plain, checkpointed = found
-    assert calls == [5, 8 if frozen else 10]
-    assert values[0] == pytest.approx(values[1], rel=1e-6)
-    assert plain.keys() == checkpointed.keys()
-    for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()) + 1e-8, msg=name)
-
-
 # A softmax does not change when every key gets the same offset, so the gradient of a key bias is rounding noise.
-NO_SLOPE = "self_attn.k_proj.bias"
 # It normalises the tower's pooled class token, which LLaVA does not read.
-UNUSED = "vision_tower.post_layernorm"
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_step_moves_all_that_trains_and_nothing_that_is_frozen(frozen: bool, model_dir: Path, batch: Batch) -> None:
-    scorer = load(model_config(model_dir, vision_tower=ModuleConfig("frozen" if frozen else "full")))
-    before = {name: parameter.detach().clone() for name, parameter in scorer.model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in scorer.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    weighted(CF_VLM, batch)(batch.scores(scorer(**batch.model_inputs))).backward()
-    optimizer.step()
-    moved = set()
-    for name, parameter in scorer.model.named_parameters():
-        if frozen and "vision_tower" in name:
-            assert parameter.grad is None and torch.equal(parameter, before[name]), name
-        elif UNUSED in name:
-            assert parameter.grad is None, name
-        else:
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-            assert parameter.grad.abs().max() > 1e-6 or NO_SLOPE in name, name
-            moved |= {name} if not torch.equal(parameter, before[name]) else set()
-    expected = {name for name in before if not (frozen and "vision_tower" in name) and UNUSED not in name}
-    assert {n for n in moved if NO_SLOPE not in n} == {n for n in expected if NO_SLOPE not in n}
-    assert len(expected) > 30

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import losses, metrics, run_ranks, train_arguments, write_manifest
+from conftest import losses, metrics, read_rows, run_plans, train_arguments, write_manifest, write_rows
 
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import to_row
@@ -17,7 +17,7 @@ Trained = tuple[Path, dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(model_dir, manifests, tmp_path_factory):
     """Four steps of eight groups from three sources, on two ranks and on one, and stopped on two and continued on one."""
     folder = tmp_path_factory.mktemp("mixture")
     plain = folder / "chat.jsonl"
@@ -25,34 +25,25 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     for row in rows:  # a picture and its caption, as instruction data have them
         kept = {"images": row["images"][:1], "texts": row["texts"][:1], "match": row["match"][:1], "edits": []}
         row |= kept | {"id": row["id"].replace("pairs", "chat")}
-    plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few = folder / "few.jsonl"
-    few.write_text(
-        "".join(manifests["test"].read_text().splitlines(keepends=True)[:3]).replace("images/", f"{manifests['test'].parent}/images/")
-    )
+    write_rows(plain, rows)
+    few = write_rows(folder / "few.jsonl", read_rows(manifests["test"])[:3])
     sources: list[dict[str, Any]] = [
         {"path": str(manifests["train"]), "weight": 4, "limit": 30},
         {"path": str(plain), "weight": 3, "objectives": ["align"]},
         {"path": str(few), "weight": 1, "root": [str(manifests["test"].parent)]},
     ]
-    evaluation = ["--data.evaluation", json.dumps({"half": str(manifests["train"])}), "--train.eval_shuffled", "false"]
+    evaluation = ["--data.evaluation", json.dumps({"half": str(manifests["train"])}), "--train.eval_shuffled=false"]
 
     def arguments(name: str, groups: int, *extra: str, changed: dict[int, dict[str, Any]] | None = None) -> list[str]:
         listed = json.dumps([source | (changed or {}).get(place, {}) for place, source in enumerate(sources)])
-        steps = ["--train.max_steps", "4", "--train.save_steps", "1", "--train.save_total_limit", "0"]
-        size = ["--train.per_device_train_batch_size", str(groups), "--data.train", listed]
+        steps = ["--train.max_steps=4", "--train.save_steps=1", "--train.save_total_limit=0"]
+        size = [f"--train.per_device_train_batch_size={groups}", "--data.train", listed]
         return train_arguments(model_dir, manifests, folder / name, *steps, *size, *extra)
 
     said: dict[str, str] = {}
 
     def run(ranks: int, plans: dict[str, tuple[list[Any], list[str]]]) -> None:
-        (listed := folder / f"plans{ranks}.jsonl").write_text(
-            "".join(json.dumps({"fault": fault, "arguments": given}) + "\n" for fault, given in plans.values())
-        )
-        for code, output in run_ranks(ranks, "fault_injection:train_listed", listed, said=folder / f"said{ranks}", timeout=600):
-            assert code == 0, output[-6000:]
-            for name, part in zip(plans, output.split("=== next training\n"), strict=True):
-                said[name] = said.get(name, "") + part
+        said.update(zip(plans, run_plans(ranks, plans.values(), folder / f"said{ranks}"), strict=True))
 
     run(2, {"two": (["nothing"], arguments("two", 4, *evaluation)), "broken": (["stopped", 2], arguments("broken", 4))})
     without = {
@@ -61,28 +52,28 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     }
     masked = {k: {"objectives": ["align", "csd"]} for k in (0, 2)}
     refused = ["unchanged", str(folder / "broken"), False]
-    alone = ["--objective.csd.weight", "0", "--objective.fcd.weight", "0"]
+    alone = ["--objective.csd.weight=0", "--objective.fcd.weight=0"]
     run(1, {
         "share": (refused, arguments("broken", 8, changed={0: {"weight": 5}})),
         "objectives": (refused, arguments("broken", 8, changed={1: {"objectives": ["align", "csd"]}})),
         "name": (refused, arguments("broken", 8, changed={1: {"name": "talk"}})),
         "one": (["nothing"], arguments("one", 8)),
         "resumed": (["nothing"], arguments("broken", 8)),
-        "idle": (["nothing"], arguments("idle", 4, "--train.max_steps", "1", changed=without)),
-        "masked": (["nothing"], arguments("masked", 4, "--train.max_steps", "1", changed=masked)),
-        "meant": (["nothing"], arguments("meant", 4, "--train.max_steps", "1", *alone, changed=without)),
+        "idle": (["nothing"], arguments("idle", 4, "--train.max_steps=1", changed=without)),
+        "masked": (["nothing"], arguments("masked", 4, "--train.max_steps=1", changed=masked)),
+        "meant": (["nothing"], arguments("meant", 4, "--train.max_steps=1", *alone, changed=without)),
     })  # fmt: skip
     return folder, said
 
 
-def test_one_trajectory_on_any_number_of_ranks(trained: Trained) -> None:
+def test_one_trajectory_on_any_number_of_ranks(trained):
     folder, _ = trained
     assert len(losses(folder / "one")) == 4
     assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-5)
     assert losses(folder / "broken") == pytest.approx(losses(folder / "one"), rel=1e-5)
 
 
-def test_sources_are_seen_by_their_shares(trained: Trained) -> None:
+def test_sources_are_seen_by_their_shares(trained):
     """Passes over each source after every step, by counting the order of the whole stream from its start."""
     folder, _ = trained
     sizes = (30, 20, 3)
@@ -96,25 +87,18 @@ def test_sources_are_seen_by_their_shares(trained: Trained) -> None:
     assert sum(group < 30 for group in drawn) == 16 and len(set(drawn[:16]) & set(range(50, 53))) == 2
 
 
-def test_each_source_has_its_own_losses(trained: Trained) -> None:
-    folder, _ = trained
-    for row in (row for row in metrics(folder / "two") if "loss" in row):
-        assert {name for name in row if name.startswith("loss/") and name.count("/") == 2} >= {
-            "loss/align/train",
-            "loss/align/chat",
-            "loss/csd/train",
-        }
+def test_each_source_has_its_own_losses(trained):
+    for row in (row for row in metrics(trained[0] / "two") if "loss" in row):
+        assert row.keys() >= {"loss/align/train", "loss/align/chat", "loss/csd/train"}
         assert not {"loss/csd/chat", "loss/fcd/chat"} & row.keys()
 
 
-def test_a_changed_mixture_is_refused(trained: Trained) -> None:
-    _, said = trained
-    assert "the checkpoint's sampler has shares ['1/2', '3/8', '1/8'] and this run has ['5/9', '1/3', '1/9']" in said["share"]
-    for name in ("objectives", "name"):
-        assert "before a change of the mixture: its sources, their names or their objectives; restore the data" in said[name]
+def test_a_changed_mixture_is_refused(trained):
+    for name, word in (("share", "'5/9'"), ("objectives", "the mixture"), ("name", "the mixture")):
+        assert word in trained[1][name]
 
 
-def test_what_is_shared_is_named_and_a_term_without_work_refused(trained: Trained, manifests: dict[str, Path]) -> None:
+def test_what_is_shared_is_named_and_a_term_without_work_refused(trained, manifests):
     """The evaluation set is the training file, of which thirty rows are trained on; three sources without a negative."""
     folder, said = trained
     groups = read_manifest(manifests["train"])
@@ -125,9 +109,8 @@ def test_what_is_shared_is_named_and_a_term_without_work_refused(trained: Traine
     counts = f"{there} of its {which} rows and {len(trained_on)} of its {len(set(pictures))} pictures"
     whole = f"warning: data.evaluation.half: {counts} are in the training set {manifests['train']} too"
     assert sum(line.startswith(whole) for line in said["two"].splitlines()) == 1
-    nothing = "has a text that is false of one of its images, so that there is nothing to compare"
     refusal = "rank 0 raised ConfigError: no training group that counts in"
-    assert f"{refusal} csd, fcd {nothing}" in said["idle"]
-    assert f"{refusal} fcd {nothing}" in said["masked"], "for the source that has some does not count in it"
+    assert f"{refusal} csd, fcd " in said["idle"]
+    assert f"{refusal} fcd " in said["masked"], "for the source that has some does not count in it"
     assert "nothing to compare" not in said["two"] + said["meant"]
     assert losses(folder / "meant") and not any((folder / name / "metrics.jsonl").exists() for name in ("idle", "masked"))

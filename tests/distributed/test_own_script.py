@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from conftest import REPO, losses, metrics, run_ranks, train_arguments
 from safetensors.torch import load_file
@@ -33,7 +32,7 @@ run(sys.argv[1:])
 """
 
 
-def test_the_objective_of_the_page_trains(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_the_objective_of_the_page_trains(model_dir, manifests, tmp_path):
     """At most 40 lines, of which two methods are needed; beside the package's own terms, with its options on the command line."""
     section = (REPO / "docs" / "extending.md").read_text().split("\n## An objective\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
@@ -41,14 +40,14 @@ def test_the_objective_of_the_page_trains(model_dir: Path, manifests: dict[str, 
     script, called = tmp_path / "mine.py", re.compile(r"^run\(\[.*\]\)$", re.MULTILINE)
     assert called.search(block)
     script.write_text(called.sub("import sys\nrun(sys.argv[1:])", block))
-    options = train_arguments(model_dir, manifests, tmp_path / "run", "--train.max_steps", "3", "--objective.softmax.weight", "0.5")
+    options = train_arguments(model_dir, manifests, tmp_path / "run", "--train.max_steps=3", "--objective.softmax.weight=0.5")
     ((code, said),) = run_ranks(1, "forkserver_ranks:script", str(script), options, said=tmp_path / "said")
     assert code == 0, said
     assert all({"loss/softmax", "loss/align"} <= row.keys() for row in metrics(tmp_path / "run") if "loss" in row)
     assert len(losses(tmp_path / "run")) == 3
 
 
-def test_a_family_of_ones_own_trains_as_the_one_it_is_like(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_family_of_ones_own_trains_as_the_one_it_is_like(model_dir, manifests, tmp_path):
     """A model type that the package does not know is refused; one line of a script makes it a LLaVA, bit for bit in losses and export."""
     for file in model_dir.iterdir():
         (tmp_path / "model" / file.name).parent.mkdir(exist_ok=True)
@@ -58,7 +57,7 @@ def test_a_family_of_ones_own_trains_as_the_one_it_is_like(model_dir: Path, mani
     (tmp_path / "model" / "config.json").write_text(json.dumps(renamed))
     (tmp_path / "own.py").write_text(FAMILY)
     (tmp_path / "unknown.py").write_text(FAMILY.replace('FAMILIES["own_llava"] =', "_ ="))
-    short = ("--train.max_steps", "3", "--train.export", "true")
+    short = ("--train.max_steps=3", "--train.export=true")
     for script, code, model in (("unknown", 1, tmp_path / "model"), ("own", 0, tmp_path / "model"), ("own", 0, model_dir)):
         run_dir = tmp_path / f"{script}-{model.name}"
         options = train_arguments(model, manifests, run_dir, *short)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ def steps(of: PackedSampler, count: int, micro_batches: int = 8) -> list[list[li
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_micro_batches_are_full_and_of_equal_work(mix: str) -> None:
+def test_micro_batches_are_full_and_of_equal_work(mix):
     """Within the limit; less unused than the smallest group takes; the largest of a step's 8 within 2 % of their mean."""
     tokens = MIXES[mix]
     loads = torch.tensor([[sum(tokens[g] for g in batch) for batch in step] for step in steps(sampler(tokens), 40)]).double()
@@ -47,7 +46,7 @@ def test_micro_batches_are_full_and_of_equal_work(mix: str) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_no_group_is_lost_or_repeated(mix: str) -> None:
+def test_no_group_is_lost_or_repeated(mix):
     """What was read from the stream has been seen or waits, each epoch's groups once; the order is nearly that of the stream."""
     of = sampler(MIXES[mix][:700])
     seen: list[int] = []
@@ -63,7 +62,7 @@ def test_no_group_is_lost_or_repeated(mix: str) -> None:
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 12, 31, 40])
-def test_small_data_is_seen_evenly(num_groups: int) -> None:
+def test_small_data_is_seen_evenly(num_groups):
     """Few groups, most of them large: the small ones are not repeated while the large ones wait; every micro-batch has a group."""
     tokens = [100 if g % 4 == 3 else 5000 + 10 * g for g in range(num_groups)]
     for micro_batches in (1, 2, 8):
@@ -79,7 +78,7 @@ def test_small_data_is_seen_evenly(num_groups: int) -> None:
     assert sampler([100] * 100, 1, max_tokens=100).num_steps(0.29) == 29
 
 
-def test_ranks_share_the_steps_of_one() -> None:
+def test_ranks_share_the_steps_of_one():
     alone = steps(sampler(MIXES["native resolution"]), 5)
     for world in (2, 4, 8):
         streams = [iter(sampler(MIXES["native resolution"], rank=rank, world=world)) for rank in range(world)]
@@ -87,7 +86,7 @@ def test_ranks_share_the_steps_of_one() -> None:
     assert steps(sampler(MIXES["native resolution"], seed=4), 1) != alone[:1]
 
 
-def test_a_saved_position_continues_the_stream() -> None:
+def test_a_saved_position_continues_the_stream():
     whole = steps(sampler(MIXES["alike"]), 9)
     first = sampler(MIXES["alike"])
     for _ in range(4):
@@ -99,7 +98,7 @@ def test_a_saved_position_continues_the_stream() -> None:
         second.load_state_dict({name: value for name, value in first.state_dict().items() if name != "waiting"})
 
 
-def test_a_group_over_the_limit_is_refused() -> None:
+def test_a_group_over_the_limit_is_refused():
     with pytest.raises(ValueError, match=r"group 1 has 9000 tokens, over max_tokens \(8192\)"):
         sampler([10, 9000])
 
@@ -108,18 +107,16 @@ def test_a_group_over_the_limit_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def packed(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+def packed(model_dir, manifests, tmp_path_factory):
     """Name -> (run folder, output), of five steps of two micro-batches of at most 500 tokens."""
     out = tmp_path_factory.mktemp("packed")
-    options = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5", "--train.self_check", "error"]
+    options = ["--data.max_tokens_per_micro_batch=500", "--train.max_steps=5", "--train.self_check=error"]
 
     def arguments(name: str, *extra: str) -> list[str]:
         return train_arguments(model_dir, manifests, out / name, *options, *extra)
 
-    accumulated = ["--train.gradient_accumulation_steps", "2"]
-    one = run_trainings(
-        1, arguments("one", *accumulated, "--train.save_steps", "2", "--train.save_total_limit", "9"), said=out / "said-one"
-    )
+    accumulated = ["--train.gradient_accumulation_steps=2"]
+    one = run_trainings(1, arguments("one", *accumulated, "--train.save_steps=2", "--train.save_total_limit=9"), said=out / "said-one")
     assert preparing(manifests["train"], out / "store", pack=True)
     resumed = [*options, *accumulated, "--train.resume", str(out / "one" / "checkpoint-2")]
     again = run_trainings(1, train_arguments(model_dir, {"train": out / "store"}, out / "again", *resumed), said=out / "said-again")
@@ -127,7 +124,7 @@ def packed(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest
     return {"one": (out / "one", one), "two": (out / "two", two), "again": (out / "again", again)}
 
 
-def test_packed_training_is_the_same_on_two_ranks_and_after_a_stop(packed: dict[str, tuple[Path, str]]) -> None:
+def test_packed_training_is_the_same_on_two_ranks_and_after_a_stop(packed):
     """Two micro-batches on one rank, or one on each of two: fp32, relative 2e-4. Stopped, and resumed on a store of the same groups:
     bit for bit."""
     expected = losses(packed["one"][0])
@@ -136,15 +133,15 @@ def test_packed_training_is_the_same_on_two_ranks_and_after_a_stop(packed: dict[
     assert losses(packed["again"][0]) == expected[2:]
 
 
-def test_the_first_row_is_compared_with_ordinary_forwards(packed: dict[str, tuple[Path, str]]) -> None:
+def test_the_first_row_is_compared_with_ordinary_forwards(packed):
     for _, output in packed.values():
         assert "scores of packed rows (sdpa) equal single-row forwards within" in output
         assert ": 48 groups, 106 images, visual tokens min 16, median 16, max 16 an image" in output
 
 
-def test_wrong_scores_stop_a_run_before_it_trains(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_wrong_scores_stop_a_run_before_it_trains(model_dir, manifests, tmp_path):
     """Siblings that see each other, in a real run: an error that names the attention, and no step."""
-    arguments = train_arguments(model_dir, manifests, tmp_path / "run", "--train.self_check", "error")
+    arguments = train_arguments(model_dir, manifests, tmp_path / "run", "--train.self_check=error")
     ((code, said),) = run_ranks(1, "rank_functions:seeing_siblings", arguments, said=tmp_path / "said")
     assert code == 1
     assert "model.attn_implementation sdpa gives scores that differ by" in said

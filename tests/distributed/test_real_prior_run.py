@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, run_ranks
+from conftest import REPO, read_rows, run_ranks
 from cut_outs import write_cut_outs, write_language_model
 
 SIZES = {"natural": 32, "train": 8, "validation": 4, "test": 8, "yes_no": 4, "names": 2}
 
 
 @pytest.mark.long
-def test_every_part_and_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_and_the_tables(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
     bench = importlib.import_module("real_prior")
     started: list[str] = []
@@ -46,7 +46,7 @@ def test_every_part_and_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")}
     assert found.keys() == {"pictures", "language_model", "base", "dpo-5e-4-seed0", "default-5e-4-seed0", "default-retain-5e-4-seed0"}
     assert found["default-5e-4-seed0"]["steps"] == 2 and found["dpo-5e-4-seed0"]["steps"] == 4, "equal processor seconds"
-    trained = [json.loads(line) for line in (tmp_path / "out" / "arm-default-retain-5e-4-seed0" / "metrics.jsonl").read_text().splitlines()]
+    trained = read_rows(tmp_path / "out" / "arm-default-retain-5e-4-seed0" / "metrics.jsonl")
     assert any("loss/retain/natural" in row for row in trained) and not any("loss/retain/train" in row for row in trained)
     for name in ("base", "dpo-5e-4-seed0", "default-5e-4-seed0", "default-retain-5e-4-seed0"):
         assert set(found[name]["results"]) == set(bench.TESTS)

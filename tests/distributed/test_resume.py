@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import losses, metrics, run_ranks, selected, train_arguments, write_manifest
+from conftest import losses, metrics, read_rows, run_plans, selected, train_arguments, write_manifest
 
 TUNED = [part for module in ("vision_tower", "projector") for part in (f"--model.{module}.tuning", "frozen")]
-TUNED += ["--model.language_model.tuning", "lora", "--model.lora.dropout", "0.3"]
-OFTEN = ["--train.max_steps", "4", "--train.save_steps", "1", "--train.save_total_limit", "0", "--train.per_device_train_batch_size", "8"]
+TUNED += ["--model.language_model.tuning=lora", "--model.lora.dropout=0.3"]
+OFTEN = ["--train.max_steps=4", "--train.save_steps=1", "--train.save_total_limit=0", "--train.per_device_train_batch_size=8"]
 STAGES = {"z3": [], "z2": ["--deepspeed", "ds_configs/z2.json"]}
 NEW = {
     "learning_rate": 0.02, "weight_decay": 0.25, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "max_grad_norm": 0.01,
@@ -27,53 +26,44 @@ def new_options() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> tuple[Path, dict[str, list[str]]]:
+def trained(model_dir, manifests, tmp_path_factory, request):
     """Two ranks: runs that were interrupted after their second step, or not; then starts that are refused. What each start said."""
     folder = tmp_path_factory.mktemp("resume")
-    plans: list[tuple[str, str, list[Any], list[str]]] = []
+    plans: dict[str, tuple[list[Any], list[str]]] = {}
 
     def plan(start: str, name: str, fault: list[Any], *extra: str) -> None:
-        plans.append((start, name, fault, [*TUNED, *OFTEN, *extra]))
+        plans[start] = fault, train_arguments(model_dir, manifests, folder / name, *TUNED, *OFTEN, *extra)
 
     for stage in dict.fromkeys(["z3", *selected(request, "stage")]):
         given = STAGES[stage]
         plan(f"{stage} whole", f"{stage} whole", ["nothing"], *given)
         plan(f"{stage} first", f"{stage} broken", ["stopped", 2], *given)
         plan(f"{stage} allowed", f"{stage} allowed", ["branched", str(folder / f"{stage} broken")], *given, *new_options(),
-             "--train.resume_changes", "allow")  # fmt: skip
+             "--train.resume_changes=allow")  # fmt: skip
         plan(f"{stage} second", f"{stage} broken", ["nothing"], *given)
-    tracked = ["--tracking.enabled", "true", "--train.max_steps", "2"]
+    tracked = ["--tracking.enabled=true", "--train.max_steps=2"]
     plan("tracked", "tracked", ["nothing"], *tracked)
     (folder / "other").mkdir()
     other = write_manifest(folder / "other" / "train.jsonl", 48, seed=9)
     refusals: dict[str, list[str]] = {
-        "learning rate": ["--train.learning_rate", "0.001", "--train.max_steps", "4"],
-        "finished": ["--train.weight_decay", "0.5"],
-        "rank": ["--model.lora.rank", "4", "--train.max_steps", "4", "--train.resume_changes", "allow"],
-        "full": ["--model.language_model.tuning", "full", "--train.max_steps", "4"],
-        "stage": [*STAGES["z2"], "--train.max_steps", "4"],
-        "data": ["--data.train", str(other), "--train.max_steps", "4", "--train.resume_changes", "allow"],
-        "never": ["--train.resume", "never"],
+        "learning rate": ["--train.learning_rate=0.001", "--train.max_steps=4"],
+        "finished": ["--train.weight_decay=0.5"],
+        "rank": ["--model.lora.rank=4", "--train.max_steps=4", "--train.resume_changes=allow"],
+        "full": ["--model.language_model.tuning=full", "--train.max_steps=4"],
+        "stage": [*STAGES["z2"], "--train.max_steps=4"],
+        "data": [f"--data.train={other}", "--train.max_steps=4", "--train.resume_changes=allow"],
+        "never": ["--train.resume=never"],
         "named": ["--train.resume", str(folder / "tracked" / "checkpoint-9")],
-        "late": ["--train.max_steps", "4", "--train.resume_changes", "allow"],
+        "late": ["--train.max_steps=4", "--train.resume_changes=allow"],
     }
     for name, extra in refusals.items():
         plan(name, "tracked", ["unchanged", str(folder / "tracked"), name == "late"], *tracked, *extra)
-    listed = folder / "plans.jsonl"
-    rows = [{"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *extra)} for _, name, fault, extra in plans]
-    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said: dict[str, list[str]] = {start: [] for start, *_ in plans}
-    for code, output in run_ranks(2, "fault_injection:train_listed", listed, said=folder / "said", timeout=900):
-        assert code == 0, output[-6000:]
-        for (start, *_), part in zip(plans, output.split("=== next training\n"), strict=True):
-            said[start] += part.splitlines()
-    return folder, said
+    said = run_plans(2, plans.values(), folder / "said")
+    return folder, {start: text.splitlines() for start, text in zip(plans, said, strict=True)}
 
 
 @pytest.mark.parametrize("stage", ["z3", pytest.param("z2", marks=pytest.mark.long)])
-def test_a_run_with_dropout_goes_on_bit_for_bit(stage: str, trained: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_run_with_dropout_goes_on_bit_for_bit(stage, trained):
     """Two ranks, whose random numbers part at the first forward, since their rows have other sizes."""
     folder, said = trained
     assert any("resumed from" in line for line in said[f"{stage} second"]), said[f"{stage} second"]
@@ -90,7 +80,7 @@ def shards(checkpoint: Path, rank: int) -> tuple[list[torch.Tensor], list[dict[s
 
 
 @pytest.mark.parametrize("stage", ["z3", pytest.param("z2", marks=pytest.mark.long)])
-def test_changed_options_of_the_optimizer_apply_to_the_first_step(stage: str, trained: tuple[Path, dict[str, list[str]]]) -> None:
+def test_changed_options_of_the_optimizer_apply_to_the_first_step(stage, trained):
     """AdamW by hand from one checkpoint to the next: gradient from the first moment, then second moment, clipping, decay and step."""
     folder = trained[0]
     before, after = folder / f"{stage} broken" / "checkpoint-2", folder / f"{stage} allowed" / "checkpoint-3"
@@ -111,9 +101,9 @@ def test_changed_options_of_the_optimizer_apply_to_the_first_step(stage: str, tr
     assert rows[0]["grad_norm"] > NEW["max_grad_norm"]
 
 
-def test_allowed_changes_are_kept_with_the_run(trained: tuple[Path, dict[str, list[str]]]) -> None:
+def test_allowed_changes_are_kept_with_the_run(trained):
     folder, said = trained
-    (line,) = [json.loads(line) for line in (folder / "z3 allowed" / "resume_changes.jsonl").read_text().splitlines()]
+    (line,) = read_rows(folder / "z3 allowed" / "resume_changes.jsonl")
     assert line["step"] == 2 and line["changes"].keys() == {f"train.{name}" for name in NEW}
     assert line["changes"]["train.learning_rate"] == [0.003, 0.02]
     assert "after step 2: train.lr_scheduler_type was cosine and is linear" in said["z3 allowed"]
@@ -137,7 +127,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_start_leaves_the_run_as_it_was(name: str, trained: tuple[Path, dict[str, list[str]]]) -> None:
+def test_a_refused_start_leaves_the_run_as_it_was(name, trained):
     """Every byte of the run folder, the MLflow store in it included, but for the ranks' signs of life and the cache of the data check."""
     said = trained[1][name]
     raised = [line.partition(" raised ")[2] for line in said if " raised " in line]

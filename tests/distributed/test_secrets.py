@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import forkserver_ranks
 import mlflow
 import pytest
-from conftest import REPO, environment, run_ranks, train_arguments
-from test_tracking import Server, _free_port
+from conftest import REPO, environment, free_port, run_train, train_arguments
+from test_tracking import Server
 
 from cfvlm_ds.core.errors import InputError
 from cfvlm_ds.core.secrets import masked, without_secrets
@@ -27,7 +24,7 @@ PLANTED = {place: SECRET.format(place) for place in PLACES}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("server")).running() as server:
         yield server
 
@@ -59,7 +56,7 @@ def leaks_of(folder: Path) -> dict[str, set[str]]:
     return {str(path.relative_to(folder)): found for path in files if (found := leaks(path.read_bytes()))}
 
 
-TRACKED = ["--tracking.enabled", "true", "--train.max_steps", "2"]
+TRACKED = ["--tracking.enabled=true", "--train.max_steps=2"]
 
 
 def process(arguments: list[str], url: str) -> tuple[int, str]:
@@ -69,30 +66,17 @@ def process(arguments: list[str], url: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> tuple[int, str]:
+def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> str:
     """The same of a forked rank, which gets this environment after its imports."""
-    ((code, output),) = run_ranks(1, "forkserver_ranks:train_script", [*arguments, *TRACKED], variables, said=folder / "said")
-    return code, output
+    return run_train(1, [*arguments, *TRACKED], variables, said=folder / "said")[0]
 
 
-def test_a_forked_rank_has_the_environment_of_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that of the test that started the server: another one's tracking server would get what is to be searched here."""
-    monkeypatch.setattr(os, "environ", {"MLFLOW_TRACKING_URI": "http://gone", "PYTHONPATH": "tests", "A": "old"})
-    forkserver_ranks.take({"A": "new", "B": "b"})
-    assert os.environ == {"PYTHONPATH": "tests", "A": "new", "B": "b"}
-
-
-def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "a.bin").write_bytes(b"\0" + PLANTED["hf"].encode() + b"\xff")
-    assert leaks_of(tmp_path) == {"a.bin": {"hf"}} and leaks(f"x{PLANTED['aws']}y") == {"aws"}
-
-
-def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tracked_run_tells_no_secret(server, model_dir, manifests, tmp_path):
     """A run named with a signed URL, as people do who paste an address into the wrong option, and a folder that was saved under one."""
     address = f"https://me:{PLANTED['name']}@host/run?password={PLANTED['query']}&sig={PLANTED['signature']}#t={PLANTED['fragment']}"
     (root := tmp_path / f"pictures?sig={PLANTED['root']}").symlink_to(manifests["train"].parent)
-    named = ["--tracking.experiment", "secrets", "--tracking.run_name", address, "--data.root", str(root)]
-    evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export", "true", "--train.figures", "true"]
+    named = ["--tracking.experiment=secrets", "--tracking.run_name", address, f"--data.root={root}"]
+    evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export=true", "--train.figures=true"]
     code, said = process(train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated), server.url)
     assert code == 0, said[-3000:]
     assert "MLflow run" in said and "://***@127.0.0.1" in said, "the address is said, without its password"
@@ -107,24 +91,22 @@ def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifest
 
 
 @pytest.mark.long
-def test_a_server_that_is_down_is_named_without_its_password(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    url = f"http://127.0.0.1:{_free_port()}"
-    code, said = trained(planted(url), train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
-    assert code == 0, said[-3000:]
+def test_a_server_that_is_down_is_named_without_its_password(model_dir, manifests, tmp_path):
+    url = f"http://127.0.0.1:{free_port()}"
+    said = trained(planted(url), train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
     assert "does not answer" in said and "://***@127.0.0.1" in said and "did not get" in said
     assert not leaks(said) and not leaks_of(tmp_path / "run")
 
 
-def test_no_secret_in_the_local_store(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_no_secret_in_the_local_store(model_dir, manifests, tmp_path):
     """Without a server: the SQLite file of the run folder. The tokens are those of other services."""
     variables = planted("http://unused")
     del variables["MLFLOW_TRACKING_URI"]
-    code, said = trained(variables, train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
-    assert code == 0, said[-3000:]
+    said = trained(variables, train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
     assert (tmp_path / "run" / "mlflow.db").exists() and not leaks(said) and not leaks_of(tmp_path / "run")
 
 
-def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir, manifests, tmp_path):
     given = f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl?sig={PLANTED['signature']}"
     code, said = process([*train_arguments(model_dir, manifests, tmp_path), given], "http://x")
     assert code == 2 and not leaks(said), said
@@ -157,12 +139,12 @@ def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path,
         ),
     ],
 )
-def test_what_is_masked_in_a_text(text: str, shown: str) -> None:
+def test_what_is_masked_in_a_text(text, shown):
     assert without_secrets(text) == shown == without_secrets(shown)
     assert str(InputError(text)) == shown
 
 
-def test_names_of_credentials_mask_their_values() -> None:
+def test_names_of_credentials_mask_their_values():
     """Also as keys of a DeepSpeed JSON, in the styles that names have."""
     key = PLANTED["key"]
     secret = {
@@ -178,7 +160,7 @@ def test_names_of_credentials_mask_their_values() -> None:
     assert masked({f"http://h/?sig={key}": 1}) == {"http://h/?sig=***": 1}
 
 
-def test_a_mask_takes_no_time() -> None:
+def test_a_mask_takes_no_time():
     """Texts from files may be large, and made to be slow."""
     started = time.process_time()
     for text in ("=a" * 10**5, "token='" * 30_000, "://u:" * 30_000, "://a?" + "b&" * 30_000, "a" * 10**6 + "=", " bearer " * 10**5):
@@ -186,7 +168,7 @@ def test_a_mask_takes_no_time() -> None:
     assert time.process_time() - started < 20
 
 
-def test_a_traceback_shows_no_secret() -> None:
+def test_a_traceback_shows_no_secret():
     code = (
         "import threading\nfrom cfvlm_ds.core.secrets import mask_tracebacks\nmask_tracebacks()\n"
         f"def fail(): raise OSError('http://me:{PLANTED['name']}@host/?sig={PLANTED['query']}')\n"

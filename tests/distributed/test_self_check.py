@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import run_ranks, train_arguments
+from conftest import ONE, run_train, train_arguments
 from safetensors.torch import load_file, save_file
 
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import ModelConfig
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import read_manifest
@@ -24,8 +23,6 @@ from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.models import forest_attention as attention
 from cfvlm_ds.training.run import _checked
 from cfvlm_ds.training.self_check import check_scores, refuse_nonfinite
-
-ONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class Engine:
@@ -50,12 +47,12 @@ def wide(model_dir: Path, dtype: torch.dtype, seed: int) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def collator(model_dir: Path) -> Collator:
+def collator(model_dir):
     return load_collator(ModelConfig(str(model_dir)), "star")
 
 
 @pytest.fixture(scope="module")
-def answers(manifests: dict[str, Path]) -> list[CounterfactualGroup]:
+def answers(manifests):
     """Groups whose texts are one word each."""
     words = ("red", "green", "blue")
     return [
@@ -107,9 +104,7 @@ def other_images(monkeypatch: pytest.MonkeyPatch) -> None:
 SEEDS = range(4)
 
 
-def test_good_runs_in_bfloat16_are_not_refused(
-    model_dir: Path, collator: Collator, answers: list[CounterfactualGroup], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_good_runs_in_bfloat16_are_not_refused(model_dir, collator, answers, capsys):
     """One rounding of an answer of one token is more than the 0.05 nats that once were the bound; and it is said that it was."""
     for seed in SEEDS:
         engine = wide(model_dir, torch.bfloat16, seed)
@@ -124,9 +119,9 @@ def test_good_runs_in_bfloat16_are_not_refused(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("wrong", [seeing_siblings, going_on_counting, other_images])
 def test_wrong_masks_positions_and_images_are_refused(
-    wrong: Callable[[pytest.MonkeyPatch], None], dtype: torch.dtype, model_dir: Path, collator: Collator, manifests: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    wrong, dtype, model_dir, collator, manifests,
+    monkeypatch
+):  # fmt: skip
     groups = [group for group in read_manifest(manifests["train"]) if len(group.candidates) > 1]
     engine = wide(model_dir, dtype, 0)
     wrong(monkeypatch)
@@ -135,7 +130,7 @@ def test_wrong_masks_positions_and_images_are_refused(
     assert all("scores that differ by" in str(each) and "use sdpa" not in str(each) for each in said), "which is in use"
 
 
-def test_weights_that_are_not_finite_are_named(model_dir: Path) -> None:
+def test_weights_that_are_not_finite_are_named(model_dir):
     model = wide(model_dir, torch.bfloat16, 0).module.model
     refuse_nonfinite(model, "source", ONE)
     with torch.no_grad():
@@ -147,24 +142,20 @@ def test_weights_that_are_not_finite_are_named(model_dir: Path) -> None:
         refuse_nonfinite(model, "source", ONE)
 
 
-def test_ranks_name_what_is_not_finite_in_their_parts(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_ranks_name_what_is_not_finite_in_their_parts(model_dir, manifests, tmp_path):
     """Under ZeRO-3 the last rows of a weight are with rank 1; both end, and rank 0 says the one sentence; nothing is written."""
     broken = shutil.copytree(model_dir, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["language_model.lm_head.weight"][-1, -1] = torch.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    ended = run_ranks(
-        2,
-        "forkserver_ranks:train_script",
-        train_arguments(broken, manifests, tmp_path / "run", "--train.self_check", "error"),
-        said=tmp_path / "said",
-    )
-    said = f"{broken} has weights that are not finite: lm_head.weight; get the model again"
-    assert [code for code, _ in ended] == [2, 2] and said in ended[0][1].splitlines()[-1] and said not in ended[1][1]
+    arguments = train_arguments(broken, manifests, tmp_path / "run", "--train.self_check=error")
+    first, second = run_train(2, arguments, said=tmp_path / "said", code=2)
+    said = f"{broken} has weights that are not finite: lm_head.weight"
+    assert said in first.splitlines()[-1] and said not in second
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_the_check_can_be_a_warning_or_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_check_can_be_a_warning_or_left_out(capsys):
     def find(*arguments: Any) -> None:
         raise ConfigError("found")
 

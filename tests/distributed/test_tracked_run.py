@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
+import select
 import signal
+import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import forkserver_ranks
 import mlflow
 import pytest
 import torch
-from conftest import REPO, losses, run_ranks, run_trainings, train_arguments
+from conftest import REPO, losses, metrics, run_train, run_trainings, train_arguments, wait_for
 from safetensors.torch import load_file
 from test_tracking import Server
 
@@ -24,13 +25,14 @@ from cfvlm_ds.core.run_folder import FILES, FOLDERS
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity, digest
 from cfvlm_ds.data.picture_index import PictureTable
+from cfvlm_ds.tracking import deliver
 
 ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json", "before_after.json"}
 ARTIFACTS |= {"learning_curves.png", "scores-test.png"}
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def client(tmp_path_factory):
     """The server that every training of this module finds in its environment."""
     with Server(tmp_path_factory.mktemp("server")).running() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server.url)
@@ -40,7 +42,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def tracked(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:
     """Options of a tracked training; its experiment has the name of its folder."""
-    options = ["--tracking.enabled", "true", "--tracking.experiment", output_dir.name, "--train.figures", "true"]
+    options = ["--tracking.enabled=true", "--tracking.experiment", output_dir.name, "--train.figures=true"]
     return train_arguments(model_dir, manifests, output_dir, *options, *extra)
 
 
@@ -76,49 +78,43 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def finished(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(client, model_dir, manifests, tmp_path_factory):
     """Two ranks, four steps, an evaluation in between and at the end."""
     folder = tmp_path_factory.mktemp("data") / "finished"
-    extra = ["--train.max_steps", "4", "--train.eval_steps", "2", "--train.per_device_train_batch_size", "8"]
-    extra += [f"--data.evaluation.test={manifests['test']}", "--tracking.run_name", "four steps", "--model.projector.learning_rate", "1e-4"]
-    ended = run_ranks(2, "forkserver_ranks:train_script", tracked(model_dir, manifests, folder, *extra), said=folder.with_name("said"))
-    assert [code for code, _ in ended] == [0, 0], ended
+    extra = ["--train.max_steps=4", "--train.eval_steps=2", "--train.per_device_train_batch_size=8"]
+    extra += [f"--data.evaluation.test={manifests['test']}", "--tracking.run_name", "four steps", "--model.projector.learning_rate=1e-4"]
+    run_train(2, tracked(model_dir, manifests, folder, *extra), said=folder.with_name("said"))
     return folder
 
 
-def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> None:
+def test_metrics_are_on_the_server_as_on_disk(client, finished):
     found = on_server(client, the_run(client, "finished"))
     assert found == on_disk(finished)
-    every_step = {"loss", "loss/align", "loss/csd", "loss/fcd", "logp/lp_00", "logp/lp_kk", "logp/lp_k0", "logp/lp_0k"}
+    every_step = set(["loss", "learning_rate", "grad_norm", "epoch", "skipped_steps", "skipped_groups"])
     every_step |= {
-        "active/csd",
-        "active/fcd",
-        "violated/csd",
-        "violated/fcd",
-        "learning_rate",
-        *(f"learning_rate/{module}" for module in ("vision_tower", "projector", "language_model")),
-        "grad_norm",
-        "epoch",
-        "skipped_steps",
-        "skipped_groups",
-    }
-    every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images", "model_tflop")} | {
-        "throughput/data_wait_share",
-        "throughput/all_gather_share",
-    }
+        f"{kind}/{name}"
+        for kind, names in {
+            "loss": "align csd fcd", "logp": "lp_00 lp_kk lp_k0 lp_0k", "active": "csd fcd", "violated": "csd fcd",
+            "learning_rate": "vision_tower projector language_model",
+            "throughput": "groups_per_s candidates_per_s tokens_per_s images_per_s model_tflop_per_s data_wait_share all_gather_share",
+        }.items()
+        for name in names.split()
+    }  # fmt: skip
     assert {name for name in found if not name.startswith(("eval/", "checkpoint/"))} == every_step
     for name in ("seconds", "share", "failed"):
         assert [step for step, _ in found[f"checkpoint/{name}"]] == [4], name
     for name in every_step:
         assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
-    for name in ("pair", "text", "image", "group", "group_pmi", "sham", "blind_pair", "colour/group"):
+    for name in ("pair", "text", "image", "group", "group_pmi", "sham", "blind_pair", "colour/group", "loss"):
         assert [step for step, _ in found[f"eval/test/{name}"]] == [2, 4], name
     assert [step for step, _ in found["eval/test/shuffled_pair"]] == [4], "one more image per group, at the end only"
-    total = found["loss/align"][-1][1] + 0.5 * found["loss/csd"][-1][1] + 0.7 * found["loss/fcd"][-1][1]
-    assert found["loss"][-1][1] == pytest.approx(total, rel=1e-5), "weighted, after the warm-up"
+    for name, separator in (("loss", "/"), ("eval/test/loss", "_")):
+        align, csd, fcd, whole = (found[each][-1][1] for each in (*(f"{name}{separator}{term}" for term in ("align", "csd", "fcd")), name))
+        assert whole == pytest.approx(align + 0.5 * csd + 0.7 * fcd, rel=1e-5), "weighted, after the warm-up"
+    assert f"| test | all, weighted | | {whole:.4f} | | |" in (finished / "results.md").read_text()
 
 
-def test_parameters_and_tags_describe_the_run(client: Any, finished: Path, model_dir: Path) -> None:
+def test_parameters_and_tags_describe_the_run(client, finished, model_dir):
     import yaml
 
     found = the_run(client, "finished")
@@ -135,7 +131,7 @@ def test_parameters_and_tags_describe_the_run(client: Any, finished: Path, model
     assert Path(tags["mlflow.source.name"]) == REPO / "train.py"
 
 
-def test_the_runs_data_sets_are_there_by_digest_size_and_place(client: Any, finished: Path, manifests: dict[str, Path]) -> None:
+def test_the_runs_data_sets_are_there_by_digest_size_and_place(client, finished, manifests):
     inputs = {each.dataset.name: each for each in the_run(client, "finished").inputs.dataset_inputs}
     listed = {each["name"]: each for each in json.loads((finished / "data.json").read_text())}
     assert inputs.keys() == listed.keys() == {"train", "test"}
@@ -148,22 +144,13 @@ def test_the_runs_data_sets_are_there_by_digest_size_and_place(client: Any, fini
         assert {tag.key: tag.value for tag in inputs[name].tags} == {"mlflow.data.context": context}
 
 
-def test_the_evaluation_s_loss_is_logged_beside_its_accuracies(client: Any, finished: Path) -> None:
-    found = on_server(client, the_run(client, "finished"))
-    for name in ("loss", "loss_align", "loss_csd", "loss_fcd"):
-        assert [step for step, _ in found[f"eval/test/{name}"]] == [2, 4], name
-    align, csd, fcd, whole = (found[f"eval/test/{name}"][-1][1] for name in ("loss_align", "loss_csd", "loss_fcd", "loss"))
-    assert whole == pytest.approx(align + 0.5 * csd + 0.7 * fcd, rel=1e-6)
-    assert f"| test | all, weighted | | {whole:.4f} | | |" in (finished / "results.md").read_text()
-
-
-def test_what_a_run_writes_is_known_by_name(finished: Path) -> None:
+def test_what_a_run_writes_is_known_by_name(finished):
     """A link or pipe of such a name is refused at a start (cfvlm_ds.core.run_folder)."""
     listed = [path.name for path in finished.iterdir() if not path.name.startswith("checkpoint-")]
     assert len(listed) > 12 and not [name for name in listed if not any(fnmatch(name, known) for known in (*FILES, *FOLDERS))]
 
 
-def test_artifacts_are_the_files_of_the_run_folder(client: Any, finished: Path, tmp_path: Path) -> None:
+def test_artifacts_are_the_files_of_the_run_folder(client, finished, tmp_path):
     run_id = the_run(client, "finished").info.run_id
     assert {item.path for item in client.list_artifacts(run_id)} == ARTIFACTS
     for name in sorted(ARTIFACTS):
@@ -177,12 +164,12 @@ def test_artifacts_are_the_files_of_the_run_folder(client: Any, finished: Path, 
 # A run that does not ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_as_the_same_run(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_as_the_same_run(client, model_dir, manifests, tmp_path):
     """kill -9 when the server has steps that the newest checkpoint has not: they are computed again and not recorded twice."""
     folder, last = tmp_path / "killed", 100
-    extra = ["--train.max_steps", str(last), "--train.save_steps", "25"]
-    command = (1, "forkserver_ranks:train_script", tracked(model_dir, manifests, folder, *extra))
-    (process,) = forkserver_ranks.start(*command, said=tmp_path / "said-first")
+    extra = [f"--train.max_steps={last}", "--train.save_steps=25"]
+    arguments = tracked(model_dir, manifests, folder, *extra)
+    (process,) = forkserver_ranks.start(1, "forkserver_ranks:train_script", arguments, said=tmp_path / "said-first")
 
     def delivered() -> int:
         experiment = client.get_experiment_by_name("killed")
@@ -198,8 +185,7 @@ def test_a_killed_run_goes_on_as_the_same_run(client: Any, model_dir: Path, mani
     assert first.info.status == "RUNNING" and 26 < before < last, "killed too late to prove anything"
     assert len(losses(folder)) >= before
 
-    ((code, output),) = run_ranks(*command, said=tmp_path / "said-second")
-    assert code == 0 and "resumed from" in output, output
+    assert "resumed from" in run_train(1, arguments, said=tmp_path / "said-second")[0]
     second = the_run(client, "killed")
     assert second.info.run_id == first.info.run_id and second.info.status == "FINISHED"
     found, kept = on_server(client, second), on_disk(folder)
@@ -213,59 +199,73 @@ def test_a_killed_run_goes_on_as_the_same_run(client: Any, model_dir: Path, mani
     assert first_losses.items() <= dict(found["loss"]).items()
 
 
-def test_a_crashed_run_is_marked_failed(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    """A learning rate that overflows the weights, on two ranks: an error that names step and groups, on both, and no hang."""
-    folder = tmp_path / "crashed"
-    extra = ["--train.learning_rate", "1e30", "--train.per_device_train_batch_size", "8"]
-    ended = run_ranks(2, "forkserver_ranks:train_script", tracked(model_dir, manifests, folder, *extra), said=tmp_path / "said")
-    output = "".join(said for _, said in ended)
-    assert all(code for code, _ in ended), output
-    message = "FloatingPointError: the loss is not finite at step 3; groups of rank 0: train-"
-    assert output.count(message) == 2, output[-5000:]
-    (row,) = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
-    assert (row["step"], row["what"]) == (3, "loss") and [len(row["groups"][rank]) for rank in ("0", "1")] == [8, 8]
-    failed = the_run(client, "crashed")
-    assert failed.info.status == "FAILED"
-    found, kept = on_server(client, failed), on_disk(folder)
-    assert [step for step, _ in found["loss"]] == [1, 2]
-    assert found.keys() == kept.keys()
-    for name in kept:
-        assert all(s == t and (v == w or (math.isnan(v) and math.isnan(w))) for (s, v), (t, w) in zip(found[name], kept[name], strict=True))
-    assert not list(folder.glob("checkpoint-*"))
-    assert {item.path for item in client.list_artifacts(failed.info.run_id)} == {
-        "config.yaml",
-        "ds_config.json",
-        "environment.json",
-        "data.json",
-    }
+DELAY_S = 5.0
 
 
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.1)
+class SlowProxy:
+    """A TCP proxy that holds back each answer of a server for ``DELAY_S``; ``answers`` are those it has passed on."""
+
+    def __init__(self, port: int) -> None:
+        self.to, self.answers = port, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self.listener.accept()
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", self.to)) as server:
+            asked = False
+            while True:
+                for source in select.select([client, server], [], [])[0]:
+                    if not (data := source.recv(1 << 16)):
+                        return
+                    if source is server and asked:
+                        time.sleep(DELAY_S)
+                        self.answers += 1
+                    asked = source is client
+                    (server if source is client else client).sendall(data)
+
+
+@pytest.mark.long
+def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(client, model_dir, manifests, tmp_path, monkeypatch):
+    proxy, folder = SlowProxy(int(client.tracking_uri.rpartition(":")[2])), tmp_path / "slow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+    arguments = tracked(model_dir, manifests, folder, "--train.max_steps=60")
+    run_train(1, arguments, said=tmp_path / "said")
+    ended = time.time()
+    assert proxy.answers >= 3, "it did talk to the slow server"
+    times = [row["time"] for row in metrics(folder) if "loss" in row]
+    assert len(times) == 60 and times[-1] - times[0] < 60 * DELAY_S / 4, "steps waited for calls"
+    assert ended - times[-1] < 30 + 60, "the end waits for MLflow 30 s at most; the rest is the last checkpoint and the evaluation"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    assert deliver(folder, timeout=60)
+    run = the_run(client, folder.name)
+    assert run.info.status == "FINISHED" and on_server(client, run) == on_disk(folder), "every point once, in order"
 
 
 # Modules, through real runs -------------------------------------------------------------------------------------------------------------
 
 
 def module_of(name: str) -> str:
-    return next((module for key, module in (("vision_tower", "vision_tower"), ("projector", "projector")) if key in name), "language_model")
+    return next((module for module in ("vision_tower", "projector") if module in name), "language_model")
 
 
-def test_freezing_learning_rates_and_gradient_checkpointing(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_freezing_learning_rates_and_gradient_checkpointing(model_dir, manifests, tmp_path):
     """Three trainings under ZeRO-3 in one process, judged by their exports: plain torch sees what every module's weights did."""
     rates = {"vision_tower": 1e-3, "projector": 2e-3, "language_model": 4e-3}
     own = [part for module, rate in rates.items() for part in (f"--model.{module}.learning_rate", str(rate))]
-    frozen = ["--train.max_steps", "2", "--model.vision_tower.tuning", "frozen"]
+    frozen = ["--train.max_steps=2", "--model.vision_tower.tuning=frozen"]
     runs = {
         # AdamW's first step moves every weight by the learning rate, whatever its gradient.
-        "rates": ["--train.max_steps", "1", "--train.lr_scheduler_type", "constant", "--train.warmup_ratio", "0", *own],
+        "rates": ["--train.max_steps=1", "--train.lr_scheduler_type=constant", "--train.warmup_ratio=0", *own],
         "frozen": frozen,
-        "recomputed": [*frozen, "--model.gradient_checkpointing", "true"],
+        "recomputed": [*frozen, "--model.gradient_checkpointing=true"],
     }
-    always = ["--train.export", "true", "--train.per_device_train_batch_size", "8"]
+    always = ["--train.export=true", "--train.per_device_train_batch_size=8"]
     arguments = [train_arguments(model_dir, manifests, tmp_path / name, *always, *extra) for name, extra in runs.items()]
     output = run_trainings(1, *arguments, said=tmp_path / "said", by="rank_functions:counted")
 

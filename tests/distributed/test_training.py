@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import forkserver_ranks
 import pytest
 import torch
 from conftest import (
     REPO,
+    assert_same_trajectory,
     environment,
     losses,
     metrics,
-    run_ranks,
+    printed,
+    refused,
+    run_train,
     run_trainings,
     save_groups,
     selected,
@@ -29,7 +27,6 @@ from conftest import (
 )
 
 from cfvlm_ds.batching.batch import MicroBatch
-from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import from_row, to_row
@@ -49,9 +46,7 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def trajectories(
-    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[tuple[int, ...], Path]:
+def trajectories(model_dir, manifests, tmp_path_factory, request):
     """Layout -> run folder, 16 groups a step; (1, 1) and (4, 1) always."""
     chosen = list(dict.fromkeys([(1, 1), (4, 1), *selected(request, "layout")]))
     folders = {layout: tmp_path_factory.mktemp("x".join(map(str, layout))) for layout in chosen}
@@ -59,7 +54,7 @@ def trajectories(
         arguments = []
         for (_, steps, *limit), folder in ((layout, folder) for layout, folder in folders.items() if layout[0] == ranks):
             micro = GLOBAL_BATCH // (ranks * steps)
-            extra = ["--train.per_device_train_batch_size", str(micro), "--train.gradient_accumulation_steps", str(steps)]
+            extra = [f"--train.per_device_train_batch_size={micro}", f"--train.gradient_accumulation_steps={steps}"]
             extra += [part for tokens in limit for part in ("--data.max_tokens_per_forward", str(tokens))]
             arguments.append(train_arguments(model_dir, manifests, folder, *extra))
         if arguments:
@@ -68,31 +63,20 @@ def trajectories(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_ranks_and_accumulation_give_one_trajectory(layout: tuple[int, ...], trajectories: dict[tuple[int, ...], Path]) -> None:
+def test_ranks_and_accumulation_give_one_trajectory(layout, trajectories):
     """Ragged groups included (0 to 2 counterfactuals, shams): every term is divided by its global count. fp32, relative 2e-4."""
-    expected = metrics(trajectories[1, 1])
-    assert len(losses(trajectories[1, 1])) == 6
-    assert losses(trajectories[1, 1])[-1] < losses(trajectories[1, 1])[0] - 0.3, "it must train, or equality means nothing"
-    for want, have in zip(expected, metrics(trajectories[layout]), strict=True):
-        for name in want:
-            if name.startswith(("loss", "logp/", "grad_norm")):
-                assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), f"{name} at step {want['step']} with {layout}"
+    first, *_, last = losses(trajectories[1, 1])
+    assert len(losses(trajectories[1, 1])) == 6 and last < first - 0.3, "it must train, or equality means nothing"
+    assert_same_trajectory(trajectories[1, 1], trajectories[layout])
 
 
-def test_rank_local_means_would_be_noticed(trajectories: dict[tuple[int, ...], Path]) -> None:
+def test_rank_local_means_would_be_noticed(manifests):
     """The ragged data does distinguish global from rank-local denominators: groups differ in their counts from rank to rank."""
-    from cfvlm_ds.data import read_manifest
-
-    config = trajectories[4, 1] / "config.yaml"
-    train = next(line.split(": ")[1].strip() for line in config.read_text().splitlines() if line.strip().startswith("train: /"))
-    counts = [len(group.candidates) for group in read_manifest(train)]
-    assert len(set(counts)) == 3
+    assert {len(group.candidates) for group in read_manifest(manifests["train"])} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.long)])
-def test_equals_the_plain_torch_reference(
-    steps: int, trajectories: dict[tuple[int, ...], Path], model_dir: Path, manifests: dict[str, Path], tmp_path: Path
-) -> None:
+def test_equals_the_plain_torch_reference(steps, trajectories, model_dir, manifests, tmp_path):
     """A single-process loop of about 60 lines that shares no code with the package gives the same losses, and those of the golden file."""
     folder = trajectories[1, 1]
     if steps != 6:
@@ -109,33 +93,7 @@ def test_equals_the_plain_torch_reference(
         assert expected == pytest.approx(golden, rel=2e-3), "the reference itself moved: see CONTRIBUTING on golden files"
 
 
-@pytest.mark.long  # test_resume has it without a kill, and test_tracked_run kills a run
-def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    """kill -9 of every process mid-run, then the same options again, with data workers: losses of the same bits."""
-    extra = ["--train.save_steps", "3", "--train.max_steps", "10", "--data.num_workers", "1"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    command = train_arguments(model_dir, manifests, broken, *extra)
-    run_trainings(2, train_arguments(model_dir, manifests, whole, *extra), said=tmp_path / "said")
-    ranks = forkserver_ranks.start(2, "forkserver_ranks:train_script", command, said=tmp_path / "said-first")
-    deadline = time.monotonic() + 300
-    while not (broken / "checkpoint-6").exists():
-        assert all(rank.is_alive() for rank in ranks), (tmp_path / "said-first" / "rank-0.log").read_text()[-6000:]
-        assert time.monotonic() < deadline, "no checkpoint in time"
-        time.sleep(0.01)
-    for rank in ranks:
-        os.killpg(rank.pid or 0, signal.SIGKILL)  # and its data worker
-    for rank in ranks:
-        rank.join()
-    assert len(losses(broken)) < 10, "killed too late to prove anything"
-    (broken / "checkpoint-6" / "complete.json").unlink()  # a checkpoint whose writing was cut off is passed over
-    output = run_trainings(2, command, said=tmp_path / "said-again")
-    assert "passed over" in output and "resumed from" in output and "step 3" in output
-    assert losses(broken) == losses(whole)
-
-
-def test_the_table_before_and_after_a_training(
-    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, monkeypatch, capsys):
     """A rate of 0 changes nothing; a second run has its baseline from the cache; an earlier run's in the folder is removed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     split = ["--data.evaluation.test", str(manifests["test"])]
@@ -143,14 +101,14 @@ def test_the_table_before_and_after_a_training(
     (plain / "baseline").mkdir(parents=True)
     (plain / "baseline" / "test.json").write_text(json.dumps({"data": {}, "groups": []}))
     many = write_manifest(tmp_path / "many.jsonl", 110)
-    first, auto = ["--train.max_steps", "1"], ["--train.eval_on_start", "auto"]
+    first, auto = ["--train.max_steps=1"], ["--train.eval_on_start=auto"]
     said = [
         run_trainings(2, train_arguments(model_dir, manifests, folder, *options), said=tmp_path / f"said-{folder.name}")
         for folder, options in (
-            (still, ["--train.learning_rate", "0", *first, *auto, *split]),
-            (moved, ["--train.learning_rate", "0.01", *auto, *split]),
+            (still, ["--train.learning_rate=0", *first, *auto, *split]),
+            (moved, ["--train.learning_rate=0.01", *auto, *split]),
             (plain, [*first, *split]),
-            (drawn, [*first, *auto, "--data.evaluation.many", str(many), "--data.evaluation.test", str(manifests["test"])]),
+            (drawn, [*first, *auto, f"--data.evaluation.many={many}", "--data.evaluation.test", str(manifests["test"])]),
         )
     ]
     cached = "before the first step: accuracies of test are those of an earlier run from this model"
@@ -169,19 +127,18 @@ def test_the_table_before_and_after_a_training(
     (whole,) = (row for row in rows[drawn] if row["set"] == "many" and row["edit"] == "all")
     assert 0 < whole["groups"] < whole["of"] < 110
     text = (drawn / "results.md").read_text()
-    main(["compare", str(still), str(moved), str(moved / "results.json")])
-    tables = capsys.readouterr().out.split("| set | edit | groups | metric | chance | language alone |")[1:]
+    tables = printed(capsys, "compare", still, moved, moved / "results.json").split(
+        "| set | edit | groups | metric | chance | language alone |"
+    )[1:]
     changed = {row["edit"]: f"| {row['before']:.1f} | {row['after']:.1f} | {row['after'] - row['before']:+.1f}" for row in rows[moved]}
     assert len(tables) == 3 and all(change in table for table in tables for change in changed.values()), "their mean is what both are"
-    with pytest.raises(SystemExit):
-        main(["compare", str(still), str(tmp_path / "said-still")])
-    assert "said-still contains no results; name a run folder" in capsys.readouterr().err
+    assert "said-still" in refused(capsys, "compare", still, tmp_path / "said-still")
     card = _results(json.loads((moved / "results.json").read_text()), rows[moved], True)
     assert any(f"`all` | {rows[moved][-1]['groups']} | group " in line and changed["all"] in line for line in card)
     assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")
 
 
-def test_two_passes_draw_the_same_random_numbers() -> None:
+def test_two_passes_draw_the_same_random_numbers():
     """A part drops out the same in both forwards: the gradient is that of one graph over all parts, and the last one completes it."""
     weight, boundaries = torch.ones(6, requires_grad=True), []
 
@@ -220,7 +177,7 @@ def test_two_passes_draw_the_same_random_numbers() -> None:
 
 
 @pytest.mark.parametrize("tower", ["full", pytest.param("frozen", marks=pytest.mark.long)])
-def test_ranks_whose_rows_differ_make_the_same_collectives(tower: str, model_dir: Path, tmp_path: Path) -> None:
+def test_ranks_whose_rows_differ_make_the_same_collectives(tower, model_dir, tmp_path):
     """Text alone, one picture, several at once, or nothing, since a picture is broken: a rank without pictures would not gather the tower's
     weights, and the others wait for ever (DeepSpeed#7170). torch compares every collective of the ranks, and the losses are one rank's."""
     groups = read_manifest(write_manifest(tmp_path / "m.jsonl", 12, seed=2))
@@ -235,16 +192,12 @@ def test_ranks_whose_rows_differ_make_the_same_collectives(tower: str, model_dir
         if kind == "broken":
             pictures[0].write_bytes(b"no picture")
     manifests = {"train": save_groups(tmp_path / "rows.jsonl", groups)}
-    options = ["--model.vision_tower.tuning", tower, "--train.max_steps", "4", "--data.check", "rows", "--data.on_error", "skip"]
+    options = ["--model.vision_tower.tuning", tower, "--train.max_steps=4", "--data.check=rows", "--data.on_error=skip"]
     for ranks in (1, 3):
-        size = ["--train.per_device_train_batch_size", str(3 // ranks)]
+        size = [f"--train.per_device_train_batch_size={3 // ranks}"]
         arguments = train_arguments(model_dir, manifests, tmp_path / str(ranks), *options, *size)
-        ended = run_ranks(
-            ranks, "forkserver_ranks:train_script", arguments, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, said=tmp_path / f"said-{ranks}"
-        )
-        for code, output in ended:
-            assert code == 0, output[-4000:]
-        rates = re.findall(r"all-reduce over 3 ranks: ([\d.]+) GB/s", ended[0][1])
+        said = run_train(ranks, arguments, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, said=tmp_path / f"said-{ranks}")
+        rates = re.findall(r"all-reduce over 3 ranks: ([\d.]+) GB/s", said[0])
         assert [float(rate) > 0 for rate in rates] == [True] * (ranks > 1)
     assert len(losses(tmp_path / "1")) == 4 and losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=2e-4)
     assert json.loads((tmp_path / "3" / "skipped.json").read_text())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import metrics, run_ranks, save_groups, train_arguments
+from conftest import COLOURS, PROMPT, metrics, run_train, save_groups, train_arguments
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli.main import main
@@ -26,7 +26,7 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, headline, metric_names, table
-from cfvlm_ds.evaluation.metrics import CHANCE, METRICS
+from cfvlm_ds.evaluation.metrics import METRICS
 from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, Misp, SymMPO, denominators, weighted_loss
 from cfvlm_ds.training import results, trainer
 from cfvlm_ds.training.evaluator import check_best
@@ -168,7 +168,7 @@ GROUPS = [asked(seed, 1 + seed % 4, 2 + seed % 5, 1 + seed % 3) for seed in rang
 
 
 @pytest.mark.parametrize("name", NAIVE)
-def test_objectives_compare_answers_to_one_prompt(name: str) -> None:
+def test_objectives_compare_answers_to_one_prompt(name):
     """Loss and units of 60 groups of 1 to 4 images, 2 to 6 texts and 1 to 3 prompts, against loops over cells."""
     objective, part, naive = NAIVE[name]
     per_group = [naive(g) for g in GROUPS]
@@ -181,18 +181,8 @@ def test_objectives_compare_answers_to_one_prompt(name: str) -> None:
         assert alone == pytest.approx(sum(naive(kept)), rel=1e-9, abs=1e-12)
 
 
-def test_two_questions_by_hand() -> None:
-    """Yes to one question and no to another: the answers of the first never meet those of the second, however likely these are."""
-    logp = [[-1.0, -3.0, -0.1, -0.5]]
-    two = Asked([[1, 0, 0, 1]], [0, 0, 1, 1], logp, logp)
-    expected = (link(-2) + link(0.4)) / 2
-    assert Csd().numerator(collated([two])).item() == pytest.approx(expected)
-    (gradient,) = torch.autograd.grad(Csd().numerator(scores := collated([two])), scores.logp)
-    assert gradient[0, 0, :2].sum().item() == pytest.approx(0, abs=1e-12) and gradient[0, 0, 2:].sum().item() == pytest.approx(0, abs=1e-12)
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_prompt_changes_no_bit(name: str) -> None:
+def test_one_prompt_changes_no_bit(name):
     """Prompt numbers of groups that have one prompt, or none given: loss, units, gradient and report are the same bits."""
     objective = {name: OBJECTIVES[name](weight=0.7, warmup=0.0, **({"infonce": 0.5} if name == "align" else {}))}
     groups = [replace(g, prompts=[0] * len(g.prompts)) for g in GROUPS]
@@ -205,7 +195,7 @@ def test_one_prompt_changes_no_bit(name: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_the_collator_numbers_the_prompts(model_dir: Path, tmp_path: Path) -> None:
+def test_the_collator_numbers_the_prompts(model_dir, tmp_path):
     texts = (("Is it red?", "yes"), ("Is it big?", "yes"), ("Is it red?", "no"))
     one = group([[1, 1, 0]], texts=texts)
     assert one.prompt_ids == (0, 1, 0)
@@ -215,7 +205,7 @@ def test_the_collator_numbers_the_prompts(model_dir: Path, tmp_path: Path) -> No
     assert same == [[True, False, True], [False, True, False], [True, False, True]]
 
 
-def test_a_second_question_is_trained_on_every_image(model_dir: Path) -> None:
+def test_a_second_question_is_trained_on_every_image(model_dir):
     """Two images, two questions, yes and no: star has each question's own false answer on either image, and each answer's false image."""
     one, _ = SHAPES["NaturalBench: two images, two questions"]
     layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([one])
@@ -265,7 +255,7 @@ SHAPES: dict[str, tuple[CounterfactualGroup, dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_of_group_counts(shape: str) -> None:
+def test_every_shape_of_group_counts(shape):
     """Comparisons of each metric; all won, then all lost; a metric without one is absent and its count is 0, in row and table."""
     one, expected = SHAPES[shape]
     right = [[0.0 if truth == 1 else -1.0 for truth in row] for row in one.match]
@@ -315,7 +305,7 @@ def naive_metrics(g: CounterfactualGroup, s: list[list[float]], blank: list[floa
     return found
 
 
-def test_metrics_equal_the_naive_twin() -> None:
+def test_metrics_equal_the_naive_twin():
     """500 groups of any shape, truth unknown here and there, up to three prompts: pooled shares, counts, and the groups without one."""
     rng = random.Random(3)
     groups, values = [], []
@@ -340,16 +330,7 @@ def test_metrics_equal_the_naive_twin() -> None:
 # What is true, or unknown, is no error ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("truth", [1, None], ids=["true of it", "unknown"])
-def test_a_text_that_may_be_true_of_the_factual_image_is_no_error(truth: int | None) -> None:
-    """Text 1 is preferred on the factual image, and right so, or nobody knows: it counts in no comparison there."""
-    one = group([[1, truth, 0], [0, 1, 0]], Edit("count", 1, 1), Edit("colour", text=2))
-    rows = {row.name: row for row in accuracies([one], [scores([[-2.0, -1.0, -3.0], [-2.0, -1.0, -3.0]])])}
-    assert rows["all"].metrics["pair"] == 100 and "group" not in rows["all"].metrics
-    assert rows["all"].comparisons["pair"] == (4 if truth == 1 else 3), "on image 1 two, on image 0 one or two"
-
-
-def test_a_sham_edit_with_a_text_is_no_row() -> None:
+def test_a_sham_edit_with_a_text_is_no_row():
     """It says that the factual text is true of its image: no comparison, and no part of the mean."""
     edits = (Edit("colour", 1, 1), Edit(SHAM, 2, 0))
     one = group([[1, 0], [0, 1], [1, 0]], *edits)
@@ -362,7 +343,7 @@ def test_a_sham_edit_with_a_text_is_no_row() -> None:
     assert rows[-1].comparisons["pair"] == 2 and rows[-1].comparisons["sham"] == 1
 
 
-def test_an_edit_type_named_all_is_not_the_mean() -> None:
+def test_an_edit_type_named_all_is_not_the_mean():
     wins, loses = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
     identity: Truth = [[1, 0], [0, 1]]
     splits = {"s": accuracies([group(identity, Edit("all", 1, 1)), group(identity, Edit("colour", 1, 1))], [scores(wins), scores(loses)])}
@@ -373,7 +354,7 @@ def test_an_edit_type_named_all_is_not_the_mean() -> None:
     assert [line.split(" | ")[1] for line in lines[2:6]] == ['"all"', "colour", "all", "all, blank image"]
 
 
-def test_names_from_the_data_cannot_break_the_table() -> None:
+def test_names_from_the_data_cannot_break_the_table():
     rows = accuracies([group([[1, 0]], Edit("a|b\n| x | y", text=1)), group([[1]], name="g|\nh" * 90)], [scores([[1, 0]]), scores([[1]])])
     lines = table({"s": rows}).splitlines()
     assert any("| a\\|b \\| x \\| y |" in line for line in lines) and all(len(line) < 300 for line in lines)
@@ -383,7 +364,7 @@ def test_names_from_the_data_cannot_break_the_table() -> None:
 # What language alone achieves ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_of_the_log_ends_however_many_types_there_are() -> None:
+def test_a_line_of_the_log_ends_however_many_types_there_are():
     groups = [group([[1, 0]], Edit(f"type {n:02}", text=1)) for n in range(40)]
     rows = accuracies(groups, [scores([[0.0, -1.0]])] * 40)
     said = headline(rows)
@@ -391,7 +372,7 @@ def test_a_line_of_the_log_ends_however_many_types_there_are() -> None:
     assert headline(accuracies(groups[:11], [scores([[0.0, -1.0]])] * 11)).endswith("type 09 100.0, type 10 100.0, all 100.0")
 
 
-def test_the_blind_row_says_what_language_alone_achieves() -> None:
+def test_the_blind_row_says_what_language_alone_achieves():
     """Three groups of one image: language decides one rightly, one wrongly, and ties in one (1/2): 50 %, where the model has 100."""
     groups = [group([[1, 0]]) for _ in range(4)]
     right = [[1.0, 0.0]]
@@ -403,17 +384,7 @@ def test_the_blind_row_says_what_language_alone_achieves() -> None:
     assert flat["eval/s/blind_pair"] == 62.5 and not any("shuffled" in name for name in flat)
 
 
-def test_a_balanced_table_gives_language_nothing_and_its_factual_side_shows_the_bias() -> None:
-    """Two images, each text true of one: what language wins on one image it loses on the other. On the factual images alone it shows."""
-    rng = random.Random(0)
-    groups = [group([[1, 0], [0, 1]], Edit("colour", 1, 1)) for _ in range(50)]
-    values = [scores([[0.0, -1.0], [-1.0, 0.0]], [-1.0, rng.choice([-5.0, -5.0, -5.0, 0.0])]) for _ in groups]
-    row = accuracies(groups, values)[-1]
-    assert row.blind["pair"] == 50 and 60 < row.blind["factual"] < 90
-    assert row.blind["factual"] == 100 * sum(v.blank[0] > v.blank[1] for v in values) / 50
-
-
-def test_the_shuffled_row_counts_the_groups_that_have_another_image() -> None:
+def test_the_shuffled_row_counts_the_groups_that_have_another_image():
     nothing: list[float] = []
     groups = [group([[1, 0]], name=name) for name in ("a", "b", "c")]
     rows = accuracies(
@@ -427,34 +398,16 @@ def test_the_shuffled_row_counts_the_groups_that_have_another_image() -> None:
     assert flat_metrics({"s": rows})["eval/s/shuffled_pair"] == 75
 
 
-def test_chance_is_what_random_scores_have() -> None:
-    """The metrics of single comparisons; the others are in test_evaluation."""
-    torch.manual_seed(1)
-    num = 4000
-    one = group([[1, 0], [0, 1]])
-    values = [GroupScores(torch.randn(2, 2), torch.randn(2), torch.randn(2)) for _ in range(num)]
-    row = accuracies([one] * num, values)[-1]
-    for name in ("pair", "image_pair", "factual"):
-        assert abs(row.metrics[name] - CHANCE[name]) < 4 * 100 * (0.25 / num) ** 0.5, name
-    assert row.blind["pair"] == 50 and abs(row.blind["factual"] - 50) < 3.2 and abs(row.shuffled["factual"] - 50) < 3.2
-
-
 # From a manifest to the table -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def shapes(manifests: dict[str, Path]) -> Path:
+def shapes(manifests):
     """Groups without edits on real pictures: captions, two questions on two images, an edited image without a text, eight choices."""
     picture = [(path,) for path in sorted((manifests["test"].parent / "images").glob("test-*.png"))]
-    identity, questions = (
-        ((1, 0), (0, 1)),
-        tuple(Candidate(f"Is it {word}?", answer) for word in ("red", "blue") for answer in ("yes", "no")),
-    )
-    colours = tuple(
-        Candidate("Describe the image.", f"a {c} {s} costs $x_{{$")
-        for c in ("red", "green", "blue", "yellow")
-        for s in ("circle", "square")
-    )
+    identity = ((1, 0), (0, 1))
+    questions = tuple(Candidate(f"Is it {word}?", answer) for word in ("red", "blue") for answer in ("yes", "no"))
+    colours = tuple(Candidate(PROMPT, f"a {c} {s} costs $x_{{$") for c in COLOURS for s in ("circle", "square"))
     groups = [
         CounterfactualGroup("captions", (picture[0],), colours[:2], ((1, 0),)),
         CounterfactualGroup("questions", tuple(picture[1:3]), questions, ((1, 0, 0, 1), (0, 1, 1, 0))),
@@ -466,27 +419,17 @@ def shapes(manifests: dict[str, Path]) -> Path:
 
 
 @pytest.mark.long
-def test_a_training_evaluates_every_shape_within_its_budget(
-    model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path
-) -> None:
+def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests, shapes, tmp_path):
     """Two ranks of ZeRO-3, forwards of at most 60 tokens: the largest evaluation batch before step 1, the best by a metric of single
     comparisons, the export before the tables, and a figure of captions that read as broken formulas."""
     run_dir = tmp_path / "run"
-    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.max_steps", "2", "--train.figures", "true"]
-    options += ["--train.save_best", "eval/shapes/pair", "--data.max_tokens_per_forward", "60", "--train.export", "true"]
-    options += ["--train.per_device_train_batch_size", "2", "--data.num_workers", "1"]
-    ended = run_ranks(2, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
-    assert [code for code, _ in ended] == [0, 0], ended
-    said = ended[0][1]
+    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps=1", "--train.max_steps=2", "--train.figures=true"]
+    options += ["--train.save_best=eval/shapes/pair", "--data.max_tokens_per_forward=60", "--train.export=true"]
+    options += ["--train.per_device_train_batch_size=2", "--data.num_workers=1"]
+    said, _ = run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
     (warning,) = (line for line in said.splitlines() if "warning" in line)
     assert "shapes: 2 of its 8 pictures are in the training set" in warning  # the test split repeats two, and takes its pictures from it
-    order = [
-        "the largest evaluation batch, of shapes, fits: 5 groups, ",
-        "step 1/2",
-        "  shapes: group accuracy unlabelled",
-        "exported to",
-        "| split |",
-    ]
+    order = ["the largest evaluation batch, of shapes", "step 1/2", "  shapes: group accuracy unlabelled", "exported to", "| split |"]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
     assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
     rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
@@ -504,42 +447,21 @@ def test_a_training_evaluates_every_shape_within_its_budget(
     assert [row | {"losses": {}} for row in rows] == found, "one forward per batch, on one rank"
 
 
-def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
-    options = ["--train.eval_steps", "1", "--data.evaluation.s", "s.jsonl", "--data.train", "t.jsonl", "--train.save_best"]
+def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused():
+    options = ["--train.eval_steps=1", "--data.evaluation.s=s.jsonl", "--data.train=t.jsonl", "--train.save_best"]
     splits = {"s": [group([[1, 0]])]}
     check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
     for name in ("eval/s/group", "eval/s/shuffled_pair", "eval/s/count/pair"):
-        with pytest.raises(
-            ConfigError, match=rf"^train.save_best '{name}' is not a metric .*; use one of eval/s/blind_factual, [^\n]*eval/s/pair, "
-        ):
+        with pytest.raises(ConfigError, match=rf"^train.save_best '{name}' .* eval/s/blind_factual, [^\n]*eval/s/pair, "):
             check_best(parse_config([*options, name], OBJECTIVES), splits)
-    with pytest.raises(ConfigError, match="no group has a comparison"):
+    with pytest.raises(ConfigError, match="comparison"):
         check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
 
 
-def test_training_ends_early_where_evaluations_do_not_improve(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    """Evaluation 1 is the best, 2 and 3 repeat it. A training that goes on after step 2 has counted evaluation 2."""
-    run_dir = tmp_path / "run"
-    options = ["--train.eval_steps", "1", "--train.max_steps", "9", "--train.save_best", "eval/test/pair", "--train.early_stopping", "2"]
-    options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate", "0", "--train.save_steps", "1"]
-    for more in ((), ("--train.resume", str(run_dir / "checkpoint-2"))):
-        ((code, said),) = run_ranks(
-            1, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *options, *more), said=tmp_path / "said"
-        )
-        assert code == 0 and "early stopping after step 3: eval/test/pair was best, " in said and "step 4/9" not in said, said
-        assert json.loads((run_dir / "finished.json").read_text())["step"] == 3 and (run_dir / "results.md").is_file()
-    ((code, said),) = run_ranks(
-        1, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said"
-    )
-    assert code == 0 and "nothing to do" in said
-
-
-def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
-    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.save_best", "eval/shapes/sham"]
-    ((code, said),) = run_ranks(
-        1, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said"
-    )
-    assert code == 2 and "error: train.save_best 'eval/shapes/sham'" in said, said
+def test_save_best_is_refused_before_anything_is_trained(model_dir, manifests, shapes, tmp_path):
+    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps=1", "--train.save_best=eval/shapes/sham"]
+    (said,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said", code=2)
+    assert "error: train.save_best 'eval/shapes/sham'" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step 1" not in said
 
 
@@ -551,8 +473,8 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     said: list[str] = []
     ended: Any = object.__new__(trainer.Trainer)
     ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
-    ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
-    ended.config = parse_config(["--train.output_dir", str(run_dir), "--train.figures", "false"], OBJECTIVES)
+    ended._world, ended._pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
+    ended._config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
     ended._retention = SimpleNamespace(evaluated=lambda *_: {})
     ended.baseline = SimpleNamespace(compare=lambda _: [])
     ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}), run_dir
@@ -564,7 +486,7 @@ class Refusing:
         raise OSError("no tracker")
 
 
-def test_a_trained_model_is_exported_whatever_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_model_is_exported_whatever_follows(tmp_path, monkeypatch):
     """The tracker refuses, or the evaluation: the export is there. The export refuses: the evaluation is, and then the error."""
     ended, said = finishing(tmp_path)
     monkeypatch.setattr(trainer, "export_checkpoint", lambda *_: said.append("exported"))
@@ -582,19 +504,17 @@ def test_a_trained_model_is_exported_whatever_follows(tmp_path: Path, monkeypatc
     assert (tmp_path / "results.md").exists() and said[1].startswith("warning: the export failed (disk full); the evaluation follows")
 
 
-def test_a_figure_that_fails_is_a_warning(tmp_path: Path) -> None:
+def test_a_figure_that_fails_is_a_warning(tmp_path):
     """No metrics to draw, and a picture that is gone since it was scored: each is named, and what can be drawn is."""
     good, gone = group([[1, 0]], name="good"), group([[1, 0]], name="gone")
     splits, said = {"good": [replace(good, images=((),))], "gone": [gone]}, list[str]()
     drawn = results.draw_figures(tmp_path, splits, {name: [scores([[-1.0, -2.0]])] for name in splits}, 10**6, said.append)
     assert drawn == [tmp_path / "scores-good.png"] and drawn[0].exists()
-    assert [line.split(" could not be drawn (")[0] for line in said] == [
-        f"warning: {tmp_path}/{n}.png" for n in ("learning_curves", "scores-gone")
-    ]
-    assert all(line.endswith("; the run goes on") and "\n" not in line for line in said)
+    names = ("learning_curves", "scores-gone")
+    assert all(line.startswith(f"warning: {tmp_path}/{name}.png ") and "\n" not in line for name, line in zip(names, said, strict=True))
 
 
-def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path: Path) -> None:
+def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path):
     groups = [replace(group([[1, 0, 0]], texts=(*YES_NO, ("Is it big?", "yes")), name="asked"), images=((),))]
     groups += [replace(group([[1, 0]], Edit("count", text=1), name="said"), images=((),))]
     asked, said = results.samples(groups, [scores([[-1.0] * 3]), scores([[-1.0] * 2])], 100)

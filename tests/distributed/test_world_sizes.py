@@ -122,14 +122,12 @@ def held(running: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
 @pytest.mark.parametrize(("recipe", "file", "ranks"), cases())
-def test_a_rank_trains_and_holds_its_part(
-    recipe: Path, file: Path, ranks: int, models: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_rank_trains_and_holds_its_part(recipe, file, ranks, models, tmp_path, request):
     """ZeRO-3 cuts each parameter into equal parts, rounded up; ZeRO-2 each group of the optimizer, at even numbers. The dry run plans
     what is held, without the rounding."""
     made = shrunk(file, request.node.get_closest_marker("long") is not None, tmp_path)

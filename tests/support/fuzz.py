@@ -35,7 +35,7 @@ sys.path.extend(str(Path(__file__).resolve().parent.parent / part) for part in (
 
 import torch
 import torch.distributed as dist
-from conftest import build_test_model, write_manifest
+from conftest import build_test_model, read_rows, write_manifest, write_rows
 from PIL import Image
 from public_data import PUBLIC
 from test_checkpoint import ONE
@@ -163,7 +163,7 @@ class Base:
 
     def _write_data(self, data: Path) -> None:
         write_manifest(data / "a.jsonl", 4, seed=3)
-        rows = [json.loads(line) for line in (data / "a.jsonl").read_text().splitlines()]
+        rows = read_rows(data / "a.jsonl")
         one, other = (image["path"] for image in next(row for row in rows if len(row["images"]) > 1)["images"][:2])
         for suffix in ("jpg", "gif", "bmp", "tiff", "webp", "ppm"):
             Image.open(data / one).save(data / "images" / f"b.{suffix}")
@@ -175,7 +175,7 @@ class Base:
             {"id": "tiff", "images": [{"id": "i0", "path": "images/b.tiff"}], "texts": texts, "match": cells},
             {"id": "webp", "images": [{"id": "i0", "path": "images/b.webp"}], "texts": texts, "match": cells},
         ]
-        (data / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(data / "a.jsonl", rows)
         pair = {"image_0": one, "image_1": other, "caption_0": "a dog", "caption_1": "a cat", "prompt": "Describe.", "edit": "object"}
         (data / "a.pairs.jsonl").write_text("".join(json.dumps({**pair, "id": str(n)}) + "\n" for n in range(3)))
         samples = [{"cf_text": "a cat", "cf_image_path": other}, {"cf_text": "a hen", "cf_image_path": "images/b.ppm"}]
@@ -207,7 +207,7 @@ def manifest_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
     os.mkfifo(folder / "fifo")
     format, name = chance.choice([*[("cfgroup", "a.jsonl")] * 4, ("pairs", "a.pairs.jsonl"), ("cfvlm", "a.cfvlm.json")])
     path, done = folder / name, []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_rows(path)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         what = chance.choice(["row", "row", "row", "bytes", "form", "image", "image", "list", "nothing"])
         done.append(what)

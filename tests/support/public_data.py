@@ -62,6 +62,23 @@ def lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+Writer = Callable[[Path, int], tuple[Path, str]]
+
+
+def of_rows(row: Callable[[int], dict[str, Any]], format: str, listed: bool = False) -> Writer:
+    """A file of a row for each k, JSON lines or a list, with its pictures beside it."""
+
+    def write(folder: Path, rows: int) -> tuple[Path, str]:
+        write_pictures(folder)
+        made = [row(k) for k in range(rows)]
+        if not listed:
+            return lines(folder / "rows.jsonl", made), format
+        (folder / "rows.json").write_text(json.dumps(made, indent=2))
+        return folder / "rows.json", format
+
+    return write
+
+
 def asked(k: int) -> str:
     return f"How many dogs are on lawn {k}?"
 
@@ -99,20 +116,8 @@ def llava_said(k: int) -> Said:
     return Said((shown,), (prompt,), (f"Yes, at {k % 24} o'clock.",), ((1,),))
 
 
-def llava(folder: Path, rows: int) -> tuple[Path, str]:
-    write_pictures(folder)
-    path = folder / "llava.json"
-    path.write_text(json.dumps([llava_row(k) for k in range(rows)], indent=2))
-    return path, "llava"
-
-
-def sharegpt(folder: Path, rows: int) -> tuple[Path, str]:
-    """As LLaMA-Factory's sharegpt with ``system`` and several pictures at their places."""
-    write_pictures(folder)
-    return lines(folder / "sharegpt.jsonl", [sharegpt_row(k) for k in range(rows)]), "llava"
-
-
 def sharegpt_row(k: int) -> dict[str, Any]:
+    """As LLaMA-Factory's sharegpt with ``system`` and several pictures at their places."""
     return {
         "conversations": [
             {"from": "human", "value": f"Compare <image> and <image>: {asked(k)}"}, {"from": "gpt", "value": right(k)},
@@ -145,18 +150,8 @@ def trl_said(k: int) -> Said:
     return Said(((numbered(k),),), ((Turn("system", (SYSTEM,)), Turn("user", (PICTURE, asked(k)))),), (right(k),), ((1,),))
 
 
-def trl(folder: Path, rows: int) -> tuple[Path, str]:
-    write_pictures(folder)
-    return lines(folder / "messages.jsonl", [trl_row(k) for k in range(rows)]), "messages"
-
-
-def openai(folder: Path, rows: int) -> tuple[Path, str]:
-    """As OpenAI's fine-tuning files, pictures by the path of a file."""
-    write_pictures(folder)
-    return lines(folder / "openai.jsonl", [openai_row(k) for k in range(rows)]), "messages"
-
-
 def openai_row(k: int) -> dict[str, Any]:
+    """As OpenAI's fine-tuning files, pictures by the path of a file."""
     parts = [{"type": "text", "text": asked(k)}, {"type": "image_url", "image_url": {"url": file_of(numbered(k)), "detail": "low"}}]
     return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": right(k), "weight": 1}]}
 
@@ -168,19 +163,9 @@ def openai_said(k: int) -> Said:
 # ---- preferences
 
 
-def preference_plain(folder: Path, rows: int) -> tuple[Path, str]:
+def preference_plain(k: int) -> dict[str, Any]:
     """As RLHF-V's and RLAIF-V's rows: question, chosen, rejected, image."""
-    write_pictures(folder)
-    made = [
-        {"idx": k, "image": file_of(numbered(k)), "question": asked(k), "chosen": right(k), "rejected": wrong(k), "ds_name": "RLHF-V"}
-        for k in range(rows)
-    ]
-    return lines(folder / "rlhf.jsonl", made), "preference"
-
-
-def preference_trl(folder: Path, rows: int) -> tuple[Path, str]:
-    write_pictures(folder)
-    return lines(folder / "dpo.jsonl", [preference_trl_row(k) for k in range(rows)]), "preference"
+    return {"idx": k, "image": file_of(numbered(k)), "question": asked(k), "chosen": right(k), "rejected": wrong(k), "ds_name": "RLHF-V"}
 
 
 def preference_trl_row(k: int) -> dict[str, Any]:
@@ -193,49 +178,32 @@ def preference_trl_row(k: int) -> dict[str, Any]:
     return {"prompt": [{"role": "user", "content": asked_parts}], "images": [file_of(numbered(k))], **answers}
 
 
-def preference_factory(folder: Path, rows: int) -> tuple[Path, str]:
+def preference_factory(k: int) -> dict[str, Any]:
     """As LLaMA-Factory's ranking data: the answers beside the conversation."""
-    write_pictures(folder)
-    made = [
-        {
-            "conversations": [{"from": "human", "value": "<image>" + asked(k)}],
-            "chosen": {"from": "gpt", "value": right(k)}, "rejected": {"from": "gpt", "value": wrong(k)}, "images": [file_of(numbered(k))],
-        }
-        for k in range(rows)
-    ]  # fmt: skip
-    (folder / "factory.json").write_text(json.dumps(made))
-    return folder / "factory.json", "preference"
+    return {
+        "conversations": [{"from": "human", "value": "<image>" + asked(k)}],
+        "chosen": {"from": "gpt", "value": right(k)}, "rejected": {"from": "gpt", "value": wrong(k)}, "images": [file_of(numbered(k))],
+    }  # fmt: skip
 
 
-def rlhfv_json(folder: Path, rows: int) -> tuple[Path, str]:
+def rlhfv_json(k: int) -> dict[str, Any]:
     """As RLHF-V's rows on the hub: the answers as JSON in ``text``, the picture beside the path that it had elsewhere."""
-    write_pictures(folder)
-    made = [
-        {
-            "ds_name": "RLHF-V", "image": file_of(numbered(k)), "origin_dataset": "LCS-558K", "idx": k, "image_path": f"coco/{k}.jpg",
-            "text": json.dumps({"question": asked(k), "chosen": right(k), "rejected": wrong(k)}),
-            "origin_split": json.dumps({"model": "Muffin", "type": "question_answering"}),
-        }
-        for k in range(rows)
-    ]  # fmt: skip
-    return lines(folder / "rlhfv.jsonl", made), "preference"
+    return {
+        "ds_name": "RLHF-V", "image": file_of(numbered(k)), "origin_dataset": "LCS-558K", "idx": k, "image_path": f"coco/{k}.jpg",
+        "text": json.dumps({"question": asked(k), "chosen": right(k), "rejected": wrong(k)}),
+        "origin_split": json.dumps({"model": "Muffin", "type": "question_answering"}),
+    }  # fmt: skip
 
 
-def preference_query(folder: Path, rows: int) -> tuple[Path, str]:
+def preference_query(k: int) -> dict[str, Any]:
     """As ms-swift's query and response."""
-    write_pictures(folder)
-    made = [
-        {"query": asked(k), "response": right(k), "rejected_response": wrong(k), "images": [file_of(numbered(k))], "history": []}
-        for k in range(rows)
-    ]
-    return lines(folder / "query.jsonl", made), "preference"
+    return {"query": asked(k), "response": right(k), "rejected_response": wrong(k), "images": [file_of(numbered(k))], "history": []}
 
 
-def preference_v1(folder: Path, rows: int) -> tuple[Path, str]:
+def preference_v1(k: int) -> dict[str, Any]:
     """As LLaMA-Factory's v1 samples: whole conversations of parts with values, and weights of messages."""
-    write_pictures(folder)
 
-    def messages(k: int, answer: str) -> list[dict[str, Any]]:
+    def messages(answer: str) -> list[dict[str, Any]]:
         parts = [{"type": "image_url", "value": file_of(numbered(k))}, {"type": "text", "value": asked(k)}]
         said = [{"type": "text", "value": answer}]
         return [
@@ -243,11 +211,10 @@ def preference_v1(folder: Path, rows: int) -> tuple[Path, str]:
             {"role": "assistant", "content": said, "loss_weight": 1.0},
         ]
 
-    made = [{"chosen_messages": messages(k, right(k)), "rejected_messages": messages(k, wrong(k))} for k in range(rows)]
-    return lines(folder / "v1.jsonl", made), "preference"
+    return {"chosen_messages": messages(right(k)), "rejected_messages": messages(wrong(k))}
 
 
-def kto(row: Callable[[int, str], dict[str, Any]], label: str) -> Callable[[Path, int], tuple[Path, str]]:
+def kto(row: Callable[[int, str], dict[str, Any]], label: str) -> Writer:
     """Rows for KTO: an answer and whether it is good; the good and the bad ones to a question lie anywhere, some are there twice."""
 
     def write(folder: Path, rows: int) -> tuple[Path, str]:
@@ -277,23 +244,13 @@ def preference_said(k: int) -> Said:
     return Said(((numbered(k),),), (asked(k),) * 2, (right(k), wrong(k)), ((1, 0),))
 
 
-def preference_swift(folder: Path, rows: int) -> tuple[Path, str]:
+def preference_swift(k: int) -> dict[str, Any]:
     """As ms-swift's: the chosen answer ends the conversation; a rejected response, rejected pictures, or both."""
-    write_pictures(folder)
-    made = []
-    for k in range(rows):
-        said = [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": f"<image>{asked(k)}"},
-            {"role": "assistant", "content": right(k)},
-        ]
-        row: dict[str, Any] = {"messages": said, "images": [file_of(numbered(k))]}
-        if k % 3 != 1:
-            row["rejected_response"] = wrong(k)
-        if k % 3:
-            row["rejected_images"] = [file_of(other(k))]
-        made.append(row)
-    return lines(folder / "swift.jsonl", made), "preference"
+    contents = {"system": SYSTEM, "user": f"<image>{asked(k)}", "assistant": right(k)}
+    row: dict[str, Any] = {"messages": [{"role": role, "content": content} for role, content in contents.items()]}
+    row["images"] = [file_of(numbered(k))]
+    row |= {"rejected_response": wrong(k)} if k % 3 != 1 else {}
+    return row | ({"rejected_images": [file_of(other(k))]} if k % 3 else {})
 
 
 def swift_said(k: int) -> Said:
@@ -474,18 +431,18 @@ def negative_said(k: int) -> Said:
     return Said(((numbered(k),),), (DESCRIBE,) * 2, (right(k), wrong(k)), ((1, 0),))
 
 
-PUBLIC: dict[str, tuple[Callable[[Path, int], tuple[Path, str]], Callable[[int], Said]]] = {
-    "LLaVA": (llava, llava_said),
-    "ShareGPT": (sharegpt, sharegpt_said),
-    "TRL messages": (trl, trl_said),
-    "OpenAI messages": (openai, openai_said),
-    "RLHF-V": (preference_plain, preference_said),
-    "TRL preferences": (preference_trl, preference_said),
-    "LLaMA-Factory preferences": (preference_factory, preference_said),
-    "ms-swift preferences": (preference_swift, swift_said),
-    "RLHF-V with JSON": (rlhfv_json, preference_said),
-    "ms-swift query and response": (preference_query, preference_said),
-    "LLaMA-Factory v1 preferences": (preference_v1, preference_said),
+PUBLIC: dict[str, tuple[Writer, Callable[[int], Said]]] = {
+    "LLaVA": (of_rows(llava_row, "llava", listed=True), llava_said),
+    "ShareGPT": (of_rows(sharegpt_row, "llava"), sharegpt_said),
+    "TRL messages": (of_rows(trl_row, "messages"), trl_said),
+    "OpenAI messages": (of_rows(openai_row, "messages"), openai_said),
+    "RLHF-V": (of_rows(preference_plain, "preference"), preference_said),
+    "TRL preferences": (of_rows(preference_trl_row, "preference"), preference_said),
+    "LLaMA-Factory preferences": (of_rows(preference_factory, "preference", listed=True), preference_said),
+    "ms-swift preferences": (of_rows(preference_swift, "preference"), swift_said),
+    "RLHF-V with JSON": (of_rows(rlhfv_json, "preference"), preference_said),
+    "ms-swift query and response": (of_rows(preference_query, "preference"), preference_said),
+    "LLaMA-Factory v1 preferences": (of_rows(preference_v1, "preference"), preference_said),
     "TRL KTO": (kto(kto_trl, "label"), preference_said),
     "LLaMA-Factory KTO": (kto(kto_factory, "kto_tag"), preference_said),
     "ms-swift KTO": (kto(kto_swift, "label"), preference_said),

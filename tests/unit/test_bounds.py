@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -66,18 +67,16 @@ def problem(path: Path, **options: Any) -> str:
 # ---- files
 
 
-def test_a_manifest_is_a_regular_file(folder: Path) -> None:
+def test_a_manifest_is_a_regular_file(folder):
+    (folder / "zero.json").symlink_to("/dev/zero")
     for name in ("pipe.jsonl", "pipe.json"):
         os.mkfifo(folder / name)
-        assert problem(folder / name) == (
-            f"{folder / name}: the manifest cannot be read: it is a named pipe and not a regular file; write its contents to one"
-        )
-    assert "it is a device and not a regular file" in problem(Path("/dev/zero"))
-    (folder / "zero.json").symlink_to("/dev/zero")
-    assert "it is a device and not a regular file" in problem(folder / "zero.json")
+    for path, kind in ((folder / "pipe.jsonl", "pipe"), (folder / "pipe.json", "pipe"), (folder / "zero.json", "device"),
+                       (Path("/dev/zero"), "device")):  # fmt: skip
+        assert re.match(f"{path}: .*{kind} and not a regular file", problem(path))
 
 
-def test_lines_of_a_manifest_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_a_manifest_are_bounded(folder, monkeypatch):
     """A file of nothing but zeros, 64 GiB long and empty on disk, is one line: the reading ends at its bound."""
     path = manifest(folder, row("first"))
     os.truncate(path, 2**36)
@@ -95,7 +94,7 @@ def test_lines_of_a_manifest_are_bounded(folder: Path, monkeypatch: pytest.Monke
     assert len(read_manifest(folder / "one_line.json", format="pairs")) == 9
 
 
-def test_a_group_has_a_bounded_number_of_images_and_texts(folder: Path) -> None:
+def test_a_group_has_a_bounded_number_of_images_and_texts(folder):
     """100,000 images and as many texts fit in a few MB of a manifest; their truth table would not fit in any memory."""
     many = [{"id": f"{k}", "path": "a.png"} for k in range(MAX_SIDE + 1)]
     texts = [{"id": f"{k}", "text": f"{k}"} for k in range(MAX_SIDE + 1)]
@@ -121,7 +120,7 @@ def compared(num_images: int, num_texts: int, true: Callable[[int, int], bool], 
     return row(edits=[]) | {"images": images, "texts": texts, "match": match} | more
 
 
-def test_a_group_has_a_bounded_number_of_comparisons(folder: Path) -> None:
+def test_a_group_has_a_bounded_number_of_comparisons(folder):
     """Of 65,536 cells, half of them true, there are 17 million, and an evaluation would make each of them; so are few, where each is looked
     up for 2048 edits. What people have is far below: one text an image, or many texts of which one is true."""
     half = compared(2, 1024, lambda i, c: (i + c) % 2 == 0)
@@ -145,7 +144,7 @@ def test_a_group_has_a_bounded_number_of_comparisons(folder: Path) -> None:
         CounterfactualGroup("g", ((Path("x"),),) * len(match), tuple(Candidate("", f"{c}") for c in range(len(match[0]))), match)
 
 
-def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
+def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder):
     groups = read_manifest(manifest(folder, row()))
     path = folder / "scores.jsonl"
     stored = scores.StoredScores(((-1.0, -2.0), (-2.0, -1.0)), (-3.0, -3.0))
@@ -174,21 +173,20 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("train: {seed: 1}\ndata: {}\ntrain: {seed: 2}\n", "key 'train' occurs twice in one section (on line 3, after line 1)"),
-        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 1\n", "key 'seed' occurs twice in one section (on line 4, after line 2)"),
-        ("data: {evaluation: {a: x, b: y, a: z}}", "key 'a' occurs twice"),
-        ('{"train": {"seed": 1,\n"seed": 2}}', "key 'seed' occurs twice in one section (on line 2, after line 1)"),
-        ("train.max_steps: 1\ntrain: {max_steps: 2}\n", "'max_steps' occurs twice, by itself and in its section"),
+        ("train: {seed: 1}\ndata: {}\ntrain: {seed: 2}\n", "'train' occurs twice in one section (on line 3, after line 1)"),
+        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 1\n", "'seed' occurs twice in one section (on line 4, after line 2)"),
+        ("data: {evaluation: {a: x, b: y, a: z}}", "'a' occurs twice"),
+        ('{"train": {"seed": 1,\n"seed": 2}}', "'seed' occurs twice in one section (on line 2, after line 1)"),
+        ("train.max_steps: 1\ntrain: {max_steps: 2}\n", "'max_steps' occurs twice"),
         ("model: &model {lora: *model}", "recursive"),
     ],
 )
-def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, tmp_path: Path) -> None:
+def test_a_key_given_twice_in_a_configuration_is_refused(text, said, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    for given in ([f"--config={path}"], ["--config", str(path)]):
-        with pytest.raises(ConfigError) as raised:
-            parse_config(given, OBJECTIVES)
-        assert said in str(raised.value) and str(path) in str(raised.value)
+    with pytest.raises(ConfigError) as raised:
+        parse_config(["--config", str(path)], OBJECTIVES)
+    assert said in str(raised.value) and str(path) in str(raised.value)
     with pytest.raises(ConfigError, match="'a' occurs twice"):
         parse_config(["--data.evaluation", '{"a": "x", "a": "y"}'], OBJECTIVES)
     path.write_text("train.max_steps: 1\ntrain: {seed: 2}\nmodel: {lora: {rank: 4}, lora.alpha: 8}\n")
@@ -199,14 +197,14 @@ def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, t
     assert parse_config([f"--config={path}", "--train.seed", "3", "--train.seed", "4"], OBJECTIVES).train.seed == 4
 
 
-def test_a_key_given_twice_in_json_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_key_given_twice_in_json_is_refused(folder, tmp_path):
     twice = json.dumps(row())[:-1] + ', "prompt": "another"}'
-    assert problem(manifest(folder, row("a"), twice)) == f"{folder}/m.jsonl:2: key 'prompt' occurs twice in one object; keep one of them"
+    assert problem(manifest(folder, row("a"), twice)).startswith(f"{folder}/m.jsonl:2: key 'prompt' occurs twice")
     path = manifest(folder, json.dumps([row()], indent=1), name="list.json")
     path.write_text(path.read_text().replace('"edits": [', '"edits": [],\n  "edits": ['))
-    assert "item 1: key 'edits' occurs twice in one object; keep one of them" in problem(path)
+    assert "item 1: key 'edits' occurs twice" in problem(path)
     (ds := tmp_path / "ds.json").write_text('{"bf16": {"enabled": true},\n "zero_optimization": {"stage": 3,\n "stage": 2}}')
-    with pytest.raises(ConfigError, match=r"ds\.json: .*key 'stage' occurs twice in one object; keep one"):
+    with pytest.raises(ConfigError, match=r"ds\.json: .*key 'stage' occurs twice"):
         engine.read_json(str(ds))
     assert parse_json('[{"a": {"a": ["a", {"a": 1}]}, "b": "a:"}, {"a": "\\"a\\": {"}]') == [
         {"a": {"a": ["a", {"a": 1}]}, "b": "a:"},
@@ -219,19 +217,22 @@ def test_a_key_given_twice_in_json_is_refused(folder: Path, tmp_path: Path) -> N
 # ---- pictures
 
 
-@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000), (5_000_000, 1), (20_100, 100)])
-def test_the_sides_of_a_picture_are_bounded(tmp_path: Path, size: tuple[int, int]) -> None:
-    path = png(tmp_path / "line.png", *size)
+def test_the_sides_and_pixels_of_a_picture_are_bounded_by_its_header(tmp_path):
+    """PIL decodes a PNG to find its orientation."""
+    path = tmp_path / "line.png"
     for read in (open_image, image_size):
-        with pytest.raises(DataError) as raised:
-            read(path)
-        assert str(raised.value) == (f"{path}: image is {size[0]}x{size[1]}, and its sides may be 200:1 at most; crop it, or drop the row")
-    for fits in ((200, 1), (3, 600)):
-        Image.new("RGB", fits).save(path)
-        assert open_image(path).size == image_size(path) == fits
+        for width, height in ((100_000, 1), (1, 100_000), (5_000_000, 1), (20_100, 100), (30_000, 30_000)):
+            with pytest.raises(DataError, match=rf"^{path}: .*{width}x{height}"):
+                read(png(path, width, height))
+        for fits in ((200, 1), (3, 600)):
+            Image.new("RGB", fits).save(path)
+            found = read(path)
+            assert (found if read is image_size else found.size) == fits
+            with pytest.raises(DataError, match="over the limit of 3;"):
+                read(path, 3)
 
 
-def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path: Path, model_dir: Path) -> None:
+def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path, model_dir):
     """A small picture before a terabyte of zeros, and a pipe: not read to be hashed either, for stored scores or a feature cache."""
     png(tmp_path / "long.png", 9, 9)
     os.truncate(tmp_path / "long.png", 2**40)
@@ -248,57 +249,36 @@ def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path: Path, model_dir:
             known.verify(path)  # whoever opens it says what is wrong
 
 
-def test_the_tiles_of_a_tiff_are_bounded(tmp_path: Path) -> None:
+def test_the_tiles_of_a_tiff_are_bounded(tmp_path):
     """A kilobyte that shows 16x16 pixels of one tile, which is decoded whole: gigabytes."""
-    tags = [
-        (256, 16),
-        (257, 16),
-        (258, 8),
-        (259, 8),
-        (262, 1),
-        (277, 1),
-        (322, 40_000),
-        (323, 40_000),
-        (324, 8 + 2 + 10 * 12 + 4),
-        (325, 13),
-    ]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    side, data = 40_000, 8 + 2 + 10 * 12 + 4
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: data, 325: 13}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     path = tmp_path / "tile.tif"
     path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + zlib.compress(bytes(256)))
     for read in (open_image, image_size):
-        with pytest.raises(DataError, match=r"tile\.tif: image has tiles of 40000x40000 pixels, over the limit of 50000000; save it again"):
+        with pytest.raises(DataError, match=r"tile\.tif: .*40000x40000"):
             read(path)
-
-
-def test_a_header_is_held_against_the_pixel_limit_too(tmp_path: Path) -> None:
-    """PIL decodes a PNG to find its orientation."""
-    with pytest.raises(DataError, match="over the limit of 50000000"):
-        image_size(png(tmp_path / "bomb.png", 30_000, 30_000))
-    with pytest.raises(DataError, match="over the limit of 3;"):
-        image_size(png(tmp_path / "small.png", 2, 2), max_pixels=3)
 
 
 # ---- chat templates and texts
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        ("{% for %}", "raises TemplateSyntaxError"),
-        ("{{ raise_exception('no pictures, please') }}", r"raises TemplateError \(no pictures, please\)"),
-        ("{{ nothing.at.all }}", "raises UndefinedError"),
-        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "raises SecurityError"),
-        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "raises RecursionError"),
-    ],
-)
-def test_a_chat_template_that_raises_is_one_sentence_with_its_folder(template: str, said: str, model_dir: Path, tmp_path: Path) -> None:
+def test_a_chat_template_that_raises_is_one_sentence_with_its_folder(model_dir, tmp_path):
     copy = shutil.copytree(model_dir, tmp_path / "model")
-    (copy / "chat_template.jinja").write_text(template + CHAT_TEMPLATE)
-    with pytest.raises(ConfigError, match=f"^model '{copy}': the model's chat template {said}"):
-        load_collator(ModelConfig(str(copy)), "full")
+    for template, raised in (
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ raise_exception('no pictures, please') }}", r"TemplateError \(no pictures, please\)"),
+        ("{{ nothing.at.all }}", "UndefinedError"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
+    ):
+        (copy / "chat_template.jinja").write_text(template + CHAT_TEMPLATE)
+        with pytest.raises(ConfigError, match=f"^model '{copy}': .*{raised}"):
+            load_collator(ModelConfig(str(copy)), "full")
 
 
-def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> None:
+def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir):
     collator = load_collator(ModelConfig(str(model_dir)), "full")
     limit = 16 * collator.max_length
     long = "a" * 10_000_000
@@ -309,8 +289,8 @@ def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> 
         ):
             with pytest.raises(DataError, match=said) as raised:
                 collator.row_length(prompt, text, ((48, 48),))
-            assert f"the limit for the model's window of {collator.max_length} tokens is {limit}" in str(raised.value)
-        with pytest.raises(DataError, match=r"more than the \d+ tokens of the model's window; show fewer"):
+            assert str(limit) in str(raised.value)
+        with pytest.raises(DataError, match="window"):
             collator.row_length(PROMPT, "a", ((48, 48),) * 100_000)
     assert collator.row_length(PROMPT, "a " * (limit // 2 - 1) + "a", ((48, 48),)) > collator.max_length  # told by its tokens
 
@@ -326,7 +306,7 @@ def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> 
     ],
     ids=["letters", "parts", "list", "lines", "pictures"],
 )  # fmt: skip
-def test_a_text_of_a_megabyte_is_read_in_a_pass(row: dict[str, Any], folder: Path) -> None:
+def test_a_text_of_a_megabyte_is_read_in_a_pass(row, folder):
     (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with within(10), contextlib.suppress(DataError):
         check_manifest(folder / "rows.jsonl", progress=str)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import REPO
+from conftest import ONE, REPO, read_rows
 
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import GroupSampler
@@ -22,17 +19,14 @@ from cfvlm_ds.training import option_changes, resume
 Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": False}, "gradient_clipping": 1.0}
 
 
-def test_every_option_says_what_its_change_means() -> None:
+def test_every_option_says_what_its_change_means():
     declared = option_changes.ON_RESUME
     undeclared = [name for name, kind in declared.items() if kind is None]
-    assert not undeclared, (
-        f"{', '.join(undeclared)}: declare in cfvlm_ds/core/config.py what a resume does if it changed, as `NAME: T = option(DEFAULT, "
-        'on_resume=...)`; cfvlm_ds/core/options.py says what "confirm", "refuse", "free" and "ignored" mean'
-    )
+    assert not undeclared, f"{undeclared}: declare on_resume in cfvlm_ds/core/config.py, as cfvlm_ds/core/options.py explains"
     assert declared["model.vision_tower.tuning"] == "refuse" and declared["train.learning_rate"] == "confirm" and len(declared) > 60
 
 
-def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() -> None:
+def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means():
     def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
         below = [leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key} for key, value in values.items()]
         return set().union(*below)
@@ -42,18 +36,13 @@ def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() ->
     parts = {name: {name.rsplit(".", n)[0] for n in range(name.count(".") + 1)} for name in shipped}
     undeclared = sorted(name for name, above in parts.items() if not above & option_changes.DEEPSPEED.keys())
     assert len(files) > 4 and len(shipped) > 20
-    assert not undeclared, (
-        f"{undeclared}: add them, or what they are below, to DEEPSPEED in cfvlm_ds/training/option_changes.py with what a change means"
-    )
-    assert (
-        option_changes.on_resume_of("zero_optimization.reduce_bucket_size") == "free"
-        and option_changes.on_resume_of("zero_optimization.stage") == "refuse"
-    )
-    assert option_changes.on_resume_of("of_a_future_release.x") == "confirm", "what nobody has declared is compared"
+    assert not undeclared, f"{undeclared}: add them, or their section, to DEEPSPEED in cfvlm_ds/training/option_changes.py"
+    names = ("zero_optimization.reduce_bucket_size", "zero_optimization.stage", "of_a_future_release.x")
+    assert [option_changes.on_resume_of(name) for name in names] == ["free", "refuse", "confirm"]
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Any:
+def told(monkeypatch):
     """A function from options, and what else a run is told, to its record."""
     monkeypatch.setattr(option_changes, "model_hashes", lambda name, alive, say: {"weights": name.split("@")[0], "inputs": "i"})
 
@@ -66,51 +55,32 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 LORA = ("--model.language_model.tuning", "lora")
 RESUMABLE = (
-    ("--train.learning_rate", "0.1", "train.learning_rate was 1e-05 and is 0.1"),
-    ("--train.weight_decay", "0.1", "train.weight_decay was 0.0 and is 0.1"),
-    ("--train.adam_beta2", "0.95", "train.adam_beta2 was 0.999 and is 0.95"),
-    ("--train.lr_scheduler_type", "linear", "train.lr_scheduler_type was cosine and is linear"),
-    ("--model.projector.learning_rate", "0.1", "model.projector.learning_rate was not set and is 0.1"),
-    ("--model.lora.alpha", "8", "model.lora.alpha was 32.0 and is 8.0"),
-    ("--model.lora.dropout", "0.1", "model.lora.dropout was 0.0 and is 0.1"),
-    ("--model.max_pixels", "999", "model.max_pixels was not set and is 999"),
-    ("--objective.csd.margin", "2", "objective.csd.margin was 5.0 and is 2.0"),
-    ("--objective.dpo.beta", "0.1", "objective.dpo.weight was 0.0 and is 1.0"),
-    ("--objective.csd.weight", "0", "objective.csd.weight was 1.0 and is 0.0"),
-    ("--train.gradient_accumulation_steps", "4", "groups per step (train.per_device_train_batch_size x "
-     "train.gradient_accumulation_steps x ranks) was 16 and is 64"),
+    ("train.learning_rate", "1e-05", "0.1"), ("train.weight_decay", "0.0", "0.1"), ("train.adam_beta2", "0.999", "0.95"),
+    ("train.lr_scheduler_type", "cosine", "linear"), ("model.projector.learning_rate", "not set", "0.1"),
+    ("model.lora.alpha", "32.0", "8.0"), ("model.lora.dropout", "0.0", "0.1"), ("model.max_pixels", "not set", "999"),
+    ("objective.csd.margin", "5.0", "2.0"), ("objective.csd.weight", "1.0", "0.0"), ("objective.dpo.weight", "0.0", "1.0"),
+    ("train.gradient_accumulation_steps", "16", "64"),
+)  # fmt: skip
+FIXED = (
+    ("model.lora.rank", "16", "4"), ("model.lora.dora", "False", "True"), ("model.vision_tower.tuning", "full", "frozen"),
+    ("train.seed", "0", "1"), ("data.max_tokens_per_micro_batch", "not set", "500"), ("model.name_or_path", "base@here", "other@here"),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("option", "value", "said"), RESUMABLE)
-def test_what_decides_what_is_trained_is_named_and_may_be_allowed(option: str, value: str, said: str, told: Any) -> None:
-    found = option_changes.compare(told(*LORA), told(*LORA, option, value))
-    assert [(str(change), change.fixed) for change in found] == [(said, False)]
-    message = option_changes.refused(found, "run/checkpoint-7", 7, allowed=False)
-    assert message is not None and message.startswith(f"run/checkpoint-7 was trained with other options: {said}; restore them")
-    assert option_changes.refused(found, "run/checkpoint-7", 7, allowed=True) is None
+@pytest.mark.parametrize(("option", "before", "after"), [*RESUMABLE, *FIXED])
+def test_what_decides_what_is_trained_is_named_and_may_be_allowed_where_a_checkpoint_can_continue(option, before, after, told):
+    given = "4" if "accumulation" in option else after  # of 16 groups
+    found = option_changes.compare(told(*LORA), told(*LORA, f"--{option}={given}"))
+    (change,) = found
+    assert option in str(change) and f"was {before}" in str(change) and f"is {after}" in str(change)
+    is_fixed = (option, before, after) in FIXED
+    assert change.fixed == is_fixed
+    message = option_changes.refused(found, "run/checkpoint-7", 7, allowed=is_fixed)
+    assert message is not None and message.startswith("run/checkpoint-7 ") and str(change) in message
+    assert is_fixed or option_changes.refused(found, "run/checkpoint-7", 7, allowed=True) is None
 
 
-FIXED = (
-    (("--model.lora.rank", "4"), "model.lora.rank was 16 and is 4"),
-    (("--model.lora.dora", "true"), "model.lora.dora was False and is True"),
-    (("--model.vision_tower.tuning", "frozen"), "model.vision_tower.tuning was full and is frozen"),
-    (("--train.seed", "1"), "train.seed was 0 and is 1"),
-    (("--data.max_tokens_per_micro_batch", "500"), "data.max_tokens_per_micro_batch was not set and is 500"),
-    (("--model.name_or_path", "other@here"), "weights of model.name_or_path was base@here (base) and is other@here (other)"),
-)
-
-
-@pytest.mark.parametrize(("options", "said"), FIXED)
-def test_what_no_checkpoint_of_another_value_can_continue_is_refused_even_where_changes_are_allowed(
-    options: tuple[str, ...], said: str, told: Any
-) -> None:
-    found = option_changes.compare(told(*LORA), told(*LORA, *options))
-    message = option_changes.refused(found, "c", 7, allowed=True)
-    assert message == f"c cannot be continued with what has changed: {said}; restore it, or choose another train.output_dir"
-
-
-def test_deepspeed_settings(told: Any) -> None:
+def test_deepspeed_settings(told):
     def said(**deepspeed: Any) -> list[str]:
         return [f"{change}{' (fixed)' if change.fixed else ''}" for change in option_changes.compare(told(), told(**deepspeed))]
 
@@ -129,21 +99,12 @@ def test_deepspeed_settings(told: Any) -> None:
     assert said(optimizer={"type": "Lamb"}) == ["--deepspeed optimizer was AdamW of torch and is Lamb (fixed)"]
 
 
-def test_what_changes_nothing_passes(told: Any) -> None:
+def test_what_changes_nothing_passes(told):
     """Other ranks with as many groups a step, other places, speed and records, and options that are not in use."""
     same = ("--train.per_device_train_batch_size", "4", "--train.gradient_accumulation_steps", "1")
     assert option_changes.compare(told(), told(*same, ranks=4)) == []
     free = ("--model.name_or_path", "base@there", "--data.train", "moved.jsonl", "--train.output_dir", "o", "--train.save_steps", "3")
-    free += (
-        "--data.num_workers",
-        "3",
-        "--data.max_tokens_per_forward",
-        "99",
-        "--model.attn_implementation",
-        "sdpa",
-        "--train.bf16",
-        "false",
-    )
+    free += ("--data.num_workers=3", "--data.max_tokens_per_forward=99", "--model.attn_implementation=sdpa", "--train.bf16=false")
     assert option_changes.compare(told(), told(*free, "--tracking.experiment", "e", "--train.on_nonfinite", "skip")) == []
     assert option_changes.compare(told(), told("--model.lora.rank", "4", "--objective.dpo.weight", "0")) == [], (
         "nothing has adapters, or this term"
@@ -154,16 +115,13 @@ def test_what_changes_nothing_passes(told: Any) -> None:
     assert option_changes.compare(told(*packed, "8"), told(*packed, "4")) == []
 
 
-def test_other_ranks_or_epochs_are_named(told: Any) -> None:
+def test_other_ranks_or_epochs_are_named(told):
     found = [str(change) for change in option_changes.compare(told(), told(ranks=1, steps=75))]
-    assert found == [
-        "groups per step (train.per_device_train_batch_size x train.gradient_accumulation_steps x ranks) was 16 and is 8",
-        "steps in all (train.max_steps, train.num_train_epochs) was 38 and is 75",
-    ]
+    assert ["was 16 and is 8" in found[0], "was 38 and is 75" in found[1]] == [True] * len(found)
     assert option_changes.compare(told(), told("--train.max_steps", "38")) == [], "as many steps, said in another way"
 
 
-def test_a_model_is_known_by_its_files(model_dir: Path, tmp_path: Path) -> None:
+def test_a_model_is_known_by_its_files(model_dir, tmp_path):
     """Moved, it is the same; other weights, another architecture or another chat template are told apart."""
     copy = tmp_path / "moved"
     shutil.copytree(model_dir, copy)
@@ -185,12 +143,12 @@ def test_a_model_is_known_by_its_files(model_dir: Path, tmp_path: Path) -> None:
     assert option_changes.model_hashes(str(copy)) == first
 
 
-def test_secrets_neither_leave_nor_count(told: Any) -> None:
+def test_secrets_neither_leave_nor_count(told):
     url = "https://me:hunter2@host/data.jsonl"
     assert "hunter2" not in json.dumps(told("--data.train", url)) and option_changes.compare(told("--data.train", url), told()) == []
 
 
-def test_a_finished_run_is_what_the_folder_says(told: Any, tmp_path: Path) -> None:
+def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
     """Of this revision, and with something left of its last step: else it is not taken for one, and nothing is touched."""
     config = parse_config(["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path)], OBJECTIVES)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
@@ -202,13 +160,13 @@ def test_a_finished_run_is_what_the_folder_says(told: Any, tmp_path: Path) -> No
             (tmp_path / name).write_text(content)
         before = sorted(tmp_path.iterdir())
         try:
-            return resume.decide(config, Z3, World(0, 1, 0, torch.device("cpu")), sampler, {}, 5)
+            return resume.decide(config, Z3, ONE, sampler, {}, 5)
         finally:
             assert sorted(tmp_path.iterdir()) == before
 
     for found in ("", '{"step": 4, "time": 1.0}\n{"step": 5, "ti', "not json\n"):
         files["metrics.jsonl"] = found
-        with pytest.raises(ConfigError, match=r"finished\.json says that the run ended at step 5"):
+        with pytest.raises(ConfigError, match=r"finished\.json .*step 5"):
             start()
     (tmp_path / "checkpoint-5").mkdir()
     assert start() is None
@@ -217,19 +175,19 @@ def test_a_finished_run_is_what_the_folder_says(told: Any, tmp_path: Path) -> No
     assert start() is None
     for other in ({"schema": 2}, {}):
         files["finished.json"] = json.dumps({"step": 5, "record": record, **other})
-        with pytest.raises(ConfigError, match=rf"^{tmp_path} was written by another version of cfvlm-ds, .*; use that version"):
+        with pytest.raises(ConfigError, match=f"^{tmp_path} was written by another version"):
             start()
 
 
-def test_changes_are_noted_once(told: Any, tmp_path: Path) -> None:
+def test_changes_are_noted_once(told, tmp_path):
     found = option_changes.compare(told(), told("--train.learning_rate", "0.1"))
     for step in (4, 4, 6):
         option_changes.note(tmp_path / "c.jsonl", step, found, print)
-    lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "c.jsonl")
     assert lines == [{"step": step, "changes": {"train.learning_rate": [1e-05, 0.1]}} for step in (4, 6)]
 
 
-def test_no_data_loader_draws_from_the_random_numbers_of_the_run() -> None:
+def test_no_data_loader_draws_from_the_random_numbers_of_the_run():
     """Its iterators draw a seed each, which dropout would miss after a resume."""
     calls = [
         (path.name, {keyword.arg for keyword in node.keywords})

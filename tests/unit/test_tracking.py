@@ -12,32 +12,16 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+from conftest import free_port, read_rows, wait_for
 
 from cfvlm_ds.cli.main import main as cfvlm_ds_main
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
-from cfvlm_ds.tracking.delivery_record import DeliveryRecord
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_for(condition: Callable[[], Any], seconds: float = 40.0) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        result = condition()
-        if result:
-            return result
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s")
 
 
 class Server:
@@ -45,7 +29,7 @@ class Server:
 
     def __init__(self, folder: Path, arguments: list[str] | None = None) -> None:
         store = ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
-        self.folder, self.port = folder, _free_port()
+        self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, "-m", "mlflow", *(arguments or store), "--port", str(self.port), "--workers", "1"]
         self._process: subprocess.Popen[bytes] | None = None
@@ -72,7 +56,7 @@ class Server:
             self.kill()
 
     def wait(self) -> None:
-        _wait_for(self._answers, 180)
+        wait_for(self._answers, 180)
 
     def _answers(self) -> bool:
         try:
@@ -89,21 +73,28 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("server")).running() as server:
         yield server
 
 
 @pytest.fixture
-def remote(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+def remote(server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     return server
 
 
 @pytest.fixture
-def client(server: Server) -> Any:
+def client(server):
     return mlflow.MlflowClient(tracking_uri=server.url)
+
+
+def _delivered(run_dir: Path) -> str:
+    """The id of the run that the folder was delivered to."""
+    run_id = json.loads((run_dir / ".mlflow_delivery.json").read_text())["run_id"]
+    assert isinstance(run_id, str)
+    return run_id
 
 
 def _open(run_dir: Path, params: dict[str, Any] | None = None, **where: Any) -> Tracker:
@@ -117,12 +108,10 @@ def _history(client: Any, run_id: str | None, name: str) -> list[tuple[int, floa
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(run_dir / "metrics.jsonl")
 
 
-def test_everything_arrives(
-    remote: Server, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "named by the environment")
     report = tmp_path / "report.txt"
     report.write_text("hello")
@@ -146,7 +135,7 @@ def test_everything_arrives(
     assert [item.path for item in client.list_artifacts(tracker.run_id, "reports")] == ["reports/report.txt"]
 
 
-def test_resume_continues_the_run_and_doubles_no_step(remote: Server, client: Any, tmp_path: Path) -> None:
+def test_resume_continues_the_run_and_doubles_no_step(remote, client, tmp_path):
     with pytest.raises(SystemExit), _open(tmp_path, {"lr": 0.1, "seed": 1}) as first:
         for step in range(1, 6):
             first.log(step, {"loss": float(step)})
@@ -160,7 +149,7 @@ def test_resume_continues_the_run_and_doubles_no_step(remote: Server, client: An
     second.log(3, {"eval": 0.25})
     for step in range(4, 8):
         second.log(step, {"loss": float(step)})
-    _wait_for(lambda: client.get_run(first.run_id).info.status == "RUNNING")
+    wait_for(lambda: client.get_run(first.run_id).info.status == "RUNNING")
     second.close()
     assert second.run_id == first.run_id
     assert _history(client, first.run_id, "loss") == [(step, float(step)) for step in range(1, 8)]
@@ -181,7 +170,7 @@ def inputs_of(client: Any, run_id: str | None) -> list[tuple[str, str, str]]:
     return sorted((each.dataset.name, each.dataset.digest[0], each.tags[0].value) for each in found)
 
 
-def test_a_resume_does_not_log_data_sets_twice(remote: Server, client: Any, tmp_path: Path) -> None:
+def test_a_resume_does_not_log_data_sets_twice(remote, client, tmp_path):
     """The same in both starts; another evaluation set, and changed training data, are inputs besides."""
     test = {**TRAIN, "name": "test", "context": "evaluation", "groups": 3}
     changed = {**TRAIN, "digest": "b" * 32}
@@ -194,25 +183,23 @@ def test_a_resume_does_not_log_data_sets_twice(remote: Server, client: Any, tmp_
     assert inputs_of(client, first.run_id) == expected
 
 
-def test_data_sets_reach_a_server_that_was_down_and_one_that_has_lost_the_run(
-    tmp_path: Path, server: Server, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
+def test_data_sets_reach_a_server_that_was_down_and_one_that_has_lost_the_run(tmp_path, server, client, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     inputs = [{**TRAIN, "source": "https://me:hunter2@host/train.jsonl", "name": "x" * 600}]
     with open_tracker(True, tmp_path, "tests", "down", {}, {}, close_timeout=0.5, inputs=inputs) as tracker:
         tracker.log(1, {"loss": 1.0})
     assert "hunter2" not in (tmp_path / ".mlflow_delivery.json").read_text()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     assert deliver(tmp_path)
-    run_id = DeliveryRecord.load(tmp_path).run_id  # type: ignore[union-attr]
+    run_id = _delivered(tmp_path)
     (found,) = client.get_run(run_id).inputs.dataset_inputs
     assert (found.dataset.name, json.loads(found.dataset.source)) == ("x" * 500, {"uri": "https://***@host/train.jsonl"})
     client.delete_run(run_id)
-    assert deliver(tmp_path) and DeliveryRecord.load(tmp_path).run_id != run_id  # type: ignore[union-attr]
-    assert len(client.get_run(DeliveryRecord.load(tmp_path).run_id).inputs.dataset_inputs) == 1  # type: ignore[union-attr]
+    assert deliver(tmp_path) and _delivered(tmp_path) != run_id
+    assert len(client.get_run(_delivered(tmp_path)).inputs.dataset_inputs) == 1
 
 
-def test_a_new_run_in_a_used_folder_starts_over(remote: Server, client: Any, tmp_path: Path) -> None:
+def test_a_new_run_in_a_used_folder_starts_over(remote, client, tmp_path):
     with _open(tmp_path) as first:
         first.log(1, {"loss": 1.0})
     with _open(tmp_path) as second:
@@ -222,7 +209,7 @@ def test_a_new_run_in_a_used_folder_starts_over(remote: Server, client: Any, tmp
     assert len(_lines(tmp_path)) == 1
 
 
-def test_a_crash_shows_failed(remote: Server, client: Any, tmp_path: Path) -> None:
+def test_a_crash_shows_failed(remote, client, tmp_path):
     script = (
         "import pathlib, sys\nfrom cfvlm_ds.tracking import open_tracker\n"
         "with open_tracker(True, pathlib.Path(sys.argv[1]), 'tests', 'crash', {}, {}) as tracker:\n"
@@ -230,11 +217,11 @@ def test_a_crash_shows_failed(remote: Server, client: Any, tmp_path: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "out of luck" in done.stderr
-    run = client.get_run(json.loads((tmp_path / ".mlflow_delivery.json").read_text())["run_id"])
+    run = client.get_run(_delivered(tmp_path))
     assert (run.info.status, run.data.metrics["loss"]) == ("FAILED", 1.0)
 
 
-def test_secrets_are_masked(remote: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_secrets_are_masked(remote, client, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", remote.url.replace("://", "://me:hunter2@"))
     params = {
         "hub": {"hf_token": "hunter2", "apiKey": "hunter2", "secrets": {"wandb": ["hunter2"]}, "password": 7},
@@ -253,9 +240,7 @@ def test_secrets_are_masked(remote: Server, client: Any, tmp_path: Path, capsys:
     assert "hunter2" not in str(run.to_dictionary()) + written + output.out + output.err
 
 
-def test_a_server_that_starts_late_and_is_killed_loses_nothing(
-    remote: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_starts_late_and_is_killed_loses_nothing(remote, client, tmp_path, capsys):
     remote.kill()
     longest = 0.0
 
@@ -271,7 +256,7 @@ def test_a_server_that_starts_late_and_is_killed_loses_nothing(
         log(range(0, 100))
         assert tracker.run_id is None
         remote.start()
-        _wait_for(lambda: tracker.run_id is not None)
+        wait_for(lambda: tracker.run_id is not None)
         killer_due = time.monotonic() + 1.0
         step = 100
         while time.monotonic() < killer_due:
@@ -289,9 +274,7 @@ def test_a_server_that_starts_late_and_is_killed_loses_nothing(
     assert "answers again" in capsys.readouterr().err
 
 
-def test_close_is_bounded_and_the_rest_is_delivered_later(
-    remote: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_close_is_bounded_and_the_rest_is_delivered_later(remote, client, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as away, socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
         away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         tracker = _open(tmp_path, close_timeout=1.0)
@@ -305,16 +288,18 @@ def test_close_is_bounded_and_the_rest_is_delivered_later(
     remote.wait()
     for _ in range(2):  # the second time there is nothing left to do
         cfvlm_ds_main(["track", str(tmp_path)])
-    run_id = json.loads((tmp_path / ".mlflow_delivery.json").read_text())["run_id"]
-    assert _history(client, run_id, "a") == [(1, 1.0), (2, 3.0)]
-    assert client.get_run(run_id).info.status == "FAILED"
+    assert _history(client, _delivered(tmp_path), "a") == [(1, 1.0), (2, 3.0)]
+    assert client.get_run(_delivered(tmp_path)).info.status == "FAILED"
 
 
-def test_local_store_is_what_mlflow_ui_shows(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_store_is_what_mlflow_ui_shows(tmp_path, server, monkeypatch):
+    """Also where its making was cut off: killed between two of its migrations, MLflow's own file is refused by every later start."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run_dir = tmp_path / "run folder"
+    (run_dir := tmp_path / "run folder").mkdir()
+    (run_dir / "mlflow.db.tmp").write_bytes(b"half of a store")
     with _open(run_dir) as tracker:
         tracker.log(1, {"loss/lm": 0.5})
+    assert not (run_dir / "mlflow.db.tmp").exists()
     ui = Server(run_dir, ["ui"])
     ui.start()
     try:
@@ -328,14 +313,12 @@ def test_local_store_is_what_mlflow_ui_shows(tmp_path: Path, server: Server, mon
     # A run recorded without a server can be copied to one.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     assert deliver(run_dir, timeout=30)
-    copy = mlflow.MlflowClient(tracking_uri=server.url).get_run(json.loads((run_dir / ".mlflow_delivery.json").read_text())["run_id"])
+    copy = mlflow.MlflowClient(tracking_uri=server.url).get_run(_delivered(run_dir))
     assert (copy.data.metrics["loss/lm"], copy.data.tags["continues_run"], copy.info.status) == (0.5, tracker.run_id, "FINISHED")
 
 
 @pytest.mark.parametrize("name", ["a%41b", "a?b"])
-def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(
-    name: str, tmp_path: Path, server: Server, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(name, tmp_path, server, client, monkeypatch, capsys):
     """Nothing is written beside it, and a server gets them later."""
     with _open(run_dir := tmp_path / "runs" / name) as tracker:
         tracker.log(1, {"loss": 1.0})
@@ -343,12 +326,10 @@ def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(
     assert "set MLFLOW_TRACKING_URI, or rename the folder" in said and "To deliver it later" in said
     assert os.listdir(tmp_path / "runs") == [name] and not list(tmp_path.rglob("*.db*"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-    assert deliver(run_dir, 60)
-    found = DeliveryRecord.load(run_dir)
-    assert found is not None and client.get_run(found.run_id).data.metrics["loss"] == 1.0
+    assert deliver(run_dir, 60) and client.get_run(_delivered(run_dir)).data.metrics["loss"] == 1.0
 
 
-def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path: Path) -> None:
+def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path):
     """As in a container whose user has no entry among the users."""
     stranger = ["unshare", "--user", "--map-user=54321"]
     if subprocess.run([*stranger, "true"], capture_output=True).returncode:
@@ -361,7 +342,7 @@ def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path: Path) 
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
 
 
-def test_the_callers_own_mlflow_state_is_untouched(remote: Server, tmp_path: Path) -> None:
+def test_the_callers_own_mlflow_state_is_untouched(remote, tmp_path):
     before = (mlflow.get_tracking_uri(), mlflow.active_run())
     with _open(tmp_path):
         pass
@@ -369,7 +350,7 @@ def test_the_callers_own_mlflow_state_is_untouched(remote: Server, tmp_path: Pat
 
 
 @pytest.mark.parametrize("left", [b"", b"\xff", b"[]", b'{"nothing": 1}'])
-def test_a_damaged_record_is_left_aside(tmp_path: Path, left: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_is_left_aside(tmp_path, left, capsys):
     """A power loss may leave a file without its contents; damaged lines of metrics are dropped, since they stop the others."""
     with open_tracker(True, tmp_path, "tests", "a run", {}, {}, mlflow=False) as tracker:
         tracker.log(1, {"loss": 1.0})
@@ -382,24 +363,19 @@ def test_a_damaged_record_is_left_aside(tmp_path: Path, left: bytes, capsys: pyt
     assert "is damaged and left aside" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_record_is_named(remote: Server, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no record"):
-        deliver(tmp_path)
-
-
-def test_a_moved_run_knows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_run_knows_its_files(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with open_tracker(True, tmp_path / "run", "tests", "a run", {}, {}, mlflow=False) as tracker:
         (tmp_path / "run" / "results.md").write_text("good")
         tracker.artifact(tmp_path / "run" / "results.md")
     (tmp_path / "run").rename(tmp_path / "moved")
     with _open(tmp_path / "moved", resume_step=0) as again:
-        _wait_for(lambda: again.run_id)
+        wait_for(lambda: again.run_id)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/moved/mlflow.db")
     assert "results.md" in {item.path for item in client.list_artifacts(again.run_id)}
 
 
-def test_disabled_does_nothing(tmp_path: Path) -> None:
+def test_disabled_does_nothing(tmp_path):
     with open_tracker(True, tmp_path / "local", "tests", "a run", {}, {}, mlflow=False) as tracker:
         tracker.log(1, {"loss": 2.0})
     assert tracker.run_id is None and not (tmp_path / "local" / "mlflow.db").exists()
@@ -410,20 +386,3 @@ def test_disabled_does_nothing(tmp_path: Path) -> None:
         tracker.artifact(tmp_path / "nothing")
         tracker.close("FAILED")
     assert tracker.run_id is None and not (tmp_path / "run").exists()
-
-
-def test_importing_does_not_import_mlflow() -> None:
-    code = "import sys, cfvlm_ds.tracking; assert 'mlflow' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
-
-
-def test_a_local_store_whose_making_was_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between two of its migrations, MLflow's own file is refused as out of date by every later start."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlflow.db.tmp").write_bytes(b"half of a store")
-    with open_tracker(True, tmp_path, "tests", "a run", {"lr": 0.1}, {}) as tracker:
-        tracker.log(1, {"loss": 1.0})
-    assert not (tmp_path / "mlflow.db.tmp").exists()
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
-    assert run.info.status == "FINISHED" and run.data.metrics["loss"] == 1.0

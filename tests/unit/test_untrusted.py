@@ -97,7 +97,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     os.mkfifo(tmp_path / "fifo")
-    cases = {"file/out.json": "cannot be written", "link": "is a link to", "fifo": "is no file", "": "is no file"}
+    cases = {"file/out.json": "cannot be written", "link": "is a link to", "fifo": "not a file", "": "not a file"}
     for name, said in cases.items():
         with pytest.raises(InputError, match=rf"{said}.* with --out$"):
             output_file(tmp_path / name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO, train_arguments
+from conftest import ONE, REPO, train_arguments
 
 from cfvlm_ds import engine
 from cfvlm_ds.core.distributed import World
@@ -40,106 +40,69 @@ def said(tmp_path: Path, changes: dict[str, Any], *argv: str, base: str = "z3", 
     return ""
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"gradient_cliping": 1.0}, "ds.json: unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
-        ({"zero_optimisation": {}}, "ds.json: unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
-        ({"frobnicate": 1}, "ds.json: unknown key 'frobnicate'; DeepSpeed has no such key; leave it out"),
-        ({"zero_optimization": {"sub_grup_size": 1}}, "unknown key 'zero_optimization.sub_grup_size'; did you mean 'sub_group_size'?"),
-        ({"zero_optimization": {"stage3_prefetch_bucket": 1}}, "did you mean 'stage3_prefetch_bucket_size'?"),
-        ({"zero_optimization": {"offload_param": {"devise": 0}}}, "'zero_optimization.offload_param.devise'; did you mean 'device'?"),
-        ({"bf16": {"enabeld": True}}, "unknown key 'bf16.enabeld'; did you mean 'enabled'?"),
-        ({"flops_profiler": {"enabled": False, "profil_step": 1}}, "'flops_profiler.profil_step'; did you mean 'profile_step'?"),
-        ({"activation_checkpointing": {"profil": True}}, "'activation_checkpointing.profil'; did you mean 'profile'?"),
-        ({"optimizer": {"typ": "AdamW"}}, "unknown key 'optimizer.typ'; did you mean 'type'?"),
-        ({"csv_monitor": {"enabled": False, "output": "x"}}, "unknown key 'csv_monitor.output'; did you mean 'output_path'?"),
-    ],
-)
-def test_a_misspelt_key_is_named_with_the_nearest_right_one(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
-    assert sentence in said(tmp_path, changes)
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "'gradient_cliping'; did you mean 'gradient_clipping'?": ("z3", {"gradient_cliping": 1.0}),
+    "'zero_optimisation'; did you mean 'zero_optimization'?": ("z3", {"zero_optimisation": {}}),
+    "'frobnicate'; DeepSpeed has no such key": ("z3", {"frobnicate": 1}),
+    "'zero_optimization.sub_grup_size'; did you mean 'sub_group_size'?": ("z3", {"zero_optimization": {"sub_grup_size": 1}}),
+    "'stage3_prefetch_bucket_size'?": ("z3", {"zero_optimization": {"stage3_prefetch_bucket": 1}}),
+    "'zero_optimization.offload_param.devise'; did you mean 'device'?": ("z3", {"zero_optimization": {"offload_param": {"devise": 0}}}),
+    "'bf16.enabeld'; did you mean 'enabled'?": ("z3", {"bf16": {"enabeld": True}}),
+    "'flops_profiler.profil_step'; did you mean 'profile_step'?": ("z3", {"flops_profiler": {"enabled": False, "profil_step": 1}}),
+    "'activation_checkpointing.profil'; did you mean 'profile'?": ("z3", {"activation_checkpointing": {"profil": True}}),
+    "'optimizer.typ'; did you mean 'type'?": ("z3", {"optimizer": {"typ": "AdamW"}}),
+    "'csv_monitor.output'; did you mean 'output_path'?": ("z3", {"csv_monitor": {"enabled": False, "output": "x"}}),
+    "bf16.enabled must": ("z3", {"bf16": {"enabled": "false"}}),
+    "fp16.enabled must": ("z3", {"fp16": {"enabled": 1}}),
+    'zero_optimization.stage must be 0, 1, 2 or 3, not "3"': ("z3", {"zero_optimization": {"stage": "3"}}),
+    "zero_optimization.stage must be 0, 1, 2 or 3, not 4": ("z3", {"zero_optimization": {"stage": 4}}),
+    "offload_param.device: ": ("z3", {"zero_optimization": {"offload_param": {"device": "gpu"}}}),
+    "not a DeepSpeed configuration": ("z3", {"zero_optimization": {"offload_param": "cpu"}}),
+    "communication_data_type": ("z3", {"communication_data_type": "fp8"}),
+    "Apex AMP": ("z3", {"amp": {"enabled": True}}),
+    'offload_optimizer needs an "optimizer" section': ("z3", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    "offload_param needs stage 3": ("z2", {"zero_optimization": {"offload_param": {"device": "cpu"}}}),
+    "fp16.enabled=true needs a GPU": ("z3", {"fp16": {"enabled": True}}),
+    "zero_quantized_weights=true": ("z3_zeropp", {}),
+    "optimizer.type": ("z3", {"optimizer": {"params": {}}}),
+    "stage 0": ("z3", {"zero_optimization": {"stage": 0}}),
+    "gradient_allreduce_op=sum": ("z2", {"gradient_allreduce_op": "sum"}),
+    "compute_grad_norm=false": ("z2", {"zero_optimization": {"compute_grad_norm": False}}),
+    "managed_gradient_accumulation=false": ("z3", {"managed_gradient_accumulation": False}),
+    "prescale_gradients": ("z3", {"prescale_gradients": True}),
+    "gradient_predivide_factor": ("z3", {"gradient_predivide_factor": 2}),
+    "hybrid_engine": ("z3", {"hybrid_engine": {"enabled": True}}),
+    "data_efficiency": ("z3", {"data_efficiency": {"enabled": True}}),
+    "tensor_parallel": ("z3", {"tensor_parallel": {"autotp_size": 2}}),
+    "sequence_parallel_size": ("z3", {"sequence_parallel_size": 2}),
+    "checkpoint.load_universal": ("z3", {"checkpoint": {"load_universal": True}}),
+}
 
 
-def test_comments_and_every_key_that_deepspeed_asks_for_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", REFUSED)
+def test_what_deepspeed_would_not_do_as_it_is_written_is_refused_by_key(named, tmp_path):
+    base, changes = REFUSED[named]
+    assert named in said(tmp_path, changes, base=base)
+
+
+def test_comments_and_every_key_that_deepspeed_asks_for_pass(tmp_path):
     assert said(tmp_path, {"_comment": "ours", "//": "too", "prescale_gradients": False, "dump_state": False, "log_level": None}) == ""
     sections = {name: {} for name in ("tensorboard", "comms_logger", "aio", "checkpoint", "data_types", "flops_profiler", "torch_autocast")}
     assert said(tmp_path, sections | {"activation_checkpointing": {"profile": False}}) == ""
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"bf16": {"enabled": "false"}}, 'bf16.enabled must be true, false or "auto", not "false"'),
-        ({"fp16": {"enabled": 1}}, 'fp16.enabled must be true, false or "auto", not 1'),
-        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage must be 0, 1, 2 or 3, not "3"'),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage must be 0, 1, 2 or 3, not 4"),
-        (
-            {"zero_optimization": {"offload_param": {"device": "gpu"}}},
-            "offload_param.device: Input should be 'none', 'cpu'",
-        ),
-        ({"zero_optimization": {"offload_param": "cpu"}}, "not a DeepSpeed configuration"),
-        ({"communication_data_type": "fp8"}, "not a DeepSpeed configuration (ValueError: Invalid communication_data_type."),
-        ({"amp": {"enabled": True}}, "not a DeepSpeed configuration (DeepSpeedConfigError: NVIDIA Apex AMP integration has been removed."),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_named(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
-    assert sentence in said(tmp_path, changes)
-
-
-@pytest.mark.parametrize(
-    ("base", "changes", "sentence"),
-    [
-        ("z3", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, 'offload_optimizer needs an "optimizer" section'),
-        ("z2", {"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param needs stage 3, and stage is 2"),
-        ("z3", {"fp16": {"enabled": True}}, "fp16.enabled=true needs a GPU, and this machine has none"),
-        ("z3_zeropp", {}, "zero_quantized_weights=true has kernels for GPUs alone"),
-        ("z3", {"optimizer": {"params": {}}}, "optimizer.type is missing"),
-        ("z3", {"zero_optimization": {"stage": 0}}, "stage 0 keeps checkpoints that cannot be exported"),
-        ("z2", {"gradient_allreduce_op": "sum"}, "gradient_allreduce_op=sum makes gradients as many times larger"),
-        ("z2", {"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm=false leaves nothing to clip"),
-        ("z3", {"managed_gradient_accumulation": False}, "managed_gradient_accumulation=false is not how"),
-        ("z3", {"prescale_gradients": True}, "cannot be had with stage 3"),
-        ("z3", {"gradient_predivide_factor": 2}, "cannot be had with stage 3"),
-        ("z3", {"hybrid_engine": {"enabled": True}}, "hybrid_engine is not used here"),
-        ("z3", {"data_efficiency": {"enabled": True}}, "data_efficiency is not used here"),
-        ("z3", {"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not used here"),
-        ("z3", {"sequence_parallel_size": 2}, "sequence_parallel_size is not used here"),
-        ("z3", {"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not used here"),
-    ],
-)
-def test_what_deepspeed_cannot_do_is_refused(base: str, changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
-    assert sentence in said(tmp_path, changes, base=base)
-
-
-def test_what_is_absent_here_may_be_on_the_machine_of_a_dry_run(tmp_path: Path) -> None:
-    assert said(tmp_path, {}, base="z3_zeropp", device=None) == said(tmp_path, {"fp16": {"enabled": True}}, device=None) == ""
-
-
-def test_a_group_of_ranks_that_does_not_divide_them_is_refused(tmp_path: Path) -> None:
     plain = {"zero_optimization": {"zero_quantized_weights": False, "zero_quantized_gradients": False}}
     assert said(tmp_path, plain, base="z3_zeropp", ranks=16) == said(tmp_path, plain, base="z3_zeropp", ranks=2) == ""
-    assert "zero_hpz_partition_size=8 must divide the number of ranks, which is 12" in said(tmp_path, plain, base="z3_zeropp", ranks=12)
+    assert "zero_hpz_partition_size=8" in said(tmp_path, plain, base="z3_zeropp", ranks=12)
+    assert said(tmp_path, {}, base="z3_zeropp", device=None) == said(tmp_path, {"fp16": {"enabled": True}}, device=None) == "", "dry run"
 
 
-@pytest.mark.parametrize(
-    "name", ["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
-)
-def test_schedules_without_options_pass(name: str, tmp_path: Path) -> None:
-    assert said(tmp_path, {}, "--train.lr_scheduler_type", name) == ""
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("cosin", "cosin is not a valid SchedulerType"),
-        ("reduce_lr_on_plateau", "missing 1 required positional argument: 'metrics'"),
-        ("cosine_with_min_lr", "min_lr"),
+def test_schedules_that_need_options_of_their_own_are_refused(tmp_path):
+    for name in ["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]:
+        assert said(tmp_path, {}, "--train.lr_scheduler_type", name) == ""
+    for name, reason in (
+        ("cosin", "SchedulerType"), ("reduce_lr_on_plateau", "metrics"), ("cosine_with_min_lr", "min_lr"),
         ("warmup_stable_decay", "num_decay_steps"),
-    ],
-)
-def test_schedules_that_ask_for_more_are_refused(name: str, reason: str, tmp_path: Path) -> None:
-    message = said(tmp_path, {}, "--train.lr_scheduler_type", name)
-    assert message.startswith("train.lr_scheduler_type") and reason in message
+    ):  # fmt: skip
+        assert re.match(rf"train\.lr_scheduler_type.*{reason}", said(tmp_path, {}, "--train.lr_scheduler_type", name))
 
 
 FROZEN = [part for module in ("vision_tower", "projector", "language_model") for part in (f"--model.{module}.tuning", "frozen")]
@@ -149,54 +112,48 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--model", "{name_or_path: ''}"], "model.name_or_path is not set"),
-        (["--data.train", "[]"], "data.train is not set"),
-        (
-            ["--objective.batch_align.pmi", "0", "--train.hard_negatives", "1"],
-            "batch_align compares with texts of other groups that are drawn before any is scored, and train.hard_negatives leaves out",
-        ),
+        (["--model", "{name_or_path: ''}"], "model.name_or_path"),
+        (["--data.train", "[]"], "data.train"),
+        (["--objective.batch_align.pmi", "0", "--train.hard_negatives", "1"], "batch_align compares"),
         (
             ["--train.hard_negatives", "1", *(part for term in ("csd", "fcd") for part in (f"--objective.{term}.weight", "0"))],
-            "train.hard_negatives keeps what the model takes most for true, and align scores no text on an image that it is false of",
+            "train.hard_negatives keeps",
         ),
-        (["--train.retention", "[kept]"], "train.retention: 'kept' is not a manifest of data.evaluation (none); name one of them"),
-        (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl: no such manifest"),
-        (["--data.format", "cfgrop"], "unknown format 'cfgrop'; did you mean 'cfgroup'?"),
-        (["--objective.dpo.weight", "1"], "an objective needs stored scores"),
-        (["--objective.dpo.weight", "1", "--data.scores", "absent"], "absent: no such scores file"),
-        (["--objective.batch_align.weight", "1"], "batch_align: an objective needs stored scores"),
-        (
-            ["--objective.batch_align.pmi", "0", "--train.per_device_train_batch_size", "1"],
-            "batch_align: an optimizer step has one group, and its images are compared with texts of others",
-        ),
+        (["--train.retention", "[kept]"], "train.retention: 'kept'"),
+        (["--data.train", "absent.jsonl"], "absent.jsonl"),
+        (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl"),
+        (["--data.format", "cfgrop"], "'cfgroup'"),
+        (["--objective.dpo.weight", "1"], "stored scores"),
+        (["--objective.dpo.weight", "1", "--data.scores", "absent"], "absent: "),
+        (["--objective.batch_align.weight", "1"], "batch_align: "),
+        (["--objective.batch_align.pmi", "0", "--train.per_device_train_batch_size", "1"], "batch_align: "),
         (FROZEN, "every module is frozen"),
-        ([*FROZEN, *LORA], "transformers cannot load 4-bit weights under ZeRO-3"),
-        (LORA, "set model.language_model.tuning to lora and the other modules to lora or frozen"),
-        (["--model.attn_implementation", "flash_attention_2"], "flash_attention_2 needs a CUDA device and the flash-attn package"),
-        (["--model.max_pixels", "1000"], "model.max_pixels does not apply to model type 'llava'"),
-        (["--deepspeed", "ds_configs/z4.json"], "ds_configs/z4.json: no such file; there are"),
-        (["--train.resume", "checkpoint-9"], "train.resume 'checkpoint-9' is not a folder; give auto, never, restart or the path of a"),
+        ([*FROZEN, *LORA], "ZeRO-3's parts"),
+        (LORA, "model.language_model.tuning"),
+        (["--model.attn_implementation", "flash_attention_2"], "flash_attention_2"),
+        (["--model.name_or_path", "no/model"], "model.name_or_path"),
+        (["--model.max_pixels", "1000"], "model.max_pixels"),
+        (["--deepspeed", "ds_configs/z4.json"], "ds_configs/z4.json"),
+        (["--train.resume", "checkpoint-9"], "train.resume 'checkpoint-9'"),
     ],
 )
-def test_options_that_end_a_run_are_found_before_pictures_are_opened(
-    options: list[str], sentence: str, model_dir: Path, tmp_path: Path
-) -> None:
+def test_options_that_end_a_run_are_found_before_pictures_are_opened(options, sentence, model_dir, tmp_path):
     """A manifest of nothing but its name, and no process group: what is not refused passes."""
     (manifest := tmp_path / "train.jsonl").touch()
     arguments = train_arguments(model_dir, {"train": manifest}, tmp_path / "run")
-    validate(parse_config(arguments, OBJECTIVES), World(0, 1, 0, CPU))
+    validate(parse_config(arguments, OBJECTIVES), ONE)
     with pytest.raises(InputError) as raised:
-        validate(parse_config([*arguments, *options], OBJECTIVES), World(0, 1, 0, CPU))
+        validate(parse_config([*arguments, *options], OBJECTIVES), ONE)
     assert sentence in str(raised.value) and not (tmp_path / "run").exists()
 
 
-def test_what_is_built_first_is_not_looked_for(tmp_path: Path) -> None:
+def test_what_is_built_first_is_not_looked_for(tmp_path):
     """And only that: a manifest elsewhere is missed before 42,800 pictures are drawn."""
     scenes, tiny = tmp_path / "scenes", tmp_path / "tiny"
     quickstart = ["--config", "examples/quickstart.yaml", "--build.scenes.out_dir", str(scenes), "--build.base", str(tiny)]
     quickstart += ["--model.name_or_path", str(tiny), "--data.train", str(scenes / "train.jsonl")]
     evaluated = [f"--data.evaluation={{test: {scenes / 'test_iid.jsonl'}}}"]
-    world = World(0, 1, 0, CPU)
+    world = ONE
     validate(parse_config([*quickstart, *evaluated], OBJECTIVES), world)
     for options, sentence in (
         ([*evaluated, *FROZEN], "every module is frozen"),
@@ -208,9 +165,7 @@ def test_what_is_built_first_is_not_looked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["data.train", "data.root", "data.scores", "data.evaluation.test", "model.name_or_path"])
-def test_a_path_that_is_only_beside_the_yaml_is_named(
-    option: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_that_is_only_beside_the_yaml_is_named(option, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (manifest := tmp_path / "train.jsonl").touch()
     given = train_arguments(model_dir, {"train": manifest}, tmp_path / "run")
@@ -220,13 +175,13 @@ def test_a_path_that_is_only_beside_the_yaml_is_named(
     config = parse_config([*arguments, "--config", "conf/run.yaml", f"--{option}", "mine"], OBJECTIVES)
     if option not in ("data.root", "data.scores"):  # which nothing needs here
         with pytest.raises(InputError, match=re.escape(f"a relative path counts from {tmp_path}")):
-            validate(config, World(0, 1, 0, CPU))
+            validate(config, ONE)
     (tmp_path / "conf" / "mine").mkdir()
     with pytest.raises(ConfigError, match=rf"mine is not there \(a relative path counts from {tmp_path}\); conf/mine, beside the file"):
-        validate(config, World(0, 1, 0, CPU))
+        validate(config, ONE)
 
 
-def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_what_a_run_refuses(model_dir, tmp_path):
     wrong = json.loads((REPO / "ds_configs" / "z3.json").read_text()) | {"gradient_cliping": 1}
     (tmp_path / "ds.json").write_text(json.dumps(wrong))
     with pytest.raises(ConfigError, match="did you mean 'gradient_clipping'"):
@@ -249,7 +204,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -
         ({"gradient_accumulation_steps": 26, "max_tokens_per_micro_batch": 900}, 1, "set train.gradient_accumulation_steps to at most 25"),
     ],
 )
-def test_a_step_takes_no_group_twice(options: dict[str, int], ranks: int, fits: int | str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_takes_no_group_twice(options, ranks, fits, capsys):
     """25 groups: a default is what fits, and says so; what is asked for and does not fit is refused with what does."""
     sections = {name: "data" if name.startswith("max") else "train" for name in options}
     config = parse_config([part for name, value in options.items() for part in (f"--{sections[name]}.{name}", str(value))], OBJECTIVES)

@@ -54,8 +54,8 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
     if not kept:
         worst = max(cues, key=lambda cue: abs(right(cues[cue]) - 0.5))
         raise ConfigError(
-            f"--refine: a blind guess ({worst}) is right or wrong in the same way for all {len(groups)} groups, so "
-            "none can stay; propose edits in both directions"
+            f"--refine: a blind guess ({worst}) has the same outcome for all {len(groups)} groups, so none can stay; propose edits in "
+            "both directions"
         )
     with whole_file(file) as out:
         for k in kept:

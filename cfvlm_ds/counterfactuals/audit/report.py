@@ -191,7 +191,7 @@ def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> Non
         if path.is_dir() and not (path / "store.json").is_file():
             pictures = pictures_below(path)
             if not pictures:
-                raise ConfigError(f"--against {path}: no picture lies in this folder; name those of a benchmark, or its manifest")
+                raise ConfigError(f"--against {path} contains no picture; name a folder of a benchmark's pictures, or its manifest")
         else:
             store = open_groups(path, progress=say)
             pictures = []

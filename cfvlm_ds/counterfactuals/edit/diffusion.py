@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError, is_failure
+from cfvlm_ds.core.reading import parse_yaml
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
 from cfvlm_ds.counterfactuals.options import EditOptions
@@ -57,7 +58,7 @@ class Diffusers(Editor):
         except Exception as error:  # raised for a folder without a pipeline
             if not is_failure(error):
                 raise
-            raise ConfigError(f"--model {options.model}: no pipeline of diffusers ({type(error).__name__}: {error})") from error
+            raise ConfigError(f"--model {options.model} is not a diffusers pipeline ({type(error).__name__}: {error})") from error
         self.pipe.set_progress_bar_config(disable=True)
         with contextlib.suppress(AttributeError):
             self.pipe.safety_checker = None
@@ -67,7 +68,7 @@ class Diffusers(Editor):
         for name in self._given:
             if name not in self._taken:
                 raise ConfigError(
-                    f"--options {name}: {type(self.pipe).__name__} is not called with it; it takes {', '.join(sorted(self._taken))}"
+                    f"--options {name}: {type(self.pipe).__name__} has no such argument; its arguments are {', '.join(sorted(self._taken))}"
                 )
         self.kind = "inpaint" if "mask_image" in self._taken else "instruct" if "image" in self._taken else "regenerate"
 
@@ -115,8 +116,7 @@ def call_options(text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--options {part!r}: write NAME=VALUE, as in num_inference_steps=28")
-        options[name] = {"true": True, "false": False}.get(value.lower(), value)
-        for kind in (float, int):
-            with contextlib.suppress(ValueError):
-                options[name] = kind(value)
+        options[name] = value
+        with contextlib.suppress(ValueError):
+            options[name] = parse_yaml(value)
     return options

@@ -17,7 +17,7 @@ class Folder(Editor):
     def __init__(self, options: EditOptions) -> None:
         self._folder = Path(options.folder)
         if not options.folder or not self._folder.is_dir():
-            raise ConfigError(f"--with folder needs --folder, the folder of edited pictures; {options.folder!r} is none")
+            raise ConfigError(f"--with folder needs --folder, the folder of edited pictures; {options.folder!r} is not a folder")
 
     def takes(self, task: Task) -> bool:
         return picture_by_id(self._folder, task.id) is not None

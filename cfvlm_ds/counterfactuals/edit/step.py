@@ -68,7 +68,7 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
 def checked(options: EditOptions) -> list[str]:
     """Return the names of the editors. Raises ConfigError for invalid options."""
     if options.masks and not Path(options.masks).is_dir():
-        raise ConfigError(f"--masks {options.masks}: no such folder; name the one that holds masks by id, SOURCE/NUMBER.png")
+        raise ConfigError(f"--masks {options.masks}: no such folder; name the folder of the masks, SOURCE/NUMBER.png")
     return named(options.back_ends, EDITORS, "--with")
 
 
@@ -157,23 +157,16 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
         counts["pictures" if record.get("picture") else "text alone"] += 1
 
 
-def pictures_end(work: WorkFolder, shard: int) -> int:
-    """Return the end of the last picture in the tar that the records of a shard name; 0 without any."""
-    end = 0
-    for record in work.records(STEP, shard):
-        picture = record.get("picture") or {}
-        if "start" in picture:
-            end = picture["start"] + picture["length"] + -picture["length"] % tarfile.BLOCKSIZE
-    return end
-
-
 class _Tar(Journal):
     """Tar of the pictures of a shard; data after the last recorded picture are cut off."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
-        path, end = work.tar(shard), pictures_end(work, shard)
+        path, end = work.tar(shard), 0
+        for record in work.records(STEP, shard):
+            if "start" in (picture := record.get("picture") or {}):
+                end = picture["start"] + picture["length"] + -picture["length"] % tarfile.BLOCKSIZE
         if (size := path.stat().st_size if path.exists() else 0) < end:
-            raise DataError(f"{path} has {size} bytes, and its records name {end}; restore it, or remove the shard's records")
+            raise DataError(f"{path} has {size} bytes, and its records require {end}; restore it, or remove the shard's records")
         super().__init__(path, end=end)
 
     def __enter__(self) -> _Tar:

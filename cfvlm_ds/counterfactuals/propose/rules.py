@@ -39,7 +39,7 @@ class Rules:
         self._types, self._per_type, self._seed, self._words = options.wanted, options.per_type, options.seed, context.words
         for kind, words in self._words.items():
             if kind not in _KINDS:
-                raise ConfigError(f"--words: {kind!r} has no list of words; there are {', '.join(_KINDS)}")
+                raise ConfigError(f"--words: {kind!r} is not a type with a list of words; the types are {', '.join(_KINDS)}")
             if kind == "object" and (unknown := [word for word in words if word not in v.NOUNS]):
                 raise ConfigError(f"--words: the forms of {unknown[0]!r} are not known; name listed nouns")
         self._prices = self._read(context)
