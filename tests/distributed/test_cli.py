@@ -482,7 +482,7 @@ def test_adapters_on_a_base_of_4_bits(manifests, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.vision_tower.tuning=frozen", "--model.projector.tuning=frozen"], "cannot load 4-bit weights in ZeRO-3's parts"),
+        (["--model.vision_tower.tuning=frozen", "--model.projector.tuning=frozen"], "cannot load 4-bit weights under ZeRO-3"),
         (["--deepspeed", "ds_configs/z2.json"], "the other modules to lora or frozen"),
     ],
 )

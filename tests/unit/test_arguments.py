@@ -209,7 +209,7 @@ def test_own_scores_and_options_are_known_again(here):
 
 
 def test_a_model_of_somebodys_own_is_not_taken_for_an_export(here):
-    with pytest.raises(ConfigError, match=r"model holds a model, and no export has written it .* would be lost; name another folder"):
+    with pytest.raises(ConfigError, match=r"model contains a model that no export wrote .* would be lost; name another folder"):
         refuse_others_model(here / "model")
     for card in (sealed("# ours\n"), sealed("# ours\n") + "edited\n"):
         (here / "model" / "README.md").write_text(card)
