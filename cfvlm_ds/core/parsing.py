@@ -48,9 +48,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         raise ConfigError("--quiet and --verbose contradict each other; give one of them")
     _check(built.model, built.data, built.train)
     if not active:
-        raise ConfigError(
-            f"every named objective has weight 0 ({', '.join(named)}); give one a weight, or name none for the default"
-        )
+        raise ConfigError(f"every named objective has weight 0 ({', '.join(named)}); give one a weight, or name none for the default")
     if "print_config" in switches:
         print(yaml_of(resolved), end="")
         raise SystemExit(0)

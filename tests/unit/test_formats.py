@@ -439,6 +439,7 @@ MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     "minus one": ("captions", of("label", -1, 1, 1), ["label"]),
     "letters": ("captions", of("gold", "y", "n", "n"), ["gold"]),
     "FEVER": ("captions", of("label", "SUPPORTS", "REFUTES", "NOT ENOUGH INFO", ""), ["label"]),
+    "by its values alone": ("captions", of("status", "right", "wrong", "right"), ["status"]),
     "rarely": ("captions", of("ok", *[None] * 90, False, *[None] * 9), ["ok"]),
     "gaps": ("captions", of("is_correct", 1.0, 0.0, float("nan"), 1.0), ["is_correct"]),
     "gaps of what marks the false": ("captions", of("is_foil", "1", "0", "?", "0"), ["is_foil"]),

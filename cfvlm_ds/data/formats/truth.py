@@ -36,6 +36,9 @@ _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain", "not enough info", "nei
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
 """Values of a label, in lower case."""
 
+_SAID_FALSE = frozenset(_FALSE) - {"0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected"}
+"""Values that only a label has, whatever its name."""
+
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 """Notations of a missing value in tables."""
 
@@ -62,14 +65,16 @@ _DEEP = 8  # largest nesting depth that is searched
 
 @dataclass
 class Column:
-    """A column of metadata: the words of its name, the row that has it first, its distinct values by their lower case, a false text or
-    picture among them, and a picture of a row that shows none.
+    """A column of metadata: the words of its name, the row that has it first, its distinct values by their lower case (truths only, and
+    whether there are others, unless the name is that of a label), a false text or picture among them, and a picture of a row that shows
+    none.
     """
 
     name: str
     words: list[str]
     row: int
     values: dict[str, Any] = field(default_factory=dict)
+    has_others: bool = False
     false_text: str = ""
     unseen: str = ""
 
@@ -82,15 +87,19 @@ class Column:
                     self.false_text = self.false_text or item
                 if blind and picture:
                     self.unseen = self.unseen or item
-            if not _LABEL_NAMES.isdisjoint(self.words):
-                self.values.setdefault(_word(item), item)
+            if (word := _word(item)) in _TRUTHS or not _LABEL_NAMES.isdisjoint(self.words):
+                self.values.setdefault(word, item)
+            else:
+                self.has_others |= word not in _GAPS
 
     @property
     def is_label(self) -> bool:
         """True if name and values are those of a label."""
         values = self.values.keys() - _GAPS - {""}
-        if not values or self.words[-1] in ("id", "ids"):
+        if not values or self.words[-1:] in (["id"], ["ids"]):
             return False
+        if _LABEL_NAMES.isdisjoint(self.words):
+            return not self.has_others and not _SAID_FALSE.isdisjoint(values)
         if "weight" in self.words:  # of OpenAI's messages: 0 is an answer that must not be learned
             return "0" in values
         others = values - _TRUTHS.keys() - {"-1"}
