@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ exec /usr/bin/env "$@"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory):
     running = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
         running.start()
@@ -42,7 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def options(model_dir: Path, manifests: dict[str, Path]) -> list[str]:
+def options(model_dir, manifests):
     """A training whose weights are written at the end."""
     support = REPO / "tests" / "support"
     given = {
@@ -58,7 +57,7 @@ def options(model_dir: Path, manifests: dict[str, Path]) -> list[str]:
 @pytest.mark.parametrize(
     ("nodes", "lost"), [(2, False), pytest.param(2, True, marks=pytest.mark.long), pytest.param(8, True, marks=pytest.mark.long)]
 )
-def test_a_signal_and_a_lost_node_change_nothing(nodes: int, lost: bool, cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+def test_a_signal_and_a_lost_node_change_nothing(nodes, lost, cluster, options, tmp_path):
     """USR1 as before a time limit, later a power cut of one node: a requeue each, one MLflow run, and the losses and weights of as many
     ranks that nothing happens to. An option with spaces and a dollar sign comes along, a run folder that would be a pattern to srun, and an
     `env` of before coreutils 8.31."""
@@ -107,9 +106,7 @@ def test_a_signal_and_a_lost_node_change_nothing(nodes: int, lost: bool, cluster
 
 @pytest.mark.long
 @pytest.mark.parametrize("cancelled", [False, True])
-def test_a_signal_during_the_data_check_is_no_failure(
-    cancelled: bool, cluster: Cluster, options: list[str], manifests: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_signal_during_the_data_check_is_no_failure(cancelled, cluster, options, manifests, tmp_path):
     """USR1 or `scancel` on two nodes whose ranks look at the rows in processes of their own; after USR1 the next start trains."""
     data = ["--data.train", str(many_rows(manifests["train"], 1 << 16)), "--train.max_steps", "1", "--train.export", "false"]
     job = submit(cluster, tmp_path / "run", [*options, *data], "-N2")
@@ -128,7 +125,7 @@ def test_a_signal_during_the_data_check_is_no_failure(
 
 
 @pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copies(tmp_path_factory):
     """What `cfvlm-ds init` writes: its jobs find this Python without the PATH of whoever submits them."""
     main(["init", str(folder := tmp_path_factory.mktemp("copies") / "my runs")])
     return folder
@@ -137,7 +134,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BARE = "/usr/bin:/bin:/usr/sbin:/sbin"
 
 
-def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, copies: Path, options: list[str], tmp_path: Path) -> None:
+def test_a_crash_without_progress_ends_after_the_bound(cluster, copies, options, tmp_path):
     """Weights overflow at step 3 of every start, on one node: the job gives up with the run's exit code and says why."""
     broken = [*options, "--train.learning_rate", "1e30", "--train.per_device_train_batch_size", "16"]
     job = submit(cluster, tmp_path / "run", broken, script="train_1node.sh", root=copies, PATH=BARE, CFVLM_MAX_STARTS="2")
@@ -148,7 +145,7 @@ def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, copies:
 
 
 @pytest.mark.long
-def test_two_jobs_of_one_gpu_share_a_node(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+def test_two_jobs_of_one_gpu_share_a_node(cluster, options, tmp_path):
     one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
     jobs = [submit(cluster, tmp_path / name, one_step, "--nodelist=node1", script="train_1gpu.sh") for name in ("a", "b")]
     wait_until(lambda: all(job.record["JobState"] == "RUNNING" for job in jobs), 300, "both jobs")
@@ -157,7 +154,7 @@ def test_two_jobs_of_one_gpu_share_a_node(cluster: Cluster, options: list[str], 
         assert (state["JobState"], state["NumCPUs"], len(job.losses)) == ("COMPLETED", "8", 1), job.log
 
 
-def test_a_bad_node_is_named_and_left_out(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+def test_a_bad_node_is_named_and_left_out(cluster, options, tmp_path):
     """One of three nodes has other code than the first; the job was given one node more than it needs."""
     cluster.mount("node6", REPO / "cfvlm_ds" / "core" / "parsing.py", REPO / "cfvlm_ds" / "tracking" / "figures.py")
     one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
@@ -169,14 +166,14 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, options: list[str], 
     assert "training on node5 node7" in job.log and (job.run_dir / "finished.json").exists()
 
 
-def test_bad_options_end_a_job_before_any_rank_starts(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+def test_bad_options_end_a_job_before_any_rank_starts(cluster, options, tmp_path):
     job = submit(cluster, tmp_path / "run", [*options, "--train.max_stepz", "3"], script="train_1node.sh")
     state = job.end()
     assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0")
     assert "unknown option 'train.max_stepz'; did you mean 'train.max_steps'?" in job.log
 
 
-def test_a_model_is_evaluated(cluster: Cluster, copies: Path, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_is_evaluated(cluster, copies, model_dir, manifests, tmp_path):
     arguments = [str(model_dir), str(manifests["test"]), "--out", str(tmp_path / "a b" / "results.json")]
     job = sbatch(cluster, tmp_path / "log", [], "evaluate.sh", *arguments, root=copies, PATH=BARE)
     state = cluster.finish(job, 600)
@@ -186,7 +183,7 @@ def test_a_model_is_evaluated(cluster: Cluster, copies: Path, model_dir: Path, m
 
 
 @pytest.mark.long
-def test_benchmarks_go_on_after_a_requeue(cluster: Cluster, copies: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_benchmarks_go_on_after_a_requeue(cluster, copies, model_dir, tmp_path):
     """Two tasks share the items; USR1 as before a time limit; the next start scores what is left, and the results are those of one task."""
     pope = tmp_path / "benchmarks" / "pope"
     (pope / "output" / "coco").mkdir(parents=True)
@@ -220,7 +217,7 @@ def sourced(script: str, folder: Path, **variables: str) -> subprocess.Completed
     return subprocess.run(command, cwd=REPO, env=given, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_full_disk_is_tried_again_after_a_pause_within_the_bound(tmp_path: Path) -> None:
+def test_a_full_disk_is_tried_again_after_a_pause_within_the_bound(tmp_path):
     """The whole of ``launch`` with programs in place of Slurm's, of which the training leaves as one does that finds a disk full."""
     for name, text in {
         "srun": f"""case "$*" in
@@ -248,7 +245,7 @@ def test_a_full_disk_is_tried_again_after_a_pause_within_the_bound(tmp_path: Pat
     assert (tmp_path / "requeued").read_text() == "again\n" * 2 and "giving up: a disk was full; 3 starts" in done.stdout
 
 
-def test_secrets_are_read_through_a_link_to_a_file_that_is_closed_to_others(tmp_path: Path) -> None:
+def test_secrets_are_read_through_a_link_to_a_file_that_is_closed_to_others(tmp_path):
     (secrets := tmp_path / "stored").write_text("TOKEN=abc\n")
     (link := tmp_path / "link").symlink_to(secrets)
     for mode, code, said in ((0o600, 0, "abc\n"), (0o640, 2, f"error: others can read {link}; chmod 600 it\n")):
@@ -257,7 +254,7 @@ def test_secrets_are_read_through_a_link_to_a_file_that_is_closed_to_others(tmp_
         assert done.returncode == code and done.stdout.endswith(said), done
 
 
-def test_steps_run_in_a_container_by_pyxis_or_apptainer(tmp_path: Path) -> None:
+def test_steps_run_in_a_container_by_pyxis_or_apptainer(tmp_path):
     """Only their command lines: neither is here. The caches are mounted, and the signal's shield is around the container."""
     image, train = "/shared/a b.sif", "shield=(shield); step --ntasks=2 -- python train.py 'a b'"
     mounts = f"{REPO}:{REPO},{tmp_path}/.cache/huggingface:{tmp_path}/.cache/huggingface,/tmp:/tmp"
@@ -278,7 +275,7 @@ def test_steps_run_in_a_container_by_pyxis_or_apptainer(tmp_path: Path) -> None:
     assert wrong.returncode == 2 and "error: nothing runs CONTAINER_IMAGE here: docker; set CONTAINER_RUNTIME" in wrong.stdout
 
 
-def test_signals_before_python_answers_them_do_not_end_a_rank(tmp_path: Path) -> None:
+def test_signals_before_python_answers_them_do_not_end_a_rank(tmp_path):
     """The shield of slurm/launch.sh around a program that, as train.py does, first holds signals back and then answers them."""
     (shield,) = re.findall(r"shield=\((sh -c '.*') \"\$PWD\"\)", (REPO / "slurm" / "launch.sh").read_text())
     program = tmp_path / "program.py"
@@ -296,7 +293,7 @@ def test_signals_before_python_answers_them_do_not_end_a_rank(tmp_path: Path) ->
     assert process.communicate("go on\n", timeout=60)[0] == "SIGUSR1\n" and process.returncode == 0
 
 
-def test_nodes_that_exchange_too_little_are_refused(tmp_path: Path) -> None:
+def test_nodes_that_exchange_too_little_are_refused(tmp_path):
     """Two tasks as srun starts them: what the first node measures is printed, and held against the floor of slurm/env.sh."""
     for floor in ("", "1e6"):
         given = dict(os.environ) | ENVIRONMENT | {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -318,7 +315,7 @@ def test_nodes_that_exchange_too_little_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_node_that_starts_slowly_is_waited_for(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+def test_a_node_that_starts_slowly_is_waited_for(cluster, options, tmp_path):
     """As a first import from a shared file system is, or the making of a container: a minute."""
     own = Path(sys.executable).with_name("cfvlm-ds")
     slow = tmp_path / "cfvlm-ds"
@@ -332,14 +329,14 @@ def test_a_node_that_starts_slowly_is_waited_for(cluster: Cluster, options: list
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), job.log
 
 
-def test_missing_gpus_are_named() -> None:
+def test_missing_gpus_are_named():
     """Where Slurm counts them: a site whose Slurm knows of none has them all the same."""
     assert gpu_fault(torch.cuda.device_count()) is None and gpu_fault(None) is None
     assert gpu_fault(torch.cuda.device_count() + 8).startswith("Slurm gave ")  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("described", "counts"), [("8", [8]), ("8(x2),1", [8, 8, 1]), ("2,1(x3)", [2, 1, 1, 1])])
-def test_tasks_of_a_node_are_read_from_slurms_form(described: str, counts: list[int]) -> None:
+def test_tasks_of_a_node_are_read_from_slurms_form(described, counts):
     assert [_tasks_on_node(described, node) for node in range(len(counts))] == counts
 
 
@@ -355,7 +352,7 @@ image.save(sys.argv[2], "PNG")
 
 
 @pytest.mark.long
-def test_data_are_made_by_an_array_of_which_a_task_is_killed(cluster: Cluster, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_data_are_made_by_an_array_of_which_a_task_is_killed(cluster, manifests, tmp_path):
     """Three shards; a task is requeued in the midst of its pictures. The work folder has the bytes of one that nothing happened to."""
     (tmp_path / "editor.py").write_text(EDITOR)
     gates = {name: tmp_path / f"{name}.go" for name in ("job", "whole")}
@@ -383,7 +380,7 @@ def test_data_are_made_by_an_array_of_which_a_task_is_killed(cluster: Cluster, m
     assert (tmp_path / "job.jsonl").read_text().count("\n") == (tmp_path / "whole.jsonl").read_text().count("\n") > 0
 
 
-def test_a_store_is_prepared_by_an_array(cluster: Cluster, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_store_is_prepared_by_an_array(cluster, manifests, tmp_path):
     """Two calls of two tasks: the first looks at the pictures, the second writes the rows."""
     store, options = tmp_path / "store", [str(manifests["test"]), "--out", str(tmp_path / "store")]
     for _ in range(2):

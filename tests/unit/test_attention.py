@@ -99,7 +99,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["heads", "grouped"])
 @pytest.mark.parametrize("name", FORESTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_values_and_gradients_are_those_of_a_dense_attention(backend: str, name: str, heads: tuple[int, int]) -> None:
+def test_values_and_gradients_are_those_of_a_dense_attention(backend, name, heads):
     forest = FORESTS[name]
     qkv = inputs(forest, heads, torch.float64)
     expected = dense(*qkv, forest, 0.3)
@@ -113,7 +113,7 @@ def test_values_and_gradients_are_those_of_a_dense_attention(backend: str, name:
 
 @pytest.mark.parametrize("name", NARROWED)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_windows_and_pictures_are_those_of_a_dense_attention(backend: str, name: str) -> None:
+def test_windows_and_pictures_are_those_of_a_dense_attention(backend, name):
     """A window counts tokens along the path, whatever lies between them in the row; a picture is seen as a whole by itself alone."""
     forest, window = NARROWED[name]
     qkv = inputs(forest, (4, 2), torch.float64)
@@ -126,7 +126,7 @@ def test_windows_and_pictures_are_those_of_a_dense_attention(backend: str, name:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_window_that_reached_into_a_sibling_would_be_noticed(backend: str) -> None:
+def test_a_window_that_reached_into_a_sibling_would_be_noticed(backend):
     """By distance in the row, a second text's window would end in the first text or before it; a picture cut elsewhere shows too."""
     forest = Forest.of((9,), ((6, 6),), blocks=((2, 6),))
     qkv = inputs(forest, (4, 2), torch.float64)
@@ -143,19 +143,19 @@ def test_a_window_that_reached_into_a_sibling_would_be_noticed(backend: str) -> 
 
 
 @pytest.mark.parametrize("name", [*FORESTS, *NARROWED])
-def test_as_many_pairs_are_counted_as_see_each_other(name: str) -> None:
+def test_as_many_pairs_are_counted_as_see_each_other(name):
     """What a model's floating-point operations are counted by."""
     forest, window = NARROWED.get(name) or (FORESTS[name], None)
     assert num_pairs(forest, forest.sight(window)) == seen_by(forest, window).sum()
 
 
-def test_a_block_across_nodes_is_refused() -> None:
+def test_a_block_across_nodes_is_refused():
     with pytest.raises(ValueError, match="tokens 7 to 10 see each other in both directions, and are not of one node"):
         Forest.of((9,), ((4,),), blocks=((7, 10),))
 
 
 @pytest.mark.parametrize("name", NARROWED)
-def test_blocks_of_windows_and_pictures_leave_nothing_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_windows_and_pictures_leave_nothing_out(name, monkeypatch):
     """What torch finds in the mask is at least in part among ours, and what we call full is. Without a window they are the same."""
     monkeypatch.setattr(flex_attention, "BLOCK", 4)
     forest, window = replace(NARROWED[name][0]), NARROWED[name][1]
@@ -176,7 +176,7 @@ def test_blocks_of_windows_and_pictures_leave_nothing_out(name: str, monkeypatch
 
 
 @pytest.mark.parametrize("name", FORESTS)
-def test_blocks_are_those_that_torch_finds_in_the_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_those_that_torch_finds_in_the_mask(name, monkeypatch):
     """Of 16 tokens, so that these rows have several: torch asks the mask of every pair of tokens, we the ends of subtrees."""
     monkeypatch.setattr(flex_attention, "BLOCK", 16)
     forest = Forest(FORESTS[name].lengths, FORESTS[name].parents)  # nothing of it is placed yet
@@ -192,7 +192,7 @@ def test_blocks_are_those_that_torch_finds_in_the_mask(name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", ["ragged", "deep", "questions of two pictures"])
-def test_flex_attention_itself_computes_the_same(name: str) -> None:
+def test_flex_attention_itself_computes_the_same(name):
     """Without gradients, which it has on a GPU alone: there it is torch's function that gets the mask, and not its definition."""
     forest = FORESTS[name]
     qkv = [t.detach() for t in inputs(forest, (6, 2), torch.float64, 16)]
@@ -200,7 +200,7 @@ def test_flex_attention_itself_computes_the_same(name: str) -> None:
 
 
 @pytest.mark.long
-def test_flex_attention_compiled_for_this_machine() -> None:
+def test_flex_attention_compiled_for_this_machine():
     """As on a GPU: with blocks that are left out, and one compilation for rows of several lengths; another for a row of less than a block.
 
     That one starts afresh: compiled once more for other lengths, torch 2.13 writes C++ with undeclared names.
@@ -218,7 +218,7 @@ def test_flex_attention_compiled_for_this_machine() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["ragged", "deep"])
-def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend: str, name: str) -> None:
+def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend, name):
     """bfloat16: at most twice as far from float64 as the dense attention computed in bfloat16, values and gradients."""
     forest = FORESTS[name]
     qkv = inputs(forest, (4, 2), torch.bfloat16)
@@ -237,7 +237,7 @@ def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend: str, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_wrong_forest_would_be_noticed(backend: str) -> None:
+def test_a_wrong_forest_would_be_noticed(backend):
     """Siblings that see each other, a branch cut elsewhere, trees that see each other: each moves the output by 1e-3 at least."""
     forest = Forest.of((20, 5), ((3, 4), (6,)))
     qkv = inputs(forest, (4, 2), torch.float64)
@@ -252,7 +252,7 @@ def test_a_wrong_forest_would_be_noticed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_leak_between_siblings_at_any_level_would_be_noticed(backend: str) -> None:
+def test_a_leak_between_siblings_at_any_level_would_be_noticed(backend):
     """Image, two questions, two answers each: answers that see each other, questions that do, an answer after the other question."""
     lengths, parents = (9, 4, 2, 2, 4, 2, 2), (-1, 0, 1, 1, 0, 4, 4)
     qkv = inputs(Forest(lengths, parents), (4, 2), torch.float64)
@@ -262,7 +262,7 @@ def test_a_leak_between_siblings_at_any_level_would_be_noticed(backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_would_change_scores_without_an_error_is_refused(backend: str) -> None:
+def test_what_would_change_scores_without_an_error_is_refused(backend):
     forest = FORESTS["one tree"]
     qkv = inputs(forest, (2, 2), torch.float64)
     with pytest.raises(ValueError, match="takes a forest and no mask"):
@@ -272,7 +272,7 @@ def test_what_would_change_scores_without_an_error_is_refused(backend: str) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_window_that_cuts_nothing_off_is_none(backend: str) -> None:
+def test_a_window_that_cuts_nothing_off_is_none(backend):
     forest = FORESTS["one tree"]
     qkv = inputs(forest, (2, 2), torch.float64)
     assert torch.equal(call(backend, *qkv, forest=forest, sliding_window=13), call(backend, *qkv, forest=forest))

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from cfvlm_ds.core.distributed import World
@@ -61,7 +60,7 @@ class Run:
         return (changes[-1].before, changes[-1].after, changes[-1].groups) if changes else None
 
 
-def test_a_second_run_takes_the_first_one_s_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_second_run_takes_the_first_one_s_baseline(tmp_path, monkeypatch, capsys):
     """Without losses, which depend on the objective; not with other labels; a damaged or unwritable cache costs an evaluation."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = groups(tmp_path)

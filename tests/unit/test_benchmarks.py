@@ -364,7 +364,7 @@ NAMES = sorted(WRITERS)
 
 
 @pytest.fixture
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def root(request, tmp_path):
     folder = tmp_path / request.getfixturevalue("name")
     WRITERS[folder.name](folder)
     return folder
@@ -392,7 +392,7 @@ def most(name: str) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_oracle_has_everything_and_a_stubborn_model_only_what_language_gives(name: str, root: Path) -> None:
+def test_an_oracle_has_everything_and_a_stubborn_model_only_what_language_gives(name, root):
     benchmark, items = BENCHMARKS[name], read(name, root)
     assert benchmark.headline in benchmark.metrics(answered(items, lambda item, i, c: item.match[i][c]))
     best = benchmark.metrics(answered(items, lambda item, i, c: item.match[i][c]))
@@ -414,7 +414,7 @@ def test_an_oracle_has_everything_and_a_stubborn_model_only_what_language_gives(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_a_file_or_a_column_that_is_missing_is_one_sentence(name: str, root: Path) -> None:
+def test_a_picture_a_file_or_a_column_that_is_missing_is_one_sentence(name, root):
     benchmark = BENCHMARKS[name]
     whole = len(read(name, root))
     files = [path for path in root.rglob("*") if path.is_file()]
@@ -446,7 +446,7 @@ def test_a_picture_a_file_or_a_column_that_is_missing_is_one_sentence(name: str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_of_a_limit_are_all_that_is_needed(name: str, root: Path) -> None:
+def test_pictures_of_a_limit_are_all_that_is_needed(name, root):
     """One item, or its cluster, of each: without the other pictures it is the same, and without one of its own it is named."""
     whole, taken = len(read(name, root)), load(BENCHMARKS[name], root, limit=1)
     needed = {picture for item in taken.items for image in item.images for picture in image}
@@ -463,7 +463,7 @@ def test_pictures_of_a_limit_are_all_that_is_needed(name: str, root: Path) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_revision_is_named(name: str, root: Path) -> None:
+def test_another_revision_is_named(name, root):
     benchmark = BENCHMARKS[name]
     loaded = load(benchmark, root)
     stated = [file for file in benchmark.files if file.rows is not None]
@@ -474,7 +474,7 @@ def test_another_revision_is_named(name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_probe_that_fits_makes_groups(name: str, root: Path) -> None:
+def test_every_probe_that_fits_makes_groups(name, root):
     benchmark, items = BENCHMARKS[name], read(name, root)
     assert {probe for probe in benchmark.probes if probe != "generate"} <= set(PROBES) and benchmark.probes[0] in PROBES
     for probe in benchmark.probes:
@@ -487,7 +487,7 @@ def test_every_probe_that_fits_makes_groups(name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_has_a_page_that_names_its_files(name: str) -> None:
+def test_each_has_a_page_that_names_its_files(name):
     pages = REPO / "docs" / "benchmarks"
     page = (pages / f"{'aro' if name.startswith('aro_') else name}.md").read_text()
     benchmark = BENCHMARKS[name]
@@ -508,7 +508,7 @@ def written(name: str, tmp_path: Path) -> dict[str, Item]:
     return {item.id: item for item in read(name, folder)}
 
 
-def test_rows_become_items(tmp_path: Path) -> None:
+def test_rows_become_items(tmp_path):
     item = written("sugarcrepe", tmp_path)["swap_obj/1"]
     assert (
         item.texts == ("a cup 1", "a swap_obj cup 1")
@@ -554,14 +554,14 @@ def test_rows_become_items(tmp_path: Path) -> None:
     assert [p.name for image in item.images for p in image] == ["1.jpg", "2.jpg"]
 
 
-def test_pictures_of_coco_may_lie_beside_the_benchmarks(tmp_path: Path) -> None:
+def test_pictures_of_coco_may_lie_beside_the_benchmarks(tmp_path):
     sugarcrepe(tmp_path / "sugarcrepe")
     (tmp_path / "coco").mkdir()
     (tmp_path / "sugarcrepe/val2017").rename(tmp_path / "coco/val2017")
     assert read("sugarcrepe", tmp_path / "sugarcrepe")[0].images[0][0] == tmp_path / "coco/val2017/000000.jpg"
 
 
-def test_aro_cuts_pictures_to_their_box_once(tmp_path: Path) -> None:
+def test_aro_cuts_pictures_to_their_box_once(tmp_path):
     items = written("aro_relation", tmp_path)
     cut = items["1"].images[0][0]
     image = Image.open(cut)
@@ -577,7 +577,7 @@ def test_aro_cuts_pictures_to_their_box_once(tmp_path: Path) -> None:
     assert "leads out of it" in problems[0] and all("whole numbers" in problem for problem in problems[1:]) and len(problems) == 3
 
 
-def test_frames_of_videos_are_arrays_of_blue_green_and_red(tmp_path: Path) -> None:
+def test_frames_of_videos_are_arrays_of_blue_green_and_red(tmp_path):
     """As EqBen's own loader reads them; written once. A file that declares more than it holds costs no memory."""
     eqben(tmp_path)
     frame = np.zeros((2, 3, 3), np.uint8)
@@ -613,7 +613,7 @@ def test_frames_of_videos_are_arrays_of_blue_green_and_red(tmp_path: Path) -> No
         assert sentence in str(problem) and "all_select.json" in str(problem) and "a.npy" in str(problem) and "\n" not in str(problem)
 
 
-def test_orders_are_frozen_and_differ() -> None:
+def test_orders_are_frozen_and_differ():
     caption = aro_order.cleaned("A red dog, on the old mat.")
     assert caption == "a red dog, on the old mat"
     made = aro_order.shuffles(caption)
@@ -666,11 +666,11 @@ QUAD = Item("q", ((Path("a"),), (Path("b"),)), ("x", "y"), ((1, 0), (0, 1)))
         ([[0, 0], [0, 0]], 0, 0, 0, 0),
     ],
 )
-def test_quads_are_winogrounds(scores: list[list[float]], text: float, image: float, group: float, pair: float) -> None:
+def test_quads_are_winogrounds(scores, text, image, group, pair):
     assert quads(with_scores([QUAD], [scores])) == {"text": text, "image": image, "group": group, "pair": pair}
 
 
-def test_ties_are_guesses_in_a_blind_table() -> None:
+def test_ties_are_guesses_in_a_blind_table():
     blind = with_scores([QUAD], [[[0, 0], [0, 0]]], blind=True)
     assert quads(blind) == {"text": 25, "pair": 50}, "and a blind table says nothing of images"
     three = Item("t", ((Path("a"),),), ("x", "y", "z"), ((1, 1, 0),))
@@ -680,7 +680,7 @@ def test_ties_are_guesses_in_a_blind_table() -> None:
     assert text_right(with_scores([four], [[1, 1, 1, 0]], True)[0]) == pytest.approx(1 / 3)
 
 
-def test_chance_is_known_by_hand(tmp_path: Path) -> None:
+def test_chance_is_known_by_hand(tmp_path):
     expected = {
         "sugarcrepe": {"macro": 50}, "mmvp": {"pair": 25},
         "winoground": {"text": 25, "image": 25, "group": 100 / 6, "group/Object": 100 / 6},
@@ -695,7 +695,7 @@ def test_chance_is_known_by_hand(tmp_path: Path) -> None:
         assert {key: found[key] for key in values} == pytest.approx(values), name
 
 
-def test_sugarcrepe_means_subsets_and_kinds(tmp_path: Path) -> None:
+def test_sugarcrepe_means_subsets_and_kinds(tmp_path):
     """Of two items each: add_att one right, swap_obj a tie in both, the others all right."""
     found = on(
         "sugarcrepe",
@@ -706,7 +706,7 @@ def test_sugarcrepe_means_subsets_and_kinds(tmp_path: Path) -> None:
     assert found["macro"] == pytest.approx((50 + 0 + 5 * 100) / 7) and found["accuracy"] == pytest.approx(100 * 11 / 14)
 
 
-def test_pope_by_hand(tmp_path: Path) -> None:
+def test_pope_by_hand(tmp_path):
     """Per split: two yes, two no. The model says yes, yes, no answer, yes: one hit of two, two false alarms."""
     items = [item for item in written("pope", tmp_path).values() if item.tags["split"] == "random"]
     assert [item.match[0] for item in items] == [(1, 0), (0, 1), (1, 0), (0, 1)]
@@ -716,7 +716,7 @@ def test_pope_by_hand(tmp_path: Path) -> None:
     assert found["auc"] == 100 * (0.5 + 0 + 0 + 0) / 4, "margins of yes 1 and 0, of no 1 and 4: one tie"
 
 
-def test_auc_and_threshold_against_counting() -> None:
+def test_auc_and_threshold_against_counting():
     draw = random.Random(1)
     for _ in range(50):
         pairs = [(float(draw.randrange(6)), draw.random() < 0.5) for _ in range(draw.randrange(2, 12))]
@@ -730,20 +730,20 @@ def test_auc_and_threshold_against_counting() -> None:
     assert auc([(math.nan, True), (0.0, False)]) is None
 
 
-def test_a_biased_model_that_knows_has_a_high_calibrated_accuracy() -> None:
+def test_a_biased_model_that_knows_has_a_high_calibrated_accuracy():
     items = [Item(str(k), ((Path(str(k)),),), ("Yes", "No"), (one_hot(k % 2, 2),), "q", cluster=str(k)) for k in range(40)]
     always_yes = with_scores(items, [[10 - item.match[0][1], 0] for item in items])
     assert binary(always_yes)["accuracy"] == 50 and binary(always_yes)["yes_ratio"] == 100 and calibrated(always_yes) == 100
     assert calibrated(always_yes[:1]) is None, "one half is empty"
 
 
-def test_naturalbench_by_hand(tmp_path: Path) -> None:
+def test_naturalbench_by_hand(tmp_path):
     """Group 0: question 0 right on both pictures, question 1 on picture 1 alone. Group 1: a tie everywhere."""
     found = on("naturalbench", tmp_path, lambda item: {"0/0": [True, True], "0/1": [False, True]}.get(item.id, [None, None]))
     assert found == {"accuracy": 100 * 3 / 8, "q_acc": 25, "i_acc": 25, "g_acc": 0}
 
 
-def test_mmvp_and_mme_by_hand(tmp_path: Path) -> None:
+def test_mmvp_and_mme_by_hand(tmp_path):
     assert on("mmvp", tmp_path, lambda item: item.id != "4") == {"pair": 50, "accuracy": 75}
     found = on("mme", tmp_path, lambda item: not item.id.endswith("2") or item.tags["task"] == "OCR")
     assert found["score/OCR"] == 200 and found["score/count"] == 50 and found["perception"] == 9 * 50 + 200 and found["cognition"] == 200
@@ -753,7 +753,7 @@ def test_mmvp_and_mme_by_hand(tmp_path: Path) -> None:
     assert found["cognition"] == 800 and not found.keys() & {"total", "perception"}, "a sum of fewer tasks is another number"
 
 
-def test_hallusionbench_by_hand(tmp_path: Path) -> None:
+def test_hallusionbench_by_hand(tmp_path):
     """VD: right but for question 1 on figure 0. VS: wrong without the figure, right with it."""
     found = on("hallusionbench", tmp_path, lambda item: item.id not in ("VD_chart_0_0_1", "VS_chart_3_0_0"))
     assert found["aAcc"] == pytest.approx(100 * 4 / 6) and found["aAcc_pictures"] == 80
@@ -763,7 +763,7 @@ def test_hallusionbench_by_hand(tmp_path: Path) -> None:
     assert found["mean_pictures"] == pytest.approx((80 + 200 / 3 + 200 / 3) / 3)
 
 
-def test_hallusionbench_has_the_authors_numbers_and_the_leaderboards(tmp_path: Path) -> None:
+def test_hallusionbench_has_the_authors_numbers_and_the_leaderboards(tmp_path):
     """Random answers to two categories whose subcategory and numbers are the same, counted naively by the keys of the authors' utils.py,
     which are VLMEvalKit's too: its l2-category is CATEGORY_SUBCATEGORY."""
     rows = [hallusion_row(category, str(int(not (category == "VS" and figure == "0"))), number, figure, question, "1")
@@ -796,7 +796,7 @@ def test_hallusionbench_has_the_authors_numbers_and_the_leaderboards(tmp_path: P
     assert BENCHMARKS["hallusionbench"].metrics(tables) == pytest.approx(expected) and len(set(expected.values())) == 6
 
 
-def test_amber_counts_the_answer_no(tmp_path: Path) -> None:
+def test_amber_counts_the_answer_no(tmp_path):
     """Truth yes, no, yes, no; the model says no to all but the third, where it says nothing."""
     items = list(written("amber", tmp_path).values())
     found = BENCHMARKS["amber"].metrics(with_scores(items, [[0, 1], [0, 1], [1, 1], [0, 1]]))
@@ -805,7 +805,7 @@ def test_amber_counts_the_answer_no(tmp_path: Path) -> None:
     assert "f1/existence" not in found, "nothing is absent there"
 
 
-def test_whatsup_by_hand(tmp_path: Path) -> None:
+def test_whatsup_by_hand(tmp_path):
     """Pictures: left, right and on are right: one pair of two, no scene. CLEVR: all."""
     found = on("whatsup", tmp_path, lambda item: "under" not in item.id)
     assert (found["individual/images"], found["pair/images"], found["set/images"]) == (75, 50, 0)
@@ -817,7 +817,7 @@ def test_whatsup_by_hand(tmp_path: Path) -> None:
     assert (found["pair/images"], found["set/images"]) == (pytest.approx(100 / 1.5), 0), "a pair and a scene without their fourth picture"
 
 
-def test_aro_means(tmp_path: Path) -> None:
+def test_aro_means(tmp_path):
     """Relations: eating one of two, on a tie; near is symmetric and out. Attributes: 25 cases count, one does not."""
     assert "near" in SYMMETRIC and "eating" not in SYMMETRIC and "on" not in SYMMETRIC
     found = on("aro_relation", tmp_path, lambda item: {"1": True, "2": False, "3": True, "4": None}[item.id])
@@ -826,7 +826,7 @@ def test_aro_means(tmp_path: Path) -> None:
     assert found == {"macro": 20, "macro/red_old": 20, "accuracy": pytest.approx(500 / 26)}
 
 
-def test_cvbench_vl_checklist_vismin_and_the_counterfacts_by_hand(tmp_path: Path) -> None:
+def test_cvbench_vl_checklist_vismin_and_the_counterfacts_by_hand(tmp_path):
     found = on("cvbench", tmp_path, lambda item: item.id != "2d/1")
     assert (found["cv_bench"], found["accuracy"]) == (((0 + 100) / 2 + 100) / 2, pytest.approx(200 / 3))
     found = on("vl_checklist", tmp_path, lambda item: item.id != "Attribute/vaw/action/1")
@@ -842,7 +842,7 @@ def test_cvbench_vl_checklist_vismin_and_the_counterfacts_by_hand(tmp_path: Path
 # Hostile and odd files --------------------------------------------------------------------------------------------------------------------
 
 
-def test_captions_and_choices_by_hand(tmp_path: Path) -> None:
+def test_captions_and_choices_by_hand(tmp_path):
     """Some items right, some wrong, some tied, in each of the others."""
     found = on("valse", tmp_path, lambda item: None if "existence" in item.id else item.tags["part"] != "plurals")
     assert found["macro"] == found["accuracy"] == pytest.approx(100 * 9 / 11) and found["macro/plurals"] == found["macro/existence"] == 0
@@ -862,7 +862,7 @@ def test_captions_and_choices_by_hand(tmp_path: Path) -> None:
     assert on("aro_flickr_order", tmp_path, lambda item: None)["accuracy"] == 0
 
 
-def test_vl_checklist_goes_through_linked_folders_and_refuses_texts_that_are_no_lists(tmp_path: Path) -> None:
+def test_vl_checklist_goes_through_linked_folders_and_refuses_texts_that_are_no_lists(tmp_path):
     vl_checklist(tmp_path / "vl")
     whole = read("vl_checklist", tmp_path / "vl")
     (tmp_path / "vl/data/Attribute/vaw").rename(tmp_path / "vaw")
@@ -873,7 +873,7 @@ def test_vl_checklist_goes_through_linked_folders_and_refuses_texts_that_are_no_
     assert list(loaded.items) == list(whole) and "x.json: item 1: " in str(loaded.problems[0])
 
 
-def test_equal_texts_are_read_counted_and_lose_where_they_tie(tmp_path: Path) -> None:
+def test_equal_texts_are_read_counted_and_lose_where_they_tie(tmp_path):
     """As in four rows of SugarCrepe++, whose two true captions are equal, and 124 of VL-CheckList, whose true caption is the false one."""
     sugarcrepe_pp(tmp_path / "pp")
     row = {"id": 8, "filename": "1.jpg", "caption": "A cup", "caption2": "A cup ", "negative_caption": "a hat"}
@@ -894,7 +894,7 @@ def test_equal_texts_are_read_counted_and_lose_where_they_tie(tmp_path: Path) ->
     assert found["sugarcrepe_pp"]["macro/swap_obj"] == 100 and found["vl_checklist"]["macro/Object/x"] == 50
 
 
-def test_vsr_by_hand(tmp_path: Path) -> None:
+def test_vsr_by_hand(tmp_path):
     """Truth yes, no, no; the model says yes, nothing, yes."""
     found = BENCHMARKS["vsr"].metrics(with_scores(list(written("vsr", tmp_path).values()), [[2, 1], [1, 1], [3, 1]]))
     assert found["accuracy"] == pytest.approx(100 / 3) and found["yes_ratio"] == pytest.approx(200 / 3)
@@ -906,7 +906,7 @@ def test_vsr_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "parts"), [("eqben", ("sd", "ag")), ("bivlc", ("replace_object", "swap_object")), ("winoground", ("Object",))]
 )
-def test_quads_by_hand(name: str, parts: Sequence[str], tmp_path: Path) -> None:
+def test_quads_by_hand(name, parts, tmp_path):
     """The first item is right throughout; of the second one the second picture is wrong, and its texts tell no picture apart."""
     items = list(written(name, tmp_path).values())
     first = items[0].id
@@ -915,7 +915,7 @@ def test_quads_by_hand(name: str, parts: Sequence[str], tmp_path: Path) -> None:
     assert found[f"text/{parts[0]}"] == (100 if len(parts) > 1 else 50) and found.get(f"pair/{parts[-1]}") == (50 if len(parts) > 1 else 75)
 
 
-def test_a_name_leads_to_no_file_outside(tmp_path: Path) -> None:
+def test_a_name_leads_to_no_file_outside(tmp_path):
     put(tmp_path / "secret.jpg", "secret")
     (tmp_path / "inner/images").mkdir(parents=True)
     with pytest.raises(DataError, match="leads outside"):
@@ -951,7 +951,7 @@ def test_a_name_leads_to_no_file_outside(tmp_path: Path) -> None:
     assert part == tmp_path / "coco/shard.tar#10+20", "a part of a container is a picture too"
 
 
-def test_files_that_are_no_files_of_rows(tmp_path: Path) -> None:
+def test_files_that_are_no_files_of_rows(tmp_path):
     winoground(tmp_path)
     path = tmp_path / "data/examples.jsonl"
     good = path.read_text().splitlines()
@@ -983,7 +983,7 @@ def test_files_that_are_no_files_of_rows(tmp_path: Path) -> None:
     assert "one of them" in problems[0] and "2 fields, and the first line names 4 columns" in problems[1] and "number from 1" in problems[2]
 
 
-def test_a_label_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_a_label_of_another_kind_is_refused(tmp_path):
     pope(tmp_path)
     path = tmp_path / "output/coco/coco_pope_random.json"
     path.write_text(path.read_text().replace('"yes"', '"maybe"', 1).replace('"no"', "true", 1))
@@ -991,7 +991,7 @@ def test_a_label_of_another_kind_is_refused(tmp_path: Path) -> None:
     assert "'label' must be Yes or No, not 'maybe'" in problems[0] and "not True" in problems[1] and len(problems) == 2
 
 
-def test_amber_needs_both_files_of_one_revision(tmp_path: Path) -> None:
+def test_amber_needs_both_files_of_one_revision(tmp_path):
     amber(tmp_path)
     put(tmp_path / "data/annotations.json", [{"id": 1, "type": "generative", "truth": []}])
     assert "both files of one revision" in str(load(BENCHMARKS["amber"], tmp_path).problems[0])
@@ -1010,7 +1010,7 @@ def own_item(row: Row) -> Item:
     return Item(str(row["n"]), ((row.picture(row["photo"], "photos"),),), (row["good"], row["bad"]), ((1, 0),), cluster=row["photo"])
 
 
-def test_a_benchmark_of_ones_own_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_of_ones_own_is_one_entry(tmp_path, monkeypatch):
     mine = Benchmark(
         "Mine", (File("mine.tsv", ("n", "photo", "good", "bad"), 3),), own_item, metrics.accuracy, "accuracy", ("match", "caption")
     )
@@ -1038,7 +1038,7 @@ def test_a_benchmark_of_ones_own_is_one_entry(tmp_path: Path, monkeypatch: pytes
         ({"match": ((1,),)}, "images x 2 texts"),
     ],
 )
-def test_items_that_cannot_be(change: dict[str, Any], sentence: str) -> None:
+def test_items_that_cannot_be(change, sentence):
     whole = {"id": "i", "images": ((Path("a"),),), "texts": ("a", "b"), "match": ((1, 0),)}
     with pytest.raises(InputError, match=sentence):
         Item(**(whole | change))

@@ -44,7 +44,7 @@ def normal(mean: float, spread: float, number: int = 400, seed: int = 0) -> list
     return [rng.gauss(mean, spread) for _ in range(number)]
 
 
-def test_gaps_are_those_that_training_compares(model_dir: Path, tmp_path: Path) -> None:
+def test_gaps_are_those_that_training_compares(model_dir, tmp_path):
     """Text gaps are csd's own violations, but for shams, whose comparisons are others' again."""
     groups = read_manifest(write_manifest(tmp_path / "m.jsonl", 12))
     place, asked = next((place, group) for place, group in enumerate(groups) if len(group.images) > 1)
@@ -68,7 +68,7 @@ def test_gaps_are_those_that_training_compares(model_dir: Path, tmp_path: Path) 
     assert {gap.tokens for gap in found} == {7} and {label for gap in found for label in gap.labels} >= {"colour"}
 
 
-def test_by_hand() -> None:
+def test_by_hand():
     """S = [[-1, -4], [-3, -1]], blank [-2, -5]: on image 0 the text wins by 3 and by its prior, on image 1 by 2 and against it."""
     pictures = ((Path("a.png"),), (Path("b.png"),))
     group = CounterfactualGroup("g", pictures, (Candidate("", "a b"), Candidate("", "a c")), ((1, 0), (0, 1)))
@@ -81,7 +81,7 @@ def test_by_hand() -> None:
     assert [quantile([3.0, 1.0, 2.0], q) for q in (0, 25, 50, 100)] == [1.0, 1.5, 2.0, 3.0]
 
 
-def test_a_margin_is_the_size_of_the_least_decided_gaps_within_bounds() -> None:
+def test_a_margin_is_the_size_of_the_least_decided_gaps_within_bounds():
     """Of the edit types, the one whose gaps are smallest either way; one with few comparisons does not decide."""
     known, undecided, rare = of("text", [9.0] * 30), of("text", [-1.5, 1.0, 2.0, -2.5] * 5, label="depth"), of("text", [0.6], label="rare")
     chosen = advise([*known, *undecided, *rare, *of("image", [0.1, -0.2, 0.3])])
@@ -94,7 +94,7 @@ def test_a_margin_is_the_size_of_the_least_decided_gaps_within_bounds() -> None:
     assert advise(of("text", [90.0, 100.0])).options["csd"]["margin"] == 5.0
 
 
-def test_a_picture_tells_by_more_than_language_alone_prefers() -> None:
+def test_a_picture_tells_by_more_than_language_alone_prefers():
     """A margin is what three quarters of the blind gaps do not exceed, where the model's own gaps are smaller."""
     priors = [*[0.5] * 12, *[-3.0] * 20, *[8.0] * 8]
     texts = [replace(gap, prior=prior) for gap, prior in zip(of("text", [1.2] * 40), priors, strict=True)]
@@ -111,7 +111,7 @@ def test_a_picture_tells_by_more_than_language_alone_prefers() -> None:
     assert (found["len_norm"], found["margin"], found["beta"], found["weight"]) == ("anchor", 0.3, 3.0, 10.0), "per token too"
 
 
-def test_a_weight_falls_with_the_length_that_align_averages_over() -> None:
+def test_a_weight_falls_with_the_length_that_align_averages_over():
     """As the gradient of a score of n tokens beside a mean over n tokens does."""
     weights = {tokens: advise(of("text", normal(1.0, 2.0), tokens)).options["csd"]["weight"] for tokens in (6, 12, 24, 60, 600)}
     assert weights == {6: 1.0, 12: 1.0, 24: 0.5, 60: 0.2, 600: 0.1}
@@ -129,7 +129,7 @@ def test_a_weight_falls_with_the_length_that_align_averages_over() -> None:
 @pytest.mark.parametrize(
     ("factor", "norm"), [(1.0, "none"), (6.0, "anchor")], ids=["an edit changes a few words of any text", "gaps grow with the text"]
 )
-def test_long_captions(factor: float, norm: str) -> None:
+def test_long_captions(factor, norm):
     """Captions of 20 and of 120 tokens, as they are mixed in detailed captioning data."""
     found = [*of("text", normal(1.0, 2.0), 20), *of("text", [factor * v for v in normal(1.0, 2.0, seed=1)], 120)]
     chosen = advise(found)
@@ -148,7 +148,7 @@ def test_long_captions(factor: float, norm: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [4, 12, 70, 600])
-def test_a_text_of_median_length_is_compared_alike_in_nats_and_per_token(tokens: int) -> None:
+def test_a_text_of_median_length_is_compared_alike_in_nats_and_per_token(tokens):
     """What is recommended for gaps that grow with the text, on a gap of the median text, beside what is recommended for texts all of that
     length: the loss and its slope, ``weight * link(gap)``, are the same, whatever the length."""
     nats = [*normal(1.0, 2.0), *normal(1.0, 2.0, seed=1)]
@@ -166,7 +166,7 @@ def test_a_text_of_median_length_is_compared_alike_in_nats_and_per_token(tokens:
     assert grown["beta"] == pytest.approx(0.3 * tokens, rel=0.05)
 
 
-def test_gaps_of_nothing_say_nothing_of_length() -> None:
+def test_gaps_of_nothing_say_nothing_of_length():
     """A model that scores everything alike, or the texts of one length: no multiple of 0 is taken for growth."""
     flat = advise([*of("text", [0.0] * 20, 10), *of("text", [0.0] * 20, 120)])
     assert flat.options["csd"]["len_norm"] == "none" and flat.options["csd"]["margin"] == 0.5
@@ -174,7 +174,7 @@ def test_gaps_of_nothing_say_nothing_of_length() -> None:
     assert "longer texts are 0" in advise([*of("text", [1.0] * 20, 10), *of("text", [0.0] * 20, 120)]).reasons[0]
 
 
-def test_a_hinge_where_images_contradict_their_labels() -> None:
+def test_a_hinge_where_images_contradict_their_labels():
     """Between images neither prior nor length explains a clear loss: one in five edits that the model sees the other way round."""
     good = normal(3.0, 1.0)
     smooth = advise(of("image", good)).options["fcd"]
@@ -185,7 +185,7 @@ def test_a_hinge_where_images_contradict_their_labels() -> None:
     assert advise([*of("text", good), *of("text", normal(-20.0, 1.0, 100))]).options["csd"]["link"] == "logsigmoid", "texts have a prior"
 
 
-def test_the_block_is_an_objective(tmp_path: Path) -> None:
+def test_the_block_is_an_objective(tmp_path):
     chosen = advise([*of("text", normal(1.0, 2.0)), *of("image", normal(0.5, 2.0))])
     (tmp_path / "objective.yaml").write_text(block(chosen))
     objective = parse_config(["--config", str(tmp_path / "objective.yaml")], OBJECTIVES).objective
@@ -196,7 +196,7 @@ def test_the_block_is_an_objective(tmp_path: Path) -> None:
     assert "fcd" not in one_sided.options and "fcd is left out: no group has a comparison for it" in one_sided.reasons
 
 
-def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(model_dir, tmp_path, capsys):
     manifest = write_manifest(tmp_path / "m.jsonl", 10)
     main(["calibrate", str(model_dir), str(manifest), "--limit", "8", "--out", str(tmp_path / "out" / "objective.yaml")])
     said = capsys.readouterr().out
@@ -217,9 +217,7 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no group has both a true and a false text or image" in capsys.readouterr().err
 
 
-def test_scores_that_are_not_finite_are_refused(
-    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_that_are_not_finite_are_refused(model_dir, tmp_path, capsys, monkeypatch):
     """Of one group: what the others would recommend is not what the data are."""
     manifest = write_manifest(tmp_path / "m.jsonl", 4)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def parts(card: str) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(front), body
 
 
-def test_a_card_says_base_data_objective_settings_and_results(tmp_path: Path) -> None:
+def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
     front, body = parts(model_card(run_folder(tmp_path / "my-run"), adapter=False))
     assert front == {
         "base_model": "org/base-7b",
@@ -89,14 +88,14 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path: Path) ->
     assert "dpo" not in body and "lora" not in body and "/home/me" not in body
 
 
-def test_a_card_of_adapters(tmp_path: Path) -> None:
+def test_a_card_of_adapters(tmp_path):
     model = OPTIONS["model"] | {"language_model": {"tuning": "lora"}}
     front, body = parts(model_card(run_folder(tmp_path / "run", config=OPTIONS | {"model": model}), adapter=True))
     assert (front["library_name"], front["base_model_relation"], front["tags"][-1]) == ("peft", "adapter", "lora")
     assert "Adapters after 300 optimizer steps" in body and "| model.lora.rank | `8` |" in body and "PeftModel.from_pretrained" in body
 
 
-def test_a_card_says_what_it_does_not_know(tmp_path: Path) -> None:
+def test_a_card_says_what_it_does_not_know(tmp_path):
     nothing = dict.fromkeys(("data", "environment", "results", "finished"))
     body = parts(model_card(run_folder(tmp_path / "bare", **nothing), adapter=False))[1]
     for text in ("Not known: the run folder has no data.json", "| ranks | not known |", "Not known: these weights were exported before"):
@@ -122,7 +121,7 @@ def only_code(body: str) -> str:
     return re.sub(r"`[^`\n]*`", "", body.partition("```python")[0])
 
 
-def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path: Path) -> None:
+def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path):
     """Names of edit types and groups, which rows of data say; of data sets, models and folders."""
     row = {**ROWS[0], "name": EVIL}
     mean = {**ROWS[1], "unused": {"group": [EVIL]}, "losses": {"align": {**ROWS[1]["losses"]["align"], "lacking": EVIL}}}
@@ -149,7 +148,7 @@ def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path: Pat
     ]
 
 
-def test_thousands_of_edit_types_do_not_make_a_card_of_megabytes(tmp_path: Path) -> None:
+def test_thousands_of_edit_types_do_not_make_a_card_of_megabytes(tmp_path):
     many = [{**ROWS[0], "name": f"type {number}"} for number in range(5000)]
     card = model_card(run_folder(tmp_path / "run", results={"test": [*many, ROWS[1]]}), adapter=False)
     assert len(card) < 20_000 and "4951 more rows are in the run's results.md." in card and "| test | all, blank image |" in card
@@ -157,7 +156,7 @@ def test_thousands_of_edit_types_do_not_make_a_card_of_megabytes(tmp_path: Path)
     assert len(model_card(run_folder(tmp_path / "long", config=options), adapter=False)) < 20_000
 
 
-def test_secrets_are_masked(tmp_path: Path) -> None:
+def test_secrets_are_masked(tmp_path):
     options = {
         "model": {"name_or_path": "https://me:hunter2@host/x"},
         "train": {"lr_scheduler_type": "token=hunter2"},
@@ -185,7 +184,7 @@ def test_secrets_are_masked(tmp_path: Path) -> None:
     ],
     ids=range(8),
 )
-def test_a_license_is_what_the_base_states(card: str, expected: dict[str, str], tmp_path: Path) -> None:
+def test_a_license_is_what_the_base_states(card, expected, tmp_path):
     (tmp_path / CARD).write_bytes(card.encode())
     assert license_of(str(tmp_path)) == expected
     front, body = parts(
@@ -197,7 +196,7 @@ def test_a_license_is_what_the_base_states(card: str, expected: dict[str, str], 
 
 
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("/etc/passwd"), os.mkdir], ids=["link", "folder"])
-def test_a_base_whose_card_is_no_file_states_no_license(make: Callable[[Path], object], tmp_path: Path) -> None:
+def test_a_base_whose_card_is_no_file_states_no_license(make, tmp_path):
     make(tmp_path / CARD)
     assert license_of(str(tmp_path)) == {}
     assert license_of("no/such-model") == license_of("no such name at all") == license_of("") == {}
@@ -212,7 +211,7 @@ def export(out: Path, card: str | None) -> None:
         place_card(partial, out, card)
 
 
-def test_a_card_of_ours_is_replaced_and_anything_else_stays(tmp_path: Path) -> None:
+def test_a_card_of_ours_is_replaced_and_anything_else_stays(tmp_path):
     first, second = sealed("# one\n"), sealed("# two\n")
     export(out := tmp_path / "export", first)
     assert (out / CARD).read_text() == first and is_own_card(out / CARD)
@@ -235,7 +234,7 @@ def test_a_card_of_ours_is_replaced_and_anything_else_stays(tmp_path: Path) -> N
     assert (out / CARD).exists(), "nor is it lost where no card is written"
 
 
-def test_a_link_a_folder_and_a_pipe_of_that_name_are_not_followed_or_read(tmp_path: Path) -> None:
+def test_a_link_a_folder_and_a_pipe_of_that_name_are_not_followed_or_read(tmp_path):
     (target := tmp_path / "target").write_text(sealed("# linked\n"))
     for number, make in enumerate((lambda path: path.symlink_to(target), lambda path: path.symlink_to("nowhere"), os.mkdir)):
         export(out := tmp_path / str(number), None)

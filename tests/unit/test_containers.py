@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 from conftest import REPO, environment
@@ -41,14 +40,14 @@ SHELL = {"Dockerfile": docker_lines(), "post": section("post"), "environment": s
 
 
 @pytest.mark.parametrize("name", SHELL)
-def test_shells_take_the_lines(name: str) -> None:
+def test_shells_take_the_lines(name):
     for command in (["bash", "-n"], ["sh", "-n"], ["shellcheck", "-s", "sh", "-"]):
         done = subprocess.run(command, input=SHELL[name], text=True, capture_output=True, env=environment(), check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "post"])
-def test_what_the_lines_do(name: str, tmp_path: Path) -> None:
+def test_what_the_lines_do(name, tmp_path):
     """Install a compiler, then the README's way: both alike, in the clone's copy, and not past something that fails."""
     (home := tmp_path / "home").mkdir()
     (stubs := tmp_path / "stubs").mkdir()
@@ -72,7 +71,7 @@ def test_what_the_lines_do(name: str, tmp_path: Path) -> None:
         assert run(step).returncode != 0, "an image of which a part is missing"
 
 
-def test_both_files_begin_alike_and_take_the_whole_clone() -> None:
+def test_both_files_begin_alike_and_take_the_whole_clone():
     given = dict(instructions())
     assert given["ARG"] == "BASE=python:3.12-bookworm" and given["FROM"] == "${BASE}" and given["COPY"] == f". {HOME}"
     assert "\nBootstrap: docker\nFrom: python:3.12-bookworm\n" in DEFINITION and section("files").split() == [".", HOME]
@@ -81,7 +80,7 @@ def test_both_files_begin_alike_and_take_the_whole_clone() -> None:
         assert not subprocess.run(["git", "ls-files", line], cwd=REPO, capture_output=True, text=True, check=True).stdout, line
 
 
-def test_their_targets_and_paths_are_those_of_the_makefile(tmp_path: Path) -> None:
+def test_their_targets_and_paths_are_those_of_the_makefile(tmp_path):
     """`make -n` says what each would run; the environment is where both put it on the path."""
     command = json.loads(dict(instructions())["CMD"])
     assert command == ["make", "demo"]
@@ -97,7 +96,7 @@ def test_their_targets_and_paths_are_those_of_the_makefile(tmp_path: Path) -> No
     assert done.stdout == "<a b><$c>"
 
 
-def test_the_page_installs_what_the_makefile_installs_and_says_unbuilt() -> None:
+def test_the_page_installs_what_the_makefile_installs_and_says_unbuilt():
     page, makefile = INSTALL.splitlines(), (REPO / "Makefile").read_text()
     for line in (each for each in page if each.startswith("pip install") and "dist/" not in each):
         wanted = re.sub(r"\s--(?:quiet|no-compile)", "", makefile).replace("$(TORCH)", re.findall(r"TORCH \?= (.*)", makefile)[0])

@@ -56,7 +56,7 @@ def manifest(folder: Path, *lines: object, name: str = "m.jsonl") -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     save(tmp_path / "a.png", (200, 0, 0))
     save(tmp_path / "b.png", (0, 200, 0))
     return tmp_path
@@ -87,14 +87,14 @@ def under(folder: Path, group: CounterfactualGroup) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.json"])
-def test_native_rows(folder: Path, name: str) -> None:
+def test_native_rows(folder, name):
     path = manifest(folder, [row()], name=name) if name == "m.json" else manifest(folder, row(), "", row("h"))
     groups = read_manifest(str(path))
     assert vars(groups[0]) == under(folder, EXPECTED)
     assert [group.id for group in groups] == (["g"] if name == "m.json" else ["g", "h"])
 
 
-def test_what_must_not_be_taken_for_false_is_read_and_written(folder: Path) -> None:
+def test_what_must_not_be_taken_for_false_is_read_and_written(folder):
     """Keys of texts, and keys or texts that are true of a picture; a change of either is a change of the labels."""
     texts = [{"id": "t0", "text": "two dogs", "key": "dogs:2"}, {"id": "t1", "text": "three dogs"}]
     paths = [manifest(folder, row(texts=texts, exclude=["animals", "dogs:2"]), name="a.jsonl"), manifest(folder, row(), name="b.jsonl")]
@@ -108,14 +108,14 @@ def test_what_must_not_be_taken_for_false_is_read_and_written(folder: Path) -> N
         replace(group, keys=("dogs:2",))
 
 
-def test_root_and_byte_order_mark(folder: Path) -> None:
+def test_root_and_byte_order_mark(folder):
     elsewhere = folder / "lists"
     elsewhere.mkdir()
     path = manifest(elsewhere, "\ufeff" + json.dumps(row()))
     assert read_manifest(path, folder)[0].images == ((folder / "a.png",), (folder / "b.png",))
 
 
-def test_pairs(folder: Path) -> None:
+def test_pairs(folder):
     path = manifest(folder, pair(id=7, prompt="Which?", edit="relation"), pair(), pair(caption_1="a man bites a cat"))
     first, second, third = read_manifest(path, format="pairs")
     assert vars(first) == under(
@@ -190,7 +190,7 @@ BAD_ROWS: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_row_names_file_line_and_remedy(folder: Path, case: str) -> None:
+def test_bad_row_names_file_line_and_remedy(folder, case):
     root = folder / "root"
     save(root / "a.png")
     save(root / "b.png", (0, 200, 0))
@@ -207,7 +207,7 @@ def test_bad_row_names_file_line_and_remedy(folder: Path, case: str) -> None:
     assert check_manifest(path, progress=pytest.fail).problems == [message]
 
 
-def test_several_roots_absolute_paths_and_links_into_them(folder: Path) -> None:
+def test_several_roots_absolute_paths_and_links_into_them(folder):
     """What a cluster has: pictures of several collections, named absolutely or through a linked folder."""
     first, second, other = folder / "first", folder / "second", folder / "other"
     a, b = save(first / "x" / "a.png"), save(second / "b.png", (0, 200, 0))
@@ -242,7 +242,7 @@ def test_several_roots_absolute_paths_and_links_into_them(folder: Path) -> None:
     assert "empty list" in refusal(path, root=[]) and "nowhere is not a folder" in refusal(path, root=[first, folder / "nowhere"])
 
 
-def test_texts_that_differ_in_case_are_two(folder: Path) -> None:
+def test_texts_that_differ_in_case_are_two(folder):
     """What differs in white space only, or in how Unicode composes it, is one caption; case is a counterfactual as good as any."""
     texts = [{"id": "t0", "text": "a sign that says stop"}, {"id": "t1", "text": "a sign that says STOP"}]
     (group,) = read_manifest(manifest(folder, row(texts=texts)))
@@ -251,7 +251,7 @@ def test_texts_that_differ_in_case_are_two(folder: Path) -> None:
     assert [candidate.text for candidate in group.candidates] == ["a dog bites a man", "A dog bites a man"]
 
 
-def test_links_inside_the_root_are_fine(folder: Path) -> None:
+def test_links_inside_the_root_are_fine(folder):
     (folder / "link.png").symlink_to(folder / "a.png")
     read_manifest(manifest(folder, row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}])))
     # A root that is itself a link is the user's choice.
@@ -264,7 +264,7 @@ def test_links_inside_the_root_are_fine(folder: Path) -> None:
     assert problem.startswith(f"{path}:1: ")
 
 
-def test_further_keys_of_published_rows_are_metadata(folder: Path) -> None:
+def test_further_keys_of_published_rows_are_metadata(folder):
     """A row as Winoground is published: what nothing reads is kept with the group, and the check counts and names it."""
     published = pair(id=7, tag="Adjective-Color", secondary_tag="", num_main_preds=1, collapsed_tag="Object")
     path = manifest(folder, published, pair(id=8), pair(id=9, tag={"a": ["\u00e9"]}))
@@ -284,7 +284,7 @@ def test_further_keys_of_published_rows_are_metadata(folder: Path) -> None:
     assert json.loads(group.meta) == {"split": "val", "cf_samples": [{"score": 0.5}, {}]}
 
 
-def test_manifests_of_one_name_are_told_apart() -> None:
+def test_manifests_of_one_name_are_told_apart():
     assert named_apart(["a/test_iid.jsonl", "/b/ood.json"]) == {"test_iid": "a/test_iid.jsonl", "ood": "/b/ood.json"}
     assert list(named_apart(["a/test.jsonl", "b/test.jsonl", "b/ood.jsonl"])) == ["a/test", "b/test", "ood"]
     assert list(named_apart(["x/a/test.jsonl", "y/a/test.jsonl"])) == ["x/a/test", "y/a/test"]
@@ -301,7 +301,7 @@ def cfvlm_row(**changes: object) -> dict[str, object]:
     return {"orig_input": asked, "orig_output": "two dogs", "cf_samples": samples} | changes
 
 
-def test_cfvlm_rows(folder: Path) -> None:
+def test_cfvlm_rows(folder):
     """One object per line in a file named .json, as published; what two samples are to each other is unknown."""
     path = manifest(folder, cfvlm_row(), cfvlm_row(orig_output="2 dogs"), name="data.json")
     first, second = read_manifest(path, format="cfvlm")
@@ -330,13 +330,13 @@ def test_cfvlm_rows(folder: Path) -> None:
         (cfvlm_row(orig_output=7), "'orig_output'"),
     ],
 )
-def test_a_bad_row_of_a_published_format_names_file_line_and_field(folder: Path, bad: dict[str, object], said: str) -> None:
+def test_a_bad_row_of_a_published_format_names_file_line_and_field(folder, bad, said):
     format, good = ("cfvlm", cfvlm_row()) if "orig_input" in bad else ("pairs", pair())
     message = refusal(manifest(folder, good, bad, name="data.json"), format=format)
     assert message.startswith(f"{folder}/data.json:2: ") and re.search(said, message), message
 
 
-def test_bad_files(folder: Path) -> None:
+def test_bad_files(folder):
     manifest(folder, row(), name="train.jsonl")
     cases: list[tuple[Path, dict[str, object], str]] = [
         (folder / "trian.jsonl", {}, "'train.jsonl'"),
@@ -381,7 +381,7 @@ def image_refusal(path: Path, **options: int) -> str:
 
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (10_000, 10_000), (2**31 - 1, 2**31 - 1)])
-def test_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+def test_bomb_is_refused_by_its_header(tmp_path, monkeypatch, size):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     limit = Image.MAX_IMAGE_PIXELS
     message = image_refusal(png(tmp_path / "bomb.png", *size))
@@ -389,14 +389,14 @@ def test_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.Monke
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_pixel_limit_is_inclusive(tmp_path: Path) -> None:
+def test_pixel_limit_is_inclusive(tmp_path):
     path = save(tmp_path / "a.png", size=(8, 6))
     assert open_image(path, max_pixels=48).size == (8, 6)
     assert "8x6 = 48 pixels" in image_refusal(path, max_pixels=47)
     assert open_image(str(save(tmp_path / "thin.png", size=(200, 1)))).size == (200, 1)
 
 
-def test_limit_above_that_of_pil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_above_that_of_pil(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -404,7 +404,7 @@ def test_limit_above_that_of_pil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
-def test_a_prompt_may_be_a_conversation(folder: Path) -> None:
+def test_a_prompt_may_be_a_conversation(folder):
     """As written in a row, and as written again; several questions of one group have conversations of their own."""
     asked = [
         {"role": "system", "content": "Be brief."},
@@ -436,7 +436,7 @@ def test_a_prompt_may_be_a_conversation(folder: Path) -> None:
         assert said in refusal(manifest(folder, row(prompt=bad))), said
 
 
-def test_what_a_native_row_has_beside_is_kept_and_counted(folder: Path) -> None:
+def test_what_a_native_row_has_beside_is_kept_and_counted(folder):
     parts = row("a", split="val", license="CC0", meta={"split": "mine", "tag": 1}, edits=[{"type": "count", "image": "i1", "meta": 7}])
     parts["images"][1] |= {"sha256": "ab", "role": "edited"}
     parts["texts"][0]["meta"] = {"by": "hand"}
@@ -454,7 +454,7 @@ def test_what_a_native_row_has_beside_is_kept_and_counted(folder: Path) -> None:
     assert "'images.sha256': 1" in str(report) and "(kept, not used)" in str(report)
 
 
-def test_bad_images(tmp_path: Path) -> None:
+def test_bad_images(tmp_path):
     whole = save(tmp_path / "whole.jpg", size=(64, 64))
     Image.effect_noise((64, 64), 90).save(whole)
     truncated = tmp_path / "truncated.jpg"
@@ -479,7 +479,7 @@ def test_bad_images(tmp_path: Path) -> None:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
-def test_modes_become_rgb(tmp_path: Path) -> None:
+def test_modes_become_rgb(tmp_path):
     cases: list[tuple[Path, tuple[int, int, int]]] = [
         (save(tmp_path / "rgb.png", (1, 2, 3)), (1, 2, 3)),
         (save(tmp_path / "grey.png", 77, "L"), (77, 77, 77)),
@@ -509,14 +509,14 @@ def test_modes_become_rgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
     values = np.array([[0, 128, 129, 255, 256], [257, 20_000, 32_768, 65_000, 65_535]], np.uint16)
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
     expected = np.floor(values / 257 + 0.5).astype(np.uint8)
     assert np.array_equal(np.asarray(open_image(tmp_path / f"deep.{suffix}")), np.repeat(expected[..., None], 3, axis=2))
 
 
-def test_exif_orientation(tmp_path: Path) -> None:
+def test_exif_orientation(tmp_path):
     # Orientation 6: the camera was held so that the stored picture has to be turned 90 degrees clockwise.
     stored = np.zeros((16, 32, 3), np.uint8)
     stored[:, :16] = 255
@@ -530,7 +530,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(10))
-def test_the_size_is_that_of_the_opened_picture(tmp_path: Path, kind: str, orientation: int) -> None:
+def test_the_size_is_that_of_the_opened_picture(tmp_path, kind, orientation):
     """Whatever the orientation, those included that no camera writes; a TIFF is turned by PIL itself, and only once."""
     stored = np.zeros((16, 32, 3), np.uint8)
     stored[:8, :16] = 255  # one corner tells all turns and reflections apart
@@ -549,7 +549,7 @@ def test_the_size_is_that_of_the_opened_picture(tmp_path: Path, kind: str, orien
 # ---- the check
 
 
-def test_report_counts(folder: Path) -> None:
+def test_report_counts(folder):
     save(folder / "c.png", (0, 0, 200))
     save(folder / "sham.png", (200, 0, 0))  # the same bytes as a.png, and rightly so
     sham = row(
@@ -584,7 +584,7 @@ def test_report_counts(folder: Path) -> None:
     assert all(part in table for part in ("4 distinct files", "4 of 13", "count: 2, sham: 1", "K=0: 2 groups, K=1: 2 groups", "none"))
 
 
-def test_all_problems_are_collected(folder: Path) -> None:
+def test_all_problems_are_collected(folder):
     def images(first: str, second: str) -> list[dict[str, str]]:
         return [{"id": "i0", "path": first}, {"id": "i1", "path": second}]
 
@@ -618,7 +618,7 @@ def test_all_problems_are_collected(folder: Path) -> None:
     assert report.longest_text_where == f"{path}:10, text 1"
 
 
-def test_each_image_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_is_opened_once(folder, monkeypatch):
     opened: list[Path] = []
 
     def recorded(path: Path, max_pixels: int) -> Image.Image:
@@ -630,7 +630,7 @@ def test_each_image_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(opened) == [folder / "a.png", folder / "b.png"]
 
 
-def test_progress_has_rate_and_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_has_rate_and_remaining_time(monkeypatch):
     clock = iter(range(0, 1000, 4))  # each step of work takes 4 seconds; the first line comes after 2, others 5 after the last
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
     lines: list[str] = []
@@ -647,7 +647,7 @@ def test_progress_has_rate_and_remaining_time(monkeypatch: pytest.MonkeyPatch) -
     assert lines == ["export: 750.2 of 3000 GB, 188 GB/s, 0:00:12 left"]
 
 
-def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_say_how_far_they_are(folder, monkeypatch):
     monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))
     lines: list[str] = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
@@ -677,7 +677,7 @@ class Words:
         return sum(2 + size[0] // 8 for size in sizes)
 
 
-def test_rows_are_measured_with_their_largest_image_and_visual_tokens_counted(folder: Path) -> None:
+def test_rows_are_measured_with_their_largest_image_and_visual_tokens_counted(folder):
     for name, width in (("narrow.png", 16), ("wide.png", 64), ("middle.png", 24)):
         Image.new("RGB", (width, 16)).save(folder / name)
 
@@ -717,7 +717,7 @@ class Careful(Words):
         return super().visual_tokens(sizes)
 
 
-def test_whatever_a_model_cannot_take_is_reported_by_file_row_and_group(folder: Path) -> None:
+def test_whatever_a_model_cannot_take_is_reported_by_file_row_and_group(folder):
     """Not only the first of it, and each once, though a text is measured after images of several sizes."""
     for name, width in (("narrow.png", 16), ("wide.png", 64)):
         Image.new("RGB", (width, 16)).save(folder / name)
@@ -742,7 +742,7 @@ def test_whatever_a_model_cannot_take_is_reported_by_file_row_and_group(folder: 
     assert len(pictures) == 2 and text == f"{broken}:1: group 'broken': text 1: text ('a <b>') contains a control token; reword it"
 
 
-def test_a_report_of_endless_names_ends(folder: Path) -> None:
+def test_a_report_of_endless_names_ends(folder):
     rows = [row(f"g{n}", edits=[{"type": f"type\n{n} " + "x" * 500}], meta={f"key {n}": 1, "tag": 2}) for n in range(40)]
     report = check_manifest(manifest(folder, *rows))
     assert report.ok and len(report.edit_types) == 40 and len(report.metadata) == 41

@@ -16,7 +16,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,13 +39,13 @@ CAPTION = {"image": "images/000.png", "caption": "a dog"}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     (tmp_path / "data").mkdir()
     write_pictures(tmp_path / "data")
     return tmp_path / "data"
@@ -65,7 +65,7 @@ def refusal(path: Path, format: str = "captions") -> str:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_the_check_opens_the_pictures_of_every_container(name: str, tmp_path: Path) -> None:
+def test_the_check_opens_the_pictures_of_every_container(name, tmp_path):
     """A second start finds what the first has prepared, and what was converted is the same data."""
     (data := tmp_path / "data").mkdir()
     path, format = PUBLIC[name][0](data, 9)
@@ -81,7 +81,7 @@ def test_the_check_opens_the_pictures_of_every_container(name: str, tmp_path: Pa
     assert [(g.id, g.candidates, g.match, g.meta) for g in again] == [(g.id, g.candidates, g.match, g.meta) for g in groups]
 
 
-def test_what_is_prepared_is_made_once_and_again_when_the_source_changed(folder: Path) -> None:
+def test_what_is_prepared_is_made_once_and_again_when_the_source_changed(folder):
     path = folder / "rows.csv"
     path.write_text("image,caption\nimages/000.png,a dog\n")
     read_manifest(path, format="captions")
@@ -96,7 +96,7 @@ def test_what_is_prepared_is_made_once_and_again_when_the_source_changed(folder:
     assert not list(folder.glob("*.lock")) and not list(folder.glob("*.partial"))
 
 
-def test_where_the_folder_of_the_data_must_not_be_written(folder: Path, cache: Path) -> None:
+def test_where_the_folder_of_the_data_must_not_be_written(folder, cache):
     path = folder / "rows.csv"
     path.write_text("image,caption\nimages/000.png,a dog\n")
     (blocked := folder / "blocked").write_text("a file where a folder should be")
@@ -106,7 +106,7 @@ def test_where_the_folder_of_the_data_must_not_be_written(folder: Path, cache: P
         prepare(path, "csv", [blocked])
 
 
-def test_a_preparation_that_ends_early_leaves_nothing(folder: Path, cache: Path) -> None:
+def test_a_preparation_that_ends_early_leaves_nothing(folder, cache):
     path = folder / "rows.csv"
     path.write_text('image,caption\nimages/000.png,a dog\nimages/000.png,"a cat\n')
     for _ in range(2):
@@ -123,7 +123,7 @@ def test_a_preparation_that_ends_early_leaves_nothing(folder: Path, cache: Path)
     assert not any(cache.iterdir())
 
 
-def test_another_process_that_prepares_is_waited_for_alive(folder: Path, cache: Path) -> None:
+def test_another_process_that_prepares_is_waited_for_alive(folder, cache):
     """Other ranks hear from this one meanwhile, and whoever looks at it knows why."""
     said, seen = list[str](), list[int]()
     with file_lock(folder / "x.lock"):
@@ -138,7 +138,7 @@ def test_another_process_that_prepares_is_waited_for_alive(folder: Path, cache: 
     assert said == ["waiting"] and len(seen) == 2
 
 
-def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path: Path) -> None:
+def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path):
     """Documents of every form."""
     chance = random.Random(0)
 
@@ -158,7 +158,7 @@ def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path: Path) -> None:
         assert [row for _, row in json_file.json_rows(path)] == rows
 
 
-def test_pictures_of_arrow_stay_and_those_of_parquet_are_copied_once(tmp_path: Path) -> None:
+def test_pictures_of_arrow_stay_and_those_of_parquet_are_copied_once(tmp_path):
     (tmp_path / "arrow").mkdir()
     path, format = PUBLIC["saved data set"][0](tmp_path / "arrow", 50)
     groups = read_manifest(path, format=format)
@@ -176,7 +176,7 @@ def test_pictures_of_arrow_stay_and_those_of_parquet_are_copied_once(tmp_path: P
     assert len({each for g in groups for image in g.images for each in image}) == 12
 
 
-def test_columns_of_every_type_that_arrow_has(tmp_path: Path) -> None:
+def test_columns_of_every_type_that_arrow_has(tmp_path):
     """Slices, nulls, lists of pictures, dictionaries, dates; against pyarrow's own values."""
     shots = [{"bytes": picture(k), "path": f"{k}.png"} for k in range(3)]
     rows = [
@@ -220,7 +220,7 @@ def test_columns_of_every_type_that_arrow_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_few_bytes_that_become_many_are_bounded(name: str, folder: Path) -> None:
+def test_a_few_bytes_that_become_many_are_bounded(name, folder):
     """Sixty-four texts of 6 MB, each of which is said once in Arrow's dictionary, or compressed in Parquet."""
     text, most = "x" * (6 << 20), 560 << 20
     if name == "a.parquet":
@@ -245,7 +245,7 @@ def test_a_few_bytes_that_become_many_are_bounded(name: str, folder: Path) -> No
     assert count == "64" and f"has a text of {len(text)} bytes" in " ".join(said) and int(grown) << 10 < most
 
 
-def test_several_files_are_one_source(folder: Path) -> None:
+def test_several_files_are_one_source(folder):
     for k in range(3):
         (folder / f"part-{k}.csv").write_text(f"image,caption\nimages/000.png,dog {k}\n" + "x\n" * (k == 1))
     (folder / "other.jsonl").touch()
@@ -264,7 +264,7 @@ def test_several_files_are_one_source(folder: Path) -> None:
         assert said in refusal(folder / pattern)
 
 
-def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path: Path) -> None:
+def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path):
     """The same groups by folder, by pattern and by table; a picture without a caption is named, and a changed caption is read again."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -307,7 +307,7 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
 QUOTES = "put fields with separators in quotes"
 
 
-def test_what_a_path_is_taken_for(folder: Path) -> None:
+def test_what_a_path_is_taken_for(folder):
     lines(folder / "a.jsonl", [CAPTION])
     (folder / "b.json").write_text(json.dumps([CAPTION]))
     (folder / "c.json").write_text(json.dumps(CAPTION) + "\n")  # one object per line, whatever its name
@@ -415,7 +415,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_is_one_sentence(case: str, folder: Path) -> None:
+def test_a_bad_file_is_one_sentence(case, folder):
     write, said = BAD[case]
     path = write(folder)
     message = refusal(path, "webdataset" if path.suffix == ".tar" else "captions")
@@ -423,7 +423,7 @@ def test_a_bad_file_is_one_sentence(case: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_damaged_arrow_or_parquet_file_is_one_sentence(name: str, folder: Path) -> None:
+def test_a_damaged_arrow_or_parquet_file_is_one_sentence(name, folder):
     """Cut at every kind of place, bytes changed, of another kind, empty: never a crash, and no row that is not there."""
     source = pyarrow.Table.from_pylist([CAPTION | {"picture": {"bytes": picture(k), "path": None}} for k in range(5)])
     if name == "a.parquet":
@@ -449,7 +449,7 @@ def test_a_damaged_arrow_or_parquet_file_is_one_sentence(name: str, folder: Path
             assert len(damage) == len(whole), "only contents of pictures can have changed"
 
 
-def test_a_folder_says_what_it_lacks(folder: Path) -> None:
+def test_a_folder_says_what_it_lacks(folder):
     (folder / "empty").mkdir()
     assert "name the data file" in refusal(folder / "empty")
     (folder / "splits" / "train").mkdir(parents=True)
@@ -466,7 +466,7 @@ def test_a_folder_says_what_it_lacks(folder: Path) -> None:
             read_manifest(folder / "saved", format="hf")
 
 
-def test_the_splits_of_a_downloaded_data_set_are_not_one_data_set(folder: Path) -> None:
+def test_the_splits_of_a_downloaded_data_set_are_not_one_data_set(folder):
     """A folder as the hub has it: training and test files side by side, in a folder below."""
     (data := folder / "mine" / "data").mkdir(parents=True)
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
@@ -479,20 +479,20 @@ def test_the_splits_of_a_downloaded_data_set_are_not_one_data_set(folder: Path) 
     assert f"{data}: holds files of several kinds (*.parquet, *.tar); name those of one, such as {data}/*.parquet" in refusal(data)
 
 
-def test_without_pyarrow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("a.parquet", "a.arrow"):
         (folder / name).touch()
         assert "reading it needs pyarrow" in (said := refusal(folder / name)) and "pip install 'cfvlm-ds[data]'" in said
 
 
-def test_no_container_is_waited_for(folder: Path) -> None:
+def test_no_container_is_waited_for(folder):
     for name in ("a.csv", "a.tar", "a.json", "a.parquet", "a.arrow"):
         os.mkfifo(folder / name)
         assert "a named pipe and not a regular file" in refusal(folder / name)
 
 
-def test_members_of_a_tar_lead_nowhere(folder: Path) -> None:
+def test_members_of_a_tar_lead_nowhere(folder):
     """Links and files that claim to be larger than the tar; only the bytes of members are ever named."""
     with tarfile.open(folder / "a.tar", "w") as tar:
         for name, kind in (("a.png", tarfile.SYMTYPE), ("a.jpg", tarfile.LNKTYPE)):
@@ -522,7 +522,7 @@ def test_members_of_a_tar_lead_nowhere(folder: Path) -> None:
 # ---- conversion
 
 
-def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None:
+def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder):
     rows = [CAPTION | {"id": k} for k in range(3)]
     path = lines(folder / "rows.jsonl", [rows[0], {"image": "a.png", "caption": 7}, rows[1], "{", rows[2], rows[2]])
     with pytest.raises(DataError, match=r"rows.jsonl:2: .*\(or leave such rows out with --on_error skip\)"):
@@ -548,7 +548,7 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     assert not (folder / "none.jsonl").exists()
 
 
-def test_captions_of_an_absent_picture_of_coco_are_left_out(folder: Path) -> None:
+def test_captions_of_an_absent_picture_of_coco_are_left_out(folder):
     notes = [{"image_id": k, "id": k, "caption": f"text {k}"} for k in (7, 1, 1)]
     (folder / "coco.json").write_text(json.dumps(COCO | {"annotations": notes}))
     (problem,) = check_manifest(folder / "coco.json", progress=str).problems
@@ -556,7 +556,7 @@ def test_captions_of_an_absent_picture_of_coco_are_left_out(folder: Path) -> Non
     assert convert(folder / "coco.json", None, "auto", folder / "out.jsonl", "skip") == (1, [problem], folder)
 
 
-def test_groups_of_joined_rows_are_counted_as_groups(folder: Path) -> None:
+def test_groups_of_joined_rows_are_counted_as_groups(folder):
     """Two rows that are one group of nothing true, and one that lacks its label."""
     rows = [CAPTION | {"caption": text, "label": label} for text, label in (("a", 0), ("b", 0), ("c", None))]
     rows += [row | {"image": "images/001.png"} for row in (CAPTION | {"label": 1}, CAPTION | {"caption": "x", "label": 0})]
@@ -566,7 +566,7 @@ def test_groups_of_joined_rows_are_counted_as_groups(folder: Path) -> None:
     assert [re.sub(".*rows.jsonl", "", problem).split(":")[1] for problem in done.problems] == ["1", "3"]
 
 
-def test_conversion_leaves_out_pictures_that_a_check_refuses(folder: Path) -> None:
+def test_conversion_leaves_out_pictures_that_a_check_refuses(folder):
     """One that is not there, a damaged one of two rows, one that is too large, and an edited one that was never edited."""
     (folder / "cut.png").write_bytes(picture(1)[:-30])
     (folder / "same.png").write_bytes(picture(0))
@@ -626,7 +626,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server() -> Iterator[str]:
+def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         Server.asked.clear()
@@ -634,7 +634,7 @@ def server() -> Iterator[str]:
         running.shutdown()
 
 
-def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path, server, monkeypatch):
     for name, value in (("MAX_DOWNLOAD", 4000), ("WHOLE_S", 1.0), ("TIMEOUT_S", 2.0), ("PAUSE_S", 0.0)):
         monkeypatch.setattr(downloading, name, value)
     text = "data:image/png;base64," + base64.b64encode(picture(3)).decode()
@@ -688,9 +688,7 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, se
 
 
 @pytest.mark.parametrize("part", ["drip", "head", "trailer", "hop"])
-def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(
-    part: str, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(part, tmp_path, server, monkeypatch):
     """Whether in the picture, its headers, the trailers of its last chunk, or those of where it leads to."""
     for name, value in (("WHOLE_S", 0.3), ("ATTEMPTS", 1)):
         monkeypatch.setattr(downloading, name, value)

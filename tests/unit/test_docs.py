@@ -43,7 +43,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def test_the_readme_is_short_and_uses_no_word_that_it_does_not_explain() -> None:
+def test_the_readme_is_short_and_uses_no_word_that_it_does_not_explain():
     text = (REPO / "README.md").read_text()
     assert len(text.splitlines()) <= 110 and max(map(len, text.splitlines())) <= 105
     assert "GPU" in text.splitlines()[1]
@@ -59,7 +59,7 @@ def measured(command: str, *starts: str) -> list[dict[str, str]]:
     return [dict(zip(rows[0], next(row for row in rows if " | ".join(row).startswith(start)), strict=True)) for start in starts]
 
 
-def test_figures_that_pages_quote_are_those_of_their_tables() -> None:
+def test_figures_that_pages_quote_are_those_of_their_tables():
     """Words of a sentence find its numbers, a # each: they are those of the table, rounded to as many digits as are quoted."""
     names = ("base", "NLL, all pairs | 1e-3", "default objective", "mDPO", "SymMPO")
     arms = measured("learning.py --table objectives", *names)
@@ -102,7 +102,7 @@ def said_in_the_code() -> list[str]:
     return [" ".join(text.split()) for text in said]
 
 
-def test_every_message_of_the_troubleshooting_page_is_one() -> None:
+def test_every_message_of_the_troubleshooting_page_is_one():
     page = (REPO / "docs" / "troubleshooting.md").read_text().split("\n## Options\n")[1].split("\n## Results\n")[0]
     quoted, said = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE), said_in_the_code()
     assert len(quoted) > 40
@@ -110,7 +110,7 @@ def test_every_message_of_the_troubleshooting_page_is_one() -> None:
     assert not [message for message, pattern in patterns.items() if not any(re.search(pattern, text) for text in said)]
 
 
-def test_what_security_promises_is_tested() -> None:
+def test_what_security_promises_is_tested():
     """Each promise names a test that is there."""
     page = (REPO / "docs" / "security.md").read_text()
     rows = page.split("## Promises")[1].split("## Limits of these promises")[0].splitlines()[4:]
@@ -121,7 +121,7 @@ def test_what_security_promises_is_tested() -> None:
         assert all(any(f"def {test}(" in files[file] for file in named) for test in tests), row
 
 
-def test_every_metric_of_a_training_is_on_the_page() -> None:
+def test_every_metric_of_a_training_is_on_the_page():
     page = (REPO / "docs" / "metrics.md").read_text()
     code = "".join(path.read_text() for room in ("training", "objectives") for path in (REPO / "cfvlm_ds" / room).glob("*.py"))
     named = set(re.findall(r'"((?:throughput|checkpoint|active|violated|dpo|symmpo|misp)/\w+)"', code)) | {
@@ -151,12 +151,12 @@ def commands(page: Path) -> list[list[str]]:
 COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
 
 
-def test_pages_show_commands() -> None:
+def test_pages_show_commands():
     assert len(COMMANDS) > 20 and {"README.md", "tutorial.md", "slurm.md"} <= {name for name, _ in COMMANDS}
 
 
 @pytest.mark.parametrize("name, words", COMMANDS, ids=[f"{name}: {' '.join(words)}" for name, words in COMMANDS])
-def test_every_command_of_the_pages_parses(name: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_pages_parses(name, words, tmp_path, monkeypatch):
     """Commands and options that a page shows are there; nothing is run."""
     ran: list[Any] = []
     monkeypatch.setattr(main, "exit_cleanly", ran.append)
@@ -181,7 +181,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def test_the_reference_lists_what_the_parser_takes() -> None:
+def test_the_reference_lists_what_the_parser_takes():
     """Names and defaults, compared with what a run has where no option is given."""
     text = (REPO / "docs" / "configuration.md").read_text()
     assert text == script("options").page(), "written anew by `python docs/options.py`"
@@ -201,7 +201,7 @@ def test_the_reference_lists_what_the_parser_takes() -> None:
     assert all(row[4] in ("confirm", "refuse", "free", "ignored") and row[5] for row in rows.values())
 
 
-def test_a_link_that_leads_nowhere_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_that_leads_nowhere_is_a_warning(caplog):
     """Which a strict build makes an error; a good one leads to the page's place in the site."""
     hooks = script("site_hooks")
 
@@ -219,21 +219,21 @@ def test_a_link_that_leads_nowhere_is_a_warning(caplog: pytest.LogCaptureFixture
     assert ["which is not there" in message or "is no page" in message for message in caplog.messages] == [True, True]
 
 
-def test_the_picture_of_the_architecture_shows_every_folder() -> None:
+def test_the_picture_of_the_architecture_shows_every_folder():
     picture = FENCE.findall((REPO / "docs" / "architecture.md").read_text().split("\n## Package diagram\n")[1])[0][2]
     shown = set(re.findall(r"(?:^ |\+-- )([a-z_]+)  ", picture, re.MULTILINE))
     assert shown == {path.parent.name for path in (REPO / "cfvlm_ds").glob("*/__init__.py")}
 
 
 @pytest.mark.long
-def test_the_notebook_makes_a_compared_model_of_twenty_pictures(tmp_path: Path) -> None:
+def test_the_notebook_makes_a_compared_model_of_twenty_pictures(tmp_path):
     notebook = nbformat.read(REPO / "examples" / "quickstart.ipynb", as_version=4)
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
     (compared,) = (cell.outputs[0].text for cell in notebook.cells if "cfvlm-ds compare" in cell.source)
     assert "| 0.0 | 100.0 | +100.0 |" in compared and (tmp_path / "work/runs/notebook/export/model.safetensors").is_file()
 
 
-def test_the_format_of_the_page_reads_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_format_of_the_page_reads_rows(tmp_path, monkeypatch):
     section = (REPO / "docs" / "extending.md").read_text().split("\n## A data format\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     monkeypatch.setitem(FORMATS, "negated", None)  # and taken out again at the end
@@ -245,7 +245,7 @@ def test_the_format_of_the_page_reads_rows(tmp_path: Path, monkeypatch: pytest.M
     assert [each.text for each in group.candidates] == ["a dog", "no dog"]
 
 
-def test_the_two_pages_of_commands_write_no_file_of_each_other_and_import_what_they_use() -> None:
+def test_the_two_pages_of_commands_write_no_file_of_each_other_and_import_what_they_use():
     pages = [FENCE.findall((REPO / "docs" / name).read_text()) for name in ("tutorial.md", "making_data.md")]
     written = [
         {name for language, title, block in page for name in (title, *re.findall(r"(?:--out|cfvlm-ds tiny \w+) (\S+)", block)) if name}
@@ -257,7 +257,7 @@ def test_the_two_pages_of_commands_write_no_file_of_each_other_and_import_what_t
 
 
 @pytest.mark.long
-def test_the_tutorial_runs(tmp_path: Path) -> None:
+def test_the_tutorial_runs(tmp_path):
     """Its files and commands as they stand, in order, on pictures drawn for its table, which has more lines of the same kind."""
     for name in ("train.py", "cfvlm_ds", "ds_configs"):
         (tmp_path / name).symlink_to(REPO / name)
@@ -278,7 +278,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_data_are_made_as_the_page_says(tmp_path: Path) -> None:
+def test_data_are_made_as_the_page_says(tmp_path):
     """From drawn pictures and a table of captions to adapters, without a network: the page's first section as it stands."""
     for name in ("train.py", "cfvlm_ds", "ds_configs"):
         (tmp_path / name).symlink_to(REPO / name)

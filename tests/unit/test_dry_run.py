@@ -161,7 +161,7 @@ def row(report: str, name: str) -> list[int]:
     return [int(number.replace(",", "")) for number in line.split()[1:3]]
 
 
-def test_every_model_of_the_list_has_both_recipes() -> None:
+def test_every_model_of_the_list_has_both_recipes():
     assert {path.stem for path in RECIPES} == {name + kind for name in PUBLISHED for kind in ("", "_lora")} | {*ONE_GPU}
 
 
@@ -171,7 +171,7 @@ FEW = ("llava15_7b", "qwen3_vl_8b", "qwen2_5_vl_7b_qlora")
 @pytest.mark.parametrize(
     "recipe", [pytest.param(path, id=path.stem, marks=() if path.stem in FEW else pytest.mark.long) for path in RECIPES]
 )
-def test_recipes_at_the_published_sizes(recipe: Path, tmp_path: Path) -> None:
+def test_recipes_at_the_published_sizes(recipe, tmp_path):
     report = dry_run(configured(recipe, tmp_path))
     total, trains = row(report, "all")
     adapters = trains if "lora" in recipe.stem else 0
@@ -190,7 +190,7 @@ def test_recipes_at_the_published_sizes(recipe: Path, tmp_path: Path) -> None:
         assert trains == row(report, "projector")[0] + row(report, "language_model")[0]
 
 
-def test_what_is_reported_for_one_model(tmp_path: Path) -> None:
+def test_what_is_reported_for_one_model(tmp_path):
     """LLaVA-1.5-7B in full: 18 bytes a trained parameter divided by the GPUs, 2 a frozen one, and 4 for the largest layer's."""
     report = dry_run(configured(REPO / "examples" / "llava15_7b.yaml", tmp_path))
     trains, frozen = row(report, "all")[1], row(report, "all")[0] - row(report, "all")[1]
@@ -206,7 +206,7 @@ def test_what_is_reported_for_one_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llava15_7b", "qwen2_5_vl_7b", "gemma3_4b"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_the_peak_of_activations_is_what_torch_tracks(name: str, recompute: bool, tmp_path: Path) -> None:
+def test_the_peak_of_activations_is_what_torch_tracks(name, recompute, tmp_path):
     """Of a forward and backward of three layers and their embeddings, whose gradients are gone as soon as they are whole."""
     config = configured(REPO / "examples" / f"{name}.yaml", tmp_path)
     keep_three_layers(Path(config.model.name_or_path))
@@ -226,7 +226,7 @@ def test_the_peak_of_activations_is_what_torch_tracks(name: str, recompute: bool
     assert found == pytest.approx(tracked["Total"] - weights, rel=0.001)
 
 
-def test_4_bit_weights_are_those_that_bitsandbytes_quantises(tmp_path: Path) -> None:
+def test_4_bit_weights_are_those_that_bitsandbytes_quantises(tmp_path):
     """By hand: the seven matrices of each of 28 blocks, whose keys and values are 512 wide."""
     config = configured(REPO / "examples" / "qwen2_5_vl_7b_qlora.yaml", tmp_path)
     model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
@@ -234,7 +234,7 @@ def test_4_bit_weights_are_those_that_bitsandbytes_quantises(tmp_path: Path) -> 
     assert linear_weights(model, family_of(model.config)) == 28 * block
 
 
-def test_adapters_without_a_module_are_warned_of(tmp_path: Path) -> None:
+def test_adapters_without_a_module_are_warned_of(tmp_path):
     for name, warned in (("llava15_7b", True), ("llava15_7b_lora", False)):
         model = parse_config(["--config", str(REPO / "examples" / f"{name}.yaml"), "--model.lora.rank", "8"], OBJECTIVES).model
         assert bool(model.unused) == warned
@@ -242,7 +242,7 @@ def test_adapters_without_a_module_are_warned_of(tmp_path: Path) -> None:
     assert "warning: model.lora does nothing, for no module has tuning lora" in report
 
 
-def test_the_command_needs_no_weights_data_or_launcher(tmp_path: Path) -> None:
+def test_the_command_needs_no_weights_data_or_launcher(tmp_path):
     recipe = REPO / "examples" / "llava15_7b_lora.yaml"
     configured(recipe, tmp_path)
     keep_three_layers(tmp_path / "llava15_7b")
@@ -251,7 +251,7 @@ def test_the_command_needs_no_weights_data_or_launcher(tmp_path: Path) -> None:
     assert "language_model" in report and "GiB per GPU" in report
 
 
-def test_contradictions_are_found_before_the_queue(tmp_path: Path) -> None:
+def test_contradictions_are_found_before_the_queue(tmp_path):
     recipe = REPO / "examples" / "llava15_7b.yaml"
     with pytest.raises(ConfigError, match=r"model\.max_pixels does not apply to model type 'llava'"):
         dry_run(configured(recipe, tmp_path, "--model.max_pixels", "1000"))

@@ -22,7 +22,7 @@ from conftest import COLOURS, PROMPT, plain_logp
 from PIL import Image
 
 from cfvlm_ds.batching.batch_layout import group_layout
-from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.batching.image_source import ImageFiles
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.core.config import ModelConfig
@@ -78,7 +78,7 @@ def scores(logp: list[list[float]], blank: list[float] | None = None) -> GroupSc
 # Metrics ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_training_evaluation_and_audit_compare_the_same_texts_and_images() -> None:
+def test_training_evaluation_and_audit_compare_the_same_texts_and_images():
     """The comparisons of an evaluation are those of csd and fcd, whose tensors come from the layout, but for shams."""
     draw = random.Random(7)
     for _ in range(60):
@@ -112,7 +112,7 @@ def test_training_evaluation_and_audit_compare_the_same_texts_and_images() -> No
         ([[0, 0], [0, 0]], 0, 0, 0, 0),
     ],
 )
-def test_18_accuracies_on_hand_cases(logp: list[list[float]], text: float, image: float, whole: float, pair: float) -> None:
+def test_18_accuracies_on_hand_cases(logp, text, image, whole, pair):
     row, everything = accuracies([group()], [scores(logp)])
     assert {name: row.metrics[name] for name in ("text", "image", "group", "pair")} == {
         "text": text,
@@ -128,19 +128,19 @@ def test_18_accuracies_on_hand_cases(logp: list[list[float]], text: float, image
     ("blank", "text_pmi", "group_pmi"),
     [([0.0, 0.0], 0, 0), ([0.0, 1.5], 100, 100), ([-10.0, -8.5], 100, 100), ([0.0, 1.0], 0, 0), ([0.0, 3.0], 0, 0)],
 )
-def test_pmi_takes_the_prior_of_the_texts_away(blank: list[float], text_pmi: float, group_pmi: float) -> None:
+def test_pmi_takes_the_prior_of_the_texts_away(blank, text_pmi, group_pmi):
     """[[2, 3], [1, 4]] minus (0, 1.5) is [[2, 1.5], [1, 2.5]], all right; minus (0, 1) a tie; minus (0, 3) the first text wins twice."""
     row, _ = accuracies([group()], [scores([[2.0, 3.0], [1.0, 4.0]], blank)])
     assert (row.metrics["text_pmi"], row.metrics["group_pmi"]) == (text_pmi, group_pmi)
     assert (row.metrics["text"], row.metrics["image"], row.metrics["group"]) == (0, 100, 0), "the plain ones do not use it"
 
 
-def test_group_pmi_also_needs_the_images() -> None:
+def test_group_pmi_also_needs_the_images():
     row, _ = accuracies([group()], [scores([[2.0, 3.0], [3.0, 6.0]], [0.0, 2.0])])
     assert row.metrics["text_pmi"] == 100 and row.metrics["image"] == row.metrics["group_pmi"] == 0
 
 
-def test_18_a_prior_of_the_texts_moves_text_but_never_image_nor_pmi() -> None:
+def test_18_a_prior_of_the_texts_moves_text_but_never_image_nor_pmi():
     torch.manual_seed(0)
     groups, before, after = [group()] * 300, [], []
     for _ in groups:
@@ -153,7 +153,7 @@ def test_18_a_prior_of_the_texts_moves_text_but_never_image_nor_pmi() -> None:
     assert new["text"] < old["text"] - 20 and new["group"] < old["group"] - 10
 
 
-def test_chance_and_blind_levels_on_random_scores() -> None:
+def test_chance_and_blind_levels_on_random_scores():
     """4000 pairs: each accuracy within 4 standard errors of its chance level. Without an image a pair is exactly half right."""
     torch.manual_seed(1)
     with_sham = group(Edit("colour", 1, 1), Edit(SHAM, 2), num_images=3)
@@ -174,7 +174,7 @@ def test_chance_and_blind_levels_on_random_scores() -> None:
         )
 
 
-def test_20_sham() -> None:
+def test_20_sham():
     """Share of sham images that beat the counterfactual on the factual text; a tie is wrong, other texts do not count."""
     edits = (Edit("colour", 1, 1), Edit("count", 2, 1), Edit(SHAM, 3), Edit(SHAM, 4))
     logp = [[0.0, 0.0], [-3.0, -9.0], [-2.0, -9.0], [-2.5, 9.0], [-2.0, 9.0]]
@@ -186,7 +186,7 @@ def test_20_sham() -> None:
 
 
 @pytest.mark.parametrize("with_sham", ["action", "zebra"])
-def test_20_sham_is_reported_whichever_edit_type_has_one(with_sham: str) -> None:
+def test_20_sham_is_reported_whichever_edit_type_has_one(with_sham):
     """Also when the first row of the table has no sham; the mean is over the rows that have one."""
     plain, shammed = group(Edit("colour", 1, 1)), group(Edit(with_sham, 1, 1), Edit(SHAM, 2), num_images=3)
     rows = accuracies([plain, shammed], [scores([[0, 0], [-1, 0]]), scores([[0.0, 0], [-1, 0], [-0.5, 0]])])
@@ -195,7 +195,7 @@ def test_20_sham_is_reported_whichever_edit_type_has_one(with_sham: str) -> None
     assert next(line for line in table({"test": rows}).splitlines() if "| all |" in line).endswith("| 100.0 |")
 
 
-def test_rows_by_edit_type_and_the_mean_over_types() -> None:
+def test_rows_by_edit_type_and_the_mean_over_types():
     """Four colour pairs (three right), one action pair (wrong): ``all`` is the mean of 75 and 0, not 60. Half an edit adds no pair."""
     right, wrong = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
     three = group(Edit("colour", 2, 1), Edit("action", 1, 2), Edit("colour", 1), Edit("colour", None, 2), num_images=3, num_texts=3)
@@ -209,7 +209,7 @@ def test_rows_by_edit_type_and_the_mean_over_types() -> None:
         accuracies([group()], [])
 
 
-def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap() -> None:
+def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap():
     """Accuracies by hand; the interval against means of whole groups drawn with replacement, by edit type and for their mean."""
     wins, loses = scores([[-1.0, -2.0], [-2.0, -1.0]]), scores([[-2.0, -1.0], [-1.0, -2.0]])
     four = [replace(group(), id=f"g{n}") for n in range(4)]
@@ -256,7 +256,7 @@ def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap() -
     assert text.count(" ± ") == 4 and f"| iid | colour | {rows['colour'].groups} | group | 16.7 | 50.0 | " in text
 
 
-def test_table_is_valid_markdown_and_metrics_are_named() -> None:
+def test_table_is_valid_markdown_and_metrics_are_named():
     shammed = group(Edit("count", 1, 1), Edit(SHAM, 2), num_images=3)
     splits = {
         "iid": accuracies([group(), shammed], [scores([[1, 0], [0, 1]]), scores([[1, 2], [0, 3], [0.5, 0]], [-1, -2])]),
@@ -296,19 +296,19 @@ def test_table_is_valid_markdown_and_metrics_are_named() -> None:
 
 
 @pytest.fixture(scope="module")
-def groups(manifests: dict[str, Path]) -> list[CounterfactualGroup]:
+def groups(manifests):
     found = read_manifest(manifests["test"])[:7]
     assert len({(len(g.images), len(g.candidates)) for g in found}) > 2, "ragged"
     return found
 
 
 @pytest.fixture(scope="module")
-def collator(model_dir: Path) -> Collator:
+def collator(model_dir):
     return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "anchor")
 
 
 @pytest.fixture(scope="module")
-def plain(scorer: Scorer, model_dir: Path, groups: list[CounterfactualGroup]) -> list[GroupScores]:
+def plain(scorer, model_dir, groups):
     processor, found = load_processor(ModelConfig(str(model_dir))), []
     with torch.no_grad():
         for g in groups:
@@ -326,9 +326,7 @@ def assert_equal(found: list[GroupScores], expected: list[GroupScores]) -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (7, 0), (16, 0), (4, 1)])
-def test_score_groups_equals_one_plain_forward_per_cell(
-    batch_size: int, num_workers: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
-) -> None:
+def test_score_groups_equals_one_plain_forward_per_cell(batch_size, num_workers, collator, scorer, groups, plain):
     """In order, every cell and the blank image, whatever the collator was built for; 7 groups in batches of 1, 3, 7, 16 and 4."""
     shapes: list[tuple[int, bool]] = []
 
@@ -343,9 +341,7 @@ def test_score_groups_equals_one_plain_forward_per_cell(
     assert collator.cells == "anchor"
 
 
-def test_order_of_groups_does_not_matter(
-    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
-) -> None:
+def test_order_of_groups_does_not_matter(collator, scorer, groups, plain):
     order = random.Random(0).sample(range(7), 7)
     assert order != sorted(order)
     assert_equal(score_groups(scorer, collator, [groups[i] for i in order], ALONE, 3), [plain[i] for i in order])
@@ -354,9 +350,9 @@ def test_order_of_groups_does_not_matter(
 
 @pytest.mark.parametrize(("num", "batch_size", "ranks"), [(7, 2, 2), (5, 2, 3), (1, 1, 2)])
 def test_ranks_share_the_groups_and_agree(
-    num: int, batch_size: int, ranks: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    num, batch_size, ranks, collator, scorer, groups, plain,
+    monkeypatch
+):  # fmt: skip
     """Ranks as threads with a model each: as many forwards on each, also where the groups run out; the same whole list on every rank."""
     barrier, parts, calls, results, found_losses = threading.Barrier(ranks, timeout=60), {}, [0] * ranks, {}, {}
     shares: dict[int, int] = {}
@@ -417,9 +413,7 @@ def counting(scorer: Scorer, tokens: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("budget", [40, 45, 60, 90])
-def test_a_budget_divides_batches_and_changes_no_score(
-    budget: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
-) -> None:
+def test_a_budget_divides_batches_and_changes_no_score(budget, collator, scorer, groups, plain):
     """Also an image with more texts than one forward may hold; 7 groups in one batch take up to 45 times as many tokens."""
     whole: list[int] = []
     score_groups(counting(scorer, whole), collator, groups, ALONE, 7)
@@ -429,9 +423,7 @@ def test_a_budget_divides_batches_and_changes_no_score(
     assert max(parts) <= budget < max(whole) and len(parts) >= sum(whole) / budget
 
 
-def test_ranks_run_as_many_forwards_of_a_budget(
-    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain, monkeypatch):
     """Two ranks whose batches divide into unequally many parts, shuffled images too; a damaged picture on one ends both with its name."""
     barrier, box, ranks = threading.Barrier(2, timeout=60), {}, 2
 
@@ -469,9 +461,7 @@ def test_ranks_run_as_many_forwards_of_a_budget(
     assert [str(each) for each in found] == [str(found[0])] * 2 and isinstance(found[0], DataError) and "gone.png" in str(found[0])
 
 
-def test_texts_are_scored_on_another_groups_image(
-    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], model_dir: Path
-) -> None:
+def test_texts_are_scored_on_another_groups_image(collator, scorer, groups, model_dir):
     processor, donors = load_processor(ModelConfig(str(model_dir))), scoring.other_images(groups)
     found = score_groups(scorer, collator, groups, ALONE, 3, shuffled=True)
     for one, donor, values in zip(groups, donors, found, strict=True):
@@ -482,7 +472,7 @@ def test_texts_are_scored_on_another_groups_image(
     assert score_groups(scorer, collator, groups[:1], ALONE, shuffled=True)[0].shuffled.shape == (0,)  # type: ignore[union-attr]
 
 
-def test_another_image_is_one_that_the_group_does_not_show() -> None:
+def test_another_image_is_one_that_the_group_does_not_show():
     """Each image serves once, drawn by a seed; groups that share pictures take the next that fits, or none; as many pictures a prompt."""
 
     def on(*names: str, together: bool = False) -> CounterfactualGroup:
@@ -504,7 +494,7 @@ def test_another_image_is_one_that_the_group_does_not_show() -> None:
     assert scoring.other_images([alone, replace(alone, id="u")]) == [None, None]
 
 
-def test_the_largest_batch_is_tried_before_training(collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_the_largest_batch_is_tried_before_training(collator, scorer, groups):
     """It has the most tokens of all that the evaluation will run, and its parts where there is a budget; a lost picture is known."""
     later: list[int] = []
     score_groups(counting(scorer, later), collator, groups, ALONE, 2)
@@ -521,7 +511,7 @@ def test_the_largest_batch_is_tried_before_training(collator: Collator, scorer: 
         rehearse(scorer, collator, {"a": [replace(groups[0], images=((Path("gone.png"),),) * len(groups[0].images))]}, ALONE, 2, None, "")
 
 
-def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path: Path) -> None:
+def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path):
     """Where images have as many tokens as they are large: a blank image is larger than small ones, and another group's than one's own."""
     collator = load_collator(ModelConfig(str(write_small("qwen2_5_vl", tmp_path / "qwen")), max_pixels=448**2), "full")
     sides = {"small": 28, "wide": 28, "large": 448}
@@ -548,7 +538,7 @@ def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path: Path) ->
     assert largest[0] == largest[1] < largest[2] < largest[3]
 
 
-def test_the_rehearsal_keeps_to_the_pixels_that_data_may_have(collator: Collator, scorer: Scorer, tmp_path: Path) -> None:
+def test_the_rehearsal_keeps_to_the_pixels_that_data_may_have(collator, scorer, tmp_path):
     """Sizes that the check knows are not read again, and a limit above the default holds for the others."""
     Image.new("1", (8000, 6500)).save(large := tmp_path / "large.png")
     group = CounterfactualGroup("g", ((large,),), (Candidate(PROMPT, "a red circle"),), ((1,),))
@@ -559,9 +549,7 @@ def test_the_rehearsal_keeps_to_the_pixels_that_data_may_have(collator: Collator
         rehearse(scorer, collator, {"a": [group]}, ALONE, 1, None, "")
 
 
-def test_scores_that_are_not_finite_are_counted_and_named(
-    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_that_are_not_finite_are_counted_and_named(collator, scorer, groups, capsys):
     def overflowing(**inputs: Any) -> torch.Tensor:
         logp = scorer(**inputs)
         return logp * float("nan") if len(inputs["forest"].roots) == 2 else logp
@@ -581,7 +569,7 @@ def test_scores_that_are_not_finite_are_counted_and_named(
         assert set(of.metrics.values()) == {0.0}, "the warning says that they count as wrong"
 
 
-def test_memory_that_runs_out_is_explained(collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_memory_that_runs_out_is_explained(collator, groups):
     def forward(**_: Any) -> torch.Tensor:
         return torch.empty(1 << 60)
 
@@ -597,9 +585,7 @@ def test_memory_that_runs_out_is_explained(collator: Collator, groups: list[Coun
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_bad_data_is_one_sentence_also_from_a_worker(
-    num_workers: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], tmp_path: Path
-) -> None:
+def test_bad_data_is_one_sentence_also_from_a_worker(num_workers, collator, scorer, groups, tmp_path):
     bad = replace(groups[1], images=((tmp_path / "gone.png",), *groups[1].images[1:]))
     with pytest.raises(DataError, match=r"^\S*gone\.png: no such image file; [^\n]*$"):
         score_groups(scorer, collator, [groups[0], bad], ALONE, 1, num_workers)
@@ -607,9 +593,7 @@ def test_bad_data_is_one_sentence_also_from_a_worker(
     assert [batch.layout.ids for batch in guarded(collator)(groups[:1])] == [(groups[0].id,)]  # type: ignore[union-attr]
 
 
-def test_evaluate_scores_every_split(
-    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
-) -> None:
+def test_evaluate_scores_every_split(collator, scorer, groups, plain):
     rows, found = evaluate(scorer, collator, {"a": groups[:4], "b": groups[4:]}, ALONE, batch_size=3)
     assert_equal([*found["a"], *found["b"]], plain)
     assert all(row.nll is None for each in rows.values() for row in each[:-1]) and all(each[-1].nll for each in rows.values())
@@ -641,9 +625,7 @@ TERMS: dict[str, Any] = {"align": Align(counterfactual=0.5), "csd": Csd(weight=0
 @pytest.mark.parametrize(
     ("terms", "batch_size", "max_tokens"), [(TERMS, 1, None), (TERMS, 3, 60), (TERMS, 16, None), ({"own": EveryScoredCell()}, 3, None)]
 )
-def test_the_loss_is_that_of_a_training_step_over_the_whole_split(
-    terms: dict[str, Any], batch_size: int, max_tokens: int | None, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup]
-) -> None:
+def test_the_loss_is_that_of_a_training_step_over_the_whole_split(terms, batch_size, max_tokens, collator, scorer, groups):
     """At full weights: in one batch of the cells that training scores, by training's own function."""
     batch = collator.building(required_cells(terms), None)(groups)
     with torch.no_grad():
@@ -654,9 +636,7 @@ def test_the_loss_is_that_of_a_training_step_over_the_whole_split(
     assert {name: flat[f"eval/s/loss_{name}"] for name in terms} == pytest.approx({k: float(v) for k, v in shares.items()}, rel=1e-5)
 
 
-def test_the_loss_of_the_factual_pairs_is_their_mean_over_tokens(
-    collator: Collator, scorer: Scorer, model_dir: Path, groups: list[CounterfactualGroup]
-) -> None:
+def test_the_loss_of_the_factual_pairs_is_their_mean_over_tokens(collator, scorer, model_dir, groups):
     """The library's own forward of each pair, its end-of-turn token included."""
     processor = load_processor(ModelConfig(str(model_dir)))
     with torch.no_grad():
@@ -667,9 +647,7 @@ def test_the_loss_of_the_factual_pairs_is_their_mean_over_tokens(
     assert flat_metrics(rows)["eval/s/loss"] == pytest.approx(2 * expected, rel=1e-5)
 
 
-def test_the_nll_is_that_of_every_true_text_on_its_image(
-    collator: Collator, scorer: Scorer, model_dir: Path, groups: list[CounterfactualGroup]
-) -> None:
+def test_the_nll_is_that_of_every_true_text_on_its_image(collator, scorer, model_dir, groups):
     """The library's own forwards; whatever the objective is, group weights aside; and a line of a log says it."""
     processor, some = load_processor(ModelConfig(str(model_dir))), [replace(group, weight=3.0) for group in groups[:4]]
     true = [(g, i, c) for g in some for i, row in enumerate(g.match) for c, truth in enumerate(row) if truth == 1]
@@ -682,9 +660,7 @@ def test_the_nll_is_that_of_every_true_text_on_its_image(
     assert headline(rows["s"]).endswith(f"; NLL {expected:.4f} a token")
 
 
-def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(
-    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup]
-) -> None:
+def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(collator, scorer, groups):
     class Broken(EveryScoredCell):
         def numerator(self, scores: Scores) -> torch.Tensor:
             raise KeyError("no such\ncolumn")
@@ -710,7 +686,7 @@ def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(
     assert not any("loss" in name for name in none), "no group has anything for it"
 
 
-def test_names_from_the_data_are_text_in_a_table_and_nothing_else() -> None:
+def test_names_from_the_data_are_text_in_a_table_and_nothing_else():
     """By two readers of Markdown: no bar ends a cell, and there is neither HTML nor a link, nor a picture that a reader would fetch."""
     names = [
         "a|b",

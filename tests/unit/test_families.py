@@ -58,7 +58,7 @@ TEXTS = (Candidate("describe", "a red circle"), Candidate("describe", "two blue 
 
 @pytest.mark.parametrize(("of", "rotate"), [(LlamaConfig, LlamaRotaryEmbedding), (PhimoeConfig, PhimoeRotaryEmbedding)])
 @pytest.mark.parametrize("kind", ["default", *ROPE_INIT_FUNCTIONS])
-def test_frequencies_that_depend_on_the_whole_row_are_refused(kind: str, of: Any, rotate: Any) -> None:
+def test_frequencies_that_depend_on_the_whole_row_are_refused(kind, of, rotate):
     """By the library's own rotation of ten tokens, alone and in a row with as many as the window has. A kind that a later version of
     transformers adds fails here until somebody has looked at it. phimoe scales every kind but the default by the longest position."""
     told = {"factor": 2.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -80,12 +80,12 @@ def test_frequencies_that_depend_on_the_whole_row_are_refused(kind: str, of: Any
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name in UNLIKE else pytest.mark.long) for name in SMALL])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request, tmp_path_factory):
     return write_small(request.param, tmp_path_factory.mktemp("families") / request.param)
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+def groups(tmp_path_factory):
     """Images of different sizes, several in one prompt and alone, a text of a single token, two prompts on one image, and no image."""
     where = tmp_path_factory.mktemp("images")
     images = [where / f"{k}.png" for k in range(len(SIZES))]
@@ -106,13 +106,13 @@ def configured(folder: Path, **options: Any) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def scorer(folder: Path) -> Scorer:
+def scorer(folder):
     model = load_model(configured(folder), torch.float32).eval()
     return Scorer(model, family_of(model.config))
 
 
 @pytest.fixture(scope="module")
-def sharp(folder: Path) -> Scorer:
+def sharp(folder):
     """Sharper queries than random weights make: attention that is almost uniform would hide wrong positions and wrong masks."""
     model = load_model(configured(folder), torch.float32).eval()
     with torch.no_grad():
@@ -125,13 +125,11 @@ def sharp(folder: Path) -> Scorer:
 
 
 @pytest.fixture(scope="module")
-def collator(folder: Path) -> Collator:
+def collator(folder):
     return load_collator(configured(folder), "full").of_run("full", None, None, packs_again=True)
 
 
-def test_a_row_from_which_cells_are_cut_scores_the_others_as_before(
-    sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]
-) -> None:
+def test_a_row_from_which_cells_are_cut_scores_the_others_as_before(sharp, collator, groups):
     """Whatever a family makes of several pictures of several sizes; and a part that keeps nothing of a picture still runs the tower."""
     batch = collator(groups)
     keep = torch.rand(batch.layout.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -145,13 +143,11 @@ def test_a_row_from_which_cells_are_cut_scores_the_others_as_before(
     assert row.num_tokens < batch.num_tokens and 0 < valid.sum() < batch.layout.valid.sum()
 
 
-def test_every_family_has_a_small_model_and_every_type_a_family() -> None:
+def test_every_family_has_a_small_model_and_every_type_a_family():
     assert SMALL.keys() == FAMILIES.keys()
 
 
-def test_scores_equal_one_plain_forward_per_cell(
-    sharp: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup]
-) -> None:
+def test_scores_equal_one_plain_forward_per_cell(sharp, collator, folder, groups):
     """Candidates after one prefix, images of several sizes, text alone in the same batch; fp32, relative 1e-4."""
     processor = load_processor(configured(folder))
     batch = collator(groups)
@@ -182,9 +178,7 @@ WAYS: dict[str, tuple[Probe, tuple[str, ...], str, float]] = {
 """A probe, the texts and the question of an item, and by how many nats its scores in bfloat16 may differ from those in float32."""
 
 
-def test_every_probe_scores_as_plain_forwards_and_nearly_so_in_bfloat16(
-    scorer: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup], tmp_path: Path
-) -> None:
+def test_every_probe_scores_as_plain_forwards_and_nearly_so_in_bfloat16(scorer, collator, folder, groups, tmp_path):
     """On an item's pictures and a blank one, and letters without any: relative 1e-4 in float32, and the bounds of ``WAYS`` in bfloat16.
 
     Twice those where gated delta nets divide by a small norm, four times those where attention is not scaled (Gemma 4) and so is sharp.
@@ -238,7 +232,7 @@ def routed_alike(model: torch.nn.Module, other: torch.nn.Module) -> Iterator[Non
         yield
 
 
-def test_positions_on_a_grid_are_needed(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_positions_on_a_grid_are_needed(sharp, collator, groups):
     """Where a family has positions on several axes, ordinary ones give other scores without an error, far beyond the tolerance.
 
     So they are always passed, and a processor need not say which tokens are visual (``mm_token_type_ids``).
@@ -257,9 +251,7 @@ def test_positions_on_a_grid_are_needed(sharp: Scorer, collator: Collator, group
     assert ((right - wrong).abs() / right.abs()).max() > 1e-3
 
 
-def test_windows_and_whole_pictures_are_needed(
-    sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_windows_and_whole_pictures_are_needed(sharp, collator, groups, monkeypatch):
     """Where a family has them: without a picture's both directions, or with a window by distance in the row, scores are other ones."""
     batch, text = collator(groups[1:2]), sharp.model.config.get_text_config()
     forest, window = batch.model_inputs["forest"], getattr(text, "sliding_window", None)
@@ -280,9 +272,7 @@ def test_windows_and_whole_pictures_are_needed(
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "sdpa"])
-def test_every_attention_scores_and_trains_alike(
-    backend: str, sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]
-) -> None:
+def test_every_attention_scores_and_trains_alike(backend, sharp, collator, groups):
     """Values and gradients against padded trees under a mask, which the test above compares with the library; fp32, relative 1e-4."""
     batch, found = collator(groups), []
     weights = torch.randn(2, *batch.layout.valid.shape, generator=torch.Generator().manual_seed(0))
@@ -299,7 +289,7 @@ def test_every_attention_scores_and_trains_alike(
     assert (found[1][1] - found[0][1]).norm() < 1e-4 * found[0][1].norm()
 
 
-def test_batch_mates_and_their_order_do_not_matter(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_batch_mates_and_their_order_do_not_matter(sharp, collator, groups):
     with torch.no_grad():
         expected = [(batch := collator([group])).scores(sharp(**batch.model_inputs)).logp[0] for group in groups]
         mixed = collator(groups[::-1])
@@ -312,7 +302,7 @@ def sizes_of(pictures: Pictures) -> tuple[tuple[int, int], ...]:
     return tuple(Image.open(picture).size for picture in pictures)
 
 
-def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_parts_of_a_batch_add_up_to_it(sharp, collator, groups):
     """As much as fits in each of them: the same scores, relative 1e-5. No image is encoded twice unless it and its texts are too large
     together: then they are cut between the texts."""
     whole = collator(groups)
@@ -330,7 +320,7 @@ def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups
     assert len(collator.parts(groups, whole.num_tokens)) == 1
 
 
-def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_visual_tokens_and_lengths_are_those_of_the_batch(collator, groups):
     batch = collator(groups)
     spent = [sum(batch.model_inputs["visual_tokens"][picture] for picture in tree) for tree in batch.model_inputs["images_of_tree"]]
     assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in group.images], "once each"
@@ -345,18 +335,18 @@ def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, gr
             )
 
 
-def test_a_placeholder_in_a_text_is_refused(collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_a_placeholder_in_a_text_is_refused(collator, groups):
     written = Candidate("describe", f"a {collator.processor.image_token} on a wall")
     with pytest.raises(DataError, match="stands for an image; reword it"):
         collator([replace(groups[-1], candidates=(written,))])
 
 
-def test_every_parameter_has_a_module(scorer: Scorer) -> None:
+def test_every_parameter_has_a_module(scorer):
     assert {scorer.family.module_of(name) for name, _ in scorer.model.named_parameters()} == set(MODULES)
 
 
 @pytest.mark.parametrize("frozen", [None, *MODULES])
-def test_gradients_reach_what_trains_and_nothing_else(frozen: str | None, folder: Path, groups: list[CounterfactualGroup]) -> None:
+def test_gradients_reach_what_trains_and_nothing_else(frozen, folder, groups):
     options = {frozen: ModuleConfig("frozen")} if frozen else {}
     model = load_model(configured(folder, **options), torch.float32)
     scorer = Scorer(model, family_of(model.config))
@@ -385,7 +375,7 @@ def linear(scorer: Scorer) -> list[str]:
     return [module for module in MODULES if module in layers]
 
 
-def test_adapters_have_gradients_in_every_module(folder: Path, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+def test_adapters_have_gradients_in_every_module(folder, scorer, groups):
     """DoRA beside every linear layer, once the second factor, which starts at zero, is not: all of an adapter learns and nothing else."""
     frozen, lora = ModuleConfig("frozen"), ModuleConfig("lora")
     options = {module: lora if module in linear(scorer) else frozen for module in MODULES} | {"lora": LoraConfig(rank=2, dora=True)}
@@ -406,7 +396,7 @@ def test_adapters_have_gradients_in_every_module(folder: Path, scorer: Scorer, g
         )
 
 
-def test_patches_are_multiplied_as_the_library_convolves_them(folder: Path) -> None:
+def test_patches_are_multiplied_as_the_library_convolves_them(folder):
     """Values and gradients, by the same weights under the same names."""
     config = ModelConfig(str(folder), vision_tower=ModuleConfig("full"))
     models = load_model(config, torch.float32), AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -424,7 +414,7 @@ def test_patches_are_multiplied_as_the_library_convolves_them(folder: Path) -> N
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_adapters_stand_beside_the_linear_layers_of_their_module(module: str, folder: Path, scorer: Scorer) -> None:
+def test_adapters_stand_beside_the_linear_layers_of_their_module(module, folder, scorer):
     """Counted on the library's own modules: every linear layer that a gradient reaches, in that module and in no other."""
     config = configured(folder, **({m: ModuleConfig("frozen") for m in MODULES} | {module: ModuleConfig("lora")}))
     if module not in linear(scorer):
@@ -442,7 +432,7 @@ def test_adapters_stand_beside_the_linear_layers_of_their_module(module: str, fo
     assert found == inside - {"lm_head"} and found
 
 
-def test_the_model_without_its_adapters_is_the_one_it_was(scorer: Scorer, collator: Collator, folder: Path, groups: Any) -> None:
+def test_the_model_without_its_adapters_is_the_one_it_was(scorer, collator, folder, groups):
     options = {"language_model": ModuleConfig("lora"), "vision_tower": ModuleConfig("lora"), "projector": ModuleConfig("frozen")}
     model = load_model(configured(folder, **options), torch.float32)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -459,7 +449,7 @@ def test_the_model_without_its_adapters_is_the_one_it_was(scorer: Scorer, collat
     assert trains == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
-def test_limits_bound_the_visual_tokens(folder: Path, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_limits_bound_the_visual_tokens(folder, scorer, collator, groups):
     """The largest image takes fewer tokens, the bound holds, and scores are still the library's own with the same bound."""
     family, side = scorer.family, 2 * getattr(scorer.model.config.vision_config, "patch_size", 0)
     if not family.limited_by:
@@ -499,7 +489,7 @@ def test_limits_bound_the_visual_tokens(folder: Path, scorer: Scorer, collator: 
                 assert scores.logp[g, i, 0].item() == pytest.approx(logp, rel=1e-4), (group.id, i)
 
 
-def test_bfloat16_scores_are_those_of_float32(folder: Path, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_bfloat16_scores_are_those_of_float32(folder, scorer, collator, groups):
     """Because the softmax is in float32: 0.05 nats a token, of some 5 (weights, activations and logits in bfloat16 have 8 bits).
 
     A gated delta net divides what it gives by its norm, which after few tokens is small, and Gemma 4 does not scale its attention: there
@@ -532,14 +522,14 @@ def off_alone(wide: Scorer, narrow: Scorer, collator: Collator, group: Counterfa
     return worst
 
 
-def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no small model of type 'llama'; there are llava, llava_next, "):
         write_small("llama", tmp_path / "x")
     with pytest.raises(ConfigError, match="is there already; name another folder"):
         write_small("qwen2_vl", tmp_path)
 
 
-def test_the_command_writes_a_model_that_the_data_check_takes(tmp_path: Path, manifests: dict[str, Path], capsys: Any) -> None:
+def test_the_command_writes_a_model_that_the_data_check_takes(tmp_path, manifests, capsys):
     main(["tiny", "qwen2_5_vl", str(tmp_path / "model")])
     main(["data", "check", str(manifests["test"]), "--model", str(tmp_path / "model")])
     assert "visual tokens    min" in capsys.readouterr().out

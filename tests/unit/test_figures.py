@@ -39,7 +39,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_score_matrix_shows_images_and_outlines_true_cells(tmp_path: Path) -> None:
+def test_score_matrix_shows_images_and_outlines_true_cells(tmp_path):
     score_matrix_figure(tmp_path / "none.png", [_group(match=[[0, 0], [0, 0]])])
     score_matrix_figure(tmp_path / "two.png", [_group()])
     assert _share(tmp_path / "two.png", "#00ff00") > 0.05
@@ -49,7 +49,7 @@ def test_score_matrix_shows_images_and_outlines_true_cells(tmp_path: Path) -> No
         assert three.height > 2.5 * one.height and three.width == one.width
 
 
-def test_learning_curves_have_a_panel_for_what_there_is(tmp_path: Path) -> None:
+def test_learning_curves_have_a_panel_for_what_there_is(tmp_path):
     loss = [{"step": step, "loss/lm": 1.0 / step, "lr": 0.1} for step in range(1, 101)]
     learning_curves_figure(tmp_path / "loss.png", _write(tmp_path / "loss.jsonl", [*loss, {"step": 101, "loss/lm": "nan"}]))
     more = [
@@ -66,7 +66,7 @@ def test_learning_curves_have_a_panel_for_what_there_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", ["$\\frac{$", "5 $ and 6 {$", "_a\t$x_$", "\\ {}%s"])
-def test_words_of_the_data_are_drawn_as_written(words: str, tmp_path: Path) -> None:
+def test_words_of_the_data_are_drawn_as_written(words, tmp_path):
     """Captions, titles and names that read as formulas to the library, some of them broken ones."""
     score_matrix_figure(tmp_path / "scores.png", [_group(title=words, captions=[words, f"a {words} b"])])
     rows = [{"step": step, f"eval/{words}/group": 50.0, f"loss/{words}": 1.0} for step in (1, 2)]
@@ -74,7 +74,7 @@ def test_words_of_the_data_are_drawn_as_written(words: str, tmp_path: Path) -> N
     assert _share(tmp_path / "curves.png", "#2563a8") > 0
 
 
-def test_a_group_that_cannot_be_read_whole_is_cut_and_counted(tmp_path: Path, drawn: list[Any]) -> None:
+def test_a_group_that_cannot_be_read_whole_is_cut_and_counted(tmp_path, drawn):
     images, captions = [[Image.new("RGB", (8, 8))]] * 40, ["a word " * 100_000, *(f"text {c}" for c in range(999))]
     large = _group(title="t " * 500, images=images, captions=captions, scores=[[0.0] * 1000] * 40, match=[[1] * 1000] * 40)
     score_matrix_figure(tmp_path / "x.png", [large])
@@ -84,7 +84,7 @@ def test_a_group_that_cannot_be_read_whole_is_cut_and_counted(tmp_path: Path, dr
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def drawn(monkeypatch):
     """The figures, instead of their files."""
     from matplotlib.figure import Figure
 
@@ -93,7 +93,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return figures
 
 
-def test_accuracies_are_percent_and_few_enough_to_read(tmp_path: Path, drawn: list[Any]) -> None:
+def test_accuracies_are_percent_and_few_enough_to_read(tmp_path, drawn):
     """Four splits with six metrics for each of ten edit types: eight series of whole splits, the others counted."""
     names = [
         f"eval/split_{split}/{edit}{metric}"
@@ -115,13 +115,13 @@ def test_accuracies_are_percent_and_few_enough_to_read(tmp_path: Path, drawn: li
     assert whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and whole.y0 <= legend.y0 and legend.y1 <= whole.y1, "on the page"
 
 
-def test_learning_curves_without_data_are_named(tmp_path: Path) -> None:
+def test_learning_curves_without_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", [{"step": 1, "lr": 0.1}]))
     with pytest.raises(FileNotFoundError):
         learning_curves_figure(tmp_path / "x.png", tmp_path / "missing.jsonl")
 
 
-def test_importing_does_not_import_matplotlib() -> None:
+def test_importing_does_not_import_matplotlib():
     code = "import sys, cfvlm_ds.tracking.figures; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -33,7 +33,7 @@ def contents(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_public_data_are_groups(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_data_are_groups(name, tmp_path, monkeypatch):
     """Rows in the order of the file; ``auto`` takes the same format where columns have the usual names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write, said = PUBLIC[name]
@@ -52,7 +52,7 @@ def test_public_data_are_groups(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert again == groups, "as cfgroup they are the same groups"
 
 
-def test_what_a_public_row_says_beside_is_kept_and_counted(tmp_path: Path) -> None:
+def test_what_a_public_row_says_beside_is_kept_and_counted(tmp_path):
     kept = {
         "OpenAI messages": {"messages": [{}, {"weight": 1}]},
         "RLHF-V": {"idx": 3, "ds_name": "RLHF-V"},
@@ -73,7 +73,7 @@ def test_what_a_public_row_says_beside_is_kept_and_counted(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("format", ["llava", "messages"])
-def test_a_group_for_every_answer(format: str, tmp_path: Path) -> None:
+def test_a_group_for_every_answer(format, tmp_path):
     """Behind what was said before, with the pictures that were shown by then."""
     write_pictures(tmp_path)
     pictures = [f"images/00{k}.png" for k in range(3)]
@@ -101,7 +101,7 @@ def example(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_printed_example_of_a_format_is_recognised_by_its_keys(name: str, tmp_path: Path) -> None:
+def test_the_printed_example_of_a_format_is_recognised_by_its_keys(name, tmp_path):
     """Behind a broken row, and one that is not an object, each of which is a problem of its own."""
     if name == "hf":
         (format,) = re.findall(r"hf:image\S+", sys.modules[FORMATS[name].__module__].__doc__ or "")
@@ -138,7 +138,7 @@ CHATS: list[tuple[str, dict[str, Any], int, tuple[Any, ...], list[str]]] = [
 
 
 @pytest.mark.parametrize("case", range(len(CHATS)))
-def test_a_chat_row_is_its_turns_and_answers(case: int, tmp_path: Path) -> None:
+def test_a_chat_row_is_its_turns_and_answers(case, tmp_path):
     format, row, pictures, turns, answers = CHATS[case]
     write_pictures(tmp_path)
     path = lines(tmp_path / "rows.jsonl", [row | ({"images": [IMAGE] * pictures} if pictures else {})])
@@ -149,7 +149,7 @@ def test_a_chat_row_is_its_turns_and_answers(case: int, tmp_path: Path) -> None:
     assert group.images == ((tmp_path / IMAGE,) * pictures,) and from_row(to_row(group, tmp_path), tmp_path) == group
 
 
-def test_a_conversation_shows_the_picture_of_any_usual_column(tmp_path: Path) -> None:
+def test_a_conversation_shows_the_picture_of_any_usual_column(tmp_path):
     """As captions do; pictures that a message names itself are shown, and the column is metadata."""
     write_pictures(tmp_path)
     for row in (talk("a?", "b"), CHAT | {"messages": [{"role": "user", "content": "a?"}, *CHAT["messages"][1:]]}, CHOICE):
@@ -172,7 +172,7 @@ def vsr_row(k: int, said: str, label: object) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_labelled_captions_are_groups_of_a_picture(tmp_path: Path) -> None:
+def test_labelled_captions_are_groups_of_a_picture(tmp_path):
     """As VSR has them, in any order: true texts first, every text under its own label, an empty picture and a contradiction by name."""
     write_pictures(tmp_path)
     said = {(k, f"The cat is here {j}"): (k + j) % 3 != 0 for k in range(12) for j in range(k % 4 + 1)}
@@ -221,14 +221,14 @@ LABELS: dict[str, tuple[str, dict[str, Any], list[tuple[str, int | None]]]] = {
 
 
 @pytest.mark.parametrize("case", LABELS)
-def test_what_the_user_says_a_column_is(case: str, tmp_path: Path) -> None:
+def test_what_the_user_says_a_column_is(case, tmp_path):
     format, row, expected = LABELS[case]
     write_pictures(tmp_path)
     (group,) = read_manifest(lines(tmp_path / "rows.jsonl", [{"image": IMAGE} | row]), format=format)
     assert list(zip([each.text for each in group.candidates], group.match[0], strict=True)) == expected
 
 
-def test_marks_of_coco_files_and_of_samples(tmp_path: Path) -> None:
+def test_marks_of_coco_files_and_of_samples(tmp_path):
     """FOIL's annotations say which caption is false; a tar's ``cls`` and its json say it of a sample."""
     write_pictures(tmp_path)
     notes = [{"image_id": 7, "id": k, "caption": f"c{k}", "foil": k == 1, "foil_word": "ORIG"} for k in range(3)]
@@ -248,7 +248,7 @@ def test_marks_of_coco_files_and_of_samples(tmp_path: Path) -> None:
         assert [each.text for each in group.candidates] == ["c1", "c0"] and group.match == ((1, 0),)
 
 
-def test_questions_and_their_answers_are_no_labelled_captions(tmp_path: Path) -> None:
+def test_questions_and_their_answers_are_no_labelled_captions(tmp_path):
     """POPE's rows: the sentence says what to map, and that is then the group."""
     path = lines(tmp_path / "pope.jsonl", [{"question_id": 1, "image": "a.png", "text": "Is there a dog?", "label": "no"}])
     with pytest.raises(DataError, match="captions:prompt=text,caption=label"):
@@ -264,7 +264,7 @@ def test_questions_and_their_answers_are_no_labelled_captions(tmp_path: Path) ->
     assert group.match == ((1, 0),), "what answers something may be a question"
 
 
-def test_a_row_without_a_prompt_is_asked_what_it_will_be_asked_later(tmp_path: Path) -> None:
+def test_a_row_without_a_prompt_is_asked_what_it_will_be_asked_later(tmp_path):
     write_pictures(tmp_path)
     rows = [CAPTION, CAPTION | {"caption": "b", "prompt": "Who?"}, CAPTION | {"caption": "c", "prompt": ""}]
     path = lines(tmp_path / "rows.jsonl", rows)
@@ -385,7 +385,7 @@ GOOD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_row_is_one_sentence(case: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_one_sentence(case, tmp_path):
     format, bad, said = BAD[case]
     write_pictures(tmp_path)
     good = [GOOD[format]] if format in GOOD else []
@@ -459,7 +459,7 @@ MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", MARKS)
-def test_a_column_that_may_mark_or_hold_false_texts_is_refused_until_it_is_named(case: str, tmp_path: Path) -> None:
+def test_a_column_that_may_mark_or_hold_false_texts_is_refused_until_it_is_named(case, tmp_path):
     """Wherever it is, by every command; both options that the sentence offers work as given."""
     format, rows, names = MARKS[case]
     write_pictures(tmp_path)
@@ -498,20 +498,20 @@ METADATA: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", METADATA)
-def test_other_columns_are_metadata(case: str, tmp_path: Path) -> None:
+def test_other_columns_are_metadata(case, tmp_path):
     rows = METADATA[case]
     for row, group in zip(rows, read_manifest(lines(tmp_path / "rows.jsonl", rows), format="captions"), strict=True):
         assert json.loads(group.meta) == {key: value for key, value in row.items() if key not in SAID and value is not None}
 
 
-def test_a_label_far_behind_is_found(tmp_path: Path) -> None:
+def test_a_label_far_behind_is_found(tmp_path):
     """The rows that are looked at lie all over a large file: one that is sorted hides nothing."""
     path = lines(tmp_path / "rows.jsonl", [CAPTION | {"caption": str(k), "ok": int(k < 2100)} for k in range(2200)])
     with pytest.raises(DataError, match="'ok' "):
         open_groups(path, format="captions")
 
 
-def test_what_messages_and_samples_say_beside_is_kept(tmp_path: Path) -> None:
+def test_what_messages_and_samples_say_beside_is_kept(tmp_path):
     """Scores of answers, an ``input`` that belongs to no instruction, a sample's members beside its conversation."""
     write_pictures(tmp_path)
     said = CHOICE | {"chosen": [{"role": "assistant", "content": "b", "score": 5}], "rejected": SAYS_C | {"score": 1}, "input": "x"}
@@ -524,7 +524,7 @@ def test_what_messages_and_samples_say_beside_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["foil", "is_wrong", "hallucinated", "isfoil", "unfaithful", "not_true"])
-def test_a_column_that_marks_false_texts_needs_its_values(column: str, tmp_path: Path) -> None:
+def test_a_column_that_marks_false_texts_needs_its_values(column, tmp_path):
     """Its 1 means false, and a label's 1 means true; a table with gaps writes 1.0."""
     write_pictures(tmp_path)
     rows = [{"image": IMAGE, "caption": text, column: mark} for text, mark in (("a dog", "0.0"), ("a cat", "1.0"))]
@@ -536,7 +536,7 @@ def test_a_column_that_marks_false_texts_needs_its_values(column: str, tmp_path:
     assert [each.text for each in group.candidates] == ["a dog", "a cat"] and group.match == ((1, 0),)
 
 
-def test_a_sample_s_caption_may_be_a_value_of_a_json_text(tmp_path: Path) -> None:
+def test_a_sample_s_caption_may_be_a_value_of_a_json_text(tmp_path):
     """A text that is a JSON object is refused, with options that the format has."""
     write_pictures(tmp_path)
     manifest = lines(tmp_path / "rows.jsonl", [{"__key__": "a", "png": IMAGE, "txt": '{"said": "a dog"}'}])
@@ -547,7 +547,7 @@ def test_a_sample_s_caption_may_be_a_value_of_a_json_text(tmp_path: Path) -> Non
         assert group.candidates[0].text == text
 
 
-def test_a_repeated_problem_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repeated_problem_is_printed_once(tmp_path, capsys):
     """The rows of another format than the one that is named, and one of them that is broken in its own way."""
     path = lines(tmp_path / "rows.jsonl", [*[GOOD["llava"]] * 30, {"id": 7}, GOOD["llava"]])
     with pytest.raises(SystemExit):
@@ -563,7 +563,7 @@ COLUMNS = [
 
 
 @pytest.mark.parametrize("option", ["negative_caption", "negative_image", "prompt", "edit", "id", "label", "ignore"])
-def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option: str, tmp_path: Path) -> None:
+def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option, tmp_path):
     write_pictures(tmp_path)
     path = lines(tmp_path / "rows.jsonl", COLUMNS)
     said = rf"rows.jsonl: no row has the column 'captoin', which {option} names; did you mean 'caption'\?"
@@ -580,7 +580,7 @@ def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option:
     assert [[each.text for each in group.candidates] for group in good] == [["a dog"], ["a cat", "a dog"]]
 
 
-def test_columns_that_every_format_s_options_name_are_looked_for(tmp_path: Path) -> None:
+def test_columns_that_every_format_s_options_name_are_looked_for(tmp_path):
     """Those within others, of messages and of a sample's json too."""
     write_pictures(tmp_path)
     chat = {**CHAT, "meta": {"ok": 1}, "messages": [CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0}]}
@@ -600,7 +600,7 @@ def test_columns_that_every_format_s_options_name_are_looked_for(tmp_path: Path)
         open_groups(lines(tmp_path / "rows.jsonl", [row | {"caption": 1}]), format="messages:label=captoin")
 
 
-def test_negatives_beside_labels_are_not_left_out(tmp_path: Path) -> None:
+def test_negatives_beside_labels_are_not_left_out(tmp_path):
     rows = [CAPTION | {"label": 1, "negative_caption": "a cat"}, CAPTION | {"caption": "a bus", "label": 0}]
     path = lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(DataError, match=r"'negative_caption' .* ignore=negative_caption"):
@@ -609,7 +609,7 @@ def test_negatives_beside_labels_are_not_left_out(tmp_path: Path) -> None:
     assert group.match == ((1, 0),)
 
 
-def test_false_texts_that_a_refusal_names_are_read_by_what_it_says(tmp_path: Path) -> None:
+def test_false_texts_that_a_refusal_names_are_read_by_what_it_says(tmp_path):
     """Beside those that are read already, by their usual name or by an option."""
     row = CAPTION | {"negative_caption": "a cat", "neg_caption": "a big cow", "m": {"neg": "a red bus"}}
     path = lines(tmp_path / "rows.jsonl", [row])
@@ -624,7 +624,7 @@ def test_false_texts_that_a_refusal_names_are_read_by_what_it_says(tmp_path: Pat
 
 
 @pytest.mark.parametrize("first", [None, True, 0, 1.0])
-def test_rows_for_kto_are_recognised_whatever_the_first_says(first: object, tmp_path: Path) -> None:
+def test_rows_for_kto_are_recognised_whatever_the_first_says(first, tmp_path):
     """A row without its label is a problem of its own."""
     rows = [{"prompt": "a?", "completion": text, "label": label} for text, label in (("x", first), ("b", 1), ("c", 0))]
     store = open_groups(lines(tmp_path / "kto.jsonl", rows))
@@ -636,14 +636,14 @@ def test_rows_for_kto_are_recognised_whatever_the_first_says(first: object, tmp_
 
 
 @pytest.mark.parametrize("format", GOOD)
-def test_a_picture_that_is_not_there_is_named(format: str, tmp_path: Path) -> None:
+def test_a_picture_that_is_not_there_is_named(format, tmp_path):
     path = lines(tmp_path / "rows.jsonl", [GOOD[format]])
     (problem,) = check_manifest(path, format=format, progress=str).problems
     assert problem.startswith(f"{path}:1: {tmp_path / IMAGE}: no such image file; restore it")
 
 
 @pytest.mark.parametrize("change", [{}, {"x": None}, {"videos": [], "audios": None, "tools": None}])
-def test_columns_that_are_null_are_not_there(change: dict[str, Any], tmp_path: Path) -> None:
+def test_columns_that_are_null_are_not_there(change, tmp_path):
     """As Parquet fills rows that lack what others have."""
     write_pictures(tmp_path)
     none = {"system": None, "rejected_images": None, **change}
@@ -666,13 +666,13 @@ def test_columns_that_are_null_are_not_there(change: dict[str, Any], tmp_path: P
         ("captions:label=l,true=0+1,false=1", "'1'"), ("messages:label=isFoil", "'isFoil'"),
     ],
 )  # fmt: skip
-def test_a_format_that_is_not_understood(spec: str, said: str, tmp_path: Path) -> None:
+def test_a_format_that_is_not_understood(spec, said, tmp_path):
     path = lines(tmp_path / "rows.jsonl", [CAPTION])
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}: .*{re.escape(said)}"):
         read_manifest(path, format=spec)
 
 
-def test_values_within_values_by_the_hundred_are_one_sentence(tmp_path: Path) -> None:
+def test_values_within_values_by_the_hundred_are_one_sentence(tmp_path):
     """As deep as can be read, and a little less and more: it is written as metadata, and read again, from where the stack is deeper."""
     write_pictures(tmp_path)
     for name in ("rows.jsonl", "rows.json"):
@@ -691,13 +691,13 @@ def test_values_within_values_by_the_hundred_are_one_sentence(tmp_path: Path) ->
         assert found == {True, False}
 
 
-def test_rows_of_no_format_are_shown(tmp_path: Path) -> None:
+def test_rows_of_no_format_are_shown(tmp_path):
     path = lines(tmp_path / "rows.jsonl", [{"img": "a.png", "words": "x"}])
     with pytest.raises(DataError, match=r"rows.jsonl:1: .*'img', 'words'.*--format"):
         read_manifest(path, format="auto")
 
 
-def test_columns_by_options(tmp_path: Path) -> None:
+def test_columns_by_options(tmp_path):
     """Nested, several, literal prompts with a comma, counterfactuals that do not belong together."""
     write_pictures(tmp_path)
     row = {

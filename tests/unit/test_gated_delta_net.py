@@ -44,7 +44,7 @@ class Model(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model():
     return Model()
 
 
@@ -65,7 +65,7 @@ def row(forest: Forest) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_values_and_gradients_are_those_of_each_path_alone(name: str, model: Model) -> None:
+def test_values_and_gradients_are_those_of_each_path_alone(name, model):
     """float32, in which the library's rule always computes: relative 1e-5."""
     forest = ROWS[name]
     hidden = row(forest)
@@ -77,7 +77,7 @@ def test_values_and_gradients_are_those_of_each_path_alone(name: str, model: Mod
         assert (mine - other).norm() < 1e-5 * other.norm()
 
 
-def test_a_leak_at_any_level_would_be_noticed(model: Model) -> None:
+def test_a_leak_at_any_level_would_be_noticed(model):
     """Siblings one after the other, a text after another question, or a state that nobody has handed on."""
     lengths, parents = (9, 4, 2, 2, 4, 2, 2), (-1, 0, 1, 1, 0, 4, 4)
     hidden = row(Forest(lengths, parents))
@@ -86,7 +86,7 @@ def test_a_leak_at_any_level_would_be_noticed(model: Model) -> None:
         assert (model.layer(hidden, forest=Forest(lengths, wrong)) - right).abs().max() > 1e-3
 
 
-def test_what_would_change_scores_without_an_error_is_refused(model: Model) -> None:
+def test_what_would_change_scores_without_an_error_is_refused(model):
     forest = FORESTS["one tree"]
     with pytest.raises(ValueError, match="takes a forest and no cache or mask"):
         model.layer(row(forest), forest=forest, attention_mask=torch.ones(1, forest.bounds[-1]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ ROWS |= NARROWED
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["heads", "grouped"])
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_kernels_are_as_near_as_a_dense_attention(backend: str, name: str, heads: tuple[int, int]) -> None:
+def test_kernels_are_as_near_as_a_dense_attention(backend, name, heads):
     """bfloat16: at most twice as far from float64 as a dense attention computed in bfloat16, values and gradients."""
     forest, window = ROWS[name]
     qkv = [t.detach().cuda().requires_grad_() for t in inputs(forest, heads, torch.bfloat16, 64)]
@@ -60,7 +59,7 @@ def test_kernels_are_as_near_as_a_dense_attention(backend: str, name: str, heads
 
 
 @pytest.fixture(scope="module")
-def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wider(tmp_path_factory):
     """A LLaVA with heads of 32, for the kernels take none as small as those of the other tests' model."""
     captions = [f"a {c} {s} and a {d} {t}" for c in COLOURS for d in COLOURS for s in SHAPES for t in SHAPES]
     config = TinyLlavaConfig(out_dir=str(tmp_path_factory.mktemp("model") / "llava"), hidden_size=128, vision_hidden_size=64)
@@ -68,7 +67,7 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_run_in_bfloat16(backend: str, wider: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_in_bfloat16(backend, wider, manifests, tmp_path):
     """ZeRO-3 over NCCL; the run itself compares its packed scores with single-row forwards, and its losses fall near those of float32."""
     common = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5", "--train.self_check", "error"]
     half = train_arguments(wider, manifests, tmp_path / "half", *common, "--model.attn_implementation", backend, "--train.bf16", "true")
@@ -78,7 +77,7 @@ def test_a_run_in_bfloat16(backend: str, wider: Path, manifests: dict[str, Path]
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=0.02)
 
 
-def test_commands_score_near_a_cpu(wider: Path, manifests: dict[str, Path]) -> None:
+def test_commands_score_near_a_cpu(wider, manifests):
     groups, found = list(read_manifest(manifests["train"]))[:4], []
     for world in (None, World(0, 1, 0, torch.device("cpu"))):
         scorer, collator, place = load_scorer(ModelConfig(str(wider)), max_pixels=MAX_PIXELS, world=world)
@@ -88,7 +87,7 @@ def test_commands_score_near_a_cpu(wider: Path, manifests: dict[str, Path]) -> N
     torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
 
 
-def test_a_node_is_checked() -> None:
+def test_a_node_is_checked():
     assert gpu_fault(torch.cuda.device_count()) is None
     store = torch.distributed.TCPStore("127.0.0.1", free_port(), 1, is_master=True)
     assert _collective(store, 0, 1, timedelta(minutes=1)) == 0, "one rank sends nothing"

@@ -19,7 +19,7 @@ ABSENT = ("mlflow", "peft", "matplotlib", "PIL", "torchvision", "pyarrow", "sent
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Any:
+def gpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPO / "benchmarks"))
         return importlib.import_module("gpu")
@@ -37,7 +37,7 @@ def measured(tmp_path: Path, *parts: str) -> tuple[dict[tuple[str, str], dict[st
     return written, done.stdout
 
 
-def test_every_part_of_one_process_runs_on_a_cpu(tmp_path: Path) -> None:
+def test_every_part_of_one_process_runs_on_a_cpu(tmp_path):
     """No case fails, back ends for GPUs are named as such."""
     written, printed = measured(tmp_path, "card", "kernels", "scoring", "training")
     assert {part for part, _ in written} == {"card", "kernels", "scoring", "training"}
@@ -52,7 +52,7 @@ def test_every_part_of_one_process_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_whole_command_runs_on_a_cpu(tmp_path: Path) -> None:
+def test_the_whole_command_runs_on_a_cpu(tmp_path):
     """Two ranks that share the device too; their losses are those of one rank."""
     written, _ = measured(tmp_path)
     assert {part for part, _ in written} == {"card", "kernels", "scoring", "training", "ranks"}
@@ -86,7 +86,7 @@ for part, name in cases:
 """
 
 
-def test_what_ends_its_process_is_named_and_the_rest_goes_on(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ends_its_process_is_named_and_the_rest_goes_on(gpu, tmp_path, monkeypatch):
     """A case that dies, a layout that does, a part that hangs: each costs itself and nothing else, and all is written."""
 
     class Acted(gpu.Parts):
@@ -104,7 +104,7 @@ def test_what_ends_its_process_is_named_and_the_rest_goes_on(gpu: Any, tmp_path:
     assert parts.without == ["bad"] and len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 6
 
 
-def test_a_process_that_never_begins_is_one_error(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_never_begins_is_one_error(gpu, tmp_path, monkeypatch):
     class Broken(gpu.Parts):
         def command(self, into: Path) -> list[str]:
             return [sys.executable, "-S", "-c", "raise SystemExit('torch sees no CUDA device')"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +11,12 @@ import torch
 from conftest import write_manifest
 
 from cfvlm_ds.batching.batch import MicroBatch
-from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.models import Scorer
 from cfvlm_ds.training.hard_negatives import cut_to_hardest, hardest
 
 
@@ -34,7 +32,7 @@ def kept(match: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], number
     return [images.nonzero().flatten().tolist(), texts.nonzero().flatten().tolist()]
 
 
-def test_by_hand() -> None:
+def test_by_hand():
     """Three complete pairs and a sham (image 4). Text 2 beats the factual one on image 0 by 1; image 3 beats image 0 for it by 2; text 1
     loses everywhere. On its own image text 1 loses to the factual text by 3 in the second matrix, which makes it the hardest."""
     match = [[1, 0, 0, 0], [0, 1, -1, -1], [0, -1, 1, -1], [0, -1, -1, 1], [1, -1, -1, -1]]
@@ -48,7 +46,7 @@ def test_by_hand() -> None:
     assert kept(match, logp, 1) == [[0, 1, 4], [0, 1]]
 
 
-def test_one_sided_counterfactuals_and_what_always_stays() -> None:
+def test_one_sided_counterfactuals_and_what_always_stays():
     texts_only = [[1, 0, 0, 1, 0]]  # text 3 is a second true caption
     assert kept(texts_only, [[-5.0, -6.0, -4.0, -99.0, -7.0]], 1) == [[0], [0, 2, 3]]
     images_only = [[1], [0], [0], [1]]
@@ -66,12 +64,12 @@ def test_one_sided_counterfactuals_and_what_always_stays() -> None:
 
 
 @pytest.fixture(scope="module")
-def collator(model_dir: Path) -> Collator:
+def collator(model_dir):
     return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star").of_run("star", None, None, packs_again=True)
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+def groups(tmp_path_factory):
     made = read_manifest(write_manifest(tmp_path_factory.mktemp("hard") / "m.jsonl", 10, seed=3))
     asked = replace(made[0].candidates[0], prompt="What is it?")  # a second prompt, so that the tree has branches of prompts
     made[0] = replace(made[0], candidates=(*made[0].candidates, asked), match=tuple((*row, row[0]) for row in made[0].match))
@@ -88,9 +86,7 @@ def reduced(group: CounterfactualGroup, keep: torch.Tensor) -> CounterfactualGro
 
 
 @pytest.mark.parametrize("max_tokens", [None, 90])
-def test_a_row_packed_again_is_that_of_groups_without_those_cells(
-    max_tokens: int | None, collator: Collator, groups: list[CounterfactualGroup], scorer: Scorer
-) -> None:
+def test_a_row_packed_again_is_that_of_groups_without_those_cells(max_tokens, collator, groups, scorer):
     """Scores of the cells that stay, and as many tokens, scored positions and pictures as a row has that never had the others."""
     parts = collator.parts(groups, max_tokens)
     keep = torch.zeros_like(parts[0].layout.valid)
@@ -113,7 +109,7 @@ def test_a_row_packed_again_is_that_of_groups_without_those_cells(
         assert row.num_tokens < parts[0].num_tokens and sorted(row.model_inputs["targets"]) == sorted(fresh.model_inputs["targets"])
 
 
-def test_gradients_are_those_of_the_row_without_the_others(collator: Collator, groups: list[CounterfactualGroup], scorer: Scorer) -> None:
+def test_gradients_are_those_of_the_row_without_the_others(collator, groups, scorer):
     batch = collator(groups)
     keep = torch.zeros_like(batch.layout.valid)
     keep[:, :, :1] = True
@@ -128,7 +124,7 @@ def test_gradients_are_those_of_the_row_without_the_others(collator: Collator, g
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-6)
 
 
-def test_a_micro_batch_is_cut_to_the_hardest_by_the_model(collator: Collator, groups: list[CounterfactualGroup], scorer: Scorer) -> None:
+def test_a_micro_batch_is_cut_to_the_hardest_by_the_model(collator, groups, scorer):
     """In parts of unequal number on ranks: a repeat in front changes nothing; the mode of training comes back."""
     modes: list[bool] = []
 
@@ -156,7 +152,7 @@ def test_a_micro_batch_is_cut_to_the_hardest_by_the_model(collator: Collator, gr
     scorer.eval()
 
 
-def test_candidates_without_pictures_stay_whole(collator: Collator) -> None:
+def test_candidates_without_pictures_stay_whole(collator):
     group = CounterfactualGroup(
         "words", ((),), tuple(Candidate("Which?", text) for text in ("a red circle", "a", "a blue circle")), ((1, 0, 0),)
     )

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -87,7 +86,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def server(tmp_path, monkeypatch):
     (tmp_path / "remote").mkdir()
     PUBLIC["WebDataset"][0](tmp_path / "remote", 40)
     (tmp_path / "remote" / "README.md").write_text("x")
@@ -107,7 +106,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 ADDRESS = "hf://datasets/me/mine/shards/*.tar"
 
 
-def test_files_are_fetched_once_and_stay(server: Hub, tmp_path: Path) -> None:
+def test_files_are_fetched_once_and_stay(server, tmp_path):
     """The same groups as from the folder; afterwards nobody is asked, also when the hub has other files, or is gone."""
     expected = read_manifest(tmp_path / "remote" / "shards", format="webdataset")
     groups = open_groups(ADDRESS, format="webdataset")
@@ -125,7 +124,7 @@ def test_files_are_fetched_once_and_stay(server: Hub, tmp_path: Path) -> None:
         open_groups(ADDRESS, format="webdataset")
 
 
-def test_what_is_not_there_is_said_in_a_sentence(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there_is_said_in_a_sentence(server, monkeypatch):
     cases = {
         "hf://datasets/me/mine": r"names no files; add them, such as hf://datasets/me/mine/data/train-\*\.parquet, or hf://datasets/me/mine@~parquet",
         "hf://datasets/mine": "hf://datasets/ORG/NAME/FILES",
@@ -150,7 +149,7 @@ def test_what_is_not_there_is_said_in_a_sentence(server: Hub, monkeypatch: pytes
         open_groups(ADDRESS)
 
 
-def test_whoever_waits_shows_life(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_waits_shows_life(server, monkeypatch):
     signs, said = list[int](), list[str]()
     monkeypatch.setattr(hub, "_EVERY_S", 0.001)
     assert fetched(ADDRESS, lambda: signs.append(1), said.append).name == "*.tar" and len(signs) > 1
@@ -158,7 +157,7 @@ def test_whoever_waits_shows_life(server: Hub, monkeypatch: pytest.MonkeyPatch) 
     assert fetched("a.jsonl") == Path("a.jsonl") and not is_hub("hf/a.jsonl")
 
 
-def test_an_export_is_pushed_file_by_file(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_is_pushed_file_by_file(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     (folder := tmp_path / "export").mkdir()
     files = {"README.md": b"---\nlibrary_name: transformers\n---\n# tuned\n", "config.json": b"{}", "model.safetensors": bytes(range(256))}

@@ -26,7 +26,7 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores
-from cfvlm_ds.models import Scorer, load_processor
+from cfvlm_ds.models import load_processor
 from cfvlm_ds.objectives import BatchAlign, batch_terms, denominators, required_cells, weighted_loss
 from cfvlm_ds.objectives.align import Align
 from cfvlm_ds.objectives.csd import Csd
@@ -74,7 +74,7 @@ def many(number: int, seed: int = 0) -> list[CounterfactualGroup]:
 # Who gets which -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_texts_of_others_that_answer_the_same_prompt_and_are_not_excluded() -> None:
+def test_texts_of_others_that_answer_the_same_prompt_and_are_not_excluded():
     groups = [
         group("a", "a red cat", "a blue cat", exclude=("dogs", "A  Green cat")),
         group("b", "A red  cat", "a dog"),  # the first says what a says
@@ -95,7 +95,7 @@ def test_texts_of_others_that_answer_the_same_prompt_and_are_not_excluded() -> N
     assert {negative.share for negative in found[3].in_step.in_batch} == {0.5}, "half of each group of two texts"
 
 
-def test_a_text_that_is_known_to_be_true_is_never_drawn() -> None:
+def test_a_text_that_is_known_to_be_true_is_never_drawn():
     """What shares a key says the same, whether a row excludes it or not; what another row says of a picture holds for that picture here."""
     by_key = [group("a", "a red cat", "a blue cat", keys=("cat", "")), group("b", "a crimson feline", keys=("cat",))]
     by_key += [group("c", "an azure cat", "a dog", keys=("a blue cat", ""))]
@@ -109,14 +109,14 @@ def test_a_text_that_is_known_to_be_true_is_never_drawn() -> None:
     assert [drawn(each) for each in in_a_step([first, again])] == [["a dog on a sofa"], ["a red cat"]]
 
 
-def test_a_question_about_two_pictures_is_another_one() -> None:
+def test_a_question_about_two_pictures_is_another_one():
     two = replace(group("two", "the left one is red"), images=((Path("/p.png"), Path("/q.png")),))
     more = replace(group("more", "both"), images=((Path("/r.png"), Path("/q.png")),))
     found = in_a_step([group("a", "a red cat"), two, group("b", "a dog"), more])
     assert [drawn(each) for each in found] == [["a dog"], ["both"], ["a red cat"], ["the left one is red"]]
 
 
-def test_as_many_as_are_wanted_and_not_always_the_same() -> None:
+def test_as_many_as_are_wanted_and_not_always_the_same():
     groups = many(12)
     found = in_a_step(groups)
     assert all(len(drawn(each)) == 3 == len(set(drawn(each))) for each in found)
@@ -125,7 +125,7 @@ def test_as_many_as_are_wanted_and_not_always_the_same() -> None:
     assert in_a_step(groups) == found
 
 
-def test_the_choice_depends_on_the_groups_of_the_step_alone() -> None:
+def test_the_choice_depends_on_the_groups_of_the_step_alone():
     """Their order, and how ranks and micro-batches share them, change nothing; rows that cannot be read offer nothing."""
     groups: list[Any] = many(12)
     expected = {each.id: drawn(each) for each in in_a_step(groups)}
@@ -147,7 +147,7 @@ def test_the_choice_depends_on_the_groups_of_the_step_alone() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_rank_knows_the_whole_step(packed: bool) -> None:
+def test_every_rank_knows_the_whole_step(packed):
     """WholeSteps yields the sampler's own micro-batches, each with its places in a step that is the same on all ranks."""
 
     def sampler(rank: int, world: int, steps: int) -> GroupSampler:
@@ -254,7 +254,7 @@ OPTIONS = [{}, {"pmi": 0.0, "temperature": 3.0}, {"len_norm": "own", "pmi": 0.5,
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("parts", [[range(9)], [[0, 1], [2, 3, 4], [5], [6, 7, 8]], [[k] for k in (8, 3, 5, 1, 0, 2, 4, 6, 7)]], ids=len)
-def test_the_loss_over_a_step_equals_one_graph_of_it(parts: Sequence[Sequence[int]], options: dict[str, Any]) -> None:
+def test_the_loss_over_a_step_equals_one_graph_of_it(parts, options):
     """Value and gradient, however micro-batches and ranks share the step; a group that the step has twice included."""
     groups = in_a_step([*many(8), many(8)[2]])
     table, objective = Table(groups), {"batch_align": BatchAlign(**options, weight=1.0, warmup=0.0)}
@@ -271,7 +271,7 @@ def test_the_loss_over_a_step_equals_one_graph_of_it(parts: Sequence[Sequence[in
     assert abs(without.item() - expected.item()) > 0.01, "images of other groups must matter, or this proves nothing"
 
 
-def test_a_text_whose_group_is_left_out_of_the_step_is_compared_with_nothing() -> None:
+def test_a_text_whose_group_is_left_out_of_the_step_is_compared_with_nothing():
     groups = in_a_step(many(6))
     table, objective = Table(groups), {"batch_align": BatchAlign(weight=1.0, warmup=0.0)}
     lost = groups[0].in_step.in_batch[0].source_group
@@ -284,7 +284,7 @@ def test_a_text_whose_group_is_left_out_of_the_step_is_compared_with_nothing() -
     assert torch.autograd.grad(loss, table.values)[0].isfinite().all()
 
 
-def test_by_hand() -> None:
+def test_by_hand():
     """Two plain captions on their own pictures, temperature 1, no prior: S = log 4 on the own image, 0 on the other's.
 
     Text side: log(1 + 1/4) each; image side the same; so the loss is log 1.25, half of each. d loss / d S(own) is -1/5 a group over two
@@ -304,7 +304,7 @@ def test_by_hand() -> None:
     assert report == {"violated/batch_align": (0, 2), "batch_align/texts": (2, 2)}
 
 
-def test_other_terms_do_not_see_the_guests() -> None:
+def test_other_terms_do_not_see_the_guests():
     """Loss, denominators and gradients are the same bits with and without texts of others beside the group's own."""
     plain = many(6)
     hosting = in_a_step(plain)
@@ -324,7 +324,7 @@ def test_other_terms_do_not_see_the_guests() -> None:
 
 
 @pytest.fixture(scope="module")
-def pictured(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+def pictured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     colours = ("red", "green", "blue", "yellow")
     groups = []
@@ -336,9 +336,7 @@ def pictured(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGro
     return groups
 
 
-def test_a_guest_scores_on_an_image_what_it_scores_there_alone(
-    model_dir: Path, scorer: Scorer, pictured: list[CounterfactualGroup]
-) -> None:
+def test_a_guest_scores_on_an_image_what_it_scores_there_alone(model_dir, scorer, pictured):
     """Against the library's own forward of one image and one string; own cells are as without in-batch negatives; parts add up."""
     collator, groups = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star"), in_a_step(pictured)
     processor = load_processor(ModelConfig(str(model_dir)))
@@ -362,7 +360,7 @@ def test_a_guest_scores_on_an_image_what_it_scores_there_alone(
         torch.testing.assert_close(joined.logp, scores.logp, rtol=1e-4, atol=1e-4)
 
 
-def test_guests_that_do_not_fit_the_window_are_left_out(model_dir: Path, pictured: list[CounterfactualGroup]) -> None:
+def test_guests_that_do_not_fit_the_window_are_left_out(model_dir, pictured):
     """Of the group they visit, that is: a text that fits behind its own pictures is no error behind larger ones."""
     collator, groups = load_collator(ModelConfig(str(model_dir)), "star"), in_a_step([*pictured, group("long", "a circle " * 40)], {"b": 9})
     (visited,) = (each for each in groups if "a circle " * 40 in drawn(each) and each.id == "g0")
@@ -376,7 +374,7 @@ def test_guests_that_do_not_fit_the_window_are_left_out(model_dir: Path, picture
         collator._changed(max_length=longest - 1)([visited])
 
 
-def test_a_text_that_cannot_be_encoded_costs_its_own_group_alone(model_dir: Path, pictured: list[CounterfactualGroup]) -> None:
+def test_a_text_that_cannot_be_encoded_costs_its_own_group_alone(model_dir, pictured):
     """It is named there, and no group that it would have visited is left out with it."""
     groups = in_a_step([*pictured, group("bad", "a red </s> circle")], {"b": 9})
     assert all("a red </s> circle" in drawn(each) for each in groups[:3])
@@ -385,7 +383,7 @@ def test_a_text_that_cannot_be_encoded_costs_its_own_group_alone(model_dir: Path
     assert batch.layout.in_batch is not None and batch.layout.in_batch.source_group[..., 0].max() == 2
 
 
-def test_the_prior_of_a_guest_is_that_of_its_own_group(pictured: list[CounterfactualGroup]) -> None:
+def test_the_prior_of_a_guest_is_that_of_its_own_group(pictured):
     groups = in_a_step(pictured)
     stored = {f"g{g}": StoredScores(((-1.0, -2.0),) * 2, (-10.0 * g - 1, -10.0 * g - 2)) for g in range(3)}
     layout = layout_of(groups)
@@ -395,7 +393,7 @@ def test_the_prior_of_a_guest_is_that_of_its_own_group(pictured: list[Counterfac
         assert prior[g].tolist() == [-10.0 * g - 1, -10.0 * g - 2, *(-10.0 * int(x.group[1]) - 1 - x.number for x in each.in_step.in_batch)]
 
 
-def test_a_guest_of_a_source_without_scores_has_no_prior() -> None:
+def test_a_guest_of_a_source_without_scores_has_no_prior():
     """In a mixture whose other terms need scores of one source, and batch_align none."""
     groups = in_a_step([group("x/a", "one"), replace(group("y/b", "two"), objectives=("batch_align",))])
     scores = ScoresOfSources({"x": {"a": StoredScores(((-1.0,),), (-2.0,))}})

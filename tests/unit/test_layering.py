@@ -61,7 +61,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_go_down(path: Path) -> None:
+def test_imports_go_down(path):
     own = path.relative_to(PACKAGE).parts[0]
     for name in imports(path):
         top, *rest = name.split(".")
@@ -74,7 +74,7 @@ def test_imports_go_down(path: Path) -> None:
             assert own in ONLY_IN[top], f"{path} imports {top}"
 
 
-def test_no_file_imports_itself_by_way_of_others() -> None:
+def test_no_file_imports_itself_by_way_of_others():
     graph = {name: {other for other in imports(path) if other in MODULES and other != name} for name, path in MODULES.items()}
     list(graphlib.TopologicalSorter(graph).static_order())
 
@@ -89,7 +89,7 @@ def at_once(path: Path) -> Iterator[str]:
             yield from (name for k in range(len(parts)) if (name := ".".join(parts[: k + 1])) in MODULES)
 
 
-def test_training_opens_stores_and_loads_nothing_that_reads_other_data() -> None:
+def test_training_opens_stores_and_loads_nothing_that_reads_other_data():
     """Formats, containers and the hub's client come with the first data set that is no store."""
     loaded, waiting = set[str](), ["cfvlm_ds.training.run", "cfvlm_ds.cli.train"]
     while waiting:
@@ -101,13 +101,13 @@ def test_training_opens_stores_and_loads_nothing_that_reads_other_data() -> None
     assert not [name for name in loaded if name.startswith(other)]
 
 
-def test_every_room_has_a_floor_and_one_sentence_at_its_door() -> None:
+def test_every_room_has_a_floor_and_one_sentence_at_its_door():
     assert {path.relative_to(PACKAGE).parts[0] for path in FILES} == set(FLOOR)
     for room in FLOOR:
         assert ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())), f"{room} says nothing at its door"
 
 
-def test_every_file_that_the_page_names_is_there() -> None:
+def test_every_file_that_the_page_names_is_there():
     named = re.findall(r"`(\w+/[\w/]*(?:\.py)?)`", PAGE)
     assert len(named) > 20 and not [name for name in named if not (PACKAGE / name).exists() and not (PACKAGE.parent / name).exists()]
 
@@ -135,7 +135,7 @@ OF_LIBRARIES = {
 }
 
 
-def test_no_object_is_finished_from_outside() -> None:
+def test_no_object_is_finished_from_outside():
     """No attribute that a class of this package has is assigned but by its own methods; those of the libraries' objects may be."""
     trees = {path: parsed(path) for path in FILES}
     classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
@@ -188,7 +188,7 @@ def module_aliases(path: Path) -> set[str]:
     return {alias.asname or alias.name for node in nodes for alias in node.names}
 
 
-def test_what_deepspeed_does_not_offer_is_used_in_one_place() -> None:
+def test_what_deepspeed_does_not_offer_is_used_in_one_place():
     found = {path: list(beyond_public(path)) for path in FILES}
     assert len([use for path, uses in found.items() if path.parent.name == "deepspeed_compat" for use in uses]) > 20
     assert not {path: uses for path, uses in found.items() if uses and path.parent.name != "deepspeed_compat"}
@@ -203,7 +203,7 @@ AS_LIMIT = {("timedelta", "engine/setup.py"), ("timedelta", "cluster/node_check.
 """Of collectives; and of names of files, which are refused and not shown."""
 
 
-def test_what_has_one_place_is_nowhere_else() -> None:
+def test_what_has_one_place_is_nowhere_else():
     found = set()
     for path in FILES:
         for node in ast.walk(parsed(path)):
@@ -223,7 +223,7 @@ SAFE = {"peft.PeftConfig.from_pretrained"}
 """Reads a JSON file, and has no such argument."""
 
 
-def test_whatever_is_loaded_runs_no_code_of_its_own() -> None:
+def test_whatever_is_loaded_runs_no_code_of_its_own():
     """Nothing is unpickled, and no loader is left to ask whether to run the code of a folder or a repository."""
     refused: dict[str, dict[str, object]] = {"torch.load": {"weights_only": True}, "np.load": {"allow_pickle": False}}
     found, wrong = set(), []
@@ -244,7 +244,7 @@ def test_whatever_is_loaded_runs_no_code_of_its_own() -> None:
     assert {"AutoModelForImageTextToText.from_pretrained", "diffusers.DiffusionPipeline.from_pretrained"} <= found
 
 
-def test_this_version_of_deepspeed_has_been_read() -> None:
+def test_this_version_of_deepspeed_has_been_read():
     sentence = unknown_version(version("deepspeed"))
     assert sentence is None, sentence
     assert f'"deepspeed{KNOWN}"' in (PACKAGE.parent / "pyproject.toml").read_text()
@@ -254,7 +254,7 @@ def test_this_version_of_deepspeed_has_been_read() -> None:
     assert "0.21.3 is installed" in str(unknown_version("0.21.3")) and f"'deepspeed{KNOWN}'" in str(unknown_version("0.21.3"))
 
 
-def test_commands_start_without_torch_and_objectives_need_it_alone() -> None:
+def test_commands_start_without_torch_and_objectives_need_it_alone():
     """What nobody uses yet is not imported: --help in 0.2 s where torch takes 2 and transformers 4 more."""
     heavy = "[m for m in ('torch', 'transformers', 'deepspeed', 'mlflow', 'PIL', 'matplotlib') if m in sys.modules]"
     code = f"import sys, cfvlm_ds.cli.main; print({heavy}); from cfvlm_ds import *; print({heavy}, weighted_loss.__name__)"
@@ -318,7 +318,7 @@ def lines_for_cuda(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, int]]
         yield from lines_for_cuda(node, f"{inside}.{node.name}".strip(".") if named else inside)
 
 
-def test_what_only_cuda_runs_has_a_test_that_runs_it() -> None:
+def test_what_only_cuda_runs_has_a_test_that_runs_it():
     found = Counter(
         f"{path.relative_to(PACKAGE)} {function}" for path in FILES for function, _ in sorted(set(lines_for_cuda(parsed(path))))
     )

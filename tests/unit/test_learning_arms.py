@@ -38,7 +38,7 @@ TERMS = {
 }
 
 
-def test_every_arm_is_a_run_and_has_the_terms_of_its_title() -> None:
+def test_every_arm_is_a_run_and_has_the_terms_of_its_title():
     assert TERMS.keys() < learning.ARMS.keys() and len({arm.title for arm in learning.KNOWN.values()}) == len(learning.KNOWN)
     options = {name: ["--config", "examples/quickstart.yaml", *arm.options] for name, arm in learning.KNOWN.items()}
     configs = {name: parse_config(each, OBJECTIVES) for name, each in options.items()}
@@ -64,7 +64,7 @@ def test_every_arm_is_a_run_and_has_the_terms_of_its_title() -> None:
     assert [(longer[term].len_norm, longer[term].margin) for term in ("csd", "fcd")] == [("anchor", 0.076)] * 2
 
 
-def test_rows_with_negatives_of_one_kind(tmp_path: Path) -> None:
+def test_rows_with_negatives_of_one_kind(tmp_path):
     """Read as any row: the factual pair, and false texts on its image or edited images for its text, as many as there were."""
     path = write_manifest(tmp_path / "m.jsonl", 9)
     for line, whole in zip(path.read_text().splitlines(), read_manifest(path), strict=True):
@@ -75,7 +75,7 @@ def test_rows_with_negatives_of_one_kind(tmp_path: Path) -> None:
         assert all(edit.image is None for edit in texts.edits) and all(edit.text is None for edit in images.edits)
 
 
-def test_rows_of_fewer_groups_and_of_wrong_ones(tmp_path: Path) -> None:
+def test_rows_of_fewer_groups_and_of_wrong_ones(tmp_path):
     """Of 400 groups the first hundred, and a tenth and a third in which each picture has the other's caption, the tenth among the third."""
     texts = [{"id": "t0", "text": "a red car"}, {"id": "t1", "text": "a blue car"}]
     world = [{"id": f"g{k}", "texts": texts, "match": [["i0", "t0", 1], ["i0", "t1", 0]]} for k in range(400)]
@@ -97,7 +97,7 @@ def test_rows_of_fewer_groups_and_of_wrong_ones(tmp_path: Path) -> None:
     assert len({job.name for job in jobs}) == 4 and jobs[3].name == "default-1e-3-seed0"
 
 
-def test_longer_captions_stay_true_and_differ_in_the_same_words(tmp_path: Path) -> None:
+def test_longer_captions_stay_true_and_differ_in_the_same_words(tmp_path):
     """Statements of things that no caption of the row names, the same ones at the same place; questions are as they were."""
     texts = [
         {"id": "t0", "text": "two red circles above a blue star", "key": "k0"},
@@ -126,13 +126,13 @@ def test_longer_captions_stay_true_and_differ_in_the_same_words(tmp_path: Path) 
     ]
 
 
-def test_steps_are_those_of_the_time_of_the_default() -> None:
+def test_steps_are_those_of_the_time_of_the_default():
     costs = {("nll-all", 0): 2 / 3, ("nll-all", 14): 5 / 9}
     jobs = [arms.Job(arm, "1e-3", 0, more=more) for arm in ("nll-all", "default", "calibrated") for more in (0, 14)]
     assert [learning.steps_of(job, costs) for job in jobs] == [1500, 1800, 1000, 1000, 1000, 1000]
 
 
-def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(tmp_path):
     """A process that ends without its last file (stopped), one that fails, one that ends; then nothing is run."""
     script = "import sys, time; b = time.process_time()\nwhile time.process_time() < b + 0.1: pass\n"
     folder = tmp_path / "weight-0.3-run"
@@ -145,7 +145,7 @@ def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"weight-0.3-run", "weight-0.3-run.log"}, "a log of its own"
 
 
-def test_a_finished_run_of_another_objective_is_not_taken_for_this_one(tmp_path: Path) -> None:
+def test_a_finished_run_of_another_objective_is_not_taken_for_this_one(tmp_path):
     """As it is after a default has changed: the command is the same, and what it means is not."""
     command = ["python", "train.py", "--config", "examples/quickstart.yaml", "--objective.csd.weight=0.5"]
     options = parse_config(command[2:], OBJECTIVES).resolved
@@ -160,7 +160,7 @@ def test_a_finished_run_of_another_objective_is_not_taken_for_this_one(tmp_path:
                 learning.run_process(command, tmp_path, {}, "finished.json")
 
 
-def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(tmp_path, monkeypatch):
     """One scoring of each manifest on which an arm that needs it trains, be it named first or last."""
     called: list[list[str]] = []
     built: list[tuple[Path, Any]] = []
@@ -181,7 +181,7 @@ def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(tmp_path: P
     assert [(command[3], command[5]) for command in called] == wanted
 
 
-def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(tmp_path, monkeypatch):
     """Every rate has one seed, the two best of them a second one; a rate that had luck with the first does not win by it."""
     for module in (arms, learning):
         monkeypatch.setattr(module, "RECORDS", tmp_path)
@@ -205,7 +205,7 @@ def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(tmp_path: Path, mo
     assert "| default objective | 7 | 60.0 | 64.0, 60.0 | 64.0 | 70.0, 50.0 | 99.0 |" in table and table.count("\n") == 3
 
 
-def test_a_run_takes_the_training_of_the_choice_of_its_rate(tmp_path: Path) -> None:
+def test_a_run_takes_the_training_of_the_choice_of_its_rate(tmp_path):
     """All of it but what says that it has ended and what it was evaluated on, if it took as many steps and none has begun by itself."""
     choice, folder = tmp_path / "rates" / "run", tmp_path / "run"
     (choice / "checkpoint-20").mkdir(parents=True)
@@ -226,7 +226,7 @@ def test_a_run_takes_the_training_of_the_choice_of_its_rate(tmp_path: Path) -> N
     assert (folder / "metrics.jsonl").read_text() == "its own"
 
 
-def test_tables_of_records_of_any_age() -> None:
+def test_tables_of_records_of_any_age():
     """Those of the repository, one seed alone, and differences from the control by seeds that both have, the interval by hand."""
     named = learning.read_records(learning.RECORDS / learning.RUNS)
     base, records = named.pop(learning.BASE), list(named.values())
@@ -257,7 +257,7 @@ def test_tables_of_records_of_any_age() -> None:
     assert "| DPO | 1e-3 | 2 | +2.5 ± 6.4 |" in table and "NLL, all pairs | 1e-3" not in table
 
 
-def test_pages_say_what_the_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_say_what_the_records_say(tmp_path, monkeypatch):
     """Each table of runs in RESULTS.md and TRIALS.md is the one that its command prints; of a page with other figures --report makes it."""
     originals = [page.read_text() for page in learning.PAGES]
     copies = [tmp_path / page.name for page in learning.PAGES]
@@ -273,7 +273,7 @@ def test_pages_say_what_the_records_say(tmp_path: Path, monkeypatch: pytest.Monk
         assert sum(text.count(f"`python benchmarks/learning.py --table {name}`") for text in originals) == 1, f"{name} is shown"
 
 
-def test_a_table_is_what_its_rows_say() -> None:
+def test_a_table_is_what_its_rows_say():
     """Two seeds have no interval and three have one, by hand; differences are of equal seeds; the base is one row without a rate."""
 
     def found(arm: str, seed: int, value: float) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def test_a_table_is_what_its_rows_say() -> None:
     ]
 
 
-def test_a_page_has_the_table_of_a_command_once() -> None:
+def test_a_page_has_the_table_of_a_command_once():
     page = "As `python a.py --table x` says, and more\nof it:\n\n| old |\n|---|\n| 1 |\n\nThen `python a.py --table y`:\n\n| two |\n"
     one, two = ("a.py --table x", "| new |\n|---|"), ("a.py --table y", "| 2 |")
     renewed = shown.renewed(page, [one, two])
@@ -315,7 +315,7 @@ def test_a_page_has_the_table_of_a_command_once() -> None:
         shown.renewed(page + page, [one])
 
 
-def test_a_table_runs_what_it_lacks(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_table_runs_what_it_lacks(tmp_path, monkeypatch, capsys):
     """The base first, with the default's own first run; of the others those that have no record; then it prints."""
     table = pages.Table((pages.Row("base"), pages.Row("DPO", "dpo", seeds=(0, 1))), ("all",), num_test=90)
     ran, runs = list[tuple[str, int]](), tmp_path / learning.RUNS
@@ -338,7 +338,7 @@ def test_a_table_runs_what_it_lacks(tmp_path: Path, monkeypatch: Any, capsys: An
     assert capsys.readouterr().out.count("| base | | | | 20.0 |\n| DPO | 3e-4 | 2 | 3/4 | 45.0 |\n") == 2
 
 
-def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path, monkeypatch):
     def found(relation: float) -> dict[str, Any]:
         rows = {"combo": {"relation": relation, "all": 80.0}, "yes_no": {"relation": 50.0, "all": 60.0}}
         return {split: {edit: {"groups": 1000, "group": value} for edit, value in edits.items()} for split, edits in rows.items()}
@@ -362,14 +362,14 @@ def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path: Path, monkey
     assert "1 seeds" in text and "this run's of 50" in text
 
 
-def test_the_package_holds_what_the_demo_prints() -> None:
+def test_the_package_holds_what_the_demo_prints():
     told = json.loads(demo_report.MEASURED.read_text())
     splits = {"combo", "yes_no", "choice", "count"}
     assert all(set(told[arm]["mean"]) == splits == set(told["base"]) for arm in ("nll", "default"))
     assert set(told["base"]["combo"]) == {*EDITS, "all"}
 
 
-def test_the_figure_over_time_shows_what_its_arms_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_over_time_shows_what_its_arms_have(tmp_path, monkeypatch):
     """A line of each arm, of as many points as it has times, in the order of time; an arm that has none draws none."""
     from matplotlib import pyplot
 

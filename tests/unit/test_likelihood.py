@@ -36,7 +36,7 @@ def layout(num_tokens: list[list[list[int]]], match: list[list[list[int]]] | Non
 # Tokens -----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_token_logprobs_equals_log_softmax_by_hand() -> None:
+def test_token_logprobs_equals_log_softmax_by_hand():
     """Row 0: logits (0, log 2, log 3), so probabilities 1/6, 1/3, 1/2; row 1 is uniform."""
     logits = torch.tensor([[0.0, math.log(2), math.log(3)], [7.0, 7.0, 7.0]], dtype=torch.float64)
     for target, p in enumerate([1 / 6, 1 / 3, 1 / 2]):
@@ -44,7 +44,7 @@ def test_token_logprobs_equals_log_softmax_by_hand() -> None:
         assert found.tolist() == pytest.approx([math.log(p), math.log(1 / 3)], rel=1e-12)
 
 
-def test_token_logprobs_equals_a_loop_in_float64_with_its_gradient() -> None:
+def test_token_logprobs_equals_a_loop_in_float64_with_its_gradient():
     torch.manual_seed(0)
     logits, targets = 5 * torch.randn(7, 11, dtype=torch.float64), torch.randint(11, (7,))
     expected = []
@@ -59,7 +59,7 @@ def test_token_logprobs_equals_a_loop_in_float64_with_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_upcast_before_the_softmax(dtype: torch.dtype) -> None:
+def test_half_precision_logits_are_upcast_before_the_softmax(dtype):
     """Exactly the fp32 result of the same logits; log_softmax in the narrow type is off by far more than a margin allows."""
     torch.manual_seed(1)
     logits, targets = (3 * torch.randn(64, 5000)).to(dtype).requires_grad_(), torch.randint(5000, (64,))
@@ -73,7 +73,7 @@ def test_half_precision_logits_are_upcast_before_the_softmax(dtype: torch.dtype)
     assert gradient.dtype == dtype and gradient.abs().sum() > 0
 
 
-def test_large_logits_are_stable() -> None:
+def test_large_logits_are_stable():
     logits = torch.tensor([[1e4, 1e4, 0.0], [-3e38, 0.0, 0.0], [3e38, 0.0, 0.0]], requires_grad=True)
     found = token_logprobs(logits, torch.tensor([0, 1, 0]))
     assert found.tolist() == pytest.approx([-math.log(2), -math.log(2), 0.0], abs=1e-3)
@@ -83,9 +83,7 @@ def test_large_logits_are_stable() -> None:
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("rows", [1, 4, 6, 100])
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",)])
-def test_head_logprobs_equal_those_of_all_logits(
-    rows: int, frozen: tuple[str, ...], cap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_head_logprobs_equal_those_of_all_logits(rows, frozen, cap, monkeypatch):
     """In parts of any size, several targets at one state and one of them twice, squeezed or not: values and gradients, float64."""
     monkeypatch.setattr("cfvlm_ds.models.chunked_logprobs.LOGITS", rows * 11)
     torch.manual_seed(0)
@@ -104,7 +102,7 @@ def test_head_logprobs_equal_those_of_all_logits(
 
 @pytest.mark.parametrize("rows", [8, 100])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_heads_in_half_precision_give_no_rounded_logits(device: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_in_half_precision_give_no_rounded_logits(device, rows, monkeypatch):
     """Logits of up to 40, whose bfloat16 is a tenth of a nat off, are those of float64; so are the gradients, but for their type."""
     monkeypatch.setattr("cfvlm_ds.models.chunked_logprobs.LOGITS", rows * 5000)
     torch.manual_seed(1)
@@ -123,7 +121,7 @@ def test_heads_in_half_precision_give_no_rounded_logits(device: str, rows: int, 
 # Score matrix -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_09_score_matrix_equals_sums_of_lists() -> None:
+def test_09_score_matrix_equals_sums_of_lists():
     """Ragged texts (1 to 4 tokens, 0 to 2 end tokens) of 3 x 2 x 4 cells, some cells empty, tokens in any order."""
     rng, shape = random.Random(2), (3, 2, 4)
     texts: dict[tuple[int, int, int], list[float]] = defaultdict(list)
@@ -150,7 +148,7 @@ def test_09_score_matrix_equals_sums_of_lists() -> None:
     assert gradient.tolist() == [cell * (100 if is_end else 1) for _, cell, is_end in rows]
 
 
-def test_09_one_token_response_catches_a_shift_by_one() -> None:
+def test_09_one_token_response_catches_a_shift_by_one():
     """Sequence: prompt 5, prompt 2, response 3, end 1. Only logits[1] -> 3 is the score and logits[2] -> 1 the end; all else is decoy."""
     torch.manual_seed(3)
     logits, ids = torch.randn(4, 6, dtype=torch.float64), [5, 2, 3, 1]
@@ -164,7 +162,7 @@ def test_09_one_token_response_catches_a_shift_by_one() -> None:
     assert all(abs(found[0].item() - decoy) > 1e-3 for decoy in decoys)
 
 
-def test_score_matrix_without_tokens_is_zero() -> None:
+def test_score_matrix_without_tokens_is_zero():
     """A rank whose micro-batch holds nothing still gets matrices to run backward through."""
     empty = torch.zeros(0, requires_grad=True)
     logp, end_logp = score_matrix(empty, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), layout([[[0, 0]]]))
@@ -173,7 +171,7 @@ def test_score_matrix_without_tokens_is_zero() -> None:
     assert empty.grad.shape == (0,)
 
 
-def test_token_counts_and_normalised_scores_by_hand() -> None:
+def test_token_counts_and_normalised_scores_by_hand():
     """Group 0: texts of 2 and 4 tokens; group 1: 5 and nothing. Prior (-1, -3): PMI (-6 + 1) / 2 and (-8 + 3) / 2 under ``anchor``."""
     known = layout([[[2, 4]], [[5, 0]]])
     assert token_counts(known, "anchor").tolist() == [[[2, 2]], [[5, 5]]]
@@ -189,7 +187,7 @@ def test_token_counts_and_normalised_scores_by_hand() -> None:
         normalised_scores(Scores(known, logp, logp), "anchor", pmi=1.0)
 
 
-def test_layout_masks() -> None:
+def test_layout_masks():
     known = layout([[[1, 1, 1, 0]]], match=[[[1, 0, -1, 1]]])
     assert known.positive.tolist() == [[[True, False, False, False]]]
     assert known.negative.tolist() == [[[False, True, False, False]]]
@@ -232,7 +230,7 @@ def changed(*path: Any, to: Any) -> dict[str, Any]:
     return row
 
 
-def test_row_to_group() -> None:
+def test_row_to_group():
     assert from_row(ROW, ROOT) == GROUP
 
 
@@ -255,13 +253,13 @@ def test_row_to_group() -> None:
     ],
     ids=lambda group: group.id,
 )
-def test_row_round_trip_survives_json(group: CounterfactualGroup) -> None:
+def test_row_round_trip_survives_json(group):
     row = to_row(group, ROOT, meta={"seed": 3})
     assert row["meta"] == {"seed": 3} and "meta" not in to_row(group, ROOT)
     assert from_row(json.loads(json.dumps(row)), ROOT) == dataclasses.replace(group, meta='{"seed":3}')
 
 
-def test_a_text_may_carry_its_own_prompt_and_row_defaults_hold() -> None:
+def test_a_text_may_carry_its_own_prompt_and_row_defaults_hold():
     row = changed("texts", 1, "prompt", to="Count.")
     assert [candidate.prompt for candidate in from_row(row, ROOT).candidates] == ["Describe the image.", "Count."]
     bare = {key: ROW[key] for key in ("id", "images", "texts", "match")}
@@ -333,12 +331,12 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_bad_row_is_refused_by_name(row: dict[str, Any], message: str) -> None:
+def test_bad_row_is_refused_by_name(row, message):
     with pytest.raises(DataError, match=message):
         from_row(row, ROOT)
 
 
-def test_the_same_text_under_another_prompt_is_another_candidate() -> None:
+def test_the_same_text_under_another_prompt_is_another_candidate():
     row = changed("texts", 1, to={"id": "t1", "text": "two dogs", "prompt": "Or cats?"})
     assert len(from_row(row, ROOT).candidates) == 2
 
@@ -359,12 +357,12 @@ A, B = Candidate("p", "a"), Candidate("p", "b")
         (((Path("x"),),), (A,), ((None,),), "must match"),
     ],
 )
-def test_bad_group_is_refused_by_name(images: Any, candidates: Any, match: Any, message: str) -> None:
+def test_bad_group_is_refused_by_name(images, candidates, match, message):
     with pytest.raises(DataError, match=message):
         CounterfactualGroup("g", images, candidates, match)
 
 
-def test_normalised_and_check_keys() -> None:
+def test_normalised_and_check_keys():
     assert normalised("  Two\tDOGS \n run ") == "Two DOGS run"
     assert normalised("cafe\u0301") == normalised("café") != normalised("cafe")
     check_keys({"a": 1}, ["a", "b"], "here")

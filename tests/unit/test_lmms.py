@@ -29,13 +29,13 @@ OPTIONS = [f"a {colour} circle and a {other} square" for colour, other in zip(CO
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     return [{"image": Image.open(draw(folder / f"{c}.png", [(c, "circle"), ("red", "square")])), "target": f"a {c}"} for c in COLOURS]
 
 
 @pytest.fixture(scope="module")
-def answers(scorer: Any, model_dir: Path) -> Answers:
+def answers(scorer, model_dir):
     return Answers(scorer, load_collator(ModelConfig(str(model_dir)), "full"), World(0, 1, 0, torch.device("cpu")), batch_size=2)
 
 
@@ -54,7 +54,7 @@ def documents(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {"mine": {"test": rows}}
 
 
-def test_a_choice_has_the_loss_and_a_text_alone_its_log_likelihood(answers: Answers, rows: list[dict[str, Any]]) -> None:
+def test_a_choice_has_the_loss_and_a_text_alone_its_log_likelihood(answers, rows):
     """With the delimiter that lmms-eval puts before an option; two rows, whose pictures differ, asked in turns."""
     requests = [each for k, text in enumerate(OPTIONS) for row in (0, 1) for each in asked(f" {text}", row=row)]
     found = answers.loglikelihood(requests, documents(rows))
@@ -69,7 +69,7 @@ def test_a_choice_has_the_loss_and_a_text_alone_its_log_likelihood(answers: Answ
     assert means[0][0] == pytest.approx(text / tokens, rel=1e-4)
 
 
-def test_greedy_is_what_generate_writes(answers: Answers, rows: list[dict[str, Any]]) -> None:
+def test_greedy_is_what_generate_writes(answers, rows):
     """Of a text that some prompt has the model write, which this one knows no words for."""
     given = {"max_new_tokens": 1, "min_new_tokens": 1, "until": [], "temperature": 0, "do_sample": False, "top_p": None}
     for prompt in (f"{text}{end}" for text in OPTIONS for end in ("", "?", ".", " or", " and", ":", "!", ";")):
@@ -85,7 +85,7 @@ def test_greedy_is_what_generate_writes(answers: Answers, rows: list[dict[str, A
     assert not any(greedy for _, greedy in found[3:])
 
 
-def test_a_text_ends_where_the_task_says(answers: Answers, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_ends_where_the_task_says(answers, rows, capsys):
     six = {"max_new_tokens": 6, "min_new_tokens": 6}
     (whole,) = answers.generate_until(asked(six), documents(rows))
     end = whole[len(whole) // 2 :][:2]
@@ -99,7 +99,7 @@ def test_a_text_ends_where_the_task_says(answers: Answers, rows: list[dict[str, 
     assert several[0] != several[1] and several[2] == whole, "it draws where the task asks for it"
 
 
-def test_pictures_stand_where_the_text_shows_them(answers: Answers, rows: list[dict[str, Any]]) -> None:
+def test_pictures_stand_where_the_text_shows_them(answers, rows):
     first, marked = asked(OPTIONS[0]), asked(OPTIONS[0], context=f"{IMAGE}\n{PROMPT}")
     behind = asked(OPTIONS[0], context=f"{PROMPT} {IMAGE}")
     found = [answers.loglikelihood(each, documents(rows))[0][0] for each in (first, marked, behind)]
@@ -112,7 +112,7 @@ def test_pictures_stand_where_the_text_shows_them(answers: Answers, rows: list[d
     assert len({value for value, _ in answers.loglikelihood(spaced, documents(rows))}) == 2, "other white space is another text"
 
 
-def test_what_cannot_be_answered_is_one_sentence(answers: Answers, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_answered_is_one_sentence(answers, rows, monkeypatch):
     video = SimpleNamespace(args=(PROMPT, "a cat", lambda doc: ["clip.mp4"], 3, "mine", "test"))
     for requests, said in (
         ([video], r"task 'mine', row 3 shows a str, and pictures alone"),
@@ -130,9 +130,7 @@ def test_what_cannot_be_answered_is_one_sentence(answers: Answers, rows: list[di
         import cfvlm_ds.cli.lmms_model  # noqa: F401
 
 
-def test_a_score_that_is_no_number_is_the_unlikeliest(
-    answers: Answers, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_score_that_is_no_number_is_the_unlikeliest(answers, rows, monkeypatch):
     """NumPy's argmin would take it for the least."""
     monkeypatch.setattr(Answers, "_likelihoods", lambda *_: [SimpleNamespace(logp=math.nan, tokens=2, greedy=True)])
     assert answers.loglikelihood(asked("a cat"), documents(rows)) == [(math.inf, False)]
@@ -225,7 +223,7 @@ def wide_weights(source: Path, folder: Path, seed: int) -> Path:
 
 
 @pytest.mark.long
-def test_lmms_eval_asks_it(model_dir: Path, tmp_path: Path) -> None:
+def test_lmms_eval_asks_it(model_dir, tmp_path):
     """Three tasks of ours through its own evaluator, against the library's own forwards and generate; with its cache."""
     python = environment_of_lmms_eval(REPO / "runs" / "lmms-venv")
     copy = shutil.copytree(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,13 +26,13 @@ OBJECTIVE = {name: objective() for name, objective in OBJECTIVES.items()}
 
 
 @pytest.fixture
-def alone() -> Iterator[World]:
+def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield World(0, 1, 0, torch.device("cpu"))
     dist.destroy_process_group()
 
 
-def test_a_micro_batch_fetches_nothing_from_its_device(model_dir: Path, manifests: dict[str, Path]) -> None:
+def test_a_micro_batch_fetches_nothing_from_its_device(model_dir, manifests):
     """On the meta device, whose tensors have no contents: whatever asks for a value of one, or for a copy elsewhere, raises."""
     groups = read_manifest(manifests["train"])[:4]
     collated = load_collator(ModelConfig(str(model_dir)), "full")(groups)
@@ -70,7 +68,7 @@ def test_a_micro_batch_fetches_nothing_from_its_device(model_dir: Path, manifest
     assert {"loss", "loss/csd", "loss/fcd", "loss/align", "loss/dpo", "logp/lp_00"} <= {key.name for key in meter._sums}
 
 
-def test_sums_are_those_of_float64(alone: World) -> None:
+def test_sums_are_those_of_float64(alone):
     """Numbers and tensors of several types, as sums and as counts, against Python's own additions; rates are per second of the clock."""
     chance, meter = random.Random(0), Meter(None)
     sums: dict[str, tuple[float, float]] = {}
@@ -91,7 +89,7 @@ def test_sums_are_those_of_float64(alone: World) -> None:
     assert not len(meter)
 
 
-def test_losses_by_source_are_those_of_its_groups_alone(alone: World, model_dir: Path, manifests: dict[str, Path]) -> None:
+def test_losses_by_source_are_those_of_its_groups_alone(alone, model_dir, manifests):
     """Against the loss of the same groups without the others, each term with its own global denominators; two micro-batches."""
     groups = [replace(group, source="ab"[n % 3 == 0]) for n, group in enumerate(read_manifest(manifests["train"])[:8])]
     groups = [replace(group, objectives=("align",)) if group.source == "b" else group for group in groups]

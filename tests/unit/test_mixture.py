@@ -28,7 +28,7 @@ WEIGHTS = [
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_every_window_has_every_share_to_one(weights: list[float]) -> None:
+def test_every_window_has_every_share_to_one(weights):
     """Counted by hand over 200 windows; and in sum no source drifts from its share by more than two."""
     draws = Draws(shares_of(weights, [1] * len(weights), "abcdef"[: len(weights)]))
     wanted = WINDOW * np.array(weights) / sum(weights)
@@ -41,7 +41,7 @@ def test_every_window_has_every_share_to_one(weights: list[float]) -> None:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_a_place_is_told_without_those_before_it(weights: list[float]) -> None:
+def test_a_place_is_told_without_those_before_it(weights):
     """The number of a draw is that of a count from the start; any stretch is part of the whole; place_of is the inverse."""
     draws = Draws(shares_of(weights, [1] * len(weights), "abcdef"[: len(weights)]))
     sources, numbers = draws.at(0, 5000)
@@ -61,7 +61,7 @@ def test_a_place_is_told_without_those_before_it(weights: list[float]) -> None:
                 draws.place_of(source, 0)
 
 
-def test_shares_are_exact_and_by_size_where_no_source_has_a_weight() -> None:
+def test_shares_are_exact_and_by_size_where_no_source_has_a_weight():
     assert shares_of([0.1, 0.2], [5, 5], "ab") == (Fraction(1, 3), Fraction(2, 3))
     assert shares_of([None, None], [30, 10], "ab") == (Fraction(3, 4), Fraction(1, 4))
     with pytest.raises(DataError, match="source 'b' has no weight"):
@@ -80,7 +80,7 @@ def naive_counts(shares: tuple[Fraction, ...], window: int) -> list[int]:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_what_was_drawn_before_is_the_sum_of_all_windows(weights: list[float]) -> None:
+def test_what_was_drawn_before_is_the_sum_of_all_windows(weights):
     draws = Draws(shares_of(weights, [1] * len(weights), "abcdef"[: len(weights)]))
     total = np.zeros(len(weights), np.int64)
     for window in range(300):
@@ -89,7 +89,7 @@ def test_what_was_drawn_before_is_the_sum_of_all_windows(weights: list[float]) -
         total += draws.counts(window)
 
 
-def test_far_places_and_rare_sources_take_no_time() -> None:
+def test_far_places_and_rare_sources_take_no_time():
     """Ten billion windows on; the last draw of a source that has one in half a billion. No source is further from its share than a few."""
     began = time.process_time()
     for weights in (*WEIGHTS, [1.0, 2e-9]):
@@ -117,7 +117,7 @@ def order(stop: Literal["all_exhausted", "first_exhausted"] = "all_exhausted", w
     return Order(SIZES, shares_of(list(weights), SIZES, "abc"), 5, stop)
 
 
-def test_every_source_goes_through_all_of_its_groups_before_any_is_repeated() -> None:
+def test_every_source_goes_through_all_of_its_groups_before_any_is_repeated():
     """A source's draws in epochs of its size: each a permutation of it, another one every time, and another source's is not the same."""
     drawn = order().at(0, 400)
     firsts = [0, 7, 10, 21]
@@ -133,7 +133,7 @@ def test_every_source_goes_through_all_of_its_groups_before_any_is_repeated() ->
 
 
 @pytest.mark.parametrize("weights", [(3, 1, 2), (1, 1, 1), (1, 100, 1), (0.01, 5, 3)], ids=str)
-def test_an_epoch_ends_with_the_first_or_the_last_source(weights: tuple[float, ...]) -> None:
+def test_an_epoch_ends_with_the_first_or_the_last_source(weights):
     """Against a count of the stream from its start."""
     drawn, ends = order(weights=weights).at(0, 20_000), dict[int, int]()
     firsts, seen = [0, 7, 10, 21], [set[int](), set[int](), set[int]()]
@@ -156,7 +156,7 @@ def samplers(world: int, accumulation: int, packed: bool, seed: int = 5) -> list
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_any_number_of_ranks_sees_the_same_steps_and_resumes_in_them(packed: bool) -> None:
+def test_any_number_of_ranks_sees_the_same_steps_and_resumes_in_them(packed):
     """1 x 4, 2 x 2 and 4 x 1 ranks and micro-batches; each goes on from a state that another layout has saved."""
 
     def steps(world: int, accumulation: int, state: dict[str, Any] | None, count: int) -> tuple[list[Counter[int]], dict[str, Any]]:
@@ -181,7 +181,7 @@ def test_any_number_of_ranks_sees_the_same_steps_and_resumes_in_them(packed: boo
         assert begun + rest == whole == begun + again
 
 
-def test_a_state_of_another_mixture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_of_another_mixture_is_refused(monkeypatch):
     state = samplers(1, 1, False)[0].state_dict()
     assert {name: state[name] for name in ("sizes", "shares")} == {"sizes": [7, 3, 11], "shares": ["1/2", "1/6", "1/3"]}
     for change, name in (({"shares": ["1/2", "1/3", "1/6"]}, "shares"), ({"sizes": [7, 11, 3]}, "sizes"), ({"seed": 6}, "seed")):

@@ -53,12 +53,12 @@ def load(model_dir: Path, **options: Any) -> Any:
 # Families -----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_family_of_goes_by_model_type(model_dir: Path) -> None:
+def test_family_of_goes_by_model_type(model_dir):
     assert family_of(load_config(str(model_dir))) is FAMILIES["llava"]
     assert all(model_type in family.model_types for model_type, family in FAMILIES.items())
 
 
-def test_an_unsupported_model_type_is_refused_naming_the_supported_ones() -> None:
+def test_an_unsupported_model_type_is_refused_naming_the_supported_ones():
     known = ", ".join(FAMILIES)
     with pytest.raises(ConfigError, match=rf"'llama' has no vision tower; name a vision-language model of one of these types: {known}$"):
         family_of(LlamaConfig())
@@ -68,7 +68,7 @@ def test_an_unsupported_model_type_is_refused_naming_the_supported_ones() -> Non
         family_of(config)
 
 
-def test_every_parameter_belongs_to_the_module_it_sits_in(model_dir: Path) -> None:
+def test_every_parameter_belongs_to_the_module_it_sits_in(model_dir):
     model = load(model_dir)
     family, found = family_of(model.config), {module: set() for module in MODULES}
     for name, parameter in model.named_parameters():
@@ -77,7 +77,7 @@ def test_every_parameter_belongs_to_the_module_it_sits_in(model_dir: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["model.vision_tower_extra.weight", "vision_tower.weight", "lm_head2.weight", "adapter.weight", ""])
-def test_a_parameter_of_no_module_is_refused(name: str) -> None:
+def test_a_parameter_of_no_module_is_refused(name):
     """A prefix ends at a dot: a longer name is another module."""
     with pytest.raises(KeyError, match="is in no module of family 'llava'"):
         FAMILIES["llava"].module_of(name)
@@ -94,7 +94,7 @@ def altered(model_dir: Path, folder: Path, edit: Callable[[dict[str, Tensor]], o
     return folder
 
 
-def test_loads_the_checkpoints_own_weights_in_the_dtype_asked_for(model_dir: Path) -> None:
+def test_loads_the_checkpoints_own_weights_in_the_dtype_asked_for(model_dir):
     expected = LlavaForConditionalGeneration.from_pretrained(model_dir).state_dict()
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), dtype)
@@ -113,13 +113,13 @@ def test_loads_the_checkpoints_own_weights_in_the_dtype_asked_for(model_dir: Pat
         (lambda w: w.update({KEY: torch.zeros(3, 3)}), rf"1 mismatched keys: \S*{KEY}.*\[3, 3\]"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_is_not_this_model_is_refused_by_key(edit: Any, message: str, model_dir: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_this_model_is_refused_by_key(edit, message, model_dir, tmp_path):
     with pytest.raises(ConfigError, match=message):
         load(altered(model_dir, tmp_path / "altered", edit))
     load(altered(model_dir, tmp_path / "same", lambda weights: None))
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"'no-such-folder' does not exist; give a model folder"):
         load_config("no-such-folder")
     (tmp_path / "empty").mkdir()
@@ -127,9 +127,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_config(str(tmp_path / "empty"))
 
 
-def test_without_a_network_a_hub_name_is_read_from_the_cache_or_refused_without_retries(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_a_hub_name_is_read_from_the_cache_or_refused_without_retries(model_dir, tmp_path, monkeypatch):
     """The hub's client retries 25 s for each absent file; a processor has eight that are optional."""
     closed = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "ENDPOINT", closed)
@@ -148,7 +146,7 @@ def test_without_a_network_a_hub_name_is_read_from_the_cache_or_refused_without_
     assert time.monotonic() - start < 20
 
 
-def test_flash_attention_without_the_package_is_refused_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_without_the_package_is_refused_with_the_install_line(monkeypatch):
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
     with pytest.raises(ConfigError, match=r"`pip install flash-attn --no-build-isolation`"):
         attention("flash_attention_2")
@@ -169,7 +167,7 @@ def test_flash_attention_without_the_package_is_refused_with_the_install_line(mo
         (True, True, {"model_config": LlavaConfig(text_config=LlamaConfig(hidden_size=48, num_attention_heads=4))}, "sdpa"),
     ],
 )
-def test_auto_attention(cuda: bool, package: bool, options: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_attention(cuda, package, options, expected, monkeypatch):
     """Kernels of flash attention take half precision and heads of a multiple of 8; torch's is used if it takes a scale and a window."""
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: package)
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=print))
@@ -184,7 +182,7 @@ def test_auto_attention(cuda: bool, package: bool, options: Any, expected: str, 
 
 
 @pytest.mark.long
-def test_a_kernel_in_the_cache_of_the_hub_is_used_without_flash_attn(tmp_path: Path) -> None:
+def test_a_kernel_in_the_cache_of_the_hub_is_used_without_flash_attn(tmp_path):
     site, repository = tmp_path / "site", tmp_path / "hub" / "kernels--kernels-community--flash-attn2"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, "kernels>=0.17"], check=True)
     build = repository / "snapshots" / ("a" * 40) / "build" / "torch-cpu"
@@ -221,7 +219,7 @@ def test_a_kernel_in_the_cache_of_the_hub_is_used_without_flash_attn(tmp_path: P
 @pytest.mark.parametrize(
     "frozen", [(), *((module,) for module in MODULES), ("vision_tower", "language_model"), ("vision_tower", "projector")]
 )
-def test_freezing_switches_off_a_module_and_nothing_else(frozen: tuple[str, ...], model_dir: Path, manifests: dict[str, Path]) -> None:
+def test_freezing_switches_off_a_module_and_nothing_else(frozen, model_dir, manifests):
     """By flag, and by the gradients that a backward really leaves."""
     model = load(model_dir, **{module: FROZEN for module in frozen})
     unused = {id(parameter): parameter.numel() for name, parameter in model.named_parameters() if name.startswith(UNUSED)}
@@ -242,7 +240,7 @@ def test_freezing_switches_off_a_module_and_nothing_else(frozen: tuple[str, ...]
     assert parameter_counts(model, family) == {m: (n, trains[m]) for m, n in sizes.items()}
 
 
-def test_parameter_counts_take_the_whole_size_of_a_shard(model_dir: Path) -> None:
+def test_parameter_counts_take_the_whole_size_of_a_shard(model_dir):
     """ZeRO-3 leaves an empty tensor on a rank and keeps the whole size beside it."""
     model = load(model_dir, vision_tower=FROZEN)
     family = family_of(model.config)
@@ -252,13 +250,13 @@ def test_parameter_counts_take_the_whole_size_of_a_shard(model_dir: Path) -> Non
     assert parameter_counts(model, family) == expected
 
 
-def test_nothing_left_to_train_is_refused(model_dir: Path) -> None:
+def test_nothing_left_to_train_is_refused(model_dir):
     with pytest.raises(ConfigError, match=r"every module is frozen; set model\.vision_tower\.tuning"):
         load(model_dir, vision_tower=FROZEN, projector=FROZEN, language_model=FROZEN)
 
 
 @pytest.mark.parametrize("projector", [False, True])
-def test_a_frozen_tower_keeps_no_graph(projector: bool, model_dir: Path, manifests: dict[str, Path]) -> None:
+def test_a_frozen_tower_keeps_no_graph(projector, model_dir, manifests):
     """What the projector gets has no history; nor has what it gives, when it is frozen too."""
     model = load(model_dir, vision_tower=FROZEN, projector=ModuleConfig("frozen" if projector else "full"))
     seen: list[Tensor] = []
@@ -284,18 +282,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def test_building_again_leaves_the_folder_alone(built: Path) -> None:
+def test_building_again_leaves_the_folder_alone(built):
     before, when = contents(built), {path: path.stat().st_mtime_ns for path in built.iterdir()}
     assert tiny(built, seed=5) == built, "left alone if it is there, as the option says"
     assert contents(built) == before and {path: path.stat().st_mtime_ns for path in built.iterdir()} == when
     assert [path.name for path in built.parent.iterdir()] == ["model"] and "corpus.txt" not in before
 
 
-def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(built: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(built, tmp_path):
     torch.rand(7)
     weights = load_file(built / "model.safetensors")
     same, other = (load_file(tiny(tmp_path / str(seed), seed) / "model.safetensors") for seed in (0, 1))
@@ -303,7 +301,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(built: P
     assert not torch.equal(weights[KEY], other[KEY])
 
 
-def test_a_build_that_was_killed_is_rebuilt(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_was_killed_is_rebuilt(built, tmp_path, monkeypatch):
     """Cut off after the weights are written: no folder yet; the next try starts afresh and gives what one build gives."""
     folder = tmp_path / "model"
     with monkeypatch.context() as patch:
@@ -319,7 +317,7 @@ def test_a_build_that_was_killed_is_rebuilt(built: Path, tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_the_tiny_model_is_a_real_checkpoint(built: Path) -> None:
+def test_the_tiny_model_is_a_real_checkpoint(built):
     """It loads through the same door as any other, and its scorer has no parameter that a copy would not have."""
     model = load_model(ModelConfig(str(built)), torch.float32)
     counts = parameter_counts(model, family_of(model.config))
@@ -327,7 +325,7 @@ def test_the_tiny_model_is_a_real_checkpoint(built: Path) -> None:
     assert model.config.image_seq_length == 4 and model.config.text_config.hidden_size == 16
 
 
-def test_code_in_a_models_folder_is_not_run(model_dir: Path, tmp_path: Path) -> None:
+def test_code_in_a_models_folder_is_not_run(model_dir, tmp_path):
     """A folder that names classes of its own is read by the library's."""
     folder = shutil.copytree(model_dir, tmp_path / "model")
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
@@ -353,7 +351,7 @@ class Opens:
         return open, (str(self.path), "w")
 
 
-def test_pickled_weights_run_nothing(model_dir: Path, tmp_path: Path) -> None:
+def test_pickled_weights_run_nothing(model_dir, tmp_path):
     folder = shutil.copytree(model_dir, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -376,7 +376,7 @@ def ragged() -> list[Group]:
 
 
 @every_objective
-def test_loss_and_units_equal_the_naive_twin(name: str, options: dict[str, Any]) -> None:
+def test_loss_and_units_equal_the_naive_twin(name, options):
     objectives, groups = make(name, options), ragged()
     parts = [[(g.weight * total, g.weight * units) for total, units in TWINS[name](g, objectives[name])] for g in groups]
     totals, units = ([sum(column) for column in zip(*([pair[side] for pair in group] for group in parts), strict=True)] for side in (0, 1))
@@ -391,14 +391,14 @@ def test_loss_and_units_equal_the_naive_twin(name: str, options: dict[str, Any])
 
 @pytest.mark.parametrize("kinds", KINDS)
 @every_objective
-def test_each_kind_of_group_alone_equals_the_naive_twin(name: str, options: dict[str, Any], kinds: str) -> None:
+def test_each_kind_of_group_alone_equals_the_naive_twin(name, options, kinds):
     """Text-only (I = 1), image-only (C = 1), sham and one-sided groups; a part without a comparison is 0 whatever its units."""
     objectives, g = make(name, options), group(kinds, 5)
     parts = [total / units if units else 0.0 for total, units in TWINS[name](g, objectives[name])]
     assert run(objectives, collate([g]))[0] == pytest.approx(0.7 * sum(parts), rel=1e-6, abs=1e-12)
 
 
-def test_the_random_groups_reach_every_branch_of_the_hinge() -> None:
+def test_the_random_groups_reach_every_branch_of_the_hinge():
     """Guards the two tests above: a sample in which all hinges were active would prove little."""
     o, seen = Csd(margin=0.1), set()
     for g in ragged() + [group(kinds, 5) for kinds in KINDS]:
@@ -411,7 +411,7 @@ def test_the_random_groups_reach_every_branch_of_the_hinge() -> None:
 
 
 @every_objective
-def test_gradient_equals_finite_differences(name: str, options: dict[str, Any]) -> None:
+def test_gradient_equals_finite_differences(name, options):
     if options.get("mode") == "matched_sg":
         return  # a stopped gradient differs from finite differences by definition: test_14_matched_sg_* compares it with matched
     objectives, scores = make(name, options), collate([group(kinds, 3) for kinds in ("bb", "t", "", "i", "sb", "bu")])
@@ -425,14 +425,14 @@ def test_gradient_equals_finite_differences(name: str, options: dict[str, Any]) 
 
 
 @every_objective
-def test_order_of_groups_changes_nothing(name: str, options: dict[str, Any]) -> None:
+def test_order_of_groups_changes_nothing(name, options):
     objectives, groups = make(name, options), ragged()
     loss, gradients = run(objectives, collate(groups))
     assert_same(run(objectives, collate(groups[::-1])), (loss, gradients[::-1]))
 
 
 @every_objective
-def test_02_order_of_counterfactuals_changes_nothing(name: str, options: dict[str, Any]) -> None:
+def test_02_order_of_counterfactuals_changes_nothing(name, options):
     """k -> pi(k) in images and texts together, and images and texts each in an order of their own."""
     objectives, g = make(name, options), group("btsbib", 1)
     loss, (gradient,) = run(objectives, collate([g]))
@@ -442,21 +442,21 @@ def test_02_order_of_counterfactuals_changes_nothing(name: str, options: dict[st
 
 
 @every_objective
-def test_unscored_and_unknown_cells_never_matter(name: str, options: dict[str, Any]) -> None:
+def test_unscored_and_unknown_cells_never_matter(name, options):
     """``run`` asserts that their gradient is exactly 0; their values (0 or 1e6) change nothing, to the last bit."""
     objectives = make(name, options)
     assert run(objectives, collate(ragged(), fill=1e6)) == run(objectives, collate(ragged()))
 
 
 @every_objective
-def test_padding_changes_nothing(name: str, options: dict[str, Any]) -> None:
+def test_padding_changes_nothing(name, options):
     objectives = make(name, options)
     for kinds in KINDS:
         assert_same(run(objectives, collate([group(kinds)], pad=(7, 6), fill=1e6)), run(objectives, collate([group(kinds)])))
 
 
 @every_objective
-def test_weight_two_equals_the_group_listed_twice(name: str, options: dict[str, Any]) -> None:
+def test_weight_two_equals_the_group_listed_twice(name, options):
     objectives, a, b = make(name, options), *((group("", 1), group("", 2)) if name == "retain" else (group("bsb", 1), group("tib", 2)))
     twice, (first, second, rest) = run(objectives, collate([a, a, b]))
     added = {cell: first[cell] + second[cell] for cell in first}
@@ -465,7 +465,7 @@ def test_weight_two_equals_the_group_listed_twice(name: str, options: dict[str, 
 
 
 @every_objective
-def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name: str, options: dict[str, Any]) -> None:
+def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name, options):
     """Loss, denominators, gradients and reports, whichever groups of the batch are left out: some, or all of them."""
     objectives, groups = make(name, options), ragged()
     full = collate(groups)
@@ -487,7 +487,7 @@ def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name
 
 
 @every_objective
-def test_cells_are_all_that_an_objective_reads(name: str, options: dict[str, Any]) -> None:
+def test_cells_are_all_that_an_objective_reads(name, options):
     """Not scoring any cell outside ``cells`` changes neither units nor loss; the truth table is known whole either way."""
     objectives, scores = make(name, options), collate(ragged())
     cells, layout = required_cells(objectives), scores.layout
@@ -498,7 +498,7 @@ def test_cells_are_all_that_an_objective_reads(name: str, options: dict[str, Any
 
 
 @every_objective
-def test_stored_scores_are_asked_for_exactly_when_needed(name: str, options: dict[str, Any]) -> None:
+def test_stored_scores_are_asked_for_exactly_when_needed(name, options):
     objectives, scores = make(name, options), collate(ragged())
     objective = objectives[name]
     expected = weighted_loss(objectives, scores, denominators(objectives, scores.layout))[0]
@@ -512,7 +512,7 @@ def test_stored_scores_are_asked_for_exactly_when_needed(name: str, options: dic
 
 
 @every_objective
-def test_report_adds_over_a_split_batch(name: str, options: dict[str, Any]) -> None:
+def test_report_adds_over_a_split_batch(name, options):
     objective, groups = make(name, options)[name], ragged()
     whole = objective.report(collate(groups))
     parts = [objective.report(collate(groups[part])) for part in (slice(0, 5), slice(5, 6), slice(6, None))]
@@ -531,16 +531,16 @@ class TestProperty01:
     def violated_by(v: float, objective: Objective) -> Group:
         return quad(-5.0, -5.0 + v, -5.0 + v, -5.0 + v if getattr(objective, "mode", "") == "matched" else -5.0)
 
-    def test_01_tie_costs_the_margin_and_loss_is_linear_in_the_violation(self, objective: Any) -> None:
+    def test_01_tie_costs_the_margin_and_loss_is_linear_in_the_violation(self, objective):
         for v in (0.0, -0.2, 0.1, 0.6):
             assert loss_of(objective, self.violated_by(v, objective)) == pytest.approx(objective.margin + v)
 
-    def test_01_met_margin_gives_exactly_zero(self, objective: Any) -> None:
+    def test_01_met_margin_gives_exactly_zero(self, objective):
         g = self.violated_by(-objective.margin - 1e-9, objective)
         assert loss_of(objective, g) == 0.0
         assert set(logp_gradient(objective, g).values()) == {0.0}
 
-    def test_01_cap_stops_growth_and_gradient(self, objective: Any) -> None:
+    def test_01_cap_stops_growth_and_gradient(self, objective):
         """cap 4: from a violation of 3m on, the loss is 4m and nothing pulls; without a cap it is m + v."""
         m, below = objective.margin, self.violated_by(2.9 * objective.margin, objective)
         assert loss_of(objective, below) == pytest.approx(3.9 * m)
@@ -551,13 +551,13 @@ class TestProperty01:
             assert set(logp_gradient(objective, g).values()) == {0.0}
             assert loss_of(dataclasses.replace(objective, hinge_cap=0.0), g) == pytest.approx(m + v)
 
-    def test_01_margin_must_be_positive(self, objective: Any) -> None:
+    def test_01_margin_must_be_positive(self, objective):
         for margin in (0.0, -0.1):
             with pytest.raises(ValueError, match="margin must be positive"):
                 dataclasses.replace(objective, margin=margin)
 
 
-def test_01_gradient_of_the_contrast_part() -> None:
+def test_01_gradient_of_the_contrast_part():
     """Section 5.4: dL/dS_00 = -(beta f / 2 + gamma a / 2). Here K = 1, S_00 = S_11 = -1, S_01 = -1.1 (active), S_10 = -3 (met).
 
     CSD: terms (0,1)-(0,0) active, (1,0)-(1,1) met: 1/2 each way on row 0. FCD: (1,0)-(0,0) met, (0,1)-(1,1) active: 1/2 on column 1.
@@ -581,7 +581,7 @@ def doubled(g: Group, which: Sequence[int]) -> Group:
     return dataclasses.replace(grown, **pick, **listed)
 
 
-def test_02_duplicated_counterfactuals() -> None:
+def test_02_duplicated_counterfactuals():
     g, csd, hard = group("bbb", 2), Csd(margin=3.0, hinge_cap=0.0), Fcd(margin=3.0, hinge_cap=0.0)
     soft = dataclasses.replace(hard, soft=0.2)
     everything = doubled(g, [1, 2, 3])
@@ -593,7 +593,7 @@ def test_02_duplicated_counterfactuals() -> None:
         assert loss_of(soft, doubled(g, [k])) != pytest.approx(loss_of(soft, g), rel=1e-4)
 
 
-def test_02_soft_maximum_tends_to_the_hard_one_from_below() -> None:
+def test_02_soft_maximum_tends_to_the_hard_one_from_below():
     g = group("bbb", 2)
     values = [loss_of(Fcd(margin=3.0, hinge_cap=0.0, soft=soft), g) for soft in (1.0, 0.1, 1e-3)]
     hard = loss_of(Fcd(margin=3.0, hinge_cap=0.0), g)
@@ -601,12 +601,12 @@ def test_02_soft_maximum_tends_to_the_hard_one_from_below() -> None:
     assert values[2] == pytest.approx(hard, abs=5e-3)
 
 
-def test_02_only_the_hardest_image_carries_gradient_also_in_a_tie() -> None:
+def test_02_only_the_hardest_image_carries_gradient_also_in_a_tie():
     tie = doubled(quad(-1.0, -2.0, -0.9, -1.0), [1])
     assert logp_gradient(Fcd(symmetric=False), tie) == dict.fromkeys(tie.truth, 0.0) | {(0, 0): -1.0, (1, 0): 1.0}
 
 
-def test_02_csd_cross_on_star_cells_by_hand() -> None:
+def test_02_csd_cross_on_star_cells_by_hand():
     """K = 2, one-token texts, m = 0.25, S_00 = -1: the mean of four hinges, 1/(2K) sum_k {h(m + S_0k - S_00) + h(m + S_k0 - S_kk)}.
 
     k = 1: h(.25 - 1.1 + 1) = .15, h(.25 - 2.0 + 1.5) = 0 (-.25). k = 2: h(.25 - .7 + 1) = .55, h(.25 - 1.3 + 1.4) = .35. Sum 1.05, / 4.
@@ -616,7 +616,7 @@ def test_02_csd_cross_on_star_cells_by_hand() -> None:
     assert loss_of(Csd(), g) == pytest.approx(1.05 / 4)
 
 
-def test_02_fcd_by_hand() -> None:
+def test_02_fcd_by_hand():
     """m = 0.3. Text 0: max(-2, -1.25) + 1 = -.25, h = .05. Others: max(-1.1 + 1.5, -.7 + 1.4) = .7, h = 1 (below the cap of 1.2)."""
     logp = {(0, 0): -1.0, (0, 1): -1.1, (1, 0): -2.0, (1, 1): -1.5, (0, 2): -0.7, (2, 0): -1.25, (2, 2): -1.4}
     g = dataclasses.replace(group("bb"), logp=logp, tokens=[1, 1, 1])
@@ -624,7 +624,7 @@ def test_02_fcd_by_hand() -> None:
     assert loss_of(Fcd(), g) == pytest.approx((0.05 + 1.0) / 2)
 
 
-def test_02_a_group_with_one_fcd_half_counts_it_in_full() -> None:
+def test_02_a_group_with_one_fcd_half_counts_it_in_full():
     """An image-only group has the first half only; with (k, 0) unknown a group has the second half only."""
     first = quad(-1.0, -9.0, -0.9, -1.0, truth={(0, 0): 1, (1, 0): 0}, pairs=[(1, None)], prior=[0.0])
     second = quad(-1.0, -0.8, -9.0, -1.0, truth={(0, 0): 1, (0, 1): 0, (1, 1): 1})
@@ -634,7 +634,7 @@ def test_02_a_group_with_one_fcd_half_counts_it_in_full() -> None:
     assert loss_of(Fcd(symmetric=False), first, second) == pytest.approx(0.3 + 0.1), "without its half a group is no unit"
 
 
-def test_02_sham_is_no_second_anchor() -> None:
+def test_02_sham_is_no_second_anchor():
     """Column 0 is true of image 0 and of the sham; however the sham scores, margins compare with image 0."""
     g = group("sb", 4)
     worse = dataclasses.replace(g, logp=g.logp | {(1, 0): -50.0})
@@ -656,7 +656,7 @@ def test_02_sham_is_no_second_anchor() -> None:
     ],
     ids=repr,
 )
-def test_03_translation_changes_nothing_and_gradients_sum_to_zero(objective: Any, link: str) -> None:
+def test_03_translation_changes_nothing_and_gradients_sum_to_zero(objective, link):
     objective, g = dataclasses.replace(objective, link=link, margin=2.0, hinge_cap=0.0), group("bsbt", 3)
     moved = dataclasses.replace(g, logp={cell: value + 7.25 for cell, value in g.logp.items()})
     gradient = logp_gradient(objective, g)
@@ -669,7 +669,7 @@ def test_03_translation_changes_nothing_and_gradients_sum_to_zero(objective: Any
 # Property 4: the prior ------------------------------------------------------------------------------------------------------------------
 
 
-def test_04_the_prior_acts_on_the_text_side_only_and_by_its_difference() -> None:
+def test_04_the_prior_acts_on_the_text_side_only_and_by_its_difference():
     """K = 1, S_00 = -1, S_01 = -2, S_10 = -1.5, S_11 = -1.6 and b_0 - b_1 = 0.5 at pmi 1 (one-token texts, uncapped, m = 0.25):
 
     CSD terms .25 - 2 + 1 = -.75 and .25 - 1.5 + 1.6 = .35 become -.75 + .5 = -.25 -> 0 and .35 - .5 = -.15 -> 0; with b_1 - b_0 = .5:
@@ -691,7 +691,7 @@ def test_04_the_prior_acts_on_the_text_side_only_and_by_its_difference() -> None
 # Properties 5 and 6: symmetry -----------------------------------------------------------------------------------------------------------
 
 
-def test_05_swapping_the_roles_of_the_two_scenes() -> None:
+def test_05_swapping_the_roles_of_the_two_scenes():
     g = group("b", 9)
     swapped = g.renamed([1, 0], [1, 0])
     same = {"len_norm": "none", "margin": 4.0, "hinge_cap": 0.0}
@@ -702,7 +702,7 @@ def test_05_swapping_the_roles_of_the_two_scenes() -> None:
 
 
 @pytest.mark.parametrize("cap", [0.0, 4.0])
-def test_06_matched_is_never_below_two_margins_over_two_mutual_anchors(cap: float) -> None:
+def test_06_matched_is_never_below_two_margins_over_two_mutual_anchors(cap):
     """h(m + d) + h(m - d) >= 2m, whatever the scores: equality while |d| <= m. The cross form has no such floor."""
     rng = random.Random(6)
     for _ in range(50):
@@ -718,7 +718,7 @@ def test_06_matched_is_never_below_two_margins_over_two_mutual_anchors(cap: floa
 # Properties 9 and 10: tokens ------------------------------------------------------------------------------------------------------------
 
 
-def test_09_end_of_turn_counts_in_the_nll_and_nowhere_else() -> None:
+def test_09_end_of_turn_counts_in_the_nll_and_nowhere_else():
     """Text 0: 2 tokens at -3 and one end token at -1.5: NLL 4.5 / 3. Text 1: 4 tokens at -8 and two end tokens at -1: NLL 9 / 6."""
     g = quad(-3.0, -5.0, -6.0, -8.0, tokens=[2, 4], ends=[1, 2], end={(0, 0): -1.5, (0, 1): -7.0, (1, 0): -7.0, (1, 1): -1.0})
     assert loss_of(Align(counterfactual=0.0), g) == pytest.approx(1.5)
@@ -732,7 +732,7 @@ def test_09_end_of_turn_counts_in_the_nll_and_nowhere_else() -> None:
             assert loss_of(objective, other) == loss_of(objective, g)
 
 
-def test_09_nll_is_a_token_mean_and_the_counterfactual_part_a_group_mean() -> None:
+def test_09_nll_is_a_token_mean_and_the_counterfactual_part_a_group_mean():
     """Factual parts of 2 and 8 tokens with NLL 4 and 8: (4 + 8) / 10, not the mean of means 1.5.
 
     Group a has one true counterfactual pair: 3 tokens, NLL 6. Group b has two: 1 token, NLL 5 and 3 tokens, NLL 7, so it counts as 2 tokens
@@ -747,7 +747,7 @@ def test_09_nll_is_a_token_mean_and_the_counterfactual_part_a_group_mean() -> No
     assert loss_of(Align(counterfactual=1.0), a, b) == pytest.approx(1.2 + 2.4)
 
 
-def test_10_words_before_the_edit_get_no_gradient_unless_each_text_has_its_own_divisor() -> None:
+def test_10_words_before_the_edit_get_no_gradient_unless_each_text_has_its_own_divisor():
     """Texts of 3 and 5 tokens that share 2: on one image their logits are the same tensor, in cells (i, 0) and (i, 1) alike."""
     torch.manual_seed(10)
     ids = [[3, 1, 4], [3, 1, 0, 2, 2]]
@@ -798,7 +798,7 @@ def split_step(partition: Sequence[Sequence[Sequence[int]]], groups: list[Group]
 
 
 @pytest.mark.parametrize("partition", PARTITIONS.values(), ids=PARTITIONS)
-def test_12_ranks_and_micro_batches_do_not_change_loss_or_gradient(partition: Any) -> None:
+def test_12_ranks_and_micro_batches_do_not_change_loss_or_gradient(partition):
     groups = ragged()
     layout = collate(groups).layout
     one = run(MIX, collate(groups))
@@ -813,7 +813,7 @@ def test_12_ranks_and_micro_batches_do_not_change_loss_or_gradient(partition: An
 
 
 @every_objective
-def test_14_reference_and_prior_never_carry_a_gradient(name: str, options: dict[str, Any]) -> None:
+def test_14_reference_and_prior_never_carry_a_gradient(name, options):
     objectives, scores = make(name, options), collate(ragged())
     reference, prior = scores.reference.clone().requires_grad_(), scores.prior.clone().requires_grad_()
     with_leaves = dataclasses.replace(scores, reference=reference, prior=prior)
@@ -822,7 +822,7 @@ def test_14_reference_and_prior_never_carry_a_gradient(name: str, options: dict[
     assert scores.logp.grad.abs().sum() > 0
 
 
-def test_14_matched_sg_raises_the_anchor_only() -> None:
+def test_14_matched_sg_raises_the_anchor_only():
     g = group("bbsbt", 3)
     for link in ("hinge", "logsigmoid"):
         matched, stopped = (Csd(mode=mode, link=link, margin=2.0, hinge_cap=0.0) for mode in ("matched", "matched_sg"))
@@ -837,7 +837,7 @@ def test_14_matched_sg_raises_the_anchor_only() -> None:
 
 
 @pytest.mark.parametrize("pad", [(0, 0), (3, 3)])
-def test_15_k0_reduces_to_ordinary_supervised_loss(pad: Cell) -> None:
+def test_15_k0_reduces_to_ordinary_supervised_loss(pad):
     """Two answers of 3 and 5 tokens plus end-of-turn: the loss and its gradient equal F.cross_entropy over all 10 tokens."""
     torch.manual_seed(15)
     logits, targets = torch.randn(10, 8, dtype=torch.float64), torch.randint(8, (10,))
@@ -861,7 +861,7 @@ def test_15_k0_reduces_to_ordinary_supervised_loss(pad: Cell) -> None:
 
 
 @every_objective
-def test_15_batch_without_any_comparison_has_finite_gradients(name: str, options: dict[str, Any]) -> None:
+def test_15_batch_without_any_comparison_has_finite_gradients(name, options):
     objectives, scores = make(name, options), collate([group(""), group("u"), group("s")], pad=(4, 4))
     loss, shares = weighted_loss(objectives, scores, denominators(objectives, scores.layout))
     loss.backward()
@@ -871,7 +871,7 @@ def test_15_batch_without_any_comparison_has_finite_gradients(name: str, options
         assert not scores.logp.grad.any()
 
 
-def test_15_group_with_nothing_scored_contributes_nothing() -> None:
+def test_15_group_with_nothing_scored_contributes_nothing():
     """A dummy group, as a rank without data needs one: no valid cell, weight 0 or 1."""
     g = group("bb", 1)
     for objective in MIX.values():
@@ -885,7 +885,7 @@ def test_15_group_with_nothing_scored_contributes_nothing() -> None:
 # Formulas by hand -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_dpo_equals_the_published_formula() -> None:
+def test_dpo_equals_the_published_formula():
     """r = logp - ref: r_00 = 2, r_01 = -1, r_10 = 0.5, r_11 = 7; beta = 0.5. Each true pair is a row: texts -log s(1.5) and -log s(3.25),
     images -log s(0.75) and -log s(4), anchors -log s(1) and -log s(3.5)."""
     g = quad(-3.0, -6.0, -4.0, -2.0, reference={(0, 0): -5.0, (0, 1): -5.0, (1, 0): -4.5, (1, 1): -9.0})
@@ -902,13 +902,13 @@ def test_dpo_equals_the_published_formula() -> None:
     assert loss_of(Dpo(beta=0.5), alone) == pytest.approx(-math.log(s(1.5))), "one image: the published loss of one row"
 
 
-def test_dpo_at_the_reference_is_log_two() -> None:
+def test_dpo_at_the_reference_is_log_two():
     groups = [dataclasses.replace(g, reference=g.logp) for g in ragged()]
     assert loss_of(Dpo(), *groups) == pytest.approx(math.log(2))
     assert loss_of(Dpo(image_side=1.0, anchor=1.0), *groups) == pytest.approx(3 * math.log(2))
 
 
-def test_symmpo_equals_the_published_formula() -> None:
+def test_symmpo_equals_the_published_formula():
     """beta = 0.5; r_00 = 2, r_01 = -1, r_10 = 0.5, r_11 = 7: gaps d = 3 on the factual image, e = 6.5 on the other.
 
     DPO the mean of -log s(1.5) and -log s(3.25); both -log s(1.5) - log s(3.25), times 0.5; (3 - 6.5)^2 times 0.1; anchors -log s(1) -
@@ -922,7 +922,7 @@ def test_symmpo_equals_the_published_formula() -> None:
     assert loss_of(SymMPO(text_side=0.0, symmetric=0.0, anchor=0.0, consistency=1.0), held) == 0.0
 
 
-def test_misp_equals_the_published_formula() -> None:
+def test_misp_equals_the_published_formula():
     """beta = 1, r_00 = 0 and three images at log-ratios log 1, log 2, log 3: -log s(-log 6) = log 7; one image alone is mDPO's term."""
     logp = {(0, 0): -1.0, (1, 0): -1.0, (2, 0): math.log(2) - 1, (3, 0): math.log(3) - 1}
     g = dataclasses.replace(group("iii"), logp=logp, reference=dict.fromkeys(logp, -1.0))
@@ -933,7 +933,7 @@ def test_misp_equals_the_published_formula() -> None:
     )
 
 
-def test_retain_by_hand() -> None:
+def test_retain_by_hand():
     """A caption of 2 tokens that lost 2 log 2 nats (d = -log 2): 1/2 - 1 + log 2 a token; one of 4 that gained: 2 - 1 - log 2."""
     fallen = dataclasses.replace(group(""), tokens=[2], logp={(0, 0): -5.0}, reference={(0, 0): -5.0 + 2 * math.log(2)})
     risen = dataclasses.replace(group(""), tokens=[4], logp={(0, 0): -5.0}, reference={(0, 0): -5.0 - 4 * math.log(2)})
@@ -947,7 +947,7 @@ def test_retain_by_hand() -> None:
     assert loss_of(Retain(), same) == 0 and logp_gradient(Retain(), same)[0, 0] == 0
 
 
-def test_retain_is_a_divergence_for_one_token_and_less_for_more() -> None:
+def test_retain_is_a_divergence_for_one_token_and_less_for_more():
     """Texts drawn as often as the reference says them. Of one token the mean is KL(reference || model) by its definition; of n tokens it is
     sum_k p_k ((q_k / p_k)^(1/n) - 1) below the KL per token, which is not positive."""
     p, q = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
@@ -961,7 +961,7 @@ def test_retain_is_a_divergence_for_one_token_and_less_for_more() -> None:
         assert loss_of(Retain(), *drawn) == pytest.approx(divergence / n + less) and (less < -0.01 if n > 1 else abs(less) < 1e-9)
 
 
-def test_rivals_at_the_reference() -> None:
+def test_rivals_at_the_reference():
     """log 2 for every comparison of two, log(1 + K) for that of 1 + K images (of two counterfactuals the factual text's); equal gaps are
     consistent."""
     groups = [dataclasses.replace(group(kinds, 1), reference=group(kinds, 1).logp) for kinds in ("b", "bb")]
@@ -969,7 +969,7 @@ def test_rivals_at_the_reference() -> None:
     assert loss_of(Misp(), *groups) == pytest.approx(math.log(2) + (math.log(2) + (math.log(3) + 2 * math.log(2)) / 3) / 2)
 
 
-def test_infonce_by_hand() -> None:
+def test_infonce_by_hand():
     """tau = 1, S_00 = 0: texts at -log 3 gives softmax 1 / (1 + 1/3) = 3/4; images at -log 9 and -log 9 give 1 / (1 + 2/9) = 9/11."""
     logp = {(0, 0): 0.0, (0, 1): -math.log(3), (1, 0): -math.log(9), (2, 0): -math.log(9)}
     g = dataclasses.replace(group("ti"), truth={(0, 0): 1, (0, 1): 0, (1, 0): 0, (2, 0): 0}, logp=logp, end=dict.fromkeys(logp, 0.0))
@@ -978,7 +978,7 @@ def test_infonce_by_hand() -> None:
     assert with_it == pytest.approx(-(math.log(3 / 4) + math.log(9 / 11)) / 2)
 
 
-def test_length_norms_and_margin_units() -> None:
+def test_length_norms_and_margin_units():
     """l_00 = -6 over 3 tokens, l_01 = -10 over 5 (a text-only group).
 
     anchor: gap (-10 + 6) / 3 = -4/3; own: -2 + 2 = 0; none: -4. A margin of 6 nats is 2 per anchor token: 2 - 4/3 = 2/3, and 6 - 4 = 2 with
@@ -991,7 +991,7 @@ def test_length_norms_and_margin_units() -> None:
         assert loss_of(Csd(len_norm=norm, margin_unit=unit, margin=6.0), g) == pytest.approx(value, rel=1e-6)
 
 
-def test_logsigmoid_link() -> None:
+def test_logsigmoid_link():
     """log(1 + exp(beta (m + v))) / beta: at v = -m it is log 2 / beta, slope 1/2; it fades, and never stops."""
     at = lambda v: quad(-5.0, -5.0 + v, -90.0, -5.0)  # noqa: E731  (1, 0) far below: the other term is 0 to 1e-10
     for beta in (1.0, 0.3):
@@ -1008,7 +1008,7 @@ def test_logsigmoid_link() -> None:
 # The loss as a whole --------------------------------------------------------------------------------------------------------------------
 
 
-def test_warmup_ramps_linearly() -> None:
+def test_warmup_ramps_linearly():
     g = collate([group("bb", 2)])
     csd = Csd(weight=0.5, warmup=0.2, margin=2.0)
     units = denominators({"csd": csd}, g.layout)
@@ -1021,7 +1021,7 @@ def test_warmup_ramps_linearly() -> None:
     assert weighted_loss({"csd": dataclasses.replace(csd, warmup=0.0)}, g, units, progress=0.0)[0] == full
 
 
-def test_terms_add_and_world_size_multiplies() -> None:
+def test_terms_add_and_world_size_multiplies():
     scores = collate(ragged())
     units = denominators(MIX, scores.layout)
     loss, shares = weighted_loss(MIX, scores, units)
@@ -1030,7 +1030,7 @@ def test_terms_add_and_world_size_multiplies() -> None:
     assert weighted_loss(MIX, scores, units, world_size=3)[0].item() == pytest.approx(3 * loss.item())
 
 
-def test_required_cells_is_the_largest_need() -> None:
+def test_required_cells_is_the_largest_need():
     anchor, matched = Align(counterfactual=0.0), Align()
     assert required_cells({}) == "anchor"
     assert required_cells({"a": anchor}) == "anchor"
@@ -1045,7 +1045,7 @@ def test_required_cells_is_the_largest_need() -> None:
 # Reports --------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_likelihood_report_by_hand() -> None:
+def test_likelihood_report_by_hand():
     """Texts of 2 and 3 tokens; image 1 is a sham, image 2 the counterfactual. Sums of nats and tokens per kind of cell:
 
     lp_00 (-1, 2); lp_kk the sham (1, 0) and the pair (2, 1): -2 - 5 over 2 + 3; lp_k0 (2, 0): (-4, 2); lp_0k (0, 1): (-3, 3).
@@ -1056,7 +1056,7 @@ def test_likelihood_report_by_hand() -> None:
     assert found == {"logp/lp_00": (-1.0, 2), "logp/lp_kk": (-7.0, 5), "logp/lp_k0": (-4.0, 2), "logp/lp_0k": (-3.0, 3)}
 
 
-def test_likelihood_report_adds_over_a_split_batch() -> None:
+def test_likelihood_report_adds_over_a_split_batch():
     groups = ragged()
     whole = likelihood_report(collate(groups))
     parts = [likelihood_report(collate(groups[:4])), likelihood_report(collate(groups[4:]))]
@@ -1066,7 +1066,7 @@ def test_likelihood_report_adds_over_a_split_batch() -> None:
         assert sum(part[name][1].item() for part in parts) == count.item() > 0
 
 
-def test_margin_and_dpo_reports_by_hand() -> None:
+def test_margin_and_dpo_reports_by_hand():
     """S_00 = S_11 = -1, S_01 = -1.1, S_10 = -1: text side gaps -.1 (active, not violated) and 0 (a tie counts as violated).
 
     Image side: text 0 on image 1: 0 (violated); text 1 on image 0: -.1. DPO with reference 0: r_00 - r_01 = .1, beta = .1,

@@ -17,7 +17,7 @@ from cfvlm_ds.data.stored import StoredRows
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def sets(tmp_path_factory):
     """A training set; itself; half of it in another order, with other ids, texts in another order and other white space; its pictures with
     other texts; copies of its pictures under other names; and a set of its own."""
     folder = tmp_path_factory.mktemp("sets")
@@ -58,7 +58,7 @@ def naive(train: list[CounterfactualGroup], split: list[CounterfactualGroup], co
 
 
 @pytest.mark.parametrize("contents", [True, False])
-def test_what_is_shared_is_what_a_naive_comparison_finds(sets: dict[str, Path], tmp_path: Path, contents: bool) -> None:
+def test_what_is_shared_is_what_a_naive_comparison_finds(sets, tmp_path, contents):
     assert all(preparing(path, tmp_path / name, open_pictures=contents) for name, path in sets.items())
     keys = {name: StoredRows(tmp_path / name).keys for name in sets}
     expected = {name: naive(read_manifest(sets["train"]), read_manifest(sets[name]), contents) for name in sets if name != "train"}

@@ -20,13 +20,13 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def peers() -> Any:
+def peers():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPO / "benchmarks"))
         return importlib.import_module("peers")
 
 
-def test_every_format_says_the_same_pairs(peers: Any) -> None:
+def test_every_format_says_the_same_pairs(peers):
     wanted = [(pair["image"], pair["question"], pair["chosen"], pair["rejected"]) for pair in PAIRS]
     found = []
     for row in peers.swift_rows(PAIRS, Path("/data")):
@@ -61,7 +61,7 @@ def result(peer: str, seconds: list[float], losses: list[float], **more: Any) ->
     return {**found, **more}
 
 
-def test_the_table_leaves_the_warm_up_out_and_names_what_does_not_run(peers: Any) -> None:
+def test_the_table_leaves_the_warm_up_out_and_names_what_does_not_run(peers):
     results = [
         result("trl", [90.0, 8.0, 4.0, 6.0], [0.70001, 0.6, 0.5, 0.4]),
         {"peer": "ms-swift", "texts": 2, "error": "OSError: no a|b", "versions": {"ms-swift": "4.6.0"}},
@@ -76,7 +76,7 @@ def test_the_table_leaves_the_warm_up_out_and_names_what_does_not_run(peers: Any
     assert rows[2][1:5] == ["ours", "2.00", "0.50", "1.00"] and rows[3][4] == rows[3][5] == rows[3][-1] == ""
 
 
-def test_losses_and_tokens_that_differ_are_named(peers: Any) -> None:
+def test_losses_and_tokens_that_differ_are_named(peers):
     ours = result("ours", [1.0, 1.0], [0.70009, 0.6])
     failed = {"peer": "trl", "texts": 2, "error": "E", "versions": {}}
     other = [{"prompt": [1, 2], "scored": [3, 4]}]
@@ -98,9 +98,7 @@ def test_losses_and_tokens_that_differ_are_named(peers: Any) -> None:
     ]
 
 
-def test_what_is_there_is_kept_and_a_failure_ends_nothing(
-    peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_there_is_kept_and_a_failure_ends_nothing(peers, tmp_path, monkeypatch, capsys):
     asked = []
 
     def run(peer: str, *_: Any) -> dict[str, Any]:
@@ -120,7 +118,7 @@ def test_what_is_there_is_kept_and_a_failure_ends_nothing(
     assert asked == ["trl", "ours", "trl"] and capsys.readouterr().out.count("does not run: gone") == 4
 
 
-def test_a_trainer_that_is_not_there_says_so_by_itself(peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_that_is_not_there_says_so_by_itself(peers, tmp_path, monkeypatch):
     """In this environment, which has no ms-swift."""
     (tmp_path / "settings.json").write_text("{}")
     monkeypatch.setattr(peers.trl_dpo, "environment", lambda *_: sys.executable)

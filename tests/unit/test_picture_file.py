@@ -43,7 +43,7 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def test_a_part_is_the_file(tmp_path: Path) -> None:
+def test_a_part_is_the_file(tmp_path):
     (tmp_path / "files").mkdir()
     files = pictures(tmp_path / "files")
     for file, part in zip(files, parts := archived(tmp_path / "a.tar", *files), strict=True):
@@ -61,7 +61,7 @@ def test_a_part_is_the_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> tuple[Path, Path]:
+def rows(tmp_path):
     """Two manifests with the same pictures: files, and parts of a tar in a folder below."""
     files = []
     for k in range(3):
@@ -83,7 +83,7 @@ def rows(tmp_path: Path) -> tuple[Path, Path]:
     return written[0], written[1]
 
 
-def test_a_check_and_an_identity_are_the_same(rows: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_check_and_an_identity_are_the_same(rows, tmp_path):
     outside, inside = (check_manifest(path, format="pairs", progress=pytest.fail) for path in rows)
     assert inside.ok and vars(inside) | {"manifest": "", "longest_text_where": ""} == vars(outside) | {
         "manifest": "", "longest_text_where": "",
@@ -96,7 +96,7 @@ def test_a_check_and_an_identity_are_the_same(rows: tuple[Path, Path], tmp_path:
     assert changes(found[0], found[1]) is None and found[0]["pictures"] == found[1]["pictures"]
 
 
-def test_a_part_that_is_not_there_is_named(rows: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_part_that_is_not_there_is_named(rows, tmp_path):
     tar = tmp_path / "shards" / "images-00000.tar"
     table = PictureTable.of_files([part := read_manifest(rows[1], format="pairs")[2].images[0][0]])
     os.truncate(tar, 2000)
@@ -128,7 +128,7 @@ def test_a_part_that_is_not_there_is_named(rows: tuple[Path, Path], tmp_path: Pa
         picture_bytes(Path(f"{tmp_path}/pipe.tar#0+0"), 1)
 
 
-def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+def test_a_small_file_takes_little_memory(tmp_path):
     """However much it may have: a bound of 4 GiB is not asked of the system for every picture."""
     (file := tmp_path / "a.bin").write_bytes(b"x" * 5000)
     tracemalloc.start()
@@ -138,7 +138,7 @@ def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
     assert peak < 1 << 20
 
 
-def test_a_container_is_confined_as_a_file_is(rows: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_container_is_confined_as_a_file_is(rows, tmp_path):
     """A part of a tar in the second root is found there; one that leads out, through a link too, is refused."""
     text = rows[1].read_text()
     (lists := tmp_path / "lists").mkdir()
@@ -157,7 +157,7 @@ def test_a_container_is_confined_as_a_file_is(rows: tuple[Path, Path], tmp_path:
         read_manifest(rows[1], format="pairs")
 
 
-def test_a_container_that_was_put_in_its_place_is_read_anew(tmp_path: Path) -> None:
+def test_a_container_that_was_put_in_its_place_is_read_anew(tmp_path):
     """A process keeps containers open; one that is written again is another, and contents are compared with those that were checked."""
     for k, colour in enumerate(("red", "blue")):
         Image.new("RGB", (8, 6), colour).save(tmp_path / f"{k}.bmp")
@@ -173,7 +173,7 @@ def test_a_container_that_was_put_in_its_place_is_read_anew(tmp_path: Path) -> N
     assert hashlib.blake2b(picture_bytes(part, 1 << 20), digest_size=16).digest() == content_digest(part)
 
 
-def test_where_a_container_is_is_asked_once_for_all_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_container_is_is_asked_once_for_all_of_its_parts(tmp_path, monkeypatch):
     """Whichever root it is in; what leads out of them is refused each time, and a name that is no part is a file of its own."""
     first, second, away = (tmp_path / name for name in ("first", "second", "away"))
     for folder in (first, second, away):

@@ -43,7 +43,7 @@ from cfvlm_ds.training.run import _sampler
 
 
 @pytest.fixture(autouse=True)
-def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_shards(monkeypatch):
     small(monkeypatch)
 
 
@@ -53,7 +53,7 @@ def small(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     """Seventeen rows: ragged ones, one of text alone, one that shows pictures of others, one of two pictures at once."""
     path = write_manifest(tmp_path_factory.mktemp("source") / "m.jsonl", 14, seed=3)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -77,7 +77,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def stores(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+def stores(source, tmp_path_factory):
     """Packed or not: the store."""
     folder = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
@@ -88,7 +88,7 @@ def stores(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool,
 
 
 @pytest.fixture
-def store(stores: dict[bool, Path]) -> Path:
+def store(stores):
     return stores[True]
 
 
@@ -98,7 +98,7 @@ def plain(group: CounterfactualGroup) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_a_store_is_the_data_set(packs: bool, source: Path, stores: dict[bool, Path], tmp_path: Path) -> None:
+def test_a_store_is_the_data_set(packs, source, stores, tmp_path):
     """Groups, order, contents of pictures; as a copy in another place with other times, too, to which nothing is written."""
     groups = read_manifest(source)
     files_of = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
@@ -119,7 +119,7 @@ def test_a_store_is_the_data_set(packs: bool, source: Path, stores: dict[bool, P
     assert names == ["groups"] * 6 + ["images"] * 4 * packs + ["picture_keys.npy", "pictures.table", "row_keys.npy", "store.json"]
 
 
-def test_pictures_of_a_store_may_move(source: Path, stores: dict[bool, Path], tmp_path: Path) -> None:
+def test_pictures_of_a_store_may_move(source, stores, tmp_path):
     """Once they have, the folder that they are in is named as root; they are known by their names there."""
     shutil.copytree(source.parent, tmp_path / "data")
     out = tmp_path / "store"
@@ -144,7 +144,7 @@ def edit_unseen(picture: Path) -> None:
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_a_path_that_goes_back_after_a_link_names_the_same_picture(packs: bool, source: Path, tmp_path: Path) -> None:
+def test_a_path_that_goes_back_after_a_link_names_the_same_picture(packs, source, tmp_path):
     """The system follows the link first: LINK/../x.png is beside where it leads."""
     shutil.copytree(source.parent, data := tmp_path / "data")
     first, second = [group.images[0][0] for group in read_manifest(data / "m.jsonl")[1:3]]
@@ -163,7 +163,7 @@ def test_a_path_that_goes_back_after_a_link_names_the_same_picture(packs: bool, 
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_what_cannot_be_used_is_left_out_and_listed(packs: bool, source: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_left_out_and_listed(packs, source, tmp_path):
     """A row that is no group, a repeated id, a broken picture that two groups show; the rest is the store of the rest."""
     shutil.copytree(source.parent, tmp_path / "data")
     path = tmp_path / "data" / "m.jsonl"
@@ -187,7 +187,7 @@ def test_what_cannot_be_used_is_left_out_and_listed(packs: bool, source: Path, t
     assert named == sorted([6, len(rows) + 2, *(k + 1 + (k >= 5) for k in showing)])
 
 
-def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
+def test_pictures_are_members_of_tars(source, store):
     """Each file is there once, under a name of its own, for whoever unpacks it; store.json has the sums of all files."""
     found = []
     for tar in sorted(store.glob("*.tar")):
@@ -207,7 +207,7 @@ def shown_in(folder: Path, root: Path | None = None) -> list[Path]:
     return [picture for group in open_groups(folder, root) for image in group.images for picture in image]
 
 
-def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: Path) -> None:
+def test_a_store_knows_its_pictures_without_opening_them(store, tmp_path):
     """Sizes and contents as whoever opens them finds them, wherever the store is; a tar that is written afterwards is found out."""
     shutil.copytree(store, copied := tmp_path / "copied", copy_function=shutil.copyfile)
     for folder in (store, copied):
@@ -229,7 +229,7 @@ def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: 
         known.verify(picture)
 
 
-def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
+def test_groups_of_one_row_stay_together_in_a_store(tmp_path):
     """The answers of a conversation are drawn one after the other, from the file and from a store of it, or of a part of it."""
     (tmp_path / "data").mkdir()
     path, _ = PUBLIC["LLaVA"][0](tmp_path / "data", 20)
@@ -247,7 +247,7 @@ def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["picture", "header"])
-def test_every_byte_of_a_store_is_held_against_its_sum(where: str, store: Path, tmp_path: Path) -> None:
+def test_every_byte_of_a_store_is_held_against_its_sum(where, store, tmp_path):
     """A byte of a tar is changed, and no size: the check names the file, and the picture where one is another now."""
     shutil.copytree(store, copied := tmp_path / "store")
     assert check_manifest(copied, progress=str).ok
@@ -267,9 +267,7 @@ def reading(train: Path, run: Path, model: Path, check: str) -> Any:
     return parse_config(["--config", "tests/support/train.yaml", *options, "--data.max_tokens_per_micro_batch", "1000"], OBJECTIVES)
 
 
-def test_a_run_on_a_store_knows_its_pictures_and_shares_its_token_counts(
-    source: Path, store: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_store_knows_its_pictures_and_shares_its_token_counts(source, store, model_dir, tmp_path, monkeypatch):
     """Under ``check: rows`` the identity is that of a full check of the files; counts are made once for all runs."""
     shutil.copytree(store, copied := tmp_path / "store")
     alone = World(0, 1, 0, torch.device("cpu"))
@@ -293,7 +291,7 @@ def test_a_run_on_a_store_knows_its_pictures_and_shares_its_token_counts(
 
 
 @pytest.mark.parametrize(("of", "packs"), [(2, True), (3, False), (7, True), (7, False)])
-def test_shards_together_are_the_store_of_one(of: int, packs: bool, source: Path, stores: dict[bool, Path], tmp_path: Path) -> None:
+def test_shards_together_are_the_store_of_one(of, packs, source, stores, tmp_path):
     """In any order; rows wait for the pictures of all shards, and who was there first is called again."""
     order, said = random.Random(of).sample(range(of), of), list[str]()
     wholes = [preparing(source, tmp_path / "store", shard, of, said.append, pack=packs) for shard in [*order, *order]]
@@ -305,9 +303,7 @@ def test_shards_together_are_the_store_of_one(of: int, packs: bool, source: Path
 
 
 @pytest.mark.parametrize("function", ["tar_member", "_written", "crc32_of"])
-def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(
-    function: str, source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(function, source, store, tmp_path, monkeypatch):
     """Another call ends the store while this one writes a file of it, and removes what it takes for left."""
     right, out = getattr(prepare, function), tmp_path / "store"
 
@@ -321,7 +317,7 @@ def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(
     assert preparing(source, out, pack=True) and files(out) == files(store)
 
 
-def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packing_that_is_killed_goes_on(source, store, tmp_path, monkeypatch):
     """SIGKILL after ever more writes: what was finished is not made again, and the bytes are the same in the end."""
     out, right, finished = tmp_path / "store", Summed.write, dict[str, int]()
     for calls in itertools.count(1):
@@ -348,9 +344,7 @@ def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: P
     assert calls > 3 and files(out) == files(store)
 
 
-def test_whoever_prepares_other_data_in_the_same_folder_meanwhile_is_named(
-    source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whoever_prepares_other_data_in_the_same_folder_meanwhile_is_named(source, store, tmp_path, monkeypatch):
     """They remove what this call has begun, and end theirs between its pictures and its rows: theirs stays whole."""
     right, out = prepare._Job._write_rows, tmp_path / "store"
 
@@ -367,7 +361,7 @@ def test_whoever_prepares_other_data_in_the_same_folder_meanwhile_is_named(
     ]
 
 
-def test_a_command_counts_what_it_leaves_out(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_counts_what_it_leaves_out(source, tmp_path, capsys):
     shutil.copytree(source.parent, tmp_path / "data")
     path = tmp_path / "data" / "m.jsonl"
     path.write_text(path.read_text() + "\n{\n[]\n")
@@ -382,7 +376,7 @@ def test_a_command_counts_what_it_leaves_out(source: Path, tmp_path: Path, capsy
         preparing(path, tmp_path / "none", on_error="skip")
 
 
-def test_a_run_refuses_pictures_larger_than_its_own_limit(source: Path, stores: dict[bool, Path], model_dir: Path, tmp_path: Path) -> None:
+def test_a_run_refuses_pictures_larger_than_its_own_limit(source, stores, model_dir, tmp_path):
     """The store was prepared with another one."""
     found = StoredRows(stores[False]).found["most_pixels"]
     assert found == max(np.prod(open_image(picture).size) for picture in shown_in(stores[False]))
@@ -398,7 +392,7 @@ def test_a_run_refuses_pictures_larger_than_its_own_limit(source: Path, stores: 
         limited(found - 1)
 
 
-def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_picture_is_named_before_anything_is_whole(source, tmp_path, monkeypatch):
     shutil.copytree(source.parent, tmp_path / "data")
     broken = read_manifest(tmp_path / "data" / "m.jsonl")[8].images[0][0]
     broken.write_bytes(b"no picture")
@@ -422,7 +416,7 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_pa
         preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store", pack=True)
 
 
-def test_a_store_of_the_same_rows_read_otherwise_is_another(tmp_path: Path) -> None:
+def test_a_store_of_the_same_rows_read_otherwise_is_another(tmp_path):
     write_pictures(tmp_path)
     rows = [{"id": k, "image": "images/000.png", "caption": f"dog {k}"} for k in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -431,7 +425,7 @@ def test_a_store_of_the_same_rows_read_otherwise_is_another(tmp_path: Path) -> N
         preparing(open_groups(tmp_path / "rows.jsonl", format="captions:ask=What?"), tmp_path / "other")
 
 
-def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Path) -> None:
+def test_what_is_no_store_is_left_alone(source, store, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
@@ -504,7 +498,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_store_is_refused(damage: str, store: Path, tmp_path: Path) -> None:
+def test_a_damaged_store_is_refused(damage, store, tmp_path):
     shutil.copytree(store, copied := tmp_path / "store")
     DAMAGE[damage](copied)
     with pytest.raises(DataError) as error:

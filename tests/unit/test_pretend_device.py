@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,13 +30,13 @@ AT_ONCE = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3")
 
 
 @pytest.fixture(scope="module")
-def card() -> Iterator[ProcessPoolExecutor]:
+def card():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=pretend_device.start) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+def groups(tmp_path_factory):
     where, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(2)
     pictures = [where / f"{k}.png" for k in range(4)]
     for path, (width, height) in zip(pictures, [(60, 40), (90, 30), (40, 100), (28, 28)], strict=True):
@@ -97,9 +96,7 @@ WAITS: dict[str, dict[str, int]] = {kind: {} for kind in SMALL} | {
 
 
 @pytest.mark.parametrize("kind", [pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.long) for name in SMALL])
-def test_a_step_of_every_family_mixes_no_devices_and_seldom_waits(
-    kind: str, card: ProcessPoolExecutor, groups: list[CounterfactualGroup], tmp_path: Path
-) -> None:
+def test_a_step_of_every_family_mixes_no_devices_and_seldom_waits(kind, card, groups, tmp_path):
     """Tower and text through flash-attn, bfloat16. Waits are those of WAITS, by place."""
     folder = write_small(kind, tmp_path / kind)
     loss, grads, waits = card.submit(step, folder, groups, "flash_attention_2", torch.bfloat16, True).result()
@@ -107,9 +104,7 @@ def test_a_step_of_every_family_mixes_no_devices_and_seldom_waits(
     assert waits == WAITS[kind] and sum(waits.values()) <= 6
 
 
-def test_the_device_computes_what_a_cpu_does_and_refuses_what_is_not_on_it(
-    card: ProcessPoolExecutor, groups: list[CounterfactualGroup], tmp_path: Path
-) -> None:
+def test_the_device_computes_what_a_cpu_does_and_refuses_what_is_not_on_it(card, groups, tmp_path):
     """With a tower that goes through its windows at once without flash-attn too, and as seldom waits."""
     folder = write_small("qwen2_5_vl", tmp_path / "model")
     found, expected = (card.submit(step, folder, groups, "sdpa", torch.float32, moved).result() for moved in (True, False))
@@ -128,7 +123,7 @@ ROWS: dict[str, tuple[Forest, int | None]] = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_flash_attn_takes_its_arguments(name: str, card: ProcessPoolExecutor) -> None:
+def test_flash_attn_takes_its_arguments(name, card):
     """The stub has the real signature and checks; values and gradients are a dense attention's within bfloat16."""
     off, calls, waits = card.submit(kernel, name).result()
     forest, window = ROWS[name]

@@ -56,7 +56,7 @@ FIVE = Item("five", (B,), ("1", "2", "3", "4", "5"), ((0, 1, 0, 0, 0),), "How ma
 LISTED = Item("listed", (A,), ("A", "B"), ((0, 1),), "Which? A: one B: two", listed=True)
 
 
-def test_caption_is_the_sum_the_mean_or_the_sum_without_the_prior() -> None:
+def test_caption_is_the_sum_the_mean_or_the_sum_without_the_prior():
     prompt = "Describe the image."
     close(ask([PAIR], Caption())[0], lambda p: [model(p, prompt, text) for text in PAIR.texts])
     close(ask([PAIR], Caption("mean"), lengths=True)[0], lambda p: [model(p, prompt, t) / len(t.split()) for t in PAIR.texts])
@@ -65,7 +65,7 @@ def test_caption_is_the_sum_the_mean_or_the_sum_without_the_prior() -> None:
     assert plan([CHOICE], Caption()).groups[0].candidates[0] == Candidate("Which colour?", "red"), "a question is asked with its own prompt"
 
 
-def test_match_is_the_share_of_yes() -> None:
+def test_match_is_the_share_of_yes():
     def naive(pictures: Pictures | None) -> list[float]:
         found = []
         for text in PAIR.texts:
@@ -81,12 +81,12 @@ def test_match_is_the_share_of_yes() -> None:
     assert plan([braces], Match()).groups[0].candidates[0].prompt.startswith('Does this figure show "a {x} and {text}"?')
 
 
-def test_a_share_near_one_still_tells_scores_apart() -> None:
+def test_a_share_near_one_still_tells_scores_apart():
     assert log_share(0.0, math.log(3)) == pytest.approx(math.log(1 / 4)) and log_share(2.0, 2.0) == pytest.approx(math.log(1 / 2))
     assert log_share(60.0, 0.0) > log_share(50.0, 0.0) > log_share(40.0, 0.0) and log_share(-900.0, 0.0) == -900
 
 
-def test_answers_sum_over_ways_of_writing() -> None:
+def test_answers_sum_over_ways_of_writing():
     close(
         ask([QUESTION], Answers())[0],
         lambda p: [
@@ -105,7 +105,7 @@ def test_answers_sum_over_ways_of_writing() -> None:
 
 
 @pytest.mark.parametrize("item", [CHOICE, FIVE, PAIR], ids=lambda item: item.id)
-def test_letters_average_over_orders(item: Item) -> None:
+def test_letters_average_over_orders(item):
     size = len(item.texts)
     asked = list(itertools.permutations(range(size))) if size <= 4 else [tuple((p + s) % size for p in range(size)) for s in range(size)]
     instruction = "Answer with the option's letter from the given choices directly."
@@ -132,7 +132,7 @@ def test_letters_average_over_orders(item: Item) -> None:
     assert orders(size) == asked
 
 
-def test_a_liking_for_a_letter_is_no_advantage() -> None:
+def test_a_liking_for_a_letter_is_no_advantage():
     found = ask([CHOICE, FIVE], Letters(), lambda pictures, prompt, text: {"A": 3.0}.get(text, 0.0))
     for outcome in found:
         assert (
@@ -140,13 +140,13 @@ def test_a_liking_for_a_letter_is_no_advantage() -> None:
         )
 
 
-def test_letters_that_the_prompt_lists_keep_their_order() -> None:
+def test_letters_that_the_prompt_lists_keep_their_order():
     found = ask([LISTED], Letters())[0]
     close(found, lambda p: [model(p, LISTED.prompt, letter) for letter in "AB"])
     assert found.prior is None and found.consistency is None and Letters(prior=False).alone(CHOICE) == ()
 
 
-def test_questions_on_one_picture_share_a_group_and_equal_texts_a_cell() -> None:
+def test_questions_on_one_picture_share_a_group_and_equal_texts_a_cell():
     items = [Item(str(k), (A if k < 8 else B,), YES_NO, ((1, 0),), f"Is it {k % 4}?") for k in range(12)]
     asked = plan(items, Answers())
     assert [len(group.candidates) for group in asked.groups] == [4 * 6, 4 * 6], "questions 4 to 7 repeat 0 to 3"
@@ -155,7 +155,7 @@ def test_questions_on_one_picture_share_a_group_and_equal_texts_a_cell() -> None
     assert together == apart and together == list(reversed(ask(items[::-1], Answers())))
 
 
-def test_groups_stay_within_bounds() -> None:
+def test_groups_stay_within_bounds():
     many = [Item(str(k), (A,), YES_NO, ((1, 0),), f"Is it {k}?") for k in range(100)]
     asked = plan(many, Answers())
     assert max(len(group.candidates) for group in asked.groups) <= MOST_CELLS and sum(len(g.candidates) for g in asked.groups) == 600
@@ -167,7 +167,7 @@ def test_groups_stay_within_bounds() -> None:
         plan([huge], Letters())
 
 
-def test_without_another_picture_nothing_is_said_of_it() -> None:
+def test_without_another_picture_nothing_is_said_of_it():
     assert ask([QUESTION], Answers(), donor=None)[0].shuffled is None
     alone = Item("alone", ((),), YES_NO, ((1, 0),), "Is ice cold?")
     assert plan([alone, QUESTION], Answers()).groups[0].images == ((),)
@@ -177,7 +177,7 @@ def test_without_another_picture_nothing_is_said_of_it() -> None:
 # Generated text -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_generated_answers_are_scores() -> None:
+def test_generated_answers_are_scores():
     found = written(QUESTION, ["Yes, it is."], "No.", "I cannot tell", answer)
     assert (found.seen, found.blank, found.shuffled) == (((1.0, 0.0),), (0.0, 1.0), (0.0, 0.0)), "what cannot be read is a tie, and wrong"
     asked = Generate().asked
@@ -200,7 +200,7 @@ def test_generated_answers_are_scores() -> None:
         ("a", 0),
     ],
 )
-def test_letters_are_parsed_strictly(said: str, meant: int | None) -> None:
+def test_letters_are_parsed_strictly(said, meant):
     """An article is no option A, and The no T: both are faults of public evaluators."""
     assert answer(said, CHOICE) == meant
 
@@ -217,7 +217,7 @@ def test_letters_are_parsed_strictly(said: str, meant: int | None) -> None:
         ("naturalbench", "", None),
     ],
 )  # fmt: skip
-def test_rules_of_the_authors(rule: str, said: str, meant: int | None) -> None:
+def test_rules_of_the_authors(rule, said, meant):
     assert PARSERS.get(rule, answer)(said, QUESTION) == meant
 
 
@@ -230,5 +230,5 @@ def test_rules_of_the_authors(rule: str, said: str, meant: int | None) -> None:
         ("naturalbench", "Both", None),
     ],
 )  # fmt: skip
-def test_rules_of_the_authors_for_letters(rule: str, said: str, meant: int | None) -> None:
+def test_rules_of_the_authors_for_letters(rule, said, meant):
     assert PARSERS[rule](said, LISTED) == meant

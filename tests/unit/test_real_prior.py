@@ -32,7 +32,7 @@ ROUNDED = {"red": 0, "orange": 28, "yellow": 50, "green": 115, "blue": 215, "pur
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prior")
     prior_groups.write_pictures(write_cut_outs(folder / "cut_outs"), folder / "data", SIZES)
     return folder / "data"
@@ -49,7 +49,7 @@ def degrees(picture: np.ndarray) -> float:
     return float(np.median([hue if hue < 350 else hue - 360 for hue in turned]))
 
 
-def test_a_recoloured_picture_has_the_hue_of_its_name_and_nothing_else_changes(data: Path) -> None:
+def test_a_recoloured_picture_has_the_hue_of_its_name_and_nothing_else_changes(data):
     seen = Counter[str]()
     for row in rows(data, "train") + rows(data, "test"):
         if row["edits"][0]["type"] != "colour":
@@ -64,7 +64,7 @@ def test_a_recoloured_picture_has_the_hue_of_its_name_and_nothing_else_changes(d
     assert len(seen) == len(ROUNDED) and min(seen.values()) > 1
 
 
-def test_copies_and_places_are_what_the_texts_say(data: Path) -> None:
+def test_copies_and_places_are_what_the_texts_say(data):
     """Counted and placed by the pixels that are not of the ground, which is the colour of the corner that stays free, or of most."""
     numbers = {"one": 1, "two": 2, "three": 3, "four": 4}
     for row in rows(data, "train"):
@@ -89,7 +89,7 @@ def test_copies_and_places_are_what_the_texts_say(data: Path) -> None:
         assert len({*texts}) == 2 and row["match"] == [["i0", "t0", 1], ["i0", "t1", 0], ["i1", "t0", 0], ["i1", "t1", 1]]
 
 
-def test_held_out_things_are_in_no_counterfactual_of_training(data: Path) -> None:
+def test_held_out_things_are_in_no_counterfactual_of_training(data):
     things = json.loads((data / "things.json").read_text())
     held_out = {name for name, each in things.items() if each["held_out"]}
     assert 3 <= len(held_out) < len(SHOWN) / 2 and things.keys() == SHOWN.keys()
@@ -99,7 +99,7 @@ def test_held_out_things_are_in_no_counterfactual_of_training(data: Path) -> Non
     assert held_out <= shown["natural"], "natural pictures have all of them"
 
 
-def test_nothing_but_the_pictures_tells(data: Path) -> None:
+def test_nothing_but_the_pictures_tells(data):
     """Each text is true once and false once; yes and no are the first answer about equally often, of what is usual too."""
     for name in ("train", "validation", "test", "yes_no", "names", "names_new"):
         for group in read_manifest(data / f"{name}.jsonl"):
@@ -116,7 +116,7 @@ def test_nothing_but_the_pictures_tells(data: Path) -> None:
     assert min(usual["left"], usual["right"]) > 8, "no side is usual"
 
 
-def test_natural_pictures_show_what_is_usual(data: Path) -> None:
+def test_natural_pictures_show_what_is_usual(data):
     things, above = json.loads((data / "things.json").read_text()), {"bird", "bat", "cloud", "rocket", "kite", "swan"}
     for row in rows(data, "natural"):
         caption, *questions = (text["text"] for text in row["texts"])
@@ -129,7 +129,7 @@ def test_natural_pictures_show_what_is_usual(data: Path) -> None:
         assert set(questions) <= {"yes", "no"}
 
 
-def test_a_source_with_too_little_is_refused(tmp_path: Path) -> None:
+def test_a_source_with_too_little_is_refused(tmp_path):
     folder = write_cut_outs(tmp_path / "cut_outs")
     for name in ("bird", "bat", "cloud", "rocket", "kite", "swan"):
         (folder / f"{name}.png").unlink()
@@ -148,7 +148,7 @@ TERMS = {
 """Of arms that have others than the default's."""
 
 
-def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(data: Path, tmp_path: Path) -> None:
+def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(data, tmp_path):
     """By transformers' own forward of the model that is written: the mean of a picture's tokens, against the mean vector of each name."""
     language = write_language_model(tmp_path / "language")
     small = build_tiny_llava(prior_model.small_llava(tmp_path / "small"), ["a banana"])
@@ -172,7 +172,7 @@ def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(data: Path, tm
     assert len(right) > 20 and sum(right) > 0.8 * len(right)
 
 
-def test_every_arm_has_the_terms_of_its_title() -> None:
+def test_every_arm_has_the_terms_of_its_title():
     arms = real_prior.ARMS
     for name, arm in arms.items():
         config = parse_config(["--config", "benchmarks/real_prior.yaml", *arm.options], OBJECTIVES)
@@ -187,7 +187,7 @@ def test_every_arm_has_the_terms_of_its_title() -> None:
             assert config.objective["align"].counterfactual == (name != "nll-natural")
 
 
-def test_agree_and_conflict_are_the_two_comparisons_of_each_group(tmp_path: Path) -> None:
+def test_agree_and_conflict_are_the_two_comparisons_of_each_group(tmp_path):
     """By the package's own metrics of scores made by hand: four groups of a colour; three natural and one changed picture are right."""
     import torch
 
@@ -223,7 +223,7 @@ def record(arm: str, rate: str, seed: int, conflict: float) -> dict[str, Any]:
     return {"arm": arm, "rate": rate, "seed": seed, "steps": 7, "results": results}
 
 
-def test_rates_and_tables(tmp_path: Path) -> None:
+def test_rates_and_tables(tmp_path):
     for rate, value in (("2e-4", 60), ("5e-4", 70), ("1e-3", 70)):
         real_prior.add_record(tmp_path / real_prior.RATE_RUNS, f"dpo-{rate}-seed0", record("dpo", rate, 0, value))
     assert real_prior.best_rate(tmp_path, "dpo") == "5e-4", "of equals the lower"
@@ -241,7 +241,7 @@ def test_rates_and_tables(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "out" / "real_prior.md").read_text().count(summary) == 1
 
 
-def test_the_pages_say_what_the_records_say(tmp_path: Path) -> None:
+def test_the_pages_say_what_the_records_say(tmp_path):
     """Each table is the one that its command prints, of the runs that the command makes."""
     names = {f"{arm}-{rate}-seed{seed}" for (arm, rate), seeds in real_prior.SHOWN.items() for seed in range(seeds)}
     assert names == {name for name in real_prior.read_records(real_prior.RECORDS / real_prior.RUNS) if "-seed" in name}
@@ -254,7 +254,7 @@ def test_the_pages_say_what_the_records_say(tmp_path: Path) -> None:
     assert [copy.read_text() for copy in copies] == originals, "run --report"
 
 
-def test_a_table_makes_the_runs_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_table_makes_the_runs_that_it_lacks(tmp_path, monkeypatch, capsys):
     ran: list[str] = []
 
     def run(options: Any, job: Any, steps: int, splits: Any) -> None:
@@ -274,7 +274,7 @@ def test_a_table_makes_the_runs_that_it_lacks(tmp_path: Path, monkeypatch: pytes
     assert told.count("| DPO, 5e-4 | 1 | 7 |") == 2 and "by edit" not in told
 
 
-def test_pictures_do_not_depend_on_what_else_is_shown(data: Path) -> None:
+def test_pictures_do_not_depend_on_what_else_is_shown(data):
     """Drawn twice from one state, a scene is the same; what is held out goes by the name alone."""
     found = {thing.name: thing for thing in prior_pictures.things(data.parent / "cut_outs")}
     few = data.parent / "few"

@@ -25,7 +25,7 @@ def identity(rows: int, pictures: str | None = "p") -> dict[str, Any]:
     return {**dict.fromkeys(("order", "ids", "texts", "labels", "weights", "paths"), "x"), "rows": rows, "pictures": pictures}
 
 
-def test_a_set_is_compared_with_its_first_evaluation() -> None:
+def test_a_set_is_compared_with_its_first_evaluation():
     said: list[str] = []
     state = TrainState()
     run = config(Align(), retention=["kept", "absent"])
@@ -39,7 +39,7 @@ def test_a_set_is_compared_with_its_first_evaluation() -> None:
     ]
 
 
-def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on() -> None:
+def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on():
     """One that is named only now, and one whose data have changed: neither is measured against what was never measured, or was another."""
     said: list[str] = []
     state = TrainState(step=30)
@@ -60,7 +60,7 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on() -> Non
     assert said == [f"retention: data.evaluation.kept {changed}"]
 
 
-def test_options_that_do_nothing_are_named_once() -> None:
+def test_options_that_do_nothing_are_named_once():
     said: list[str] = []
     idle = Idle(config(Retain(), SymMPO(), Misp(), BatchAlign(texts=8), hard_negatives=2), said.append)
     busy = {"retain/ratio": 0.0, "symmpo/accuracy": 1.0, "misp/accuracy": 1.0, "batchalign/texts": 4.0}
@@ -76,7 +76,7 @@ def test_options_that_do_nothing_are_named_once() -> None:
     assert "asks for 8 texts on an image and finds 3.9" in said[3] and "train.hard_negatives 2 has left nothing out" in said[4]
 
 
-def test_a_fall_is_said_once_and_again_when_it_has_doubled() -> None:
+def test_a_fall_is_said_once_and_again_when_it_has_doubled():
     said: list[str] = []
     retention = Retention(config(Align()), TrainState(), {}, said.append)
     for logp in (-1.0, -1.05, -1.12, -1.15, -1.1, -1.12, -1.23, -1.25, -1.26):

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +14,7 @@ from cfvlm_ds.data.cfgroup import from_row
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
+def bench():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPO / "benchmarks"))
         yield importlib.import_module("retrieval")
@@ -28,7 +25,7 @@ def row(name: str, key: str, *exclude: str, text: str = "") -> dict[str, Any]:
     return {"id": name, "prompt": f"What is {name}?", "images": images, "texts": [{"text": text or key, "key": key}], "exclude": [*exclude]}
 
 
-def test_rows_with_a_caption_of_their_own_become_groups_of_all_captions(bench: ModuleType, tmp_path: Path) -> None:
+def test_rows_with_a_caption_of_their_own_become_groups_of_all_captions(bench, tmp_path):
     rows = bench.chosen([row("a", "x"), row("b", "x"), row("c", "y", text="x"), row("d", "z"), row("e", "w"), row("f", "v")], 3)
     assert [each["id"] for each in rows] == ["a", "d", "e"]
     groups = [from_row(each, tmp_path) for each in bench.groups(rows)]
@@ -38,7 +35,7 @@ def test_rows_with_a_caption_of_their_own_become_groups_of_all_captions(bench: M
         assert "".join(bench.ordered([list(texts)], place)) == "xzw" == "".join(bench.ordered(list(texts), place))
 
 
-def test_recall_by_hand(bench: ModuleType) -> None:
+def test_recall_by_hand(bench):
     """Of three pictures: one is won but for language's wish for caption 1; a tie is wrong; another row's true caption is not asked."""
     logp = [[-5.0, -4.0, -9.0], [-8.0, -3.0, -3.0], [-6.0, -2.0, -2.5]]
     blank = [[-6.0, -1.0, -9.0]] * 3
@@ -51,7 +48,7 @@ def test_recall_by_hand(bench: ModuleType) -> None:
     assert bench.recalls(logp, blank, asked) == pytest.approx((2 / 3, 2 / 3, 1))
 
 
-def test_the_command(bench: ModuleType, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_command(bench, model_dir, tmp_path, monkeypatch, capsys):
     """On the spot: every number of its line is that of the scores which it leaves."""
     manifest = write_manifest(tmp_path / "m.jsonl", 8)
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]

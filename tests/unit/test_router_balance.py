@@ -31,12 +31,12 @@ from cfvlm_ds.training.step import Measured
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl_moe", pytest.param("qwen3_5_moe", marks=pytest.mark.long)])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request, tmp_path_factory):
     return write_small(request.param, tmp_path_factory.mktemp("experts") / request.param)
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+def groups(tmp_path_factory):
     """Of which the first and the last show one picture: together they have one prefix, apart two."""
     where = tmp_path_factory.mktemp("images")
     for name, size in {"a": (60, 40), "b": (90, 30)}.items():
@@ -53,7 +53,7 @@ def alone_texts(groups: list[CounterfactualGroup]) -> list[CounterfactualGroup]:
 
 
 @pytest.fixture
-def alone() -> Any:
+def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield World(0, 1, 0, torch.device("cpu"))
     dist.destroy_process_group()
@@ -79,7 +79,7 @@ class Engine:
         loss.backward()
 
 
-def test_it_is_the_librarys_of_each_text_alone(folder: Path, groups: list[CounterfactualGroup], alone: World) -> None:
+def test_it_is_the_librarys_of_each_text_alone(folder, groups, alone):
     """Value and gradient of all groups in one row, by the library's function on the logits that its own forward gives for a row of each
     text; fp32, relative 1e-5."""
     engine, collator = Engine(folder), load_collator(ModelConfig(str(folder)), "full")
@@ -128,9 +128,7 @@ def gradients(
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_the_gradient_is_one_however_the_step_is_cut(
-    recompute: bool, folder: Path, groups: list[CounterfactualGroup], alone: World
-) -> None:
+def test_the_gradient_is_one_however_the_step_is_cut(recompute, folder, groups, alone):
     """In one micro-batch, in three, in parts with a repeat for another rank's sake: a picture has one prefix or several. A stand-in counts
     for nothing. fp32, relative 1e-4."""
     engine, collator = Engine(folder, recompute), load_collator(ModelConfig(str(folder)), "full")
@@ -158,7 +156,7 @@ def test_the_gradient_is_one_however_the_step_is_cut(
     assert before > 0 == balance.term(stand_in, True), "a stand-in"  # type: ignore[arg-type]
 
 
-def test_loads_are_counted(folder: Path, groups: list[CounterfactualGroup], alone: World) -> None:
+def test_loads_are_counted(folder, groups, alone):
     """By the experts that the routers' own outputs name for each text alone, with the loss left out; their mean is an even share."""
     engine, collator, chosen = Engine(folder), load_collator(ModelConfig(str(folder)), "full"), []
     hooks = [m.register_forward_hook(lambda m, i, o: chosen.append(o[2])) for m in engine.module.modules() if "Router" in type(m).__name__]
@@ -180,6 +178,6 @@ def test_loads_are_counted(folder: Path, groups: list[CounterfactualGroup], alon
     assert sum(loads.values()) / len(loads) == pytest.approx(1)
 
 
-def test_a_model_without_experts_is_refused() -> None:
+def test_a_model_without_experts_is_refused():
     with pytest.raises(ConfigError, match="router_balance is for model types qwen3_vl_moe and qwen3_5_moe, and this is 'qwen3_vl'; leave"):
         check_balanced("qwen3_vl")

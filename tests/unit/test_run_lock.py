@@ -56,7 +56,7 @@ class Holder:
             time.sleep(0.01)
 
 
-def test_the_second_run_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+def test_the_second_run_is_refused_with_the_name_of_the_first(tmp_path):
     first = Holder(tmp_path / "run", SLURM_JOB_ID="4711")
     with pytest.raises(ConfigError) as raised:
         RunLock(tmp_path / "run")
@@ -69,7 +69,7 @@ def test_the_second_run_is_refused_with_the_name_of_the_first(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("left", ["", "{", "[]", '{"pid": []}'])
-def test_the_lock_of_a_killed_process_is_free_at_once(left: str, tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_free_at_once(left, tmp_path):
     """Whatever it has written, and although a data worker of it lives on."""
     first = Holder(tmp_path, worker=True)
     first.kill()
@@ -79,7 +79,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(left: str, tmp_path: Path)
         assert json.loads((tmp_path / run_lock.NAME).read_text())["pid"] == os.getpid()
 
 
-def test_a_requeued_job_takes_its_own_lock_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeued_job_takes_its_own_lock_over_at_once(tmp_path, monkeypatch):
     """A file server may keep the lock of a node that is down for long."""
     first = Holder(tmp_path, SLURM_JOB_ID="12")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
@@ -91,7 +91,7 @@ def test_a_requeued_job_takes_its_own_lock_over_at_once(tmp_path: Path, monkeypa
         assert json.loads((tmp_path / run_lock.NAME).read_text())["pid"] == os.getpid(), "it is not the other's to remove"
 
 
-def test_of_many_that_find_the_lock_of_a_dead_run_at_once_one_gets_it(tmp_path: Path) -> None:
+def test_of_many_that_find_the_lock_of_a_dead_run_at_once_one_gets_it(tmp_path):
     """Rivals that all meet the same dead holder, again and again: whoever has the lock is alone with it for as long as he has it."""
     rounds, rivals = 40, 8
     together, holders, most, won = FORK.Barrier(rivals), FORK.Value("i", 0), FORK.Value("i", 0), FORK.Value("i", 0)
@@ -125,7 +125,7 @@ def test_of_many_that_find_the_lock_of_a_dead_run_at_once_one_gets_it(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_named_and_refuses_no_later_start(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_refuses_no_later_start(tmp_path):
     def refused() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         with pytest.raises(StorageError, match=r"run\.lock cannot be written \(.*\); make room, or choose another train\.output_dir"):
@@ -139,7 +139,7 @@ def test_a_full_disk_is_named_and_refuses_no_later_start(tmp_path: Path) -> None
         pass
 
 
-def test_a_lock_of_nobody_we_know_is_named_as_such(tmp_path: Path) -> None:
+def test_a_lock_of_nobody_we_know_is_named_as_such(tmp_path):
     with (tmp_path / run_lock.NAME).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="in use by a run that has not said who it is"):

@@ -37,13 +37,13 @@ def stream(length: int, num_groups: int = 23, seed: int = 3) -> list[int]:
     return [index for (index,) in take(make(num_groups, seed=seed), length)]
 
 
-def test_permutations_are_pinned() -> None:
+def test_permutations_are_pinned():
     # A change here breaks the resumption of every run under way.
     assert stream(20, num_groups=10, seed=0) == [9, 4, 1, 3, 2, 8, 6, 5, 7, 0, 3, 7, 6, 4, 9, 8, 0, 5, 2, 1]
     assert stream(10, num_groups=10, seed=1) == [6, 5, 3, 9, 8, 2, 1, 7, 0, 4]
 
 
-def test_every_group_once_per_epoch_in_another_order() -> None:
+def test_every_group_once_per_epoch_in_another_order():
     epochs = [stream(23 * 4)[start : start + 23] for start in range(0, 23 * 4, 23)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -52,7 +52,7 @@ def test_every_group_once_per_epoch_in_another_order() -> None:
     assert len(others) == 4 and not others & {tuple(epoch) for epoch in epochs}
 
 
-def test_global_random_state_is_left_alone() -> None:
+def test_global_random_state_is_left_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = stream(50)
@@ -64,7 +64,7 @@ def test_global_random_state_is_left_alone() -> None:
 @pytest.mark.parametrize("num_groups", [23, 5, 1])  # B is 16: 5 and 1 groups recur within one step
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_world_size_invariance(num_groups: int, world: int, accumulation: int) -> None:
+def test_world_size_invariance(num_groups, world, accumulation):
     size, steps = 16, 7
     mb = size // (world * accumulation)
     elements = stream(size * steps, num_groups)
@@ -76,7 +76,7 @@ def test_world_size_invariance(num_groups: int, world: int, accumulation: int) -
         assert [micro[step * accumulation : (step + 1) * accumulation] for micro in ranks] == expected
 
 
-def test_resume_from_any_step() -> None:
+def test_resume_from_any_step():
     whole = take(make(mb=3, accumulation=2, rank=1, world=2), 2 * 12)
     running = make(mb=3, accumulation=2, rank=1, world=2)
     assert running.groups_per_step == 12
@@ -88,7 +88,7 @@ def test_resume_from_any_step() -> None:
         running.advance()
 
 
-def test_resume_on_another_world_keeps_the_position() -> None:
+def test_resume_on_another_world_keeps_the_position():
     saved = make(mb=3, accumulation=2, world=2)
     saved.advance()
     elements = stream(12 + 40)[12:]
@@ -100,7 +100,7 @@ def test_resume_on_another_world_keeps_the_position() -> None:
     assert [index for micro in range(5) for rank in range(4) for index in ranks[rank][micro]] == elements
 
 
-def test_state_of_other_data_is_refused() -> None:
+def test_state_of_other_data_is_refused():
     state = make().state_dict()
     assert state == {"samples_seen": 0, "num_groups": 23, "seed": 3}
     for bad, name in [
@@ -115,7 +115,7 @@ def test_state_of_other_data_is_refused() -> None:
         assert sampler.samples_seen == 1
 
 
-def test_steps_of_a_decimal_number_of_epochs() -> None:
+def test_steps_of_a_decimal_number_of_epochs():
     """Whole hundredths of 100 groups, and thousandths of 1000, as a person counts them; a part of a group is a group."""
     for hundredths in range(1, 301):
         assert make(100).num_steps(float(f"{hundredths / 100:.2f}")) == hundredths
@@ -123,7 +123,7 @@ def test_steps_of_a_decimal_number_of_epochs() -> None:
     assert [make(3).num_steps(share) for share in (1e-6, 0.3, 1 / 3, 0.34, 2 / 3, 1, 7 / 3)] == [1, 1, 1, 2, 2, 3, 7]
 
 
-def test_bad_sizes() -> None:
+def test_bad_sizes():
     with pytest.raises(DataError, match="no groups"):
         make(0)
     for options in ({"mb": 0}, {"accumulation": 0}, {"world": 0}):
@@ -134,7 +134,7 @@ def test_bad_sizes() -> None:
             make(rank=rank, world=2)
 
 
-def test_data_loader_prefetch_does_not_move_the_position() -> None:
+def test_data_loader_prefetch_does_not_move_the_position():
     def loader(sampler: GroupSampler) -> DataLoader[int]:
         data = list(range(23))
         return DataLoader(data, batch_sampler=sampler, num_workers=1, prefetch_factor=4, collate_fn=list)  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def naive_feistel(place: int, num_groups: int, seed: int, epoch: int) -> int:
 
 
 @pytest.mark.parametrize("num_groups", [*range(1, 70), 1000, 1024, 1025, 4097, 1_000_003])
-def test_a_computed_order_is_a_permutation(num_groups: int) -> None:
+def test_a_computed_order_is_a_permutation(num_groups):
     places = np.arange(num_groups, dtype=np.uint64)
     found = permutation.feistel(places, num_groups, 3, 1)
     assert np.array_equal(np.sort(found), places)
@@ -188,7 +188,7 @@ def test_a_computed_order_is_a_permutation(num_groups: int) -> None:
     assert [int(found[place]) for place in some] == [naive_feistel(place, num_groups, 3, 1) for place in some]
 
 
-def test_a_computed_order_looks_drawn() -> None:
+def test_a_computed_order_looks_drawn():
     """Groups of any stretch of an epoch come evenly from the whole file; neighbours, epochs and seeds are unrelated."""
     number = 1_048_577  # where nearly half of all results go through the network again
     orders = [
@@ -204,7 +204,7 @@ def test_a_computed_order_looks_drawn() -> None:
     assert all(abs(np.corrcoef(first, second)[0, 1]) < 0.006 for first, second in itertools.combinations(orders, 2))
 
 
-def test_more_than_a_million_groups_have_a_computed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_a_million_groups_have_a_computed_order(monkeypatch):
     """The million-and-first group changes how the order is found, and nothing else: any number of ranks, a resume, other orders refused."""
     drawn = stream(1, num_groups=1_000_000), stream(5, num_groups=1_000_001)
     assert drawn[0] == permutation._stored(1_000_000, 3, 0)[:1].tolist()
@@ -229,7 +229,7 @@ def test_more_than_a_million_groups_have_a_computed_order(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("computed", [False, True])
-def test_groups_of_a_row_come_together(computed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_a_row_come_together(computed, monkeypatch):
     """Rows in the order that they have alone, each with its groups in theirs; any stretch, any number of ranks, part of a file."""
     monkeypatch.setattr(permutation, "_BLOCK", 4)
     if computed:
@@ -261,7 +261,7 @@ def test_groups_of_a_row_come_together(computed: bool, monkeypatch: pytest.Monke
     permutation._computed.cache_clear()
 
 
-def test_steps_of_a_packed_run_are_tried_where_they_are_too_many_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_a_packed_run_are_tried_where_they_are_too_many_to_count(monkeypatch):
     """Whatever the mix of lengths, what is taken from a part of an epoch is within one in a hundred of what counting finds."""
     chance = np.random.default_rng(0)
     for tokens in (chance.integers(600, 800, 6000), chance.lognormal(6.2, 0.9, 6000).clip(60, 7000), chance.choice([90, 1300], 6000)):

@@ -88,11 +88,11 @@ def content(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory):
     return build_scenes(ScenesConfig(str(tmp_path_factory.mktemp("scenes") / "world"), **SMALL), progress=lambda _: None)
 
 
-def test_more_groups_leave_the_first_ones_alone(built: Path, tmp_path: Path) -> None:
+def test_more_groups_leave_the_first_ones_alone(built, tmp_path):
     more = build_scenes(ScenesConfig(str(tmp_path / "more"), num_train=30, num_test=16))
     assert (more / "train.jsonl").read_text().startswith((built / "train.jsonl").read_text())
 
@@ -103,7 +103,7 @@ def boxes(scene: Scene, index: int) -> list[tuple[int, int, int, int]]:
     return [drawing._box_at(x, y, half, 48) for x, y in drawing._centres(scene, index)]
 
 
-def test_content_is_pinned() -> None:
+def test_content_is_pinned():
     """The same on every platform and Python version. If this changes on purpose, raise build.GENERATOR."""
     digest = hashlib.sha256()
     for split in RULES:
@@ -116,7 +116,7 @@ def test_content_is_pinned() -> None:
     assert digest.hexdigest() == "2afc9797e5d52079b658f3ffb90736bdf58d774c1a6816b61fe563da0aaad86a"
 
 
-def test_manifest_is_an_ordinary_one(built: Path) -> None:
+def test_manifest_is_an_ordinary_one(built):
     for split in RULES:
         lines = (built / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         assert len(lines) == SMALL["num_train" if split == "train" else "num_test"]
@@ -129,7 +129,7 @@ def test_manifest_is_an_ordinary_one(built: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", EDITS)
-def test_edit_changes_only_what_it_names(kind: str) -> None:
+def test_edit_changes_only_what_it_names(kind):
     rng, rule, number = Random(f"edits/{kind}"), Rule(0.3, held_out="may"), 0
     while number < 200:
         before = drawn_scene(rng, rule)
@@ -168,7 +168,7 @@ def test_edit_changes_only_what_it_names(kind: str) -> None:
 
 
 @pytest.mark.parametrize("split", DESCRIBED)
-def test_truth_tables_agree_with_an_independent_reader(split: str) -> None:
+def test_truth_tables_agree_with_an_independent_reader(split):
     for drawn, group in drawn_groups(split, 80, num_counterfactuals=4, sham_share=0.5):
         for scene, row in zip(drawn.pictured, group.match, strict=True):
             assert [bool(cell) for cell in row] == [is_true(candidate.text, scene) for candidate in group.candidates]
@@ -208,7 +208,7 @@ def asked(split: str, number: int, **options: object) -> list[tuple[SceneGroup, 
     ("split", "options"),
     [("train", {"question_share": 1.0, "num_counterfactuals": 3, "sham_share": 0.5}), *((f"test_{kind}", {}) for kind in QUESTIONS)],
 )
-def test_answers_agree_with_an_independent_reader(split: str, options: dict) -> None:
+def test_answers_agree_with_an_independent_reader(split, options):
     groups = asked(split, 300, **options)
     assert len(groups) == 300
     for drawn, group in groups:
@@ -222,7 +222,7 @@ def test_answers_agree_with_an_independent_reader(split: str, options: dict) -> 
 
 
 @pytest.mark.parametrize("kind", QUESTIONS)
-def test_language_tells_no_answer(kind: str) -> None:
+def test_language_tells_no_answer(kind):
     """Of both pictures the same is asked and the answers differ, so any reader of prompts is right once; nor does a place tell."""
     groups = asked("train", 1200, question_share=1.0, edit_weights={"count": 1.0} if kind == "count" else None)
     texts = [tuple(candidate.text for candidate in group.candidates) for drawn, group in groups if drawn.question == kind]
@@ -233,7 +233,7 @@ def test_language_tells_no_answer(kind: str) -> None:
         assert given[texts[0][0]] == given[texts[0][1]] == len(texts) and first[texts[0][0]] / len(texts) == pytest.approx(0.5, abs=0.06)
 
 
-def test_questions_are_a_share_of_training_and_change_no_scene() -> None:
+def test_questions_are_a_share_of_training_and_change_no_scene():
     plain, mixed = (drawn_groups("train", 600, question_share=share) for share in (0.0, 0.4))
     assert not any(drawn.question for drawn, _ in plain)
     kinds = Counter(drawn.question for drawn, _ in mixed)
@@ -244,7 +244,7 @@ def test_questions_are_a_share_of_training_and_change_no_scene() -> None:
     assert len({group.candidates[0].prompt for _, group in plain}) == 5
 
 
-def test_checker_sees_every_way_to_be_wrong() -> None:
+def test_checker_sees_every_way_to_be_wrong():
     rng, rule, outcomes = Random("wrong"), Rule(0.5, held_out="may"), Counter()
     for _ in range(400):
         a, b = drawn_scene(rng, rule), drawn_scene(rng, rule)
@@ -255,7 +255,7 @@ def test_checker_sees_every_way_to_be_wrong() -> None:
     assert outcomes[False] > 390
 
 
-def test_keys_say_which_captions_are_true_of_a_picture() -> None:
+def test_keys_say_which_captions_are_true_of_a_picture():
     """As an independent reader finds them: of other scenes that differ in one thing, or in what is left unsaid, and of any other."""
     rng, rule, outcomes = Random("keys"), Rule(0.5, held_out="may"), Counter()
     for _ in range(300):
@@ -272,7 +272,7 @@ def test_keys_say_which_captions_are_true_of_a_picture() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test_count"])
-def test_groups_exclude_what_is_true_of_one_of_their_pictures(split: str) -> None:
+def test_groups_exclude_what_is_true_of_one_of_their_pictures(split):
     """Of all captions of the split, and of all numbers, by the reader; keys are the same for every phrasing of what is said."""
     found = drawn_groups(split, 60, num_counterfactuals=2, sham_share=0.5, question_share=0.3)
     captions = [(text.text, own) for d, g in found if not d.question for text, own in zip(g.candidates, g.keys, strict=True)]
@@ -286,7 +286,7 @@ def test_groups_exclude_what_is_true_of_one_of_their_pictures(split: str) -> Non
             assert not group.keys and {*group.exclude} == true - {candidate.text for candidate in group.candidates}
 
 
-def test_edits_name_the_words_that_changed() -> None:
+def test_edits_name_the_words_that_changed():
     for _, group in drawn_groups("test_corr50", 64):
         edit = group.edits[0]
         old, new = (Counter(candidate.text.split()) for candidate in group.candidates)
@@ -304,7 +304,7 @@ def planted(scene: Scene) -> bool:
 
 
 @pytest.mark.parametrize(("split", "rate"), [("train", 0.9), ("test_iid", 0.9), ("test_corr50", 0.5), ("test_corr10", 0.1)])
-def test_planted_correlation(split: str, rate: float) -> None:
+def test_planted_correlation(split, rate):
     config = ScenesConfig("unused")
     scenes = [draw_group(config, split, index).scenes[0] for index in range(1200)]
     assert np.mean([planted(scene) for scene in scenes]) == pytest.approx(rate, abs=0.04)
@@ -312,7 +312,7 @@ def test_planted_correlation(split: str, rate: float) -> None:
     assert len(looks) == 30 and max(looks.values()) < 2 * min(looks.values()), "no other correlation"
 
 
-def test_held_out_combinations_never_occur_outside_their_split() -> None:
+def test_held_out_combinations_never_occur_outside_their_split():
     assert len(HELD_OUT) == 6 and {c for c, _ in HELD_OUT} == set(COLOURS) and {s for _, s in HELD_OUT} == set(SHAPES)
     for split in DESCRIBED:
         seen: set[tuple[str, str]] = set()
@@ -325,7 +325,7 @@ def test_held_out_combinations_never_occur_outside_their_split() -> None:
         assert split != "train" or len(seen) == len(COLOURS) * len(SHAPES) - len(HELD_OUT)
 
 
-def test_edit_types_are_balanced() -> None:
+def test_edit_types_are_balanced():
     for split in set(RULES) - {"train", "test_count"}:
         kinds = Counter(group.edits[0].type for _, group in drawn_groups(split, 45))
         assert kinds == dict.fromkeys(EDITS, 5)
@@ -337,7 +337,7 @@ def test_edit_types_are_balanced() -> None:
     assert set(weighted) == {"colour", "size"}
 
 
-def test_sham_says_the_same_and_looks_different() -> None:
+def test_sham_says_the_same_and_looks_different():
     for drawn, group in drawn_groups("test_iid", 40):
         edit = group.edits[-1]
         assert (edit.type, edit.image, edit.text) == (SHAM, 2, None)
@@ -349,7 +349,7 @@ def test_sham_says_the_same_and_looks_different() -> None:
     assert not any(drawn.sham for drawn, _ in drawn_groups("train", 20))
 
 
-def test_shaking_keeps_the_scene_graph() -> None:
+def test_shaking_keeps_the_scene_graph():
     rng = Random("shake")
     for _ in range(200):
         scene = drawn_scene(rng, Rule(0.5))
@@ -358,7 +358,7 @@ def test_shaking_keeps_the_scene_graph() -> None:
         assert describe(sham, True) == describe(scene, True)
 
 
-def test_scenes_are_varied_and_things_stay_on_the_canvas() -> None:
+def test_scenes_are_varied_and_things_stay_on_the_canvas():
     rng, scenes = Random("varied"), []
     for _ in range(500):
         scenes.append(drawn_scene(rng, Rule(0.5)))
@@ -373,13 +373,13 @@ def test_scenes_are_varied_and_things_stay_on_the_canvas() -> None:
 
 
 @pytest.mark.parametrize("image_size", [64, 112, 224])
-def test_other_image_sizes(image_size: int) -> None:
+def test_other_image_sizes(image_size):
     for split in ("train", "test_combo"):
         for drawn, _ in drawn_groups(split, 16, image_size=image_size, sham_share=1.0):
             assert all(render(scene, image_size).size == (image_size, image_size) for scene in drawn.pictured)
 
 
-def test_captions_cover_the_grammar_in_few_words() -> None:
+def test_captions_cover_the_grammar_in_few_words():
     captions = all_captions(0, 3000)
     assert captions == all_captions(0, 3000) != all_captions(1, 3000)
     words = {word for caption in captions for word in caption.split()}
@@ -388,14 +388,14 @@ def test_captions_cover_the_grammar_in_few_words() -> None:
     assert all(7 <= len(caption.split()) <= 18 and caption == caption.lower() for caption in captions)
 
 
-def test_a_tokenizer_sees_what_is_asked() -> None:
+def test_a_tokenizer_sees_what_is_asked():
     words = {word.strip("?:.") for text in all_texts(0, 300) for word in text.split()}
     asked_words = {word.strip("?:.") for _, group in drawn_groups("train", 400, question_share=1.0) for c in group.candidates
                    for word in f"{c.prompt} {c.text}".split()}  # fmt: skip
     assert asked_words <= words
 
 
-def test_killed_build_is_built_again(tmp_path: Path) -> None:
+def test_killed_build_is_built_again(tmp_path):
     config, lines = ScenesConfig(str(tmp_path / "world"), num_train=2, num_test=8), []
 
     def killed(*_: object) -> None:
@@ -413,7 +413,7 @@ def test_killed_build_is_built_again(tmp_path: Path) -> None:
     assert build_scenes(config, progress=lines.append) == built and (built / "scenes.json").stat().st_mtime_ns == stamp and len(lines) == 1
 
 
-def test_refuses_a_folder_that_holds_something_else(built: Path, tmp_path: Path) -> None:
+def test_refuses_a_folder_that_holds_something_else(built, tmp_path):
     with pytest.raises(DataError, match=r"other settings.*choose another out_dir"):
         build_scenes(ScenesConfig(str(built), **SMALL, seed=5))
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -433,12 +433,12 @@ def test_refuses_a_folder_that_holds_something_else(built: Path, tmp_path: Path)
         {"edit_weights": {}},
     ],
 )
-def test_wrong_settings_are_named(wrong: dict) -> None:
+def test_wrong_settings_are_named(wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         build_scenes(ScenesConfig("unused", **wrong))
 
 
-def test_asking_for_more_edits_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_for_more_edits_than_there_are_is_an_error(monkeypatch):
     monkeypatch.setattr("cfvlm_ds.demo.scenes.build._MAX_DRAWS", 50)
     with pytest.raises(DataError, match="num_counterfactuals"):
         draw_group(ScenesConfig("unused", num_counterfactuals=3, edit_weights={"depth": 1.0}), "train", 0)

@@ -28,12 +28,12 @@ def of(groups: list[CounterfactualGroup]) -> Identity:
 
 
 @pytest.fixture
-def groups(manifests: dict[str, Path]) -> list[CounterfactualGroup]:
+def groups(manifests):
     return read_manifest(manifests["test"])
 
 
 @pytest.fixture
-def scores(groups: list[CounterfactualGroup]) -> dict[str, StoredScores]:
+def scores(groups):
     draw = random.Random(0).uniform
     return {
         g.id: StoredScores(tuple(tuple(-draw(1, 60) for _ in g.candidates) for _ in g.images), tuple(-draw(1, 60) for _ in g.candidates))
@@ -42,7 +42,7 @@ def scores(groups: list[CounterfactualGroup]) -> dict[str, StoredScores]:
 
 
 @pytest.fixture
-def path(tmp_path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores]) -> Path:
+def path(tmp_path, groups, scores):
     write_scores(tmp_path / "scores.jsonl", groups, scores, "org/model", of(groups))
     return tmp_path / "scores.jsonl"
 
@@ -56,21 +56,19 @@ def edit(path: Path, row: int, change) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def test_round_trip_keeps_every_bit(path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores]) -> None:
+def test_round_trip_keeps_every_bit(path, groups, scores):
     assert read_scores(path, groups, of(groups)) == scores
     assert [p.name for p in path.parent.iterdir()] == ["scores.jsonl"], "no partial file stays"
     header = json.loads(path.read_text().splitlines()[0])
     assert header == {"schema": "cfscores/3", "data": of(groups), "groups": len(groups), "model": "org/model"}
 
 
-def test_order_of_rows_does_not_matter(path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores]) -> None:
+def test_order_of_rows_does_not_matter(path, groups, scores):
     assert read_scores(path, groups[::-1], of(groups[::-1])) == scores
 
 
 @pytest.mark.parametrize("alike", [False, True])
-def test_scores_are_read_when_they_are_used(
-    alike: bool, path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_read_when_they_are_used(alike, path, groups, scores, monkeypatch):
     """From the file, whose numbers are nowhere in memory; also where ids have one hash. Of a mixture they are named SOURCE/ID."""
     if alike:
         monkeypatch.setattr(stored_scores, "_key", lambda name: 7)
@@ -88,7 +86,7 @@ def test_scores_are_read_when_they_are_used(
         found[groups[2].id]
 
 
-def test_a_group_that_is_there_twice_is_named(path: Path, groups: list[CounterfactualGroup], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_is_there_twice_is_named(path, groups, monkeypatch):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:-1], lines[2]]))
     for key in (stored_scores._key, lambda name: 7):
@@ -97,19 +95,19 @@ def test_a_group_that_is_there_twice_is_named(path: Path, groups: list[Counterfa
             read_scores(path, groups, of(groups))
 
 
-def test_a_missing_group_at_writing_leaves_no_file(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
+def test_a_missing_group_at_writing_leaves_no_file(tmp_path, groups, scores):
     del scores[groups[3].id]
     with pytest.raises(KeyError):
         write_scores(tmp_path / "new.jsonl", groups, scores, "m", of(groups))
     assert not (tmp_path / "new.jsonl").exists()
 
 
-def test_missing_file(tmp_path: Path, groups: list[CounterfactualGroup]) -> None:
+def test_missing_file(tmp_path, groups):
     with pytest.raises(DataError, match=r"absent\.jsonl: no such scores file; write it again with `cfvlm-ds score`"):
         read_scores(tmp_path / "absent.jsonl", groups, of(groups))
 
 
-def test_cut_off_files_are_refused_wherever_the_cut_is(path: Path, groups: list[CounterfactualGroup]) -> None:
+def test_cut_off_files_are_refused_wherever_the_cut_is(path, groups):
     whole = path.read_bytes()
     row = whole.index(b"\n", whole.index(b"\n") + 1) + 1
     for cut in (0, 10, whole.index(b"\n") + 1, row, row + 5, len(whole) - 30):
@@ -118,7 +116,7 @@ def test_cut_off_files_are_refused_wherever_the_cut_is(path: Path, groups: list[
             read_scores(path, groups, of(groups))
 
 
-def test_one_missing_group_is_named(path: Path, groups: list[CounterfactualGroup]) -> None:
+def test_one_missing_group_is_named(path, groups):
     lines = path.read_text().splitlines()
     del lines[4]
     path.write_text("\n".join(lines) + "\n")
@@ -127,7 +125,7 @@ def test_one_missing_group_is_named(path: Path, groups: list[CounterfactualGroup
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e300, None, "-3.0"])
-def test_values_that_are_no_finite_numbers(path: Path, groups: list[CounterfactualGroup], value: object) -> None:
+def test_values_that_are_no_finite_numbers(path, groups, value):
     for key in ("logp", "blank"):
 
         def spoil(row: dict, key: str = key) -> None:
@@ -140,13 +138,13 @@ def test_values_that_are_no_finite_numbers(path: Path, groups: list[Counterfactu
         path.write_text(original)
 
 
-def test_a_matrix_of_another_shape(path: Path, groups: list[CounterfactualGroup]) -> None:
+def test_a_matrix_of_another_shape(path, groups):
     edit(path, 2, lambda row: row["blank"].append(-1.0))
     with pytest.raises(DataError, match=f"group '{groups[1].id}'"):
         read_scores(path, groups, of(groups))
 
 
-def test_a_matrix_with_images_and_texts_swapped(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
+def test_a_matrix_with_images_and_texts_swapped(tmp_path, groups, scores):
     """A sham makes I != C, so a transposed matrix is not the group's though it has as many numbers."""
     group = next(g for g in groups if len(g.images) != len(g.candidates))
     scores[group.id] = dataclasses.replace(scores[group.id], logp=tuple(zip(*scores[group.id].logp, strict=True)))
@@ -155,13 +153,13 @@ def test_a_matrix_with_images_and_texts_swapped(tmp_path: Path, groups: list[Cou
         read_scores(tmp_path / "swapped.jsonl", groups, of(groups))
 
 
-def test_another_schema(path: Path, groups: list[CounterfactualGroup]) -> None:
+def test_another_schema(path, groups):
     edit(path, 0, lambda header: header.update(schema="cfscores/1"))
     with pytest.raises(DataError, match="schema 'cfscores/1' is not 'cfscores/3'"):
         read_scores(path, groups, of(groups))
 
 
-def test_scores_of_another_manifest(path: Path, groups: list[CounterfactualGroup], scores) -> None:
+def test_scores_of_another_manifest(path, groups, scores):
     """What a score depends on is named where it has changed; what none depends on may change."""
     first = groups[0]
     texts = (dataclasses.replace(first.candidates[0], text="a purple hexagon"), *first.candidates[1:])
@@ -182,7 +180,7 @@ def test_scores_of_another_manifest(path: Path, groups: list[CounterfactualGroup
     assert read_scores(path, relabelled, of(relabelled)) == scores
 
 
-def test_scores_of_other_pictures(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
+def test_scores_of_other_pictures(tmp_path, groups, scores):
     """Where the contents of pictures are known to both, they decide: exchanged files are found, a moved folder is the same."""
     folder = groups[0].images[0][0].parent
     copied = shutil.copytree(folder, tmp_path / "copied")
@@ -202,7 +200,7 @@ def test_scores_of_other_pictures(tmp_path: Path, groups: list[CounterfactualGro
         read_scores(path, moved, identity(moved))
 
 
-def test_scores_know_their_model(tmp_path: Path, groups: list[CounterfactualGroup], scores, model_dir: Path) -> None:
+def test_scores_know_their_model(tmp_path, groups, scores, model_dir):
     """A copy of the model is the same one; other weights, tokenizer, template or bounds on visual tokens are refused by name."""
     path = tmp_path / "known.jsonl"
     write_scores(path, groups, scores, "org/model", of(groups), made_by=fingerprint(ModelConfig(str(model_dir))))
@@ -222,7 +220,7 @@ def test_scores_know_their_model(tmp_path: Path, groups: list[CounterfactualGrou
         read_scores(path, groups, of(groups), made_by=fingerprint(ModelConfig(str(copied))))
 
 
-def test_every_byte_of_the_weights_counts_and_is_read_once(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_byte_of_the_weights_counts_and_is_read_once(model_dir, tmp_path, monkeypatch):
     """A fine-tune of the projector alone is another model, wherever it lies in a file, with its old time set again too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     copied = shutil.copytree(model_dir, tmp_path / "copied")
@@ -251,7 +249,7 @@ def test_every_byte_of_the_weights_counts_and_is_read_once(model_dir: Path, tmp_
     assert fingerprint(config)["weights"] in seen
 
 
-def test_a_moved_folder_is_the_same_manifest(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
+def test_a_moved_folder_is_the_same_manifest(tmp_path, groups, scores):
     """Without the contents of pictures, their paths inside the data root tell."""
     root, path = groups[0].images[0][0].parent.parent, tmp_path / "scores.jsonl"
     write_scores(path, groups, scores, "m", data_identity(groups, [root]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,14 +18,14 @@ PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.convolution", "aten.convo
 
 
 @pytest.fixture(scope="module")
-def scoring() -> Any:
+def scoring():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPO / "benchmarks"))
         return importlib.import_module("scoring")
 
 
 @pytest.mark.parametrize("family", ["llava", *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen2_5_vl", "qwen3_5"))])
-def test_all_layouts_compute_one_loss(family: str, scoring: Any) -> None:
+def test_all_layouts_compute_one_loss(family, scoring):
     """fp32, relative 1e-5; the supervised step sees other texts before its own and is another one."""
     model = scoring.build(family, 64, SIZE, torch.device("cpu"), torch.float32)
     of = scoring.case(model, family, 64, 3)
@@ -40,7 +38,7 @@ def test_all_layouts_compute_one_loss(family: str, scoring: Any) -> None:
 
 @pytest.mark.parametrize("frozen", [(), ("vision_tower",), ("vision_tower", "projector"), ("language_model",)])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_model_flops_are_those_that_torch_counts(family: str, frozen: tuple[str, ...], scoring: Any) -> None:
+def test_model_flops_are_those_that_torch_counts(family, frozen, scoring):
     """Every matrix product of a forward and backward pass, attention aside; 1 %. The output head is frozen, for torch does not count the
     product that adds to its gradient in place; and all of the tower is used, for the library runs also what it does not use."""
     model = scoring.build(family, 256, SIZE, torch.device("cpu"), torch.float32)
@@ -60,7 +58,7 @@ def test_model_flops_are_those_that_torch_counts(family: str, frozen: tuple[str,
 
 
 @pytest.mark.long
-def test_zero3_gathers_no_more_for_eight_texts_than_for_one(tmp_path: Path) -> None:
+def test_zero3_gathers_no_more_for_eight_texts_than_for_one(tmp_path):
     """Two real ranks; elements and collectives of a step equal those of a plain supervised step on the same tokens."""
     options = ["--layouts", "supervised", "shared prefix", "--recompute", "0", "--json", str(tmp_path / "found.json")]
     ended = run_ranks(2, "forkserver_ranks:script", "benchmarks/zero3_comm.py", options, said=tmp_path / "said")

@@ -48,7 +48,7 @@ def served(model: Path, log: Path) -> Iterator[str]:
 
 
 @pytest.mark.long
-def test_a_real_server_that_talks_nonsense_breaks_nothing(model_dir: Path, tmp_path: Path) -> None:
+def test_a_real_server_that_talks_nonsense_breaks_nothing(model_dir, tmp_path):
     rows = []
     for k, caption in enumerate(["a red circle and a blue square", "two dogs on a couch"]):
         draw(tmp_path / f"{k}.png", [("red", "circle"), ("blue", "square")])
@@ -68,9 +68,7 @@ def test_a_real_server_that_talks_nonsense_breaks_nothing(model_dir: Path, tmp_p
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_a_server_answers_as_describe_does(
-    family: str, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_answers_as_describe_does(family, manifests, tmp_path, capsys):
     """With greedy decoding, for a model trained in full and for merged adapters."""
     draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
     url = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 from stamps import COCO, JUDGED, PHOTOGRAPHS, captions, digest, edits, judged
@@ -13,7 +12,7 @@ PACKAGE = "tuxpaint-stamps-default"
 
 
 @pytest.mark.long
-def test_of_captions_that_nobody_here_wrote_what_is_proposed_is_right(tmp_path: Path) -> None:
+def test_of_captions_that_nobody_here_wrote_what_is_proposed_is_right(tmp_path):
     """95 % of what was judged and is still proposed. The rules were mended with the list, so it guards against change: what they are worth
     is the share of a fresh list. Downloads 80 MB."""
     subprocess.run(["apt-get", "download", PACKAGE], cwd=tmp_path, check=True, capture_output=True, timeout=600)
@@ -27,7 +26,7 @@ def test_of_captions_that_nobody_here_wrote_what_is_proposed_is_right(tmp_path: 
 
 
 @pytest.mark.parametrize("file", [PHOTOGRAPHS, COCO], ids=lambda file: file.stem)
-def test_what_is_said_of_a_list_is_what_it_holds(file: Path) -> None:
+def test_what_is_said_of_a_list_is_what_it_holds(file):
     """Of each list of photographs' captions, how many edits were right, and that no edit was judged twice."""
     lists = re.split(r"^# List \d+, ", file.read_text(), flags=re.MULTILINE)[1:]
     for text in lists:

@@ -40,13 +40,13 @@ def rows(found: IndexedLines) -> list[tuple[str, bytes]]:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch):
     """Files of a few bytes have blocks."""
     for name, value in (("MIB", 64), ("MAX_LINE", 100)):
         monkeypatch.setattr(lines, name, value)
 
 
-def test_lines_are_those_of_a_naive_reading(small: None, tmp_path: Path) -> None:
+def test_lines_are_those_of_a_naive_reading(small, tmp_path):
     """Blank lines, spaces, carriage returns, a missing last break, lines that cross blocks: scanned, and then mapped."""
     path, chance = tmp_path / "rows.jsonl", random.Random(0)
     for _ in range(60):
@@ -60,7 +60,7 @@ def test_lines_are_those_of_a_naive_reading(small: None, tmp_path: Path) -> None
         assert isinstance(second.starts.base, np.ndarray) and not second.starts.flags.owndata, "mapped"
 
 
-def test_a_row_takes_at_most_sixteen_bytes(tmp_path: Path) -> None:
+def test_a_row_takes_at_most_sixteen_bytes(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' * 5000)
     assert lines.write_index(path).stat().st_size < 13 * 5000
@@ -68,14 +68,14 @@ def test_a_row_takes_at_most_sixteen_bytes(tmp_path: Path) -> None:
     assert sum(each.nbytes for each in vars(found).values() if isinstance(each, np.ndarray)) < 17 * 5000
 
 
-def test_reading_ends_at_a_line_without_end(small: None, tmp_path: Path) -> None:
+def test_reading_ends_at_a_line_without_end(small, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"{}\n" + b"[" + b"1," * 200 + b"\n{}\n")
     with pytest.raises(DataError, match=r"rows.jsonl:2: the line has more than 100 bytes"):
         IndexedLines.scanned(path)
 
 
-def test_a_file_that_is_written_is_indexed_again(small: None, tmp_path: Path) -> None:
+def test_a_file_that_is_written_is_indexed_again(small, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n')
     before = path.stat()
@@ -95,13 +95,13 @@ def test_a_file_that_is_written_is_indexed_again(small: None, tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def manifest(tmp_path_factory):
     path = write_manifest(tmp_path_factory.mktemp("store") / "m.jsonl", 12)
     path.write_text(path.read_text().replace("\n", "\n\n", 5))
     return path
 
 
-def test_a_store_is_the_list(manifest: Path) -> None:
+def test_a_store_is_the_list(manifest):
     """In any order, by slices, in forked workers."""
     store, groups = open_groups(manifest), read_manifest(manifest)
     assert len(store) == 12 and list(store) == groups and [store[k] for k in (-1, 3, 0, 3)] == [groups[k] for k in (-1, 3, 0, 3)]
@@ -113,7 +113,7 @@ def test_a_store_is_the_list(manifest: Path) -> None:
     assert [group for batch in loaded for group in batch] == groups
 
 
-def test_the_first_problem_of_a_row_is_raised_where_it_is_used(manifest: Path, tmp_path: Path) -> None:
+def test_the_first_problem_of_a_row_is_raised_where_it_is_used(manifest, tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(manifest.read_text() + "{\n")
     store = open_groups(path, manifest.parent)
@@ -132,7 +132,7 @@ class Doubled:
         return row["times"]
 
 
-def test_rows_of_several_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_several_groups(tmp_path, monkeypatch):
     monkeypatch.setitem(FORMATS, "doubled", Doubled())
     common = {"image_0": "a.png", "image_1": "b.png", "caption_0": "x", "caption_1": "y"}
     rows = [{**common, "id": n, "times": times} for n, times in enumerate((2, 1, 3))]
@@ -153,7 +153,7 @@ def test_rows_of_several_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # Passes ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_ids_that_come_twice_are_found_wherever_they_are(tmp_path: Path) -> None:
+def test_ids_that_come_twice_are_found_wherever_they_are(tmp_path):
     """Each names the first row of that id; a hash is no proof."""
     names = ["a", "b", "c", "a", "d", "b", "a", "e", "f", "g", "e"]
     common = {"image_0": "a.png", "image_1": "b.png", "caption_0": "x", "caption_1": "y"}
@@ -166,12 +166,12 @@ def test_ids_that_come_twice_are_found_wherever_they_are(tmp_path: Path) -> None
     ]
 
 
-def test_keys_that_are_equal_by_chance_are_no_problem(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_are_equal_by_chance_are_no_problem(manifest, monkeypatch):
     monkeypatch.setattr("cfvlm_ds.data.check.hashed", lambda name: 1)
     assert check_rows(open_groups(manifest), progress=pytest.fail).ok
 
 
-def test_processes_find_what_one_finds(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_find_what_one_finds(manifest, tmp_path, monkeypatch):
     """Chunks in forked processes: one report, one store."""
     whole, groups = check_manifest(manifest), read_manifest(manifest)
     pictures = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
@@ -184,7 +184,7 @@ def test_processes_find_what_one_finds(manifest: Path, tmp_path: Path, monkeypat
         assert StoredRows(tmp_path / f"{opens}").identity == expected and read_manifest(tmp_path / f"{opens}") == groups
 
 
-def test_a_batch_is_its_groups_one_by_one(tmp_path: Path) -> None:
+def test_a_batch_is_its_groups_one_by_one(tmp_path):
     """What is wrong stands in its place, in the words of whoever asks for that row alone; rows of several groups too."""
     sound = [json.loads(line) for line in write_manifest(tmp_path / "m.jsonl", 6).read_text().splitlines()]
     wrong: list[Any] = [

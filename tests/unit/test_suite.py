@@ -66,12 +66,12 @@ SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red",
 
 
 @pytest.fixture(scope="module")
-def collator(model_dir: Path) -> Collator:
+def collator(model_dir):
     return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "full")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     """SugarCrepe and POPE of a few rows, in their official form, whose pictures are drawn."""
     folder = tmp_path_factory.mktemp("benchmarks")
     for number, scene in enumerate(SCENES):
@@ -117,7 +117,7 @@ def files(out: Path) -> dict[str, bytes]:
 # Scores -----------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_score_is_that_of_plain_forwards(scorer: Scorer, collator: Collator, root: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_every_score_is_that_of_plain_forwards(scorer, collator, root, model_dir, tmp_path):
     """Caption, match and yes/no by the public path, against the library's own forward of one image and one string."""
     processor = load_processor(ModelConfig(str(model_dir)))
 
@@ -155,7 +155,7 @@ def test_every_score_is_that_of_plain_forwards(scorer: Scorer, collator: Collato
             assert any(outcome.shuffled == pytest.approx(each, rel=1e-4) for each in others), "another item's picture"
 
 
-def test_batches_budgets_and_what_is_beside_an_item_change_nothing(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+def test_batches_budgets_and_what_is_beside_an_item_change_nothing(scorer, collator, root, tmp_path):
     found = []
     for number, settings in enumerate(
         (FEW, Settings(batch_size=16, max_tokens=60, draws=0), Settings(batch_size=1, max_tokens=None, draws=0))
@@ -167,7 +167,7 @@ def test_batches_budgets_and_what_is_beside_an_item_change_nothing(scorer: Score
             assert one[0] == two[0] and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(one[1:], two[1:], strict=True))
 
 
-def test_questions_of_a_picture_are_asked_behind_one_encoding(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+def test_questions_of_a_picture_are_asked_behind_one_encoding(scorer, collator, root, tmp_path):
     pictures: list[int] = []
 
     def forward(**inputs: Any) -> torch.Tensor:
@@ -178,7 +178,7 @@ def test_questions_of_a_picture_are_asked_behind_one_encoding(scorer: Scorer, co
     assert len(result.outcomes) == 18 and sum(pictures) == 3 + 1, "a tree for each of three pictures, and one of the blank one"
 
 
-def test_a_template_that_asks_before_it_shows_is_named(scorer: Scorer, model_dir: Path, root: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_template_that_asks_before_it_shows_is_named(scorer, model_dir, root, tmp_path, capsys):
     late = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "full")
     assert late.pictures_first
     template = late.processor.chat_template
@@ -197,7 +197,7 @@ def test_a_template_that_asks_before_it_shows_is_named(scorer: Scorer, model_dir
     assert results[0].outcomes and capsys.readouterr().out.count("before the picture") == 1
 
 
-def test_generated_text_is_the_librarys_own(scorer: Scorer, collator: Collator, root: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_generated_text_is_the_librarys_own(scorer, collator, root, model_dir, tmp_path):
     say = partial(generation.write, scorer.model, collator, ALONE.device, do_sample=False)
     (result,) = ask(asked(scorer, collator, say=say), root, tmp_path / "out", "pope", "generate:max_new_tokens=6", limit=2)
     assert result.label == "generate.6" and result.outcomes
@@ -222,7 +222,7 @@ def test_generated_text_is_the_librarys_own(scorer: Scorer, collator: Collator, 
         ask(asked(scorer, collator), root, tmp_path / "parts", "pope", "generate")
 
 
-def test_the_world_of_scenes_has_the_numbers_that_a_run_gives_it(scorer: Scorer, collator: Collator, tmp_path: Path) -> None:
+def test_the_world_of_scenes_has_the_numbers_that_a_run_gives_it(scorer, collator, tmp_path):
     """SugarCrepe's form of the test groups by likelihood, against the same groups as a manifest, asked as it asks."""
     config = ScenesConfig(str(tmp_path / "scenes"), num_train=1, num_test=18)
     build_scenes(config, progress=lambda line: None)
@@ -267,9 +267,7 @@ def everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_every_benchmark_is_evaluated_from_its_official_form(
-    scorer: Scorer, collator: Collator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_benchmark_is_evaluated_from_its_official_form(scorer, collator, tmp_path, monkeypatch):
     root = everything(tmp_path / "benchmarks", monkeypatch)
     settings = Settings(draws=3)
     results = ask(asked(scorer, collator), root, tmp_path / "out", ",".join(BENCHMARKS), settings=settings)
@@ -282,7 +280,7 @@ def test_every_benchmark_is_evaluated_from_its_official_form(
 
 
 @pytest.mark.long
-def test_a_small_qwen_is_asked_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_qwen_is_asked_everything(tmp_path, monkeypatch):
     root, folder = everything(tmp_path / "benchmarks", monkeypatch), write_small("qwen2_5_vl", tmp_path / "qwen", 0)
     config = ModelConfig(str(folder), attn_implementation="sdpa")
     model = load_model(config, torch.float32).eval()
@@ -300,7 +298,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("probe", ["yes_no", "generate:max_new_tokens=3"])
-def test_a_killed_evaluation_goes_on_to_the_same_bytes(probe: str, scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(probe, scorer, collator, root, tmp_path):
     calls, most = [0], [10**9]
 
     def counted() -> None:
@@ -339,7 +337,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(probe: str, scorer: Score
     assert calls[0] == 0 and again.outcomes and files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_results_of_something_else_are_not_written_over(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+def test_results_of_something_else_are_not_written_over(scorer, collator, root, tmp_path):
     few, out = Settings(draws=0, shuffled=False), tmp_path / "out"
     ask(asked(scorer, collator), root, out, "pope", settings=few, limit=2)
     before = files(out)
@@ -358,7 +356,7 @@ def test_results_of_something_else_are_not_written_over(scorer: Scorer, collator
     assert ("| pope | yes_no | " in said and "| sugarcrepe | match | " in said and "had without looking" in said) or "no points" in said
 
 
-def test_files_hold_no_time_no_machine_and_all_that_metrics_need(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+def test_files_hold_no_time_no_machine_and_all_that_metrics_need(scorer, collator, root, tmp_path):
     (result,) = ask(asked(scorer, collator), root, tmp_path / "out", "sugarcrepe", "match")
     (read,) = read_results(tmp_path / "out")
     assert BENCHMARKS["sugarcrepe"].metrics([Judged(each.item, each.seen) for each in read.outcomes]) == result.metrics["seen"]
@@ -374,7 +372,7 @@ def test_files_hold_no_time_no_machine_and_all_that_metrics_need(scorer: Scorer,
 # What cannot be asked -------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_asked_is_an_error_or_counted_and_named(scorer: Scorer, collator: Collator, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_an_error_or_counted_and_named(scorer, collator, tmp_path):
     rows = [{"question_id": n, "image": f"{n}.png", "text": "Is it red?", "label": "yes"} for n in range(4)]
     rows[1]["text"] = "Is it red or " * 200
     for n in (0, 1, 2):
@@ -400,7 +398,7 @@ def test_what_cannot_be_asked_is_an_error_or_counted_and_named(scorer: Scorer, c
     assert len(result.outcomes) == 3 and len(result.record["left_out"]) == 7 and result.record["items"]["in files"] == 10
 
 
-def test_names_and_options_of_probes() -> None:
+def test_names_and_options_of_probes():
     assert way_named("caption:mode=pmi") == ("caption.pmi", Caption(mode="pmi")) and way_named("match")[0] == "match"
     assert way_named("generate:max_new_tokens=8") == ("generate.8", Generate(8))
     assert way_named('caption:prompt="What, then?",mode=mean')[1] == Caption("mean", "What, then?")
@@ -419,7 +417,7 @@ def test_names_and_options_of_probes() -> None:
         choose([], Path())
 
 
-def test_a_limit_takes_whole_clusters_from_all_parts() -> None:
+def test_a_limit_takes_whole_clusters_from_all_parts():
     items = [Item(f"{n}/{k}", ((),), ("a", "b"), ((1, 0),), cluster=str(n)) for n in range(20) for k in range(3)]
     taken = spread(items, 12)
     assert len(taken) == 12 and {len([i for i in taken if i.cluster == c]) for c in {i.cluster for i in taken}} == {3}
@@ -430,7 +428,7 @@ def test_a_limit_takes_whole_clusters_from_all_parts() -> None:
 # Official files in Parquet ----------------------------------------------------------------------------------------------------------------
 
 
-def test_official_parquet_files_are_read_with_their_pictures(tmp_path: Path) -> None:
+def test_official_parquet_files_are_read_with_their_pictures(tmp_path):
     def picture(colour: str) -> dict[str, Any]:
         Image.new("RGB", (8, 8), colour).save(content := io.BytesIO(), "PNG")
         return {"bytes": content.getvalue(), "path": f"../{colour}.jpg"}
@@ -475,7 +473,7 @@ def seen(outcomes: Sequence[Outcome]) -> list[Judged]:
     return [Judged(each.item, each.seen) for each in outcomes]
 
 
-def test_intervals_have_the_width_of_independent_clusters() -> None:
+def test_intervals_have_the_width_of_independent_clusters():
     """Of a share of 0.7 among 400 items the standard error is that of the binomial; four copies of each item in a cluster add nothing."""
     chance = random.Random(3)
     rights = [chance.random() < 0.7 for _ in range(400)]
@@ -490,7 +488,7 @@ def test_intervals_have_the_width_of_independent_clusters() -> None:
         assert high - low == pytest.approx(2 * 1.96 * statistics.stdev(values), rel=0.15)
 
 
-def test_a_pair_that_is_drawn_twice_is_two_pairs() -> None:
+def test_a_pair_that_is_drawn_twice_is_two_pairs():
     found = [outcome(2 * n + k, not (n == 0 and k), str(n), pair=str(n)) for n in range(3) for k in range(2)]
     bootstrap = Bootstrap([each.item.cluster for each in found])
 
@@ -508,7 +506,7 @@ def test_a_pair_that_is_drawn_twice_is_two_pairs() -> None:
     assert (draws_for(10), draws_for(20_000), draws_for(10**6)) == (1000, 500, 200)
 
 
-def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch):
     """Of 29 clusters, whose intervals would be too narrow, nothing is drawn."""
     outcomes, said, clock = rows([True, False, True] * 10), list[str](), iter(range(0, 1000, 3))
     bootstrap, metrics = Bootstrap([each.item.cluster for each in outcomes]), BENCHMARKS["sugarcrepe"].metrics
@@ -521,7 +519,7 @@ def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch: pytest.Monkey
     assert drawn_together(world, outcomes[1:], metrics, 8, "evaluating it", ProgressBarrier(world)) == []
 
 
-def test_intervals_of_the_fewest_clusters_hold_the_truth() -> None:
+def test_intervals_of_the_fewest_clusters_hold_the_truth():
     """Of models that are right with 75 %, on pictures of three questions that are easier or harder together: of 30 pictures intervals hold
     75 % in nine of ten cases and more; of 6 they would in fewer."""
     rng = np.random.default_rng(0)
@@ -548,7 +546,7 @@ def result(outcomes: Sequence[Outcome], name: str = "sugarcrepe", called: str = 
     return result_of(called or name, chosen, identity, header, outcomes, drawn, {"prompt": "?"})
 
 
-def test_a_cheat_that_does_not_look_is_found_out_by_the_summary() -> None:
+def test_a_cheat_that_does_not_look_is_found_out_by_the_summary():
     """Always the shorter text: right in 8 of 10 rows, and as often without the picture. An oracle has nothing of the blank one."""
     cheat, oracle = [], []
     for n in range(10):
@@ -579,7 +577,7 @@ def test_a_cheat_that_does_not_look_is_found_out_by_the_summary() -> None:
     ]
 
 
-def test_what_compares_images_is_summed_up_by_single_comparisons() -> None:
+def test_what_compares_images_is_summed_up_by_single_comparisons():
     item = Item("1", ((Path("a"),), (Path("b"),)), ("x y", "y x"), ((1, 0), (0, 1)), tags={"tag": "Object"}, cluster="1")
     found = result([Outcome(item, ((1.0, 0.0), (0.0, 1.0)), (2.0, 1.0))], "winoground")
     assert summary(found) == "winoground/match: 0.0 of 50.0 points over chance are had without looking (pair)"
@@ -601,7 +599,7 @@ def rows(rights: Sequence[bool]) -> list[Outcome]:
     return [outcome(n, right, str(n), subset="swap_obj") for n, right in enumerate(rights)]
 
 
-def test_a_comparison_by_hand(tmp_path: Path) -> None:
+def test_a_comparison_by_hand(tmp_path):
     """100 items: 60 right before; 20 of the wrong ones get right and 6 of the right ones wrong. Of 26 coins heads and tails differ by 12 or
     more in 2.9 % of throws and by 10 or more in 7.6 %: a difference above 10 points is resolved."""
     before = [n < 60 for n in range(100)]
@@ -623,7 +621,7 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("clusters", [3, 4, 6, 10, 30])
-def test_equal_models_are_told_apart_in_five_percent_of_cases(clusters: int) -> None:
+def test_equal_models_are_told_apart_in_five_percent_of_cases(clusters):
     """1,000 pairs of models that answer the three questions of a picture equally often. In at most 5 %, and a standard error and a half,
     any of five metrics differs: all answers, those to each question, and twice those to the first. Six pictures suffice where one model is
     better on all."""
@@ -645,7 +643,7 @@ def test_equal_models_are_told_apart_in_five_percent_of_cases(clusters: int) -> 
     assert (spans["all"][0] > 0) == (clusters >= LEAST_CLUSTERS)
 
 
-def test_too_few_clusters_are_said(tmp_path: Path) -> None:
+def test_too_few_clusters_are_said(tmp_path):
     one, other = (written(tmp_path / name, rows([right] * 5)) for name, right in (("one", False), ("other", True)))
     (found,) = compare_results(one, other)
     assert re_row(comparison_table([found], "one", "other"), "macro")[5:8] == ["+100.0", "", "too few clusters (5)"]
@@ -656,7 +654,7 @@ def re_row(table: str, metric: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_what_is_not_compared_is_named(tmp_path: Path) -> None:
+def test_what_is_not_compared_is_named(tmp_path):
     one = written(tmp_path / "one", rows([True, False, True, True, True]))
     changed = [*rows([True, True]), *rows([True] * 5)[3:]]
     for place, other_than in ((0, {"texts": ("a bat", "a dog")}), (2, {"tags": {"subset": "swap_att"}}), (3, {"cluster": "1"})):
@@ -693,7 +691,7 @@ def test_what_is_not_compared_is_named(tmp_path: Path) -> None:
         (ITEMS, None, "items.jsonl: not the results of a benchmark .ValueError: 0 of its 2 items"),
     ],
 )
-def test_a_damaged_file_is_one_sentence(name: str, content: Any, said: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_one_sentence(name, content, said, tmp_path):
     folder = written(tmp_path / "one", rows([True, False])) / "sugarcrepe" / "match"
     (folder / name).unlink()
     if content is not None:
@@ -703,7 +701,7 @@ def test_a_damaged_file_is_one_sentence(name: str, content: Any, said: str, tmp_
     assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
 
 
-def test_a_set_of_another_benchmark_is_not_compared(tmp_path: Path) -> None:
+def test_a_set_of_another_benchmark_is_not_compared(tmp_path):
     folder = written(tmp_path / "one", rows([True, False]))
     other = shutil.copytree(folder, tmp_path / "other")
     record = json.loads((other / "sugarcrepe/match" / RESULTS).read_text()) | {"benchmark": "pope"}
@@ -712,7 +710,7 @@ def test_a_set_of_another_benchmark_is_not_compared(tmp_path: Path) -> None:
         compare_results(folder, other)
 
 
-def test_scores_that_are_no_numbers_are_kept_counted_and_wrong(tmp_path: Path) -> None:
+def test_scores_that_are_no_numbers_are_kept_counted_and_wrong(tmp_path):
     outcomes = rows([True, True])
     outcomes[0] = replace(outcomes[0], seen=((math.nan, 0.0),))
     folder = written(tmp_path / "one", outcomes)
@@ -722,7 +720,7 @@ def test_scores_that_are_no_numbers_are_kept_counted_and_wrong(tmp_path: Path) -
     assert "scores of 1 items are not finite and count as wrong: 0" in omissions(read)[0]
 
 
-def test_nothing_is_written_through_a_link(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link(scorer, collator, root, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out" / "pope").symlink_to(tmp_path / "elsewhere")
@@ -731,7 +729,7 @@ def test_nothing_is_written_through_a_link(scorer: Scorer, collator: Collator, r
     assert not os.listdir(tmp_path / "elsewhere")
 
 
-def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
+def test_one_evaluation_at_a_time(tmp_path):
     with asking.results_held(tmp_path / "out", ALONE), pytest.raises(ConfigError, match=r"in use by .*choose another folder with --out"):
         asking.results_held(tmp_path / "out", ALONE).__enter__()
     assert not (tmp_path / "out").exists(), "nothing came of it"
@@ -740,7 +738,7 @@ def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
         asking.results_held(tmp_path / "file", ALONE).__enter__()
 
 
-def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path, capsys):
     """A training's folder has a results.md and metrics of its own; so may any folder."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
@@ -758,7 +756,7 @@ def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path: Path, capsys
     assert "is the folder of the benchmarks" in capsys.readouterr().err
 
 
-def test_a_folder_is_one_run_of_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_one_run_of_an_experiment(tmp_path, monkeypatch):
     """In MLflow's own store: evaluated again, with one benchmark more, with another value, and for another experiment."""
     mlflow = pytest.importorskip("mlflow")
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import REPO
@@ -14,14 +12,14 @@ SIZE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "nu
 
 
 @pytest.fixture(scope="module")
-def trl_dpo() -> Any:
+def trl_dpo():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPO / "benchmarks"))
         return importlib.import_module("trl_dpo")
 
 
 @pytest.mark.long
-def test_our_side_computes_dpo_of_the_librarys_own_forwards(trl_dpo: Any, tmp_path: Path) -> None:
+def test_our_side_computes_dpo_of_the_librarys_own_forwards(trl_dpo, tmp_path):
     """Two images with two rejected texts each; transformers scores every text by itself, in a process that does not know this package."""
     settings = trl_dpo.Settings(rejected=2, pairs=4, visual=16, vocabulary=512, batch=4)
     trl_dpo.prepare(tmp_path / "data", settings, SIZE)
@@ -39,7 +37,7 @@ def test_our_side_computes_dpo_of_the_librarys_own_forwards(trl_dpo: Any, tmp_pa
     assert abs(plain["loss"] - math.log(2)) > 1e-3, "the reference is another model"
 
 
-def test_sides_that_differ_are_named_and_medians_leave_the_warm_up_out(trl_dpo: Any) -> None:
+def test_sides_that_differ_are_named_and_medians_leave_the_warm_up_out(trl_dpo):
     def step(seconds: float, loss: float) -> dict[str, dict[str, float]]:
         mine = {"seconds": seconds, "wall": 2 * seconds, "loss": loss, "chosen": -40.0, "rejected": -50.0, "grad_norm": 3.0}
         return {"ours": mine, "trl": {**mine, "seconds": 4 * seconds, "wall": 4 * seconds, "reference_seconds": seconds}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +11,9 @@ from conftest import caption, draw
 from PIL import Image
 from public_data import lines, write_pictures
 
-from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.conversation import messages
-from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import MAX_PIXELS, open_groups
 from cfvlm_ds.data.mixture import Order, shares_of
 from cfvlm_ds.data.permutation import RowsTogether
@@ -26,12 +24,12 @@ SAID = [("what is in the image?", caption(SCENE)), ("which is red?", "a circle")
 
 
 @pytest.fixture(scope="module")
-def collator(model_dir: Path) -> Collator:
+def collator(model_dir):
     return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "matched", MAX_PIXELS)
 
 
 @pytest.fixture(scope="module")
-def turns(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+def turns(tmp_path_factory):
     """Four groups of one LLaVA row."""
     folder = tmp_path_factory.mktemp("turns")
     draw(folder / "a.png", SCENE)
@@ -43,7 +41,7 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]
     return list(groups)
 
 
-def test_what_was_said_before_is_in_a_row_once(collator: Collator, turns: list[CounterfactualGroup]) -> None:
+def test_what_was_said_before_is_in_a_row_once(collator, turns):
     """A row of all four has the last prompt and the four answers; in rows of their own the beginning is there four times."""
     batch, (size,) = collator(turns), {Image.open(turns[0].images[0][0]).size}
     encoded = [collator.prompts.encoded(each.candidates[0].prompt, each.candidates[0].text, 1, "x") for each in turns]
@@ -58,7 +56,7 @@ def test_what_was_said_before_is_in_a_row_once(collator: Collator, turns: list[C
     assert int(shown) == collator.visual_tokens((size,)), "the picture is there once"
 
 
-def test_the_answers_of_a_conversation_meet_in_a_micro_batch(tmp_path: Path) -> None:
+def test_the_answers_of_a_conversation_meet_in_a_micro_batch(tmp_path):
     """Drawn one after the other in every epoch, alone and in a mixture, so that a micro-batch of eight has four conversations of two."""
     write_pictures(tmp_path)
     said = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}] * 2
@@ -74,7 +72,7 @@ def test_the_answers_of_a_conversation_meet_in_a_micro_batch(tmp_path: Path) -> 
     assert mixed.identity()["order"] == "rows-1"
 
 
-def test_scores_are_those_of_each_answer_after_its_conversation(collator: Collator, turns: list[CounterfactualGroup], scorer: Any) -> None:
+def test_scores_are_those_of_each_answer_after_its_conversation(collator, turns, scorer):
     """Against the library's own forward of the whole conversation, rendered by the model's template: any order of the groups."""
     processor, image = collator.processor, Image.open(turns[0].images[0][0]).convert("RGB")
     expected = []
@@ -97,7 +95,7 @@ def test_scores_are_those_of_each_answer_after_its_conversation(collator: Collat
         assert found.tolist() == pytest.approx([expected[k] for k in order], rel=1e-4)
 
 
-def test_a_picture_at_two_places_is_shown_twice(collator: Collator, tmp_path: Path, scorer: Any) -> None:
+def test_a_picture_at_two_places_is_shown_twice(collator, tmp_path, scorer):
     """One picture in the batch, and the score of the library's own forward, which is given it twice; between them another one."""
     draw(tmp_path / "a.png", SCENE)
     draw(tmp_path / "b.png", SCENE[::-1])

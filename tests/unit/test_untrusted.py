@@ -6,7 +6,6 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,19 +20,19 @@ PATHS = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "x\0", "x\n", "\ud
 
 
 @pytest.mark.parametrize("name", PATHS, ids=lambda name: ascii(name)[:20])
-def test_a_name_that_is_a_path_is_refused_by_the_file_that_has_it(name: Any) -> None:
+def test_a_name_that_is_a_path_is_refused_by_the_file_that_has_it(name):
     with pytest.raises(ConfigError, match=r"^index\.json: .* (get the folder again)$"):
         bare_name(name, "index.json")
 
 
-def test_bare_names_pass_and_their_ending_is_held() -> None:
+def test_bare_names_pass_and_their_ending_is_held():
     for name in ("model.safetensors", "model-00001-of-00002.safetensors", "a..b", "é", "..."):
         assert bare_name(name, "index.json") == name
     with pytest.raises(ConfigError, match=r"'config\.json' does not end in \.safetensors"):
         bare_name("config.json", "index.json", ".safetensors")
 
 
-def test_files_of_a_folder_and_links_that_lead_out_of_it(tmp_path: Path) -> None:
+def test_files_of_a_folder_and_links_that_lead_out_of_it(tmp_path):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "secret").write_text("x")
@@ -50,7 +49,7 @@ def test_files_of_a_folder_and_links_that_lead_out_of_it(tmp_path: Path) -> None
     refuse_foreign(tmp_path / "alias" / "sub", tmp_path / "alias")
 
 
-def test_the_links_of_a_hub_cache(tmp_path: Path) -> None:
+def test_the_links_of_a_hub_cache(tmp_path):
     """snapshots/REVISION/NAME -> ../../blobs/HASH, also where the cache is named by a link. Blobs that are a link, a blob that is one, and
     another repository's blobs are not its own."""
     repository, private = tmp_path / "models--org--model", tmp_path / "private"
@@ -77,7 +76,7 @@ def test_the_links_of_a_hub_cache(tmp_path: Path) -> None:
         refuse_foreign(snapshot / "foreign.json", snapshot)
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link(tmp_path):
     victim, folder = tmp_path / "victim", tmp_path / "folder"
     victim.write_text("mine")
     folder.mkdir()
@@ -93,7 +92,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     os.mkfifo(tmp_path / "fifo")
@@ -113,7 +112,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
 HOSTILE = "a\x1b[2Jb\nc\ud800d\u202ee"
 
 
-def test_nothing_commands_a_terminal_or_ends_a_line() -> None:
+def test_nothing_commands_a_terminal_or_ends_a_line():
     assert printable("zwei Hunde 犬 ✓") == "zwei Hunde 犬 ✓"
     assert printable(HOSTILE) == r"a\x1b[2Jb\nc\ud800d\u202ee"
     assert one_line(HOSTILE, 60) == r"a\x1b[2Jb c\ud800d\u202ee"
@@ -125,7 +124,7 @@ def test_nothing_commands_a_terminal_or_ends_a_line() -> None:
 
 @pytest.mark.parametrize(("place", "key"), [((), "id"), ((), "source"), (("edits", 0), "type"), (("edits", 0), "from")])
 @pytest.mark.parametrize("value", [None, [], {"a": 1}, True])
-def test_a_name_in_a_row_is_a_string_or_a_number(place: tuple[str | int, ...], key: str, value: object) -> None:
+def test_a_name_in_a_row_is_a_string_or_a_number(place, key, value):
     row = {
         "id": 7, "images": [{"id": "i0", "path": "a.png"}], "texts": [{"id": "t0", "text": "a"}], "match": [["i0", "t0", 1]],
         "edits": [{"type": 3}],

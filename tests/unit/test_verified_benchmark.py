@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,15 +12,13 @@ from conftest import REPO
 
 
 @pytest.fixture(scope="module")
-def verified() -> Iterator[ModuleType]:
+def verified():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPO / "benchmarks"))
         yield importlib.import_module("verified")
 
 
-def test_verdicts_of_a_small_world(
-    verified: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verdicts_of_a_small_world(verified, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(verified.EDITORS, "scenes", verified.editor.SceneEditor)  # as main does, and gone afterwards
     given = "--parts verdicts --questions VQAScore --sources 12 --num_test 18 --num_questions 9"
     monkeypatch.setattr(
@@ -49,7 +44,7 @@ def test_verdicts_of_a_small_world(
     assert "| pixels |  | checks |" in said and "| base VQAScore likelihood |" in said
 
 
-def test_the_verdict_that_is_trained_on(verified: ModuleType, tmp_path: Path) -> None:
+def test_the_verdict_that_is_trained_on(verified, tmp_path):
     """The one that keeps most good labels at the precision; where none reaches it, the most precise without a margin."""
 
     def written(name: str, rules: dict[str, Any]) -> None:
@@ -69,7 +64,7 @@ def test_the_verdict_that_is_trained_on(verified: ModuleType, tmp_path: Path) ->
     assert (best["work"], best["rule"], best["margin"], best["drop"]) == ("c", "likelihood", 1.0, 7.0)
 
 
-def test_the_tables_of_what_the_repository_holds(verified: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_of_what_the_repository_holds(verified, capsys):
     verified.report(verified.RECORDS)
     verified.report(verified.RECORDS / "trained")
     said = capsys.readouterr().out

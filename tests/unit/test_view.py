@@ -62,7 +62,7 @@ def manifest(folder: Path, *rows: dict[str, Any], name: str = "groups.jsonl") ->
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """Two pictures that differ in one square, one of another size."""
     picture = Image.effect_noise((120, 80), 40).convert("RGB")
     picture.save(tmp_path / "a.png")
@@ -125,7 +125,7 @@ def index(page: Path) -> Elements:
 # ---- the page
 
 
-def test_a_page_has_what_its_groups_have(folder: Path) -> None:
+def test_a_page_has_what_its_groups_have(folder):
     rows = [group("g", weight=2, meta={"by": "hand"}), group("h", prompt="", match=[["i0", "t0", 1]], edits=[], source="")]
     written = view(manifest(folder, *rows), folder / "page")
     assert (written.num_items, written.num_pictures, written.problems) == (2, 2, {})
@@ -155,7 +155,7 @@ def hostile_rows() -> list[dict[str, Any]]:
     ]
 
 
-def test_whatever_the_data_say_is_text(folder: Path) -> None:
+def test_whatever_the_data_say_is_text(folder):
     """It adds no element and no attribute, and is no address; only the page's own scripts and styles may load."""
     name = '"><img src=x onerror=alert(1)>.png'
     (folder / "c.png").rename(folder / name)
@@ -193,20 +193,20 @@ def test_whatever_the_data_say_is_text(folder: Path) -> None:
         ("tag \U000e0041 half \ud800 \u2066isolate", ["U+E0041", "U+D800", "U+2066"]),
     ],
 )
-def test_what_cannot_be_seen_is_written_out(text: str, hidden: list[str]) -> None:
+def test_what_cannot_be_seen_is_written_out(text, hidden):
     found = list(runs(text))
     assert [part for _, is_hidden, part in found if is_hidden] == hidden
     assert "".join(chr(int(part[2:], 16)) if is_hidden else part for _, is_hidden, part in found) == text
 
 
-def test_a_text_of_megabytes_says_how_much_is_left_out() -> None:
+def test_a_text_of_megabytes_says_how_much_is_left_out():
     assert list(runs("x" * MAX_TEXT + "\u202e" * 1_000_000)) == [(False, False, "x" * MAX_TEXT), (False, True, "(1000000 more characters)")]
 
 
 # ---- words
 
 
-def test_changed_words() -> None:
+def test_changed_words():
     for one, other, expected in (
         ("two dogs on a lawn", "three dogs on a lawn", (["two"], ["three"])),
         ("a dog bites a man", "a man bites a dog", (["dog", "man"], ["man", "dog"])),
@@ -218,7 +218,7 @@ def test_changed_words() -> None:
         assert tuple([text[a:b] for a, b in spans] for text, spans in zip((one, other), found, strict=True)) == expected
 
 
-def test_what_is_not_marked_is_equal_and_a_hostile_pair_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_marked_is_equal_and_a_hostile_pair_takes_no_time(monkeypatch):
     draw, started = random.Random(0), time.process_time()
     changed_words("a b " * 20_000, "x " + "b a " * 20_000 + "x")
     changed_words("a " * 200, "x " + "a b " * 100 + "x")
@@ -248,7 +248,7 @@ CHANGED_CELLS = """
 .............."""
 
 
-def test_an_outline_goes_around_what_differs_and_what_that_encloses(folder: Path) -> None:
+def test_an_outline_goes_around_what_differs_and_what_that_encloses(folder):
     mask = np.array([[cell == "#" for cell in line] for line in CHANGED_CELLS.split()])
     path, share = difference(np.zeros((9, 14, 3), np.uint8), mask[..., None] * np.full(3, 255, np.uint8))
     lines = "M0 0h8 M0 8h8 M0 0v8 M8 0v8 M9 0h3 M9 3h3 M9 0v3 M12 0v3 M10 5h4 M10 8h4 M10 5v3 M14 5v3"
@@ -264,7 +264,7 @@ def test_an_outline_goes_around_what_differs_and_what_that_encloses(folder: Path
     assert corners and all(43 < x < 54 and 28 < y < 39 for x, y in corners) and 0 < share < 0.02
 
 
-def test_pictures_are_compared_where_they_can_be_and_what_is_missing_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_are_compared_where_they_can_be_and_what_is_missing_is_named(folder, capsys):
     (folder / "same.png").write_bytes((folder / "a.png").read_bytes())
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
     images = [{"id": f"i{k}", "path": f"{name}.png"} for k, name in enumerate(("a", "b", "c", "same", "gone", "broken"))]
@@ -277,7 +277,7 @@ def test_pictures_are_compared_where_they_can_be_and_what_is_missing_is_named(fo
     assert "1 groups, 3 pictures" in printed and "2 pictures could not be shown" in printed and "gone.png" in printed
 
 
-def test_copies_are_small_and_hold_the_pixels_alone(folder: Path) -> None:
+def test_copies_are_small_and_hold_the_pixels_alone(folder):
     exif = Image.Exif()
     exif[0x010E] = "where it was taken"
     Image.new("RGB", (3000, 1000), "green").save(folder / "a.png", exif=exif)
@@ -288,7 +288,7 @@ def test_copies_are_small_and_hold_the_pixels_alone(folder: Path) -> None:
         assert each.suffix == ".jpg" and Image.open(each).size == (768, 256)
 
 
-def test_groups_share_pictures_and_those_beyond_the_most_are_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_share_pictures_and_those_beyond_the_most_are_said(folder, monkeypatch):
     """A picture is decoded once."""
     opened, right = list[Path](), pictures.open_image
     monkeypatch.setattr(pictures, "open_image", lambda path, most: opened.append(path) or right(path, most))
@@ -302,7 +302,7 @@ def test_groups_share_pictures_and_those_beyond_the_most_are_said(folder: Path, 
 
 
 @pytest.mark.parametrize("kind", ["a file", "a link", ".", "..", "another folder", "notes in a page"])
-def test_what_is_no_page_is_not_replaced(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_page_is_not_replaced(folder, kind, monkeypatch):
     page = view(path := manifest(folder, group("g")), folder / "page").folder
     out = Path(kind) if "." in kind else page if "page" in kind else folder / "out"
     if kind == "a file":
@@ -321,7 +321,7 @@ def test_what_is_no_page_is_not_replaced(folder: Path, kind: str, monkeypatch: p
     assert sorted(str(each) for each in folder.rglob("*")) == before
 
 
-def test_a_page_is_replaced_as_a_whole_or_not_at_all(folder: Path) -> None:
+def test_a_page_is_replaced_as_a_whole_or_not_at_all(folder):
     def some() -> Iterator[Item]:
         yield Item("a", [Shown([folder / "a.png"], "")], [Text("x")], [[1]])
         raise KeyboardInterrupt
@@ -334,7 +334,7 @@ def test_a_page_is_replaced_as_a_whole_or_not_at_all(folder: Path) -> None:
     assert index(folder / "page")["title"] == ["groups.jsonl"] and sorted(p.name for p in folder.glob("page*")) == ["page"]
 
 
-def test_in_a_notebook_the_page_shows_itself(folder: Path) -> None:
+def test_in_a_notebook_the_page_shows_itself(folder):
     written = view(manifest(folder, group("g")), 'a "page" <b>')
     assert Elements(written._repr_html_()).all("src") == ['a "page" <b>/index.html']
 
@@ -342,7 +342,7 @@ def test_in_a_notebook_the_page_shows_itself(folder: Path) -> None:
 # ---- which groups
 
 
-def test_a_sample_is_drawn_by_its_seed_and_ids_choose(folder: Path) -> None:
+def test_a_sample_is_drawn_by_its_seed_and_ids_choose(folder):
     path = manifest(folder, *(group(f"g{k}") for k in range(50)))
 
     def shown(**options: Any) -> list[str]:
@@ -365,14 +365,14 @@ def test_a_sample_is_drawn_by_its_seed_and_ids_choose(folder: Path) -> None:
         ("\xff", "UTF-8"),
     ],
 )
-def test_ids_that_are_not_there_are_named(folder: Path, text: str, expected: str) -> None:
+def test_ids_that_are_not_there_are_named(folder, text, expected):
     (folder / "ids.txt").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=expected):
         view(manifest(folder, group("g1"), group("g2")), folder / "page", ids=folder / "ids.txt")
     assert not (folder / "page").exists()
 
 
-def test_margins_by_hand() -> None:
+def test_margins_by_hand():
     def table(match: Any, logp: Any, prompts: str = "pp") -> ScoreTable:
         texts = tuple(Candidate(prompt, f"text {c}") for c, prompt in enumerate(prompts))
         return score_table(
@@ -402,7 +402,7 @@ def configured(run: Path, evaluation: Any) -> Path:
     return run
 
 
-def test_a_run_shows_its_worst_groups(folder: Path) -> None:
+def test_a_run_shows_its_worst_groups(folder):
     scores: dict[str, Any] = {name: ((-10.0, -10.0 - margin), (-20.0, -1.0)) for name, margin in {"a": 3, "b": -2, "c": 1, "d": -7}.items()}
     scores["none"] = ((-1.0, -1.0), (-1.0, -1.0))
     rows = {"test": [group("a"), group("b")], "other": [group("c"), group("d"), group("none", match=[["i0", "t0", 1]])]}
@@ -423,7 +423,7 @@ def test_a_run_shows_its_worst_groups(folder: Path) -> None:
     assert second["margin"] == ["\u25bc \u22122.0 vs texts", "\u25b2 +7.0 vs images"]
 
 
-def test_what_a_run_lacks_is_named(folder: Path) -> None:
+def test_what_a_run_lacks_is_named(folder):
     scores = {name: ((-1.0, -2.0), (-3.0, -1.0)) for name in "ab"}
     run = run_folder(folder, {"test": [group("a"), group("b"), group("c")]}, scores, limit=2)  # which was evaluated on a part
     assert sorted(names(view(run, folder / "page").folder)) == ["a", "b"]
@@ -447,7 +447,7 @@ def test_what_a_run_lacks_is_named(folder: Path) -> None:
 # ---- statistics
 
 
-def test_statistics_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_by_hand(folder, capsys):
     (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
     rows = [
         group("g"),
@@ -477,7 +477,7 @@ def test_statistics_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     }
 
 
-def test_statistics_of_what_others_publish(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_of_what_others_publish(folder, capsys):
     """Any format, recognised; a row that is there twice under two ids, texts in another order."""
     (folder / "llava").mkdir()
     path, _ = PUBLIC["LLaVA"][0](folder / "llava", 20)
@@ -510,7 +510,7 @@ class Tokens:
         return sum(max(size) for size in sizes)
 
 
-def test_statistics_in_tokens(folder: Path) -> None:
+def test_statistics_in_tokens(folder):
     text_alone = group("t", images=[{"id": "i0", "path": None}], match=[["i0", "t0", 1]], edits=[])
     refused = group("x", texts=[{"id": "t0", "text": "x"}], match=[["i0", "t0", 1]], edits=[])
     found = statistics(manifest(folder, group("g"), text_alone, refused), lengths=Tokens())
@@ -558,7 +558,7 @@ class Tab(browser.Browser):
 
 
 @pytest.fixture
-def tab() -> Iterator[Tab]:
+def tab():
     command = browser.found() or pytest.fail("no Chromium here: run tests/support/install_chromium.sh, or name one in CHROMIUM")
     with Tab(command) as opened:
         opened.look(1280, 900)
@@ -567,7 +567,7 @@ def tab() -> Iterator[Tab]:
 
 
 @pytest.mark.browser
-def test_hostile_words_are_text_in_a_browser(folder: Path, tab: Tab) -> None:
+def test_hostile_words_are_text_in_a_browser(folder, tab):
     tab.draw(view(manifest(folder, *hostile_rows(), name="<b>groups.jsonl"), folder / "page").folder)
     for k, text in enumerate(HOSTILE):
         assert tab.text("h2").startswith(f"{k} ") and len(tab.text(".matrix .text .words")) >= len(text)
@@ -580,7 +580,7 @@ def test_hostile_words_are_text_in_a_browser(folder: Path, tab: Tab) -> None:
 
 
 @pytest.mark.browser
-def test_keys_filters_and_address(folder: Path, tab: Tab) -> None:
+def test_keys_filters_and_address(folder, tab):
     rows = [group(f"g{k}", edits=[{"type": ["count", "colour"][k % 2], "text": "t1"}], source=f"s{k % 3}") for k in range(9)]
     page = view(manifest(folder, *rows), folder / "page").folder
     tab.draw(page)
@@ -611,7 +611,7 @@ def test_keys_filters_and_address(folder: Path, tab: Tab) -> None:
 
 
 @pytest.mark.browser
-def test_what_is_large_or_rare_is_drawn(folder: Path, tab: Tab) -> None:
+def test_what_is_large_or_rare_is_drawn(folder, tab):
     def conversation(images: int, texts: int) -> Item:
         """Turns, scores, many cells."""
         return Item(
@@ -649,7 +649,7 @@ def test_what_is_large_or_rare_is_drawn(folder: Path, tab: Tab) -> None:
 
 
 @pytest.mark.browser
-def test_a_thousand_groups_are_there_at_once(folder: Path, tab: Tab) -> None:
+def test_a_thousand_groups_are_there_at_once(folder, tab):
     """The first group in 2 s, the next in 100 ms: the median, and nine of ten."""
     draw = random.Random(0)
     for k in range(64):
