@@ -221,11 +221,13 @@ class TrackingConfig:
             is in the run folder.
         experiment: experiment name.
         run_name: run name; the output folder's name when not given.
+        also: other trackers that receive the metrics: ``tensorboard``, or MODULE:CLASS for a class of your own.
     """
 
     enabled: bool = option(True, on_resume="ignored")
     experiment: str = option("cfvlm_ds", on_resume="ignored")
     run_name: str | None = option(None, on_resume="ignored")
+    also: list[str] | None = option(None, on_resume="ignored")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from typing import Any
 from cfvlm_ds.core.journal import Waiting
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
+from cfvlm_ds.tracking.hooks import Hooks
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values, now_ms, parse_line, say, truncate_metrics
 from cfvlm_ds.tracking.mlflow_delivery import Delivery
 
@@ -45,6 +46,7 @@ def open_tracker(
     mlflow: bool = True,
     close_timeout: float = 30.0,
     inputs: Sequence[Mapping[str, Any]] = (),
+    also: Sequence[str] = (),
 ) -> Tracker | NullTracker:
     """Start tracking and return a ``Tracker`` if ``enabled`` (rank 0), else an object with the same methods that does nothing.
 
@@ -60,6 +62,8 @@ def open_tracker(
         mlflow: False writes the metrics only to ``metrics.jsonl``; ``deliver`` can send them later.
         close_timeout: longest time in seconds that ``close`` waits for MLflow.
         inputs: data sets with the keys cfvlm_ds.tracking.delivery_record.INPUT; those that the run already has are not logged again.
+
+        also: further trackers, ``tensorboard`` or MODULE:CLASS (see cfvlm_ds.tracking.hooks.Hook).
 
     Raises:
         OSError: ``metrics.jsonl`` cannot be truncated. Any other problem with a full disk or MLflow is reported on stderr and never raised.
@@ -86,7 +90,8 @@ def open_tracker(
     )
     if problem := record.save(run_dir):
         say(f"{problem}: the run goes on, and it is tried again with every delivery")
-    return Tracker(Waiting(run_dir / METRICS_FILE, say), Delivery(run_dir, record, enabled=mlflow), kept_names, close_timeout)
+    hooks = Hooks(also, run_dir, masked(params), resume_step or 0)
+    return Tracker(Waiting(run_dir / METRICS_FILE, say), Delivery(run_dir, record, enabled=mlflow), hooks, kept_names, close_timeout)
 
 
 def _experiment(name: str) -> str:
@@ -125,6 +130,7 @@ class Tracker:
 
     lines: Waiting
     delivery: Delivery
+    hooks: Hooks
     kept_names: set[str]
     close_timeout: float
 
@@ -148,6 +154,7 @@ class Tracker:
             number = float(value)
             line[name] = number if math.isfinite(number) else str(number)
         self.lines.write(json.dumps(line))
+        self.hooks.call("log", int(step), {name: float(value) for name, value in line.items() if name not in ("step", "time")})
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Schedule the upload of a file into ``folder``. The file is read later and must stay in place. A second call uploads its new
@@ -167,6 +174,7 @@ class Tracker:
             steps = sorted(row["step"] for row in (parse_line(line.encode() + b"\n") for line in lost) if row is not None)
             span = f" (steps {steps[0]} to {steps[-1]})" if steps else ""
             say(f"{len(lost)} records of metrics{span} are lost: {self.lines.path} could not be written to the end")
+        self.hooks.call("close", status)
         self.delivery.finish(status, now_ms(), self.close_timeout if timeout is None else timeout)
 
     def __enter__(self) -> Tracker:

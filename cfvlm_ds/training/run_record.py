@@ -109,4 +109,5 @@ def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, dat
         run_id=description.get("run_id"),
         resume_step=description["step"],
         mlflow=config.tracking.enabled,
+        also=config.tracking.also or (),
     )

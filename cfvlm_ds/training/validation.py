@@ -20,6 +20,7 @@ from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_balanced, check_model, load_config, only_adapters_train
 from cfvlm_ds.objectives import batch_terms, required_cells
+from cfvlm_ds.tracking.hooks import hook_class
 from cfvlm_ds.training.benchmarks import chosen_of
 
 _UNKNOWN_WIDTH = 64
@@ -47,6 +48,8 @@ def validate(config: RunConfig, world: World | None) -> None:
     if world is not None:
         if (resume := config.train.resume) not in ("auto", "never", "restart") and not os.path.isdir(resume):
             raise ConfigError(f"train.resume {resume!r} is not a folder; give auto, never, restart or the path of a checkpoint")
+        for name in config.tracking.also or ():
+            hook_class(name)
         _check_data(config)
         _check_step(config, size)
 

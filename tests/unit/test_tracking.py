@@ -14,14 +14,17 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlflow
 import pytest
 from conftest import free_port, read_rows, wait_for
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cfvlm_ds.cli.main import main as cfvlm_ds_main
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
+from cfvlm_ds.tracking.hooks import hook_class
 
 
 class Server:
@@ -386,3 +389,44 @@ def test_disabled_does_nothing(tmp_path):
         tracker.artifact(tmp_path / "nothing")
         tracker.close("FAILED")
     assert tracker.run_id is None and not (tmp_path / "run").exists()
+
+
+class Diary:
+    """A tracker of a user's: it keeps what it gets, and fails at step 2 if it is told to."""
+
+    entries: ClassVar[list[Any]] = []
+
+    def __init__(self, run_dir, params, step):
+        self.fails = params["fails"]
+        self.entries.append((run_dir.name, params, step))
+
+    def log(self, step, metrics):
+        if self.fails and step == 2:
+            raise RuntimeError("the diary is full")
+        self.entries.append((step, metrics))
+
+    def close(self, status):
+        self.entries.append(status)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_other_trackers_get_the_metrics(fails, tmp_path, capsys):
+    """TensorBoard, and a class by its name; one that fails is reported once and stops nothing."""
+    Diary.entries.clear()
+    params = {"fails": fails, "api_key": "hunter2"}
+    with open_tracker(True, tmp_path, "tests", "a", params, {}, mlflow=False, also=["test_tracking:Diary", "tensorboard"]) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"loss": 1 / step, "rate": math.inf})
+    written = [{"loss": 1 / step, "rate": math.inf} for step in (1, 2, 3)]
+    begun = (tmp_path.name, {"fails": fails, "api_key": "***"}, 0)
+    assert Diary.entries == [begun, *enumerate(written[: 1 if fails else 3], 1), *([] if fails else ["FINISHED"])]
+    assert capsys.readouterr().err.count("RuntimeError: the diary is full") == fails
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in events.Scalars("loss")] == [(step, pytest.approx(1 / step)) for step in (1, 2, 3)]
+
+
+def test_a_tracker_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("nothing:Diary", "test_tracking:Dairy", "Diary", "tensorboard"):
+        with pytest.raises(ConfigError, match="tracking"):
+            hook_class(name)

@@ -1,0 +1,83 @@
+"""Tracking hooks: TensorBoard, and classes of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.tracking.metrics_log import say
+
+
+class Hook(Protocol):
+    """A receiver of the metrics of a run, on rank 0.
+
+    Args:
+        run_dir: folder of the run.
+        params: the resolved options, nested, with secrets masked.
+        step: the step after which the run continues; 0 for a new run.
+    """
+
+    def __init__(self, run_dir: Path, params: Mapping[str, Any], step: int) -> None: ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Receive the metrics of a step; the run waits for the return."""
+
+    def close(self, status: str) -> None:
+        """End the run with its status in MLflow's words, such as FINISHED or FAILED."""
+
+
+class TensorBoard:
+    """Event files for TensorBoard in ``RUN/tensorboard``; see Hook."""
+
+    def __init__(self, run_dir: Path, params: Mapping[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, status: str) -> None:
+        self._writer.close()
+
+
+def hook_class(name: str) -> type[Hook]:
+    """Return the class that an entry of ``tracking.also`` names. Raises ConfigError if there is none."""
+    if name == "tensorboard":
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("tracking.also: tensorboard is not installed; pip install tensorboard")
+        return TensorBoard
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"tracking.also: {name!r} cannot be imported ({error}); use tensorboard or MODULE:CLASS") from error
+
+
+class Hooks:
+    """The hooks of a run. A hook that raises is reported, and receives nothing more."""
+
+    def __init__(self, names: Sequence[str], run_dir: Path, params: Mapping[str, Any], step: int) -> None:
+        self._hooks: dict[str, Hook] = {}
+        for name in names:
+            try:
+                self._hooks[name] = hook_class(name)(run_dir, params, step)
+            except Exception as error:
+                self._drop(name, error)
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """Call a method of every hook."""
+        for name, hook in [*self._hooks.items()]:
+            try:
+                getattr(hook, method)(*arguments)
+            except Exception as error:
+                self._drop(name, error)
+
+    def _drop(self, name: str, error: Exception) -> None:
+        say(f"warning: tracking.also {name}: {type(error).__name__}: {error}; it receives nothing more")
+        self._hooks.pop(name, None)
