@@ -135,6 +135,7 @@ class TrainConfig:
         eval_steps: steps between evaluations; 0 evaluates at the end only.
         eval_on_start: evaluate before the first step, so that results.md says what the training changed: "auto" draws as many groups as
             take a tenth of the training's time, at least 100 of each set; true takes all groups and benchmarks, false none.
+        samples: number of evaluation pictures about which the model writes a text at each evaluation, shown in results.md.
         eval_shuffled: the evaluation at the end also scores every group's texts on another group's image, which shows what language alone
             achieves; it costs one more image and its texts per group.
         save_steps: steps between checkpoints; 0 saves at the end only.
@@ -187,6 +188,7 @@ class TrainConfig:
     logging_steps: int = option(10, within=AT_LEAST_ONE, on_resume="ignored")
     eval_steps: int = option(0, within=COUNT, on_resume="ignored")
     eval_on_start: Literal["auto", True, False] = option("auto", on_resume="ignored")
+    samples: int = option(0, within=COUNT, on_resume="ignored")
     eval_shuffled: bool = option(True, on_resume="ignored")
     save_steps: int = option(500, within=COUNT, on_resume="ignored")
     save_minutes: float = option(0.0, within=(0, 1e8), on_resume="ignored")

@@ -78,13 +78,15 @@ def write_results(
     identities: Mapping[str, Identity],
     changes: Sequence[Change],
     benchmarks: Sequence[Result] = (),
+    samples: str = "",
 ) -> list[Path]:
     """Write results.md, results.json, before_after.json and the scores of every split into the run folder; return the first three paths.
 
-    results.md also contains the results of ``benchmarks``. Raises StorageError on a full disk.
+    results.md also contains the results of ``benchmarks``, and ``samples``, a section of Markdown. Raises StorageError on a full disk.
     """
     run_dir = path = Path(config.train.output_dir)
     parts = [summary_of(config, step, results, changes)]
+    parts += [samples] * bool(samples)
     parts += ["## All metrics", table(results)] * bool(changes)
     parts += [markdown(benchmarks)] * bool(benchmarks)
     contents = {
@@ -134,7 +136,7 @@ def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[Gr
     """Draw the figures and return the paths of those that could be drawn. A failure is a warning."""
 
     def draw_scores(path: Path, split: str) -> None:
-        score_matrix_figure(path, samples(splits[split], scores[split], max_pixels))
+        score_matrix_figure(path, shown_groups(splits[split], scores[split], max_pixels))
 
     drawn = []
     figures = {"learning_curves.png": partial(learning_curves_figure, metrics_jsonl=run_dir / "metrics.jsonl")}
@@ -148,7 +150,7 @@ def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[Gr
     return drawn
 
 
-def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
+def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
     """Return one group of each edit type, at most four types, in the form that score_matrix_figure takes.
 
     Prompts precede the texts of a group with several prompts.

@@ -42,6 +42,7 @@ from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, summary_of, write_results
 from cfvlm_ds.training.retention import Retention
+from cfvlm_ds.training.samples import Samples
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.step import OptimizerStep
 
@@ -79,6 +80,8 @@ class Trainer:
         self.evaluator = Evaluator(
             config, self.world, self.engine, self.collator, data.splits, data.benchmarks, self._stop, self.num_workers
         )
+        limits = (self._run_dir, config.data.max_pixels)
+        self.samples = Samples(config.train.samples, data.splits, self.engine, self.collator, self.world, *limits)
 
     @cached_property
     def baseline(self) -> Baseline:
@@ -115,6 +118,7 @@ class Trainer:
             before = self.baseline.measure(self.evaluator)
             outcomes = self.evaluator.ask() if self.data.benchmarks and train.eval_on_start is True else {}
             self._log_evaluation(tracker, before, outcomes, "before the first step, ")
+            self.samples.write(0)
         part_of_step = 1 / (world.size * train.gradient_accumulation_steps)
         started, first_step = time.monotonic(), state.step
         self.engine.train()
@@ -228,6 +232,7 @@ class Trainer:
         results, _ = self.evaluator(self.data.splits)
         outcomes = self.evaluator.ask() if self.data.benchmarks else {}
         metrics = self._log_evaluation(tracker, results, outcomes)
+        self.samples.write(self.state.step)
         return (value := best_metric(self.config, metrics)) is not None and self.state.evaluated(value)
 
     def _log_evaluation(
@@ -266,15 +271,21 @@ class Trainer:
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
         tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results))
         benchmark_results = write_benchmarks(config, benchmarks, outcomes, self.world, config.train.export and failed is None)
+        self.samples.write(step)
         if self.world.is_main:
+            samples, sample_files = self.samples.report()
             changes = self.baseline.compare(results)
-            written = write_results(config, step, self.data.splits, results, scores, self.data.identities, changes, benchmark_results)
+            written = write_results(
+                config, step, self.data.splits, results, scores, self.data.identities, changes, benchmark_results, samples
+            )
             if config.train.figures:
                 written += draw_figures(self._run_dir, self.data.splits, scores, config.data.max_pixels, say)
             if config.train.export and failed is None:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
             for path in written:
                 tracker.artifact(path)
+            for path in sample_files:
+                tracker.artifact(path, "samples")
             for result in benchmark_results:
                 tracker.artifact(self._run_dir / FOLDER / result.place / RESULTS, f"{FOLDER}/{result.place}")
             if results:

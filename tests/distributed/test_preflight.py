@@ -265,7 +265,7 @@ def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config
 
 def test_a_check_that_is_killed_goes_on(own, tmp_path, opened, monkeypatch):
     """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
-    monkeypatch.setattr(picture_check, "_CHUNK", 2)
+    monkeypatch.setattr(picture_check, "_AHEAD", 2)
 
     def leave() -> None:
         if len(opened) >= 7:

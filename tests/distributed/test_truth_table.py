@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COLOURS, PROMPT, metrics, run_train, save_groups, train_arguments
+from conftest import COLOURS, PROMPT, metrics, read_rows, run_train, save_groups, train_arguments
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli.main import main
@@ -24,6 +26,7 @@ from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, headline, metric_names, table
 from cfvlm_ds.evaluation.metrics import METRICS
@@ -473,10 +476,11 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     said: list[str] = []
     ended: Any = object.__new__(trainer.Trainer)
     ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
-    ended._world, ended._pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
-    ended._config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
+    ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
+    ended.config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
     ended._retention = SimpleNamespace(evaluated=lambda *_: {})
     ended.baseline = SimpleNamespace(compare=lambda _: [])
+    ended.samples = SimpleNamespace(write=lambda _: None, report=lambda: ("", []))
     ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}), run_dir
     return ended, said
 
@@ -517,6 +521,41 @@ def test_a_figure_that_fails_is_a_warning(tmp_path):
 def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path):
     groups = [replace(group([[1, 0, 0]], texts=(*YES_NO, ("Is it big?", "yes")), name="asked"), images=((),))]
     groups += [replace(group([[1, 0]], Edit("count", text=1), name="said"), images=((),))]
-    asked, said = results.samples(groups, [scores([[-1.0] * 3]), scores([[-1.0] * 2])], 100)
+    asked, said = results.shown_groups(groups, [scores([[-1.0] * 3]), scores([[-1.0] * 2])], 100)
     assert (asked["title"], said["title"]) == ("unlabelled: asked", "count: said")
     assert (asked["captions"], said["captions"]) == (["Is it red? yes", "Is it red? no", "Is it big? yes"], ["text 0", "text 1"])
+
+
+def test_training_ends_early_where_evaluations_do_not_improve(model_dir, manifests, tmp_path):
+    """Evaluation 1 is the best, 2 and 3 repeat it. A training that goes on after step 2 has counted evaluation 2."""
+    run_dir = tmp_path / "run"
+    options = ["--train.eval_steps=1", "--train.max_steps=9", "--train.save_best=eval/test/pair", "--train.early_stopping=2"]
+    options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate=0", "--train.save_steps=1"]
+    for more in ((), ("--train.resume", str(run_dir / "checkpoint-2"))):
+        (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options, *more), said=tmp_path / "said")
+        assert "early stopping after step 3: eval/test/pair was best, " in said and "step 4/9" not in said
+        assert json.loads((run_dir / "finished.json").read_text())["step"] == 3 and (run_dir / "results.md").is_file()
+    assert "nothing to do" in run_train(1, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")[0]
+
+
+def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, manifests, tmp_path):
+    options = ["--train.samples=3", "--train.eval_steps=1", "--train.max_steps=2", "--train.export=true"]
+    options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate=1e-3"]
+    written = {}
+    for ranks in (1, 2):
+        run_dir = tmp_path / str(ranks)
+        run_train(ranks, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / f"said-{ranks}")
+        written[ranks] = read_rows(run_dir / "samples.jsonl")
+        assert [row["step"] for row in written[ranks]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert written[1][:3] == written[2][:3], "before the first step, the same model"
+    groups, processor = read_manifest(manifests["test"])[:3], AutoProcessor.from_pretrained(tmp_path / "2" / "export")
+    for folder, rows in ((model_dir, written[2][:3]), (tmp_path / "2" / "export", written[2][6:])):
+        model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+        for group, row in zip(groups, rows, strict=True):
+            said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": group.candidates[0].prompt}]}]
+            prompt = processor.apply_chat_template(said, add_generation_prompt=True)
+            inputs = processor(text=[prompt], images=[Image.open(group.images[0][0])], return_tensors="pt", add_special_tokens=False)
+            tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            assert row["text"] == processor.tokenizer.decode(tokens, skip_special_tokens=True) and row["group"] == group.id
+    section = (tmp_path / "2" / "results.md").read_text().split("\n## Samples\n")[1].split("\n## ")[0]
+    assert section.count("| step | written |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160

@@ -108,6 +108,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "train.seed": ("--train.seed " + "[" * 5000, "--train.seed 0x" + "f" * 5000, "--train.seed --train.max_steps 3"),
     "train.dry_run": ("--train.dry_run",),
     "train.adam_beta2": ("--train.adam_beta2 1",),
+    "train.early_stopping": ("--train.early_stopping 3",),
     "train.save_best": ("--train.save_best eval/iid/group", "--train.save_best eval/ood/group --train.eval_steps 5"),
     "train.output_dir is empty": ("--train.output_dir=",),
     "train.per_device_train_batch_size": ("--train.per_device_train_batch_size 0",),
