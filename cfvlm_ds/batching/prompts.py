@@ -18,9 +18,11 @@ from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
 from cfvlm_ds.core.text import quoted
 
 CHARACTERS_PER_TOKEN = 16
-"""Limit of a text, in characters for each token of the model's window; written language has about 4, and few tokens more than 16."""
+"""Limit of a text, in characters for each token of the model's window; written language has about 4 per token, and few tokens have more
+than 16.
+"""
 MAX_CHARACTERS = 1_000_000
-"""Limit of a text, in characters, for any window: tokenizers take minutes for ten times as many."""
+"""Limit of a text, in characters, for any window: tokenizers take minutes for ten times as much."""
 
 _CACHED = 100_000  # cached texts and prompts; a data set may have millions
 _FIRST, _MARK, _TEMPLATE = "Describe the image.", "Xanswer1X", "the model's chat template"
@@ -162,7 +164,7 @@ class Prompts:
         unknown = {tokenizer.unk_token_id} - {
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
-        }  # no control token, but the id of unknown words
+        }  # not control tokens, but possible ids of unknown words
         for part in texts_of(prompt):
             if inside := self._control.intersection(self._tokens(part)) - unknown:
                 raise DataError(
@@ -193,9 +195,7 @@ class Prompts:
         return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
 
     def _question(self, prompt: Prompt, num_pictures: int) -> str:
-        """Render the prompt up to the place where an answer begins. Raises as ``_new_head`` does, naming a
-        role that the template refuses.
-        """
+        """Render the prompt up to the position where an answer begins. Raises _ModelFails, naming a role that the template refuses."""
         try:
             return self._render(_conversation(prompt, num_pictures), True)
         except _ModelFails as error:
@@ -233,7 +233,7 @@ class Prompts:
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
 
     def _end(self, tail: str) -> tuple[int, ...]:
-        """Return the control token with which the template ends an answer."""
+        """Return the control token with which the template ends an answer; empty if there is none."""
         ends = [i for i in self._tokens(tail) if i in self._control]
         end = ends[0] if ends else self.processor.tokenizer.eos_token_id
         return () if end is None else (end,)

@@ -33,7 +33,7 @@ _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps
 
 
 def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None) -> str | None:
-    """Return the card of an export of this checkpoint; None, with a warning, if it cannot be written. An export never fails because of its
+    """Return the card of an export of this checkpoint; None, with a warning, if it cannot be composed. An export never fails because of its
     card.
 
     ``evaluated`` is True if the results in the run folder belong to this checkpoint. By default they do if the run finished at this step.

@@ -79,7 +79,8 @@ def write_results(
     changes: Sequence[Change],
     benchmarks: Sequence[Result] = (),
 ) -> list[Path]:
-    """Write results.md, results.json, before_after.json and the scores of every split into the run folder; return the first three paths.
+    """Write results.md, results.json, before_after.json and the scores of every split into the run folder, and return the first three
+    paths.
 
     results.md also contains the results of ``benchmarks``. Raises StorageError on a full disk.
     """
@@ -149,7 +150,7 @@ def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[Gr
 
 
 def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """Return one group of each edit type, at most four types, in the form that score_matrix_figure takes.
+    """Return one group of each edit type, for at most four types, in the form that score_matrix_figure takes.
 
     Prompts precede the texts of a group with several prompts.
     """

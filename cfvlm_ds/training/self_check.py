@@ -41,7 +41,7 @@ _NAMED = 5
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """Raise ConfigError on all ranks, naming the weights with NaN or infinite values. Under ZeRO-3 every rank checks its own partition.
 
-    Bounds may be infinite: those of Gemma 4's clipped layers are, where nothing is clipped.
+    Bounds may be infinite, as those of Gemma 4's clipped layers are if nothing is clipped.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -60,7 +60,7 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
 
 
 def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.device) -> None:
-    """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors of a config.json only show then.
+    """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors in a config.json only show at that point.
 
     Every rank calls it. Errors of the machine, such as missing memory, are raised unchanged.
     """
@@ -176,7 +176,7 @@ def _mean(values: Sequence[float], world: World) -> float:
 
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module, dtype: torch.dtype, seed: int, device: torch.device) -> Iterator[None]:
-    """Move every module's output of ``dtype`` at random by up to half a unit in the last place, inside the block."""
+    """Within the block, shift every module output of ``dtype`` at random by up to half a unit in the last place."""
     random = torch.Generator(device).manual_seed(seed)
     half_unit = torch.finfo(dtype).eps / 2
 

@@ -53,8 +53,8 @@ class Trainer:
     Args:
         engine: the DeepSpeed engine, which drives a Scorer.
         collator: makes batches of the groups.
-        sampler: stands at the position where training continues.
-        pulse: records the phase and step, so that a hang can be located.
+        sampler: sampler of groups, at the position where training continues.
+        pulse: heartbeat that records the phase and step, so that a hang can be located.
         num_workers: number of data workers, which may be forked from here on.
     """
 
@@ -102,7 +102,7 @@ class Trainer:
             )
 
     def _train(self, tracker: Any) -> str | None:
-        """Train to the end, or until the ranks agree to stop; return the reason to stop, or None."""
+        """Train to the end, or until the ranks agree to stop. Returns the reason to stop, or None at the end."""
         train, state, world = self.config.train, self.state, self.world
         skipped = SkippedGroups(self.config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
@@ -233,7 +233,7 @@ class Trainer:
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
     ) -> dict[str, float]:
-        """Log and print the headlines of an evaluation; returns all of its metrics."""
+        """Log an evaluation, print its headlines, and return all of its metrics."""
         benchmarks = self.data.benchmarks
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
         if metrics:
@@ -245,7 +245,7 @@ class Trainer:
         return metrics
 
     def _finish(self, tracker: Any) -> None:
-        """Export, evaluate every split, write tables and figures.
+        """Export, evaluate every split, and write tables and figures.
 
         The export comes first, so that no later failure withholds the trained model from the user. If the export itself fails, its error is
         raised after the evaluation has been written.

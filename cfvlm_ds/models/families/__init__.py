@@ -51,7 +51,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
-"""Types whose frequencies are the same for all rows within the context window. ``longrope`` chooses them by the longest position of a row,
+"""Types whose frequencies are the same for all rows within the context window. ``longrope`` chooses them by the largest position in a row,
 and phimoe's ``long_mscale`` scales those of any type by it.
 """
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")

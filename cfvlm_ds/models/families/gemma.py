@@ -1,8 +1,8 @@
 """Gemma 3 and 4: layers with a sliding window between full ones, and bidirectional attention among the tokens of a picture.
 
-Gemma 3 has a SigLIP tower with a fixed number of visual tokens; its picture attention is bidirectional in all layers. Gemma 4 has a tower
-of its own with a budget of visual tokens. Its larger models have bidirectional picture attention in layers with a window, its smaller ones
-have none.
+Gemma 3 has a SigLIP tower with a fixed number of visual tokens; its picture attention is bidirectional in all layers. Gemma 4 has a
+different tower, with a budget of visual tokens. Its larger models have bidirectional picture attention in layers with a window, its smaller
+ones do not.
 """
 
 from __future__ import annotations
