@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
 
 
 def _check(folder: str, *, timeout_s: float = 30.0) -> None:
-    """Check the nodes of a job, one task each.
+    """Check the nodes of a job, with one task per node.
 
     Example: cfvlm-ds cluster check runs/mine/nodes
 

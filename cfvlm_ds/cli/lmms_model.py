@@ -41,9 +41,9 @@ class LmmsModel(lmms):
 
     Args:
         pretrained: model folder or hub name, run folder, or folder of adapters.
-        batch_size: pictures in a batch of likelihoods, with all texts about them.
-        max_tokens_per_forward: largest number of tokens of a forward of likelihoods.
-        per_token: return mean likelihoods, as lmms-eval's own models do, and not sums.
+        batch_size: pictures per batch when likelihoods are computed, with all texts about them.
+        max_tokens_per_forward: largest number of tokens of a forward when likelihoods are computed.
+        per_token: return mean likelihoods instead of sums, as lmms-eval's own models do.
         min_pixels, max_pixels, max_tiles: limits on the visual tokens of a picture, as in training.
     """
 
@@ -85,8 +85,8 @@ class LmmsModel(lmms):
         return self._device
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Return, for each text, a value and a flag for greedy texts. They are wrapped, because lmms-eval 0.7 converts any other pair to a
-        string.
+        """Return, for each text, a value and a flag for greedy texts. The two are wrapped in ``Scored``, because lmms-eval 0.7 converts any
+        other pair to a string.
         """
         return [GenerationResult(Scored(pair)) for pair in self._answers.loglikelihood(requests, self.task_dict)]
 

@@ -32,12 +32,12 @@ class Edited:
 
     @property
     def best(self) -> Attempt:
-        """Good attempt with the largest worst margin; without a good one, the attempt that came furthest."""
+        """The good attempt whose smallest margin is largest. If no attempt is good, the one that passed the most stages."""
         return max(self.attempts, key=lambda attempt: (attempt.verdict.reason == GOOD, attempt.verdict.stage, attempt.verdict.worst))
 
     @property
     def reason(self) -> str:
-        """Reason for which the best attempt is rejected; "" if it is good."""
+        """The reason why the best attempt is rejected; "" if it is good."""
         return self.best.verdict.reason
 
 
@@ -53,7 +53,9 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read the given thresholds, or those of W/thresholds.json. If there are none and no candidate was scored, the rule is ``checks``."""
+    """Read the given thresholds, or those of W/thresholds.json. If there are none and no candidate was scored, only pixels are checked
+    (rule ``checks``).
+    """
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")
     scored = work.settings("verify").get("scored") is True

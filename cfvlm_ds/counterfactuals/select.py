@@ -85,7 +85,7 @@ class Survival:
 
 
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
-    """Write the groups of all shards to ``file``, and the counts to FILE.survival.md beside it.
+    """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
     Raises ConfigError if shards are not verified yet, naming all of them, or if nothing is left.
     """
@@ -146,7 +146,7 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
 
 
 def _beside(file: Path) -> Path:
-    """Return the path of the counts."""
+    """Return the path of the counts, next to ``file``."""
     return file.with_name(f"{file.name}.survival.md")
 
 

@@ -33,7 +33,7 @@ def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> I
 
 @contextlib.contextmanager
 def reading_tensors_alone(engine: Any) -> Iterator[None]:
-    """Make ``engine.load_checkpoint`` read by ``read_states`` inside the block, because its own reader would run code from a file."""
+    """Within the block, make ``engine.load_checkpoint`` read with ``read_states``, because its own reader would run code from a file."""
     reader = engine.checkpoint_engine
     load = reader.load
     reader.load = lambda path, map_location=None: read_states(path, map_location)
@@ -44,7 +44,7 @@ def reading_tensors_alone(engine: Any) -> Iterator[None]:
 
 
 def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Read a file of a checkpoint: tensors, and the objects that DeepSpeed pickles beside them.
+    """Read a file of a checkpoint: tensors, and the objects that DeepSpeed pickles with them.
 
     Raises ConfigError for a file that holds anything else, because unpickling it would run code.
     """

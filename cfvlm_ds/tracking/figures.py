@@ -1,6 +1,6 @@
 """Figures of score matrices and learning curves, drawn with matplotlib's Agg backend and without its global state.
 
-They take plain data and write one PNG. matplotlib is imported when a figure is drawn.
+Each function takes plain data and writes one PNG. matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mined counterfactuals: two pictures of the user's own data whose captions differ in one word, such as two colours.
 
-An index of all captions with one word left open yields the pairs; each pair is proposed once, by the source with the smaller id.
+An index of all captions with one word left open yields the pairs; each pair is proposed once, for the source with the smaller id.
 """
 
 from __future__ import annotations
