@@ -103,8 +103,8 @@ class Collator:
     def of_run(
         self, cells: Cells, stored: Mapping[str, StoredScores] | None, checked: PictureTable | None, packs_again: bool = False
     ) -> Collator:
-        """Copy the collator for a run's cells and stored scores, with pictures compared with ``checked``. With ``packs_again``, batches
-        keep the data that ``packed_again`` needs.
+        """Copy the collator for a run's cells and stored scores. The copy compares pictures with ``checked``. With ``packs_again``, its
+        batches keep the data that ``packed_again`` needs.
         """
         files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
         return self._changed(cells=cells, stored=stored, files=files, images=files, packs_again=packs_again)

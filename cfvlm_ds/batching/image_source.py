@@ -114,7 +114,7 @@ class ImageFiles:
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore it, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return the model's inputs for the pictures (those that share a prompt with others last), and each picture's placeholder ids.
+        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must come last.
 
         Raises Unprocessable, without file and group, for the first picture that the processor cannot take.
         """

@@ -1,4 +1,4 @@
-"""Lock of a run folder: a locked file that identifies its holder. The lock ends with its holder, however that ends."""
+"""Lock of a run folder: a locked file that identifies its holder. The lock is released when its holder ends, in whatever way."""
 
 from __future__ import annotations
 

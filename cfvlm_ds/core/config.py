@@ -165,7 +165,7 @@ class TrainConfig:
             nats per token below its value at the start.
         retention: names of ``data.evaluation`` that measure forgetting, such as plain captions and other kinds of edit; they are also
             evaluated before the first step, and every later change of their results is logged.
-        figures: draw the learning curves and the score matrices of some groups at the end.
+        figures: draw the learning curves and the score matrices of a few groups at the end.
         export: write a Hugging Face folder, ``output_dir/export``, at the end, or ``output_dir/adapter`` if only adapters train.
         dry_run: only report sizes, trainable modules and memory per GPU; needs no GPU, weights or data.
     """

@@ -28,7 +28,7 @@ class DataSet:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
         root: as ``data.root``, which is used when not given.
         format: as ``data.format``, which is used when not given.
-        limit: use only the first so many groups.
+        limit: use only this many groups, from the first on.
     """
 
     path: str
@@ -45,9 +45,10 @@ class Source(DataSet):
         path: manifest of counterfactual groups.
         root: as ``data.root``, which is used when not given.
         format: as ``data.format``, which is used when not given.
-        limit: use only the first so many groups.
+        limit: use only this many groups, from the first on.
         name: name of the source in metrics and group ids; the file's name without its ending when not given.
-        weight: share of the draws, relative to the weights of the other sources; if no source has one, sources are drawn by their size.
+        weight: share of the draws, relative to the weights of the other sources; if no source has one, sources are drawn in proportion to
+            their size.
         objectives: terms of the objective that use the source's groups; all when not given.
         scores: as ``data.scores``, for this source.
     """

@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its contents; of a link, only the link."""
+    """Remove a file, or a folder with its contents; for a link, only the link itself."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -149,8 +149,8 @@ def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: C
 def lock(handle: int, path: Path) -> bool:
     """Lock an open file until it is closed. Returns False if another process holds the lock.
 
-    A file system without locks locks nothing, which is reported once. The package filelock makes the same call, on a file next to the one
-    that is written, and raises where a file system has no locks (ENOLCK, ENOTSUP).
+    On a file system without locks, nothing is locked, and this is reported once. The package filelock makes the same call, on a file next
+    to the one that is written, and raises where a file system has no locks (ENOLCK, ENOTSUP).
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,7 +173,7 @@ _reported: list[Path] = []
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """Create an empty folder that is renamed to ``final`` at the end of the block; until then an older folder of that name stays.
+    """Create an empty folder that is renamed to ``final`` at the end of the block; until then an older folder of that name is kept.
 
     If two processes create the same folder at the same time, the first finds its folder gone and raises FileExistsError, and the second
     continues. Raises OSError, and leaves no temporary folder.

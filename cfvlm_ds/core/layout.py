@@ -60,7 +60,7 @@ class GroupLayout:
 
     @property
     def same_prompt(self) -> Tensor:
-        """Pairs of texts that answer one prompt, [G, C, C] bool. Answers to different questions are never compared."""
+        """Pairs of texts that answer the same prompt, [G, C, C] bool. Answers to different questions are never compared."""
         if self.prompt is None:
             num_groups, _, num_texts = self.valid.shape
             return self.valid.new_ones(num_groups, num_texts, num_texts)

@@ -107,8 +107,8 @@ def read_within(handle: IO[bytes], stated: int, limit: int) -> bytes:
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the lines of a file. Raises TooLarge at one of more than ``limit`` bytes, because the start of
-    the next line is then unknown.
+    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes, because the start of the next line is then
+    unknown.
     """
     while line := handle.readline(limit + 1):
         if len(line) > limit:

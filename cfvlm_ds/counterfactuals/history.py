@@ -43,7 +43,7 @@ class Edited:
 
 @dataclass(frozen=True)
 class History:
-    """A source with its edits; ``picture`` is the original."""
+    """A source with its edits; ``picture`` is the original, or None for text without a picture."""
 
     id: str
     caption: str

@@ -174,8 +174,8 @@ class Shards:
     def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
         """Yield (name, contents) of each file of one rank, when the same values, bit for bit, are distributed over ``ranks`` ranks.
 
-        ``shapes`` and ``sizes`` are ``flat_tensors`` of its engine. Raises ConfigError if a setting ties the checkpoint to its number of
-        ranks.
+        ``shapes`` and ``sizes`` are the results of ``flat_tensors`` for the engine of that rank. Raises ConfigError if a setting ties the
+        checkpoint to its number of ranks.
         """
         if any(any(padding) for padding in self._paddings or ()):
             raise ConfigError(

@@ -165,7 +165,7 @@ def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
 def recompute_activations(model: Any) -> None:
     """Enable gradient checkpointing of every block that has a gradient."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # The call makes all embeddings require a gradient, which only reentrant checkpoints need: a frozen tower would run twice and backward.
+    # The call makes all embeddings require a gradient, which only reentrant checkpointing needs. A frozen tower would be run backward.
     model.disable_input_require_grads()
 
 

@@ -154,7 +154,7 @@ class Delivery:
             pass
         if status == "SCHEDULED":  # no end time
             self._client.update_run(self.record.run_id, status=status)
-        elif status is not None:  # before the artifacts, which a misconfigured artifact store may refuse for ever
+        elif status is not None:  # before the artifacts, which a misconfigured artifact store may refuse forever
             self._client.set_terminated(self.record.run_id, status, self.record.end_ms)
         self._deliver_artifacts()
         self._done = status is not None

@@ -1,7 +1,7 @@
 """Model card of an export: the base model, the data, the objective, the training and the results.
 
-The card is a README.md with the front matter that Hugging Face reads. Values stand in code spans, where Markdown and HTML have no effect,
-on one line and without secrets. Cards are published, so only the last name of a path is shown.
+The card is a README.md with the front matter that Hugging Face reads. Values are written on one line, without secrets, in code spans, where
+Markdown and HTML have no effect. Cards are published, so only the last name of a path is shown.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Evaluator:
             self.engine.train()
 
     def _reference(self, batch: Batch) -> Tensor:
-        """Return the scores [G, I, C] of the model without its adapters, as training does (cfvlm_ds.training.step)."""
+        """Return the scores [G, I, C] of the model without its adapters, computed as in training (cfvlm_ds.training.step)."""
         with adapters_off(self.engine.module.model):
             return batch.scores(self.engine(**batch.model_inputs)).logp
 

@@ -52,8 +52,9 @@ def hardest(scores: Scores, number: int) -> Hardest:
     """Select all cells except those of the counterfactuals beyond the ``number`` hardest ones of each group.
 
     A counterfactual is one of two units: a text that is not true of the factual image, with the images of which it is true; or an image of
-    which the factual text is false and no other text is true. All other cells stay. The hardness of a counterfactual is its largest margin
-    of a false cell over a true one, on one image or for one text. Ties go to the first. A group with several prompts keeps all its cells.
+    which the factual text is false and no other text is true. All other cells are kept. The hardness of a counterfactual is its largest
+    margin of a false cell over a true one, on one image or for one text. Ties go to the first. A group with several prompts keeps all its
+    cells.
     """
     layout, logp = scores.layout, scores.logp.detach().cpu()
     known = (layout.positive | layout.negative).cpu()

@@ -26,7 +26,7 @@ ON_RESUME: dict[str, OnResume | None] = {
 }
 """Option -> the effect of its change on a resume."""
 DEEPSPEED: dict[str, OnResume] = {
-    # compared by the values that _effective derives, or as train.*, which replace "auto" and which the JSON may not contradict
+    # compared through the values that _effective derives, or as options of train.*, which the JSON may not contradict
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "free"),
     **dict.fromkeys((f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")), "free"),
     **dict.fromkeys(("bf16.enabled", "fp16.enabled", "optimizer.type", "optimizer.params.torch_adam"), "free"),

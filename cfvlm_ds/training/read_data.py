@@ -157,7 +157,7 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 def forget(config: RunConfig, world: World) -> None:
     """Make the next start prepare the training data again, because this start is refused on account of them.
 
-    Files may be restored while the manifest stays the same. Pictures that have not been written since are not opened again.
+    The user may restore files without changing the manifest. Pictures that have not been written since are not opened again.
     """
     if world.is_main:
         for each in config.data.train_sets.values():
@@ -165,7 +165,7 @@ def forget(config: RunConfig, world: World) -> None:
 
 
 def _disown(folder: Path) -> None:
-    """Mark a store as outdated, so that it is prepared again. Its table of pictures stays."""
+    """Mark a store as outdated, so that it is prepared again. Its table of pictures is kept."""
     with contextlib.suppress(OSError):
         if (folder / STORE).exists():
             replace(folder / STORE, json.dumps({"schema": SCHEMA}).encode())
@@ -212,7 +212,7 @@ class _Stores:
         return by_rank_0(self.world, self.barrier, f"the preparation of {self.config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
-        """Prepare a data set for this run if necessary; return its folder, or None for a store, which is used in place."""
+        """Prepare a data set for this run if necessary, and return its folder, or None for a store, which is used where it is."""
         path, config, say = local_path(each.path), self.config, self.world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None

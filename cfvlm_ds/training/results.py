@@ -33,7 +33,9 @@ CHANGES = "before_after.json"
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
-    """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained. ``alive`` is called meanwhile."""
+    """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained. ``alive`` is called repeatedly in the
+    meantime.
+    """
     model, (adapter, folder, _) = config.model, _exported(config)
     card = card_of(checkpoint, say, adapter=adapter)
     if adapter:

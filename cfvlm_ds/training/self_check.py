@@ -74,7 +74,9 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 
 @dataclass
 class Cell:
-    """One cell of a packed row, scored in the row and alone: nats, tokens of its text, and the inputs of the single-row forward."""
+    """One cell, scored in a packed row and in a row of its own: both scores in nats, the number of tokens of its text, and the inputs of
+    the single-row forward.
+    """
 
     packed: float
     alone: float
@@ -154,7 +156,7 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 
 
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
-    """Return the differences of the cells in units of rounding error: the root mean square over cells and ranks.
+    """Return the root mean square, over cells and ranks, of the differences in units of the rounding error.
 
     The rounding error has two parts: the spread of a text's score under other roundings, which grows with the square root of its tokens,
     and one unit in the last place of its largest logit.

@@ -223,7 +223,7 @@ class Trainer:
         self._idle.recorded(metrics)
 
     def _evaluate(self, tracker: Any) -> bool:
-        """Evaluate between steps; return True if the result is the best so far by train.save_best."""
+        """Evaluate between steps, and return True if the result is the best so far according to train.save_best."""
         self.pulse.mark("evaluation", self.state.step)
         results, _ = self.evaluator(self.data.splits)
         outcomes = self.evaluator.ask() if self.data.benchmarks else {}

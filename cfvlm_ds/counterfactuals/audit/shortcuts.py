@@ -61,7 +61,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, fl
 
 
 def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
-    """Classify by length in characters, without fitting: only the direction is chosen, by the better result."""
+    """Classify by length in characters, without fitting; only the better of the two directions is chosen."""
     longer = [len(new) for _, new in pairs], [len(old) for old, _ in pairs]
     area, low, high = auc(*longer)
     if area < 0.5:

@@ -31,7 +31,7 @@ SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",")
 _EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
     has have with i we you he she they which who"""
 EMPTY_WORDS = frozenset(_EMPTY.split())
-"""Words whose change alone cannot be seen in a picture."""
+"""Words whose change cannot be seen in a picture if nothing else changes."""
 
 
 @functools.lru_cache(256)
