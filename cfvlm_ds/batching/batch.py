@@ -18,7 +18,9 @@ from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix
 
 BLANK = Path("\0/<blank image>")
-"""Path of the mid-grey image of the blind control, which no file can have. Several blank images are distinguished by a suffix."""
+"""Path, which no file can have, that stands for the mid-grey image of the blind control. Several blank images are distinguished by a
+suffix.
+"""
 BLANK_SIZE = (336, 336)
 """Width and height of the blank image in pixels."""
 

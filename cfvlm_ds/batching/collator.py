@@ -196,7 +196,7 @@ class Collator:
         return kept, tuple(dropped)
 
     def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> MicroBatch:
-        """Collate the readable groups into a micro-batch, in ``parts``, and record the groups and rows that were left out.
+        """Collate the readable groups into a micro-batch with ``parts``, and record in it the groups and rows that were left out.
 
         If no group is readable, the micro-batch is a stand-in of weight 0 that counts no group, because ZeRO-3 waits for this rank's
         forward and backward.

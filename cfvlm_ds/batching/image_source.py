@@ -31,7 +31,7 @@ PictureKey = tuple[Path, bool]
 
 
 class Unprocessable(DataError):
-    """Failure of the model's processor on pictures of this size."""
+    """Failure of the model's processor on pictures of a certain size."""
 
     def __init__(self, size: Size, error: BaseException) -> None:
         self.size = size

@@ -34,7 +34,7 @@ class Tree:
 
     @property
     def ordered(self) -> list[tuple[int, Encoded]]:
-        """Branches in the order of their prompts, in which each prompt shares most with the one before it."""
+        """Branches sorted by the token ids of their prompts, so that prompts with a common beginning are neighbours."""
         return sorted(self.branches, key=lambda branch: branch[1].prompt_ids)
 
 

@@ -243,9 +243,9 @@ _ROLES_SHOWN = 8
 
 
 def _left_out(turns: tuple[Turn, ...], written: str) -> str:
-    """Return the problem of a template that does not write every text of a conversation, or "".
+    """Return the problem of a template that does not write every text of a conversation, or "" if it does.
 
-    It may omit the thought of an earlier turn, as templates of models that think do.
+    A template may omit the thought of an earlier turn, as those of models that think do.
     """
     place = 0
     for turn in turns:

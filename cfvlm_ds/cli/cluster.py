@@ -25,7 +25,7 @@ def _check(folder: str, *, timeout_s: float = 30.0) -> None:
 
     Args:
         folder: shared folder for one line per node.
-        timeout_s: seconds for the meeting, and for the collective.
+        timeout_s: time limit in seconds for the tasks to meet, and again for the collective.
     """
     from cfvlm_ds.cluster.node_check import check
 

@@ -81,7 +81,7 @@ class LmmsModel(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Device of the model, on which lmms-eval gathers."""
+        """Device of the model, on which lmms-eval gathers results."""
         return self._device
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:

@@ -89,7 +89,7 @@ def _listen(reader: int) -> None:
 
 
 def _leave(code: int) -> None:
-    """End this process at once, after the actions registered by ``before_leaving`` and within their time limit."""
+    """End this process at once, after running the actions registered with ``before_leaving``, for no longer than their time limit."""
     if not _left.acquire(blocking=False):
         return
 

@@ -138,8 +138,8 @@ class TrainConfig:
         eval_on_start: evaluate before the first step, so that results.md shows what the training changed. "auto" evaluates a random sample
             that takes about a tenth of the training's time, with at least 100 groups of each set; true evaluates all groups and benchmarks;
             false evaluates nothing.
-        eval_shuffled: in the evaluation at the end, also score every group's texts on the image of another group, which shows what is
-            achieved by language only. This costs one additional image with its texts per group.
+        eval_shuffled: in the evaluation at the end, also score every group's texts on the image of another group, which shows what language
+            achieves without the image. This costs one additional image with its texts per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
         save_total_limit: number of newest checkpoints to keep; 0 keeps all.

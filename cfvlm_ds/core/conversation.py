@@ -45,7 +45,7 @@ Prompt: TypeAlias = str | tuple[Turn, ...]
 
 
 def texts_of(prompt: Prompt) -> Iterator[str]:
-    """Iterate over all texts of a prompt, in order."""
+    """Yield all texts of a prompt, in order."""
     return iter([prompt]) if isinstance(prompt, str) else (part for turn in prompt for part in turn.parts if isinstance(part, str))
 
 

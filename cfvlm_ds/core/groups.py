@@ -102,9 +102,9 @@ class CounterfactualGroup:
     images of a group have the same number of them. ``source`` names the data set of the group; ``objectives`` names the terms that use it,
     None for all. ``meta`` holds all other fields of the row as unparsed JSON.
 
-    ``keys`` identify the meanings of the texts: texts with equal keys mean the same. "" stands for the text itself; ``keys`` is empty if no
-    text has one. ``exclude`` lists the keys of other groups' texts that must not be used as negatives of the group's images. ``in_step`` is
-    added during training and never stored.
+    ``keys`` identify the meanings of the texts: texts with equal keys have the same meaning. "" stands for the text itself; ``keys`` is
+    empty if no text has one. ``exclude`` lists the keys of other groups' texts that must not be used as negatives of the group's images.
+    ``in_step`` is added during training and never stored.
     """
 
     id: str

@@ -77,7 +77,9 @@ class GroupLayout:
         return self.valid & (self.match == 0)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return the layout with the cells and weights of unmarked groups switched off, so that they contribute to no sum."""
+        """Return the layout with the cells and weights of all groups whose flag is False switched off, so that they contribute to no
+        sum.
+        """
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 

@@ -27,7 +27,7 @@ FILES = (
     "*.tmp",
 )  # fmt: skip
 FOLDERS = ("mlartifacts", "scores", "baseline", "benchmarks", "heartbeat", "prepared", "export", "adapter")
-"""Names that a run writes into its folder; checkpoints, which are renamed into place, have their own check."""
+"""Names of the folders that a run writes into its own; checkpoints, which are renamed into place, have their own check."""
 
 
 @dataclass(frozen=True)

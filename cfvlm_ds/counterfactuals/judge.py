@@ -71,7 +71,7 @@ class Verdict:
 
 
 def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Judge a record of the step verify."""
+    """Return the verdict on a record of the step ``verify``."""
     if problem := record.get("problem"):
         return Verdict(str(problem)[:200], -math.inf, 0)
     checks = record.get("checks")

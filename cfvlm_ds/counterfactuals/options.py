@@ -188,8 +188,8 @@ class AuditOptions:
         against: benchmarks that must share nothing with the data: manifests, and folders of pictures, separated by commas.
         sample: largest number of picture pairs whose grain is compared.
         seed: seed of halves and samples.
-        refine: file for the groups of a thinned set, in which a guess by length and, with a scorer, on a blank picture is right as often as
-            wrong, and every word is introduced as often as removed.
+        refine: file for a thinned set of groups. In it, guesses by length, and those of the scorer on a blank picture if there is one, are
+            right as often as wrong, and every word is introduced as often as removed.
         strict: end with exit code 1 if a limit is exceeded.
     """
 

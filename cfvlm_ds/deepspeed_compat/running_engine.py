@@ -47,8 +47,8 @@ def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
 def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | None:
     """Return a function that measures how long computation waits for ZeRO-3 to gather weights; None if weights are not partitioned.
 
-    The function returns the seconds since its last call. A module waits from its request for its weights to their arrival. On CUDA this is
-    measured by events of the computing stream. Events that the stream has not reached yet are left to the next call, so that the
+    The function returns the seconds since its last call. A module's wait lasts from the request for its weights to their arrival. On CUDA
+    this is measured by events of the computing stream. Events that the stream has not reached yet are left to the next call, so that the
     measurement delays nothing. On other devices the process's clock is used.
     """
     if (coordinator := _coordinator(engine)) is None:

@@ -49,7 +49,7 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Return trees of two levels: given the numbers of tokens of each prefix and of each of its branches; ``blocks`` as in the
+        """Build trees of two levels from the numbers of tokens of each prefix and of each of its branches; ``blocks`` are as in the
         class.
         """
         lengths, parents = list[int](), list[int]()

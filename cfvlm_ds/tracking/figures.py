@@ -123,7 +123,8 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     values.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it holds none of these metrics.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file holds none of these metrics.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -37,7 +37,9 @@ def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, f
 
 
 def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
-    """Drop steps after ``resume_step`` (None: all) and torn lines, and return the names recorded at that step and the new ``offset``."""
+    """Drop steps after ``resume_step`` (None: all) and torn lines, and return the names of the metrics recorded at that step, and the new
+    ``offset``.
+    """
     if not path.exists():
         return set(), 0
     kept: list[bytes] = []

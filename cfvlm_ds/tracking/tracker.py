@@ -131,7 +131,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, for checkpoints; None until MLflow has answered for the first time."""
+        """The id of the MLflow run, which checkpoints store; None until MLflow has answered for the first time."""
         return self.delivery.record.run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -81,7 +81,7 @@ def hardest(scores: Scores, number: int) -> Hardest:
 
 
 Counterfactual = tuple[int | None, tuple[int, ...]]
-"""The number of its text, if it has one, and of its images."""
+"""The index of its text, or None, and the indices of its images."""
 
 
 def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:

@@ -227,7 +227,7 @@ def _names(scores: Scores) -> list[list[tuple[int, int]]]:
 def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Sequence[int], device: torch.device) -> list[Scores]:
     """Score all micro-batches of this rank before the first gradients are computed, and return the scores.
 
-    The forwards use the same random numbers as the training forwards that follow, so dropout is the same. Every rank makes equally many
+    The forwards use the same random numbers as the training forwards that follow, so dropout is the same. Every rank runs equally many
     forwards.
     """
     state, scored = random_state(device), []

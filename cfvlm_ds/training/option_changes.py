@@ -127,7 +127,7 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
 
 
 def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], object]) -> None:
-    """Append the changes at a step to a file in the run folder, unless it already ends with them: a start may be repeated."""
+    """Append the changes at a step to a file in the run folder, unless it already ends with them, because a start may be repeated."""
     line = json.dumps({"step": step, "changes": {change.option: [change.before, change.now] for change in changes}})
     lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):

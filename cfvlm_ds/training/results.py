@@ -29,7 +29,7 @@ from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
 CHANGES = "before_after.json"
-"""Rows of the table of what the training changed."""
+"""File with the rows of the table that shows what the training changed."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
@@ -134,7 +134,7 @@ _NO_SETS = (
 
 
 def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:
-    """Draw the figures and return the paths of those that could be drawn. A failure is a warning."""
+    """Draw the figures and return the paths of those that could be drawn. A failure only causes a warning."""
 
     def draw_scores(path: Path, split: str) -> None:
         score_matrix_figure(path, samples(splits[split], scores[split], max_pixels))

@@ -18,7 +18,7 @@ from cfvlm_ds.evaluation import Accuracy, headline_metric
 
 @dataclass
 class Retention:
-    """Comparison of metrics with their first values. It warns where one fell by more than ``train.displacement_warning``.
+    """Comparison of metrics with their first values, with a warning if one has fallen by more than ``train.displacement_warning``.
 
     ``identities`` are those of the evaluation sets. A set whose contents have changed is compared with its first evaluation since then.
     """

@@ -43,7 +43,7 @@ def group_tokens(
     folders: Sequence[Path] = (),
     depends_on: Callable[[], Any] | None = None,
 ) -> Tokens:
-    """Return the tokens of every group in the rows that ``collator`` builds; rank 0 counts them on all its cores.
+    """Return the token counts of all groups in the rows that ``collator`` builds; rank 0 counts them on all its cores.
 
     Image headers are read for images that ``pictures`` do not contain. The counts are stored in the first of ``folders`` that is writable,
     under a hash of everything that they depend on: all ranks map one file, and the next start reads it. Nothing is stored if ``depends_on``
@@ -71,7 +71,7 @@ def group_tokens(
             return str(error)
 
     def counts_of_all() -> Tokens:
-        """Return [2, groups]: the tokens of every group, and those of its largest image with one text."""
+        """Return [2, groups]: the token count of every whole group, and that of its largest image with one text."""
         parts, scan = [np.zeros((2, 0), np.int32)], Scan(barrier.alive, shield_worker)
         for part in scan.over(range(len(groups)), work, Progress(world.say, "tokens", len(groups), "groups")):
             if isinstance(part, str):

@@ -67,7 +67,7 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
 
 
 def refined_file(file: Path, *inputs: str) -> None:
-    """Raise ConfigError if the output file is an input, or another program's."""
+    """Raise ConfigError if the output file is an input, or was written by another program."""
     own_output(file, _is_refined, "audit --refine", *inputs, option="--refine")
 
 

@@ -35,7 +35,7 @@ class Task:
     mask: Path | None = None
 
     def image(self) -> Image.Image:
-        """Open the picture, RGB and upright. Raises DataError."""
+        """Open the picture, in RGB and upright. Raises DataError."""
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
@@ -88,7 +88,7 @@ class Editor:
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
-    """Return the file of a folder that an id names, or None if there is none or the id cannot be a file name."""
+    """Return the file in ``folder`` that is named by the id ``name``, or None if there is none or the id cannot be a file name."""
     for suffix in suffixes:
         try:
             path = own_file(folder, f"{name}{suffix}", f"the id {name!r}")

@@ -104,7 +104,7 @@ class Diffusers(Editor):
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """Repeat the last row and column of a picture until its sides fit a pipeline."""
+    """Pad a picture by repeating its last row and column, until a pipeline accepts its sides."""
     pixels = np.asarray(image)
     sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
     return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))

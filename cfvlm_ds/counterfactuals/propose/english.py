@@ -1,4 +1,4 @@
-"""Dependency parse of a caption, by spaCy and its small English pipeline, and queries for nouns, verbs and phrases."""
+"""Dependency parse of a caption, made with spaCy's small English pipeline, and queries for nouns, verbs and phrases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
 
 @functools.cache
 def parser() -> Any:
-    """Load the parser, once. Raises ConfigError if spaCy or its pipeline is missing."""
+    """Load the parser once, and return it. Raises ConfigError if spaCy or its pipeline is missing."""
     try:
         import spacy
     except ImportError as error:
@@ -57,7 +57,7 @@ def like(word: str, model: str) -> str:
 
 
 class Caption:
-    """A caption with its parse: ``doc`` are spaCy's tokens, ``said`` is the set of their texts in lower case."""
+    """A caption with its parse: ``doc`` holds spaCy's tokens, and ``said`` the set of their texts in lower case."""
 
     def __init__(self, text: str) -> None:
         self.text, self.doc = text, _parsed(text)

@@ -18,7 +18,7 @@ from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 VERSION = 4
 _LOOKED_AT = 256
-"""Largest number of rows, drawn if there are more, that a caption is compared with for each open word."""
+"""Largest number of rows with which a caption is compared for each open word. If there are more, evenly spaced ones are taken."""
 _LISTS: dict[str, frozenset[str]] = {
     "colour": frozenset(v.COLOURS), "size": frozenset(v.SIZES), "material": frozenset(v.MATERIALS), "texture": frozenset(v.TEXTURES),
     "count": frozenset(v.NUMBERS), "object": frozenset(v.NOUNS), "action": frozenset(v.ACTIONS),
