@@ -131,7 +131,8 @@ def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: T
 
 
 def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return (reference [G, I, C], prior [G, C]) of the groups. Missing cells are 0, and so are groups of a source that needs no scores.
+    """Return (reference [G, I, C], prior [G, C]) of the groups. Missing cells are 0, and so are all cells of groups whose source needs no
+    scores.
 
     Texts of other groups have a stored prior only.
     """

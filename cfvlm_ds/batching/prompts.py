@@ -100,7 +100,9 @@ class Prompts:
             raise ConfigError(f"model {name!r}: {head.problem}")
 
     def encoded(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
-        """Encode a text as the answer to its prompt. Raises DataError, beginning with ``where``, for a text that cannot be encoded."""
+        """Encode a text as the answer to its prompt. Raises DataError, with a message that begins with ``where``, for a text that cannot be
+        encoded.
+        """
         key = (prompt, text, num_pictures)
         if key not in self._texts:
             if len(self._texts) >= _CACHED:

@@ -33,7 +33,7 @@ def _describe(
     max_new_tokens: Positive = 128,
     limits: ImageLimits,
 ) -> None:
-    """Print what a model writes about pictures, or which of several texts it prefers; without a picture it asks for one after another.
+    """Print what a model writes about pictures, or which of several texts it prefers. Without a picture, ask for one after another.
 
     Example: cfvlm-ds describe runs/quickstart dog.jpg --choices "a dog on a sofa" "a sofa on a dog"
 

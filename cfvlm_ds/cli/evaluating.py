@@ -50,10 +50,11 @@ class BenchmarkOptions:
         benchmark_root: folder with a folder of official files for each of them.
         probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each is used for the benchmarks that it fits. By default, every
             benchmark uses its own.
-        on_error: for an item of a benchmark that the model cannot take: error, or skip it, counted and named.
+        on_error: reaction to an item of a benchmark that the model cannot take: error, or skip, which counts and names the item.
         draws: number of draws of the bootstrap; 0 for no intervals. The default is 1000, and fewer for benchmarks of over 10,000 items.
         num_workers: processes per rank that prepare batches of a benchmark, by default one per spare core.
-        experiment: also send the metrics of benchmarks to MLflow, to the server of MLFLOW_TRACKING_URI, or to mlflow.db in the folder OUT.
+        experiment: MLflow experiment to which the metrics of benchmarks are also sent, on the server of MLFLOW_TRACKING_URI, or in
+            mlflow.db in the folder OUT.
     """
 
     benchmarks: Names | None = None

@@ -1,4 +1,4 @@
-"""The model that lmms-eval loads by the name ``cfvlm_ds``; nothing else imports this module."""
+"""The model that lmms-eval loads under the name ``cfvlm_ds``; nothing else imports this module."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Scored(tuple[float, bool]):
 
 
 class LmmsModel(lmms):
-    """Model of lmms-eval: likelihoods by this package's scorer, text by transformers' own ``generate``, with the model's own chat template.
+    """Model of lmms-eval. Likelihoods come from this package's scorer, texts from transformers' own ``generate``; both use the model's own
+    chat template.
 
     Args:
         pretrained: model folder or hub name, run folder, or folder of adapters.

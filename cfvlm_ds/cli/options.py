@@ -204,7 +204,7 @@ def refuse_empty(arguments: argparse.Namespace) -> None:
 
 
 def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
-    """Raise ConfigError for arguments that a command does not have, with its nearest option."""
+    """Raise ConfigError for arguments that a command does not have, suggesting its nearest option."""
     wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
     known = [option.strip("-") for action in command._actions for option in action.option_strings]
     near = difflib.get_close_matches(wrong.strip("-"), known, n=1, cutoff=0.7)

@@ -47,7 +47,7 @@ _STANDALONE = ("config", "model.name_or_path", *(f"data.{name}" for name in ("tr
 
 
 def run(arguments: Sequence[str], prog: str = "train.py") -> None:
-    """Parse the options, build requested files, train."""
+    """Parse the options, build the requested files, and train."""
     from cfvlm_ds.objectives import OBJECTIVES
 
     config = parse_config(arguments, OBJECTIVES, prog=prog)

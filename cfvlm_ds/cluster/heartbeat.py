@@ -2,7 +2,7 @@
 
 A thread writes ``heartbeat/rank-N.json`` at regular intervals, even while the rank waits in a collective. There are two kinds of hang:
 
-- a rank does not beat for ``timeout_s`` in any phase (its process is stopped, or its node is lost);
+- a rank writes no heartbeat for ``timeout_s``, in any phase (its process is stopped, or its node is lost);
 - no rank has entered another phase or micro-batch for ``timeout_s``, and the slowest one is within a step. Start-up, checkpoints,
   evaluation and export may take any time; the collectives' own timeout bounds them.
 
@@ -61,7 +61,7 @@ class Peer:
     still_s: float = 0.0
 
     def update(self, record: dict[str, Any] | None, elapsed_s: float) -> None:
-        """Update with the rank's record, which was read ``elapsed_s`` seconds after the last one."""
+        """Update the observations with the rank's record, which was read ``elapsed_s`` seconds after the last one."""
         old = self.record or {}
         new = record or old
         self.silent_s = 0.0 if new.get("beat") != old.get("beat") else self.silent_s + elapsed_s

@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant")
 DESCRIBE = "Describe the image."
 """Prompt of a caption whose row has no prompt."""
 MAX_TURNS = 1024
-"""Largest number of turns of a conversation; MAX_PARTS is that of the parts of all its turns."""
+"""Largest number of turns of a conversation; MAX_PARTS is the largest number of parts in all turns together."""
 MAX_PARTS = 4 * MAX_TURNS
 
 
@@ -55,7 +55,7 @@ def pictures_of(turns: Sequence[Turn]) -> int:
 
 
 def check_conversation(turns: Sequence[Turn], where: str) -> None:
-    """Raise DataError, beginning with ``where``, for turns that no text can answer."""
+    """Raise DataError, with a message that begins with ``where``, for turns that no text can answer."""
     if not turns or turns[-1].role != "user":
         ending = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
         raise DataError(f"{where}: the conversation {ending}; end it with a turn of the user, which the text answers")

@@ -12,7 +12,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, option
 
 AUTO = "auto"
-"""Value of ``format`` by which the format is detected from the first row."""
+"""Value of ``format`` that requests its detection from the first row."""
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:

@@ -27,7 +27,7 @@ class Scores:
     without a gradient.
 
     ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups of the optimizer step, -inf where there are fewer
-    than R. They carry no gradient: each of those groups gets it through its own scores.
+    than R. They have no gradient, because each of those groups gets its gradient through its own scores.
     """
 
     layout: GroupLayout

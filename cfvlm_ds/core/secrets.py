@@ -33,7 +33,7 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def without_secrets(text: str) -> str:
-    """Replace everything that looks like a secret by ***.
+    """Return the text with everything that looks like a secret replaced by ***.
 
     These are the user and password of a URL, the values of a URL's query and fragment (signed addresses carry their signature there), and
     the value of ``name=value``, ``name: value`` or ``--name value`` if the name is that of a credential.

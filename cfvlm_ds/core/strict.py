@@ -1,5 +1,5 @@
-"""Strict options: dataclasses built from plain values. A value that does not fit raises one sentence with the option, the value and a
-remedy.
+"""Strict options: dataclasses built from plain values. A value that does not fit is refused in one sentence with the option, the value and
+a remedy.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
 
 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
-    """Convert a value to its type. Raises ConfigError, beginning with the ``option``, for a value that does not fit."""
+    """Convert a value to its type. Raises ConfigError, with a message that begins with ``option``, for a value that does not fit."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain, text = value, isinstance(value, Given)
     if text:

@@ -38,7 +38,7 @@ class Unfit(CallFailed):
 
 
 def check_url(url: str, option: str) -> str:
-    """Return an http or https address. Raises ConfigError for any other, and for one with user or password."""
+    """Return ``url`` if it is an http or https address. Raises ConfigError for any other, and for one with a user name or password."""
     try:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and printable(url) == url and " " not in url

@@ -175,7 +175,7 @@ def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Thresholds fitted to labelled candidates, and their results there."""
+    """Thresholds fitted to labelled candidates, and their results on these."""
 
     thresholds: Thresholds
     kept: int

@@ -179,8 +179,8 @@ def _draw(edited: Edited) -> int:
 
 
 def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, int]:
-    """Return, for each type with more edits than its quota, the largest draw (see _draw) that is kept.
-    Memory: 8 bytes for each good edit.
+    """Return, for each type with more edits than its quota, the largest draw (see ``_draw``) that is kept. This takes 8 bytes of memory for
+    each good edit.
     """
     draws: dict[str, array[int]] = {}
     for shard in range(work.shards):

@@ -63,8 +63,8 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
 
 
 def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:
-    """Return the names and shapes of the weights in each flat tensor of the optimizer, and the elements of each flat tensor on this
-    rank.
+    """Return the names and shapes of the weights in each flat tensor of the optimizer, and the number of elements of each flat tensor on
+    this rank.
     """
     zero = engine.optimizer
     flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups

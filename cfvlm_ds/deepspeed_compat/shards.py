@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements ``start`` to ``stop`` of a flattened tensor, which ``keys`` locate in a file of the checkpoint."""
+    """Elements ``start`` to ``stop`` of a flattened tensor, which is found in a file of the checkpoint under ``keys``."""
 
     file: Path
     keys: tuple[str | int, ...]

@@ -86,7 +86,7 @@ def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
 
 
 def check_4bit(config: ModelConfig, zero3: bool) -> None:
-    """Raise ConfigError if 4-bit weights are requested but not possible, or would have to train."""
+    """Raise ConfigError if 4-bit weights are requested but not possible, or would have to be trained."""
     if not config.lora.load_in_4bit:
         return
     if config.language_model.tuning != "lora" or not only_adapters_train(config):

@@ -90,7 +90,7 @@ def compiled_flex() -> Any:
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """Attend from query [1, H, T, D] to key and value [1, J, T, D]; return [1, T, H, D].
+    """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D].
 
     CPUs have no backward of FlexAttention. There, gradients come from a dense attention under the same mask.
     """

@@ -162,7 +162,7 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float, Sight], 
         forest: Forest | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """Attend from query [1, H, T, D] to key and value [1, J, T, D]; return [1, T, H, D]."""
+        """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D]."""
         if forest is None or attention_mask is not None:
             raise ValueError("a model loaded for scoring takes a forest and no mask; load it with transformers for anything else")
         if dropout:

@@ -88,7 +88,7 @@ def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, forest: Forest) -> Tensor:
-    """Apply the gated delta rule along each path, level by level from the final states of the parents; return [T, H, D].
+    """Apply the gated delta rule along each path, level by level from the final states of the parents, and return [T, H, D].
 
     Padding leaves a state unchanged: its key is zero, and nothing decays.
     """

@@ -48,7 +48,9 @@ def side_files(folder: Path) -> Iterator[Path]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the model's safetensors files; none if its weights are stored otherwise. Raises ConfigError."""
+    """Return the names of the model's safetensors files; none if its weights are stored otherwise. Raises ConfigError for an invalid
+    index.
+    """
     if (folder / SINGLE).is_file():
         return [SINGLE]
     return sorted(set(read_index(folder / INDEX, ".safetensors")[0].values())) if (folder / INDEX).is_file() else []

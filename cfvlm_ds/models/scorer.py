@@ -147,7 +147,9 @@ class Scorer(nn.Module):
         return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets)
 
     def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the marks of visual tokens if the family's own masks depend on them. Only its stock attention uses them."""
+        """Return the marks of visual tokens if the family's own masks depend on them; otherwise nothing. Only its stock attention uses
+        them.
+        """
         mark = self.family.visual_mark
         return {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
 

@@ -66,7 +66,7 @@ def _call(forest: Forest, segments: list[tuple[int, int, int]], window: int | No
 
 
 def _attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """Attend from query [1, H, T, D] to key and value [1, J, T, D]; return [1, T, H, D]."""
+    """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D]."""
     calls, back = forest.on(_calls, query.device, sight)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     outputs = [

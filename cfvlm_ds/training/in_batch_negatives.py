@@ -90,7 +90,7 @@ class _Offer(NamedTuple):
 
 
 _Question = tuple[Prompt, int]
-"""A prompt and the number of its pictures: the same prompt has other answers for one picture than for two."""
+"""A prompt and the number of its pictures, because the same prompt has different answers for one picture and for two."""
 
 
 class _Step:
@@ -177,7 +177,7 @@ class CrossRankScores:
         return cls(np.concatenate(gather_objects(mine, world)))
 
     def added_to(self, scores: Scores) -> Scores:
-        """Add the scores of a micro-batch's texts on images of other groups.
+        """Return the scores of a micro-batch, extended with those of its texts on images of other groups.
 
         A text whose own group was left out of the step has no such scores and takes part in no comparison.
         """

@@ -137,7 +137,7 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
-    """Return the options and settings that affect what is trained. Options that act together are replaced by their joint value."""
+    """Return the options and settings that affect what is trained. Options that act together are replaced with their joint value."""
     options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}

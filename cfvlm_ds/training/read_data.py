@@ -41,7 +41,7 @@ from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
-"""Groups of a data set that a run prepares itself, while its GPUs wait."""
+"""Largest number of groups of a data set that a run prepares itself, while its GPUs wait."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ def model_fingerprint(model: ModelConfig, world: World) -> dict[str, str]:
 class _Stores:
     """The stores of a run, opened on all ranks.
 
-    A data set that is not a store is prepared in the run folder, and again when it has been written since. The lengths of its texts and its
-    visual tokens, which depend on the model, are stored there too.
+    A data set that is not a store is prepared in the run folder, and prepared again if its files have been written since. The lengths of
+    its texts and its visual tokens, which depend on the model, are stored there too.
     """
 
     config: RunConfig

@@ -62,7 +62,7 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
 def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.device) -> None:
     """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors in a config.json only show at that point.
 
-    Every rank calls it. Errors of the machine, such as missing memory, are raised unchanged.
+    Every rank calls it. Errors of the machine, such as a lack of memory, are raised unchanged.
     """
     with (
         explained(f"the model {name!r} cannot be run", "compare its config.json and processor files with the published ones"),

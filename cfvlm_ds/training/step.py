@@ -81,7 +81,7 @@ class OptimizerStep:
     mark: Callable[[str, int], None]
 
     def take(self, number: int, batches: Iterator[MicroBatch], progress: float, votes: Tensor, save_due: bool) -> StepResult:
-        """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
+        """Fetch the micro-batches, agree on the global denominators, compute the gradients, update the weights, and return the result.
 
         Args:
             number: number of the step, from 1.

@@ -83,7 +83,7 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
-    """Return every run of eight consecutive words of a text. A text of four to seven words is a run itself; a shorter one has none."""
+    """Return every run of eight consecutive words of a text. A text of four to seven words is itself a run; a shorter one has none."""
     tokens = [word for word in words(text) if word.isalnum()]
     return {tuple(tokens[k : k + GRAM]) for k in range(max(1, len(tokens) - GRAM + 1))} if len(tokens) >= 4 else set()
 

@@ -102,8 +102,8 @@ def balanced(
 ) -> tuple[dict[Any, float], Numbers]:
     """Compute the logarithm of each word's price, and the probability with which each edit is kept.
 
-    No word is introduced more or less often than removed by more than one standard deviation of a count; words of ``exact`` are exactly
-    balanced.
+    For each word, the numbers of introductions and removals differ by at most one standard deviation of a count; for words of ``exact``,
+    they are equal.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T
