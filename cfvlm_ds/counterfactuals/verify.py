@@ -202,7 +202,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
-    """Fit the margin to labelled candidates, {"edit": ID, "attempt": 0, "good": true} a line, and write W/thresholds.json.
+    """Fit the margin to labelled candidates, one {"edit": ID, "attempt": 0, "good": true} per line, and write W/thresholds.json.
 
     Raises DataError for labels that cannot be read or name no candidate, and ConfigError if no margin reaches the precision.
     """

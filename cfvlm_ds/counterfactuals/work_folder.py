@@ -1,9 +1,12 @@
 """Work folder: the records of each step for each shard, with the settings that determine them.
 
-    W/run.json the data, the number of shards W/STEP.json settings of a step: back ends, options, versions W/STEP/shard-00003.jsonl one
-    record per line and unit of work W/STEP/shard-00003.done.json for a finished shard: its sha256, and that of the previous step's records
-    from which it was made W/pictures/shard-00003.tar edited pictures, named by their offsets W/prices.json prices of words, for the back
-    end rules (see propose/balance.py) W/mine/slots.bin index of captions with one word left open, for the back end mine
+    W/run.json                        the data, the number of shards
+    W/STEP.json                       settings of a step: back ends, options, versions
+    W/STEP/shard-00003.jsonl          one record per line and unit of work
+    W/STEP/shard-00003.done.json      for a finished shard: its sha256, and that of the previous step's records from which it was made
+    W/pictures/shard-00003.tar        edited pictures, named by their offsets
+    W/prices.json                     prices of words, for the back end rules (see propose/balance.py)
+    W/mine/slots.bin                  index of captions with one word left open, for the back end mine
 
 Shard k of N has every Nth row of the data from row k. The records of a source do not depend on the number of shards.
 """

@@ -57,7 +57,7 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
-        match = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest advises to run the code
+        match = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest of the message advises running the code
         reason = match[1].partition(" was not")[0] if match else str(error).splitlines()[0]
         raise ConfigError(f"{file} contains objects other than tensors ({reason}); name another checkpoint") from error
 

@@ -86,7 +86,7 @@ class Blocks:
 def compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and must not be recompiled for each
+    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and must not each cause a recompilation
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:

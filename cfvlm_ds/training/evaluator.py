@@ -78,7 +78,7 @@ class Evaluator:
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         self.engine.eval()
-        hook = self.engine.register_forward_pre_hook(self._vote)  # every rank makes equally many forwards
+        hook = self.engine.register_forward_pre_hook(self._vote)  # every rank runs equally many forwards
         try:
             with together(), worker_deaths():
                 yield

@@ -279,7 +279,7 @@ class Trainer:
                 tracker.artifact(self._run_dir / FOLDER / result.place / RESULTS, f"{FOLDER}/{result.place}")
             if results:
                 first = summary_of(config, step, results, changes)
-                print_line(f"{first}\n\nall metrics: {self._run_dir / 'results.md'}")  # also with --quiet
+                print_line(f"{first}\n\nall metrics: {self._run_dir / 'results.md'}")  # even with --quiet
             if benchmark_results:
                 print_line("\n".join([*([""] if results else []), overview(benchmark_results), "", *map(summary, benchmark_results)]))
         if failed is not None:

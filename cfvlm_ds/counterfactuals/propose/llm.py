@@ -81,7 +81,7 @@ class LanguageModel:
     def _count(self, failure: CallFailed) -> None:
         """Count a failed request. A single failure affects only its caption; many in a row end the step, which can be resumed later.
 
-        Raises ConfigError for a server that cannot be reached or does not answer usably.
+        Raises ConfigError for a server that cannot be reached or does not give a usable answer.
         """
         with self._lock:
             self._in_a_row += 1
