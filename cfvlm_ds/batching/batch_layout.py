@@ -70,7 +70,7 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
 
 
 def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Extend the layout with the texts of other groups of the step, encoded as ``texts``.
+    """Return the layout, extended with the texts of other groups of the step, which are encoded as ``texts``.
 
     They are scored on every image that is scored with an answer to the factual text's prompt. The layout is unchanged if no group has a
     position in a step.

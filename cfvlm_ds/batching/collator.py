@@ -97,7 +97,7 @@ class Collator:
         return self.building("full", None)
 
     def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
-        """Copy the collator for other cells and stored scores."""
+        """Copy the collator; the copy scores the given ``cells`` and uses the given stored scores."""
         return self._changed(cells=cells, stored=stored)
 
     def of_run(
@@ -198,8 +198,8 @@ class Collator:
     def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> MicroBatch:
         """Collate the readable groups into a micro-batch with ``parts``, and record in it the groups and rows that were left out.
 
-        If no group is readable, the micro-batch is a stand-in of weight 0 that counts no group, because ZeRO-3 waits for this rank's
-        forward and backward.
+        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because ZeRO-3
+        waits for this rank's forward and backward.
         """
         groups_read = [group for group in groups if not isinstance(group, DataError)]
         unread = tuple((str(entry).partition(": ")[0], str(entry)) for entry in groups if isinstance(entry, DataError))

@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
 class _InPlaceOfManifests(argparse.Action):
     """Action of --benchmarks, which makes the manifest optional.
 
-    The manifest is required by default, because argparse would otherwise not wait for it if an option stands between it and the model.
+    The manifest is required by default, because argparse would otherwise not accept a manifest that follows the model only after an option.
     """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:

@@ -62,7 +62,7 @@ def printed_once(sentence: str) -> Iterator[bool]:
 
 
 def _wait_for(mark: Path, seconds: float) -> None:
-    """Wait for a mark while ignoring SIGTERM.
+    """Wait for a mark (see ``printed_once``) while ignoring SIGTERM.
 
     Launchers end the other ranks once the first one has exited, which must not change the exit code of this rank.
     """
@@ -86,7 +86,7 @@ def _is_said(mark: Path) -> bool:
 
 
 def _leave(mark: Path) -> None:
-    """Leave a mark, and remove the marks of launches that have ended."""
+    """Leave a mark (see ``printed_once``), and remove the marks of launches that have ended."""
     with contextlib.suppress(OSError):
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         os.utime(mark)

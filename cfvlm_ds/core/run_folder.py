@@ -115,7 +115,7 @@ def _paths(options: Any) -> Iterator[Path]:
 
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:
-    """Read the configuration in a run's folder. Raises ConfigError if it is not one."""
+    """Read the configuration in a run's folder. Raises ConfigError if the file holds no configuration."""
     path = run_dir / "config.yaml"
     try:
         options = read_yaml(path)

@@ -202,8 +202,8 @@ class Calibrated:
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
     """Fit the margin and the drop that keep the most labelled candidates at the given precision.
 
-    The margin is at least 0, and no drop is set if the margin keeps as many without one. Raises ConfigError if no thresholds reach the
-    precision.
+    The margin is at least 0. A drop is set only if more candidates are kept with it than with a margin only. Raises ConfigError if no
+    thresholds reach the precision.
     """
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]

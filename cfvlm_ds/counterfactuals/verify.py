@@ -74,7 +74,7 @@ def verify(
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attempt: its record of the step edit, and its pictures."""
+    """An attempt: its record from the step ``edit``, and its pictures."""
 
     record: Mapping[str, Any]
     original: Path | None
@@ -146,7 +146,7 @@ def _inspected(candidate: Candidate) -> dict[str, Any]:
 
 
 def _replaced(candidate: Candidate) -> Path | None:
-    """Return a picture whose contents have changed since the step edit, or None."""
+    """Return a picture whose contents have changed since the step ``edit``, or None."""
     seen = (
         (candidate.original, candidate.record.get("parent_sha256")),
         (candidate.edited, (candidate.record.get("picture") or {}).get("sha256")),

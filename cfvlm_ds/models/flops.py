@@ -56,7 +56,7 @@ class ModelFlops:
         self._pixels = getattr(vision, "in_channels", 3) * _square(vision.patch_size) * getattr(vision, "temporal_patch_size", 1)
 
     def of(self, inputs: Mapping[str, Any], num_scored: int) -> float:
-        """Return the operations for the model inputs of a batch that scores from ``num_scored`` positions."""
+        """Return the number of operations for the model inputs of a batch that scores from ``num_scored`` positions."""
         forest: Forest = inputs["forest"]
         of_pairs = sum(each * num_pairs(forest, forest.sight(window)) for window, each in self._pairs.items())
         tokens = {

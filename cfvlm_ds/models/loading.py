@@ -187,7 +187,7 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
 class _PatchProduct(nn.Conv3d):
     """Convolution of patches [N, C, T, H, W] that are as large as the kernel, computed as a matrix product.
 
-    On a CPU, torch's convolution takes 4 times as long, and 15 times with its gradients; that of torch 2.9 is slow on GPUs too.
+    On a CPU, torch's convolution takes 4 times as long, and 15 times with its gradients; in torch 2.9 it is slow on GPUs too.
     """
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,8 @@ class ScoringHead(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
-        """Create the head without data. ``cap`` bounds the logits that log-probs are computed from; the model itself caps logits that it
-        receives.
+        """Create the head without data. ``cap`` bounds the logits from which log-probs are computed. Logits that the head returns are not
+        capped, because the model itself does that.
         """
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.cap = cap

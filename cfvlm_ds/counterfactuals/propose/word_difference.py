@@ -63,7 +63,7 @@ def difference(caption: str, text: str) -> Difference:
 
 
 def defect(caption: str, text: str, kind: str) -> str | None:
-    """Return why a text is not a counterfactual of a caption, judged by its words, or None."""
+    """Return the reason why a text is not a counterfactual of a caption, or None if it is one. Only the words are compared."""
     if not text.strip():
         return "no text"
     if printable(text) != text or len(text) > MOST_CHARACTERS:

@@ -28,7 +28,7 @@ def sound(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def in_windows(config: PreTrainedConfig) -> Whole:
-    """Return the layers with bidirectional picture attention: those with a window, if the configuration enables it."""
+    """Return the layers with bidirectional picture attention: those with a window if the configuration enables it, otherwise none."""
     return "windows" if config.get_text_config().use_bidirectional_attention == "vision" else "nowhere"
 
 
