@@ -112,7 +112,7 @@ class DataConfig:
         num_workers: processes per rank that prepare batches; one per spare core, at most 4, when not given.
         max_tokens_per_micro_batch: fill a micro-batch with whole groups up to this many tokens, instead of with
             ``train.per_device_train_batch_size`` groups; ranks then have equal work regardless of the sizes of images and texts.
-        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens, each but the last one twice (a
+        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice (a
             gradient cache, arXiv 2101.06983). The gradients are the same; the memory is that of one forward, and the time grows by about a
             third. The texts of an image are divided if there are too many.
         feature_cache: folder for the outputs of a frozen vision tower, one per picture; filled before the first step, after which the tower

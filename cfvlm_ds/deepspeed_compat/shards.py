@@ -172,7 +172,8 @@ class Shards:
         self._open.clear()
 
     def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
-        """Yield (name, contents) of each file of one rank, when the same values, bit for bit, are distributed over ``ranks`` ranks.
+        """Yield (name, contents) of each file that rank number ``rank`` of ``ranks`` ranks would have. The values are the same, bit for
+        bit.
 
         ``shapes`` and ``sizes`` are the results of ``flat_tensors`` for the engine of that rank. Raises ConfigError if a setting ties the
         checkpoint to its number of ranks.
