@@ -1,6 +1,7 @@
 """cfvlm_ds: counterfactual fine-tuning of generative vision-language models under DeepSpeed ZeRO-3.
 
-What a researcher needs to write and try an objective. It needs torch alone, and only once it is used: commands answer --help without it.
+The names that a researcher needs to write and try an objective. Their only requirement is torch, which is imported when a name is first
+used, so that commands answer --help without it.
 """
 
 from importlib import import_module

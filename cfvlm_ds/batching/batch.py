@@ -18,7 +18,9 @@ from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix
 
 BLANK = Path("\0/<blank image>")
-"""Path of the mid-grey image of the blind control, which no file can have. Several blank images are distinguished by a suffix."""
+"""Path, which no file can have, that stands for the mid-grey image of the blind control. Several blank images are distinguished by a
+suffix.
+"""
 BLANK_SIZE = (336, 336)
 """Width and height of the blank image in pixels."""
 
@@ -27,7 +29,7 @@ STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image."
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
-    """Replace the images of a group by one blank image; every text but the first then has unknown truth."""
+    """Return the group with a single blank image instead of its own images. The truth of every text except the first is then unknown."""
     blank = tuple(BLANK.with_suffix(f".{k}") for k in range(group.num_pictures))
     return replace(group, images=(blank,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
@@ -57,7 +59,7 @@ class Batch:
     num_scored: int
     num_images: int
     material: Any = None
-    """Trees of the row (cfvlm_ds.batching.packing.Material), if it may be packed again."""
+    """Trees of the row (cfvlm_ds.batching.packing.Material) if it may be packed again, otherwise None."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch with its tensors on ``device``, except the sizes of pictures."""
@@ -108,8 +110,8 @@ class MicroBatch:
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """Return ``number`` forwards, because all ranks make equally many under ZeRO-3: copies of the first one, whose results are ignored,
-        and its own.
+        """Return ``number`` forwards: copies of the first one, whose results are ignored, and then the micro-batch's own. Under ZeRO-3, all
+        ranks must run equally many.
         """
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 
@@ -148,7 +150,7 @@ def _rejoined(skeleton: dict[str, Any], joined: Tensor) -> Batch:
 
 
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """Apply ``change`` to everything of type ``kind`` within ``value``, through dicts and dataclasses."""
+    """Return ``value`` with ``change`` applied to everything of type ``kind`` in it, including the contents of dicts and dataclasses."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):

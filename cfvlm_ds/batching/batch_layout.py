@@ -56,7 +56,9 @@ def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group without texts of other groups that cannot be encoded; the error is reported for the group they belong to."""
+    """Return the group without those texts of other groups that cannot be encoded. The error is reported for the group to which such a text
+    belongs.
+    """
     if group.in_step is None:
         return group
     kept = []
@@ -68,10 +70,10 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
 
 
 def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Extend the layout by texts of other groups of the step, encoded as ``texts``.
+    """Return the layout, extended with the texts of other groups of the step, which are encoded as ``texts``.
 
     They are scored on every image that is scored with an answer to the factual text's prompt. The layout is unchanged if no group has a
-    place in a step.
+    position in a step.
     """
     steps = [group.in_step for group in groups]
     if all(step is None for step in steps):
@@ -129,7 +131,8 @@ def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: T
 
 
 def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return (reference [G, I, C], prior [G, C]) of the groups; 0 in missing cells, and for groups of a source that needs no scores.
+    """Return (reference [G, I, C], prior [G, C]) of the groups. Missing cells are 0, and so are all cells of groups whose source needs no
+    scores.
 
     Texts of other groups have a stored prior only.
     """

@@ -34,7 +34,7 @@ from cfvlm_ds.models.model_files import explained
 
 
 class TreeTokens(NamedTuple):
-    """Size of a tree in tokens: ``whole`` with all its texts, and ``least`` with its longest text alone, which is the smallest forward that
+    """Size of a tree in tokens: ``whole`` with all its texts, and ``least`` with only its longest text, which is the smallest forward that
     can score that text.
     """
 
@@ -54,7 +54,7 @@ class Collator:
         max_pixels: limit on the size of an image.
         stored: reference and blind scores by group id, for objectives that need them.
         share_prefix: put all texts of an image after one prefix; without it a tree has one text, which costs more and scores the same.
-        checked: pictures of the data check, with which pictures are compared when they are opened.
+        checked: table of pictures from the data check, with which pictures are compared when they are opened.
     """
 
     def __init__(
@@ -89,22 +89,22 @@ class Collator:
         return len({_tree_of(picture, text, 0, placeholder_id(self.processor)) for text in encoded}) == 1
 
     def taking_features(self, cache: FeatureCache) -> Collator:
-        """Copy the collator, reading the vision tower's cached output in place of the pictures."""
+        """Copy the collator; the copy reads the vision tower's cached outputs instead of the pictures."""
         return self._changed(images=CachedFeatures(cache))
 
     def scoring_everything(self) -> Collator:
-        """Copy the collator for all cells without stored scores, as evaluation needs it."""
+        """Copy the collator for evaluation: the copy scores all cells, and has no stored scores."""
         return self.building("full", None)
 
     def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
-        """Copy the collator for other cells and stored scores."""
+        """Copy the collator; the copy scores the given ``cells`` and uses the given stored scores."""
         return self._changed(cells=cells, stored=stored)
 
     def of_run(
         self, cells: Cells, stored: Mapping[str, StoredScores] | None, checked: PictureTable | None, packs_again: bool = False
     ) -> Collator:
-        """Copy the collator for a run's cells and stored scores, with pictures compared with ``checked``. With ``packs_again``, batches
-        keep the data that ``packed_again`` needs.
+        """Copy the collator for a run's cells and stored scores. The copy compares pictures with ``checked``. With ``packs_again``, its
+        batches keep the data that ``packed_again`` needs.
         """
         files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
         return self._changed(cells=cells, stored=stored, files=files, images=files, packs_again=packs_again)
@@ -124,7 +124,7 @@ class Collator:
         """Collate groups into batches of at most ``max_tokens`` tokens each.
 
         A larger tree is cut between its texts; a single text that is larger is a batch of its own. Each batch has the layout of the whole
-        micro-batch, and their score matrices add up to its score matrix. Raises DataError as ``__call__`` does.
+        micro-batch, and their score matrices add up to its score matrix. Raises the same DataErrors as ``__call__``.
         """
         groups = [without_broken_negatives(group, self.prompts) for group in groups]
         layout = self._layout(groups)
@@ -139,7 +139,7 @@ class Collator:
         try:
             trees = _without_long_negatives(layout, trees, prompt_length, self.max_length)
             for part in divide(trees, prompt_length, max_tokens):
-                # Under ZeRO-3 the tower must run on every rank, even if the groups of one are text alone.
+                # Under ZeRO-3 the tower must run on every rank, even if the groups of one have no picture.
                 blank = self.files.blank_keys()[:1]
                 keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or blank
                 image_inputs, placeholders = self.images.model_inputs(
@@ -161,7 +161,7 @@ class Collator:
         return Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images, kept)
 
     def packed_again(self, micro_batch: MicroBatch, cells: Tensor) -> MicroBatch:
-        """Pack a micro-batch again with only the given ``cells`` [G, I, C], at least one a group, without opening pictures or encoding
+        """Pack a micro-batch again with only the given ``cells`` [G, I, C], at least one per group, without opening pictures or encoding
         texts again.
 
         A forward without any of the cells is left out. A picture that no cell needs is removed from the model's inputs if these have one
@@ -196,10 +196,10 @@ class Collator:
         return kept, tuple(dropped)
 
     def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> MicroBatch:
-        """Collate the readable groups into a micro-batch, in ``parts``, and record the groups and rows that were left out.
+        """Collate the readable groups into a micro-batch with ``parts``, and record in it the groups and rows that were left out.
 
-        If no group is readable, the micro-batch is a stand-in of weight 0 that counts no group, because ZeRO-3 waits for this rank's
-        forward and backward.
+        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because ZeRO-3
+        waits for this rank's forward and backward.
         """
         groups_read = [group for group in groups if not isinstance(group, DataError)]
         unread = tuple((str(entry).partition(": ")[0], str(entry)) for entry in groups if isinstance(entry, DataError))
@@ -220,7 +220,7 @@ class Collator:
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
         """Count the tokens of a row with one text after pictures of ``sizes`` (width, height), end-of-turn included.
 
-        Raises DataError as __call__ does.
+        Raises the same DataErrors as ``__call__``.
         """
         encoded = self.prompts.encoded(prompt, text, len(sizes), "text")
         return self._prefix_length(encoded, sizes) + encoded.length
@@ -259,7 +259,7 @@ class Collator:
         return sum(self.files.num_placeholders(size, len(sizes) > 1)[1] for size in sizes)
 
     def _prefix_length(self, text: Encoded, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a text's prompt with pictures of these sizes in place of its placeholders."""
+        """Count the tokens of a text's prompt with pictures of these sizes instead of its placeholders."""
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
@@ -293,7 +293,9 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
 
 
 def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
-    """Remove other groups' texts that exceed the window after these pictures, and mark their cells as not valid."""
+    """Return the trees without other groups' texts that would exceed the window after these pictures, and mark the cells of such texts as
+    not valid.
+    """
     if layout.in_batch is None:
         return trees
     kept = []

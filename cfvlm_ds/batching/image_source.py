@@ -31,7 +31,7 @@ PictureKey = tuple[Path, bool]
 
 
 class Unprocessable(DataError):
-    """Failure of the model's processor on pictures of this size."""
+    """Failure of the model's processor on pictures of a certain size."""
 
     def __init__(self, size: Size, error: BaseException) -> None:
         self.size = size
@@ -42,7 +42,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
-    """Format the error with the group and file of such a picture."""
+    """Format the error, naming the group and file of a picture of this size."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -114,7 +114,7 @@ class ImageFiles:
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore it, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return the model's inputs for the pictures (those that share a prompt with others last), and each picture's placeholder ids.
+        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must come last.
 
         Raises Unprocessable, without file and group, for the first picture that the processor cannot take.
         """
@@ -133,7 +133,7 @@ class ImageFiles:
         return self._counted[size, together]
 
     def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
-        """Return the inputs of ``get_image_features`` for one picture, and its features without the tower's outputs.
+        """Return the inputs of ``get_image_features`` for one picture, and its Features, still without the tower's outputs.
 
         A picture with others in its prompt is passed twice, so that it is processed as one of several. Raises DataError naming a file that
         cannot be opened.
@@ -187,7 +187,7 @@ class CachedFeatures:
         return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return the model's inputs as ImageFiles does; the tower does not run on them."""
+        """Return the same as ``ImageFiles.model_inputs``, but with inputs on which the tower does not run."""
         tower = {name: torch.cat([picture.tower[name] for picture in opened]) for name in opened[0].tower}
         inputs = {name: torch.cat([picture.inputs[name] for picture in opened]) for name in opened[0].inputs}
         rows = [len(next(iter(picture.tower.values()))) for picture in opened]

@@ -1,4 +1,4 @@
-"""Out-of-memory errors with the sizes of the largest forward and a remedy, in place of an allocator's traceback."""
+"""Out-of-memory errors with the sizes of the largest forward and a remedy, instead of an allocator's traceback."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Tree:
 
     @property
     def ordered(self) -> list[tuple[int, Encoded]]:
-        """Branches in the order of their prompts, in which each prompt shares most with the one before it."""
+        """Branches sorted by the token ids of their prompts, so that prompts with a common beginning are neighbours."""
         return sorted(self.branches, key=lambda branch: branch[1].prompt_ids)
 
 
@@ -47,7 +47,7 @@ class Material:
     placeholders: tuple[list[int], ...]
 
     def only(self, wanted: Sequence[bool]) -> tuple[Material, list[int]]:
-        """Keep the texts whose cell is ``wanted``; also returns the indices of the remaining pictures, at least one."""
+        """Return the material with only the texts whose cell is ``wanted``, and the indices of the remaining pictures, at least one."""
         kept = (Tree(tree.pictures, [branch for branch in tree.branches if wanted[branch[0]]]) for tree in self.trees)
         trees = tuple(tree for tree in kept if tree.branches)
         shown = {key for tree in trees for key in tree.pictures}
@@ -98,7 +98,9 @@ class _Tokens:
     length: int = 0
 
     def grow(self, prompts: Sequence[_Prompt], since: int = 0, parent: int = -1) -> None:
-        """Add the common ids of sorted prompts that share their first ``since`` ids, and then the rest of each."""
+        """Add sorted prompts that share their first ``since`` ids, already in the row: first the other ids that all share, then the rest of
+        each.
+        """
         first, node = prompts[0], parent
         until = _common(first.ids, prompts[-1].ids)
         if until > since:  # otherwise they share nothing, and have no picture

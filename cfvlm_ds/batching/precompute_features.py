@@ -1,7 +1,7 @@
 """Precomputation of a frozen vision tower's features for all pictures of a run, before the first step; no step then runs the tower.
 
-It is a separate pass because under ZeRO-3 all ranks must run a module together, whereas in a training step each rank would lack other
-pictures. Here all ranks make the same number of forwards.
+It is a separate pass because under ZeRO-3 all ranks must run a module together, whereas in a training step each rank would lack different
+pictures. Here all ranks run the same number of forwards.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _FORM = "2"  # version of the files; files of another version are not used
 def precompute_features(
     folder: Path, model: ModelConfig, engine: Any, files: ImageFiles, groups: Iterable[CounterfactualGroup], world: World, num_workers: int
 ) -> FeatureCache:
-    """Return the features of all pictures of the groups; missing ones are computed, each picture once over all ranks, in evaluation mode.
+    """Return the cache with the features of all pictures of the groups. Missing ones are computed in evaluation mode, each picture on one
+    rank only.
 
     ``engine`` runs a Scorer. An unreadable picture is recorded, and raises an error when it is used. Every rank must call this. Raises
     StorageError on all ranks if features cannot be written.
@@ -97,7 +98,7 @@ def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKe
 def _fill(
     cache: FeatureCache, engine: Any, files: ImageFiles, missing: list[tuple[PictureKey, bytes]], world: World, num_workers: int
 ) -> dict[bytes, int]:
-    """Compute and write the missing features; returns the sizes in bytes of the written files."""
+    """Compute and write the missing features, and return the sizes in bytes of the written files."""
     rounds = -(-len(missing) // world.size)
     blank = files.blank_keys()[0]
     own_share = [missing[place] if place < len(missing) else None for place in range(world.rank, rounds * world.size, world.size)]
@@ -137,7 +138,9 @@ def _fill(
 
 
 def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None]:
-    """Return a worker's function from a picture and its digest to the tower's inputs, or to the reason why there are none."""
+    """Return the function by which a data worker converts a picture and its digest to the tower's inputs, or to the reason why there are
+    none.
+    """
 
     def prepare(items: list[tuple[PictureKey, bytes] | None]) -> Prepared | str | None:
         if items[0] is None:

@@ -18,9 +18,11 @@ from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
 from cfvlm_ds.core.text import quoted
 
 CHARACTERS_PER_TOKEN = 16
-"""Limit of a text, in characters for each token of the model's window; written language has about 4, and few tokens more than 16."""
+"""Limit of a text, in characters for each token of the model's window; written language has about 4 per token, and few tokens have more
+than 16.
+"""
 MAX_CHARACTERS = 1_000_000
-"""Limit of a text, in characters, for any window: tokenizers take minutes for ten times as many."""
+"""Limit of a text, in characters, for any window: tokenizers take minutes for ten times as much."""
 
 _CACHED = 100_000  # cached texts and prompts; a data set may have millions
 _FIRST, _MARK, _TEMPLATE = "Describe the image.", "Xanswer1X", "the model's chat template"
@@ -98,7 +100,9 @@ class Prompts:
             raise ConfigError(f"model {name!r}: {head.problem}")
 
     def encoded(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
-        """Encode a text as the answer to its prompt. Raises DataError, beginning with ``where``, for a text that cannot be encoded."""
+        """Encode a text as the answer to its prompt. Raises DataError, with a message that begins with ``where``, for a text that cannot be
+        encoded.
+        """
         key = (prompt, text, num_pictures)
         if key not in self._texts:
             if len(self._texts) >= _CACHED:
@@ -162,7 +166,7 @@ class Prompts:
         unknown = {tokenizer.unk_token_id} - {
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
-        }  # no control token, but the id of unknown words
+        }  # not control tokens, but possible ids of unknown words
         for part in texts_of(prompt):
             if inside := self._control.intersection(self._tokens(part)) - unknown:
                 raise DataError(
@@ -193,9 +197,7 @@ class Prompts:
         return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
 
     def _question(self, prompt: Prompt, num_pictures: int) -> str:
-        """Render the prompt up to the place where an answer begins. Raises as ``_new_head`` does, naming a
-        role that the template refuses.
-        """
+        """Render the prompt up to the position where an answer begins. Raises _ModelFails, naming a role that the template refuses."""
         try:
             return self._render(_conversation(prompt, num_pictures), True)
         except _ModelFails as error:
@@ -233,7 +235,7 @@ class Prompts:
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
 
     def _end(self, tail: str) -> tuple[int, ...]:
-        """Return the control token with which the template ends an answer."""
+        """Return the control token with which the template ends an answer; empty if there is none."""
         ends = [i for i in self._tokens(tail) if i in self._control]
         end = ends[0] if ends else self.processor.tokenizer.eos_token_id
         return () if end is None else (end,)
@@ -243,9 +245,9 @@ _ROLES_SHOWN = 8
 
 
 def _left_out(turns: tuple[Turn, ...], written: str) -> str:
-    """Return the problem of a template that does not write every text of a conversation, or "".
+    """Return the problem of a template that does not write every text of a conversation, or "" if it does.
 
-    It may omit the thought of an earlier turn, as templates of models that think do.
+    A template may omit the thought of an earlier turn, as those of models that think do.
     """
     place = 0
     for turn in turns:

@@ -19,13 +19,13 @@ def add(commands: Any) -> None:
 
 
 def _check(folder: str, *, timeout_s: float = 30.0) -> None:
-    """Check the nodes of a job, one task each.
+    """Check the nodes of a job, with one task per node.
 
     Example: cfvlm-ds cluster check runs/mine/nodes
 
     Args:
         folder: shared folder for one line per node.
-        timeout_s: seconds for the meeting, and for the collective.
+        timeout_s: time limit in seconds for the tasks to meet, and again for the collective.
     """
     from cfvlm_ds.cluster.node_check import check
 

@@ -81,10 +81,10 @@ def _prepare(
 
     Args:
         manifest: any data of a known format.
-        config: configuration of a run, in place of a manifest: all of its data are prepared in its folder, as its first start would do.
+        config: configuration of a run, instead of a manifest. All its data are prepared in its folder, as its first start would do.
         out: folder to write; the work of an earlier call is not repeated.
-        limit: only the first N groups.
-        pack: copy the pictures into tars of the store; otherwise rows refer to them in place.
+        limit: write only the first N groups.
+        pack: copy the pictures into tars of the store; otherwise rows refer to them where they are.
         on_error: skip rows that are not groups or have an unusable picture, and list them in OUT/left_out.jsonl.
     """
     if config is not None:
@@ -176,13 +176,13 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
 
 
 def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
-    """Fetch the pictures that rows name by http(s) address or hold as text, and write the rows with files in their place.
+    """Fetch the pictures that rows name by http(s) address or hold as text, and write the rows with paths of files instead.
 
     Example: cfvlm-ds data download rows.jsonl --out local.jsonl
 
     Args:
         manifest: any data of a known format.
-        out: JSON lines to write; the pictures go to the folder OUT.pictures beside it.
+        out: JSON lines to write; the pictures go to the folder OUT.pictures next to it.
         on_error: skip rows without their pictures, and list them.
         threads: pictures fetched in parallel.
     """

@@ -20,7 +20,7 @@ SomePictures = Annotated[list[str], ("nargs", "*"), ("metavar", "PICTURE")]
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Add the command to those of a parser."""
     add_function(commands, _describe)
 
 
@@ -33,7 +33,7 @@ def _describe(
     max_new_tokens: Positive = 128,
     limits: ImageLimits,
 ) -> None:
-    """Print what a model writes about pictures, or which of several texts it prefers; without a picture it asks for one after another.
+    """Print what a model writes about pictures, or which of several texts it prefers. Without a picture, ask for one after another.
 
     Example: cfvlm-ds describe runs/quickstart dog.jpg --choices "a dog on a sofa" "a sofa on a dog"
 
@@ -42,7 +42,7 @@ def _describe(
         picture: image files, before the options.
         prompt: question or instruction.
         choices: texts to compare instead of writing one, by their log-likelihood as answers to the prompt.
-        max_new_tokens: length of what is written, at most.
+        max_new_tokens: largest number of tokens to write.
     """
     if num_ranks() > 1:
         raise ConfigError(f"describe runs in one process, and {num_ranks()} were started; start one")

@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
 class _InPlaceOfManifests(argparse.Action):
     """Action of --benchmarks, which makes the manifest optional.
 
-    The manifest is required by default, because argparse would otherwise not wait for it if an option stands between it and the model.
+    The manifest is required by default, because argparse would otherwise not accept a manifest that follows the model only after an option.
     """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
@@ -46,14 +46,15 @@ class BenchmarkOptions:
     """Options of an evaluation on benchmarks.
 
     Args:
-        benchmarks: names of public benchmarks, or of your own, joined by commas, in place of manifests.
+        benchmarks: names of public benchmarks, or of your own, joined by commas, instead of manifests.
         benchmark_root: folder with a folder of official files for each of them.
-        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each is used for the benchmarks that it fits, by default each
-            one's own.
-        on_error: for an item of a benchmark that the model cannot take: error, or skip it, counted and named.
-        draws: draws of the bootstrap; 0 for no intervals, by default 1000, fewer for benchmarks of over 10,000 items.
-        num_workers: processes that prepare batches of a benchmark, per rank, by default spare cores.
-        experiment: also send the metrics of benchmarks to MLflow, to the server of MLFLOW_TRACKING_URI, or to mlflow.db in the folder OUT.
+        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each is used for the benchmarks that it fits. By default, every
+            benchmark uses its own.
+        on_error: reaction to an item of a benchmark that the model cannot take: error, or skip, which counts and names the item.
+        draws: number of draws of the bootstrap; 0 for no intervals. The default is 1000, and fewer for benchmarks of over 10,000 items.
+        num_workers: processes per rank that prepare batches of a benchmark, by default one per spare core.
+        experiment: MLflow experiment to which the metrics of benchmarks are also sent, on the server of MLFLOW_TRACKING_URI, or in
+            mlflow.db in the folder OUT.
     """
 
     benchmarks: Names | None = None
@@ -83,9 +84,9 @@ def _evaluate(
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
-        manifest: groups to evaluate; or --benchmarks in their place.
-        out: JSON file to write, with --benchmarks a folder.
-        no_shuffled: leave out the row of another group's image, which costs one more image and its texts per group.
+        manifest: groups to evaluate, unless --benchmarks is given.
+        out: JSON file to write; with --benchmarks, a folder.
+        no_shuffled: leave out the control row with another group's image, which costs one additional image with its texts per group.
     """
     if benchmark_options.benchmarks is not None and manifest:
         raise ConfigError(f"evaluate takes manifests or --benchmarks, not both; leave out {manifest[0]} or --benchmarks")
@@ -122,7 +123,7 @@ def _evaluate(
 
 
 def _is_evaluated(file: IO[bytes]) -> bool:
-    """Return True if a file contains tables of accuracies by split and nothing else."""
+    """Return True if a file contains nothing but tables of accuracies by split."""
     tables = parse_json(file.read().decode())
     return bool(tables) and all(row.keys() >= {"name", "num", "metrics"} for rows in tables.values() for row in rows)
 
@@ -231,14 +232,15 @@ def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: 
 
 
 def _compare(before: str, after: list[str], *, draws: Count | None = None) -> None:
-    """Compare results, paired by group or item: accuracies of sets, or benchmarks; several others are also compared in their mean.
+    """Compare results, paired by group or item: accuracies of sets, or of benchmarks. If several others are given, their mean is compared
+    too.
 
     Example: cfvlm-ds compare runs/base runs/seed0 runs/seed1
 
     Args:
         before: run folder, file that `cfvlm-ds evaluate --out` wrote, or folder that `cfvlm-ds evaluate --benchmarks` wrote.
         after: others of the same kind, each compared with the first.
-        draws: random exchanges of the two models' answers to a benchmark, by default as draws of evaluate.
+        draws: random exchanges of the two models' answers to a benchmark, by default as many as evaluate draws.
     """
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets
     from cfvlm_ds.evaluation.before_after import is_results

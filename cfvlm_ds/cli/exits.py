@@ -46,7 +46,7 @@ def explain_os_errors(function: Callable[[], None]) -> None:
 def exit_cleanly(function: Callable[[], None]) -> None:
     """Call a function and report bad input as one sentence on stderr with exit code 2; a traceback is printed only with --verbose.
 
-    One of several ranks prints it. A full disk has its own exit code, since the same input may succeed later.
+    Of several ranks, only one prints it. A full disk has its own exit code, since the same input may succeed later.
     """
     try:
         function()

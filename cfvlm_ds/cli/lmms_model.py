@@ -1,4 +1,4 @@
-"""The model that lmms-eval loads by the name ``cfvlm_ds``; nothing else imports this module."""
+"""The model that lmms-eval loads under the name ``cfvlm_ds``; nothing else imports this module."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ class Scored(tuple[float, bool]):
 
 
 class LmmsModel(lmms):
-    """Model of lmms-eval: likelihoods by this package's scorer, text by transformers' own ``generate``, with the model's own chat template.
+    """Model of lmms-eval. Likelihoods come from this package's scorer, texts from transformers' own ``generate``; both use the model's own
+    chat template.
 
     Args:
         pretrained: model folder or hub name, run folder, or folder of adapters.
-        batch_size: pictures in a batch of likelihoods, with all texts about them.
-        max_tokens_per_forward: largest number of tokens of a forward of likelihoods.
-        per_token: return mean likelihoods, as lmms-eval's own models do, and not sums.
+        batch_size: pictures per batch when likelihoods are computed, with all texts about them.
+        max_tokens_per_forward: largest number of tokens of a forward when likelihoods are computed.
+        per_token: return mean likelihoods instead of sums, as lmms-eval's own models do.
         min_pixels, max_pixels, max_tiles: limits on the visual tokens of a picture, as in training.
     """
 
@@ -81,12 +82,12 @@ class LmmsModel(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Device of the model, on which lmms-eval gathers."""
+        """Device of the model, on which lmms-eval gathers results."""
         return self._device
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Return, for each text, a value and a flag for greedy texts. They are wrapped, because lmms-eval 0.7 converts any other pair to a
-        string.
+        """Return, for each text, a value and a flag for greedy texts. The two are wrapped in ``Scored``, because lmms-eval 0.7 converts any
+        other pair to a string.
         """
         return [GenerationResult(Scored(pair)) for pair in self._answers.loglikelihood(requests, self.task_dict)]
 

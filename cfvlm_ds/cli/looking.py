@@ -34,9 +34,9 @@ def _view(
         source: manifest; run folder, whose worst groups by its stored scores are shown; or work folder of `data propose`.
         scores: file that `cfvlm-ds score` wrote for the manifest, or one from a run's folder scores.
         sample: number of groups to show, 200 by default.
-        ids: file that names the groups to show, one id a line, in its order.
+        ids: file with the ids of the groups to show, one per line; they are shown in its order.
         seed: seed of the sample of a manifest.
-        rejected: for a work folder: only rejected candidates, with the reasons.
+        rejected: show only the rejected candidates of a work folder, with the reasons.
         out: folder to write or to replace.
     """
     if sample and ids:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> Parser:
-    """Return the parser of every command except ``train``, of which it has only the name (see cfvlm_ds.core.parsing)."""
+    """Return the parser of all commands. Of ``train`` it has only the name (see cfvlm_ds.core.parsing)."""
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
     top = Parser(prog="cfvlm-ds", description=text, epilog="example: cfvlm-ds data check groups.jsonl --root images")
     top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and end")

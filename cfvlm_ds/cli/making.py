@@ -30,7 +30,9 @@ def add(data: Any) -> None:
 
 
 def _shard(text: str) -> tuple[int, int | None]:
-    """Parse a shard: 3/64 is the fourth of 64 parts, 3 the fourth of a number that is already known."""
+    """Parse a shard: 3/64 is the fourth of 64 parts; 3 is the fourth of a number of parts that is already known, which is returned as
+    None.
+    """
     number, slash, of = text.partition("/")
     if not number.isdecimal() or len(text) > 12 or (slash and not (of.isdecimal() and int(number) < int(of))):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
@@ -42,10 +44,10 @@ Shard = Annotated[tuple[int, int | None], ("type", _shard), ("metavar", "I/N")]
 
 @dataclass(frozen=True)
 class Part:
-    """The share of the work of one process.
+    """The part of the work that one process does.
 
     Args:
-        shard: the shard to process, I of 0 to N-1, or I alone where N is known; other processes take the others.
+        shard: the shard to process, with I from 0 to N-1, or only I if N is already known; other processes take the others.
     """
 
     shard: Shard | None = None
@@ -97,8 +99,8 @@ def _verify(
 
     Args:
         work: work folder that `data propose` began.
-        calibrate: fit margin and drop to the labels of verified candidates in this file ({"edit": ID, "attempt": 0, "good": true} a line),
-            and write W/thresholds.json.
+        calibrate: fit margin and drop to the labels of verified candidates in this file, one {"edit": ID, "attempt": 0, "good": true} per
+            line, and write W/thresholds.json.
         precision: precision that the thresholds must reach.
         rule: scores that the thresholds are fitted to.
     """

@@ -77,7 +77,7 @@ def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scorin
 def _scores(
     model: str, groups: Sequence[CounterfactualGroup], scorer: Any, collator: Collator, world: World, scoring: Scoring
 ) -> Sequence[GroupScores]:
-    """Return the scores of all groups. Raises ConfigError if some are not finite."""
+    """Return the scores of all groups. Raises ConfigError if any score is not finite."""
     from cfvlm_ds.evaluation import score_groups
 
     scores = score_groups(
@@ -98,7 +98,7 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
-        manifest: groups to train on, or some of them (--limit).
+        manifest: groups to train on; with --limit, only the first of them.
         out: YAML file to write, with the recommended objective.
     """
     from cfvlm_ds.data import sound_groups
@@ -142,7 +142,7 @@ def _export(run: str, *, adapter: bool = False, out: str | None = None, push: st
 
     Args:
         run: run folder, or one of its checkpoints.
-        adapter: only the LoRA adapters, in peft's format, instead of merged into the model.
+        adapter: export only the LoRA adapters, in peft's format, instead of the model with its adapters merged.
         out: folder to write, by default RUN/export, or RUN/adapter.
         push: repository of the Hugging Face hub, USER/NAME, private if it is new.
     """
@@ -185,7 +185,7 @@ def _track(run: str) -> None:
 
 
 def joined(zero3: bool = False) -> World:
-    """Return the world of the ranks that a launcher has started, which join here, or of this process alone."""
+    """Return the world of the ranks that a launcher has started, which join here; without a launcher, that of this single process."""
     from cfvlm_ds.core.distributed import World, own_device
 
     if num_ranks() > 1 or zero3:
@@ -204,7 +204,8 @@ def load_scorer(
     world: World | None = None,
     zero3: bool = False,
 ) -> tuple[Any, Collator, World]:
-    """Load a model on every rank, on the GPU if there is one, with the adapters of a folder if one is named.
+    """Load a model on every rank, on the GPU if there is one, with the adapters of a folder if one is named. Returns the scorer, its
+    collator and the world.
 
     With ``zero3`` the model is partitioned over all ranks. Without a ``world`` the ranks of the launch join here.
     """

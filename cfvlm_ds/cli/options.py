@@ -53,9 +53,10 @@ class Reading:
     """Options for reading a manifest.
 
     Args:
-        format: format of the rows, NAME or NAME:OPTION=VALUE,OPTION=VALUE, see `cfvlm-ds data formats`; auto is that of the first row by
-            its keys.
-        root: folder of the images, by default the manifest's; may be given several times. Absolute paths and links may lead into each.
+        format: format of the rows, NAME or NAME:OPTION=VALUE,OPTION=VALUE, see `cfvlm-ds data formats`; auto detects it from the keys of
+            the first row.
+        root: folder of the images, by default the manifest's; may be given several times. Absolute paths and links may lead into any of
+            them.
         max_pixels: image size limit.
     """
 
@@ -70,8 +71,10 @@ class Scoring:
 
     Args:
         batch_size: groups per batch.
-        max_tokens_per_forward: largest number of tokens of a forward; a larger batch takes several, by default one; for benchmarks 16384.
-        limit: score only the first N groups, like the option limit of a data set; of a benchmark about N items, spread over all of it.
+        max_tokens_per_forward: largest number of tokens of a forward; a larger batch takes several forwards. By default there is no limit;
+            for benchmarks it is 16384.
+        limit: score only the first N groups, like the option limit of a data set; of a benchmark, score about N items, spread evenly over
+            it.
         zero3: partition the model over all ranks, for a model that exceeds one GPU.
     """
 
@@ -106,7 +109,7 @@ def add_function(parent: Any, function: Callable[..., None]) -> None:
     """Add a command to ``parent`` that calls a function. Its help consists of the docstring's first paragraph, the example and Args.
 
     Parameters before ``*`` become arguments, those after it options. A dataclass stands for its fields: a field without a default becomes
-    an argument, the others options. Metadata of Annotated are passed to add_argument.
+    an argument, the others become options. Metadata of Annotated are passed to add_argument.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     text = " ".join(text.split())
@@ -176,7 +179,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with one sentence, as every other refusal does."""
+        """Exit with one sentence, like every other refusal."""
 
         def refused() -> None:
             raise ConfigError(f"{self.prog}: {message}; {near}")
@@ -201,7 +204,7 @@ def refuse_empty(arguments: argparse.Namespace) -> None:
 
 
 def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
-    """Raise ConfigError for arguments that a command does not have, with its nearest option."""
+    """Raise ConfigError for arguments that a command does not have, suggesting its nearest option."""
     wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
     known = [option.strip("-") for action in command._actions for option in action.option_strings]
     near = difflib.get_close_matches(wrong.strip("-"), known, n=1, cutoff=0.7)
@@ -218,13 +221,15 @@ def add_verbosity(command: argparse.ArgumentParser) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on rank 0 only, before the ranks have joined; with --quiet print only warnings and notes."""
+    """Print a line on rank 0 only, even before the ranks have joined; with --quiet, print only warnings and notes."""
     if own_rank() == 0 and (shows_progress() or line.startswith(("warning: ", "note: "))):
         print_line(line)
 
 
 def model_named(name: str, limits: ImageLimits = ImageLimits()) -> tuple[ModelConfig, Path | None]:
-    """Return the model of a name, and its adapters. Images are limited as in the run that produced it, unless ``limits`` override that."""
+    """Return the model that a name stands for, and the folder of its adapters or None. Images are limited as in the run that produced the
+    model, unless ``limits`` override that.
+    """
     resolved = named_model(name)
     refuse_absent(resolved.name_or_path)
     bounds: dict[str, Any] = {option: value or getattr(resolved.recorded, option) for option, value in vars(limits).items()}

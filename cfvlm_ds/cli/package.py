@@ -17,7 +17,7 @@ from cfvlm_ds.core.untrusted import refuse_link
 
 
 class ShowVersion(argparse.Action):
-    """Action of --version that calls git for the revision only when it is used."""
+    """Action of --version, which calls git for the revision only when it is used."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)

@@ -30,7 +30,9 @@ def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> Non
 
 
 def with_quickstart(argv: Sequence[str]) -> list[str]:
-    """Return the options of a run. They modify the quickstart's, unless they name a model, data or a file of options."""
+    """Return the options of a run: the given ones, preceded by those of the quickstart unless they name a model, data or a file of
+    options.
+    """
     option_names = {option[2:].partition("=")[0] for option in argv if option.startswith("--")}
     if option_names & {"model", "data"} or any(
         name == standalone or name.startswith(f"{standalone}.") for name in option_names for standalone in _STANDALONE
@@ -45,7 +47,7 @@ _STANDALONE = ("config", "model.name_or_path", *(f"data.{name}" for name in ("tr
 
 
 def run(arguments: Sequence[str], prog: str = "train.py") -> None:
-    """Parse the options, build requested files, train."""
+    """Parse the options, build the requested files, and train."""
     from cfvlm_ds.objectives import OBJECTIVES
 
     config = parse_config(arguments, OBJECTIVES, prog=prog)
@@ -67,7 +69,7 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
 
 def build_once(config: BuildConfig, world: World) -> None:
-    """Build on rank 0 while the other ranks wait as long as it makes progress. Its errors are raised on all ranks."""
+    """Build on rank 0, while the other ranks wait as long as rank 0 makes progress. Errors are raised on all ranks."""
     from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
 
     barrier = ProgressBarrier(world)
@@ -75,7 +77,9 @@ def build_once(config: BuildConfig, world: World) -> None:
 
 
 def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> None:
-    """Write the requested parts of the embedded world and the small model that do not exist yet; ``alive`` is called meanwhile."""
+    """Write the requested parts of the embedded world and the small model that do not exist yet. ``alive`` is called repeatedly in the
+    meantime.
+    """
     if config.scenes is not None:
         from cfvlm_ds.demo.scenes import build_scenes
 

@@ -1,8 +1,8 @@
 """Heartbeats of ranks: every rank writes a small file in the run folder, and every rank watches all files for a hang.
 
-A thread writes ``heartbeat/rank-N.json`` at an interval, also while the rank waits in a collective. There are two kinds of hang:
+A thread writes ``heartbeat/rank-N.json`` at regular intervals, even while the rank waits in a collective. There are two kinds of hang:
 
-- a rank does not beat for ``timeout_s`` in any phase (its process is stopped, or its node is lost);
+- a rank writes no heartbeat for ``timeout_s``, in any phase (its process is stopped, or its node is lost);
 - no rank has entered another phase or micro-batch for ``timeout_s``, and the slowest one is within a step. Start-up, checkpoints,
   evaluation and export may take any time; the collectives' own timeout bounds them.
 
@@ -40,7 +40,9 @@ _RECORD_BYTES = 512  # fixed size, overwritten in place, so that a full disk doe
 
 
 def prepare(run_dir: Path) -> Path:
-    """Create an empty folder for the beats of a new start and return it. Called on rank 0 before any rank beats. Raises StorageError."""
+    """Create an empty folder for the heartbeats of a new start, and return it. Rank 0 calls this before any rank writes a heartbeat. Raises
+    StorageError.
+    """
     folder = run_dir / FOLDER
     try:
         remove(folder)
@@ -52,14 +54,14 @@ def prepare(run_dir: Path) -> Path:
 
 @dataclass
 class Peer:
-    """Observations of a rank: its last record, and the seconds without a new beat and without a new phase."""
+    """Observations of a rank: its last record, and the seconds without a new heartbeat and without a new phase."""
 
     record: dict[str, Any] | None = None
     silent_s: float = 0.0
     still_s: float = 0.0
 
     def update(self, record: dict[str, Any] | None, elapsed_s: float) -> None:
-        """Update with the rank's record, which was read ``elapsed_s`` seconds after the last one."""
+        """Update the observations with the rank's record, which was read ``elapsed_s`` seconds after the last one."""
         old = self.record or {}
         new = record or old
         self.silent_s = 0.0 if new.get("beat") != old.get("beat") else self.silent_s + elapsed_s
@@ -68,7 +70,7 @@ class Peer:
 
 
 def verdict(peers: Sequence[Peer], timeout_s: float) -> tuple[int, str] | None:
-    """Return the rank that hangs and one sentence about it, or None."""
+    """Return the rank that hangs and one sentence about it, or None if no rank hangs."""
     for rank, peer in enumerate(peers):
         if peer.silent_s > timeout_s and not _ended(peer):
             return rank, f"{_name(rank, peer)} has given no sign of life for {peer.silent_s:.0f} s; {_place(peer)}"
@@ -97,11 +99,11 @@ def _place(peer: Peer) -> str:
 
 
 class Heartbeat:
-    """This rank's heartbeat and its watch over the other ranks, within the context.
+    """Context manager with this rank's heartbeat and its watch over the other ranks.
 
     Args:
         folder: the folder that ``prepare`` returned on rank 0.
-        timeout_s: longest time without a beat, or without progress of a step; 0 disables the watch.
+        timeout_s: longest time without a heartbeat, or without progress of a step; 0 disables the watch.
     """
 
     def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
@@ -121,7 +123,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-heartbeat", daemon=True)
 
     def mark(self, phase: str, step: int) -> None:
-        """Record that this rank enters ``phase`` of optimizer step ``step``. Every rank makes the same calls; a call costs a
+        """Record that this rank enters ``phase`` of optimizer step ``step``. Every rank must make the same calls; a call costs a
         microsecond.
         """
         self._own = {**self._own, "phase": phase, "step": step, "moves": self._own["moves"] + 1}

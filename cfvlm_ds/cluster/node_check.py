@@ -3,7 +3,7 @@
 Each task checks its own node (GPUs, packages, code), joins the others at the first node's TCP store, compares its software with the first
 node's, and takes part in one collective, whose bandwidth the first node prints. It writes one line to ``FOLDER/NODE``: ``ok``, ``bad:
 WHY``, or ``waited: WHY`` if the fault is elsewhere. A node that writes nothing cannot start Python, sees another file system or does not
-answer; slurm/launch.sh names it too.
+answer; slurm/launch.sh names such a node too.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def _check(name: str, timeout_s: float) -> str:
 
 
 def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> float:
-    """Measure the bandwidth between the nodes in one collective; all tasks leave together. Raises as ``all_reduce_rate`` does."""
+    """Measure the bandwidth between the nodes in one collective; all tasks leave together. Raises the same errors as
+    ``all_reduce_rate``.
+    """
     device = own_device()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
     rate = all_reduce_rate(device)

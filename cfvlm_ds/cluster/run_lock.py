@@ -1,4 +1,4 @@
-"""Lock of a run folder: a locked file that identifies its holder. The lock ends with its holder, however that ends."""
+"""Lock of a run folder: a locked file that identifies its holder. The lock is released when its holder ends, in whatever way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "run.lock"
 
 
 class RunLock:
-    """Lock of ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder if another run has the folder."""
+    """Lock of ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder if another run holds the folder."""
 
     def __init__(self, folder: Path, option: str = "train.output_dir") -> None:
         self.path, own = folder / NAME, _identity()

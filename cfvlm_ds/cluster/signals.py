@@ -1,9 +1,9 @@
 """Stop requests: a signal arrives, or the time of the Slurm job runs out before the run has ended.
 
 While ranks train or evaluate, a signal only sets a flag. Every rank votes at the start of a step and before each forward of an evaluation,
-and the votes are added over ranks. So all ranks stop after the same step: they save one checkpoint and exit with ``EXIT_STOPPED``, and the
-same command continues from there. Before the first step and after the last evaluation there is nothing to save: a signal to any rank ends
-all of them at once with the same code.
+and the votes are added over ranks. All ranks therefore stop after the same step: they save one checkpoint and exit with ``EXIT_STOPPED``,
+and the same command continues from there. Before the first step and after the last evaluation there is nothing to save: a signal to any
+rank ends all of them at once with the same code.
 
 The scripts in slurm/ send SIGUSR1 before a time limit, Slurm itself sends SIGTERM first, and Ctrl-C sends SIGINT. A second Ctrl-C ends the
 run at once with ``EXIT_INTERRUPTED``. A thread receives the signals, because Python's own handlers wait for the main thread, which may be
@@ -50,7 +50,7 @@ _before_leaving: list[Callable[[int], object]] = []
 
 
 def install() -> None:
-    """Install handlers that request a stop, also for signals that train.py blocked during its imports."""
+    """Install handlers that request a stop, including for signals that train.py blocked during its imports."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in _SIGNALS:
@@ -66,7 +66,9 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
 
 
 def _detach_child() -> None:
-    """Detach a child process, so that its own signals, such as one from a pool that ends it, are not reported to its parent."""
+    """Detach a child process, so that the signals that it receives, such as one from a pool that ends it, are not reported to its
+    parent.
+    """
     signal.set_wakeup_fd(-1)
 
 
@@ -87,7 +89,7 @@ def _listen(reader: int) -> None:
 
 
 def _leave(code: int) -> None:
-    """End this process at once, after the actions registered by ``before_leaving`` and within their time limit."""
+    """End this process at once, after running the actions registered with ``before_leaving``, for no longer than their time limit."""
     if not _left.acquire(blocking=False):
         return
 
@@ -112,9 +114,9 @@ def _leave(code: int) -> None:
 
 @contextlib.contextmanager
 def last_word() -> Iterator[None]:
-    """Wait for ever at the end of the block if a signal is ending the process.
+    """Wait forever at the end of the block if a signal is ending the process.
 
-    So an error inside, such as that of a data worker killed by the same signal, changes neither the exit code nor the output.
+    An error within the block, such as that of a data worker killed by the same signal, then changes neither the exit code nor the output.
     """
     try:
         yield
@@ -125,7 +127,7 @@ def last_word() -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
-    """Call ``action`` with the exit code when a signal ends the process at once inside the block; the latest action first."""
+    """Within the block, call ``action`` with the exit code if a signal ends the process at once. The latest action is called first."""
     _before_leaving.append(action)
     try:
         yield
@@ -135,7 +137,7 @@ def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_together(world: World) -> Iterator[None]:
-    """Notify the other ranks when a signal ends this rank at once inside the block; they end with the same code."""
+    """Within the block, notify the other ranks if a signal ends this rank at once; they then end with the same code."""
     if world.size == 1:
         yield
         return
@@ -169,7 +171,7 @@ def leaving_together(world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Make signals inside the block only set the flag that ranks vote on, so that they stop together or not at all."""
+    """Within the block, make signals only set the flag that ranks vote on, so that the ranks stop together or not at all."""
     global _together
     before, _together = _together, True
     try:
@@ -185,14 +187,14 @@ class StopRequested(Exception):
 
 
 class WorkerLost(Exception):
-    """A data worker of some rank has died; no rank has begun the step."""
+    """A data worker of one of the ranks has died, and no rank has begun the step."""
 
 
 def shield_worker(worker_id: int) -> None:
     """Make a data worker ignore stop signals, as a DataLoader's ``worker_init_fn``.
 
-    srun, Slurm and terminals signal every process of a task, but stopping is up to the rank. SIGTERM is obeyed only from the rank itself,
-    which ends its workers by it.
+    srun, Slurm and terminals signal every process of a task, but stopping is up to the rank. SIGTERM is obeyed only if it comes from the
+    rank itself, which ends its workers with it.
     """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -208,7 +210,7 @@ def _obey_parent() -> None:
 
 @contextlib.contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Raise WorkerLost in place of torch's error if a DataLoader's worker dies inside the block.
+    """Within the block, raise WorkerLost instead of torch's error if a DataLoader's worker dies.
 
     The worker's connection ends a moment before torch reports the death.
     """
@@ -243,7 +245,7 @@ def defer_worker_deaths() -> None:
 
 @contextlib.contextmanager
 def deferred_deaths_raised() -> Iterator[None]:
-    """Raise the death of a DataLoader's worker immediately inside the block, including one that happened before."""
+    """Within the block, raise an error as soon as a DataLoader's worker dies, or at once if one has died before."""
     if _torchs_handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -272,7 +274,7 @@ class Stop:
         self._longest = 0.0
 
     def votes(self) -> Tensor:
-        """Return [2], to be added over ranks: 1 if a signal has arrived, 1 if time runs out."""
+        """Return [2], to be added over ranks: 1 if a signal has arrived, and 1 if time is running out; otherwise 0."""
         now = time.time()
         self._longest, self._last = max(self._longest, now - self._last), now
         import torch

@@ -25,7 +25,7 @@ class ModuleConfig:
     """One of the three modules of a vision-language model.
 
     Args:
-        tuning: ``full`` trains every weight, ``lora`` adapters beside the linear layers, ``frozen`` nothing.
+        tuning: ``full`` trains every weight, ``lora`` trains adapters of the linear layers, ``frozen`` trains nothing.
         learning_rate: the module's own peak learning rate; ``train.learning_rate`` when not given.
     """
 
@@ -41,8 +41,8 @@ class LoraConfig:
         rank: rank of an adapter.
         alpha: scale of an adapter's output, which is multiplied by alpha / rank.
         dropout: dropout on an adapter's input.
-        load_in_4bit: keep the language model's own weights in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes, and ZeRO-2.
-        dora: also train the length of every weight row (DoRA, arXiv 2402.09353).
+        load_in_4bit: keep the language model's own weights in 4 bits (QLoRA, arXiv 2305.14314); requires bitsandbytes and ZeRO-2.
+        dora: also train the magnitude of every weight row (DoRA, arXiv 2402.09353).
         rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
@@ -55,7 +55,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """Factor of an adapter's output."""
+        """Factor by which an adapter's output is multiplied."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
@@ -65,16 +65,16 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: ``auto`` uses flash-attn or torch's ``varlen`` if the GPU supports them, else sdpa; or
-            ``flash_attention_2``, ``varlen`` or ``flex`` (torch's kernels, GPU), or ``sdpa``.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        attn_implementation: attention back end. ``auto`` selects flash-attn or torch's ``varlen`` if the GPU supports either, otherwise
+            sdpa. The other values are ``flash_attention_2``, ``varlen`` and ``flex`` (torch's kernels for GPUs), and ``sdpa``.
+        gradient_checkpointing: recompute activations in the backward pass, which saves memory and takes about a third more time.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
         max_pixels: scale larger images down to this many pixels, which limits their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
         max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.
         language_model: tuning and learning rate of the language model and its output head.
-        lora: the adapters of the modules that are tuned by them.
+        lora: options of the adapters, for modules whose ``tuning`` is ``lora``.
     """
 
     name_or_path: str = option("", on_resume="ignored")
@@ -90,7 +90,9 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """Warnings about options without effect, printed when a run starts: in other programs, setting a LoRA rank enables LoRA."""
+        """Warnings about options without effect, printed when a run starts. In other programs, setting a LoRA rank enables LoRA; here it
+        does not.
+        """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
         return ["warning: model.lora does nothing, for no module has tuning lora; set model.language_model.tuning to lora, or leave it out"]
@@ -110,7 +112,7 @@ class TrainConfig:
 
     Args:
         output_dir: run folder: configuration, metrics, checkpoints, tracking store, export.
-        per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``); when not given 8, or
+        per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``); when not given, 8, or
             fewer if a step would otherwise need more groups than an epoch has.
         gradient_accumulation_steps: micro-batches per optimizer step.
         per_device_eval_batch_size: groups per evaluation batch and rank, scored in forwards of at most ``data.max_tokens_per_forward``
@@ -123,8 +125,8 @@ class TrainConfig:
         max_grad_norm: clip the global gradient norm to this value; 0 disables clipping.
         router_balance: weight of transformers' router balance loss, for a mixture of experts, over the tokens of the whole step; published
             configurations use 0.001. A step of several forwards runs each of them once more.
-        hard_negatives: number of counterfactuals of a group that enter a step, those which the model currently rates as most likely: a
-            forward without gradients scores all of them first. All enter when it is not given.
+        hard_negatives: number of counterfactuals of each group that a step trains on: those that the model currently scores highest. A
+            forward without gradients scores all of them first. When not given, a step trains on all.
         lr_scheduler_type: a schedule name of transformers, such as cosine, linear, constant_with_warmup.
         warmup_ratio: share of all steps over which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
@@ -132,37 +134,39 @@ class TrainConfig:
         seed: seed of the sampling order and of all other random numbers.
         bf16: ``auto`` trains in bfloat16 if the device supports it, else in float32; or ``true`` / ``false``.
         logging_steps: steps between progress lines and metric records.
-        eval_steps: steps between evaluations; 0 evaluates at the end only.
-        eval_on_start: evaluate before the first step, so that results.md says what the training changed: "auto" draws as many groups as
-            take a tenth of the training's time, at least 100 of each set; true takes all groups and benchmarks, false none.
-        samples: number of evaluation pictures about which the model writes a text at each evaluation, shown in results.md.
-        eval_shuffled: the evaluation at the end also scores every group's texts on another group's image, which shows what language alone
-            achieves; it costs one more image and its texts per group.
-        save_steps: steps between checkpoints; 0 saves at the end only.
+        eval_steps: steps between evaluations; 0 evaluates only at the end.
+        eval_on_start: evaluate before the first step, so that results.md shows what the training changed. "auto" evaluates a random sample
+            that takes about a tenth of the training's time, with at least 100 groups of each set; true evaluates all groups and benchmarks;
+            false evaluates nothing.
+        samples: number of evaluation pictures about which the model writes a text at each evaluation; results.md shows the texts.
+        eval_shuffled: in the evaluation at the end, also score every group's texts on the image of another group, which shows what language
+            achieves without the image. This costs one additional image with its texts per group.
+        save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
         save_total_limit: number of newest checkpoints to keep; 0 keeps all.
         save_keep_every: also keep checkpoints whose step is a multiple of this; 0 disables it.
-        save_best: also keep the checkpoint with the highest value of this metric, saved right after the evaluation that measured it; a
-            name as in metrics.jsonl, such as ``eval/test/group``.
-        early_stopping: end the training after this many evaluations in a row that do not improve the metric ``save_best``.
+        save_best: name of a metric in metrics.jsonl, such as ``eval/test/group``. The checkpoint with its highest value is also kept; it is
+            saved right after the evaluation that measured it.
+        early_stopping: end the training after this many consecutive evaluations without an improvement of the metric ``save_best``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir, if any; ``never`` starts at step 0 and refuses a
-            folder that has any; ``restart`` is ``auto``, but starts at step 0 if none of the checkpoints can be used; or the path of a
-            checkpoint.
+            folder with a checkpoint; ``restart`` is like ``auto``, but starts at step 0 if no checkpoint can be used. The path of a
+            checkpoint continues from that one.
         resume_changes: reaction to an option that changed since the checkpoint and alters the training: ``refuse`` names it and stops;
             ``allow`` continues with the new value and records it in resume_changes.jsonl in the run folder.
         on_nonfinite: reaction of all ranks to a loss or gradient that is NaN or infinite on one of them: ``stop``, or ``skip`` the step,
             up to 10 in a row. No weight changes in either case, and nonfinite.jsonl in the run folder lists the groups.
-        stop_margin_s: stop, save and leave with exit code 85 when a Slurm job has less than this many seconds left, in addition to the
-            duration of the longest step so far (its evaluation and checkpoint included); it must cover a first checkpoint.
-        hang_timeout_s: leave with exit code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0
-            disables it.
-        self_check: reaction to weights that are not finite, or to scores in packed rows that differ from single-row forwards by more than
-            the precision explains, before the first step: ``error``, ``warn`` and continue, or ``off``, which skips the check.
+        stop_margin_s: stop, save and exit with code 85 when a Slurm job has less than this many seconds left, in addition to the duration
+            of the longest step so far, including its evaluation and checkpoint. The margin must be long enough for a first checkpoint.
+        hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
+            it.
+        self_check: reaction, before the first step, to weights that are not finite, or to scores of packed rows that differ from those of
+            single-row forwards by more than the precision explains: ``error``; ``warn``, which continues; or ``off``, which skips the
+            check.
         displacement_warning: warn when the factual log-likelihood, or that of the true texts of a set of ``retention``, falls this many
             nats per token below its value at the start.
         retention: names of ``data.evaluation`` that measure forgetting, such as plain captions and other kinds of edit; they are also
-            evaluated before the first step, and their losses since then are logged.
-        figures: draw the learning curves and the score matrices of some groups at the end.
+            evaluated before the first step, and every later change of their results is logged.
+        figures: draw the learning curves and the score matrices of a few groups at the end.
         export: write a Hugging Face folder, ``output_dir/export``, at the end, or ``output_dir/adapter`` if only adapters train.
         dry_run: only report sizes, trainable modules and memory per GPU; needs no GPU, weights or data.
     """
@@ -243,8 +247,8 @@ class ScenesConfig:
         num_counterfactuals: counterfactual pairs per training group.
         image_size: side of the square images in pixels.
         sham_share: share of training groups with a sham image.
-        question_share: share of training groups that ask a question (yes or no, A or B, how many) in place of a description.
-        question_weight: weight of those groups; an answer has few tokens and would count little beside longer captions.
+        question_share: share of training groups that ask a question (yes or no, A or B, how many) instead of a description.
+        question_weight: weight of those groups; an answer has few tokens and would otherwise count little compared with longer captions.
         seed: seed of all random numbers.
         edit_weights: relative frequency of each edit type in training; all are equally frequent when not given.
     """
@@ -320,7 +324,7 @@ class RunConfig:
     shows: Shows = "progress"
     """Verbosity of the run; not part of its identity."""
     yaml_folder: str = ""
-    """Folder of the last YAML file, for messages only: relative paths in the file count from the working folder."""
+    """Folder of the last YAML file, used only in messages; relative paths in the file are resolved against the working folder."""
 
     @property
     def loss(self) -> str:

@@ -1,7 +1,7 @@
-"""Conversations: the prompt that a text answers, a string or a sequence of turns with pictures between the words.
+"""Conversations. The prompt that a text answers is a string, or a sequence of turns with pictures between the words.
 
-A string is one turn of the user, preceded by the pictures. A conversation ends with the turn that the text answers; its pictures, in the
-order of its parts, are those of one image of the group.
+A string is a single turn of the user, preceded by the pictures. A conversation ends with the turn that the text answers; its pictures, in
+the order of its parts, are those of one image of the group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant")
 DESCRIBE = "Describe the image."
 """Prompt of a caption whose row has no prompt."""
 MAX_TURNS = 1024
-"""Limit of the turns of a conversation; MAX_PARTS limits the parts of all its turns."""
+"""Largest number of turns of a conversation; MAX_PARTS is the largest number of parts in all turns together."""
 MAX_PARTS = 4 * MAX_TURNS
 
 
@@ -35,7 +35,7 @@ Part: TypeAlias = str | Literal[Marker.PICTURE]
 
 
 class Turn(NamedTuple):
-    """Turn of a conversation: one of ROLES, and its parts, which are texts or PICTURE."""
+    """A turn of a conversation: its role (one of ROLES), and its parts, each a text or PICTURE."""
 
     role: str
     parts: tuple[Part, ...]
@@ -45,17 +45,17 @@ Prompt: TypeAlias = str | tuple[Turn, ...]
 
 
 def texts_of(prompt: Prompt) -> Iterator[str]:
-    """Iterate over all texts of a prompt, in order."""
+    """Yield all texts of a prompt, in order."""
     return iter([prompt]) if isinstance(prompt, str) else (part for turn in prompt for part in turn.parts if isinstance(part, str))
 
 
 def pictures_of(turns: Sequence[Turn]) -> int:
-    """Count the pictures of some turns."""
+    """Count the pictures of the given turns."""
     return sum(part is PICTURE for turn in turns for part in turn.parts)
 
 
 def check_conversation(turns: Sequence[Turn], where: str) -> None:
-    """Raise DataError, beginning with ``where``, for turns that no text can answer."""
+    """Raise DataError, with a message that begins with ``where``, for turns that no text can answer."""
     if not turns or turns[-1].role != "user":
         ending = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
         raise DataError(f"{where}: the conversation {ending}; end it with a turn of the user, which the text answers")
@@ -79,7 +79,7 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def spelled(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """Return the prompt as JSON: a string, or messages. A message that consists of one text has it as a plain string."""
+    """Return the prompt as JSON: a string, or messages. A message that consists of one text holds it as a plain string."""
     if isinstance(prompt, str):
         return prompt
     return [_spelled(message) for message in messages(prompt)]
@@ -109,14 +109,14 @@ def readable(prompt: Prompt) -> str:
 
 
 def normalised(text: str) -> str:
-    """Return the text in Unicode's composed form (NFC) with runs of white space collapsed: two texts with equal results are the same
+    """Return the text in Unicode's composed form (NFC) with runs of white space collapsed. Texts with equal results count as the same
     caption.
     """
     return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
 def normalised_prompt(prompt: Prompt) -> Prompt:
-    """Normalise all texts of a prompt; two prompts with equal results are the same question."""
+    """Return the prompt with all its texts normalised. Prompts with equal results count as the same question."""
     if isinstance(prompt, str):
         return normalised(prompt)
     return tuple(Turn(turn.role, tuple(part if part is PICTURE else normalised(part) for part in turn.parts)) for turn in prompt)

@@ -12,7 +12,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, option
 
 AUTO = "auto"
-"""Placeholder of a format that is to be detected from the first row."""
+"""Value of ``format`` that requests its detection from the first row."""
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
@@ -28,7 +28,7 @@ class DataSet:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
         root: as ``data.root``, which is used when not given.
         format: as ``data.format``, which is used when not given.
-        limit: use only the first so many groups.
+        limit: use only this many groups, from the first on.
     """
 
     path: str
@@ -45,9 +45,10 @@ class Source(DataSet):
         path: manifest of counterfactual groups.
         root: as ``data.root``, which is used when not given.
         format: as ``data.format``, which is used when not given.
-        limit: use only the first so many groups.
+        limit: use only this many groups, from the first on.
         name: name of the source in metrics and group ids; the file's name without its ending when not given.
-        weight: share of the draws, relative to the weights of the other sources; if no source has one, sources are drawn by their size.
+        weight: share of the draws, relative to the weights of the other sources; if no source has one, sources are drawn in proportion to
+            their size.
         objectives: terms of the objective that use the source's groups; all when not given.
         scores: as ``data.scores``, for this source.
     """
@@ -67,10 +68,10 @@ class EvaluationSet(DataSet):
 
     Args:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
-        root: as ``data.root``, which is used when not given; for a benchmark the folder that holds the benchmarks' folders.
+        root: as ``data.root``, which is used when not given; for a benchmark, the folder that holds the benchmarks' folders.
         format: as ``data.format``, which is used when not given.
-        limit: use only the first so many groups; for a benchmark about so many items, spread evenly over it.
-        benchmark: name of a benchmark (docs/benchmarks/index.md), in place of ``path``.
+        limit: use only this many groups, from the first on; for a benchmark, about this many items, spread evenly over it.
+        benchmark: name of a benchmark (docs/benchmarks/index.md), instead of ``path``.
         probe: form of the benchmark's questions; the benchmark's default when not given.
     """
 
@@ -97,9 +98,10 @@ class DataConfig:
             format: NAME, limit: N} if a manifest has its own root, format or limit (``--data.evaluation.NAME.root FOLDER``); or
             name -> {benchmark: NAME, root: FOLDER} for a public benchmark.
         format: format of the rows, NAME (of ``cfvlm_ds.data.formats.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
-            ``captions:image=file_name,caption=text``; ``auto`` detects it by the keys of the first row, and reports it.
-        root: folder of the images, or a list of folders; the manifest's folder when not given. Paths in a manifest are absolute, or
-            relative to the first of them that has the file; the file, after links are resolved, must be inside one of them.
+            ``captions:image=file_name,caption=text``; ``auto`` detects it from the keys of the first row, and reports it.
+        root: folder of the images, or a list of folders; the manifest's folder when not given. A path in a manifest is absolute, or
+            relative to the first of these folders that contains the file. The file, with links resolved, must be inside one of these
+            folders.
         scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
@@ -108,11 +110,11 @@ class DataConfig:
             starts are refused; ``cfvlm-ds data prepare --on_error skip`` leaves them out.
         max_skipped: number of groups that ``skip`` may leave out in a run; one more is an error.
         num_workers: processes per rank that prepare batches; one per spare core, at most 4, when not given.
-        max_tokens_per_micro_batch: fill a micro-batch with whole groups up to this many tokens, in place of
-            ``train.per_device_train_batch_size`` groups; ranks then have equal work whatever the sizes of images and texts.
-        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens, twice (a gradient cache, arXiv
-            2101.06983): the memory of one forward and the same gradients for about a third more time. The texts of one image are divided
-            if they are too many.
+        max_tokens_per_micro_batch: fill a micro-batch with whole groups up to this many tokens, instead of with
+            ``train.per_device_train_batch_size`` groups; ranks then have equal work regardless of the sizes of images and texts.
+        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice (a
+            gradient cache, arXiv 2101.06983). The gradients are the same; the memory is that of one forward, and the time grows by about a
+            third. The texts of an image are divided if there are too many.
         feature_cache: folder for the outputs of a frozen vision tower, one per picture; filled before the first step, after which the tower
             never runs. Every rank must see the folder; runs may share it. Its size is in docs/families.md.
     """
@@ -141,8 +143,8 @@ class DataConfig:
     def train_sets(self) -> dict[str, Source]:
         """Sources of training groups by name, each with its root and format; a single one named "train" if there is no mixture.
 
-        Raises ConfigError if two sources have the same name, if a name cannot be part of a metric or file name, and if only some have a
-        weight.
+        Raises ConfigError if two sources have the same name, if a name cannot be part of a metric or file name, and if some sources have a
+        weight and others have none.
         """
         if isinstance(self.train, str):
             return {"train": Source(self.train, self.root, self.format, scores=self.scores)}

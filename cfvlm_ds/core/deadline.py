@@ -1,4 +1,4 @@
-"""Deadline of a server call: a limit of its total time, however slowly the server sends."""
+"""Deadline of a server call: a limit on its total time, however slowly the server sends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 
 class Deadline:
-    """Context manager that ends the connections made within its block after some seconds: readers get an error, or the end of the stream.
+    """Context manager that ends the connections made within its block after a number of seconds. Their readers then get an error, or the
+    end of the stream.
 
     A socket's timeout restarts with every byte, and headers, trailers and a TLS handshake may arrive byte by byte without end.
     """

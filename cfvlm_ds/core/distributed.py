@@ -55,12 +55,12 @@ class World:
 
 
 def own_device() -> torch.device:
-    """The current GPU where torch sees one, else the CPU."""
+    """Return the current GPU if torch sees one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def usual_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a model that is not trained: bfloat16 on a GPU, float32 on a CPU."""
+    """Return the dtype of a model that is not trained: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -81,7 +81,7 @@ def meeting_point() -> Iterator[None]:
 
     DeepSpeed's launcher gives every training port 29500, so a second training on the machine would fail. Ranks of one node with that port,
     or with none, use a free port instead: rank 0 chooses it and publishes it in a file named after the launcher, their parent process. Any
-    other port was chosen by the user or by torchrun's agent, and stays.
+    other port was chosen by the user or by torchrun's agent, and is kept.
     """
     port_is_chosen = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
     if port_is_chosen or os.environ.get("MASTER_PORT", _DEFAULT_PORT) != _DEFAULT_PORT:
@@ -105,7 +105,7 @@ _PORT_TIMEOUT_S = 300.0
 
 
 def _published_port(file: Path) -> str:
-    """Wait for the port that rank 0 publishes. A file of that name that belongs to another user is ignored."""
+    """Wait for the port that rank 0 publishes, and return it. A file of this name that belongs to another user is ignored."""
     end = time.monotonic() + _PORT_TIMEOUT_S
     while time.monotonic() < end:
         with contextlib.suppress(OSError), file.open() as handle:
@@ -125,7 +125,9 @@ def _tasks_on_node(notation: str, node: int) -> int:
 
 
 def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Sum every tensor over all ranks in one collective, in float64; order and shapes must be the same on all ranks."""
+    """Sum every tensor over all ranks in one collective, in float64, and return the sums. Their order and shapes must be the same on all
+    ranks.
+    """
     flat = [value.detach().to(device=device, dtype=torch.float64).reshape(-1) for value in values]
     joined = torch.cat(flat)
     dist.all_reduce(joined)
@@ -237,7 +239,7 @@ _SIGN_OF_LIFE_S, _POLL_S, _LIMIT_S = 5.0, 0.1, 1800.0
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python and torch, with the same seed on every rank: data order is a function of the seed and the position alone."""
+    """Seed Python and torch, with the same seed on every rank: data order depends only on the seed and the position."""
     random.seed(seed)
     torch.manual_seed(seed)
 
@@ -279,12 +281,14 @@ _others_wait = False
 
 
 def cores_per_rank() -> int:
-    """Return the cores of this machine for each of its ranks; all of them on rank 0 while the others wait for it in ``run_on_rank0``."""
+    """Return the number of this machine's cores per rank; on rank 0, while the others wait for it in ``run_on_rank0``, the number of all
+    its cores.
+    """
     local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // local_ranks)
 
 
 def default_workers() -> int:
-    """Return the default number of data workers per rank: all cores but the one that computes, at least 1 and at most 4."""
+    """Return the default number of data workers per rank: one for each core except the one that computes, at least 1 and at most 4."""
     return max(1, min(4, cores_per_rank() - 1))

@@ -1,4 +1,4 @@
-"""Errors that a user can correct: refused input, and a disk or a device without room for the run."""
+"""Errors that a user can correct: refused input, and a disk or device without enough room for the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""File writing: files and folders that appear complete or not at all, locks, and small files whose failure does not end a run.
+"""File writing: files and folders that are written under another name and renamed when complete, locks, and small files whose failure does
+not end a run.
 
 Nothing is written through a link.
 """
@@ -24,13 +25,13 @@ Say = Callable[[str], object]
 
 
 def create(path: Path) -> IO[bytes]:
-    """Open a new file for writing, in place of a file or link of this name; the target of a link stays. Raises OSError."""
+    """Open a new file for writing, replacing a file or link of this name; the target of a link is left alone. Raises OSError."""
     path.unlink(missing_ok=True)
     return open(path, "xb")
 
 
 class Summed:
-    """A file written from beginning to end, with its size and CRC-32 so far."""
+    """A file written from beginning to end, with the size and CRC-32 of the data so far."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.size, self.crc32, self.flush = handle, 0, 0, handle.flush
@@ -61,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its contents; of a link, only the link."""
+    """Remove a file, or a folder with its contents; for a link, only the link itself."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -72,8 +73,8 @@ def remove(path: Path) -> None:
 def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open a temporary file that is renamed to ``path`` at the end of the block, so that neither a reader nor a crash leaves half a file.
 
-    ``shared`` is for a file that several processes may write at the same time; otherwise raises ConfigError if another process writes it.
-    Raises OSError naming the file, and leaves no temporary file.
+    ``shared`` is for a file that several processes may write at the same time; without it, a ConfigError is raised if another process is
+    writing the file. Raises OSError naming the file, and leaves no temporary file.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
@@ -98,9 +99,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
 
 
 def create_locked(path: Path) -> int | None:
-    """Create and lock a new file, in place of one that a killed process left. Returns its descriptor, or
-    None if another process holds it.
-    """
+    """Create and lock a new file, replacing one that a killed process left. Returns its descriptor, or None if another process holds it."""
     while True:
         new = not os.path.lexists(path)
         if path.is_symlink():
@@ -150,8 +149,8 @@ def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: C
 def lock(handle: int, path: Path) -> bool:
     """Lock an open file until it is closed. Returns False if another process holds the lock.
 
-    A file system without locks locks nothing, which is reported once. The package filelock makes the same call, on a file beside the one
-    that is written, and raises where a file system has no locks (ENOLCK, ENOTSUP).
+    On a file system without locks, nothing is locked, and this is reported once. The package filelock makes the same call, on a file next
+    to the one that is written, and raises where a file system has no locks (ENOLCK, ENOTSUP).
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,10 +173,10 @@ _reported: list[Path] = []
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """Create an empty folder that is renamed to ``final`` at the end of the block; until then an older folder of that name stays.
+    """Create an empty folder that is renamed to ``final`` at the end of the block; until then an older folder of that name is kept.
 
-    If two processes do so at the same time, the first finds its folder gone and raises FileExistsError, and the second continues. Raises
-    OSError, and leaves no temporary folder.
+    If two processes create the same folder at the same time, the first finds its folder gone and raises FileExistsError, and the second
+    continues. Raises OSError, and leaves no temporary folder.
     """
     partial, older, descriptor = final.with_name(f"{final.name}.partial"), aside_of(final), None
     try:
@@ -222,13 +221,13 @@ def put_in_place(finished: Path, final: Path, older: Path) -> None:
 
 
 def replace(path: Path, content: bytes, shared: bool = False) -> None:
-    """Write the content of a file as ``whole_file`` does."""
+    """Write a file with this content through ``whole_file``."""
     with whole_file(path, shared) as file:
         file.write(content)
 
 
 def update(path: Path, content: bytes) -> None:
-    """Write a file with ``replace`` unless it has this content: a resumed run needs no disk space for it."""
+    """Write a file with ``replace`` unless it already has this content, so that a resumed run needs no disk space for it."""
     with contextlib.suppress(OSError):
         if path.read_bytes() == content:
             return

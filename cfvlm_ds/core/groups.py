@@ -20,17 +20,18 @@ from cfvlm_ds.core.conversation import normalised as normalised
 from cfvlm_ds.core.errors import DataError
 
 MAX_SIDE = 1024
-"""Limit of the images, and of the texts, of a group."""
+"""Largest number of images, and of texts, of a group."""
 MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
-"""Limit of the cells of a truth table."""
+"""Largest number of cells of a truth table."""
 MAX_COMPARISONS = 1 << 18
-"""Limit of the comparisons of an evaluation: pairs of a true and a false cell of one image and prompt, or of one text. 256 images with a
-text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions."""
+"""Largest number of comparisons of a group in an evaluation: pairs of a true and a false cell of one image and prompt, or of one text. 256
+images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions.
+"""
 MAX_REPORTED = 1 << 21
-"""Limit of the comparisons times the edits of one image or text, because an evaluation assigns each comparison to its edits."""
+"""Largest product of the comparisons and the edits of one image or text, because an evaluation assigns each comparison to its edits."""
 SHAM = "sham"
-"""Edit type of an image that was rendered again with nothing changed, and of which the factual text is true."""
+"""Edit type of an image that was rendered again with nothing changed, and of which the factual text is still true."""
 
 Pictures: TypeAlias = tuple[Path, ...]
 """Pictures of one image entry: usually one, several if the prompt shows several, none for text alone."""
@@ -74,8 +75,8 @@ class Edit:
 class InBatchNegative:
     """A text of another group of the optimizer step, scored as an answer to the factual text's prompt.
 
-    ``group`` is the id of the other group and ``number`` the index of the text in it; ``source_group`` is that group's place in the step;
-    ``share`` is the weight of the text's comparison between images.
+    ``group`` is the id of the other group and ``number`` the index of the text in it; ``source_group`` is the position of that group in the
+    step; ``share`` is the weight of the text's comparison between images.
     """
 
     text: str
@@ -87,7 +88,7 @@ class InBatchNegative:
 
 @dataclass(frozen=True)
 class InStep:
-    """A group's place in its optimizer step, and the texts of other groups that are scored on its images."""
+    """A group's position in its optimizer step, and the texts of other groups that are scored on its images."""
 
     place: int
     in_batch: tuple[InBatchNegative, ...]
@@ -98,11 +99,12 @@ class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
     ``match[i][c]`` is 1 if text c is true of image i, 0 if it is false, None if that is unknown. An image is a tuple of pictures; all
-    images of a group have the same number of them. ``source`` names the data set of the group; ``objectives`` names the terms that use
-    it, None for all. ``meta`` holds all other fields of the row as JSON, unread.
+    images of a group have the same number of them. ``source`` names the data set of the group; ``objectives`` names the terms that use it,
+    None for all. ``meta`` holds all other fields of the row as unparsed JSON.
 
-    ``keys`` identify the meaning of each text, "" for the text itself; empty if no text has one. ``exclude`` lists the keys of other
-    groups' texts that must not be used as negatives of the group's images. ``in_step`` is added during training and never stored.
+    ``keys`` identify the meanings of the texts: texts with equal keys have the same meaning. "" stands for the text itself; ``keys`` is
+    empty if no text has one. ``exclude`` lists the keys of other groups' texts that must not be used as negatives of the group's images.
+    ``in_step`` is added during training and never stored.
     """
 
     id: str
@@ -169,13 +171,13 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """Return the group with as many images under other paths; checks that do not concern pictures are not repeated."""
+        """Return the group with the same number of images under other paths. Only the checks of pictures are repeated."""
         other = self._changed(images=images)
         other._check_pictures()
         return other
 
     def in_the_step(self, place: int, in_batch: tuple[InBatchNegative, ...]) -> CounterfactualGroup:
-        """Return the group with its place in an optimizer step, and the texts of other groups that are scored on its images."""
+        """Return the group with its position in an optimizer step, and the texts of other groups that are scored on its images."""
         return self._changed(in_step=InStep(place, in_batch))
 
     def _changed(self, **changes: object) -> CounterfactualGroup:
@@ -208,7 +210,7 @@ class CounterfactualGroup:
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:
-    """Raise DataError for a group whose evaluation would exceed the limits of comparisons, or of edits to look up."""
+    """Raise DataError for a group whose evaluation would exceed MAX_COMPARISONS or MAX_REPORTED."""
     images, texts = len(group.images), len(group.candidates)
     if images * texts * (images + texts) // 4 * max(1, len(group.edits)) <= MAX_COMPARISONS:  # true of nearly all groups
         return

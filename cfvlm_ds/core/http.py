@@ -1,4 +1,4 @@
-"""HTTP calls with limits of reply size, silence and total time, by the standard library alone."""
+"""HTTP calls with limits on reply size, silence and total time, made only with the standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cfvlm_ds.core.deadline import Deadline
 
 
 class Reply(NamedTuple):
-    """A whole reply of any status; ``headers`` is a mapping that ignores case."""
+    """A complete reply of any status; ``headers`` is a mapping that ignores case."""
 
     status: int
     reason: str
@@ -31,11 +31,11 @@ def call(
     most_bytes: int,
     follow: bool = False,
 ) -> Reply:
-    """Send a GET request, or POST a body.
+    """Send a GET request, or a POST request if there is a ``body``, and return the reply.
 
     With ``follow``, the environment's proxies are used and redirects to other http and https addresses are followed. Raises
-    urllib.error.URLError without a connection, OSError or http.client.HTTPException for a reply that breaks off or after ``silence_s``
-    without a byte, and ValueError for a reply that takes more than ``whole_s`` or has more than ``most_bytes``.
+    urllib.error.URLError if there is no connection; OSError or http.client.HTTPException for a reply that breaks off, or that sends nothing
+    for ``silence_s`` seconds; and ValueError for a reply that takes longer than ``whole_s`` seconds or has more than ``most_bytes`` bytes.
     """
     opener = requests.OpenerDirector()
     with Deadline(whole_s) as deadline:
@@ -62,7 +62,7 @@ def call(
 
 
 class _Watched(requests.HTTPHandler, requests.HTTPSHandler):
-    """Opens connections under a deadline."""
+    """Handler that opens connections under a deadline."""
 
     def __init__(self, deadline: Deadline) -> None:
         super().__init__(context=_TLS)

@@ -83,7 +83,7 @@ class Journal:
 
 
 def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
-    """Read the records of a journal; none if there is no file.
+    """Yield the records of a journal; none if there is no file.
 
     A last line without a line break is skipped: it is still being written, or a killed process left it and the next writer drops it. Raises
     DataError naming file, line and ``remedy``.
@@ -100,7 +100,7 @@ def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
 
 
 def append(path: Path, line: str, say: Say) -> bool:
-    """Append a complete line, or only warn if that fails. Returns whether it was appended."""
+    """Append a complete line, but only warn if that fails. Returns whether it was appended."""
     try:
         with closing(Journal(path, alone=False)) as journal:
             journal.append(line.encode() + b"\n")
@@ -111,11 +111,11 @@ def append(path: Path, line: str, say: Say) -> bool:
 
 
 class Waiting:
-    """A journal whose failures never end the process: lines that cannot be written wait in memory, and every later line tries again, in
-    order.
+    """A journal whose failures never end the process: lines that cannot be written are kept in memory, and written in order as soon as the
+    disk accepts them.
 
     Args:
-        say: receives a sentence when writing fails for the first time, and when it works again.
+        say: called with a sentence when writing first fails, and when it works again.
     """
 
     def __init__(self, path: Path, say: Say) -> None:
@@ -131,7 +131,7 @@ class Waiting:
         self._flush()
 
     def close(self) -> list[str]:
-        """Try a last time, and return the lines that are lost. Later calls return none."""
+        """Try to write one last time, close the file, and return the lines that are lost. Later calls return an empty list."""
         if self.closed:
             return []
         self.closed = True

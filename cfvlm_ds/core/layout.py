@@ -13,8 +13,8 @@ from torch import Tensor
 class InBatchNegatives:
     """Texts of other groups of an optimizer step, N for each group: the last N columns of a layout, with unknown truth.
 
-    ``place`` [G] is each group's place in the step. ``source_group`` [G, N, 2] is the place of the text's own group and the index of the
-    text in it (-1 if a group has fewer than N). ``share`` [G, N] is the weight of the text's comparison between images (see
+    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is the position of the text's own group and the index of
+    the text in it (-1 if a group has fewer than N). ``share`` [G, N] is the weight of the text's comparison between images (see
     InBatchNegative).
     """
 
@@ -60,7 +60,7 @@ class GroupLayout:
 
     @property
     def same_prompt(self) -> Tensor:
-        """Pairs of texts that answer one prompt, [G, C, C] bool. Answers to different questions are never compared."""
+        """Pairs of texts that answer the same prompt, [G, C, C] bool. Answers to different questions are never compared."""
         if self.prompt is None:
             num_groups, _, num_texts = self.valid.shape
             return self.valid.new_ones(num_groups, num_texts, num_texts)
@@ -77,7 +77,9 @@ class GroupLayout:
         return self.valid & (self.match == 0)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return the layout with the cells and the weight of the other groups switched off, so that they count in no sum."""
+        """Return the layout with the cells and weights of all groups whose flag is False switched off, so that they contribute to no
+        sum.
+        """
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 

@@ -1,4 +1,4 @@
-"""Registry entries by name: ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``, with other values of the entry's options."""
+"""Registry entries by name: ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``, with other values for the entry's options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCI
 
 
 def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = ()) -> Any:
-    """Return the entry of ``known`` that ``spec`` names, with the given options; a value with a comma is in double quotes.
+    """Return the entry of ``known`` that ``spec`` names, with the given options; a value with a comma must be in double quotes.
 
     The options of an entry are its fields, if it is a dataclass. ``besides`` are other valid names, for messages. Raises ValueError for an
     unknown name, option or value.
@@ -46,6 +46,6 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
 
 
 def near(given: str, known: Collection[str], otherwise: str) -> str:
-    """Suggest the known name most similar to the given one, or list all of them."""
+    """Return a hint: the known name most similar to the given one, or a list of all of them."""
     matches = difflib.get_close_matches(given, known, n=1)
     return f"did you mean {matches[0]!r}?" if matches else f"{otherwise}{', '.join(known)}"

@@ -1,5 +1,5 @@
-"""Option parsing: YAML files and the command line to a RunConfig, with one sentence for an option that is unknown, of another type or out
-of range.
+"""Option parsing: YAML files and the command line become a RunConfig. An option that is unknown, of the wrong type or out of range is
+reported in one sentence.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ _EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --t
 
 
 _LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master_addr", "master_port")
-"""Options that stand before train.py."""
+"""Options of the launcher, which belong before train.py."""
 
 
 def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
-    """Read all given options, later values in place of earlier ones.
+    """Read all given options; later values replace earlier ones.
 
     Returns the options, the terms of the objective (those of the YAML files, or the default if they name none, and those that the command
     line adds), and the folder of the last YAML file.
@@ -163,13 +163,15 @@ def _plain(value: str) -> Any:
 
 
 def _merge(options: dict[str, Any], part: Mapping[Any, Any], once: bool = False) -> None:
-    """Merge options into others; with ``once``, an option that exists is an error."""
+    """Merge a section into ``options``; with ``once``, an option that is already there is an error."""
     for name, value in part.items():
         _put(options, str(name).split("."), value, once)
 
 
 def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = False, more: bool = False) -> None:
-    """Set an option in nested sections. Names of evaluation sets may contain dots, so the sets are given together."""
+    """Set an option in nested sections; with ``more``, add the value to a list. Evaluation sets are set as one mapping, because their names
+    may contain dots.
+    """
     name, *inside = path
     before = options.get(name)
     section = bool(inside) or (isinstance(value, Mapping) and name != "evaluation" and not more)

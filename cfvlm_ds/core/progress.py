@@ -21,11 +21,11 @@ class Progress:
     """Counter of finished units of work that prints lines such as ``scenes: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
 
     Args:
-        say: prints a line at once, as World.say does on rank 0 alone.
+        say: prints a line immediately; World.say does so on rank 0 only.
         what: name of the work.
         total: number of units; None if unknown.
         unit: name of the units, in the plural.
-        every_s: least number of seconds between two lines; the first comes after at most ``FIRST_S``.
+        every_s: minimum number of seconds between two lines; the first is printed after at most ``FIRST_S``.
     """
 
     def __init__(self, say: Callable[[str], object], what: str, total: float | None, unit: str, every_s: float = EVERY_S) -> None:

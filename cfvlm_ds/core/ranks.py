@@ -18,7 +18,7 @@ _CLOCK_S = 2.0  # error of a process's start time
 
 
 def num_ranks() -> int:
-    """Return the number of processes of this launch, by torchrun, DeepSpeed's launcher or srun; 1 without a launcher."""
+    """Return the number of processes that torchrun, DeepSpeed's launcher or srun has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
@@ -40,11 +40,11 @@ def launcher() -> str:
 
 @contextlib.contextmanager
 def printed_once(sentence: str) -> Iterator[bool]:
-    """Decide which rank prints, inside the block, a sentence that several ranks may have to print; yields whether this rank is the one.
+    """Choose one rank to print, within the block, a sentence that several ranks may have to print. Yields whether it is this one.
 
     Rank 0 prints, because many users read only its log. Another rank waits briefly for that, and prints the sentence if rank 0 does not.
-    Ranks may fail before they meet, or while others wait in a collective, so no message is sent: the printing rank leaves an empty file in
-    the temporary folder, named after launch and sentence. The sentence therefore appears once on each machine.
+    Ranks may fail before they meet, or while others wait in a collective, so no message is sent: the printing rank leaves a mark, an empty
+    file in the temporary folder that is named after launch and sentence. The sentence is therefore printed once on each machine.
     """
     if num_ranks() == 1:
         yield True
@@ -62,9 +62,9 @@ def printed_once(sentence: str) -> Iterator[bool]:
 
 
 def _wait_for(mark: Path, seconds: float) -> None:
-    """Wait for a mark while ignoring SIGTERM.
+    """Wait for a mark (see ``printed_once``) while ignoring SIGTERM.
 
-    Launchers end the other ranks when the first one has left, which must not change the exit code of this rank.
+    Launchers end the other ranks once the first one has exited, which must not change the exit code of this rank.
     """
     with contextlib.suppress(ValueError):  # called from a thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -76,7 +76,7 @@ def _wait_for(mark: Path, seconds: float) -> None:
 def _is_said(mark: Path) -> bool:
     """Return whether a rank of this launch has left the mark.
 
-    An older mark is of another launch by the same parent, and a mark of another user does not count.
+    An older mark comes from another launch by the same parent. Neither it nor a mark of another user counts.
     """
     try:
         stat = mark.lstat()
@@ -86,7 +86,7 @@ def _is_said(mark: Path) -> bool:
 
 
 def _leave(mark: Path) -> None:
-    """Leave a mark, and remove the marks of launches that have ended."""
+    """Leave a mark (see ``printed_once``), and remove the marks of launches that have ended."""
     with contextlib.suppress(OSError):
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         os.utime(mark)

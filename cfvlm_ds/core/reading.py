@@ -1,4 +1,4 @@
-"""File reading: JSON and YAML without duplicate keys; of untrusted files, regular files of limited size only.
+"""File reading: JSON and YAML without duplicate keys. Of untrusted files, only regular ones of limited size are read.
 
 Errors are ValueError or OSError without the file's name, which the caller adds.
 """
@@ -36,7 +36,7 @@ def is_there(path: Path) -> bool:
 
 
 def counted_from(path: str | Path) -> str:
-    """Return the end of a message about a missing file: the folder from which a relative path counts."""
+    """Return the end of a message about a missing file: the folder against which a relative path is resolved."""
     return "" if os.path.isabs(path) else f" (a relative path counts from {os.getcwd()})"
 
 
@@ -64,10 +64,12 @@ def open_regular(path: str | Path) -> IO[bytes]:
 
 
 class HeldFile:
-    """A regular file that stays open while the object lives. Reads name their offset, so threads and forked processes can share it."""
+    """A regular file that stays open while the object lives. Every read states its offset, so threads and forked processes can share the
+    object.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        """Open the file. Raises as open_regular does."""
+        """Open the file. Raises the same errors as ``open_regular``."""
         self._handle = open_regular(path)
         self.number = self._handle.fileno()
 
@@ -97,16 +99,16 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def read_within(handle: IO[bytes], stated: int, limit: int) -> bytes:
-    """Read the rest of a file whose stated size is ``stated``, and up to ``limit`` + 1 bytes if it is longer, without allocating ``limit``
-    bytes.
+    """Read the rest of a file whose stated size is ``stated``. If it is longer than stated, read up to ``limit`` + 1 bytes. Memory for
+    ``limit`` bytes is not allocated in advance.
     """
     content = handle.read(stated + 1)
     return content if len(content) <= stated else content + handle.read(limit + 1 - len(content))
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the lines of a file. Raises TooLarge at one of more than ``limit`` bytes, because the start of
-    the next line is then unknown.
+    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes, because the start of the next line is then
+    unknown.
     """
     while line := handle.readline(limit + 1):
         if len(line) > limit:
@@ -115,12 +117,12 @@ def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises as parse_json does, and OSError."""
+    """Read a JSON file. Raises the same errors as ``parse_json``, and OSError."""
     return parse_json(Path(path).read_bytes().decode())
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file. Raises as parse_yaml does, and OSError."""
+    """Read a YAML file. Raises the same errors as ``parse_yaml``, and OSError."""
     return parse_yaml(Path(path).read_bytes().decode("utf-8-sig"))
 
 
@@ -168,10 +170,10 @@ def yaml_of(value: Any) -> str:
 
 
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
-    """Parse a JSON text. Raises ValueError as json.loads does, and DuplicateKey naming the key unless another ``decoder`` is given.
+    """Parse a JSON text. Raises ValueError like json.loads, and DuplicateKey naming the key unless another ``decoder`` is given.
 
     Raises RecursionError for lists and objects nested more than a few hundred deep, below Python's limit, so that a parsed value can also
-    be written at a deeper place in the stack.
+    be written deeper in the stack.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 

@@ -27,7 +27,7 @@ FILES = (
     "*.tmp",
 )  # fmt: skip
 FOLDERS = ("mlartifacts", "scores", "baseline", "samples", "tensorboard", "benchmarks", "heartbeat", "prepared", "export", "adapter")
-"""Names that a run writes into its folder; checkpoints, which are renamed into place, have their own check."""
+"""Names of the folders that a run writes into its own; checkpoints, which are renamed into place, have their own check."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def refuse_absent(name_or_path: str, where: str = "") -> None:
 def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
     """Raise ConfigError for a run folder with entries that the run would overwrite, or that would break the run.
 
-    These are: a link, a pipe, or a folder in place of a file, under a name that the run writes; a config.yaml of the user's own, such as
+    Refused are: a link, a pipe, or a folder instead of a file, under a name that the run writes; a config.yaml written by the user, such as
     the one given to --config; and, in a folder without a run, anything except the files of a run and its launcher, hidden files, and paths
-    that the ``options`` of the run name.
+    that occur in the run's ``options``.
     """
     remedy = "remove it, or choose another train.output_dir"
     entries = sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else []
@@ -106,7 +106,7 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
 
 
 def _paths(options: Any) -> Iterator[Path]:
-    """Yield all texts of some options, as paths."""
+    """Yield every string among the given options, as a path."""
     if isinstance(options, str):
         yield Path(options).absolute()
     elif isinstance(options, (Mapping, list)):
@@ -115,7 +115,7 @@ def _paths(options: Any) -> Iterator[Path]:
 
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:
-    """Read the configuration in a run's folder. Raises ConfigError if it is not one."""
+    """Read the configuration in a run's folder. Raises ConfigError if the file holds no configuration."""
     path = run_dir / "config.yaml"
     try:
         options = read_yaml(path)

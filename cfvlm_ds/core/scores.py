@@ -27,7 +27,7 @@ class Scores:
     without a gradient.
 
     ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups of the optimizer step, -inf where there are fewer
-    than R. They carry no gradient: each of those groups gets it through its own scores.
+    than R. They have no gradient, because each of those groups gets its gradient through its own scores.
     """
 
     layout: GroupLayout
@@ -48,7 +48,7 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        """Add up the scores of batches with the same layout, each of which scored other cells."""
+        """Add up the scores of batches with the same layout, each of which scored different cells."""
         logp, end_logp = (torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("logp", "end_logp"))
         return replace(parts[0], logp=logp, end_logp=end_logp)
 

@@ -33,7 +33,7 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def without_secrets(text: str) -> str:
-    """Replace everything that looks like a secret by ***.
+    """Return the text with everything that looks like a secret replaced by ***.
 
     These are the user and password of a URL, the values of a URL's query and fragment (signed addresses carry their signature there), and
     the value of ``name=value``, ``name: value`` or ``--name value`` if the name is that of a credential.
@@ -69,7 +69,7 @@ def _masked_parameter(match: re.Match[str]) -> str:
 
 
 def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
-    """Return whether a name is that of a credential for any value, and whether it is for any value except a number."""
+    """Return two flags: whether every value of this name is a secret, and whether every value except a number is."""
     words = _words(name)
     if not words:
         return False, False
@@ -120,6 +120,8 @@ def mask_tracebacks() -> None:
 
 
 def print_line(message: str, error: bool = False) -> None:
-    """Print a line without secrets, to stderr if it is about an ``error``. A log on a full disk does not end a run."""
+    """Print a line without secrets, to stderr if it is about an ``error``. If it cannot be written, for instance to a log on a full disk,
+    it is lost.
+    """
     with contextlib.suppress(OSError):
         print(without_secrets(message), file=sys.stderr if error else sys.stdout, flush=True)

@@ -24,8 +24,7 @@ def shipped(name: str) -> Path:
 def resolve_shipped(given: str, folder: str) -> str:
     """Resolve a file name: to itself if it exists, else to the file of that name that comes with the package, in ``folder``.
 
-    Such a name is bare, or follows the folder's name as in ds_configs/z3.json. Other names, and names of neither kind of file, are returned
-    unchanged.
+    Such a name is bare, or preceded by the folder's name as in ds_configs/z3.json. A name that fits neither case is returned unchanged.
     """
     *before, name = given.split("/")
     if os.path.lexists(given) or before not in ([], [folder]) or name in ("", ".", ".."):

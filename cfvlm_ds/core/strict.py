@@ -1,5 +1,5 @@
-"""Strict options: dataclasses built from plain values. A value that does not fit raises one sentence with the option, the value and a
-remedy.
+"""Strict options: dataclasses built from plain values. A value that does not fit is refused in one sentence with the option, the value and
+a remedy.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
 
 
 class Given(str):
-    """A scalar of the command line: a text, or the value that YAML parses it to."""
+    """A scalar of the command line, read as a text or as the value that YAML parses it to, depending on the option's type."""
 
 
 def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:
@@ -75,7 +75,7 @@ def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]
 def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> Any:
     """Build the dataclass ``kind`` from the options ``given`` below ``name``.
 
-    Raises ConfigError for an unknown option, naming the nearest of the known ones, and for a value of another type or out of range.
+    Raises ConfigError for an unknown option, naming the nearest of the known ones, and for a value of the wrong type or out of range.
     """
     prefix, hints, values = f"{name}." if name else "", get_type_hints(kind), {}
     known = known or [option for option, *_ in dotted(kind, prefix)]
@@ -100,7 +100,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
 
 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
-    """Convert a value to its type. Raises ConfigError, beginning with the ``option``, for a value that does not fit."""
+    """Convert a value to its type. Raises ConfigError, with a message that begins with ``option``, for a value that does not fit."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain, text = value, isinstance(value, Given)
     if text:
@@ -176,10 +176,10 @@ def _called(hint: Any) -> list[str]:
 
 
 def nearest(option: str, names: Sequence[str]) -> str | None:
-    """Return the one of ``names``, dotted options, that a misspelled ``option`` most likely means, or None.
+    """Return the dotted option among ``names`` that a misspelled ``option`` most likely means, or None.
 
-    That is the option that other programs call so, or the most similar name if its last part is similar too: most options of a section
-    share half of their letters.
+    It is the option that other programs call by this name, or the most similar name. The last part must be similar too, because most
+    options of a section share half of their letters.
     """
     section, _, last = option.rpartition(".")
     called = _OTHER_NAMES.get(option) or (None if section.startswith(("objective", "build")) else _OTHER_NAMES.get(last))

@@ -28,7 +28,7 @@ def one_line(text: str, most: int) -> str:
 
 
 def few(names: Collection[str], most: int = 5) -> str:
-    """List the first names, each on one line, with dots if there are more."""
+    """Join the first names with commas, each cut to a short line, with dots if there are more."""
     return ", ".join(one_line(name, 60) for name in islice(names, most)) + ", ..." * (len(names) > most)
 
 
@@ -38,5 +38,5 @@ def quoted(value: object, most: int = 200) -> str:
 
 
 def in_cell(text: str, most: int = 60) -> str:
-    """Format a text for a cell of a Markdown table, with bars, HTML, links and pictures escaped; a viewer would fetch pictures."""
+    """Format a text for a cell of a Markdown table, with bars, HTML, links and pictures escaped, because a viewer would fetch pictures."""
     return re.sub(r"[\\|\[]", r"\\\g<0>", one_line(text, most)).replace("<", "&lt;")

@@ -34,8 +34,8 @@ def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
 
 
 def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:
-    """Return the file of ``folder`` that ``name`` names, a file name or a relative path. Raises ConfigError for any other name, and for a
-    link that leads out of the folder.
+    """Return the path of a file in ``folder``, given its file name or relative path ``name``. Raises ConfigError for any other name, and
+    for a link that leads out of the folder.
     """
     parts = name.split("/") if isinstance(name, str) else [name]
     path = folder.joinpath(*(bare_name(part, said_by) for part in parts))
@@ -46,7 +46,7 @@ def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:
 def refuse_foreign(path: Path, folder: Path) -> None:
     """Raise ConfigError if ``path``, with links resolved, is outside ``folder``.
 
-    A snapshot of a hub cache may link to the ``blobs`` folder beside it, but that folder must not be a link itself: whoever wrote the
+    A snapshot of a hub cache may link to the ``blobs`` folder next to it, but that folder must not be a link itself: whoever wrote the
     snapshot would choose its target.
     """
     try:
@@ -59,7 +59,7 @@ def refuse_foreign(path: Path, folder: Path) -> None:
 
 
 def refuse_link(path: Path, remedy: str) -> None:
-    """Raise ConfigError if ``path`` is a link: nothing is written through a link, or in place of one."""
+    """Raise ConfigError if ``path`` is a link: nothing is written through a link, and no link is replaced."""
     if path.is_symlink():
         raise ConfigError(f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; {remedy}")
 
@@ -83,8 +83,8 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
 
 
 def new_output(path: Path, *inputs: str | Path) -> Path:
-    """Check an output path as ``output_file`` does, and raise ConfigError if the file exists: a common
-    format does not show who wrote it.
+    """Check an output path with ``output_file`` and return it. Also raises ConfigError if the file exists, because a common format does not
+    show who wrote it.
     """
     output_file(path, *inputs)
     if path.exists():
@@ -100,8 +100,8 @@ def refuse_filled(folder: Path) -> None:
 
 
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:
-    """Check an output path as ``output_file`` does, and raise ConfigError for an existing file that is not empty and that ``writer`` did
-    not write.
+    """Check an output path with ``output_file`` and return it. Also raises ConfigError for an existing file that is not empty and that
+    ``writer`` did not write.
 
     ``ours`` returns True for a file that ``writer`` wrote; for any other it returns False or raises a parser's error.
     """

@@ -9,7 +9,7 @@ Shows = Literal["results", "progress", "everything"]
 """``results``: only warnings, errors and results. ``everything``: also the log lines of libraries and the tracebacks of errors."""
 
 VERBOSITY = {
-    "quiet": "print warnings, errors and results alone",
+    "quiet": "print only warnings, errors and results",
     "verbose": "also print what the libraries log, and where in the code an error arose",
 }
 """Options of every command, with their help."""

@@ -42,7 +42,7 @@ def _built_from() -> str:
 
 
 def _git(*command: str) -> str:
-    """Return the output of git about the folder of this package, or "" if git fails, hangs or is missing."""
+    """Run git in the folder of this package, and return its output, or "" if git fails, hangs or is missing."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     with_folder = ["git", "-C", str(PACKAGE), *command]
     try:

@@ -24,7 +24,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name on access, because the options of the commands are in this folder too and need none of the steps."""
+    """Import a name on access, because the options of the commands are in this folder too, and importing them must not import the steps."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

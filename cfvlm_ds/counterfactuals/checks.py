@@ -1,4 +1,4 @@
-"""Pixel comparison of an original and an edited picture: the share that changed, its place, and whether it is one piece."""
+"""Pixel comparison of an original and an edited picture: the share that changed, where it is, and whether it is one piece."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.page.pictures import reduced
 
 SIDE = 128
-"""Longer side, in pixels, at which pictures are compared. At this size, saving as JPEG or by a latent model changes less than VISIBLE."""
+"""Longer side, in pixels, at which pictures are compared. At this size, saving as JPEG or encoding with a latent model changes pixels by
+less than VISIBLE.
+"""
 VISIBLE = 16
 """Difference of a visibly changed pixel, in levels of 255."""
 _HASHED = 32

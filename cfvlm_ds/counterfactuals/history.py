@@ -15,7 +15,7 @@ from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt: its records of the steps edit and verify, and the verdict."""
+    """One attempt: its records from the steps ``edit`` and ``verify``, and the verdict."""
 
     made: Mapping[str, Any]
     measured: Mapping[str, Any]
@@ -32,18 +32,18 @@ class Edited:
 
     @property
     def best(self) -> Attempt:
-        """Good attempt with the largest worst margin; without a good one, the attempt that came furthest."""
+        """The good attempt whose smallest margin is largest. If no attempt is good, the one that passed the most stages."""
         return max(self.attempts, key=lambda attempt: (attempt.verdict.reason == GOOD, attempt.verdict.stage, attempt.verdict.worst))
 
     @property
     def reason(self) -> str:
-        """Reason for which the best attempt is rejected; "" if it is good."""
+        """The reason why the best attempt is rejected; "" if it is good."""
         return self.best.verdict.reason
 
 
 @dataclass(frozen=True)
 class History:
-    """A source with its edits; ``picture`` is the original."""
+    """A source with its edits; ``picture`` is the original, or None for text without a picture."""
 
     id: str
     caption: str
@@ -53,7 +53,9 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read the given thresholds, or those of W/thresholds.json. If there are none and no candidate was scored, the rule is ``checks``."""
+    """Read the given thresholds, or those of W/thresholds.json. If there are none and no candidate was scored, only pixels are checked
+    (rule ``checks``).
+    """
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")
     scored = work.settings("verify").get("scored") is True

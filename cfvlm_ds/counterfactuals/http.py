@@ -1,7 +1,7 @@
-"""HTTP calls to untrusted servers: limits of reply size and total time, no redirects, and no secrets in stored messages.
+"""HTTP calls to untrusted servers, with limits on reply size and total time, without redirects, and without secrets in stored messages.
 
-Only the standard library is used. The client of openai 3.57 keeps none of these promises: with a timeout of 0.5 s it waited 6 s for a body
-that arrived byte by byte, read a body of 200 MB, followed a redirect, and did not repeat a call after prose or truncated JSON.
+Only the standard library is used. The client of openai 3.57 gives none of these guarantees: with a timeout of 0.5 s it waited 6 s for a
+body that arrived byte by byte, read a body of 200 MB, followed a redirect, and did not repeat a call after prose or truncated JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Unfit(CallFailed):
 
 
 def check_url(url: str, option: str) -> str:
-    """Return an http or https address. Raises ConfigError for any other, and for one with user or password."""
+    """Return ``url`` if it is an http or https address. Raises ConfigError for any other, and for one with a user name or password."""
     try:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and printable(url) == url and " " not in url
@@ -76,7 +76,7 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
 
 
 def _refuse(url: str, reply: Reply) -> None:
-    """Raise for a status that is not 200."""
+    """Raise CallFailed, Unfit or ConfigError for a status that is not 200."""
     message = one_line(reply.content[:400].decode("utf-8", "replace"), 200)
     if reply.status in (400, 422):
         raise Unfit(f"status {reply.status}: {message}")

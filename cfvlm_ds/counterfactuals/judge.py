@@ -2,7 +2,7 @@
 
 A candidate is good if all four cells are right: each picture prefers its own text, and each text its own picture, by a margin. In addition,
 the pictures must differ by as much as an edit of its type does, in one piece, and nowhere else. An accidental second change is detected by
-how much worse the new text fits than the caption did.
+how much worse the new text fits its picture than the caption did.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Thresholds:
         largest: smallest share of the changed pixels that must be in one piece.
         outside: largest share of the pixels outside the mask that may differ.
         drop: largest number of nats by which the new text on the edited picture may be less likely than the caption on the original; null
-            for no limit. It is large if something else changed too, which the four comparisons do not show.
+            for no limit. This difference is large if something else changed too, which the four comparisons do not show.
     """
 
     rule: Rule = "match"
@@ -61,8 +61,8 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Reason of a rejection ("" if the candidate is good), smallest margin in nats, and stage of the decision: 0 picture, 1 checks, 2
-    scores.
+    """The reason for a rejection ("" if the candidate is good), the smallest margin in nats, and the stage of the decision: 0 picture, 1
+    checks, 2 scores.
     """
 
     reason: str
@@ -71,7 +71,7 @@ class Verdict:
 
 
 def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Judge a record of the step verify."""
+    """Return the verdict on a record of the step ``verify``."""
     if problem := record.get("problem"):
         return Verdict(str(problem)[:200], -math.inf, 0)
     checks = record.get("checks")
@@ -111,7 +111,7 @@ def _number(value: Any) -> float:
 
 
 def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
-    """Return the margin of each comparison in nats, by its name; empty without scores."""
+    """Return the margin of each comparison in nats, keyed by the comparison's name; empty without scores."""
     scores = record.get("scores")
     if not isinstance(scores, Mapping):
         return {}
@@ -175,7 +175,7 @@ def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Thresholds fitted to labelled candidates, and their results there."""
+    """Thresholds fitted to labelled candidates, and their results on these."""
 
     thresholds: Thresholds
     kept: int
@@ -202,7 +202,8 @@ class Calibrated:
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
     """Fit the margin and the drop that keep the most labelled candidates at the given precision.
 
-    The margin is at least 0, and no drop is set if the margin alone keeps as many. Raises ConfigError if no thresholds reach the precision.
+    The margin is at least 0. A drop is set only if more candidates are kept with it than with a margin only. Raises ConfigError if no
+    thresholds reach the precision.
     """
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]

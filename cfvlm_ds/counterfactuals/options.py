@@ -39,7 +39,7 @@ def named(listed: str, known: Collection[str], option: str, what: str = "back en
 
 
 def meaning(options: Any) -> dict[str, Any]:
-    """Return the options of a step that determine its records; the others may change when the step is resumed."""
+    """Return the options of a step that determine its records; the others may change before the step is resumed."""
     return {name: value for name, value in asdict(options).items() if name not in options.FREE}
 
 
@@ -56,8 +56,8 @@ class ProposeOptions:
         types: types of edits, separated by commas.
         per_type: largest number of proposals of one type for a caption and back end.
         seed: seed of the choice between several possible edits.
-        words: YAML of TYPE: [WORD, ...], the words that edits of a type may lead to, all equally often; when not given, the built-in words,
-            as often as the captions use them.
+        words: YAML of TYPE: [WORD, ...], the words that edits of a type may introduce, all equally often. When not given, the built-in
+            words, as often as the captions use them.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of its model.
         llm_see: also send the picture.
@@ -188,8 +188,8 @@ class AuditOptions:
         against: benchmarks that must share nothing with the data: manifests, and folders of pictures, separated by commas.
         sample: largest number of picture pairs whose grain is compared.
         seed: seed of halves and samples.
-        refine: file for the groups of a thinned set, in which a guess by length and, with a scorer, on a blank picture is right as often as
-            wrong, and every word is introduced as often as removed.
+        refine: file for a thinned set of groups. In it, guesses by length, and those of the scorer on a blank picture if there is one, are
+            right as often as wrong, and every word is introduced as often as removed.
         strict: end with exit code 1 if a limit is exceeded.
     """
 

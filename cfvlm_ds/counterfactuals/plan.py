@@ -51,7 +51,9 @@ class Plan:
                 raise ConfigError(f"{option} is empty; name the captions and the work folder")
 
     def check(self) -> None:
-        """Raise ConfigError for options that a later step would refuse: wrong ones, or other ones than it was started with."""
+        """Raise ConfigError for options that a later step would refuse: invalid ones, or ones that differ from those with which the step
+        was started.
+        """
         from cfvlm_ds.counterfactuals.edit import step as edit
         from cfvlm_ds.counterfactuals.propose import PROPOSERS
         from cfvlm_ds.counterfactuals.propose import step as propose
@@ -69,7 +71,7 @@ class Plan:
 
 
 def read_plan(file: str) -> Plan:
-    """Read a plan from a YAML file, the user's own or one that comes with the package; an option without a value has its default. Raises
+    """Read a plan from a YAML file, the user's own or one that comes with the package. An option without a value keeps its default. Raises
     ConfigError naming the key.
     """
     path = resolve_shipped(file, "examples")

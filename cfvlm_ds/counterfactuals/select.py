@@ -85,7 +85,7 @@ class Survival:
 
 
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
-    """Write the groups of all shards to ``file``, and the counts to FILE.survival.md beside it.
+    """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
     Raises ConfigError if shards are not verified yet, naming all of them, or if nothing is left.
     """
@@ -146,7 +146,7 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
 
 
 def _beside(file: Path) -> Path:
-    """Return the path of the counts."""
+    """Return the path of the counts, next to ``file``."""
     return file.with_name(f"{file.name}.survival.md")
 
 
@@ -170,7 +170,7 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
 
 
 def _ranked(history: History) -> list[Edited]:
-    """Sort the good edits by a draw from their ids, so that quotas keep a random choice; by margin they would keep the easiest."""
+    """Sort the good edits by a draw from their ids, so that quotas keep a random choice. Sorting by margin would keep the easiest."""
     return sorted((edited for edited in history.edits if edited.reason == GOOD), key=_draw)
 
 
@@ -179,8 +179,8 @@ def _draw(edited: Edited) -> int:
 
 
 def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, int]:
-    """Return, for each type with more edits than its quota, the largest draw (see _draw) that is kept.
-    Memory: 8 bytes for each good edit.
+    """Return, for each type with more edits than its quota, the largest draw (see ``_draw``) that is kept. This takes 8 bytes of memory for
+    each good edit.
     """
     draws: dict[str, array[int]] = {}
     for shard in range(work.shards):

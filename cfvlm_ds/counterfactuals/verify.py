@@ -48,7 +48,7 @@ def verify(
     of: int | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure every candidate of a shard; returns its completion record. ``identity`` identifies the scorer's weights."""
+    """Measure every candidate of a shard, and return its completion record. ``identity`` identifies the scorer's weights."""
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done
@@ -74,7 +74,7 @@ def verify(
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attempt: its record of the step edit, and its pictures."""
+    """An attempt: its record from the step ``edit``, and its pictures."""
 
     record: Mapping[str, Any]
     original: Path | None
@@ -101,7 +101,7 @@ def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
 def measured(
     chunk: Sequence[Candidate], records: list[dict[str, Any]], options: VerifyOptions, score: Score | None
 ) -> list[dict[str, Any]]:
-    """Complete the records of some candidates, which hold the pixel comparisons, with their scores."""
+    """Add the scores to the records of the given candidates, which hold the pixel comparisons, and return the records."""
     wanted = [k for k, record in enumerate(records) if "problem" not in record and chunk[k].original is not None]
     if score is None or not wanted:
         return records
@@ -146,7 +146,7 @@ def _inspected(candidate: Candidate) -> dict[str, Any]:
 
 
 def _replaced(candidate: Candidate) -> Path | None:
-    """Return a picture whose contents have changed since the step edit, if there is one."""
+    """Return a picture whose contents have changed since the step ``edit``, or None."""
     seen = (
         (candidate.original, candidate.record.get("parent_sha256")),
         (candidate.edited, (candidate.record.get("picture") or {}).get("sha256")),
@@ -194,7 +194,7 @@ def _rounded(value: float) -> float | None:
 
 
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Add a record to the counts, with the verdict by default thresholds."""
+    """Add a record to the counts, with its verdict under the default thresholds."""
     counts["candidates"] += 1
     counts["scored"] += "scores" in record
     reason = verdict(record, Thresholds(rule="match" if "scores" in record else "checks")).reason
@@ -202,7 +202,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
-    """Fit the margin to labelled candidates, {"edit": ID, "attempt": 0, "good": true} a line, and write W/thresholds.json.
+    """Fit the margin to labelled candidates, one {"edit": ID, "attempt": 0, "good": true} per line, and write W/thresholds.json.
 
     Raises DataError for labels that cannot be read or name no candidate, and ConfigError if no margin reaches the precision.
     """

@@ -3,10 +3,10 @@
     W/run.json                        the data, the number of shards
     W/STEP.json                       settings of a step: back ends, options, versions
     W/STEP/shard-00003.jsonl          one record per line and unit of work
-    W/STEP/shard-00003.done.json      of a finished shard: its sha256, and that of the previous step's records from which it was made
+    W/STEP/shard-00003.done.json      for a finished shard: its sha256, and that of the previous step's records from which it was made
     W/pictures/shard-00003.tar        edited pictures, named by their offsets
-    W/prices.json                     prices of words, of the back end rules (see propose/balance.py)
-    W/mine/slots.bin                  index of captions with one word left open, of the back end mine
+    W/prices.json                     prices of words, for the back end rules (see propose/balance.py)
+    W/mine/slots.bin                  index of captions with one word left open, for the back end mine
 
 Shard k of N has every Nth row of the data from row k. The records of a source do not depend on the number of shards.
 """
@@ -47,12 +47,12 @@ OUTDATED = "was made from other records of the previous step than the current on
 
 
 def seed_of(*parts: object) -> int:
-    """Derive a seed of 63 bits from its purpose."""
+    """Derive a 63-bit seed from the parts that describe its purpose."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hash a file, as completion records do."""
+    """Return the sha256 of a file, as completion records hold it."""
     digest = hashlib.sha256()
     with open_regular(path) as handle:
         while block := handle.read(MIB):
@@ -186,7 +186,7 @@ class WorkFolder:
 
 
 class ShardStep:
-    """One step of one shard in progress; ``count`` units have their record, in order.
+    """One step of one shard, in progress. The first ``count`` units have a record.
 
     Records contain neither times nor machine names, so that interrupted and resumed work produces the same bytes.
     """
@@ -203,7 +203,7 @@ class ShardStep:
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError if an existing record is not of this unit, because the folder then belongs to other data."""
+        """Raise DataError if an existing record does not belong to this unit, because the folder then belongs to other data."""
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} in place of {named}; start a new work folder")
 

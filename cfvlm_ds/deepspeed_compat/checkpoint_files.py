@@ -33,7 +33,7 @@ def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> I
 
 @contextlib.contextmanager
 def reading_tensors_alone(engine: Any) -> Iterator[None]:
-    """Make ``engine.load_checkpoint`` read by ``read_states`` inside the block, because its own reader would run code from a file."""
+    """Within the block, make ``engine.load_checkpoint`` read with ``read_states``, because its own reader would run code from a file."""
     reader = engine.checkpoint_engine
     load = reader.load
     reader.load = lambda path, map_location=None: read_states(path, map_location)
@@ -44,7 +44,7 @@ def reading_tensors_alone(engine: Any) -> Iterator[None]:
 
 
 def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Read a file of a checkpoint: tensors, and the objects that DeepSpeed pickles beside them.
+    """Read a file of a checkpoint: tensors, and the objects that DeepSpeed pickles with them.
 
     Raises ConfigError for a file that holds anything else, because unpickling it would run code.
     """
@@ -57,14 +57,14 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
-        match = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest advises to run the code
+        match = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest of the message advises running the code
         reason = match[1].partition(" was not")[0] if match else str(error).splitlines()[0]
         raise ConfigError(f"{file} contains objects other than tensors ({reason}); name another checkpoint") from error
 
 
 def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:
-    """Return the names and shapes of the weights in each flat tensor of the optimizer, and the elements of each flat tensor on this
-    rank.
+    """Return the names and shapes of the weights in each flat tensor of the optimizer, and the number of elements of each flat tensor on
+    this rank.
     """
     zero = engine.optimizer
     flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups

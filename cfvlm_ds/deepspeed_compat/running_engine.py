@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def optimizer_options(engine: Any) -> dict[str, Any]:
-    """Return this run's settings of optimizer, clipping and schedule. Loading a checkpoint replaces them by those of the checkpoint's
+    """Return this run's settings of optimizer, clipping and schedule. Loading a checkpoint replaces them with those of the checkpoint's
     run.
     """
     groups = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in engine.optimizer.param_groups]
@@ -47,9 +47,9 @@ def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
 def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | None:
     """Return a function that measures how long computation waits for ZeRO-3 to gather weights; None if weights are not partitioned.
 
-    The function returns the seconds since its last call. A module waits from its request for its weights to their arrival. On CUDA this is
-    measured by events of the computing stream. Events that it has not reached yet count in the next call, so that the measurement delays
-    nothing. Elsewhere the process's clock is used.
+    The function returns the seconds since its last call. A module's wait lasts from the request for its weights to their arrival. On CUDA
+    this is measured by events of the computing stream. Events that the stream has not reached yet are left to the next call, so that the
+    measurement delays nothing. On other devices the process's clock is used.
     """
     if (coordinator := _coordinator(engine)) is None:
         return None

@@ -34,7 +34,7 @@ def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, node
 
 
 def states_of_stage_2(trained: int, gpus_per_node: int, nodes: int, optimizer: bool) -> tuple[int, int]:
-    """Return the same values for ZeRO-1 and 2 (see ``states_of_stage_3``)."""
+    """Return the same two values for ZeRO-1 and 2 (see ``states_of_stage_3``)."""
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     host, card = estimate_zero2_model_states_mem_needs(trained, num_gpus_per_node=gpus_per_node, num_nodes=nodes, cpu_offload=optimizer)

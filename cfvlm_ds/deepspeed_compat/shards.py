@@ -1,4 +1,4 @@
-"""Layout of weights and their moments in the files of ZeRO's ranks, which the export reads and resharding also writes.
+"""Layout of weights and their moments in the files of ZeRO's ranks. The export reads these files; resharding reads and writes them.
 
 ZeRO-3 cuts every weight into one part per rank, padded to equal sizes. A rank's parts follow each other in its flat tensors, one per
 sub-group. ZeRO-1 and 2 concatenate the weights of a group, pad the end and cut the result. Moments are laid out like their weights.
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements ``start`` to ``stop`` of a flattened tensor, which ``keys`` locate in a file of the checkpoint."""
+    """Elements ``start`` to ``stop`` of a flattened tensor, which is found in a file of the checkpoint under ``keys``."""
 
     file: Path
     keys: tuple[str | int, ...]
@@ -52,15 +52,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as its concatenated parts; elements beyond its size in the last ones are padding."""
+    """A weight, given as its parts in order; elements of the last parts beyond its size are padding."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
 
 def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any = None) -> dict[str, list[Piece]]:
-    """Return the pieces of each weight in order. ``sizes`` are the elements of each rank's flat tensors. Raises ConfigError if they do not
-    fit.
+    """Return the pieces of each weight in order. ``sizes`` are the numbers of elements of each rank's flat tensors. Raises ConfigError if
+    they do not fit.
     """
     return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes, paddings)
 
@@ -136,7 +136,7 @@ class Shards:
         return sum(file.stat().st_size for file in self._optimizer)
 
     def weights(self) -> dict[str, Weight]:
-        """Return all weights and buffers of the module that DeepSpeed trained, by their names in it."""
+        """Return all weights and buffers of the module that DeepSpeed trained, keyed by their names in it."""
         state, weights = self._state, {}
         for name, pieces in self._pieces.items():
             parts = [Part(self._optimizer[piece.rank], (_ZERO, self._flat, piece.flat), piece.start, piece.stop) for piece in pieces]
@@ -148,7 +148,7 @@ class Shards:
         for alias, name in state["shared_params"].items():
             if name in weights:
                 weights[alias] = weights[name]
-        # The module holds the buffers and, outside ZeRO-3, all weights; under ZeRO-1 only it has the frozen ones.
+        # The module holds the buffers and, outside ZeRO-3, all weights. Under ZeRO-1, only the module holds the frozen ones.
         for name in state["buffer_names"] if self._stage == 3 else state["module"]:
             tensor = state["module"][name]
             weights.setdefault(name, Weight(tuple(tensor.shape), (Part(self._model[0], ("module", name), 0, tensor.numel()),)))
@@ -172,10 +172,11 @@ class Shards:
         self._open.clear()
 
     def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
-        """Yield (name, contents) of the files of one rank for ``ranks`` ranks: the same values, bit for bit.
+        """Yield (name, contents) of each file that rank number ``rank`` of ``ranks`` ranks would have. The values are the same, bit for
+        bit.
 
-        ``shapes`` and ``sizes`` are ``flat_tensors`` of its engine. Raises ConfigError if a setting ties the checkpoint to its number of
-        ranks.
+        ``shapes`` and ``sizes`` are the results of ``flat_tensors`` for the engine of that rank. Raises ConfigError if a setting ties the
+        checkpoint to its number of ranks.
         """
         if any(any(padding) for padding in self._paddings or ()):
             raise ConfigError(
@@ -195,7 +196,9 @@ class Shards:
         return self.contents(self._optimizer[rank])[_ZERO]
 
     def _sizes(self) -> list[list[int]]:
-        """Return the elements of each rank's flat tensors. Under ZeRO-3 all ranks have those of the first, and only its file is opened."""
+        """Return the number of elements of each rank's flat tensors. Under ZeRO-3 it is the same on all ranks, and only the file of the
+        first is opened.
+        """
         ranks = [0] if self._stage == 3 else range(len(self._optimizer))
         sizes = [[flat.numel() for flat in self._zero(rank)[self._flat]] for rank in ranks]
         return sizes * len(self._optimizer) if self._stage == 3 else sizes
@@ -219,7 +222,7 @@ class Shards:
         for index, names in enumerate(shapes):
             owners.append(group := self._pieces[next(iter(names))][0].flat)
             entry = old[self._base]["state"][group]
-            # Copies, because two sub-groups that were one would otherwise count their steps in the same tensor.
+            # Copies, because two sub-groups made from one would otherwise count their steps in the same tensor.
             state[index] = {
                 key: flat(index, key) if torch.is_tensor(value) and value.dim() else copy.deepcopy(value) for key, value in entry.items()
             }
@@ -259,7 +262,7 @@ class Shards:
 
 
 def _by_rank(folder: Path, kind: str) -> list[Path]:
-    """Return the files of one kind, by rank. Raises ConfigError if there are none, or if a link leads elsewhere."""
+    """Return the files of one kind, ordered by rank. Raises ConfigError if there are none, or if a link leads elsewhere."""
     files = list(folder.glob(f"*_{kind}_states.pt"))
     if not files:
         raise ConfigError(f"{folder} is not a ZeRO checkpoint (no *_{kind}_states.pt); name another one")

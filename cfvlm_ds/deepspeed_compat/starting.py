@@ -13,11 +13,11 @@ _STALE_AFTER_S = 300.0
 
 
 def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] = print) -> list[Path]:
-    """Remove and return the build locks that a killed process left in torch's extension cache. Every later start would wait for them for
-    ever.
+    """Remove and return the build locks that a killed process left in torch's extension cache. Every later start would wait for them
+    forever.
 
     The holder of a lock keeps it open, so a lock that no process of this machine has open is stale. On a network file system the holder may
-    be on another machine, and the lock must also be untouched for five minutes.
+    be on another machine, so the lock must also have been untouched for five minutes.
     """
     if folder is None:
         from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
@@ -69,7 +69,7 @@ def import_deepspeed() -> None:
 
 @contextlib.contextmanager
 def _absent(module: str) -> Iterator[None]:
-    """Make ``import module`` fail inside the block, unless it is already imported."""
+    """Within the block, make ``import module`` fail, unless the module is already imported."""
     if module in sys.modules:
         yield
         return

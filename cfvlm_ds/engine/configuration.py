@@ -78,7 +78,7 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
         resolved = HfTrainerDeepSpeedConfig(copy.deepcopy(raw))
         resolved.trainer_config_process(arguments)
         resolved.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size)), total_steps)
-    except Exception as error:  # without a mismatch it is an invalid value, which transformers does not check
+    except Exception as error:  # if no values contradict each other, a value is invalid, which transformers does not check
         if resolved is None or not resolved.mismatches:
             raise unusable(config.deepspeed, error) from error
         pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)

@@ -1,4 +1,4 @@
-"""Memory of a model's states under ZeRO, by DeepSpeed's own estimates, and of a forward and backward, measured on meta tensors."""
+"""Memory of a model's states under ZeRO, as DeepSpeed estimates it, and of a forward and backward, measured on meta tensors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
 
 
 _LOGIT_BYTES = 12
-"""A logit, its probability and its gradient, in float32."""
+"""Bytes of a logit, its probability and its gradient, in float32."""
 _CONTEXT = 3 << 29
 
 

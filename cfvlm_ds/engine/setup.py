@@ -24,9 +24,9 @@ from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainabl
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group (NCCL on CUDA, gloo on CPU) and return this process's place in it.
+    """Join the process group (NCCL on CUDA, gloo on CPU) and return this process's position in it.
 
-    ``timeout`` bounds every collective, so that a dead peer is an error and not a hang.
+    ``timeout`` bounds every collective, so that a dead peer causes an error and not a hang.
     """
     launch_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -94,7 +94,7 @@ def hidden_size(config: RunConfig) -> int:
 
 
 def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
-    """Load the model and initialize DeepSpeed with it; return the engine, whose module is a Scorer. Under ZeRO-3 the model is partitioned
+    """Load the model, initialize DeepSpeed with it, and return the engine, whose module is a Scorer. Under ZeRO-3 the model is partitioned
     as it loads.
     """
     import deepspeed
@@ -134,7 +134,7 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
 
 
 def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
-    """Load a model partitioned over all ranks (ZeRO-3) for forwards only; return the engine, whose module is a Scorer in evaluation
+    """Load a model partitioned over all ranks (ZeRO-3) for forwards only, and return the engine, whose module is a Scorer in evaluation
     mode.
     """
     import deepspeed
@@ -165,7 +165,7 @@ def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
 def recompute_activations(model: Any) -> None:
     """Enable gradient checkpointing of every block that has a gradient."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # The call makes all embeddings require a gradient, which only reentrant checkpoints need: a frozen tower would run twice and backward.
+    # The call makes all embeddings require a gradient, which only reentrant checkpointing needs. A frozen tower would be run backward.
     model.disable_input_require_grads()
 
 

@@ -19,17 +19,17 @@ from cfvlm_ds.core.run_folder import ADAPTER_WEIGHTS
 from cfvlm_ds.models.family import MODULES, Family, Module
 from cfvlm_ds.models.model_files import explained, header
 
-# It logs an error, wherever peft imports it, about a missing kernel of 4-bit inference that training does not use.
+# When peft imports bitsandbytes, it logs an error about a missing kernel for 4-bit inference, which training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def adapted_modules(config: ModelConfig) -> list[Module]:
-    """Return the modules that are tuned by adapters."""
+    """Return the modules that are tuned with adapters."""
     return [module for module in MODULES if getattr(config, module).tuning == "lora"]
 
 
 def only_adapters_train(config: ModelConfig) -> bool:
-    """Return True if the model without its adapters is the one that training started from."""
+    """Return True if only adapters are trained, so that the model without them is the one that training started from."""
     return bool(adapted_modules(config)) and all(getattr(config, module).tuning != "full" for module in MODULES)
 
 
@@ -41,8 +41,8 @@ def is_adapter(parameter: str) -> bool:
 def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
     """Return a regular expression for the full names of exactly those linear layers of ``modules`` that the model's forward uses.
 
-    The output head has no adapter, and neither have fused experts, which are not linear layers. Raises ConfigError for a module without
-    any.
+    The output head has no adapter, and neither have fused experts, which are not linear layers. Raises ConfigError for a module without any
+    such layer.
     """
     unused = family.unused(model.config)
     layers = {
@@ -86,7 +86,7 @@ def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
 
 
 def check_4bit(config: ModelConfig, zero3: bool) -> None:
-    """Raise ConfigError if 4-bit weights are requested but not possible, or would have to train."""
+    """Raise ConfigError if 4-bit weights are requested but not possible, or would have to be trained."""
     if not config.lora.load_in_4bit:
         return
     if config.language_model.tuning != "lora" or not only_adapters_train(config):
@@ -174,7 +174,7 @@ def linear_weights(model: Any, family: Family) -> int:
 
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Make the model compute without its adapters inside the block.
+    """Within the block, make the model compute without its adapters.
 
     The adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules run. DoRA's adapters, which also
     rescale the weights that they adapt, do not run.

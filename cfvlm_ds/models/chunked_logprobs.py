@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def head_logprobs(hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
-    """Return ``token_logprobs`` of an output head's logits, without all logits in memory: [N] in nats, fp32.
+    """Return ``token_logprobs`` of an output head's logits, without holding all logits in memory: [N] in nats, fp32.
 
     ``hidden`` [P, d] are the states that predict a target, ``weight`` [V, d] is the head, and ``targets`` [N] are predicted by the states
     ``predicted_by`` [N]. Logits exist for as many states at a time as ``LOGITS`` allows. If the states take several parts, the logits of
@@ -24,7 +24,7 @@ def head_logprobs(hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets:
 
 
 LOGITS = 1 << 26
-"""Logits in memory at a time."""
+"""Largest number of logits in memory at a time."""
 
 
 def likeliest(hidden: Tensor, weight: Tensor) -> Tensor:

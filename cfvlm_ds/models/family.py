@@ -65,22 +65,24 @@ class Family:
         model_types: values of ``config.model_type``; the name of a path is never used.
         vision_tower, projector, language_model: prefixes of parameter names, after any wrapper prefix. The longest matching one decides,
             so a projector may lie inside the tower. The output head belongs to the language model.
-        output_head: the head's own prefix: it has no adapter and keeps its precision.
+        output_head: prefix of the output head, which has no adapter and keeps its precision.
         image_inputs: processor outputs that belong to the images: the arguments of the model's ``get_image_features``.
-        per_image: those of them that have one row per image and are needed after the tower.
-        grid: the one of these with an image's grid of patches, for families whose positions need it.
-        positions: position ids of a prompt; a text after it continues at the largest plus one, on every axis.
+        per_image: those of ``image_inputs`` that have one row per image and are needed after the tower.
+        grid: the one of ``per_image`` with an image's grid of patches, for families whose positions depend on it.
+        positions: function for the position ids of a prompt; a text after it continues at the largest plus one, on every axis.
         tiles_alone: True if an image is cut into tiles only when it is the only one in its prompt.
-        arrange: the model's computation between its projector and its language model.
-        from_grids: further arguments of ``get_image_features``, which the tower would otherwise wait for the device to derive.
+        arrange: function for the model's computation between its projector and its language model.
+        from_grids: function that computes additional arguments of ``get_image_features``, which the tower would otherwise wait for the
+            device to derive.
         unused: prefixes of weights that the checkpoint has and the forward does not use.
-        take_trees: patches layers other than attention to support rows of trees; called once a model, before it scores.
+        take_trees: function that patches layers other than attention to support rows of trees; called once per model, before it scores.
         around: text that the processor writes around each picture and that is tokenised together with its neighbours.
         whole_pictures: the layers with bidirectional attention among a picture's tokens; ``visual_mark`` is then the argument of the
             model's own forward that marks visual tokens.
         projector_inputs: those of ``per_image`` that the projector takes after the tower's output.
         logit_cap: bound of the logits in the model's own forward, cap * tanh(logit / cap).
-        limit: bounds an image's visual tokens (visual_token_limits.py) by the options ``limited_by`` of the model's configuration.
+        limit: function that bounds an image's visual tokens (visual_token_limits.py) with the options ``limited_by`` of the model's
+            configuration.
     """
 
     model_types: tuple[str, ...]
@@ -106,7 +108,7 @@ class Family:
     limited_by: tuple[str, ...] = ()
 
     def module_of(self, name: str) -> Module:
-        """Return the module of a parameter, by its name inside the model. Raises KeyError if no prefix matches."""
+        """Return the module to which a parameter belongs, given its name inside the model. Raises KeyError if no prefix matches."""
         prefixes: dict[Module, tuple[str, ...]] = {
             "vision_tower": self.vision_tower,
             "projector": self.projector,

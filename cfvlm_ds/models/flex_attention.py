@@ -86,11 +86,11 @@ class Blocks:
 def compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and must not be recompiled for each
+    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and must not each cause a recompilation
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """Attend from query [1, H, T, D] to key and value [1, J, T, D]; return [1, T, H, D].
+    """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D].
 
     CPUs have no backward of FlexAttention. There, gradients come from a dense attention under the same mask.
     """

@@ -14,11 +14,11 @@ from cfvlm_ds.models.family import MODULES, Family
 from cfvlm_ds.models.forest import Forest, Sight
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
-"""Dense bfloat16 operations per second by a part of the device's name (vendor's data sheets)."""
+"""Dense bfloat16 operations per second according to the vendors' data sheets, keyed by a part of the device's name."""
 
 
 def peak(device: torch.device) -> float | None:
-    """Return the device's peak operations per second by its data sheet, or None if it is not known."""
+    """Return the device's peak operations per second according to its data sheet, or None if they are not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -28,9 +28,9 @@ def peak(device: torch.device) -> float | None:
 class ModelFlops:
     """Multiplications and additions of one forward and backward pass, each counted as one operation.
 
-    A weight counts twice per token that passes it, and four more times if both token and weight need a gradient. The language model's
-    attention counts by pairs of tokens that attend to each other. Not counted: the tower's attention, the rule of gated delta nets, norms,
-    softmax, and recomputation by gradient checkpointing. Of a mixture of experts, only the experts of a token count.
+    A weight counts twice for each token that passes through it, and four more times if both token and weight need a gradient. The language
+    model's attention is counted per pair of tokens of which one attends to the other. Not counted: the tower's attention, the rule of gated
+    delta nets, norms, softmax, and recomputation by gradient checkpointing. Of a mixture of experts, only the experts of a token count.
     """
 
     def __init__(self, model: Any, family: Family) -> None:
@@ -56,7 +56,7 @@ class ModelFlops:
         self._pixels = getattr(vision, "in_channels", 3) * _square(vision.patch_size) * getattr(vision, "temporal_patch_size", 1)
 
     def of(self, inputs: Mapping[str, Any], num_scored: int) -> float:
-        """Return the operations for the model inputs of a batch that scores from ``num_scored`` positions."""
+        """Return the number of operations for the model inputs of a batch that scores from ``num_scored`` positions."""
         forest: Forest = inputs["forest"]
         of_pairs = sum(each * num_pairs(forest, forest.sight(window)) for window, each in self._pairs.items())
         tokens = {
@@ -82,7 +82,7 @@ def num_pairs(forest: Forest, sight: Sight) -> float:
 
 
 def _operations_per_pair(text: Any) -> dict[int | None, float]:
-    """Return the operations of a forward for each pair of tokens, by sliding window (None: full attention), summed over layers."""
+    """Return the operations of a forward for each pair of tokens, summed over layers and keyed by sliding window (None: full attention)."""
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * text.num_hidden_layers
     operations: dict[int | None, float] = {}

@@ -32,9 +32,9 @@ class Sight:
 class Forest:
     """The trees of a row as nodes in depth-first order: the tokens of each node, and its parent (-1: the node is a root).
 
-    A node's tokens attend to its ancestors and, causally, to themselves. Its first child follows it directly, and each further child
-    follows the previous child's subtree. ``blocks`` are runs of tokens (begin, end), each inside one node, with bidirectional attention:
-    the pictures of some families. Unless ``blocks_everywhere`` is set, that holds only in layers with a sliding window.
+    A node's tokens attend to its ancestors and, causally, to themselves. Its first child follows it directly, and each later child follows
+    the previous child's subtree. ``blocks`` are runs of tokens (begin, end), each inside one node, with bidirectional attention: the
+    pictures of some families. Unless ``blocks_everywhere`` is set, that holds only in layers with a sliding window.
     """
 
     lengths: tuple[int, ...]
@@ -49,7 +49,9 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Return trees of two levels: the tokens of each prefix and of each of its branches; ``blocks`` as above."""
+        """Build trees of two levels from the numbers of tokens of each prefix and of each of its branches; ``blocks`` are as in the
+        class.
+        """
         lengths, parents = list[int](), list[int]()
         for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)
@@ -82,27 +84,27 @@ class Forest:
 
     @functools.cached_property
     def tree_lengths(self) -> list[int]:
-        """Tokens of each tree."""
+        """Number of tokens of each tree."""
         return [stop - start for start, stop in itertools.pairwise(self.bounds)]
 
     @functools.cached_property
     def seen(self) -> list[int]:
-        """Tokens of the ancestors of each node."""
+        """Number of tokens of each node's ancestors."""
         return [sum(self.lengths[above] for above in ancestors) for ancestors in self.ancestors]
 
     @functools.cached_property
     def longest_path(self) -> int:
-        """Tokens of the longest path from a root to the end of a text."""
+        """Number of tokens of the longest path from a root to the end of a text."""
         return max(seen + length for seen, length in zip(self.seen, self.lengths, strict=True))
 
     @functools.cached_property
     def depths(self) -> Tensor:
-        """[T] tokens before each token on its path."""
+        """[T] number of tokens before each token on its path."""
         return torch.cat([torch.arange(seen, seen + length) for seen, length in zip(self.seen, self.lengths, strict=True)])
 
     @functools.cached_property
     def texts(self) -> Tensor:
-        """[T] texts that each token belongs to: those of the tree that attend to it, or 1 for a token of a text."""
+        """[T] number of texts that each token belongs to: those that attend to it, or 1 for a token of a text."""
         inner, counts = set(self.parents), [0] * len(self.lengths)
         for node, ancestors in enumerate(self.ancestors):
             for above in () if node in inner else (node, *ancestors):
@@ -111,7 +113,7 @@ class Forest:
 
     @functools.cached_property
     def block_of(self) -> Tensor:
-        """[T] number of each token's block, or -1."""
+        """[T] index of each token's block, or -1."""
         numbers = torch.full((self.bounds[-1],), -1)
         for number, (begin, end) in enumerate(self.blocks):
             numbers[begin:end] = number

@@ -1,8 +1,8 @@
-"""Attention over a row of trees. The roots hold images and the text before every prompt, their children prompts, and the leaves texts. Each
-node attends to its ancestors and itself.
+"""Attention over a row of trees. The roots hold images and the text before every prompt; their children hold prompts, and the leaves texts.
+Each node attends to its ancestors and itself.
 
 The back ends compute the same function and are registered with transformers' public attention interface. The forest reaches them as a
-keyword argument that passes through every layer, also when a layer is recomputed for its gradient. It is never passed as a mask or as
+keyword argument that passes through every layer, even when a layer is recomputed for its gradient. It is never passed as a mask or as
 restarted positions, which several kernels silently misinterpret.
 
 A layer may restrict this to a sliding window along a token's own path, and allow bidirectional attention among the tokens of a picture;
@@ -40,7 +40,7 @@ _PADDED = 1.25  # largest ratio of lengths of trees that are padded to one lengt
 
 
 def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Return buckets of trees as (tokens [B, L] by their place in the row, mask [B, 1, L, L] bool), and each token's place in the
+    """Return buckets of trees as (indices [B, L] of tokens in the row, mask [B, 1, L, L] bool), and each token's index in the concatenated
     buckets.
     """
     lengths = forest.tree_lengths
@@ -68,7 +68,7 @@ def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], 
 def _tree_mask(forest: Forest, sight: Sight, tokens: Tensor, nodes: Tensor) -> Tensor:
     """Return [B, 1, L, L] bool, True if a query may attend to a key.
 
-    ``tokens`` and ``nodes`` [B, L] are each token's place in the row and its node; the node of padding is one past the last. A token
+    ``tokens`` and ``nodes`` [B, L] are each token's index in the row and its node; the node of padding is one past the last. A token
     attends to its ancestors and its own node, never to a sibling. Padding attends to itself, because a softmax over nothing is NaN.
     """
     attends = torch.eye(len(forest.lengths) + 1, dtype=torch.bool)
@@ -106,7 +106,7 @@ _PREFIX = "forest_"
 
 
 def sees_trees(text: Any) -> bool:
-    """Return True if the language model of this configuration has one of these back ends, and not a stock one."""
+    """Return True if the language model of this configuration uses one of these back ends instead of a stock one."""
     return str(text._attn_implementation).startswith(_PREFIX)
 
 
@@ -135,7 +135,7 @@ def by_segments(vision: Any) -> None:
 
 @contextlib.contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Run the model's forward with transformers' own attention on ordinary rows inside the block, as an independent reference for its
+    """Within the block, run the model's forward with transformers' own attention on ordinary rows, as an independent reference for its
     scores.
     """
     parts = model.config.get_text_config(), model.config.vision_config
@@ -162,7 +162,7 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float, Sight], 
         forest: Forest | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """Attend from query [1, H, T, D] to key and value [1, J, T, D]; return [1, T, H, D]."""
+        """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D]."""
         if forest is None or attention_mask is not None:
             raise ValueError("a model loaded for scoring takes a forest and no mask; load it with transformers for anything else")
         if dropout:

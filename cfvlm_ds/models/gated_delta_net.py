@@ -1,7 +1,7 @@
 """Gated delta nets over a row of trees (Qwen3.5). These layers carry a state from token to token, which no mask can remove.
 
-Every node starts from its parent's state, and the convolution reads the last tokens of its ancestors. So a text after its prefix has the
-same result as in a row of its own. All nodes of one level form a batch; the next level starts from their states.
+Every node starts from its parent's state, and the convolution reads the last tokens of its ancestors. A text after its prefix therefore has
+the same result as in a row of its own. All nodes of one level form a batch; the next level starts from their states.
 
 Shapes: T tokens of the row, N nodes of a batch, L their padded length, C channels of the convolution, H heads, D head size.
 """
@@ -24,7 +24,7 @@ _CHUNK = 64  # tokens that transformers' rule computes at once and pads to
 _PADDED = 1.25  # largest ratio of chunks of nodes that are padded to one length
 
 Level = list[tuple[Tensor, Tensor, Tensor | None]]
-"""Batches of nodes: tokens [N, L] by their place in the row, T for padding; the indices of real tokens among the N * L; places [N] of their
+"""Batches of nodes: indices [N, L] of tokens in the row, T for padding; indices of real tokens among the N * L; indices [N] of the nodes'
 parents in the level above.
 """
 
@@ -71,8 +71,8 @@ def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
 
 
 def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
-    """Return the places of all nodes' tokens, each node preceded by ``size - 1`` places of its ancestors (T for none), and the nodes' own
-    places.
+    """Return the indices of all nodes' tokens, where each node is preceded by ``size - 1`` indices of its ancestors' tokens (T for none),
+    and the positions of the nodes' own tokens among them.
     """
     places, own, nothing = list[int](), list[int](), forest.bounds[-1]
     for node, ancestors in enumerate(forest.ancestors):
@@ -88,7 +88,7 @@ def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, forest: Forest) -> Tensor:
-    """Apply the gated delta rule along each path, level by level from the final states of the parents; return [T, H, D].
+    """Apply the gated delta rule along each path, level by level from the final states of the parents, and return [T, H, D].
 
     Padding leaves a state unchanged: its key is zero, and nothing decays.
     """
@@ -112,10 +112,10 @@ def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
 
 
 def _levels(forest: Forest) -> tuple[list[Level], Tensor]:
-    """Return the batches of each level from the roots down, and each token's place in their concatenated outputs."""
+    """Return the batches of each level from the roots down, and each token's index in their concatenated outputs."""
     levels: list[Level] = []
     back, offset = torch.empty(forest.bounds[-1], dtype=torch.int64), 0
-    above = dict[int, int]()  # node -> its place among the level's
+    above = dict[int, int]()  # node -> its index in the level
     for depth in range(max(map(len, forest.ancestors)) + 1):
         nodes = sorted((n for n, ancestors in enumerate(forest.ancestors) if len(ancestors) == depth), key=lambda n: forest.lengths[n])
         batches: list[list[int]] = []
@@ -145,5 +145,5 @@ def _chunks(forest: Forest, node: int) -> int:
 
 
 def _with_zeros(row: Tensor) -> Tensor:
-    """Append one place of zeros to [1, T, ...]."""
+    """Append one position of zeros to [1, T, ...]."""
     return torch.cat([row, row.new_zeros(1, 1, *row.shape[2:])], 1)

@@ -72,7 +72,7 @@ def adapter_fingerprint(folder: Path, alive: Callable[[], object] = lambda: None
 
 
 def inputs_fingerprint(config: ModelConfig) -> str:
-    """Return the sha256 of tokenizer, processor and chat template and the limits on visual tokens."""
+    """Return the sha256 of the tokenizer, the processor, the chat template, and the limits on visual tokens."""
     folder = model_folder(config.name_or_path)
     inputs = hashlib.sha256(json.dumps([getattr(config, option) for option in IMAGE_LIMITS]).encode())
     for path in sorted(path for pattern in _INPUTS for path in folder.glob(pattern)):
@@ -82,7 +82,7 @@ def inputs_fingerprint(config: ModelConfig) -> str:
 
 
 def file_digest(path: Path, read: Callable[[int], object]) -> str:
-    """Return the sha256 of a file. It is cached in the user's cache folder under properties that any write to the file changes.
+    """Return the sha256 of a file. It is stored in the user's cache folder, keyed by properties of the file that any write changes.
 
     ``read`` is called with the number of bytes of each block.
     """
@@ -106,8 +106,7 @@ def file_digest(path: Path, read: Callable[[int], object]) -> str:
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:
     """Return the sha256 of the configuration and every byte of the vision tower's weights; without safetensors, of all weights.
 
-    Weight names in files may be older than the model's: a weight belongs to the tower if the tower's own name is any part of the weight's
-    name.
+    Weight names in files may be older than the model's: a weight belongs to the tower if any part of its name is the tower's own name.
     """
     folder = model_folder(config.name_or_path)
     any_tensor, weights = False, hashlib.sha256((folder / "config.json").read_bytes())

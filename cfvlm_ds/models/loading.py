@@ -79,7 +79,7 @@ def _check_folder(name_or_path: str) -> None:
 
 
 def _in_each_part(attn_implementation: str) -> dict[str, str]:
-    """Return attention options for language model and tower; a further part, such as one for sound, keeps transformers' default."""
+    """Return attention options for language model and tower; any other part, such as one for sound, keeps transformers' default."""
     return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
 
 
@@ -185,9 +185,9 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
 
 
 class _PatchProduct(nn.Conv3d):
-    """Convolves patches [N, C, T, H, W] that are as large as the kernel, as a matrix product.
+    """Convolution of patches [N, C, T, H, W] that are as large as the kernel, computed as a matrix product.
 
-    On a CPU the convolution takes 4 times as long, and 15 times with its gradients; torch 2.9 has a slow one on GPUs.
+    On a CPU, torch's convolution takes 4 times as long, and 15 times with its gradients; in torch 2.9 it is slow on GPUs too.
     """
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
@@ -211,7 +211,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
 def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
     """Add adapters, and enable gradients for the parameters that the configuration trains. Raises ConfigError if none is left.
 
-    Parts that the model's own forward does not use are not trained, because they would have no gradient.
+    Weights that the model's own forward does not use are not trained, because they would have no gradient.
     """
     if adapted_modules(config):
         add_adapters(model, family, config)

@@ -22,10 +22,10 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
-    """Raise ConfigError naming a file that cannot be a model's: a path as a name, a link that leads elsewhere, missing or truncated
+    """Raise ConfigError naming a file that cannot be a model's: a path instead of a name, a link that leads elsewhere, missing or truncated
     weights.
 
-    Reads no weight.
+    No weight is read.
     """
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         refuse_foreign(path, folder)
@@ -41,21 +41,25 @@ def check_files(folder: Path) -> None:
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Yield the configuration, tokenizer and processor files, which a model has beside its weights."""
+    """Yield the configuration, tokenizer and processor files, which a model has in addition to its weights."""
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         if path.is_file() and not any(path.match(other) for other in _NOT_COPIED):
             yield path
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the model's safetensors files; none if its weights are stored otherwise. Raises ConfigError."""
+    """Return the names of the model's safetensors files; none if its weights are stored otherwise. Raises ConfigError for an invalid
+    index.
+    """
     if (folder / SINGLE).is_file():
         return [SINGLE]
     return sorted(set(read_index(folder / INDEX, ".safetensors")[0].values())) if (folder / INDEX).is_file() else []
 
 
 def weight_patterns(files: Iterable[str]) -> list[str]:
-    """Return patterns of the weight files to fetch of a hub model with these ``files``. As in transformers, pickled ones are a fallback."""
+    """Return patterns of the weight files to download from a hub model with these ``files``. As in transformers, pickled ones are a
+    fallback.
+    """
     if SINGLE in (names := set(files)):
         return [SINGLE]
     return ["*.safetensors"] if INDEX in names else ["*.safetensors", "*.bin"]
@@ -99,10 +103,10 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
-    """Convert a library's exception inside the block into a ConfigError, whose message is ``what`` (reason); ``remedy``.
+    """Convert a library's exception within the block into a ConfigError, whose message is ``what`` (reason); ``remedy``.
 
-    The libraries check little of a model folder, so a wrong value may cause any exception. Errors of the machine, such as missing memory,
-    and of other ranks pass.
+    The libraries check little of a model folder, so a wrong value may cause any exception. Errors of the machine, such as a lack of memory,
+    and errors of other ranks are not converted.
     """
     try:
         yield

@@ -52,7 +52,7 @@ class Routers:
         self._outputs = None
 
     def routed(self, forest: Forest) -> Routed | None:
-        """Return the sums of the outputs inside the block; None for a model without routers."""
+        """Return the sums of the routers' outputs recorded within the context; None for a model without routers."""
         if not self._outputs:
             return None
         counts = forest.on(_counts, self._outputs[0][0].device)

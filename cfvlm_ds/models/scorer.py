@@ -23,8 +23,8 @@ class ScoringHead(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
-        """Create the head without data. ``cap`` bounds the logits that log-probs are computed from; the model itself caps logits that it
-        receives.
+        """Create the head without data. ``cap`` bounds the logits from which log-probs are computed. Logits that the head returns are not
+        capped, because the model itself does that.
         """
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.cap = cap
@@ -67,13 +67,13 @@ class Scorer(nn.Module):
         self._routers = Routers(model)
 
     def forward(self, **inputs: Any) -> Any:
-        """Return ``logp`` of a row or, for ``image_inputs`` alone, ``tower_features``. ZeRO-3 requires both to be forwards of the
+        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. ZeRO-3 requires both to be forwards of the
         module.
         """
         return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
 
     def tower_features(self, image_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tower's outputs for each module of the projector, by the module's name."""
+        """Return the tower's outputs for each module of the projector, keyed by the module's name."""
         model: Any = self.model
         taken: dict[str, Tensor] = {}
 
@@ -110,23 +110,23 @@ class Scorer(nn.Module):
             input_ids: [1, T].
             position_ids: [1, T] or [axes, 1, T].
             forest: the prefixes and branches among the tokens.
-            visual: places of visual tokens in the row.
-            scored: [P] places whose logits are needed.
-            predicted_by: [N] index into ``scored`` of the place that predicts each target.
+            visual: indices of visual tokens in the row.
+            scored: [P] positions whose logits are needed.
+            predicted_by: [N] index into ``scored`` of the position that predicts each target.
             images_of_tree: for each tree, its images as indices of the distinct images of ``image_inputs``.
             visual_tokens: number of visual tokens of each distinct image.
-            image_inputs: inputs of the tower, or ``tower_features``, with which the tower does not run.
+            image_inputs: inputs of the tower; or ``tower_features``, in which case the tower does not run.
         """
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
 
         def show(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            """Insert features at their places. The model itself would wait for the device to locate them."""
+            """Insert features at the visual tokens. The model itself would wait for the device to locate these."""
             embedded = named["inputs_embeds"]
             if features:
                 embedded = embedded.index_copy(1, visual, features[0].to(embedded.dtype).unsqueeze(0))
             if features[1:]:
                 named |= {"visual_pos_masks": visual, "deepstack_visual_embeds": features[1:]}
-            # An image that no tree shows still takes part in the backward pass: ZeRO-3 waits for every rank at every module, and with
+            # An image that occurs in no tree still takes part in the backward pass: ZeRO-3 waits for every rank at every module, and with
             # frozen text embeddings gradients pass through the language model only by way of the image.
             return args, named | {"inputs_embeds": embedded + 0 * unused}
 
@@ -147,7 +147,9 @@ class Scorer(nn.Module):
         return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets)
 
     def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the marks of visual tokens if the family's own masks depend on them. Only its stock attention uses them."""
+        """Return the marks of visual tokens if the family's own masks depend on them; otherwise nothing. Only its stock attention uses
+        them.
+        """
         mark = self.family.visual_mark
         return {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
 
@@ -165,7 +167,9 @@ class Scorer(nn.Module):
         return [torch.cat([layer[i] for i in shown]) for layer in layers if shown], unused
 
     def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
-        """Return the result of ``get_image_features`` from the tower's output; each image has ``rows`` of the projector's output."""
+        """Return the result of ``get_image_features``, given the tower's output; ``rows`` counts the rows of each image in the projector's
+        output.
+        """
         model: Any = self.model
         projector_inputs = [inputs[name] for name in self.family.projector_inputs]
         *further, first = (  # dropout in adapters must draw its numbers in the model's own order

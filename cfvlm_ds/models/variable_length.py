@@ -28,9 +28,10 @@ starts of the queries and of the keys of each segment [S + 1] int32; longest of 
 
 
 def _calls(forest: Forest, sight: Sight) -> tuple[list[Any], Tensor | None]:
-    """Return the kernel calls, and each token's place in their concatenated outputs if it is not its own.
+    """Return the kernel calls, and each token's index in their concatenated outputs; None instead of the indices if they are those in the
+    row.
 
-    A call consists of the places in the row of its queries (None: all, in order) and keys, and the kernel's other arguments.
+    A call consists of the indices of its queries in the row (None: all, in order), those of its keys, and the kernel's other arguments.
     """
     blocks = dict(forest.blocks) if sight.blocks else {}
     causal, bidirectional = list[tuple[int, int, int]](), list[tuple[int, int, int]]()  # (node, begin, end)
@@ -65,7 +66,7 @@ def _call(forest: Forest, segments: list[tuple[int, int, int]], window: int | No
 
 
 def _attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """Attend from query [1, H, T, D] to key and value [1, J, T, D]; return [1, T, H, D]."""
+    """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D]."""
     calls, back = forest.on(_calls, query.device, sight)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     outputs = [
@@ -126,7 +127,9 @@ def flash_attention() -> Callable[..., Any] | None:
 
 @functools.cache
 def _downloaded_kernel() -> Callable[..., Any] | None:
-    """Load flash-attn as built on the hub for this torch and CUDA. Nothing is downloaded: 512 ranks would, and compute nodes cannot."""
+    """Return flash-attn as the hub has built it for this torch and CUDA, or None if it was not downloaded before. It is not downloaded
+    here: 512 ranks would do so at the same time, and compute nodes cannot.
+    """
     if importlib.util.find_spec("kernels") is None:
         return None
     from kernels import get_local_kernel, install_kernel
@@ -168,7 +171,7 @@ def tower(
     max_length_q: int = 0,
     **options: Any,
 ) -> Any:
-    """Attend in a tower, [B, H, T, D] -> [B, T, H, D]: with torch's attention, or by segments if the tower passes their boundaries."""
+    """Attend in a tower, [B, H, T, D] -> [B, T, H, D]: with torch's attention, or within segments if the tower passes their boundaries."""
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     kernel = KERNELS[fastest(query.dtype, query.shape[-1:], query.device.type != "cpu")]

@@ -13,7 +13,9 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Scale images to lie between the two bounds (Qwen-VL: a token is a square of patch size x merge size pixels)."""
+    """Scale images so that their numbers of pixels lie between the two bounds (Qwen-VL: a token is a square of patch size x merge size
+    pixels).
+    """
     if processor is not None:
         _between(processor.image_processor, model, 1)
 

@@ -61,7 +61,7 @@ class DeliveryRecord:
             return None
 
     def save(self, run_dir: Path) -> str | None:
-        """Write the record; return the reason if it could not be written, or None."""
+        """Write the record. Returns the reason if it could not be written, or None."""
         path = run_dir / RECORD_FILE
         try:
             replace(path, json.dumps(dataclasses.asdict(self), indent=1).encode())

@@ -1,6 +1,6 @@
 """Figures of score matrices and learning curves, drawn with matplotlib's Agg backend and without its global state.
 
-They take plain data and write one PNG. matplotlib is imported when a figure is drawn.
+Each function takes plain data and writes one PNG. matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AS_WRITTEN: dict[str, Any] = {"parse_math": False, "usetex": False}
 
 
 def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Draw sample groups as one PNG: each image beside its row of scores, each caption above its column, true cells outlined.
+    """Draw sample groups as one PNG: each image next to its row of scores, each caption above its column, true cells outlined.
 
     A large group shows only its first images and captions and reports their total numbers.
 
@@ -118,12 +118,13 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     """Draw a run's ``metrics.jsonl`` as one PNG of small multiples over optimizer steps.
 
     Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval/SPLIT/METRIC`` (%), by
-    split and not by edit type. A panel shows a few series, for accuracies the most telling metric of every split first, and counts the
-    others. A panel without data is omitted; a value that is not finite leaves a gap. Long series show a running average over faint raw
+    split and not by edit type. A panel shows only a few series and counts the others; of accuracies, the most telling metric of every split
+    comes first. A panel without data is omitted; a value that is not finite leaves a gap. Long series show a running average over faint raw
     values.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it holds none of these metrics.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file holds none of these metrics.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -201,7 +202,7 @@ def _place(name: str) -> int | None:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Return an exponential average over about a fiftieth of the run, corrected for its start; gaps stay gaps."""
+    """Return an exponential average over about a fiftieth of the run, corrected for its start; gaps are kept."""
     keep = 1 - 1 / max(len(values) / 50, 2)
     total = weight = 0.0
     smooth = []

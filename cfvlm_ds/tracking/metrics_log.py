@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per record. It is read from the delivery's position on, and truncated at the step of a resume."""
+"""The file metrics.jsonl, with one line per record. It is read from the delivery's position on, and truncated at the step of a resume."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, f
 
 
 def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
-    """Drop steps after ``resume_step`` (None: all) and torn lines; return the names recorded at that step and the new ``offset``."""
+    """Drop steps after ``resume_step`` (None: all) and torn lines, and return the names of the metrics recorded at that step, and the new
+    ``offset``.
+    """
     if not path.exists():
         return set(), 0
     kept: list[bytes] = []
@@ -62,7 +64,7 @@ def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[
 
 
 def last_values(path: Path) -> tuple[dict[str, float], int]:
-    """Return the last value of each metric, and the last step with a record; -1 without any."""
+    """Return the last value of each metric, and the last step with a record, or -1 if there is none."""
     values: dict[str, float] = {}
     step = -1
     for row in read_rows(path) if path.is_file() else ():
@@ -78,7 +80,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Parse one line of metrics.jsonl; return None if a killed process or a power loss left it torn."""
+    """Parse one line of metrics.jsonl. Returns None if a killed process or a power loss left it torn."""
     try:
         row: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -63,7 +63,7 @@ def _mlflow(name: str = "mlflow") -> Any:
 
 
 def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
-    """Deliver the missing data of an ended run to MLflow within ``timeout`` seconds; return True if everything has arrived.
+    """Deliver the missing data of an ended run to MLflow within ``timeout`` seconds, and return True if everything has arrived.
 
     With ``MLFLOW_TRACKING_URI`` set, also copy a run recorded in its own folder to that server. A run that was never closed becomes KILLED.
     Do not call it for a live run, because two processes would write one record. Raises FileNotFoundError for a folder without a record.
@@ -102,7 +102,7 @@ class Delivery:
         self._change(artifacts={path: {"folder": folder, "pending": True}})
 
     def _change(self, artifacts: Mapping[str, Any] | None = None, **values: Any) -> None:
-        """Change the record, adding ``artifacts``, and save it. A full disk is reported once and does not affect the run."""
+        """Change the record, add ``artifacts`` to it, and save it. A full disk is reported once and does not affect the run."""
         with self._lock:
             self.record = replace(self.record, **values, artifacts={**self.record.artifacts, **(artifacts or {})})
             if (error := self.record.save(self._run_dir)) is not None and not self._unsaved:
@@ -110,7 +110,7 @@ class Delivery:
             self._unsaved = error is not None
 
     def finish(self, status: Status, end_ms: int, timeout: float) -> bool:
-        """Set the final status and wait ``timeout`` seconds for the rest; return True if everything has arrived."""
+        """Set the final status, wait up to ``timeout`` seconds for the rest, and return True if everything has arrived."""
         self._change(status=status, end_ms=end_ms)
         self._closing.set()
         if self._thread.ident is not None:
@@ -154,7 +154,7 @@ class Delivery:
             pass
         if status == "SCHEDULED":  # no end time
             self._client.update_run(self.record.run_id, status=status)
-        elif status is not None:  # before the artifacts, which a misconfigured artifact store may refuse for ever
+        elif status is not None:  # before the artifacts, which a misconfigured artifact store may refuse forever
             self._client.set_terminated(self.record.run_id, status, self.record.end_ms)
         self._deliver_artifacts()
         self._done = status is not None
@@ -233,7 +233,7 @@ class Delivery:
         self._change(run_id=run_id)
 
     def _deliver_metrics(self) -> bool:
-        """Send the next part of metrics.jsonl; return False if there was none."""
+        """Send the next part of metrics.jsonl. Returns False if there was none."""
         metric = _mlflow("mlflow.entities").Metric
         points, offset = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, _MAX_PER_REQUEST["metrics"])
         new = [

@@ -4,8 +4,8 @@ MLflow receives every metric of ``metrics.jsonl`` (logged by training/trainer.py
 (training/run_record.py), and the tables and figures of the results (training/results.py).
 
 The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns; a thread sends new lines to MLflow in
-order. ``.mlflow_delivery.json`` holds all other data for MLflow and the position reached in the file. So a resumed run, or ``cfvlm-ds track
-RUN`` after a run has ended, can finish the delivery.
+order. ``.mlflow_delivery.json`` holds all other data for MLflow and the position reached in the file. A resumed run, or ``cfvlm-ds track
+RUN`` after a run has ended, can therefore finish the delivery.
 
 Nothing is delivered twice. MLflow's stores identify a point by (run, name, step, timestamp, value) and ignore a second copy, and the
 timestamp comes from the file. A process that continues a run reads from the server which steps it has and skips them: a step that is
@@ -61,7 +61,8 @@ def open_tracker(
             dropped from ``metrics.jsonl``, to be logged again.
         mlflow: False writes the metrics only to ``metrics.jsonl``; ``deliver`` can send them later.
         close_timeout: longest time in seconds that ``close`` waits for MLflow.
-        inputs: data sets with the keys cfvlm_ds.tracking.delivery_record.INPUT; those that the run already has are not logged again.
+        inputs: data sets, with the keys that are listed in cfvlm_ds.tracking.delivery_record.INPUT; those that the run already has are not
+            logged again.
 
         also: further trackers, ``tensorboard`` or MODULE:CLASS (see cfvlm_ds.tracking.hooks.Hook).
 
@@ -125,7 +126,7 @@ class Tracker:
     """Writer of a run's metrics to ``metrics.jsonl``, from where they are delivered to MLflow. Created by ``open_tracker``.
 
     As a context manager it marks the run FAILED after an exception, KILLED after KeyboardInterrupt or a non-zero SystemExit, else FINISHED.
-    The exception passes.
+    The exception is not suppressed.
     """
 
     lines: Waiting
@@ -136,13 +137,13 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, for checkpoints; None until MLflow has answered for the first time."""
+        """The id of the MLflow run, which checkpoints store; None until MLflow has answered for the first time."""
         return self.delivery.record.run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of an optimizer step to ``metrics.jsonl``; return without waiting for MLflow.
+        """Append the metrics of an optimizer step to ``metrics.jsonl``, without waiting for MLflow.
 
-        Data that the disk does not accept wait in memory, with a warning, and are written in order as soon as possible.
+        Data that the disk does not accept are kept in memory, with a warning, and written in order as soon as possible.
 
         Raises:
             TypeError: a value that is not a number.

@@ -1,6 +1,7 @@
 """The baseline of a run: accuracies of its evaluation sets before the first step, for the table of what the training changed.
 
-The run folder holds them, and a cache by model, precision and set, so that a second run from the same model evaluates nothing.
+They are stored in the run folder, and in a cache keyed by model, precision and set, so that a second run from the same model need not
+evaluate them again.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 FOLDER = "baseline"
 FEWEST = 100
-"""Groups of each set that are always evaluated, however short the training is."""
+"""Number of groups of each set that are always evaluated, however short the training is."""
 _FORM = 1
-"""Form of the files in the cache; a file of another form is not found."""
+"""Version of the files in the cache; files of another version are not found."""
 _SHARE = 0.15
-"""Groups scored per group trained: a training group takes three forwards, a scored one up to two, so that the baseline takes a tenth."""
+"""Number of groups scored per group trained. A trained group costs three forwards, a scored one up to two, so the baseline takes a tenth of
+the training's time.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Baseline:
     """Accuracies of the evaluation sets before the first step.
 
     Args:
-        model: fingerprint of the model's files; None where it is not known, and nothing is cached.
-        dtype: of the model in this run.
-        trained: groups that the run trains on, repeated ones counted as often.
+        model: fingerprint of the model's files; None if it is not known, in which case nothing is cached.
+        dtype: dtype of the model in this run.
+        trained: number of groups that the run trains on; a group that is repeated counts each time.
     """
 
     config: RunConfig
@@ -56,9 +59,10 @@ class Baseline:
     world: World
 
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
-        """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require; return accuracies of those evaluated whole.
+        """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return the accuracies of those evaluated
+        completely.
 
-        A set of ``train.retention`` is always evaluated whole and now.
+        A set of ``train.retention`` is always evaluated completely, and never taken from the cache.
         """
         say = self.world.say
         wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start or name in self._retained}
@@ -79,7 +83,9 @@ class Baseline:
         return {name: results[name] for name, places in wanted.items() if len(places) == len(self.splits[name])}
 
     def compare(self, results: Mapping[str, Sequence[Accuracy]]) -> list[Change]:
-        """Compare the accuracies of sets with the baseline (rank 0); a set without one, or with other contents since, has no rows."""
+        """Compare accuracies with the baseline and return the changes; only rank 0 calls this. A set without a baseline, or whose contents
+        have changed since, has no changes.
+        """
         changed = []
         for name, after in results.items():
             identity, before = self._read(self._file(name))
@@ -92,7 +98,7 @@ class Baseline:
         return self.config.train.retention or ()
 
     def _drawn(self, name: str) -> Sequence[int]:
-        """Return the places of the groups of a set that are evaluated."""
+        """Return the indices of the groups of a set that are evaluated."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(_SHARE * self.trained * size / of_all))
         if self.config.train.eval_on_start is True or name in self._retained or size <= most:
@@ -100,7 +106,7 @@ class Baseline:
         return sorted(random.Random(0).sample(range(size), most))
 
     def _from_cache(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[Accuracy]]:
-        """Remove the baseline of an earlier run in the folder, and copy the sets there that the cache holds; return their accuracies."""
+        """Remove an earlier run's baseline from the run folder, copy the cached sets into it, and return the accuracies of these."""
         folder = self._file("").parent
         shutil.rmtree(folder, ignore_errors=True)
         if wanted:
@@ -127,7 +133,9 @@ class Baseline:
                 replace(file, text.encode(), shared=True)
 
     def _read(self, file: Path) -> tuple[Any, list[Accuracy]]:
-        """Read the identity and the accuracies of a set from a file of ``_keep``; no accuracies, with a warning, if it is damaged."""
+        """Read the identity and the accuracies of a set from a file that ``_keep`` wrote. If it is damaged, print a warning and return no
+        accuracies.
+        """
         try:
             kept = read_json(file) if file.is_file() else {"data": None, "rows": []}
             return kept["data"], [Accuracy(**row) for row in kept["rows"]]
@@ -147,5 +155,5 @@ class Baseline:
 
 
 def _part(groups: Sequence[CounterfactualGroup], places: Sequence[int]) -> Sequence[CounterfactualGroup]:
-    """Return the groups at some places."""
+    """Return the groups at the indices ``places``."""
     return groups if len(places) == len(groups) else Lazy(lambda place: groups[places[place]], len(places))

@@ -1,4 +1,6 @@
-"""Benchmarks of a run's evaluation: read and checked before the first step, scored with the training engine, written at the end."""
+"""Benchmarks of a run's evaluation. They are read and checked before the first step, and scored with the training engine; results are
+written at the end.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
 
 
 def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) -> tuple[dict[str, RunBenchmark], Collator | None]:
-    """Read the benchmarks of data.evaluation; return them and the model's collator, if one is loaded. Collective.
+    """Read the benchmarks of data.evaluation, and return them and the model's collator, which is None if it was not needed. Collective.
 
     Raises DataError for the first item that the model cannot take.
     """
@@ -89,7 +91,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
 
 
 def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:
-    """Return the metrics under the names that they are logged by."""
+    """Return the benchmarks' metrics, keyed by the names under which they are logged."""
     flat: dict[str, float] = {}
     for name, outcome in outcomes.items():
         flat |= logged(name, results(benchmarks[name].chosen.benchmark, outcome))
@@ -97,7 +99,7 @@ def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes
 
 
 def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
-    """Return the names of the metrics that ``benchmark_metrics`` will contain for the shown images, derived from the items alone."""
+    """Return the names of the metrics that ``benchmark_metrics`` will contain for the shown images, derived only from the items."""
     names = set()
     for name, benchmark in benchmarks.items():
         names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied(benchmark.plan.items))}
@@ -117,7 +119,7 @@ def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
 def write_benchmarks(
     config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes, world: World, exported: bool
 ) -> list[Result]:
-    """Write the results of every benchmark into the run's folder on rank 0, and return them there.
+    """Write the results of every benchmark into the run's folder on rank 0, and return them; other ranks return an empty list.
 
     Collective, since the ranks share the bootstrap. The results identify the weights if the model is ``exported`` and therefore on disk.
     """

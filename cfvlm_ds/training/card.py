@@ -1,7 +1,7 @@
 """Model card of an export: the base model, the data, the objective, the training and the results.
 
-The card is a README.md with the front matter that Hugging Face reads. Values stand in code spans, where Markdown and HTML have no effect,
-on one line and without secrets. Cards are published, so only the last name of a path is shown.
+The card is a README.md with the front matter that Hugging Face reads. Values are written on one line, without secrets, in code spans, where
+Markdown and HTML have no effect. Cards are published, so only the last name of a path is shown.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps
 
 
 def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None) -> str | None:
-    """Return the card of an export of this checkpoint; None, with a warning, if it cannot be written. An export never fails because of its
+    """Return the card of an export of this checkpoint; None, with a warning, if it cannot be composed. An export never fails because of its
     card.
 
     ``evaluated`` is True if the results in the run folder belong to this checkpoint. By default they do if the run finished at this step.

@@ -17,8 +17,8 @@ _GIB = 1 << 30
 
 
 def dry_run(config: RunConfig) -> str:
-    """Resolve the configuration and the DeepSpeed JSON, build the model on the meta device and return the report. Raises ConfigError as a
-    run would.
+    """Resolve the configuration and the DeepSpeed JSON, build the model on the meta device, and return the report. Raises the same
+    ConfigErrors as a run.
 
     The memory of the model's states (weights, gradients, optimizer) is DeepSpeed's own estimate for mixed precision. Activations are those
     of the language model at the peak of a forward and backward in bfloat16.

@@ -40,7 +40,7 @@ class Evaluator:
     num_workers: int
 
     def __call__(self, splits: Splits, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-        """Evaluate sets of groups; return accuracies and scores by set.
+        """Evaluate sets of groups, and return their accuracies and scores, both keyed by set.
 
         Raises StopRequested on all ranks if they agree to stop, and WorkerLost on the rank that has lost a data worker.
         """
@@ -58,7 +58,7 @@ class Evaluator:
             )
 
     def ask(self, shuffled: bool = False) -> dict[str, list[Outcome]]:
-        """Return the outcomes of the items of each benchmark. Raises as ``__call__`` does."""
+        """Return the outcomes of the items of each benchmark. Raises the same errors as ``__call__``."""
         outcomes = {}
         with self._evaluating():
             for name, benchmark in self.benchmarks.items():
@@ -78,7 +78,7 @@ class Evaluator:
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         self.engine.eval()
-        hook = self.engine.register_forward_pre_hook(self._vote)  # every rank makes equally many forwards
+        hook = self.engine.register_forward_pre_hook(self._vote)  # every rank runs equally many forwards
         try:
             with together(), worker_deaths():
                 yield
@@ -87,12 +87,12 @@ class Evaluator:
             self.engine.train()
 
     def _reference(self, batch: Batch) -> Tensor:
-        """Return the scores [G, I, C] of the model without its adapters, as training does (cfvlm_ds.training.step)."""
+        """Return the scores [G, I, C] of the model without its adapters, computed as in training (cfvlm_ds.training.step)."""
         with adapters_off(self.engine.module.model):
             return batch.scores(self.engine(**batch.model_inputs)).logp
 
     def rehearse(self) -> None:
-        """Run the largest evaluation batch, so that a lack of memory shows before the first step and not after the training."""
+        """Run the largest evaluation batch, so that a lack of memory is detected before the first step and not after the training."""
         self.engine.eval()
         shuffled = self.config.train.eval_shuffled
         splits = {**self.splits, **{name: benchmark.plan.groups for name, benchmark in self.benchmarks.items()}}
@@ -106,7 +106,7 @@ class Evaluator:
             raise StopRequested(why)
 
     def _options(self) -> dict[str, Any]:
-        """Return the token budget and the advice for an out-of-memory error."""
+        """Return the options of scoring: the token budget, and the advice for an out-of-memory error."""
         data, size = self.config.data, self.config.train.per_device_eval_batch_size
         limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
         option = "data.max_tokens_per_forward" if data.max_tokens_per_forward else "data.max_tokens_per_micro_batch"

@@ -1,4 +1,4 @@
-"""Hard negatives: of many counterfactuals of a group, a step trains on those that the current model scores highest.
+"""Hard negatives: of a group's many counterfactuals, a step trains on those that the current model scores highest.
 
 A forward without gradients scores all of them. The row is then packed again without the others, so the forward and backward that follow
 cost as much as those of a group with few counterfactuals. Shapes: G groups, I images, C candidates.
@@ -38,7 +38,7 @@ def cut_to_hardest(
     number: int,
     pack: Callable[[MicroBatch, Tensor], MicroBatch],
 ) -> tuple[list[MicroBatch], list[Hardest]]:
-    """Return the micro-batches with only the hardest cells of each group, and the selection of each; collective, as ``look_ahead`` is.
+    """Return the micro-batches with only the hardest cells of each group, and the selection of each. Collective, like ``look_ahead``.
 
     ``pack`` packs a micro-batch again with the given cells (Collator.packed_again).
     """
@@ -51,8 +51,8 @@ def cut_to_hardest(
 def hardest(scores: Scores, number: int) -> Hardest:
     """Select all cells except those of the counterfactuals beyond the ``number`` hardest ones of each group.
 
-    A counterfactual is one of two units: a text that is not true of the factual image, with the images that it is true of; or an image that
-    the factual text is false of and that no other text is true of. All other cells stay. The hardness of a counterfactual is its largest
+    A counterfactual is one of two units: a text that is not true of the factual image, with the images of which it is true; or an image of
+    which the factual text is false and no other text is true. All other cells are kept. The hardness of a counterfactual is its largest
     margin of a false cell over a true one, on one image or for one text. Ties go to the first. A group with several prompts keeps all its
     cells.
     """
@@ -81,7 +81,7 @@ def hardest(scores: Scores, number: int) -> Hardest:
 
 
 Counterfactual = tuple[int | None, tuple[int, ...]]
-"""The number of its text, if it has one, and of its images."""
+"""The index of its text, or None, and the indices of its images."""
 
 
 def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:

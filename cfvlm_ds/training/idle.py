@@ -1,4 +1,4 @@
-"""Warnings about options that have no effect, or less than configured, on the data of a run."""
+"""Warnings about options that have no effect on the data of a run, or a smaller one than configured."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ Entry = CounterfactualGroup | DataError
 
 
 class StepPart(NamedTuple):
-    """A micro-batch: the data indices of all groups of its step, and its places among them."""
+    """A micro-batch: the indices of all groups of its step in the data, and the positions of its own groups among them."""
 
     step: tuple[int, ...]
     places: range
@@ -40,7 +40,7 @@ class StepPart(NamedTuple):
 
 @dataclass(frozen=True)
 class WholeSteps:
-    """The micro-batches of a rank with their steps: the ``batch_sampler`` of a DataLoader over ``WithNegatives``."""
+    """Micro-batches of a rank, each with the groups of its whole step: the ``batch_sampler`` of a DataLoader over ``WithNegatives``."""
 
     sampler: GroupSampler
 
@@ -55,11 +55,11 @@ class WholeSteps:
 
 
 class WithNegatives(Sequence[Entry]):
-    """The groups of a run, each with its place in the step and with texts of other groups of that step.
+    """The groups of a run, each with its position in the step and with texts of other groups of that step.
 
     Args:
         groups: the training groups.
-        terms: objective term -> texts of other groups that it wants for an image.
+        terms: objective term -> number of other groups' texts that it needs for each image.
         seed: seed of the draw.
     """
 
@@ -74,7 +74,7 @@ class WithNegatives(Sequence[Entry]):
         return self._groups[index]
 
     def __getitems__(self, batch: StepPart) -> list[Entry]:
-        """Return a micro-batch, with the DataError in place of a group whose row cannot be read."""
+        """Return a micro-batch. A group whose row cannot be read is replaced by the DataError."""
         if self._last is None or self._last[0] != batch.step:  # a worker with several micro-batches of a step reads the step once
             self._last = batch.step, _Step([self._groups[index] for index in batch.step], self._terms, self._seed)
         return [self._last[1].group_at(place) for place in batch.places]
@@ -90,7 +90,7 @@ class _Offer(NamedTuple):
 
 
 _Question = tuple[Prompt, int]
-"""A prompt and the number of its pictures: the same prompt has other answers for one picture than for two."""
+"""A prompt and the number of its pictures, because the same prompt has different answers for one picture and for two."""
 
 
 class _Step:
@@ -110,12 +110,12 @@ class _Step:
                 self._offers.setdefault(_question(group), []).append(_Offer(negative, text, key, true_of[c]))
 
     def group_at(self, place: int) -> Entry:
-        """Return the group at a place of the step, with its in-batch negatives."""
+        """Return the group at a position of the step with its in-batch negatives, or the DataError if its row cannot be read."""
         group = self._entries[place]
         return group if isinstance(group, DataError) else group.in_the_step(place, tuple(self._drawn(group)))
 
     def _wanted(self, group: CounterfactualGroup) -> int:
-        """Return the number of texts of other groups that the terms want for the group's images; 0 without a picture."""
+        """Return the number of other groups' texts that the terms need for each of the group's images; 0 without a picture."""
         counts = group.objectives is None
         wanted = (number for name, number in self._terms.items() if counts or name in (group.objectives or ()))
         return max(wanted, default=0) if group.num_pictures else 0
@@ -146,7 +146,7 @@ def _question(group: CounterfactualGroup) -> _Question:
 
 
 def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
-    """Yield number, normalised text and key of each text that answers the factual text's prompt. Without a key, the text is its own key."""
+    """Yield the index, normalised text and key of each text that answers the factual text's prompt. A text without a key is its own key."""
     for c, candidate in enumerate(group.candidates):
         if candidate.prompt == group.candidates[0].prompt:
             text = _comparable(candidate.text)
@@ -177,7 +177,7 @@ class CrossRankScores:
         return cls(np.concatenate(gather_objects(mine, world)))
 
     def added_to(self, scores: Scores) -> Scores:
-        """Add the scores of a micro-batch's texts on images of other groups.
+        """Return the scores of a micro-batch, extended with those of its texts on images of other groups.
 
         A text whose own group was left out of the step has no such scores and takes part in no comparison.
         """
@@ -199,7 +199,9 @@ class CrossRankScores:
 
 
 def _entries(scores: Scores) -> npt.NDArray[np.float64]:
-    """Return [M, 4], a row for each score that other groups compare with: source group and number of the text, scoring group, nats."""
+    """Return [M, 4], a row for each score that other groups compare with: source group of the text and its index there, scoring group,
+    nats.
+    """
     layout = scores.layout
     if layout.in_batch is None:
         return np.zeros((0, 4))
@@ -214,7 +216,7 @@ def _entries(scores: Scores) -> npt.NDArray[np.float64]:
 
 
 def _names(scores: Scores) -> list[list[tuple[int, int]]]:
-    """Return [G][C]: for each text its source group and its number in that group."""
+    """Return [G][C]: for each text, its source group and its index in that group."""
     layout = scores.layout
     assert layout.in_batch is not None
     own = range(layout.num_own)
@@ -223,9 +225,9 @@ def _names(scores: Scores) -> list[list[tuple[int, int]]]:
 
 
 def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Sequence[int], device: torch.device) -> list[Scores]:
-    """Score all micro-batches of this rank before the first gradients are computed.
+    """Score all micro-batches of this rank before the first gradients are computed, and return the scores.
 
-    The forwards use the same random numbers as the training forwards that follow, so dropout is the same. Every rank makes equally many
+    The forwards use the same random numbers as the training forwards that follow, so dropout is the same. Every rank runs equally many
     forwards.
     """
     state, scored = random_state(device), []

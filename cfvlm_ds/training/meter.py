@@ -1,4 +1,4 @@
-"""Meter of training metrics: sums that stay on the device until they are recorded, and rates per second."""
+"""Meter of training metrics: sums, which stay on the device until they are recorded, and rates per second."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cfvlm_ds.training.step import Measured
 
 
 class _Key(NamedTuple):
-    """A metric's name and the number of one of its parts."""
+    """A metric's name, and the index of one of its parts."""
 
     name: str
     part: int = 0
@@ -67,7 +67,7 @@ class Meter:
     def reduce(self, world: World) -> dict[str, float]:
         """Return global means, and rates per second of wall-clock time, and start the next record.
 
-        It is a collective, and the only transfer from the device for a record.
+        Collective. This is the only transfer from the device for a record.
         """
         values = [torch.as_tensor(value, dtype=torch.float64, device=world.device) for sums in self._sums.values() for value in sums]
         both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))

@@ -1,7 +1,8 @@
 """Option changes: the differences between a run and the run that it continues, and their effect on a resume.
 
-Every option declares the effect of its change (see core/options.py), and so does every DeepSpeed setting below. All fields of an objective
-decide what is trained. A checkpoint holds the record of its run; a start compares its own record with it before it writes anything.
+Every option declares the effect of its change (see core/options.py); those of DeepSpeed's settings are listed below. All fields of an
+objective affect what is trained. A checkpoint holds the record of its run. A start compares its own record with that one before it writes
+anything.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ON_RESUME: dict[str, OnResume | None] = {
 }
 """Option -> the effect of its change on a resume."""
 DEEPSPEED: dict[str, OnResume] = {
-    # compared by the values that _effective derives, or as train.*, which replace "auto" and which the JSON may not contradict
+    # compared through the values that _effective derives, or as options of train.*, which the JSON may not contradict
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "free"),
     **dict.fromkeys((f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")), "free"),
     **dict.fromkeys(("bf16.enabled", "fp16.enabled", "optimizer.type", "optimizer.params.torch_adam"), "free"),
@@ -72,8 +73,8 @@ def record(
     alive: Callable[[], object] = lambda: None,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Return the record of a run's configuration as plain JSON without secrets: options, resolved DeepSpeed settings, ranks, total steps,
-    hashes of the model.
+    """Return the record of a run's configuration as plain JSON without secrets: options, resolved DeepSpeed settings, number of ranks,
+    total steps, hashes of the model.
 
     ``alive`` is called while the model's files are read, and ``say`` reports progress.
     """
@@ -97,7 +98,7 @@ def model_hashes(
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return the differences between two records that decide what is trained."""
+    """Return those differences between two records that affect what is trained."""
     old, new = _effective(before), _effective(now)
     for one, other in ((old, new), (new, old)):  # an absent term has the weight 0
         missing = [name for name in other.keys() - one.keys() if name.startswith("objective.") and name.endswith(".weight")]
@@ -126,7 +127,7 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
 
 
 def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], object]) -> None:
-    """Append the changes at a step to a file in the run folder, unless it already ends with them: a start may be repeated."""
+    """Append the changes at a step to a file in the run folder, unless it already ends with them, because a start may be repeated."""
     line = json.dumps({"step": step, "changes": {change.option: [change.before, change.now] for change in changes}})
     lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):
@@ -136,7 +137,7 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
-    """Return the options and settings that decide what is trained. Options that act together are replaced by their joint value."""
+    """Return the options and settings that affect what is trained. Options that act together are replaced with their joint value."""
     options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
@@ -167,7 +168,7 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
 
 
 def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
-    """Return the DeepSpeed settings that decide what is trained."""
+    """Return the DeepSpeed settings that affect what is trained."""
     settings = {**_UNSET, **flat(deepspeed)}
     settings.setdefault("scheduler.type", "train.lr_scheduler_type")
     all_kinds = ((name, value, on_resume_of(name)) for name, value in settings.items())

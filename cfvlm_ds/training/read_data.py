@@ -41,16 +41,17 @@ from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
-"""Groups of a data set that a run prepares itself, while its GPUs wait."""
+"""Largest number of groups of a data set that a run prepares itself, while its GPUs wait."""
 
 
 @dataclass(frozen=True)
 class RunData:
     """The training and evaluation data of a run.
 
-    ``identity`` belongs to the training groups, ``identities`` to the splits. ``pictures`` describe the stores' pictures, and every picture
-    is compared with them when it is opened; None if no picture was. ``collator`` is the model's, if lengths were measured. ``sources`` are
-    the training sets by name, of which ``groups`` consist; ``benchmarks`` are those of the evaluation.
+    ``identity`` identifies the training groups, and ``identities`` the splits. ``pictures`` describes the stores' pictures; every picture
+    is compared with it when it is opened. It is None if the data check opened no picture. ``collator`` is the model's, or None if no
+    lengths were measured. ``sources`` holds the training sets, which together are ``groups``, by name; ``benchmarks`` holds those of the
+    evaluation.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -113,7 +114,9 @@ def stored_rows(groups: GroupStore) -> StoredRows:
 
 
 def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
-    """Raise ConfigError for a term with nothing to compare: no training group that counts in it has a text that is known to be false."""
+    """Raise ConfigError for a term with nothing to compare: none of the training groups that it uses has a text that is known to be
+    false.
+    """
     sets = [(each.objectives, stored_rows(train[name]).found["false_cells"] == 0) for name, each in config.data.train_sets.items()]
     one = torch.ones(1, 1, 1, dtype=torch.int64)
     plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
@@ -130,7 +133,7 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
 
 
 def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
-    """Call a function on rank 0, with all cores of its machine, while the other ranks wait; return its result on every rank.
+    """Call a function on rank 0, with all cores of its machine, while the other ranks wait, and return its result on every rank.
 
     Raises its error on every rank, and StorageError if one of its processes was killed.
     """
@@ -152,9 +155,9 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Make the next start prepare the training data again, because this start is refused for them.
+    """Make the next start prepare the training data again, because this start is refused on account of them.
 
-    Files may be restored while the manifest stays the same. Pictures that have not been written since are not opened again.
+    The user may restore files without changing the manifest. Pictures that have not been written since are not opened again.
     """
     if world.is_main:
         for each in config.data.train_sets.values():
@@ -162,7 +165,7 @@ def forget(config: RunConfig, world: World) -> None:
 
 
 def _disown(folder: Path) -> None:
-    """Mark a store as outdated, so that it is prepared again. Its table of pictures stays."""
+    """Mark a store as outdated, so that it is prepared again. Its table of pictures is kept."""
     with contextlib.suppress(OSError):
         if (folder / STORE).exists():
             replace(folder / STORE, json.dumps({"schema": SCHEMA}).encode())
@@ -178,8 +181,8 @@ def model_fingerprint(model: ModelConfig, world: World) -> dict[str, str]:
 class _Stores:
     """The stores of a run, opened on all ranks.
 
-    A data set that is not a store is prepared in the run folder, and again when it has been written since. The lengths of its texts and its
-    visual tokens, which depend on the model, are stored there too.
+    A data set that is not a store is prepared in the run folder, and prepared again if its files have been written since. The lengths of
+    its texts and its visual tokens, which depend on the model, are stored there too.
     """
 
     config: RunConfig
@@ -209,7 +212,7 @@ class _Stores:
         return by_rank_0(self.world, self.barrier, f"the preparation of {self.config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
-        """Prepare a data set for this run if necessary; return its folder, or None for a store, which is used in place."""
+        """Prepare a data set for this run if necessary, and return its folder, or None for a store, which is used where it is."""
         path, config, say = local_path(each.path), self.config, self.world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None

@@ -29,11 +29,13 @@ from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
 CHANGES = "before_after.json"
-"""Rows of the table of what the training changed."""
+"""File with the rows of the table that shows what the training changed."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
-    """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained. ``alive`` is called meanwhile."""
+    """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained. ``alive`` is called repeatedly in the
+    meantime.
+    """
     model, (adapter, folder, _) = config.model, _exported(config)
     card = card_of(checkpoint, say, adapter=adapter)
     if adapter:
@@ -80,7 +82,8 @@ def write_results(
     benchmarks: Sequence[Result] = (),
     samples: str = "",
 ) -> list[Path]:
-    """Write results.md, results.json, before_after.json and the scores of every split into the run folder; return the first three paths.
+    """Write results.md, results.json, before_after.json and the scores of every split into the run folder, and return the first three
+    paths.
 
     results.md also contains the results of ``benchmarks``, and ``samples``, a section of Markdown. Raises StorageError on a full disk.
     """
@@ -133,7 +136,7 @@ _NO_SETS = (
 
 
 def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:
-    """Draw the figures and return the paths of those that could be drawn. A failure is a warning."""
+    """Draw the figures and return the paths of those that could be drawn. A failure only causes a warning."""
 
     def draw_scores(path: Path, split: str) -> None:
         score_matrix_figure(path, shown_groups(splits[split], scores[split], max_pixels))
@@ -151,7 +154,7 @@ def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[Gr
 
 
 def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """Return one group of each edit type, at most four types, in the form that score_matrix_figure takes.
+    """Return one group of each edit type, for at most four types, in the form that score_matrix_figure takes.
 
     Prompts precede the texts of a group with several prompts.
     """

@@ -67,7 +67,9 @@ class Start:
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
-        """Print the changes and append them to a file in the run folder (rank 0); return the file if there are any."""
+        """Print the changes and append them to a file in the run folder, on rank 0. Returns the file in a list, which is empty if there are
+        no changes.
+        """
         for change in self.changed:
             world.say(f"after step {step}: {change}")
         if self.changed and world.is_main:
@@ -78,7 +80,7 @@ class Start:
 def decide(
     config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
 ) -> Start | None:
-    """Decide where to start; None when the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the groups.
+    """Decide where to start. Returns None if the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the groups.
 
     Raises ConfigError or DataError on all ranks if the run cannot continue: unusable checkpoints, a changed option that matters, other
     data.
@@ -129,8 +131,8 @@ def decide(
 
 
 def _finished_at(run_dir: Path) -> int | None:
-    """Return the last planned step of the run that has ended in a folder, or None. Raises ConfigError if nothing else in the folder has
-    reached the step at which it ended.
+    """Return the number of steps that were planned for a finished run, or None if the folder's run has not finished. Raises ConfigError if
+    no checkpoint or record in the folder reaches the step at which the run is said to have ended.
     """
     finished: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that a power loss has truncated counts as absent

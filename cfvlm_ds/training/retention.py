@@ -18,7 +18,7 @@ from cfvlm_ds.evaluation import Accuracy, headline_metric
 
 @dataclass
 class Retention:
-    """Comparison of metrics with their first values. It warns where one fell by more than ``train.displacement_warning``.
+    """Comparison of metrics with their first values, with a warning if one has fallen by more than ``train.displacement_warning``.
 
     ``identities`` are those of the evaluation sets. A set whose contents have changed is compared with its first evaluation since then.
     """
@@ -49,7 +49,9 @@ class Retention:
             )
 
     def evaluated(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-        """Compare an evaluation with the first one; return the change of each set of ``train.retention`` in nats per token and points."""
+        """Compare an evaluation with the first one, and return the change of each set of ``train.retention``, in nats per token and in
+        percentage points.
+        """
         changed: dict[str, float] = {}
         for split in self.config.train.retention or ():
             if not (rows := results.get(split)):

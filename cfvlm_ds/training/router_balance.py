@@ -3,7 +3,7 @@
 The loss is E * sum_e f_e * P_e: f_e is the share of rows (a row is a token in a layer) that are routed to expert e, and P_e is the mean
 probability of e. Both are means over the rows of all ranks and accumulation steps. A shared prefix counts once for each of its texts, so
 the loss does not depend on the packing of groups. The f_e have no gradient and must be known before the first backward: a step of several
-forwards first makes all of them without gradients.
+forwards first runs all of them without gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RouterBalance:
     _since: list[Routed] = field(default_factory=list)
 
     def look_ahead(self, micro_batches: Sequence[MicroBatch], forwards: Sequence[int]) -> None:
-        """Make the forwards of the step once without gradients if there are several. ``forwards`` holds their number by micro-batch."""
+        """Run the forwards of the step once without gradients if there are several. ``forwards`` holds their number by micro-batch."""
         if not self.weight or sum(forwards) == 1:
             return
         before = random_state(self.world.device)

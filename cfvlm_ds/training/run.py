@@ -1,4 +1,4 @@
-"""One run from its options to its results. Each step takes the result of the step before."""
+"""A run from its options to its results, in phases that each take the result of the previous one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
 
 
 def prepare(config: RunConfig, world: World) -> None:
-    """Prepare the data of a run as its first start would: stores, lengths of texts, token counts. Raises as ``train`` does."""
+    """Prepare the data of a run as its first start would: stores, lengths of texts, token counts. Raises the same errors as ``train``."""
     validate(config, world)
     with _locked(Path(config.train.output_dir), world, options=config.resolved):
         data = read_data(config, world, most_rows=None)
@@ -75,7 +75,7 @@ _LEFT = {
 
 @contextlib.contextmanager
 def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
-    """Hold the lock of the run folder inside the block.
+    """Hold the lock of the run folder for the duration of the block.
 
     Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder does not belong to a run
     of these ``options``, or if ``check`` raises it.
@@ -97,9 +97,10 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
 
 
 def _run(config: RunConfig, world: World) -> None:
-    """Check first, write later: the run folder and MLflow stay unchanged until the weights are loaded and their scores are correct.
+    """Check everything, then train. The run folder and MLflow stay unchanged until the weights are loaded and their scores have been found
+    correct.
 
-    The caches of the data check and of features and the ranks' heartbeats are written earlier.
+    Only the caches of the data check and of features, and the ranks' heartbeats, are written earlier.
     """
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
@@ -176,7 +177,9 @@ def _run(config: RunConfig, world: World) -> None:
 
 
 def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
-    """Return the stored scores of the training groups if an objective needs them and the model without its adapters cannot replace them."""
+    """Return the stored scores of the training groups if an objective needs them and the model without its adapters cannot replace them;
+    otherwise None.
+    """
     if not scores_needed(config):
         return None
     made_by = model_fingerprint(config.model, world)
@@ -193,14 +196,14 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[st
 
 
 def _tokens(config: RunConfig, world: World, data: RunData, collator: Collator) -> Any:
-    """Return the tokens of every group if the configuration limits them."""
+    """Return the token counts of all groups, or None if the configuration does not limit tokens."""
     if not (config.data.max_tokens_per_micro_batch or config.data.max_tokens_per_forward):
         return None
     known = data.identity.get("pictures") is not None  # otherwise a picture's size may change
     depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
     folders = [Path(config.train.output_dir) / "prepared"]
     if not config.data.is_mixture and is_store(store := Path(str(config.data.train))):
-        folders.insert(0, store / "tokens")  # where other runs read them too
+        folders.insert(0, store / "tokens")  # other runs read them there too
     return group_tokens(data.groups, collator, config.data, world, data.pictures, folders=folders, depends_on=depends_on)
 
 

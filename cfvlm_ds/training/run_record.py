@@ -30,7 +30,7 @@ from cfvlm_ds.training.read_data import RunData
 
 
 def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any], world: World, data: RunData) -> list[Path]:
-    """Write config.yaml, ds_config.json, environment.json and data.json into the run folder on rank 0; return their paths.
+    """Write config.yaml, ds_config.json, environment.json and data.json into the run folder on rank 0, and return their paths.
 
     Raises StorageError on all ranks if a file cannot be written.
     """

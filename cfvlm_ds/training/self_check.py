@@ -41,7 +41,7 @@ _NAMED = 5
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """Raise ConfigError on all ranks, naming the weights with NaN or infinite values. Under ZeRO-3 every rank checks its own partition.
 
-    Bounds may be infinite: those of Gemma 4's clipped layers are, where nothing is clipped.
+    Bounds may be infinite, as those of Gemma 4's clipped layers are if nothing is clipped.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -60,9 +60,9 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
 
 
 def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.device) -> None:
-    """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors of a config.json only show then.
+    """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors in a config.json only show at that point.
 
-    Every rank calls it. Errors of the machine, such as missing memory, are raised unchanged.
+    Every rank calls it. Errors of the machine, such as a lack of memory, are raised unchanged.
     """
     with (
         explained(f"the model {name!r} cannot be run", "compare its config.json and processor files with the published ones"),
@@ -74,7 +74,9 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 
 @dataclass
 class Cell:
-    """One cell of a packed row, scored in the row and alone: nats, tokens of its text, and the inputs of the single-row forward."""
+    """One cell, scored in a packed row and in a row of its own: both scores in nats, the number of tokens of its text, and the inputs of
+    the single-row forward.
+    """
 
     packed: float
     alone: float
@@ -154,7 +156,7 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 
 
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
-    """Return the differences of the cells in units of rounding error: the root mean square over cells and ranks.
+    """Return the root mean square, over cells and ranks, of the differences in units of the rounding error.
 
     The rounding error has two parts: the spread of a text's score under other roundings, which grows with the square root of its tokens,
     and one unit in the last place of its largest logit.
@@ -176,7 +178,7 @@ def _mean(values: Sequence[float], world: World) -> float:
 
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module, dtype: torch.dtype, seed: int, device: torch.device) -> Iterator[None]:
-    """Move every module's output of ``dtype`` at random by up to half a unit in the last place, inside the block."""
+    """Within the block, shift every module output of ``dtype`` at random by up to half a unit in the last place."""
     random = torch.Generator(device).manual_seed(seed)
     half_unit = torch.finfo(dtype).eps / 2
 

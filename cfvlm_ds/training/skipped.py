@@ -28,7 +28,7 @@ class SkippedGroups:
     """Record of the groups that could not be read and the reasons, in the run's state and in skipped.json.
 
     Args:
-        skipped: group id -> reason, of the run's state; extended by ``note``.
+        skipped: group id -> reason. It belongs to the run's state, and ``note`` adds to it.
     """
 
     data: DataConfig

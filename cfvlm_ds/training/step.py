@@ -1,6 +1,6 @@
 """One optimizer step: its micro-batches, the global denominators, one forward and one backward for each micro-batch, and the update.
 
-All ranks handle failures within a step alike: groups that cannot be read, a loss that is not finite, missing memory.
+All ranks handle failures within a step alike: groups that cannot be read, a loss that is not finite, a lack of memory.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class OptimizerStep:
     mark: Callable[[str, int], None]
 
     def take(self, number: int, batches: Iterator[MicroBatch], progress: float, votes: Tensor, save_due: bool) -> StepResult:
-        """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
+        """Fetch the micro-batches, agree on the global denominators, compute the gradients, update the weights, and return the result.
 
         Args:
-            number: of the step, from 1.
+            number: number of the step, from 1.
             progress: share of all steps done before, 0 to 1.
             votes: [2] this rank's votes to stop, see cfvlm_ds.cluster.signals.
             save_due: True if this rank wants a checkpoint.
@@ -143,7 +143,9 @@ class OptimizerStep:
     def _compute(
         self, number: int, micro_batches: Sequence[MicroBatch], denominators: Mapping[str, Tensor], progress: float
     ) -> tuple[list[Measured], bool]:
-        """Compute the gradients of all micro-batches and update the weights; return the measurements, and True if every loss was finite."""
+        """Compute the gradients of all micro-batches and update the weights. Returns the measurements, and whether every loss was
+        finite.
+        """
         world, objective, engine = self.world, self.config.objective, self.engine
         measured: list[Measured] = []
         finite = torch.ones((), device=world.device)
@@ -161,7 +163,7 @@ class OptimizerStep:
                 last = remaining == 0
                 scores, backward = forward(engine, micro_batch, count, world.device, self._reference, last, balance.term)
                 if coupled:
-                    of_step = of_step or CrossRankScores.gathered([scores], world)  # one micro-batch a rank
+                    of_step = of_step or CrossRankScores.gathered([scores], world)  # one micro-batch per rank
                     scores = of_step.added_to(scores)
                 loss, shares = weighted_loss(objective, scores, denominators, world.size, progress)
                 finite.mul_(torch.isfinite(loss.detach()))
@@ -186,7 +188,9 @@ class OptimizerStep:
         return most.tolist()
 
     def _reference(self, batch: Batch) -> Tensor | None:
-        """Return the scores [G, I, C] of the model without its adapters, if an objective needs a reference and none is stored."""
+        """Return the scores [G, I, C] of the model without its adapters, if an objective needs a reference and none is stored; otherwise
+        None.
+        """
         if batch.reference is not None or not any(term.needs_reference for term in self.config.objective.values()):
             return None
         self.engine.eval()

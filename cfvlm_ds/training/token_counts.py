@@ -1,4 +1,6 @@
-"""Token counts of all groups, by which micro-batches are packed: measured once and memory-mapped by all ranks from one file."""
+"""Token counts of all groups, which determine how micro-batches are packed. They are measured once, and all ranks map one file into
+memory.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from cfvlm_ds.training.read_data import by_rank_0
 
 Tokens = npt.NDArray[np.int32]
 _NAME = 16  # characters of a hash in the name of a file
-_FORM = 2  # version of the counts; a new number makes every file be counted again
+_FORM = 2  # version of the counts; stored counts of another version are not used
 
 
 def group_tokens(
@@ -41,7 +43,7 @@ def group_tokens(
     folders: Sequence[Path] = (),
     depends_on: Callable[[], Any] | None = None,
 ) -> Tokens:
-    """Return the tokens of every group in the rows that ``collator`` builds; rank 0 counts them on all its cores.
+    """Return the token counts of all groups in the rows that ``collator`` builds; rank 0 counts them on all its cores.
 
     Image headers are read for images that ``pictures`` do not contain. The counts are stored in the first of ``folders`` that is writable,
     under a hash of everything that they depend on: all ranks map one file, and the next start reads it. Nothing is stored if ``depends_on``
@@ -53,7 +55,7 @@ def group_tokens(
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
     def work(places: Sequence[int], done: Done) -> Tokens | str:
-        """Return the counts of some groups, or the message of one that cannot be read."""
+        """Return the counts of the groups at ``places``, or the message about one that cannot be read."""
         try:
             chunk = [groups[index] for index in places]
             shown = (picture for group in chunk for image in group.images for picture in image)
@@ -69,7 +71,7 @@ def group_tokens(
             return str(error)
 
     def counts_of_all() -> Tokens:
-        """Return [2, groups]: the tokens of every group, and those of its largest image with one text."""
+        """Return [2, groups]: the token count of every whole group, and that of its largest image with one text."""
         parts, scan = [np.zeros((2, 0), np.int32)], Scan(barrier.alive, shield_worker)
         for part in scan.over(range(len(groups)), work, Progress(world.say, "tokens", len(groups), "groups")):
             if isinstance(part, str):

@@ -54,8 +54,8 @@ class Trainer:
     Args:
         engine: the DeepSpeed engine, which drives a Scorer.
         collator: makes batches of the groups.
-        sampler: stands at the position where training continues.
-        pulse: records the phase and step, so that a hang can be located.
+        sampler: sampler of groups, at the position where training continues.
+        pulse: heartbeat that records the phase and step, so that a hang can be located.
         num_workers: number of data workers, which may be forked from here on.
     """
 
@@ -105,7 +105,7 @@ class Trainer:
             )
 
     def _train(self, tracker: Any) -> str | None:
-        """Train to the end, or until the ranks agree to stop; return the reason to stop, or None."""
+        """Train to the end, or until the ranks agree to stop. Returns the reason to stop, or None at the end."""
         train, state, world = self.config.train, self.state, self.world
         skipped = SkippedGroups(self.config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
@@ -227,7 +227,7 @@ class Trainer:
         self._idle.recorded(metrics)
 
     def _evaluate(self, tracker: Any) -> bool:
-        """Evaluate between steps; return True if the result is the best so far by train.save_best."""
+        """Evaluate between steps, and return True if the result is the best so far according to train.save_best."""
         self.pulse.mark("evaluation", self.state.step)
         results, _ = self.evaluator(self.data.splits)
         outcomes = self.evaluator.ask() if self.data.benchmarks else {}
@@ -238,7 +238,7 @@ class Trainer:
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
     ) -> dict[str, float]:
-        """Log and print the headlines of an evaluation; returns all of its metrics."""
+        """Log an evaluation, print its headlines, and return all of its metrics."""
         benchmarks = self.data.benchmarks
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
         if metrics:
@@ -250,7 +250,7 @@ class Trainer:
         return metrics
 
     def _finish(self, tracker: Any) -> None:
-        """Export, evaluate every split, write tables and figures.
+        """Export, evaluate every split, and write tables and figures.
 
         The export comes first, so that no later failure withholds the trained model from the user. If the export itself fails, its error is
         raised after the evaluation has been written.
@@ -290,7 +290,7 @@ class Trainer:
                 tracker.artifact(self._run_dir / FOLDER / result.place / RESULTS, f"{FOLDER}/{result.place}")
             if results:
                 first = summary_of(config, step, results, changes)
-                print_line(f"{first}\n\nall metrics: {self._run_dir / 'results.md'}")  # also with --quiet
+                print_line(f"{first}\n\nall metrics: {self._run_dir / 'results.md'}")  # even with --quiet
             if benchmark_results:
                 print_line("\n".join([*([""] if results else []), overview(benchmark_results), "", *map(summary, benchmark_results)]))
         if failed is not None:

@@ -55,7 +55,7 @@ def validate(config: RunConfig, world: World | None) -> None:
 
 
 def _refuse_beside_yaml(config: RunConfig, with_data: bool) -> None:
-    """Raise ConfigError for a path that does not exist in the working folder but does beside the YAML file."""
+    """Raise ConfigError for a path that does not exist in the working folder but does exist next to the YAML file."""
     data, paths = config.data, [config.model.name_or_path]
     for data_set in (*data.train_sets.values(), *data.evaluation_sets.values(), *data.benchmark_sets.values()) if with_data else ():
         roots = [data_set.root] if isinstance(data_set.root, str) else data_set.root or []

@@ -1,4 +1,4 @@
-"""Duplicate pictures and texts, exact or near by a perceptual hash: within a set, across its splits, and in benchmarks."""
+"""Duplicate pictures and texts within a set, across its splits, and in benchmarks. Near duplicates are found with a perceptual hash."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
 @dataclass(frozen=True)
 class Look:
-    """Digest of a picture's file and perceptual hash of the picture."""
+    """Hashes of a picture: the digest of its file, and its perceptual hash."""
 
     path: Path
     digest: bytes
@@ -36,7 +36,9 @@ class Look:
 
 @dataclass(frozen=True)
 class Pair:
-    """Indices of two equal or nearly equal pictures in two sequences, and the number of differing bits, -1 for the same file."""
+    """Indices of two equal or nearly equal pictures in two sequences, and the number of bits in which their hashes differ, or -1 for the
+    same file.
+    """
 
     first: int
     second: int
@@ -44,7 +46,7 @@ class Pair:
 
 
 def look(path: Path) -> Look | str:
-    """Hash a picture, or return why it cannot be read."""
+    """Hash a picture, and return its hashes, or the reason why it cannot be read."""
     try:
         return Look(path, content_digest(path), perceptual_hash(open_image(path)))
     except (DataError, OSError, ValueError) as error:
@@ -81,7 +83,7 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
-    """Return every eight consecutive words of a text; of a text of four to seven words, all of them."""
+    """Return every run of eight consecutive words of a text. A text of four to seven words is itself a run; a shorter one has none."""
     tokens = [word for word in words(text) if word.isalnum()]
     return {tuple(tokens[k : k + GRAM]) for k in range(max(1, len(tokens) - GRAM + 1))} if len(tokens) >= 4 else set()
 

@@ -1,6 +1,6 @@
 """Thinning of a set until neither words, nor length, nor a scorer on a blank picture distinguish the true texts from the false ones.
 
-It uses the balance of words of the back end rules (propose/balance.py), with length and the scorer's guess as two additional words.
+It balances words as the back end ``rules`` does (propose/balance.py), with length and the scorer's guess as two additional words.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
 
 
 def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:
-    """Write the groups that stay, and return a sentence with the success of blind guesses on them. ``blind`` are the margins of a scorer
-    without a picture.
+    """Write the groups that are kept, and return a sentence that says how often blind guesses are right on them. ``blind`` are the margins
+    of a scorer without a picture.
 
-    Raises ConfigError if no group can stay.
+    Raises ConfigError if no group can be kept.
     """
     pairs = [text_pairs(group) for group in groups]
     cues: dict[str, Sequence[float]] = {"length": [sum(len(new) - len(old) for old, new in texts) for texts in pairs]}
@@ -49,7 +49,7 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
             moves += [(k, word, 1 if word in new else -1) for word in sorted(old ^ new)]
     _, shares = balanced(moves, len(groups), exact=[(cue,) for cue in cues])
     order = sorted(range(len(groups)), key=lambda k: (*signs[:, k], seed_of("refine", seed, groups[k].id)))
-    # groups with the same pattern of guesses are neighbours, so that the share of each pattern stays
+    # groups with the same pattern of guesses are neighbours, so that the share of each pattern stays the same
     kept = sorted(order[k] for k in sampled(shares[order], "refine", seed))
     if not kept:
         worst = max(cues, key=lambda cue: abs(right(cues[cue]) - 0.5))
@@ -67,7 +67,7 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
 
 
 def refined_file(file: Path, *inputs: str) -> None:
-    """Raise ConfigError if the output file is an input, or another program's."""
+    """Raise ConfigError if the output file is an input, or was written by another program."""
     own_output(file, _is_refined, "audit --refine", *inputs, option="--refine")
 
 

@@ -83,7 +83,7 @@ class _Set:
 def audit(
     manifests: Sequence[str], root: Root, format: str, options: AuditOptions, say: Say, score: Score | None = None
 ) -> tuple[Audit, list[_Set]]:
-    """Audit all groups and pictures of some manifests, which are the splits of one set."""
+    """Audit all groups and pictures of the given manifests, which are the splits of one set. Returns the report and the splits."""
     report, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_read_set(name, store, broken, say) for name, store in stores.items()]
@@ -103,7 +103,9 @@ def audit(
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """Hash every picture of a split; the problem of an unreadable one is added to ``broken`` under the id of a group."""
+    """Hash every picture of a split, and return the split. The problem of an unreadable picture is added to ``broken``, under the id of a
+    group that shows it.
+    """
     owners: dict[Path, list[str]] = {}
     for group in groups:
         for image in group.images:
@@ -159,8 +161,8 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
-    """Report originals that several groups, and pictures that several splits show. Edits of one picture resemble each other and are left
-    out.
+    """Report originals that occur in several groups, and pictures that occur in several splits. Edits of one picture resemble each other
+    and are left out.
     """
     originals = []
     for split in sets:
@@ -219,7 +221,7 @@ def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> Non
 
 
 def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
-    """Score all texts on a blank picture; returns, for each group, the mean margin of its true texts over its false ones."""
+    """Score all texts on a blank picture, and return for each group the mean margin of its true texts over its false ones."""
     margins: list[list[float]] = []
     for split in sets:
         progress = Progress(say, f"blind scores of {split.name}", len(split.groups), "groups")
@@ -241,7 +243,7 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """Write a page of the groups that a fault names to the folder OUT, with report.md and report.json."""
+    """Write a page of the groups that a fault names into the folder ``out``, with report.md and report.json."""
     about: dict[str, list[str]] = {}
     for sentence, ids in report.faults:
         for name in ids:

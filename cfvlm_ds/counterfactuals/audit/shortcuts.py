@@ -1,5 +1,5 @@
-"""Shortcuts: classifiers that detect counterfactual texts by words or length, and edited pictures by their grain, without regard to their
-content.
+"""Shortcuts: classifiers that detect counterfactual texts from their words or length, and edited pictures from their grain, without regard
+to whether text and picture match.
 
 Each classifier is fitted on half of the groups and evaluated on the other half; all groups of a source are in the same half.
 """
@@ -48,7 +48,7 @@ _ONE_HALF = "one half has no pair to fit, or to judge: too few pictures"
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the area under the ROC curve, with ties as one half, and the interval of Hanley and McNeil (1982)."""
+    """Compute the area under the ROC curve, with ties as one half, and the two ends of the interval of Hanley and McNeil (1982)."""
     from scipy.stats import rankdata
 
     ranks = rankdata([*positive, *negative])
@@ -61,7 +61,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, fl
 
 
 def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
-    """Classify by length in characters, without fitting: only the direction is chosen, by the better result."""
+    """Classify by length in characters, without fitting; only the better of the two directions is chosen."""
     longer = [len(new) for _, new in pairs], [len(old) for old, _ in pairs]
     area, low, high = auc(*longer)
     if area < 0.5:

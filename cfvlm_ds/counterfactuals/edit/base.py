@@ -1,4 +1,4 @@
-"""Interface of picture editors: their tasks and results, and the checks of pictures from outside."""
+"""Interface of picture editors: their tasks and results, and checks of pictures that come from outside."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Task:
     mask: Path | None = None
 
     def image(self) -> Image.Image:
-        """Open the picture, RGB and upright. Raises DataError."""
+        """Open the picture, in RGB and upright. Raises DataError."""
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Open the mask, white where the picture may change; None if there is none. Raises DataError for another size."""
+        """Open the mask, which is white where the picture may change. Returns None if there is none. Raises DataError for another size."""
         if self.mask is None:
             return None
         mask = open_image(self.mask).convert("L")
@@ -66,7 +66,7 @@ class Refused:
 class Editor:
     """Back end of `data edit`, constructed with the options of the step.
 
-    ``varies`` is true if another seed gives another picture, so that further attempts are useful. ``threads`` is the number of concurrent
+    ``varies`` is true if another seed gives another picture, so that repeated attempts are useful. ``threads`` is the number of concurrent
     tasks.
     """
 
@@ -79,16 +79,16 @@ class Editor:
         return {"version": 1}
 
     def takes(self, task: Task) -> bool:
-        """Return whether this editor accepts an edit, judged by its words alone."""
+        """Return whether this editor accepts an edit, judging only by its words."""
         return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
-        """Return the edited picture, as large as the original; None for an edit of the text alone."""
+        """Return the edited picture, as large as the original, or a refusal; None if only the text is edited."""
         return None
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
-    """Return the file of a folder that an id names, or None if there is none or the id cannot be a file name."""
+    """Return the file in ``folder`` that is named by the id ``name``, or None if there is none or the id cannot be a file name."""
     for suffix in suffixes:
         try:
             path = own_file(folder, f"{name}{suffix}", f"the id {name!r}")
@@ -100,7 +100,7 @@ def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", 
 
 
 def opened(path: Path, shown: str) -> Picture | Refused:
-    """Open the picture of a file; a refusal calls the file ``shown``."""
+    """Open a picture file. The message of a refusal calls the file ``shown``."""
     try:
         return Picture(open_image(path))
     except DataError as error:

@@ -1,6 +1,6 @@
 """Diffusion pipelines of the diffusers library: instruction editing, inpainting, and generation of a new picture from the text.
 
-The kind of a pipeline is determined by the parameters of its call: a mask, a picture, or neither.
+The parameters of a pipeline's call determine its kind: it takes a mask, a picture, or neither.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from cfvlm_ds.counterfactuals.options import EditOptions
 
 _MULTIPLE = 32  # pixels; every known pipeline accepts sides that are multiples of it
 OLDEST = "0.42.1"
-"""As in pyproject.toml. Before 0.38, diffusers runs code in a pipeline's folder; before this version, it imports any module that the
-folder names."""
+"""Oldest supported version, as in pyproject.toml. Before 0.38, diffusers runs code in a pipeline's folder; before this version, it imports
+any module that the folder names.
+"""
 
 
 class Diffusers(Editor):
@@ -103,7 +104,7 @@ class Diffusers(Editor):
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """Repeat the last row and column of a picture until its sides fit a pipeline."""
+    """Pad a picture by repeating its last row and column, until a pipeline accepts its sides."""
     pixels = np.asarray(image)
     sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
     return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))

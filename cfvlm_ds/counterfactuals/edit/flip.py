@@ -1,4 +1,4 @@
-"""Mirror images: exact counterfactuals of left and right, unless something in the picture shows that it is mirrored."""
+"""Mirror images: exact counterfactuals of left and right, unless something in the picture, such as lettering, shows that it is mirrored."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Command(Editor):
             return Refused(problem) if problem else opened(output, "the command's picture")
 
     def _run(self, words: list[str], errors: Path) -> str:
-        """Run the command; returns why it failed, or "". A command that is stopped is killed with all its child processes."""
+        """Run the command, and return why it failed, or "". A command that is stopped is killed with all its child processes."""
         with open(errors, "w+b") as error_output:
             try:
                 process = subprocess.Popen(

@@ -39,7 +39,7 @@ class Unit(NamedTuple):
 
 
 def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None = None) -> dict[str, Any]:
-    """Edit the pictures of a shard; returns its completion record. Finished work of an earlier call is not repeated."""
+    """Edit the pictures of a shard, and return its completion record. Finished work of an earlier call is not repeated."""
     names = checked(options)
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
@@ -73,7 +73,7 @@ def checked(options: EditOptions) -> list[str]:
 
 
 def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
-    """Yield the attempts in order: one at each edit, or all of them if its editor's results vary."""
+    """Yield the attempts in order: one for each edit, or ``options.attempts`` if its editor's results vary."""
     masks = Path(options.masks) if options.masks else None
     for line in work.records("propose", shard):
         for proposal in line.get("edits", ()):
@@ -178,6 +178,6 @@ class _Tar(Journal):
         self.close()
 
     def add(self, name: str, content: bytes) -> dict[str, int]:
-        """Append a picture and return its place. Its record is written afterwards."""
+        """Append a picture, and return its offset and length. Its record is written afterwards."""
         start = self.append(tar_member(name, content))
         return {"start": start + tarfile.BLOCKSIZE, "length": len(content)}

@@ -1,4 +1,4 @@
-"""Balance of words: probabilities with which edits are kept, so that words do not distinguish counterfactuals from originals.
+"""Balance of words: the probability with which each edit is kept, chosen so that words do not distinguish counterfactuals from originals.
 
 A word that edits introduce more often than they remove reveals counterfactuals. Each word has a price; an edit from s to t is kept with
 probability min(1, price of t / price of s). The prices are chosen such that every word is introduced as often as removed, up to chance.
@@ -22,8 +22,8 @@ Numbers = npt.NDArray[Any]
 
 
 class Edit(Protocol):
-    """An edit with its type, and the words that it removes (``gone``) and introduces (``come``); both are empty if words only change
-    places.
+    """An edit with its type, and the words that it removes (``gone``) and introduces (``come``); both are empty if words only exchange
+    their positions.
     """
 
     @property
@@ -40,8 +40,8 @@ Prices = Mapping[str, Mapping[str, float]]
 
 
 def share(edit: Edit, prices: Prices) -> float:
-    """Compute the probability with which an edit is kept: 1 if its type has no prices or words only change places, 0 if a word has no
-    price.
+    """Compute the probability with which an edit is kept: 1 if its type has no prices or words only exchange their positions, 0 if a word
+    has no price.
     """
     if edit.type not in prices or not edit.gone:
         return 1.0
@@ -59,9 +59,9 @@ def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> li
 
 
 def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
-    """Draw places, each with its probability, by systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
+    """Draw indices, each with its probability, by systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
 
-    One random number is drawn for all. Of any consecutive places, the number drawn is the sum of their probabilities, up to rounding.
+    One random number is drawn for all. Among any consecutive indices, the number drawn is the sum of their probabilities, up to rounding.
     """
     remaining, places = seed_of(*purpose) / 2.0**63, []
     for k, share in enumerate(shares):
@@ -73,7 +73,7 @@ def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
 
 
 def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
-    """Compute the prices for the edits of some captions, of which at most ``most`` of a type are kept."""
+    """Compute the prices for the given edits of captions; of a caption, at most ``most`` edits of a type are kept."""
     moves, together = list[Move](), list[int]()
     for number, edits in enumerate(captions):
         for edit in edits:
@@ -94,7 +94,7 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
 
 
 Move = tuple[int, Any, int]
-"""Number of an edit, a word, and 1 if the edit introduces the word, -1 if it removes it."""
+"""Index of an edit, a word, and 1 if the edit introduces the word, -1 if it removes it."""
 
 
 def balanced(
@@ -102,8 +102,8 @@ def balanced(
 ) -> tuple[dict[Any, float], Numbers]:
     """Compute the logarithm of each word's price, and the probability with which each edit is kept.
 
-    No word is introduced more or less often than removed by more than one standard deviation of a count; words of ``exact`` are exactly
-    balanced.
+    For each word, the numbers of introductions and removals differ by at most one standard deviation of a count; for words of ``exact``,
+    they are equal.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T

@@ -28,8 +28,8 @@ class Source:
 class Proposal:
     """A counterfactual caption that differs in one thing.
 
-    ``source`` and ``target`` are the words that changed, ``instruction`` is for an editor of pictures. ``picture`` is a real picture that
-    the text describes.
+    ``source`` and ``target`` are the words before and after the change; ``instruction`` is for an editor of pictures. ``picture`` is an
+    existing picture that the text describes, or None.
     """
 
     type: str
@@ -51,7 +51,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A rejected proposal, with the reason; ``failed`` if there was no reply."""
+    """A rejected proposal, with the reason. ``failed`` is true if there was no reply."""
 
     back_end: str
     reason: str
@@ -79,7 +79,7 @@ class Proposer(Protocol):
     def settings(self) -> Mapping[str, Any]: ...
 
     def propose(self, source: Source) -> Found:
-        """Propose edits for a source, in any order. The result depends on the source and the settings alone."""
+        """Propose edits for a source. Sources may come in any order: the result depends only on the source and the settings."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Edit rules for a caption, by its parse and by lists of words. They favour precision: few edits, nearly all of them correct."""
+"""Edit rules for a caption, based on its parse and on lists of words. They favour precision: few edits, nearly all of them correct."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
 )
 
 Change = tuple[dict[int, str], str]
-"""New words by place, and the instruction for an editor of pictures."""
+"""New words keyed by the index of the old one, and the instruction for an editor of pictures."""
 
 _KINDS = {"colour": COLOURS, "size": tuple(SIZES), "material": MATERIALS, "texture": TEXTURES}
 _ALIKE = {word: {other for group in LISTS["colours_alike"] if word in group.split() for other in group.split()} for word in COLOURS}
@@ -82,7 +82,7 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether the caption names another thing with which to compare the size: a picture of a single ball shows no size."""
+    """Return whether the caption names another thing with which the size can be compared. A picture of a single ball shows no size."""
     if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
     return any(noun != described(size) and _singular(noun) not in word_set("scenery") for noun in caption.nouns())
@@ -143,7 +143,7 @@ def _object(caption: Caption) -> Iterator[Change]:
 
 
 def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
-    """Return whether the words around a noun allow another noun."""
+    """Return whether the words around a noun allow replacing it with another noun."""
     kept = {*by_word("kept_beside").get(category, ()), *by_word("kept_beside").get(one, ())} - {*NOUNS.get(one, ())}
     if caption.said & kept or (category != "person" and caption.said & {"it", "its", "them"}):
         return False
@@ -219,7 +219,7 @@ def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
 
 
 def _instead(places: list[int], phrase: str) -> dict[int, str]:
-    """Return the changes that replace a phrase by another one, which may have more words or fewer."""
+    """Return the changes that replace a phrase with another one, which may have more or fewer words."""
     words = phrase.split()
     words = [*words[: len(places) - 1], " ".join(words[len(places) - 1 :])]
     return {place: words[k] if k < len(words) else "" for k, place in enumerate(places)}

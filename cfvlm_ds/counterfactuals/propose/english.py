@@ -1,4 +1,4 @@
-"""Dependency parse of a caption, by spaCy and its small English pipeline, and queries for nouns, verbs and phrases."""
+"""Dependency parse of a caption, made with spaCy's small English pipeline, and queries for nouns, verbs and phrases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
 
 @functools.cache
 def parser() -> Any:
-    """Load the parser, once. Raises ConfigError if spaCy or its pipeline is missing."""
+    """Load the parser once, and return it. Raises ConfigError if spaCy or its pipeline is missing."""
     try:
         import spacy
     except ImportError as error:
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def article(following: str) -> str:
-    """Return ``a`` or ``an``, by the sound of the following word."""
+    """Return ``a`` or ``an``, depending on the sound of the following word."""
     word = following.lower()
     if word.startswith(_SOUNDS_LIKE_A):
         return "a"
@@ -50,14 +50,14 @@ def article(following: str) -> str:
 
 
 def like(word: str, model: str) -> str:
-    """Return a word with the capitalisation of another one."""
+    """Return a word with the capitalisation of ``model``."""
     if len(model) > 1 and model.isupper():
         return word.upper()
     return word[:1].upper() + word[1:] if model[:1].isupper() else word
 
 
 class Caption:
-    """A caption with its parse: ``doc`` are spaCy's tokens, ``said`` is the set of their texts in lower case."""
+    """A caption with its parse: ``doc`` holds spaCy's tokens, and ``said`` the set of their texts in lower case."""
 
     def __init__(self, text: str) -> None:
         self.text, self.doc = text, _parsed(text)
@@ -68,7 +68,7 @@ class Caption:
         names = {token.i for token in self.doc if token.pos_ == "PROPN" and token.text[0].isupper()}
         compound = {token.i + side for token in self.doc if token.text == "-" for side in (-1, 1)}
         self.fixed = names | compound | {*range(min(first, lettering), len(self.words))}
-        """Places that must not change: names, parts of a compound, lettering in the picture, and any sentence after the first."""
+        """Indices of words that must not change: names, parts of a compound, lettering in the picture, and any sentence after the first."""
 
     @property
     def is_definition(self) -> bool:
@@ -77,11 +77,11 @@ class Caption:
         return any(child.dep_ == "nsubj" and child.pos_ != "PRON" for verb in verbs for child in verb.children)
 
     def word(self, place: int) -> str:
-        """Return the word at a place; empty beyond both ends."""
+        """Return the word at an index; "" before the first and after the last word."""
         return self.words[place] if 0 <= place < len(self.words) else ""
 
     def places(self, start: int, end: int) -> list[int]:
-        """Return the places of the words between two characters."""
+        """Return the indices of the words between two character offsets."""
         return [token.i for token in self.doc if start <= token.idx < end]
 
     def nouns(self) -> Iterator[Any]:
@@ -89,7 +89,7 @@ class Caption:
         return (token for token in self.doc if token.pos_ == "NOUN" and token.dep_ not in ("compound", "nmod", "poss"))
 
     def with_words(self, changes: Mapping[int, str]) -> str:
-        """Return the caption with other words at some places (an empty one deletes the word) and adjusted articles."""
+        """Return the caption with the given words at their indices (an empty one deletes the word) and with adjusted articles."""
         replacements = dict(changes)
         for place, new in changes.items():
             if new and self.word(place - 1) in ("a", "an"):

@@ -1,5 +1,5 @@
-"""Language model back end: edits proposed over an OpenAI-compatible API. Replies are untrusted data, and every edit is judged by the
-package's own rules.
+"""Language model back end: edits are proposed by a server with an OpenAI-compatible API. Replies are untrusted data, and every edit is
+judged by the package's own rules.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class LanguageModel:
         return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
-        """Count a failed request: a single one is a failure of its caption, many in a row end the step, which can be resumed later.
+        """Count a failed request. A single failure affects only its caption; many in a row end the step, which can be resumed later.
 
-        Raises ConfigError for a server that cannot be reached or does not answer usably.
+        Raises ConfigError for a server that cannot be reached or does not give a usable answer.
         """
         with self._lock:
             self._in_a_row += 1

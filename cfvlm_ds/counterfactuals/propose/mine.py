@@ -1,6 +1,6 @@
 """Mined counterfactuals: two pictures of the user's own data whose captions differ in one word, such as two colours.
 
-An index of all captions with one word left open yields the pairs; each pair is proposed once, by the source with the smaller id.
+An index of all captions with one word left open yields the pairs; each pair is proposed once, for the source with the smaller id.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 VERSION = 4
 _LOOKED_AT = 256
-"""Largest number of rows, drawn if there are more, that a caption is compared with for each open word."""
+"""Largest number of rows with which a caption is compared for each open word. If there are more, evenly spaced ones are taken."""
 _LISTS: dict[str, frozenset[str]] = {
     "colour": frozenset(v.COLOURS), "size": frozenset(v.SIZES), "material": frozenset(v.MATERIALS), "texture": frozenset(v.TEXTURES),
     "count": frozenset(v.NUMBERS), "object": frozenset(v.NOUNS), "action": frozenset(v.ACTIONS),

@@ -1,4 +1,4 @@
-"""Rules back end: edits of a caption by its parse and closed lists of words. It favours precision over the number of edits."""
+"""Rules back end: edits of a caption, based on its parse and on closed lists of words. It favours precision over the number of edits."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit that the rules allow: new words by place, the words that it removes and introduces (empty if words only change places), and
-    the instruction for an editor of pictures.
+    """An edit that the rules allow: new words keyed by the index of the old one, the words that it removes and introduces (empty if words
+    only exchange their positions), and the instruction for an editor of pictures.
     """
 
     type: str

@@ -20,7 +20,7 @@ _ENTRY = "S20"
 
 
 def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
-    """Yield, for each word of a caption, the key of the caption without it, its place, and the word."""
+    """Yield, for each word of a caption, the key of the caption without it, its index, and the word."""
     tokens = words(caption)
     if not _SHORTEST <= len(tokens) <= _LONGEST:
         return
@@ -42,8 +42,8 @@ class SlotIndex:
         self._entries = np.memmap(path, _ENTRY, "r") if path.stat().st_size else np.empty(0, _ENTRY)
 
     def rows(self, key: bytes, word: str, most: int, start: int) -> list[int]:
-        """Return at most ``most`` rows with a key and another word in its place, beginning at a drawn place; if there are more, each word
-        keeps its share.
+        """Return at most ``most`` rows with a key and an open word other than ``word``. If there are more, evenly spaced ones are returned,
+        from an offset that ``start`` determines, so that each word keeps its share.
         """
         of_word, end = key + _hash(word, 4), b"\xff" * 12
         first, before = (int(place) for place in self._entries.searchsorted(np.array([key, of_word], _ENTRY)))

@@ -24,7 +24,8 @@ Say = Callable[[str], object]
 
 
 def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int = 1) -> dict[str, Any]:
-    """Propose edits for shard number ``shard`` of ``of``; returns its completion record. Finished work of an earlier call is not repeated.
+    """Propose edits for shard number ``shard`` of ``of``, and return its completion record. Finished work of an earlier call is not
+    repeated.
 
     Raises ConfigError for options that are unknown or differ from those of the work folder.
     """
@@ -89,7 +90,9 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """Yield the sources at some places, with an error in place of one whose id occurred before, because histories are identified by it."""
+    """Yield the sources of the rows ``places``. A source whose id occurred before is replaced by an error, because histories are identified
+    by that id.
+    """
     seen = set[int]()
     for place in places:
         for source in sources(store, [place]):

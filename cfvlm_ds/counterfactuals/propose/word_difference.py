@@ -26,12 +26,12 @@ _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa
     6 six, 7 seven, 8 eight, 9 nine, 10 ten, car automobile, laptop notebook, trousers pants, jumper sweater, lorry truck, wood wooden
     taxi cab, mug cup, sitting seated, donut doughnut, donuts doughnuts"""
 SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",").split(",")) for word in group.split()}
-"""Word -> a number that synonyms share: an exchange of synonyms is not a change, and is never proposed."""
+"""Word -> a number that synonyms share: exchanging synonyms is not a change, and is never proposed."""
 
 _EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
     has have with i we you he she they which who"""
 EMPTY_WORDS = frozenset(_EMPTY.split())
-"""Words whose change alone cannot be seen in a picture."""
+"""Words whose change cannot be seen in a picture if nothing else changes."""
 
 
 @functools.lru_cache(256)
@@ -63,7 +63,7 @@ def difference(caption: str, text: str) -> Difference:
 
 
 def defect(caption: str, text: str, kind: str) -> str | None:
-    """Return why a text is not a counterfactual of a caption, judged by its words, or None."""
+    """Return the reason why a text is not a counterfactual of a caption, or None if it is one. Only the words are compared."""
     if not text.strip():
         return "no text"
     if printable(text) != text or len(text) > MOST_CHARACTERS:
@@ -93,7 +93,7 @@ def defect(caption: str, text: str, kind: str) -> str | None:
 
 
 def _uncounted(side: Sequence[str]) -> list[str]:
-    """Return the words without numbers, and with nouns and verbs in one form."""
+    """Return the words without numbers, and with the different forms of a noun or verb made equal."""
     kept = [
         word
         for word in side

@@ -51,8 +51,8 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
-"""Types whose frequencies are the same for all rows within the context window. ``longrope`` chooses them by the longest position of a row,
-and phimoe's ``long_mscale`` scales those of any type by it.
+"""Types of rotary position embedding whose frequencies are the same for all rows within the context window. ``longrope`` chooses them by
+the largest position in a row, and phimoe's ``long_mscale`` scales those of any type by it.
 """
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")
 """Layer types that rows of trees support. ``chunked_attention`` and its length scaling count from the row's first token."""

@@ -1,8 +1,8 @@
 """Gemma 3 and 4: layers with a sliding window between full ones, and bidirectional attention among the tokens of a picture.
 
-Gemma 3 has a SigLIP tower with a fixed number of visual tokens; its picture attention is bidirectional in all layers. Gemma 4 has a tower
-of its own with a budget of visual tokens. Its larger models have bidirectional picture attention in layers with a window, its smaller ones
-have none.
+Gemma 3 has a SigLIP tower with a fixed number of visual tokens; its picture attention is bidirectional in all layers. Gemma 4 has a
+different tower, with a budget of visual tokens. Its larger models have bidirectional picture attention in layers with a window, its smaller
+ones do not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sound(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def in_windows(config: PreTrainedConfig) -> Whole:
-    """Return the layers with bidirectional picture attention: those with a window, if the configuration enables it."""
+    """Return the layers with bidirectional picture attention: those with a window if the configuration enables it, otherwise none."""
     return "windows" if config.get_text_config().use_bidirectional_attention == "vision" else "nowhere"
 
 

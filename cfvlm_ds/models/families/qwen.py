@@ -28,7 +28,7 @@ from cfvlm_ds.models.visual_token_limits import pixels
 
 
 def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
-    """Return position ids [3, P] (time, height, width): text advances all axes together, and a visual token has its place in the grid.
+    """Return position ids [3, P] (time, height, width): text advances all axes together, and a visual token has its position in the grid.
 
     Text after an image continues at the largest position plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is (t,
     h, w) in patches, before merging.
