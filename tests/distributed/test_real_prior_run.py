@@ -43,7 +43,7 @@ def test_every_part_and_the_tables(tmp_path, monkeypatch):
     bench.main([*options, "--parts", "model", "pictures", "base"])
     assert started == ["evaluated-language_model", "tower", "base", "evaluated-base"]
     bench.main([*options, "--parts", "arms"])
-    found: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")}
+    found: dict[str, Any] = bench.read_records(tmp_path / "records" / bench.RUNS)
     assert found.keys() == {"pictures", "language_model", "base", "dpo-5e-4-seed0", "default-5e-4-seed0", "default-retain-5e-4-seed0"}
     assert found["default-5e-4-seed0"]["steps"] == 2 and found["dpo-5e-4-seed0"]["steps"] == 4, "equal processor seconds"
     trained = read_rows(tmp_path / "out" / "arm-default-retain-5e-4-seed0" / "metrics.jsonl")
