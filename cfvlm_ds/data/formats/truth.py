@@ -1,8 +1,8 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names such a column (``label=COLUMN``). A column that is not named is refused if its name and values, or its values alone, are those
-of labels in public data sets, or if its name is that of false texts: the false texts would be learned as true, or lost. A row with a label is
-a claim; the claims about one picture, under one prompt, are one group.
+The user names such a column (``label=COLUMN``). A column that is not named is refused if its name and values, or its values alone, are
+those of labels in public data sets, or if its name is that of false texts: the false texts would be learned as true, or lost. A row with a
+label is a claim; the claims about one picture, under one prompt, are one group.
 """
 
 from __future__ import annotations
