@@ -43,7 +43,9 @@ def data_identity(
 
 @dataclass(frozen=True)
 class IdentityPart:
-    """Contribution of consecutive rows to an identity; ``order`` holds 16 bytes of each."""
+    """Contribution of consecutive rows to an identity. ``order`` has a hash of 16 bytes for each row's id. ``known`` is True if the
+    contents of all pictures are known.
+    """
 
     rows: int
     order: Any
@@ -80,13 +82,13 @@ def identity_part(
 
 
 def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
-    """Join consecutive parts."""
+    """Join consecutive parts into one."""
     sums = {name: sum(part.sums[name] for part in parts) % _MODULUS for name in SUMS}
     return IdentityPart(sum(part.rows for part in parts), b"".join(part.order for part in parts), all(part.known for part in parts), sums)
 
 
 def joined_identity(parts: Sequence[IdentityPart]) -> Identity:
-    """Join the parts of a complete data set, in order, to its identity."""
+    """Compute the identity of a complete data set from its parts, in order."""
     part = joined_part(parts)
     return {
         "rows": part.rows,
@@ -113,10 +115,10 @@ def digest(identity: Identity) -> str:
 
 
 def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str | None:
-    """Describe the difference of two identities, or return None if there is none.
+    """Describe the difference between two identities, or return None if there is none.
 
-    Pictures are compared by their contents if these are known on both sides, else by their paths. With ``of_scores``, order, labels and
-    weights are ignored: scores are stored by id and depend on texts and pictures only.
+    Pictures are compared by contents if these are known on both sides, else by path. With ``of_scores``, order, labels and weights are
+    ignored: scores are stored by id and depend only on texts and pictures.
     """
     if before["rows"] != now["rows"]:
         return f"the number of rows ({now['rows']}, was {before['rows']})"
@@ -137,7 +139,7 @@ def _hash(value: Any) -> int:
 
 
 def _inside(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
-    """Return the path relative to the first root that contains it."""
+    """Return the path relative to the first root that contains it, or the whole path if none does."""
     for prefix in prefixes:
         if picture.parts[: len(prefix)] == prefix:
             return "/".join(picture.parts[len(prefix) :])
