@@ -1,4 +1,4 @@
-"""Caption grammar: the claim of a caption about a scene, its phrasings, and the check whether a claim is true of a scene.
+"""Caption grammar: claims, which are the contents of captions, their phrasings, and the check whether a claim is true of a scene.
 
 A caption always mentions shape, colour and number of both things and their relation, and texture and size if they are not the default. An
 anchor and its counterfactuals use the same phrasing and the same mention order, so they differ only in the words of the edited factor.
@@ -28,8 +28,8 @@ PHRASINGS = (
     "{at} {x} and {at_other} {y}",
     "{of} {y} we see {x}",
 )
-"""Templates over two noun phrases x and y; the other fields are the relation of x to y, except ``at_other``, that of y to x. "{at} ..."
-keeps the bag of words when the relation is reversed."""
+"""Templates with two noun phrases x and y. The other fields are words for the relation of x to y, except ``at_other``, for that of y to x.
+"{at} ..." keeps the bag of words when the relation is reversed."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,7 @@ def true_keys(scene: Scene) -> list[str]:
 
 
 def parts(claim: Claim, phrasing: int) -> list[str]:
-    """Return the caption in pieces, with "" for unmentioned attributes: claims in one phrasing have corresponding pieces at the same
-    places.
-    """
+    """Return the pieces of a caption, with "" for unmentioned attributes. Claims in one phrasing have corresponding pieces at each index."""
     relation = claim.relation
     words = {
         "{x}": noun_phrase(claim.x),
@@ -141,7 +139,7 @@ def all_captions(seed: int, num_captions: int) -> list[str]:
 
 
 def noun(shape: str, count: int) -> str:
-    """Return the noun in its number: "star", "crosses"."""
+    """Return the noun in the singular or plural: "star", "crosses"."""
     return shape if count == 1 else shape + ("es" if shape.endswith("s") else "s")
 
 

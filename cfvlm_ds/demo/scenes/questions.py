@@ -1,8 +1,8 @@
 """Prompts about a scene: the request for a description, in several wordings, or a question that anchor and counterfactual answer
 differently.
 
-Both answers of a question are texts of one group that contains both pictures. A model that ignores the pictures therefore has one of the
-two right, whatever the question, its wording or the order of its options suggest.
+Both answers to a question are texts of one group that contains both pictures. A model that ignores the pictures is therefore right on
+exactly one of them, whatever the question, its wording or the order of its options suggest.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt with its texts, and the truth of each text about each scene (scenes x texts); text 0 is true of scene 0.
+    """A prompt with its texts, and the truth of each text about each scene (scenes x texts). Text 0 is true of scene 0.
 
-    ``keys`` and ``exclude`` are those of the group: the meaning of each text, and everything that is true of some scene.
+    ``keys`` and ``exclude`` are those of the group: the key of each text, and the keys of all texts that are true of one of its scenes.
     """
 
     candidates: tuple[Candidate, ...]
@@ -69,9 +69,9 @@ def describing(scenes: tuple[Scene, ...], num_texts: int, phrasing: int, a_first
 
 
 def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, rng: Random) -> Asked:
-    """Return a question of ``kind`` that scene 0 answers with text 0 and scene 1 with text 1; further scenes may have neither answer.
+    """Return a question of ``kind`` whose answer is text 0 for scene 0 and text 1 for scene 1. For other scenes, both may be false.
 
-    An answer is its own key.
+    Answers have no keys, so each answer is its own key.
     """
     exclude = set[str]()
     if kind == "yes_no":
@@ -112,7 +112,7 @@ def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str,
 
 
 def _options(scenes: tuple[Scene, ...], claims: list[Claim], phrasing: int, rng: Random) -> tuple[list[str], list[list[int]]]:
-    """Return two options and which of them each scene shows: the differing things, if only one thing differs, or the captions."""
+    """Return two options, and 1 or 0 for each scene and option: the captions or, if only one thing differs, possibly the two things."""
     pairs = [(one, two) for one, two in zip((claims[0].x, claims[0].y), (claims[1].x, claims[1].y), strict=True) if one != two]
     if len(pairs) == 1 and rng.random() < 0.5:
         present = [[int(_is_there(thing, scene)) for thing in pairs[0]] for scene in scenes]

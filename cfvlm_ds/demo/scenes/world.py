@@ -27,7 +27,7 @@ GRID = 48
 BACKGROUNDS = ("flat", "gradient", "stripes", "checker", "bricks", "noise")
 NUM_TONES = 6
 DISTRACTORS = ("dash", "corner")
-"""Marks that captions never mention, so that they stay true whatever the distractors are."""
+"""Kinds of marks that captions never mention, so distractors cannot make a caption false."""
 
 HELD_OUT = frozenset((COLOURS[(i + 2) % len(COLOURS)], shape) for i, shape in enumerate(SHAPES))
 

@@ -35,7 +35,7 @@ def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
 
 
 def sets(table: Iterable[Judged], key: Key) -> list[list[Judged]]:
-    """Return the sets of items with the same key, such as pairs, that are judged together. A pair drawn twice by a bootstrap is two sets."""
+    """Return the sets of items with the same key, such as pairs, that are judged together. A pair that is drawn twice is two sets."""
     return list(grouped(table, lambda judged: f"{judged.draw}\0{key(judged)}").values())
 
 

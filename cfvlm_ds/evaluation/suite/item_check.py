@@ -100,7 +100,7 @@ def checked_items(
 
 
 def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:
-    """Return the cells of an item that must fit the model. For generated answers, it is one cell with the item's first text as the answer."""
+    """Return the cells of an item that must fit the model. For generated answers, return one cell with the item's first text."""
     if isinstance(way, Generate):
         return (Candidate(way.asked(item), item.texts[0]),)
     return way.cells(item)  # the cells without question and picture are shorter
