@@ -68,7 +68,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Return the folders with the contents of a checkpoint but another name, and their steps, except leftovers of a killed save."""
+    """Return the folders that contain a checkpoint but have another name, with their steps. Leftovers of a killed save are left out."""
     renamed = []
     for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):
@@ -87,12 +87,12 @@ def newest(output_dir: Path) -> Path:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """Return the description in a complete checkpoint: ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
+    """Return the contents of complete.json, such as ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
     return read_json(path / COMPLETE)
 
 
 def incomplete(path: Path) -> str | None:
-    """Return the defect of a checkpoint folder, or None if every listed file exists in full. Contents are not read."""
+    """Return the defect of a checkpoint folder, or None if every listed file exists with its full size. Contents are not read."""
     try:
         described = description(path) if (path / COMPLETE).is_file() else {}  # reading a pipe would block
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}

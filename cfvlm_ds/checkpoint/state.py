@@ -36,7 +36,7 @@ class TrainState:
     retained: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def step_done(self, sampler: dict[str, Any]) -> None:
-        """Count a finished optimizer step; ``sampler`` is the position from which the data continue."""
+        """Count a finished optimizer step. ``sampler`` is the sampler's state after the step."""
         self.step += 1
         self.sampler = sampler
 
@@ -49,7 +49,7 @@ class TrainState:
         return True
 
     def note(self, **known: Any) -> None:
-        """Set values that become known later: the ``record`` of this start, its ``data``, its ``run_id``, or ``best`` to discard it."""
+        """Set attributes whose values become known later, such as ``record``, ``data`` or ``run_id``, or discard ``best``."""
         vars(self).update(known)
 
     def displacement(self, lp: float) -> float:

@@ -129,7 +129,7 @@ def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Format a group as a ``cfgroup/1`` row; the inverse of from_row.
+    """Convert a group to a ``cfgroup/1`` row. This is the inverse of from_row.
 
     Image paths are written relative to ``root``, or absolute if they are in another folder. ``meta``, if given, replaces the group's own.
     """
@@ -164,7 +164,7 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
 
 
 def _prompt(value: Any, where: str) -> Prompt:
-    """Parse a prompt: a string, or messages as ``spelled`` writes them."""
+    """Parse a prompt, which is a string or a list of messages in the form that ``spelled`` returns. Raises DataError."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):

@@ -38,13 +38,13 @@ Array = npt.NDArray[Any]
 
 
 class Lengths(Protocol):
-    """Row lengths in the tokens of a model; the collator implements it."""
+    """Protocol for lengths in tokens of a model, which the collator implements."""
 
     max_length: int
     """Context window of the model in tokens."""
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Return the number of tokens of prompt, pictures and text."""
+        """Return the number of tokens of prompt, pictures and text together."""
         ...
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Conversion of a data set of any known format to ``cfgroup/1`` rows with pictures by path."""
+"""Conversion of a data set of any known format to ``cfgroup/1`` rows, which name pictures by path."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _is_list(file: IO[bytes]) -> bool:
 
 
 def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], object], what: str = "rows") -> None:
-    """List the rows, or groups, that were left out; if there are none, remove the list of an earlier call."""
+    """Write the list of rows, or groups, that were left out. If there are none, remove the list of an earlier call."""
     if not problems:
         listed.unlink(missing_ok=True)
         return

@@ -1,4 +1,4 @@
-"""Image decoding of untrusted files: the size is checked before decoding, the result is always RGB, and every failure is a named error."""
+"""Image decoding of untrusted files: the size is checked before decoding, the result is always RGB, and every failure is a DataError."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_BYTES = 4 << 30
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-"""File name endings of these formats."""
+"""File name suffixes of the supported formats, without the dot."""
 _PIL_LIMIT = threading.Lock()
 
 

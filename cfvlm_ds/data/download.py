@@ -1,6 +1,6 @@
-"""Picture download: pictures that rows name by URL, or contain as base64 text, become files before training.
+"""Picture download: converts pictures that rows name by URL, or contain as base64 text, to files before training.
 
-No other module opens a connection for pictures. Each picture is limited in size and time, checked to be an image, and named by a hash of
+No other module fetches pictures over a network. Each picture is limited in size and time, checked to be an image, and named by a hash of
 its address, so that a second run fetches only the missing ones.
 """
 
@@ -29,7 +29,7 @@ from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
 from cfvlm_ds.data.manifest import local_path
 
 MAX_DOWNLOAD = 64 << 20
-"""Limit of a picture, in bytes."""
+"""Maximum size of a picture in bytes."""
 TIMEOUT_S, WHOLE_S, ATTEMPTS, PAUSE_S = 20.0, 120.0, 3, 1.0
 """Limits for one picture: seconds without an answer, seconds in total, and attempts at a busy server; then the pause between attempts."""
 COLUMNS = {

@@ -49,7 +49,7 @@ def as_meta(further: Any) -> str:
 
 
 def json_object(value: Any) -> dict[str, Any]:
-    """Parse a text that is a JSON object; return an empty object for any other value."""
+    """Parse a text that is a JSON object, and return {} for any other value."""
     if isinstance(value, str) and value.lstrip()[:1] == "{":
         try:
             parsed = json.loads(value)
@@ -76,7 +76,7 @@ def as_list(value: Any) -> Any:
 
 _ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|True|False|None)"""
 _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
-"""A list in Python's notation, as in the fields of published tables."""
+"""A list in Python's notation, which occurs in fields of published tables."""
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:

@@ -34,7 +34,7 @@ def data_identity(
     roots: Sequence[Path],
     pictures: PictureTable | None = None,
 ) -> Identity:
-    """Compute the identity of groups whose pictures are in ``roots`` (data_roots); it stays the same when the folders are moved.
+    """Compute the identity of groups whose pictures are in ``roots``. It does not change if these folders are moved.
 
     Edits are not part of it: they only name rows of result tables, and neither training nor scoring uses them.
     """
@@ -110,7 +110,7 @@ def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any
 
 
 def digest(identity: Identity) -> str:
-    """Hash an identity to 32 hexadecimal digits that name it."""
+    """Hash an identity to 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

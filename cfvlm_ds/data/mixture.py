@@ -1,6 +1,6 @@
 """Mixtures of sources: the source at each position of the stream of groups, computed only from the position.
 
-The stream is cut into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up. Which sources are
+The stream is divided into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up. Which sources are
 rounded up changes from window to window, so that in the long run every source has its exact share (systematic sampling with a start that
 advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number of ranks,
 and any position can be computed directly, because the number of draws before a window has a closed form.
@@ -26,7 +26,7 @@ from cfvlm_ds.data import permutation
 from cfvlm_ds.data.permutation import COMPUTED, TOGETHER, RowsTogether, permuted
 
 WINDOW = 1000
-"""Number of draws in which every source has its share, up to one draw."""
+"""Number of draws in a window, in which every source has its share to within one draw."""
 _TURN = 0x9E3779B97F4A7C15  # fraction of the golden ratio times 2**64; its multiples are evenly spaced on the circle
 _CIRCLE = 1 << 64
 _LEAST = Fraction(1, 10**9)  # smallest share, because positions are integers of 64 bits

@@ -82,7 +82,7 @@ class PrepareOptions:
 
 
 class Prepared(NamedTuple):
-    """Report of the check, and whether the store is complete."""
+    """Result of ``prepare``: the report of the check, and whether the store is complete."""
 
     report: CheckReport
     whole: bool
@@ -415,7 +415,7 @@ class _Files:
         return f"{self._kind}-{number:05}"
 
     def file(self, number: int, suffix: str) -> Path:
-        """Return the path of a file's record."""
+        """Return the path of a file's record or arrays, which have the given suffix."""
         return self._work / f"{self.name(number)}.{suffix}"
 
     def missing(self, shard: int = 0, of: int = 1) -> list[int]:

@@ -17,7 +17,7 @@ class Rows(Protocol):
 
     path: Path
     roots: tuple[Path, ...]
-    """Folders to which the names of a container's own pictures are relative."""
+    """Folders to which names of pictures within a container are relative; () for a file without such pictures."""
 
     def __len__(self) -> int: ...
 

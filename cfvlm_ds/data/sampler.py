@@ -1,12 +1,12 @@
 """Samplers: the assignment of groups to ranks and micro-batches; deterministic, resumable, and the same for every world size.
 
 The stream of a run is one epoch after another, each a permutation of all groups that depends only on (seed, epoch). With B =
-groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, across epoch
-borders: no batch is short and no group is dropped. Element j of those B goes to
+groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, even across
+epochs: no batch is short and no group is dropped. Element j of those B goes to
 
     micro-batch j // (groups_per_micro_batch * world_size)    of rank (j // groups_per_micro_batch) % world_size
 
-so the groups of a step depend on B and the position only, not on how B is factorised.
+so the groups of a step depend only on B and the position, not on how B is factorised.
 
 PackedSampler fills micro-batches by tokens instead: they differ in their number of groups, but hardly in their number of tokens.
 """
@@ -92,9 +92,7 @@ class GroupSampler:
             start += len(step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the micro-batches of this rank from the consumed position; ``gradient_accumulation_steps``
-        of them make a step. Never ends.
-        """
+        """Yield the micro-batches of this rank from the consumed position, ``gradient_accumulation_steps`` per step. Never ends."""
         for step in self.steps():
             yield from step[self.rank :: self.world_size]
 

@@ -129,7 +129,7 @@ def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:
 def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
     """Return the index of the first group of each row, then the number of groups; None for a format with one group per row.
 
-    ``over`` runs a function on chunks of the rows. Raises DataError for too many groups.
+    ``over`` applies a given function to chunks of the rows. Raises DataError for too many groups.
     """
     parts = getattr(convert, "parts", None)
     if parts is None:
@@ -158,7 +158,7 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
 
 def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[CounterfactualGroup]:
     """Convert a row to groups with picture paths as written. Its DataErrors do not name the row's location."""
-    groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple has the claims of several rows
+    groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple has the labelled texts of several rows
     return [groups] if isinstance(groups, CounterfactualGroup) else groups
 
 

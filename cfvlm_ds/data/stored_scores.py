@@ -1,7 +1,7 @@
 """Stored scores: reference and blind log-likelihoods of a manifest, written once by ``cfvlm-ds score`` and read by DPO and PMI runs.
 
-One JSON object per line: a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
-sha256}, then one line per group {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
+The first line of a file is a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
+sha256}. The others have one group each: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
 cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its own scores
 omits them. A line is read when its group is used.
 """
@@ -51,7 +51,8 @@ def write_scores(
     *,
     made_by: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the scores of every group under another name, and rename the file. Raises KeyError for a group without scores.
+    """Write the scores of every group to ``path``, which is replaced when the new file is complete. Raises KeyError for a group without
+    scores.
 
     ``data`` is the groups' identity (data_identity), which a reader compares with that of its own groups. ``made_by`` is the model's
     fingerprint.

@@ -1,7 +1,7 @@
 """Family checkpoints: small random models in each family's real on-disk format (configuration, safetensors, processor, tokenizer, chat
 template).
 
-They are for smoke tests of code and clusters, and their output is meaningless.
+They are meant for smoke tests of code and clusters. Their output is meaningless.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _GLM = (
 )
 
 Parts = tuple[Any, Any]
-"""(configuration or model, processor)"""
+"""A configuration or a model, and a processor."""
 t: Any = transformers
 """transformers as Any, because its constructors accept arguments that their signatures hide in ``**kwargs``."""
 
@@ -101,7 +101,7 @@ def _parts(
 
     Args:
         special: control tokens of the tokenizer; the first is the padding token unless ``named`` sets another.
-        end: control token at the end of a turn.
+        end: control token that ends a turn.
         template: chat template.
         text: configuration of the language model, in addition to _TEXT.
         vision: configuration of the vision tower.

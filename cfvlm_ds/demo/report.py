@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 MEASURED = Path(__file__).resolve().parent / "measured.json"
-"""Results of `python benchmarks/learning.py --report` on 1000 held-out pairs per edit type, in %, by split and edit type. ``base`` has those
-of the base model. ``nll`` (only the NLL on all pairs, in the same processor time) and ``default`` (this run's objective) have the
+"""Results of `python benchmarks/learning.py --report` on 1000 held-out pairs per edit type, in %, by split and edit type. ``base`` has
+those of the base model. ``nll`` (only the NLL on all pairs, in the same processor time) and ``default`` (this run's objective) have the
 number of ``seeds``, and ``mean``, ``lowest`` and ``highest`` over them."""
 
 

@@ -27,7 +27,7 @@ Place = tuple[int, tuple[int, ...]]
 
 
 class Packing:
-    """Groups under construction. Each set of pictures has at most one open group, whose texts are kept by their normalised form."""
+    """Groups under construction. Each set of pictures has at most one open group, whose texts are keyed by their normalised form."""
 
     def __init__(self) -> None:
         self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []
@@ -52,7 +52,7 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. A group needs one true cell, so its first cell is marked; the items hold the truth of all cells.
+        """Return the groups. A group needs one true cell, so its first cell is marked as true; the items have the truth of all cells.
 
         Raises DataError for more cells than a group can have.
         """

@@ -47,7 +47,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     """Return a row for each edit type, then one for their mean; [] if no group was measured both before and after.
 
     Groups are matched by id and content (``content_hash``). The metric is the first of ``HEADLINES`` that both sides have for at least one
-    of these groups. An accuracy is the number of comparisons won in all groups over the number made, and the mean row averages these
+    of these groups. An accuracy is the number of comparisons won in all groups divided by the number made, and the mean row averages these
     ratios. The interval is 1.96 standard errors of the difference, by the delta method with groups as independent units.
     """
     if not before or not after:
@@ -146,7 +146,7 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
     """
     first, others = read_accuracies(before), {str(path): read_accuracies(path) for path in after}
     for label, results in others.items():
-        if len(first) == len(results) == 1:  # one set, whatever a run or a file calls it
+        if len(first) == len(results) == 1:  # a single set is compared even if its names differ
             others[label] = {next(iter(first)): next(iter(results.values()))}
     tables = []
     if len(others) > 1:

@@ -28,7 +28,7 @@ QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
 """Number of comparisons below which quantiles say little."""
 _NATS = (0.5, 5.0)  # smallest and largest useful margin
-_MEASURED_TOKENS = 12  # caption length at which the weight 1 beside align was measured
+_MEASURED_TOKENS = 12  # caption length for which the weight 1 was measured, in a loss with align
 _LEAST_WEIGHT = 0.1
 _KNOWN = 10  # comparisons that an edit type needs to be used
 _LONGER = 1.5  # ratio of token counts that shows whether gaps grow with length

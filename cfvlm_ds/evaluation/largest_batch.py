@@ -37,7 +37,7 @@ def rehearse(
     *,
     shuffled: bool = False,
 ) -> None:
-    """Score the largest evaluation batches on every rank: the one with the most tokens and, if ``max_tokens`` divides batches, another one.
+    """Score the largest evaluation batches on every rank: the one with the most tokens and, if ``max_tokens`` is set, another one.
 
     The other batch is the one with the largest indivisible part, if that part exceeds ``max_tokens``. All batches that ``score_groups``
     will run are considered, with the same meaning of ``shuffled``. Raises the same errors as ``score_groups``, on all ranks.

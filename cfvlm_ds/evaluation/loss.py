@@ -85,7 +85,7 @@ class EvaluationLoss:
                     self._used[name] += used
                     if not used:  # keeps the first ones of the split
                         self._unused[name] = sorted([*self._unused[name], (number, group.id)])[:NAMED]
-            except Exception as error:  # a user's own term that trained must not stop the evaluation
+            except Exception as error:  # a user's own term must not stop the evaluation
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
     def reduce(self, world: World) -> LossFound:

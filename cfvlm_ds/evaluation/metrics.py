@@ -60,9 +60,9 @@ Matrix = list[list[float]]
 class Accuracy:
     """One row of a result table: an edit type, or the mean over edit types (``mean``, named ``all``). Accuracies are in %.
 
-    ``num`` counts the groups of the row; ``comparisons`` and ``groups`` count what each metric is computed from. The mean row has these
-    counts for all metrics, with 0 for a metric without any comparison in the split, which is then absent from ``metrics``. Its ``unused``
-    names a few of the groups that a metric cannot use.
+    ``num`` counts the groups of the row; ``comparisons`` and ``groups`` count those from which each metric is computed. The mean row has
+    these counts for all metrics, with 0 for a metric without any comparison in the split, which is then absent from ``metrics``. Its
+    ``unused`` names a few of the groups that a metric cannot use.
 
     ``blind`` holds ``pair`` and ``factual`` with a blank image instead of the pictures, and ``shuffled`` the same with another group's
     picture. They measure the language prior, and a tie counts as one half.
@@ -188,7 +188,7 @@ def _quad(s: Matrix, i: int, j: int, c: int, d: int) -> dict[str, bool]:
 
 
 _SINGLE = {"text": "pair", "image": "image_pair", "sham": "sham"}
-"""Kind of a comparison of two cells -> the metric that it counts for."""
+"""Kind of a comparison of two cells -> the metric for which it counts."""
 
 
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
@@ -211,7 +211,7 @@ def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
 
 
 def total_loss(losses: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return the weighted sum of the terms, or None if one of them could not be computed or no group counts in any."""
+    """Return the weighted sum of the terms, or None if one of them could not be computed or no term has a group."""
     weighted = [(term["weight"], term["value"]) for term in losses.values() if term["value"] is not None]
     return None if not weighted or any(term["lacking"] for term in losses.values()) else sum(weight * value for weight, value in weighted)
 
@@ -229,6 +229,6 @@ def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return each metric's mean over the rows that have it."""
+    """Return, for each metric, the mean over the rows that have it."""
     values = {metric: [row[metric] for row in rows if metric in row] for metric in METRICS}
     return {metric: sum(of_metric) / len(of_metric) for metric, of_metric in values.items() if of_metric}

@@ -96,7 +96,9 @@ def export_adapter(
         for name in adapters:
             alive()
             tensors[_saved_name(name)] = zero.tensor(name, torch.float32)
-        with create(partial / "adapter_model.safetensors") as handle:  # safetensors' save_file makes private files and raises no OSError
+        with create(
+            partial / "adapter_model.safetensors"
+        ) as handle:  # safetensors' save_file makes files that only their owner can read, and does not raise OSError
             handle.write(save(tensors, {"format": "pt"}))
         adapter_config = peft_config(model, family, modules, source, lora)
         adapter_config.inference_mode = True

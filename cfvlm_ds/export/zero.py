@@ -28,7 +28,7 @@ class ZeroWeights:
         self._read = 0
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield the weight in flat consecutive blocks. Each is a view of a mapped file and must not be kept."""
+        """Yield a weight in flat consecutive blocks. Each block is a view of a mapped file and must not be kept."""
         remaining = math.prod(self.weights[name].shape)
         for part in self.weights[name].parts:
             for start in range(part.start, part.stop, BLOCK):

@@ -1,4 +1,4 @@
-"""The objectives by name, and the combination of their sums into one loss.
+"""Objectives, keyed by name, and the combination of their sums into one loss.
 
 A new objective is one file with a frozen dataclass and one line in OBJECTIVES. Its fields are its options (``--objective.NAME.FIELD``).
 """
@@ -69,7 +69,7 @@ def batch_terms(objectives: Objectives) -> dict[str, int]:
 
 
 def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
-    """Return each objective's denominators on this layout, [P] each, to be summed over micro-batches and ranks."""
+    """Return the denominators of each objective on this layout, [P], which must be summed over micro-batches and ranks."""
     visible = {name: layout if objective.cells == "batch" else layout.own for name, objective in objectives.items()}
     return {name: torch.atleast_1d(objective.denominator(visible[name].of_objective(name))) for name, objective in objectives.items()}
 
@@ -81,7 +81,7 @@ def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
 
 
 def ramp(objective: Objective, progress: float) -> float:
-    """Return the factor of an objective's weight at ``progress`` (share of all steps done, 0 to 1)."""
+    """Return the factor by which warm-up multiplies an objective's weight at ``progress`` (share of all steps done, 0 to 1)."""
     return 1.0 if progress >= objective.warmup else progress / objective.warmup
 
 

@@ -1,4 +1,4 @@
-"""L_align: the NLL of true pairs and, optionally, an InfoNCE inside the group (CF-VLM, arXiv 2506.17267, section 3)."""
+"""L_align: the NLL of true pairs and, optionally, an InfoNCE within the group (CF-VLM, arXiv 2506.17267, section 3)."""
 
 from __future__ import annotations
 

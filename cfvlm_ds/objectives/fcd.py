@@ -18,7 +18,7 @@ class Fcd(MarginTerm):
 
     Args:
         symmetric: add h(m + max_k (S_0k - S_kk)): each counterfactual text must prefer its own image to the others. The two halves have a
-            weight of 1/2 each; in a group with only one half, that half counts in full. Without the second half, a counterfactual image is
+            weight of 1/2 each; in a group with only one of them, it has a weight of 1. Without the second half, a counterfactual image is
             never a positive, and a model that merely detects edits minimises the term. ``false`` is the paper's form.
         soft: temperature of a soft maximum, soft * (logsumexp_k(v_k / soft) - log K); 0 for the hard maximum.
     """

@@ -37,7 +37,7 @@ from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
 
 Fact: TypeAlias = tuple[str, str]
-"""A name and its value."""
+"""Name and value of a fact that the page shows."""
 Span: TypeAlias = tuple[int, int]
 """Range of characters: index of the first one, and of the one after the last."""
 

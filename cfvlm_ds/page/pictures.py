@@ -71,7 +71,7 @@ def reduced(image: Pillow.Image, longer: int = GRID) -> Grid:
 def difference(first: Grid, second: Grid) -> tuple[str, float]:
     """Compute the difference of two reduced pictures of the same shape: an SVG path on their grid, and the share of changed cells.
 
-    The path is empty if no cell differs visibly, or nearly all do.
+    The path is empty if no cell differs visibly, or if most cells do.
     """
     mask = np.abs(first.astype(np.int16) - second).max(2) > VISIBLE
     share, lines = float(mask.mean()), list[str]()

@@ -21,7 +21,7 @@ _ROWS = 64  # rows of a batch: 256 MB with pictures of 4 MB each
 _BYTES = 256 * MIB  # limit of a Parquet batch's uncompressed size, as its file states it: a few kB may become as many GB
 
 Named = Callable[[Any], str | None]
-"""Function from a pyarrow buffer to the name of its bytes in the file, or None if they are not in it."""
+"""Function from a pyarrow buffer to the name of its bytes in the file, or to None if they are not in the file."""
 
 
 def parquet_rows(path: Path) -> Rows:
@@ -38,14 +38,14 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Return a number of rows whose batch is at most _BYTES, if the rows of each row group have similar sizes."""
+    """Return a number of rows per batch, so that a batch has at most _BYTES if the rows of each row group have similar sizes."""
     parts = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     largest = max((part.total_byte_size / part.num_rows for part in parts if part.num_rows), default=0)
     return max(1, min(_ROWS, int(_BYTES / max(largest, 1))))
 
 
 def arrow_rows(path: Path) -> Rows:
-    """Yield the rows of an Arrow file, in the file or the stream format."""
+    """Yield the rows of an Arrow file, which is in the file format or in the stream format."""
     arrow = _pyarrow(path)
     open_regular(path).close()  # refuses a pipe
     with arrow.memory_map(str(path)) as mapped:
@@ -57,7 +57,7 @@ def arrow_rows(path: Path) -> Rows:
 
         number = 0
         for batch in _batches(mapped, arrow):
-            batch.validate(full=True)  # offsets may lead out of the file
+            batch.validate(full=True)  # offsets may point outside the file
             for start in range(0, len(batch), _ROWS):  # the file may have all rows in one batch
                 for row in _batch_rows(batch.slice(start, _ROWS), arrow, named):
                     number += 1

@@ -33,7 +33,7 @@ _EVERY_S = 1.0
 
 
 class _Address(NamedTuple):
-    """Name and revision of a data set, and its files: a path, whose last part may be a pattern."""
+    """Name and revision of a data set, and the path of its files, whose last part may be a pattern."""
 
     name: str
     revision: str
@@ -53,7 +53,7 @@ def fetched(
         raise DataError(f"{match[1]}://{match[2]} is an address on the network; {remedy}")
     if not is_hub(path):
         return Path(path)
-    path = re.sub("^hf:/+", "hf://", str(path))  # a Path joins the slashes
+    path = re.sub("^hf:/+", "hf://", str(path))  # a Path collapses the two slashes
     address = _read(path)
     record = cache_folder() / "hub" / f"{_named(address)}.json"
     if (folder := _cached_folder(record)) is None:

@@ -1,4 +1,4 @@
-"""Container kinds: the kind of a path, and the files that belong to it."""
+"""Container kinds: detection of the kind of a path, and of the files that belong to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfvlm_ds.data.containers.tar import tar_rows
 from cfvlm_ds.data.decoding import ENDINGS
 
 LINES = "jsonl"
-"""JSON lines, into which every other container is converted."""
+"""Kind of a file of JSON lines, into which every other container is converted."""
 
 CONTAINERS: dict[str, Callable[[Path], Rows]] = {
     "json": json_rows,
@@ -41,11 +41,11 @@ _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
 _OF_MODELS = ("config.json", "config.yaml")
 """Files by which a model folder or a run folder is recognised."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
-"""File name of a split's shard, as the hub and ``datasets`` number them."""
+"""Name of a shard of a split, in the numbering of the hub and of ``datasets``."""
 COMPRESSED = {
     ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
 }  # fmt: skip
-"""Ending of a compressed file -> command to unpack it."""
+"""Suffix of a compressed file -> command to unpack it."""
 _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 
 

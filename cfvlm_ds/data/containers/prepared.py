@@ -1,4 +1,4 @@
-"""Converted containers: a folder with rows.jsonl and the pictures that had to be copied, written once and reused.
+"""Converted containers: a folder with rows.jsonl and copied pictures, which is written once and reused.
 
 The folder's name contains a hash of the source files and their state. With several files, the number of rows of each is recorded. Row n is
 line n; a line that is a string instead of an object is the error of its row. The folder is written under another name and renamed when it
@@ -24,7 +24,7 @@ from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of, sources_state
 from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
 from cfvlm_ds.data.picture_file import part_name, tar_member
 
-_FORM = 3  # version of the written files; a new one makes every folder obsolete
+_FORM = 3  # version of the written files; a new version makes existing folders obsolete
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
 """Ending of the folder's name."""

@@ -11,7 +11,7 @@ from cfvlm_ds.core.reading import MIB
 
 Row: TypeAlias = dict[str, Any]
 Rows: TypeAlias = Iterator[tuple[str, Row | DataError]]
-"""Location of each row, and the row or its error, which does not name the location."""
+"""Iterator over (location, row). A DataError stands for an invalid row, and does not name the location."""
 
 MAX_ROW = 4 * MIB
 """Limit of a row as JSON without its pictures, in bytes; equal to the limit of a line of JSON lines."""

@@ -46,7 +46,7 @@ _BROKEN_LIST = re.compile(r"""\[\s*['"].*\]$""", re.DOTALL)
 
 
 class _Read(NamedTuple):
-    """Parsed row: its columns by option, the captions that are true of its pictures, their prompt, and the pictures."""
+    """Parsed row: its columns, keyed by option, the captions that are true of its pictures, their prompt, and the pictures."""
 
     row: Mapping[str, Any]
     columns: dict[str, list[str]]
@@ -99,7 +99,7 @@ class Captions:
         check_label(self.label, self.true, self.false, **given, paired=not self.paired)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Raises DataError without file and line."""
+        """Convert a row to a group. Its DataErrors do not name file and line."""
         if self.label:
             return joined([self._claim(row)])
         read = self._read(row)

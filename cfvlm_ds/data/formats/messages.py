@@ -1,12 +1,12 @@
-"""Chat rows in OpenAI's notation, as TRL, LLaMA-Factory and ms-swift read them.
+"""Chat rows in OpenAI's notation, which TRL, LLaMA-Factory and ms-swift also read.
 
     {"images": ["a.jpg"], "messages": [{"role": "system", "content": "Be brief."},
                                        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
                                        {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]}]}
 
 Contents are strings, in which ``<image>`` marks the position of a picture, or lists of parts. A part may name its picture, as ``{"type":
-"image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory uses the key ``value`` instead, also for
-``text``. Other pictures are in ``images`` (or ``image``). Instead of ``messages``, a row may have TRL's ``prompt`` and ``completion``,
+"image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory uses the key ``value`` in parts of any
+type. Other pictures are in ``images`` (or ``image``). Instead of ``messages``, a row may have TRL's ``prompt`` and ``completion``,
 ms-swift's ``query`` and ``response``, or Alpaca's ``instruction``, ``input`` and ``output``. In rows of the last two kinds, a ``history``
 of pairs may precede the question.
 
@@ -26,7 +26,7 @@ from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.formats.chat import Instruct, Spoken, only, read_messages, read_text
 
 ASKED = ("prompt", "question", "query", "instruction")
-"""Columns of the question."""
+"""Columns that may hold the question."""
 ANSWERS = ("completion", "response", "output")
 BESIDE = {"query": ("history",), "instruction": ("input", "history")}
 """Column of the question -> other columns that are part of the question."""

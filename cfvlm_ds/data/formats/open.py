@@ -92,7 +92,9 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
         if isinstance(value := rows.value(row), Mapping):
             names = _columns(value)
             known = known or names
-            absent = {(column, option) for column, option in absent if column not in names and given[option] not in names}  # a name with +
+            absent = {
+                (column, option) for column, option in absent if column not in names and given[option] not in names
+            }  # the name of a column may contain a +
             if not absent:
                 return
     for column, option in sorted(absent):

@@ -57,7 +57,7 @@ class Preference:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Raises DataError without file and line."""
+        """Convert a row to a group. Its DataErrors do not name file and line."""
         row = unpacked(without_nulls(row, self.ignore))
         used, question, chosen, rejected, further = _said(row)
         question = with_system(question, row)

@@ -34,7 +34,7 @@ _FALSE = (
 )  # fmt: skip
 _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain", "not enough info", "nei")
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
-"""Values of a label, in lower case."""
+"""Value of a label in lower case -> its truth, None for unknown."""
 
 _SAID_FALSE = frozenset(_FALSE) - {"0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected"}
 """Values that mark a column as a label whatever its name."""
@@ -294,7 +294,7 @@ class JoinedRows:
     Args:
         rows: rows of the manifest.
         claim: the format's function from a row to its claim.
-        over: function that runs a function on chunks of the rows.
+        over: function that applies a given function to chunks of the rows.
     """
 
     def __init__(self, rows: Rows, claim: Callable[[Mapping[str, Any]], Claim], over: Callable[..., Iterator[Any]]) -> None:
@@ -335,7 +335,7 @@ class JoinedRows:
             return DataError(f"{where}: {error}")
 
     def _keys(self, places: Sequence[int], done: Callable[[], object]) -> Any:
-        """Return a number for each row. Rows about the same image and prompt have equal numbers; that of an invalid row is unique."""
+        """Return a number for each row. Rows about the same image and prompt have equal numbers, and an invalid row has a unique number."""
         keys = []
         for row in places:
             claim = self._read(row)

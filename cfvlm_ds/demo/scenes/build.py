@@ -185,7 +185,7 @@ def _is_visible(before: Scene, after: Scene, image_size: int) -> bool:
 def _draw_edits(
     rng: Random, anchor: Scene, first: str, num_edits: int, weights: Mapping[str, float], may_hold_out: bool, image_size: int
 ) -> list[tuple[str, Scene]] | None:
-    """Draw ``num_edits`` different visible edits, of different types as long as possible; None if the anchor does not allow them."""
+    """Draw ``num_edits`` different visible edits, of different types if possible; None if the anchor does not allow them."""
     edits: list[tuple[str, Scene]] = []
     queue = [first]
     for _ in range(len(EDITS) * num_edits):

@@ -34,7 +34,7 @@ PHRASINGS = (
 
 @dataclass(frozen=True)
 class Description:
-    """Attributes of one thing that a caption mentions; None if unmentioned."""
+    """Attributes of one thing that a caption mentions; None for an attribute that it does not mention."""
 
     count: int
     size: str | None
@@ -101,7 +101,7 @@ def true_keys(scene: Scene) -> list[str]:
 
 
 def parts(claim: Claim, phrasing: int) -> list[str]:
-    """Return the pieces of a caption, with "" for unmentioned attributes. Claims in one phrasing have corresponding pieces at each index."""
+    """Return the pieces of a caption, with "" for unmentioned attributes. In one phrasing, pieces of two claims correspond by index."""
     relation = claim.relation
     words = {
         "{x}": noun_phrase(claim.x),
@@ -121,7 +121,7 @@ def say(claim: Claim, phrasing: int) -> str:
 
 
 def difference(before: Claim, after: Claim, phrasing: int) -> tuple[str, str]:
-    """Return the words that differ between the captions of two claims: (those of ``before``, those of ``after``)."""
+    """Return the words that differ between the captions of two claims, first those of ``before``, then those of ``after``."""
     pairs = [(p, q) for p, q in zip(parts(before, phrasing), parts(after, phrasing), strict=True) if p != q]
     return " ".join(p for p, _ in pairs), " ".join(q for _, q in pairs)
 

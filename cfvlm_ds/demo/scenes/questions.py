@@ -28,7 +28,7 @@ from cfvlm_ds.demo.scenes.grammar import (
 from cfvlm_ds.demo.scenes.world import Scene
 
 QUESTIONS = ("yes_no", "choice", "count")
-"""Kinds of questions; ``count`` is only asked about the edit of that name."""
+"""Kinds of questions. ``count`` is asked only about edits of type ``count``."""
 
 _DESCRIBE = (
     "Describe the image.",
@@ -96,8 +96,8 @@ def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, r
 def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str, list[bool]]:
     """Return a yes/no question, and its answer for each scene.
 
-    The question is about the claim of one of the first two scenes: about a thing that differs between them (half of the time, if there is
-    one), else about the whole claim.
+    The question is about the claim of one of the first two scenes. If a thing differs between them, half of the questions are about that
+    thing; the others are about the whole claim.
     """
     claim, other = (describe(scene, a_first) for scene in rng.sample(scenes[:2], 2))
     wording = rng.choice(_YES_NO)
@@ -145,7 +145,7 @@ def _number_of(shape: str, scene: Scene) -> int:
 
 
 def all_texts(seed: int, number: int) -> list[str]:
-    """Draw captions, prompts and answers of the whole world, on which a tokenizer should be trained."""
+    """Draw captions, prompts and answers from the whole grammar, on which a tokenizer should be trained."""
     rng = Random(f"{seed}/prompts")
     texts = [*all_captions(seed, number), *_DESCRIBE, "yes", "no", "A", "B", *_NUMBERS.values()]
     claims = all_claims(seed, number)

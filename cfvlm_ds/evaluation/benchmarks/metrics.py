@@ -40,7 +40,7 @@ def sets(table: Iterable[Judged], key: Key) -> list[list[Judged]]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean in %; ``values`` must not be empty."""
+    """Return the mean of shares in %; ``values`` must not be empty."""
     return 100 * sum(values) / len(values)
 
 
@@ -135,7 +135,7 @@ def quads(table: Sequence[Judged]) -> Values:
 
 
 QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
-"""Chance for two images and two texts."""
+"""Values of random scores for two images and two texts, in %."""
 
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
@@ -186,7 +186,7 @@ def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
 
 
 def _by_answer(pairs: Sequence[tuple[float, bool]]) -> tuple[Any, Any]:
-    """Return the sorted margins of items whose answer is yes, and of the others."""
+    """Return the sorted margins of items whose answer is yes, and those of the other items."""
     yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
     return yes, no
 
@@ -240,7 +240,7 @@ def _half(cluster: str) -> int:
 
 
 def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
-    """Return ``binary`` with the area under the ROC curve and, for tables that are not blind, the accuracy with a calibrated threshold."""
+    """Return the metrics of ``binary``, the area under the ROC curve and, unless a table is blind, the accuracy of ``calibrated``."""
     values = binary(table, positive)
     if (area := auc(margins(table))) is not None:
         values["auc"] = area

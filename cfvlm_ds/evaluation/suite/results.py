@@ -106,7 +106,7 @@ def result_of(
 
 
 def result_folder(folder: Path) -> Path:
-    """Return the folder for the files of one result, created if necessary. Raises ConfigError if a link leads elsewhere."""
+    """Return the folder for the files of one result, and create it if necessary. Raises ConfigError if a link leads elsewhere."""
     for each in (folder.parent, folder, *(folder / name for name in (RESULTS, ITEMS, SCORES))):
         refuse_link(each, "name another folder with --out")
     try:
@@ -222,7 +222,9 @@ class Partial:
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise a ConfigError that names the difference if a file belongs to another evaluation."""
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
-    for name in sorted(new, key=lambda name: not name.startswith("settings.")):  # names a limit rather than its effect on the items
+    for name in sorted(
+        new, key=lambda name: not name.startswith("settings.")
+    ):  # reports a changed limit rather than its effect on the items
         was, value = old.get(name), new[name]
         if was != value:
             raise ConfigError(
@@ -237,7 +239,7 @@ def _exact(value: Any) -> bytes:
 
 
 def kept(scores: GroupScores) -> dict[str, Any]:
-    """Return a group's scores as plain numbers."""
+    """Return a group's scores as lists of numbers, keyed by name."""
     return {name: part.tolist() for name, part in vars(scores).items() if part is not None}
 
 

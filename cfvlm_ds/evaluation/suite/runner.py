@@ -222,7 +222,7 @@ def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: Pict
     """Yield the scores of this rank's groups, a batch at a time, except the groups that are ``known``."""
     groups, size = scoring_plan.groups, settings.batch_size
     collator, donors = model.collator.of_run("full", None, pictures), other_images(groups) if settings.shuffled else None
-    for pictured in (True, False):  # a text without a picture has no blank row of its own
+    for pictured in (True, False):  # groups without pictures have no blank view
         every = [k for k, group in enumerate(groups) if bool(group.num_pictures) == pictured]
         batches = [every[start : start + size] for start in range(0, len(every), size)]
         unscored = [batch for batch in batches if not all(k in known for k in batch)]
