@@ -14,8 +14,8 @@ identifies its meaning, and ``exclude`` lists keys, or texts, that may be true o
 A text may have its own ``prompt``. A prompt is a string, or a conversation that ends with the user's turn: ``[{"role": "system",
 "content": "Be brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Several pictures
 that are shown together are one entry of ``images`` with a list as ``path``; a row without pictures has one entry, whose ``path`` is null.
-``split`` and ``license`` of a row, and ``role``, ``sha256`` and ``meta`` of its parts, are kept as metadata: the data check counts them,
-and nothing else uses them.
+``split`` and ``license`` of a row, and ``role``, ``sha256`` and ``meta`` of its parts, are kept as metadata, which the data
+check counts and nothing else uses.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ MAX_ASPECT = 200
 pixels would become 34 GB. Qwen's processors have the same limit."""
 
 MAX_BYTES = 4 << 30
-"""Limit on a picture's file in bytes, because the whole file is hashed: 80 bytes for each of MAX_PIXELS."""
+"""Limit on the size of a picture's file in bytes, because the whole file is hashed. It allows 80 bytes for each of MAX_PIXELS."""
 
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

@@ -66,7 +66,7 @@ class FeatureCache:
 
 
 def picture_digest(content: bytes, together: bool) -> bytes:
-    """Hash the bytes of a picture's file, and ``together``: whether the model processes it as one of several pictures of a prompt."""
+    """Hash the bytes of a picture's file, and ``together``, which is True if the model processes it with other pictures of a prompt."""
     return hashlib.sha256(bytes([together]) + content).digest()
 
 

@@ -36,7 +36,7 @@ def data_identity(
 ) -> Identity:
     """Compute the identity of groups whose pictures are in ``roots``. It does not change if these folders are moved.
 
-    Edits are not part of it: they only name rows of result tables, and neither training nor scoring uses them.
+    Edits are not part of it, because they only name rows of result tables.
     """
     return joined_identity([identity_part(groups, roots, pictures)])
 
@@ -118,7 +118,7 @@ def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str 
     """Describe the difference between two identities, or return None if there is none.
 
     Pictures are compared by contents if these are known on both sides, else by path. With ``of_scores``, order, labels and weights are
-    ignored: scores are stored by id and depend only on texts and pictures.
+    ignored, because scores are stored by id and depend only on texts and pictures.
     """
     if before["rows"] != now["rows"]:
         return f"the number of rows ({now['rows']}, was {before['rows']})"

@@ -63,7 +63,7 @@ def open_groups(
 
 
 def local_path(path: str | Path, scan: Scan | None = None, progress: Callable[[str], object] = lambda line: None) -> Path:
-    """Return the local path of a data set. A data set of the Hugging Face hub is fetched on first use. Raises DataError."""
+    """Return the local path of a data set. A data set of the Hugging Face hub is fetched on first use. Raises DataError if that fails."""
     if ":/" not in str(path):
         return Path(path)
     from cfvlm_ds.data.containers.hub import fetched

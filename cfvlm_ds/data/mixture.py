@@ -107,7 +107,7 @@ def _floors(count: int, step: int, first: int) -> int:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return, for each position of a window, the source and the index among its draws of the window. Draw k of n is at (k + 1/2) / n."""
+    """Return, for each position of a window, the source and the index among its draws in the window. Draw k of n is at (k + 1/2) / n."""
     source = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     place = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
     order = np.argsort((place + 0.5) / np.repeat(np.array(counts), counts), kind="stable")

@@ -119,7 +119,7 @@ def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Arra
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """Apply a bijection of numbers of ``bits`` bits: each round changes one half by a function of the other half and a key, and swaps the
+    """Apply a bijection of numbers of ``bits`` bits. Each round changes one half by a function of the other half and a key, and swaps the
     halves.
     """
     low, high = bits // 2, bits - bits // 2
@@ -131,7 +131,7 @@ def _network(values: Array, bits: int, keys: Array) -> Array:
 
 
 def _mixed(values: Array) -> Array:
-    """Apply the finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit of the result depends on every bit of the value."""
+    """Apply the finalizer of splitmix64 (Steele, Lea, Flood 2014). Every bit of the result depends on every bit of the value."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

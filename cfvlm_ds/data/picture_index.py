@@ -95,7 +95,7 @@ class PictureTable:
 
     @classmethod
     def opened(cls, file: Path, roots: Sequence[Path | None] = (None,)) -> PictureTable:
-        """Map the table in a file: all processes share its pages, and the system can drop them when memory is short. Raises OSError."""
+        """Map the table in a file. All processes share its pages, and the system can drop them when memory is short. Raises OSError."""
         count = file.stat().st_size // RECORD.itemsize
         if not count:
             return cls.of(())

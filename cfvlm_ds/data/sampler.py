@@ -2,13 +2,13 @@
 
 The stream of a run is one epoch after another, each a permutation of all groups that depends only on (seed, epoch). With B =
 groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, even across
-epochs: no batch is short and no group is dropped. Element j of those B goes to
+epochs, so no batch is short and no group is dropped. Element j of those B goes to
 
     micro-batch j // (groups_per_micro_batch * world_size)    of rank (j // groups_per_micro_batch) % world_size
 
 so the groups of a step depend only on B and the position, not on how B is factorised.
 
-PackedSampler fills micro-batches by tokens instead: they differ in their number of groups, but hardly in their number of tokens.
+PackedSampler fills micro-batches by tokens instead. They differ in their number of groups, but hardly in their number of tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cfvlm_ds.data.mixture import Order
 class GroupSampler:
     """Endless micro-batches of group indices for one rank; usable as a DataLoader's ``batch_sampler``.
 
-    A DataLoader fetches ahead of the training loop, so the position is the number of consumed groups, not of yielded ones: the loop calls
+    A DataLoader fetches ahead of the training loop, so the position is the number of consumed groups, not of yielded ones. The loop calls
     advance() once per optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` counts the consumed groups of
     all ranks.
     """
@@ -136,7 +136,7 @@ class PackedSampler(GroupSampler):
 
     A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream and put where they leave the
     least room (best fit). A group that fits nowhere waits for the next step, where it comes first. The step is full when ``_WINDOW`` groups
-    wait, or when the next group of the stream already waits: in a small data set, the other groups would otherwise be repeated many times
+    wait, or when the next group of the stream already waits; otherwise the other groups of a small data set would be repeated many times
     meanwhile. Then the fullest and the emptiest micro-batch exchange groups until they are balanced. No group is lost or repeated, the
     numbers of times that two groups were seen differ by at most two, and the order depends only on the data, the seed, ``max_tokens`` and
     the number of micro-batches of a step.
@@ -185,7 +185,7 @@ class PackedSampler(GroupSampler):
         """Compute the number of optimizer steps until every group has been seen ``num_epochs`` times.
 
         Up to ``_COUNTED`` groups, the steps are counted. For more, only the steps of the first ``_TRIED`` groups are counted, and the
-        others are assumed to hold as many tokens each: steps are nearly full, so the error is below one in a thousand. The result is the
+        others are assumed to have as many tokens each. Steps are nearly full, so the error is below one in a thousand. The result is the
         same at every start, and does not require packing a whole epoch before the first step.
         """
         wanted = _groups_in(num_epochs, self.order.length)

@@ -178,7 +178,7 @@ def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
 def confined(group: CounterfactualGroup, confine: Confinement) -> CounterfactualGroup:
     """Return the group with its picture paths joined to a root.
 
-    Raises DataError for a path outside the roots, and for a counterfactual image that is the same file as another image.
+    Raises DataError for a path outside the roots, and for two images of the same file that the truth table distinguishes.
     """
     group = group.with_images(tuple(tuple(map(confine, pictures)) for pictures in group.images))
     if len(group.images) == len({pictures[-1].name if pictures else "" for pictures in group.images}):

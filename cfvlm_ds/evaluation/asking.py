@@ -65,7 +65,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` locates each item's cells, and ``alone`` its options without a picture, or None."""
+    """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates its options without
+    question and picture, and is None if they are not scored.
+    """
 
     items: tuple[Item, ...]
     probe: Probe

@@ -50,7 +50,7 @@ Documents = Mapping[str, Mapping[str, Sequence[Any]]]
 
 @dataclass(frozen=True)
 class Answers:
-    """A model that answers lmms-eval's requests, whose contents are in their ``args``.
+    """A model that answers lmms-eval's requests. The contents of a request are in its ``args``.
 
     Args:
         batch_size: number of groups in a batch; a group is the pictures of a request with all texts about them.

@@ -90,8 +90,9 @@ def weighted_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return this micro-batch's share of the step's loss as (loss to call backward on, each term's unweighted share).
 
-    Summed over the micro-batches and ranks of one optimizer step, the shares are exactly the global means, however groups are spread over
-    ranks: each numerator is divided by its *global* denominator. DeepSpeed averages gradients over ranks, hence the factor ``world_size``;
+    Summed over the micro-batches and ranks of one optimizer step, the shares are exactly the global means, however groups are distributed
+    to ranks, because each numerator is divided by its *global* denominator. DeepSpeed averages gradients over ranks, hence the factor
+    ``world_size``;
     it must not average over accumulation steps as well (``engine.backward(..., scale_wrt_gas=False)``). A part with a denominator of 0 adds
     nothing.
     """

@@ -118,9 +118,9 @@ def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Ten
 class MarginTerm(Objective):
     """Loss and options of the terms that require a margin between two likelihoods.
 
-    The defaults compare summed log-likelihoods: an edit changes a few words, and a mean over the whole text would divide their gradient by
+    The defaults compare summed log-likelihoods, because an edit changes a few words, whose gradient a mean over the text would divide by
     its length. The language prior may favour a false text by several nats, and the picture must change the score by more than that. The
-    link therefore saturates slowly; a loss that stops at a small win would never get there. The paper's form is link hinge, len_norm
+    link therefore saturates slowly; a loss that stops at a small win would never reach such a change. The paper's form is link hinge, len_norm
     anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
 
     Args:

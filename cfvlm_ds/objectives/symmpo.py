@@ -17,11 +17,15 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 class SymMPO(ReferenceTerm):
     """DPO on every image, and on both images of each counterfactual pair, with a penalty on unequal gaps.
 
-    With r = log p - log p_reference from ``--data.scores``, d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the
-    counterfactual one, the parts are: -log sigmoid of beta d_k and of beta e_k over every false text of each image; -log sigmoid(beta d_k)
-    - log sigmoid(beta e_k) and (d_k - e_k)^2 over complete pairs; -log sigmoid(beta r_00) and -log sigmoid(beta r_kk). Each part is a mean
-    over a group's pairs, so a group counts once. Two texts are compared on one image, so the partition functions of DPO's derivation
-    cancel.
+    Let r = log p - log p_reference, where the reference comes from ``--data.scores``. d_k = r_00 - r_0k is the gap between two texts on the
+    factual image, and e_k = r_kk - r_k0 that on the counterfactual image. The parts are
+
+    - text pairs: -log sigmoid(beta d_k) and -log sigmoid(beta e_k), over every false text of each image;
+    - complete pairs: -log sigmoid(beta d_k) - log sigmoid(beta e_k), and (d_k - e_k)^2;
+    - anchors: -log sigmoid(beta r_00) and -log sigmoid(beta r_kk).
+
+    Each part is a mean over a group's pairs, so a group counts once. Two texts are compared on one image, so the partition functions of
+    DPO's derivation cancel.
 
     Args:
         text_side: weight of the text pairs of every image (plain DPO).

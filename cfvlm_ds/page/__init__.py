@@ -78,9 +78,9 @@ class Text:
 class ScoreTable:
     """Scores of every cell, such as a model's log-likelihoods.
 
-    ``rows`` ``[I][C]`` has the scores, and ``blank`` ``[C]`` those of the texts without an image. ``margins`` ``[I][C]`` has, for a true
-    cell, its margins over the best false text on its image and over the best false image for its text, each None if there is none, and None
-    for any other cell. ``decided`` has the margin of every comparison.
+    ``rows`` ``[I][C]`` has the scores, and ``blank`` ``[C]`` those of the texts without an image. ``margins`` ``[I][C]`` has two margins
+    for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there is no
+    such text or image, and the entry of any other cell is None. ``decided`` has the margin of every comparison.
     """
 
     rows: Sequence[Sequence[float | None]]

@@ -40,7 +40,7 @@ Looks: TypeAlias = Callable[[Path], Seen | str]
 
 
 def looks(folder: Path, max_pixels: int) -> Looks:
-    """Return a cached function that decodes a picture, saves a small copy without metadata and returns its properties, or returns an error.
+    """Return a cached function that decodes a picture, saves a small copy without metadata and returns its properties, or else the error.
 
     The name of the copy does not reveal the name of the picture.
     """

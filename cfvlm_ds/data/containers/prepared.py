@@ -28,7 +28,7 @@ _FORM = 3  # version of the written files; a new version makes existing folders 
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
 """Ending of the folder's name."""
-_KNOWN = 100_000  # pictures recognised when they occur again: consecutive questions are often about one picture
+_KNOWN = 100_000  # pictures recognised when they occur again, because consecutive questions are often about one picture
 
 
 class Prepared(NamedTuple):

@@ -246,7 +246,7 @@ def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:
-    """Return the distinct captions of a picture, and the number of repetitions: several people may have written the same caption."""
+    """Return the distinct captions of a picture, and the number of repetitions. Several people may have written the same caption."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(normalised(text), text)

@@ -159,8 +159,8 @@ def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
     """Return the turns with a mark for every picture, and the pictures in the order of these marks.
 
-    The pictures are named in the messages, or ``given`` by other columns. Raises DataError unless there are as many marks as pictures, all
-    of them in turns of the user.
+    The pictures are named in the messages, or ``given`` by other columns. Without marks, they are placed at the beginning of the user's
+    first turn. Raises DataError if the numbers of marks and pictures differ, or if a turn that is not the user's has a mark.
     """
     places = len(spoken.pictures)
     for number, turn in enumerate(spoken.turns, 1):

@@ -168,7 +168,7 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Formats and their keys. The first match wins, because a row may have the keys of several formats."""
 
 _KTO = ("label", "kto_tag")
-"""Columns that mark the answer of a row for KTO as good or bad: the name in TRL and ms-swift, and the name in LLaMA-Factory."""
+"""Columns that mark the answer of a row for KTO as good or bad, first in TRL and ms-swift, then in LLaMA-Factory."""
 
 
 def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:

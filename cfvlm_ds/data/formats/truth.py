@@ -51,7 +51,7 @@ _FALSE_NAMES = frozenset((
 """Words in the names of columns that hold false texts, and of labels whose "yes" may mean that the text is false."""
 
 _CHOICES = {"correct", "right", "answer"}
-"""Words in the names of labels whose values may also be numbers: the index of the right text in a list."""
+"""Words in the names of labels whose values may also be numbers, which are the index of the right text in a list."""
 
 _LABEL_NAMES = {*_TRUTHS, *_FALSE_NAMES, *_CHOICES, "label", "labels", "cls", "gold", "truth", "target", "gt", "kto", "verdict", "weight"}
 _LABEL_NAMES -= {"t", "f", "n"}
@@ -164,7 +164,7 @@ def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator
 
 
 def option_value(value: str) -> str:
-    """Write a value for an option of a format: in quotes if it contains a comma."""
+    """Return the notation of a value for an option of a format, which is in quotes if it contains a comma."""
     return f'"{value}"' if "," in value else value
 
 

@@ -37,7 +37,7 @@ class _Members(Captions):
     source = "webdataset"
 
     def __post_init__(self) -> None:
-        """Skip the checks of options: members are not a user's options."""
+        """Skip the checks of options, because these are not given by the user."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def key(claim: Claim) -> str:
 
 
 def true_keys(scene: Scene) -> list[str]:
-    """Return the keys of all captions that are true of a scene: each texture and size may be mentioned or not."""
+    """Return the keys of all captions that are true of a scene, with and without each texture and size."""
     claim = describe(scene, True)
     things = [
         [replace(thing, size=size, texture=texture) for size in {thing.size, None} for texture in {thing.texture, None}]
@@ -116,7 +116,7 @@ def parts(claim: Claim, phrasing: int) -> list[str]:
 
 
 def say(claim: Claim, phrasing: int) -> str:
-    """Format the caption: lower case, no full stop."""
+    """Format the caption in lower case, without a full stop."""
     return " ".join(piece for piece in parts(claim, phrasing) if piece)
 
 
@@ -139,7 +139,7 @@ def all_captions(seed: int, num_captions: int) -> list[str]:
 
 
 def noun(shape: str, count: int) -> str:
-    """Return the noun in the singular or plural: "star", "crosses"."""
+    """Return the noun in the singular or plural, such as "star" or "crosses"."""
     return shape if count == 1 else shape + ("es" if shape.endswith("s") else "s")
 
 

@@ -112,7 +112,10 @@ def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str,
 
 
 def _options(scenes: tuple[Scene, ...], claims: list[Claim], phrasing: int, rng: Random) -> tuple[list[str], list[list[int]]]:
-    """Return two options, and 1 or 0 for each scene and option: the captions or, if only one thing differs, possibly the two things."""
+    """Return two options, and for each scene whether each of them is true (1 or 0).
+
+    The options are the two captions. If the scenes differ in only one thing, half of the options are its two descriptions instead.
+    """
     pairs = [(one, two) for one, two in zip((claims[0].x, claims[0].y), (claims[1].x, claims[1].y), strict=True) if one != two]
     if len(pairs) == 1 and rng.random() < 0.5:
         present = [[int(_is_there(thing, scene)) for thing in pairs[0]] for scene in scenes]
@@ -122,7 +125,7 @@ def _options(scenes: tuple[Scene, ...], claims: list[Claim], phrasing: int, rng:
 
 
 def phrase(thing: Description) -> str:
-    """Format a description: "two small red circles"."""
+    """Format a description, such as "two small red circles"."""
     return " ".join(word for word in noun_phrase(thing) if word)
 
 

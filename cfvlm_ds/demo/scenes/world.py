@@ -91,7 +91,7 @@ class Scene:
 
     @property
     def relation(self) -> str:
-        """Relation of A to B, derived from the geometry: overlapping things have a depth order, others a side."""
+        """Relation of A to B, derived from the geometry. Overlapping things have a depth order, others a side."""
         dx, dy = self.spots[0][0] - self.spots[1][0], self.spots[0][1] - self.spots[1][1]
         if max(abs(dx), abs(dy)) < GRID // 4:
             return "front" if self.front == 0 else "behind"

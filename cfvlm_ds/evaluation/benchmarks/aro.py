@@ -66,7 +66,9 @@ def _pair(row: Row, **tags: str) -> Item:
 
 
 def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
-    """Return a file with the part of a picture inside a box, and write it if it does not exist. Raises DataError for a box outside."""
+    """Return the path of a file with the part of a picture inside a box, and write the file if it does not exist. Raises DataError if the
+    box is not inside the picture.
+    """
     x, y, width, height = box
     cut = root / CUTS / f"{picture.stem}_{x}_{y}_{width}_{height}.png"
     if cut.is_file():

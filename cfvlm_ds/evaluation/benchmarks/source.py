@@ -115,7 +115,7 @@ class Source:
     """The folder of a benchmark; ``say`` reports the progress of long work on its files.
 
     Attributes:
-        counts: name of an official file -> number of rows that were read and count.
+        counts: name of an official file -> number of its rows, without those that do not count.
         read: name of an official file -> name of the file that was read for it.
         absent: path of a missing picture -> error of the first row that names it.
     """
@@ -244,7 +244,7 @@ _Placed = Iterator[tuple[str, Any]]
 
 
 def _json_values(path: Path) -> _Placed:
-    """Yield the rows of a file that is one JSON value, or one object per line: published files of both kinds are named .json."""
+    """Yield the rows of a file that is one JSON value, or one object per line. Published files of both kinds are named .json."""
     content = read_bytes(path, MAX_FILE).decode("utf-8-sig")
     try:
         value = parse_json(content)

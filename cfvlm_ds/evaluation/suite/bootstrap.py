@@ -27,7 +27,7 @@ FEWEST_DRAWN = 30
 """Least number of clusters of a bootstrap. Its intervals contain the true share in 92 to 96 % of simulations; with 10 clusters in 66 to 96
 %, and with 6 in 45 to 97 %."""
 MOST_DRAWS, LEAST_DRAWS = 1000, 200
-_ITEMS_OF_ALL = 10_000_000  # limit of items over all draws: a benchmark of fifty thousand items has fewer draws
+_ITEMS_OF_ALL = 10_000_000  # limit of items over all draws, so a benchmark of fifty thousand items has fewer draws
 
 
 def draws_for(num_items: int) -> int:

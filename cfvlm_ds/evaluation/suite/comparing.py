@@ -1,6 +1,6 @@
 """Comparison of two folders of results: differences with intervals from an exact test, and the items whose outcome changed.
 
-Neither the model nor the benchmark's files are needed: metrics are recomputed from the scores of the items that both folders have.
+Neither the model nor the benchmark's files are needed, because metrics are recomputed from the scores of items that both folders have.
 """
 
 from __future__ import annotations

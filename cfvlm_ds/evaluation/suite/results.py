@@ -2,7 +2,7 @@
 
 ``results.json`` records the benchmark, the probe, the model and the data, and holds the metrics. ``items.jsonl`` has a line for each item
 with its scores and everything that metrics need, so that metrics can be recomputed and models compared without the model. Neither file
-contains a time or a machine's name: the same evaluation writes the same bytes on any number of ranks, even after an interruption.
+contains a time or a machine's name, so the same evaluation writes the same bytes on any number of ranks, even after an interruption.
 ``scores.jsonl`` exists until the result is complete. It has a header that identifies the evaluation, and a line for each scored group.
 """
 
