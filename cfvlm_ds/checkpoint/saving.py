@@ -110,7 +110,9 @@ def collect_failure(failures: list[str]) -> Iterator[None]:
 
 
 def write_error(failure: str, folder: Path) -> str:
-    """Return the reason for a failed write from a trial write, because torch's writer does not report it; ``failure`` if that succeeds."""
+    """Return the system's reason for a failed write, which torch's writer does not report. A trial write to ``folder`` finds the reason; if
+    it succeeds, return ``failure``.
+    """
     if not folder.is_dir():
         return failure
     try:

@@ -92,9 +92,8 @@ def weighted_loss(
 
     Summed over the micro-batches and ranks of one optimizer step, the shares are exactly the global means, however groups are distributed
     to ranks, because each numerator is divided by its *global* denominator. DeepSpeed averages gradients over ranks, hence the factor
-    ``world_size``;
-    it must not average over accumulation steps as well (``engine.backward(..., scale_wrt_gas=False)``). A part with a denominator of 0 adds
-    nothing.
+    ``world_size``. It must not average over accumulation steps as well (``engine.backward(..., scale_wrt_gas=False)``). A part with a
+    denominator of 0 adds nothing.
     """
     loss = scores.logp.sum() * 0  # every rank runs the same backward, even without any comparison
     shares: dict[str, Tensor] = {}

@@ -120,8 +120,8 @@ class MarginTerm(Objective):
 
     The defaults compare summed log-likelihoods, because an edit changes a few words, whose gradient a mean over the text would divide by
     its length. The language prior may favour a false text by several nats, and the picture must change the score by more than that. The
-    link therefore saturates slowly; a loss that stops at a small win would never reach such a change. The paper's form is link hinge, len_norm
-    anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
+    link therefore saturates slowly; a loss that stops at a small win would never reach such a change. The paper's form is link hinge,
+    len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
