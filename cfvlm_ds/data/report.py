@@ -41,7 +41,9 @@ class CheckReport:
     sources: Counter[str] = field(default_factory=Counter)
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
-    """K -> number of groups with K texts, or images, that are not true of the factual image, or text (without shams)."""
+    """K -> number of groups with K counterfactuals. K is the number of texts that are not true of the factual image or, if that is larger,
+    the number of images that the factual text is not true of, without shams.
+    """
     text_lengths: Counter[int] = field(default_factory=Counter)
     longest_text: int = 0
     longest_text_unit: str = "characters"

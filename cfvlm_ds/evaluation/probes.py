@@ -172,7 +172,7 @@ class Letters(Probe):
         return sum(chosen is not None and _only_best(row) == chosen for row in per_order) / len(per_order)
 
     def _per_order(self, item: Item, values: Row) -> list[Row]:
-        """Return [order][option]: the log-probability of the option among the letters."""
+        """Return the log-probability of each option among the letters, indexed [order][option]."""
         size, rows = len(item.texts), []
         for number, order in enumerate(orders(size)):
             part = values[number * size : (number + 1) * size]

@@ -26,7 +26,7 @@ SAMPLE = 200
 
 
 class _Source(NamedTuple):
-    """Groups of one manifest, and their scores keyed by id, empty without scores. ``split`` is its name in a run's evaluation."""
+    """Groups of one manifest, and their scores keyed by id; {} if there are none. ``split`` is its name in a run's evaluation."""
 
     groups: GroupStore
     scores: Mapping[str, StoredScores]

@@ -58,7 +58,7 @@ def _digest(text: str) -> str:
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError for a folder with a model that no export wrote: one outside a run's folder, whose card has no seal."""
+    """Raise ConfigError for a model folder that no export wrote, which is outside a run's folder and has a card without a seal."""
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:
             ours = _SEAL.search((out_dir / CARD).read_text()) is not None

@@ -19,7 +19,7 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Names of stored tensors, and of the weights that they contain: unchanged, or after the reversed ``conversions``."""
+    """Names of stored tensors, and of the weights from which they are made by the reversed ``conversions``. None stores them unchanged."""
 
     stored: tuple[str, ...]
     weights: tuple[str, ...]

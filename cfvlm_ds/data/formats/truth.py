@@ -1,8 +1,8 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
 The user names such a column (``label=COLUMN``). A column named by no option is refused if public data sets use its name and values for
-labels, or its name for false texts; otherwise false texts would be learned as true, or lost. A claim is the set of texts that one row labels.
-The claims about one image, with one prompt, become one group.
+labels, or its name for false texts; otherwise false texts would be learned as true, or lost. A claim is the set of texts that one row
+labels. The claims about one image, with one prompt, become one group.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FALSE_NAMES = frozenset((
 """Words in the names of columns that hold false texts, and of labels whose "yes" may mean that the text is false."""
 
 _CHOICES = {"correct", "right", "answer"}
-"""Words in the names of labels whose values may also be numbers, which are the index of the right text in a list."""
+"""Words in the names of labels whose values may also be indices of the right text in a list."""
 
 _LABEL_NAMES = {*_TRUTHS, *_FALSE_NAMES, *_CHOICES, "label", "labels", "cls", "gold", "truth", "target", "gt", "kto", "verdict", "weight"}
 _LABEL_NAMES -= {"t", "f", "n"}

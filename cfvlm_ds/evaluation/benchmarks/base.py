@@ -219,7 +219,9 @@ def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Return about ``limit`` items in whole clusters that are spread evenly, so no part is missing and no pair is split; all for None."""
+    """Return about ``limit`` items in whole clusters that are spread evenly, so no part is missing and no pair is split. If ``limit`` is
+    None, return all items.
+    """
     if limit is None or limit >= len(items):
         return list(items)
     members = places_of([item.cluster or item.id for item in items])

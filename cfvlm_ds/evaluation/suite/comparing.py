@@ -40,7 +40,7 @@ class Difference:
 
     @property
     def resolved(self) -> bool:
-        """True if the interval excludes 0, so the sign of the difference is certain at its level."""
+        """True if the interval excludes 0, so it determines the sign of the difference."""
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
     def __str__(self) -> str:
