@@ -31,7 +31,7 @@ from cfvlm_ds.data.manifest import local_path
 MAX_DOWNLOAD = 64 << 20
 """Maximum size of a picture in bytes."""
 TIMEOUT_S, WHOLE_S, ATTEMPTS, PAUSE_S = 20.0, 120.0, 3, 1.0
-"""Limits for one picture: seconds without an answer, seconds in total, and attempts at a busy server; then the pause between attempts."""
+"""Limits for one picture: seconds without an answer, total seconds, number of attempts at a busy server, and seconds between attempts."""
 COLUMNS = {
     "image", "images", "image_url", "url", "image_0", "image_1", "image_path", "img_path", "rejected_image", "rejected_images",
     "negative_image", "negative_images",

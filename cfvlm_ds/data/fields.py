@@ -82,7 +82,7 @@ _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
 def value_of(row: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column, or None if it is absent.
 
-    ``a.b`` is ``b`` within ``a``, which is an object, an object as JSON text, or a list of objects, for which the values are listed.
+    ``a.b`` is ``b`` within ``a``, which is an object, an object as JSON text, or a list of objects. For a list, return a list of values.
     """
     first, _, rest = column.partition(".")
     if column in row or not rest:
@@ -136,9 +136,9 @@ def name(row: Mapping[str, Any], key: str, where: str, default: str | None = Non
 
 
 def row_id(row: Mapping[str, Any], *contents: Any) -> str:
-    """Build the id of a row: its own id, which several rows of a public data set may share, with a hash of its contents, or only the hash.
+    """Build the id of a row from its own id and a hash of its contents, or only from the hash if it has no id.
 
-    The id does not change when rows move, and a row that occurs twice is detected as a duplicate.
+    The hash is needed because rows of public data sets may share an id. The result does not change when rows move, and a row that occurs twice is detected as a duplicate.
     """
     text = json.dumps(contents, ensure_ascii=False, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

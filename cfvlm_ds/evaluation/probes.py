@@ -155,7 +155,7 @@ class Letters(Probe):
         )
 
     def asked(self, item: Item, order: Sequence[int], question: str) -> str:
-        """Return the question, the options in the given order, and the instruction."""
+        """Return a prompt with the question, the options in the given order, and the instruction."""
         listed = [f"{LETTERS[place]}. {item.texts[number]}" for place, number in enumerate(order)]
         return "\n".join([*filter(None, [question]), *listed, self.instruction])
 

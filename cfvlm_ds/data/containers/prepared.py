@@ -27,7 +27,7 @@ from cfvlm_ds.data.picture_file import part_name, tar_member
 _FORM = 3  # version of the written files; a new version makes existing folders obsolete
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
-"""Ending of the folder's name."""
+"""Suffix of the folder's name."""
 _KNOWN = 100_000  # pictures recognised when they occur again, because consecutive questions are often about one picture
 
 

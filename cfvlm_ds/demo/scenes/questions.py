@@ -114,7 +114,7 @@ def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str,
 def _options(scenes: tuple[Scene, ...], claims: list[Claim], phrasing: int, rng: Random) -> tuple[list[str], list[list[int]]]:
     """Return two options, and for each scene whether each of them is true (1 or 0).
 
-    The options are the two captions. If the scenes differ in only one thing, half of the options are its two descriptions instead.
+    The options are the two captions. If the scenes differ in only one thing, they are in half of the cases its two descriptions.
     """
     pairs = [(one, two) for one, two in zip((claims[0].x, claims[0].y), (claims[1].x, claims[1].y), strict=True) if one != two]
     if len(pairs) == 1 and rng.random() < 0.5:

@@ -99,7 +99,7 @@ def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
 
 
 def by(name: str, metrics: Metrics) -> Metrics:
-    """Return a metric function: the values over all items and, as METRIC/PART, over the items with each value of the tag ``name``."""
+    """Return a function that computes ``metrics`` over all items and, as METRIC/PART, over the items of each value of the tag ``name``."""
 
     def of_all_and_parts(table: Sequence[Judged]) -> Values:
         values = metrics(table)
@@ -111,7 +111,7 @@ def by(name: str, metrics: Metrics) -> Metrics:
 
 
 def macro_by(name: str, least: int = 1) -> Metrics:
-    """Return a metric function: the accuracy for each value of the tag ``name``, their mean (see ``macro``), and that over all items."""
+    """Return a function that computes the accuracy for each value of the tag ``name``, their mean (see ``macro``), and ``accuracy``."""
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 
@@ -181,7 +181,7 @@ def binary(table: Sequence[Judged], positive: int = 0) -> Values:
 
 
 def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
-    """Return for each item the log-odds of yes over no, in nats, and True if yes is correct."""
+    """Return, for each item, the log-odds of yes over no in nats, and True if yes is correct."""
     return [(judged.scores[0][0] - judged.scores[0][1], bool(judged.item.match[0][0])) for judged in table]
 
 
