@@ -138,7 +138,8 @@ def name(row: Mapping[str, Any], key: str, where: str, default: str | None = Non
 def row_id(row: Mapping[str, Any], *contents: Any) -> str:
     """Build the id of a row from its own id and a hash of its contents, or only from the hash if it has no id.
 
-    The hash is needed because rows of public data sets may share an id. The result does not change when rows move, and a row that occurs twice is detected as a duplicate.
+    The hash is needed because rows of public data sets may share an id. The result does not change when rows move, and a row that occurs
+    twice is detected as a duplicate.
     """
     text = json.dumps(contents, ensure_ascii=False, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
