@@ -26,16 +26,16 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def own_sum(listed: Mapping[str, Any]) -> int:
-    """Return the CRC-32 of the list without this number; otherwise a flipped bit in ``step`` or ``world_size`` would go unnoticed."""
+    """Return the CRC-32 of complete.json without its entry ``crc32``, which detects a flipped bit in the others, such as ``step``."""
     return zlib.crc32(json.dumps({name: value for name, value in listed.items() if name != "crc32"}, sort_keys=True).encode())
 
 
 def find(output_dir: Path, resume: str, world: World) -> Path | None:
-    """Return the checkpoint to continue from, the same on every rank: the newest intact one (``auto``), the named one, or None.
+    """Return the checkpoint from which a run resumes, the same on every rank: the newest intact one (``auto``), the named one, or None.
 
     Rank 0 checks for missing and truncated files; then every rank reads a share of the files and compares their checksums. Skipped
-    checkpoints are reported with the reason. Raises ConfigError when the named one has a defect, when ``never`` meets a folder with
-    checkpoints, and when ``auto`` finds only unusable or renamed checkpoints; ``restart`` starts at step 0 in that case.
+    checkpoints are reported with the reason. Raises ConfigError if the named one has a defect, if ``never`` is given and the folder has
+    checkpoints, or if ``auto`` finds only unusable or renamed ones. For ``restart``, return None in the last case.
     """
     by_name = resume in ("auto", "never", "restart")
     candidates, others = broadcast_object((by_step(output_dir), _renamed(output_dir)) if by_name else ([Path(resume)], []))
@@ -68,7 +68,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Return the folders with the contents of a checkpoint but another name, and their steps, except leftovers of a killed save."""
+    """Return the folders that contain a checkpoint but have another name, with their steps. Leftovers of a killed save are left out."""
     renamed = []
     for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):
@@ -87,12 +87,12 @@ def newest(output_dir: Path) -> Path:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """Return the description in a complete checkpoint: ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
+    """Return the contents of complete.json, such as ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
     return read_json(path / COMPLETE)
 
 
 def incomplete(path: Path) -> str | None:
-    """Return the defect of a checkpoint folder, or None if every listed file exists in full. Contents are not read."""
+    """Return the defect of a checkpoint folder, or None if every listed file exists with its full size. Contents are not read."""
     try:
         described = description(path) if (path / COMPLETE).is_file() else {}  # reading a pipe would block
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}

@@ -1,4 +1,4 @@
-"""Checkpoint loading for any number of ranks. Only tensors are read: no pickled code is run."""
+"""Checkpoint loading for any number of ranks. Only tensors are read, so pickled code is never run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from cfvlm_ds.models.model_files import explained
 def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: Path) -> None:
     """Restore weights, optimizer, schedule, random state and ``state`` from a complete checkpoint.
 
-    A checkpoint from another number of ranks is first resharded into a folder of ``output_dir`` that is removed again. That takes as much
-    space as the checkpoint; without it StorageError is raised on all ranks.
+    A checkpoint that was written by another number of ranks is first resharded into a folder in ``output_dir``, which is removed at the
+    end. Resharding needs as much space as the checkpoint. Raises StorageError on all ranks if there is not enough.
     """
     if (ranks := description(path)["world_size"]) == world.size:
         _load(engine, path, path, state, world)
@@ -51,10 +51,10 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
 
 
 def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:
-    """Write the files of ``rank`` of ``ranks`` into ``target``, a folder that DeepSpeed then loads as its own.
+    """Write the files of one of ``ranks`` ranks into ``target``, a folder that DeepSpeed then loads like its own checkpoint.
 
-    ``shapes`` is the engine's layout of the new run, and ``sizes`` are the elements of this rank's flat tensors. Raises ConfigError if the
-    checkpoint's weights are not this run's.
+    ``shapes`` is the engine's layout of the new run, and ``sizes`` has the numbers of elements of this rank's flat tensors. Raises
+    ConfigError if the checkpoint has other trained weights than this run.
     """
     shards = Shards(source)
     if shards.trained != {name for group in shapes for name in group}:
@@ -65,14 +65,14 @@ def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, s
 
 
 def kept_state(path: Path) -> TrainState:
-    """Return the loop's state in a complete checkpoint, before anything is loaded. Raises ConfigError for another version."""
+    """Return the loop's state in a complete checkpoint without loading the rest. Raises ConfigError for another version."""
     described = description(path)
     refuse_other_version(described, path)
     return TrainState(**described["loop"])
 
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
-    """Load the checkpoint ``path`` from ``folder``, which holds it for this number of ranks."""
+    """Load the checkpoint ``path`` from ``folder``, which has its files for the current number of ranks."""
     with explained(f"{path} cannot be loaded", "name another checkpoint with train.resume"), reading_tensors_alone(engine):
         _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:

@@ -1,4 +1,4 @@
-"""Checkpoint saving: DeepSpeed's shards and the state of the loop, complete or invisible.
+"""Checkpoint saving: DeepSpeed's shards and the state of the loop, in a folder that gets its name when it is complete.
 
 A checkpoint is written as ``checkpoint-STEP.partial``. Every rank computes the CRC-32 of its own files while writing them, and flushes them
 to disk. Sizes and checksums are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A folder that does not match its
@@ -36,14 +36,14 @@ RANDOM_STATE = "random-state-{}.pt"
 
 
 class SaveError(StorageError):
-    """A checkpoint could not be written on some rank. Nothing of it is left, and no older one was touched."""
+    """Failure to write a checkpoint on at least one rank. The unfinished checkpoint has been removed, and older ones are unchanged."""
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
-    """Write ``output_dir/checkpoint-STEP``, then remove older checkpoints.
+    """Write ``output_dir/checkpoint-STEP``, remove older checkpoints, and return the path of the new one.
 
-    The newest ``keep`` stay (0 keeps all), and so do the best one and those whose step is a multiple of ``keep_every``. Every rank calls
-    it. Raises SaveError on all of them if one cannot write a file: disk full, quota, read-only folder.
+    The newest ``keep`` checkpoints stay (0 keeps all), and so do the best one and those whose step is a multiple of ``keep_every``. All
+    ranks must call this. Raises SaveError on all ranks if one cannot write a file, for instance because the disk is full.
     """
     final = output_dir / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".partial")
@@ -110,7 +110,9 @@ def collect_failure(failures: list[str]) -> Iterator[None]:
 
 
 def write_error(failure: str, folder: Path) -> str:
-    """Return the system's reason for a failed write, which torch's writer does not report."""
+    """Return the system's reason for a failed write, which torch's writer does not report. A trial write to ``folder`` finds the reason; if
+    it succeeds, return ``failure``.
+    """
     if not folder.is_dir():
         return failure
     try:
@@ -122,7 +124,7 @@ def write_error(failure: str, folder: Path) -> str:
 
 
 def _written(states: Any, file: Path) -> tuple[int, int]:
-    """Write states to a file and flush it to disk; return its size and CRC-32, which are computed while writing."""
+    """Write states to a file, flush it to disk, and return its size and CRC-32, which are computed during the write."""
     with file.open("wb") as handle:
         summed: Any = Summed(handle)
         torch.save(states, summed)
@@ -132,14 +134,14 @@ def _written(states: Any, file: Path) -> tuple[int, int]:
 
 
 def flushed(file: Path) -> tuple[int, int]:
-    """Flush a file to disk, so that it survives a power loss; return its size and CRC-32."""
+    """Flush a file to disk, so that it survives a power loss, and return its size and CRC-32."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
     return file.stat().st_size, crc32_of(file)
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """List all files, also those that no rank has reported, and rename the folder to its final name."""
+    """Write complete.json, which lists all files, including those that no rank has reported, and rename the folder to its final name."""
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)

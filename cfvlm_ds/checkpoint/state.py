@@ -1,4 +1,4 @@
-"""State of a run in a checkpoint besides weights, optimizer and schedule."""
+"""State of a run in a checkpoint, in addition to weights, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class TrainState:
     retained: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def step_done(self, sampler: dict[str, Any]) -> None:
-        """Count a finished optimizer step; ``sampler`` is the position from which the data continue."""
+        """Count a finished optimizer step. ``sampler`` is the sampler's state after the step."""
         self.step += 1
         self.sampler = sampler
 
     def evaluated(self, value: float) -> bool:
-        """Store a value of the metric ``train.save_best`` if it is the best so far; return True in that case."""
+        """Store a value of the metric ``train.save_best`` if it is the best so far, and return whether it is."""
         if self.best is not None and value <= self.best["value"]:
             self.worse += 1
             return False
@@ -49,18 +49,18 @@ class TrainState:
         return True
 
     def note(self, **known: Any) -> None:
-        """Set values that become known later: the ``record`` of this start, its ``data``, its ``run_id``, or ``best`` to discard it."""
+        """Set attributes whose values become known later, such as ``record``, ``data`` or ``run_id``, or discard ``best``."""
         vars(self).update(known)
 
     def displacement(self, lp: float) -> float:
-        """Return the fall of the factual log-likelihood in nats per token since the first value."""
+        """Return the decrease of the factual log-likelihood since the first value, in nats per token."""
         if self.baseline_lp is None:
             self.baseline_lp = lp
         return self.baseline_lp - lp
 
     def keep(self, split: str, data: Mapping[str, Any], measured: Mapping[str, float]) -> dict[str, Any]:
-        """Store the measurements of a set as the reference for later evaluations, and return them; ``data`` is the identity of its
-        groups.
+        """Store the measurements of a set as the reference for later evaluations, and return them with ``step`` and ``data``, the identity
+        of its groups.
         """
         self.retained[split] = {"data": dict(data), "step": self.step, **measured}
         return self.retained[split]

@@ -8,14 +8,14 @@
      "weight": 1.0}
 
 ``match`` lists the known cells: 1 if the text is true of the image, 0 if it is false. A cell that is not listed is unknown and never used
-as a negative. Only the objective ``batch_align`` uses texts of other rows as negatives. For its sake, a text may have a ``key`` that
+as a negative. Only the objective ``batch_align`` uses texts of other rows as negatives. For this objective, a text may have a ``key`` that
 identifies its meaning, and ``exclude`` lists keys, or texts, that may be true of an image of the row.
 
 A text may have its own ``prompt``. A prompt is a string, or a conversation that ends with the user's turn: ``[{"role": "system",
 "content": "Be brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Several pictures
-that are shown together are one entry of ``images`` with a list as ``path``; a row of text alone has one entry, whose ``path`` is null.
-``split`` and ``license`` of a row, and ``role``, ``sha256`` and ``meta`` of its parts, are kept as metadata: the data check counts them,
-and nothing else uses them.
+that are shown together are one entry of ``images`` with a list as ``path``; a row without pictures has one entry, whose ``path`` is null.
+``split`` and ``license`` of a row, and ``role``, ``sha256`` and ``meta`` of its parts, are kept as metadata, which the data
+check counts and nothing else uses.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def native_group(row: Mapping[str, Any]) -> CounterfactualGroup:
 
 
 def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
-    """Parse a ``cfgroup/1`` row into a group; image paths are joined to ``root``, and no image is opened.
+    """Parse a ``cfgroup/1`` row into a group. Image paths are joined to ``root``, and no image is opened.
 
     Raises DataError (without file and line, which the caller adds) for a missing or unknown key, a duplicate or unknown id, a truth value
-    other than 0 or 1, or anything CounterfactualGroup refuses.
+    other than 0 or 1, or a group that CounterfactualGroup refuses.
     """
     check_keys(row, _GROUP_KEYS, "row")
     if row.get("schema", SCHEMA) != SCHEMA:
@@ -115,7 +115,7 @@ def _excluded(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
-    """Collect the fields that no group uses: the row's ``meta``, and further fields of its parts under names such as ``images.sha256``."""
+    """Collect the fields that no group uses: the row's ``meta``, and unused fields of its parts under names such as ``images.sha256``."""
     fields = {key: row[key] for key in _KEPT if key in row}
     for kind, listed in zip(("images", "texts", "edits"), parts, strict=True):
         for key in _KEPT_OF_PARTS:
@@ -129,7 +129,7 @@ def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Format a group as a ``cfgroup/1`` row; the inverse of from_row.
+    """Convert a group to a ``cfgroup/1`` row. This is the inverse of from_row.
 
     Image paths are written relative to ``root``, or absolute if they are in another folder. ``meta``, if given, replaces the group's own.
     """
@@ -164,7 +164,7 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
 
 
 def _prompt(value: Any, where: str) -> Prompt:
-    """Parse a prompt: a string, or messages as ``spelled`` writes them."""
+    """Parse a prompt, which is a string or a list of messages in the form that ``spelled`` returns. Raises DataError."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):

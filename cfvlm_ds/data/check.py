@@ -1,7 +1,7 @@
-"""Data check: all problems of a data set, and its contents, before a long run meets them.
+"""Data check: a report of all problems and of the contents of a data set, before a long run begins.
 
-The check passes over the groups three times and keeps none of them: rows, then pictures, then texts. Memory: 16 bytes for each row, and
-for each picture of a row.
+The check makes three passes over the groups: rows, pictures, texts. It keeps no group in memory, and needs 16 bytes for each row and for
+each picture of a row.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Array = npt.NDArray[Any]
 
 
 class Lengths(Protocol):
-    """Row lengths in the tokens of a model; the collator implements it."""
+    """Protocol for lengths in tokens of a model, which the collator implements."""
 
     max_length: int
     """Context window of the model in tokens."""
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Return the number of tokens of prompt, pictures and text."""
+        """Return the number of tokens of prompt, pictures and text together."""
         ...
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
@@ -63,14 +63,16 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 
 class SeenRows(NamedTuple):
-    """The keys of distinct pictures, each with the first group that shows it, and the groups whose id an earlier group has."""
+    """Keys of distinct pictures, each with the index of the first group that shows it, and indices of groups with the id of an earlier
+    group.
+    """
 
     pictures: tuple[Array, Array]
     repeats: list[int]
 
 
 class _Rows(NamedTuple):
-    """Results of a chunk of rows: hashes of the ids, and keys of the pictures, each with its first place."""
+    """Results of a chunk of rows: its report, hashes of the ids with their indices, and keys of the pictures, each with its first index."""
 
     report: CheckReport
     ids: tuple[Array, Array]
@@ -78,7 +80,7 @@ class _Rows(NamedTuple):
 
 
 def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
-    """Count the contents of the rows in ``report``, and add their problems."""
+    """Check all rows, add their contents and problems to ``report``, and return their pictures and the repeated ids."""
     ids, pictures = [_arrays({})], [_arrays({})]
     for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "check of rows", len(store), "groups")):
         report.add(part.report)
@@ -114,7 +116,7 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
 
 
 def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield the groups whose id an earlier group has, each with a message; ids with equal hashes are compared as texts."""
+    """Yield the index of each group that has the id of an earlier group, with a message. Ids with equal hashes are compared as texts."""
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     first: dict[str, int] = {}
     for index in places[counts[inverse] > 1].tolist():
@@ -130,9 +132,10 @@ def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Itera
 def check_texts(
     store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Callable[[str], object], scan: Scan
 ) -> CheckReport:
-    """Compare the images of each group and measure its texts, in tokens of a model (then also visual tokens), or in characters.
+    """Compare the images of each group and measure its texts, and return a report.
 
-    ``pictures`` are the sound ones. Invalid rows and broken pictures have been reported before.
+    With ``lengths``, texts are measured in tokens and images in visual tokens; otherwise texts are measured in characters. ``pictures`` has
+    the sound pictures. Invalid rows and broken pictures are skipped, because earlier passes report them.
     """
     report, shown = CheckReport(str(store.path)), [_arrays({})]
     texts = _Texts(store, lengths, pictures or PictureTable.of(()))
@@ -145,7 +148,7 @@ def check_texts(
 
 @dataclass(frozen=True)
 class _Texts:
-    """Third pass over a chunk of groups; returns its report, and the visual tokens of its images by key."""
+    """Third pass over a chunk of groups. A call returns the report, and hashes of images with their numbers of visual tokens."""
 
     store: GroupStore
     lengths: Lengths | None
@@ -169,7 +172,7 @@ class _Texts:
         for image in group.images:
             try:
                 if (shown := _sizes(image, self.pictures)) is not None:
-                    tokens = lengths.visual_tokens(shown)  # raises for a picture that the model cannot take
+                    tokens = lengths.visual_tokens(shown)  # raises for a picture that the model cannot process
                     sizes.add(shown)
                     if image:
                         keys = np.array([picture_key(picture) for picture in image], np.uint64)
@@ -199,7 +202,7 @@ def note_characters(report: CheckReport, group: CounterfactualGroup, where: Call
         report.note_length(len(candidate.text), "characters", where, number)
 
 
-_SOME_SIZE = (56, 56)  # stands for unknown pictures, so that problems of a text other than its length are reported
+_SOME_SIZE = (56, 56)  # assumed for broken pictures, so that problems of a text other than its length are reported
 
 
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
@@ -232,11 +235,11 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
-    """Check a data set completely and count its contents. Reads the manifest, and decodes every image it names once.
+    """Check a data set completely, and return its contents and problems. Every image is decoded once. No problem is raised.
 
-    With ``lengths`` (for instance a Collator), rows beyond the model's window are problems and visual tokens are counted. ``max_pixels`` is
-    as in open_image. ``progress`` receives a line with rate and time left every 5 seconds. The files of a store are also compared with
-    their checksums. Problems are collected, not raised.
+    With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
+    ``max_pixels`` is as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds. The files of a store are
+    also compared with their checksums.
     """
     try:
         store = open_groups(path, root, format, progress=progress)

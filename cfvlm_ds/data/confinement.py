@@ -17,10 +17,10 @@ _OF_DATA = (
 
 
 class Confinement:
-    """Callable that resolves a path of a manifest and raises DataError if its file, with links resolved, is outside all data roots.
+    """Callable that joins a path of a manifest to a data root. Raises DataError if the file, with links resolved, is outside all roots.
 
-    A relative path is joined to the first root that has the file, or to the first root of all. ``remedy`` ends the message about a path
-    that leads out.
+    A relative path is joined to the first root that has the file, or to the first root if none has it. ``remedy`` is the end of the message
+    about a path outside the roots.
     """
 
     def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
@@ -36,7 +36,7 @@ class Confinement:
         return full if file is path else full.with_name(full.name + path.name[len(file.name) :])
 
     def _confined(self, path: Path, file: Path) -> Path:
-        """Resolve the ``file`` of a picture's path, and check it."""
+        """Return the path of a picture's ``file``, joined to a root. Raises DataError if it is outside all roots."""
         if not path.name:
             raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
         if "\0" in str(path):
@@ -69,7 +69,8 @@ class Confinement:
     def _really(self, folder: str) -> tuple[str, bool]:
         """Return the real path of a folder, and whether it is inside a root.
 
-        A million images lie in few folders. Resolving each folder once leaves one system call per image on a network file system.
+        A million images are usually in few folders. Because resolved folders are cached, each image needs only one system call, which
+        matters on a network file system.
         """
         target, inside = self._followed(Path(folder))
         return str(target), inside
@@ -80,11 +81,11 @@ class Confinement:
 
 
 def mode_of(path: str) -> int | None:
-    """Return the mode of a file, without following links, or None if there is none. Raises OSError as lstat does."""
+    """Return the mode of a file, without following links, or None if the file does not exist. Raises any other OSError of lstat."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-_FOLDERS = 4096  # cached folders and files; a million rows may also have a folder each
+_FOLDERS = 4096  # limit of the cached folders and of the cached files, because every row may have its own folder

@@ -1,4 +1,4 @@
-"""Conversion of a data set of any known format to ``cfgroup/1`` rows with pictures by path."""
+"""Conversion of a data set of any known format to ``cfgroup/1`` rows, which name pictures by path."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def convert(
     say: Callable[[str], object] = lambda line: None,
     max_pixels: int = MAX_PIXELS,
 ) -> Converted:
-    """Write the groups of a manifest to ``out``, which appears complete or not at all. Pictures that had to be copied are written to its
-    folder.
+    """Write the groups of a manifest to ``out``. The file is written under another name and renamed when it is complete. Pictures that must
+    be copied are written to the same folder.
 
-    ``skip`` opens every picture, leaves out invalid rows and groups with a picture that the check refuses, and lists them in a file beside
-    ``out``; ``max_pixels`` is as in open_image. Otherwise no picture is opened, and an invalid row raises DataError. Raises DataError if
-    nothing is left, and ConfigError or StorageError if ``out`` exists or cannot be written.
+    ``skip`` opens every picture, leaves out invalid rows and groups with a picture that the check refuses, and lists them in a file next to
+    ``out``; ``max_pixels`` is as in open_image. ``error`` opens no picture and raises DataError for an invalid row. Raises DataError if no
+    group is left, and ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     new_output(out, path)
     listed, scan, pictures, broken = list_of_skipped(out), Scan(), None, dict[int, str]()
@@ -76,7 +76,7 @@ def convert(
 
 
 def list_of_skipped(out: Path) -> Path:
-    """Return the file beside ``out`` that lists left-out rows. Raises ConfigError if another program's file has its name."""
+    """Return the path of the file next to ``out`` that lists left-out rows. Raises ConfigError if another program wrote that file."""
     return own_output(out.with_name(f"{out.name}.skipped.jsonl"), _is_list, "this package")
 
 
@@ -85,7 +85,7 @@ def _is_list(file: IO[bytes]) -> bool:
 
 
 def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], object], what: str = "rows") -> None:
-    """List the rows, or groups, that were left out; if there are none, remove the list of an earlier call."""
+    """Write the list of rows, or groups, that were left out. If there are none, remove the list of an earlier call."""
     if not problems:
         listed.unlink(missing_ok=True)
         return

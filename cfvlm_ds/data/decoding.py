@@ -1,4 +1,4 @@
-"""Image decoding of untrusted files: the size is checked before decoding, the result is always RGB, and every failure is a named error."""
+"""Image decoding of untrusted files: the size is checked before decoding, the result is always RGB, and every failure is a DataError."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ MAX_PIXELS = 50_000_000
 """Default limit on width x height: 150 MB when decoded, more than any vision tower can use."""
 
 MAX_ASPECT = 200
-"""Limit on the longer side over the shorter one. Processors scale the shorter side up to a fixed length, which makes 34 GB of a line of
-5,000,000 pixels. Qwen's processors refuse more than 200 as well."""
+"""Limit on the ratio of the longer to the shorter side. Processors scale the shorter side up to a fixed length, so a line of 5,000,000
+pixels would become 34 GB. Qwen's processors have the same limit."""
 
 MAX_BYTES = 4 << 30
-"""Limit on a picture's file, which is hashed as a whole: 80 bytes for each of MAX_PIXELS."""
+"""Limit on the size of a picture's file in bytes, because the whole file is hashed. It allows 80 bytes for each of MAX_PIXELS."""
 
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-"""File name endings of these formats."""
+"""File name suffixes of the supported formats, without the dot."""
 _PIL_LIMIT = threading.Lock()
 
 
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image to RGB (8 bits per channel), upright by its EXIF orientation; of an animation the first frame.
+    """Decode an image to RGB (8 bits per channel), turned upright according to its EXIF orientation. An animation's first frame is used.
 
-    ``max_pixels`` limits width x height, and MAX_ASPECT the longer side over the shorter one; both are checked by the header before
-    anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Raises DataError, naming the file, if
-    it is missing, not one of the formats above, 0 pixels wide or high, too large, too elongated, truncated or corrupt. The file is not
+    ``max_pixels`` limits width x height, and MAX_ASPECT the ratio of the longer to the shorter side; both are checked in the header before
+    anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Raises a DataError that names the file
+    if it is missing, in an unsupported format, 0 pixels wide or high, too large, too elongated, truncated or corrupt. The file is not
     confined to a root here; read_manifest does that.
     """
     with _opened(Path(path), max_pixels) as image:
@@ -47,8 +47,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
-    """Return the width and height of the image that open_image returns, reading the header only. Raises DataError as open_image does, but
-    for pixels.
+    """Return the width and height of the image that open_image returns. Only the header is read, so damaged pixels are not detected;
+    otherwise raises the same errors as open_image.
     """
     with _opened(Path(path), max_pixels) as image:
         return image.size[::-1] if _is_turned(image) else image.size
@@ -56,7 +56,7 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Read and check the header of an image. Any error in the block becomes a DataError."""
+    """Yield an image whose header has been read and checked. Within the block, any error becomes a DataError."""
     try:
         if not picture_file(path).is_file():  # a named pipe would block for ever
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")

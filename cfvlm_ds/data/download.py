@@ -1,6 +1,6 @@
-"""Picture download: pictures that rows name by URL, or contain as base64 text, become files before training.
+"""Picture download: converts pictures that rows name by URL, or contain as base64 text, to files before training.
 
-No other module opens a connection for pictures. Each picture is limited in size and time, checked to be an image, and named by a hash of
+No other module fetches pictures over a network. Each picture is limited in size and time, checked to be an image, and named by a hash of
 its address, so that a second run fetches only the missing ones.
 """
 
@@ -29,9 +29,9 @@ from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
 from cfvlm_ds.data.manifest import local_path
 
 MAX_DOWNLOAD = 64 << 20
-"""Limit of a picture, in bytes."""
+"""Maximum size of a picture in bytes."""
 TIMEOUT_S, WHOLE_S, ATTEMPTS, PAUSE_S = 20.0, 120.0, 3, 1.0
-"""Limits of the time without an answer and of the total time of one picture; attempts, and the pause between them, at a busy server."""
+"""Limits for one picture: seconds without an answer, total seconds, number of attempts at a busy server, and seconds between attempts."""
 COLUMNS = {
     "image", "images", "image_url", "url", "image_0", "image_1", "image_path", "img_path", "rejected_image", "rejected_images",
     "negative_image", "negative_images",
@@ -55,10 +55,10 @@ def download(
     threads: int = 16,
     say: Callable[[str], object] = lambda line: None,
 ) -> Downloaded:
-    """Write the rows of ``path`` to ``out``, with files of the folder ``NAME.pictures`` beside it in place of addresses.
+    """Write the rows of ``path`` to ``out``, with addresses of pictures replaced with files in the folder ``OUT.pictures`` next to it.
 
-    ``skip`` leaves out rows whose pictures cannot be fetched, and lists them in a file beside ``out``. Otherwise raises DataError for the
-    first of them. Raises ConfigError or StorageError if ``out`` exists or cannot be written.
+    ``skip`` leaves out rows whose pictures cannot be fetched, and lists them in a file next to ``out``; ``error`` raises DataError for the
+    first such row. Raises ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     folder = out.with_name(f"{out.name}.pictures")
     refuse_link(folder, "name another file with --out")
@@ -90,14 +90,14 @@ def download(
 
 
 def _addresses(row: Any) -> list[str]:
-    """List the addresses of pictures in a row, including pictures that it contains as text."""
+    """Return the addresses of pictures in a row, including data URLs, which contain the picture."""
     addresses = list[str]()
     _with_files(row, addresses.append)
     return addresses
 
 
 def _with_files(value: Any, file: Callable[[str], Any], key: str = "") -> Any:
-    """Replace each address of a picture in a row by ``file(address)``."""
+    """Return a copy of a row with each address of a picture replaced with ``file(address)``."""
     if isinstance(value, Mapping):
         return {name: _with_files(item, file, name) for name, item in value.items()}
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def _with_files(value: Any, file: Callable[[str], Any], key: str = "") -> Any:
 
 
 def _fetched(address: str, folder: Path) -> str | DataError:
-    """Fetch a picture unless its file exists; returns the file's path relative to the folder above it, or the error."""
+    """Fetch a picture unless its file exists, and return the file's path relative to the parent of ``folder``, or the error."""
     file = folder / hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
     try:
         if not file.is_file():

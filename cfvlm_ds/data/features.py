@@ -1,4 +1,4 @@
-"""Feature cache: outputs of a frozen vision tower, one safetensors file per picture, named by a hash of everything they depend on."""
+"""Feature cache: outputs of a frozen vision tower in one safetensors file per picture, named by a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOWER, _INPUT = "tower.", "input."
 
 @dataclass(frozen=True)
 class Features:
-    """Outputs of the tower for a picture: everything that a batch needs of it.
+    """Outputs of the tower for a picture: everything that a batch needs instead of the picture.
 
     ``size`` is its width and height in pixels. ``placeholder_ids`` are the token ids that represent it in a prompt. ``tower`` maps the name
     of each projector module to its inputs. ``inputs`` are the model's other inputs, one row each.
@@ -41,8 +41,8 @@ class FeatureCache:
 
     Args:
         folder: folder of the files; several runs may share it at the same time.
-        origin: everything besides the picture that features depend on (tower, processor, dtype, versions); each has its own subfolder.
-        known: picture -> its digest, or the message why it cannot be read.
+        origin: everything except the picture that features depend on (tower, processor, dtype, versions); each has its own subfolder.
+        known: picture -> its digest, or a message that says why it cannot be read.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class FeatureCache:
         return self.place / name[:2] / f"{name}.safetensors"
 
     def of(self, picture: Any) -> Features:
-        """Read the features of a picture. Raises DataError naming the picture, or the file, that cannot be read."""
+        """Read the features of a picture. Raises a DataError that names the picture or the file that cannot be read."""
         digest = self.known[picture]
         if isinstance(digest, str):
             raise DataError(digest)
@@ -66,12 +66,12 @@ class FeatureCache:
 
 
 def picture_digest(content: bytes, together: bool) -> bytes:
-    """Hash the bytes of a picture's file, and whether the model treats the picture differently when it is shown with others."""
+    """Hash the bytes of a picture's file, and ``together``, which is True if the model processes it with other pictures of a prompt."""
     return hashlib.sha256(bytes([together]) + content).digest()
 
 
 def write_features(file: Path, features: Features) -> None:
-    """Write a picture's features; the file appears complete, so that several processes may read and write it. Raises OSError."""
+    """Write a picture's features under another name and rename the file, so several processes can read and write it. Raises OSError."""
     tensors = {f"{_TOWER}{name}": tensor.contiguous() for name, tensor in features.tower.items()}
     tensors |= {f"{_INPUT}{name}": tensor.contiguous() for name, tensor in features.inputs.items()}
     tensors |= {"size": torch.tensor(features.size), "placeholder_ids": torch.tensor(features.placeholder_ids)}
@@ -80,7 +80,7 @@ def write_features(file: Path, features: Features) -> None:
 
 
 def read_features(file: Path) -> Features:
-    """Read the features in a file. Raises DataError, naming it, if it is missing or damaged."""
+    """Read the features in a file. Raises a DataError that names the file if it is missing or damaged."""
     try:
         with safe_open(file, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
@@ -95,8 +95,8 @@ def read_features(file: Path) -> Features:
 
 
 def stored_bytes(file: Path) -> int | None:
-    """Return the size of a file of features in bytes, or None if there is none. Raises DataError if its header is damaged or its end
-    missing.
+    """Return the size of a file of features in bytes, or None if the file does not exist. Raises DataError if its header is damaged or its
+    end is missing.
     """
     try:
         with safe_open(file, "pt"):

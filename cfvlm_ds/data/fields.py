@@ -1,6 +1,6 @@
-"""Field validation of untrusted rows: one sentence for each key that is missing or unknown, and for each value of a wrong type.
+"""Field validation of untrusted rows: a DataError of one sentence for a missing or unknown key, or a value of the wrong type.
 
-``where``, file and row as the caller knows them, begins the sentence.
+The sentence begins with ``where``, the location as far as the caller knows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cfvlm_ds.core.errors import DataError
 
 
 def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
-    """Raise DataError for a key that is not allowed, naming the nearest allowed one."""
+    """Raise a DataError for a key that is not allowed. It names a similar allowed key if there is one."""
     for key in row:
         if key not in allowed:
             names = sorted(allowed)
@@ -44,12 +44,12 @@ _MISSPELT = 0.8
 
 
 def as_meta(further: Any) -> str:
-    """Encode metadata as a group keeps them: as JSON text, which takes a tenth of the memory of nested objects."""
+    """Encode metadata as JSON text, which takes a tenth of the memory of nested objects; "" if there are none."""
     return json.dumps(further, ensure_ascii=False, separators=(",", ":")) if further else ""
 
 
 def json_object(value: Any) -> dict[str, Any]:
-    """Parse a text that is a JSON object; return an empty object for any other value."""
+    """Parse a text that is a JSON object, and return {} for any other value."""
     if isinstance(value, str) and value.lstrip()[:1] == "{":
         try:
             parsed = json.loads(value)
@@ -60,7 +60,7 @@ def json_object(value: Any) -> dict[str, Any]:
 
 
 def as_list(value: Any) -> Any:
-    """Parse a text that is a list, in JSON or in Python's notation, as tables contain them; return any other value unchanged."""
+    """Parse a text that is a list in JSON or in Python's notation, as in fields of tables, and return any other value unchanged."""
     if not isinstance(value, str) or value[:1] + value[-1:] != "[]":
         return value
     try:
@@ -76,13 +76,13 @@ def as_list(value: Any) -> Any:
 
 _ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|True|False|None)"""
 _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
-"""A list in Python's notation, as in the fields of published tables."""
+"""A list in Python's notation, which occurs in fields of published tables."""
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column, or None if it is absent.
 
-    ``a.b`` is ``b`` within ``a``, which is an object, a JSON text of one, or a list of them.
+    ``a.b`` is ``b`` within ``a``, which is an object, an object as JSON text, or a list of objects. For a list, return a list of values.
     """
     first, _, rest = column.partition(".")
     if column in row or not rest:
@@ -95,7 +95,7 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def without(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
-    """Copy a row without some columns; without ``a.b``, the rest of ``a`` stays."""
+    """Copy a row without the given columns. If ``a.b`` is left out, the rest of ``a`` stays."""
     kept = dict(row)
     for column in columns:
         first, _, rest = column.partition(".")
@@ -124,8 +124,8 @@ def string(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    """Return a string, or a number converted to one, since published files have ids of both types. Without
-    ``default`` the key is required.
+    """Return a string, or a number converted to a string, because published files have ids of both types. Without ``default``, the key is
+    required.
     """
     if isinstance(value := row.get(key, default), str):
         return value
@@ -136,9 +136,10 @@ def name(row: Mapping[str, Any], key: str, where: str, default: str | None = Non
 
 
 def row_id(row: Mapping[str, Any], *contents: Any) -> str:
-    """Build the id of a row: its own id, which public data sets use for several rows, with a hash of its contents, or the hash alone.
+    """Build the id of a row from its own id and a hash of its contents, or only from the hash if it has no id.
 
-    The id does not change when rows move, and a row that occurs twice is detected as a duplicate.
+    The hash is needed because rows of public data sets may share an id. The result does not change when rows move, and a row that occurs
+    twice is detected as a duplicate.
     """
     text = json.dumps(contents, ensure_ascii=False, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

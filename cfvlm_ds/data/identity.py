@@ -34,16 +34,18 @@ def data_identity(
     roots: Sequence[Path],
     pictures: PictureTable | None = None,
 ) -> Identity:
-    """Compute the identity of groups whose pictures are in ``roots`` (data_roots); it stays the same when the folders are moved.
+    """Compute the identity of groups whose pictures are in ``roots``. It does not change if these folders are moved.
 
-    Edits are not part of it: they only name rows of result tables, and neither training nor scoring uses them.
+    Edits are not part of it, because they only name rows of result tables.
     """
     return joined_identity([identity_part(groups, roots, pictures)])
 
 
 @dataclass(frozen=True)
 class IdentityPart:
-    """Contribution of consecutive rows to an identity; ``order`` holds 16 bytes of each."""
+    """Contribution of consecutive rows to an identity. ``order`` has a hash of 16 bytes for each row's id. ``known`` is True if the
+    contents of all pictures are known.
+    """
 
     rows: int
     order: Any
@@ -80,13 +82,13 @@ def identity_part(
 
 
 def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
-    """Join consecutive parts."""
+    """Join consecutive parts into one."""
     sums = {name: sum(part.sums[name] for part in parts) % _MODULUS for name in SUMS}
     return IdentityPart(sum(part.rows for part in parts), b"".join(part.order for part in parts), all(part.known for part in parts), sums)
 
 
 def joined_identity(parts: Sequence[IdentityPart]) -> Identity:
-    """Join the parts of a complete data set, in order, to its identity."""
+    """Compute the identity of a complete data set from its parts, in order."""
     part = joined_part(parts)
     return {
         "rows": part.rows,
@@ -108,15 +110,15 @@ def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any
 
 
 def digest(identity: Identity) -> str:
-    """Hash an identity to 32 hexadecimal digits that name it."""
+    """Hash an identity to 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str | None:
-    """Describe the difference of two identities, or return None if there is none.
+    """Describe the difference between two identities, or return None if there is none.
 
-    Pictures are compared by their contents if these are known on both sides, else by their paths. With ``of_scores``, order, labels and
-    weights are ignored: scores are stored by id and depend on texts and pictures only.
+    Pictures are compared by contents if these are known on both sides, else by path. With ``of_scores``, order, labels and weights are
+    ignored, because scores are stored by id and depend only on texts and pictures.
     """
     if before["rows"] != now["rows"]:
         return f"the number of rows ({now['rows']}, was {before['rows']})"
@@ -137,7 +139,7 @@ def _hash(value: Any) -> int:
 
 
 def _inside(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
-    """Return the path relative to the first root that contains it."""
+    """Return the path relative to the first root that contains it, or the whole path if none does."""
     for prefix in prefixes:
         if picture.parts[: len(prefix)] == prefix:
             return "/".join(picture.parts[len(prefix) :])

@@ -1,6 +1,6 @@
-"""Indexed lines: random access to the rows of a JSON lines file, by an index of their offsets and checksums.
+"""Indexed lines: random access to the rows of a JSON lines file through an index of their offsets and checksums.
 
-The index takes 12 bytes a row, or 16 if the file has blank lines. A store has it as a memory-mapped file.
+The index takes 12 bytes per row, or 16 if the file has blank lines. In a store, it is a memory-mapped file.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class IndexedLines:
     def scanned(
         cls, path: Path, *, alive: Callable[[], object] = lambda: None, progress: Callable[[str], object] = lambda line: None
     ) -> IndexedLines:
-        """Read a regular file once and index its lines. Raises OSError, ValueError without the file's name, and DataError for a line of
-        more than MAX_LINE bytes.
+        """Read a regular file once and index its lines. Raises OSError, a ValueError that does not name the file, and DataError for a line
+        of more than MAX_LINE bytes.
         """
         held = HeldFile(path)
         stat = os.fstat(held.number)
@@ -79,7 +79,7 @@ class IndexedLines:
 
     @classmethod
     def mapped(cls, path: Path) -> IndexedLines:
-        """Open the lines of a finished file by the index beside it (write_index), which must be whole. Raises OSError, ValueError."""
+        """Open the lines of a complete file with the index that ``write_index`` wrote. Raises OSError and ValueError."""
         data = np.memmap(index_file(path), np.uint8, "r")
         begin, rows = _HEADER.itemsize, int(data[: _HEADER.itemsize].view(_HEADER)["rows"][0])
         end = begin + 8 * (rows + 1)
@@ -110,7 +110,7 @@ def index_file(path: Path) -> Path:
 
 
 def write_index(path: Path) -> Path:
-    """Write the index of a file of a store, which has no blank lines. Raises OSError."""
+    """Write the index of a store's file, which has no blank lines, and return the path of the index. Raises OSError."""
     lines, file = IndexedLines.scanned(path), index_file(path)
     header = np.array([(_MAGIC, lines.starts[-1], len(lines))], _HEADER)
     with whole_file(file, shared=True) as handle:

@@ -31,20 +31,21 @@ def open_groups(
     progress: Callable[[str], object] = lambda line: None,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
-    """Open the groups of a manifest, in file order; each group is read on access.
+    """Open the groups of a manifest in file order. Each group is read when it is accessed.
 
-    The data are JSON lines, or another container of rows (cfvlm_ds/data/containers/), which is converted to JSON lines in a folder of
-    ``cache`` on first use. A folder may be a store, which has its own format. An address such as
-    hf://datasets/ORG/NAME/data/train-*.parquet is fetched from the Hugging Face hub on first use. ``format`` is a name with or without
-    options, or ``auto``: the format of the first row with a known one, which ``progress`` reports unless it is the native one.
+    ``path`` is a file of JSON lines, or another container of rows (cfvlm_ds/data/containers/), which is converted to JSON lines in a folder
+    of ``cache`` on first use. It may also be a store, whose format is fixed, or an address such as
+    hf://datasets/ORG/NAME/data/train-*.parquet, which is fetched from the Hugging Face hub on first use. ``format`` is the name of a
+    format, with or without options, or ``auto``: the format of the first row whose format is recognised. ``progress`` reports a detected
+    format unless it is the native one.
 
-    Image paths are absolute, or relative to ``root`` (default: the manifest's folder); with several roots, to the first that has the file.
-    They are returned joined to it. With links resolved, each file must be inside one of the roots; images are not opened. ``limit`` keeps
-    only the first so many groups. ``scan`` reports that this process is alive.
+    Image paths are absolute or relative to ``root`` (default: the manifest's folder); with several roots, to the first that has the file.
+    The groups have the joined paths. With links resolved, each file must be inside one of the roots. Images are not opened. Only the first
+    ``limit`` groups are kept. ``scan`` runs the passes over the rows that some formats need.
 
     Raises DataError for a manifest that cannot be read at all, has no row, or lacks a column that ``format`` names. Accessing an invalid
-    row raises a DataError of one sentence with file, row (1-based line, or item of a list) and remedy. Repeated ids are detected by the
-    data check.
+    row raises a DataError of one sentence with file, row (1-based line, or item of a list) and remedy. Repeated ids are not detected here,
+    but by the data check.
     """
     known_format(path, format)
     path = local_path(path, scan, progress)
@@ -62,7 +63,7 @@ def open_groups(
 
 
 def local_path(path: str | Path, scan: Scan | None = None, progress: Callable[[str], object] = lambda line: None) -> Path:
-    """Return the local path of a data set; one of the Hugging Face hub is fetched on first use. Raises DataError."""
+    """Return the local path of a data set. A data set of the Hugging Face hub is fetched on first use. Raises DataError if that fails."""
     if ":/" not in str(path):
         return Path(path)
     from cfvlm_ds.data.containers.hub import fetched
@@ -83,7 +84,7 @@ def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> li
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """Describe a row that repeats an earlier one, or has the same group id."""
+    """Return a message about a row that repeats an earlier row, or its group id."""
     where, before = store.where(index), store.where(first)
     if dataclasses.replace(store[index], meta="") == dataclasses.replace(store[first], meta=""):
         return f"{where}: the row repeats {before}; remove it"
@@ -99,7 +100,7 @@ def known_format(path: str | Path, format: str) -> None:
 
 
 def data_roots(path: str | Path, root: Root) -> list[Path]:
-    """Return the folders of a manifest's images; relative paths are resolved against the first. Raises DataError for an empty list."""
+    """Return the folders of a manifest's images, by default the manifest's own folder. Raises DataError for an empty list."""
     if root is None:
         return [Path(path).parent]
     roots = [Path(root)] if isinstance(root, str | Path) else [Path(folder) for folder in root]
@@ -109,9 +110,9 @@ def data_roots(path: str | Path, root: Root) -> list[Path]:
 
 
 def named_apart(paths: Sequence[str]) -> dict[str, str]:
-    """Give each path a distinct name: its stem, preceded by as many of its folders as distinguish it from the others.
+    """Give each path a distinct name: its stem, preceded by as many of its folders as distinguish it from the others. Return name -> path.
 
-    Returns name -> path. Raises DataError for a path that is given twice.
+    Raises DataError for a path that is given twice.
     """
     all_parts = [Path(os.path.normpath(Path(path).absolute())).parts for path in paths]
     for path, parts in zip(paths, all_parts, strict=True):

@@ -1,9 +1,9 @@
-"""Mixtures of sources: the source of each place in the stream of groups, computed from the place alone.
+"""Mixtures of sources: the source at each position of the stream of groups, computed only from the position.
 
-The stream is cut into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up. Which sources are
+The stream is divided into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up. Which sources are
 rounded up changes from window to window, so that in the long run every source has its exact share (systematic sampling with a start that
 advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number of ranks,
-and any place can be computed directly, because the draws before a window have a closed form.
+and any position can be computed directly, because the number of draws before a window has a closed form.
 
 Shapes: S sources, W windows.
 """
@@ -26,16 +26,16 @@ from cfvlm_ds.data import permutation
 from cfvlm_ds.data.permutation import COMPUTED, TOGETHER, RowsTogether, permuted
 
 WINDOW = 1000
-"""Number of draws in which every source has its share, up to one draw."""
+"""Number of draws in a window, in which every source has its share to within one draw."""
 _TURN = 0x9E3779B97F4A7C15  # fraction of the golden ratio times 2**64; its multiples are evenly spaced on the circle
 _CIRCLE = 1 << 64
-_LEAST = Fraction(1, 10**9)  # smallest share, because places are numbers of 64 bits
+_LEAST = Fraction(1, 10**9)  # smallest share, because positions are integers of 64 bits
 _KEPT = 1 << 10  # cached windows
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Order in which the sources are drawn from.
+    """Order of the draws from the sources.
 
     Args:
         shares: share of the draws of each source; their sum is 1.
@@ -44,7 +44,7 @@ class Draws:
     shares: tuple[Fraction, ...]
 
     def at(self, start: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return (source, number of earlier draws of that source) of ``count`` places of the stream from ``start`` on."""
+        """Return the source, and the number of earlier draws from it, for ``count`` positions of the stream from ``start`` on."""
         sources, earlier = [], []
         stop = start + count
         for window in range(start // WINDOW, -(-stop // WINDOW)):
@@ -63,7 +63,7 @@ class Draws:
         return _before(self.shares, window)
 
     def place_of(self, source: int, number: int) -> int:
-        """Return the place in the stream of draw ``number`` (from 0) of a source. Raises ValueError for a source without a share."""
+        """Return the position in the stream of draw ``number`` (from 0) of a source. Raises ValueError for a source without a share."""
         if not self.shares[source]:
             raise ValueError(f"source {source} has no share")
         low, high = 0, 1
@@ -80,8 +80,8 @@ class Draws:
 def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]:
     """Return the number of draws of each source in the first ``windows`` windows, [S].
 
-    In every window, the sources lie side by side on a circle of length 1, behind a start that advances by the golden ratio. A source is as
-    long as the fractional part of its share of WINDOW, and is rounded up whenever its arc contains a whole number.
+    In every window, the sources are adjacent arcs on a circle of length 1, after a start that advances by the golden ratio. The arc of a
+    source is as long as the fractional part of its share of WINDOW. The source is rounded up if its arc contains a whole number.
     """
     whole_draws = [int(share * WINDOW) for share in shares]
     offset = _floors(windows, _TURN, 0)
@@ -96,9 +96,7 @@ def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]
 
 
 def _floors(count: int, step: int, first: int) -> int:
-    """Sum floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1, in a number of operations proportional to the bits of the
-    numbers.
-    """
+    """Sum floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1. The number of steps is proportional to the number of bits."""
     total, modulus = 0, _CIRCLE
     while count > 0:
         total += (count - 1) * count // 2 * (step // modulus) + count * (first // modulus)
@@ -109,7 +107,7 @@ def _floors(count: int, step: int, first: int) -> int:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return (source, index among the source's draws of the window) of each place of a window: draw k of n lies at (k + 1/2) / n."""
+    """Return, for each position of a window, the source and the index among its draws in the window. Draw k of n is at (k + 1/2) / n."""
     source = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     place = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
     order = np.argsort((place + 0.5) / np.repeat(np.array(counts), counts), kind="stable")
@@ -117,7 +115,7 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 
 
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequence[str]) -> tuple[Fraction, ...]:
-    """Compute the share of draws of each source: by weight, or by number of groups if no source has a weight.
+    """Compute the share of draws of each source from its weight, or from its number of groups if no source has a weight.
 
     Raises DataError if only some sources have a weight, and for a share too small for any run to draw from.
     """
@@ -137,7 +135,7 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequ
 
 @dataclass(frozen=True)
 class Order:
-    """Stream of groups that a sampler cuts into steps.
+    """Stream of groups that a sampler divides into steps.
 
     A single data set is a sequence of epochs, each in its own permutation. In a mixture, every source goes through its own epochs.
 
@@ -145,8 +143,9 @@ class Order:
         sizes: number of groups of each source; their groups are numbered one source after the other.
         shares: share of the draws of each source, with sum 1; empty for a single data set.
         seed: seed of the permutations.
-        stop: an epoch of a mixture ends when ``all_exhausted`` sources have been seen completely, or when the ``first_exhausted`` has.
-        rows: for each source whose rows have several groups, their order, which keeps the groups of a row together; else None.
+        stop: end of an epoch of a mixture: when all sources have been seen completely (``all_exhausted``), or when the first one has
+            (``first_exhausted``).
+        rows: for each source, the order that keeps the groups of a row together; None if every row is one group.
     """
 
     sizes: tuple[int, ...]
@@ -157,17 +156,17 @@ class Order:
 
     @property
     def draws(self) -> Draws:
-        """Order in which the sources are drawn from."""
+        """Order of the draws from the sources."""
         return Draws(self.shares or (Fraction(1),))
 
     @functools.cached_property
     def length(self) -> int:
-        """Number of places of an epoch."""
+        """Number of positions in an epoch."""
         ends = [self.draws.place_of(source, size - 1) + 1 for source, size in enumerate(self.sizes) if self.draws.shares[source]]
         return max(ends) if self.stop == "all_exhausted" else min(ends)
 
     def at(self, start: int, count: int) -> list[int]:
-        """Return the groups at ``count`` places of the stream from ``start`` on."""
+        """Return the indices of the groups at ``count`` positions of the stream from ``start`` on."""
         sources, numbers = self.draws.at(start, count)
         groups = np.empty(count, np.int64)
         first = 0
@@ -186,26 +185,26 @@ class Order:
         return groups.tolist()
 
     def mean(self, values: npt.NDArray[Any]) -> Fraction:
-        """Compute the mean of a per-group value over the places of the stream."""
+        """Compute the mean of a per-group value over the stream."""
         parts = np.split(values, np.cumsum(self.sizes)[:-1])
         means = (Fraction(int(part.sum(dtype=np.int64)), len(part)) for part in parts)
         return sum((share * mean for share, mean in zip(self.draws.shares, means, strict=True)), Fraction(0))
 
     def epochs(self, seen: int) -> list[float]:
-        """Return the passes over each source of a mixture after ``seen`` places; empty for a single data set."""
+        """Return the number of passes over each source of a mixture after ``seen`` positions; [] for a single data set."""
         window, rest = divmod(seen, WINDOW)
         drawn = self.draws.before(window) + np.bincount(self.draws.at(window * WINDOW, rest)[0], minlength=len(self.sizes))
         return (drawn / np.array(self.sizes)).tolist() if self.shares else []
 
     def identity(self) -> dict[str, Any]:
-        """Return, as JSON, everything that must be equal for a place to mean the same group."""
+        """Return, as JSON, everything that determines the group at each position."""
         mixed = {"sizes": list(self.sizes), "shares": [str(share) for share in self.shares]} if self.shares else {}
         kinds = [*[COMPUTED] * (max(self.sizes) > permutation.STORED), *[TOGETHER] * any(rows is not None for rows in self.rows)]
         return {"num_groups": sum(self.sizes), "seed": self.seed, **mixed, **({"order": "+".join(kinds)} if kinds else {})}
 
 
 class MixedGroups(Lazy[CounterfactualGroup]):
-    """Groups of all sources, one source after the other; each is named ``SOURCE/ID`` and carries its source and objectives.
+    """Groups of all sources, one source after the other. The id of each is ``SOURCE/ID``, and it has the source's name and objectives.
 
     Args:
         sources: groups of each source.

@@ -1,4 +1,4 @@
-"""Overlap of a training set with evaluation sets, in pictures and in whole rows. Results on data that were trained on say little."""
+"""Overlap of a training set with evaluation sets, in pictures and in whole rows. Results on training data say little."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Shared(NamedTuple):
-    """Numbers of an evaluation set's distinct rows and pictures that the training set has too, and their totals."""
+    """Numbers of distinct rows and pictures of an evaluation set that are also in the training set, and the evaluation set's totals."""
 
     rows: int
     pictures: int
@@ -41,15 +41,15 @@ class Keys(NamedTuple):
 def shared_with(train: Keys, evaluation: Keys) -> Shared:
     """Count the rows and pictures that an evaluation set shares with the training set.
 
-    A row is its prompts, texts and pictures, whatever its id, order of texts or labels. A picture is its contents if they are known, else
-    its path.
+    Rows are equal if their prompts, texts and pictures are equal, whatever their ids, labels and order of texts. Pictures are compared by
+    contents if these are known, else by path.
     """
     rows, pictures = (int(contains(train_keys, keys).sum()) for train_keys, keys in zip(train, evaluation, strict=True))
     return Shared(rows, pictures, *map(len, evaluation))
 
 
 def keys_of(groups: Iterable[CounterfactualGroup], pictures: PictureTable | None) -> Keys:
-    """Compute the keys of groups; the table has the contents of their pictures."""
+    """Compute the keys of groups. ``pictures`` has the digests of their pictures; without it, pictures are identified by path."""
     rows, shown = set[int](), set[int]()
     for group in groups:
         of_images = [[_picture(picture, pictures) for picture in image] for image in group.images]
@@ -64,7 +64,7 @@ def joined_keys(parts: Sequence[Keys]) -> Keys:
 
 
 def row_key(group: CounterfactualGroup, pictures: Sequence[Sequence[int]]) -> int:
-    """Hash the contents of a row to 64 bits, independently of its id, the order of its texts and images, and its labels; ``pictures`` holds
+    """Hash the contents of a row to 64 bits, independently of its id, its labels, and the order of its texts and images. ``pictures`` has
     the keys of each image's pictures.
     """
     texts = sorted((json.dumps(normalised_prompt(text.prompt), default=str), normalised(text.text)) for text in group.candidates)

@@ -17,15 +17,15 @@ from cfvlm_ds.core.progress import Progress
 T = TypeVar("T")
 Array = npt.NDArray[Any]
 Done = Callable[[], object]
-"""Callback after every place of a chunk."""
+"""Function that is called after every item of a chunk."""
 
 _CHUNK = 256
-_MANY = 1 << 14  # number of places from which several processes are worth their start
+_MANY = 1 << 14  # number of items from which starting several processes saves time
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Execution of a pass over all groups: in chunks, and in processes on all cores if there are many groups.
+    """Execution of a pass over all groups in chunks. If there are many groups, the chunks are processed in parallel on all cores.
 
     Args:
         alive: called for every row and picture; may raise to end the pass.
@@ -36,7 +36,7 @@ class Scan:
     shield: Callable[[int], None] = lambda worker: None
 
     def over(self, places: Sequence[int], work: Callable[[Sequence[int], Done], T], progress: Progress) -> Iterator[T]:
-        """Yield the result of ``work`` for each chunk of places, in order. It may run in other processes and must not raise there."""
+        """Yield the result of ``work`` for each chunk of ``places``, in order. ``work`` may run in other processes and must not raise."""
         chunks = [places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK)]
         if len(places) < _MANY or (cores := cores_per_rank()) < 2:
 
@@ -63,14 +63,14 @@ class Scan:
 
 
 def distinct(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Return the distinct 64-bit keys of all parts in order, each with its first value."""
+    """Return the distinct 64-bit keys of all parts, sorted, each with its first value."""
     keys, values = map(np.concatenate, zip(*parts, strict=True))
     keys, first = np.unique(keys, return_index=True)
     return keys, values[first]
 
 
 def contains(keys: Array, wanted: Array) -> Array:
-    """Return a mask of the wanted keys that are among sorted keys."""
+    """Return a mask of ``wanted``, True for each key that is among the sorted ``keys``."""
     if not len(keys):
         return np.zeros(len(wanted), bool)
     mask: Array = np.asarray(keys)[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted

@@ -1,7 +1,7 @@
-"""Permutations of the groups of an epoch, which depend on the number of groups, the seed and the epoch alone.
+"""Permutations of the groups of an epoch, which depend only on the number of groups, the seed and the epoch.
 
-Up to ``STORED`` groups, a permutation is drawn and kept. Beyond that, places are computed on demand without memory, by a Feistel network
-over the next power of two; results beyond the number of groups are passed through it again until they are below.
+Up to ``STORED`` groups, a permutation is drawn and kept. Beyond that, its entries are computed on demand without memory, by a Feistel
+network over the next power of two; a result that is too large is passed through the network again until it is a group's index.
 
 If a row has several groups, such as the answers of a conversation, rows are permuted and their groups stay together, so that a micro-batch
 encodes their common part once.
@@ -18,19 +18,19 @@ import numpy.typing as npt
 import torch
 
 STORED = 1_000_000
-"""Largest number of groups whose permutation is stored: 8 MB an epoch."""
+"""Largest number of groups whose permutation is stored: 8 MB per epoch."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
 """Names, in a sampler's state, of the computed order and of the order of rows with several groups; a changed order gets a new name."""
 
-_BLOCK = 1 << 12  # places computed at once
+_BLOCK = 1 << 12  # positions computed at once
 _ROUNDS = 8  # four suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)
 
 Array = npt.NDArray[np.uint64]
 
 
 def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: int) -> list[int]:
-    """Return the groups at ``count`` places of an epoch from ``start`` on; fewer at the end of the epoch."""
+    """Return the indices of the groups at ``count`` positions of an epoch from ``start`` on; fewer at the end of the epoch."""
     stop = min(start + count, num_groups)
     if num_groups <= STORED:
         return _stored(num_groups, seed, epoch)[start:stop].tolist()
@@ -46,8 +46,8 @@ class RowsTogether:
     """Order of rows with several groups each, which keeps the groups of a row together.
 
     Args:
-        firsts: [rows + 1] number of groups before each row, and in total.
-        num_groups: number of groups that are used, if not all: the first ones.
+        firsts: index of the first group of each row, then the number of groups, [rows + 1].
+        num_groups: number of groups that are used, from the first on; None for all.
     """
 
     def __init__(self, firsts: npt.NDArray[Any], num_groups: int | None = None) -> None:
@@ -57,7 +57,7 @@ class RowsTogether:
         self._kept = functools.lru_cache(maxsize=8)(self._block)
 
     def permuted(self, start: int, count: int, seed: int | str, epoch: int) -> list[int]:
-        """Return the groups at ``count`` places of an epoch, as the function ``permuted`` does."""
+        """Return the indices of the groups at ``count`` positions of an epoch from ``start`` on; fewer at the end of the epoch."""
         stop, groups = min(start + count, self.num_groups), list[int]()
         before = self._before(seed, epoch)
         while start < stop:
@@ -70,12 +70,14 @@ class RowsTogether:
         return groups
 
     def _groups_before(self, seed: int | str, epoch: int) -> npt.NDArray[np.int64]:
-        """Count the groups before each block of rows, and in total."""
+        """Return the number of groups before each block of rows, then the number of all groups."""
         sizes = [int(self._block(block, seed, epoch)[2][-1]) for block in range(-(-self._rows // _BLOCK))]
         return np.cumsum([0, *sizes], dtype=np.int64)
 
     def _block(self, block: int, seed: int | str, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
-        """Return, for each row in a block of the order: its first group, its number of groups, and the number of groups up to its last."""
+        """Return, for each row in a block of the order, its first group, its number of groups, and the block's number of groups up to it,
+        itself included.
+        """
         rows = np.array(permuted(block * _BLOCK, _BLOCK, self._rows, seed, epoch), np.int64)
         first, end = (self._firsts[index].astype(np.int64) for index in (rows, rows + 1))
         sizes = np.minimum(end, self.num_groups) - first
@@ -87,8 +89,8 @@ _KEPT: dict[tuple[int, int | str], dict[int, torch.Tensor]] = {}
 
 
 def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
-    """Draw a permutation, [num_groups] int64, on the CPU whatever the default device; seeds are hashed so that (0, 1) and (1, 0) are
-    unrelated.
+    """Return a permutation, [num_groups] int64, drawn on the CPU whatever the default device. Seed and epoch are hashed, so (0, 1) and (1,
+    0) are unrelated.
     """
     kept = _KEPT.setdefault((num_groups, seed), {})
     if epoch not in kept:
@@ -117,7 +119,7 @@ def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Arra
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """Apply a bijection of numbers of ``bits`` bits: each round changes one half by a function of the other half and a key, and swaps the
+    """Apply a bijection of numbers of ``bits`` bits. Each round changes one half by a function of the other half and a key, and swaps the
     halves.
     """
     low, high = bits // 2, bits - bits // 2
@@ -129,7 +131,7 @@ def _network(values: Array, bits: int, keys: Array) -> Array:
 
 
 def _mixed(values: Array) -> Array:
-    """Apply the finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit of the result depends on every bit of the value."""
+    """Apply the finalizer of splitmix64 (Steele, Lea, Flood 2014). Every bit of the result depends on every bit of the value."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

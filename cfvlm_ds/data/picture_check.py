@@ -30,9 +30,9 @@ Array = npt.NDArray[Any]
 def open_pictures(
     report: CheckReport, store: GroupStore, keys: Array, places: Array, max_pixels: int, progress: Callable[[str], object], scan: Scan
 ) -> tuple[PictureTable, dict[int, str]]:
-    """Open each picture once; returns the sound ones, and the problem of each broken one by its key.
+    """Open each picture once, and return the table of sound pictures, and the problems of broken ones, keyed by picture key.
 
-    A problem is reported with the first group that shows the picture.
+    The problems are also added to ``report``, each with the first group that shows the picture.
     """
     broken = dict[int, str]()
 
@@ -49,7 +49,7 @@ def open_pictures(
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """Yield the pictures with these keys, each with the first group that shows it; only those groups are read."""
+    """Yield the pictures with these keys, each after the index of the first group that shows it. Only groups at ``places`` are read."""
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():
         group = store.entry(index)
@@ -61,7 +61,7 @@ def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[
 
 
 class OpenedPicture(NamedTuple):
-    """A picture, the first group that shows it, its properties or its problem, and its bytes if they were requested."""
+    """A picture, the first group that shows it, its properties or its problem, and its bytes, which are empty unless requested."""
 
     group: int
     path: Path
@@ -79,7 +79,7 @@ def opened_pictures(
     *,
     contents: bool = False,
 ) -> Iterator[OpenedPicture]:
-    """Open the pictures with these keys, except the ``known`` ones that have not been written since."""
+    """Yield the pictures with these keys. All are opened except ``known`` ones whose files have not changed."""
     prepared = store.rows.pictures if isinstance(store.rows, StoredRows) else None
 
     def opened(use: tuple[int, Path]) -> tuple[Picture | str, bytes]:
@@ -94,9 +94,9 @@ def opened_pictures(
 def opened_picture(
     path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int, contents: bool
 ) -> tuple[Picture | str, bytes]:
-    """Return the properties of a picture, or its problem, and its bytes if they are requested.
+    """Return the properties of a picture, or its problem, and its bytes, which are empty unless requested.
 
-    A ``known`` picture that has not been written since is not opened. One of a store must be the one that was ``prepared``.
+    A ``known`` picture whose file has not changed is not opened. A picture of a store must agree with the table ``prepared``.
     """
     try:
         known_before = None if known is None else known.find(path)
@@ -121,7 +121,7 @@ def opened_picture(
 
 
 def equal_images(group: CounterfactualGroup, pictures: PictureTable) -> Iterator[str]:
-    """Yield a problem for each two images of a group that are equal byte by byte although its truth table distinguishes them."""
+    """Yield a problem for each pair of images of a group that are equal byte for byte although the truth table distinguishes them."""
     for second in range(1, len(group.images)):
         for first in range(second):
             if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):

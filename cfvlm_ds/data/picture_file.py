@@ -18,13 +18,13 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular, read_within
 
 _PART = re.compile(r"(?P<file>.+\.(?i:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
-"""A part has exactly one name: no leading zeros, and no digits of other scripts."""
+"""Name of a part. Each part has exactly one name: leading zeros and digits of other scripts are not allowed."""
 
 _OPEN = 256  # containers that a process keeps open, because parallel file systems are slow at opening files
 
 
 def part_name(container: str, start: int, length: int) -> str:
-    """Return the name of ``length`` bytes of a container from ``start`` on."""
+    """Return the name of ``length`` bytes of a container from offset ``start`` on."""
     return f"{container}#{start}+{length}"
 
 
@@ -42,7 +42,7 @@ def picture_file(path: Path) -> Path:
 
 
 def picture_stat(path: Path) -> tuple[int, int]:
-    """Return a picture's size in bytes, and the change time of its file in ns, which no user can set.
+    """Return a picture's size in bytes, and the change time of its file in ns, which users cannot set.
 
     Raises OSError, and DataError for a part beyond the end of its file.
     """
@@ -52,8 +52,8 @@ def picture_stat(path: Path) -> tuple[int, int]:
 
 
 def open_picture(path: Path) -> io.BufferedReader:
-    """Open the bytes of a picture for reading; nothing outside of them is ever read. Raises as picture_stat does, and ValueError for a file
-    that is not regular.
+    """Open the bytes of a picture for reading. The reader cannot reach other bytes of a container. Raises the same errors as picture_stat,
+    and ValueError for a file that is not regular.
     """
     if (part := _part(path)) is None:
         return cast(io.BufferedReader, open_regular(path))
@@ -64,8 +64,8 @@ def open_picture(path: Path) -> io.BufferedReader:
 
 
 def picture_bytes(path: Path, limit: int) -> bytes:
-    """Read all bytes of a picture. Raises as ``open_picture`` does, and TooLarge for more than ``limit``."""
-    if (size := picture_stat(path)[0]) <= limit:  # a larger one is not read
+    """Read all bytes of a picture. Raises the same errors as ``open_picture``, and TooLarge for more than ``limit`` bytes."""
+    if (size := picture_stat(path)[0]) <= limit:  # a larger picture is not read
         with open_picture(path) as handle:
             content = read_within(handle, size, limit)
         if len(content) <= limit:
@@ -74,7 +74,7 @@ def picture_bytes(path: Path, limit: int) -> bytes:
 
 
 def _part(path: Path) -> tuple[int, int] | None:
-    """Return offset and length of a part, or None for a file of its own."""
+    """Return offset and length of a part of a container, or None if the picture is a file of its own."""
     match = _PART.fullmatch(path.name)
     return None if match is None else (int(match["start"]), int(match["length"]))
 
@@ -89,12 +89,12 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
 
 @functools.lru_cache(_OPEN)
 def _container(path: str, *state: int) -> HeldFile:
-    """Open a container in this state; a file that replaces it has another state."""
+    """Open a container. A file that replaces it has another ``state`` and is opened separately."""
     return HeldFile(path)
 
 
 class _Part(io.RawIOBase):
-    """A range of a container as a file, without a descriptor: image libraries would read the container from its start."""
+    """Range of a container as a file object. It has no descriptor, because image libraries would read the container from its start."""
 
     def __init__(self, path: Path, container: HeldFile, start: int, length: int) -> None:
         self._path, self._container, self._start, self._length, self._place = path, container, start, length, 0

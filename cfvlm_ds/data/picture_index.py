@@ -1,7 +1,7 @@
-"""Picture table: size, change time, digest and dimensions of each picture by its path, memory-mapped by all processes.
+"""Picture table: size, change time, digest and dimensions of each picture, keyed by its path and memory-mapped by all processes.
 
-Whenever a picture is opened, its file is compared with the table. Equal size and time are trusted; with another time the contents are
-hashed again; other contents are refused.
+Whenever a picture is opened, its file is compared with the table. If size and change time are equal, the picture is accepted. If the time
+differs, the contents are hashed again, and changed contents are refused.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ _AT_ONCE = 4096  # pictures processed, and cached, at a time
 
 
 class Picture(NamedTuple):
-    """A file that holds a sound picture.
-
-    Its size in bytes; its change time in ns, 0 if the file's time is not used; the digest of its bytes; its width and height in pixels.
+    """Properties of a sound picture: size in bytes, change time of its file in ns (0 if it is not compared), digest of its bytes, and width
+    and height in pixels (0 if they are unknown).
     """
 
     size: int
@@ -49,13 +48,13 @@ class Picture(NamedTuple):
 
 @lru_cache(_AT_ONCE)
 def picture_key(path: Path, root: Path | None = None) -> int:
-    """Hash a picture's path to 64 bits: relative to ``root`` if it is inside, as in stores, else absolute."""
+    """Hash a picture's path to 64 bits: the path relative to ``root`` if it is inside, as in stores, else the absolute path."""
     name, folder = os.path.abspath(path), "" if root is None else os.path.join(os.path.abspath(root), "")
     return hashed(os.fsencode(name.removeprefix(folder)))
 
 
 def find(keys: npt.NDArray[Any], key: int) -> int | None:
-    """Return the position of a key among sorted keys, or None."""
+    """Return the index of ``key`` in the sorted ``keys``, or None if they do not contain it."""
     place = int(keys.searchsorted(np.uint64(key)))
     return place if place < len(keys) and int(keys[place]) == key else None
 
@@ -75,19 +74,19 @@ def content_digest(path: Path) -> bytes:
 
 
 def digest_of(content: bytes) -> bytes:
-    """Hash contents to the ``content_digest`` that their file would have."""
+    """Hash bytes to the value that ``content_digest`` returns for a file with these contents."""
     return hashlib.blake2b(content, digest_size=_DIGEST).digest()
 
 
 def picture_of(path: Path, width: int, height: int) -> Picture:
-    """Build the entry of a picture that was opened. Raises as content_digest does."""
+    """Build the entry of a picture. Raises the same errors as picture_stat and content_digest."""
     return Picture(*picture_stat(path), content_digest(path), width, height)
 
 
 class PictureTable:
-    """Pictures by path: sorted keys, and the properties of each.
+    """Properties of pictures, looked up by path. They are stored as arrays in the order of picture keys.
 
-    ``roots`` are the folders of a store that its keys are relative to.
+    ``roots`` are the folders to which the paths of a store's pictures are relative; None stands for absolute paths.
     """
 
     def __init__(self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], roots: Sequence[Path | None] = (None,)) -> None:
@@ -96,7 +95,7 @@ class PictureTable:
 
     @classmethod
     def opened(cls, file: Path, roots: Sequence[Path | None] = (None,)) -> PictureTable:
-        """Map the table in a file: all processes share its pages, and the system can drop them when memory is short. Raises OSError."""
+        """Map the table in a file. All processes share its pages, and the system can drop them when memory is short. Raises OSError."""
         count = file.stat().st_size // RECORD.itemsize
         if not count:
             return cls.of(())
@@ -105,7 +104,7 @@ class PictureTable:
 
     @classmethod
     def of(cls, pictures: Iterable[tuple[Path, Picture]]) -> PictureTable:
-        """Build a table in memory from an iterable of pictures, chunk by chunk. If a path occurs several times, its last entry counts."""
+        """Build a table in memory from an iterable of pictures, chunk by chunk. If a path occurs several times, its last entry is used."""
         items, parts = iter(pictures), [np.empty(0, RECORD)]
         while chunk := list(islice(items, _AT_ONCE)):
             parts.append(np.array([(picture_key(path), tuple(picture)) for path, picture in chunk], RECORD))
@@ -129,7 +128,7 @@ class PictureTable:
             return cls.of((path, picture) for path, picture in entries if picture is not None)
 
     def parts(self) -> Iterator[bytes]:
-        """Yield the bytes that ``opened`` reads, part by part."""
+        """Yield the contents of the file that ``opened`` reads, part by part."""
         for array in (self._keys, self._facts):
             for start in range(0, len(array), _BLOCK):
                 yield np.ascontiguousarray(array[start : start + _BLOCK]).tobytes()
@@ -138,12 +137,12 @@ class PictureTable:
         return len(self._keys)
 
     def sides(self) -> list[int]:
-        """List the longer side of every picture, in pixels."""
+        """Return the longer side of every picture, in pixels."""
         sides: list[int] = np.maximum(self._facts["width"], self._facts["height"]).tolist()
         return sides
 
     def find(self, path: Path) -> Picture | None:
-        """Return the entry of a picture, or None."""
+        """Return the entry of a picture, or None if there is none."""
         return self._recent(path)
 
     def _find(self, path: Path) -> Picture | None:
@@ -186,7 +185,7 @@ class PictureTables(PictureTable):
 
 
 def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int, pool: Executor) -> dict[Path, Size]:
-    """Return width and height of each picture: from the table if known, else from its header. Raises DataError as image_size does."""
+    """Return width and height of each picture, from the table or else from its header. Raises the same errors as image_size."""
     distinct = list(dict.fromkeys(paths))
     entries = {} if known is None else {path: picture for path in distinct if (picture := known.find(path)) and picture.width}
     unknown = [path for path in distinct if path not in entries]

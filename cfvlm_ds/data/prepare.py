@@ -1,8 +1,8 @@
 """Preparation of a data set: a complete check, and a store (cfvlm_ds/data/stored.py) that training opens.
 
-Pictures are opened before rows are written, one range of groups at a time. The pictures that occur first in a range are one unit of work.
-With ``pack`` they are one uncompressed tar, in which each is stored once and read by its offset. The bytes of every file depend on the data
-set alone, whatever the number of processes and interruptions.
+All pictures are opened before any rows are written. A unit of work is the pictures that occur first in one range of groups. With ``pack``,
+a unit becomes one uncompressed tar, which has each picture once; pictures are read by their offsets. The bytes of every file depend only on
+the data set and the options, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PICTURED = 1 << 15
 """Number of groups whose pictures are one unit of work; with ``pack``, a tar of a few GB of photographs."""
 
 ROWS = 1 << 18
-"""Number of groups in one file of rows; a process keeps some tens of such files open."""
+"""Number of groups in one file of rows. It is large because a process keeps these files open."""
 
 LEFT_OUT = "left_out.jsonl"
 _ANY_SCHEMA = SCHEMA.partition("/")[0]
@@ -65,14 +65,14 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options of a preparation; stores of one data set with equal options are equal.
+    """Options of a preparation. Stores that are prepared from the same data set with the same options are equal.
 
     Args:
         pack: copy the pictures into tars of the store; otherwise rows refer to their original files.
-        open_pictures: open every picture; otherwise their properties are unknown, and a change is not noticed.
-        max_pixels: as in open_image.
-        on_error: reaction to invalid rows and to groups with a picture that cannot be used: ``error`` prepares nothing, ``skip`` leaves
-            them out and lists them.
+        open_pictures: open every picture; otherwise their sizes and digests are unknown, and later changes are not detected.
+        max_pixels: maximum number of pixels of a picture, as in ``open_image``.
+        on_error: reaction to invalid rows and to groups with an unusable picture: ``error`` prepares nothing, ``skip`` leaves them out and
+            lists them.
     """
 
     pack: bool = False
@@ -82,15 +82,15 @@ class PrepareOptions:
 
 
 class Prepared(NamedTuple):
-    """Report of the check, and whether the store is complete."""
+    """Result of ``prepare``: the report of the check, and whether the store is complete."""
 
     report: CheckReport
     whole: bool
 
 
 def source_state(path: Path) -> list[int]:
-    """Return the size, modification time and change time (which no user can set) of a data set's files; empty if they cannot be read.
-    Raises DataError.
+    """Return size, modification time and change time of a data set's files (see ``sources_state``), or [] if they cannot be read. Unlike
+    the modification time, the change time cannot be set by a user. Raises the same DataErrors as ``sources_of``.
     """
     try:
         return list(sources_state(path / FILE if path.is_dir() and is_store(path) else path))
@@ -117,15 +117,16 @@ def prepare(
     anew: bool = False,
     scan: Scan | None = None,
 ) -> Prepared:
-    """Check a data set, and write the shards of one process among ``of`` that share the work.
+    """Check a data set, and write the part ``shard`` of a store, whose work ``of`` processes share. Return the report of the check, and
+    whether the store is complete.
 
-    Each process checks every row, and every picture is opened once. Work that an earlier call finished is not repeated. All shards'
-    pictures must be checked before any rows are written: if some are missing, the same call writes the rows later. With problems in the
-    report and ``on_error`` error, nothing more is written.
+    Every process checks all rows, and each picture is opened by one process. Work that an earlier call finished is not repeated. Rows are
+    written only after the pictures of all shards have been checked; if some are missing, the call must be repeated later. If the report has
+    problems and ``on_error`` is ``error``, nothing more is written.
 
-    Work begun for another state of the data set is started again, unless other processes share it; so is a complete store, if ``anew``.
-    Pictures that were opened then and have not been written since are not opened again. Raises OSError, and ConfigError for a folder with
-    other contents.
+    Unfinished work for another state of the data set is discarded, unless several processes share it. With ``anew``, so is a complete store
+    of another state. Without ``pack``, pictures that were opened for that state are opened again only if their files have changed. Raises
+    OSError, and ConfigError for a folder with other contents or with a store of another state.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -143,7 +144,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Job:
-    """Work of one call of ``prepare``."""
+    """Work of one call to ``prepare``."""
 
     source: GroupStore
     out: Path
@@ -158,7 +159,7 @@ class _Job:
     report: CheckReport
 
     def run(self) -> bool:
-        """Do this call's part; returns whether the store is complete."""
+        """Do the work of this call, and return whether the store is complete."""
         source, out, strict = self.source, self.out, self.options.on_error == "error"
         seen = look_at_rows(self.report, source, self.say, self.scan)
         if self.is_ended():
@@ -196,8 +197,8 @@ class _Job:
         return self._end(units, files, pictures)
 
     def is_ended(self) -> bool:
-        """Return whether the store is complete. Raises ConfigError if it belongs, or will belong, to other data."""
-        for name in (FILE, BEGUN, FILE):  # FILE appears before BEGUN is removed
+        """Return whether the store is complete. Raises ConfigError if the folder holds a store of other data, complete or unfinished."""
+        for name in (FILE, BEGUN, FILE):  # FILE is written before BEGUN is removed
             if (stamp := _read(self.out / name, "source")) == self.stamp:
                 return name == FILE
             if stamp is not None:
@@ -233,7 +234,7 @@ class _Job:
         try:
             record = _written(file, members()) if pack else dict[str, Any]()
             deque(() if pack else members(), 0)
-        finally:  # a call that is stopped keeps its results
+        finally:  # keep the results of a call that is stopped
             with whole_file(units.file(number, "npy"), shared=True) as handle:
                 np.save(handle, np.sort(np.array(records, _PLACE), order="key"), allow_pickle=False)
         if problems and self.options.on_error == "error":  # the next call opens them again
@@ -265,7 +266,7 @@ class _Job:
         files.note(number, **record, **found)
 
     def _end(self, units: _Files, files: _Files, pictures: Array | None) -> bool:
-        """Write the tables and store.json."""
+        """Write the tables and store.json, which completes the store, and return True. Raises DataError if no group can be used."""
         records = files.records()
         arrays = [np.load(files.file(number, "npz"), allow_pickle=False) for number in range(files.count)]
         identity = joined_identity(
@@ -323,7 +324,7 @@ class _Job:
 
 
 class Chunk(NamedTuple):
-    """Encoded rows of some groups, and their contributions to the store; ``rows`` has the source's row of each group."""
+    """Encoded rows of a range of groups, and their contributions to the tables; ``rows`` has the index of each group's source row."""
 
     lines: bytes
     rows: Array
@@ -334,15 +335,15 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class RowLines:
-    """Encoder of chunks of groups as native rows, without the groups that cannot be used.
+    """Encoder of groups as native rows, which leaves out groups that cannot be used.
 
     Args:
         source: the data set.
-        root: folder that the pictures' paths are relative to.
+        root: folder to which picture paths are relative.
         pictures: table of the pictures; None if none was opened.
         broken: picture key -> its problem.
-        repeats: groups that repeat an earlier group, or its id.
-        name: picture -> the path to write in its place.
+        repeats: indices of groups that repeat an earlier group or its id.
+        name: function from a picture's path to the path that is written; None for the absolute path.
     """
 
     source: GroupStore
@@ -357,7 +358,7 @@ class RowLines:
         root = Path(os.path.abspath(self.root))
         for index, group in self.source.entries(places):
             done()
-            if isinstance(group, DataError) or index in self.repeats:  # reported with the rows
+            if isinstance(group, DataError) or index in self.repeats:  # the check of rows has reported it
                 continue
             try:
                 line = self._line(group, root)
@@ -393,7 +394,7 @@ def _absolute(picture: Path) -> Path:
 
 
 def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
-    """Return the path of a picture in a tar of the store."""
+    """Return the path of a picture in a tar of the store. Raises DataError for a picture that is not packed."""
     if (at := find(pictures["key"], picture_key(picture))) is None:
         raise DataError(f"{picture}: the picture is not packed: the data set has changed; remove the store and prepare it again")
     place = pictures[at]
@@ -404,7 +405,7 @@ def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
 
 
 class _Files:
-    """Files of one kind, and the record of each complete one."""
+    """Numbered files of one kind, and the record of each complete file."""
 
     def __init__(self, work: Path, kind: str, count: int) -> None:
         self._work, self._kind, self.count = work, kind, count
@@ -414,11 +415,11 @@ class _Files:
         return f"{self._kind}-{number:05}"
 
     def file(self, number: int, suffix: str) -> Path:
-        """Return the path of a file's record."""
+        """Return the path of a file's record or arrays, which have the given suffix."""
         return self._work / f"{self.name(number)}.{suffix}"
 
     def missing(self, shard: int = 0, of: int = 1) -> list[int]:
-        """List the incomplete files of a shard."""
+        """Return the numbers of a shard's incomplete files; by default those of all shards."""
         return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
 
     def note(self, number: int, **record: Any) -> None:
@@ -431,7 +432,7 @@ class _Files:
 
 
 def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
-    """Load the pictures that interrupted or failed calls have opened, of one unit of work or of all."""
+    """Load the tables of pictures that earlier calls opened in unit ``number``, or in all units if it is None."""
     tables = []
     for file in sorted(work.glob("images-*.npy" if number is None else f"images-{number:05}.npy")):
         with contextlib.suppress(OSError, ValueError):
@@ -441,7 +442,9 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """Remove a store, or an unfinished store, of another state of the data set if that is allowed; returns its pictures."""
+    """Remove a store of another state of the data set, complete or unfinished, if ``remove_it``. Return the tables of its pictures, which
+    are empty if nothing was removed.
+    """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
     if not (remove_it and (ours or (out / BEGUN).is_file())) or _read(whole if whole.is_file() else out / BEGUN, "source") == stamp:
@@ -461,9 +464,9 @@ def _read(file: Path, key: str) -> str | None:
 
 
 def _begun(out: Path, stamp: str) -> Path:
-    """Create the folder of unfinished work. Raises ConfigError for a folder with other contents."""
+    """Return the folder of unfinished work; create it unless the store is complete. Raises ConfigError if ``out`` has other contents."""
     work, whole, begun = out / PARTS, out / FILE, out / BEGUN
-    others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # a killed call leaves folders, .tmp
+    others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # a killed call leaves both
     if others and not (begun.is_file() or whole.is_file()):
         raise ConfigError(f"{out} exists and is not a store; name another folder with --out")
     if not whole.is_file():
@@ -480,7 +483,7 @@ def _array(array: Array) -> Iterator[bytes]:
 
 
 def _written(file: Path, parts: Iterable[bytes]) -> dict[str, Any]:
-    """Write a file, which appears complete; returns its name, size and checksum."""
+    """Write a file under another name, rename it, and return its name, size and CRC-32."""
     with whole_file(file, shared=True) as handle:
         written = Summed(handle)
         for part in parts:

@@ -23,7 +23,7 @@ _SHOWN, _SHOWN_CHARS = 30, 60  # names in a line, and characters of each
 
 @dataclass
 class CheckReport:
-    """Counts of the valid rows of a manifest, and its problems: one sentence each, which begins with file and row."""
+    """Counts over the valid rows of a manifest, and its problems. Each problem is one sentence that begins with file and row."""
 
     manifest: str
     num_groups: int = 0
@@ -35,20 +35,22 @@ class CheckReport:
     """Number of cells that ``match`` does not list."""
     num_false_cells: int = 0
     prompts: Counter[str] = field(default_factory=Counter)
-    """Number of groups by their prompt: DESCRIBE, which is the default of captions, "empty", or "others"."""
+    """Prompt -> number of groups with it: DESCRIBE, which is the default of captions, "empty", or "others"."""
     shapes: Counter[str] = field(default_factory=Counter)
-    """Number of groups by images x texts; a group of text alone has 0 images."""
+    """"images x texts" -> number of groups of that shape; a group without pictures has 0 images."""
     sources: Counter[str] = field(default_factory=Counter)
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
-    """K -> number of groups with K texts, or images, that are not true of the factual image, or text (without shams)."""
+    """K -> number of groups with K counterfactuals. K is the number of texts that are not true of the factual image or, if that is larger,
+    the number of images that the factual text is not true of, without shams.
+    """
     text_lengths: Counter[int] = field(default_factory=Counter)
     longest_text: int = 0
     longest_text_unit: str = "characters"
     """"tokens" of prompt, image and text, or "characters" of the text."""
     longest_text_where: str = ""
     visual_tokens: Counter[int] = field(default_factory=Counter)
-    """Number of visual tokens -> number of distinct images with so many; empty without a model."""
+    """Number of visual tokens -> number of distinct images with that many; empty without a model."""
     metadata: Counter[str] = field(default_factory=Counter)
     """Key of metadata -> number of groups that have it."""
     problems: list[str] = field(default_factory=list)
@@ -72,9 +74,10 @@ class CheckReport:
         self.num_counterfactuals[max(images, sum(truth != 1 for truth in group.match[0]))] += 1
 
     def note_length(self, length: int, unit: str, where: Callable[[], str], number: int) -> None:
-        """Record the length of a text; the longest one is reported.
+        """Record the length of a text, and its location if it is the longest so far.
 
-        All lengths of a report have the same ``unit``; ``where`` returns the group's place, and ``number`` is the text's index in it.
+        All lengths of a report have the same ``unit``. ``where`` returns the group's location, and ``number`` is the text's index in the
+        group.
         """
         self.longest_text_unit = unit
         self.text_lengths[length] += 1
@@ -100,7 +103,7 @@ class CheckReport:
 
     @property
     def visual_range(self) -> str:
-        """Least, median and largest number of visual tokens of an image; empty without a model or pictures."""
+        """Minimum, median and maximum number of visual tokens of an image; "" without a model or pictures."""
         if not self.visual_tokens:
             return ""
         low, middle, most = quantiles(self.visual_tokens, 0, 50, 100)
@@ -146,7 +149,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Strip file and row from a problem, so that equal problems of several rows are equal."""
+    """Strip file and row from a problem, so that the same problem of several rows is the same text."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 
@@ -155,7 +158,7 @@ _PLACE = re.compile(r"(?::|\bitem |\brow )\d+: ")
 
 
 def quantiles(counts: Counter[int], *percent: float) -> list[int]:
-    """Compute percentiles of counted values."""
+    """Compute percentiles of values, given as value -> count."""
     return np.percentile(np.repeat(list(counts), list(counts.values())), percent, method="lower").tolist()
 
 

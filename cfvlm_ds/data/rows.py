@@ -1,4 +1,4 @@
-"""Rows of a manifest by number: JSON values with their places, or an error in place of a value."""
+"""Rows of a manifest, accessed by index: JSON values and their locations. The value of an invalid row is an error."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cfvlm_ds.data.lines import IndexedLines
 
 
 class Rows(Protocol):
-    """Rows of a file by number. Threads and forked processes can share one object."""
+    """Rows of a file, accessed by index. Threads and forked processes can share one object."""
 
     path: Path
     roots: tuple[Path, ...]
-    """Folders to which the names of a container's own pictures are relative."""
+    """Folders to which names of pictures within a container are relative; () for a file without such pictures."""
 
     def __len__(self) -> int: ...
 
     def where(self, row: int) -> str:
-        """Return the place of a row for messages."""
+        """Return the location of a row for messages, such as ``groups.jsonl:7``."""
         ...
 
     def value(self, row: int) -> Any:
-        """Return the JSON value, or a DataError that names the place."""
+        """Return the JSON value of a row, or a DataError that names its location."""
         ...
 
 
@@ -57,9 +57,9 @@ class LineRows:
 
 
 def parsed(data: bytes, where: object, remedy: str, decoder: json.JSONDecoder | None = None) -> Any:
-    """Parse a JSON text in UTF-8; ``decoder`` is as in parse_json. Raises DataError, beginning with ``where``."""
+    """Parse a JSON text in UTF-8; ``decoder`` is as in parse_json. Raises a DataError that begins with ``where``."""
     try:
-        text = data.decode("utf-8-sig" if data.startswith(BOM_UTF8) else "utf-8")  # the former is decoded in Python
+        text = data.decode("utf-8-sig" if data.startswith(BOM_UTF8) else "utf-8")  # utf-8-sig is slow, being decoded in Python
         value = parse_json(text, decoder)
         if decoder is None and ("\\ud" in text or "\\uD" in text):
             json.dumps(value, ensure_ascii=False).encode()

@@ -1,14 +1,14 @@
 """Samplers: the assignment of groups to ranks and micro-batches; deterministic, resumable, and the same for every world size.
 
-The stream of a run is one epoch after another, each a permutation of all groups that depends on (seed, epoch) alone. With B =
-groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, across epoch
-borders: no batch is short and no group is dropped. Element j of those B goes to
+The stream of a run is one epoch after another, each a permutation of all groups that depends only on (seed, epoch). With B =
+groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, even across
+epochs, so no batch is short and no group is dropped. Element j of those B goes to
 
     micro-batch j // (groups_per_micro_batch * world_size)    of rank (j // groups_per_micro_batch) % world_size
 
-so the groups of a step depend on B and the position only, not on how B is factorised.
+so the groups of a step depend only on B and the position, not on how B is factorised.
 
-PackedSampler fills micro-batches by tokens instead: the number of groups in a micro-batch varies, and its number of tokens hardly varies.
+PackedSampler fills micro-batches by tokens instead. They differ in their number of groups, but hardly in their number of tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cfvlm_ds.data.mixture import Order
 class GroupSampler:
     """Endless micro-batches of group indices for one rank; usable as a DataLoader's ``batch_sampler``.
 
-    A DataLoader fetches ahead of the training loop, so the position is the number of consumed groups, not of yielded ones: the loop calls
+    A DataLoader fetches ahead of the training loop, so the position is the number of consumed groups, not of yielded ones. The loop calls
     advance() once per optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` counts the consumed groups of
     all ranks.
     """
@@ -74,7 +74,7 @@ class GroupSampler:
         return self.samples_seen / self.order.length
 
     def epochs_by_source(self) -> list[float]:
-        """Return the consumed passes over each source of a mixture."""
+        """Return the number of consumed passes over each source of a mixture; [] for a single data set."""
         return self.order.epochs(self.samples_seen)
 
     def advance(self) -> None:
@@ -82,8 +82,8 @@ class GroupSampler:
         self.samples_seen += self.groups_per_step
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, from the consumed position. ``self.rank`` has every ``world_size``-th of
-        them. Never ends.
+        """Yield the micro-batches of all ranks, step by step, from the consumed position. Every ``world_size``-th belongs to the same rank.
+        Never ends.
         """
         start, size = self.samples_seen, self.groups_per_micro_batch
         while True:
@@ -92,9 +92,7 @@ class GroupSampler:
             start += len(step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the micro-batches of this rank from the consumed position; ``gradient_accumulation_steps``
-        of them make a step. Never ends.
-        """
+        """Yield the micro-batches of this rank from the consumed position, ``gradient_accumulation_steps`` per step. Never ends."""
         for step in self.steps():
             yield from step[self.rank :: self.world_size]
 
@@ -103,11 +101,11 @@ class GroupSampler:
         return -(-_groups_in(num_epochs, self.order.length) // self.groups_per_step)
 
     def groups_in(self, num_steps: int) -> int:
-        """Return how many groups so many optimizer steps take."""
+        """Return the number of groups in ``num_steps`` optimizer steps."""
         return num_steps * self.groups_per_step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and everything that must be equal for it to mean the same place in the same stream."""
+        """Return the position, and everything that determines the stream of groups."""
         return {"samples_seen": self.samples_seen, **self.order.identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -138,7 +136,7 @@ class PackedSampler(GroupSampler):
 
     A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream and put where they leave the
     least room (best fit). A group that fits nowhere waits for the next step, where it comes first. The step is full when ``_WINDOW`` groups
-    wait, or when the next group of the stream already waits: in a small data set, the other groups would otherwise be repeated many times
+    wait, or when the next group of the stream already waits; otherwise the other groups of a small data set would be repeated many times
     meanwhile. Then the fullest and the emptiest micro-batch exchange groups until they are balanced. No group is lost or repeated, the
     numbers of times that two groups were seen differ by at most two, and the order depends only on the data, the seed, ``max_tokens`` and
     the number of micro-batches of a step.
@@ -155,7 +153,7 @@ class PackedSampler(GroupSampler):
         seed: int,
         order: Order | None = None,
     ) -> None:
-        """Check the groups' ``tokens``. Raises ValueError if a group is larger than ``max_tokens``, and as GroupSampler does."""
+        """Check the number of ``tokens`` of each group. Raises ValueError if one exceeds ``max_tokens``, and the errors of GroupSampler."""
         super().__init__(
             num_groups=len(tokens),
             groups_per_micro_batch=1,
@@ -177,7 +175,7 @@ class PackedSampler(GroupSampler):
         self.samples_seen = self._position.read - len(self._position.waiting)
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, as GroupSampler does."""
+        """Yield the micro-batches of all ranks, step by step, from the consumed position. Never ends."""
         position = self._position
         while True:
             bins, position = self._pack(position)
@@ -187,7 +185,7 @@ class PackedSampler(GroupSampler):
         """Compute the number of optimizer steps until every group has been seen ``num_epochs`` times.
 
         Up to ``_COUNTED`` groups, the steps are counted. For more, only the steps of the first ``_TRIED`` groups are counted, and the
-        others are assumed to hold as many tokens each: steps are nearly full, so the error is below one in a thousand. The result is the
+        others are assumed to have as many tokens each. Steps are nearly full, so the error is below one in a thousand. The result is the
         same at every start, and does not require packing a whole epoch before the first step.
         """
         wanted = _groups_in(num_epochs, self.order.length)
@@ -203,22 +201,22 @@ class PackedSampler(GroupSampler):
         return math.ceil(Fraction(steps * wanted, tokens) * self.order.mean(self.tokens))
 
     def groups_in(self, num_steps: int) -> int:
-        """Return about how many groups so many optimizer steps take, by the mean length of a group."""
+        """Estimate the number of groups in ``num_steps`` optimizer steps from the mean number of tokens of a group."""
         return int(num_steps * self.groups_per_step * self.max_tokens / self.tokens.mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and everything that must be equal for it to mean the same place in the same stream."""
+        """Return the position with the waiting groups, and everything that determines the stream of groups."""
         return {**super().state_dict(), "waiting": list(self._position.waiting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Move to a saved position. Raises DataError as GroupSampler does, and for the state of a sampler that did not pack."""
+        """Move to a saved position. Raises the same errors as GroupSampler, and DataError for the state of a sampler that did not pack."""
         super().load_state_dict(state)
         if (waiting := state.get("waiting")) is None:
             raise DataError("the checkpoint's sampler did not pack; resume without data.max_tokens_per_micro_batch, or start a new run")
         self._position = _Position(self.samples_seen + len(waiting), tuple(waiting))
 
     def _pack(self, position: _Position) -> tuple[list[list[int]], _Position]:
-        """Fill the micro-batches of the step at ``position``; returns them and the position after it."""
+        """Fill the micro-batches of the step at ``position``, and return them and the position after the step."""
         bins: list[list[int]] = [[] for _ in range(self.groups_per_step)]
         room = [(self.max_tokens, b) for b in range(len(bins))]  # sorted
         read, waiting, queue = position.read, list[int](), list(reversed(position.waiting))
@@ -242,7 +240,9 @@ class PackedSampler(GroupSampler):
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
     def _balance(self, bins: list[list[int]]) -> list[list[int]]:
-        """Exchange groups between the fullest and the emptiest micro-batch while that reduces their gap; returns the fullest first."""
+        """Exchange groups between the fullest and the emptiest micro-batch while that reduces their gap. Return the micro-batches, the
+        fullest first.
+        """
         ranked = sorted((int(self.tokens[groups].sum()), b) for b, groups in enumerate(bins))
         while True:
             (least, emptiest), (most, fullest) = ranked[0], ranked[-1]
@@ -261,9 +261,10 @@ class PackedSampler(GroupSampler):
 
 
 def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, int] | None:
-    """Return the places (i, j) of the tokens whose exchange leaves the smallest ``gap``, or None if no exchange reduces it.
+    """Return the indices (i, j) in ``given`` and ``taken`` whose exchange leaves the smallest gap, or None if no exchange reduces ``gap``.
 
-    ``taken`` is sorted and starts with 0, which means that ``given[i]`` is moved without a return. The best exchange moves half the gap.
+    Both lists are numbers of tokens. ``taken`` is sorted and starts with 0, which stands for moving ``given[i]`` without a return. The best
+    exchange moves half the gap.
     """
     best = gap, 0, 0
     for i, tokens in enumerate(given):
@@ -272,7 +273,7 @@ def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, i
     return None if best[0] == gap else best[1:]
 
 
-_COUNTED, _TRIED = 1 << 18, 1 << 16  # counting takes seconds, and a fraction of a second
+_COUNTED, _TRIED = 1 << 18, 1 << 16  # counting them takes seconds and a fraction of a second, respectively
 _AHEAD = 64  # groups taken from the order at once
 _WINDOW = 32  # groups that may wait: enough to fill gaps, few enough to stay close to the order of the stream
 

@@ -100,7 +100,7 @@ def statistics(
 
 
 def _contents(store: GroupStore, pictures: PictureTable, places: Sequence[int], done: Done) -> list[npt.NDArray[Any]]:
-    """Hash the rows, pictures, texts and prompts of some groups."""
+    """Hash the rows, pictures, texts and prompts of the groups at ``places``."""
     groups, hashes = [], (set[int](), set[int]())
     for _, group in store.entries(places):
         if not isinstance(group, DataError):
@@ -112,7 +112,7 @@ def _contents(store: GroupStore, pictures: PictureTable, places: Sequence[int], 
 
 
 def _spread(counts: Counter[int], unit: str) -> str:
-    """Format the minimum, median, 95th percentile and maximum."""
+    """Format the minimum, median, 95th percentile and maximum, or return "none" without values."""
     if not counts:
         return "none"
     low, middle, high, most = quantiles(counts, 0, 50, 95, 100)

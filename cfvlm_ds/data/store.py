@@ -1,9 +1,9 @@
-"""Group store: random access to counterfactual groups, read from their rows on access, so that memory does not grow with the number of
+"""Group store: random access to counterfactual groups. A row is read when its group is accessed, so memory does not grow with the number of
 rows.
 
-A format is a function from a row (a JSON object) to a CounterfactualGroup with image paths as written, or to several groups; then it has
-``parts`` as well, which counts them without building them. Paths are joined to a data root and confined to the roots here, for all formats,
-so that no format can forget it.
+A format is a function from a row (a JSON object) to a CounterfactualGroup, or to several, with image paths as written. A format with
+several groups per row also has ``parts``, a function that counts the groups of a row without building them. The store, not the format,
+joins image paths to a data root and confines them to the roots.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from cfvlm_ds.data.rows import Rows
 T = TypeVar("T")
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
-"""Row -> group, or groups, with image paths as written. Raises DataError without file and line."""
+"""Row -> group, or groups, with image paths as written. Its DataErrors do not name file and line."""
 
 
 class GroupStore(Lazy[CounterfactualGroup]):
-    """Groups of a manifest; accessing an invalid row raises a DataError that names file, row and remedy. Threads and forked processes can
-    share one object.
+    """Groups of a manifest. Accessing a group of an invalid row raises a DataError that names file, row and remedy. Threads and forked
+    processes can share one object.
 
     Args:
         rows: rows of the manifest.
-        roots: folders that pictures may be in; relative paths are resolved against the first.
-        convert: the format's function, or a function of the joined claims of several rows.
-        firsts: number of groups before each row, and in total; None if every row is one group.
+        roots: folders that pictures may be in; a relative path is joined to the first one that has the file.
+        convert: function from a row to its groups: the format or, for rows with labels, ``joined`` of formats/truth.py.
+        firsts: index of the first group of each row, then the number of groups; None if every row is one group.
         format: name of the format, with its options.
-        limit: largest number of groups; only the first ones are used.
+        limit: maximum number of groups; only the first ones are used.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Number of groups before each row, and in total, if rows have several groups; for a store, the rows of the data set it was
-        prepared from.
+        """Index of the first group of each row, then the number of groups; None if every row is one group. The rows of a prepared store are
+        those of its source.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored
 
     def where(self, index: int) -> str:
-        """Return the place of a group's row."""
+        """Return the location of a group's row, such as ``groups.jsonl:7``."""
         return self.rows.where(self._row(index)[0])
 
     def entry(self, index: int) -> CounterfactualGroup | DataError:
-        """Return a group, or the error of its row, with the row's place."""
+        """Return a group, or the error of its row, which names the row's location."""
         row, part = self._row(index)
         if (last := self._last)[0] != row:  # a row with many groups is read once
             self._last = last = (row, _unraised(self._groups, row))
@@ -82,7 +82,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         return groups if isinstance(groups, DataError) else groups[part]
 
     def entries(self, places: Sequence[int] | None = None) -> Iterator[tuple[int, CounterfactualGroup | DataError]]:
-        """Iterate over number and entry of all groups, or of some."""
+        """Iterate over (index, entry) of all groups, or of those at the indices ``places``."""
         return ((index, self.entry(index)) for index in (range(len(self)) if places is None else places))
 
     def _group(self, index: int) -> CounterfactualGroup:
@@ -91,7 +91,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         return entry
 
     def _row(self, index: int) -> tuple[int, int]:
-        """Return the row of a group, and the group's index in the row."""
+        """Return the index of a group's row, and the group's index within the row."""
         if self.firsts is None:
             return index, 0
         row = int(self.firsts.searchsorted(index, "right")) - 1
@@ -111,8 +111,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
 
 class Unraised(Lazy[CounterfactualGroup | DataError]):
-    """Groups for a data worker, with an error in place of a group whose row cannot be read: an exception raised in a worker would lose its
-    message.
+    """Groups for a data worker. The error of an invalid row is returned instead of raised, because a worker's exceptions lose their
+    messages.
     """
 
     def __init__(self, groups: Sequence[CounterfactualGroup]) -> None:
@@ -127,7 +127,10 @@ def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:
 
 
 def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
-    """Count the groups before each row, and in total; returns None for a format with one group per row. ``over`` iterates over the rows."""
+    """Return the index of the first group of each row, then the number of groups; None for a format with one group per row.
+
+    ``over`` applies a given function to chunks of the rows. Raises DataError for too many groups.
+    """
     parts = getattr(convert, "parts", None)
     if parts is None:
         return None
@@ -146,7 +149,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
 
 
 def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
-    """Count the groups of a row; an invalid row counts as one, whose access raises the error."""
+    """Count the groups of a row. An invalid row counts as one group, and accessing that group raises the row's error."""
     try:
         return max(1, int(parts(row))) if isinstance(row, dict) else 1
     except (ValueError, TypeError, AttributeError, OverflowError, LookupError):
@@ -154,26 +157,29 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
 
 
 def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[CounterfactualGroup]:
-    """Convert a row to groups with pictures as written. Raises DataError without the row's place."""
-    groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple has the claims of several rows
+    """Convert a row to groups with picture paths as written. Its DataErrors do not name the row's location."""
+    groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple has the labelled texts of several rows
     return [groups] if isinstance(groups, CounterfactualGroup) else groups
 
 
 def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
-    """Apply a format's function to a row. Any exception becomes a DataError without the row's place."""
+    """Apply a format's function to a row. Any exception becomes a DataError, which does not name the row's location."""
     if not isinstance(row, dict):
         raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
     try:
         return function(row)
     except DataError:
         raise
-    except Exception as error:  # such as a number in place of a list
+    except Exception as error:  # such as a number instead of a list
         problem = f"a value in the row is not what the format expects ({type(error).__name__}: {error})"
         raise DataError(f"{problem}; compare it with the format's description") from error
 
 
 def confined(group: CounterfactualGroup, confine: Confinement) -> CounterfactualGroup:
-    """Return the group with its pictures' files resolved and confined. Raises DataError."""
+    """Return the group with its picture paths joined to a root.
+
+    Raises DataError for a path outside the roots, and for two images of the same file that the truth table distinguishes.
+    """
     group = group.with_images(tuple(tuple(map(confine, pictures)) for pictures in group.images))
     if len(group.images) == len({pictures[-1].name if pictures else "" for pictures in group.images}):
         return group  # all files have distinct names, so no two images are equal
@@ -190,5 +196,5 @@ def confined(group: CounterfactualGroup, confine: Confinement) -> Counterfactual
 
 
 def told_apart(group: CounterfactualGroup, first: int, second: int) -> bool:
-    """Return whether some text is known to be true of one of two images and false of the other."""
+    """Return whether any text is known to be true of one of the two images and false of the other."""
     return any({a, b} == {0, 1} for a, b in zip(group.match[first], group.match[second], strict=True))

@@ -1,9 +1,9 @@
-"""Stores: prepared data sets that ``cfvlm-ds data prepare`` writes and training opens, with indexed files of rows, a table of pictures, and
+"""Stores: data sets that ``cfvlm-ds data prepare`` writes and training opens. A store has indexed files of rows, a table of pictures, and
 store.json.
 
-A store is written once. Its files are compared by size and by the checksums of their indexes, not by time, so that a copy is valid. The
-pictures are in tars of the store, or in their original files. The table has the size, digest and dimensions of each picture, so that they
-are known without opening it.
+A store never changes after it has been written. Opening it compares file sizes and the checksums of indexes, not modification times, so a
+copy is valid. Pictures are in tars of the store or in their original files. The table has file size, digest and dimensions of each picture,
+which are therefore known without opening it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class StoredRows:
             """Table of the pictures as they were prepared; None if none was opened."""
             self.keys = Keys(*(_mapped(folder / name) for name in (ROW_KEYS, PICTURE_KEYS)))
             self.together = _mapped(folder / TOGETHER) if TOGETHER in self._sums else None
-            """Number of groups before each original row, and in total, if original rows had several groups."""
+            """Index of the first group of each row of the source, then the number of groups; None if every row was one group."""
             self._shards = [(folder / entry["file"], int(entry["index"]), int(entry["groups"])) for entry in record["rows"]]
             self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
             if not 0 < self._firsts[-1] == record["groups"] == self.identity["rows"]:
@@ -101,17 +101,17 @@ class StoredRows:
         return self._firsts[-1]
 
     def where(self, row: int) -> str:
-        """Return ``file:line`` of a row, in its shard."""
+        """Return ``file:line`` of a row within its shard."""
         rows, place = self._find(row)
         return rows.where(place)
 
     def value(self, row: int) -> Any:
-        """Return the JSON value, or a DataError that names the place."""
+        """Return the JSON value of a row, or a DataError that names its location."""
         rows, place = self._find(row)
         return rows.value(place)
 
     def altered(self, progress: Callable[[str], object]) -> Iterator[str]:
-        """Read all files and yield a sentence for each whose CRC-32 differs from store.json."""
+        """Read all files, and yield a sentence for each that cannot be read or whose CRC-32 differs from store.json."""
         files = [self.path / name for name in self._sums]
         counted = Progress(progress, f"sums of the files of {self.path}", sum(file.stat().st_size for file in files) / 1e6, "MB")
         for file in files:
@@ -128,8 +128,8 @@ class StoredRows:
         return self._opened(shard), row - self._firsts[shard]
 
     def _shard(self, shard: int) -> LineRows:
-        """Open the rows of a shard. Its index has a checksum of each row, and store.json one of the index,
-        so exchanged shards are noticed.
+        """Open the rows of a shard. The index has a checksum of each row, and store.json has the checksum of the index, so a shard of
+        another store is detected.
         """
         file, index, groups = self._shards[shard]
         try:
@@ -146,6 +146,6 @@ def _mapped(file: Path) -> Any:
 
 
 def open_store(path: Path, roots: Sequence[Path] = (), limit: int | None = None) -> GroupStore:
-    """Open the groups of a store; see StoredRows."""
+    """Open the groups of a store. Raises the same errors as StoredRows."""
     stored = StoredRows(path, roots)
     return GroupStore(stored, stored.roots, native_group, None, NATIVE, limit)

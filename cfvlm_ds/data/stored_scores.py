@@ -1,7 +1,7 @@
 """Stored scores: reference and blind log-likelihoods of a manifest, written once by ``cfvlm-ds score`` and read by DPO and PMI runs.
 
-One JSON object per line: a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
-sha256}, then one line per group {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
+The first line of a file is a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
+sha256}. The others have one group each: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
 cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its own scores
 omits them. A line is read when its group is used.
 """
@@ -51,7 +51,8 @@ def write_scores(
     *,
     made_by: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the scores of every group; the file appears complete or not at all. Raises KeyError for a group without scores.
+    """Write the scores of every group to ``path``, which is replaced when the new file is complete. Raises KeyError for a group without
+    scores.
 
     ``data`` is the groups' identity (data_identity), which a reader compares with that of its own groups. ``made_by`` is the model's
     fingerprint.
@@ -68,7 +69,7 @@ def score_lines(
     *,
     made_by: Mapping[str, str] | None = None,
 ) -> Iterator[bytes]:
-    """Yield the lines of a scores file, as write_scores writes it."""
+    """Yield the lines that write_scores writes."""
     yield json.dumps({"schema": SCHEMA, "data": data, "groups": len(groups), "model": model, **(made_by or {})}).encode() + b"\n"
     for group in groups:
         stored = scores[group.id]
@@ -76,15 +77,15 @@ def score_lines(
 
 
 def is_written(file: IO[bytes]) -> bool:
-    """Return whether ``cfvlm-ds score`` wrote a file, in this or an older schema. Files of evaluation
-    scores in a run folder do not count.
+    """Return whether ``cfvlm-ds score`` wrote a file, in this or an older schema. A file of evaluation scores in a run folder is not such a
+    file.
     """
     header = parse_json(next(lines(file, MAX_LINE)).decode())
     return str(header["schema"]).startswith(SCHEMA.partition("/")[0]) and "weights" in header
 
 
 class ScoresFile(Mapping[str, StoredScores]):
-    """Scores by group id, read from their file on access. Memory: 16 bytes a group, and the index of lines.
+    """Scores keyed by group id, read from their file on access. They need 16 bytes of memory per group, plus the index of lines.
 
     Args:
         rows: lines of the file, of which the first is the header.
@@ -107,7 +108,7 @@ class ScoresFile(Mapping[str, StoredScores]):
         return len(self._keys)
 
     def row_of(self, group_id: str) -> int | None:
-        """Return the row of a group, or None; the header is row 0."""
+        """Return the index of a group's row, or None if there is none. The header is row 0."""
         key = np.uint64(_key(group_id))
         for at in range(int(self._keys.searchsorted(key)), len(self._keys)):
             if self._keys[at] != key:
@@ -142,11 +143,11 @@ def read_scores(
     made_by: Mapping[str, str] | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Mapping[str, StoredScores]:
-    """Open stored scores by group id, in memory that does not grow with their values.
+    """Open stored scores, keyed by group id. They are read on access, so memory does not grow with the size of the score matrices.
 
-    Raises DataError for a missing or incomplete file, for a value that is not finite, and for a foreign file: one with other ids, texts,
-    prompts or pictures or, if ``made_by`` is given, of other weights or another tokenizer, processor or template. Order, labels and weights
-    of the groups may have changed, because no score depends on them.
+    Raises DataError for a missing or incomplete file, for a value that is not finite, for a file about groups with other ids, texts,
+    prompts or pictures and, if ``made_by`` is given, for a file of other weights or another tokenizer, processor or template. Order, labels
+    and weights of the groups may have changed, because no score depends on them.
 
     ``data`` is the groups' identity, computed with the roots from which they were read. ``say`` receives progress lines.
     """

@@ -1,4 +1,4 @@
-"""Pretrained base of the demo: a small LLaVA that knows the world's words and things but fails at composition. `make base` trains it."""
+"""Pretrained base model of the demo: a small LLaVA that knows words and things but fails at composition. `make base` trains it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ FOLDER = Path(__file__).resolve().parent / "base_checkpoint"
 
 
 def write_base(out_dir: str | Path) -> Path:
-    """Copy the base to ``out_dir`` unless it exists. Raises ConfigError if the package lacks the base, or ``out_dir`` holds other files."""
+    """Copy the base to ``out_dir`` unless a model is there, and return ``out_dir``.
+
+    Raises ConfigError if the package lacks the base, or if ``out_dir`` has other files.
+    """
     out = Path(out_dir)
     if (out / "config.json").exists():
         return out

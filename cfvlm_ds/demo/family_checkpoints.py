@@ -1,7 +1,7 @@
 """Family checkpoints: small random models in each family's real on-disk format (configuration, safetensors, processor, tokenizer, chat
 template).
 
-They are for smoke tests of code and clusters, and their output is meaningless.
+They are meant for smoke tests of code and clusters. Their output is meaningless.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
-_NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens of several newlines, as Gemma's has
+_NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens of several newlines, like Gemma's
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VOCABULARY = "size of the vocabulary"
 _TEXT = {**_WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size": _VOCABULARY, "bos_token_id": None}
@@ -54,13 +54,13 @@ _GLM = (
 )
 
 Parts = tuple[Any, Any]
-"""(configuration or model, processor)"""
+"""A configuration or a model, and a processor."""
 t: Any = transformers
 """transformers as Any, because its constructors accept arguments that their signatures hide in ``**kwargs``."""
 
 
 def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
-    """Write a checkpoint of about 100,000 parameters to ``out_dir``.
+    """Write a checkpoint of about 100,000 parameters to ``out_dir``, and return ``out_dir``.
 
     Raises ConfigError for an unknown ``model_type`` or an existing folder.
     """
@@ -76,7 +76,7 @@ def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    parameter.normal_(0, 0.1)  # with the usual 0.02, so narrow a model has the same output for all inputs
+                    parameter.normal_(0, 0.1)  # with the usual 0.02, a model this narrow has the same output for all inputs
         return model, processor
 
     return write_checkpoint(out_dir, make)
@@ -101,15 +101,15 @@ def _parts(
 
     Args:
         special: control tokens of the tokenizer; the first is the padding token unless ``named`` sets another.
-        end: control token at the end of a turn.
-        template: chat template, with IMAGE in place of a picture.
+        end: control token that ends a turn.
+        template: chat template.
         text: configuration of the language model, in addition to _TEXT.
-        vision: configuration of the tower.
+        vision: configuration of the vision tower.
         config: the rest of the configuration.
         parts: name -> class and options of each part of the processor except its tokenizer.
         options: options of the processor.
         corpus: texts on which the tokenizer is trained.
-        named: further options of the tokenizer.
+        named: other options of the tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -318,8 +318,8 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
         parts={"image_processor": ("Gemma3ImageProcessor", {"size": {"height": 56, "width": 56}})},
         options={"image_seq_length": 16},
     ),
-    # All features of Gemma 4 except its mixture of experts: of the smaller models, embeddings for each layer and shared keys and values;
-    # of the larger ones, bidirectional attention within pictures and full layers whose values are their keys.
+    # All features of Gemma 4 except its mixture of experts: from the smaller models, embeddings for each layer and shared keys and values;
+    # from the larger ones, bidirectional attention within pictures and full layers whose values are their keys.
     "gemma4": partial(
         _parts,
         special=["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>", *_GEMMA4.values()],

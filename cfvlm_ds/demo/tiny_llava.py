@@ -25,9 +25,9 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
-    """Write a small, randomly initialised LLaVA and its processor unless the folder exists.
+    """Write a small, randomly initialised LLaVA and its processor unless the folder has a model, and return the folder.
 
-    ``texts`` train the tokenizer.
+    The tokenizer is trained on ``texts``.
     """
     from transformers import LlavaForConditionalGeneration
 
@@ -46,7 +46,10 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
 
 
 def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
-    """Save a random (model, processor) from ``make``, which may put files into the folder it gets. ``out_dir`` is complete or absent."""
+    """Save the random model and processor that ``make`` returns, and return ``out_dir``.
+
+    ``make`` may write files to the folder that it receives, which is renamed to ``out_dir`` when it is complete.
+    """
     refuse_filled(out_dir)
     with whole_folder(out_dir) as partial:
         for part in make(partial):
@@ -62,7 +65,7 @@ def is_random(folder: Path) -> bool:
 
 
 def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str]) -> Any:
-    """Build LLaVA's processor with a SentencePiece BPE tokenizer trained on ``texts``; writes tokenizer.model."""
+    """Build LLaVA's processor with a SentencePiece BPE tokenizer trained on ``texts``, and write tokenizer.model to ``folder``."""
     import sentencepiece
     from transformers import CLIPImageProcessor, LlamaTokenizer, LlavaProcessor
 

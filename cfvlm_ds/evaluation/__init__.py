@@ -1,4 +1,4 @@
-"""Evaluation: groups are scored with the training forward, and all metrics are functions of score matrices."""
+"""Evaluation of groups with the forward pass of training. All metrics are functions of score matrices."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def evaluate(
     objectives: Objectives | None = None,
     reference: Reference | None = None,
 ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-    """Return the accuracies and scores of every split, the same on every rank. The options are those of ``score_groups``.
+    """Score every split, and return its accuracies and its scores, each keyed by split. The results are the same on every rank.
 
-    The mean row of a split also has the NLL of its true texts and the losses of ``objectives``. ``reference`` computes the reference scores
-    that some terms need.
+    The last row of a split's accuracies, the mean, also has the NLL of true texts and the losses of ``objectives``. ``reference`` computes
+    the reference scores that some of them need. ``score_groups`` explains the other options.
     """
     results, scores = {}, {}
     for name, groups in splits.items():

@@ -1,4 +1,4 @@
-"""Scoring plan: items become groups that a model scores, and the groups' scores become outcomes of the items.
+"""Scoring plan: converts items into groups that a model scores, and the groups' scores into outcomes of the items.
 
 Items with the same pictures share a group, so that the pictures are encoded once. Each text of a prompt occurs once in a group.
 """
@@ -17,24 +17,24 @@ from cfvlm_ds.evaluation.probes import Probe, Row
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 Lengths = Callable[[Candidate], int]
-"""Returns the tokens of a candidate's text under the model's tokenizer."""
+"""Function that returns the number of tokens of a candidate's text under the model's tokenizer."""
 
 MOST_CELLS = 256
-"""Texts of a group that several items share."""
+"""Maximum number of texts of a group that several items share."""
 
 Place = tuple[int, tuple[int, ...]]
-"""A group and columns of its scores."""
+"""Index of a group, and columns of its scores."""
 
 
 class Packing:
-    """Groups under construction. Each set of pictures has at most one open group, whose texts are kept by their normalised form."""
+    """Groups under construction. Each set of pictures has at most one open group, whose texts are keyed by their normalised form."""
 
     def __init__(self) -> None:
         self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []
         self._open: dict[tuple[Pictures, ...], int] = {}
 
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
-        """Add texts that are scored on some images; return their place.
+        """Add texts that are scored on the given images, and return the index of their group and their columns in it.
 
         The texts start a new group if one of them differs from a text of the open group only in white space, because their tokens differ.
         """
@@ -52,7 +52,7 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. A group needs one true cell, so its first cell is marked; the items hold the truth of all cells.
+        """Return the groups. A group needs one true cell, so its first cell is marked as true; the items have the truth of all cells.
 
         Raises DataError for more cells than a group can have.
         """
@@ -65,7 +65,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """The groups to score for some items, and the places of each item's cells and of its options without a picture."""
+    """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates its options without
+    question and picture, and is None if they are not scored.
+    """
 
     items: tuple[Item, ...]
     probe: Probe
@@ -104,7 +106,7 @@ def _taken(values: Sequence[float], columns: Sequence[int]) -> Row:
 
 
 def plan(items: Sequence[Item], probe: Probe) -> Plan:
-    """Return the groups that hold the cells of all items. Items with the same pictures share groups of at most MOST_CELLS texts.
+    """Build the groups that contain the cells of all items. Items with the same pictures share groups of at most MOST_CELLS texts.
 
     Raises DataError for an item with more cells than a group can have.
     """
@@ -115,7 +117,7 @@ def plan(items: Sequence[Item], probe: Probe) -> Plan:
 
 
 def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, parse: Parser) -> Outcome:
-    """Return the outcome of an item from generated texts about each image, a blank one and, optionally, another item's image.
+    """Return the outcome of an item from texts that were generated about each image, a blank image and, optionally, another item's image.
 
     The text that the parser selects has the score 1, all others 0. An answer that cannot be parsed is wrong.
     """

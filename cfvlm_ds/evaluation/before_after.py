@@ -1,4 +1,4 @@
-"""Before and after: accuracies of one set of groups under two models, with intervals of the differences paired by group."""
+"""Comparison of the accuracies of two models on the same groups, with intervals of the differences paired by group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.metrics import CHANCE, HEADLINES, Accuracy
 
 FEWEST_GROUPS = 30
-"""Groups below which a difference has no interval: the normal approximation would be too narrow."""
+"""Number of groups below which a difference has no interval, because the normal approximation would be too narrow."""
 _MEANINGS = {
     "group": "group: each of two pictures prefers its own text, and each text its own picture",
     "pair": "pair: a picture prefers a true text to a false one",
@@ -26,9 +26,9 @@ _MEANINGS = {
 class Change:
     """A row of the table: an edit type of a set, or the mean over edit types (``edit`` is "all"). Accuracies are in %.
 
-    ``language`` is the accuracy of ``pair`` after the training with a blank image, None without such comparisons. ``half_width`` is half
-    of the 95 % interval of ``after - before``, None below ``FEWEST_GROUPS`` groups and where no group changed. ``groups`` counts the groups
-    measured before and after, ``of`` those with a comparison of this row in either.
+    ``language`` is the accuracy of ``pair`` after training with a blank image; None without such comparisons. ``half_width`` is half of the
+    95 % interval of ``after - before``; None for fewer than ``FEWEST_GROUPS`` groups and if no group changed. ``groups`` counts the groups
+    that were measured both before and after, ``of`` those with a comparison of this row in at least one of the two.
     """
 
     set: str
@@ -44,11 +44,11 @@ class Change:
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return a row for each edit type and last one for their mean; none without a comparison made before and after.
+    """Return a row for each edit type, then one for their mean; [] if no group was measured both before and after.
 
-    Groups are matched by id and content (``content_hash``). The metric is the first of ``HEADLINES`` that both have for one. An accuracy is
-    the ratio of two sums over groups, comparisons won and made, and the mean row averages such ratios. The interval is 1.96 standard
-    errors of the difference, by the delta method with groups as independent units.
+    Groups are matched by id and content (``content_hash``). The metric is the first of ``HEADLINES`` that both sides have for at least one
+    of these groups. An accuracy is the number of comparisons won in all groups divided by the number made, and the mean row averages these
+    ratios. The interval is 1.96 standard errors of the difference, by the delta method with groups as independent units.
     """
     if not before or not after:
         return []
@@ -81,7 +81,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
 
 
 def _by_group(rows: Sequence[Accuracy]) -> dict[tuple[str, int], dict[str, dict[str, list[float]]]]:
-    """Return comparisons won and made by group (its id and content), metric and edit type."""
+    """Return the numbers of comparisons won and made, keyed by group (id and content hash), metric and edit type."""
     return {(group, content): won for group, content, won in rows[-1].by_group}
 
 
@@ -92,7 +92,7 @@ def _half_width(errors: Iterable[float]) -> float | None:
 
 
 def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after"), plain: Callable[[str], str] = in_cell) -> str:
-    """Return the rows as Markdown, with a line for each definition that they need; ``plain`` makes a name of the data fit for a cell."""
+    """Return the rows as a Markdown table, followed by the definitions that they need. ``plain`` escapes names from the data for a cell."""
     lines = [
         f"| set | edit | groups | metric | chance | language alone | {in_cell(names[0])} | {in_cell(names[1])} | difference, 95 % |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
@@ -127,7 +127,7 @@ def is_results(path: Path) -> bool:
 
 
 def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
-    """Read the accuracies of a run folder, or of a file of ``cfvlm-ds evaluate --out``, by set. Raises DataError."""
+    """Read the accuracies of a run folder, or of a file of ``cfvlm-ds evaluate --out``, keyed by evaluation set. Raises DataError."""
     file = path if path.is_file() else path / "results.json"
     if not file.is_file():
         raise DataError(
@@ -140,13 +140,13 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
 
 
 def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], object]) -> str:
-    """Return a table of each result beside the first, and one of their mean where there are several.
+    """Return a table that compares each result with the first and, for several results, a table of their mean.
 
-    Raises DataError for a file without accuracies, ConfigError where two results have no group in common.
+    Raises DataError for a file without accuracies, and ConfigError if two results have no group in common.
     """
     first, others = read_accuracies(before), {str(path): read_accuracies(path) for path in after}
     for label, results in others.items():
-        if len(first) == len(results) == 1:  # one set, whatever a run or a file calls it
+        if len(first) == len(results) == 1:  # a single set is compared even if its names differ
             others[label] = {next(iter(first)): next(iter(results.values()))}
     tables = []
     if len(others) > 1:
@@ -171,7 +171,7 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
 
 
 def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
-    """Return the mean over runs of what ``compare_accuracies`` reads, of the groups that all runs have."""
+    """Return the mean over runs of the values that ``compare_accuracies`` reads, over the groups that all runs have."""
     tables = [_by_group(rows) for rows in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
 

@@ -1,6 +1,6 @@
-"""Calibration: margins and weights that fit a model and its data, derived from the model's gaps before training.
+"""Calibration: margins and weights of objectives for a model and its data, derived from the model's gaps before training.
 
-A gap is S[true] - S[false] of a comparison that an objective makes: between texts on one image (csd), or between images for one text (fcd).
+A gap is S[true] - S[false] of a comparison of an objective: between texts on one image (csd), or between images for one text (fcd).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.objectives.base import MarginTerm
 
 TERMS = {"text": "csd", "image": "fcd"}
-"""Side of a comparison -> the objective's term for it."""
+"""Side of a comparison -> name of the term that makes it."""
 QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
-"""Comparisons below which quantiles say little."""
+"""Number of comparisons below which quantiles say little."""
 _NATS = (0.5, 5.0)  # smallest and largest useful margin
-_MEASURED_TOKENS = 12  # caption length at which the weight 1 beside align was measured
+_MEASURED_TOKENS = 12  # caption length for which the weight 1 was measured, in a loss with align
 _LEAST_WEIGHT = 0.1
 _KNOWN = 10  # comparisons that an edit type needs to be used
 _LONGER = 1.5  # ratio of token counts that shows whether gaps grow with length
@@ -39,9 +39,9 @@ _GUESSED = 75  # percentile of the blind gaps that a margin must cover
 
 @dataclass(frozen=True)
 class Gap:
-    """One comparison of a ``group``: the nats by which the true cell wins, and the tokens of the factual text.
+    """One comparison of a ``group``: the nats by which the true cell wins, and the number of tokens of the factual text.
 
-    ``prior`` holds the nats by which the language prior favours the true text; None between images.
+    ``prior`` is the number of nats by which the language prior favours the true text; None for a comparison of images.
     """
 
     side: Kind
@@ -54,7 +54,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Advice:
-    """Options of each term, and the reasons, one sentence each."""
+    """Recommended options of each term, and a sentence for each reason."""
 
     options: dict[str, dict[str, Any]]
     reasons: list[str]
@@ -63,7 +63,7 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Yield every comparison of star cells except shams. In training csd uses all of them, and fcd only the hardest one of each group.
+    """Yield every comparison of star cells except shams. In training, csd uses all of them, and fcd only the hardest ones of each group.
 
     Scores must be finite. ``length`` counts the tokens of a group's factual text.
     """
@@ -80,7 +80,7 @@ def gaps(
 
 
 def advise(all_gaps: Sequence[Gap]) -> Advice:
-    """Return options for csd and fcd. Link, length norm, margin and weight are functions of the gaps only."""
+    """Return options for csd and fcd. Link, length norm, margin and weight depend only on the gaps."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
     anchored, why = _length_norm(all_gaps)
@@ -143,7 +143,7 @@ def _why_weight(anchored: bool, size: float) -> str:
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
-    """Return True if gaps grow with the length of the texts, and the reason."""
+    """Return whether gaps grow with the length of the texts, and the reason."""
     middle = quantile([gap.tokens for gap in all_gaps], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(all_gaps, middle, with_longer)) is not None]
     if not parted:
@@ -165,9 +165,10 @@ def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
 
 
 def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[float, list[Gap], list[Gap]] | None:
-    """Split the gaps at the median length of their texts; return the ratio of the mean lengths, the shorter part and the longer part.
+    """Split the gaps at the median length of their texts, and return the ratio of mean lengths, the shorter part and the longer part.
 
-    Texts of median length, which may be more than half, go to the part that ``with_longer`` selects. None if a part has too few gaps.
+    Texts of median length, which may be more than half, belong to the longer part if ``with_longer``. Return None if a part has too few
+    gaps.
     """
     is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in all_gaps]
     short, long = ([gap for gap, longer in zip(all_gaps, is_long, strict=True) if longer == side] for side in (False, True))
@@ -177,7 +178,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
 
 
 def table(all_gaps: Sequence[Gap]) -> str:
-    """Return a Markdown table of the gaps by edit type: the share that is won, with and without the picture, and quantiles."""
+    """Return a Markdown table of the gaps by edit type: shares of comparisons won with the picture and on a blank image, and quantiles."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
     lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | a token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))
@@ -196,7 +197,7 @@ def table(all_gaps: Sequence[Gap]) -> str:
 
 
 def block(advice: Advice) -> str:
-    """Return the options as YAML for a run's file."""
+    """Return the options as YAML for the configuration of a run."""
     lines = ["objective:"]
     for term, options in advice.options.items():
         lines.append(f"  {term}: {{{', '.join(f'{name}: {value}' for name, value in options.items())}}}")
@@ -204,7 +205,7 @@ def block(advice: Advice) -> str:
 
 
 def is_block(file: IO[bytes]) -> bool:
-    """Return True if a file contains only the output of ``block``. Anything else in it belongs to the user."""
+    """Return whether a file contains only the output of ``block``. Any other file belongs to the user."""
     return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read().decode()) is not None
 
 
@@ -214,5 +215,5 @@ def quantile(values: Sequence[float], percent: float) -> float:
 
 
 def _round(value: float) -> float:
-    """Round to two digits, as an option is written."""
+    """Round to two significant digits."""
     return float(f"{value:.2g}")

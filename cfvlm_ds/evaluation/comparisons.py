@@ -1,4 +1,4 @@
-"""The comparisons that a group's truth table defines. Its edits only name the slices in which they are reported.
+"""Comparisons that a group's truth table defines. The edits only name the slices in which they are reported.
 
 An unknown cell is in no comparison. Texts are compared if they answer the same prompt. A sham image shows the factual scene again, so its
 comparisons would repeat those of the factual image; it only has ``sham`` comparisons.
@@ -15,22 +15,22 @@ from typing import Literal
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 
 UNLABELLED = "unlabelled"
-"""Slice of the comparisons that no edit describes."""
+"""Slice of the comparisons that belong to no edit."""
 
 Kind = Literal["quad", "text", "image", "sham"]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One comparison and the edit types (usually one) that it is reported under.
+    """One comparison, and the edit types (usually one) under which it is reported.
 
-    ``at`` are indices into the score matrix, by ``kind``:
+    ``at`` has indices into the score matrix, which depend on ``kind``:
 
-    - ``quad``: images i, j and texts c, d of one prompt, where c is true of i and false of j, d is true of j and false of i. (i, c) is the
-      anchor of its prompt, which is the prompt's first true cell: for the prompt of the factual text it is the factual pair;
+    - ``quad``: images i, j and texts c, d of one prompt, where c is true of i and false of j, and d is true of j and false of i. (i, c) is
+      the anchor of the prompt, which is its first true cell: for the prompt of the factual text, the factual pair;
     - ``text``: image i, a text c that is true of it and a text d of the same prompt that is false of it;
     - ``image``: text c, an image i that it is true of and an image j that it is false of;
-    - ``sham``: the factual text, a sham image of it and an image that it is false of, in the order of ``image``.
+    - ``sham``: the factual text, a sham image and an image that the text is false of, in the order of ``image``.
     """
 
     kind: Kind
@@ -72,7 +72,7 @@ def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
 
 
 def factual_texts(group: CounterfactualGroup) -> list[tuple[int, int]]:
-    """Return the text comparisons on the factual image: each true text with each false text of the same prompt."""
+    """Return the text comparisons on the factual image as (true text, false text): every such pair of texts with the same prompt."""
     return [each.at[1:] for each in comparisons(group) if each.kind == "text" and each.at[0] == 0]  # type: ignore[misc]
 
 

@@ -1,6 +1,6 @@
 """Text generation about pictures with transformers' ``generate`` and the model's own prompts.
 
-Rows are generated one at a time, so that no other row and no padding changes the text.
+Texts are generated one at a time, so neither padding nor another row of a batch can change a text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cfvlm_ds.models.forest_attention import stock_attention
 
 
 def writing_digest(model: Any) -> str:
-    """Return a hash of the model's generation_config.json, such as its repetition penalty, which ``generate`` applies."""
+    """Return a hash of the model's generation_config.json, whose options, such as a repetition penalty, ``generate`` applies."""
     options = {name: value for name, value in model.generation_config.to_diff_dict().items() if name != "transformers_version"}
     return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -28,8 +28,8 @@ def write(
 ) -> str:
     """Generate a text about pictures for a prompt, with the ``options`` of transformers' ``generate``.
 
-    ``model`` is not partitioned and in evaluation mode. If the chat template opens a thinking block, the block stays empty, as in scoring.
-    Raises DataError for input that the model cannot take, OutOfMemory if memory runs out.
+    ``model`` must be in evaluation mode and not partitioned. If the chat template opens a thinking block, the block stays empty, as in
+    scoring. Raises DataError for input that the model cannot process, and OutOfMemory if memory runs out.
     """
     tokenizer = collator.processor.tokenizer
     encoded = collator.prompts.encoded(prompt, "yes", len(shown), "a question")

@@ -1,4 +1,4 @@
-"""Rehearsal of the largest evaluation batch before training, which detects missing memory or a broken row early."""
+"""Rehearsal of the largest evaluation batch before training, which detects insufficient memory or a broken row early."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
 class _Tried(NamedTuple):
-    """An evaluation batch: its split, its groups as they are shown, its tokens, and the tokens of its largest indivisible part."""
+    """An evaluation batch: its split, its groups in one view, its number of tokens, and that of its largest indivisible part."""
 
     split: str
     groups: Sequence[CounterfactualGroup]
@@ -37,10 +37,10 @@ def rehearse(
     *,
     shuffled: bool = False,
 ) -> None:
-    """Score the largest evaluation batches on every rank: the one with the most tokens and, if ``max_tokens`` divides batches, another one.
+    """Score the largest evaluation batches on every rank: the one with the most tokens and, if ``max_tokens`` is set, another one.
 
-    The other batch has the largest indivisible part, if that exceeds ``max_tokens``. All batches that ``score_groups`` will run are
-    considered; ``shuffled`` has its meaning there. Raises what ``score_groups`` raises, on all ranks.
+    The other batch is the one with the largest indivisible part, if that part exceeds ``max_tokens``. All batches that ``score_groups``
+    will run are considered, with the same meaning of ``shuffled``. Raises the same errors as ``score_groups``, on all ranks.
     """
     barrier = ProgressBarrier(world)  # rank 0 may read very many picture headers
     collator = collator.scoring_everything()

@@ -2,8 +2,8 @@
 
 lmms-eval 0.7.3 uses the result of ``loglikelihood`` in two ways, so the sign of the result depends on the task:
 
-- multiple choice: the value is the sum of -log p. lmms-eval takes the option with the *least* value (``np.argmin`` in
-  ``ConfigurableTask.process_results`` and in tasks with their own rule), for ``acc_norm`` after dividing by the option's characters;
+- multiple choice: the value is the sum of -log p. lmms-eval chooses the option with the *least* value (``np.argmin`` in
+  ``ConfigurableTask.process_results`` and in tasks with their own rule); for ``acc_norm``, it first divides by the number of characters;
 - a single text, whose target the task computes: the value is log p. The metric ``perplexity`` is exp(-mean).
 """
 
@@ -36,9 +36,9 @@ from cfvlm_ds.models import Scorer
 from cfvlm_ds.models.chunked_logprobs import likeliest
 
 IMAGE = "<image>"
-"""The place of a picture in a task's text."""
+"""Mark for the position of a picture in a task's text."""
 MAX_NEW_TOKENS = 1024
-"""Tokens of a generated text if the task does not limit them."""
+"""Maximum number of tokens of a generated text if the task sets none."""
 _TOGETHER = 256  # requests whose pictures are on disk at the same time
 _AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -50,12 +50,12 @@ Documents = Mapping[str, Mapping[str, Sequence[Any]]]
 
 @dataclass(frozen=True)
 class Answers:
-    """A model that answers lmms-eval's requests. Each request has ``args``.
+    """A model that answers lmms-eval's requests. The contents of a request are in its ``args``.
 
     Args:
-        batch_size: pictures in a batch, with all texts about them.
-        max_tokens: largest number of tokens of a forward.
-        per_token: divide a likelihood by its tokens. lmms-eval's own models do so, and ``acc_norm`` then divides twice.
+        batch_size: number of groups in a batch; a group is the pictures of a request with all texts about them.
+        max_tokens: maximum number of tokens of a forward pass.
+        per_token: divide a log-likelihood by its number of tokens, as lmms-eval's own models do; ``acc_norm`` then divides twice.
     """
 
     scorer: Scorer
@@ -67,10 +67,9 @@ class Answers:
     _unused: set[str] = field(default_factory=set)
 
     def loglikelihood(self, requests: Sequence[Any], documents: Documents) -> list[tuple[float, bool]]:
-        """Return for each text its value (see above), and True if greedy decoding would write it. A value that is not finite counts as
-        unlikely.
+        """Return, for each request, the value of its text (see the module), and True if greedy decoding would generate the text.
 
-        Raises DataError naming task and row.
+        A log-likelihood that is not finite counts as -infinity. Raises a DataError that names task and row.
         """
         progress, values, broken = Progress(self.world.say, "scoring", len(requests), "texts"), list[tuple[float, bool]](), 0
         for start in range(0, len(requests), _TOGETHER):
@@ -91,9 +90,9 @@ class Answers:
         return values
 
     def _likelihoods(self, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
-        """Return the likelihoods of the texts at some places of the groups; not collective.
+        """Return the likelihood of the text at each of ``places`` in the groups.
 
-        Raises DataError for a text or a picture that cannot be scored, OutOfMemory if memory runs out.
+        Raises DataError for a text or a picture that cannot be scored, and OutOfMemory if memory runs out.
         """
         by_place: dict[Place, Likelihood] = {}
         size = self.batch_size
@@ -125,7 +124,7 @@ class Answers:
     def generate_until(self, requests: Sequence[Any], documents: Documents) -> list[str]:
         """Generate a text for each request, one at a time, up to the first of its stop strings.
 
-        Raises DataError naming task and row.
+        Raises a DataError that names task and row.
         """
         progress, texts = Progress(self.world.say, "writing", len(requests), "texts"), list[str]()
         for request in progress.over(requests):
@@ -145,7 +144,7 @@ class Answers:
         return texts
 
     def _options(self, task_options: Mapping[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-        """Return the stop strings, the largest number of tokens, and the options of ``generate``. Each unused option is reported once."""
+        """Return the stop strings, the maximum number of tokens, and the options of ``generate``. Each unused option is reported once."""
         options_left = {name: value for name, value in task_options.items() if value is not None}
         until = options_left.pop("until", [])
         limit = int(options_left.pop("max_new_tokens", options_left.pop("max_gen_toks", MAX_NEW_TOKENS)))
@@ -160,8 +159,8 @@ class Answers:
 
 
 class Likelihood(NamedTuple):
-    """Log p of a text in nats without the end of the turn, its tokens, and ``greedy``: True if every token is the likeliest one in its
-    place.
+    """Log-likelihood of a text in nats without the end of the turn, its number of tokens, and ``greedy``: True if each of them is the
+    likeliest token at its position.
     """
 
     logp: float
@@ -187,7 +186,7 @@ def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
 
 
 def _question(request: Any, documents: Documents, folder: str) -> tuple[str, tuple[Pictures, ...], tuple[Candidate, ...]]:
-    """Return a request's name for errors, its pictures and its text."""
+    """Return a request's name for errors, its pictures and its text. Raises DataError for a request that cannot be scored."""
     if len(request.args) != 6:
         raise DataError(
             "the metric acc_mutual_info takes the largest of differences where lmms-eval's other metrics take the least value, so that no "
@@ -207,7 +206,7 @@ def _shown(visual: Any, documents: Documents, task: str, split: str, number: int
 
 
 def _prompt(context: str, num_pictures: int) -> Prompt:
-    """Return the task's text with a picture at each marked place if there are enough places, otherwise with all pictures before it."""
+    """Return the task's text with a picture at each mark if there are as many marks as pictures, otherwise with all pictures before it."""
     pieces = [piece.strip() for piece in context.split(IMAGE)]
     if not num_pictures or len(pieces) - 1 != num_pictures:
         return context
@@ -216,7 +215,7 @@ def _prompt(context: str, num_pictures: int) -> Prompt:
 
 
 def _as_files(visuals: Sequence[Any], folder: str, label: str) -> Pictures:
-    """Write pictures to files, which groups need. Equal pictures share a file, except within a row."""
+    """Write pictures to files, because groups need files, and return the paths. Equal pictures share a file, except within a row."""
     paths: list[Path] = []
     for visual in visuals:
         if not isinstance(visual, Image.Image):

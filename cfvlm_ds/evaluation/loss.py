@@ -1,7 +1,7 @@
-"""The training objective's loss on evaluated groups: means over a whole split, with full weights during warm-up too.
+"""Loss of the training objectives on evaluated groups: means over a whole split, with full weights even during warm-up.
 
-A term is computed if its inputs exist for the split. Stored scores exist only for training groups. A term with a reference is therefore
-computed if the model without its adapters is the reference, and a term with the texts' prior is not computed.
+A term is computed if its inputs exist for the split. Stored scores exist only for training groups. Therefore a term that needs reference
+scores is computed only if the model without its adapters is the reference, and a term that needs the texts' prior is never computed.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
 NAMED = 5
-"""Number of groups without a term that are named; the others are counted."""
+"""Number of groups that are named among those that a term cannot use; the others are only counted."""
 Reference = Callable[[Batch], Tensor]
-"""Computes the [G, I, C] log-likelihoods of a batch under the reference model; every rank calls it equally often."""
+"""Function that computes log-likelihoods [G, I, C] of a batch under the reference model; all ranks must call it equally often."""
 
 
 @dataclass(frozen=True)
 class LossFound:
-    """The loss of a split: its terms (see ``EvaluationLoss.reduce``), and the NLL of true texts per token, None without any."""
+    """The loss of a split: its terms (see ``EvaluationLoss.reduce``), and the NLL of true texts per token, None without true texts."""
 
     terms: dict[str, dict[str, Any]]
     nll: float | None
 
 
 class EvaluationLoss:
-    """The loss of one split, summed batch by batch with each group once.
+    """The loss of one split, summed batch by batch. Each group must be added once.
 
     Args:
         objectives: the terms of the run.
-        reference: computes reference scores, or None without such a model.
+        reference: function that computes reference scores; None without a reference model.
     """
 
     def __init__(self, objectives: Objectives, reference: Reference | None = None) -> None:
@@ -64,7 +64,7 @@ class EvaluationLoss:
         true = scores.layout.positive
         self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())
         self._likelihood[1] += int((scores.layout.num_tokens + scores.layout.num_end_tokens)[true].sum())
-        layout = scores.layout  # restricted to that of training, because an objective may use any scored cell
+        layout = scores.layout  # restricted to the cells of training, because an objective may use any scored cell
         prompt = torch.zeros_like(layout.match[:, 0], dtype=torch.int64) if layout.prompt is None else layout.prompt
         layout = replace(layout, valid=layout.valid & wanted_cells(groups, layout.match, prompt, self._cells))
         logp, end_logp = (torch.where(layout.valid, each, 0) for each in (scores.logp, scores.end_logp))
@@ -85,14 +85,14 @@ class EvaluationLoss:
                     self._used[name] += used
                     if not used:  # keeps the first ones of the split
                         self._unused[name] = sorted([*self._unused[name], (number, group.id)])[:NAMED]
-            except Exception as error:  # a user's own term that trained must not stop the evaluation
+            except Exception as error:  # a user's own term must not stop the evaluation
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
     def reduce(self, world: World) -> LossFound:
-        """Return every term over the groups of all ranks; collective.
+        """Return every term over the groups of all ranks, which must all call this.
 
-        ``value`` is a term's unweighted mean, or None with the reason in ``lacking``. ``groups`` counts the groups that the term uses;
-        ``unused`` names a few of the others.
+        ``value`` is a term's unweighted mean, or None. If it could not be computed, ``lacking`` has the reason. ``groups`` counts the
+        groups that the term uses; ``unused`` names a few of the others.
         """
         gathered = gather_objects((self._likelihood, self._lacking, self._sums, self._used, self._unused), world)
         likelihoods, lacking, sums, used, unused = zip(*gathered, strict=True)
@@ -116,7 +116,7 @@ class EvaluationLoss:
 
 
 def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
-    """Return the sum of the parts' means, as in training: a part with a denominator of 0 adds nothing; None if all are 0."""
+    """Return the sum of the parts' means. As in training, a part with a denominator of 0 adds nothing. Return None if all are 0."""
     if not bool((denominators > 0).any()):
         return None
     return float(torch.where(denominators > 0, numerators / denominators.clamp(min=torch.finfo(denominators.dtype).tiny), 0).sum())

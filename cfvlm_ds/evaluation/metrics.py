@@ -1,16 +1,16 @@
 """Accuracies over the comparisons of groups: Winoground's text, image and group score (arXiv 2204.03162), and single comparisons.
 
-S is the log-likelihood of a text on an image. Two images i, j and two texts c, d of one prompt, each text true of its own image only (see
-Comparison), are right in
+S is the log-likelihood of a text on an image. Take two images i, j and two texts c, d with one prompt, where c is true of i only and d of j
+only (see Comparison). They win in
 
-- text: each image prefers its own text, S_ic > S_id and S_jd > S_jc;
-- image: each text prefers its own image, S_ic > S_jc and S_jd > S_id;
-- group: both.
+- text, if each image prefers its own text: S_ic > S_id and S_jd > S_jc;
+- image, if each text prefers its own image: S_ic > S_jc and S_jd > S_id;
+- group, if both hold.
 
 ``pair`` is the share of won text comparisons (one image, a true text against a false one of the same prompt) and ``factual`` that share on
 the factual image. ``image_pair`` is the share of won image comparisons (one text, an image that it is true of against one that it is false
-of). ``sham`` is the share of sham images that beat a counterfactual image on the factual text: a detector of edited pictures fails it. A
-tie is wrong.
+of). ``sham`` is the share of comparisons on the factual text in which a sham image beats a counterfactual image; a model that merely
+detects edited pictures loses them. A tie counts as a loss.
 
 Text comparisons depend on the texts' prior likelihood; ``text_pmi`` and ``group_pmi`` subtract it.
 """
@@ -48,10 +48,10 @@ CHANCE = {
 
 METRICS = tuple(CHANCE)
 HEADLINES = ("group", "pair", "image_pair")
-"""Metrics of which the first that a split has stands for it."""
+"""Metrics for a summary of a split in one number, which is the first of these that the split has."""
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
-"""Names for the counts of the shuffled control. They may differ from those of the metrics, because a group may have no other picture to
-show.
+"""Names under which the shuffled control is counted. It may have fewer comparisons than the metrics, because there may be no other group's
+picture to show.
 """
 Matrix = list[list[float]]
 
@@ -60,16 +60,16 @@ Matrix = list[list[float]]
 class Accuracy:
     """One row of a result table: an edit type, or the mean over edit types (``mean``, named ``all``). Accuracies are in %.
 
-    ``num`` counts the groups of the row; ``comparisons`` and ``groups`` count what each metric is computed from. The mean row has these
-    counts for all metrics, with 0 for a metric without any comparison in the split, which is then absent from ``metrics``. Its ``unused``
-    names a few of the groups that a metric cannot use.
+    ``num`` counts the groups of the row; ``comparisons`` and ``groups`` count those from which each metric is computed. The mean row has
+    these counts for all metrics, with 0 for a metric without any comparison in the split, which is then absent from ``metrics``. Its
+    ``unused`` names a few of the groups that a metric cannot use.
 
-    ``blind`` holds ``pair`` and ``factual`` with one blank image in place of the pictures, ``shuffled`` the same with another group's
-    picture: they measure the language prior. A tie counts one half there.
+    ``blind`` holds ``pair`` and ``factual`` with a blank image instead of the pictures, and ``shuffled`` the same with another group's
+    picture. They measure the language prior, and a tie counts as one half.
 
     ``losses`` of the mean row are the terms of the training loss on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative
-    log-likelihood of its true texts on their images, in nats per token, end-of-turn included. ``by_group`` of the mean row has a group's
-    id, its ``content_hash``, and by metric of ``HEADLINES`` and edit type its comparisons won and made.
+    log-likelihood of its true texts on their images, in nats per token, end-of-turn included. ``by_group`` of the mean row has an entry for
+    each group: its id, its ``content_hash``, and its points and number of comparisons, keyed by metric (of ``HEADLINES``) and edit type.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Accuracy:
 
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
-    """Return one row per edit type, in alphabetical order, and a last row ``all`` whose accuracies are means over edit types."""
+    """Return one row per edit type in alphabetical order, then the row ``all`` with means over edit types; [] without groups."""
     sums, counts, used = (defaultdict[str, Counter[str]](Counter) for _ in range(3))  # label -> metric -> points, comparisons, groups
     num = Counter[str]()
     covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)
@@ -143,7 +143,7 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
 
 
 def headline_metric(rows: Sequence[Accuracy]) -> str | None:
-    """Return the metric that stands for a split in one line; None if it has no comparison."""
+    """Return the metric that summarises a split, or None if the split has no comparison."""
     return next((metric for metric in HEADLINES if rows and metric in rows[-1].metrics), None)
 
 
@@ -155,12 +155,14 @@ def content_hash(group: CounterfactualGroup) -> int:
 
 
 _ALL = ""
-"""Stands for all comparisons in place of an edit type."""
+"""Label of all comparisons, used like an edit type."""
 _PREFIXES = ("", "blind_", "shuffled_")
 
 
 def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    """Yield the labels of each comparison and its points by metric: 1 if it is won, else 0; 1/2 for a tie without pictures."""
+    """Yield, for each comparison, its labels (edit types) and its points keyed by metric: 1 for a win, 0 for a loss, and in the blind and
+    shuffled controls 1/2 for a tie.
+    """
     matrices = {"": score.logp.tolist(), "_pmi": (score.logp - score.blank).tolist()}
     without = {"blind_": score.blank.tolist()} | ({} if score.shuffled is None else {"shuffled_": score.shuffled.tolist()})
     for comparison in comparisons(group):
@@ -186,11 +188,11 @@ def _quad(s: Matrix, i: int, j: int, c: int, d: int) -> dict[str, bool]:
 
 
 _SINGLE = {"text": "pair", "image": "image_pair", "sham": "sham"}
-"""Kind of a comparison of two cells -> the metric that it counts for."""
+"""Kind of a comparison of two cells -> the metric for which it counts."""
 
 
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-    """Return the accuracies by logged name: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC by edit type.
+    """Return the accuracies keyed by logged name: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC for an edit type.
 
     The training loss is eval/SPLIT/loss, its terms eval/SPLIT/loss_TERM; eval/SPLIT/nll is the NLL of true texts per token.
     """
@@ -209,13 +211,13 @@ def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
 
 
 def total_loss(losses: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return the weighted sum of the terms; None if one of them could not be computed, or if no group counts in any."""
+    """Return the weighted sum of the terms, or None if one of them could not be computed or no term has a group."""
     weighted = [(term["weight"], term["value"]) for term in losses.values() if term["value"] is not None]
     return None if not weighted or any(term["lacking"] for term in losses.values()) else sum(weight * value for weight, value in weighted)
 
 
 def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str]:
-    """Return the names that ``flat_metrics`` will have for an evaluation of these splits during training, derived from the data alone."""
+    """Return the keys that ``flat_metrics`` will have for an evaluation of these splits during training. No model is needed."""
 
     def tied(group: CounterfactualGroup) -> GroupScores:
         return GroupScores(torch.zeros(len(group.images), len(group.candidates)), torch.zeros(len(group.candidates)))
@@ -227,6 +229,6 @@ def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return each metric's mean over the rows that have it."""
+    """Return, for each metric, the mean over the rows that have it."""
     values = {metric: [row[metric] for row in rows if metric in row] for metric in METRICS}
     return {metric: sum(of_metric) / len(of_metric) for metric, of_metric in values.items() if of_metric}

@@ -1,8 +1,8 @@
-"""Probes: they convert a benchmark's item into prompts and texts that a model scores, and the texts' log-likelihoods into scores of the
-item.
+"""Probes: methods of asking a model about an item of a benchmark. A probe converts the item into prompts and texts that the model scores,
+and their log-likelihoods into scores of the item.
 
-Every probe returns one score per image and text, so the same metrics apply to all. The scores are computed on the item's pictures, on a
-blank one and on another item's (cfvlm_ds.evaluation.asking).
+Every probe returns one score per image and text, so the same metrics apply to all probes. The scores are computed on the item's pictures,
+on a blank picture and on another item's picture (cfvlm_ds.evaluation.asking).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Item
 Row = tuple[float, ...]
 LETTERS = string.ascii_uppercase
 ALL_ORDERS = 4
-"""Largest number of options that are asked in all orders; more options are asked in cyclic orders."""
+"""Largest number of options that are presented in all orders; more options are presented in cyclic orders."""
 
 
 class Probe(ABC):
@@ -37,14 +37,15 @@ class Probe(ABC):
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
         """Return one score per text of an item from the log-likelihoods of its cells on one picture.
 
-        ``blank`` are those of the same cells on a blank picture, ``lengths`` their tokens; empty if they were not counted.
+        ``blank`` has the log-likelihoods of the same cells on a blank picture, and ``lengths`` their numbers of tokens, empty if they were
+        not counted.
         """
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders in which the model chooses the same option as over all orders."""
+        """Return the share of option orders in which the model chooses the same option as on average over orders; None without orders."""
         return None
 
 
@@ -53,7 +54,7 @@ class Caption(Probe):
     """The log-likelihood of each text as a description of the picture.
 
     Args:
-        mode: sum over tokens; mean per token; or pmi, the sum minus that on a blank picture, which removes the text's prior.
+        mode: ``sum`` over tokens, ``mean`` over tokens, or ``pmi``, the sum minus the sum on a blank picture, which removes the prior.
         prompt: prompt of an item without a question.
     """
 
@@ -74,10 +75,10 @@ class Caption(Probe):
 
 @dataclass(frozen=True)
 class Match(Probe):
-    """VQAScore (Lin et al. 2024, arXiv 2404.01291): log of P(yes) / (P(yes) + P(no)) for each text, each summed over spellings.
+    """VQAScore (Lin et al. 2024, arXiv 2404.01291): log of P(yes) / (P(yes) + P(no)) for each text. Each P is summed over spellings.
 
     Args:
-        template: the question, with {text} in it.
+        template: the question, in which {text} stands for the text.
     """
 
     name: ClassVar[str] = "match"
@@ -100,7 +101,7 @@ class Match(Probe):
 
 @dataclass(frozen=True)
 class Answers(Probe):
-    """The likelihood of each text of an item as the answer to its question, summed over spellings: yes and no, or a letter."""
+    """The log-likelihood of each text of an item, such as yes, no or a letter, as the answer to its question, summed over spellings."""
 
     name: ClassVar[str] = "yes_no"
 
@@ -122,13 +123,13 @@ class Answers(Probe):
 class Letters(Probe):
     """Multiple choice by the letter of an option: the log of its probability among the letters, averaged over orders of the options.
 
-    Up to four options are asked in all orders, more in cyclic ones. Each option stands at each place equally often, so a preference for a
-    place or a letter is no advantage. ``alone`` asks without question and picture and measures the prior of the options.
+    Up to four options are presented in all orders, more in cyclic orders. Each option has each position equally often, so a preference for
+    a position or a letter is not an advantage. ``alone`` asks without question and picture, which measures the prior of the options.
 
     Args:
-        question: question of an item without one, such as captions.
+        question: question for an item without one, such as captions.
         instruction: text after the options.
-        prior: also score the options alone.
+        prior: also score the options without question and picture.
     """
 
     name: ClassVar[str] = "letters"
@@ -154,7 +155,7 @@ class Letters(Probe):
         )
 
     def asked(self, item: Item, order: Sequence[int], question: str) -> str:
-        """Return the question with the options in an order."""
+        """Return a prompt with the question, the options in the given order, and the instruction."""
         listed = [f"{LETTERS[place]}. {item.texts[number]}" for place, number in enumerate(order)]
         return "\n".join([*filter(None, [question]), *listed, self.instruction])
 
@@ -171,7 +172,7 @@ class Letters(Probe):
         return sum(chosen is not None and _only_best(row) == chosen for row in per_order) / len(per_order)
 
     def _per_order(self, item: Item, values: Row) -> list[Row]:
-        """Return [order][option]: the log-probability of the option among the letters."""
+        """Return the log-probability of each option among the letters, indexed [order][option]."""
         size, rows = len(item.texts), []
         for number, order in enumerate(orders(size)):
             part = values[number * size : (number + 1) * size]
@@ -183,11 +184,11 @@ class Letters(Probe):
 
 @dataclass(frozen=True)
 class Generate:
-    """Greedy text, read by the parser of the benchmark's authors if they published one. It scores no cells and needs a model that
-    generates.
+    """Greedy generation of an answer, which is parsed by the rule of the benchmark's authors if they published one. It scores no cells and
+    needs a model that generates.
 
     Args:
-        max_new_tokens: length at which an answer is cut off.
+        max_new_tokens: maximum length of an answer in tokens.
     """
 
     name: ClassVar[str] = "generate"
@@ -198,7 +199,7 @@ class Generate:
             raise ConfigError(f"the probe generate writes 1 to {MOST_WRITTEN} tokens, not {self.max_new_tokens}; correct max_new_tokens")
 
     def asked(self, item: Item) -> str:
-        """Return the prompt of an item. Options that it does not list are appended in the released order."""
+        """Return the prompt of an item. If it does not list the options, they are appended in the order of the benchmark."""
         if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:
             return item.prompt
         letters = Letters()
@@ -212,9 +213,9 @@ PROBES: dict[str, Probe] = {"caption": Caption(), "match": Match(), "letters": L
 
 
 def variants(text: str) -> tuple[str, ...]:
-    """Return the spellings of an answer, which differ in case. A single letter has one.
+    """Return the spellings of an answer, which differ in case. A single letter has only one.
 
-    White space before an answer is no variant: the chat template writes it, and a text with more would not follow its prompt.
+    White space before an answer does not make another spelling, because the chat template writes the white space before it.
     """
     if len(text) == 1:
         return (text,)
@@ -223,14 +224,14 @@ def variants(text: str) -> tuple[str, ...]:
 
 
 def orders(size: int) -> list[tuple[int, ...]]:
-    """Return the orders in which this number of options is asked."""
+    """Return the orders in which ``size`` options are presented."""
     if size <= ALL_ORDERS:
         return list(itertools.permutations(range(size)))
     return [tuple((place + shift) % size for place in range(size)) for shift in range(size)]
 
 
 def log_share(first: float, second: float) -> float:
-    """Return log(exp(first) / (exp(first) + exp(second))), accurate also for shares that round to 1."""
+    """Return log(exp(first) / (exp(first) + exp(second))), which is accurate even for shares that round to 1."""
     margin = first - second
     return -math.log1p(math.exp(-margin)) if margin > 0 else margin - math.log1p(math.exp(margin))
 

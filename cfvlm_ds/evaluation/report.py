@@ -1,4 +1,4 @@
-"""Accuracies as Markdown tables: the metrics with their controls and the number of comparisons behind each."""
+"""Accuracies as Markdown tables: the metrics with their controls, and the number of comparisons from which each is computed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _MOST_TYPES = 12  # edit types in a line of a progress log
 
 
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
-    """Return the accuracies as a Markdown table, a block per split, with rows for chance and for the language prior.
+    """Return the accuracies as a Markdown table, split by split, with rows for the language prior and for chance.
 
-    A second table counts the groups and comparisons behind each metric and names unused groups. A third, after a training, has the loss on
-    each split. ``plain`` escapes names from the data for a table cell.
+    A second table counts the groups and comparisons of each metric and names a few unused groups. A third table, if losses were computed,
+    has the loss on each split. ``plain`` escapes names from the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell
     lines = [f"| split | edit | groups | {' | '.join(SHOWN)} |", f"|---|---|---:|{'---:|' * len(SHOWN)}"]
     for split, rows in splits.items():
         for row in rows:
-            # An edit type of the mean's name is quoted, so that it cannot be taken for the mean.
+            # An edit type that has the name of the mean is quoted to distinguish it.
             name = row.name if row.mean or not row.name.startswith("all") else f'"{row.name}"'
             lines.append(f"| {split} | {plain(name)} | {row.num} | {_cells(row.metrics)} |")
         for row in rows[-1:]:
@@ -60,12 +60,12 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
 
 
 def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:
-    """Return the number of groups that are missing, and the names of some."""
+    """Return the number of unused groups and a few of their names; "" if there are none."""
     return f"{count}: {', '.join(map(plain, names))}{', ...' * (count > len(names))}" if count else ""
 
 
 def headline(rows: Sequence[Accuracy]) -> str:
-    """Return a line for a progress log: the first metric that the split has, by edit type and in the mean."""
+    """Return a line for a progress log: the split's headline metric for each edit type and in the mean, the loss and the NLL."""
     metric, nll = headline_metric(rows), rows[-1].nll if rows else None
     nll_text = "" if nll is None else f"; NLL {nll:.4f} a token"
     if metric is None:

@@ -1,4 +1,4 @@
-"""Scoring of groups with a model that may be partitioned over ranks: the training forward, without gradients."""
+"""Scoring of groups with the forward pass of training, without gradients. The model may be partitioned over ranks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Forward = Callable[..., Tensor]
 class GroupScores:
     """One group's full score matrix: ``logp`` [I, C] and ``blank`` [C] (the texts on a blank image), in nats.
 
-    ``shuffled`` [C] are the texts on another group's image: empty if there is none, None if that was not requested. A score that is not
-    finite becomes NaN, which wins no comparison.
+    ``shuffled`` [C] scores the texts on another group's image. It is empty if there is no such image, and None if it was not requested. A
+    score that is not finite becomes NaN, which wins no comparison.
     """
 
     logp: Tensor
@@ -61,9 +61,9 @@ class GroupScores:
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
-    """Return a collate function for worker processes around ``Collator.parts``.
+    """Return a collate function for worker processes, which calls ``Collator.parts``.
 
-    It returns a DataError as a value, because an error that is raised in a worker loses its message.
+    It returns a DataError instead of raising it, because an error that is raised in a worker loses its message.
     """
 
     def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
@@ -94,11 +94,11 @@ def score_groups(
 ) -> Sequence[GroupScores]:
     """Score every cell of every group, and every text on a blank image, in the order of ``groups``; the result is the same on every rank.
 
-    ``forward`` is an engine or a Scorer in evaluation mode. ``batch_size`` counts groups per rank, which are scored in forwards of at most
-    ``max_tokens`` tokens. Every rank runs the same number of forwards, as ZeRO-3 requires. ``shuffled`` also scores every text on another
-    group's image, one per group. ``loss`` receives the scores on the groups' own images.
+    ``forward`` is an engine or a Scorer in evaluation mode. A batch has ``batch_size`` groups per rank, and is scored in forward passes of
+    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. ``shuffled`` also scores the texts
+    of each group on an image of another group. ``loss`` receives the scores on the groups' own images.
 
-    Raises DataError as the collator does, on all ranks, and OutOfMemory with the ``remedy`` if memory runs out.
+    Raises the same DataErrors as the collator, on all ranks, and OutOfMemory with ``remedy`` in its message if memory runs out.
     """
     batches = [range(start, min(start + batch_size, len(groups))) for start in range(0, len(groups), batch_size)]
     donors = other_images(groups) if shuffled else None
@@ -125,7 +125,7 @@ def score_groups(
 
 
 def warn_of_nonfinite(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], world: World, label: str) -> None:
-    """Warn about groups whose scores are not finite: their number, and some names."""
+    """Warn about groups whose scores are not finite, with their number and a few of their ids."""
     if broken := [group.id for group, group_scores in zip(groups, scores, strict=True) if not group_scores.finite]:
         world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {few(broken)}")
 
@@ -144,10 +144,10 @@ def scored_batches(
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[int], list[Scores]]]:
-    """Yield this rank's share of the ``batches`` (indices of groups), each with its scores in each of its ``views`` (see ``seen_as``).
+    """Yield this rank's share of ``batches`` (indices of groups), each with its scores in each of the ``views`` (see ``seen_as``).
 
-    Ranks take turns and yield equally often: a rank without a batch scores a group again and yields no indices. Raises what
-    ``score_batches`` raises.
+    Batches are assigned to ranks in turn. All ranks yield equally often: a rank that has run out of batches scores a group again and yields
+    no indices. Raises the same errors as ``score_batches``.
     """
     places = range(world.rank, -(-len(batches) // world.size) * world.size, world.size)
     mine = [batches[place] if place < len(batches) else batches[-1][-1:] for place in places]
@@ -170,8 +170,8 @@ def scored_batches(
 def matrices(
     groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores], donors: Sequence[Pictures | None] | None
 ) -> dict[int, GroupScores]:
-    """Return the score matrix of each group of a batch that was scored in every view. Groups without pictures have no blank view; their own
-    scores replace it.
+    """Return the scores of each group of a batch, keyed by index, from its scores in each view. Without a blank view, a group's own scores
+    replace it.
     """
     seen, *others = (view.logp for view in scored)
     by_index = {}
@@ -186,7 +186,9 @@ def matrices(
 
 
 def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None] | None) -> list[Sequence[CounterfactualGroup]]:
-    """Return the views of the groups that are scored: on their own images, on a blank one and, if requested, on another group's."""
+    """Return the views in which groups are scored: with their own images, with a blank image and, given ``donors``, with another group's
+    image.
+    """
     views: list[Sequence[CounterfactualGroup]] = [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
     if donors is not None:
 
@@ -206,10 +208,10 @@ def score_batches(
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> list[Scores]:
-    """Return the scores of each batch, which comes in parts. Every rank calls it with the same number of batches, each of any number of
+    """Return the scores of each batch, a list of parts. All ranks must pass the same number of batches, but each may have any number of
     parts.
 
-    ``reference`` computes reference scores for the first batch. Raises DataError on all ranks if a batch of any rank is one.
+    ``reference`` computes reference scores for the first batch only. Raises DataError on all ranks if a batch of any rank is a DataError.
     """
     sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
     problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)
@@ -236,10 +238,10 @@ def score_batches(
 
 
 def other_images(groups: Sequence[CounterfactualGroup | Item]) -> list[Pictures | None]:
-    """Return for each group or item the first image of another one that shows none of its own pictures; None if there is none.
+    """Return, for each group or item, the first image of another one with as many pictures, none of which is its own, or None.
 
-    In a random but fixed order, each group takes the image of the next one, so each image is used once. Groups that share pictures take
-    the nearest image that fits; at most ``_TRIES`` neighbours are tried.
+    In a random but fixed order, each group takes the image of the next group, so each image is used once. If the two share a picture, up to
+    ``_TRIES`` of the following groups are tried.
     """
     images: list[Pictures | None] = [None] * len(groups)
     by_size: dict[int, list[int]] = {}

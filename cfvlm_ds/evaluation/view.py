@@ -1,4 +1,4 @@
-"""Page of groups: a sample of a manifest, or the groups with the worst stored scores of a run."""
+"""Page of groups: a sample of a manifest, or the groups of a run with the worst scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLE = 200
 
 
 class _Source(NamedTuple):
-    """Groups of one manifest and their scores by id, if any; ``split`` is its name in a run's evaluation."""
+    """Groups of one manifest, and their scores keyed by id; {} if there are none. ``split`` is its name in a run's evaluation."""
 
     groups: GroupStore
     scores: Mapping[str, StoredScores]
@@ -46,13 +46,13 @@ def view(
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = print_line,
 ) -> Written:
-    """Write a page of groups into the folder ``out``, replacing an earlier page there. The return value displays itself in a notebook.
+    """Write a page of groups into the folder ``out``, and replace an earlier page there. The return value displays itself in a notebook.
 
-    ``source`` is a manifest or a run folder. Of a manifest the page shows ``sample`` groups drawn by ``seed``, in the manifest's order, or
-    those that the file ``ids`` names, one a line, in the file's order. Of a run it shows the evaluated groups with the worst scores.
-    ``scores`` is a file from ``cfvlm-ds score`` or from a run.
+    ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups drawn with ``seed``, in the manifest's order,
+    or the groups named in the file ``ids``, one per line, in the file's order. For a run, it shows the ``sample`` evaluated groups with the
+    worst scores. ``scores`` is a file from ``cfvlm-ds score`` or from a run.
 
-    Raises DataError for a manifest, scores or ids that cannot be read, ConfigError if the folder holds something other than a page.
+    Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if the folder has something other than a page.
     """
     refuse_foreign_folder(Path(out))
     facts: list[Fact] = [("scores", str(scores))] * (scores is not None)
@@ -88,7 +88,7 @@ def view(
 
 
 def _of_run(run_dir: Path) -> list[_Source]:
-    """Return the manifests of a run's evaluation, with its scores."""
+    """Open the manifests of a run's evaluation, with their scores. Raises DataError, and ConfigError for a run without evaluation."""
     sources = []
     for name, split in recorded_evaluation(run_dir).items():
         file = run_dir / "scores" / f"{bare_name(name, run_dir / 'config.yaml')}.jsonl"
@@ -102,12 +102,12 @@ def _of_run(run_dir: Path) -> list[_Source]:
 
 
 def _stored(file: Path, groups: GroupStore) -> Mapping[str, StoredScores]:
-    """Read a scores file whose identity matches these groups by their texts and picture paths. Contents are not hashed for a page."""
+    """Read the scores of these groups. Texts and paths of pictures must match; for a page, contents of pictures are not compared."""
     return read_scores(file, groups, data_identity(groups, groups.roots))
 
 
 def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> list[int]:
-    """Return the places of the groups that a file names, one id a line. Raises DataError for an unknown id."""
+    """Return the indices of the groups that a file names, one id per line. Raises DataError for an unknown id."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]
     except (OSError, UnicodeError) as error:
@@ -132,9 +132,9 @@ def _item(source: _Source, index: int) -> Item:
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
-    """Return a group's stored scores with the margins of every true cell, over the comparisons of its evaluation (docs/evaluation.md).
+    """Return a group's stored scores with the smallest margin of every true cell, among texts and among images (docs/evaluation.md).
 
-    A tie is lost. Two images with two texts add no comparison of their own: they are right if the comparisons of their cells are.
+    A tie is lost. ``quad`` comparisons are not counted, because they follow from the comparisons of their cells.
     """
     logp, decided = stored.logp, list[float]()
     margins: list[list[list[float | None] | None]] = [[None] * len(group.candidates) for _ in group.images]

@@ -1,8 +1,8 @@
 """Export of a DeepSpeed checkpoint as a Hugging Face folder with the names, shapes, dtypes and files of its source model.
 
-The model is never in memory as a whole. A weight is read in blocks from the ranks' files, cast, and written at its place in the output, so
-an export of any size takes a few hundred MiB. If transformers stores weights in another form than it computes with, it takes the weights of
-one layer.
+The model is never in memory as a whole. Each weight is read in blocks from the ranks' files, cast, and written at its offset in the output,
+so an export needs a few hundred MiB whatever the size of the model. If transformers stores weights in another form than it computes with,
+the export needs the memory of one layer.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def export_hf(
     alive: Callable[[], object] = lambda: None,
     card: str | None = None,
 ) -> Path:
-    """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``; needs no process group or GPU.
+    """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``, and return ``out_dir``.
 
-    Adapters, which ``lora`` describes, are merged into the weights that they adapt. ``alive`` is called during the export. ``card`` is the
-    folder's README.md unless the user has written one.
+    The export needs no process group or GPU. Adapters, which ``lora`` describes, are merged into the weights that they adapt. ``alive`` is
+    called repeatedly during the export. ``card`` becomes the folder's README.md unless the user has written one.
 
-    The folder appears complete or not at all, and replaces an older export only then. Names, shapes and dtypes are those of the source.
-    Raises ConfigError when the checkpoint is incomplete or does not fit the source, when a trained weight is missing, and StorageError when
-    the folder cannot be written.
+    The folder is written under another name and renamed when it is complete; only then does it replace an older export. Names, shapes and
+    dtypes of weights are those of the source. Raises ConfigError if the checkpoint is incomplete, lacks a trained weight or does not fit
+    the source, and StorageError if the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")

@@ -25,7 +25,7 @@ _A, _B, _LENGTH = (f"lora_{part}.default.weight" for part in ("A", "B", "magnitu
 class MergedWeights(ZeroWeights):
     """The weights of a checkpoint under their names in the model without adapters, with the adapters merged in, in float32.
 
-    W' = W + scaling * B A; DoRA then gives every row its trained length (arXiv 2402.09353, equation 5).
+    W' = W + scaling * B A; DoRA then scales every row to its trained length (arXiv 2402.09353, equation 5).
     """
 
     def __init__(self, checkpoint: Path, lora: LoraConfig | None) -> None:
@@ -53,7 +53,7 @@ class MergedWeights(ZeroWeights):
         yield from (block * factor[row] for block, row in self._added(name, layer))
 
     def _added(self, name: str, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the values of W + scaling * B A with the row of each, block by block."""
+        """Yield the values of W + scaling * B A block by block, with the row index of each value."""
         a, b = self.tensor(layer + _A, torch.float32), self.tensor(layer + _B, torch.float32)
         columns, start = a.shape[1], 0
         for block in super().blocks(name):
@@ -74,10 +74,11 @@ def export_adapter(
     card: str | None = None,
 ) -> Path:
     """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format, in float32, for ``PeftModel.from_pretrained`` on ``source``.
+    Return ``out_dir``.
 
-    The folder appears complete or not at all, and replaces older adapters only then. ``card`` is as for ``export_hf``. Raises ConfigError
-    when the checkpoint is incomplete, has no adapters, or trained more than adapters, which peft's format cannot hold, and StorageError
-    when the folder cannot be written.
+    The folder is written under another name and renamed when it is complete; only then does it replace older adapters. ``card`` is as for
+    ``export_hf``. Raises ConfigError if the checkpoint is incomplete, has no adapters, or has other trained weights, which peft's format
+    cannot hold, and StorageError if the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -95,7 +96,9 @@ def export_adapter(
         for name in adapters:
             alive()
             tensors[_saved_name(name)] = zero.tensor(name, torch.float32)
-        with create(partial / "adapter_model.safetensors") as handle:  # safetensors' save_file makes private files and raises no OSError
+        with create(
+            partial / "adapter_model.safetensors"
+        ) as handle:  # safetensors' save_file makes files that only their owner can read, and does not raise OSError
             handle.write(save(tensors, {"format": "pt"}))
         adapter_config = peft_config(model, family, modules, source, lora)
         adapter_config.inference_mode = True

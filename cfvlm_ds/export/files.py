@@ -18,7 +18,7 @@ from cfvlm_ds.models.model_files import INDEX, SINGLE
 
 
 class Files:
-    """Safetensors files whose tensors are written in any order. Names, shapes and dtypes determine every position beforehand."""
+    """Safetensors files whose tensors are written in any order. Names, shapes and dtypes determine all offsets in advance."""
 
     def __init__(
         self, folder: Path, saved: Mapping[str, Saved], say: Callable[[str], object], alive: Callable[[], object] = lambda: None
@@ -43,7 +43,7 @@ class Files:
                 self._starts[name] += 8 + len(text)
 
     def write(self, name: str, blocks: Iterable[Tensor]) -> None:
-        """Write a tensor, given in flat blocks, in its own dtype."""
+        """Write a tensor, given in flat blocks, in the dtype of the source. Raises ConfigError if its size differs."""
         tensor = self._saved[name]
         remaining = tensor.nbytes
         with open(self._folder / tensor.file, "r+b") as handle:
@@ -62,7 +62,7 @@ class Files:
 
 
 def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str, Any]) -> None:
-    """Write the index of a model in several files: the file of every tensor, and the total size in bytes."""
+    """Write the index of a model: the file of every tensor, and the total size in bytes. A model in a single file gets no index."""
     if {tensor.file for tensor in saved.values()} == {SINGLE}:
         return
     total = sum(tensor.nbytes for tensor in saved.values())

@@ -8,16 +8,16 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload an export to a model repository, created as private if it does not exist; returns its address.
+    """Upload an export to a model repository, and return the repository's address. The repository is created as private if necessary.
 
-    Raises ConfigError if the hub refuses it or cannot be reached. The export stays.
+    Raises ConfigError if the hub refuses the upload or cannot be reached. The export itself is not changed.
     """
     from huggingface_hub import HfApi
 
     try:
         address = HfApi().create_repo(repo, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of cfvlm-ds")
-    except Exception as error:  # from the network, the hub or the disk
+    except Exception as error:  # errors of the network, the hub or the disk
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{folder} cannot be pushed to {repo} ({type(error).__name__}: {reason}); log in with `hf auth login`, and name a repository "

@@ -1,4 +1,4 @@
-"""Export jobs: the weights of a model that make each tensor on disk."""
+"""Export jobs: the weights of a model from which each tensor on disk is made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Weights of the model and the tensors that they are stored as: the same, or the result of the reversed ``conversions``."""
+    """Names of stored tensors, and of the weights from which they are made by the reversed ``conversions``. None stores them unchanged."""
 
     stored: tuple[str, ...]
     weights: tuple[str, ...]
@@ -27,9 +27,10 @@ class Job:
 
 
 def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], object]) -> list[Job]:
-    """Return the jobs of an export, by transformers' loading rules. A job without weights belongs to a tensor that the model does not have.
+    """Derive the jobs of an export from transformers' loading rules. A job without weights is a tensor that the model does not have.
 
-    A reversed conversion is first tried on tensors without data, and used if it gives the names and shapes of the source.
+    A reversed conversion is first tried on tensors without data, and used only if it gives the names and shapes of the source. Raises
+    ConfigError if none does.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -92,10 +93,11 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """Return the jobs with those that copy from the source: tensors that the model does not have, and frozen modules that were not saved.
+    """Return the jobs without the weights that the checkpoint lacks, such as those of frozen modules. Their tensors are copied from the
+    source.
 
-    Every tied weight gets the name under which the checkpoint holds it. Raises ConfigError if a trained weight is missing, if the
-    checkpoint has a trained weight that the source has not, or if shapes differ.
+    In ``zero``, all names of a tied weight get the weight of the checkpoint. Raises ConfigError if a trained weight is missing, if the
+    checkpoint has a trained weight that the source does not have, or if shapes differ.
     """
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

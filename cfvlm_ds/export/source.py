@@ -1,4 +1,4 @@
-"""Source of an export: the tensors that a model folder stores, and the model that they belong to."""
+"""Source of an export: the tensors that a model folder stores, and the model to which they belong."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def skeleton(source: str) -> Any:
 
 
 def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, Any]]:
-    """Return the tensors that the export stores, by name and in the order within their files, and the index's metadata.
+    """Return the tensors that the export stores, keyed by name in the order within their files, and the metadata of the index.
 
-    They are those of the source, file by file; without an index they are split into files of at most 5 GB. Of a source without safetensors
-    only the configuration is used, and the tensors are those that transformers would save.
+    They are the tensors of the source, file by file; without an index, they are split into files of at most 5 GB. If the source has no
+    safetensors, only its configuration is used, and the tensors are those that transformers would save.
     """
     files = weight_files(folder)
     if files == [SINGLE]:

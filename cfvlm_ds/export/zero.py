@@ -1,4 +1,4 @@
-"""The weights of a ZeRO checkpoint by their names in the model, read in blocks."""
+"""Weights of a ZeRO checkpoint, keyed by their names in the model and read in blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAPPED = 64 << 20  # smallest number of bytes that are read before the files ar
 
 
 class ZeroWeights:
-    """The weights of a ZeRO-1, 2 or 3 checkpoint by their names in the model, read from the ranks' files on request."""
+    """The weights of a ZeRO-1, 2 or 3 checkpoint, keyed by their names in the model and read from the ranks' files on request."""
 
     def __init__(self, checkpoint: Path) -> None:
         with explained(f"{checkpoint} cannot be read", "name another checkpoint"):
@@ -28,7 +28,7 @@ class ZeroWeights:
         self._read = 0
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield the weight in flat consecutive blocks. Each is a view of a mapped file and must not be kept."""
+        """Yield a weight in flat consecutive blocks. Each block is a view of a mapped file and must not be kept."""
         remaining = math.prod(self.weights[name].shape)
         for part in self.weights[name].parts:
             for start in range(part.start, part.stop, BLOCK):

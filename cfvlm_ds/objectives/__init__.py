@@ -1,4 +1,4 @@
-"""The objectives by name, and the combination of their sums into one loss.
+"""Objectives, keyed by name, and the combination of their sums into one loss.
 
 A new objective is one file with a frozen dataclass and one line in OBJECTIVES. Its fields are its options (``--objective.NAME.FIELD``).
 """
@@ -58,32 +58,30 @@ __all__ = [
 
 
 def required_cells(objectives: Objectives) -> Cells:
-    """Return the smallest set of a group's own cells that serves every objective."""
+    """Return the smallest set of a group's own cells that contains the cells of every objective."""
     own: list[Cells] = ["star" if objective.cells == "batch" else objective.cells for objective in objectives.values()]
     return CELLS[max(map(CELLS.index, own), default=0)]
 
 
 def batch_terms(objectives: Objectives) -> dict[str, int]:
-    """Return the terms that compare with other groups of the optimizer step, each with the number of their texts that it wants for an
-    image.
-    """
+    """Return the terms that use texts of other groups of the optimizer step, each with the number of such texts that it needs per image."""
     return {name: int(getattr(objective, "texts", 0)) for name, objective in objectives.items() if objective.cells == "batch"}
 
 
 def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
-    """Return each objective's denominators on this layout, [P] each, to be summed over micro-batches and ranks."""
+    """Return the denominators of each objective on this layout, [P], which must be summed over micro-batches and ranks."""
     visible = {name: layout if objective.cells == "batch" else layout.own for name, objective in objectives.items()}
     return {name: torch.atleast_1d(objective.denominator(visible[name].of_objective(name))) for name, objective in objectives.items()}
 
 
 def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
-    """Return the scores for an objective: those of the groups that count in it, with texts of other groups only if it uses them."""
+    """Return the scores of the groups that count in an objective, with texts of other groups only if the objective uses them."""
     visible = scores if objective.cells == "batch" else scores.own
     return replace(visible, layout=visible.layout.of_objective(name))
 
 
 def ramp(objective: Objective, progress: float) -> float:
-    """Return the factor of an objective's weight at ``progress`` (share of all steps done, 0 to 1)."""
+    """Return the factor by which warm-up multiplies an objective's weight at ``progress`` (share of all steps done, 0 to 1)."""
     return 1.0 if progress >= objective.warmup else progress / objective.warmup
 
 
@@ -92,11 +90,12 @@ def weighted_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return this micro-batch's share of the step's loss as (loss to call backward on, each term's unweighted share).
 
-    Summed over the micro-batches and ranks of one optimizer step, the shares are exactly the global means, however groups are spread over
-    ranks: each numerator is divided by its *global* denominator. DeepSpeed averages gradients over ranks, hence the factor ``world_size``;
-    accumulation must not be averaged on top (``engine.backward(..., scale_wrt_gas=False)``). A part with a denominator of 0 adds nothing.
+    Summed over the micro-batches and ranks of one optimizer step, the shares are exactly the global means, however groups are distributed
+    to ranks, because each numerator is divided by its *global* denominator. DeepSpeed averages gradients over ranks, hence the factor
+    ``world_size``. It must not average over accumulation steps as well (``engine.backward(..., scale_wrt_gas=False)``). A part with a
+    denominator of 0 adds nothing.
     """
-    loss = scores.logp.sum() * 0  # every rank runs the same backward, also without any comparison
+    loss = scores.logp.sum() * 0  # every rank runs the same backward, even without any comparison
     shares: dict[str, Tensor] = {}
     for name, objective in objectives.items():
         denominator = global_denominators[name].to(scores.logp)
@@ -108,7 +107,7 @@ def weighted_loss(
 
 
 def likelihood_report(scores: Scores) -> Report:
-    """Return the mean log-likelihood per token of the four kinds of cell, as (sum of nats, tokens). They show likelihood displacement.
+    """Return the log-likelihood of four kinds of cell as (sum in nats, number of tokens). Their means show likelihood displacement.
 
     lp_00 is the factual pair, lp_kk the other true pairs, lp_k0 the factual text on images that it is false of, and lp_0k false texts on
     the factual image.

@@ -1,4 +1,4 @@
-"""L_align: the NLL of true pairs and, optionally, an InfoNCE inside the group (CF-VLM, arXiv 2506.17267, section 3)."""
+"""L_align: the NLL of true pairs and, optionally, an InfoNCE within the group (CF-VLM, arXiv 2506.17267, section 3)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Align(Objective):
     """NLL of the factual pair + ``counterfactual`` x NLL of the other true pairs + ``infonce`` x in-group InfoNCE.
 
     Each part is a separate mean. The first NLL is per token (end-of-turn included) over all factual pairs. The second is the same over the
-    counterfactual pairs, with every group counting once. The InfoNCE is a mean over groups that have a negative.
+    other true pairs, averaged within each group first. The InfoNCE is a mean over groups that have a negative.
 
     Args:
-        weight: factor of the term in the loss. Without it nothing prevents the truth from becoming less likely (likelihood displacement).
+        weight: factor of the term in the loss. Without this term, true texts may become less likely (likelihood displacement).
         warmup: share of all steps over which the weight rises linearly from 0.
         counterfactual: weight of the other true pairs of the group.
-        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], c over texts of one prompt.
+        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where the texts c answer the factual prompt.
         temperature: tau of the InfoNCE, on the scale of ``len_norm``.
         len_norm: length normalisation of the InfoNCE scores.
         pmi: factor of the blind score that is subtracted from the InfoNCE scores; needs ``--data.scores``.
@@ -74,7 +74,7 @@ class Align(Objective):
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return the weighted sums of ``values`` [G, I, C] over the factual pairs, and over groups of the mean over their other true pairs."""
+    """Return two weighted sums of ``values`` [G, I, C] over groups: of the factual pair, and of the mean over the other true pairs."""
     factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
     others = layout.positive.clone()
     others[:, 0, 0] = False
@@ -83,9 +83,9 @@ def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tens
 
 
 def _infonce_mask(layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return the anchor cell, and the negatives of row 0 (of the anchor's prompt) and of column 0; both [G, I, C] bool."""
+    """Return the anchor cells, and the negatives in row 0 (with the anchor's prompt) and in column 0; both [G, I, C] bool."""
     anchor = torch.zeros_like(layout.valid)
-    anchor[:, 0, 0] = True  # also in a group without scores: a softmax over no cell is NaN, over one cell it is 1
+    anchor[:, 0, 0] = True  # even in a group without scores: a softmax over no cell is NaN, over one cell it is 1
     star = torch.zeros_like(layout.valid)
     star[:, 0, :] = layout.same_prompt[:, 0]
     star[:, :, 0] = True

@@ -1,9 +1,9 @@
-"""The protocol of objectives, and the comparisons inside a group that they consist of.
+"""Protocol of objectives, and the comparisons within a group on which they are built.
 
-Shapes: G groups, I images, C candidates, P parts of one objective. The truth table alone defines two kinds of comparison:
+Shapes: G groups, I images, C candidates, P parts of one objective. The truth table defines two kinds of comparison:
 
-- text side: one image and one prompt, a true text against a false one; an answer is never compared with one to another question;
-- image side: one text after one prompt, an image that it is true of against one that it is false of. Prior and length cancel.
+- text side: a true text against a false text on one image. Both answer the same prompt;
+- image side: an image that a text is true of against an image that it is false of. The text's prior and length cancel.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Report = dict[str, tuple[Tensor, Tensor]]
 class Objective(Protocol):
     """A term of the loss: a pure function of score matrices, independent of devices, tokenizers and ranks.
 
-    The term's loss is ``weight * sum_p numerator_p / denominator_p``. The denominator must depend on the layout alone, because it is added
-    over all ranks and accumulation steps before the first forward. Both are scalars, or [P] when parts have denominators of their own.
+    The term's loss is ``weight * sum_p numerator_p / denominator_p``. The denominator must depend only on the layout, because it is summed
+    over all ranks and accumulation steps before the first forward pass. Both are scalars, or [P] if parts have separate denominators.
 
-    A class that inherits from this one needs these two and a ``weight``; everything else has a default.
+    A subclass must define numerator, denominator and ``weight``; everything else has a default.
     """
 
     @property
@@ -42,7 +42,7 @@ class Objective(Protocol):
 
     @property
     def cells(self) -> Cells:
-        """The cells that it needs; fewer cells cost less."""
+        """Cells that the objective needs; fewer cells cost less."""
         return "full"
 
     @property
@@ -64,16 +64,16 @@ class Objective(Protocol):
         ...
 
     def report(self, scores: Scores) -> Report:
-        """Return further metrics as sums and counts."""
+        """Return additional metrics as sums and counts."""
         return {}
 
 
 def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return every true-against-false comparison along the last axis of [G, R, X]: (violation, mask), each [G, R, X true, X false].
+    """Compare true with false entries along the last axis of [G, R, X], and return (violation, mask), each [G, R, X true, X false].
 
-    violation = S[false] - S[true], which is positive when the model prefers the false one. For the text side pass [G, I, C] and, as
-    ``together``, the layout's ``same_prompt`` [G, C, C], which marks the pairs that may be compared. For the image side pass the transpose,
-    whose rows are one text each.
+    violation = S[false] - S[true], which is positive if the model prefers the false entry. For the text side, pass scores [G, I, C] and, as
+    ``together``, the layout's ``same_prompt`` [G, C, C], which marks the texts that may be compared. For the image side, pass the
+    transposed scores [G, C, I].
     """
     violation = scores.unsqueeze(-2) - scores.unsqueeze(-1)
     mask = positive.unsqueeze(-1) & negative.unsqueeze(-2)
@@ -92,15 +92,15 @@ def has_any(mask: Tensor) -> Tensor:
 
 
 def no_scores(layout: GroupLayout) -> Tensor:
-    """Return scores of 0 for every cell. Denominators use them to count comparisons, which depend on the layout alone."""
+    """Return scores of 0 for every cell. Denominators use them to count comparisons, which depend only on the layout."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
 def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Tensor:
-    """Return the maximum over ``dim`` of the entries in ``mask``, 0 if there are none; ``soft`` > 0 gives soft * (logsumexp(v / soft) - log
-    n).
+    """Return the maximum over ``dim`` of the entries in ``mask``, or 0 if there are none.
 
-    The soft form tends to the maximum as ``soft`` -> 0 and does not change when every entry is duplicated.
+    If ``soft`` > 0, return soft * (logsumexp(v / soft) - log n) over the n entries v instead. It tends to the maximum as ``soft`` -> 0, and
+    does not change if every entry is duplicated.
     """
     hidden = torch.where(mask, values, float("-inf"))
     some = mask.any(dim)
@@ -116,23 +116,23 @@ def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class MarginTerm(Objective):
-    """Options that all margins between two likelihoods share.
+    """Loss and options of the terms that require a margin between two likelihoods.
 
-    The defaults compare summed log-likelihoods: an edit changes a few words, and a mean over the whole text would divide their gradient by
-    its length. The link saturates slowly, because the language prior may favour a false text by several nats: a picture decides such a
-    comparison only if it changes the score by more, and a loss that stops at a small win would never reach that. The paper's form is link
-    hinge, len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
+    The defaults compare summed log-likelihoods, because an edit changes a few words, whose gradient a mean over the text would divide by
+    its length. The language prior may favour a false text by several nats, and the picture must change the score by more than that. The
+    link therefore saturates slowly; a loss that stops at a small win would never reach such a change. The paper's form is link hinge,
+    len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
         warmup: share of all steps over which the weight rises linearly from 0.
-        margin: by how much the true one must win, in ``margin_unit``.
-        margin_unit: ``per_token`` (on the scale of ``len_norm``: nats per token, or nats where it is ``none``) or ``nats`` (total nats).
+        margin: difference by which the true cell must win, in ``margin_unit``.
+        margin_unit: ``per_token`` (on the scale of ``len_norm``: nats per token, or nats if that is ``none``) or ``nats`` (total nats).
         link: ``hinge`` max(0, margin + violation), or ``logsigmoid`` the smooth log(1 + exp(beta (margin + violation))) / beta, whose
             gradient fades as the gap grows but never reaches 0. Both act on the scale of ``len_norm``.
         beta: sharpness of ``logsigmoid`` at the margin, per unit of the scale: its gradient falls from 1 to 0 within about 4 / beta.
         hinge_cap: number of margins at which a hinge becomes constant, so that an impossible pair stops contributing; 0 for no cap.
-        len_norm: divide log-likelihoods by the ``anchor`` text's token count, each text's ``own``, or ``none``.
+        len_norm: divisor of log-likelihoods: the token count of the ``anchor`` text, each text's ``own``, or ``none``.
         pmi: factor of the blind score log p(text | blank) that is subtracted; needs ``--data.scores``.
     """
 
@@ -159,7 +159,7 @@ class MarginTerm(Objective):
         return self.pmi != 0
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-        """Return (violation, mask) of the term's comparisons, [G, ...] each; ``similarity`` [G, I, C] are scores on the term's scale."""
+        """Return (violation, mask) of the term's comparisons, each [G, ...], from scores ``similarity`` [G, I, C] on the term's scale."""
         raise NotImplementedError
 
     def denominator(self, layout: GroupLayout) -> Tensor:

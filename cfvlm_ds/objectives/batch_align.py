@@ -1,4 +1,4 @@
-"""InfoNCE over the texts and images of an optimizer step: the alignment loss of CF-VLM (arXiv 2506.17267) with likelihoods in place of
+"""InfoNCE over the texts and images of an optimizer step: the alignment loss of CF-VLM (arXiv 2506.17267), with likelihoods instead of
 cosines.
 """
 
@@ -21,20 +21,20 @@ from cfvlm_ds.objectives.base import Objective, Report, comparisons, mean_over
 class BatchAlign(Objective):
     """InfoNCE across groups: on each image its own text must win among texts of the whole step, and each text must prefer its own image.
 
-    Texts of other groups answer the factual text's prompt and count as false without a check: the only use of unknown cells as negatives. A
-    text is never drawn if it equals one of the group's texts or has its key, if the row's ``exclude`` lists it, or if its own row marks it
-    as true of a picture of the group.
+    Texts of other groups are drawn from those that answer the factual text's prompt, and count as false without a check; no other objective
+    uses unknown cells as negatives. A text is never drawn if it equals a text of the group or has the same ``key``, if the group's
+    ``exclude`` lists it, or if its own group marks it as true of a picture of this group.
 
-    Text side: log(1 + sum_d exp(s_d - s_c)) over the false texts d of the group and those of others, s = (log p(text | image) - ``pmi`` x
-    log p(text | blank)) / ``temperature``. Image side: the same over images for one text, without the prior, which cancels. Each side
-    weighs one half. They are means over a group's true pairs and texts, so a group counts once.
+    Text side: log(1 + sum_d exp(s_d - s_c)) over the false texts d of the group and the texts of other groups, with s = (log p(text |
+    image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same over images for one text, without the prior, which
+    cancels. Each side has a weight of one half and is a mean, over a group's true pairs or its texts, so a group counts once.
 
     Args:
         weight: factor of the term in the loss.
         warmup: share of all steps over which the weight rises linearly from 0.
-        texts: texts of other groups that are scored on each image.
+        texts: number of texts of other groups that are scored on each image.
         temperature: divisor of the scores, on the scale of ``len_norm``.
-        len_norm: divide log-likelihoods by each text's ``own`` token count, or ``none``.
+        len_norm: divisor of log-likelihoods: each text's ``own`` token count, or ``none``.
         pmi: factor of the blind score that is subtracted where texts are compared; needs ``--data.scores`` unless it is 0.
     """
 
@@ -78,7 +78,7 @@ class BatchAlign(Objective):
         }
 
     def _text_side(self, scores: Scores) -> Tensor:
-        """Return [G], the mean over the group's true pairs."""
+        """Return the text side [G], a mean over each group's true pairs."""
         layout = scores.layout
         similarity = normalised_scores(scores, self.len_norm, self.pmi) / self.temperature
         lost = _against(similarity, similarity, self._false_texts(layout), 2)
@@ -88,7 +88,7 @@ class BatchAlign(Objective):
         return (layout.negative & layout.same_prompt[:, :1]) | _in_batch(layout)
 
     def _image_side(self, scores: Scores) -> Tensor:
-        """Return [G], the mean over the group's texts that are true of some image."""
+        """Return the image side [G], a mean over each group's texts that are true of at least one image."""
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
         own = own_images(layout)
@@ -98,7 +98,7 @@ class BatchAlign(Objective):
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return 0 with a gradient: that of other groups' image sides with respect to the scores on images of this batch."""
+        """Return a zero whose gradient is that of other groups' image sides with respect to the scores on images of this batch."""
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
         outside = cross_group > float("-inf")
@@ -108,7 +108,7 @@ class BatchAlign(Objective):
         return (share * (total - total.detach())).sum()
 
     def _between_images(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return the scores [G, I, C] and those on images of other groups [G, R, C], in units of the temperature."""
+        """Return the scores [G, I, C] and the scores on R images of other groups [G, R, C], in units of the temperature."""
         layout = scores.layout
         tokens = token_counts(layout, self.len_norm)
         similarity = scores.logp / tokens / self.temperature
@@ -119,11 +119,11 @@ class BatchAlign(Objective):
 
 
 _LEAST = -1e30
-"""Replaces excluded entries in a sum of exponentials: with -inf for all of them, gradients would be NaN."""
+"""Value of excluded entries in a sum of exponentials. If all entries were -inf, gradients would be NaN."""
 
 
 def own_images(layout: GroupLayout) -> Tensor:
-    """Return [G, I, C] bool: each text with the first image that it is true of; a sham image does not count as a second one."""
+    """Return [G, I, C] bool: for each text, the first image that it is true of. A sham image does not count as a second one."""
     true = layout.positive & layout.same_prompt[:, :1]
     return true & (true.cumsum(1) == 1)
 

@@ -16,8 +16,8 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text
 class Dpo(ReferenceTerm):
     """-log sigmoid(beta (r_true - r_false)) with r = log p - log p_reference; the reference comes from ``--data.scores``.
 
-    On every image, a true text is chosen and each false text of the same prompt is rejected. On the image side, a text is chosen on its own
-    image and rejected on each image that it is false of. They are means over a group's pairs, so a group counts once.
+    Text side: on every image, a true text is chosen and each false text of the same prompt is rejected. Image side: a text is chosen on its
+    own image and rejected on each image that it is false of. Each side is a mean over a group's pairs, so a group counts once.
 
     Args:
         text_side: weight of the text pairs (plain DPO).

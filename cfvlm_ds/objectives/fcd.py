@@ -1,4 +1,4 @@
-"""L_fcd, fine-grained causal discrimination (CF-VLM, arXiv 2506.17267): one text on two images, which cancels its prior and its length."""
+"""L_fcd, fine-grained causal discrimination (CF-VLM, arXiv 2506.17267): one text on two images, so its prior and length cancel."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Fcd(MarginTerm):
     """Margin between images: the factual text must prefer its image to the hardest counterfactual image, h(m + max_k S_k0 - S_00).
 
     Args:
-        symmetric: also h(m + max_k (S_0k - S_kk)): each counterfactual text must prefer its own image to the others. The two halves weigh
-            1/2 each; in a group with only one half, that half counts in full. Without the second half a counterfactual image is never a
-            positive, and "looks edited" solves the term; ``false`` is the paper's form.
+        symmetric: add h(m + max_k (S_0k - S_kk)): each counterfactual text must prefer its own image to the others. The two halves have a
+            weight of 1/2 each; in a group with only one of them, it has a weight of 1. Without the second half, a counterfactual image is
+            never a positive, and a model that merely detects edits minimises the term. ``false`` is the paper's form.
         soft: temperature of a soft maximum, soft * (logsumexp_k(v_k / soft) - log K); 0 for the hard maximum.
     """
 
@@ -36,7 +36,7 @@ class Fcd(MarginTerm):
         return "star"
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-        """Return (violation, mask), each [G, 1 or 2]: the hardest comparison of the factual text, and the hardest one of the other
+        """Return (violation, mask), each [G, 1 or 2]: the hardest comparison of the factual text, and the hardest comparison of all other
         texts.
         """
         positive, negative = layout.positive.transpose(1, 2), layout.negative.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""MISP-DPO (arXiv 2509.25717): a text's image against all images that it is false of at once, as a rival of the default loss."""
+"""MISP-DPO (arXiv 2509.25717): a text's image against all images that it is false of at once, as a baseline for the default loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Misp(ReferenceTerm):
 
     r = log p - log p_reference on the text's image, with the reference from ``--data.scores``; k runs over the images that the text is
     false of. With one such image the second part is mDPO's. The paper's search for negative pictures (CLIP, a sparse autoencoder,
-    importance sampling) is not included: the negatives are all of a group's own pictures.
+    importance sampling) is not included; instead, all negatives are pictures of the same group.
 
     Args:
         text_side: weight of the text pairs (plain DPO).

@@ -1,7 +1,7 @@
 """Objectives with a reference model: their log-ratio and the comparisons of a group.
 
-A preference data set has a row for each chosen text. Accordingly each true pair of a group, also a counterfactual one, is chosen once, and
-a group is the mean over its rows.
+A preference data set has a row for each chosen text. Accordingly, each true pair of a group is chosen once, including counterfactual pairs,
+and the loss of a group is the mean over these choices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Part = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTerm(Objective):
-    """A term over r = log p - log p_reference; the reference comes from ``--data.scores``.
+    """A term of the log-ratio r = log p - log p_reference; the reference comes from ``--data.scores``.
 
     Args:
         weight: factor of the term in the loss.
@@ -57,7 +57,7 @@ class ReferenceTerm(Objective):
         return scores.logp - scores.reference.detach().to(scores.logp)
 
     def parts(self, ratio: Tensor, layout: GroupLayout) -> list[Part]:
-        """Return the parts of the term from the log-ratio r [G, I, C]."""
+        """Return the parts of the term, computed from the log-ratio r [G, I, C]."""
         raise NotImplementedError
 
     def denominator(self, layout: GroupLayout) -> Tensor:
@@ -73,7 +73,7 @@ class ReferenceTerm(Objective):
         return weight * mean_over(F.softplus(self.beta * violation), mask), has_any(mask)
 
     def compared(self, *pairs: Compared) -> Report:
-        """Return the share of won comparisons, and the mean of beta (r_true - r_false) over them."""
+        """Return, as sums and counts, the share of won comparisons and the mean of beta (r_true - r_false) over all comparisons."""
         won = torch.stack([((violation < 0) & mask).sum() for violation, mask in pairs]).sum()
         margin = torch.stack([torch.where(mask, -self.beta * violation, 0).sum() for violation, mask in pairs]).sum()
         count = torch.stack([mask.sum() for _, mask in pairs]).sum()
@@ -82,16 +82,16 @@ class ReferenceTerm(Objective):
 
 
 def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Return, on every image, each true text against each false one of the same prompt, [G, I, C true, C false]."""
+    """Compare, on every image, each true text with each false text of the same prompt: [G, I, C true, C false]."""
     return comparisons(ratio, layout.positive, layout.negative, layout.same_prompt)
 
 
 def image_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Return every text on its own image against the same text on each image that it is false of, [G, C, I true, I false]."""
+    """Compare every text on its own image with the same text on each image that it is false of: [G, C, I true, I false]."""
     return comparisons(*(each.transpose(1, 2) for each in (ratio, true_pairs(layout), layout.negative)))
 
 
 def true_pairs(layout: GroupLayout) -> Tensor:
-    """Return [G, I, C] bool: each text with the first image that it is true of. A sham image does not count as a second one."""
+    """Return [G, I, C] bool: for each text, the first image that it is true of. A sham image does not count as a second one."""
     positive = layout.positive
     return positive & (positive.cumsum(1) == 1)

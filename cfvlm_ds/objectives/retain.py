@@ -18,15 +18,15 @@ from cfvlm_ds.objectives.base import Objective, Report
 class Retain(Objective):
     """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: an estimate of KL(reference || model) per token.
 
-    It is 0 where model and reference agree, and grows where a text becomes less or more likely. It uses only the scored tokens, not the
-    whole vocabulary. Over texts of n tokens that the reference itself would generate, the mean of -d is the KL per token and that of exp(d)
-    - 1 is at most 0: the term is at most that KL, and equals it for n = 1. The reference comes from ``--data.scores``, or is the model
-    without its adapters.
+    It is 0 if model and reference agree, and grows as a text becomes less or more likely. It uses only the scored tokens, not the whole
+    vocabulary. For texts of n tokens sampled from the reference, the mean of -d is the KL per token, and the mean of exp(d) - 1 is at most
+    0. The mean of the term is therefore at most that KL, and equals it for n = 1. The reference comes from ``--data.scores``, or is the
+    model without its adapters.
 
     Args:
         weight: factor of the term in the loss.
         warmup: share of all steps over which the weight rises linearly from 0.
-        rows: ``plain`` takes groups in which nothing is known to be false, such as captions of a mixture; ``all`` every group.
+        rows: ``plain`` uses only groups in which no cell is known to be false, such as plain captions; ``all`` uses every group.
     """
 
     weight: float = 1.0
@@ -57,7 +57,7 @@ class Retain(Objective):
         return {"retain/ratio": (torch.where(selected, tokens * ratio.detach(), 0).sum(), torch.where(selected, tokens, 0).sum())}
 
     def _ratio(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return the log-ratio per token, 0 outside the used pairs, and the tokens; both [G, I, C]."""
+        """Return the log-ratio per token, which is 0 outside the selected pairs, and the number of tokens; both [G, I, C]."""
         if scores.reference is None:
             raise ValueError("retain needs reference scores: write them with `cfvlm-ds score` and pass --data.scores")
         tokens = scores.layout.num_tokens.clamp(min=1)

@@ -1,8 +1,7 @@
 """Static pages of groups of pictures and texts, viewed in a browser from a folder without a server.
 
-The input is plain records, and the output a folder. page.html.jinja renders them with autoescape, so that their text is never interpreted
-as HTML, a script or a file name. Each group is a ``<template>`` of the one document, whose pictures are loaded when the group is shown.
-Shapes: I images, C texts.
+The template page.html.jinja renders plain records with autoescape, so their text is never interpreted as HTML, a script or a file name.
+Each group is a ``<template>`` element of a single document, and its pictures are loaded when it is shown. Shapes: I images, C texts.
 """
 
 from __future__ import annotations
@@ -38,28 +37,28 @@ from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
 
 Fact: TypeAlias = tuple[str, str]
-"""A name and its value."""
+"""Name and value of a fact that the page shows."""
 Span: TypeAlias = tuple[int, int]
-"""First character, and the one past the last."""
+"""Range of characters: index of the first one, and of the one after the last."""
 
 MOST = 1000
-"""Largest number of groups on a page; of more, it shows the first ones and a note."""
+"""Maximum number of groups on a page. If there are more, it shows the first ones and a note."""
 MAX_TEXT = 20_000
-"""Largest number of characters of a text that are shown."""
+"""Maximum number of characters of a text that are shown."""
 MAX_COMPARED = 40_000
-"""Largest number of compared pairs of words of two texts, because a hostile pair takes time cubic in its length."""
+"""Maximum number of pairs of words that are compared between two texts. The limit exists because hostile texts take cubic time."""
 _SEARCHED = 1000  # searchable characters of a group's texts
 _ASSETS = ("page.css", "page.js")
 _MARKER = "page.json"
 _NAMES = {"index.html", "pictures", "report.md", "report.json", _MARKER, *_ASSETS}
 
 
-# ---- records: nothing here knows of manifests, models or HTML
+# ---- records, independent of manifests, models and HTML
 
 
 @dataclass(frozen=True)
 class Image:
-    """Pictures of one image entry, by their files, and a label."""
+    """Picture files of one image, and its label."""
 
     pictures: Sequence[Path]
     label: str
@@ -67,7 +66,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Text:
-    """A text and the index of its prompt; ``reference`` is the index of the text that its words are compared with, if any."""
+    """A text and the index of its prompt. ``reference`` is the index of the text with which its words are compared, or None."""
 
     text: str
     label: str = ""
@@ -79,9 +78,9 @@ class Text:
 class ScoreTable:
     """Scores of every cell, such as a model's log-likelihoods.
 
-    ``rows`` is ``[I][C]``; ``blank`` ``[C]`` are the scores of the texts without an image. ``margins`` is ``[I][C]``: for a true cell, its
-    margins over the best false text on its image and over the best false image for its text, each None if there is none; None for all other
-    cells. ``decided`` are the margins of the comparisons that the table decides.
+    ``rows`` ``[I][C]`` has the scores, and ``blank`` ``[C]`` those of the texts without an image. ``margins`` ``[I][C]`` has two margins
+    for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there is no
+    such text or image, and the entry of any other cell is None. ``decided`` has the margin of every comparison.
     """
 
     rows: Sequence[Sequence[float | None]]
@@ -96,15 +95,15 @@ class ScoreTable:
 
     @property
     def worst(self) -> float | None:
-        """Smallest margin that is not NaN."""
+        """Smallest margin that is not NaN; None if there is none."""
         return min((margin for margin in self.decided if margin == margin), default=None)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One group: pictures, texts, a truth table of 1, 0 or None (unknown), and further facts.
+    """One group: pictures, texts, a truth table of 1, 0 or None (unknown), and other facts.
 
-    ``filters`` are values by the name of a filter; ``meta`` is further text, shown verbatim.
+    ``filters`` maps the name of a filter to the group's values. ``meta`` is metadata that is shown verbatim.
     """
 
     id: str
@@ -121,7 +120,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Written:
-    """Contents of a written page. ``problems`` are the pictures that it could not show, with the reason."""
+    """Folder and contents of a written page. ``problems`` maps the pictures that could not be shown to the reasons."""
 
     folder: Path
     num_items: int
@@ -129,7 +128,7 @@ class Written:
     problems: dict[Path, str]
 
     def _repr_html_(self) -> str:
-        """Show the page in a notebook. The notebook's server also serves the folder if it is below the notebook's folder."""
+        """Return an iframe that shows the page in a notebook. It works if the page's folder is below the notebook's folder."""
         style = "width: 100%; height: 820px; border: 1px solid #8884; border-radius: 6px"
         return Markup('<iframe src="{}/index.html" style="{}" title="groups"></iframe>').format(os.path.relpath(self.folder), style)
 
@@ -140,9 +139,8 @@ def group_item(
     facts: Sequence[Fact] = (),
     filters: Mapping[str, Sequence[str]] | None = None,
 ) -> Item:
-    """Build the item of a group: its edits label each image and text, and each text's words are compared with those of its prompt's anchor.
-
-    ``facts`` and ``filters`` are added to those of the group.
+    """Build the item of a group. Images and texts are labelled with the types of their edits, and the words of each text are compared with
+    those of its prompt's anchor. ``facts`` and ``filters`` are added to those of the group.
     """
     numbers = group.prompt_ids
     prompts = list(dict.fromkeys(candidate.prompt for candidate in group.candidates))
@@ -184,7 +182,7 @@ def _change(edit: Edit) -> str:
 
 
 def refuse_foreign_folder(out: Path) -> Path:
-    """Return the absolute path of a page's output folder, new or of an earlier page.
+    """Return the absolute path of a page's output folder, which may be new or contain an earlier page.
 
     Raises ConfigError for a link, a file, the current folder or one of its parents, and a folder with entries that do not belong to a page.
     """
@@ -215,12 +213,12 @@ def write_page(
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = lambda line: None,
 ) -> Written:
-    """Write a page of ``total`` items into a folder. An earlier page there stays until the new one is complete, and is then replaced.
+    """Write a page of ``total`` items into a folder. An earlier page there is replaced when the new one is complete.
 
-    ``scored`` describes the numbers of score tables; ``beside`` maps the names of further files to their texts. Items are requested one by
-    one. Memory: the page without its pictures, and the comparison grids of the last 2048 pictures (57 MB at most).
+    ``scored`` describes the numbers of score tables. ``beside`` maps the names of additional files to their texts. Items are consumed one
+    at a time; memory holds the page without its pictures, and the comparison grids of the last 2048 pictures (at most 57 MB).
 
-    Raises ConfigError as refuse_foreign_folder does, and StorageError if the folder cannot be written.
+    Raises the same errors as refuse_foreign_folder, and StorageError if the folder cannot be written.
     """
     final = refuse_foreign_folder(out)
     if total > MOST:
@@ -272,7 +270,7 @@ _WORD = re.compile(rf"[{_CJK}]|[^\s!-/:-@\[-`{{-~{_CJK}]+|[!-/:-@\[-`{{-~]")
 
 
 def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
-    """Return the spans of each of two texts that the other does not have, in whole words; white space does not count.
+    """Return, for each of two texts, the spans of whole words that the other text does not have. White space is ignored.
 
     If there are more than MAX_COMPARED pairs of words to compare, everything between the common beginning and end counts as changed.
     """
@@ -293,7 +291,9 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
 
 
 def _marks(texts: Sequence[Text]) -> list[bytes]:
-    """Mark the characters of each text that differ from its reference, or from any text of which it is the reference; b"" for none."""
+    """Mark the characters of each text that differ from its reference, or from a text whose reference it is. Return a byte per character, 1
+    if it is marked, or b"" for a text without marks.
+    """
     marks = [bytearray(len(text.text)) for text in texts]
     for c, text in enumerate(texts):
         if text.reference is not None:
@@ -304,8 +304,8 @@ def _marks(texts: Sequence[Text]) -> list[bytes]:
 
 
 def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
-    """Yield (changed, hidden, text) of the parts of a text. Hidden characters are shown by their code, and characters beyond MAX_TEXT are
-    counted.
+    """Yield (changed, hidden, text) for each part of a text. A hidden character is replaced with its code, and the characters beyond
+    MAX_TEXT with their number.
     """
     shown = text[:MAX_TEXT]
     kinds = ((bool(marks and marks[k]), k if _is_hidden(shown, k) else -1) for k in range(len(shown)))
@@ -334,7 +334,9 @@ def _is_hidden(text: str, place: int) -> bool:
 
 
 def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[dict[str, Any]]]:
-    """Describe the pictures of each image for the template: a copy and its difference from the factual picture, or why there is none."""
+    """Describe the pictures of each image for the template: the copy of each and its difference from the factual picture, or the reason why
+    it cannot be shown, which is also added to ``problems``.
+    """
     drawn: list[list[dict[str, Any]]] = []
     for i, image in enumerate(item.images):
         alt = f"image {i}{': ' * bool(image.label)}{image.label}"

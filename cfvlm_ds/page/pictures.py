@@ -22,7 +22,7 @@ Grid: TypeAlias = npt.NDArray[Any]
 GRID = 96
 """Number of cells of the longer side of the grid on which pictures are compared."""
 VISIBLE = 10
-"""Difference of the means of a visibly changed cell, in levels of 255. Saving as JPEG or by a latent model changes less."""
+"""Difference of a cell's means above which it is visibly changed, in levels of 0 to 255. JPEG or a latent diffusion model changes less."""
 _MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline, and of the changed share that has one
 _MAX_SIDE, _LOSSLESS_SIDE, SMALL_SIDE = 768, 256, 200  # longer side, in pixels, of any copy, of a PNG copy, and of one shown enlarged
 _RECENT = 2048  # pictures whose grids, of 27 kB at most, are cached, because groups of one scene share them
@@ -40,10 +40,9 @@ Looks: TypeAlias = Callable[[Path], Seen | str]
 
 
 def looks(folder: Path, max_pixels: int) -> Looks:
-    """Return a cached function that decodes a picture within the usual limits and saves a small copy without metadata, or returns its
-    error.
+    """Return a cached function that decodes a picture, saves a small copy without metadata and returns its properties, or else the error.
 
-    The name of a copy contains nothing of its source's name.
+    The name of the copy does not reveal the name of the picture.
     """
 
     @functools.lru_cache(_RECENT)
@@ -55,7 +54,7 @@ def looks(folder: Path, max_pixels: int) -> Looks:
         pixels = "x".join(map(str, image.size)) + "-" + hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
         seen = Seen(f"pictures/{pixels}.{'png' if max(image.size) <= _LOSSLESS_SIDE else 'jpg'}", image.size, reduced(image))
         image.thumbnail((_MAX_SIDE, _MAX_SIDE), Pillow.Resampling.LANCZOS)
-        image.info.clear()  # comments and the place of a photograph
+        image.info.clear()  # comments, and where a photograph was taken
         image.save(folder / seen.name, quality=85)
         return seen
 
@@ -63,7 +62,7 @@ def looks(folder: Path, max_pixels: int) -> Looks:
 
 
 def reduced(image: Pillow.Image, longer: int = GRID) -> Grid:
-    """Reduce an RGB picture to means on a grid with ``longer`` cells on its longer side; a smaller picture stays as it is."""
+    """Reduce an RGB picture to means on a grid with ``longer`` cells on its longer side. A smaller picture is not changed."""
     scale = min(1.0, longer / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     return np.asarray(image.resize((width, height), Pillow.Resampling.BOX))
@@ -72,7 +71,7 @@ def reduced(image: Pillow.Image, longer: int = GRID) -> Grid:
 def difference(first: Grid, second: Grid) -> tuple[str, float]:
     """Compute the difference of two reduced pictures of the same shape: an SVG path on their grid, and the share of changed cells.
 
-    The path is empty if no cell differs visibly, or nearly all do.
+    The path is empty if no cell differs visibly, or if most cells do.
     """
     mask = np.abs(first.astype(np.int16) - second).max(2) > VISIBLE
     share, lines = float(mask.mean()), list[str]()

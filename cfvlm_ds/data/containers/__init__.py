@@ -1,5 +1,5 @@
-"""Containers: files of rows other than JSON lines, converted once to JSON lines, so that the rest of the package reads one kind of file.
+"""Containers: files of rows other than JSON lines. They are converted once to JSON lines, the only kind that the rest of the package reads.
 
-The meaning of a row is defined by its format (data/formats/). A container yields each row with its place, or the error of that row; it
-raises DataError for a file whose rest cannot be read. The bytes of a picture in a row are replaced by the name of a part of a tar.
+The format of a row (data/formats/) defines its meaning. A container yields the location of each row with the row or its error, and raises
+DataError for a file whose rest cannot be read. Bytes of a picture within a row are replaced with the name of a part of a tar.
 """

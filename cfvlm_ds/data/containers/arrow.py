@@ -1,7 +1,7 @@
 """Arrow containers: Parquet files, Arrow files and data sets saved by ``datasets``, read by pyarrow.
 
-Pictures in an Arrow file stay where they are, and are named by the offset of their bytes (``data.arrow#4096+60123``). Parquet compresses
-them, or at least divides them into pages, so they are copied together with the rows.
+Pictures in an Arrow file are not copied; they are named by offset and length of their bytes (``data.arrow#4096+60123``). Parquet compresses
+pictures, or at least divides them into pages, so they are copied when the rows are converted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from cfvlm_ds.core.reading import MIB, open_regular
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 _ROWS = 64  # rows of a batch: 256 MB with pictures of 4 MB each
-_BYTES = 256 * MIB  # uncompressed size of a Parquet batch, by the file's own metadata: a few kB may become as many GB
+_BYTES = 256 * MIB  # limit of a Parquet batch's uncompressed size, as its file states it, because a few kB may become as many GB
 
 Named = Callable[[Any], str | None]
-"""Function from a pyarrow buffer to the name of its bytes in the file, or None if they are not in it."""
+"""Function from a pyarrow buffer to the name of its bytes in the file, or to None if they are not in the file."""
 
 
 def parquet_rows(path: Path) -> Rows:
@@ -38,14 +38,14 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Return a number of rows whose batch is at most _BYTES, if the rows of each row group have similar sizes."""
+    """Return a number of rows per batch, so that a batch has at most _BYTES if the rows of each row group have similar sizes."""
     parts = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     largest = max((part.total_byte_size / part.num_rows for part in parts if part.num_rows), default=0)
     return max(1, min(_ROWS, int(_BYTES / max(largest, 1))))
 
 
 def arrow_rows(path: Path) -> Rows:
-    """Yield the rows of an Arrow file, in the file or the stream format."""
+    """Yield the rows of an Arrow file, which is in the file format or in the stream format."""
     arrow = _pyarrow(path)
     open_regular(path).close()  # refuses a pipe
     with arrow.memory_map(str(path)) as mapped:
@@ -57,7 +57,7 @@ def arrow_rows(path: Path) -> Rows:
 
         number = 0
         for batch in _batches(mapped, arrow):
-            batch.validate(full=True)  # offsets may lead out of the file
+            batch.validate(full=True)  # offsets may point outside the file
             for start in range(0, len(batch), _ROWS):  # the file may have all rows in one batch
                 for row in _batch_rows(batch.slice(start, _ROWS), arrow, named):
                     number += 1
@@ -84,7 +84,7 @@ def _batch_rows(batch: Any, arrow: Any, named: Named | None) -> Iterator[Row]:
 
 
 def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert a column to Python values; bytes become their name in the file if they have one. A picture of ``datasets`` is a struct of
+    """Convert a column to Python values. Bytes become their name in the file if they have one. ``datasets`` stores a picture as a struct of
     bytes and path.
     """
     kind, types = array.type, arrow.types
@@ -113,7 +113,7 @@ def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _texts(array: Any, arrow: Any) -> list[Any]:
-    """Convert a column of texts; a text over the limit of a row is replaced by an error and not copied."""
+    """Convert a column of texts. A text longer than the limit of a row becomes a DataError and is not copied."""
     sizes = arrow.compute.binary_length(array)
     if (arrow.compute.max(sizes).as_py() or 0) <= MAX_ROW:
         return list(array.to_pylist())
@@ -130,7 +130,7 @@ def _valid(array: Any) -> list[bool]:
 
 
 def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert pictures of ``datasets``, which have bytes and the original path; the path is used if there are no bytes."""
+    """Convert pictures of ``datasets``, which have bytes and the original path. The path is used only if there are no bytes."""
     columns = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
     contents = _values(columns["bytes"], arrow, named)
     paths = columns["path"].to_pylist() if "path" in columns else [None] * len(array)
@@ -138,7 +138,7 @@ def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _bytes(array: Any, large: bool, named: Named | None) -> list[Any]:
-    """Convert binary values to bytes, or to the names of their places; a pyarrow scalar would be a copy."""
+    """Convert binary values to their names in the file if they have one, else to bytes. A pyarrow scalar of each value would be a copy."""
     _, offsets, contents = array.buffers()
     places = np.frombuffer(offsets, "<i8" if large else "<i4")[array.offset : array.offset + len(array) + 1].tolist() if len(array) else []
     values: list[Any] = []

@@ -1,8 +1,8 @@
 """Hugging Face hub: files of a data set by their address, ``hf://datasets/ORG/NAME/data/train-*.parquet``.
 
-They are fetched once into the user's cache before anything is read. Later runs use the cached files without a network and whatever the hub
-has by then, so a run continues with the data it started with. ``@REVISION`` after the name is a branch, tag or commit; ``@~parquet`` are
-the Parquet files into which the hub converts any data set (``hf://datasets/ORG/NAME@~parquet/default/train/*.parquet``).
+The files are fetched into the user's cache on first use. Later runs read the cached files without a network, even if the hub has newer
+ones, so a resumed run uses the same data. ``@REVISION`` after the name is a branch, tag or commit; ``@~parquet`` selects the Parquet files
+into which the hub converts any data set (``hf://datasets/ORG/NAME@~parquet/default/train/*.parquet``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EVERY_S = 1.0
 
 
 class _Address(NamedTuple):
-    """Name and revision of a data set, and its files: a path, whose last part may be a pattern."""
+    """Name and revision of a data set, and the path of its files, whose last part may be a pattern."""
 
     name: str
     revision: str
@@ -43,17 +43,17 @@ class _Address(NamedTuple):
 def fetched(
     path: str | os.PathLike[str], alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> Path:
-    """Return the local path of an address's files, fetching them on first use; any other path is returned unchanged.
+    """Return the local path of the files at a hub address, and fetch them on first use. Any other path is returned unchanged.
 
-    ``alive`` is called every second during the download. Raises DataError for a malformed or foreign address, and for files that do not
-    exist or cannot be fetched.
+    ``alive`` is called every second during the download. Raises DataError for a malformed address or an address of another site, and for
+    files that do not exist or cannot be fetched.
     """
     if match := _OTHER_ADDRESS.fullmatch(str(path)):
         remedy = "of the Hugging Face hub, name hf://datasets/ORG/NAME/FILES; fetch any other file first, and name it where it is then"
         raise DataError(f"{match[1]}://{match[2]} is an address on the network; {remedy}")
     if not is_hub(path):
         return Path(path)
-    path = re.sub("^hf:/+", "hf://", str(path))  # a Path joins the slashes
+    path = re.sub("^hf:/+", "hf://", str(path))  # a Path collapses the two slashes
     address = _read(path)
     record = cache_folder() / "hub" / f"{_named(address)}.json"
     if (folder := _cached_folder(record)) is None:
@@ -102,8 +102,8 @@ def _cached_folder(record: Path) -> Path | None:
 
 
 def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]) -> None:
-    """Fetch the files of an address into a folder named after the commit, and record them when they are complete; errors go to
-    ``problems``.
+    """Fetch the files of an address into a folder named after the commit, and write ``record`` when they are complete. Errors are appended
+    to ``problems``.
     """
     from huggingface_hub import HfApi
 
@@ -123,7 +123,7 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         api.snapshot_download(**where, revision=known.sha, local_dir=folder, allow_patterns=[glob.escape(name) for name in files])
         sizes = {name: (folder / name).stat().st_size for name in files}
         replace(record, json.dumps({"folder": folder.name, "files": sizes}).encode(), shared=True)
-    except Exception as error:  # of the network, the hub, the disk
+    except Exception as error:  # errors of the network, the hub or the disk
         reason = f"{type(error).__name__}: {one_line(str(error), 300)}"
         command = f"`hf download --repo-type dataset {address.name} --local-dir FOLDER`"
         problems.append(

@@ -1,4 +1,4 @@
-"""Image folders: pictures with captions in text files beside them, ``dog.png`` and ``dog.txt``."""
+"""Image folders: pictures whose captions are in text files of the same name, such as ``dog.png`` and ``dog.txt``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Rows
 
 
 def picture_rows(path: Path) -> Rows:
-    """Yield the row of a picture, or a DataError if it has no caption."""
+    """Yield the row of a picture, or a DataError if its caption is missing or cannot be read."""
     text = path.with_suffix(".txt")
     try:
         if not text.resolve().is_relative_to(path.parent.resolve()):

@@ -1,7 +1,7 @@
 """JSON files of one value, read as a whole: a list of rows, COCO's captions, or an object of numbered rows.
 
-COCO's file has separate lists of pictures and captions: a row is a picture with the list of its captions, and with a list for each further
-key of the captions. In an object of numbered rows, as SugarCrepe's, the values are the rows.
+COCO's file has separate lists of pictures and captions. A row is a picture with the list of its captions, and with a list for each other
+key of the captions. In an object of numbered rows, such as SugarCrepe's, the values are the rows.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 from cfvlm_ds.data.rows import parsed
 
 MAX_JSON = 4 << 30
-"""Limit of one JSON value, in bytes: its rows take several times its size in memory until they are written as JSON lines."""
+"""Limit of one JSON value in bytes. Until its rows are written as JSON lines, they take several times as much memory."""
 
 _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
 
 
 def json_rows(path: Path) -> Rows:
-    """Yield the rows of a file; a DataError replaces an object with a duplicate key."""
+    """Yield the rows of a file. A row with a duplicate key is replaced with a DataError."""
     try:
         value = parsed(read_bytes(path, MAX_JSON), path, _REMEDY, _DECODER)
     except TooLarge as error:
@@ -79,7 +79,7 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
 
 
 def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
-    """Return the name and the content of an item of COCO's file, and its further fields."""
+    """Return the values of the keys ``name`` and ``content`` of an item of COCO's file, and its other fields. Raises DataError."""
     row = _row(value)
     if isinstance(row, DataError):
         raise DataError(f"{where}: {row}")
@@ -91,10 +91,10 @@ def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, 
 
 
 def is_lines(path: Path) -> bool:
-    """Return whether a file named .json has one object per line, as some published data sets do; a single line is a row unless it contains
-    rows.
+    """Return whether a file named .json has one object per line, as in some published data sets. A single object is one row, unless it is
+    COCO's or an object of numbered rows.
 
-    Raises OSError and ValueError as open_regular does.
+    Raises the same errors as open_regular.
     """
     with open_regular(path) as handle:
         line = handle.readline(MAX_ROW + 1)

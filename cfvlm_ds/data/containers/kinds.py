@@ -1,4 +1,4 @@
-"""Container kinds: the kind of a path, and the files that belong to it."""
+"""Container kinds: detection of the kind of a path, and of the files that belong to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfvlm_ds.data.containers.tar import tar_rows
 from cfvlm_ds.data.decoding import ENDINGS
 
 LINES = "jsonl"
-"""JSON lines, into which every other container is converted."""
+"""Kind of a file of JSON lines, into which every other container is converted."""
 
 CONTAINERS: dict[str, Callable[[Path], Rows]] = {
     "json": json_rows,
@@ -41,26 +41,26 @@ _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
 _OF_MODELS = ("config.json", "config.yaml")
 """Files by which a model folder or a run folder is recognised."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
-"""File name of a split's shard, as the hub and ``datasets`` number them."""
+"""Name of a shard of a split, in the numbering of the hub and of ``datasets``."""
 COMPRESSED = {
     ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
 }  # fmt: skip
-"""Ending of a compressed file -> command to unpack it."""
+"""Suffix of a compressed file -> command to unpack it."""
 _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 
 
 def container_of(path: Path) -> str:
-    """Return the kind of container, or ``jsonl``, by the ending of the name or by the contents of a folder.
+    """Return the kind of a path's container, or ``jsonl``, based on the name's suffix or the contents of the folder.
 
-    Raises DataError for a compressed file, and for a folder without data.
+    Raises DataError for a compressed file, and the same errors as ``sources_of``.
     """
     return _kind(path, sources_of(path)[0])
 
 
 def sources_of(path: Path) -> list[Path]:
-    """List the files of a path, by name: the path itself, or the files of a folder or of a pattern such as ``train-*.parquet``.
+    """Return the files of a path, sorted by name: the path itself, or the files of a folder or of a pattern such as ``train-*.parquet``.
 
-    Raises DataError as ``container_of`` does.
+    Raises DataError for a folder without data or with several splits, and for a pattern without files or with files of several kinds.
     """
     if path.is_dir():
         return _in_folder(path)
@@ -76,9 +76,9 @@ def sources_of(path: Path) -> list[Path]:
 
 
 def sources_state(path: Path) -> tuple[int, int, int]:
-    """Return size, modification time and change time of a path's file; of several files the total size, the latest time, and a hash of all.
+    """Return size, modification time and change time of a path's file; for several files, total size, latest modification time and a hash.
 
-    Raises OSError, and DataError as sources_of does.
+    Raises OSError, and the same errors as ``sources_of``.
     """
     sources = sources_of(path)
     captions = [text for file in sources if _is_picture(file) and (text := file.with_suffix(".txt")).is_file()]
@@ -109,7 +109,7 @@ def _kind(path: Path, file: Path) -> str:
         try:
             return LINES if is_lines(file) else kind
         except (OSError, ValueError):
-            return LINES  # whose reader reports the error
+            return LINES  # the reader of JSON lines reports the error
     return kind
 
 
@@ -119,9 +119,7 @@ def _compressed(file: Path) -> bool:
 
 
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError for captions of an image folder that belong to no picture, or to two, and for
-    further files that would not be read.
-    """
+    """Raise DataError if a caption of an image folder belongs to no picture or to several, or if other files would not be read."""
     texts = {picture.with_suffix(".txt").name: picture.name for picture in pictures}
     others = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name not in texts)
     others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]
@@ -167,7 +165,7 @@ def _in_folder(path: Path) -> list[Path]:
 
 
 def _saved(path: Path) -> list[Path]:
-    """List the files of a data set saved by ``datasets``, in its order."""
+    """Return the files of a data set saved by ``datasets``, in the data set's order. Raises DataError."""
     try:
         listed = read_json(path / "state.json")["_data_files"]
         files = [own_file(path, entry["filename"], path / "state.json") for entry in listed]

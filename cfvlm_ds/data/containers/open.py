@@ -27,7 +27,7 @@ class PreparedRows(LineRows):
         self._ends = list(accumulate(rows for _, rows in prepared.sources))
 
     def where(self, row: int) -> str:
-        """Return the row's number in the path, or in one of its files."""
+        """Return the location of a row: the path, the file if the path has several, and the item's number."""
         if (file := bisect_right(self._ends, row)) == len(self._ends):
             return f"{self.path}: item {row + 1}"
         return f"{self.path}: {self._files[file]}, item {row + 1 - (self._ends[file - 1] if file else 0)}"
@@ -44,10 +44,10 @@ def open_rows(
     alive: Callable[[], object] = lambda: None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> Rows:
-    """Open the rows of JSON lines, or of another container.
+    """Open the rows of a file of JSON lines, or of another container.
 
-    A container is converted to JSON lines on first use, in a folder of ``cache`` (default: beside the data, else in the user's cache
-    folder). Raises DataError for a file that cannot be read at all, or has no row.
+    Another container is converted to JSON lines on first use, in the first writable folder of ``cache`` (default: the folder of the data,
+    then the user's cache folder). Raises DataError for a file that cannot be read at all, or has no row.
     """
     options: Any = {"alive": alive, "progress": progress}
     try:

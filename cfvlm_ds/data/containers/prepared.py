@@ -1,8 +1,8 @@
-"""Converted containers: a folder with rows.jsonl and the pictures that had to be copied, written once and reused.
+"""Converted containers: a folder with rows.jsonl and copied pictures, which is written once and reused.
 
 The folder's name contains a hash of the source files and their state. With several files, the number of rows of each is recorded. Row n is
-line n; a line that is a text and not an object is the error of its row. The folder appears complete or not at all, so a killed conversion
-is simply repeated.
+line n; a line that is a string instead of an object is the error of its row. The folder is written under another name and renamed when it
+is complete, so an interrupted conversion is simply repeated.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of, sources_state
 from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
 from cfvlm_ds.data.picture_file import part_name, tar_member
 
-_FORM = 3  # version of the written files; a new one makes every folder obsolete
+_FORM = 3  # version of the written files; a new version makes existing folders obsolete
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
-"""Ending of the folder's name."""
-_KNOWN = 100_000  # pictures recognised when they occur again: consecutive questions are often about one picture
+"""Suffix of the folder's name."""
+_KNOWN = 100_000  # pictures recognised when they occur again, because consecutive questions are often about one picture
 
 
 class Prepared(NamedTuple):
-    """Rows of a container as JSON lines, the folders to which the names of its own pictures are relative, and the names and row counts of
-    its files if it has several.
+    """File of a container's rows as JSON lines, the folders to which the names of its pictures are relative, and name and number of rows of
+    each of its files if it has several.
     """
 
     lines: Path
@@ -48,8 +48,8 @@ def prepare(
     say: Callable[[str], object] = lambda line: None,
     alive: Callable[[], object] = lambda: None,
 ) -> Prepared:
-    """Convert the rows of ``path`` to JSON lines, in the first writable folder of ``cache`` (by default the folder of the data, then the
-    user's cache), unless one of the folders has them.
+    """Convert the rows of ``path`` to JSON lines in the first writable folder of ``cache`` (default: the folder of the data, then the
+    user's cache). If a folder of ``cache`` already has them, they are not converted again.
 
     Raises DataError for a container that cannot be read to its end, or if no folder is writable.
     """
@@ -116,7 +116,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
             if len(line) <= MAX_ROW:
                 return line
             row = DataError(f"the row has {len(line)} bytes as JSON, and {MAX_ROW} are the bound for one row; shorten it")
-        except DataError as error:  # stands in place of a value
+        except DataError as error:  # one of the values is this error
             row = error
         except (ValueError, RecursionError, TypeError) as error:
             row = DataError(f"the row cannot be written as JSON ({error}); correct it")
@@ -124,7 +124,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
 
 
 class _Pictures:
-    """Tar of the pictures that were copied; a repeated picture has the name of its first copy."""
+    """Tar of the copied pictures. A repeated picture has the name of its first copy."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -133,8 +133,9 @@ class _Pictures:
         self._count = 0
 
     def name_of(self, value: Any) -> str:
-        """Return the name of a picture's bytes. Raises TypeError for a value of another type, and a DataError that stands in place of a
-        value.
+        """Return the name of a picture's bytes in the tar, and add them if they are new.
+
+        Raises ``value`` if it is a DataError, and TypeError for a value of another type.
         """
         if isinstance(value, DataError):
             raise value

@@ -11,10 +11,10 @@ from cfvlm_ds.core.reading import MIB
 
 Row: TypeAlias = dict[str, Any]
 Rows: TypeAlias = Iterator[tuple[str, Row | DataError]]
-"""Each row with its place, or the row's error (without the place)."""
+"""Iterator over (location, row). A DataError stands for an invalid row, and does not name the location."""
 
 MAX_ROW = 4 * MIB
-"""Limit of a row as JSON without its pictures, in bytes; it equals that of a line of JSON lines."""
+"""Limit of a row as JSON without its pictures, in bytes; equal to the limit of a line of JSON lines."""
 
 
 def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:

@@ -14,7 +14,7 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 _INDEX = "index"
-"""Name given to a first column without one, as pandas writes its index."""
+"""Name given to a first column without a name, such as the index that pandas writes."""
 
 
 def csv_rows(path: Path) -> Rows:

@@ -1,7 +1,7 @@
 """WebDataset tars: the members with one key are a row, whose columns are their extensions.
 
-Pictures stay where they are, and are named by the offset of their bytes (``shard.tar#512+60123``), so a tar must not be compressed. Texts
-and JSON are read.
+Pictures are not copied; they are named by offset and length of their bytes (``shard.tar#512+60123``), so a tar must not be compressed.
+Texts and JSON are read into the rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def tar_rows(path: Path) -> Rows:
 
 
 class _Headers:
-    """A tar's file for a reader of headers, each of which is at most _HEADER bytes."""
+    """File object of a tar from which only headers are read. Raises ValueError for a header of more than _HEADER bytes."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.name = handle, ""
@@ -79,7 +79,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
 
 
 def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:
-    """Read a text or JSON member, or return the name of the member's bytes."""
+    """Return the contents of a text or JSON member, or the name of the bytes of another member. Raises DataError."""
     last = extension.rpartition(".")[2]
     place = f"{path.name}#{member.offset_data}+{member.size}"
     if last in ENDINGS:
@@ -88,7 +88,7 @@ def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: st
     if last not in TEXTS and handle.read(min(member.size, 4)).startswith(_MAGIC):
         return place
     if last not in TEXTS and not extension.endswith(("caption", "text")):
-        return place  # unread data such as features, whose name is metadata
+        return place  # other data, such as features, which become metadata by name
     if member.size > MAX_ROW:
         raise DataError(f"{member.name!r} has {member.size} bytes, and {MAX_ROW} are the bound for a text; shorten it")
     handle.seek(member.offset_data)

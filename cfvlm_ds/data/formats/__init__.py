@@ -1,8 +1,9 @@
 """Formats: functions from the rows of a manifest to counterfactual groups, one file per format.
 
 A new format is one function from a row to a group (see cfvlm_ds/data/cfgroup.py) and one line in FORMATS. A format with several groups per
-row returns a sequence, and counts them without building them in ``parts(row)``. A format that joins several rows to a group has
-``claim(row)`` (see truth.py). A format with options is a frozen dataclass, whose fields are the options.
+row returns a sequence, and has ``parts(row)``, which counts them without building them. A format that joins several rows into one group has
+``claim(row)``, which returns the labelled texts of a row (see truth.py). A format with options is a frozen dataclass whose fields are the
+options.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ FORMATS: dict[str, Format] = {
 
 
 def format_named(spec: str, where: object) -> Format:
-    """Return the format of ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``; a value with a comma is in double quotes.
+    """Return the format that ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` specifies; a value with a comma is in double quotes.
 
-    Raises DataError, beginning with ``where``, for an unknown name or option.
+    Raises DataError for an unknown name or option. Its message begins with ``where``.
     """
     try:
         return cast(Format, named("format", spec, FORMATS, [AUTO]))

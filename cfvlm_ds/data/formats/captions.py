@@ -1,17 +1,17 @@
-"""Captioned pictures in columns of a CSV, TSV, JSON lines or COCO captions file, optionally with false captions and further pictures.
+"""Captioned pictures in columns of a CSV, TSV, JSON lines or COCO captions file, optionally with negative captions and negative pictures.
 
     {"image": "a.jpg", "caption": "two dogs on a lawn", "negative_caption": "three dogs on a lawn", "negative_image": "a_edit.jpg"}
 
 Columns are detected by their usual names (``DEFAULTS``), or mapped: ``captions:image=file_name,caption=text``. A column may hold a list,
-``caption=first+second`` joins two columns to one list, and ``a.b`` is ``b`` within ``a``. Every caption is true of the picture, every
+``caption=first+second`` joins two columns into one list, and ``a.b`` is ``b`` within ``a``. Every caption is true of the picture, every
 negative caption is false of it, and the captions are false of every negative picture. If there are as many negative captions as negative
-pictures, the k-th caption is true of the k-th picture (an edited pair), unless ``paired=false`` declares them unrelated. All other cells
-are unknown. In a row without a prompt, captions answer "Describe the image."
+pictures, the k-th negative caption is true of the k-th negative picture (an edited pair), unless ``paired=false`` declares them unrelated.
+All other cells are unknown. In a row without a prompt, captions answer "Describe the image."
 
     {"image": "a.jpg", "caption": "The cat is under the bed.", "label": 0}                                captions:label=label
 
 ``label`` names a column that marks captions as true or false; rows with the same picture and prompt are then one group. A column that
-looks like a label is refused until it is named or ignored, and so is a caption that is a JSON object.
+looks like a label is refused until ``label`` or ``ignore`` names it. A caption that is a JSON object is refused unless ``json=true``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _BROKEN_LIST = re.compile(r"""\[\s*['"].*\]$""", re.DOTALL)
 
 
 class _Read(NamedTuple):
-    """Parsed row: its columns by option, the captions that are true of its pictures, their prompt, and the pictures."""
+    """Parsed row: its columns, keyed by option, the captions that are true of its pictures, their prompt, and the pictures."""
 
     row: Mapping[str, Any]
     columns: dict[str, list[str]]
@@ -99,7 +99,7 @@ class Captions:
         check_label(self.label, self.true, self.false, **given, paired=not self.paired)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Raises DataError without file and line."""
+        """Convert a row to a group. Its DataErrors do not name file and line."""
         if self.label:
             return joined([self._claim(row)])
         read = self._read(row)
@@ -129,7 +129,7 @@ class Captions:
 
     @property
     def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """Function from a row to its claim, if rows have labels."""
+        """Function from a row to its labelled texts; None without ``label``."""
         return self._claim if self.label else None
 
     def _claim(self, row: Mapping[str, Any]) -> Claim:
@@ -173,7 +173,7 @@ class Captions:
         return _Read(row, columns, texts, *self._prompt(row, columns["prompt"], pictures))
 
     def _kept(self, read: _Read, options: Iterable[str]) -> dict[str, Any]:
-        """Return the columns that these options do not name, without the label."""
+        """Return the row without the label and without the columns of these options."""
         used = [column for option in options for column in read.columns[option]]
         return without(read.row, [*used, self.label] if self.label else used)
 
@@ -195,7 +195,10 @@ class Captions:
         return [text.strip() for text in texts]
 
     def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
-        """Return the columns of an option: those that it names, or the first of the usual names that the row has."""
+        """Return the columns of an option that the row has: those that the option names, or the first one with a usual name.
+
+        Raises DataError if a named column of pictures or captions is missing.
+        """
         if given := getattr(self, option):
             wanted = [given] if _has(row, given) else given.split("+")
             for column in wanted:
@@ -233,7 +236,7 @@ def _names(row: Mapping[str, Any]) -> str:
 
 
 def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
-    """Collect the values of some columns in one list; lists are flattened, and empty fields skipped."""
+    """Collect the values of the given columns in one list. Lists are flattened, and empty fields are skipped."""
     values: list[Any] = []
     for column in columns:
         value = value_of(row, column)
@@ -243,7 +246,7 @@ def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:
-    """Return the distinct captions of a picture and the number of repetitions, because several people may have written the same caption."""
+    """Return the distinct captions of a picture, and the number of repetitions. Several people may have written the same caption."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(normalised(text), text)

@@ -3,7 +3,7 @@
     {"orig_input": "COCO Yes: <|vision_start|>coco/17.jpg<|vision_end|>", "orig_output": "two dogs on a lawn",
      "cf_samples": [{"cf_text": "three dogs on a lawn", "cf_image_path": "cf/17_0.png"}]}
 
-Its files hold one object per line and are named .json. Further keys, of a row or a sample, are metadata.
+The files hold one object per line, although they are named .json. Other keys of a row or a sample are metadata.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Cfvlm:
     """Rows of CF-VLM's published files.
 
     Args:
-        ask: prompt of rows without words around the image; empty for no prompt.
+        ask: prompt of rows without text around the image; empty for no prompt.
         ignore: columns that are not read, joined by ``+``.
     """
 
@@ -40,12 +40,12 @@ class Cfvlm:
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """Convert a row to a group: image 0 and text 0 are the original, image k and text k the k-th sample.
 
-        A sample's text is false of the original's image, and the original's text of a sample's image; the cells of two different samples
-        are unknown. The prompt is the text of ``orig_input`` around the image's path. A row has no id and is named by a hash of its
-        contents.
+        A sample's text is false of the original image, and the original text is false of a sample's image. Whether a sample's text is true
+        of another sample's image is unknown. The prompt is the text of ``orig_input`` around the image's path. A row has no id; the group's
+        id is a hash of its contents.
 
         Raises DataError (without file and line) for a missing or misspelt key, a value of another type, an input without exactly one image,
-        or anything CounterfactualGroup refuses.
+        or a group that CounterfactualGroup refuses.
         """
         row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")

@@ -1,9 +1,9 @@
-"""Conversations in the notations of public data sets: turns, pictures at their places, and the last answer.
+"""Conversations in the notations of public data sets: their turns, the positions of pictures in them, and the scored answer.
 
 Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
-"content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` is the place of the next picture of the row; without such a place, the
-pictures are shown before the user's first turn. White space at the ends of a turn and line breaks beside ``<image>`` are removed. A column
-that is null is treated as missing, because Parquet stores missing columns so.
+"content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` marks the position of the row's next picture; without such a mark, the
+pictures are shown at the beginning of the user's first turn. White space at the ends of a turn and line breaks next to ``<image>`` are
+removed. A column that is null is treated as missing, because Parquet stores missing values as nulls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed
 
 IMAGES = ("image", "images")
 PATHS = ("image_path", "img_path", "file_name", "filename", "filepath")
-"""Columns of the picture in a row without the columns IMAGES."""
+"""Columns that may name the picture of a row that has none of the columns IMAGES."""
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
     "model": "assistant", "bing": "assistant", "bard": "assistant",
@@ -36,7 +36,7 @@ _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 class Spoken(NamedTuple):
-    """Turns, the pictures that they show (None if the message does not name the picture), and the further keys of each turn's message."""
+    """Turns, the pictures that they show (None for a picture that its message does not name), and the other keys of each turn's message."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[Path | None, ...]
@@ -44,7 +44,7 @@ class Spoken(NamedTuple):
 
 
 def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
-    """Copy a row without ignored columns, columns that are null, and empty columns of other media."""
+    """Copy a row without ignored columns, null columns, and empty columns of video or audio."""
     return {
         key: value
         for key, value in row.items()
@@ -53,7 +53,10 @@ def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
 
 
 def read_messages(value: Any, where: str) -> Spoken:
-    """Parse a list of messages of either notation. Raises DataError for tools and other media, which no objective can use."""
+    """Parse a list of messages in either notation.
+
+    Raises DataError for a malformed message, and for tools and other media, which no objective can use.
+    """
     if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
         raise DataError(f"{where} must be a non-empty list of messages, not {quoted(value)}")
     turns, pictures, further = list[Turn](), list[Path | None](), list[dict[str, Any]]()
@@ -76,7 +79,7 @@ def read_messages(value: Any, where: str) -> Spoken:
 
 
 def read_text(text: str) -> tuple[Part, ...]:
-    """Split a text at the places of its pictures."""
+    """Split a text at its marks ``<image>``."""
     parts: list[Part] = []
     for number, piece in enumerate(text.strip().split(_PLACE)):
         parts += [PICTURE] * (number > 0) + [piece.strip("\n")] * bool(piece.strip())
@@ -115,7 +118,9 @@ def _read_content(content: Any, where: str) -> tuple[tuple[Part, ...], list[Path
 
 
 def read_picture(value: Any, where: str) -> Path:
-    """Return the path of a picture, from a path or an object with one. Raises DataError for picture bytes within the row, and for a URL."""
+    """Return the path of a picture that is given as a path or as an object with a path. Raises DataError for a URL, and for picture bytes
+    within the row.
+    """
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value.get("bytes") is None:
         value = value["path"]
     if not isinstance(value, str):
@@ -133,7 +138,9 @@ def read_pictures(value: Any, where: str) -> Pictures:
 
 
 def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
-    """Return the pictures in the first of these columns that a row has. Raises DataError for other media."""
+    """Return the pictures in the column among ``keys`` that a row has; () if it has none. Raises DataError for two such columns, and for
+    video or audio.
+    """
     for key in _OTHER_MEDIA:
         if key in row:
             raise DataError(f"row: {key!r} is not read; pictures and texts are, leave the row out")
@@ -142,7 +149,7 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
 
 
 def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
-    """Return the one of these columns that a row has, or "". Raises DataError for two."""
+    """Return the column among ``columns`` that a row has, or "" if it has none. Raises DataError if it has two."""
     given = [key for key in columns if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one of them, or ignore the other (ignore=COLUMN)")
@@ -150,7 +157,11 @@ def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
 
 
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
-    """Return the turns with a place for every picture, and the pictures in the order of their places."""
+    """Return the turns with a mark for every picture, and the pictures in the order of these marks.
+
+    The pictures are named in the messages, or ``given`` by other columns. Without marks, they are placed at the beginning of the user's
+    first turn. Raises DataError if the numbers of marks and pictures differ, or if a turn that is not the user's has a mark.
+    """
     places = len(spoken.pictures)
     for number, turn in enumerate(spoken.turns, 1):
         if turn.role != "user" and PICTURE in turn.parts:
@@ -172,13 +183,13 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
 
 
 def shown_in(row: Mapping[str, Any], spoken: Spoken) -> tuple[tuple[Turn, ...], Pictures, tuple[str, ...]]:
-    """Return the turns of a row and their pictures, as ``placed`` does, and the columns that may name pictures."""
+    """Return the turns of a row and their pictures (see ``placed``), and the columns that may name pictures."""
     columns = IMAGES if any(spoken.pictures) or any(key in row for key in IMAGES) else PATHS
     return *placed(spoken, row_pictures(row, columns), "row"), columns
 
 
 def answer_of(turn: Turn) -> str:
-    """Return the text of an assistant's turn that is scored."""
+    """Return the text of the scored turn. Raises DataError if it is not the assistant's, or has a picture."""
     if turn.role != "assistant":
         raise DataError(f"row: the conversation ends with the {turn.role}; its last message must be the assistant's, add or remove one")
     if PICTURE in turn.parts:
@@ -187,7 +198,7 @@ def answer_of(turn: Turn) -> str:
 
 
 def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
-    """Prepend the row's ``system`` column, if it has one, to the conversation."""
+    """Return the conversation with the row's column ``system``, if there is one, as its first turn."""
     system = row.get("system", "")
     if not isinstance(system, str):
         raise DataError(f"row: 'system' must be a string, not {quoted(system)}")
@@ -199,7 +210,7 @@ def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
 
 
 class _Read(NamedTuple):
-    """Parsed row of a conversation: its turns and pictures, the column of its messages with the further keys of each, and its metadata."""
+    """Parsed row of a conversation: its turns and pictures, the column of its messages with the other keys of each, and its metadata."""
 
     row: Mapping[str, Any]
     turns: tuple[Turn, ...]
@@ -210,16 +221,16 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruct:
-    """Rows of conversations as groups of one image and one text, or of all labelled answers to one question.
+    """Rows of conversations as groups: one image and one text or, with ``label``, all labelled answers to one question.
 
     Args:
-        per_turn: make a group for every answer of a conversation, in place of one for the last.
+        per_turn: make a group for every answer of a conversation instead of only for the last.
         label: column that marks the last answer as true or false, as in rows for KTO.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
         ignore: columns that are not read, joined by ``+``.
 
-    Each format has the possible columns of the messages, ``keys``, and its name, ``source``.
+    A subclass defines ``keys``, the possible columns of the messages, and ``source``, the name of the format.
     """
 
     per_turn: bool = False
@@ -235,7 +246,7 @@ class Instruct:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a row to a group, or to several. Raises DataError without file and line."""
+        """Convert a row to a group, or to several. Its DataErrors do not name file and line."""
         if self.label:
             return joined([self._claim(row)])
         read = self._read(row)
@@ -258,12 +269,12 @@ class Instruct:
 
     @property
     def parts(self) -> Callable[[Mapping[str, Any]], int] | None:
-        """Function that counts the groups of a row, if a row may have several."""
+        """Function that counts the groups of a row; None if every row is one group."""
         return self._answers if self.per_turn and not self.label else None
 
     @property
     def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """Function from a row to its claim, if rows have labels."""
+        """Function from a row to its labelled answer; None without ``label``."""
         return self._claim if self.label else None
 
     def _claim(self, row: Mapping[str, Any]) -> Claim:
@@ -287,12 +298,12 @@ class Instruct:
         return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
 
     def _meta(self, read: _Read, number: int) -> dict[str, Any]:
-        """Return the metadata of the row, with the further keys of the messages up to the scored answer."""
+        """Return the metadata of the row, with the other keys of the messages up to the scored answer."""
         column, beside = read.beside
         return read.meta | ({column: beside[: number + 1]} if any(beside) else {})
 
     def _asked(self, read: _Read, number: int) -> tuple[Prompt, Pictures, str]:
-        """Return the prompt of the answer in a turn, the pictures shown before it, and the answer."""
+        """Return the prompt of the answer in turn ``number``, the pictures shown before it, and the answer."""
         before, last = read.turns[:number], read.turns[number]
         check_conversation(before, "row")
         return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last)

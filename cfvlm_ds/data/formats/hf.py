@@ -3,7 +3,7 @@
     {"picture": "a.jpg", "qa": {"question": "How many dogs?", "answer": "Two."}, "wrong": ["Three.", "One."]}
     hf:image=picture,prompt=qa.question,caption=qa.answer,negative_caption=wrong
 
-Options and rules are those of ``captions``, without its usual names. A row without ``image`` is text alone.
+Options and rules are those of ``captions``, but columns are not detected by their usual names. A row without ``image`` is text only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cfvlm_ds.data.formats.captions import Captions
 
 @dataclass(frozen=True)
 class Mapped(Captions):
-    """Rows of mapped columns."""
+    """Rows whose columns are mapped by the options."""
 
     usual = False
     source = "hf"

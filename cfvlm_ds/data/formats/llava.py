@@ -4,10 +4,10 @@
      "conversations": [{"from": "human", "value": "<image>\\nWhat colour is the bus?"}, {"from": "gpt", "value": "White and red."},
                        {"from": "human", "value": "Is it moving?"}, {"from": "gpt", "value": "Yes."}]}
 
-``image`` is a path or a list of paths, and so is ``images``; a row without either is text alone. The first message may be from
-``system``, or the row has a column ``system``. The last answer is scored, and the turns before it are its prompt; with
-``llava:per_turn=true`` every answer is scored, each in its own group. Such a row contains no false text, so only ``align`` learns from it.
-``llava:label=kto_tag`` reads labels as ``messages`` does.
+``image`` is a path or a list of paths, and so is ``images``; a row with neither is text only. A system prompt is the first message, or a
+column ``system``. The last answer is scored, and the turns before it are its prompt; with ``llava:per_turn=true`` every answer is scored,
+each in its own group. Such a row contains no false text, so only ``align`` learns from it. ``llava:label=kto_tag`` reads labels in the same
+way as ``messages``.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Chat rows in OpenAI's notation, as TRL, LLaMA-Factory and ms-swift read them.
+"""Chat rows in OpenAI's notation, which TRL, LLaMA-Factory and ms-swift also read.
 
     {"images": ["a.jpg"], "messages": [{"role": "system", "content": "Be brief."},
                                        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
                                        {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]}]}
 
-Contents are strings, in which ``<image>`` is the place of a picture, or lists of parts. A part may name its picture itself, as ``{"type":
-"image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory writes ``value`` for either, and for
-``text``. Other pictures are in ``images`` (or ``image``). In place of ``messages``, TRL's ``prompt`` and ``completion``, ms-swift's
-``query`` and ``response``, and Alpaca's ``instruction``, ``input`` and ``output`` are read, the latter two after a ``history`` of pairs.
+Contents are strings, in which ``<image>`` marks the position of a picture, or lists of parts. A part may name its picture, as ``{"type":
+"image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory uses the key ``value`` in parts of any
+type. Other pictures are in ``images`` (or ``image``). Instead of ``messages``, a row may have TRL's ``prompt`` and ``completion``,
+ms-swift's ``query`` and ``response``, or Alpaca's ``instruction``, ``input`` and ``output``. In rows of the last two kinds, a ``history``
+of pairs may precede the question.
 
-``messages:per_turn=true`` is as in ``llava``. ``messages:label=label`` reads rows for KTO, whose ``label`` (LLaMA-Factory: ``kto_tag``)
+``messages:per_turn=true`` works as in ``llava``. ``messages:label=label`` reads rows for KTO, whose ``label`` (LLaMA-Factory: ``kto_tag``)
 marks the answer as good or bad; rows with the same picture and the same conversation before the answer are one group.
 """
 
@@ -25,10 +26,10 @@ from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.formats.chat import Instruct, Spoken, only, read_messages, read_text
 
 ASKED = ("prompt", "question", "query", "instruction")
-"""Columns of the question."""
+"""Columns that may hold the question."""
 ANSWERS = ("completion", "response", "output")
 BESIDE = {"query": ("history",), "instruction": ("input", "history")}
-"""Column of the question -> further columns that are part of it."""
+"""Column of the question -> other columns that are part of the question."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Messages(Instruct):
 
 
 def asked_in(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str, ...], Spoken | None]:
-    """Return the columns of the question in a row, and the question; none if the row has none of these columns."""
+    """Return the columns that hold the question of a row, and the question; () and None if the row has none of ``columns``."""
     if not (key := only(row, columns, "hold the question")):
         return (), None
     value, beside = row[key], BESIDE.get(key, ())

@@ -1,4 +1,4 @@
-"""Opening of data in any format, and refusal of columns that look like labels or false texts and that no option names."""
+"""Opening of data in any format. A column that looks like a label or a false text is refused unless an option names it."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def open_data(
 
 
 def _taken(rows: Rows) -> str:
-    """Detect the format by the first rows: that of the first row with a known one, or the native one if no row can be read. Raises
-    DataError if the rows have no known format.
+    """Return the format of the first row whose format is recognised, or the native format if no row can be read. Raises DataError if no
+    format is recognised.
     """
     first = {row: value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)}
     for value in first.values():
@@ -80,7 +80,7 @@ _LOOKED_FOR_MARKS = 2048  # groups whose metadata are searched for labels, sprea
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
-    """Raise DataError for a column that an option of the format names and that no row has, or that ``ignore`` names too."""
+    """Raise DataError if an option of the format names a column that no row has, or that ``ignore`` also names."""
     given = {option: getattr(convert, option, "") for option in (*DEFAULTS, "label", "ignore")}
     absent = {(column, option) for option, columns in given.items() for column in columns.split("+") if column}
     if both := sorted((column, option) for column, option in absent if option != "ignore" and (column, "ignore") in absent):
@@ -92,7 +92,9 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
         if isinstance(value := rows.value(row), Mapping):
             names = _columns(value)
             known = known or names
-            absent = {(column, option) for column, option in absent if column not in names and given[option] not in names}  # a name with +
+            absent = {
+                (column, option) for column, option in absent if column not in names and given[option] not in names
+            }  # the name of a column may contain a +
             if not absent:
                 return
     for column, option in sorted(absent):
@@ -102,7 +104,7 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, None]:
-    """Return the names that options may use for a row's columns: its own, nested ones, and for a tar's sample those of its json."""
+    """Return the names by which options may refer to a row's columns: own and nested names, and the names within the json of a sample."""
     names = dict.fromkeys(row)
     for name, _ in leaves(row):
         parts = name.split(".")
@@ -114,7 +116,7 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
-    """Raise one DataError for all columns of metadata that may be labels or hold false texts, unless an option names them."""
+    """Raise one DataError for all metadata columns that may be labels, hold false texts or name pictures, and are named by no option."""
 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
         for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():
@@ -163,14 +165,14 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("messages", ("query", "response")),
     ("messages", ("instruction", "output")),
 )
-"""Formats and their keys; the order counts, because a row may have the keys of several formats."""
+"""Formats and their keys. The first match wins, because a row may have the keys of several formats."""
 
 _KTO = ("label", "kto_tag")
-"""Columns that mark the answer of a row for KTO as good or bad: of TRL and ms-swift, and of LLaMA-Factory."""
+"""Columns that mark the answer of a row for KTO as good or bad, first in TRL and ms-swift, then in LLaMA-Factory."""
 
 
 def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return the column that makes conversations rows for KTO: all its values that are not null are true or false, or 1 or 0."""
+    """Return the label column of conversations for KTO, in which all values are true, false, 1, 0 or null; None if there is none."""
     for key in _KTO:
         values = [row[key] for row in rows if row.get(key) is not None]
         if values and all(value in (0, 1) for value in values):
@@ -179,11 +181,11 @@ def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:
 
 
 def recognised(row: Mapping[str, Any]) -> str:
-    """Return the name of a row's format, or ""."""
+    """Return the name of a row's format, or "" if it is not recognised."""
     row = unpacked(without_nulls(row))
     for named, keys in _KEYS:
         if all(key in row for key in keys):
             return named
     if all(any(column in row for column in DEFAULTS[option]) for option in ("image", "caption")):
         return "captions"
-    return NATIVE if "texts" in row or "match" in row else ""  # which reports the missing keys
+    return NATIVE if "texts" in row or "match" in row else ""  # the native format reports the missing keys

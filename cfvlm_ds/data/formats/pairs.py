@@ -3,9 +3,9 @@
     {"id": "7", "image_0": "7a.png", "image_1": "7b.png", "caption_0": "a dog chases a cat", "caption_1": "a cat chases a dog",
      "prompt": "Describe the image.", "edit": "relation"}
 
-``id``, ``prompt`` ("Describe the image.") and ``edit`` (the type of the difference) are optional. Further keys, such as Winoground's own
-``tag``, are metadata.
-Winoground's published rows name pictures without their suffix: ``ex_7_img_0`` is the file ex_7_img_0.png of its images.zip.
+``id``, ``prompt`` (default "Describe the image.") and ``edit`` (the type of the difference) are optional. Other keys, such as Winoground's
+``tag``, are metadata. Winoground's published rows name pictures without a suffix: ``ex_7_img_0`` is the file ex_7_img_0.png in its
+images.zip.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Pairs:
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """Convert a row to a group of 2 images x 2 texts whose truth table is the identity; image paths are as written.
 
-        A row without ``id`` is named by a hash of its files and captions: the name does not change when rows move, and a repeated row is
-        detected as a duplicate id. Raises DataError (without file and line) for a missing or misspelt key, a value that is not a string, or
-        anything CounterfactualGroup refuses, such as two equal captions.
+        Without ``id``, the group's id is a hash of file names, captions and prompt. It does not change when rows move, and a repeated row
+        is detected as a duplicate id. Raises DataError (without file and line) for a missing or misspelt key, a value that is not a string,
+        or a group that CounterfactualGroup refuses, such as one with two equal captions.
         """
         row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")

@@ -9,11 +9,11 @@
     {"text": "{\\"question\\": ..., \\"chosen\\": ..., \\"rejected\\": ...}", "image": "a.jpg", "image_path": "coco/a.jpg"}  (RLHF-V)
 
 Messages are written as in ``llava`` or ``messages``. The question may also be in ``question``, or ``instruction`` and ``input``; it may be
-missing if ``chosen`` and ``rejected`` are complete conversations. ``image_path`` beside ``image`` is metadata.
+missing if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
 
 The rejected answer is false of the picture. Without a rejected answer, the chosen answer is false of ``rejected_images``. If both are
-given, the rejected answer is false of the rejected pictures, and the cells of the chosen answer with these, and of the rejected answer
-with the picture, are unknown.
+given, the rejected answer is false of the rejected pictures; whether the chosen answer is true of them, or the rejected answer of the
+picture, is unknown.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Preference:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Raises DataError without file and line."""
+        """Convert a row to a group. Its DataErrors do not name file and line."""
         row = unpacked(without_nulls(row, self.ignore))
         used, question, chosen, rejected, further = _said(row)
         question = with_system(question, row)
@@ -91,7 +91,7 @@ class Preference:
 
 
 def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace the ``text`` of an RLHF-V row by the answers that it holds as JSON; other rows are returned unchanged."""
+    """Replace the ``text`` of an RLHF-V row with the answers that it holds as JSON, and return any other row unchanged."""
     if (
         "text" not in row
         or any(key in row for key in _CHOSEN)
@@ -102,8 +102,8 @@ def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
-    """Return the used columns, the question, the chosen answer, the rejected one if there is one, and the further keys of their messages by
-    column.
+    """Return the columns of question and chosen answer, the question, the chosen answer, the rejected answer (or None), and the other keys
+    of their messages, keyed by column.
     """
     used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""
@@ -135,7 +135,7 @@ def _answers(value: Any, key: str) -> Spoken:
 
 
 def _after(question: Spoken, answer: Spoken) -> str:
-    """Return the single answer after the question, which a complete conversation repeats."""
+    """Return the answer without the question, which a complete conversation repeats. Raises DataError unless one turn is left."""
     repeats = answer.turns[: len(question.turns)] == question.turns
     if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:
         remedy = "name those of the rejected answer in 'rejected_images', and the others once"

@@ -1,8 +1,8 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names such a column (``label=COLUMN``). A column that is not named is refused if its name and values, or its values alone, are
-those of labels in public data sets, or if its name is that of false texts: the false texts would be learned as true, or lost. A row with a
-label is a claim; the claims about one picture, under one prompt, are one group.
+The user names such a column (``label=COLUMN``). A column named by no option is refused if public data sets use its name and values for
+labels, if its values alone are those of a label, or if its name is that of false texts; otherwise false texts would be learned as true, or
+lost. A claim is the set of texts that one row labels. The claims about one image, with one prompt, become one group.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _FALSE = (
 )  # fmt: skip
 _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain", "not enough info", "nei")
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
-"""Values of a label, in lower case."""
+"""Value of a label in lower case -> its truth, None for unknown."""
 
 _SAID_FALSE = frozenset(_FALSE) - {"0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected"}
-"""Values that only a label has, whatever its name."""
+"""Values that mark a column as a label whatever its name."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 """Notations of a missing value in tables."""
@@ -51,7 +51,7 @@ _FALSE_NAMES = frozenset((
 """Words in the names of columns that hold false texts, and of labels whose "yes" may mean that the text is false."""
 
 _CHOICES = {"correct", "right", "answer"}
-"""Words in the names of labels whose values may also be numbers: the place of the right text in a list."""
+"""Words in the names of labels whose values may also be indices of the right text in a list."""
 
 _LABEL_NAMES = {*_TRUTHS, *_FALSE_NAMES, *_CHOICES, "label", "labels", "cls", "gold", "truth", "target", "gt", "kto", "verdict", "weight"}
 _LABEL_NAMES -= {"t", "f", "n"}
@@ -65,9 +65,16 @@ _DEEP = 8  # largest nesting depth that is searched
 
 @dataclass
 class Column:
-    """A column of metadata: the words of its name, the row that has it first, its distinct values by their lower case (truths only, and
-    whether there are others, unless the name is that of a label), a false text or picture among them, and a picture of a row that shows
-    none.
+    """A column of metadata.
+
+    Args:
+        name: name of the column.
+        words: words of the name.
+        row: index of the first row that has the column.
+        values: distinct values, keyed by their lower case; only those that a label may have, unless the name is that of a label.
+        has_others: whether other values were left out of ``values``.
+        false_text: a false text or the name of its picture, if the column's name suggests false texts.
+        unseen: a picture that a row names without showing any.
     """
 
     name: str
@@ -94,7 +101,7 @@ class Column:
 
     @property
     def is_label(self) -> bool:
-        """True if name and values are those of a label."""
+        """True if the name and values are those of a label."""
         values = self.values.keys() - _GAPS - {""}
         if not values or self.words[-1:] in (["id"], ["ids"]):
             return False
@@ -107,12 +114,12 @@ class Column:
 
     @property
     def negative(self) -> str:
-        """Option for the column if it holds false texts, or pictures."""
+        """Option that would read the column: ``negative_caption``, or ``negative_image`` if it holds pictures."""
         return "negative_image" if _PICTURE.search(self.false_text) else "negative_caption"
 
     @property
     def option(self) -> str:
-        """Options that name the column as a label, with its values if the usual meanings may not hold."""
+        """Options that name the column as a label. They list its values if the usual meanings may not apply."""
         option, truths = f"label={option_value(self.name)}", {word: _TRUTHS.get(word) for word in self.values if word not in _GAPS}
         if truths.keys() <= _TRUTHS.keys() and _FALSE_NAMES.isdisjoint(self.words):
             return option
@@ -128,7 +135,7 @@ def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> l
     """Return the columns of metadata that may be labels, false texts, or pictures of rows that show none, in this order.
 
     Args:
-        rows: number and metadata of each row, and whether it shows no picture.
+        rows: index and metadata of each row, and True if it shows no picture.
         ignore: columns to skip, joined by ``+``.
     """
     columns: dict[str, Column] = {}
@@ -143,8 +150,9 @@ def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> l
 
 
 def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of the leaves of a row; ``a.b`` is ``b`` within ``a``, which is an object, a JSON text of one, or a list of
-    objects, of which only the last is searched, because the last message is the answer.
+    """Yield name and value of each leaf of a row; ``a.b`` is ``b`` within ``a``, which is an object, an object as JSON text, or a list.
+
+    Only the last item of a list is searched, because the last message is the answer.
     """
     for key, value in row.items():
         item = value[-1] if isinstance(value, list) and value else value
@@ -156,18 +164,18 @@ def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator
 
 
 def option_value(value: str) -> str:
-    """Format a value for an option of a format."""
+    """Return the notation of a value for an option of a format, which is in quotes if it contains a comma."""
     return f'"{value}"' if "," in value else value
 
 
 def listed(columns: str) -> tuple[str, ...]:
-    """Split the columns that an option names, which are joined by ``+``; a column name may itself contain a ``+``."""
+    """Split the columns that an option names at each ``+``. The unsplit text is included, because a column's name may contain a ``+``."""
     return (columns, *columns.split("+"))
 
 
 def _words(name: str) -> list[str]:
-    """Split a column's last name into words, without the prefix "is" and the ending of a tar's member: ``isFoil`` and ``foil.txt`` become
-    ``foil``.
+    """Split the last part of a column's name into words, without the prefix "is" and the extension of a tar's member: ``isFoil`` and
+    ``foil.txt`` become ``foil``.
     """
     own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _MEMBER.sub("", name).rpartition(".")[2]).lower()
     return [re.sub("^is(?=.)", "", word) for word in re.findall(r"[a-z]+", own)]
@@ -179,13 +187,13 @@ def _word(value: Any) -> str:
 
 
 def check_label(label: str, true: str, false: str, **others: object) -> None:
-    """Raise DataError for options of a format that contradict each other, or that would not be read.
+    """Raise DataError for options of a format that contradict each other or would have no effect.
 
     Args:
         label: column of the label.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
-        **others: values of options that are not read beside a label.
+        **others: values of options that cannot be combined with a label.
     """
     if not label:
         if true or false:
@@ -201,7 +209,7 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
-    """Convert a label to 1, 0, or None for unknown. ``true`` and ``false`` list its values, joined by ``+``, in place of the usual ones.
+    """Convert a label to 1, 0, or None for unknown. ``true`` and ``false`` list its values, joined by ``+``; by default the usual ones.
 
     Raises DataError for any other value.
     """
@@ -228,7 +236,7 @@ class Said(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """Texts that a row with a label marks as true or false of a picture; ``where`` is the row's place, if known."""
+    """Texts that a row labels as true or false of one image. ``where`` is the row's location, if known."""
 
     pictures: Pictures
     prompt: Prompt
@@ -239,13 +247,13 @@ class Claim(NamedTuple):
 
     @property
     def key(self) -> int:
-        """Hash of the picture and the prompt, positive and of 63 bits."""
+        """Hash of pictures and prompt, as a non-negative integer of 63 bits."""
         about = [[str(picture) for picture in self.pictures], spelled(normalised_prompt(self.prompt))]
         return hashed(json.dumps(about)) >> 1
 
 
 def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
-    """Join the claims about one picture and prompt to a group, true texts first. A repeated text is kept once, and counted in the metadata.
+    """Join the claims about one image and prompt into a group, true texts first. A repeated text is kept once and counted in the metadata.
 
     Raises DataError, without file and line, if two claims contradict each other, or if no text is true.
     """
@@ -280,12 +288,13 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Claims of rows, joined by picture and prompt, in the order of the first row of each: 8 bytes a row.
+    """Rows whose claims are about one image and prompt, joined into one row, in the order of their first rows. They need 8 bytes of memory
+    per row.
 
     Args:
         rows: rows of the manifest.
         claim: the format's function from a row to its claim.
-        over: iterates over the rows in chunks.
+        over: function that applies a given function to chunks of the rows.
     """
 
     def __init__(self, rows: Rows, claim: Callable[[Mapping[str, Any]], Claim], over: Callable[..., Iterator[Any]]) -> None:
@@ -301,11 +310,11 @@ class JoinedRows:
         return len(self._ends)
 
     def where(self, row: int) -> str:
-        """Return the place of the first of the joined rows."""
+        """Return the location of the first of the joined rows."""
         return self._rows.where(self._rows_of(row)[0])
 
     def value(self, row: int) -> Any:
-        """Return the claims as a tuple, or the DataError of the first invalid row."""
+        """Return the claims of the joined rows as a tuple, or the DataError of the first invalid row."""
         claims = []
         for member in self._rows_of(row):
             if isinstance(claim := self._read(member), DataError):
@@ -326,7 +335,7 @@ class JoinedRows:
             return DataError(f"{where}: {error}")
 
     def _keys(self, places: Sequence[int], done: Callable[[], object]) -> Any:
-        """Compute a number for each row, equal for rows about one picture and prompt; an invalid row has its own number."""
+        """Return a number for each row. Rows about the same image and prompt have equal numbers, and an invalid row has a unique number."""
         keys = []
         for row in places:
             claim = self._read(row)

@@ -1,11 +1,11 @@
-"""Samples of a WebDataset tar: the members ``KEY.EXTENSION`` of one key, by their extensions.
+"""Samples of a WebDataset tar: the members ``KEY.EXTENSION`` with one key, keyed by extension.
 
     {"__key__": "000017", "jpg": "shard-000.tar#512+60123", "txt": "two dogs on a lawn", "json": {"license": "CC0"}}
 
 (The tar contains ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture's extension, or ``image``.
-The caption is ``txt`` or ``caption``, or in ``json``. ``neg_caption.txt`` and ``neg_image.jpg``, as in triplets, are a false caption and a
-further picture. A ``json`` that is a row of ``llava``, ``messages`` or ``preference`` is read as such a row about the sample's picture.
-Labels are read as in ``captions``.
+The caption is ``txt`` or ``caption``, or in ``json``. ``neg_caption.txt`` and ``neg_image.jpg`` are a negative caption and a negative
+picture. A ``json`` that is a row of ``llava``, ``messages`` or ``preference`` is read as such a row about the sample's picture. Labels are
+read as in ``captions``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Members(Captions):
     source = "webdataset"
 
     def __post_init__(self) -> None:
-        """Skip the checks of options: members are not a user's options."""
+        """Skip the checks of options, because these are not given by the user."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class WebDataset:
         check_label(self.label, self.true, self.false)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a sample to a group. Raises DataError without file and line."""
+        """Convert a sample to a group. Its DataErrors do not name file and line."""
         read, columns = self._read(row)
         group = read(columns)
         assert isinstance(group, CounterfactualGroup)
@@ -74,7 +74,7 @@ class WebDataset:
 
     @property
     def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """Function from a sample to its claim, if samples have labels."""
+        """Function from a sample to its labelled texts; None without ``label``."""
         return self._claim if self.label else None
 
     def _claim(self, row: Mapping[str, Any]) -> Claim:
@@ -131,7 +131,7 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def _about_sample(json_row: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
-    """Return a row about the sample's picture; the picture's name in the row and further members are kept as metadata."""
+    """Return the row in ``json`` with the sample's picture as its image. The image that the row names and other members become metadata."""
     kept = {f"sample.{key}": value for key, value in row.items() if key not in ("__key__", picture)}
     named = [key for key in IMAGES if key in json_row and (not isinstance(json_row[key], list) or len(json_row[key]) == 1)]
     if not picture or (len(named) != 1 and any(key in json_row for key in IMAGES)):

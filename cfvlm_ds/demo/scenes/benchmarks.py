@@ -1,9 +1,8 @@
-"""Scenes in the file formats of three public benchmarks, so that a model trained on them is evaluated by the same code as on the
-benchmarks.
+"""Scenes in the file formats of three public benchmarks, so that a model trained on scenes is evaluated by the code for the benchmarks.
 
 SugarCrepe: a picture, its caption, and a negative caption with one edit; its two files of additions are empty. NaturalBench: two pictures,
-and for each picture's caption the question whether the image shows it. POPE: the question whether a thing is in the picture, about things
-that are there and things that are not: any other thing, a frequent one, or one that shares its colour or shape with a thing in the picture.
+and for each picture's caption the question whether the image shows it. POPE: questions whether a thing is in the picture. An absent thing
+is random, frequent, or a new combination of a colour and a shape in the picture.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ Kind = tuple[str, str]
 
 
 def build_benchmarks(config: ScenesConfig, out: Path, progress: Callable[[str], object] = print_line) -> Path:
-    """Write the test split of the scenes in ``config.out_dir`` as benchmarks below ``out``, unless it holds them.
+    """Write the test split of the scenes in ``config.out_dir`` as benchmarks below ``out`` unless they are there. Return the folder.
 
-    Raises DataError if ``out`` holds anything else.
+    Raises DataError if ``out`` contains anything else.
     """
     out, settings = out.resolve(), {"benchmarks": 1, **settings_of(config)}
     if is_complete(out, settings):
@@ -68,7 +67,7 @@ def build_benchmarks(config: ScenesConfig, out: Path, progress: Callable[[str], 
 
 
 def picture(index: int, number: int) -> str:
-    """Return the file name of a group's picture, as the scenes have it."""
+    """Return the file name of a group's picture, which is the same as in the folder of scenes."""
     return f"{SPLIT}-{index:05d}-{number}.png"
 
 

@@ -2,8 +2,8 @@
 
 Splits: ``train``, ``validation`` and ``test_iid`` (planted correlation 90 %), ``test_corr50`` and ``test_corr10`` (the same at 50 % and 10
 %), all without held-out combinations, and ``test_combo`` (50 %; the factual scene of every group has a held-out combination). The groups of
-``test_yes_no``, ``test_choice`` and ``test_count`` ask a question about scenes like those of ``test_combo``, and so does a share of the
-training groups.
+``test_yes_no``, ``test_choice`` and ``test_count`` ask questions about scenes like those of ``test_combo``. A share of the training groups
+asks questions as well.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RULES = {
     "validation": Rule(0.9),
 }
 GENERATOR = 5
-"""Incremented whenever equal settings would give other data, so that older folders are not reused."""
+"""Version of the generator. It is incremented whenever the same settings would produce other data, so older folders are not reused."""
 
 _MIN_CHANGED = 24  # pixels of a 48 x 48 image that an edit must change visibly, scaled with the area
 _VISIBLE = 24  # smallest visible change, in levels of grey
@@ -53,9 +53,10 @@ _MAX_DRAWS = 2000  # one in seven scenes allows the rarest edit, one in forty th
 
 @dataclass(frozen=True)
 class SceneGroup:
-    """A group before it is written: the anchor, its K edits (with their types) and perhaps a sham, all described in one phrasing.
+    """A group before it is written: ``scenes`` are the anchor and its K edited scenes, ``edits`` the types of the K edits.
 
-    ``question`` is one of QUESTIONS, or "" if the image is described; ``wording`` is the seed of the question's wording.
+    All captions have the same ``phrasing``. ``question`` is one of QUESTIONS, or "" if the image is described, and ``wording`` is the seed
+    of the question's wording.
     """
 
     scenes: tuple[Scene, ...]
@@ -73,11 +74,10 @@ class SceneGroup:
 
 
 def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print_line, alive: Callable[[], object] = lambda: None) -> Path:
-    """Write the manifests, ``images/`` and ``scenes.json`` to ``config.out_dir``, unless it holds them, and return that folder.
+    """Write the manifests, ``images/`` and ``scenes.json`` to ``config.out_dir`` unless they are there, and return that folder.
 
-    The folder is built under another name and renamed when complete, so a killed build leaves nothing that looks finished; one process at a
-    time may build a folder. Raises DataError for settings that cannot be built, or if the folder holds something else. ``alive`` is called
-    for every group.
+    The folder is built under another name and renamed when it is complete. Only one process at a time may build a folder. Raises DataError
+    for settings that cannot be built, or if the folder contains something else. ``alive`` is called for every group.
     """
     _check(config)
     out = Path(config.out_dir).resolve()
@@ -122,10 +122,10 @@ def _check(config: ScenesConfig) -> None:
 
 
 def draw_group(config: ScenesConfig, split: str, index: int) -> SceneGroup:
-    """Draw group ``index`` of a split. It depends on the arguments alone, and not on ``out_dir`` or the number of groups.
+    """Draw group ``index`` of a split. It depends only on the arguments, but not on ``out_dir`` or the number of groups.
 
-    The first edit's type is drawn before the scene (in tests, types take turns), so that rarely applicable types are as frequent as others;
-    further ones are drawn from those that apply. Raises DataError if no scene allows that many edits of the weighted types.
+    The type of the first edit is drawn before the scene (in tests, types take turns), so types that rarely apply are as frequent as others.
+    The types of the other edits are drawn from those that apply. Raises DataError if no scene allows that many edits of the weighted types.
     """
     rng, rule = Random(f"{config.seed}/{split}/{index}"), RULES[split]
     test = split != "train"
@@ -147,7 +147,7 @@ def draw_group(config: ScenesConfig, split: str, index: int) -> SceneGroup:
     sham = shake(anchor, rng) if test or rng.random() < config.sham_share else None
     scenes = (anchor, *(scene for _, scene in edits))
     phrasing, a_first = rng.randrange(len(PHRASINGS)), rng.random() < 0.5
-    # A generator of its own, so that the scenes and captions of a seed do not depend on the questions.
+    # Questions have a separate generator, so the scenes and captions of a seed do not depend on them.
     wording = f"{config.seed}/{split}/{index}/asked"
     question = split.removeprefix("test_")
     if question not in QUESTIONS:
@@ -185,7 +185,7 @@ def _is_visible(before: Scene, after: Scene, image_size: int) -> bool:
 def _draw_edits(
     rng: Random, anchor: Scene, first: str, num_edits: int, weights: Mapping[str, float], may_hold_out: bool, image_size: int
 ) -> list[tuple[str, Scene]] | None:
-    """Draw ``num_edits`` different visible edits, of different types as long as possible; None if the anchor does not allow them."""
+    """Draw ``num_edits`` different visible edits, of different types if possible; None if the anchor does not allow them."""
     edits: list[tuple[str, Scene]] = []
     queue = [first]
     for _ in range(len(EDITS) * num_edits):
@@ -225,7 +225,7 @@ def config_in(out: Path) -> ScenesConfig | None:
 
 
 def is_complete(out: Path, settings: dict[str, object]) -> bool:
-    """Return True if the folder holds these scenes, False if it is free. Raises DataError if it holds anything else."""
+    """Return True if the folder has these scenes, False if it is empty or missing. Raises DataError if it contains anything else."""
     if recorded := _recorded(out):
         if recorded != settings:
             raise DataError(f"{out} holds scenes of other settings ({recorded}); choose another out_dir or delete the folder")
@@ -236,7 +236,7 @@ def is_complete(out: Path, settings: dict[str, object]) -> bool:
 
 
 def _recorded(out: Path) -> dict[str, Any]:
-    """Read the settings in a folder of scenes, with the revision of the generator that drew them; empty if there are none."""
+    """Read the settings in a folder of scenes, with the version of the generator that drew them; {} if the folder has no scenes."""
     record = out / "scenes.json"
     if not record.exists():
         return {}

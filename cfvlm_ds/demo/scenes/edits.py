@@ -34,7 +34,10 @@ def _values(factor: str, scene: Scene, thing: Thing) -> list[Any]:
 
 
 def _replace(scene: Scene, rng: Random, may_hold_out: bool, factor: str) -> Scene | None:
-    """Change a factor of one thing, both drawn uniformly; values that make a held-out combination are skipped unless allowed."""
+    """Change a factor of one thing, where thing and new value are drawn uniformly; None if it cannot be changed.
+
+    Values that make a held-out combination are skipped unless ``may_hold_out``.
+    """
     if factor == "count" and scene.relation in ("front", "behind"):
         return None
     for index in rng.sample((0, 1), 2):

@@ -1,4 +1,4 @@
-"""Caption grammar: the claim of a caption about a scene, its phrasings, and the check whether a claim is true of a scene.
+"""Caption grammar: claims, which are the contents of captions, their phrasings, and the check whether a claim is true of a scene.
 
 A caption always mentions shape, colour and number of both things and their relation, and texture and size if they are not the default. An
 anchor and its counterfactuals use the same phrasing and the same mention order, so they differ only in the words of the edited factor.
@@ -28,13 +28,13 @@ PHRASINGS = (
     "{at} {x} and {at_other} {y}",
     "{of} {y} we see {x}",
 )
-"""Templates over two noun phrases x and y; the other fields are the relation of x to y, except ``at_other``, that of y to x. "{at} ..."
-keeps the bag of words when the relation is reversed."""
+"""Templates with two noun phrases x and y. The other fields are words for the relation of x to y, except ``at_other``, for that of y to x.
+"{at} ..." keeps the bag of words when the relation is reversed."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """Attributes of one thing that a caption mentions; None if unmentioned."""
+    """Attributes of one thing that a caption mentions; None for an attribute that it does not mention."""
 
     count: int
     size: str | None
@@ -91,7 +91,7 @@ def key(claim: Claim) -> str:
 
 
 def true_keys(scene: Scene) -> list[str]:
-    """Return the keys of all captions that are true of a scene: each texture and size may be mentioned or not."""
+    """Return the keys of all captions that are true of a scene, with and without each texture and size."""
     claim = describe(scene, True)
     things = [
         [replace(thing, size=size, texture=texture) for size in {thing.size, None} for texture in {thing.texture, None}]
@@ -101,9 +101,7 @@ def true_keys(scene: Scene) -> list[str]:
 
 
 def parts(claim: Claim, phrasing: int) -> list[str]:
-    """Return the caption in pieces, with "" for unmentioned attributes: claims in one phrasing have corresponding pieces at the same
-    places.
-    """
+    """Return the pieces of a caption, with "" for unmentioned attributes. In one phrasing, pieces of two claims correspond by index."""
     relation = claim.relation
     words = {
         "{x}": noun_phrase(claim.x),
@@ -118,12 +116,12 @@ def parts(claim: Claim, phrasing: int) -> list[str]:
 
 
 def say(claim: Claim, phrasing: int) -> str:
-    """Format the caption: lower case, no full stop."""
+    """Format the caption in lower case, without a full stop."""
     return " ".join(piece for piece in parts(claim, phrasing) if piece)
 
 
 def difference(before: Claim, after: Claim, phrasing: int) -> tuple[str, str]:
-    """Return the words that differ between the captions of two claims: (those of ``before``, those of ``after``)."""
+    """Return the words that differ between the captions of two claims, first those of ``before``, then those of ``after``."""
     pairs = [(p, q) for p, q in zip(parts(before, phrasing), parts(after, phrasing), strict=True) if p != q]
     return " ".join(p for p, _ in pairs), " ".join(q for _, q in pairs)
 
@@ -141,7 +139,7 @@ def all_captions(seed: int, num_captions: int) -> list[str]:
 
 
 def noun(shape: str, count: int) -> str:
-    """Return the noun in its number: "star", "crosses"."""
+    """Return the noun in the singular or plural, such as "star" or "crosses"."""
     return shape if count == 1 else shape + ("es" if shape.endswith("s") else "s")
 
 

@@ -1,8 +1,8 @@
 """Prompts about a scene: the request for a description, in several wordings, or a question that anchor and counterfactual answer
 differently.
 
-Both answers of a question are texts of one group that contains both pictures. A model that ignores the pictures therefore has one of the
-two right, whatever the question, its wording or the order of its options suggest.
+Both answers to a question are texts of one group that contains both pictures. A model that ignores the pictures is therefore right on
+exactly one of them, whatever the question, its wording or the order of its options suggest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cfvlm_ds.demo.scenes.grammar import (
 from cfvlm_ds.demo.scenes.world import Scene
 
 QUESTIONS = ("yes_no", "choice", "count")
-"""Kinds of questions; ``count`` is only asked about the edit of that name."""
+"""Kinds of questions. ``count`` is asked only about edits of type ``count``."""
 
 _DESCRIBE = (
     "Describe the image.",
@@ -45,9 +45,9 @@ _NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt with its texts, and the truth of each text about each scene (scenes x texts); text 0 is true of scene 0.
+    """A prompt with its texts, and the truth of each text about each scene (scenes x texts). Text 0 is true of scene 0.
 
-    ``keys`` and ``exclude`` are those of the group: the meaning of each text, and everything that is true of some scene.
+    ``keys`` and ``exclude`` are those of the group: the key of each text, and the keys of all texts that are true of one of its scenes.
     """
 
     candidates: tuple[Candidate, ...]
@@ -69,9 +69,9 @@ def describing(scenes: tuple[Scene, ...], num_texts: int, phrasing: int, a_first
 
 
 def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, rng: Random) -> Asked:
-    """Return a question of ``kind`` that scene 0 answers with text 0 and scene 1 with text 1; further scenes may have neither answer.
+    """Return a question of ``kind`` whose answer is text 0 for scene 0 and text 1 for scene 1. For other scenes, both may be false.
 
-    An answer is its own key.
+    Answers have no keys, so each answer is its own key.
     """
     exclude = set[str]()
     if kind == "yes_no":
@@ -96,8 +96,8 @@ def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, r
 def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str, list[bool]]:
     """Return a yes/no question, and its answer for each scene.
 
-    The question is about the claim of one of the first two scenes: about a thing that differs between them (half of the time, if there is
-    one), else about the whole claim.
+    The question is about the claim of one of the first two scenes. If a thing differs between them, half of the questions are about that
+    thing; the others are about the whole claim.
     """
     claim, other = (describe(scene, a_first) for scene in rng.sample(scenes[:2], 2))
     wording = rng.choice(_YES_NO)
@@ -112,7 +112,10 @@ def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str,
 
 
 def _options(scenes: tuple[Scene, ...], claims: list[Claim], phrasing: int, rng: Random) -> tuple[list[str], list[list[int]]]:
-    """Return two options and which of them each scene shows: the differing things, if only one thing differs, or the captions."""
+    """Return two options, and for each scene whether each of them is true (1 or 0).
+
+    The options are the two captions. If the scenes differ in only one thing, they are in half of the cases its two descriptions.
+    """
     pairs = [(one, two) for one, two in zip((claims[0].x, claims[0].y), (claims[1].x, claims[1].y), strict=True) if one != two]
     if len(pairs) == 1 and rng.random() < 0.5:
         present = [[int(_is_there(thing, scene)) for thing in pairs[0]] for scene in scenes]
@@ -122,7 +125,7 @@ def _options(scenes: tuple[Scene, ...], claims: list[Claim], phrasing: int, rng:
 
 
 def phrase(thing: Description) -> str:
-    """Format a description: "two small red circles"."""
+    """Format a description, such as "two small red circles"."""
     return " ".join(word for word in noun_phrase(thing) if word)
 
 
@@ -145,7 +148,7 @@ def _number_of(shape: str, scene: Scene) -> int:
 
 
 def all_texts(seed: int, number: int) -> list[str]:
-    """Draw captions, prompts and answers of the whole world, on which a tokenizer should be trained."""
+    """Draw captions, prompts and answers from the whole grammar, on which a tokenizer should be trained."""
     rng = Random(f"{seed}/prompts")
     texts = [*all_captions(seed, number), *_DESCRIBE, "yes", "no", "A", "B", *_NUMBERS.values()]
     claims = all_claims(seed, number)

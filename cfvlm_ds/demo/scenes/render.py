@@ -1,7 +1,7 @@
 """Rendering of scenes to RGB images, with integer arithmetic only, so that every platform draws the same pixels.
 
-Outlines are rasterised here (even-odd rule on integers, 4 x 4 samples per pixel) and not by ImageDraw, whose floating-point edges may round
-differently elsewhere. Masks are cached, and a scene takes a dozen Pillow pastes.
+Outlines are rasterised here (even-odd rule on integers, 4 x 4 samples per pixel) and not by ImageDraw, whose floating-point edges may be
+rounded differently on other platforms. Masks are cached, and a scene takes a dozen Pillow pastes.
 """
 
 from __future__ import annotations

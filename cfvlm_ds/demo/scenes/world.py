@@ -4,8 +4,8 @@ The canvas is a grid of ``GRID`` x ``GRID`` units whatever the image size. Posit
 unit), so that no platform rounds differently. Captions only mention values listed in ``SHAPES`` to ``COUNTS``.
 
 One regularity is planted, with probability ``Rule.p``: of the two things, the one whose shape comes first in ``SHAPES`` is the left, upper
-or front one, so that a relation can be guessed from the nouns alone. ``HELD_OUT`` combinations are one cell per row and per column of the
-colour x shape square, so every colour and every shape still occurs in training.
+or front one, so a relation can be guessed from only the nouns. ``HELD_OUT`` combinations are one cell per row and per column of the colour
+x shape square, so every colour and every shape still occurs in training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GRID = 48
 BACKGROUNDS = ("flat", "gradient", "stripes", "checker", "bricks", "noise")
 NUM_TONES = 6
 DISTRACTORS = ("dash", "corner")
-"""Marks that captions never mention, so that they stay true whatever the distractors are."""
+"""Kinds of marks that captions never mention, so distractors cannot make a caption false."""
 
 HELD_OUT = frozenset((COLOURS[(i + 2) % len(COLOURS)], shape) for i, shape in enumerate(SHAPES))
 
@@ -91,7 +91,7 @@ class Scene:
 
     @property
     def relation(self) -> str:
-        """Relation of A to B, derived from the geometry: overlapping things have a depth order, others a side."""
+        """Relation of A to B, derived from the geometry. Overlapping things have a depth order, others a side."""
         dx, dy = self.spots[0][0] - self.spots[1][0], self.spots[0][1] - self.spots[1][1]
         if max(abs(dx), abs(dy)) < GRID // 4:
             return "front" if self.front == 0 else "behind"
@@ -109,8 +109,8 @@ class Rule:
 
 
 Plan: TypeAlias = tuple[bool, int | None]
-"""Choices that are drawn once per scene, because redrawing a scene must not bias their rates: whether it follows the planted regularity,
-and the index of a thing with a held-out combination."""
+"""Choices that are drawn only once per scene, so redrawing the scene does not bias their rates: whether it follows the planted regularity,
+and the index of a thing with a held-out combination, or None."""
 
 
 def draw_plan(rng: Random, rule: Rule) -> Plan:
@@ -136,7 +136,7 @@ def draw_scene(rng: Random, rule: Rule, plan: Plan) -> Scene:
 
 
 def shake(scene: Scene, rng: Random) -> Scene:
-    """Draw all jitter of a scene again: positions, scales, tints, background offset and noise, distractor positions."""
+    """Return the scene with all jitter drawn again: positions, scales, tints, background offset and noise, distractor positions."""
     spots, front = _draw_spots(rng, scene.relation)
     return replace(
         scene,

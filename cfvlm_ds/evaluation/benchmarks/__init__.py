@@ -1,6 +1,6 @@
-"""Public benchmarks in their official files, one module each: rows to items, metrics with chance.
+"""Public benchmarks, read from their official files. Each has a module that converts rows to items and defines metrics with chance.
 
-Licences, known traps and published values are in docs/benchmarks. Nothing is downloaded. A benchmark of your own is one more entry:
+Licences, known pitfalls and published values are in docs/benchmarks. Nothing is downloaded. A benchmark of your own is one more entry:
 ``BENCHMARKS["mine"] = Benchmark(...)``.
 """
 

@@ -31,7 +31,7 @@ def item(row: Row) -> Item:
 
 @lru_cache(1)
 def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
-    """Return the annotations by id, and the first error among them."""
+    """Return the annotations keyed by id, and the first error among them or None."""
     rows = list(source.rows(TRUTH))
     return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
 

@@ -19,7 +19,7 @@ BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 COLUMNS = ("image_path", *BOX, "true_caption", "false_caption")
 CUTS = "cut"
 LEAST = 25
-"""Cases that a pair of attributes must have to count, as in the authors' code."""
+"""Number of cases that a pair of attributes needs to count in the mean, as in the authors' code."""
 _SYMMETRIC = (
     "adjusting|attached to|between|bigger than|biting|boarding|brushing|chewing|cleaning|climbing|close to|coming from|"
     "coming out of|contain|crossing|dragging|draped over|drinking|drinking from|driving|driving down|driving on|"
@@ -66,7 +66,9 @@ def _pair(row: Row, **tags: str) -> Item:
 
 
 def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
-    """Return a file with the part of a picture inside a box. The file is written once."""
+    """Return the path of a file with the part of a picture inside a box, and write the file if it does not exist. Raises DataError if the
+    box is not inside the picture.
+    """
     x, y, width, height = box
     cut = root / CUTS / f"{picture.stem}_{x}_{y}_{width}_{height}.png"
     if cut.is_file():
@@ -78,7 +80,7 @@ def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
 
 
 def relation_metrics(table: Sequence[Judged]) -> Values:
-    """Return the mean over relations, without the symmetric ones, and the accuracy of all items."""
+    """Return the mean over relations, without the symmetric ones, and the accuracy over all items."""
     asymmetric = [judged for judged in table if judged.item.tags["relation"] not in SYMMETRIC]
     return macro(asymmetric, tag("relation")) | accuracy(table)
 

@@ -1,8 +1,8 @@
 """ARO, COCO-Order and Flickr30k-Order: a caption against shuffles of its own words. The shuffles are made here and are not official.
 
-The authors draw new shuffles in every run with a tagger that must be installed; 19 % of 150 captions had a shuffle equal to themselves.
-Here the shuffles are a fixed function of the caption: a hash draws them, a word list replaces the tagger, and a shuffle that equals the
-caption or another shuffle is drawn again or dropped.
+The authors draw new shuffles in every run with a tagger that must be installed; in a test, 19 % of 150 captions had a shuffle equal to the
+caption. Here the shuffles are a fixed function of the caption: they are drawn by a hash, a word list replaces the tagger, and a shuffle
+that equals the caption or another shuffle is drawn again or dropped.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _FUNCTION_WORDS = frozenset(_WORDS.split())
 
 
 def cleaned(caption: str) -> str:
-    """Return the caption as the authors' loader writes it: lower case, without punctuation, at most MAX_WORDS words."""
+    """Normalise a caption in the same way as the authors' loader: lower case, without punctuation, at most MAX_WORDS words."""
     plain = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
     return " ".join(plain.rstrip("\n").split()[:MAX_WORDS])
 
 
 def shuffles(caption: str) -> list[str]:
-    """Return up to four false orders of the words of a cleaned caption, all different from it and from each other."""
+    """Return up to four false orders of the words of a cleaned caption, which differ from it and from each other."""
     words, orders = caption.split(), list[str]()
     for name, make in _KINDS.items():
         for attempt in range(_TRIES):
@@ -54,7 +54,7 @@ def shuffled(values: Sequence[str], seed: str) -> list[str]:
 
 
 def _some(chosen: Callable[[str], bool]) -> Callable[[Sequence[str], str], list[str]]:
-    """Return a function that shuffles the chosen words and leaves the others in place."""
+    """Return a function that shuffles the words that ``chosen`` selects and leaves the others in place."""
 
     def make(words: Sequence[str], seed: str) -> list[str]:
         moved = iter(shuffled([word for word in words if chosen(word)], seed))

@@ -17,7 +17,7 @@ from cfvlm_ds.core.groups import Pictures, normalised
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
 
 Scores = tuple[tuple[float, ...], ...]
-"""[image][text]; a higher score means that the text fits the image better."""
+"""Scores, [image][text]; a higher score means that the text fits the image better."""
 
 YES_NO = ("Yes", "No")
 
@@ -27,14 +27,14 @@ class Item:
     """One judged question: images, texts, and their truth table.
 
     Args:
-        id: unique within its benchmark.
-        images: images that the texts are judged on; an image is a tuple of pictures, empty for text alone.
+        id: name that is unique within the benchmark.
+        images: images that the texts are judged on; an image is a tuple of pictures, empty for text only.
         texts: captions, options or answers.
         match: 1 where a text is true of an image, 0 where it is false.
         prompt: the question, with the benchmark's own instruction; empty for captions.
         listed: True if the prompt lists the options and the texts are their letters.
-        tags: keys by which metrics group items, such as a category or the item's pair.
-        cluster: items of one cluster are drawn together by a bootstrap, because they share pictures or a pair.
+        tags: values by which metrics group items, such as a category or the item's pair.
+        cluster: name of the item's cluster. A bootstrap draws the items of a cluster together, because they share pictures or a pair.
     """
 
     id: str
@@ -56,7 +56,7 @@ class Item:
 
     @property
     def repeats(self) -> bool:
-        """True if two of its texts are equal for a model."""
+        """True if two texts are equal when normalised."""
         return len({normalised(text) for text in self.texts}) < len(self.texts)
 
 
@@ -87,9 +87,9 @@ class Outcome:
 
     Args:
         seen: a score per image and text.
-        blank: a score per text on one blank picture: the language prior.
+        blank: a score per text on a blank picture: the language prior.
         shuffled: a score per text on another item's picture; None if there is no such picture or it was not requested.
-        consistency: share of the option orders in which the model chooses the same option as over all orders; None without orders.
+        consistency: share of option orders in which the model chooses the same option as on average over orders; None without orders.
         prior: a score per option without picture and question; None if it was not requested.
         said: the generated text about each image; None for a probe that generates nothing.
     """
@@ -107,8 +107,8 @@ class Outcome:
 class Judged:
     """An item and one table of scores for it.
 
-    A ``blind`` table has the same scores for every image; a tie counts as a guess in it and as wrong in other tables. ``draw``
-    distinguishes the copies of an item in a bootstrap: a pair that is drawn twice counts as two pairs.
+    A ``blind`` table has the same scores for every image. In such a table a tie counts as a guess, in other tables as wrong. ``draw``
+    distinguishes copies of an item in a bootstrap: a pair that is drawn twice counts as two pairs.
     """
 
     item: Item
@@ -118,7 +118,7 @@ class Judged:
 
 
 Values = dict[str, float]
-"""Name of a metric -> its value in %. ``macro`` is the value of the whole benchmark, ``macro/add_att`` that of a part."""
+"""Name of a metric -> its value in %. ``macro`` is the value of the whole benchmark, and ``macro/add_att`` that of one part."""
 Metrics = Callable[[Sequence[Judged]], Values]
 
 
@@ -127,14 +127,14 @@ class Benchmark:
     """A public benchmark, or one of your own: ``BENCHMARKS["mine"] = Benchmark(...)``.
 
     Args:
-        title: its authors' name for it.
-        files: its official files; rows of a file without columns are not read.
-        item: makes one item or several of a row; None for a row that does not count. Its exceptions are reported with the row.
+        title: name that the authors gave it.
+        files: official files; rows of a file without columns are not read.
+        item: function from a row to an item or several, or to None for a row that does not count. Its exceptions are reported with the row.
         metrics: pure function of judged items.
-        headline: the metric that a table shows.
+        headline: name of the metric that an overview shows.
         probes: names of the probes that fit, the default first.
         chance: values of random scores for metrics that are not sums of independent comparisons; others are computed from ties.
-        total: rows of all official files together.
+        total: number of rows of all official files together; None if it is not known.
         unofficial: deviations from the authors' protocol.
     """
 
@@ -151,7 +151,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The items of a benchmark: at most about ``limit`` of the ``in_files``.
+    """The items of a benchmark: about ``limit`` of the ``in_files`` items in the files, or all if ``limit`` is None.
 
     ``problems`` holds an error for each unreadable row and each missing picture. ``notes`` report deviations such as another revision of a
     file.
@@ -165,9 +165,9 @@ class Loaded:
 
 
 def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda line: None, limit: int | None = None) -> Loaded:
-    """Load the items of a benchmark from its files in ``root``: all of them, or about ``limit`` that are spread evenly.
+    """Load the items of a benchmark from its files in ``root``: all of them, or about ``limit`` items spread evenly over them.
 
-    The pictures must exist but are not opened. ``say`` reports the progress of long work.
+    The pictures must exist but are not opened. Problems are returned, not raised. ``say`` reports the progress of long work.
     """
     source, items, problems = Source(root, say), dict[str, Item](), list[DataError]()
     if not root.is_dir():
@@ -219,7 +219,9 @@ def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Return about ``limit`` items, spread evenly over all items in whole clusters, so that no part is missing and no pair is split."""
+    """Return about ``limit`` items in whole clusters that are spread evenly, so no part is missing and no pair is split. If ``limit`` is
+    None, return all items.
+    """
     if limit is None or limit >= len(items):
         return list(items)
     members = places_of([item.cluster or item.id for item in items])
@@ -229,7 +231,7 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def places_of(names: Sequence[str]) -> list[list[int]]:
-    """Return the places of each name, in the order of its first appearance."""
+    """Return the indices at which each distinct name occurs, in the order of first occurrence."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         places.setdefault(name, []).append(place)
@@ -237,9 +239,9 @@ def places_of(names: Sequence[str]) -> list[list[int]]:
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
-    """Return the tables that metrics are computed from: ``seen``, and ``blank``, ``shuffled`` and ``prior``, which show the language prior.
+    """Return the tables from which metrics are computed: ``seen`` and, for the language prior, ``blank``, ``shuffled`` and ``prior``.
 
-    A table contains only the items that have its scores.
+    A table contains only the items that have its scores, and an empty table is left out.
     """
     tables = {"seen": [Judged(outcome.item, outcome.seen) for outcome in outcomes]}
     for name in ("blank", "shuffled", "prior"):
@@ -249,7 +251,7 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 
 def chance(benchmark: Benchmark, items: Sequence[Item]) -> Values:
-    """Return the values of random scores on these items: every comparison is a tie, except where the benchmark states a value."""
+    """Return the values of random scores on these items. They are computed from ties unless the benchmark states a value."""
     names = benchmark.metrics(tied(items))
     stated = {name: benchmark.chance[base] for name in names if (base := name.split("/")[0]) in benchmark.chance}
     return benchmark.metrics(tied(items, blind=True)) | stated
@@ -261,7 +263,7 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the values of each table (see ``judged``) and of ``chance``. ``seen`` also has the mean ``consistency`` over orders of
+    """Return the metrics of each table (see ``judged``) and of ``chance``. ``seen`` also has the mean ``consistency`` over orders of
     options.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}

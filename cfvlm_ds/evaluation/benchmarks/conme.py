@@ -1,6 +1,4 @@
-"""ConMe (Huang et al. 2024, arXiv 2406.08164): questions on details of a picture with two options, of which the false one is hard for
-models.
-"""
+"""ConMe (Huang et al. 2024, arXiv 2406.08164): questions about details of a picture with two options, one of them a hard negative."""
 
 from __future__ import annotations
 

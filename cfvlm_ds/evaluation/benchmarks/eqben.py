@@ -32,7 +32,7 @@ def item(row: Row) -> Item:
 
 
 def _picture(row: Row, name: Any) -> Path:
-    """Return a picture. The official files store video frames as BGR arrays, which are converted once to PNG."""
+    """Return the path of a picture. The official files store video frames as BGR arrays, which are converted once to PNG."""
     path, source = row.picture(name, "images"), row.source
     if path.suffix != ".npy" or path in source.absent:
         return path

@@ -28,10 +28,11 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return aAcc (questions), qAcc (questions right on all figures of their set) and fAcc (figures with all questions right).
+    """Return the shares of right answers (aAcc), of questions right on all figures of their set (qAcc) and of figures with all questions
+    right (fAcc).
 
-    ``NAME`` covers all rows, as in the authors' code. ``NAME_pictures`` covers the rows with a picture; leaderboards show the mean of these
-    three. Sets and figures are identified by category and subcategory, because VD and VS each have an ``ocr`` with the same numbers.
+    ``NAME`` covers all rows, as in the authors' code. ``NAME_pictures`` covers only rows with a picture; leaderboards show the mean of
+    these three. Keys of sets and figures include category and subcategory, because VD and VS each have an ``ocr`` with the same numbers.
     """
     values = _three(table, "")
     pictured = _three([judged for judged in table if judged.item.tags["picture"] == "with"], "_pictures")

@@ -1,7 +1,7 @@
 """Metrics of benchmarks: pure functions of judged items, in %.
 
-``seen`` tables follow the official rules, by which a tie is wrong. A blind table has the same scores for every image. There a tie counts as
-a guess among the tied texts, parts of a conjunction multiply, and metrics that compare images are absent.
+``seen`` tables follow the official rules, by which a tie is wrong. A blind table has the same scores for every image. In a blind table, a
+tie counts as a guess among the tied texts, the probabilities of a conjunction are multiplied, and metrics that compare images are absent.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Values
 
 Key = Callable[[Judged], str]
 _KNOWN = 1 << 16
-"""Items whose results are cached: a bootstrap draws each of them a thousand times."""
+"""Number of items whose results are cached, because a bootstrap draws each of them up to a thousand times."""
 
 
 def tag(*names: str) -> Key:
-    """Return a key function: the value of one tag of an item, or of several together."""
+    """Return a key function, which returns the value of an item's tag, or the joined values of several tags."""
     return lambda judged: "\0".join(judged.item.tags[name] for name in names)
 
 
 def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
-    """Return the items by a key, in the order of their first appearance."""
+    """Group the items by key, in the order of the keys' first occurrence."""
     groups: dict[str, list[Judged]] = {}
     for judged in table:
         groups.setdefault(key(judged), []).append(judged)
@@ -35,12 +35,12 @@ def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
 
 
 def sets(table: Iterable[Judged], key: Key) -> list[list[Judged]]:
-    """Return the items that are judged together, such as a pair, by a key. A pair that a bootstrap has drawn twice is two sets."""
+    """Return the sets of items with the same key, such as pairs, that are judged together. A pair that is drawn twice is two sets."""
     return list(grouped(table, lambda judged: f"{judged.draw}\0{key(judged)}").values())
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean in %; ``values`` must not be empty."""
+    """Return the mean of shares in %; ``values`` must not be empty."""
     return 100 * sum(values) / len(values)
 
 
@@ -71,7 +71,7 @@ def _nan(scores: Sequence[float]) -> bool:
 
 
 def all_right(judged: Judged) -> float:
-    """Return 1 if the texts of every image are right, else 0; a probability in a blind table."""
+    """Return 1 if ``text_right`` holds for every image, else 0. In a blind table, return the probability of this."""
     return prod(text_right(judged, image) for image in range(len(judged.scores)))
 
 
@@ -93,13 +93,13 @@ def accuracy(table: Sequence[Judged]) -> Values:
 
 
 def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
-    """Return the accuracy of each part as ``macro/PART``, and their mean. A part of fewer than ``least`` items does not count."""
+    """Return the accuracy of each part as ``macro/PART``, and their mean as ``macro``. Parts of fewer than ``least`` items are left out."""
     parts = {f"macro/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, key).items() if len(part) >= least}
     return means(parts, {"macro": "macro/"}) | parts
 
 
 def by(name: str, metrics: Metrics) -> Metrics:
-    """Return a metric function: the values of all items and, as METRIC/PART, of the items of each tag."""
+    """Return a function that computes ``metrics`` over all items and, as METRIC/PART, over the items of each value of the tag ``name``."""
 
     def of_all_and_parts(table: Sequence[Judged]) -> Values:
         values = metrics(table)
@@ -111,12 +111,14 @@ def by(name: str, metrics: Metrics) -> Metrics:
 
 
 def macro_by(name: str, least: int = 1) -> Metrics:
-    """Return a metric function: the accuracy of each tag, their mean (see ``macro``), and the accuracy of all items."""
+    """Return a function that computes the accuracy for each value of the tag ``name``, their mean (see ``macro``), and ``accuracy``."""
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """Return the mean of the ``values`` with each given prefix, under the prefix's name. A prefix without values is omitted."""
+    """Return, for each (name, prefix) of ``starts``, the mean of the values whose names have the prefix. Prefixes without values are
+    omitted.
+    """
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
     return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}
 
@@ -133,11 +135,11 @@ def quads(table: Sequence[Judged]) -> Values:
 
 
 QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
-"""Chance for two images and two texts."""
+"""Values of random scores for two images and two texts, in %."""
 
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
-    """Return the share of sets, grouped by a key, whose items are all right; None without any set."""
+    """Return the share of sets of items with the same key in which all items are right; None without items."""
     products = [prod(map(all_right, members)) for members in sets(table, key)]
     return mean(products) if products else None
 
@@ -146,8 +148,8 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 
 def said(judged: Judged, text: int) -> float:
-    """Return 1 if the answer is this text, that is, if it beats all others. In a blind table a tie is shared; in other tables it is no
-    answer.
+    """Return 1 if the answer is this text, that is, if it beats all others, else 0. With a tie there is no answer, except in a blind table,
+    where each of n tied texts gets 1/n.
     """
     return _said(judged.scores[0], text, judged.blind)
 
@@ -159,9 +161,9 @@ def _said(scores: tuple[float, ...], text: int, blind: bool) -> float:
 
 
 def binary(table: Sequence[Judged], positive: int = 0) -> Values:
-    """Return accuracy, precision, recall and F1 of the answer ``positive`` (0: yes), and the share of yes among all predictions.
+    """Return accuracy, precision, recall and F1 of the answer ``positive`` (0: yes, 1: no), and the share of items answered with yes.
 
-    An item has the texts yes and no, in this order. An answer that is neither counts as wrong and not as a prediction. If no item is
+    An item has the texts yes and no, in this order. An item without an answer is wrong, and is not a prediction in precision. If no item is
     positive, only accuracy and the share of yes are returned.
     """
     if not table:
@@ -179,21 +181,21 @@ def binary(table: Sequence[Judged], positive: int = 0) -> Values:
 
 
 def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
-    """Return for each item the log-odds of yes over no, in nats, and True if yes is correct."""
+    """Return, for each item, the log-odds of yes over no in nats, and True if yes is correct."""
     return [(judged.scores[0][0] - judged.scores[0][1], bool(judged.item.match[0][0])) for judged in table]
 
 
 def _by_answer(pairs: Sequence[tuple[float, bool]]) -> tuple[Any, Any]:
-    """Return the sorted margins of items whose answer is yes, and of the others."""
+    """Return the sorted margins of items whose answer is yes, and those of the other items."""
     yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
     return yes, no
 
 
 def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
-    """Return the area under the ROC curve in %: the share of pairs of a yes and a no item in which the yes has the larger margin, a tie one
-    half.
+    """Return the area under the ROC curve in %: the share of pairs of a yes and a no item in which the yes item has the larger margin. A
+    tie counts as one half.
 
-    None if one of the two answers never occurs or a score is not a number.
+    Return None if one of the two answers never occurs or a score is not a number.
     """
     yes, no = _by_answer(pairs)
     if not len(yes) or not len(no) or np.isnan([*yes, *no]).any():
@@ -203,8 +205,8 @@ def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
 
 
 def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
-    """Return the margin threshold for yes that classifies the most ``pairs`` correctly; of several, the one nearest to 0, then the
-    smaller.
+    """Return the margin threshold for yes that classifies the most ``pairs`` correctly. Of several such thresholds, return the one nearest
+    to 0, and of two equally near the smaller one.
     """
     yes, no = _by_answer(pairs)
     values = np.unique([margin for margin, _ in pairs])
@@ -216,7 +218,7 @@ def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
 def calibrated(table: Sequence[Judged]) -> float | None:
     """Return the accuracy in % with a threshold that is fitted on the other half of the clusters. A hash of the cluster selects its half.
 
-    None if a half is empty. A model that answers yes to everything but separates the classes scores high.
+    Return None if a half is empty or a margin is not finite. A model that always answers yes but separates the classes scores high.
     """
     halves: tuple[list[tuple[float, bool]], list[tuple[float, bool]]] = ([], [])
     for judged, pair in zip(table, margins(table), strict=True):
@@ -238,7 +240,7 @@ def _half(cluster: str) -> int:
 
 
 def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
-    """Return ``binary`` with the area under the ROC curve and, for tables that are not blind, the accuracy with a calibrated threshold."""
+    """Return the metrics of ``binary``, the area under the ROC curve and, unless a table is blind, the accuracy of ``calibrated``."""
     values = binary(table, positive)
     if (area := auc(margins(table))) is not None:
         values["auc"] = area

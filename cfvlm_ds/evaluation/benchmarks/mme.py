@@ -32,9 +32,9 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the score of each task, at most 200: its accuracy plus the share of pictures with both answers right.
+    """Return the score of each task, at most 200: its accuracy plus the share of pictures with both answers right. Also return sums.
 
-    The sums over tasks are at most 2,000 (perception) and 800 (cognition); a sum is absent if a task is.
+    The sums over tasks are at most 2,000 (perception) and 800 (cognition). A sum is absent if one of its tasks is.
     """
     if not table:
         return {}

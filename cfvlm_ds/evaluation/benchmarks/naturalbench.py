@@ -41,8 +41,8 @@ def items(row: Row) -> list[Item]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return four shares: right answers, questions that are right on both pictures, pictures with both questions right, and groups with all
-    right.
+    """Return the shares of right answers (accuracy), of questions right on both pictures (q_acc), of pictures with both questions right
+    (i_acc) and of groups with all answers right (g_acc).
     """
     if not table:
         return {}

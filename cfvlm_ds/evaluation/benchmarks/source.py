@@ -1,8 +1,8 @@
 """Official files of a benchmark in its folder: rows with their locations, and pictures with their paths.
 
-The files come from others, so sizes are bounded and a name in a row cannot lead to a file outside the folder. A folder of pictures may be a
+The files are untrusted, so sizes are bounded and a name in a row cannot lead to a file outside the folder. A folder of pictures may be a
 link, because picture collections are large and shared; a link inside it must stay inside. Parquet files are converted once to JSON lines,
-and the pictures in them to parts of one file (cfvlm_ds.data.containers).
+and their pictures are copied into one file (cfvlm_ds.data.containers).
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _AGAIN = "get the official file again"
 
 @dataclass(frozen=True)
 class File:
-    """An official file of rows: .json, .jsonl, .csv, .tsv, .parquet, or .txt with columns that tabs separate.
+    """An official file of rows: .json, .jsonl, .csv, .tsv, .parquet, or .txt with a tab between its two columns.
 
     Args:
         name: path below the benchmark's folder; ``*`` for any name, ``**`` for any folders.
-        columns: columns that a row must have; others are metadata, unless they look like a misspelt one.
-        rows: rows of the official file; None if that is not known.
-        lines: a JSON lines file that replaces it where it exists.
-        part: the part that its rows belong to, such as a split.
-        unnamed: True if its rows are lists with the values of the columns.
+        columns: columns that a row must have. Other columns are metadata; a misspelt column is an error.
+        rows: number of rows of the official file; None if it is not known.
+        lines: JSON lines file that is read instead if it exists.
+        part: part of the benchmark to which the rows belong, such as a split.
+        unnamed: True if rows are lists with the values of the columns.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Row:
     """A row of an official file.
 
     Args:
-        values: column -> value, further columns included.
-        where: its location, with which every error begins.
-        number: its place in its file: a number from 1, or the key of an object.
-        part: the part of its file.
-        file: the name of its file, below the benchmark's folder.
-        source: the folder.
+        values: column -> value, including columns that the file does not require.
+        where: location of the row, with which every error begins.
+        number: number of the row in its file, from 1, or its key in an object.
+        part: part of the benchmark to which the file belongs.
+        file: path of the file below the benchmark's folder.
+        source: folder of the benchmark.
     """
 
     values: dict[str, Any]
@@ -81,14 +81,14 @@ class Row:
         return DataError(f"{self.where}: {problem}; {remedy}")
 
     def text(self, column: str) -> str:
-        """Return a text without the spaces around it. Raises DataError for another type or an empty one."""
+        """Return a text without white space around it. Raises DataError for a value that is not a text, or is empty."""
         value = self[column]
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{column!r} must be a text, not {quoted(value)}")
         return value.strip()
 
     def choice(self, column: str, known: Sequence[Any]) -> int:
-        """Return the place of a value in ``known``; case does not count. Raises DataError for another value."""
+        """Return the index of a value in ``known``, ignoring case. Raises DataError for another value."""
         value = self[column]
         plain = [entry.lower() if isinstance(entry, str) else entry for entry in known]
         normalised = value.strip().lower() if isinstance(value, str) else value
@@ -97,16 +97,16 @@ class Row:
         return plain.index(normalised)
 
     def truth(self, column: str, known: Sequence[Any]) -> tuple[int, ...]:
-        """Return a row of a truth table: 1 at the value's place in ``known``. Raises DataError as ``choice`` does."""
+        """Return a row of a truth table, with 1 at the value's index in ``known``. Raises the same errors as ``choice``."""
         return one_hot(self.choice(column, known), len(known))
 
     def picture(self, name: Any, *folders: str) -> Path:
-        """Return the file of a picture, see ``Source.picture``."""
+        """Return the path of a picture; see ``Source.picture``."""
         return self.source.picture(self.where, name, *folders)
 
 
 def one_hot(gold: int, size: int) -> tuple[int, ...]:
-    """Return a row of a truth table in which one text is true."""
+    """Return a row of a truth table in which only the text ``gold`` is true."""
     return tuple(int(place == gold) for place in range(size))
 
 
@@ -115,9 +115,9 @@ class Source:
     """The folder of a benchmark; ``say`` reports the progress of long work on its files.
 
     Attributes:
-        counts: official file -> its number of rows.
-        read: official file -> the file that was read for it.
-        absent: missing picture that a row names -> the error for the first such row.
+        counts: name of an official file -> number of its rows, without those that do not count.
+        read: name of an official file -> name of the file that was read for it.
+        absent: path of a missing picture -> error of the first row that names it.
     """
 
     root: Path
@@ -126,7 +126,7 @@ class Source:
     read: dict[str, str] = field(default_factory=dict)
     absent: dict[Path, DataError] = field(default_factory=dict)
     _brought: tuple[Path, ...] = ()
-    """Folder of the pictures that the current file contained."""
+    """Folder with the pictures of the current file, if the file contained them."""
     _confined: dict[tuple[Path, ...], Confinement] = field(default_factory=dict)
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
@@ -172,8 +172,8 @@ class Source:
             yield error
 
     def _prepared(self, path: Path) -> _Placed:
-        """Yield the rows of Parquet files, which are converted to JSON lines the first time. A JSON string in place of a row is its error
-        message.
+        """Yield the rows of Parquet files, which are converted to JSON lines on first use. A line that is a JSON string instead of an
+        object is the error message of its row.
         """
         from cfvlm_ds.data.containers.prepared import prepare
 
@@ -183,9 +183,9 @@ class Source:
             yield place, DataError(value) if isinstance(value, str) else value
 
     def picture(self, where: str, name: Any, *folders: str) -> Path:
-        """Return the file of a picture that a row names, in the first of ``folders`` that has it. A picture in none of them is ``absent``.
+        """Return the path of a picture that a row names, in the first of ``folders`` that has it. If none has it, add it to ``absent``.
 
-        A folder that begins with ``../`` lies beside this benchmark's folder and is shared by benchmarks. Raises a DataError that begins
+        A folder that begins with ``../`` is next to the benchmark's folder and shared by several benchmarks. Raises a DataError that begins
         with ``where`` for an invalid name.
         """
         if not isinstance(name, str):
@@ -207,7 +207,7 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Write a picture that was derived from an official one as PNG below the benchmark's folder.
+    """Write a picture that was derived from an official one as PNG below the benchmark's folder, and return its path.
 
     Raises StorageError, and ConfigError if a link leads out of the folder.
     """
@@ -240,11 +240,11 @@ def _checked(where: str, value: Any, file: File) -> dict[str, Any]:
 
 
 _Placed = Iterator[tuple[str, Any]]
-"""Yields the values of a file with their locations, or the DataError of one."""
+"""Iterator over the values of a file, or their DataErrors, each after its location."""
 
 
 def _json_values(path: Path) -> _Placed:
-    """Yield the values of one JSON value, or of one object per line: published files of both kinds are named .json."""
+    """Yield the rows of a file that is one JSON value, or one object per line. Published files of both kinds are named .json."""
     content = read_bytes(path, MAX_FILE).decode("utf-8-sig")
     try:
         value = parse_json(content)

@@ -21,7 +21,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the mean of the subsets, each subset, and the means of the three kinds of edits."""
+    """Return the accuracy on each subset, their mean, the means over the three kinds of edits, and the accuracy over all items."""
     values = macro(table, tag("subset"))
     return values | means(values, {f"macro/{kind}": f"macro/{kind}_" for kind in ("add", "replace", "swap")}) | accuracy(table)
 

@@ -9,7 +9,7 @@ VALID = {
     "existence": 505, "plurals": 851, "counting-hard": 868, "counting-small-quant": 900, "counting-adversarial": 691, "relations": 535,
     "action-replacement": 648, "actant-swap": 949, "coreference-standard": 708, "coreference-hard": 104, "foil-it": 943,
 }  # fmt: skip
-"""File -> valid rows: rows in which two of three annotators preferred the caption to the foil."""
+"""File -> number of valid rows, in which at least two of three annotators preferred the caption to the foil."""
 VOTES = 2
 COLUMNS = ("dataset", "image_file", "caption", "foil", "mturk")
 

@@ -16,7 +16,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the scores of all items and of each category, and the means over categories as ``NAME_macro``, which the authors report."""
+    """Return the scores over all items and each category, and as ``NAME_macro`` the means over categories, which the authors report."""
     values = by("category", quads)(table)
     return values | means(values, {f"{name}_macro": f"{name}/" for name in ("text", "image", "group")})
 

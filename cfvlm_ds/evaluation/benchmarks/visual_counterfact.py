@@ -25,7 +25,7 @@ def item(row: Row) -> Item:
 
 
 def _answers(row: Row, column: str) -> list[str]:
-    """Return a text as a list of one, or a list that one revision of the files writes as a Python literal."""
+    """Return the answers in a column as a list. The column has a text, a list or, in one revision of the files, a Python literal."""
     value = as_list(row[column])
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):

@@ -50,8 +50,8 @@ def _controlled(row: Row) -> Item:
 
 
 def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
-    """Return the two objects and the pair of relations from a file name such as ``beer-bottle_left_of_armchair.jpeg``, as the authors' code
-    does.
+    """Return the two objects and the pair of relations from a file name such as ``beer-bottle_left_of_armchair.jpeg``, by the rule of the
+    authors' code. Raises DataError for a name without a relation.
     """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
@@ -60,10 +60,10 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy of each part. Controlled pictures also have the share of relation pairs and of scenes whose pictures are all
-    right.
+    """Return the accuracy of each part. The controlled parts also have the shares of pairs and of scenes in which all pictures are right.
 
-    An incomplete pair or scene counts as wrong, as in the authors' code, which divides by a half and a quarter of the number of pictures.
+    An incomplete pair or scene counts as wrong, because the number of pairs is taken as half of the number of pictures, and the number of
+    scenes as a quarter, as in the authors' code.
     """
     values: Values = {}
     for part, members in grouped(table, tag("part")).items():

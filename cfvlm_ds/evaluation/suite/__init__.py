@@ -1,1 +1,1 @@
-"""Benchmark suite: items are checked, scored unless their scores are on disk, and the results are written, shown and compared."""
+"""Benchmark suite: checks items, scores those without scores on disk, and writes, shows and compares results."""

@@ -1,9 +1,9 @@
-"""Confidence intervals of metrics, which are any functions of judged items, and of their differences between two models.
+"""Confidence intervals of metrics, and of their differences between two models. A metric may be any function of judged items.
 
-The items of a cluster, such as those of a picture, are not independent and are drawn and exchanged together. A single model has a
-bootstrap, whose draw k is a function of the seed and k, so that ranks can share the draws. Percentile intervals of few clusters are too
-narrow: there are none below ``FEWEST_DRAWN`` clusters. Two models exchange their answers in a permutation test, which is exact for any
-number of clusters.
+The items of a cluster, such as those about one picture, are not independent, so they are drawn and exchanged together. The intervals of a
+single model come from a bootstrap, in which draw k depends only on the seed and k, so ranks can share the draws. Percentile intervals of
+few clusters are too narrow, so there are none below ``FEWEST_DRAWN`` clusters. Two models are compared by a permutation test, which
+exchanges their answers and is exact for any number of clusters.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values
 Interval = tuple[float, float]
 LEVEL, SEED = 0.95, 0
 LEAST_CLUSTERS = 6
-"""With n clusters the rarest exchange has a share of 2 / 2^n, which is above 5 % below this number."""
+"""Least number of clusters of a test. With n clusters, the smallest possible p-value is 2 / 2^n, which is above 5 % for fewer clusters."""
 FEWEST_DRAWN = 30
-"""Clusters whose intervals contain the true share in 92 to 96 % of simulations; with 10 it is 66 to 96 %, with 6 it is 45 to 97 %."""
+"""Least number of clusters of a bootstrap. Its intervals contain the true share in 92 to 96 % of simulations; with 10 clusters in 66 to 96
+%, and with 6 in 45 to 97 %."""
 MOST_DRAWS, LEAST_DRAWS = 1000, 200
-_ITEMS_OF_ALL = 10_000_000  # limit of items over all draws: a benchmark of fifty thousand items has fewer draws
+_ITEMS_OF_ALL = 10_000_000  # limit of items over all draws, so a benchmark of fifty thousand items has fewer draws
 
 
 def draws_for(num_items: int) -> int:
-    """Return the default number of draws for a number of items."""
+    """Return the default number of draws for ``num_items`` items."""
     return max(LEAST_DRAWS, min(MOST_DRAWS, _ITEMS_OF_ALL // max(1, num_items)))
 
 
@@ -38,7 +39,7 @@ class Bootstrap:
     """Draws of whole clusters with replacement, and exchanges of whole clusters between two tables.
 
     Args:
-        clusters: the cluster of each item, in the tables' order.
+        clusters: name of each item's cluster, in the order of the tables.
     """
 
     def __init__(self, clusters: Sequence[str]) -> None:
@@ -50,7 +51,7 @@ class Bootstrap:
         return len(self._members)
 
     def draw(self, k: int) -> list[tuple[int, int]]:
-        """Return draw ``k`` as pairs (item, copy); ``copy`` counts repeated draws of the item's cluster from 0."""
+        """Return draw ``k`` as pairs (index of an item, copy); ``copy`` counts repeated draws of the item's cluster from 0."""
         generator = random.Random(f"{SEED}/{k}")
         copies = [0] * len(self._members)
         drawn = []
@@ -64,10 +65,10 @@ class Bootstrap:
         return metrics([Judged(table[n].item, table[n].scores, draw=copy) if copy else table[n] for n, copy in self.draw(k)])
 
     def exchanges(self, draws: int) -> Iterator[set[int]]:
-        """Yield the items that two models exchange, in whole clusters: first none, then every choice of clusters, or ``draws`` random ones.
+        """Yield the indices of items that two models exchange, in whole clusters: first none, then every choice of clusters.
 
-        The choices are random if there are more than ``draws``. The first cluster always stays, since the opposite choice only changes the
-        sign of a difference.
+        If there are more than ``draws`` choices, ``draws`` random ones are used. The first cluster is never exchanged, because the opposite
+        choice only changes the sign of a difference.
         """
         rest = self._members[1:]
         ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
@@ -79,16 +80,16 @@ class Bootstrap:
 
 
 def bootstrap_of(outcomes: Sequence[Outcome]) -> Bootstrap:
-    """Return the bootstrap of some items: items that share a picture or a pair are drawn together."""
+    """Return the bootstrap of the items of ``outcomes``, in which items of one cluster are drawn together."""
     return Bootstrap([outcome.item.cluster or outcome.item.id for outcome in outcomes])
 
 
 def drawn_together(
     world: World, outcomes: Sequence[Outcome], metrics: Metrics, draws: int | None, label: str, barrier: ProgressBarrier
 ) -> list[Values]:
-    """Return the metrics of each draw, in order, on every rank; empty for too few clusters.
+    """Return the metrics of each draw, in order, on every rank; [] for too few clusters.
 
-    Ranks share the draws and wait as long as one of them makes progress.
+    The ranks share the draws, and wait for each other as long as one of them makes progress.
     """
     bootstrap, table = bootstrap_of(outcomes), judged(outcomes)["seen"]
     draws = draws_for(len(outcomes)) if draws is None else draws
@@ -108,7 +109,7 @@ def drawn_together(
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """Return the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two."""
+    """Return the interval of the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two values."""
     finite = [value for value in values if value == value]
     if len(finite) < 2:
         return None
@@ -126,11 +127,11 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:
-    """Return the intervals of the differences between two models. ``differences`` holds the observed differences, then those after each
+    """Return the intervals of the differences between two models. ``differences`` has the observed differences first, then those after each
     exchange.
 
-    An interval excludes 0 if fewer than 5 % of the exchanges reach the difference, as in an exact test. The metrics are tested together
-    (max-T of Westfall and Young): for two equal models all intervals contain 0 in 95 % of cases.
+    An interval excludes 0 if at most 5 % of the exchanges reach the observed difference, as in an exact test. The metrics are tested
+    together (max-T of Westfall and Young): for two equal models, all intervals contain 0 in 95 % of cases.
     """
     scales = {name: math.sqrt(sum(difference[name] ** 2 for difference in differences) / len(differences)) for name in names}
     units = {name: [round(difference[name] / scale, 9) for difference in differences] for name, scale in scales.items() if scale > 1e-9}

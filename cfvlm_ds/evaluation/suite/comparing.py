@@ -1,6 +1,6 @@
 """Comparison of two folders of results: differences with intervals from an exact test, and the items whose outcome changed.
 
-Neither the model nor the benchmark's files are needed: metrics are recomputed from the scores of the items that both folders have.
+Neither the model nor the benchmark's files are needed, because metrics are recomputed from the scores of items that both folders have.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after, and the interval of its difference; None with too few ``clusters`` or without draws."""
+    """A metric before and after, and the interval of its difference, which is None with too few ``clusters`` or without draws."""
 
     before: float
     after: float
@@ -40,7 +40,7 @@ class Difference:
 
     @property
     def resolved(self) -> bool:
-        """True if the interval excludes 0 and so fixes the sign of the difference."""
+        """True if the interval excludes 0, so it determines the sign of the difference."""
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
     def __str__(self) -> str:
@@ -60,14 +60,14 @@ class Compared:
     notes: Sequence[str]
 
     def changes(self) -> tuple[list[str], list[str]]:
-        """Return the items that were wrong and are right, and those that were right and are wrong."""
+        """Return the ids of items that were wrong before and are right now, and of items that were right before and are wrong now."""
         right = [(after.item.id, is_right(self.benchmark, before), is_right(self.benchmark, after)) for before, after in self.pairs]
         return [item for item, was, now in right if now and not was], [item for item, was, now in right if was and not now]
 
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
-    """Return True if all true texts of an item beat all false ones on every image and, for a benchmark of images, also the other way
-    round.
+    """Return whether all true texts of an item beat all false ones on every image. If the headline of the benchmark compares images, each
+    text must also prefer the images that it is true of.
     """
     table = Judged(outcome.item, outcome.seen)
     of_images = benchmark.headline.split("_")[0] in ("group", "image")
@@ -77,7 +77,7 @@ def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
 def compare_results(
     before: Path, after: Path, draws: int | None = None, say: Callable[[str], object] = lambda line: None
 ) -> list[Compared]:
-    """Compare the results that both folders have, in order.
+    """Compare the results that both folders have, in the order of ``before``.
 
     Raises ConfigError if they have nothing in common, and DataError for files that are not results.
     """
@@ -115,7 +115,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
 
 
 def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]], list[str]]:
-    """Return the outcomes of items that both have, and notes about the others."""
+    """Return the outcomes of items that both results have, and notes on differences between the results."""
     first, second = ({outcome.item.id: outcome for outcome in result.outcomes} for result in (before, after))
     same = [name for name in first if name in second and _content(first[name]) == _content(second[name])]
     notes, shared = [], set(same)
@@ -139,7 +139,7 @@ def _content(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(results: Sequence[Compared], before: str, after: str) -> str:
-    """Return a table with the headline of each benchmark and every other resolved metric, the items whose outcome changed, and notes."""
+    """Return a table with each benchmark's headline and other resolved metrics, then the items whose outcome changed, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",

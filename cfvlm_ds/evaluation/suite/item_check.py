@@ -1,6 +1,6 @@
-"""Item check before scoring: every picture is opened once and every text measured once, and the ranks share the work.
+"""Item check before scoring: every picture is opened once and every text is measured once, and the ranks share the work.
 
-Items that the model cannot take are named: a picture that cannot be read, a text that does not fit the context window.
+Items that the model cannot process are named: those with an unreadable picture, or with a text that exceeds the context window.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from cfvlm_ds.evaluation.suite.selection import Way
 
 @dataclass(frozen=True)
 class Checked:
-    """The items that the model can take, the others by id with the reason, and the records of the pictures."""
+    """Items that the model can process, ids of the other items with the reasons, and the table of the pictures."""
 
     items: tuple[Item, ...]
     left_out: tuple[tuple[str, str], ...]
     pictures: PictureTable
 
     def identity(self) -> dict[str, Any]:
-        """Return the identity of the items: a digest of their texts and of their pictures' contents."""
+        """Return the identity of the items: their number, a digest of their texts, and a digest of their pictures' contents."""
         texts, pictures = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         for item in self.items:
             content = [item.id, item.prompt, item.listed, item.texts, item.match, sorted(item.tags.items())]
@@ -53,9 +53,9 @@ def checked_items(
     label: str,
     seen: dict[Path, Picture | str] | None = None,
 ) -> Checked:
-    """Check all items; collective. An invalid item raises no error.
+    """Check all items. All ranks must call this. An invalid item raises no error.
 
-    Pictures in ``seen`` are not opened again, and newly opened ones are added to it.
+    Pictures in ``seen`` are not opened again, and newly opened pictures are added to it.
     """
     barrier = ProgressBarrier(world)
 
@@ -77,7 +77,7 @@ def checked_items(
     table = PictureTable.of((path, picture) for path, picture in pictures.items() if isinstance(picture, Picture))
 
     def problem(item: Item) -> str | None:
-        """Return the reason why a model cannot take an item, or None."""
+        """Return the reason why the model cannot process an item, or None if it can."""
         found = [[pictures[picture] for picture in image] for image in item.images]
         if unread := [entry for image in found for entry in image if isinstance(entry, str)]:
             return unread[0]
@@ -100,18 +100,18 @@ def checked_items(
 
 
 def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:
-    """Return the cells that a model must take for an item. For a generated answer, its first word represents the rest."""
+    """Return the cells of an item that must fit the model. For generated answers, return one cell with the item's first text."""
     if isinstance(way, Generate):
         return (Candidate(way.asked(item), item.texts[0]),)
-    return way.cells(item)  # the cells of the options alone are shorter
+    return way.cells(item)  # the cells without question and picture are shorter
 
 
 def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
-    """Return the prompt of an item as the chat template writes it, and the first text that is scored."""
+    """Return the prompt of an item with the chat template applied, and the first text that is scored."""
     first = cells_of(item, way)[0]
     return {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt, "answer": first.text}
 
 
 def token_lengths(collator: Collator) -> Callable[[Candidate], int]:
-    """Return a function that counts the tokens of a text under the model's tokenizer."""
+    """Return a function that counts the tokens of a candidate's text under the model's tokenizer."""
     return lambda candidate: len(collator.prompts.encoded(candidate.prompt, candidate.text, 1, "a text").text_ids)

@@ -2,8 +2,8 @@
 
 ``results.json`` records the benchmark, the probe, the model and the data, and holds the metrics. ``items.jsonl`` has a line for each item
 with its scores and everything that metrics need, so that metrics can be recomputed and models compared without the model. Neither file
-contains a time or a machine's name: the same evaluation writes the same bytes on any number of ranks, also after a kill. ``scores.jsonl``
-exists until then: a header that identifies the evaluation, and a line for each scored group of items.
+contains a time or a machine's name, so the same evaluation writes the same bytes on any number of ranks, even after an interruption.
+``scores.jsonl`` exists until the result is complete. It has a header that identifies the evaluation, and a line for each scored group.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """The results of a benchmark under one probe: the contents of results.json, and the outcomes of its items.
+    """Result of a benchmark under one probe: the contents of results.json, and the outcomes of the items.
 
-    ``called`` and ``label`` name its folders: ``called`` is the benchmark or a run's evaluation set, ``label`` the probe.
+    Its folder is CALLED/LABEL: ``called`` is the name of the benchmark or of a run's evaluation set, and ``label`` that of the probe.
     """
 
     called: str
@@ -54,7 +54,7 @@ class Result:
 
     @property
     def place(self) -> str:
-        """Its path below a folder of results."""
+        """Path below a folder of results."""
         return f"{self.called}/{self.label}"
 
     @property
@@ -78,8 +78,8 @@ def result_of(
 ) -> Result:
     """Return the result of an evaluation.
 
-    Its record consists of the ``header`` with everything that the scores depend on, the name of the ``model``, the metrics of every table,
-    the intervals from the bootstrap's ``drawn`` metrics, an ``example`` of a prompt, the items that were left out, and notes.
+    Its record has the ``header`` with everything that the scores depend on, the name of the ``model``, the metrics of every table, the
+    intervals from the bootstrap's ``drawn`` metrics, an ``example`` of a prompt, the items that were left out, and notes.
     """
     benchmark = chosen.benchmark
     counts = {"in files": len(outcomes) if in_files is None else in_files, "asked": len(outcomes), "left out": len(left_out)}
@@ -106,7 +106,7 @@ def result_of(
 
 
 def result_folder(folder: Path) -> Path:
-    """Return the folder for the files of one result, created if necessary. Raises ConfigError if a link leads elsewhere."""
+    """Return the folder for the files of one result, and create it if necessary. Raises ConfigError if a link leads elsewhere."""
     for each in (folder.parent, folder, *(folder / name for name in (RESULTS, ITEMS, SCORES))):
         refuse_link(each, "name another folder with --out")
     try:
@@ -132,7 +132,7 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot represent by null."""
+    """Return a copy of a value in which numbers that JSON cannot represent are None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -195,17 +195,17 @@ def _outcome(row: Mapping[str, Any]) -> Outcome:
 
 
 class Partial:
-    """Scores on disk before all are computed: a line for each group, or for each item with generated texts.
+    """Scores of an unfinished evaluation on disk: a line for each group or, with generated texts, for each item.
 
     Args:
-        folder: folder of the result, which its evaluation has locked.
-        header: identifies the scores; a file with another header is refused.
+        folder: folder of the result, which the evaluation has locked.
+        header: everything that the scores depend on; a file with another header is refused with a ConfigError.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         path, header = folder / SCORES, {"schema": JOURNAL, **header}
         self.rows: dict[int, Any] = {}
-        """Rows on disk, by the number of their group."""
+        """Rows on disk, keyed by the index of their group."""
         self._journal = Journal(path, alone=False)
         lines = list(records(path, "remove it"))
         if lines:
@@ -215,14 +215,16 @@ class Partial:
             self._journal.append(_exact(header))
 
     def add(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Append the scores of more groups. Raises StorageError; scores on disk stay."""
+        """Append the scores of more groups. Raises StorageError, after which the earlier scores are still on disk."""
         self._journal.append(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a file belongs to another evaluation, naming the difference."""
+    """Raise a ConfigError that names the difference if a file belongs to another evaluation."""
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
-    for name in sorted(new, key=lambda name: not name.startswith("settings.")):  # names a limit rather than its effect on the items
+    for name in sorted(
+        new, key=lambda name: not name.startswith("settings.")
+    ):  # reports a changed limit rather than its effect on the items
         was, value = old.get(name), new[name]
         if was != value:
             raise ConfigError(
@@ -232,15 +234,15 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _exact(value: Any) -> bytes:
-    """Return the scores as JSON. A value that is not finite is written as NaN or Infinity, which Python's reader accepts."""
+    """Encode scores as a line of JSON. A value that is not finite is written as NaN or Infinity, which Python's parser accepts."""
     return json.dumps(value).encode() + b"\n"
 
 
 def kept(scores: GroupScores) -> dict[str, Any]:
-    """Return a group's scores as plain numbers."""
+    """Return a group's scores as lists of numbers, keyed by name."""
     return {name: part.tolist() for name, part in vars(scores).items() if part is not None}
 
 
 def taken(row: Mapping[str, Any]) -> GroupScores:
-    """Return the scores of a row that ``kept`` has written."""
+    """Return the scores in a row that ``kept`` returned."""
     return GroupScores(**{name: torch.tensor(part, dtype=torch.float32) for name, part in row.items()})

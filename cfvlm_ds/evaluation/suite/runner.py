@@ -1,7 +1,7 @@
-"""Benchmark runner: scores benchmarks one after the other and keeps the results that are on disk.
+"""Benchmark runner: scores benchmarks one after the other, and reuses results that are on disk.
 
-The division of items into forwards depends only on the items and the settings, not on the number of ranks or the point at which an
-evaluation was killed. So the result files are identical.
+The division of items into forward passes depends only on the items and the settings, not on the number of ranks or on interruptions.
+Therefore the result files are always identical.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from cfvlm_ds.evaluation.suite.selection import OF_MODEL, Chosen, refuse_problem
 from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 
 _Rows = dict[int, dict[str, Any]]
-"""Scores or texts of groups or items, by their numbers."""
+"""Scores of groups, keyed by group index, or generated texts about items, keyed by item index."""
 MAX_TOKENS = 16_384
-"""Default tokens of a forward: a hundred questions about a picture, for any model."""
+"""Default number of tokens of a forward pass: about a hundred questions about a picture, for any model."""
 _TABLES = "results.md"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The model under evaluation: its forward, in evaluation mode on every rank, and its identity.
+    """The model under evaluation: its forward pass, in evaluation mode on every rank, and its identity.
 
-    ``identity`` holds hashes under the names ``weights``, ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if there is one, and
-    ``writing``, which covers the generation options, if the model generates. ``say`` generates text about pictures for a prompt, up to a
-    number of tokens; None for a model that cannot, such as one in parts on several GPUs.
+    ``identity`` has the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if there is one, and ``writing``, the
+    hash of the generation options, if the model generates. ``say`` generates a text about pictures for a prompt, up to a number of tokens.
+    It is None if the model cannot generate, for instance because it is partitioned over several GPUs.
     """
 
     forward: Forward
@@ -77,12 +77,12 @@ class Settings:
     """Settings of a benchmark evaluation.
 
     Args:
-        batch_size: groups of items in a batch.
-        max_tokens: largest number of tokens of a forward; a larger batch takes several. None: one forward per batch.
-        num_workers: processes that prepare batches, per rank.
-        shuffled: also show each item another item's picture.
-        skip: leave out items that the model cannot take, counted and named; otherwise the first one is an error.
-        draws: draws of the bootstrap; by default they depend on the number of items.
+        batch_size: number of groups in a batch.
+        max_tokens: maximum number of tokens of a forward pass; a larger batch takes several. None for one forward pass per batch.
+        num_workers: number of processes per rank that prepare batches.
+        shuffled: also score each item with another item's picture.
+        skip: leave out items that the model cannot process, and count and name them; otherwise the first one is an error.
+        draws: number of draws of the bootstrap; by default it depends on the number of items.
         remedy: advice for an out-of-memory error.
     """
 
@@ -97,8 +97,8 @@ class Settings:
 
 @contextlib.contextmanager
 def results_held(out: Path, world: World) -> Iterator[None]:
-    """Hold the lock of the results folder. Raises ConfigError on all ranks if another process holds it or the folder cannot hold
-    results.
+    """Hold the lock of the results folder within the block. Raises ConfigError on all ranks if another process holds it, or if the folder
+    contains something other than results.
     """
     locks: list[RunLock] = []
 
@@ -122,11 +122,11 @@ def results_held(out: Path, world: World) -> Iterator[None]:
 
 
 def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], out: Path, settings: Settings) -> list[Result]:
-    """Evaluate a model on loaded benchmarks, and write the results below ``out``, one folder each, and ``results.md``.
+    """Evaluate a model on loaded benchmarks, write each result to a folder below ``out``, and write ``results.md``. Return the results.
 
-    Results of the same model on the same data are not computed again. Every rank calls it; it returns the results on all of them.
+    Results of the same model on the same data are not computed again. All ranks must call this, and all get the results.
 
-    Raises ConfigError for a folder with results of something else, DataError for an invalid item unless such items are skipped.
+    Raises ConfigError for a folder with results of another evaluation, and DataError for an invalid item unless such items are skipped.
     """
     world = model.world
     run_on_rank0(world, lambda: _refuse_another_model(out, model))
@@ -149,7 +149,7 @@ def _refuse_another_model(out: Path, model: Asked) -> None:
 
 
 def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, settings: Settings, seen: dict[Path, Picture | str]) -> Result:
-    """Return the result of one benchmark under one probe from disk, or evaluate the model.
+    """Return the result of one benchmark under one probe: from disk if it is complete, else after evaluating the model.
 
     Pictures in ``seen`` are not opened again for the check.
     """
@@ -175,7 +175,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
     drawn = drawn_together(world, outcomes, chosen.benchmark.metrics, settings.draws, label, barrier)
 
     def relative(message: object) -> str:
-        """Remove the folder of the files on this machine."""
+        """Return a message with paths relative to the folder of the benchmarks, so it is the same on every machine."""
         return str(message).replace(f"{chosen.root.parent}/", "")
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
@@ -188,7 +188,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
 def _outcomes(
     model: Asked, chosen: Chosen, settings: Settings, checked: Checked, journal: Partial, label: str, barrier: ProgressBarrier
 ) -> list[Outcome]:
-    """Score the groups, or generate the texts, that the journal lacks; return the outcomes of all items."""
+    """Score the groups, or generate the texts, that the journal lacks, and return the outcomes of all items."""
     way, rows, world, items = chosen.way, journal.rows, model.world, checked.items
     if isinstance(way, Generate):
         items_of, turns = Counter(range(len(items))), _written(model, items, way, settings, rows, barrier)
@@ -222,7 +222,7 @@ def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: Pict
     """Yield the scores of this rank's groups, a batch at a time, except the groups that are ``known``."""
     groups, size = scoring_plan.groups, settings.batch_size
     collator, donors = model.collator.of_run("full", None, pictures), other_images(groups) if settings.shuffled else None
-    for pictured in (True, False):  # a text without a picture has no blank row of its own
+    for pictured in (True, False):  # groups without pictures have no blank view
         every = [k for k, group in enumerate(groups) if bool(group.num_pictures) == pictured]
         batches = [every[start : start + size] for start in range(0, len(every), size)]
         unscored = [batch for batch in batches if not all(k in known for k in batch)]
@@ -266,7 +266,7 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield the rows of each turn of a rank with None. An error that ends the turns is yielded last, because all ranks must receive it."""
+    """Yield the rows of each turn with None. An error that ends the turns is yielded last, not raised, because all ranks must get it."""
     try:
         for rows in turns:
             yield rows, None

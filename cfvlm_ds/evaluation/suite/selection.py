@@ -17,7 +17,7 @@ from cfvlm_ds.evaluation.probes import PROBES, Generate, Probe
 Way: TypeAlias = Probe | Generate
 
 OF_MODEL = ("weights", "inputs", "adapter")
-"""Hashes of a model that decide its scores."""
+"""Hashes that identify a model and its inputs."""
 _SKIP = "name --on_error skip to leave such items out, counted and named"
 
 
@@ -33,11 +33,11 @@ class Chosen:
 
     @property
     def place(self) -> str:
-        """Path of its results below their folder."""
+        """Path of the result below a folder of results."""
         return f"{self.name}/{self.label}"
 
     def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything that scores depend on, in the form of results.json. ``model`` holds its hashes by name."""
+        """Return everything that scores depend on, in the form of results.json. ``model`` has the model's hashes, keyed by name."""
         names = (*OF_MODEL, "writing") if isinstance(self.way, Generate) else OF_MODEL
         return {
             "benchmark": self.name,
@@ -50,9 +50,10 @@ class Chosen:
 
 
 def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list[Chosen]:
-    """Select benchmarks by name, each with those of the probes that fit it or with its default probe. Their folders are in ``root``.
+    """Select benchmarks by name, each with the given ``probes`` that fit it or, if none are given, with its default probe. ``root`` has
+    their folders.
 
-    Raises ConfigError for an unknown name, and for a benchmark that no given probe fits.
+    Raises ConfigError for an unknown name, for a benchmark that no given probe fits, and for a probe that fits no benchmark.
     """
     requested = [way_named(spec) for spec in probes]
     selected: list[Chosen] = []
@@ -71,7 +72,7 @@ def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """Return the benchmark of a name. Raises ConfigError for an unknown name."""
+    """Return the benchmark with this name. Raises ConfigError for an unknown name."""
     if name not in BENCHMARKS:
         hint = near(name, BENCHMARKS, "known: ")
         raise ConfigError(f"unknown benchmark {name!r}; {hint} (one of your own is registered in a script before this is called)")
@@ -79,8 +80,8 @@ def benchmark_named(name: str) -> Benchmark:
 
 
 def way_named(spec: str) -> tuple[str, Way]:
-    """Return the label and the probe of ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``. Raises ConfigError for an unknown name or
-    option.
+    """Return the label and the probe that ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` specifies. Raises ConfigError for an unknown name
+    or option.
     """
     known: dict[str, Way] = {**PROBES, Generate.name: Generate()}
     try:
@@ -106,7 +107,7 @@ def load_items(
 
 
 def refuse_problems(label: str, problems: Sequence[object], num_items: int, skip: bool = False, remedy: str = _SKIP) -> None:
-    """Raise DataError for the first problem with a benchmark's items, unless such items are skipped and others remain."""
+    """Raise DataError for the first problem with a benchmark's items, unless ``skip`` is set and items remain."""
     if problems and not (skip and num_items):
         more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"{label}: {problems[0]}{more}{f'; {remedy}' if num_items else ''}")

@@ -1,4 +1,4 @@
-"""Results of benchmarks as Markdown: the model's values beside chance and the language prior."""
+"""Results of benchmarks as Markdown: the model's values next to those of chance and of the language prior."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, bootstrap_of
 from cfvlm_ds.evaluation.suite.results import Result
 
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "chance": "chance"}
-"""The tables beside ``seen`` -> their headings."""
+"""Name of a control table -> its heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
-"""Metrics that replace one that compares images, which has no blank row."""
+"""Metrics used instead of a headline that compares images, which has no value for a blank image."""
 HEADING = "# Results"
 INTERVALS = (
     "95 %: percentiles of a bootstrap of clusters (pictures, pairs). None are given below "
@@ -39,7 +39,7 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(result: Result) -> str:
-    """Return a line on the share of the points over chance that the language prior alone achieves."""
+    """Return a line on the points over chance, and on how many of them the model achieves with a blank image."""
     seen, blank, chance = (result.metrics.get(name, {}) for name in ("seen", "blank", "chance"))
     shared = [name for name in (str(result.record["headline"]), *_WITHOUT_IMAGES) if name in seen and name in blank and name in chance]
     if not shared:
@@ -54,7 +54,7 @@ def summary(result: Result) -> str:
 
 
 def omissions(result: Result) -> list[str]:
-    """Return lines on the items that were left out and those that count as wrong because their scores are not finite."""
+    """Return a line on items that were left out, and one on items that count as wrong because their scores are not finite, if any."""
     left_out, broken = result.record["left_out"], result.record["not_finite"]
     notes = []
     if left_out:
@@ -94,16 +94,16 @@ def _section(result: Result) -> list[str]:
 
 
 def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
-    """Return the metrics by logged name: eval/NAME/METRIC, and eval/NAME/blind_METRIC and shuffled_METRIC for the language prior."""
+    """Return the metrics keyed by logged name: eval/NAME/METRIC, and eval/NAME/blind_METRIC and shuffled_METRIC for the language prior."""
     prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
     return {f"eval/{name}/{prefix}{metric}": value for table, prefix in prefixes.items() for metric, value in tables.get(table, {}).items()}
 
 
 def number(value: float | None) -> str:
-    """Return a value as a table cell; empty for None."""
+    """Format a value for a table cell; None becomes an empty cell."""
     return "" if value is None else f"{value:.1f}"
 
 
 def between(span: Sequence[float] | None) -> str:
-    """Return an interval as a table cell; empty for None."""
+    """Format an interval for a table cell; None becomes an empty cell."""
     return "" if span is None else f"{span[0]:.1f} to {span[1]:.1f}"
