@@ -83,8 +83,8 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
 
 
 def new_output(path: Path, *inputs: str | Path) -> Path:
-    """Check an output path with ``output_file`` and return it. Also raises ConfigError if the file exists, because a common format does not
-    show who wrote it.
+    """Check an output path with ``output_file`` and return it. Also raises ConfigError if the file exists: a file of a common format may
+    be the user's own, so it is never overwritten.
     """
     output_file(path, *inputs)
     if path.exists():

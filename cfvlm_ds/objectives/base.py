@@ -26,8 +26,9 @@ Report = dict[str, tuple[Tensor, Tensor]]
 class Objective(Protocol):
     """A term of the loss: a pure function of score matrices, independent of devices, tokenizers and ranks.
 
-    The term's loss is ``weight * sum_p numerator_p / denominator_p``. The denominator must depend only on the layout, because it is summed
-    over all ranks and accumulation steps before the first forward pass. Both are scalars, or [P] if parts have separate denominators.
+    The loss is ``weight * sum_p numerator_p / denominator_p`` over the parts p of the term. Numerator and denominator are scalars, or [P]
+    for a term with P parts. The denominator must depend only on the layout, because it is summed over all ranks and accumulation steps before
+    the first forward pass.
 
     A subclass must define numerator, denominator and ``weight``; everything else has a default.
     """
@@ -118,16 +119,16 @@ def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Ten
 class MarginTerm(Objective):
     """Loss and options of the terms that require a margin between two likelihoods.
 
-    The defaults compare summed log-likelihoods, because an edit changes a few words, whose gradient a mean over the text would divide by
-    its length. The language prior may favour a false text by several nats, and the picture must change the score by more than that. The
-    link therefore saturates slowly; a loss that stops at a small win would never reach such a change. The paper's form is link hinge,
+    The defaults compare summed log-likelihoods. An edit changes only a few words, and a mean over the whole text would divide their
+    gradient by the text's length. The language prior may favour a false text by several nats, and the picture's effect must outweigh that. The link
+    therefore saturates slowly; with a link that a small win satisfies, training would stop short. The paper's form is link hinge,
     len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
         warmup: share of all steps over which the weight rises linearly from 0.
         margin: difference by which the true cell must win, in ``margin_unit``.
-        margin_unit: ``per_token`` (on the scale of ``len_norm``: nats per token, or nats if that is ``none``) or ``nats`` (total nats).
+        margin_unit: ``per_token`` (nats per token, or total nats if ``len_norm`` is ``none``) or ``nats`` (always total nats).
         link: ``hinge`` max(0, margin + violation), or ``logsigmoid`` the smooth log(1 + exp(beta (margin + violation))) / beta, whose
             gradient fades as the gap grows but never reaches 0. Both act on the scale of ``len_norm``.
         beta: sharpness of ``logsigmoid`` at the margin, per unit of the scale: its gradient falls from 1 to 0 within about 4 / beta.

@@ -35,12 +35,12 @@ AS_WRITTEN: dict[str, Any] = {"parse_math": False, "usetex": False}
 def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
     """Draw sample groups as one PNG: each image next to its row of scores, each caption above its column, true cells outlined.
 
-    A large group shows only its first images and captions and reports their total numbers.
+    For a large group, only the first images and captions are drawn, and the title gives the totals.
 
     Args:
         path: the PNG to write.
-        groups: mappings with ``images`` (I lists of the PIL images shown together), ``captions`` (C texts), ``scores`` ([I][C], nats; None
-            or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
+        groups: mappings with ``images`` (I entries, each a list of the PIL images shown together), ``captions`` (C texts), ``scores``
+            ([I][C], nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

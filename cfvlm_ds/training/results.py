@@ -110,7 +110,7 @@ def write_results(
 
 
 def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change]) -> str:
-    """Return the beginning of results.md: model, data, steps, objective, and accuracies before and after the training."""
+    """Return the opening of results.md: the model, data, number of steps and objective, and the accuracies before and after training."""
     weights = {name: term.weight for name, term in config.objective.items() if term.weight}
     objective = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
     lines = [

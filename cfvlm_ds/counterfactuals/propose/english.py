@@ -89,7 +89,7 @@ class Caption:
         return (token for token in self.doc if token.pos_ == "NOUN" and token.dep_ not in ("compound", "nmod", "poss"))
 
     def with_words(self, changes: Mapping[int, str]) -> str:
-        """Return the caption with the given words at their indices (an empty one deletes the word) and with adjusted articles."""
+        """Return the caption with the words at the given indices replaced and a/an adjusted. An empty replacement deletes the word."""
         replacements = dict(changes)
         for place, new in changes.items():
             if new and self.word(place - 1) in ("a", "an"):

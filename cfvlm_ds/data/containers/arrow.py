@@ -138,7 +138,9 @@ def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _bytes(array: Any, large: bool, named: Named | None) -> list[Any]:
-    """Convert binary values to their names in the file if they have one, else to bytes. A pyarrow scalar of each value would be a copy."""
+    """Convert each binary value to the name under which the file holds its bytes if there is one, else to bytes. The buffer is sliced
+    directly, because a pyarrow scalar per value would copy the data.
+    """
     _, offsets, contents = array.buffers()
     places = np.frombuffer(offsets, "<i8" if large else "<i4")[array.offset : array.offset + len(array) + 1].tolist() if len(array) else []
     values: list[Any] = []

@@ -32,8 +32,8 @@ _KNOWN = 100_000  # pictures recognised when they occur again, because consecuti
 
 
 class Prepared(NamedTuple):
-    """File of a container's rows as JSON lines, the folders to which the names of its pictures are relative, and name and number of rows of
-    each of its files if it has several.
+    """Result of preparing a container: its rows as JSON lines, and the folders that its picture names are relative to. If the container
+    consists of several files, ``sources`` gives the name and row count of each.
     """
 
     lines: Path
