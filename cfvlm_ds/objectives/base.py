@@ -27,8 +27,8 @@ class Objective(Protocol):
     """A term of the loss: a pure function of score matrices, independent of devices, tokenizers and ranks.
 
     The loss is ``weight * sum_p numerator_p / denominator_p`` over the parts p of the term. Numerator and denominator are scalars, or [P]
-    for a term with P parts. The denominator must depend only on the layout, because it is summed over all ranks and accumulation steps before
-    the first forward pass.
+    for a term with P parts. The denominator must depend only on the layout, because it is summed over all ranks and accumulation steps
+    before the first forward pass.
 
     A subclass must define numerator, denominator and ``weight``; everything else has a default.
     """
@@ -120,9 +120,9 @@ class MarginTerm(Objective):
     """Loss and options of the terms that require a margin between two likelihoods.
 
     The defaults compare summed log-likelihoods. An edit changes only a few words, and a mean over the whole text would divide their
-    gradient by the text's length. The language prior may favour a false text by several nats, and the picture's effect must outweigh that. The link
-    therefore saturates slowly; with a link that a small win satisfies, training would stop short. The paper's form is link hinge,
-    len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
+    gradient by the text's length. The language prior may favour a false text by several nats, and the picture's effect must outweigh
+    that. The link therefore saturates slowly; with a link that a small win satisfies, training would stop short. The paper's form is link
+    hinge, len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
