@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-FILES = ("train.py", "ds_configs/*.json", "examples/*.yaml", "slurm/*.sh")
+FILES = ("train.py", "ds_configs/*.json", "examples/*.yaml", "examples/*.ipynb", "slurm/*.sh")
 
 
 def shipped_files() -> list[Path]:

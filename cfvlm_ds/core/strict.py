@@ -21,7 +21,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("bs", "batch_size", "micro_batch_size"), "train.per_device_train_batch_size"),
     **dict.fromkeys(("grad_accum", "accumulation_steps"), "train.gradient_accumulation_steps"),
     **dict.fromkeys(("model", "model.path"), "model.name_or_path"),
-    **dict.fromkeys(("manifest", "data.path", "dataset", "train_file", "train_dataset"), "data.train"),
+    **dict.fromkeys(("manifest", "data.path", "dataset", "train_file", "train_dataset", "max_samples"), "data.train"),
     **dict.fromkeys(("image_folder", "media_dir", "dataset_dir"), "data.root"),
     **dict.fromkeys(("validation", "eval_dataset", "val_dataset"), "data.evaluation"),
     **dict.fromkeys(("freeze_vision_tower", "freeze_vit"), "model.vision_tower.tuning"),

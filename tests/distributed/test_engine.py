@@ -298,7 +298,7 @@ def test_the_device_of_a_rank(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     assert [setup.device_index(rank, 8) for rank in range(8)] == list(range(8))
-    with pytest.raises(ConfigError, match=r"rank 3 is number 4 on .*, where torch sees 2 GPUs; .*--num_gpus 2"):
+    with pytest.raises(ConfigError, match=r"rank 3 is number 4 on .*, where torch finds 2 GPUs; .*--num_gpus 2"):
         setup.device_index(3, 2)
     monkeypatch.setenv("SLURM_PROCID", "3")
     assert setup.device_index(3, 1) == 0 and setup.device_index(3, 8) == 3

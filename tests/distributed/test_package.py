@@ -228,14 +228,14 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(tmp_
     assert subprocess.check_output(["bash", "-c", script], cwd=folder, text=True) == "/opt/a b's/bin:/bin\n"
     (folder / ".venv").mkdir()
     assert subprocess.check_output(["bash", "-c", script], cwd=folder, text=True).startswith(f"{folder}/.venv/bin:")
-    assert f"{folder / 'train.py'} is there" in refused(capsys, "init", folder)
+    assert f"{folder / 'train.py'} exists" in refused(capsys, "init", folder)
     for name in ("train.py", "ds_configs", "examples"):
         (folder / name).rename(tmp_path / name)
     (dangling := tmp_path / "other").mkdir()
     (dangling / "slurm").symlink_to("nowhere")
     (link := tmp_path / "link").symlink_to(folder)
     before = contents(tmp_path)
-    for given, named in ((folder, "slurm is there"), (link, "is a link"), (tmp_path / "train.py", "folder"), (dangling, "slurm is there")):
+    for given, named in ((folder, "slurm exists"), (link, "is a link"), (tmp_path / "train.py", "folder"), (dangling, "slurm exists")):
         assert named in refused(capsys, "init", given)
     assert contents(tmp_path) == before and [path.name for path in dangling.iterdir()] == ["slurm"]
 
@@ -262,7 +262,7 @@ def test_the_help_of_train_has_an_example_that_parses_and_the_rule_of_names():
     said = " ".join(option_parser(OBJECTIVES, "cfvlm-ds train").format_help().split())
     assert "is the one in the working directory where that is there, else the one of that name that comes with the package" in said
     rule, example = said.split(" example: cfvlm-ds train ")
-    assert parse_config(example.split(), OBJECTIVES).train.max_steps == 100 and "--quiet print warnings" in rule
+    assert parse_config(example.split(), OBJECTIVES).train.max_steps == 100 and "--quiet print only warnings" in rule
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, ope
     (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run"), "bf16": False}}))
     cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
     assert len(opened) == 12
-    for module, name in ((picture_check, "open_image"), (preflight, "check_texts"), (token_counts, "_counted")):
+    for module, name in ((picture_check, "open_image"), (preflight, "check_texts"), (token_counts, "Scan")):
         monkeypatch.setattr(module, name, pytest.fail)
     run = parse_config(["--config", str(tmp_path / "run.yaml")], OBJECTIVES)
     read = preflight.read_data(run, ONE)

@@ -349,9 +349,9 @@ def one_line(message: str) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, str | int]]:
-    """What is in a folder, links not followed."""
+    """What is in a folder but for the rows of converted containers, links not followed."""
     found = {}
-    for path in [folder, *folder.rglob("*")]:
+    for path in [folder, *(each for each in folder.rglob("*") if ".prepared" not in str(each))]:
         stat = path.lstat()
         content = os.readlink(path) if path.is_symlink() else zlib.crc32(path.read_bytes()) if path.is_file() else 0
         found[str(path.relative_to(folder))] = (stat.st_mode, 0 if path.is_dir() else stat.st_mtime_ns, content)

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
+import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -46,6 +47,7 @@ def start() -> None:
     flash: Any = types.ModuleType("flash_attn")
     flash.__spec__, flash.flash_attn_varlen_func = importlib.machinery.ModuleSpec("flash_attn", None), flash_attn_varlen_func
     sys.modules["flash_attn"] = flash
+    transformers.utils.is_flash_attn_2_available = lambda: True
 
 
 def device() -> torch.device:

@@ -432,7 +432,7 @@ def test_a_text_that_does_not_fit_the_window_is_refused(make, groups):
         make()([groups[3], long])
     make("anchor")([long])  # the long text is not scored
     for prompt, text in (("What is <image>?", "a red circle"), (PROMPT, "a <image> circle"), (PROMPT, "<image>")):
-        with pytest.raises(DataError, match="group 'one': text 0: '<image>'"):
+        with pytest.raises(DataError, match=r"group 'one': text 0: .*'<image>'"):
             make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
 
 

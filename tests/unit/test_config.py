@@ -100,7 +100,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "'data.evaluation.a.path'": ("data: {evaluation: {a: {pth: b}}}",),
     "'tracking.enabled'": ("--train.report_to 1",),
     "'deepspeed'": ("--train.deepspeed 1",),
-    "; see --help": tuple(f"--{name} 1" for name in ("cutoff_len", "template", "max_samples", "train.optim", "loss_type")),
+    "; see --help": tuple(f"--{name} 1" for name in ("cutoff_len", "template", "train.optim", "loss_type")),
     "train.learning_rate": ("train: {learning_rate: fast}", "--train.learning_rate=fast", f"--train.learning_rate {'9' * 400}",
                             "--train.learning_rate .nan"),
     "train.max_steps": ("train: {max_steps: 1.5}", "train: {max_steps: null}", "--train.max_steps 010", "--train.max_steps 0"),

@@ -283,7 +283,7 @@ def test_a_run_on_a_store_knows_its_pictures_and_shares_its_token_counts(source,
     assert found == expected and changes(plain_data.identity, data.identity) is None
     assert data.identity["pictures"] == plain_data.identity["pictures"] is not None
     (kept,) = (copied / "tokens").iterdir()
-    monkeypatch.setattr(token_counts, "_counted", pytest.fail)
+    monkeypatch.setattr(token_counts, "Scan", pytest.fail)
     assert tokens("two")[0] == expected
     kept.write_bytes(kept.read_bytes()[:-4])
     monkeypatch.undo()

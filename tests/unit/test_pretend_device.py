@@ -56,7 +56,6 @@ def step(folder: Path, groups: list[CounterfactualGroup], backend: str, dtype: t
     with ExitStack() as patches:
         patches.enter_context(patch.object(loading, "attention", lambda *arguments: backend))
         patches.enter_context(patch.object(chunked_logprobs, "LOGITS", 1 << 12))  # the head in several parts
-        patches.enter_context(patch("transformers.utils.is_flash_attn_2_available", lambda: True))
         model = load_model(config, dtype).train()
         recompute_activations(model)
         scorer, batch, objectives = (

@@ -128,7 +128,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
         (["--objective.batch_align.weight", "1"], "batch_align: "),
         (["--objective.batch_align.pmi", "0", "--train.per_device_train_batch_size", "1"], "batch_align: "),
         (FROZEN, "every module is frozen"),
-        ([*FROZEN, *LORA], "ZeRO-3's parts"),
+        ([*FROZEN, *LORA], "4-bit weights under ZeRO-3"),
         (LORA, "model.language_model.tuning"),
         (["--model.attn_implementation", "flash_attention_2"], "flash_attention_2"),
         (["--model.name_or_path", "no/model"], "model.name_or_path"),
@@ -186,7 +186,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(model_dir, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(wrong))
     with pytest.raises(ConfigError, match="did you mean 'gradient_clipping'"):
         dry_run(parse_config(["--model.name_or_path", str(model_dir), "--deepspeed", str(tmp_path / "ds.json")], OBJECTIVES))
-    with pytest.raises(ConfigError, match="ZeRO-3's parts"):
+    with pytest.raises(ConfigError, match="4-bit weights under ZeRO-3"):
         dry_run(parse_config(["--model.name_or_path", str(model_dir), *FROZEN, *LORA], OBJECTIVES))
 
 
