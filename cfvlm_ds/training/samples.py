@@ -12,7 +12,9 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import write_if_possible
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.journal import append, records
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
 from cfvlm_ds.evaluation.generation import write
@@ -53,16 +55,27 @@ class Samples:
             lines.append({"step": step, "set": name, "group": group.id, "prompt": readable(prompt), "true": true, "text": text})
         self.engine.train()
         if self.world.is_main:
-            with self._file.open("a" if step else "w") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in lines)
+            if not step:
+                write_if_possible(self._file, "", self.world.say)  # of an earlier run
+            for line in lines:
+                append(self._file, json.dumps(line), self.world.say)
 
     def report(self) -> tuple[str, list[Path]]:
-        """Return a section for results.md, and the files to track; small copies of the pictures are saved in ``samples/``."""
-        if not self.number or not self._file.is_file():
+        """Return a section for results.md, and the files to track; small copies of the pictures are saved in ``samples/``. A failure is a
+        warning, and the section is empty.
+        """
+        if not self.number:
             return "", []
+        try:
+            return self._report()
+        except (OSError, DataError) as error:
+            self.world.say(f"warning: no samples in results.md ({error})")
+            return "", []
+
+    def _report(self) -> tuple[str, list[Path]]:
         (self.run_dir / "samples").mkdir(exist_ok=True)
         texts: dict[tuple[str, str], dict[int, str]] = {}
-        for line in map(json.loads, self._file.read_text().splitlines()):
+        for line in records(self._file, "remove the file"):
             texts.setdefault((line["set"], line["group"]), {})[line["step"]] = line["text"]
         parts, files = ["## Samples"], [self._file]
         for number, (name, group) in enumerate(self._groups()):

@@ -557,5 +557,11 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
             inputs = processor(text=[prompt], images=[Image.open(group.images[0][0])], return_tensors="pt", add_special_tokens=False)
             tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
             assert row["text"] == processor.tokenizer.decode(tokens, skip_special_tokens=True) and row["group"] == group.id
+    run_dir = tmp_path / "2"
+    (run_dir / "finished.json").unlink()
+    with (run_dir / "samples.jsonl").open("a") as file:
+        file.write('{"step": 2, "te')  # a kill while it was written
+    run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said-again")
+    assert read_rows(run_dir / "samples.jsonl") == written[2] + written[2][6:]
     section = (tmp_path / "2" / "results.md").read_text().split("\n## Samples\n")[1].split("\n## ")[0]
     assert section.count("| step | written |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160
