@@ -223,7 +223,8 @@ def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
         split: {row["name"]: {"groups": row["num"], "group": row["metrics"]["group"]} for row in rows}
         for split, rows in json.loads((folder / "results.json").read_text()).items()
     }
-    if changes := json.loads((folder / "before_after.json").read_text()):
+    table = json.loads((folder / "before_after.json").read_text())
+    if changes := [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]:
         add_record(RECORDS / RUNS, BASE, before(changes))
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     factual = [row["logp/lp_00"] for row in logged if "logp/lp_00" in row]

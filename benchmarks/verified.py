@@ -292,7 +292,8 @@ def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str,
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{folder}: exit code {process.returncode}\n{log.read_text(errors='replace')[-4000:]}")
-    if changes := json.loads((folder / "before_after.json").read_text()):
+    table = json.loads((folder / "before_after.json").read_text())
+    if changes := [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]:
         add_record(records, "base", before(changes))
     results = json.loads((folder / "results.json").read_text())
     accuracies = {split: {row["name"]: row["metrics"]["group"] for row in rows} for split, rows in results.items()}

@@ -12,10 +12,11 @@ from typing import IO, Annotated, Any
 
 from cfvlm_ds.cli.models import joined, load_scorer
 from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Reading, Scoring, add_function, model_named, say
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import parse_json
-from cfvlm_ds.core.untrusted import own_output
+from cfvlm_ds.core.text import in_cell
+from cfvlm_ds.core.untrusted import own_output, refuse_filled
 
 
 def add(commands: Any) -> None:
@@ -231,7 +232,7 @@ def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: 
     return Asked(scorer, collator, world, name, identity, precision, writing)
 
 
-def _compare(before: str, after: list[str], *, draws: Count | None = None) -> None:
+def _compare(before: str, after: list[str], *, draws: Count | None = None, out: Path | None = None) -> None:
     """Compare results, paired by group or item: accuracies of sets, or of benchmarks. If several others are given, their mean is compared
     too.
 
@@ -241,13 +242,16 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None) -> No
         before: run folder, file that `cfvlm-ds evaluate --out` wrote, or folder that `cfvlm-ds evaluate --benchmarks` wrote.
         after: others of the same kind, each compared with the first.
         draws: random exchanges of the two models' answers to a benchmark, by default as many as evaluate draws.
+        out: folder for the tables (results.md), a figure of the differences with their intervals, and a page for a browser with both.
     """
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets
-    from cfvlm_ds.evaluation.before_after import is_results
+    from cfvlm_ds.evaluation.before_after import comparison_tables, is_results
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 
     if repeated := next((name for at, name in enumerate(after) if name in after[:at]), None):
         raise ConfigError(f"{repeated} is given twice; give each result once")
+    if out is not None:
+        refuse_filled(out, except_for=_COMPARISON)
     of_sets = {name: is_results(Path(name)) for name in (before, *after)}
     if len(set(of_sets.values())) > 1:
         sets, benchmarks = (next(name for name, found in of_sets.items() if found == kind) for kind in (True, False))
@@ -255,7 +259,38 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None) -> No
     if of_sets[before]:
         if draws is not None:
             raise ConfigError("--draws applies to benchmarks only; leave it out")
-        print(compare_sets(Path(before), [Path(name) for name in after], say))
-        return
-    for name in after:
-        print(comparison_table(compare_results(Path(before), Path(name), draws, say), before, name))
+        changes = compare_sets(Path(before), [Path(name) for name in after], say)
+        text = comparison_tables(Path(before), changes)
+        differences = {
+            label: {f"{each.set}, {each.edit}": (each.after - each.before, each.interval) for each in rows}
+            for label, rows in changes.items()
+        }
+    else:
+        compared = {name: compare_results(Path(before), Path(name), draws, say) for name in after}
+        text = "\n\n".join(comparison_table(pairs, before, name) for name, pairs in compared.items())
+        differences = {
+            name: {f"{pair.before.place}: {pair.benchmark.headline}": pair.headline for pair in pairs if pair.headline is not None}
+            for name, pairs in compared.items()
+        }
+    print(text)
+    if out is not None:
+        _write_comparison(out, f"Compared with {before}", text, differences)
+
+
+_COMPARISON = ("results.md", "differences.png", "results.html")
+
+
+def _write_comparison(out: Path, title: str, text: str, differences: Mapping[str, Any]) -> None:
+    from cfvlm_ds.page.report import write_report_page
+    from cfvlm_ds.tracking.figures import differences_figure
+
+    table, figure, page = (out / name for name in _COMPARISON)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        markdown = f"# {in_cell(title, 200)}\n\n{text}\n"
+        replace(table, markdown.encode())
+        differences_figure(figure, title, differences)
+        write_report_page(page, title, f"{markdown}\n![differences with 95 % intervals]({figure.name})\n")
+    except OSError as error:
+        raise StorageError(f"{unwritten(out, error)}; choose another --out") from error
+    say(f"page: {page}")

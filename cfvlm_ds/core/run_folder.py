@@ -22,11 +22,23 @@ FILES = (
     "config.yaml", "ds_config.json", "environment.json", "data.json",
     "metrics.jsonl", ".mlflow_delivery.json",
     "mlflow.db*", "finished.json", "resume_changes.jsonl", "skipped.json", "nonfinite.jsonl",
-    "results.md", "results.json", "before_after.json", "samples.jsonl",
+    "results.md", "results.html", "results.json", "before_after.json", "samples.jsonl",
     "scores-*.png", "learning_curves.png", "run.lock*", "zero_to_*.py",
     "*.tmp",
 )  # fmt: skip
-FOLDERS = ("mlartifacts", "scores", "baseline", "samples", "tensorboard", "benchmarks", "heartbeat", "prepared", "export", "adapter")
+FOLDERS = (
+    "mlartifacts",
+    "scores",
+    "baseline",
+    "samples",
+    "worst",
+    "tensorboard",
+    "benchmarks",
+    "heartbeat",
+    "prepared",
+    "export",
+    "adapter",
+)
 """Names of the folders that a run writes into its own; checkpoints, which are renamed into place, have their own check."""
 
 

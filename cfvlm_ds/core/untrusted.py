@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,10 +92,10 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
     return path
 
 
-def refuse_filled(folder: Path) -> None:
-    """Raise ConfigError for a folder with entries, which would be replaced."""
+def refuse_filled(folder: Path, except_for: Collection[str] = ()) -> None:
+    """Raise ConfigError for a folder with entries, which would be replaced; those named ``except_for`` may be."""
     refuse_link(folder, remedy := "name another folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(each.name not in except_for for each in folder.iterdir())):
         raise ConfigError(f"{folder} is there and not empty, and would be replaced; {remedy}")
 
 

@@ -42,6 +42,12 @@ class Change:
     after: float
     half_width: float | None
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of ``after - before``."""
+        difference = self.after - self.before
+        return None if self.half_width is None else (difference - self.half_width, difference + self.half_width)
+
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
     """Return a row for each edit type, then one for their mean; [] if no group was measured both before and after.
@@ -139,8 +145,8 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
         raise DataError(f"{file}: not a file of accuracies ({error}); write it with `cfvlm-ds evaluate --out`") from error
 
 
-def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], object]) -> str:
-    """Return a table that compares each result with the first and, for several results, a table of their mean.
+def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], object]) -> dict[str, list[Change]]:
+    """Compare each result with the first and, for several results, also their mean. The returned changes are keyed by result.
 
     Raises DataError for a file without accuracies, and ConfigError if two results have no group in common.
     """
@@ -148,7 +154,7 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
     for label, results in others.items():
         if len(first) == len(results) == 1:  # a single set is compared even if its names differ
             others[label] = {next(iter(first)): next(iter(results.values()))}
-    tables = []
+    compared = {}
     if len(others) > 1:
         shared = [name for name in first if all(results.get(name) for results in others.values())]
         others[f"mean of {len(others)}"] = {name: mean_accuracies([results[name] for results in others.values()]) for name in shared}
@@ -165,8 +171,14 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
                 f"{before} ({', '.join(first)}) and {label} ({', '.join(results)}) have no group in common, by id, texts, truth table, "
                 "edits and names of pictures; compare results of the same sets, evaluated by this version"
             )
-        tables.append(changes_table(changes, (str(before), label)))
-    note = ["The interval of a mean covers the choice of groups, not that of seeds."] * (len(after) > 1)
+        compared[label] = changes
+    return compared
+
+
+def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) -> str:
+    """Return a table for each result that ``compare_results`` has compared with ``before``."""
+    tables = [changes_table(changes, (str(before), label)) for label, changes in compared.items()]
+    note = ["The interval of a mean covers the choice of groups, not that of seeds."] * (len(tables) > 1)
     return "\n\n".join([*tables, *note])
 
 

@@ -20,15 +20,19 @@ from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
+from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.page import Fact, Item, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
 
 SAMPLE = 200
 
 
+WORST = 30
+
+
 class _Source(NamedTuple):
     """Groups of one manifest, and their scores keyed by id; {} if there are none. ``split`` is its name in a run's evaluation."""
 
-    groups: GroupStore
+    groups: Sequence[CounterfactualGroup]
     scores: Mapping[str, StoredScores]
     split: str = ""
 
@@ -61,30 +65,67 @@ def view(
             raise ConfigError(
                 f"{source} is a run folder, which has scores and roots of its own; name a manifest with --ids, --scores, --root"
             )
-        sources, without = _of_run(Path(source)), 0
+        return _worst_page(str(source), _of_run(Path(source)), Path(out), sample, max_pixels, say)
+    groups = open_groups(source, root, format, progress=say)
+    sources = [_Source(groups, {} if scores is None else _stored(Path(scores), groups))]
+    total = len(groups)
+    drawn: Sequence[int] = range(total) if sample >= total else sorted(random.Random(seed).sample(range(total), sample))
+    chosen, how = (drawn, f"drawn by seed {seed}") if ids is None else (_named(Path(ids), groups, str(source)), "by id")
+    return _page(str(source), sources, [(0, index) for index in chosen], how, facts, Path(out), max_pixels, say)
 
-        def compared() -> Iterator[tuple[float, int, int]]:
-            nonlocal without
-            for k, (groups, stored, _) in enumerate(sources):
-                for index, group in enumerate(groups):
-                    if (worst := score_table(group, stored[group.id]).worst) is not None:
-                        yield worst, k, index
-                    else:
-                        without += 1
 
-        shown, how = [(k, index) for _, k, index in heapq.nsmallest(sample, compared())], "worst first"
-        facts += [("left out", f"{without} groups without anything to compare")] * bool(without)
-    else:
-        groups = open_groups(source, root, format, progress=say)
-        sources = [_Source(groups, {} if scores is None else _stored(Path(scores), groups))]
-        total = len(groups)
-        drawn: Sequence[int] = range(total) if sample >= total else sorted(random.Random(seed).sample(range(total), sample))
-        chosen, how = (drawn, f"drawn by seed {seed}") if ids is None else (_named(Path(ids), groups, str(source)), "by id")
-        shown = [(0, index) for index in chosen]
+def view_worst(
+    source: str,
+    splits: Mapping[str, Sequence[CounterfactualGroup]],
+    scores: Mapping[str, Sequence[GroupScores]],
+    out: Path,
+    max_pixels: int,
+    say: Callable[[str], object],
+) -> Written:
+    """Write a page of the groups with the worst scores, as ``view`` does for a run that has ended, and return it.
+
+    ``source`` is the title; ``scores`` holds the scores of each group, keyed by split. Raises the same errors as ``view``.
+    """
+    refuse_foreign_folder(out)
+    sources = [
+        _Source(groups, {group.id: score.stored() for group, score in zip(groups, scores[name], strict=True)}, name)
+        for name, groups in splits.items()
+    ]
+    return _worst_page(source, sources, out, WORST, max_pixels, say)
+
+
+def _worst_page(source: str, sources: Sequence[_Source], out: Path, sample: int, max_pixels: int, say: Callable[[str], object]) -> Written:
+    without = 0
+
+    def compared() -> Iterator[tuple[float, int, int]]:
+        nonlocal without
+        for k, (groups, stored, _) in enumerate(sources):
+            for index, group in enumerate(groups):
+                if (worst := score_table(group, stored[group.id]).worst) is not None:
+                    yield worst, k, index
+                else:
+                    without += 1
+
+    shown = [(k, index) for _, k, index in heapq.nsmallest(sample, compared())]
+    facts: list[Fact] = [("left out", f"{without} groups without anything to compare")] * bool(without)
+    return _page(source, sources, shown, "worst first", facts, out, max_pixels, say)
+
+
+def _page(
+    source: str,
+    sources: Sequence[_Source],
+    shown: Sequence[tuple[int, int]],
+    how: str,
+    facts: Sequence[Fact],
+    out: Path,
+    max_pixels: int,
+    say: Callable[[str], object],
+) -> Written:
+    """Write the groups at (number of a source, index in it). ``how`` says how they were selected."""
     number, total = len(shown), sum(len(each.groups) for each in sources)
-    facts = [("source", str(source)), ("groups", f"{number} of {total} ({how})" if total > number else str(number)), *facts]
+    facts = [("source", source), ("groups", f"{number} of {total} ({how})" if total > number else str(number)), *facts]
     items = (_item(sources[k], index) for k, index in shown)
-    return write_page(Path(os.path.normpath(source)).name, items, number, Path(out), facts=facts, max_pixels=max_pixels, say=say)
+    return write_page(Path(os.path.normpath(source)).name, items, number, out, facts=facts, max_pixels=max_pixels, say=say)
 
 
 def _of_run(run_dir: Path) -> list[_Source]:

@@ -26,7 +26,7 @@ _CELL_W, _CELL_H, _THUMB, _LINE = 1.75, 1.05, 1.05, 0.145  # inches
 _CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
 _DOTS = " \N{HORIZONTAL ELLIPSIS}"
 _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
-_MOST_SERIES, _SERIES_CHARS = 8, 30
+_MOST_SERIES, _SERIES_CHARS, _MOST_ROWS = 8, 30, 40
 
 AS_WRITTEN: dict[str, Any] = {"parse_math": False, "usetex": False}
 """Options for every text with words from the data, so that two dollar signs in a caption do not make a formula."""
@@ -117,10 +117,10 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
 def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     """Draw a run's ``metrics.jsonl`` as one PNG of small multiples over optimizer steps.
 
-    Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval/SPLIT/METRIC`` (%), by
-    split and not by edit type. A panel shows only a few series and counts the others; of accuracies, the most telling metric of every split
-    comes first. A panel without data is omitted; a value that is not finite leaves a gap. Long series show a running average over faint raw
-    values.
+    Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval_sample/SPLIT/METRIC``
+    or else ``eval/SPLIT/METRIC`` (%), by split and not by edit type. A panel shows only a few series and counts the others; of accuracies,
+    the most telling metric of every split comes first. A panel without data is omitted, and so is a fraction that never changes; a value
+    that is not finite leaves a gap. Long series show a running average over faint raw values.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -136,7 +136,9 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
             series.setdefault(name, []).append((row["step"], float(value)))
     panels = []
     for title, label, prefix in _PANELS:
-        names = [name for name in series if name.startswith(prefix)]
+        if prefix == "eval/" and any(name.startswith("eval_sample/") for name in series):
+            continue
+        names = [name for name in series if name.startswith(prefix) and not (label == "fraction" and _is_constant(series[name]))]
         if fit := sorted((rank, name) for name in names if (rank := _place(name)) is not None):
             shown = {name: series[name] for _, name in fit[:_MOST_SERIES]}
             panels.append((title, label, shown, len(names) - len(shown)))
@@ -156,7 +158,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
             if dense:
                 axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
             marker = "o" if len(points) <= 30 else ""
-            short = one_line(name.split("/", 1)[1], _SERIES_CHARS)
+            short = _LABELS.get(name) or one_line(name.split("/", 1)[1], _SERIES_CHARS)
             # matplotlib omits labels that begin with an underscore from the legend
             axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
         axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
@@ -182,23 +184,74 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     figure.savefig(path)
 
 
+def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]]) -> None:
+    """Draw differences in percentage points as one PNG: a row for each label, a colour for each result, bars for intervals.
+
+    Args:
+        differences: result -> label -> (difference, its interval or None). At most 40 labels are drawn, and the title counts the others.
+    """
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for of_result in differences.values() for label in of_result))
+    shown = labels[:_MOST_ROWS]
+    figure = Figure(figsize=(8, 1.4 + 0.34 * len(shown)), dpi=DPI, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    for index, (result, of_result) in enumerate(differences.items()):
+        colour, offset = LINES[index % len(LINES)], (index - (len(differences) - 1) / 2) * 0.6 / len(differences)
+        rows = [(row, *of_result[label]) for row, label in enumerate(shown) if label in of_result]
+        heights, values = [row + offset for row, _, _ in rows], [value for _, value, _ in rows]
+        axes.plot(values, heights, "o", color=colour, markersize=4.5, label=one_line(result, 60).lstrip("_"))
+        spans = [(height, span) for height, (_, _, span) in zip(heights, rows, strict=True) if span is not None]
+        axes.hlines([height for height, _ in spans], [low for _, (low, _) in spans], [high for _, (_, high) in spans], color=colour)
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [one_line(label, 60) for label in shown], fontsize=8.5, color=INK)
+    for text in axes.get_yticklabels():
+        text.set(**AS_WRITTEN)
+    axes.invert_yaxis()
+    axes.set_xlabel("difference in percentage points, 95 % interval", fontsize=8.5, color=MUTED)
+    axes.tick_params(length=0, axis="y")
+    axes.grid(axis="x", color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    others = f" ({len(shown)} of {len(labels)} rows)" if len(shown) < len(labels) else ""
+    axes.set_title(one_line(title, _TITLE_CHARS) + others, fontsize=10.5, weight="bold", color=INK, loc="left", **AS_WRITTEN)
+    if len(differences) > 1:
+        for text in axes.legend(fontsize=8, frameon=False, loc="best").get_texts():
+            text.set(**AS_WRITTEN)
+    figure.savefig(path)
+
+
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")
 """Accuracies in the order in which they are shown, as space permits."""
 _PANELS = (
     ("Loss terms", "loss", "loss/"),
-    ("Log-probabilities of the four kinds of cell", "nats per token", "logp/"),
-    ("Active fraction", "fraction", "active/"),
+    ("Log-likelihoods of the training groups", "nats per token", "logp/"),
+    ("Comparisons with a loss above 0", "fraction", "active/"),
+    ("Accuracy on a sample of the evaluation sets", "%", "eval_sample/"),
     ("Evaluation accuracy", "%", "eval/"),
 )
 """(title, unit, prefix of the names of its metrics)."""
+_LABELS = {
+    "logp/lp_00": "true text, its image",
+    "logp/lp_kk": "edited text, its edited image",
+    "logp/lp_0k": "false text, true image",
+    "logp/lp_k0": "true text, edited image",
+}
+"""Names of series in the legend, where a metric's name does not say what it is."""
 
 
 def _place(name: str) -> int | None:
     """Return the rank of a name in its panel; None for a metric that is not shown, such as an accuracy of an edit type."""
     first, *_, metric = parts = name.split("/")
-    if first != "eval":
+    if first not in ("eval", "eval_sample"):
         return 0
     return _ACCURACIES.index(metric) if len(parts) == 3 and metric in _ACCURACIES else None
+
+
+def _is_constant(points: Sequence[tuple[int, float]]) -> bool:
+    """Return True for at least two equal values."""
+    return len(points) > 1 and len({value for _, value in points}) == 1
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -41,6 +41,12 @@ _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS, _MAX_DATASET_CHARS = 6000, 50
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
+_FIRST_PAGE = re.compile(
+    "loss_mean|learning_rate|grad_norm|epoch|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/[^/]+/(accuracy|f1|f1_macro|group|macro|nll|pair)"
+)
+"""Metrics that a person looks at first. MLflow shows metrics without a slash before all others, which go under ``detail/``."""
+NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
+"""MLflow's tags for the description of a run, in Markdown, and for the JSON files that it shows as tables."""
 
 
 def import_mlflow() -> threading.Thread:
@@ -90,6 +96,7 @@ class Delivery:
         self._closing, self._stop = threading.Event(), threading.Event()
         self._client: Any = None
         self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None if this process created the run
+        self._note: str | None = None  # description of the run on the server
         self._done, self._unsaved = not enabled, False
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-tracking", daemon=True)
         if enabled:
@@ -100,6 +107,10 @@ class Delivery:
         if Path(path).is_relative_to(self._run_dir):  # a relative path stays valid when the folder is moved
             path = str(Path(path).relative_to(self._run_dir))
         self._change(artifacts={path: {"folder": folder, "pending": True}})
+
+    def describe(self, text: str) -> None:
+        """Schedule the description of the run, in Markdown, in which ``RUN_ID`` stands for the id of the MLflow run."""
+        self._change(tags={**self.record.tags, NOTE: text})
 
     def _change(self, artifacts: Mapping[str, Any] | None = None, **values: Any) -> None:
         """Change the record, add ``artifacts`` to it, and save it. A full disk is reported once and does not affect the run."""
@@ -152,6 +163,11 @@ class Delivery:
             self._connect()
         while self._deliver_metrics():
             pass
+        note = self.record.tags.get(NOTE)
+        if note is not None and note != self._note:
+            text = note.replace("RUN_ID", str(self.record.run_id))[:_MAX_TAG_CHARS]
+            send(self._client, self.record.run_id, "tags", [_mlflow("mlflow.entities").RunTag(NOTE, text)])
+            self._note = note
         if status == "SCHEDULED":  # no end time
             self._client.update_run(self.record.run_id, status=status)
         elif status is not None:  # before the artifacts, which a misconfigured artifact store may refuse forever
@@ -211,7 +227,7 @@ class Delivery:
         entities = _mlflow("mlflow.entities")
         run_id = run.info.run_id
         params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _texts(self.record.params).items()}
-        tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _texts(self.record.tags).items()}
+        tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _texts(self.record.tags).items() if name != NOTE}
         changed = {name: text for name, text in params.items() if run.data.params.get(name, text) != text}
         tags |= {_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()}
         send(client, run_id, "params", [entities.Param(name, text) for name, text in params.items() if name not in run.data.params])
@@ -237,9 +253,9 @@ class Delivery:
         metric = _mlflow("mlflow.entities").Metric
         points, offset = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, _MAX_PER_REQUEST["metrics"])
         new = [
-            metric(_name(name), value, milliseconds, step)
+            metric(mlflow_name(name), value, milliseconds, step)
             for name, value, milliseconds, step in points
-            if not self._is_on_server(_name(name), step)
+            if not self._is_on_server(mlflow_name(name), step)
         ]
         send(self._client, self.record.run_id, "metrics", new)
         if offset == self.record.offset:
@@ -285,6 +301,11 @@ def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "ta
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: json.dumps(value) if isinstance(value, (list, Mapping)) else str(value) for name, value in flat(values).items()}
+
+
+def mlflow_name(metric: str) -> str:
+    """Return MLflow's name of a metric of metrics.jsonl, such as ``eval_test_group``, or ``detail/loss/csd``."""
+    return _name(metric.replace("/", "_") if _FIRST_PAGE.fullmatch(metric) else f"detail/{metric}")
 
 
 def _name(name: str) -> str:

@@ -1,7 +1,8 @@
 """Tracker of a run: metrics are written to ``metrics.jsonl``, and sent from there to MLflow, which may be slow, down or absent.
 
-MLflow receives every metric of ``metrics.jsonl`` (logged by training/trainer.py, explained in docs/metrics.md), the files of the run record
-(training/run_record.py), and the tables and figures of the results (training/results.py).
+MLflow receives every metric of ``metrics.jsonl`` (logged by training/trainer.py, explained in docs/metrics.md, renamed by ``mlflow_name``),
+the files of the run record (training/run_record.py), the tables and figures of the results (training/results.py), and the first table and
+the figures as the description of the run.
 
 The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns; a thread sends new lines to MLflow in
 order. ``.mlflow_delivery.json`` holds all other data for MLflow and the position reached in the file. A resumed run, or ``cfvlm-ds track
@@ -113,9 +114,9 @@ class NullTracker:
     run_id: str | None = None
 
     def log(self, *arguments: Any, **options: Any) -> None:
-        """Do nothing, like ``artifact`` and ``close``."""
+        """Do nothing, like ``artifact``, ``describe`` and ``close``."""
 
-    artifact = close = __exit__ = log
+    artifact = describe = close = __exit__ = log
 
     def __enter__(self) -> NullTracker:
         return self
@@ -162,6 +163,10 @@ class Tracker:
         contents.
         """
         self.delivery.add_artifact(str(Path(path).absolute()), folder)
+
+    def describe(self, text: str) -> None:
+        """Set the description of the run in MLflow, in Markdown, in which ``RUN_ID`` stands for the id of the MLflow run."""
+        self.delivery.describe(without_secrets(text))
 
     def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
         """Set the final status and wait for MLflow to receive the rest, at most ``timeout`` or else ``close_timeout`` seconds.

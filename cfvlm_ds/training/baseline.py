@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,12 @@ import torch
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, run_on_rank0
 from cfvlm_ds.core.files import cache_folder, replace, write_if_possible
-from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import read_json
-from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.identity import Identity, changes, digest
 from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.evaluation.before_after import Change, compare_accuracies
 from cfvlm_ds.evaluation.metrics import content_hash
+from cfvlm_ds.training.evaluation_sample import SHARE, part_of, random_order
 from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 FOLDER = "baseline"
@@ -34,10 +32,6 @@ FEWEST = 100
 """Number of groups of each set that are always evaluated, however short the training is."""
 _FORM = 1
 """Version of the files in the cache; files of another version are not found."""
-_SHARE = 0.15
-"""Number of groups scored per group trained. A trained group costs three forwards, a scored one up to two, so the baseline takes a tenth of
-the training's time.
-"""
 
 
 @dataclass(frozen=True)
@@ -59,8 +53,9 @@ class Baseline:
     world: World
 
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
-        """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return the accuracies of those evaluated
-        completely.
+        """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return their accuracies.
+
+        If only a random part of a set was evaluated, ``num`` of the mean row is the size of the part.
 
         A set of ``train.retention`` is always evaluated completely, and never taken from the cache.
         """
@@ -77,10 +72,10 @@ class Baseline:
             say(f"before the first step: accuracies of {', '.join(results)} are those of an earlier run from this model")
         for name, places in wanted.items():
             if name not in results:
-                results |= evaluator({name: _part(self.splits[name], places)})[0]
+                results |= evaluator({name: part_of(self.splits[name], places)})[0]
                 if self.world.is_main:
                     self._keep(name, results[name], len(places))
-        return {name: results[name] for name, places in wanted.items() if len(places) == len(self.splits[name])}
+        return results
 
     def compare(self, results: Mapping[str, Sequence[Accuracy]]) -> list[Change]:
         """Compare accuracies with the baseline and return the changes; only rank 0 calls this. A set without a baseline, or whose contents
@@ -100,10 +95,10 @@ class Baseline:
     def _drawn(self, name: str) -> Sequence[int]:
         """Return the indices of the groups of a set that are evaluated."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
-        most = max(FEWEST, int(_SHARE * self.trained * size / of_all))
+        most = max(FEWEST, int(SHARE * self.trained * size / of_all))
         if self.config.train.eval_on_start is True or name in self._retained or size <= most:
             return range(size)
-        return sorted(random.Random(0).sample(range(size), most))
+        return random_order(size, most)
 
     def _from_cache(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[Accuracy]]:
         """Remove an earlier run's baseline from the run folder, copy the cached sets into it, and return the accuracies of these."""
@@ -116,7 +111,7 @@ class Baseline:
             file = None if name in self._retained else self._cached(name, len(places))
             if file is None or not (rows := self._read(file)[1]):
                 continue
-            now = {(group.id, content_hash(group)) for group in _part(self.splits[name], places)}
+            now = {(group.id, content_hash(group)) for group in part_of(self.splits[name], places)}
             if all((group, content) in now for group, content, _ in rows[-1].by_group):  # labels of edits are outside the set's identity
                 replace(self._file(name), file.read_bytes())
                 found[name] = rows
@@ -152,8 +147,3 @@ class Baseline:
         model = self.config.model
         limits = f"{_FORM} {model.min_pixels} {model.max_pixels} {model.max_tiles} {model.lora.load_in_4bit} {self.dtype}"
         return cache_folder() / FOLDER / f"{digest({**self.identities[name], **self.model, 'limits': limits, 'groups': count})}.json"
-
-
-def _part(groups: Sequence[CounterfactualGroup], places: Sequence[int]) -> Sequence[CounterfactualGroup]:
-    """Return the groups at the indices ``places``."""
-    return groups if len(places) == len(groups) else Lazy(lambda place: groups[places[place]], len(places))

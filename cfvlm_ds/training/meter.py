@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.distributed import World, all_reduce_sums
 from cfvlm_ds.models import ModelFlops
-from cfvlm_ds.objectives import Objectives, likelihood_report, scores_of
+from cfvlm_ds.objectives import Objectives, likelihood_report, ramp, scores_of
 from cfvlm_ds.training.step import Measured
 
 
@@ -84,16 +84,25 @@ class Meter:
 
 
 def measure(
-    meter: Meter, measured: Measured, objectives: Objectives, part_of_step: float, flops: ModelFlops, sources: Sequence[str] = ()
+    meter: Meter,
+    measured: Measured,
+    objectives: Objectives,
+    part_of_step: float,
+    flops: ModelFlops,
+    sources: Sequence[str] = (),
+    progress: float = 1.0,
 ) -> None:
     """Add the measurements of a micro-batch to the meter.
 
     A step's loss is the sum over its micro-batches and ranks, so a micro-batch counts as ``part_of_step`` of a step. ``flops`` counts the
-    model's own operations. ``sources`` names the sources of a mixture, which are also measured one by one.
+    model's own operations. ``sources`` names the sources of a mixture, which are also measured one by one. ``progress`` is the share of all
+    steps done before this one, on which the weights of terms with a warm-up depend.
     """
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for groups that cannot be read is not measured
     meter.add("loss", measured.loss, part_of_step)
+    weights = sum(objective.weight * ramp(objective, progress) for objective in objectives.values())
+    meter.add("loss_mean", measured.loss / (weights or 1.0), part_of_step)
     for name, share in measured.shares.items():
         meter.add(f"loss/{name}", share, part_of_step)
     for name, objective in objectives.items():

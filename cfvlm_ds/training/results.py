@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import Say, replace
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.text import in_cell
+from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
@@ -21,15 +22,22 @@ from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
 from cfvlm_ds.evaluation.before_after import Change, changes_table
 from cfvlm_ds.evaluation.suite.results import Result
 from cfvlm_ds.evaluation.suite.tables import markdown
+from cfvlm_ds.evaluation.view import view_worst
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_others_model, refuse_replacing, write_card
 from cfvlm_ds.models import only_adapters_train
+from cfvlm_ds.page.report import write_report_page
 from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
 CHANGES = "before_after.json"
-"""File with the rows of the table that shows what the training changed."""
+"""File with the table that shows what the training changed, as {"columns": names, "data": rows}, the form that MLflow shows as a table."""
+
+PAGE = "results.html"
+"""Page for a browser with results.md and the figures."""
+WORST = "worst"
+"""Folder of the page of the groups with the worst margins."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
@@ -79,23 +87,28 @@ def write_results(
     scores: Mapping[str, Sequence[GroupScores]],
     identities: Mapping[str, Identity],
     changes: Sequence[Change],
+    say: Say,
     benchmarks: Sequence[Result] = (),
     samples: str = "",
 ) -> list[Path]:
-    """Write results.md, results.json, before_after.json and the scores of every split into the run folder, and return the first three
-    paths.
+    """Write results.md, results.json, before_after.json, the scores of every split, and a page of the worst groups (``train.figures``) into
+    the run folder, and return the first three paths.
 
     results.md also contains the results of ``benchmarks``, and ``samples``, a section of Markdown. Raises StorageError on a full disk.
     """
     run_dir = path = Path(config.train.output_dir)
     parts = [summary_of(config, step, results, changes)]
+    if config.train.figures and _worst_groups(config, splits, scores, say):
+        parts.append(f"Groups with the worst margins after training: [{WORST}/index.html]({WORST}/index.html)")
     parts += [samples] * bool(samples)
     parts += ["## All metrics", table(results)] * bool(changes)
     parts += [markdown(benchmarks)] * bool(benchmarks)
     contents = {
         run_dir / "results.md": "\n\n".join(parts) + "\n",
         run_dir / "results.json": json.dumps({name: [vars(row) for row in rows] for name, rows in results.items()}, indent=1),
-        run_dir / CHANGES: json.dumps([vars(each) for each in changes], indent=1),
+        run_dir / CHANGES: json.dumps(
+            {"columns": [each.name for each in fields(Change)], "data": [list(vars(each).values()) for each in changes]}, indent=1
+        ),
     }
     try:
         for path, text in contents.items():
@@ -129,6 +142,39 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
     return "\n".join([*lines, changes_table(changes) if changes else table(results)])
 
 
+def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
+    """Write results.html: results.md and the figures, for a browser. A failure only causes a warning."""
+    try:
+        text = (run_dir / "results.md").read_text(encoding="utf-8")
+        shown = "\n\n".join(f"![{path.stem}]({path.name})" for path in figures)
+        write_report_page(run_dir / PAGE, run_dir.absolute().name, f"{text}\n\n## Figures\n\n{shown}" if figures else text)
+    except OSError as error:
+        say(f"warning: {unwritten(run_dir / PAGE, error)}; results.md has the same tables")
+
+
+def _worst_groups(config: RunConfig, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], say: Say) -> bool:
+    """Write the page of the worst groups, and return True if there is one. A failure only causes a warning."""
+    if not any(map(len, splits.values())):
+        return False
+    run_dir = Path(config.train.output_dir)
+    try:
+        view_worst(str(run_dir), splits, scores, run_dir / WORST, config.data.max_pixels, say)
+    except Exception as error:  # as for a figure
+        say(f"warning: {run_dir / WORST} could not be written ({type(error).__name__}: {one_line(str(error), 300)}); the run goes on")
+        return False
+    return True
+
+
+def description(summary: str, files: Sequence[Path]) -> str:
+    """Return the description of the run for MLflow: ``summary``, cut after a line if it is too long for a tag, and the figures."""
+    figures = [f"![{path.stem}](get-artifact?path={path.name}&run_uuid=RUN_ID)" for path in files if path.suffix == ".png"]
+    if len(summary) > _MOST_DESCRIBED:
+        summary = summary[:_MOST_DESCRIBED].rpartition("\n")[0] + "\n\nThe rest is in results.md."
+    return "\n\n".join([summary, *figures[:6]])
+
+
+_MOST_DESCRIBED = 4000
+"""Characters of the summary in the description; MLflow accepts tags of 5,000."""
 _NO_SETS = (
     "No evaluation sets: name one with `--data.evaluation.NAME FILE`, in any format that training reads, such as rows that are left out of "
     "the training data."

@@ -26,7 +26,9 @@ from cfvlm_ds.data.identity import Identity, digest
 from cfvlm_ds.models import Scorer, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.tracking.delivery_record import INPUT
+from cfvlm_ds.tracking.mlflow_delivery import TABLES
 from cfvlm_ds.training.read_data import RunData
+from cfvlm_ds.training.results import CHANGES
 
 
 def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any], world: World, data: RunData) -> list[Path]:
@@ -103,6 +105,7 @@ def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, dat
             "model_type": load_config(config.model.name_or_path).model_type,
             "mlflow.source.name": "cfvlm-ds train" if program in ("__main__.py", "cfvlm-ds") else os.path.abspath(sys.argv[0]),
             "mlflow.source.type": "LOCAL",
+            TABLES: json.dumps([{"path": CHANGES, "type": "table"}]),
             **({} if revision == "unknown" else {"mlflow.source.git.commit": revision}),
         },
         inputs=[{name: data_set[name] for name in INPUT} for data_set in described(config, data)],

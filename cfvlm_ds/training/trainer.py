@@ -35,12 +35,22 @@ from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
+from cfvlm_ds.training.evaluation_sample import EvaluationSample
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
-from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, summary_of, write_results
+from cfvlm_ds.training.results import (
+    PAGE,
+    complete_card,
+    description,
+    draw_figures,
+    export_checkpoint,
+    summary_of,
+    write_results,
+    write_results_page,
+)
 from cfvlm_ds.training.retention import Retention
 from cfvlm_ds.training.samples import Samples
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
@@ -84,6 +94,12 @@ class Trainer:
         self.samples = Samples(config.train.samples, data.splits, self.engine, self.collator, self.world, *limits)
 
     @cached_property
+    def sample(self) -> EvaluationSample:
+        """The groups that are scored several times during the training, if ``train.eval_steps`` is not given."""
+        splits = self.data.splits if self.config.train.eval_steps is None else {}
+        return EvaluationSample(splits, self.sampler.groups_in(self.total_steps), self.total_steps)
+
+    @cached_property
     def baseline(self) -> Baseline:
         """The accuracies before the first step."""
         record, trained = self.state.record or {}, self.sampler.groups_in(self.total_steps)
@@ -125,7 +141,7 @@ class Trainer:
         saved = first_step
         while state.step < self.total_steps and not self._stopped_early:
             try:
-                due = world.is_main and 0 < train.save_minutes * 60 <= time.monotonic() - self._saved_at
+                due = self.sample.is_due(state.step) or (bool(train.eval_steps) and state.step % (train.eval_steps or 1) == 0)
                 result = step.take(state.step + 1, batches, state.step / self.total_steps, self._stop.votes(), due)
             except WorkerLost as lost:
                 if saved < state.step:
@@ -134,7 +150,8 @@ class Trainer:
                 self._end(tracker, f"at step {state.step + 1}, {lost}", f"{then}, and the same command continues", alone=False)
             meter.wait(result.waited_s)
             for measured in result.measured:
-                measure(meter, measured, self.config.objective, part_of_step, self._flops, self._sources)
+                progress = state.step / self.total_steps
+                measure(meter, measured, self.config.objective, part_of_step, self._flops, self._sources, progress)
             self.sampler.advance()
             state.step_done(self.sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
@@ -142,7 +159,8 @@ class Trainer:
                 passed_s = time.monotonic() - started
                 self._record(tracker, meter, time_left(passed_s, state.step - first_step, self.total_steps - first_step))
             state.note(run_id=tracker.run_id)
-            if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
+            due = self.sample.is_due(state.step) or (bool(train.eval_steps) and state.step % (train.eval_steps or 1) == 0)
+            if due and not last and not stop:
                 try:
                     save_due |= self._evaluate(tracker)
                 except StopRequested as request:
@@ -229,8 +247,9 @@ class Trainer:
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps, and return True if the result is the best so far according to train.save_best."""
         self.pulse.mark("evaluation", self.state.step)
-        results, _ = self.evaluator(self.data.splits)
-        outcomes = self.evaluator.ask() if self.data.benchmarks else {}
+        sampled = self.config.train.eval_steps is None
+        results, _ = self.evaluator(self.sample.groups if sampled else self.data.splits)
+        outcomes = self.evaluator.ask() if self.data.benchmarks and not sampled else {}
         metrics = self._log_evaluation(tracker, results, outcomes)
         self.samples.write(self.state.step)
         return (value := best_metric(self.config, metrics)) is not None and self.state.evaluated(value)
@@ -238,12 +257,16 @@ class Trainer:
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
     ) -> dict[str, float]:
-        """Log an evaluation, print its headlines, and return all of its metrics."""
-        benchmarks = self.data.benchmarks
-        metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
-        if metrics:
+        """Log an evaluation, print its headlines, and return all of its metrics. A part of a set counts only for the sample's metrics."""
+        benchmarks, size = self.data.benchmarks, {name: len(groups) for name, groups in self.data.splits.items()}
+        whole = {name: rows for name, rows in results.items() if rows and rows[-1].num == size[name]}
+        metrics = flat_metrics(whole) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(whole)
+        if metrics := metrics | self.sample.metrics(results):
             tracker.log(self.state.step, metrics)
-        headlines = [(split, headline(rows)) for split, rows in results.items()]
+        headlines = [
+            (name if name in whole or not rows else f"{name}, {rows[-1].num} of {size[name]} groups", headline(rows))
+            for name, rows in results.items()
+        ]
         headlines += [(name, headline_of(benchmarks[name], outcome)) for name, outcome in outcomes.items()]
         for name, line in headlines:
             self.world.say(f"{when}{name}: {line}")
@@ -269,19 +292,23 @@ class Trainer:
         benchmarks = self.data.benchmarks
         results, scores = self.evaluator(self.data.splits, config.train.eval_shuffled)
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
-        tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results))
+        metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
+        tracker.log(step, metrics | self.sample.metrics(results))
         benchmark_results = write_benchmarks(config, benchmarks, outcomes, self.world, config.train.export and failed is None)
         self.samples.write(step)
         if self.world.is_main:
             samples, sample_files = self.samples.report()
             changes = self.baseline.compare(results)
             written = write_results(
-                config, step, self.data.splits, results, scores, self.data.identities, changes, benchmark_results, samples
+                config, step, self.data.splits, results, scores, self.data.identities, changes, say, benchmark_results, samples
             )
-            if config.train.figures:
-                written += draw_figures(self._run_dir, self.data.splits, scores, config.data.max_pixels, say)
+            figures = draw_figures(self._run_dir, self.data.splits, scores, config.data.max_pixels, say) if config.train.figures else []
+            write_results_page(self._run_dir, figures, say)
+            written += figures
             if config.train.export and failed is None:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
+            first = summary_of(config, step, results, changes)
+            tracker.describe(description(first, written))
             for path in written:
                 tracker.artifact(path)
             for path in sample_files:
@@ -289,8 +316,7 @@ class Trainer:
             for result in benchmark_results:
                 tracker.artifact(self._run_dir / FOLDER / result.place / RESULTS, f"{FOLDER}/{result.place}")
             if results:
-                first = summary_of(config, step, results, changes)
-                print_line(f"{first}\n\nall metrics: {self._run_dir / 'results.md'}")  # even with --quiet
+                print_line(f"{first}\n\nall results: {self._run_dir / PAGE}")  # even with --quiet
             if benchmark_results:
                 print_line("\n".join([*([""] if results else []), overview(benchmark_results), "", *map(summary, benchmark_results)]))
         if failed is not None:
@@ -320,7 +346,7 @@ def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: s
     utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
     gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""
     return (
-        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss']:.4f} ({terms}) "
+        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss_mean']:.4f} ({terms}) "
         f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
         f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%}{gathering} ETA {left}"
     )

@@ -26,6 +26,7 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity, digest
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.tracking import deliver
+from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
 
 ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json", "before_after.json"}
 ARTIFACTS |= {"learning_curves.png", "scores-test.png"}
@@ -63,7 +64,7 @@ def on_disk(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
     for line in (output_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         for name in row.keys() - {"step", "time"}:
-            points.setdefault(name, []).append((row["step"], float(row[name])))
+            points.setdefault(mlflow_name(name), []).append((row["step"], float(row[name])))
     return points
 
 
@@ -90,23 +91,29 @@ def finished(client, model_dir, manifests, tmp_path_factory):
 def test_metrics_are_on_the_server_as_on_disk(client, finished):
     found = on_server(client, the_run(client, "finished"))
     assert found == on_disk(finished)
-    every_step = set(["loss", "learning_rate", "grad_norm", "epoch", "skipped_steps", "skipped_groups"])
+    found = {name.removeprefix("detail/"): points for name, points in found.items()}
+    every_step = set(["loss", "loss_mean", "learning_rate", "grad_norm", "epoch", "skipped_steps", "skipped_groups"])
     every_step |= {
         f"{kind}/{name}"
         for kind, names in {
             "loss": "align csd fcd", "logp": "lp_00 lp_kk lp_k0 lp_0k", "active": "csd fcd", "violated": "csd fcd",
             "learning_rate": "vision_tower projector language_model",
-            "throughput": "groups_per_s candidates_per_s tokens_per_s images_per_s model_tflop_per_s data_wait_share all_gather_share",
+            "throughput": "candidates_per_s tokens_per_s images_per_s model_tflop_per_s data_wait_share all_gather_share",
         }.items()
         for name in names.split()
     }  # fmt: skip
-    assert {name for name in found if not name.startswith(("eval/", "checkpoint/"))} == every_step
+    every_step.add("throughput_groups_per_s")
+    assert {name for name in found if not name.startswith(("eval", "checkpoint/"))} == every_step
     for name in ("seconds", "share", "failed"):
         assert [step for step, _ in found[f"checkpoint/{name}"]] == [4], name
     for name in every_step:
         assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
-    for name in ("pair", "text", "image", "group", "group_pmi", "sham", "blind_pair", "colour/group", "loss"):
-        assert [step for step, _ in found[f"eval/test/{name}"]] == [2, 4], name
+    for name in (
+        "eval_test_pair",
+        "eval_test_group",
+        *map("eval/test/{}".format, ("text", "image", "group_pmi", "sham", "blind_pair", "loss")),
+    ):
+        assert [step for step, _ in found[name]] == [2, 4], name
     assert [step for step, _ in found["eval/test/shuffled_pair"]] == [4], "one more image per group, at the end only"
     for name, separator in (("loss", "/"), ("eval/test/loss", "_")):
         align, csd, fcd, whole = (found[each][-1][1] for each in (*(f"{name}{separator}{term}" for term in ("align", "csd", "fcd")), name))
@@ -174,14 +181,14 @@ def test_a_killed_run_goes_on_as_the_same_run(client, model_dir, manifests, tmp_
     def delivered() -> int:
         experiment = client.get_experiment_by_name("killed")
         runs = client.search_runs([experiment.experiment_id]) if experiment else []
-        return max((m.step for found in runs for m in client.get_metric_history(found.info.run_id, "loss")), default=0)
+        return max((m.step for found in runs for m in client.get_metric_history(found.info.run_id, "detail/loss")), default=0)
 
     wait_for(lambda: not process.is_alive() or ((folder / "checkpoint-25").exists() and delivered() > 26), 300)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, (tmp_path / "said-first" / "rank-0.log").read_text()
     before, first = delivered(), the_run(client, "killed")
-    first_losses = dict(on_server(client, first)["loss"])
+    first_losses = dict(on_server(client, first)["detail/loss"])
     assert first.info.status == "RUNNING" and 26 < before < last, "killed too late to prove anything"
     assert len(losses(folder)) >= before
 
@@ -196,7 +203,7 @@ def test_a_killed_run_goes_on_as_the_same_run(client, model_dir, manifests, tmp_
         assert [step for step, _ in points] == list(range(1, last + 1)) == [step for step, _ in kept[name]], name
         if not name.startswith("throughput/"):  # a rate of a step that ran twice is measured twice; MLflow keeps the first
             assert points == kept[name], name
-    assert first_losses.items() <= dict(found["loss"]).items()
+    assert first_losses.items() <= dict(found["detail/loss"]).items()
 
 
 DELAY_S = 5.0

@@ -114,7 +114,8 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     cached = "before the first step: accuracies of test are those of an earlier run from this model"
     assert [cached in each for each in said] == [False, True, False, True]
     assert (still / "baseline" / "test.json").read_text() == (moved / "baseline" / "test.json").read_text()
-    rows = {folder: json.loads((folder / "before_after.json").read_text()) for folder in (still, moved, plain, drawn)}
+    tables = {folder: json.loads((folder / "before_after.json").read_text()) for folder in (still, moved, plain, drawn)}
+    rows = {folder: [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] for folder, table in tables.items()}
     final = {row["name"]: row["metrics"]["group"] for row in json.loads((moved / "results.json").read_text())["test"]}
     assert {row["edit"]: row["after"] for row in rows[moved]} == final and rows[moved][-1]["before"] != rows[moved][-1]["after"]
     assert all(row["before"] == row["after"] for row in rows[still]) and len(rows[still]) >= 2

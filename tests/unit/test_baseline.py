@@ -17,6 +17,7 @@ from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.baseline import Baseline
+from cfvlm_ds.training.evaluation_sample import EvaluationSample
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 MODEL = {"weights": "w", "inputs": "i"}
@@ -65,10 +66,10 @@ def test_a_second_run_takes_the_first_one_s_baseline(tmp_path, monkeypatch, caps
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = groups(tmp_path)
     first = Run(tmp_path / "first", data, tmp_path)
-    assert first.measure() == {} and first.evaluated == ["test"], "100 of 120 are drawn"
+    assert first.measure()["test"][-1].num == 100 and first.evaluated == ["test"], "100 of 120 are drawn"
     assert first.change == (0.0, 100.0, 100)
     second = Run(tmp_path / "second", data, tmp_path)
-    assert second.measure() == {} and second.evaluated == [] and second.change == first.change
+    assert second.measure()["test"][-1].num == 100 and second.evaluated == [] and second.change == first.change
     (cached,) = (tmp_path / "cache").rglob("*.json")
     assert json.loads(cached.read_text())["rows"][-1]["losses"] == {} and "earlier run from this model" in capsys.readouterr().out
     relabelled = Run(tmp_path / "relabelled", groups(tmp_path, "size"), tmp_path)
@@ -92,3 +93,24 @@ def test_a_second_run_takes_the_first_one_s_baseline(tmp_path, monkeypatch, caps
     assert alone.change == first.change
     off = Run(tmp_path / "alone", data, tmp_path, "--train.eval_on_start", "false")
     assert off.measure() == {} and off.evaluated == [] and off.change is None, "an earlier run's is removed"
+
+
+def test_the_sample_is_the_same_groups_before_during_and_after_the_training(tmp_path):
+    """Its accuracies are computed from evaluations of the sample and of sets that contain it; by hand from the groups' own outcomes."""
+    data = groups(tmp_path, count=400)
+    run = Run(tmp_path / "run", data, tmp_path)
+    sample = EvaluationSample({"test": data, "few": data[:3]}, trained=1200, total_steps=10)
+    assert [step for step in range(1, 11) if sample.is_due(step)] == [2, 5, 7]
+    chosen = {group.id for group in sample.groups["test"]}
+    assert len(chosen) == int(0.15 * 1200 / 3 * 400 / 403) and "few" not in sample.groups, "of 3 groups, the budget allows 1"
+
+    def rows(found, right):
+        scores = [torch.tensor([[1.0, 0.0], [0.0, 1.0]] if group.id in right else [[0.0, 1.0], [1.0, 0.0]]) for group in found]
+        return accuracies(found, [GroupScores(each, torch.zeros(2)) for each in scores])
+
+    right = set(sorted(chosen)[:50]) | {group.id for group in data if group.id not in chosen}
+    expected = {"eval_sample/test/group": 100 * 50 / len(chosen)}
+    assert sample.metrics({"test": rows(data, right)}) == expected == sample.metrics({"test": rows(sample.groups["test"], right)})
+    drawn = [data[index] for index in replace(run.baseline, trained=1200)._drawn("test")]
+    assert chosen <= {group.id for group in drawn} and sample.metrics({"test": rows(drawn, right)}) == expected, "the baseline contains it"
+    assert not EvaluationSample({"test": data}, trained=500, total_steps=10).groups, "25 groups would be drawn"

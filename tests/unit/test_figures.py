@@ -56,6 +56,8 @@ def test_learning_curves_have_a_panel_for_what_there_is(tmp_path):
         {"step": 50, "eval/val/group": 0.5, "eval/val/seconds": 3.0},
         {"step": 1, "logp/lp_00": -3.0},
         {"step": 1, "active/causal": 1.0},
+        {"step": 1, "active/constant": 1.0},
+        {"step": 2, "active/constant": 1.0},
     ]
     metrics = _write(tmp_path / "all.jsonl", loss + more)
     with metrics.open("a") as file:

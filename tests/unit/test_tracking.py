@@ -25,6 +25,7 @@ from cfvlm_ds.cli.main import main as cfvlm_ds_main
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
 from cfvlm_ds.tracking.hooks import hook_class
+from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
 
 
 class Server:
@@ -107,7 +108,7 @@ def _open(run_dir: Path, params: dict[str, Any] | None = None, **where: Any) -> 
 
 
 def _history(client: Any, run_id: str | None, name: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, mlflow_name(name))]
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -122,16 +123,20 @@ def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     with _open(tmp_path / "run", params) as tracker:
         for step in range(1, 4):
             tracker.log(step, {"loss/lm": 1.0 / step, "odd@name": step, "re//fused": 1.0, "bad": math.nan, "huge": math.inf})
-        tracker.log(3, {"eval/val/group": 0.5})
+        tracker.log(3, {"eval/val/group": 0.5, "eval/val/sham": 0.25})
         tracker.artifact(report, "reports")
+        tracker.describe("first")
+        tracker.describe("![x](get-artifact?path=x.png&run_uuid=RUN_ID)")
     run = client.get_run(tracker.run_id)
     assert client.get_experiment(run.info.experiment_id).name == "named by the environment"
     assert (run.info.status, run.info.run_name, run.data.tags["kind"]) == ("FINISHED", "a run", "test")
     assert run.data.params == {"model.name": "llava", "model.layers": "[1, 2]", "model.empty": "{}", "text": "x" * 6000}
+    assert {"eval_val_group", "detail/eval/val/sham", "detail/loss/lm", "detail/odd_name"} <= run.data.metrics.keys()
+    assert run.data.tags["mlflow.note.content"] == f"![x](get-artifact?path=x.png&run_uuid={tracker.run_id})"
     assert _history(client, tracker.run_id, "loss/lm") == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
-    assert _history(client, tracker.run_id, "odd_name") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert _history(client, tracker.run_id, "odd@name") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert _history(client, tracker.run_id, "eval/val/group") == [(3, 0.5)]
-    assert "refuses metric 're//fused'" in capsys.readouterr().err  # and what came with it has arrived
+    assert "refuses metric 'detail/re//fused'" in capsys.readouterr().err  # and what came with it has arrived
     assert math.isnan(_history(client, tracker.run_id, "bad")[0][1])
     assert _history(client, tracker.run_id, "huge")[0][1] > 1e300
     assert _lines(tmp_path / "run")[0]["bad"] == "nan" and _lines(tmp_path / "run")[0]["huge"] == "inf"
@@ -221,7 +226,7 @@ def test_a_crash_shows_failed(remote, client, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "out of luck" in done.stderr
     run = client.get_run(_delivered(tmp_path))
-    assert (run.info.status, run.data.metrics["loss"]) == ("FAILED", 1.0)
+    assert (run.info.status, run.data.metrics["detail/loss"]) == ("FAILED", 1.0)
 
 
 def test_secrets_are_masked(remote, client, tmp_path, capsys, monkeypatch):
@@ -310,14 +315,14 @@ def test_local_store_is_what_mlflow_ui_shows(tmp_path, server, monkeypatch):
         client = mlflow.MlflowClient(tracking_uri=ui.url)
         experiment = client.get_experiment_by_name("tests")
         (run,) = client.search_runs([experiment.experiment_id])
-        assert (run.info.run_id, run.data.metrics["loss/lm"], run.data.params["lr"]) == (tracker.run_id, 0.5, "0.1")
+        assert (run.info.run_id, run.data.metrics["detail/loss/lm"], run.data.params["lr"]) == (tracker.run_id, 0.5, "0.1")
     finally:
         ui.kill()
     # A run recorded without a server can be copied to one.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     assert deliver(run_dir, timeout=30)
     copy = mlflow.MlflowClient(tracking_uri=server.url).get_run(_delivered(run_dir))
-    assert (copy.data.metrics["loss/lm"], copy.data.tags["continues_run"], copy.info.status) == (0.5, tracker.run_id, "FINISHED")
+    assert (copy.data.metrics["detail/loss/lm"], copy.data.tags["continues_run"], copy.info.status) == (0.5, tracker.run_id, "FINISHED")
 
 
 @pytest.mark.parametrize("name", ["a%41b", "a?b"])
@@ -329,7 +334,7 @@ def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(name,
     assert "set MLFLOW_TRACKING_URI, or rename the folder" in said and "To deliver it later" in said
     assert os.listdir(tmp_path / "runs") == [name] and not list(tmp_path.rglob("*.db*"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-    assert deliver(run_dir, 60) and client.get_run(_delivered(run_dir)).data.metrics["loss"] == 1.0
+    assert deliver(run_dir, 60) and client.get_run(_delivered(run_dir)).data.metrics["detail/loss"] == 1.0
 
 
 def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path):

@@ -59,6 +59,12 @@ class Compared:
     differences: Mapping[str, Difference]
     notes: Sequence[str]
 
+    @property
+    def headline(self) -> tuple[float, Interval | None] | None:
+        """The difference of the headline metric, and its interval; None if the metric has no value."""
+        found = self.differences.get(self.benchmark.headline)
+        return None if found is None else (found.after - found.before, found.interval)
+
     def changes(self) -> tuple[list[str], list[str]]:
         """Return the ids of items that were wrong before and are right now, and of items that were right before and are wrong now."""
         right = [(after.item.id, is_right(self.benchmark, before), is_right(self.benchmark, after)) for before, after in self.pairs]

@@ -1,0 +1,39 @@
+"""Page of a report in Markdown, for a browser: one HTML file without scripts beside the pictures that it shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from cfvlm_ds.core.files import replace
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self'; style-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 72rem; margin: 0 auto; padding: 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid #d9dee4; padding-top: 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #d9dee4; text-align: left; overflow-wrap: anywhere; }
+img { max-width: 100%; } code { background: #f5f7f9; padding: 0 .2rem; } a { color: #1f5799; }
+</style>
+</head>
+<body>
+{{ body }}
+</body>
+</html>
+"""
+
+
+def write_report_page(path: Path, title: str, markdown: str) -> None:
+    """Write Markdown as an HTML page. HTML in the Markdown is shown as text. Raises OSError."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    page = Environment(autoescape=True).from_string(_PAGE).render(title=title, body=Markup(body))
+    replace(path, page.encode())

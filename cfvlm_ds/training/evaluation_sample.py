@@ -1,0 +1,86 @@
+"""Sample of the evaluation sets: the same groups are scored several times during a training, for the learning curves."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.sequences import Lazy
+from cfvlm_ds.evaluation import Accuracy, headline_metric
+from cfvlm_ds.evaluation.metrics import content_hash
+from cfvlm_ds.training.evaluator import Splits
+
+FEWEST, MOST = 30, 300
+"""Smallest and largest number of groups of a set in the sample. A set for which the budget allows fewer has no sample."""
+SHARE = 0.15
+"""Number of groups scored per group trained. A trained group costs three forwards, a scored one up to two, so evaluating takes a tenth of
+the training's time.
+"""
+_PARTS = 4
+"""Number of equal parts of the training between which the sample is scored."""
+
+
+@dataclass(frozen=True)
+class EvaluationSample:
+    """Fixed random groups of each evaluation set.
+
+    Args:
+        trained: number of groups that the run trains on; a group that is repeated counts each time.
+        total_steps: number of steps of the run.
+    """
+
+    splits: Splits
+    trained: int
+    total_steps: int
+
+    @cached_property
+    def groups(self) -> dict[str, Sequence[CounterfactualGroup]]:
+        """The sampled groups, keyed by set."""
+        sampled: dict[str, Sequence[CounterfactualGroup]] = {}
+        budget = SHARE * self.trained / (_PARTS - 1) / max(1, sum(map(len, self.splits.values())))
+        for name, groups in self.splits.items():
+            size = min(MOST, len(groups), int(budget * len(groups)))
+            if size >= min(FEWEST, len(groups)) > 0:
+                sampled[name] = part_of(groups, random_order(len(groups), size))
+        return sampled
+
+    def is_due(self, step: int) -> bool:
+        """Return True if the sample is scored after this step; without a sample always False."""
+        return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
+
+    def metrics(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
+        """Return the headline accuracy of each set's sample in %, named eval_sample/SET/METRIC.
+
+        ``results`` are those of the sample, or of sets that contain it, whose other groups do not count.
+        """
+        accuracies = {}
+        for name, keys in self._keys.items():
+            rows = results.get(name, ())
+            if (metric := headline_metric(rows)) is None:
+                continue
+            sums = defaultdict[str, list[float]](lambda: [0.0, 0])  # edit type -> comparisons won, comparisons made
+            for group, content, points in rows[-1].by_group:
+                for edit, (won, made) in points.get(metric, {}).items() if (group, content) in keys else ():
+                    sums[edit][0], sums[edit][1] = sums[edit][0] + won, sums[edit][1] + made
+            if sums:
+                accuracies[f"eval_sample/{name}/{metric}"] = sum(100 * won / made for won, made in sums.values()) / len(sums)
+        return accuracies
+
+    @cached_property
+    def _keys(self) -> dict[str, set[tuple[str, int]]]:
+        return {name: {(group.id, content_hash(group)) for group in groups} for name, groups in self.groups.items()}
+
+
+def random_order(size: int, count: int) -> list[int]:
+    """Return ``count`` of the indices below ``size`` in random order; a smaller ``count`` returns the first of them."""
+    return random.Random(0).sample(range(size), size)[:count]
+
+
+def part_of(groups: Sequence[CounterfactualGroup], places: Sequence[int]) -> Sequence[CounterfactualGroup]:
+    """Return the groups at the indices ``places``, in the order of the set."""
+    ordered = sorted(places)
+    return groups if len(places) == len(groups) else Lazy(lambda place: groups[ordered[place]], len(ordered))
