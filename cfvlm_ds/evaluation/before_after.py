@@ -98,12 +98,14 @@ def _half_width(errors: Iterable[float]) -> float | None:
 
 
 def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after"), plain: Callable[[str], str] = in_cell) -> str:
-    """Return the rows as a Markdown table, followed by the definitions that they need. ``plain`` escapes names from the data for a cell."""
+    """Return the rows as a Markdown table, means over edit types first, followed by the definitions that the table needs. ``plain`` escapes
+    names from the data for a cell.
+    """
     lines = [
         f"| set | edit | groups | metric | chance | language alone | {in_cell(names[0])} | {in_cell(names[1])} | difference, 95 % |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
-    for each in changes:
+    for each in sorted(changes, key=lambda change: change.edit != "all"):
         language = "" if each.language is None else f"{each.language:.1f}"
         width = "" if each.half_width is None else f" ± {each.half_width:.1f}"
         lines.append(

@@ -44,7 +44,7 @@ _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
 _FIRST_PAGE = re.compile(
     "loss_mean|learning_rate|grad_norm|epoch|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/[^/]+/(accuracy|f1|f1_macro|group|macro|nll|pair)"
 )
-"""Metrics that a person looks at first. MLflow shows metrics without a slash before all others, which go under ``detail/``."""
+"""Metrics that a person looks at first. MLflow shows ``Main/``, as a name with a capital, before ``detail/``, which has all others."""
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
 """MLflow's tags for the description of a run, in Markdown, and for the JSON files that it shows as tables."""
 
@@ -257,7 +257,7 @@ class Delivery:
             for name, value, milliseconds, step in points
             if not self._is_on_server(mlflow_name(name), step)
         ]
-        send(self._client, self.record.run_id, "metrics", new)
+        send(self._client, self.record.run_id, "metrics", sorted(new, key=lambda point: point.key.startswith("detail/")))
         if offset == self.record.offset:
             return False
         self._change(offset=offset)
@@ -304,8 +304,8 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def mlflow_name(metric: str) -> str:
-    """Return MLflow's name of a metric of metrics.jsonl, such as ``eval_test_group``, or ``detail/loss/csd``."""
-    return _name(metric.replace("/", "_") if _FIRST_PAGE.fullmatch(metric) else f"detail/{metric}")
+    """Return MLflow's name of a metric of metrics.jsonl, such as ``Main/eval_test_group``, or ``detail/loss/csd``."""
+    return _name("Main/" + metric.replace("/", "_") if _FIRST_PAGE.fullmatch(metric) else f"detail/{metric}")
 
 
 def _name(name: str) -> str:

@@ -169,7 +169,7 @@ def description(summary: str, files: Sequence[Path]) -> str:
     """Return the description of the run for MLflow: ``summary``, cut after a line if it is too long for a tag, and the figures."""
     figures = [f"![{path.stem}](get-artifact?path={path.name}&run_uuid=RUN_ID)" for path in files if path.suffix == ".png"]
     if len(summary) > _MOST_DESCRIBED:
-        summary = summary[:_MOST_DESCRIBED].rpartition("\n")[0] + "\n\nThe rest is in results.md."
+        summary = summary[:_MOST_DESCRIBED].rpartition("\n")[0] + "\n\nresults.md has the whole table."
     return "\n\n".join([summary, *figures[:6]])
 
 

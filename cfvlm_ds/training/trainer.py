@@ -141,7 +141,7 @@ class Trainer:
         saved = first_step
         while state.step < self.total_steps and not self._stopped_early:
             try:
-                due = self.sample.is_due(state.step) or (bool(train.eval_steps) and state.step % (train.eval_steps or 1) == 0)
+                due = world.is_main and 0 < train.save_minutes * 60 <= time.monotonic() - self._saved_at
                 result = step.take(state.step + 1, batches, state.step / self.total_steps, self._stop.votes(), due)
             except WorkerLost as lost:
                 if saved < state.step:
@@ -159,8 +159,8 @@ class Trainer:
                 passed_s = time.monotonic() - started
                 self._record(tracker, meter, time_left(passed_s, state.step - first_step, self.total_steps - first_step))
             state.note(run_id=tracker.run_id)
-            due = self.sample.is_due(state.step) or (bool(train.eval_steps) and state.step % (train.eval_steps or 1) == 0)
-            if due and not last and not stop:
+            evaluation_due = self.sample.is_due(state.step) or (bool(train.eval_steps) and state.step % (train.eval_steps or 1) == 0)
+            if evaluation_due and not last and not stop:
                 try:
                     save_due |= self._evaluate(tracker)
                 except StopRequested as request:

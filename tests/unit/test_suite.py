@@ -20,7 +20,7 @@ import pyarrow
 import pytest
 import test_benchmarks
 import torch
-from conftest import caption, draw, plain_logp
+from conftest import caption, draw, plain_logp, printed, refused
 from PIL import Image
 from pyarrow import parquet
 
@@ -618,6 +618,20 @@ def test_a_comparison_by_hand(tmp_path):
     assert not any(each.resolved for each in same.differences.values()) and same.changes() == ([], [])
     assert compare_results(one, other)[0].differences == found.differences, "seeded"
     assert re_row(comparison_table(compare_results(one, other, 0), "one", "other"), "macro")[6:8] == ["", "not tested"]
+
+
+def test_a_comparison_is_written_as_table_figure_and_page(tmp_path, capsys):
+    one, other = (written(tmp_path / name, rows([n < right for n in range(40)])) for name, right in (("one", 20), ("<b>other</b>", 30)))
+    out = tmp_path / "compared"
+    for _ in range(2):  # its own output is replaced
+        table = printed(capsys, "compare", one, other, "--out", out)
+    assert {each.name for each in out.iterdir()} == {"results.md", "results.html", "differences.png"}
+    assert table.split("page: ")[0].strip() in (out / "results.md").read_text() and Image.open(out / "differences.png").width > 800
+    page = (out / "results.html").read_text()
+    assert "<b>" not in page and "+25.0" in page and page.count('<img src="differences.png"') == 1 and "<script" not in page
+    (out / "notes.txt").write_text("mine")
+    assert "compared is there and not empty" in refused(capsys, "compare", one, other, "--out", out)
+    assert "one" in refused(capsys, "compare", one, other, "--out", one)
 
 
 @pytest.mark.parametrize("clusters", [3, 4, 6, 10, 30])

@@ -131,7 +131,7 @@ def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     assert client.get_experiment(run.info.experiment_id).name == "named by the environment"
     assert (run.info.status, run.info.run_name, run.data.tags["kind"]) == ("FINISHED", "a run", "test")
     assert run.data.params == {"model.name": "llava", "model.layers": "[1, 2]", "model.empty": "{}", "text": "x" * 6000}
-    assert {"eval_val_group", "detail/eval/val/sham", "detail/loss/lm", "detail/odd_name"} <= run.data.metrics.keys()
+    assert {"Main/eval_val_group", "detail/eval/val/sham", "detail/loss/lm", "detail/odd_name"} <= run.data.metrics.keys()
     assert run.data.tags["mlflow.note.content"] == f"![x](get-artifact?path=x.png&run_uuid={tracker.run_id})"
     assert _history(client, tracker.run_id, "loss/lm") == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
     assert _history(client, tracker.run_id, "odd@name") == [(1, 1.0), (2, 2.0), (3, 3.0)]
