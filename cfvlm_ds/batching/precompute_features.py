@@ -22,10 +22,11 @@ from cfvlm_ds.batching.batch import on_device
 from cfvlm_ds.batching.image_source import ImageFiles, PictureKey
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.config import ModelConfig
-from cfvlm_ds.core.distributed import World, broadcast_object, cores_per_rank, gather_objects, isolated_rng
+from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, isolated_rng
 from cfvlm_ds.core.errors import DataError, StorageError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, stored_bytes, write_features
 from cfvlm_ds.models import inputs_fingerprint, tower_fingerprint
 

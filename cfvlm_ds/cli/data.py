@@ -203,10 +203,13 @@ def _check(manifest: str, *, reading: Reading, model: str | None = None, limits:
         manifest: any data of a known format.
         model: model folder or hub name; also checks that every text fits its window.
     """
-    from cfvlm_ds.batching.collator import load_collator
     from cfvlm_ds.data import check_manifest
 
-    collator = load_collator(model_named(model, limits)[0], "full", reading.max_pixels) if model else None
+    collator = None
+    if model:
+        from cfvlm_ds.batching.collator import load_collator
+
+        collator = load_collator(model_named(model, limits)[0], "full", reading.max_pixels)
     report = check_manifest(manifest, reading.root, reading.format, lengths=collator, max_pixels=reading.max_pixels)
     if report.num_groups or len(report.problems) > 1:
         print(report)

@@ -139,7 +139,8 @@ def _evaluate_benchmarks(
     root, folder = Path(str(options.benchmark_root)), Path(str(out))
     if folder.resolve() == root.resolve():
         raise ConfigError(f"--out {out} is the folder of the benchmarks; name another one")
-    from cfvlm_ds.core.distributed import ProgressBarrier, default_workers, run_on_rank0
+    from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
+    from cfvlm_ds.core.ranks import default_workers
     from cfvlm_ds.evaluation.suite.runner import MAX_TOKENS, Settings, evaluate_benchmarks, results_held
     from cfvlm_ds.evaluation.suite.selection import choose, load_items
     from cfvlm_ds.evaluation.suite.tables import omissions, overview, summary

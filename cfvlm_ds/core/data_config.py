@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, option
+from cfvlm_ds.core.ranks import default_workers
 
 AUTO = "auto"
 """Value of ``format`` that requests its detection from the first row."""
@@ -188,6 +189,4 @@ class DataConfig:
     @property
     def workers(self) -> int:
         """Data workers per rank: ``num_workers``, or the machine's default."""
-        from cfvlm_ds.core.distributed import default_workers  # torch, which a command's --help does not need
-
         return default_workers() if self.num_workers is None else self.num_workers

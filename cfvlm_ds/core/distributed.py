@@ -10,7 +10,6 @@ import math
 import os
 import random
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.ranks import launcher
+from cfvlm_ds.core.ranks import launcher, others_wait
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import shows_progress
 
@@ -215,16 +214,13 @@ def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBar
     result: Any = None
     problem: InputError | None = None
     if world.is_main:
-        global _others_wait
-        before, _others_wait = _others_wait, True
         try:
-            result = function()
+            with others_wait():
+                result = function()
         except InputError as error:
             problem = error
         except OSError as error:
             problem = StorageError(str(error))
-        finally:
-            _others_wait = before
     if barrier is not None:
         barrier.meet()
     if world.size > 1:
@@ -275,20 +271,3 @@ def preserve_rng(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_random_state(state, device)
-
-
-_others_wait = False
-
-
-def cores_per_rank() -> int:
-    """Return the number of this machine's cores per rank; on rank 0, while the others wait for it in ``run_on_rank0``, the number of all
-    its cores.
-    """
-    local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // local_ranks)
-
-
-def default_workers() -> int:
-    """Return the default number of data workers per rank: one for each core except the one that computes, at least 1 and at most 4."""
-    return max(1, min(4, cores_per_rank() - 1))

@@ -1,4 +1,6 @@
-"""Launch environment of a process before torch is imported: its rank, the number of ranks, and the rank that prints a common message."""
+"""Launch environment of a process, without torch: its rank, the number of ranks and of cores for each, and the rank that prints a common
+message.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +28,32 @@ def num_ranks() -> int:
 def own_rank() -> int:
     """Return the rank of this process in its launch."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) if num_ranks() > 1 else 0
+
+
+_others_wait = False
+
+
+@contextlib.contextmanager
+def others_wait() -> Iterator[None]:
+    """Within the block, the other ranks wait for this one, so ``cores_per_rank`` counts all cores of this machine."""
+    global _others_wait
+    before, _others_wait = _others_wait, True
+    try:
+        yield
+    finally:
+        _others_wait = before
+
+
+def cores_per_rank() -> int:
+    """Return the number of this machine's cores per rank; see also ``others_wait``."""
+    local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // local_ranks)
+
+
+def default_workers() -> int:
+    """Return the default number of data workers per rank: one for each core except the one that computes, at least 1 and at most 4."""
+    return max(1, min(4, cores_per_rank() - 1))
 
 
 def launcher() -> str:

@@ -12,12 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.journal import records
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.checks import compared

@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import DataLoader
 
-from cfvlm_ds.core.distributed import cores_per_rank, isolated_rng
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.ranks import cores_per_rank
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]
@@ -48,6 +47,10 @@ class Scan:
                 self.alive()
                 yield work(chunk, done)
             return
+        from torch.utils.data import DataLoader
+
+        from cfvlm_ds.core.distributed import isolated_rng
+
         loader: Any = DataLoader(
             chunks,  # type: ignore[arg-type]
             batch_size=None,

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 STORED = 1_000_000
 """Largest number of groups whose permutation is stored: 8 MB per epoch."""
@@ -92,6 +94,8 @@ def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
     """Return a permutation, [num_groups] int64, drawn on the CPU whatever the default device. Seed and epoch are hashed, so (0, 1) and (1,
     0) are unrelated.
     """
+    import torch  # not needed by a check of data
+
     kept = _KEPT.setdefault((num_groups, seed), {})
     if epoch not in kept:
         digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()

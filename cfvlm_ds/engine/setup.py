@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from cfvlm_ds.core.config import ModelConfig, RunConfig
-from cfvlm_ds.core.distributed import World, cores_per_rank, default_workers, launch_environment, meeting_point
+from cfvlm_ds.core.distributed import World, launch_environment, meeting_point
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.ranks import cores_per_rank, default_workers
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.deepspeed_compat.starting import clear_stale_locks, import_deepspeed

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from cfvlm_ds.batching.batch import BLANK
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.core.distributed import ProgressBarrier, World, cores_per_rank, run_on_rank0
+from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.picture_index import sizes_of
 from cfvlm_ds.evaluation.scoring import Forward, guarded, other_images, score_batches, seen_as
 

@@ -25,11 +25,11 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from cfvlm_ds.core.conversation import Prompt
-from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.core.untrusted import refuse_link

@@ -19,11 +19,12 @@ import transformers
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.data_config import DataConfig
-from cfvlm_ds.core.distributed import ProgressBarrier, World, broadcast_object, cores_per_rank, gather_objects
+from cfvlm_ds.core.distributed import ProgressBarrier, World, broadcast_object, gather_objects
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.passes import Done, Scan
 from cfvlm_ds.data.picture_index import PictureTable, sizes_of
 from cfvlm_ds.training.read_data import by_rank_0

@@ -15,10 +15,11 @@ from typing import Any
 
 from cfvlm_ds.batching.batch import BLANK_SIZE
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.core.distributed import ProgressBarrier, World, cores_per_rank, gather_objects
+from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.picture_check import opened_picture
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.benchmarks import Item
