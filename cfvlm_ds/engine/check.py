@@ -16,6 +16,7 @@ import torch
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.deepspeed_compat import settings as settings
+from cfvlm_ds.deepspeed_compat.starting import import_deepspeed
 from cfvlm_ds.engine.configuration import unusable, warmup_steps
 
 _KEYS = (
@@ -70,6 +71,7 @@ def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torc
 
 def _parse(path: str, options: Mapping[str, Any]) -> Any:
     """Parse the JSON with DeepSpeed. Raises ConfigError naming the invalid key."""
+    import_deepspeed()
     import deepspeed
     from pydantic import ValidationError
 
