@@ -15,14 +15,18 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 # finds the same losses.
 RANKS ?= $(if $(shell command -v nvidia-smi),1,2)
 
+IN_THE_FORM_OF_BENCHMARKS := --benchmarks sugarcrepe,naturalbench,pope --probes caption yes_no --benchmark_root runs/quickstart-world --limit 900
+
 demo: install
 	deepspeed --num_gpus $(RANKS) train.py --deepspeed ds_configs/z2.json --train.per_device_train_batch_size $$((12 / $(RANKS)))
 	cfvlm-ds data build runs/quickstart/scenes --benchmarks runs/quickstart-world
-	cfvlm-ds evaluate runs/quickstart --benchmarks sugarcrepe,naturalbench,pope --probes caption yes_no \
-		--benchmark_root runs/quickstart-world --limit 900 --out runs/quickstart-benchmarks
+	cfvlm-ds evaluate runs/quickstart/base $(IN_THE_FORM_OF_BENCHMARKS) --out runs/quickstart-benchmarks/base
+	cfvlm-ds evaluate runs/quickstart $(IN_THE_FORM_OF_BENCHMARKS) --out runs/quickstart-benchmarks/tuned
+	@echo "The world in the file formats of SugarCrepe, NaturalBench and POPE; these are not the public benchmarks:"
+	cfvlm-ds compare runs/quickstart-benchmarks/base runs/quickstart-benchmarks/tuned --out runs/quickstart-benchmarks/compared
 	@python -m cfvlm_ds.demo.report runs/quickstart
-	@echo "results: runs/quickstart/results.md   figures: runs/quickstart/*.png   model: runs/quickstart/export"
-	@echo "tracking: cd runs/quickstart && ../../$(BIN)/mlflow ui"
+	@echo "model: runs/quickstart/export   tracking: cd runs/quickstart && ../../$(BIN)/mlflow ui"
+	@echo "results, with four pictures and what the model writes: runs/quickstart/results.html"
 
 # The demo's pretrained model, made anew: hours on two cores; it goes on where it was stopped.
 base: install

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import read_json
@@ -47,6 +48,21 @@ class Change:
         """The 95 % interval of ``after - before``."""
         difference = self.after - self.before
         return None if self.half_width is None else (difference - self.half_width, difference + self.half_width)
+
+
+def to_table(changes: Sequence[Change]) -> dict[str, list[Any]]:
+    """Return the rows as {"columns": names, "data": rows}, the form of before_after.json, which MLflow shows as a table."""
+    return {"columns": [each.name for each in fields(Change)], "data": [list(vars(each).values()) for each in changes]}
+
+
+def from_table(table: Mapping[str, Any]) -> list[Change]:
+    """Return the rows of a table that ``to_table`` made. Raises KeyError, TypeError or ValueError for another one."""
+    return [Change(**dict(zip(table["columns"], row, strict=True))) for row in table["data"]]
+
+
+def means_first(changes: Iterable[Change]) -> list[Change]:
+    """Return the rows with those of means over edit types first."""
+    return sorted(changes, key=lambda change: change.edit != "all")
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
@@ -105,7 +121,7 @@ def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before",
         f"| set | edit | groups | metric | chance | language alone | {in_cell(names[0])} | {in_cell(names[1])} | difference, 95 % |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
-    for each in sorted(changes, key=lambda change: change.edit != "all"):
+    for each in means_first(changes):
         language = "" if each.language is None else f"{each.language:.1f}"
         width = "" if each.half_width is None else f" ± {each.half_width:.1f}"
         lines.append(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.evaluation import Accuracy, table
-from cfvlm_ds.evaluation.before_after import Change, changes_table
+from cfvlm_ds.evaluation.before_after import changes_table, from_table, means_first
 from cfvlm_ds.export.folder import CARD, sealed
 from cfvlm_ds.training.option_changes import ON_RESUME
 
@@ -132,13 +132,13 @@ def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list
     return _table("setting | value", ([name, "not known" if value is None else _cell(value)] for name, value in known.items()))
 
 
-def _results(recorded: Mapping[str, Any], changes: Sequence[Any], evaluated: bool) -> list[str]:
+def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated: bool) -> list[str]:
     if not evaluated:
         return ["Not known: these weights were exported before, or without, an evaluation of them."]
     if not recorded:
         return ["None: the run had no evaluation sets."]
     tables = {split: [Accuracy(**row) for row in rows] for split, rows in recorded.items()}
-    compared = [Change(**row) for row in changes]
+    compared = means_first(from_table(changes)) if changes else []
     left_out = sum(max(0, size - _MOST_ROWS) for size in (*map(len, tables.values()), len(compared)))
     shown = {split: rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]] for split, rows in tables.items()}
     first = [*changes_table(compared[:_MOST_ROWS], plain=_cell).splitlines(), ""] if compared else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
-from cfvlm_ds.evaluation.before_after import Change, changes_table
+from cfvlm_ds.evaluation.before_after import Change, changes_table, to_table
 from cfvlm_ds.evaluation.suite.results import Result
 from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.view import view_worst
@@ -32,7 +31,7 @@ from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
 CHANGES = "before_after.json"
-"""File with the table that shows what the training changed, as {"columns": names, "data": rows}, the form that MLflow shows as a table."""
+"""File with the table that shows what the training changed."""
 
 PAGE = "results.html"
 """Page for a browser with results.md and the figures."""
@@ -106,9 +105,7 @@ def write_results(
     contents = {
         run_dir / "results.md": "\n\n".join(parts) + "\n",
         run_dir / "results.json": json.dumps({name: [vars(row) for row in rows] for name, rows in results.items()}, indent=1),
-        run_dir / CHANGES: json.dumps(
-            {"columns": [each.name for each in fields(Change)], "data": [list(vars(each).values()) for each in changes]}, indent=1
-        ),
+        run_dir / CHANGES: json.dumps(to_table(changes), indent=1),
     }
     try:
         for path, text in contents.items():

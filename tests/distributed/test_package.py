@@ -129,7 +129,8 @@ def test_the_installed_copy_trains_in_an_empty_folder(source, installed, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "copies"}
     assert json.loads((run_dir / "environment.json").read_text())["git_revision"] == git(source, "rev-parse", "HEAD").strip()
     own, public = demonstrated(run_dir, tmp_path / "world", tmp_path / "results")
-    assert own == pytest.approx(public) and len(list((tmp_path / "results").glob("*/*/results.json"))) == 3
+    assert own == pytest.approx(public) and len(list((tmp_path / "results").glob("*/*/*/results.json"))) == 6
+    assert (tmp_path / "results" / "compared" / "results.html").is_file()
     written = contents(tmp_path / "copies")
     assert written.keys() == set(ROOT_FILES)
     assert all(written[name] == (REPO / name).read_bytes() for name in ROOT_FILES if name != "slurm/env.sh")
@@ -138,16 +139,14 @@ def test_the_installed_copy_trains_in_an_empty_folder(source, installed, tmp_pat
 def demonstrated(run_dir: Path, world: Path, out: Path) -> tuple[float, float]:
     """The accuracy of true captions against false ones that a run has of its own test groups, asked as SugarCrepe asks, and that of
     the same groups as a benchmark, by the last commands of `make demo`."""
-    recipe = (REPO / "Makefile").read_text().replace("\\\n", " ").split("\ndemo: ")[1].split("\n\n")[0]
-    places = {
-        "runs/quickstart-world": world,
-        "runs/quickstart-benchmarks": out,
-        "runs/quickstart/scenes": run_dir / "scenes",
-        "runs/quickstart": run_dir,
-    }
+    makefile = (REPO / "Makefile").read_text()
+    options = makefile.split("\nIN_THE_FORM_OF_BENCHMARKS := ")[1].split("\n")[0]
+    recipe = makefile.split("\ndemo: ")[1].split("\n\n")[0].replace("$(IN_THE_FORM_OF_BENCHMARKS)", options)
     for line in recipe.splitlines():
         if line.startswith("\tcfvlm-ds "):
-            main([str(places.get(word, word)) for word in line.split()[1:]])
+            for name, place in (("-world", world), ("-benchmarks", out), ("", run_dir)):
+                line = line.replace(f"runs/quickstart{name}", str(place))
+            main(line.split()[1:])
     groups = read_rows(run_dir / "scenes" / "test_iid.jsonl")
     manifest = run_dir.parent / "iid.jsonl"
     manifest.write_text("".join(f"{json.dumps(group | {'prompt': 'Describe the image.'})}\n" for group in groups))
@@ -156,7 +155,7 @@ def demonstrated(run_dir: Path, world: Path, out: Path) -> tuple[float, float]:
     edits = set().union(*SUBSETS.values())
     rows = [row for row in json.loads(manifest.with_suffix(".json").read_text())["iid"] if row["name"] in edits]
     count = sum(row["comparisons"]["factual"] for row in rows)
-    metrics = json.loads((out / "sugarcrepe" / "caption" / "results.json").read_text())["metrics"]
+    metrics = json.loads((out / "tuned" / "sugarcrepe" / "caption" / "results.json").read_text())["metrics"]
     return sum(row["metrics"]["factual"] * row["comparisons"]["factual"] for row in rows) / count, metrics["seen"]["accuracy"]
 
 
