@@ -42,7 +42,7 @@ _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
 _FIRST_PAGE = re.compile(
-    "loss_mean|learning_rate|grad_norm|epoch|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/[^/]+/(accuracy|f1|f1_macro|group|macro|nll|pair)"
+    "loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/[^/]+/(accuracy|f1|f1_macro|group|macro|nll|pair)"
 )
 """Metrics that a person looks at first. MLflow shows ``Main/``, as a name with a capital, before ``detail/``, which has all others."""
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
