@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import select
 import signal
 import socket
@@ -17,7 +18,7 @@ import forkserver_ranks
 import mlflow
 import pytest
 import torch
-from conftest import REPO, losses, metrics, run_train, run_trainings, train_arguments, wait_for
+from conftest import REPO, losses, metrics, read_rows, run_train, run_trainings, train_arguments, wait_for
 from safetensors.torch import load_file
 from test_tracking import Server
 
@@ -157,6 +158,28 @@ def test_what_a_run_writes_is_known_by_name(finished):
     """A link or pipe of such a name is refused at a start (cfvlm_ds.core.run_folder)."""
     listed = [path.name for path in finished.iterdir() if not path.name.startswith("checkpoint-")]
     assert len(listed) > 12 and not [name for name in listed if not any(fnmatch(name, known) for known in (*FILES, *FOLDERS))]
+
+
+def test_the_page_of_results_leads_to_the_worst_groups(finished, manifests):
+    """Their order, by hand from the scores of every true text or image against every false one."""
+    page = (finished / "results.html").read_text()
+    assert '<a href="worst/index.html">' in page and page.count("<table>") >= 2 and '<img src="learning_curves.png"' in page
+    margins = []
+    scores = {row["id"]: row["logp"] for row in read_rows(finished / "scores" / "test.jsonl")[1:]}
+    for group in read_manifest(manifests["test"]):
+        shams, prompts, logp = {edit.image for edit in group.edits if edit.type == "sham"}, group.prompt_ids, scores[group.id]
+        cells = [(i, c) for i in range(len(group.images)) for c in range(len(group.candidates))]
+        found = [
+            logp[i][c] - logp[j][d]
+            for i, c in cells
+            for j, d in cells
+            if (group.match[i][c], group.match[j][d]) == (1, 0)
+            and j not in shams
+            and ((i == j and prompts[c] == prompts[d]) or (c == d and (i not in shams or c == 0)))
+        ]
+        margins += sorted(found)[:1]
+    shown = [float(worst) for worst in re.findall(r'data-worst="([^"]*)"', (finished / "worst" / "index.html").read_text())]
+    assert shown == pytest.approx(sorted(margins)[:30], abs=1e-3)
 
 
 def test_artifacts_are_the_files_of_the_run_folder(client, finished, tmp_path):
