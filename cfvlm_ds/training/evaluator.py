@@ -123,5 +123,3 @@ def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBe
             f"train.save_best {name!r} is not a metric of data.evaluation, whose groups have no comparison for it; use "
             f"one of {', '.join(sorted(known)) or 'none, for no group has a comparison'}"
         )
-
-

@@ -603,7 +603,12 @@ def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(t
     """Groups without a picture, with two, with one that is lost; a run that goes on from step 5 forgets step 7; texts fetch nothing."""
     Image.new("RGBA", (400, 300), (0, 255, 0, 0)).save(tmp_path / "a.png")
     hostile = "![x](//h/a.png) <img src=//h/b> | ](//h/c.png)"
-    shown = {"none": (), "two": (tmp_path / "a.png",) * 2, "lost": (tmp_path / "gone.png",), f"]( //h/d.png) {hostile}": (tmp_path / "a.png",)}
+    shown = {
+        "none": (),
+        "two": (tmp_path / "a.png",) * 2,
+        "lost": (tmp_path / "gone.png",),
+        f"]( //h/d.png) {hostile}": (tmp_path / "a.png",),
+    }
     groups = [replace(group([[1, 0]], texts=((PROMPT, hostile), (PROMPT, "b")), name=name), images=(each,)) for name, each in shown.items()]
     rows = [{"step": step, "set": "test", "group": name, "text": f"{step}{hostile}"} for step in (0, 5, 7) for name in shown]
     write_rows(tmp_path / "samples.jsonl", rows)

@@ -501,8 +501,12 @@ def test_the_option_offered_for_a_label_never_turns_it_round(column, values, opt
     with pytest.raises(DataError, match=rf"add {re.escape(option)} to "):
         read_manifest(path, format="captions")
     if "..." not in option:
-        said = {text.text: truth for _, group in open_groups(path, format=f"captions:{option}").entries()
-                if not isinstance(group, DataError) for text, truth in zip(group.candidates, group.match[0], strict=True)}
+        said = {
+            text.text: truth
+            for _, group in open_groups(path, format=f"captions:{option}").entries()
+            if not isinstance(group, DataError)
+            for text, truth in zip(group.candidates, group.match[0], strict=True)
+        }
         assert said == ({"text 0": 0, "text 1": 1} if column == "is_foil" else {"text 0": 1, f"text {1 + ('' in values)}": 0})
 
 
