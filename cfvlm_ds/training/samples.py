@@ -53,7 +53,7 @@ class Samples:
         """Write the texts, and add them to samples.jsonl (rank 0) in place of those of this step and later ones, which an earlier start
         wrote. A picture that cannot be read on all ranks has its error as the text.
         """
-        if not self.number:
+        if next(self._groups(), None) is None:
             return
         lines = []
         self.engine.eval()
@@ -71,7 +71,7 @@ class Samples:
         """Return a section for results.md, and the files to track; small copies of the pictures are saved in ``samples/``. A failure is a
         warning, and the section is empty.
         """
-        if not self.number:
+        if next(self._groups(), None) is None:
             return "", []
         try:
             return self._report()
@@ -131,5 +131,5 @@ class Samples:
                 if index < len(groups) and found < self.number and 1 in (group := groups[index]).match[0]:
                     found += 1
                     yield name, group
-            if found == self.number:
+            if found >= self.number:
                 return
