@@ -58,8 +58,8 @@ _CHOICES = {"correct", "right", "answer"}
 """Words in the names of labels whose values may also be indices of the right text in a list."""
 
 _VERDICTS = {"label", "labels", "gold", "verdict"}
-"""Words in the names of labels in any notation, such as another language, 0 to 2, or 1 to 5, if they have few values."""
-_FEW = 5
+"""Words in the names of labels that may have other values too."""
+_FEW = 5  # distinct values of such a label
 _LABEL_NAMES = {
     *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",
     "entails",
@@ -122,8 +122,9 @@ class Column:
         others = values - _TRUTHS.keys() - {"-1"}
         if not others or (not _CHOICES.isdisjoint(self.words) and all(map(str.isdecimal, others))):
             return True
-        truths = {_TRUTHS.get(value) for value in values if not value.isdecimal()}
-        return {0, 1} <= truths or (1 < len(values) <= _FEW and not _VERDICTS.isdisjoint(self.words))
+        has_few, has_verdict = 1 < len(values) <= _FEW, not _VERDICTS.isdisjoint(self.words)
+        has_both = {0, 1} <= {_TRUTHS.get(value) for value in values if not value.isdecimal()}
+        return has_few + has_verdict + has_both > 1  # a slip, another language, 0 to 2, or 1 to 5
 
     @property
     def negative(self) -> str:
