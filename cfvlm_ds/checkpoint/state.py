@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +42,8 @@ class TrainState:
         self.sampler = sampler
 
     def evaluated(self, value: float) -> bool:
-        """Store a value of the metric ``train.save_best`` if it is the best so far, and return whether it is."""
-        if self.best is not None and value <= self.best["value"]:
+        """Store a value of the metric ``train.save_best`` if it is the best so far, and return whether it is. NaN is never the best."""
+        if math.isnan(value) or (self.best is not None and value <= self.best["value"]):
             self.worse += 1
             return False
         self.best, self.worse = {"step": self.step, "value": value}, 0

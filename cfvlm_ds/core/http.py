@@ -72,10 +72,18 @@ class _Watched(requests.HTTPHandler, requests.HTTPSHandler):
         return super().do_open(lambda *where, **how: self._deadline.watch(http_class(*where, **how)), req, **options)
 
 
+class _Redirects(requests.HTTPRedirectHandler):
+    """Handler that follows redirects without reading their bodies, which have no limit."""
+
+    def redirect_request(self, req: Any, fp: Any, *reply: Any) -> Any:
+        fp.close()
+        return super().redirect_request(req, fp, *reply)
+
+
 _TLS = ssl.create_default_context()
 _FOLLOWING: tuple[Any, ...] = (
     requests.ProxyHandler,
-    requests.HTTPRedirectHandler,
+    _Redirects,
     requests.HTTPErrorProcessor,
     requests.HTTPDefaultErrorHandler,
     requests.UnknownHandler,

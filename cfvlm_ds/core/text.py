@@ -39,4 +39,4 @@ def quoted(value: object, most: int = 200) -> str:
 
 def in_cell(text: str, most: int = 60) -> str:
     """Format a text for a cell of a Markdown table, with bars, HTML, links and pictures escaped, because a viewer would fetch pictures."""
-    return re.sub(r"[\\|\[]", r"\\\g<0>", one_line(text, most)).replace("<", "&lt;")
+    return re.sub(r"[\\|\[\]]", r"\\\g<0>", one_line(text, most)).replace("<", "&lt;")

@@ -28,8 +28,9 @@ def write(
 ) -> str:
     """Generate a text about pictures for a prompt, with the ``options`` of transformers' ``generate``.
 
-    ``model`` must be in evaluation mode and not partitioned. If the chat template opens a thinking block, the block stays empty, as in
-    scoring. Raises DataError for input that the model cannot process, and OutOfMemory if memory runs out.
+    ``model`` must be in evaluation mode. All ranks call this together for a partitioned model, with the same arguments and the option
+    ``synced_gpus``. If the chat template opens a thinking block, the block stays empty, as in scoring. Raises DataError for input that the
+    model cannot process, and OutOfMemory if memory runs out.
     """
     tokenizer = collator.processor.tokenizer
     encoded = collator.prompts.encoded(prompt, "yes", len(shown), "a question")

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.core.text import one_line
 from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
@@ -127,21 +129,25 @@ def flash_attention() -> Callable[..., Any] | None:
 
 @functools.cache
 def _downloaded_kernel() -> Callable[..., Any] | None:
-    """Return flash-attn as the hub has built it for this torch and CUDA, or None if it was not downloaded before. It is not downloaded
-    here: 512 ranks would do so at the same time, and compute nodes cannot.
+    """Return flash-attn as the hub has built it for this torch and CUDA, or None if it was not downloaded before, or, with a warning, if it
+    cannot be loaded. It is not downloaded here: 512 ranks would do so at the same time, and compute nodes cannot.
     """
     if importlib.util.find_spec("kernels") is None:
         return None
-    from kernels import get_local_kernel, install_kernel
-    from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, FLASH_ATTN_KERNEL_VERSIONS
-
-    repository = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
+    build = None
     try:
+        from kernels import get_local_kernel, install_kernel
+        from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, FLASH_ATTN_KERNEL_VERSIONS
+
+        repository = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
         build = install_kernel(repository, version=FLASH_ATTN_KERNEL_VERSIONS[repository], local_files_only=True)
-    except (OSError, ValueError):  # not downloaded, or not built for this torch
+        function: Callable[..., Any] = get_local_kernel(build.parent.parent).flash_attn_varlen_func
+        return function
+    except Exception as error:  # an incomplete download, a library that is missing, another version of kernels
+        if build is not None or not isinstance(error, (OSError, ValueError)):  # otherwise: not downloaded, or not built for this torch
+            what, why = build or "the package kernels", one_line(f"{type(error).__name__}: {error}", 200)
+            print_line(f"warning: {what} cannot be loaded ({why}), so another attention kernel is used; install it again", error=True)
         return None
-    function: Callable[..., Any] = get_local_kernel(build.parent.parent).flash_attn_varlen_func
-    return function
 
 
 def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:

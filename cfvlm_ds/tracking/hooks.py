@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.text import one_line
 from cfvlm_ds.tracking.metrics_log import say
 
 
@@ -54,9 +55,17 @@ def hook_class(name: str) -> type[Hook]:
         return TensorBoard
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"tracking.also: {name!r} cannot be imported ({error}); use tensorboard or MODULE:CLASS") from error
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of the user's may raise anything
+        why, remedy = _line(error), "use tensorboard or MODULE:CLASS, with the module's folder in PYTHONPATH"
+        raise ConfigError(f"tracking.also: {name!r} cannot be imported ({why}); {remedy}") from error
+    if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in ("log", "close")):
+        raise ConfigError(f"tracking.also: {name!r} is not a class with the methods log and close; write them, as in docs/extending.md")
+    return found
+
+
+def _line(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}", 200)
 
 
 class Hooks:
@@ -64,7 +73,7 @@ class Hooks:
 
     def __init__(self, names: Sequence[str], run_dir: Path, params: Mapping[str, Any], step: int) -> None:
         self._hooks: dict[str, Hook] = {}
-        for name in names:
+        for name in dict.fromkeys(names):
             try:
                 self._hooks[name] = hook_class(name)(run_dir, params, step)
             except Exception as error:
@@ -79,5 +88,5 @@ class Hooks:
                 self._drop(name, error)
 
     def _drop(self, name: str, error: Exception) -> None:
-        say(f"warning: tracking.also {name}: {type(error).__name__}: {error}; it receives nothing more")
+        say(f"warning: tracking.also {name}: {_line(error)}; it receives nothing more")
         self._hooks.pop(name, None)

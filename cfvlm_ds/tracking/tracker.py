@@ -180,8 +180,8 @@ class Tracker:
             steps = sorted(row["step"] for row in (parse_line(line.encode() + b"\n") for line in lost) if row is not None)
             span = f" (steps {steps[0]} to {steps[-1]})" if steps else ""
             say(f"{len(lost)} records of metrics{span} are lost: {self.lines.path} could not be written to the end")
-        self.hooks.call("close", status)
         self.delivery.finish(status, now_ms(), self.close_timeout if timeout is None else timeout)
+        self.hooks.call("close", status)  # last, because it may take any time, or be killed
 
     def __enter__(self) -> Tracker:
         return self

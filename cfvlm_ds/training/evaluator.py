@@ -123,11 +123,3 @@ def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBe
             f"train.save_best {name!r} is not a metric of data.evaluation, whose groups have no comparison for it; use "
             f"one of {', '.join(sorted(known)) or 'none, for no group has a comparison'}"
         )
-
-
-def best_metric(config: RunConfig, metrics: Mapping[str, float]) -> float | None:
-    """Return the value of train.save_best, or None if it is not set. Raises ConfigError if this evaluation lacks that metric."""
-    name = config.train.save_best
-    if name is not None and name not in metrics:
-        raise ConfigError(f"train.save_best {name!r} is not among the metrics of an evaluation: {', '.join(sorted(metrics))}")
-    return None if name is None else metrics[name]

@@ -97,8 +97,8 @@ def decide(
             raise ConfigError(problem)
         return changes
 
-    finished = partial(run_on_rank0, world, lambda: _finished_at(run_dir))
-    if train.resume in ("auto", "restart") and finished() == total_steps:
+    finished = partial(run_on_rank0, world, lambda: _finished_at(run_dir, train.early_stopping))
+    if train.resume in ("auto", "restart") and (ended := finished()) is not None and ended[1] == total_steps:
 
         def refuse_changed() -> None:
             record = read_json(run_dir / FINISHED)
@@ -106,15 +106,14 @@ def decide(
             changed_since(record["record"], run_dir, total_steps)
 
         run_on_rank0(world, refuse_changed)
-        world.say(
-            f"{run_dir} has finished at step {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again"
-        )
+        step = str(total_steps) if ended[0] == total_steps else f"{ended[0]} of {total_steps}, by early stopping"
+        world.say(f"{run_dir} has finished at step {step}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again")
         return None
     checkpoint_dir = checkpoint.find(run_dir, train.resume, world)
     if checkpoint_dir is None:
-        if train.resume == "auto" and (step := finished()) is not None:
+        if train.resume == "auto" and (ended := finished()) is not None:
             raise ConfigError(
-                f"{run_dir} has finished at step {step} and holds no checkpoint to go on from to step {total_steps}; choose another "
+                f"{run_dir} has finished at step {ended[0]} and holds no checkpoint to go on from to step {total_steps}; choose another "
                 "train.output_dir, or set train.resume to restart to start at step 0"
             )
         return Start(None, [], record, total_steps, data)
@@ -130,9 +129,11 @@ def decide(
     return start
 
 
-def _finished_at(run_dir: Path) -> int | None:
-    """Return the number of steps that were planned for a finished run, or None if the folder's run has not finished. Raises ConfigError if
-    no checkpoint or record in the folder reaches the step at which the run is said to have ended.
+def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] | None:
+    """Return the last step of a finished run and the number of its steps; None if the folder's run has not finished.
+
+    After early stopping, the number of steps is the planned one, or the last step if ``early_stopping`` has changed since, so that the run
+    may continue. Raises ConfigError if no checkpoint or record in the folder reaches the step at which the run is said to have ended.
     """
     finished: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that a power loss has truncated counts as absent
@@ -148,4 +149,7 @@ def _finished_at(run_dir: Path) -> int | None:
             f"{run_dir / FINISHED} says that the run ended at step {step}, but no checkpoint and no record in {METRICS_FILE} reaches "
             "that step; remove it to continue from what is there"
         )
-    return int(finished.get("total_steps", step))
+    with contextlib.suppress(KeyError, TypeError):
+        if finished["record"]["options"]["train"]["early_stopping"] == early_stopping:
+            return step, int(finished["total_steps"])
+    return step, step

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.core.conversation import readable
-from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.conversation import Prompt, readable
+from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import write_if_possible
-from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.journal import append, records
+from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.journal import records
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
 from cfvlm_ds.evaluation.generation import write
 from cfvlm_ds.training.evaluator import Splits
 
 _MAX_NEW_TOKENS, _SIDE = 64, 160
+_LONGEST = 400
+"""Characters of a text in results.md; samples.jsonl has all of it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Samples:
     """Greedy texts about the first picture of ``number`` groups, taken from the evaluation sets in turn.
 
-    Every rank writes all of them: under ZeRO-3 the ranks gather weights together in each forward.
+    Every rank writes all of them: under ZeRO-3 the ranks gather weights together in each forward. Rank 0 keeps them in samples.jsonl.
     """
 
     number: int
@@ -37,58 +39,66 @@ class Samples:
     world: World
     run_dir: Path
     max_pixels: int
+    _lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def resume(self, step: int) -> None:
+        """Read the texts up to a step from which the run continues. A file that cannot be read is a warning, and is replaced."""
+        if self.number and self.world.is_main:
+            try:
+                self._lines = [line for line in records(self._file, "its texts are dropped") if line["step"] <= step]
+            except (OSError, DataError, LookupError, TypeError) as error:
+                self.world.say(f"warning: {self._file}: earlier samples cannot be read ({error})")
 
     def write(self, step: int) -> None:
-        """Write the texts, and append them to samples.jsonl (rank 0). A picture that cannot be read has its error as the text."""
-        if not self.number:
+        """Write the texts, and add them to samples.jsonl (rank 0) in place of those of this step and later ones, which an earlier start
+        wrote. A picture that cannot be read on all ranks has its error as the text.
+        """
+        if next(self._groups(), None) is None:
             return
         lines = []
         self.engine.eval()
         for name, group in self._groups():
-            prompt = group.candidates[0].prompt
-            try:
-                model = self.engine.module.model
-                text = write(model, self.collator, self.world.device, group.images[0], prompt, _MAX_NEW_TOKENS, do_sample=False)
-            except DataError as error:
-                text = str(error)
+            prompt, pictures = group.candidates[0].prompt, group.images[0]
+            text = next(filter(None, gather_objects(self._unreadable(pictures), self.world)), "") or self._text(prompt, pictures)
             true = [each.text for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1]
             lines.append({"step": step, "set": name, "group": group.id, "prompt": readable(prompt), "true": true, "text": text})
         self.engine.train()
         if self.world.is_main:
-            if not step:
-                write_if_possible(self._file, "", self.world.say)  # of an earlier run
-            for line in lines:
-                append(self._file, json.dumps(line), self.world.say)
+            self._lines = [line for line in self._lines if line["step"] < step] + lines
+            write_if_possible(self._file, "".join(json.dumps(line) + "\n" for line in self._lines), self.world.say)
 
     def report(self) -> tuple[str, list[Path]]:
         """Return a section for results.md, and the files to track; small copies of the pictures are saved in ``samples/``. A failure is a
         warning, and the section is empty.
         """
-        if not self.number:
+        if next(self._groups(), None) is None:
             return "", []
         try:
             return self._report()
-        except (OSError, DataError) as error:
+        except OSError as error:
             self.world.say(f"warning: no samples in results.md ({error})")
             return "", []
 
     def _report(self) -> tuple[str, list[Path]]:
         (self.run_dir / "samples").mkdir(exist_ok=True)
-        texts: dict[tuple[str, str], dict[int, str]] = {}
-        for line in records(self._file, "remove the file"):
-            texts.setdefault((line["set"], line["group"]), {})[line["step"]] = line["text"]
-        parts, files = ["## Samples"], [self._file]
+        parts, files = ["## Samples"], [self._file] * self._file.is_file()
         for number, (name, group) in enumerate(self._groups()):
-            try:
-                image = open_image(group.images[0][0], self.max_pixels)
-            except (DataError, IndexError):  # unreadable, or a prompt without a picture
-                continue
-            image.thumbnail((_SIDE, _SIDE))
-            files.append(self.run_dir / "samples" / f"{number}.png")
-            image.convert("RGB").save(files[-1])
-            rows = [f"| {step} | {in_cell(text)} |" for step, text in sorted(texts.get((name, group.id), {}).items())]
+            shown = []
+            for place, picture in enumerate(group.images[0]):
+                file = self.run_dir / "samples" / f"{number}{f'-{place}' * (place > 0)}.png"
+                try:
+                    image = open_image(picture, self.max_pixels)
+                except DataError as error:
+                    shown.append(f"({in_cell(str(error), _LONGEST)})")
+                    continue
+                image.thumbnail((_SIDE, _SIDE))
+                image.save(file)
+                files.append(file)
+                shown.append(f"![{in_cell(group.id)}](samples/{file.name})")
+            texts = [line for line in self._lines if (line["set"], line["group"]) == (name, group.id)]
+            rows = [f"| {line['step']} | {in_cell(line['text'], _LONGEST)} |" for line in texts]
             true = next(each.text for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1)
-            parts.append(f"![{in_cell(group.id)}](samples/{number}.png) {in_cell(name)}, true: {in_cell(true)}")
+            parts.append(" ".join([*shown, f"{in_cell(name)}, {in_cell(group.id)}, true: {in_cell(true, _LONGEST)}"]))
             parts.append("\n".join(["| step | written |", "|---:|---|", *rows]))
         return "\n\n".join(parts), files
 
@@ -96,13 +106,30 @@ class Samples:
     def _file(self) -> Path:
         return self.run_dir / "samples.jsonl"
 
+    def _unreadable(self, pictures: Pictures) -> str:
+        """Return the error of a picture that this rank cannot read, or ""."""
+        try:
+            for picture in pictures:
+                self.collator.files.open((picture, False))
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def _text(self, prompt: Prompt, pictures: Pictures) -> str:
+        model, ranks = self.engine.module.model, self.world.size
+        options = {"do_sample": False, "synced_gpus": ranks > 1}  # a rank that ends a text earlier takes part in the others' forwards
+        try:
+            return write(model, self.collator, self.world.device, pictures, prompt, _MAX_NEW_TOKENS, **options)
+        except DataError as error:
+            return str(error)
+
     def _groups(self) -> Iterator[tuple[str, CounterfactualGroup]]:
         """Yield the groups whose first picture has a true text, from each set in turn."""
         found = 0
         for index in range(max(map(len, self.splits.values()), default=0)):
             for name, groups in self.splits.items():
-                if index < len(groups) and 1 in groups[index].match[0] and found < self.number:
+                if index < len(groups) and found < self.number and 1 in (group := groups[index]).match[0]:
                     found += 1
-                    yield name, groups[index]
-            if found == self.number:
+                    yield name, group
+            if found >= self.number:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -36,7 +37,7 @@ from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
-from cfvlm_ds.training.evaluator import Evaluator, best_metric
+from cfvlm_ds.training.evaluator import Evaluator
 from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
 from cfvlm_ds.training.meter import Meter, measure
@@ -135,6 +136,8 @@ class Trainer:
             outcomes = self.evaluator.ask() if self.data.benchmarks and train.eval_on_start is True else {}
             self._log_evaluation(tracker, before, outcomes, "before the first step, ")
             self.samples.write(0)
+        else:
+            self.samples.resume(state.step)
         part_of_step = 1 / (world.size * train.gradient_accumulation_steps)
         started, first_step = time.monotonic(), state.step
         self.engine.train()
@@ -252,7 +255,11 @@ class Trainer:
         outcomes = self.evaluator.ask() if self.data.benchmarks and not sampled else {}
         metrics = self._log_evaluation(tracker, results, outcomes)
         self.samples.write(self.state.step)
-        return (value := best_metric(self.config, metrics)) is not None and self.state.evaluated(value)
+        if (best := self.config.train.save_best) is None:
+            return False
+        if best not in metrics:  # such as an area under a curve of scores that are not numbers
+            self.world.say(f"warning: this evaluation has no {best} (train.save_best), which counts as no improvement")
+        return self.state.evaluated(metrics.get(best, math.nan))
 
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import markdown_it
 import pytest
 import torch
-from conftest import COLOURS, PROMPT, metrics, read_rows, run_train, save_groups, train_arguments
+from conftest import COLOURS, PROMPT, metrics, read_rows, run_ranks, run_train, save_groups, train_arguments, write_rows
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.layout import GroupLayout
@@ -33,6 +38,7 @@ from cfvlm_ds.evaluation.metrics import METRICS
 from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, Misp, SymMPO, denominators, weighted_loss
 from cfvlm_ds.training import results, trainer
 from cfvlm_ds.training.evaluator import check_best
+from cfvlm_ds.training.samples import Samples
 
 Truth = list[list[int | None]]
 
@@ -535,7 +541,24 @@ def test_training_ends_early_where_evaluations_do_not_improve(model_dir, manifes
         (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options, *more), said=tmp_path / "said")
         assert "early stopping after step 3: eval/test/pair was best, " in said and "step 4/9" not in said
         assert json.loads((run_dir / "finished.json").read_text())["step"] == 3 and (run_dir / "results.md").is_file()
-    assert "nothing to do" in run_train(1, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")[0]
+    assert "3 of 9" in run_train(1, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")[0]
+    options[3] = "--train.early_stopping=3"
+    (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
+    assert "early stopping after step 4: " in said and "at step 1\n" in said
+
+
+def test_an_evaluation_without_the_metric_or_with_nan_is_no_improvement(tmp_path):
+    """One that follows is compared with the best before it."""
+    ended, said = finishing(tmp_path)
+    ended.state, ended.samples = TrainState(step=1), SimpleNamespace(write=lambda _: None)
+    ended.config = parse_config(
+        [f"--train.output_dir={tmp_path}", "--data.evaluation.vsr=a", "--train.eval_steps=1", "--train.save_best=eval/vsr/auc"], OBJECTIVES
+    )
+    found = iter([math.nan, 60.0, None, math.nan, 59.0, 61.0])
+    ended._log_evaluation = lambda *_: {} if (value := next(found)) is None else {"eval/vsr/auc": value}
+    assert [ended._evaluate(None) for _ in range(6)] == [False, True, False, False, False, True]
+    assert ended.state.best == {"step": 1, "value": 61.0} and ended.state.worse == 0
+    assert len(said) == 1 and said[0].startswith("warning: ")
 
 
 def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, manifests, tmp_path):
@@ -562,6 +585,41 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
     with (run_dir / "samples.jsonl").open("a") as file:
         file.write('{"step": 2, "te')  # a kill while it was written
     run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said-again")
-    assert read_rows(run_dir / "samples.jsonl") == written[2] + written[2][6:]
+    assert read_rows(run_dir / "samples.jsonl") == written[2]
     section = (tmp_path / "2" / "results.md").read_text().split("\n## Samples\n")[1].split("\n## ")[0]
     assert section.count("| step | written |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160
+
+
+def test_a_picture_that_one_rank_has_lost_is_a_sample_of_no_rank(model_dir, manifests, tmp_path):
+    """Under ZeRO-3 the others would wait for its forwards for ever."""
+    options = ["--train.samples=2", "--train.max_steps=1", f"--data.evaluation.test={manifests['test']}", "--train.export=false"]
+    arguments = train_arguments(model_dir, manifests, tmp_path / "run", *options)
+    ended = run_ranks(2, "rank_functions:losing_pictures", arguments, said=tmp_path / "said", timeout=200)
+    assert [code for code, _ in ended] == [0, 0]
+    assert all(row["text"].endswith("lost on rank 1") for row in read_rows(tmp_path / "run" / "samples.jsonl"))
+
+
+def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(tmp_path, capsys):
+    """Groups without a picture, with two, with one that is lost; a run that goes on from step 5 forgets step 7; texts fetch nothing."""
+    Image.new("RGBA", (400, 300), (0, 255, 0, 0)).save(tmp_path / "a.png")
+    hostile = "![x](//h/a.png) <img src=//h/b> | ](//h/c.png)"
+    shown = {
+        "none": (),
+        "two": (tmp_path / "a.png",) * 2,
+        "lost": (tmp_path / "gone.png",),
+        f"]( //h/d.png) {hostile}": (tmp_path / "a.png",),
+    }
+    groups = [replace(group([[1, 0]], texts=((PROMPT, hostile), (PROMPT, "b")), name=name), images=(each,)) for name, each in shown.items()]
+    rows = [{"step": step, "set": "test", "group": name, "text": f"{step}{hostile}"} for step in (0, 5, 7) for name in shown]
+    write_rows(tmp_path / "samples.jsonl", rows)
+    samples = Samples(9, {"test": groups}, None, None, World(0, 1, 0, torch.device("cpu")), tmp_path, 10**6)
+    samples.resume(5)
+    section, files = samples.report()
+    assert [file.name for file in files] == ["samples.jsonl", "1.png", "1-1.png", "3.png"]
+    page = markdown_it.MarkdownIt("commonmark").enable("table").render(section)
+    assert re.findall(r'(?:src|href)="(.*?)"', page) == ["samples/1.png", "samples/1-1.png", "samples/3.png"]
+    assert [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", page)] == [f"{step}{hostile}" for _ in shown for step in (0, 5)]
+    assert page.count("gone.png: no such image file") == 1
+    (tmp_path / "samples.jsonl").write_text("broken\n[]\n")
+    samples.resume(5)
+    assert capsys.readouterr().out.count("warning: ") == 1

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 from cfvlm_ds import engine
+from cfvlm_ds.batching import image_source
 from cfvlm_ds.cli.train import run
 from cfvlm_ds.cluster.heartbeat import Heartbeat
 from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.models import forest_attention as attention
+from cfvlm_ds.training.samples import Samples
 
 
 def stand_still(folder: Path, ended: bool) -> None:
@@ -38,6 +41,22 @@ def seeing_siblings(options: Sequence[str]) -> None:
     attention._padded = lambda forest, *sight: right(
         attention.Forest(forest.lengths, tuple(node - 1 if parent >= 0 else -1 for node, parent in enumerate(forest.parents))), *sight
     )
+    run(options)
+
+
+def losing_pictures(options: Sequence[str]) -> None:
+    """A training whose rank 1 cannot open a picture while samples are written."""
+    write, opened = Samples.write, image_source.open_image
+
+    def lost(path: Path, *limits: int) -> None:
+        raise DataError(f"{path}: lost on rank 1")
+
+    def writing(samples: Samples, step: int) -> None:
+        image_source.open_image = lost if samples.world.rank else opened
+        write(samples, step)
+        image_source.open_image = opened
+
+    Samples.write = writing
     run(options)
 
 

@@ -179,6 +179,18 @@ def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
             start()
 
 
+def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(told, tmp_path, capsys):
+    options = ["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path), "--train.early_stopping=2"]
+    options += ["--data.evaluation.a=b", "--train.save_best=eval/a/pair", "--train.eval_steps=1"]
+    config = parse_config(options, OBJECTIVES)
+    ended = {"schema": 1, "step": 3, "total_steps": 5, "record": option_changes.record(config, Z3, 1, 5)}
+    (tmp_path / "finished.json").write_text(json.dumps(ended))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "time": 1, "loss": 2.0}\n')
+    sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
+    assert resume.decide(config, Z3, ONE, sampler, {}, 5) is None and "finished at step 3 of 5" in capsys.readouterr().out
+    assert [resume._finished_at(tmp_path, patience) for patience in (2, 3, None)] == [(3, 5), (3, 3), (3, 3)]
+
+
 def test_changes_are_noted_once(told, tmp_path):
     found = option_changes.compare(told(), told("--train.learning_rate", "0.1"))
     for step in (4, 4, 6):

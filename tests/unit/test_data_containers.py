@@ -396,6 +396,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "item that is no row": (table("[[1]]", "a.json"), "item 1: .*list"),
     "a number": (table("7", "a.json"), "int"),
     "another object": (table(json.dumps({"data": [CAPTION], "x": 1}, indent=1), "a.json"), "'data', 'x'"),
+    "an object of columns": (table(json.dumps({"image": ["a.png", "b.png"], "caption": ["x", "y"]}), "a.json"), "'caption', 'image'"),
+    "rows within an object": (table(json.dumps({"data": [CAPTION]}), "a.json"), "'data'"),
     "instances of COCO": (table(json.dumps(COCO | {"annotations": [{"image_id": 1}]}), "a.json"), "annotations, item 1: key 'caption'"),
     "image without captions": (table(json.dumps(COCO | {"annotations": []}), "a.json"), "item 1: .*'caption'"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: .* 1"),
@@ -592,10 +594,19 @@ def test_conversion_leaves_out_pictures_that_a_check_refuses(folder):
 
 class Server(http.server.BaseHTTPRequestHandler):
     asked: ClassVar[list[str]] = []
+    sent = 0
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
         busy = self.path == "/busy.png" and self.asked.count(self.path) == 1
+        if self.path == "/moved.png":  # with a body of 100 MB that nobody needs
+            self.send_response(302)
+            self.send_header("Location", "/a.png")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    type(self).sent += self.wfile.write(bytes(1_000_000))
+            return
         dripping = {
             "/head.png": b"HTTP/1.1 200 OK\r\nX-Long: ",
             "/trailer.png": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\nX-Long: "
@@ -685,6 +696,12 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path, server, 
     assert sorted(tmp_path.rglob("*")) == before
     assert downloading.download(lines(path, [{"URL": f"{server}/a.png"}]), tmp_path / "other.jsonl").pictures == 0
     assert not (tmp_path / "other.jsonl.pictures").exists()
+
+
+def test_the_body_of_a_redirect_is_not_read(tmp_path, server):
+    path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/moved.png"}])
+    assert downloading.download(path, tmp_path / "out.jsonl").pictures == 1
+    assert Server.sent < 50_000_000
 
 
 @pytest.mark.parametrize("part", ["drip", "head", "trailer", "hop"])

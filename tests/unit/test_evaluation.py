@@ -699,6 +699,7 @@ def test_names_from_the_data_are_text_in_a_table_and_nothing_else():
         "![x](http://h/x.png)",
         "\\![x](//h)",
         "[x](//h)",
+        "a](//h/x.png) ![b",
     ]
     readers = (markdown_it.MarkdownIt("commonmark").enable("table").render, partial(markdown.markdown, extensions=["tables"]))
     rows = accuracies([group(Edit(name, 1, 1)) for name in names], [scores([[1.0, 0.0], [0.0, 1.0]])] * len(names))
@@ -707,5 +708,6 @@ def test_names_from_the_data_are_text_in_a_table_and_nothing_else():
         shown = read("| name | again |\n|---|---|\n" + "".join(f"| {in_cell(name)} | {in_cell(name)} |\n" for name in names))
         cells = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]
         assert cells == [name for name in names for _ in range(2)]
+        assert re.findall(r'src="(.*?)"', read("".join(f"![{in_cell(name)}](own.png)\n\n" for name in names))) == ["own.png"] * len(names)
         for text in (table({"s": rows}), audit.markdown()):
             assert not re.search(r"<(img|script|a)\b", read(text))

@@ -439,6 +439,11 @@ MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     "minus one": ("captions", of("label", -1, 1, 1), ["label"]),
     "letters": ("captions", of("gold", "y", "n", "n"), ["gold"]),
     "FEVER": ("captions", of("label", "SUPPORTS", "REFUTES", "NOT ENOUGH INFO", ""), ["label"]),
+    "in words of nobody": ("captions", of("label", "stimmt", "falsch", "stimmt"), ["label"]),
+    "classes of entailment": ("captions", of("label", 0, 1, 2, 0), ["label"]),
+    "grades": ("captions", of("human_label", 1.0, 4.0, 5.0, float("nan")), ["human_label"]),
+    "with a slip": ("captions", of("is_true", "Yes", "no", "yess"), ["is_true"]),
+    "with a third word": ("captions", of("is_correct", True, False, "partly"), ["is_correct"]),
     "by its values alone": ("captions", of("status", "right", "wrong", "right"), ["status"]),
     "rarely": ("captions", of("ok", *[None] * 90, False, *[None] * 9), ["ok"]),
     "gaps": ("captions", of("is_correct", 1.0, 0.0, float("nan"), 1.0), ["is_correct"]),
@@ -480,6 +485,31 @@ def test_a_column_that_may_mark_or_hold_false_texts_is_refused_until_it_is_named
         assert any(0 in group.match[0] for _, group in store.entries() if not isinstance(group, DataError))
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "option"),
+    [
+        ("label", ["1", "", "0"], "label=label"),
+        ("label", [1, -1], "label=label,true=...,false=..."),
+        ("label", [0, 1, 2], "label=label,true=...,false=..."),
+        ("is_true", ["yes", "no", "yess"], "label=is_true,true=yes,false=no"),
+        ("is_foil", ["yes", "no", ""], "label=is_foil,true=no,false=yes"),
+        ("is_foil", [1, 0], "label=is_foil,true=0,false=1"),
+    ],
+)
+def test_the_option_offered_for_a_label_never_turns_it_round(column, values, option, tmp_path):
+    path = lines(tmp_path / "rows.jsonl", of(column, *values))
+    with pytest.raises(DataError, match=rf"add {re.escape(option)} to "):
+        read_manifest(path, format="captions")
+    if "..." not in option:
+        said = {
+            text.text: truth
+            for _, group in open_groups(path, format=f"captions:{option}").entries()
+            if not isinstance(group, DataError)
+            for text, truth in zip(group.candidates, group.match[0], strict=True)
+        }
+        assert said == ({"text 0": 0, "text 1": 1} if column == "is_foil" else {"text 0": 1, f"text {1 + ('' in values)}": 0})
+
+
 METADATA: dict[str, list[dict[str, Any]]] = {
     "public data": [
         SAID | {"label": 37, "score": 0.31, "split": "valid", "nsfw": "UNLIKELY", "width": 1, "answer_type": "yes/no", "weight": 1.0},
@@ -493,7 +523,7 @@ METADATA: dict[str, list[dict[str, Any]]] = {
     "a word of FOIL": of("foil_word", "ORIG", "dog"),
     "rows of negative pictures": of("neg_image", "[5]", "[6]"),
     "other names": of("vote", 1, 0, 1),
-    "other values": of("label", "stimmt", "falsch", "stimmt"),
+    "counts": of("num_errors", 0, 1, 2, 1),
 }
 
 

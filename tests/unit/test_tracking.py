@@ -414,12 +414,16 @@ class Diary:
         self.entries.append(status)
 
 
+ALSO = ["test_tracking:Diary", "tensorboard", "test_tracking:Diary"]
+"""Trackers, one of them twice by mistake."""
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_other_trackers_get_the_metrics(fails, tmp_path, capsys):
     """TensorBoard, and a class by its name; one that fails is reported once and stops nothing."""
     Diary.entries.clear()
     params = {"fails": fails, "api_key": "hunter2"}
-    with open_tracker(True, tmp_path, "tests", "a", params, {}, mlflow=False, also=["test_tracking:Diary", "tensorboard"]) as tracker:
+    with open_tracker(True, tmp_path, "tests", "a", params, {}, mlflow=False, also=ALSO) as tracker:
         for step in (1, 2, 3):
             tracker.log(step, {"loss": 1 / step, "rate": math.inf})
     written = [{"loss": 1 / step, "rate": math.inf} for step in (1, 2, 3)]
@@ -430,8 +434,15 @@ def test_other_trackers_get_the_metrics(fails, tmp_path, capsys):
     assert [(point.step, point.value) for point in events.Scalars("loss")] == [(step, pytest.approx(1 / step)) for step in (1, 2, 3)]
 
 
-def test_a_tracker_that_is_not_there_is_refused(monkeypatch):
+def test_a_tracker_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    """Absent, or of a module that cannot be imported, or no tracker; the sentence is one line whatever the module raises."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "raising_tracker.py").write_text("raise RuntimeError('no\\nkey')")
+    (tmp_path / "broken_tracker.py").write_text("def (")
+    names = ["nothing:Diary", "test_tracking:Dairy", "Diary", ".beside:Diary", "raising_tracker:A", "broken_tracker:A", "test_tracking:"]
+    names += ["test_tracking:ALSO", "test_tracking:Path"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("nothing:Diary", "test_tracking:Dairy", "Diary", "tensorboard"):
-        with pytest.raises(ConfigError, match="tracking"):
+    for name in [*names, "tensorboard"]:
+        with pytest.raises(ConfigError, match="tracking") as raised:
             hook_class(name)
+        assert "\n" not in str(raised.value)

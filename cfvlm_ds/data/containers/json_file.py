@@ -91,8 +91,9 @@ def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, 
 
 
 def is_lines(path: Path) -> bool:
-    """Return whether a file named .json has one object per line, as in some published data sets. A single object is one row, unless it is
-    COCO's or an object of numbered rows.
+    """Return whether a file named .json has one object per line, as in some published data sets.
+
+    A single object is one row, unless it is COCO's, or holds only lists or objects, as if those were the rows or columns.
 
     Raises the same errors as open_regular.
     """
@@ -100,8 +101,11 @@ def is_lines(path: Path) -> bool:
         line = handle.readline(MAX_ROW + 1)
         while line and not line.strip() and len(line) <= MAX_ROW:
             line = handle.readline(MAX_ROW + 1)
+        is_last = not handle.read(1)
     try:
         row = json.loads(line.decode("utf-8-sig")) if len(line) <= MAX_ROW else None
     except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and not {"images", "annotations"} <= row.keys() and not (row and all(key.isdecimal() for key in row))
+    if not isinstance(row, dict) or {"images", "annotations"} <= row.keys():
+        return False
+    return not (is_last and row and all(isinstance(value, dict | list) for value in row.values()))

@@ -25,18 +25,22 @@ from cfvlm_ds.data.store import apply
 
 _TRUE = (
     "1", "true", "t", "yes", "y", "correct", "right", "positive", "match", "matched", "entailment", "entailed", "valid", "real",
-    "good", "ok", "chosen", "accepted", "supported", "supports", "faithful", "grounded", "accurate", "consistent", "desirable",
+    "good", "ok", "chosen", "accepted", "supported", "supports", "faithful", "grounded", "accurate", "consistent", "desirable", "pos",
+    "pass", "passed", "aligned",
 )  # fmt: skip
 _FALSE = (
     "0", "false", "f", "no", "n", "incorrect", "wrong", "negative", "mismatch", "mismatched", "contradiction", "refuted",
     "invalid", "fake", "foil", "bad", "rejected", "hallucinated", "hallucination", "falsified", "refutes", "unsupported",
-    "unfaithful", "inaccurate", "inconsistent", "undesirable", "untrue", "not true", "not_entailment",
+    "unfaithful", "inaccurate", "inconsistent", "undesirable", "untrue", "not true", "not_entailment", "neg", "fail", "failed",
+    "misaligned",
 )  # fmt: skip
 _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain", "not enough info", "nei")
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
 """Value of a label in lower case -> its truth, None for unknown."""
 
-_SAID_FALSE = frozenset(_FALSE) - {"0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected"}
+_SAID_FALSE = frozenset(_FALSE) - {
+    "0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected", "neg", "fail", "failed",
+}  # fmt: skip
 """Values that mark a column as a label whatever its name."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
@@ -53,7 +57,13 @@ _FALSE_NAMES = frozenset((
 _CHOICES = {"correct", "right", "answer"}
 """Words in the names of labels whose values may also be indices of the right text in a list."""
 
-_LABEL_NAMES = {*_TRUTHS, *_FALSE_NAMES, *_CHOICES, "label", "labels", "cls", "gold", "truth", "target", "gt", "kto", "verdict", "weight"}
+_VERDICTS = {"label", "labels", "gold", "verdict"}
+"""Words in the names of labels that may have other values too."""
+_FEW = 5  # distinct values of such a label
+_LABEL_NAMES = {
+    *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",
+    "entails",
+}  # fmt: skip
 _LABEL_NAMES -= {"t", "f", "n"}
 """Words in the names of labels."""
 
@@ -110,7 +120,11 @@ class Column:
         if "weight" in self.words:  # of OpenAI's messages: 0 is an answer that must not be learned
             return "0" in values
         others = values - _TRUTHS.keys() - {"-1"}
-        return not others or (not _CHOICES.isdisjoint(self.words) and all(map(str.isdecimal, others)))
+        if not others or (not _CHOICES.isdisjoint(self.words) and all(map(str.isdecimal, others))):
+            return True
+        has_few, has_verdict = 1 < len(values) <= _FEW, not _VERDICTS.isdisjoint(self.words)
+        has_both = {0, 1} <= {_TRUTHS.get(value) for value in values if not value.isdecimal()}
+        return has_few + has_verdict + has_both > 1  # a slip, another language, 0 to 2, or 1 to 5
 
     @property
     def negative(self) -> str:
@@ -119,11 +133,15 @@ class Column:
 
     @property
     def option(self) -> str:
-        """Options that name the column as a label. They list its values if the usual meanings may not apply."""
-        option, truths = f"label={option_value(self.name)}", {word: _TRUTHS.get(word) for word in self.values if word not in _GAPS}
-        if truths.keys() <= _TRUTHS.keys() and _FALSE_NAMES.isdisjoint(self.words):
+        """Options that name the column as a label. They list its values if the usual meanings may not apply, with dots for those that the
+        user must fill in, such as numbers other than 0 and 1.
+        """
+        option, words = f"label={option_value(self.name)}", [word for word in self.values if word not in _GAPS | {""}]
+        known, of_false = _TRUTHS.keys() >= {*words}, not _FALSE_NAMES.isdisjoint(self.words)
+        if known and not of_false:
             return option
-        true, false = ("+".join(word for word in truths if truths[word] == truth) or "..." for truth in (0, 1))
+        truths = {word: _TRUTHS.get(word) for word in words if known or not word.isdecimal()}
+        true, false = ("+".join(word for word in truths if truths[word] == truth) or "..." for truth in (1 - of_false, of_false))
         return f"{option},true={true},false={false}"
 
     def __str__(self) -> str:
