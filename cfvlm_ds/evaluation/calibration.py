@@ -20,7 +20,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.comparisons import Kind, comparisons
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.objectives.base import MarginTerm
+from cfvlm_ds.objectives.objective import MarginTerm
 
 TERMS = {"text": "csd", "image": "fcd"}
 """Side of a comparison -> name of the term that makes it."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, normalised_scores, token_counts
-from cfvlm_ds.objectives.base import Objective, Report, comparisons, mean_over
+from cfvlm_ds.objectives.objective import Objective, Report, comparisons, mean_over
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Protocol of objectives, and the comparisons within a group on which they are built.
+"""Protocol of objectives, comparisons within a group, and the margin term that several objectives share.
 
 Shapes: G groups, I images, C candidates, P parts of one objective. The truth table defines two kinds of comparison:
 
