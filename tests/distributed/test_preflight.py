@@ -43,8 +43,8 @@ from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.objectives import OBJECTIVES, required_cells
 from cfvlm_ds.training import read_data as preflight
-from cfvlm_ds.training import resume, token_counts
 from cfvlm_ds.training import run as training_run
+from cfvlm_ds.training import run_start, token_counts
 from cfvlm_ds.training.token_counts import group_tokens
 
 
@@ -402,8 +402,8 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": tokens.tolist(), "known": len(read.pictures or [])}))
     commands.build = build_late
     commands.build_once(config.build, world)
-    resume.option_changes.model_hashes = lambda name, alive, say: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
-    record = resume.Start(None, [], {"model": None, "steps": 1}, 1, {}).complete_record(config, world)
+    run_start.option_changes.model_hashes = lambda name, alive, say: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
+    record = run_start.Start(None, [], {"model": None, "steps": 1}, 1, {}).complete_record(config, world)
     assert record == {"model": {"weights": "w", "inputs": "i"}, "steps": 1}
     for wrong in (bad, bad):
         try:

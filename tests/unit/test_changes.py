@@ -14,7 +14,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.training import option_changes, resume
+from cfvlm_ds.training import option_changes, run_start
 
 Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": False}, "gradient_clipping": 1.0}
 
@@ -160,7 +160,7 @@ def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
             (tmp_path / name).write_text(content)
         before = sorted(tmp_path.iterdir())
         try:
-            return resume.decide(config, Z3, ONE, sampler, {}, 5)
+            return run_start.decide(config, Z3, ONE, sampler, {}, 5)
         finally:
             assert sorted(tmp_path.iterdir()) == before
 

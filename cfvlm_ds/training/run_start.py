@@ -1,4 +1,4 @@
-"""Resume rule of a run: start at step 0, continue a checkpoint, or do nothing. It is applied before anything is loaded or written."""
+"""Start of a run: at step 0, from a checkpoint, or not at all. It is decided before anything is loaded or written."""
 
 from __future__ import annotations
 
