@@ -49,7 +49,7 @@ class BatchAlign(Objective):
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         if self.texts < 1:
-            raise ValueError(f"texts must be at least 1, not {self.texts}; to switch the term off set its weight to 0")
+            raise ValueError(f"texts must be at least 1, not {self.texts}; to disable the term, set its weight to 0")
 
     @property
     def cells(self) -> Cells:

@@ -68,7 +68,7 @@ def prepare(config: RunConfig, world: World) -> None:
 
 
 _LEFT = {
-    signals.EXIT_STOPPED: "stopped: a signal asked for it; the same command continues",
+    signals.EXIT_STOPPED: "stopped by a signal; the same command continues",
     signals.EXIT_INTERRUPTED: "ended by a second Ctrl-C; the same command continues from the last checkpoint",
 }
 
@@ -236,10 +236,10 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
         else:
             remedy = f"start at most {epoch} ranks"
         raise ConfigError(
-            f"a step takes {size_text} x {accumulated} (train.gradient_accumulation_steps) x {ranks} (ranks) groups, and an epoch has "
+            f"a step takes {size_text} x {accumulated} (train.gradient_accumulation_steps) x {ranks} (ranks) groups, but an epoch has only "
             f"{epoch}; {remedy}"
         )
-    world.say(f"train.per_device_train_batch_size is {fits}, not {size}: an epoch has {epoch} groups")
+    world.say(f"train.per_device_train_batch_size is lowered from {size} to {fits}, because an epoch has only {epoch} groups")
     resolved = {**config.resolved, "train": {**config.resolved["train"], "per_device_train_batch_size": fits}}
     return replace(config, train=replace(train, per_device_train_batch_size=fits), resolved=resolved)
 

@@ -44,17 +44,17 @@ class Start:
         assert state.data is not None and state.record is not None
         if change := changed_data(state.data, self.data):
             raise OtherData(
-                f"{self.checkpoint_dir} was trained on {config.data.trained_on} before a change of {change}; restore the data, or start a "
-                "new run in another train.output_dir"
+                f"{self.checkpoint_dir} was trained on {config.data.trained_on} before these changed: {change}; restore the data, or start "
+                "a new run in another train.output_dir"
             )
         if state.step > self.total_steps:
             raise ConfigError(
-                f"{self.checkpoint_dir} is after the run's last step {self.total_steps}; raise train.max_steps, or give train.resume an "
-                "older one"
+                f"{self.checkpoint_dir} is beyond the run's last step {self.total_steps}; raise train.max_steps, or set train.resume to an "
+                "older checkpoint"
             )
         sampler.load_state_dict(state.sampler or {})
         if state.record["options"]["train"]["save_best"] != config.train.save_best:
-            state.note(best=None, worse=0)  # of another metric
+            state.note(best=None, worse=0)  # they belong to another metric
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
         """Return the record for the run's checkpoints, with the model's hashes. They are missing at the start if a hub's model is not on
@@ -67,8 +67,8 @@ class Start:
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
-        """Print the changes and append them to a file in the run folder, on rank 0. Returns the file in a list, which is empty if there are
-        no changes.
+        """Print the changes and append them to a file in the run folder, on rank 0. Return a list with the file, or an empty list if there
+        are no changes.
         """
         for change in self.changed:
             world.say(f"after step {step}: {change}")
@@ -80,7 +80,8 @@ class Start:
 def decide(
     config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
 ) -> Start | None:
-    """Decide where to start. Returns None if the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the groups.
+    """Decide where to start, and return None if the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the
+    groups.
 
     Raises ConfigError or DataError on all ranks if the run cannot continue: unusable checkpoints, a changed option that matters, other
     data.
@@ -114,8 +115,8 @@ def decide(
     if checkpoint_dir is None:
         if train.resume == "auto" and (step := finished()) is not None:
             raise ConfigError(
-                f"{run_dir} has finished at step {step} and holds no checkpoint to go on from to step {total_steps}; choose another "
-                "train.output_dir, or set train.resume to restart to start at step 0"
+                f"{run_dir} has finished at step {step} and contains no checkpoint from which to continue to step {total_steps}; choose "
+                "another train.output_dir, or set train.resume=restart to start at step 0"
             )
         return Start(None, [], record, total_steps, data)
     state = run_on_rank0(world, lambda: checkpoint.kept_state(checkpoint_dir))
@@ -132,7 +133,7 @@ def decide(
 
 def _finished_at(run_dir: Path) -> int | None:
     """Return the number of steps that were planned for a finished run, or None if the folder's run has not finished. Raises ConfigError if
-    no checkpoint or record in the folder reaches the step at which the run is said to have ended.
+    no checkpoint or record in the folder reaches the step at which, according to the file, the run ended.
     """
     finished: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that a power loss has truncated counts as absent
@@ -146,6 +147,6 @@ def _finished_at(run_dir: Path) -> int | None:
     if not done:
         raise ConfigError(
             f"{run_dir / FINISHED} says that the run ended at step {step}, but no checkpoint and no record in {METRICS_FILE} reaches "
-            "that step; remove it to continue from what is there"
+            "that step; remove that file to continue from the last checkpoint"
         )
     return int(finished.get("total_steps", step))

@@ -39,7 +39,7 @@ class Samples:
     max_pixels: int
 
     def write(self, step: int) -> None:
-        """Write the texts, and append them to samples.jsonl (rank 0). A picture that cannot be read has its error as the text."""
+        """Write the texts, and append them to samples.jsonl (rank 0). For a picture that cannot be read, the text is the error."""
         if not self.number:
             return
         lines = []
@@ -89,7 +89,7 @@ class Samples:
             rows = [f"| {step} | {in_cell(text)} |" for step, text in sorted(texts.get((name, group.id), {}).items())]
             true = next(each.text for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1)
             parts.append(f"![{in_cell(group.id)}](samples/{number}.png) {in_cell(name)}, true: {in_cell(true)}")
-            parts.append("\n".join(["| step | written |", "|---:|---|", *rows]))
+            parts.append("\n".join(["| step | text |", "|---:|---|", *rows]))
         return "\n\n".join(parts), files
 
     @property
