@@ -53,7 +53,7 @@ class Collator:
         max_length: the model's context window in tokens; a longer row is a DataError, never truncated.
         max_pixels: limit on the size of an image.
         stored: reference and blind scores by group id, for objectives that need them.
-        share_prefix: put all texts of an image after one prefix; without it a tree has one text, which costs more and gives the same scores.
+        share_prefix: put all texts of an image after one prefix; otherwise a tree has one text, which costs more and scores the same.
         checked: table of pictures from the data check, with which pictures are compared when they are opened.
     """
 

@@ -42,7 +42,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
             reshard(path, resharded, world.rank, world.size, *flat_tensors(engine))
         reasons = gather_objects(write_error(failures[0], resharded) if failures else None, world)
         if reason := next(filter(None, reasons), None):
-            raise StorageError(f"{path} cannot be resharded in {output_dir} ({reason}); make room, or start {ranks} ranks")
+            raise StorageError(f"{path} cannot be resharded in {output_dir} ({reason}); free some space, or start {ranks} ranks")
         _load(engine, resharded, path, state, world)
         dist.barrier()
     finally:

@@ -133,7 +133,7 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
     file = path if path.is_file() else path / "results.json"
     if not file.is_file():
         raise DataError(
-            f"{path} has no results.json, because the run has not finished; let it finish, or evaluate it with `cfvlm-ds evaluate {path} ...`"
+            f"{path} has no results.json: the run has not finished; let it finish, or evaluate it with `cfvlm-ds evaluate {path} ...`"
         )
     try:
         return {name: [Accuracy(**row) for row in rows] for name, rows in read_json(file).items()}

@@ -114,7 +114,8 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
         pull = torch.sigmoid(beta * (margin - torch.tensor(values, dtype=torch.float64))).mean().item()
         weight = _round(per * min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
         reasons.append(
-            f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; its comparisons start with {100 * pull:.0f} % of their largest gradient"
+            f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; at the start, its comparisons have {100 * pull:.0f} % of their "
+            "largest gradient"
         )
         slope = f"; beta {beta:g} corresponds to {MarginTerm.beta:g} per nat for a text of {size:.0f} tokens" if anchored else ""
         lost = sum(value < -_LOST * margin for value in values) / len(values)
@@ -123,7 +124,7 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
             f"{term}.link {'hinge' if hinge else 'logsigmoid'}: {100 * lost:.0f} % of its comparisons are lost by more than {_LOST} margins"
         )
         reasons.append(
-            f"{observed}; between images, neither length nor prior explains this: inspect these edits; until then, a hinge bounds their loss"
+            f"{observed}; between images, neither length nor prior explains this: inspect these edits; a hinge bounds their loss"
             if hinge
             else f"{observed}, so a smooth link is used, whose gradient fades as a comparison is won{slope}"
         )

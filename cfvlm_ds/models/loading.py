@@ -250,8 +250,8 @@ def attention(requested: str, model_config: PreTrainedConfig | None = None, dtyp
         )
     if requested in ("flash_attention_2", "varlen") and not takes(dtype, heads):
         raise ConfigError(
-            f"model.attn_implementation {requested} supports half precision and head sizes up to 256 that are multiples of 8, but the model "
-            f"has {str(dtype).removeprefix('torch.')} and head size {', '.join(map(str, heads))}; use auto"
+            f"model.attn_implementation {requested} supports half precision and head sizes up to 256 that are multiples of 8, but the "
+            f"model has {str(dtype).removeprefix('torch.')} and head size {', '.join(map(str, heads))}; use auto"
         )
     if requested in ("varlen", "flex") and not torch.cuda.is_available():
         raise ConfigError(f"model.attn_implementation {requested} needs a CUDA device; use auto")

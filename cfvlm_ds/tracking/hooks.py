@@ -60,7 +60,7 @@ def hook_class(name: str) -> type[Hook]:
 
 
 class Hooks:
-    """The hooks of a run. A hook that raises is reported, and receives nothing more."""
+    """The hooks of a run. A hook that raises an exception is reported and disabled."""
 
     def __init__(self, names: Sequence[str], run_dir: Path, params: Mapping[str, Any], step: int) -> None:
         self._hooks: dict[str, Hook] = {}
@@ -79,5 +79,5 @@ class Hooks:
                 self._drop(name, error)
 
     def _drop(self, name: str, error: Exception) -> None:
-        say(f"warning: tracking.also {name}: {type(error).__name__}: {error}; it receives nothing more")
+        say(f"warning: tracking.also {name}: {type(error).__name__}: {error}; it is disabled")
         self._hooks.pop(name, None)

@@ -132,8 +132,8 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
 
 
 _NO_SETS = (
-    "No evaluation sets. Add one with `--data.evaluation.NAME FILE`, in any format that training reads, for example with rows held out from "
-    "the training data."
+    "No evaluation sets. Add one with `--data.evaluation.NAME FILE`, in any format that training reads, for example with rows held out "
+    "from the training data."
 )
 
 

@@ -105,7 +105,7 @@ def test_ranks_and_a_kill_give_the_bytes_of_one_undisturbed_rank(model_dir, root
     assert all(code for code, _ in ended) and "sugarcrepe/caption/scores.jsonl" in contents(tmp_path / "killed"), ended
     ended = started(2, COMMAND, options(model_dir, root, tmp_path / "killed"), tmp_path, "again")
     assert [code for code, _ in ended] == [0, 0], ended
-    assert "items are on disk, and it goes on from there" in ended[0][1]
+    assert "items are on disk; only the others are computed" in ended[0][1]
     assert contents(tmp_path / "killed") == whole
 
 
@@ -155,7 +155,7 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     assert "eval/crepe/shuffled_macro" in evaluated[1] and "eval/crepe/shuffled_macro" not in evaluated[0]
     assert re.search(r"\| crepe \| caption \| 21 \| \d+ \| macro \|", (run_dir / "results.md").read_text())
     compared = printed(capsys, "compare", run_dir / "benchmarks", run_dir / "benchmarks")
-    assert "| crepe | caption | macro |" in compared and "in different words" not in compared
+    assert "| crepe | caption | macro |" in compared and "different prompts" not in compared
     record = json.loads((run_dir / "benchmarks/crepe/caption/results.json").read_text())
     assert record["versions"]["torch"] == torch.__version__ and record["settings"] == {"shuffled": True, "limit": None}
     identity = fingerprint(ModelConfig(str(run_dir / "export")))

@@ -365,7 +365,7 @@ def with_layers(source: Path, folder: Path, layers: int, **text: int) -> Path:
     ("layers", "text", "said"),
     [
         (4, {}, r"missing, .*layers\.3\."),
-        (2, {}, r"not in it, .*layers\.2\."),
+        (2, {}, r"do not exist there, .*layers\.2\."),
         (3, {"intermediate_size": 40}, r"mlp\.\w+\.weight has shape"),
         (1, {}, rf"{NORM} with shape \[1\]"),
         (77, {}, rf"{NORM} with shape \[77\]"),

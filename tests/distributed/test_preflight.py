@@ -147,7 +147,7 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(own, config, dat
             data.write_text(flipped)
 
     first = preflight.read_data(configured(config, tmp_path / "first", train=str(data)), ONE)
-    with monkeypatch.context() as patched, pytest.raises(DataError, match="written while it was checked"):
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="modified while it was being checked"):
         patched.setattr(preflight.ProgressBarrier, "alive", lambda barrier: write())
         preflight.read_data(own, ONE)
     assert data.read_text() == flipped
@@ -484,7 +484,7 @@ def test_a_run_goes_on_with_its_own_data_only(model_dir, data, tmp_path):
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     reasons = ["the order of the rows", "the number of rows (5, was 6)", "contents of pictures"]
     assert len(errors) == output.count("ended 2"), output[-4000:]
-    assert all(f"before a change of {reason}" in error for error, reason in zip(errors, reasons, strict=True))
+    assert all(f"before these changed: {reason}" in error for error, reason in zip(errors, reasons, strict=True))
     assert output.count("trained\n") == 2 and len(losses(run)) == 4
 
 

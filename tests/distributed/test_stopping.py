@@ -155,7 +155,7 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir, mani
         assert end([rank], 60) == [EXIT_STOPPED] and time.monotonic() - before < 12, (tmp_path / "rank-0.log").read_text()
         assert not (folder / "run.lock").exists() and (folder / "checkpoint-2").exists() == (where == "export_checkpoint")
     said = (tmp_path / "rank-0.log").read_text()
-    assert said.count("stopped: a signal asked for it; the same command continues\n") == 2 and "Traceback" not in said
+    assert said.count("stopped by a signal; the same command continues\n") == 2 and "Traceback" not in said
     assert json.loads((folder / ".mlflow_delivery.json").read_text())["status"] == "SCHEDULED"
     assert end(start(arguments, tmp_path, size=1)) == [0]
     assert the_run(folder)[1] == "FINISHED" and (folder / "export").is_dir() and len(losses(folder)) == 2
@@ -171,7 +171,7 @@ def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(signalled,
         signal_all(ranks[rank], (signal.SIGTERM, signal.SIGUSR1)[rank])
     codes, said = end(ranks, 60), [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
     assert codes == [EXIT_STOPPED] * 2, said
-    assert "stopped: a signal asked for it; the same command continues\n" in said[0] and "error" not in said[0] + said[1]
+    assert "stopped by a signal; the same command continues\n" in said[0] and "error" not in said[0] + said[1]
 
 
 def test_signals_are_obeyed_within_an_evaluation(model_dir, manifests, tmp_path):
@@ -226,7 +226,7 @@ def test_a_killed_data_worker_costs_no_step(model_dir, manifests, tmp_path):
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"] and not incomplete(folder / f"checkpoint-{step}")
     said = [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
     sentence = rf"error: at step {step + 1}, rank 1: DataLoader worker \(pid(\(s\))? {worker.pid}\) .*: lower data\.num_workers; "
-    assert re.search(rf"{sentence}step {step} is the last whole one and is saved", said[0])
+    assert re.search(rf"{sentence}step {step} is the last complete one and is saved", said[0])
     assert "Traceback" not in said[0] + said[1] and "error:" not in said[1]
 
 
@@ -277,7 +277,7 @@ def test_time_runs_out_when_a_step_and_the_margin_no_longer_fit(monkeypatch):
     stop = Stop(margin_s=60)
     for now, late in ((1005.0, 0), (1010.0, 0), (1025.0, 0), (1026.0, 1)):  # the longest interval was 15 s
         assert stop.votes().tolist() == [0, late], now
-    assert reason([0, 1]) == "the job's time is nearly over" and reason([2, 1]) == "a signal asked for it" and reason([0, 0]) is None
+    assert reason([0, 1]) == "the job's time limit is near" and reason([2, 1]) == "a signal was received" and reason([0, 0]) is None
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     assert Stop(margin_s=60).votes().tolist() == [0, 0], "no Slurm, no end"
     monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")

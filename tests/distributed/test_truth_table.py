@@ -564,4 +564,4 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
     run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said-again")
     assert read_rows(run_dir / "samples.jsonl") == written[2] + written[2][6:]
     section = (tmp_path / "2" / "results.md").read_text().split("\n## Samples\n")[1].split("\n## ")[0]
-    assert section.count("| step | written |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160
+    assert section.count("| step | text |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160

@@ -265,7 +265,7 @@ def test_a_leak_between_siblings_at_any_level_would_be_noticed(backend):
 def test_what_would_change_scores_without_an_error_is_refused(backend):
     forest = FORESTS["one tree"]
     qkv = inputs(forest, (2, 2), torch.float64)
-    with pytest.raises(ValueError, match="takes a forest and no mask"):
+    with pytest.raises(ValueError, match="needs a forest and accepts no mask"):
         call(backend, *qkv, forest=None)
     with pytest.raises(ConfigError, match=r"attention dropout \(0\.1\) must be 0"):
         call(backend, *qkv, forest=forest, dropout=0.1)

@@ -574,7 +574,7 @@ def test_aro_cuts_pictures_to_their_box_once(tmp_path):
         [rows[0] | {"bbox_x": 39}, rows[1] | {"bbox_w": "3"}, rows[2] | {"bbox_h": 0}],
     )
     problems = [str(problem) for problem in load(BENCHMARKS["aro_relation"], tmp_path / "aro_relation").problems]
-    assert "leads out of it" in problems[0] and all("whole numbers" in problem for problem in problems[1:]) and len(problems) == 3
+    assert "does not fit in it" in problems[0] and all("whole numbers" in problem for problem in problems[1:]) and len(problems) == 3
 
 
 def test_frames_of_videos_are_arrays_of_blue_green_and_red(tmp_path):
@@ -994,7 +994,7 @@ def test_a_label_of_another_kind_is_refused(tmp_path):
 def test_amber_needs_both_files_of_one_revision(tmp_path):
     amber(tmp_path)
     put(tmp_path / "data/annotations.json", [{"id": 1, "type": "generative", "truth": []}])
-    assert "both files of one revision" in str(load(BENCHMARKS["amber"], tmp_path).problems[0])
+    assert "both files from the same revision" in str(load(BENCHMARKS["amber"], tmp_path).problems[0])
     amber(tmp_path)
     truth = json.loads((tmp_path / "data/annotations.json").read_text())
     put(tmp_path / "data/annotations.json", [None, *truth[:-1], {"id": 1008}])

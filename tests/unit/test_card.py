@@ -98,10 +98,10 @@ def test_a_card_of_adapters(tmp_path):
 def test_a_card_says_what_it_does_not_know(tmp_path):
     nothing = dict.fromkeys(("data", "environment", "results", "finished"))
     body = parts(model_card(run_folder(tmp_path / "bare", **nothing), adapter=False))[1]
-    for text in ("Not known: the run folder has no data.json", "| ranks | not known |", "Not known: these weights were exported before"):
+    for text in ("the run folder has no readable data.json", "| ranks | not known |", "Not known: these weights had not been evaluated"):
         assert text in body
     earlier = run_folder(tmp_path / "earlier", finished={"step": 900})
-    assert "Not known: these weights were exported before" in model_card(earlier, adapter=False), "the results are of step 900"
+    assert "Not known: these weights had not been evaluated" in model_card(earlier, adapter=False), "the results are of step 900"
     assert "| test | `colour` |" in model_card(earlier, adapter=False, evaluated=True)
     assert "None: the run had no evaluation sets." in model_card(run_folder(tmp_path / "none", results={}), adapter=False)
     with pytest.raises(ConfigError, match=r"config\.yaml is not a run's configuration"):

@@ -557,7 +557,7 @@ def test_scores_that_are_not_finite_are_counted_and_named(collator, scorer, grou
     score_groups(overflowing, collator, groups, ALONE, 1, label="evaluating test")
     named = [group.id for group in groups]  # each has a blank image, which is a tree of its own
     said = capsys.readouterr().out
-    assert f"warning: evaluating test: scores of {len(named)} of {len(groups)} groups are not finite, and count as wrong: " in said
+    assert f"warning: evaluating test: scores of {len(named)} of {len(groups)} groups are not finite and count as wrong: " in said
     assert ", ".join(named[:5]) in said
     score_groups(scorer, collator, groups, ALONE, 1)
     assert "not finite" not in capsys.readouterr().out

@@ -105,7 +105,7 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: [sharded(lost=False)(folder), written("model.safetensors.index.json", "[]")(folder)], "is not a valid index"
     ),
     "no weights": (removed("model.safetensors"), "cannot be loaded"),
-    "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "holds both a model and adapters"),
+    "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "contains both a model and adapters"),
 }  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def test_processors_that_cannot_be_loaded(case, model_dir, tmp_path):
 )
 def test_a_configuration_of_which_no_model_can_be_made(make, model_dir, tmp_path):
     text_config(hidden_act="none")(folder := shutil.copytree(model_dir, tmp_path / "model"))
-    with pytest.raises(ConfigError, match=r"no model can be made of the configuration of .*model' .*; "):
+    with pytest.raises(ConfigError, match=r"no model can be built from the configuration of .*model' .*; "):
         make(str(folder))
 
 

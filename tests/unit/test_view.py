@@ -361,7 +361,7 @@ def test_a_sample_is_drawn_by_its_seed_and_ids_choose(folder):
     "text, expected",
     [
         ("g1\ng_1\n", "ids.txt:2: .* no group 'g_1'; correct or remove the line"),
-        ("", "names no group"),
+        ("", "contains no id"),
         ("\xff", "UTF-8"),
     ],
 )
@@ -427,17 +427,17 @@ def test_what_a_run_lacks_is_named(folder):
     scores = {name: ((-1.0, -2.0), (-3.0, -1.0)) for name in "ab"}
     run = run_folder(folder, {"test": [group("a"), group("b"), group("c")]}, scores, limit=2)  # which was evaluated on a part
     assert sorted(names(view(run, folder / "page").folder)) == ["a", "b"]
-    with pytest.raises(ConfigError, match="name a manifest with --ids"):
+    with pytest.raises(ConfigError, match="use --ids, --scores and --root only with a manifest"):
         view(run, folder / "other", ids=folder / "ids.txt")
     with pytest.raises(DataError, match="another manifest, by the number of rows"):
         view(configured(run, {"test": str(folder / "test.jsonl")}), folder / "other")
     (run / "scores" / "test.jsonl").unlink()
-    with pytest.raises(DataError, match="a run writes them when it is over"):
+    with pytest.raises(DataError, match="a run writes them when it ends"):
         view(run, folder / "other")
     for evaluation, expected in (
         ({"x": 3}, "no run's conf|not a run's conf"),
         ({"../x": "m.jsonl"}, r"'\.\./x' is no bare file name"),
-        ({}, "names no evaluation"),
+        ({}, "lists no evaluation sets"),
     ):
         with pytest.raises(ConfigError, match=expected):
             view(configured(run, evaluation), folder / "other")
