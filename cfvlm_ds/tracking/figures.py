@@ -119,8 +119,8 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
 
     Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval/SPLIT/METRIC`` (%), by
     split and not by edit type. A panel shows only a few series and counts the others; of accuracies, the most informative metric of every
-    split comes first. A panel without data is omitted; a value that is not finite leaves a gap. Long series show a running average over faint raw
-    values.
+    split comes first. A panel without data is omitted; a value that is not finite leaves a gap. Long series show a running average over
+    faint raw values.
 
     Raises:
         FileNotFoundError: the file does not exist.

@@ -248,7 +248,7 @@ def test_a_full_disk_is_tried_again_after_a_pause_within_the_bound(tmp_path):
 def test_secrets_are_read_through_a_link_to_a_file_that_is_closed_to_others(tmp_path):
     (secrets := tmp_path / "stored").write_text("TOKEN=abc\n")
     (link := tmp_path / "link").symlink_to(secrets)
-    for mode, code, said in ((0o600, 0, "abc\n"), (0o640, 2, f"error: others can read {link}; chmod 600 it\n")):
+    for mode, code, said in ((0o600, 0, "abc\n"), (0o640, 2, f"error: other users can read {link}; run chmod 600 on it\n")):
         secrets.chmod(mode)
         done = sourced('bash -c "echo \\$TOKEN"', tmp_path, CFVLM_SECRETS=str(link))
         assert done.returncode == code and done.stdout.endswith(said), done

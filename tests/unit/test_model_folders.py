@@ -105,7 +105,7 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: [sharded(lost=False)(folder), written("model.safetensors.index.json", "[]")(folder)], "is not a valid index"
     ),
     "no weights": (removed("model.safetensors"), "cannot be loaded"),
-    "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "contains both a model and adapters"),
+    "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "both a model and adapters"),
 }  # fmt: skip
 
 

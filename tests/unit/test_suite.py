@@ -228,7 +228,7 @@ def test_the_world_of_scenes_has_the_numbers_that_a_run_gives_it(scorer, collato
     build_scenes(config, progress=lambda line: None)
     out = build_benchmarks(config, tmp_path / "world", progress=lambda line: None)
     assert build_benchmarks(config, out) == out.resolve()
-    with pytest.raises(DataError, match="scenes of other settings"):
+    with pytest.raises(DataError, match="scenes with other settings"):
         build_benchmarks(replace(config, num_test=17), out)
     results = ask(
         asked(scorer, collator), out, tmp_path / "out", "sugarcrepe,naturalbench,pope", "caption", "yes_no", settings=Settings(draws=0)
