@@ -187,7 +187,7 @@ def reading(folder: Path, rows: str) -> dict[str, float]:
 
 
 def resumed(folder: Path, rows: int) -> str:
-    """Kill two ranks, resume on one and on four ranks, and return "yes" if both consume the same groups as an undisturbed run, else "NO"."""
+    """Kill two ranks, resume on one and on four, and return "yes" if both consume the same groups as an undisturbed run, else "NO"."""
     whole = consumed(folder, rows, 1, 0, 40)
     out, seen = folder / "ranks", list[list[str]]()
     out.mkdir(exist_ok=True)

@@ -279,7 +279,7 @@ def ratio(value: float, beside: float | None) -> str:
 
 
 def answers(results: Results) -> Iterator[str]:
-    """Yield the conclusions: the fastest back end with the most texts among those that are always exact, compared with the stock layouts."""
+    """Yield the conclusions: the fastest of the exact back ends with the most texts, compared with the stock layouts."""
     yield "ratio: to the causal sequence (kernels), the supervised step (scoring), the planned memory (training, ranks)"
     cases = {case: result["layouts"] for (part, case), result in results.items() if part == "scoring" and "layouts" in result}
     if not cases:

@@ -285,7 +285,7 @@ def test_a_table_is_what_its_rows_say():
 
     rows = [pages.Row("base"), pages.Row("two", "dpo", seeds=(0, 1)), pages.Row("three", "default", "1e-3", (0, 1, 2), groups=50)]
     rows.append(pages.Row("above", "default", "1e-3", (0, 1, 2), above=True, groups=50))
-    table = pages.Table(tuple(rows), ("shape", "nats a token: captions"), each=("all",))
+    table = pages.Table(tuple(rows), ("shape", "nats per token: captions"), each=("all",))
     names = ["dpo-3e-4-seed0", "dpo-3e-4-seed1", *(f"default-1e-3-seed{k}-50groups" for k in range(3))]
     names += [f"nll-all-1e-3-seed{k}-50groups" for k in range(3)]
     assert [job.name for job in table.jobs] == names
