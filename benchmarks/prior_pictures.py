@@ -1,8 +1,8 @@
 """Cut-out pictures of things with names, from an emoji font or a folder, and exact edits of their colour, number and position.
 
 A colour name is a range of hue, saturation and brightness. A thing has a natural colour if one name applies to most of its visible part.
-Recolouring rotates the hue of that part and scales its saturation and brightness to those of the new colour. A recoloured thing is kept only
-if the classifier that named the first colour then names the new one.
+Recolouring rotates the hue of that part and scales its saturation and brightness to those of the new colour. A recoloured thing is kept
+only if the classifier that named the first colour then names the new one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Projector that maps a picture to a language model's own word vectors, so that the model can read pictures from the start.
 
-From captions only, a projector learns slowly, through thirty layers: after 400 steps of eight rows the model still guesses. This projector is
-trained separately, in minutes: the mean of a picture's visual tokens must be nearest to the mean word vector of its thing's name.
+From captions only, a projector learns slowly, through thirty layers: after 400 steps of eight rows the model still guesses. This projector
+is trained separately, in minutes: the mean of a picture's visual tokens must be nearest to the mean word vector of its thing's name.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     cfvlm-ds export runs/learning/default-3e-4-seed0                # a run of benchmarks/learning.py keeps its checkpoint
     python benchmarks/retrieval.py runs/learning/default-3e-4-seed0/export --manifest runs/learning/scenes/test_combo.jsonl
 
-The data are the first --pictures factual pairs with different captions, all under one prompt. `cfvlm-ds score` scores each picture with every
-caption. A caption that may also be true of a picture, according to the row's ``exclude``, is not used for it. The results are recall at 1
-in %. For texts, it is also computed with the blank image's score subtracted (PMI); for images, that score would cancel.
+The data are the first --pictures factual pairs with different captions, all under one prompt. `cfvlm-ds score` scores each picture with
+every caption. A caption that may also be true of a picture, according to the row's ``exclude``, is not used for it. The results are recall
+at 1 in %. For texts, it is also computed with the blank image's score subtracted (PMI); for images, that score would cancel.
 """
 
 from __future__ import annotations

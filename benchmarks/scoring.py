@@ -367,7 +367,7 @@ def flop(name: str, of: Case) -> float:
 
 
 def figure(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw time and saved memory of a step against the number of texts, a line per layout, with the most visual tokens of the first family."""
+    """Draw time and saved memory of a step against the number of texts, with the most visual tokens of the first family."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -95,7 +95,7 @@ class Prompts:
         try:
             head = self._new_head(_FIRST, 1)
         except _ModelFails as error:
-            raise ConfigError(f"model {name!r}: {error}; correct its files, or name another model") from error
+            raise ConfigError(f"model {name!r}: {error}; correct its files, or use another model") from error
         if head.problem:
             raise ConfigError(f"model {name!r}: {head.problem}")
 
