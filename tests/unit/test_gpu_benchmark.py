@@ -98,7 +98,7 @@ def test_what_ends_its_process_is_named_and_the_rest_goes_on(gpu, tmp_path, monk
     parts.ends["training"] = time.monotonic() + 3
     results = parts.run()
     assert results["kernels", "dies"] == {"error": "the process ended with 3: a sentence of its own"}
-    assert results["training", "hangs"] == {"error": "was not done when the part's time was up"}
+    assert results["training", "hangs"] == {"error": "unfinished when the part's time was up"}
     fine = [key for key, result in results.items() if "unusable" in result]
     assert fine == [("card", "well"), ("kernels", "after it"), ("scoring", "layouts"), ("ranks", "last")]
     assert parts.without == ["bad"] and len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 6
