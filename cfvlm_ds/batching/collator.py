@@ -335,7 +335,7 @@ def load_collator(
     config = load_config(model.name_or_path)
     processor = load_processor(model)
     with explained(
-        f"the window of {model.name_or_path!r} is not known", "compare its config.json and tokenizer_config.json with the published"
+        f"the window of {model.name_or_path!r} is not known", "compare its config.json and tokenizer_config.json with the published ones"
     ):
         window = int(min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length))
     if window < 1:

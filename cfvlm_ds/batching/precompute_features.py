@@ -91,7 +91,7 @@ def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKe
         digest, size, damage = shares[place % world.size][place // world.size]
         cache.known[key] = digest
         if damage:
-            world.say(f"warning: {damage}; it is computed again")
+            world.say(f"warning: {damage}; its features are computed again")
         if size is not None:
             sizes[digest] = size
     return sizes

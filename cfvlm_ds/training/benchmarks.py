@@ -84,7 +84,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
         refuse_problems(label, [why for _, why in checked.left_out], len(loaded.items), remedy=_REMEDY)
         scoring_plan = plan(checked.items, chosen.way)  # type: ignore[arg-type]
         world.say(
-            f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, asked by {chosen.label} in "
+            f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, probe {chosen.label}, in "
             f"{len(scoring_plan.groups)} groups"
         )
         example = example_of(checked.items[0], chosen.way, collator)

@@ -127,7 +127,7 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir, root, tm
     ((code, said),) = started(1, OWN, arguments, tmp_path, "own")
     assert (
         code == 0
-        and "mine.tsv has 2 rows, and the official file 3: another revision" in said
+        and "mine.tsv has 2 rows, but the official file has 3: it is another revision" in said
         and re.search(r"\| mine \| match \| 2 \| \d \| accuracy \|", said)
     )
     ((code, said),) = started(1, OWN, ["compare", str(tmp_path / "out"), str(tmp_path / "out")], tmp_path, "compared")
@@ -149,7 +149,7 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     more += ["--train.save_best=eval/crepe/macro/swap_obj"]
     (said, _), recorded = run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said"), metrics(run_dir)
     assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures are in the training set" in said
-    assert "21 items of SugarCrepe, asked by caption in" in said and "  crepe: macro " in said
+    assert "21 items of SugarCrepe, probe caption, in" in said and "  crepe: macro " in said
     evaluated = [row for row in recorded if "eval/crepe/macro" in row]
     assert len(evaluated) == 2 and {"eval/crepe/blind_macro", "eval/crepe/accuracy", "eval/test/pair"} <= evaluated[0].keys()
     assert "eval/crepe/shuffled_macro" in evaluated[1] and "eval/crepe/shuffled_macro" not in evaluated[0]

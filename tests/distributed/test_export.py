@@ -424,7 +424,7 @@ def test_a_checkpoint_that_is_not_what_it_says(export, checkpoints, tmp_path):
         ("z3", "*model_states.pt", drop, "elements of each rank's"),
         ("z2", "*model_states.pt", drop, "elements; name another one"),
         ("z3", "*model_states.pt", foreign, "contains objects other than tensors"),
-        ("z3", "*optim_states.pt", fewer, "was written by 4 ranks but holds 3 shards"),
+        ("z3", "*optim_states.pt", fewer, "was written by 4 ranks but contains 3 shards"),
     ]
     for index, (name, pattern, change, said) in enumerate(cases):
         checkpoint = edited(checkpoints[name], tmp_path / str(index), pattern, change)

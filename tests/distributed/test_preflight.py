@@ -166,7 +166,7 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(own, config, dat
 def test_a_large_manifest_is_prepared_before_the_run(config, data, tmp_path, opened):
     """The sentence names a command that makes a store of what the run would have read; a run's own preparation is another way."""
     run = configured(config, tmp_path / "run", train=str(data))
-    with pytest.raises(DataError, match="has 6 groups, and a run prepares 5 of a data set itself; run `cfvlm-ds") as refused:
+    with pytest.raises(DataError, match="has 6 groups, but a run itself prepares at most 5 of a data set; run `cfvlm-ds") as refused:
         preflight.read_data(run, ONE, most_rows=5)
     assert not opened
     cli_main(shlex.split(str(refused.value).split("`")[1])[1:])

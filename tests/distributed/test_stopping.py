@@ -92,7 +92,7 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir, manifests
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{stopped}"]
     assert not (folder / "results.json").exists() and not (folder / "finished.json").exists()
     said = (tmp_path / "rank-0.log").read_text()
-    assert f"stopped after step {stopped} of 16: a signal asked for it" in said
+    assert f"stopped after step {stopped} of 16: a signal was received" in said
     first, status = the_run(folder)
     assert status == "SCHEDULED"
 
@@ -188,8 +188,8 @@ def test_signals_are_obeyed_within_an_evaluation(model_dir, manifests, tmp_path)
         assert (folder / f"checkpoint-{step}").exists() and len(losses(folder)) == step
         assert not (folder / "results.json").exists()
     said = (tmp_path / "rank-0.log").read_text()
-    assert "stopped after step 1 of 2: a signal asked for it; the same command" in said
-    assert "stopped after step 2 of 2: a signal asked for it, before the evaluation was done; the same command" in said
+    assert "stopped after step 1 of 2: a signal was received; the same command" in said
+    assert "stopped after step 2 of 2: a signal was received, before the evaluation finished; the same command" in said
     assert end(start(arguments, tmp_path)) == [0, 0] and (folder / "results.json").exists() and len(losses(folder)) == 2
 
 
@@ -243,7 +243,7 @@ def test_a_rank_that_beats_but_does_not_move_is_named(tmp_path, how):
         return
     assert codes == [EXIT_HANG] * 3
     assert said.count("error: ") == 1, "one sentence"
-    assert f"(pid {ranks[2].pid}) has not moved for" in said and "it was at step 7, phase data; 2 of 3 ranks wait for it" in said
+    assert f"(pid {ranks[2].pid}) has made no progress for" in said and "it was at step 7, phase data; 2 of 3 ranks wait for it" in said
     assert "in stand_still" in outputs[2], "its own log shows where it was stuck"
 
 

@@ -505,7 +505,7 @@ def test_a_trained_model_is_exported_whatever_follows(tmp_path, monkeypatch):
     tracker = SimpleNamespace(log=lambda *_: None, artifact=lambda _: None)
     with pytest.raises(OSError, match="disk full"):
         ended._finish(tracker)
-    assert (tmp_path / "results.md").exists() and said[1].startswith("warning: the export failed (disk full); the evaluation follows")
+    assert (tmp_path / "results.md").exists() and said[1].startswith("warning: the export failed (disk full); the run will end with this error after the evaluation")
 
 
 def test_a_figure_that_fails_is_a_warning(tmp_path):

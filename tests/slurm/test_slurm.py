@@ -141,7 +141,7 @@ def test_a_crash_without_progress_ends_after_the_bound(cluster, copies, options,
     state = job.end()
     assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "1", "1:0"), job.log
     assert "FloatingPointError: the loss is not finite at step 3" in job.log
-    assert "giving up: a rank failed" in job.log and "2 starts in a row have not got beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
+    assert "giving up: a rank failed" in job.log and "2 starts in a row have made no progress beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
 
 
 @pytest.mark.long
@@ -272,7 +272,7 @@ def test_steps_run_in_a_container_by_pyxis_or_apptainer(tmp_path):
     assert f"<apptainer><exec><--bind></x:/x><--pwd><{REPO}><{image}>" in named.stdout, "without GPUs no --nv"
     assert sourced(train, tmp_path).stdout == f"{common}<--ntasks=2><shield><python><train.py><a b>"
     wrong = sourced(train, tmp_path, CONTAINER_IMAGE=image, CONTAINER_RUNTIME="docker")
-    assert wrong.returncode == 2 and "error: nothing runs CONTAINER_IMAGE here: docker; set CONTAINER_RUNTIME" in wrong.stdout
+    assert wrong.returncode == 2 and "error: no runtime for CONTAINER_IMAGE: docker; set CONTAINER_RUNTIME" in wrong.stdout
 
 
 def test_signals_before_python_answers_them_do_not_end_a_rank(tmp_path):

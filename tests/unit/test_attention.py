@@ -150,7 +150,7 @@ def test_as_many_pairs_are_counted_as_see_each_other(name):
 
 
 def test_a_block_across_nodes_is_refused():
-    with pytest.raises(ValueError, match="tokens 7 to 10 see each other in both directions, and are not of one node"):
+    with pytest.raises(ValueError, match="tokens 7 to 10 attend to each other in both directions, but do not belong to one node"):
         Forest.of((9,), ((4,),), blocks=((7, 10),))
 
 

@@ -86,9 +86,9 @@ def test_a_margin_is_the_size_of_the_least_decided_gaps_within_bounds():
     known, undecided, rare = of("text", [9.0] * 30), of("text", [-1.5, 1.0, 2.0, -2.5] * 5, label="depth"), of("text", [0.6], label="rare")
     chosen = advise([*known, *undecided, *rare, *of("image", [0.1, -0.2, 0.3])])
     assert chosen.options["csd"]["margin"] == 1.8 and chosen.options["fcd"]["margin"] == 0.5
-    assert any(why.startswith("csd.margin 1.8 nats: depth, the least decided, has gaps of 1.8") for why in chosen.reasons)
+    assert any(why.startswith("csd.margin 1.8 nats: depth, the least decided edit type, has a median gap of 1.8") for why in chosen.reasons)
     assert any(
-        why.endswith("all, the least decided, has gaps of 0.2 either way, and 0.5 to 5 is what a margin is good for")
+        why.endswith("all, the least decided edit type, has a median gap of 0.2 in either direction; useful margins are between 0.5 and 5")
         for why in chosen.reasons
     )
     assert advise(of("text", [90.0, 100.0])).options["csd"]["margin"] == 5.0
@@ -170,7 +170,7 @@ def test_gaps_of_nothing_say_nothing_of_length():
     """A model that scores everything alike, or the texts of one length: no multiple of 0 is taken for growth."""
     flat = advise([*of("text", [0.0] * 20, 10), *of("text", [0.0] * 20, 120)])
     assert flat.options["csd"]["len_norm"] == "none" and flat.options["csd"]["margin"] == 0.5
-    assert flat.reasons[0] == "len_norm none: half of the gaps of shorter texts are 0, which tells nothing of length"
+    assert flat.reasons[0] == "len_norm none: half of the gaps of shorter texts are 0, which says nothing about length"
     assert "longer texts are 0" in advise([*of("text", [1.0] * 20, 10), *of("text", [0.0] * 20, 120)]).reasons[0]
 
 

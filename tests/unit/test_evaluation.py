@@ -674,7 +674,7 @@ def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(collator, scor
     assert losses["align"]["groups"] == len(groups) and losses["align"]["unused"] == []
     assert {name for name in flat if "loss" in name} == {"eval/s/loss_align", "eval/s/loss_csd"}, "no sum of some of the terms"
     said = table(rows)
-    assert "| s | dpo | 1 | | | not computed: it needs reference scores, which are stored for the training groups alone |" in said
+    assert "| s | dpo | 1 | | | not computed: it needs reference scores, which are stored only for training groups |" in said
     assert "| s | prior | 1 | | | not computed: it needs the texts' prior likelihood" in said
     assert "| s | broken | 0.25 | | | not computed: it raises KeyError: 'no such\\\\ncolumn' |" in said and "all, weighted" not in said
     assert f"| {len(groups) - len(bare)} | {len(bare)}: {bare[0].id}" in said

@@ -73,7 +73,7 @@ def sharded(lost: bool) -> Callable[[Path], object]:
 
 
 LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no vision tower": (config(model_type="llama"), "model type 'llama' has no vision tower; name a vision-language model"),
+    "no vision tower": (config(model_type="llama"), "model type 'llama' has no vision tower; use a vision-language model"),
     "another family": (config(model_type="blip-2"), "model type 'blip-2' is not supported; supported: llava, "),
     "unknown type": (config(model_type="zebra"), "cannot be read"),
     "frequencies that depend on the whole row": (

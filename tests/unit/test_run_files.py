@@ -261,7 +261,7 @@ def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path):
     assert not list(heartbeat.prepare(tmp_path).iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(
-        StorageError, match=r"file/heartbeat cannot be written \(Not a directory\); make room, or choose another train\.out"
+        StorageError, match=r"file/heartbeat cannot be written \(Not a directory\); free some space, or choose another, writable train\.out"
     ):
         heartbeat.prepare(tmp_path / "file")
 

@@ -386,15 +386,15 @@ def test_what_cannot_be_asked_is_an_error_or_counted_and_named(scorer, collator,
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     model = asked(scorer, collator)
-    with pytest.raises(DataError, match=r"benchmark pope: item 'random/1': \d+ tokens .* window is 512 \(5 more\); name --on_error skip"):
+    with pytest.raises(DataError, match=r"benchmark pope: item 'random/1': \d+ tokens .* window is 512 \(5 more\); use --on_error skip"):
         ask(model, tmp_path, tmp_path / "out", "pope")
     settings = Settings(skip=True, draws=0)
     (result,) = ask(model, tmp_path, tmp_path / "out", "pope", settings=settings)
     assert len(result.outcomes) == 3 and len(result.record["left_out"]) == 6
-    assert "pope/yes_no: 6 items left out, the first: item 'random/1'" in omissions(result)[0]
-    assert "Left out, 6:" in markdown([result]) and "2.png" in markdown([result])
+    assert "pope/yes_no: 6 items left out, first: item 'random/1'" in omissions(result)[0]
+    assert "6 items left out:" in markdown([result]) and "2.png" in markdown([result])
     (path.parent / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"benchmark pope: .*coco_pope_random.json:4: no picture .*; name --on_error skip"):
+    with pytest.raises(DataError, match=r"benchmark pope: .*coco_pope_random.json:4: no picture .*; use --on_error skip"):
         ask(model, tmp_path, tmp_path / "more", "pope")
     (result,) = ask(model, tmp_path, tmp_path / "more", "pope", settings=settings)
     assert len(result.outcomes) == 3 and len(result.record["left_out"]) == 7 and result.record["items"]["in files"] == 10
@@ -413,7 +413,7 @@ def test_names_and_options_of_probes():
             way_named(spec)
     with pytest.raises(ConfigError, match="did you mean 'pope'"):
         choose(["popes"], Path())
-    with pytest.raises(ConfigError, match="'pope' is not asked by match; it has yes_no, generate"):
+    with pytest.raises(ConfigError, match="'pope' does not support the probe match; it supports yes_no, generate"):
         choose(["pope"], Path(), ["match"])
     with pytest.raises(ConfigError, match="no benchmark is named"):
         choose([], Path())
@@ -559,11 +559,11 @@ def test_a_cheat_that_does_not_look_is_found_out_by_the_summary():
         oracle.append(Outcome(item, ((0.0, -1.0),), (-1.0, -1.0)))
     found = result(cheat)
     assert found.metrics["seen"] == found.metrics["blank"] == found.metrics["shuffled"]
-    assert summary(found) == "sugarcrepe/match: 30.0 of 30.0 points over chance are had without looking (macro)"
-    assert summary(result(oracle)) == "sugarcrepe/match: 0.0 of 50.0 points over chance are had without looking (macro)"
+    assert summary(found) == "sugarcrepe/match: 30.0 points above chance, 30.0 of them also with a blank image (macro)"
+    assert summary(result(oracle)) == "sugarcrepe/match: 50.0 points above chance, 0.0 of them also with a blank image (macro)"
     assert result(oracle).metrics["blank"]["macro"] == 50
     wrong = [replace(each, seen=((0.0, 1.0),)) for each in oracle]
-    assert summary(result(wrong)) == "sugarcrepe/match: no points over chance (macro 0.0, chance 50.0)"
+    assert summary(result(wrong)) == "sugarcrepe/match: no points above chance (macro 0.0, chance 50.0)"
     line = next(line for line in overview([found]).splitlines() if "| sugarcrepe |" in line)
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         "sugarcrepe",
@@ -582,9 +582,9 @@ def test_a_cheat_that_does_not_look_is_found_out_by_the_summary():
 def test_what_compares_images_is_summed_up_by_single_comparisons():
     item = Item("1", ((Path("a"),), (Path("b"),)), ("x y", "y x"), ((1, 0), (0, 1)), tags={"tag": "Object"}, cluster="1")
     found = result([Outcome(item, ((1.0, 0.0), (0.0, 1.0)), (2.0, 1.0))], "winoground")
-    assert summary(found) == "winoground/match: 0.0 of 50.0 points over chance are had without looking (pair)"
+    assert summary(found) == "winoground/match: 50.0 points above chance, 0.0 of them also with a blank image (pair)"
     blank = result([replace(each, blank=(1.0, 0.0)) for each in rows([True, True, True, False])])
-    assert summary(blank) == "sugarcrepe/match: 25.0 points over chance, and 50.0 without looking (macro)"
+    assert summary(blank) == "sugarcrepe/match: 25.0 points above chance, but 50.0 with a blank image (macro)"
 
 
 # Two results side by side -----------------------------------------------------------------------------------------------------------------
@@ -666,7 +666,7 @@ def test_what_is_not_compared_is_named(tmp_path):
     (found,) = compare_results(one, other, 10, said.append)
     assert (
         len(found.pairs) == 1
-        and "4 items are in one of the results only, or have other texts, parts or clusters, and are not compared: 0, 2, 3, 4"
+        and "4 items are not compared, because only one result has them, or their texts, parts or clusters differ: 0, 2, 3, 4"
         in found.notes[0]
     )
     assert "only in" in said[0] and "more/match" in said[0]
@@ -708,7 +708,7 @@ def test_a_set_of_another_benchmark_is_not_compared(tmp_path):
     other = shutil.copytree(folder, tmp_path / "other")
     record = json.loads((other / "sugarcrepe/match" / RESULTS).read_text()) | {"benchmark": "pope"}
     (other / "sugarcrepe/match" / RESULTS).write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="is of sugarcrepe in the one folder and of pope in the other"):
+    with pytest.raises(ConfigError, match="belongs to sugarcrepe in one folder and to pope in the other"):
         compare_results(folder, other)
 
 

@@ -287,7 +287,7 @@ def test_close_is_bounded_and_the_rest_is_delivered_later(remote, client, tmp_pa
         tracker.close("FAILED")
         assert time.monotonic() - start < 2.5
     message = capsys.readouterr().err
-    assert "did not get 3 points" in message and f"cfvlm-ds track {tmp_path}" in message
+    assert "did not receive 3 points" in message and f"cfvlm-ds track {tmp_path}" in message
     remote.wait()
     for _ in range(2):  # the second time there is nothing left to do
         cfvlm_ds_main(["track", str(tmp_path)])

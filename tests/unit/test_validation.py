@@ -177,7 +177,7 @@ def test_a_path_that_is_only_beside_the_yaml_is_named(option, model_dir, tmp_pat
         with pytest.raises(InputError, match=re.escape(f"a relative path counts from {tmp_path}")):
             validate(config, ONE)
     (tmp_path / "conf" / "mine").mkdir()
-    with pytest.raises(ConfigError, match=rf"mine is not there \(a relative path counts from {tmp_path}\); conf/mine, beside the file"):
+    with pytest.raises(ConfigError, match=rf"mine does not exist \(a relative path counts from {tmp_path}\); use conf/mine, which exists next to the YAML file"):
         validate(config, ONE)
 
 

@@ -352,7 +352,7 @@ def test_a_sample_is_drawn_by_its_seed_and_ids_choose(folder):
     assert (
         len(first) == 5 and first == sorted(first, key=lambda name: int(name[1:])) and first == shown(sample=5) != shown(sample=5, seed=1)
     )
-    assert "5 of 50 (drawn by seed 1)" in index(folder / "page")["dd"]
+    assert "5 of 50 (drawn with seed 1)" in index(folder / "page")["dd"]
     (folder / "ids.txt").write_text("g30\n\ng2\r\n")
     assert shown(ids=folder / "ids.txt") == ["g30", "g2"]
 
@@ -415,7 +415,7 @@ def test_a_run_shows_its_worst_groups(folder):
     ]
     document = index(folder / "page")
     assert document["option"][:6] == ["all", "other (2)", "test (1)", "all", "some lost (2)", "all won (1)"]
-    assert document["dd"][:3] == [str(run), "3 of 5 (worst first)", "1 groups without anything to compare"]
+    assert document["dd"][:3] == [str(run), "3 of 5 (worst first)", "1 groups without a comparison"]
     view(folder / "test.jsonl", folder / "page", scores=run / "scores" / "test.jsonl")
     first, second = drawn(folder / "page")
     assert first["b"] == ["\u221210.0", "\u221220.0", "\u22125.0", "\u221213.0", "\u22121.0", "\u22125.0"]
