@@ -238,7 +238,9 @@ def disagreements(results: Sequence[Result]) -> list[str]:
         if not abs(first - found["plain"]["loss"]) <= BOUND:
             off.append(f"{where}: {first}, but {found['plain']['loss']} with transformers only")
         elif not difference(found, mine) <= BOUND:
-            off.append(f"{where}: {[step['loss'] for step in found['steps']]}, but ours: {[step['loss'] for step in mine['steps']]}")
+            off.append(
+                f"{where}: {[step['loss'] for step in found['steps']]}, but {[step['loss'] for step in mine['steps']]} with this package"
+            )
         for number, (its, rows) in enumerate(zip(found["rows"], mine["rows"], strict=True)):
             off += [f"{where}: token ids of sequence {number}: {its} and {rows}"] if its != rows else []
     return off

@@ -114,7 +114,9 @@ class Shards:
         zero, self._state = self._zero(0), self.contents(self._model[0])
         ranks = zero["partition_count"]
         if (expected := max(ranks) if isinstance(ranks, list) else ranks) != len(self._optimizer):
-            raise ConfigError(f"{folder} was written by {expected} ranks but contains {len(self._optimizer)} shards; use another one")
+            raise ConfigError(
+                f"{folder} was written by {expected} ranks but contains {len(self._optimizer)} shards; use another checkpoint"
+            )
         self._stage = int(zero["zero_stage"])
         flat3, flat12 = ("optimizer_state_dict", "fp32_flat_groups"), ("base_optimizer_state", "single_partition_of_fp32_groups")
         self._base, self._flat = flat3 if self._stage == 3 else flat12
@@ -265,7 +267,7 @@ def _by_rank(folder: Path, kind: str) -> list[Path]:
     """Return the files of one kind, ordered by rank. Raises ConfigError if there are none, or if a link leads elsewhere."""
     files = list(folder.glob(f"*_{kind}_states.pt"))
     if not files:
-        raise ConfigError(f"{folder} is not a ZeRO checkpoint (no *_{kind}_states.pt); use another one")
+        raise ConfigError(f"{folder} is not a ZeRO checkpoint (no *_{kind}_states.pt); use another checkpoint")
     for file in files:
         refuse_foreign(file, folder)
     return sorted(files, key=lambda file: int(match[1]) if (match := _RANK.search(file.name)) else 0)

@@ -147,7 +147,9 @@ class Letters(Probe):
 
     def _cells(self, item: Item, question: str) -> tuple[Candidate, ...]:
         if len(item.texts) > len(LETTERS):
-            raise ConfigError(f"item {item.id!r} has {len(item.texts)} options, but there are only {len(LETTERS)} letters; choose another probe")
+            raise ConfigError(
+                f"item {item.id!r} has {len(item.texts)} options, but there are only {len(LETTERS)} letters; choose another probe"
+            )
         return tuple(
             Candidate(self.asked(item, order, question), LETTERS[place])
             for order in orders(len(item.texts))

@@ -141,7 +141,9 @@ def test_a_crash_without_progress_ends_after_the_bound(cluster, copies, options,
     state = job.end()
     assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "1", "1:0"), job.log
     assert "FloatingPointError: the loss is not finite at step 3" in job.log
-    assert "giving up: a rank failed" in job.log and "2 starts in a row have made no progress beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
+    assert (
+        "giving up: a rank failed" in job.log and "2 starts in a row have made no progress beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
+    )
 
 
 @pytest.mark.long

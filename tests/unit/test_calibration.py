@@ -101,7 +101,7 @@ def test_a_picture_tells_by_more_than_language_alone_prefers():
     images = of("image", [0.7] * 20)
     chosen = advise([*texts, *images])
     assert (chosen.options["csd"]["margin"], chosen.options["fcd"]["margin"]) == (3.0, 3.0)
-    told = "fcd.margin 3 nats: language alone prefers one of two texts by 3 or less in 75 % of comparisons, which a picture must outweigh"
+    told = "fcd.margin 3 nats: language alone prefers one of two texts by at most 3 in 75 % of comparisons, which a picture must outweigh"
     assert told in chosen.reasons
     assert advise([*texts, *of("image", [3.5] * 20)]).options["fcd"]["margin"] == 3.5, "no less than the images are apart already"
     assert advise([*[replace(gap, prior=9.0) for gap in texts], *images]).options["fcd"]["margin"] == 5.0

@@ -359,7 +359,7 @@ def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path, monkeypatch)
     assert lines[0][-4:] == ["3", "seeds", "this", "run"]
     assert lines[1] == ["relation", "62.9", "71.0", "88.2", "(86.0", "to", "90.6)", "89.0"]
     assert lines[3] == ["questions:", "yes", "no", "34.6", "60.0", "60.0", "(60.0", "to", "60.0)", "33.0"]
-    assert "1 seeds" in text and "this run's of 50" in text
+    assert "1 seeds" in text and "This run is evaluated on 50 pairs" in text
 
 
 def test_the_package_holds_what_the_demo_prints():

@@ -128,7 +128,9 @@ def test_of_many_that_find_the_lock_of_a_dead_run_at_once_one_gets_it(tmp_path):
 def test_a_full_disk_is_named_and_refuses_no_later_start(tmp_path):
     def refused() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        with pytest.raises(StorageError, match=r"run\.lock cannot be written \(.*\); free some space, or choose another, writable train\.output_dir"):
+        with pytest.raises(
+            StorageError, match=r"run\.lock cannot be written \(.*\); free some space, or choose another, writable train\.output_dir"
+        ):
             RunLock(tmp_path / "run")
 
     process = FORK.Process(target=refused)
