@@ -41,7 +41,7 @@ def is_adapter(parameter: str) -> bool:
 def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
     """Return a regular expression for the full names of exactly those linear layers of ``modules`` that the model's forward uses.
 
-    The output head has no adapter, and neither have fused experts, which are not linear layers. Raises ConfigError for a module without any
+    The output head and fused experts, which are not linear layers, have no adapters. Raises ConfigError for a module without any
     such layer.
     """
     unused = family.unused(model.config)
