@@ -49,7 +49,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
         if defect is None:
             for other, step in others:
                 if step > description(path)["step"]:
-                    world.say(f"{other} is a checkpoint of step {step}, ignored for its name; to use it, set train.resume to its path")
+                    world.say(f"{other} is a checkpoint of step {step} under another name; to use it, set train.resume to its path")
             return path
         if not by_name:
             raise ConfigError(f"train.resume={path}: {defect}; give a complete checkpoint or use auto")

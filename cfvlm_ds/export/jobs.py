@@ -80,7 +80,7 @@ def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], objec
         together = Job(tuple(name for job in members for name in job.stored), tuple({name: 0 for job in members for name in job.weights}))
         if solved := reversible(together):
             size = sum(saved[name].nbytes for name in together.stored)
-            say(f"export: {len(together.weights)} weights can only be converted together, which takes twice {size / 1e9:.1f} GB of memory")
+            say(f"export: {len(together.weights)} weights can only be converted together, which takes {2 * size / 1e9:.1f} GB of memory")
             return [*(job for job in jobs if job not in members), solved]
     raise ConfigError(f"transformers cannot convert {failed[0].weights[0]} back to the source's {failed[0].stored[0]}; update transformers")
 

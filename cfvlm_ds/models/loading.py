@@ -113,7 +113,7 @@ def load_processor(config: ModelConfig) -> Any:
         processor = AutoProcessor.from_pretrained(config.name_or_path, trust_remote_code=False)
         parts = {"tokenizer": "tokenizer", "image_processor": "image processor", "chat_template": "chat template"}
         if missing := [name for part, name in parts.items() if getattr(processor, part, None) is None]:
-            raise ConfigError(f"{what} has no {' and no '.join(missing)}; name the instruction-tuned model, or add its files")
+            raise ConfigError(f"{what} has no {' and no '.join(missing)}; use the instruction-tuned model, or add its files")
         _limit_images(config, processor, model_config)
     return processor
 

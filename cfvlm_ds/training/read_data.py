@@ -101,7 +101,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
         if shared := str(shared_with(stored_rows(train_groups).keys, keys)):
             trained = without_secrets(train_sets[name].path)
             world.say(
-                f"warning: data.evaluation.{split}: {shared} also occur in the training set {trained}, so its results are not for new data"
+                f"warning: data.evaluation.{split}: {shared} also occur in the training set {trained}, so its results include trained data"
             )
     _refuse_idle(config, train)
     return RunData(groups, dict(splits), identity, PictureTables(tables) if tables else None, collator, identities, sources, benchmarks)

@@ -153,7 +153,7 @@ def test_a_model_is_recognised_by_the_weights_that_are_loaded(model_dir, tmp_pat
 
 PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no processor": (removed("processor_config.json", "chat_template.jinja"), ""),
-    "no template": (removed("chat_template.jinja"), "has no chat template; name the instruction-tuned model"),
+    "no template": (removed("chat_template.jinja"), "has no chat template; use the instruction-tuned model"),
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json", "tokenizer.model"), "cannot be loaded"),
     "a broken tokenizer": (written("tokenizer.json", '{"model": 7}'), "cannot be loaded"),
     "a truncated tokenizer": (shortened("tokenizer.json"), "cannot be loaded"),

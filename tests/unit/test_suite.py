@@ -415,7 +415,7 @@ def test_names_and_options_of_probes():
         choose(["popes"], Path())
     with pytest.raises(ConfigError, match="'pope' does not support the probe match; it supports yes_no, generate"):
         choose(["pope"], Path(), ["match"])
-    with pytest.raises(ConfigError, match="no benchmark is named"):
+    with pytest.raises(ConfigError, match="no benchmark was given"):
         choose([], Path())
 
 

@@ -65,7 +65,7 @@ def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list
             raise ConfigError(f"benchmark {name!r} does not support the probe {labels}; it supports {', '.join(benchmark.probes)}")
         selected += [Chosen(name, benchmark, label, way, root / name) for label, way in ways]
     if not selected:
-        raise ConfigError(f"no benchmark is named; known: {', '.join(BENCHMARKS)}")
+        raise ConfigError(f"no benchmark was given; available: {', '.join(BENCHMARKS)}")
     if unused := [label for label, way in requested if not any(choice.way == way for choice in selected)]:
         raise ConfigError(f"--probes {unused[0]} fits none of the benchmarks {', '.join(names)}; leave it out")
     return selected
