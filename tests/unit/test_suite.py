@@ -342,9 +342,9 @@ def test_results_of_something_else_are_not_written_over(scorer, collator, root, 
     ask(asked(scorer, collator), root, out, "pope", settings=few, limit=2)
     before = files(out)
     for model, settings, limit, what in (
-        (asked(scorer, collator, "other"), few, 2, "model.weights was 'a', and is 'other'"),
-        (asked(scorer, collator), few, 4, "settings.limit was 2, and is 4"),
-        (asked(scorer, collator), replace(few, batch_size=3), 2, "settings.batch_size was 16, and is 3"),
+        (asked(scorer, collator, "other"), few, 2, "model.weights was 'a' and is now 'other'"),
+        (asked(scorer, collator), few, 4, "settings.limit was 2 and is now 4"),
+        (asked(scorer, collator), replace(few, batch_size=3), 2, "settings.batch_size was 16 and is now 3"),
     ):
         with pytest.raises(ConfigError, match=what):
             ask(model, root, out, "pope", settings=settings, limit=limit)
@@ -669,7 +669,7 @@ def test_what_is_not_compared_is_named(tmp_path):
         and "4 items are not compared, because only one result has them, or their texts, parts or clusters differ: 0, 2, 3, 4"
         in found.notes[0]
     )
-    assert "only in" in said[0] and "more/match" in said[0]
+    assert "because only" in said[0] and "more/match" in said[0]
     with pytest.raises(ConfigError, match="no benchmark in common"):
         compare_results(one, written(tmp_path / "none", rows([True]), called="more"))
     with pytest.raises(ConfigError, match="no item in common"):
