@@ -218,7 +218,7 @@ def test_generated_text_is_the_librarys_own(scorer, collator, root, model_dir, t
     other = replace(asked(scorer, collator, say=say), identity={"weights": "a", "inputs": "b", "writing": penalised})
     with pytest.raises(ConfigError, match=r"results of another evaluation: model\.writing was"):
         ask(other, root, tmp_path / "out", "pope", "generate:max_new_tokens=6", limit=2)
-    with pytest.raises(ConfigError, match="in parts"):
+    with pytest.raises(ConfigError, match="is partitioned"):
         ask(asked(scorer, collator), root, tmp_path / "parts", "pope", "generate")
 
 
