@@ -2,7 +2,8 @@
 
 import signal
 
-# Held back while packages are imported; cfvlm_ds.cluster.signals answers them from then on. Ctrl-C has nothing to save so far.
+# Both are blocked while packages are imported; cfvlm_ds.cluster.signals handles them afterwards. Ctrl-C ends the process at once, because
+# there is nothing to save yet.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -1,12 +1,12 @@
-"""Data of any size: preparing, opening, starting, reading and resuming, each in processes of its own, beside the targets that they have.
+"""Benchmark of data sets of any size: preparing, opening, starting, reading and resuming, each in its own process, with targets.
 
     python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, about ten minutes
     python benchmarks/data.py FOLDER --rows 10000 10000000      # an hour more
 
-Rows have two pictures out of a thousand and two texts. Seconds are of the clock, memory is what a process has for itself: pages of
-mapped files, which all processes of a machine share, are not counted; that of preparing is the largest resident size of a process.
-"Start" is what stands between a store and the first micro-batch of a run: opening, the map of token counts, the packed sampler with its
-number of steps, and a batch of groups from a data worker. Prints the table of RESULTS.md.
+Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is the private memory of a process, without the
+pages of mapped files, which all processes of a machine share; for preparing, it is the largest resident size of a process. "Start" is
+everything between a store and the first micro-batch of a run: opening, the map of token counts, the packed sampler with its number of
+steps, and a batch of groups from a data worker. The script prints the table of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
         return
     folder, sizes = arguments.folder, sorted(arguments.rows)
     for number in sizes:
-        said(f"{number:,} rows are written", make, folder, number)
+        said(f"{number:,} rows: writing", make, folder, number)
         remove(folder / f"{number}.store")
     prepared = [said(f"{number:,} rows: prepare", fresh, folder, "preparing", number) for number in sizes]
     opened = [said(f"{number:,} rows: opening", fresh, folder, "opening", number) for number in sizes]
@@ -61,20 +61,20 @@ def main() -> None:
     went_on = said(f"{sizes[-1]:,} rows: killed and resumed", resumed, folder, sizes[-1])
     table(sizes, [
         ("prepare, once: s", [each["s"] for each in prepared], "360 for 1 M"),
-        ("memory of it: MB", [each["mb"] for each in prepared], "1,000"),
+        ("prepare: MB of memory", [each["mb"] for each in prepared], "1,000"),
         ("opening the store: s", [each["s"] for each in opened], "1 for 1 M, 2 for 10 M"),
-        ("memory of it: MB", [each["mb"] for each in opened], "500"),
-        ("a row at random: us", [each["row_us"] for each in opened], ""),
+        ("opening: MB of memory", [each["mb"] for each in opened], "500"),
+        ("reading a random row: us", [each["row_us"] for each in opened], ""),
         ("start: s", [each["s"] for each in started], ""),
-        ("start, more than with the fewest rows: s", [each["s"] - started[0]["s"] for each in started], "10 % of a first step"),
-        ("memory, more than with the fewest rows: MB", [each["mb"] - started[0]["mb"] for each in started], "20"),
+        ("start: s more than with the fewest rows", [each["s"] - started[0]["s"] for each in started], "10 % of a first step"),
+        ("start: MB more than with the fewest rows", [each["mb"] - started[0]["mb"] for each in started], "20"),
     ])  # fmt: skip
     table(sizes[-1:], [("shuffled rows of the store, one worker: per s", [read["rows"]], "at least 5,000")])
-    print(f"2 ranks of {sizes[-1]:,} rows killed, resumed on 1 and on 4: the same groups in the same order as undisturbed: {went_on}")
+    print(f"2 ranks with {sizes[-1]:,} rows, killed and resumed on 1 and on 4: same groups in the same order as without a kill: {went_on}")
 
 
 def said(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a measurement, whose name and seconds are told meanwhile."""
+    """Run a measurement, print its name and seconds to stderr, and return its result."""
     began = time.perf_counter()
     found = function(*arguments)
     print(f"{what}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
@@ -82,7 +82,7 @@ def said(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def table(sizes: list[int], rows: list[tuple[str, list[float], str]]) -> None:
-    """In Markdown, a column for each size."""
+    """Print a Markdown table with a column for each size."""
     print(f"| rows | {' | '.join(f'{number:,}' for number in sizes)} | target |")
     print(f"|---|{'---:|' * len(sizes)}---:|")
     for what, values, target in rows:
@@ -92,14 +92,14 @@ def table(sizes: list[int], rows: list[tuple[str, list[float], str]]) -> None:
 
 
 def fresh(folder: Path, name: str, *arguments: object) -> dict[str, float]:
-    """A measurement in a process of its own."""
+    """Run a measurement in a new process, and return its result."""
     command = [sys.executable, __file__, str(folder), "--one", name, *map(str, arguments)]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     return found
 
 
 def make(folder: Path, rows: int) -> None:
-    """A manifest of so many rows, and the map of their token counts."""
+    """Write a manifest with ``rows`` rows, and the map of their token counts."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pictures").mkdir(exist_ok=True)
     chance = random.Random(0)
@@ -126,13 +126,13 @@ def make(folder: Path, rows: int) -> None:
 
 
 def private_mb() -> float:
-    """What this process has for itself; pages of files that it maps are everybody's."""
+    """Return the private memory of this process, without the pages of mapped files, which are shared."""
     found = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in found if line.startswith("Anonymous")) / 1000
 
 
 def preparing(folder: Path, rows: str) -> dict[str, float]:
-    """Check and write a store, on all cores."""
+    """Measure checking and writing a store on all cores."""
     began = time.perf_counter()
     groups = open_groups(folder / f"{rows}.jsonl")
     report, whole = prepare(groups, folder / f"{rows}.store", rows, PrepareOptions(), str)
@@ -142,7 +142,7 @@ def preparing(folder: Path, rows: str) -> dict[str, float]:
 
 
 def opening(folder: Path, rows: str) -> dict[str, float]:
-    """Open a store; and rows at random."""
+    """Measure opening a store and reading random rows."""
     before, began = private_mb(), time.perf_counter()
     groups = open_groups(folder / f"{rows}.store")
     seconds = time.perf_counter() - began
@@ -154,7 +154,7 @@ def opening(folder: Path, rows: str) -> dict[str, float]:
 
 
 def starting(folder: Path, rows: str) -> dict[str, float]:
-    """From a store to the first micro-batch of groups."""
+    """Measure the way from a store to the first micro-batch of groups."""
     before, began = private_mb(), time.perf_counter()
     groups, tokens = open_groups(folder / f"{rows}.store"), np.load(folder / f"{rows}.npy", mmap_mode="r")
     sampler = PackedSampler(tokens=tokens, max_tokens=8192, gradient_accumulation_steps=2, rank=0, world_size=4, seed=0)
@@ -165,11 +165,11 @@ def starting(folder: Path, rows: str) -> dict[str, float]:
 
 
 def reading(folder: Path, rows: str) -> dict[str, float]:
-    """Rows of a shuffled epoch that one data worker gives."""
+    """Measure the rows per second that one data worker reads from a shuffled epoch."""
     groups = open_groups(folder / f"{rows}.store")
     sampler = GroupSampler(num_groups=len(groups), groups_per_micro_batch=8, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     loader: Any = DataLoader(
-        Unraised(groups),  # type: ignore[arg-type]  # as a training has them
+        Unraised(groups),  # type: ignore[arg-type]  # as in training
         batch_sampler=sampler,
         collate_fn=len,
         num_workers=1,
@@ -187,7 +187,7 @@ def reading(folder: Path, rows: str) -> dict[str, float]:
 
 
 def resumed(folder: Path, rows: int) -> str:
-    """Two ranks are killed; what they had consumed, and then what one rank and what four ranks consume, against an undisturbed run."""
+    """Kill two ranks, resume on one and on four, and return "yes" if both consume the same groups as an undisturbed run, else "NO"."""
     whole = consumed(folder, rows, 1, 0, 40)
     out, seen = folder / "ranks", list[list[str]]()
     out.mkdir(exist_ok=True)
@@ -220,13 +220,13 @@ def lines_of(file: Path) -> int:
 
 
 def consumed(folder: Path, rows: int, world: int, first: int, last: int) -> list[str]:
-    """The groups of each step, in order."""
+    """Return the groups of each step of an undisturbed run, in order."""
     start(folder, rows, world, 0, first, last, out := folder / "undisturbed").wait()
     return out.read_text().splitlines()
 
 
 def consuming(folder: Path, *given: str) -> dict[str, float]:
-    """A rank: it starts at a step as if a checkpoint had said so, and writes the groups of each step that it has consumed."""
+    """Run as a rank that resumes at a given step, and write the groups of each step that it consumes."""
     rows, world, rank, first, last = map(int, given[:5])
     groups = open_groups(folder / f"{rows}.store")
     sampler = GroupSampler(

@@ -1,13 +1,13 @@
-"""What it costs to ask an image many questions, in one forest, a tree per question and a sequence per answer; evaluation and training.
+"""Cost of many questions about one image, in evaluation and training: one forest, a tree per question, or a sequence per answer.
 
     python benchmarks/evaluation.py                               # LLaVA and Qwen2.5-VL with 576 visual tokens
     python benchmarks/evaluation.py --family llava --visual 1024 --cases yes_no_10 --repeats 5
-    python benchmarks/evaluation.py --family llava --forward      # without the backward pass, as an evaluation has it
+    python benchmarks/evaluation.py --family llava --forward      # without the backward pass, as in evaluation
     python benchmarks/evaluation.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
-Cases: 10 and 18 questions of 24 tokens answered by yes and no; a question of 20 tokens with four options of 8 in all 24 orders, answered by
-letters; 8 captions after one prompt. In every layout the image is encoded once and the scores are the same, which is checked; so what is
-compared is the language model alone. Tokens are counted and times are medians, in turns, of process time of one thread or of the device.
+Cases: 10 and 18 questions of 24 tokens with the answers yes and no; a question of 20 tokens with four options of 8 tokens in all 24 orders,
+answered with letters; 8 captions after one prompt. Every layout encodes the image once and must give the same scores, so only the language
+model is compared. Times are medians of process time of one thread, or of the device; the layouts take turns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="(default sdpa)")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--forward", action="store_true", help="time the forward alone")
+    parser.add_argument("--forward", action="store_true", help="time only the forward pass")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
@@ -85,7 +85,7 @@ CASES = {"yes_no_10": questions(10), "yes_no_18": questions(18), "letters_24": l
 
 
 def rows(model: Any, family: str, visual: int, name: str) -> dict[str, dict[str, Any]]:
-    """The model's inputs for each layout; cells are in one order in all of them."""
+    """Return the model's inputs for each layout. The order of cells is the same in all of them."""
     generator = torch.Generator().manual_seed(3)
     token, kin = model.config.image_token_id, FAMILIES[model.config.model_type]
     head = (*words(BEFORE, generator), token)
@@ -131,12 +131,12 @@ def measured(model: Any, family: str, visual: int, name: str, repeats: int, forw
                 scores(scorer, row).sum().backward()
             end = now(of)
             clear(model)
-            if turn:  # the first warms up
+            if turn:  # the first turn is a warm-up
                 times[layout][0].append(middle - start)
                 times[layout][1].append(end - middle)
     for layout, values in found.items():
         if model.dtype == torch.float32 and not torch.allclose(values, found["forest"], rtol=1e-4, atol=1e-4):
-            raise SystemExit(f"{layout} has other scores than the forest")
+            raise SystemExit(f"the scores of {layout} differ from those of the forest")
     ours = [statistics.median(each) for each in times["forest"]]
     for layout, row in layouts.items():
         both = [statistics.median(each) for each in times[layout]]

@@ -1,10 +1,9 @@
-"""Memory and time of exporting a trained ZeRO-3 checkpoint of two ranks, for a LLaVA of any size; figures in RESULTS.md.
+"""Memory and time of exporting a trained ZeRO-3 checkpoint of two ranks, for a LLaVA of any size; results are in RESULTS.md.
 
     python benchmarks/export.py --gigabytes 2.2          # writes about ten times that to runs/export
 
-The model is a small LLaVA whose language model has as many layers as the size asks for. It is trained for one step, then
-`cfvlm-ds export` runs in a process of its own, whose peak of resident memory is compared with that of a process which only shows the
-command's help.
+The model is a small LLaVA whose language model has as many layers as the size requires. It is trained for one step, and `cfvlm-ds export`
+then runs in a new process. Its peak of resident memory is compared with that of a process that only prints the command's help.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ finally:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.2, help="size of the model in float32 (default 2.2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/export"), help="folder for everything (default runs/export)")
+    parser.add_argument("--out", type=Path, default=Path("runs/export"), help="folder of all files (default runs/export)")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     model, run = out / "model", out / "run"
@@ -48,7 +47,9 @@ def main() -> None:
     idle, _ = measured(["export", "--help"])
     peak, seconds = measured(["export", str(run), "--out", str(out / "exported")])
     print(f"model {size / 1e9:.2f} GB in {len(list(model.glob('*.safetensors')))} shards; export {seconds:.0f} s")
-    print(f"peak {peak / 1e6:.0f} MB, of which {idle / 1e6:.0f} MB are the process itself: {(peak - idle) / size:.2f} of the model")
+    print(
+        f"peak {peak / 1e6:.0f} MB, {idle / 1e6:.0f} MB without an export; the difference is {(peak - idle) / size:.2f} of the model's size"
+    )
 
 
 def write_model(folder: Path, gigabytes: float) -> None:
@@ -85,7 +86,7 @@ def train(model: Path, run: Path, out: Path) -> None:
 
 
 def measured(arguments: list[str]) -> tuple[int, float]:
-    """(peak of resident memory in bytes, seconds) of a command."""
+    """Run a command, and return its peak of resident memory in bytes and its seconds."""
     start = time.monotonic()
     finished = subprocess.run([sys.executable, "-c", PEAK, *arguments], cwd=REPO, text=True, stdout=subprocess.PIPE, check=True)
     return int(finished.stdout.split()[-1]) * 1024, time.monotonic() - start

@@ -1,13 +1,13 @@
-"""What data.feature_cache saves: a training step on pictures of 336 x 336 pixels with the frozen tower and with its features from disk.
+"""Savings of data.feature_cache: a training step on pictures of 336 x 336 pixels with the frozen tower, and with its features from disk.
 
     python benchmarks/features.py                                  # both shapes
     python benchmarks/features.py --shapes llava --repeats 5
 
-Shapes are LLaVAs with the language model of benchmarks/scoring.py and 576 visual tokens a picture: `llava` has a tower as small beside it
-as LLaVA-1.5-7B's, `large tower` one whose forward is a third of a step's operations, as beside language models of 1B to 3B. A step is
-forward and backward of one group, two pictures with two texts each, everything but the tower trained; preparing it is opening the JPEG
-files (1024 x 768) or reading their features, by the collator. Both ways must find the same loss. Times are medians, in seconds of process
-time of one thread.
+Shapes are LLaVAs with the language model of benchmarks/scoring.py and 576 visual tokens per picture. In `llava`, the ratio of the tower to
+the language model is that of LLaVA-1.5-7B; in `large tower`, the tower's forward is a third of a step's operations, as with language models
+of 1B to 3B. A step is the forward and backward of one group, two pictures with two texts each, and trains everything except the tower.
+Preparing a step means opening the JPEG files (1024 x 768) or reading their features in the collator. Both ways must give the same loss.
+Times are medians, in seconds of process time of one thread.
 """
 
 from __future__ import annotations
@@ -73,19 +73,19 @@ def measure(shape: str, folder: Path, repeats: int) -> None:
             found[name].append((prepared - start, time.process_time() - prepared, loss))
     losses = {round(loss, 4) for rows in found.values() for *_, loss in rows}
     if len(losses) > 1:
-        raise SystemExit(f"the two ways do not agree: {losses}")
+        raise SystemExit(f"the losses of the two ways differ: {losses}")
     flops, inputs = ModelFlops(loaded, engine.module.family), collators["tower"]([group])
     total, without = (flops.of(each.model_inputs, each.num_scored) for each in (inputs, collators["cache"]([group])))
     size = statistics.mean(file.stat().st_size for file in cache.place.rglob("*.safetensors"))
     share, each = 1 - without / total, filled / len(cache.known)
-    print(f"{shape}: tower {share:.1%} of the operations, {size / 1e6:.2f} MB a picture on disk, {each:.2f} s to fill it")
+    print(f"{shape}: tower {share:.1%} of the operations, {size / 1e6:.2f} MB per picture on disk, {each:.2f} s per picture to compute it")
     for name, rows in found.items():
         preparing, stepping = (statistics.median(row[k] for row in rows[1:]) for k in (0, 1))
         print(f"  {name:<6} preparing {preparing:6.3f} s   step {stepping:6.2f} s", flush=True)
 
 
 def step(engine: Engine, batch: Batch) -> float:
-    """The loss of InfoNCE over the texts, after its backward pass."""
+    """Run forward and backward of InfoNCE over the texts, and return the loss."""
     loss = -batch.scores(engine(**batch.model_inputs)).logp.log_softmax(-1).diagonal(dim1=1, dim2=2).mean()
     loss.backward()
     engine.module.zero_grad()

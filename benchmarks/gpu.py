@@ -1,22 +1,23 @@
-"""What only a GPU shows, in one command: attention kernels, what scoring costs, a training and its memory, two ranks.
+"""Measurements that need a GPU, in one command: attention kernels, the cost of scoring, a training run and its memory, two ranks.
 
     python benchmarks/gpu.py                                       # one card of 80 GB, at most 8 minutes; writes runs/gpu.json
     python benchmarks/gpu.py --parts card kernels scoring
-    python benchmarks/gpu.py --device cpu --small                  # every part at small sizes: finds mistakes without a card
-    python benchmarks/gpu.py --table runs/gpu.json                 # the table of what was written there
+    python benchmarks/gpu.py --device cpu --small                  # every part at small sizes: detects mistakes without a card
+    python benchmarks/gpu.py --table runs/gpu.json                 # the table of the results in that file
 
-Needs the source tree, torch, transformers (and its accelerate) and deepspeed: no launcher, no MLflow, no network, nothing installed.
+It needs the source tree, torch, transformers with accelerate, and deepspeed, but no launcher, MLflow, network or installation.
 
-    card      what it is, its own rate of a large matrix product and of a copy, which back ends of attention it can run
-    kernels   attention alone, forward and backward, in 7B's heads: each back end beside one causal sequence of as many tokens, and how far
-              it is from float64, in distances of a dense attention in the same dtype (below 2 counts as exact)
-    scoring   K texts on one image through 8 layers of a 7B model (benchmarks/scoring.py): every back end beside one sequence per text and
-              a supervised step on the same tokens, in turns
-    training  50 steps of 4 layers of it under ZeRO-3, one rank over NCCL (gloo on a CPU); memory beside the plan of --train.dry_run
-    ranks     a smaller one on two ranks that share the card, over gloo, since NCCL takes one rank a card; losses beside those of one rank
+    card      the device, its measured rates of a large matrix product and of a copy, and the attention back ends that it can run
+    kernels   only attention, forward and backward, with the heads of a 7B model: each back end compared with one causal sequence of the
+              same length, and its distance from float64, relative to that of a dense attention in the same dtype (below 2 counts as exact)
+    scoring   K texts on one image through 8 layers of a 7B model (benchmarks/scoring.py): every back end, one sequence per text, and a
+              supervised step on the same tokens, in turns
+    training  50 steps of 4 layers of that model under ZeRO-3, one rank over NCCL (gloo on a CPU); memory compared with --train.dry_run
+    ranks     a smaller model on two ranks that share the card, over gloo, because NCCL allows one rank per card; losses compared with those
+              of one rank
 
-Everything is in bfloat16. Times are medians, synchronised around what is timed; rates are shares of the card's own matrix product. Each
-case writes its line as it ends: what fails is named in the table and the rest goes on, in a new process where the old one is lost.
+Everything is in bfloat16. Times are medians with synchronisation before and after; rates are shares of the card's matrix product. Each case
+writes its line when it ends. A failed case is named in the table, and the others continue, in a new process if the old one has died.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 SHARES = {"card": 40, "kernels": 120, "scoring": 150, "training": 110, "ranks": 50}
-"""Seconds of each part; what one leaves, the next may take."""
+"""Seconds of each part. The next part may use the time that a part leaves."""
 
 Key = tuple[str, str]
 Results = dict[Key, dict[str, Any]]
@@ -46,9 +47,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small sizes, few repeats")
     parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES))
-    parser.add_argument("--minutes", type=float, default=8.0, help="end then, with what there is (default 8)")
-    parser.add_argument("--json", type=Path, default=Path("runs/gpu.json"), help="every figure, written as each case ends")
-    parser.add_argument("--table", type=Path, help="instead: print the table of this file")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit, after which the results so far are kept (default 8)")
+    parser.add_argument("--json", type=Path, default=Path("runs/gpu.json"), help="file of all results, written when a case ends")
+    parser.add_argument("--table", type=Path, help="only print the table of this file")
     arguments = parser.parse_args()
     if arguments.table:
         written = json.loads(arguments.table.read_text())
@@ -59,7 +60,7 @@ def main() -> int:
     print_table(results)
     failed = [key for key, result in results.items() if "error" in result]
     failed += [key for key, result in results.items() if any("error" in each for each in result.get("layouts", {}).values())]
-    print(f"{len(results)} cases, {len(failed)} with an error; every figure is in {arguments.json}")
+    print(f"{len(results)} cases, {len(failed)} with an error; all results are in {arguments.json}")
     return 1 if failed else 0
 
 
@@ -67,12 +68,12 @@ def main() -> int:
 
 
 class Parts:
-    """Runs the cases in a process, and in another one what is left when that is lost."""
+    """Runner of the cases in a process; if it dies, another process runs the remaining cases."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.results: Results = {}
-        self.left: list[Key] | None = None  # not known before the first process has said it
+        self.left: list[Key] | None = None  # not known before the first process has reported it
         self.without: list[str] = []
         self.begun: Key | None = None
         self.at: str | None = None
@@ -90,12 +91,12 @@ class Parts:
                 number += 1
                 before = len(self.results), len(self.without)
                 self.process(Path(folder) / f"{number}.jsonl")
-                if (len(self.results), len(self.without)) == before:  # nothing would come of another one
+                if (len(self.results), len(self.without)) == before:  # another process would not get further
                     break
         return self.results
 
     def process(self, into: Path) -> None:
-        """One process to its end, its last case's time or its death."""
+        """Run one process until it ends, dies or runs out of time."""
         into.touch()
         said = into.with_suffix(".txt")
         with said.open("w") as errors:
@@ -126,10 +127,10 @@ class Parts:
         return {**environment, "CUDA_VISIBLE_DEVICES": ""} if self.arguments.device == "cpu" else environment
 
     def follow(self, child: subprocess.Popen[bytes], into: Path) -> str | None:
-        """Read what the process writes until it ends; the part whose time is up, if one's is."""
+        """Read the output of the process until it ends, and return None, or the part whose time is up."""
         taken = 0
         while True:
-            ended = child.poll() is not None  # asked before the last lines are read
+            ended = child.poll() is not None  # determined before the last lines are read
             whole = into.read_text()[taken:].rpartition("\n")[0]
             for line in whole.splitlines():
                 self.take(json.loads(line))
@@ -170,14 +171,14 @@ class Parts:
             self.left = []
         for key in [key for key in self.left if key[0] == part]:
             self.end(
-                key, {"error": "was not done when the part's time was up" if key == self.begun else "not begun: the part's time was up"}
+                key, {"error": "unfinished when the part's time was up" if key == self.begun else "not started: the part's time was up"}
             )
         self.begun = None
 
     def lost(self, code: int, said: str) -> None:
-        """The process has ended by itself: its case is named, or the layout that took it, and left out."""
-        last = [line.strip() for line in said.splitlines() if line.strip()][-1:] or ["nothing was said"]
-        reason = f"the process ended with {code}: {last[0][:300]}"
+        """Record the case or the layout during which the process died, and leave it out."""
+        last = [line.strip() for line in said.splitlines() if line.strip()][-1:] or ["no output"]
+        reason = f"the process ended with exit code {code}: {last[0][:300]}"
         if self.begun is None:
             self.end((self.arguments.parts[0], "start"), {"error": reason})
             self.left = []
@@ -190,7 +191,7 @@ class Parts:
 
 # --- the table --------------------------------------------------------------------------------------------------------------------------
 
-HEAD = ("part", "case", "ms", "of matmul", "peak GB", "beside", "")
+HEAD = ("part", "case", "ms", "of matmul", "peak GB", "ratio", "")
 
 
 def print_table(results: Results) -> None:
@@ -208,7 +209,7 @@ def print_table(results: Results) -> None:
 
 
 def rows_of(part: str, case: str, result: dict[str, Any], results: Results) -> Iterator[tuple[str, ...]]:
-    """(part, case, ms, share of the matmul rate, peak GB, beside, remark) of a result."""
+    """Yield the table rows of a result: (part, case, ms, share of the matmul rate, peak GB, ratio, remark)."""
     if wrong := unmeasured(result):
         yield part, case, "", "", "", "", wrong
     elif part == "card":
@@ -224,13 +225,13 @@ def rows_of(part: str, case: str, result: dict[str, Any], results: Results) -> I
         )
         yield part, "matrix product", "", "", "", "", f"{result['matmul'] / 1e12:.3g} TFLOP/s, bfloat16"
         yield part, "copy", "", "", "", "", f"{result['copy'] / 1e12:.3g} TB/s, read and written"
-        yield part, "attention", "", "", "", "", f"can run {cans}; auto takes {result['auto']}"
+        yield part, "attention", "", "", "", "", f"can run {cans}; auto selects {result['auto']}"
     elif part == "kernels":
         causal = results.get((part, f"{case.partition(', ')[0]}, causal"), {}).get("time")
         rate = results.get(("card", "this machine"), {}).get("matmul")
         remark = f"forward {1e3 * result['forward']:.3g} ms"
         if "distance" in result:
-            remark += f"; {'exact' if result['exact'] else 'NOT EXACT'}, {result['distance']:.2f} x a dense attention's distance"
+            remark += f"; {'exact' if result['exact'] else 'NOT EXACT'}, {result['distance']:.2f} x the distance of a dense attention"
         shares = result["flop"] / result["time"] / rate if rate else None
         yield part, case, milliseconds(result), share(shares), gigabytes(result), ratio(result["time"], causal), remark
     elif part == "scoring":
@@ -253,12 +254,12 @@ def rows_of(part: str, case: str, result: dict[str, Any], results: Results) -> I
         plan = result["plan"]["states"] + result["plan"]["working"]
         remark = f"planned {plan / 1e9:.3g} GB ({result['plan']['states'] / 1e9:.3g} states); {result['backend']}; "
         remark += f"losses {result['losses'][0]:.3f} to {result['losses'][-1]:.3f}" + ("" if result["finite"] else ", NOT FINITE")
-        remark += f"; off those of one rank by {result['loss_off']:.1e}" if "loss_off" in result else ""
+        remark += f"; differ from those of one rank by {result['loss_off']:.1e}" if "loss_off" in result else ""
         yield part, case, milliseconds(result), share(result.get("of_matmul")), gigabytes(result), ratio(result["peak"], plan), remark
 
 
 def unmeasured(result: dict[str, Any]) -> str:
-    return f"ERROR {result['error']}" if "error" in result else f"not here: {result['unusable']}" if "unusable" in result else ""
+    return f"ERROR {result['error']}" if "error" in result else f"not available: {result['unusable']}" if "unusable" in result else ""
 
 
 def milliseconds(result: dict[str, Any]) -> str:
@@ -278,8 +279,8 @@ def ratio(value: float, beside: float | None) -> str:
 
 
 def answers(results: Results) -> Iterator[str]:
-    """What the figures say: which back end that is exact everywhere is fastest at the most texts, and beside what."""
-    yield "beside: the causal sequence (kernels), the supervised step (scoring), the planned memory (training, ranks)"
+    """Yield the conclusions: the fastest of the exact back ends with the most texts, compared with the stock layouts."""
+    yield "ratio: to the causal sequence (kernels), the supervised step (scoring), the planned memory (training, ranks)"
     cases = {case: result["layouts"] for (part, case), result in results.items() if part == "scoring" and "layouts" in result}
     if not cases:
         return
@@ -292,7 +293,7 @@ def answers(results: Results) -> Iterator[str]:
     timed = {name: each for name, each in cases[most].items() if "time" in each}
     ours = {backend: timed[f"shared prefix, {backend}"] for backend in exact if exact[backend] and f"shared prefix, {backend}" in timed}
     if not ours:
-        yield f"{most}: no back end was found exact and timed"
+        yield f"{most}: no back end is both exact and timed"
         return
     best = min(ours, key=lambda backend: ours[backend]["time"])
     said = f"{most}: the fastest exact back end is {best}"

@@ -1,6 +1,6 @@
-"""The parts of benchmarks/gpu.py, in a process of their own: what is measured goes into a file, a line as each case ends.
+"""The parts of benchmarks/gpu.py, run in a separate process, which writes a line to a file when a case ends.
 
-Started by gpu.py, which can start it again for what is left when a case has taken the process with it.
+gpu.py starts it, and starts it again for the remaining cases if a case has killed the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # nothing need be installed
+sys.path.insert(0, str(ROOT))  # works without an installation
 
 import scoring  # noqa: E402
 import torch  # noqa: E402
@@ -38,12 +38,12 @@ from cfvlm_ds.models.forest_attention import BACKENDS, registered  # noqa: E402
 
 FAMILY = "qwen2_5_vl"
 EXACT = 2.0
-"""An attention is exact if it is at most so many times as far from float64 as a dense attention in the same dtype."""
+"""Limit on the distance of an exact attention from float64, relative to that of a dense attention in the same dtype."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; the same code at other sizes on a CPU."""
+    """Sizes of the measurements; on a CPU, the same code runs at other sizes."""
 
     words: int
     scored: dict[str, int]
@@ -66,7 +66,7 @@ SMALL = Sizes(2000, _TINY, _TINY, _TINY, 16, (2, 1), 1, 2, 2, 2)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Where and at which sizes, and what says how far it is; one a process."""
+    """Device, sizes, and function that reports progress; one per process."""
 
     device: torch.device
     sizes: Sizes
@@ -79,12 +79,12 @@ class Run:
 
 
 class Unusable(Exception):
-    """A back end that is not for this machine; the sentence is the product's own."""
+    """A back end that this machine does not support; the message is the package's own."""
 
 
 def usable(backend: str, run: Run) -> None:
     if backend == "flex" and run.device.type == "cpu":
-        return  # by its definition
+        return  # computed by its definition
     try:
         attention(backend)
     except ConfigError as error:
@@ -92,7 +92,7 @@ def usable(backend: str, run: Run) -> None:
 
 
 def told(error: BaseException) -> dict[str, str]:
-    """An error as a result."""
+    """Return an error in the form of a result."""
     name = "unusable" if isinstance(error, Unusable) else "error"
     said = str(error).strip().partition("\n")[0][:300]
     return {name: said if name == "unusable" else f"{type(error).__name__}: {said}"}
@@ -157,7 +157,7 @@ def forests(sizes: Sizes) -> dict[str, Forest]:
 
 
 def kernel(forest: Forest, backend: str, run: Run) -> dict[str, Any]:
-    """``causal`` is one sequence of as many tokens, which a supervised step pays for; the others are compared with float64."""
+    """Measure a back end. ``causal`` is one sequence of the same length, as in a supervised step; the others are compared with float64."""
     if backend != "causal":
         usable(backend, run)
     qkv, weights = attention_inputs(forest, run)
@@ -207,7 +207,7 @@ def attention_inputs(forest: Forest, run: Run) -> tuple[list[Tensor], Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def references(forest: Forest, run: Run) -> list[list[Tensor]]:
-    """Output and gradients of a dense attention with a mask, in float64 and in the dtype of the inputs."""
+    """Return the output and gradients of a dense attention with a mask, in float64 and in the dtype of the inputs."""
     qkv, weights = attention_inputs(forest, run)
     above = torch.zeros(len(forest.lengths), len(forest.lengths), dtype=torch.bool)
     for node, ancestors in enumerate(forest.ancestors):
@@ -225,7 +225,7 @@ def references(forest: Forest, run: Run) -> list[list[Tensor]]:
 
 
 def distances(forest: Forest, backend: str, run: Run, found: list[Tensor]) -> dict[str, Any]:
-    """How many times as far from float64 as the dense attention in the same dtype, of output and each gradient."""
+    """Return the distances of output and gradients from float64, relative to those of the dense attention in the same dtype."""
     true, dense = references(forest, run)
 
     def off(each: Tensor, truth: Tensor) -> float:
@@ -236,7 +236,7 @@ def distances(forest: Forest, backend: str, run: Run, found: list[Tensor]) -> di
 
 
 def seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
-    """The median of so many turns, after one that warms up; a turn is several calls where a device is given them ahead."""
+    """Return the median over ``repeats`` turns, after a warm-up. On a GPU, a turn is several calls, because calls are queued."""
     calls = 10 if device.type == "cuda" else 1
     for _ in range(3 if device.type == "cuda" else 1):
         work()
@@ -261,7 +261,7 @@ STOCK = ("concatenated", "sparse", "supervised")  # of benchmarks/scoring.py
 
 
 def layouts(texts: int, run: Run) -> dict[str, Any]:
-    """All layouts in turns; one that fails is named and left out."""
+    """Measure all layouts in turns; a layout that fails is named and left out."""
     model = model_of(run)
     of = scoring.case(model, FAMILY, run.sizes.visual, texts)
     taken: dict[str, scoring.Layout] = {name: scoring.LAYOUTS[name] for name in STOCK}
@@ -271,10 +271,10 @@ def layouts(texts: int, run: Run) -> dict[str, Any]:
         run.note({"at": name})
         try:
             if name in run.without:
-                raise RuntimeError("took the process with it; left out")
+                raise RuntimeError("killed the process; left out")
             if name not in STOCK:
                 usable(name.partition(", ")[2], run)
-            scoring.weighed(taken[name], of)  # compiles, and runs out of memory alone
+            scoring.weighed(taken[name], of)  # compiles, and an out-of-memory error affects only this layout
         except Exception as error:
             found[name] = told(error)
             del taken[name]
@@ -294,7 +294,7 @@ def shared_prefix(backend: str, of: scoring.Case) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def model_of(run: Run) -> Any:
-    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # for the sake of the tests' time
+    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # keeps the tests fast
     return scoring.build(FAMILY, run.sizes.visual, run.sizes.scored, run.device, dtype)
 
 
@@ -320,7 +320,7 @@ def write_model(run: Run, size: dict[str, int], folder: Path) -> None:
 
 
 def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, Any]:
-    """A training of this rank among the others that there are: every step's loss, the median step, memory beside what was planned."""
+    """Train as one of the ranks, and return the losses, the median time of a step, and the memory with its plan."""
     from cfvlm_ds import engine
 
     free()
@@ -331,7 +331,7 @@ def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, 
     states, _ = engine.model_states(planned, resolved.config, world.size, world.size)
     tokens = sizes.visual + PROMPT + max(sizes.texts) * TEXT
     working = engine.working_memory(planned, resolved.config, tokens, recompute=False)
-    plan = {"states": states, "working": sum(working.values()) - working["CUDA and NCCL"]}  # which torch does not count
+    plan = {"states": states, "working": sum(working.values()) - working["CUDA and NCCL"]}  # torch does not count these
     del planned
     before = scoring.reset_peak(world.device)
     driver = engine.initialize(config, resolved, world, steps)
@@ -374,7 +374,7 @@ def ranks(run: Run) -> Iterator[Case]:
 
 
 def two_ranks(run: Run) -> dict[str, Any]:
-    """The same groups by one rank in two micro-batches, and by two ranks in one each: NCCL takes one rank a card, gloo several."""
+    """Train on the same groups with one rank in two micro-batches, and with two ranks over gloo, because NCCL allows one rank per card."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(run, run.sizes.shared, folder / "model")
@@ -386,7 +386,7 @@ def two_ranks(run: Run) -> dict[str, Any]:
         command = [sys.executable, __file__, "--device", run.device.type, *(["--small"] if run.sizes is SMALL else [])]
         started = []
         for rank in range(2):
-            with (folder / f"{rank}.txt").open("w") as said:  # a pipe that nobody reads yet would fill
+            with (folder / f"{rank}.txt").open("w") as said:  # an unread pipe would fill up
                 begin = [*command, "--rank", str(folder / "model"), "--into", str(folder / f"{rank}.json")]
                 own = {**os.environ, **places, "RANK": str(rank)}
                 started.append(subprocess.Popen(begin, env=own, stdout=said, stderr=subprocess.STDOUT))
@@ -394,7 +394,7 @@ def two_ranks(run: Run) -> dict[str, Any]:
         for rank, process in enumerate(started):
             if code := process.wait():
                 last = [line.strip() for line in (folder / f"{rank}.txt").read_text().splitlines() if line.strip()][-1:]
-                raise RuntimeError(f"rank {rank} ended with {code}: {' '.join(last)}")
+                raise RuntimeError(f"rank {rank} ended with exit code {code}: {' '.join(last)}")
         together = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     losses = [statistics.mean(pair) for pair in zip(*(each["losses"] for each in together), strict=True)]
     off = max(abs(ours / theirs - 1) for ours, theirs in zip(losses, alone["losses"], strict=True))
@@ -420,7 +420,7 @@ PARTS: dict[str, Callable[[Run], Iterator[Case]]] = {
 
 
 def free() -> None:
-    """Give back what other parts hold."""
+    """Release the memory of other parts."""
     for cached in (attention_inputs, references, model_of):
         cached.cache_clear()
     gc.collect()
@@ -432,16 +432,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--cases", help="JSON list of [part, case]: these alone")
+    parser.add_argument("--cases", help="JSON list of [part, case]: run only these")
     parser.add_argument("--parts", nargs="+", default=list(PARTS))
-    parser.add_argument("--without", nargs="*", default=[], help="layouts that took a process with them")
+    parser.add_argument("--without", nargs="*", default=[], help="layouts that have killed a process")
     parser.add_argument("--into", type=Path, required=True)
-    parser.add_argument("--rank", type=Path, help="be one of two ranks that train the model in this folder")
+    parser.add_argument("--rank", type=Path, help="run as one of two ranks that train the model in this folder")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; --device cpu --small tries every part without one")
+        raise SystemExit("torch finds no CUDA device; to try every part without one, use --device cpu --small")
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
 
     def note(line: dict[str, Any]) -> None:

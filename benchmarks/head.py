@@ -1,10 +1,10 @@
-"""What the output head costs, forward and backward: logits of every token, or log-probs at scored tokens only.
+"""Cost of the output head, forward and backward: logits of every token, or log-probs at scored tokens only.
 
     python benchmarks/head.py
     python benchmarks/head.py --width 2048 --words 152064 --tokens 704 --scored 64
 
-Times are medians, in seconds of process time of one thread or of the device; memory is the peak above weights and inputs, of which the
-gradient of the head's weight is words x width numbers.
+Times are medians, in seconds of process time of one thread or of the device; memory is the peak above weights and inputs, including the
+gradient of the head's weight (words x width numbers).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--words", nargs="+", type=int, default=[32_000, 152_064])
-    parser.add_argument("--tokens", type=int, default=1168, help="of the row (default: 1024 visual, a prompt of 16, 8 texts of 16)")
+    parser.add_argument("--tokens", type=int, default=1168, help="tokens of the row (default: 1024 visual, a prompt of 16, 8 texts of 16)")
     parser.add_argument("--scored", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, words: int) -> list[tuple[float, int]]:
-    """(seconds, peak bytes) with logits of every token, and at scored tokens; they take turns, the first of which is weighed."""
+    """Return (seconds, peak bytes) with logits of every token and of scored tokens, in turns; the first turn only measures memory."""
     place: dict[str, Any] = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     weight = torch.randn(words, arguments.width, **place).requires_grad_()
     hidden = torch.randn(arguments.tokens, arguments.width, **place).requires_grad_()

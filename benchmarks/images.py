@@ -1,10 +1,10 @@
-"""What scoring K texts on each of M images costs, forward and backward: in one row, and through the gradient cache that training uses.
+"""Cost of scoring K texts on each of M images, forward and backward: in one row, and through the gradient cache that training uses.
 
     python benchmarks/images.py                                    # LLaVA shape, 256 visual tokens, 4 texts, 1 to 8 images
     python benchmarks/images.py --family qwen2_5_vl --visual 576
-    python benchmarks/images.py --images 4 8 --per-forward 4       # small images, several to a forward
+    python benchmarks/images.py --images 4 8 --per-forward 4       # small images, several per forward
 
-The loss couples all images and texts, and both ways must find the same one. The cache runs each forward twice, with as many images as
+The loss couples all images and texts, and both ways must give the same loss. The cache runs each forward twice, with as many images as
 data.max_tokens_per_forward allows when training. Times are medians, in seconds of process time of one thread or of the device; memory is
 the peak above weights and gradients.
 """
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--visual", type=int, default=256, help="visual tokens of an image; the square of an even number")
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--images", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--per-forward", type=int, default=1, help="images in a forward of the cache")
+    parser.add_argument("--per-forward", type=int, default=1, help="images per forward of the cache")
     parser.add_argument("--attention", choices=BACKENDS, default="sdpa")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--repeats", type=int, default=3)
@@ -46,22 +46,24 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     print(f"{'images':>6} {'one row: s':>11} {'MB':>6} {'cache: s':>9} {'MB':>6}")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:  # no holes left by other counts
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as fresh:  # no memory fragmented by other counts
         for count, ways in zip(arguments.images, fresh.map(measure, itertools.repeat(arguments), arguments.images), strict=False):
             (cache, cache_time, cache_peak), (row, row_time, row_peak) = ways
             if abs(cache - row) > 1e-4 * abs(row) and arguments.dtype == "float32":
-                raise SystemExit(f"the two ways do not agree on {count} images: {row} and {cache}")
+                raise SystemExit(f"the losses of the two ways on {count} images differ: {row} and {cache}")
             print(f"{count:>6} {row_time:>11.2f} {row_peak / 1e6:>6.0f} {cache_time:>9.2f} {cache_peak / 1e6:>6.0f}", flush=True)
 
 
 def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
-    """(loss, seconds, peak bytes) of the cache and of one row; they take turns, and the first turn is weighed instead of timed."""
+    """Return (loss, seconds, peak bytes) of the cache and of one row, in turns; the first turn measures memory, the others time."""
     torch.set_num_threads(1)
     size, device, dtype = SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype)
     model = build(arguments.family, arguments.visual, size, device, dtype)
     model.config.get_text_config()._attn_implementation = registered(arguments.attention)
     texts, scorer = arguments.texts, Scorer(model, FAMILIES[model.config.model_type])
-    clear(model)  # else the first step's peak would hold them
+    clear(model)  # otherwise the first step's peak would include the gradients
     of = case(model, arguments.family, arguments.visual, texts)
     parts = [packed_inputs(case(model, arguments.family, arguments.visual, texts, seed)) for seed in range(count)]
     firsts = range(0, count, arguments.per_forward)
@@ -97,12 +99,12 @@ def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, floa
 
 
 def coupled(scores: Scores) -> Tensor:
-    """InfoNCE over the images of the first text and over the texts of every image."""
+    """Return InfoNCE over the images of the first text plus InfoNCE over the texts of every image."""
     return -(scores.logp.log_softmax(0)[0, 0] + scores.logp.log_softmax(1)[:, 0].mean())
 
 
 class Engine:
-    """A module with what training asks of DeepSpeed's engine."""
+    """A module with the methods of DeepSpeed's engine that training uses."""
 
     def __init__(self, module: Scorer) -> None:
         self.module = module
@@ -119,7 +121,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Part:
-    """Some images of several, in place of a batch."""
+    """Part of the images, used like a batch."""
 
     model_inputs: dict[str, Any]
     first: int
@@ -134,7 +136,7 @@ class Part:
 
 
 def in_one_row(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Trees of several images beside each other, as cfvlm_ds.batching.collator lays them out."""
+    """Join the trees of several images in one row, as cfvlm_ds.batching.collator does."""
     scored = [len(part["scored"]) for part in parts]
     forests = [part["forest"] for part in parts]
     starts = [sum(forest.bounds[-1] for forest in forests[:k]) for k in range(len(parts))]

@@ -1,25 +1,25 @@
-"""What each objective teaches a pretrained model in equal processor time: NLL, DPO and its relatives, the paper's literal sum, our default,
-it minus each term, with negatives of one kind, with adapters, and with in-batch alignment.
+"""Learning in equal processor time: NLL, DPO and its relatives, the paper's literal sum, the default objective, and variants of the default
+without each term, with negatives of one kind, with adapters, and with in-batch alignment.
 
-    python benchmarks/learning.py --table parts                 # runs what a table of RESULTS.md lacks, and prints it
-    python benchmarks/learning.py --choose_rates --seeds 5      # four rates of each arm, the two best of them twice, five seeds of the best
-    python benchmarks/learning.py --seeds 8                     # runs what is missing at one rate, one run per core at a time
+    python benchmarks/learning.py --table parts                 # runs what a table of RESULTS.md lacks, and prints the table
+    python benchmarks/learning.py --choose_rates --seeds 5      # four rates of each arm, the two best again, five seeds of the best
+    python benchmarks/learning.py --seeds 8                     # runs what is missing at one rate, one run per core
     python benchmarks/learning.py --arms default nll-all --rates 5e-4 1e-3
-    python benchmarks/learning.py --arms default --capabilities default avx2 --threads 1 2     # other ways of rounding sums
+    python benchmarks/learning.py --arms default --capabilities default avx2 --threads 1 2     # other roundings of sums
     python benchmarks/learning.py --arms default nll-all --steps 550 1000 2800 8300 --seeds 1  # 2, 4, 10 and 30 minutes
-    python benchmarks/learning.py --arms default nll-all --groups 250 1000 4000 0              # of fewer groups
-    python benchmarks/learning.py --arms default nll-all --steps 8300 --groups 100000 --seeds 1  # of so many that none is seen twice
-    python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # of groups that are labelled wrongly
-    python benchmarks/learning.py --arms default nll-all calibrated-long --more 14 --num_test 1800   # of captions of some 60 tokens more
-    python benchmarks/learning.py --grid                        # what `calibrate` says beside settings that a user would try
-    python benchmarks/learning.py --report                      # the tables and the figures of what has been run
+    python benchmarks/learning.py --arms default nll-all --groups 250 1000 4000 0              # fewer groups
+    python benchmarks/learning.py --arms default nll-all --steps 8300 --groups 100000 --seeds 1  # so many groups that none is seen twice
+    python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # groups with wrong labels
+    python benchmarks/learning.py --arms default nll-all calibrated-long --more 14 --num_test 1800   # captions with about 60 more tokens
+    python benchmarks/learning.py --grid                        # the options of `calibrate` and settings that a user would try
+    python benchmarks/learning.py --report                      # the tables and figures of all finished runs
 
 Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
-The default objective takes --steps; the other arms take as many as the same processor seconds allow, by two short runs beside two of its.
-Rivals that need scores of the base have them from a file that is written once, which their time does not count.
-benchmarks/learning/runs.jsonl gets a line per run as it ends, so that seeds and rates may be added later and on another machine. A run
-with a line there is not made again; to repeat a table, delete the lines of its runs first.
---choose_rates decides by the validation split, which no table shows; benchmarks/learning/rates.jsonl holds those runs.
+The default objective takes --steps steps. The other arms take as many as the same processor seconds allow, measured by two short runs next
+to two of the default. Arms that need scores of the base read them from a file that is written once; its time is not counted.
+benchmarks/learning/runs.jsonl gets a line when a run ends, so seeds and rates can be added later and on another machine. A run with a line
+there is not repeated; to repeat a table, delete the lines of its runs first. --choose_rates decides with the validation split, which no
+table shows; those runs are in benchmarks/learning/rates.jsonl.
 """
 
 from __future__ import annotations
@@ -46,45 +46,47 @@ from records import RATE_RUNS, RUNS, add_record, read_records
 
 REPO = Path(__file__).resolve().parent.parent
 DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
-"""What the demo prints beside its own run: of the base, of NLL on all pairs and of the default objective."""
+"""Results that the demo prints next to its own: those of the base, of NLL on all pairs and of the default objective."""
 BASE = "base"
 """Name of the record of the base's group accuracies, which the first run writes."""
 PAGES = (RECORDS.with_name("RESULTS.md"), RECORDS.with_name("TRIALS.md"))
-"""What --report writes tables into."""
+"""Pages into which --report writes tables."""
 CHOICE_SEEDS = 2
 SHOWN = {"nll": (CONTROL_ARM, "1e-3"), "default": ("default", "3e-4")}
-"""Arms of the figure and of the demo's table: the default at the rate of the recipe, NLL at the one that is best for it there."""
+"""Arms of the figure and of the demo's table: the default at the recipe's rate, NLL at its best rate."""
 TIMED = (SHOWN["nll"], ("mdpo", "3e-4"), SHOWN["default"])
 """Arms of the figure over time."""
 TESTS = 9000
-"""Groups of each split that a world has at least; --num_test takes fewer of them."""
+"""Least number of groups of each split in a world; --num_test uses fewer of them."""
 CHOICE_COMMAND = "benchmarks/learning.py --choose_rates --seeds 0"
 GRID_COMMAND = "benchmarks/learning.py --grid"
 SHORT, LONG = 20, 140
-"""Steps of the two runs whose difference is the time of a step."""
+"""Steps of the two runs from whose difference the time of a step is computed."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = f"which arms (default all but those of the grid and of long captions): {', '.join(KNOWN)}"
+    text = f"which arms (default all except those of the grid and of long captions): {', '.join(KNOWN)}"
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(KNOWN), metavar="ARM", help=text)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rates", nargs="+", default=["3e-4"], help="learning rates (default 3e-4)")
-    text = f"run what these tables of RESULTS.md or TRIALS.md lack, and print them: {', '.join(TABLES)}"
+    text = f"run what these tables of RESULTS.md or TRIALS.md lack, and print the tables: {', '.join(TABLES)}"
     parser.add_argument("--table", nargs="+", choices=list(TABLES), metavar="TABLE", help=text)
     text = f"try the rates of each arm, the two best with {CHOICE_SEEDS} seeds, and run its seeds at the best on the validation split"
     parser.add_argument("--choose_rates", action="store_true", help=text)
-    text = f"run the default, what `calibrate` says and settings beside it, {CHOICE_SEEDS} seeds, on the validation split alone"
+    text = f"run the default, the options of `calibrate` and other settings, {CHOICE_SEEDS} seeds, on the validation split only"
     parser.add_argument("--grid", action="store_true", help=text)
-    parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default the machine's best)")
+    parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default: the machine's best)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
     parser.add_argument("--steps", nargs="+", type=int, default=[STEPS], help=f"steps of the default objective (default {STEPS})")
-    parser.add_argument("--groups", nargs="+", type=int, default=[0], help="of the world's 16,000, or of a larger one (default 0: all)")
+    parser.add_argument(
+        "--groups", nargs="+", type=int, default=[0], help="groups of the world's 16,000, or of a larger one (default 0: all)"
+    )
     parser.add_argument("--noise", nargs="+", type=int, default=[0], help="percentage of groups whose two texts are exchanged (default 0)")
     parser.add_argument("--more", nargs="+", type=int, default=[0], help="true statements added to every caption (default 0)")
-    parser.add_argument("--num_test", type=int, default=TESTS, help=f"groups of held-out combinations (default {TESTS}: 1000 an edit)")
+    parser.add_argument("--num_test", type=int, default=TESTS, help=f"groups of held-out combinations (default {TESTS}: 1000 per edit)")
     parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
-    parser.add_argument("--num_validation", type=int, default=1800, help="groups that choose a rate (default 1800: 200 an edit)")
+    parser.add_argument("--num_validation", type=int, default=1800, help="groups for the choice of a rate (default 1800: 200 per edit)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default runs/learning)")
     parser.add_argument("--report", action="store_true", help="only write the tables and the figures")
@@ -99,7 +101,7 @@ def main() -> None:
 
 
 def show(arguments: argparse.Namespace, name: str) -> None:
-    """One table, after the runs that it lacks; the base's accuracies are of the first run of the default."""
+    """Run what a table lacks, and print the table. The base's accuracies come from the first run of the default."""
     table = TABLES[name]
     arguments.num_test = table.num_test or arguments.num_test
     done = read_records(RECORDS / RUNS)
@@ -132,7 +134,9 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
     prepare(arguments, jobs)
     timed = {(job.arm, job.more) for job in jobs if job.arm not in (*GRID, *SHARP, "default")}
     costs = {each: cost(arguments, *each) for each in sorted(timed)}
-    print("a step, as times the default's:", {f"{arm} +{more}": round(value, 3) for (arm, more), value in costs.items()}, flush=True)
+    print(
+        "time of a step relative to the default:", {f"{arm} +{more}": round(value, 3) for (arm, more), value in costs.items()}, flush=True
+    )
     one = run_choice if choose else run
     with ThreadPoolExecutor(arguments.jobs) as pool:
         started = [pool.submit(one, arguments, job, steps_of(job, costs)) for job in jobs]
@@ -145,8 +149,8 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
 
 
 def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Write the base, and each world, once; the rows of each run; and, where an arm needs them, scores of the base."""
-    timed = [Job(arm, "1e-3", 0, more=job.more) for job in jobs for arm in ("default", job.arm)]  # of all groups, rightly labelled
+    """Write the base and each world once, the rows of each run, and the scores of the base if an arm needs them."""
+    timed = [Job(arm, "1e-3", 0, more=job.more) for job in jobs for arm in ("default", job.arm)]  # all groups, with correct labels
     plain = [Job(name, "1e-3", 0) for name in ("default", *KNOWN) if not KNOWN[name].scores and not KNOWN[name].negatives]
     for world, job in {job.world(arguments.out): job for job in (plain[0], *jobs)}.items():
         first = next(each for each in plain if KNOWN[each.arm].counterfactuals == KNOWN[job.arm].counterfactuals)
@@ -169,12 +173,12 @@ def scores_of(rows: Path) -> Path:
 
 
 def rates_to_try(arm: str, seed: int) -> Sequence[str]:
-    """All of the arm's with the first seed, the two best of them with the others."""
+    """Return all rates of an arm for the first seed, and the two best of them for the others."""
     return best_rates(arm, 1)[:2] if seed else KNOWN[arm].rates
 
 
 def best_rates(arm: str, seeds: int) -> list[str]:
-    """Those that the first ``seeds`` seeds have tried, by their mean on the validation split, the best first; of equals the lower."""
+    """Return the rates tried with the first ``seeds`` seeds, sorted by their mean on the validation split, best first, lower rate first."""
     found: dict[str, dict[int, float]] = {}
     for record in read_records(RECORDS / RATE_RUNS).values():
         if record["arm"] == arm and record["seed"] < seeds and record["rate"] in KNOWN[arm].rates:
@@ -193,8 +197,7 @@ def run_choice(arguments: argparse.Namespace, job: Job, steps: int) -> None:
 
 
 def cost(arguments: argparse.Namespace, arm: str, more: int) -> float:
-    """Of a step of the arm, as times the default's in processor seconds: both run at the same time, so that what else the machine does
-    slows both."""
+    """Return the processor seconds of a step of the arm relative to the default's. Both run at the same time, so other load slows both."""
     name = f"steps-{arm}{f'-more{more}' if more else ''}"
 
     def seconds(one: str) -> float:
@@ -208,7 +211,7 @@ def cost(arguments: argparse.Namespace, arm: str, more: int) -> float:
 
 
 def steps_of(job: Job, costs: Mapping[tuple[str, int], float]) -> int:
-    """As many as the default takes in the job's time; arms of the grid have its terms, and its time."""
+    """Return the number of steps in the job's time. Arms of the grid have the terms of the default, and hence its time per step."""
     return round(job.clock / costs.get((job.arm, job.more), 1.0))
 
 
@@ -251,7 +254,7 @@ def before(changes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def go_on_from_choice(choice: Path, folder: Path, steps: int) -> None:
-    """Where a rate was chosen by the same training, its checkpoint is taken, and only the evaluation runs. Its time counts."""
+    """Continue from the checkpoint of the same training if it has chosen a rate, so that only the evaluation runs. Its time is counted."""
     if folder.exists() or not (choice / "processor_seconds").exists() or not (choice / f"checkpoint-{steps}").exists():
         return
     shutil.copytree(choice, folder, ignore=shutil.ignore_patterns("finished.json", "results.*", "processor_seconds"))
@@ -266,7 +269,7 @@ def processor() -> str:
 def train(
     arguments: argparse.Namespace, folder: Path, job: Job, steps: int, limits: dict[str, int] | None = None, start: bool = False
 ) -> float:
-    """Train to the end; returns processor seconds, start and evaluation (of so many groups of each split in ``limits``) included."""
+    """Train to the end, and return the processor seconds, including the start and the evaluation (``limits``: groups of each split)."""
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
     arm, rows = KNOWN[job.arm], job.rows(arguments.out)
@@ -296,8 +299,9 @@ def train(
 
 
 def run_process(command: Sequence[str], folder: Path, variables: dict[str, str], leaves: str = "") -> float:
-    """Run to the end unless ``folder`` says that it has been; returns the processor seconds that it took, in all its starts. FOLDER.log has
-    what it said. ``leaves`` is a file there without which it was only stopped."""
+    """Run a command to the end unless ``folder`` records that it has ended, and return the processor seconds of all its starts. Its output
+    is in FOLDER.log. If the file ``leaves`` is missing at the end, the command has only been stopped.
+    """
     whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_name(f"{folder.name}.log")
     if whole.exists():
         refuse_other_objective(command, folder)
@@ -311,13 +315,13 @@ def run_process(command: Sequence[str], folder: Path, variables: dict[str, str],
     ended = not process.returncode and (not leaves or (folder / leaves).exists())
     (whole if ended else part).write_text(f"{spent:.2f}\n")
     if not ended:
-        said = f"exit code {process.returncode}" if process.returncode else "stopped before its end; the same command goes on"
+        said = f"exit code {process.returncode}" if process.returncode else "stopped before its end; the same command continues"
         sys.exit(f"{folder}: {said}\n{log.read_text(errors='replace')[-4000:]}")
     return spent
 
 
 def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
-    """Exit where a run that has finished had another loss than its command means now: a default may have changed since."""
+    """Exit if a finished run has another loss than its command has now, because a default may have changed since."""
     if "train.py" not in command or not (folder / "config.yaml").exists():
         return
     from cfvlm_ds.core.parsing import parse_config
@@ -326,7 +330,7 @@ def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
 
     now = parse_config(command[command.index("train.py") + 1 :], OBJECTIVES).resolved["objective"]
     if json.loads(json.dumps(now)) != recorded_options(folder)["objective"]:
-        sys.exit(f"{folder} is a run of another objective than its options mean now (its config.yaml); move it away and start again")
+        sys.exit(f"{folder} is a run with another objective (see its config.yaml) than its options have now; move it away and start again")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -334,7 +338,7 @@ def report(arguments: argparse.Namespace) -> None:
     base = named.pop(BASE, None)
     records = list(named.values())
     if not records or base is None:
-        sys.exit(f"{RECORDS} holds no results; run without --report first")
+        sys.exit(f"{RECORDS} contains no results; run without --report first")
     chosen = list(read_records(RECORDS / RATE_RUNS).values())
     text = "\n\n".join([*tables(records, base), *([choices(chosen)] if chosen else [])])
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -351,20 +355,22 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def write_pages(records: Mapping[str, Record], base: dict[str, Any], chosen: list[dict[str, Any]]) -> None:
-    """Put the tables into the pages that show them; one that lacks a run stays as it is, and is named."""
+    """Write the tables into the pages that show them. A table that lacks a run is left unchanged and named."""
     tried = [each for each in chosen if each["arm"] in ARMS]
     settings = [each for each in chosen if each["arm"] in (*GRID, "default") and each["rate"] == SHOWN["default"][1]]
     commands = {CHOICE_COMMAND: choices(tried), GRID_COMMAND: choices(settings)}
     for name, table in TABLES.items():
         if lacking := missing(table, records):
-            print(f"--table {name} lacks {len(lacking)} runs, such as {lacking[0]}, and stays as it is")
+            print(f"--table {name} lacks {len(lacking)} runs, such as {lacking[0]}, and is left unchanged")
         else:
             commands[f"benchmarks/learning.py --table {name}"] = text_of(table, records, base)
     renew_pages(PAGES, commands.items())
 
 
 def for_demo(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The accuracies of the base and, of each arm, the number of seeds and their mean, lowest and highest accuracy, by split and edit."""
+    """Return the accuracies of the base and, for each arm, the number of seeds and the mean, lowest and highest accuracy, by split and
+    edit.
+    """
     found: dict[str, Any] = {"base": {split: {edit: round(value, 1) for edit, value in rows.items()} for split, rows in base.items()}}
     for arm, seeds in arms.items():
         found[arm] = {"seeds": len(seeds)} | {

@@ -1,4 +1,4 @@
-"""What one run of benchmarks/learning.py is: an arm with a rate, a seed, a clock and data, and the rows that these ask for."""
+"""Runs of benchmarks/learning.py: an arm with a rate, a seed, a training time and data, and the rows that it trains on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ VALIDATION = "validation"
 CAPTIONS = (VALIDATION, "combo")
 """Splits of captions; the others are questions."""
 WORLD = 16_000
-"""Groups that examples/quickstart.yaml draws to train on."""
+"""Training groups that examples/quickstart.yaml draws."""
 STEPS = 1000
-"""Of the default objective; what is not said of a record's ``clock``."""
+"""Steps of the default objective, and the ``clock`` of a record without one."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 PAPER = [
     f"--objective.{term}.{option}={value}"
@@ -31,10 +31,10 @@ LORA = tuple(f"--model.{module}.tuning=lora" for module in ("vision_tower", "lan
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm changes of examples/quickstart.yaml.
+    """Changes of one arm to examples/quickstart.yaml.
 
-    ``scores``: it needs scores of the base. ``negatives``: it trains on rows whose false ``texts`` or ``images`` alone were kept.
-    ``counterfactuals``: of each scene, in training. ``rates`` are those that --choose_rates tries.
+    ``scores`` is true if it needs scores of the base. ``negatives`` keeps only the false ``texts`` or only the edited ``images`` of its
+    rows. ``counterfactuals`` is their number per training scene. ``rates`` are those that --choose_rates tries.
     """
 
     title: str
@@ -49,7 +49,7 @@ ARMS: dict[str, Arm] = {
     "nll-factual": Arm("NLL, factual pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
     "nll-all": Arm("NLL, all pairs", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
     "dpo": Arm("DPO", (*ALONE, "--objective.dpo.weight=1"), scores=True),
-    "dpo-nll": Arm("DPO beside NLL of all pairs", (*NO_CONTRAST, "--objective.dpo.weight=1"), scores=True),
+    "dpo-nll": Arm("DPO with NLL of all pairs", (*NO_CONTRAST, "--objective.dpo.weight=1"), scores=True),
     "mdpo": Arm("mDPO", (*ALONE, "--objective.dpo.image_side=1", "--objective.dpo.anchor=1"), scores=True),
     "symmpo": Arm("SymMPO", (*ALONE, "--objective.symmpo.weight=1"), scores=True),
     "misp": Arm("MISP-DPO", (*ALONE, "--objective.misp.weight=1"), scores=True),
@@ -83,31 +83,34 @@ GRID: dict[str, Arm] = {
         for value in values
     },
 }
-"""What `cfvlm-ds calibrate runs/learning/base runs/learning/scenes/train.jsonl --limit 1000` says of the base, and the settings that a user
-would try without it, one changed at a time."""
+"""The options that `cfvlm-ds calibrate runs/learning/base runs/learning/scenes/train.jsonl --limit 1000` recommends, and settings that a
+user would try without it, one changed at a time."""
 SHARP = {
     f"sharp-{csd}-{fcd}": Arm(
         f"beta 1, margins {csd} and {fcd}", (*_contrast(beta=1), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
     )
     for csd, fcd in ((1, 1), (1, 5), (3, 3), (5, 1))
 }
-"""Links that let go at the margin; margins 1 and 1, then 1 and 5, were once the default."""
+"""Links whose gradient vanishes at the margin; margins 1 and 1, and later 1 and 5, were once the default."""
 LONGER = {
     "calibrated-long": Arm(
         "what `calibrate` says of long captions",
         _contrast(weight=12, len_norm="anchor", margin=0.076, beta=20),
     ),
 }
-"""What it says of the same rows with 14 statements more (`train_more14.jsonl`)."""
+"""Its recommendation for the same rows with 14 additional statements (`train_more14.jsonl`)."""
 KNOWN = ARMS | GRID | SHARP | LONGER
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training. ``capability`` is ATEN_CPU_CAPABILITY, which, with the threads, decides how sums are rounded; ``clock`` is how long it
-    takes, in steps of the default objective; ``groups`` is how many of the world's it has (0: all; more than it has are of a larger one),
-    ``noise`` the percentage of them whose texts are exchanged; ``more`` is how many true statements are added to every caption, also in
-    the tests."""
+    """One training run.
+
+    ``capability`` is ATEN_CPU_CAPABILITY, which together with ``threads`` determines how sums are rounded. ``clock`` is the training time
+    in steps of the default objective. ``groups`` is the number of training groups (0: all of the world; a larger number needs a larger
+    world), and ``noise`` the percentage of groups whose texts are exchanged. ``more`` is the number of true statements that are added to
+    every caption, including those of the tests.
+    """
 
     arm: str
     rate: str
@@ -127,26 +130,26 @@ class Job:
         return "-".join(part for part in parts if part)
 
     def world(self, out: Path) -> Path:
-        """The folder of the scenes that it trains on."""
+        """Return the folder of the training scenes."""
         parts = [f"{KNOWN[self.arm].counterfactuals}" if KNOWN[self.arm].counterfactuals > 1 else ""]
         parts += [f"of-{self.groups}" if self.groups > WORLD else ""]
         return out / "-".join(["scenes", *(part for part in parts if part)])
 
     def rows(self, out: Path) -> Path:
-        """The manifest that it trains on."""
+        """Return the training manifest."""
         fewer = f"{self.groups}" if 0 < self.groups < WORLD else ""
         parts = [KNOWN[self.arm].negatives, fewer, f"noise{self.noise}" if self.noise else ""]
         parts += [f"more{self.more}" if self.more else ""]
         return self.world(out) / f"{'_'.join(['train', *(part for part in parts if part)])}.jsonl"
 
     def tests(self, out: Path, split: str) -> Path:
-        """The manifest of a split that it is evaluated on; captions alone become longer."""
+        """Return the manifest of an evaluation split; only captions become longer."""
         name = split if split == VALIDATION else f"test_{split}"
         return out / "scenes" / f"{name}{f'_more{self.more}' if self.more and split in CAPTIONS else ''}.jsonl"
 
 
 def rows_of(job: Job, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of a run, made of those of the world; which texts are exchanged depends on the ids and the percentage alone."""
+    """Yield the rows of a run, made from those of the world. The exchanged texts depend only on the ids and the percentage."""
     for place, row in enumerate(rows):
         if job.groups and place >= job.groups:
             return
@@ -157,8 +160,10 @@ def rows_of(job: Job, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
 
 
 def lengthened(row: dict[str, Any], more: int) -> dict[str, Any]:
-    """A row of captions that also say of ``more`` things that they are not there, the same in all texts, some before and some after what
-    they said; true of each of its pictures. A row of a question is left as it is."""
+    """Return a row whose captions also say of ``more`` things that they are absent, before and after the original text.
+
+    The statements are the same in all texts and true of all pictures. A row with a question is returned unchanged.
+    """
     if not more or not all("key" in text for text in row["texts"]):
         return row
     said = " ".join(text["text"] for text in row["texts"])
@@ -170,13 +175,13 @@ def lengthened(row: dict[str, Any], more: int) -> dict[str, Any]:
 
 
 def exchanged(row: dict[str, Any]) -> dict[str, Any]:
-    """A row that says of each of two pictures what is true of the other: all cells of its truth table are wrong."""
+    """Return a row with its two texts exchanged, so that all cells of its truth table are wrong."""
     first, second = row["texts"]
     return row | {"texts": [second | {"id": first["id"]}, first | {"id": second["id"]}]}
 
 
 def with_negatives(row: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A row with its false ``texts`` alone, on the factual image, or its edited ``images`` alone, with the factual text."""
+    """Return a row with only its false ``texts``, on the factual image, or only its edited ``images``, with the factual text."""
     kept = {"images": row["images"], "texts": row["texts"]}
     other = "images" if kind == "texts" else "texts"
     kept[other] = kept[other][:1]

@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md and TRIALS.md that show runs of benchmarks/learning.py: which runs each needs, and what it says of them."""
+"""Tables of RESULTS.md and TRIALS.md with runs of benchmarks/learning.py: the runs that each needs, and its rows and columns."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from learning_tables import Base, half_width
 Record = dict[str, Any]
 Column = Callable[[Record], float]
 CONTROL_RATE = "1e-3"
-"""At which NLL of all pairs is best on held-out combinations."""
+"""Rate at which NLL of all pairs is best on held-out combinations."""
 FEW = 3
-"""Seeds below which an interval says little, and is not shown."""
+"""Number of seeds below which no interval is shown, because it says little."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The mean of an arm over ``seeds``, or, ``above`` NLL of all pairs with the same seeds, of the differences. No arm is the base."""
+    """The mean of an arm over ``seeds`` or, with ``above``, of its differences from NLL of all pairs with the same seeds. Without an arm,
+    the row shows the base.
+    """
 
     title: str
     arm: str = ""
@@ -55,7 +57,7 @@ class Table:
 
     @property
     def jobs(self) -> list[Job]:
-        """Every run that it needs, once."""
+        """The runs that the table needs, each once."""
         return list(dict.fromkeys(job for row in self.rows for job in (*row.jobs, *row.controls)))
 
 
@@ -71,7 +73,7 @@ def _nats(split: str) -> Column:
     return lambda record: -record["nll"][split]
 
 
-NATS = "nats a token: "
+NATS = "nats per token: "
 COLUMNS: dict[str, Column] = {
     **{
         name.replace("_", " "): _edit(name)
@@ -96,7 +98,7 @@ RIVALS = (
     Row("mDPO", "mdpo", seeds=_range(5)),
     Row("SymMPO", "symmpo", seeds=_range(5)),
     Row("MISP-DPO", "misp", seeds=_range(5)),
-    Row("DPO beside NLL", "dpo-nll", "6e-4", _range(5)),
+    Row("DPO with NLL", "dpo-nll", "6e-4", _range(5)),
     Row("DPO", "dpo", seeds=_range(5)),
 )
 
@@ -221,12 +223,12 @@ TABLES = {
 
 
 def missing(table: Table, records: Mapping[str, Record]) -> list[str]:
-    """Names of the runs that ``records``, by Job.name, do not hold."""
+    """Return the names of the runs that are missing in ``records``, which are keyed by Job.name."""
     return [job.name for job in table.jobs if job.name not in records]
 
 
 def text_of(table: Table, records: Mapping[str, Record], base: Base) -> str:
-    """As Markdown: accuracies are group accuracies in %, means over seeds with half the width of their 95 % t interval."""
+    """Return the table as Markdown: group accuracies in %, means over seeds with half the width of their 95 % t interval."""
     columns = [*table.columns, *(f"{edit}, by seed" for edit in table.each)]
     lines = [f"| group accuracy, % | rate | seeds | steps | {' | '.join(columns)} |", f"|---|---:|---:|---:|{'---:|' * len(columns)}"]
     started = {"results": {split: {edit: {"group": value} for edit, value in rows.items()} for split, rows in base.items()}}

@@ -1,4 +1,4 @@
-"""The tables and the figures of benchmarks/learning.py, of its records."""
+"""Tables and figures from the records of benchmarks/learning.py."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from learning_arms import CONTROL_ARM, KNOWN, STEPS
 Base = dict[str, dict[str, float]]
 """Group accuracy of the base by split and edit, in %."""
 BEST = "best, 1 thread"
-"""How sums are rounded where nobody says otherwise."""
+"""The default rounding of sums."""
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Student's t of a 95 % interval, by number of pairs."""
 
 
 def told(record: dict[str, Any]) -> tuple[str, str, str]:
-    """What distinguishes the row of a record, beside its seed: arm, rate, and all else."""
+    """Return what distinguishes the row of a record apart from its seed: the arm, the rate, and everything else."""
     threads, clock = record["threads"], record.get("clock", STEPS)
     groups, noise = record.get("groups", 0), record.get("noise", 0)
     how = [record["capability"] or "best", f"{threads} thread{'s' if threads > 1 else ''}"]
@@ -31,7 +31,9 @@ def told(record: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def tables(records: list[dict[str, Any]], base: Base) -> Iterator[str]:
-    """Group accuracy by edit on held-out combinations, mean over seeds and half the width of its 95 % t interval; then each seed's."""
+    """Yield tables of group accuracy by edit on held-out combinations: means over seeds with half the width of their 95 % t interval,
+    differences from the control, and each run.
+    """
     rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in sorted(records, key=lambda r: (list(KNOWN).index(r["arm"]), *told(r), r["seed"])):
         rows.setdefault(told(record), []).append(record)
@@ -41,7 +43,7 @@ def tables(records: list[dict[str, Any]], base: Base) -> Iterator[str]:
     pairs = records[0]["results"]["combo"]["relation"]["groups"]
     yield "\n".join(
         [
-            f"| group accuracy, %, {pairs} pairs an edit | rate | sums, data | seeds | steps | {' | '.join(head)} |",
+            f"| group accuracy, %, {pairs} pairs per edit | rate | sums, data | seeds | steps | {' | '.join(head)} |",
             f"|---|---:|---|---:|---:|{'---:|' * len(head)}",
             f"| base | | | | | {' | '.join(f'{value:.1f}' for value in base_of(base, edits, questions))} |",
             *(line(key, found, edits, questions) for key, found in rows.items()),
@@ -69,7 +71,7 @@ def base_of(base: Base, edits: list[str], questions: list[str]) -> list[float]:
 
 
 def choices(records: list[dict[str, Any]]) -> str:
-    """Group accuracy on the validation split, of each seed, by arm and rate."""
+    """Return a table of group accuracy on the validation split for each seed, by arm and rate."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in sorted(records, key=lambda each: (list(KNOWN).index(each["arm"]), each["seed"])):
         found.setdefault(record["arm"], {}).setdefault(record["rate"], []).append(record)
@@ -83,21 +85,20 @@ def choices(records: list[dict[str, Any]]) -> str:
 
 
 def renewed(page: str, tables: Iterable[tuple[str, str]]) -> str:
-    """``page`` with the table that follows each `` `python COMMAND` `` put in place of the one that was there; commands and tables are
-    pairs.
+    """Return ``page`` with the table after each `` `python COMMAND` `` replaced; ``tables`` are pairs of a command and its table.
 
-    Raises ValueError where the page has not exactly one such place.
+    Raises ValueError if the page does not contain a command exactly once.
     """
     for command, table in tables:
         parts = re.split(rf"(`python {re.escape(command)}`(?:(?!^\|).)*?^)(?:\|[^\n]*\n)+", page, flags=re.MULTILINE | re.DOTALL)
         if len(parts) != 3:
-            raise ValueError(f"`python {command}` is to stand once, before its table")
+            raise ValueError(f"`python {command}` must occur exactly once, before its table")
         page = f"{parts[0]}{parts[1]}{table}\n{parts[2]}"
     return page
 
 
 def renew_pages(pages: Iterable[Path], tables: Iterable[tuple[str, str]]) -> None:
-    """Put tables, each with its command, into the pages that show them."""
+    """Write tables, each with its command, into the pages that show them."""
     shown = list(tables)
     for page in pages:
         text = page.read_text()
@@ -110,9 +111,9 @@ def values(record: dict[str, Any], edits: list[str], questions: list[str]) -> li
 
 
 def paired(key: tuple[str, ...], found: list[dict[str, Any]], rows: dict[tuple[str, ...], list[dict[str, Any]]], edits: list[str]) -> str:
-    """An arm's differences from the NLL control, mean and half the width of a 95 % t interval over seeds that both have; "" without two.
+    """Return a row with an arm's differences from the NLL control: mean and half the width of the 95 % t interval over shared seeds.
 
-    The control is taken at its own rate: the one of which most seeds are there.
+    The control is used at the rate with the most seeds. Return "" for fewer than two shared seeds.
     """
     control = max((some for other, some in rows.items() if other[0] == CONTROL_ARM and other[2] == key[2]), key=len, default=[])
     of_seed = {record["seed"]: values(record, edits, []) for record in control}
@@ -125,7 +126,7 @@ def paired(key: tuple[str, ...], found: list[dict[str, Any]], rows: dict[tuple[s
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half the width of the 95 % t interval of the mean of two values or more."""
+    """Return half the width of the 95 % t interval of the mean of two or more values."""
     return T95[min(len(values), max(T95))] * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -137,7 +138,7 @@ def line(key: tuple[str, ...], found: list[dict[str, Any]], edits: list[str], qu
 
 
 def figure(path: Path, shown: dict[str, list[dict[str, Any]]], base: Base) -> None:
-    """Bars by edit type on held-out combinations: base, ``nll`` and ``default``, means of seeds; whiskers are their 95 % t intervals."""
+    """Draw bars by edit type on held-out combinations: base, ``nll`` and ``default``, means over seeds with 95 % t intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,7 +169,7 @@ def figure(path: Path, shown: dict[str, list[dict[str, Any]]], base: Base) -> No
 
 
 def over_time(path: Path, lines: dict[str, dict[int, dict[str, Any]]], base: Base) -> None:
-    """Accuracy on held-out combinations by training time, a line for each name: results by time in steps of the default objective."""
+    """Draw accuracy on held-out combinations against training time in steps of the default objective, with a line for each name."""
     import matplotlib
 
     matplotlib.use("Agg")

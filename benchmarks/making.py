@@ -1,14 +1,14 @@
-"""Making data at size: proposals per second and core, memory of every step, and what verifying costs beside scoring.
+"""Benchmark of making data: proposals per second and core, memory of every step, and the cost of verifying compared with scoring.
 
     python benchmarks/making.py FOLDER                          # ten thousand, a hundred thousand and a million captions: hours
-    python benchmarks/making.py FOLDER --rows 2000 20000        # less of it
-    python benchmarks/making.py FOLDER --parts rules verify     # some of it
+    python benchmarks/making.py FOLDER --rows 2000 20000        # fewer captions
+    python benchmarks/making.py FOLDER --parts rules verify     # only some parts
     python benchmarks/making.py FOLDER --parts steps --rows 1000000 --steps propose edit
 
-Captions are said of a thousand pictures; each has a colour, two nouns and sides that `flip` exchanges, and a street of its own for every
-twenty, in which `mine` finds its pairs. Each step has a process of its own. Seconds are of its processor time, memory is the most that it
-had for itself: pages of mapped files, which all processes of a machine share, are not counted. Verifying and scoring take turns on the same
-candidate groups with the same probes, so their forward tokens are the same. Prints the tables of RESULTS.md.
+The captions describe a thousand pictures. Each has a colour, two nouns, and sides that `flip` exchanges; twenty captions share a street, in
+which `mine` finds its pairs. Each step runs in its own process. Seconds are processor time. Memory is the peak of private memory, without
+the pages of mapped files, which all processes of a machine share. Verifying and scoring take turns on the same candidate groups with the
+same probes, so the tokens of their forward passes are the same. The script prints the tables of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
         found = fresh(folder, "beside", arguments.candidates)
         print(
             f"{found['candidates']:.0f} candidates verified in {found['verify']:.2f} s and scored in {found['score']:.2f} s of processor "
-            f"time: {found['score'] / found['verify']:.3f} of the rate of scoring (target 0.9)"
+            f"time: verifying reaches {found['score'] / found['verify']:.3f} of the rate of scoring (target 0.9)"
         )
 
 
@@ -76,20 +76,20 @@ def of_steps(folder: Path, sizes: list[int], steps: list[str]) -> None:
             print(f"{rows:,} rows: {step}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     print(f"| captions | {' | '.join(f'{rows:,}' for rows in sizes)} |\n|---|{'---:|' * len(sizes)}")
     for step in steps:
-        for what, key in (("s of processor time", "s"), ("most memory, MB", "mb")):
+        for what, key in (("s of processor time", "s"), ("peak memory, MB", "mb")):
             print(f"| {step}: {what} | {' | '.join(f'{each[key]:,.1f}' for each in found[step])} |")
     print()
 
 
 def fresh(folder: Path, name: str, rows: int) -> dict[str, float]:
-    """A measurement in a process of its own."""
+    """Run a measurement in a new process, and return its result."""
     command = [sys.executable, __file__, str(folder), "--one", name, str(rows)]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     return found
 
 
 def measured(part: Callable[[Path, int], dict[str, float]], folder: Path, rows: int) -> dict[str, float]:
-    """What a part says, with its processor seconds and the most memory that it had for itself."""
+    """Run a part, and return its result with its processor seconds and its peak of private memory."""
     most, over = [private_mb()], threading.Event()
 
     def watch() -> None:
@@ -176,7 +176,7 @@ def step_of(step: str) -> Callable[[Path, int], dict[str, float]]:
 
 
 def beside(folder: Path, number: int) -> dict[str, float]:
-    """Seconds of verifying candidates and of scoring the same groups, in turns; the least of three."""
+    """Return the seconds of verifying candidates and of scoring the same groups, in turns; the smallest of three."""
     import torch
 
     from cfvlm_ds.cli.making import _scoring

@@ -1,4 +1,4 @@
-"""This package beside other trainers: the same checkpoint and pairs, K texts of one image in a step, one run each on this machine.
+"""Comparison with other trainers: the same checkpoint and pairs, K texts of one image in a step, one run each on this machine.
 
     python benchmarks/peers.py                                      # every trainer at K = 2, 4 and 8
     python benchmarks/peers.py --peers ours prefix-grouper --texts 8 --out runs/peers-8
@@ -7,21 +7,22 @@
     trl             TRL's DPOTrainer
     ms-swift        what `swift rlhf --rlhf_type dpo` runs
     llamafactory    what `llamafactory-cli train` runs at stage `dpo`
-    prefix-grouper  not a trainer: shared prefixes in the library's own Qwen2.5-VL, by its attention interface; loss and step are plain
-                    torch beside it (DPO with stored reference scores, as ours)
+    prefix-grouper  not a trainer: shared prefixes in transformers' Qwen2.5-VL, through its attention interface; loss and step are plain
+                    torch (DPO with stored reference scores, as in ours)
 
-An image has one chosen text and K - 1 rejected ones: K - 1 pairs to a trainer that knows pairs alone. What else is aligned is told in
-benchmarks/trl_dpo.py: text alone is scored (ms-swift and LLaMA-Factory get their own Qwen2-VL template without its end, registered as
-they document it), float32, sdpa, every weight trains, no gradient checkpointing, AdamW at a constant rate. What each
-trainer had to be told is in benchmarks/RESULTS.md.
+An image has one chosen text and K - 1 rejected ones, which are K - 1 pairs for a trainer that only supports pairs. The other settings are
+aligned as described in benchmarks/trl_dpo.py: only the text is scored (ms-swift and LLaMA-Factory get their own Qwen2-VL template without
+its end, registered as documented), float32, sdpa, all weights train, no gradient checkpointing, AdamW at a constant rate. The settings of
+each trainer are in benchmarks/RESULTS.md.
 
-Each trainer comes from the package registry into an environment of its own under --environments, and runs alone in a process with one
+Each trainer is installed from the package registry into its own environment under --environments, and runs in its own process with one
 thread. A step is forward, backward, clipping and update; its time is process time, the median after a warm-up step. Memory is the peak of
-what is resident from the first step on; beside it what was resident before (libraries, the model and, but for ours and prefix-grouper,
-the reference). The first step's loss is compared with one forward per sequence by transformers alone.
+resident memory from the first step on, shown with the resident memory before it (libraries, the model and, except for ours and
+prefix-grouper, the reference). The first step's loss is compared with one forward per sequence in transformers.
 
-OUT/PEER-K.json holds a result. What is there is kept, so that a stopped run goes on; delete one to repeat it. A trainer that does not
-install or start is named with its error, there and in the table, and the others go on. Exit code 1 where losses differ by more than 1e-4.
+Results are in OUT/PEER-K.json. Existing results are kept, so a stopped run continues; delete a file to repeat it. A trainer that does not
+install or start is named with its error, in its file and in the table, and the others continue. The exit code is 1 if losses differ by more
+than 1e-4.
 """
 
 from __future__ import annotations
@@ -67,7 +68,12 @@ def main() -> None:
     parser.add_argument("--visual", type=int, default=256, help="visual tokens of an image; a square number (default 256)")
     parser.add_argument("--vocabulary", type=int, default=4096, help="entries of the output head (default 4096)")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="folder of models, data and results (default runs/peers)")
-    parser.add_argument("--environments", type=Path, default=Path("runs/peers-venvs"), help="their folder (default runs/peers-venvs)")
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        default=Path("runs/peers-venvs"),
+        help="folder of the trainers' environments (default runs/peers-venvs)",
+    )
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP or min(arguments.texts) < 2:
         parser.error(f"--steps must be more than {WARM_UP}, and --texts at least 2")
@@ -91,12 +97,14 @@ def main() -> None:
 
 
 def prepare(folder: Path, settings: trl_dpo.Settings) -> dict[str, float]:
-    """Models, and the pairs in every trainer's format, once; the first step's loss by transformers alone. Other settings are refused."""
+    """Write the models and the pairs in every trainer's format once, and return the first step's loss computed with only transformers. Exit
+    if the folder was made with other settings.
+    """
     done, wanted = folder / "plain.json", {**vars(settings), "size": SIZE}
     if done.is_file():
         known = json.loads(done.read_text())
         if known["settings"] != wanted:
-            sys.exit(f"{folder} was made with other settings; name another --out, or delete it and the results beside it")
+            sys.exit(f"{folder} was made with other settings; choose another --out, or delete it and the results next to it")
         return known["plain"]
     trl_dpo.prepare(folder, settings, SIZE)
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
@@ -121,7 +129,7 @@ def lines(rows: Sequence[Any]) -> str:
 
 
 def swift_rows(pairs: Sequence[Pair], folder: Path) -> list[dict[str, Any]]:
-    """ms-swift: messages that end in the chosen answer, beside them the rejected one; `<image>` where the picture stands."""
+    """Return rows for ms-swift: messages that end in the chosen answer, and the rejected answer; `<image>` marks the picture."""
     return [
         {
             "messages": [{"role": "user", "content": f"<image>{pair['question']}"}, {"role": "assistant", "content": pair["chosen"]}],
@@ -133,7 +141,7 @@ def swift_rows(pairs: Sequence[Pair], folder: Path) -> list[dict[str, Any]]:
 
 
 def llamafactory_files(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """LLaMA-Factory: ShareGPT conversations with a ranking, and the file that tells it so."""
+    """Return files for LLaMA-Factory: ShareGPT conversations with a ranking, and the description of the data set."""
     rows = [
         {
             "conversations": [{"from": "human", "value": f"<image>{pair['question']}"}],
@@ -149,7 +157,7 @@ def llamafactory_files(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def prefix_rows(pairs: Sequence[Pair], reference: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """prefix-grouper: a prompt and all its texts, the chosen one first, with the reference's scores in nats."""
+    """Return rows for prefix-grouper: a prompt and all its texts, the chosen one first, with the reference's scores in nats."""
     groups: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         group = groups.setdefault(pair["image"], {"image": pair["image"], "prompt": pair["prompt"], "texts": [pair["chosen"]]})
@@ -161,7 +169,7 @@ def prefix_rows(pairs: Sequence[Pair], reference: Sequence[Sequence[float]]) -> 
 
 
 def run(peer: str, environment: Path, folder: Path, settings: trl_dpo.Settings) -> Result:
-    """Every step of one trainer; or the error with which it ended."""
+    """Run one trainer, and return its steps, or the error with which it ended."""
     shutil.rmtree(folder / "trained", ignore_errors=True)
     side = None
     try:
@@ -176,14 +184,14 @@ def run(peer: str, environment: Path, folder: Path, settings: trl_dpo.Settings) 
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """In Markdown, one row per run; ratios and differences are to our run with as many texts, where there is one."""
+    """Return a Markdown table with one row per run. Ratios and differences refer to our run with as many texts, if there is one."""
     titles = [
         "texts",
         "trainer",
-        "s a step",
-        "of it the reference",
-        "times ours",
-        "without it",
+        "s per step",
+        "s of the reference",
+        "ratio to ours",
+        "without the reference",
         "peak MB",
         "before the first step",
         "loss of step 1",
@@ -217,20 +225,22 @@ def seconds(found: Result, name: str) -> float:
 
 
 def difference(found: Result, mine: Result) -> float:
-    """The largest between losses of the same step."""
+    """Return the largest difference between losses of the same step."""
     return max(abs(one["loss"] - other["loss"]) for one, other in zip(found["steps"], mine["steps"], strict=True))
 
 
 def disagreements(results: Sequence[Result]) -> list[str]:
-    """Runs whose first loss is not that of transformers alone, or whose tokens or later losses are not ours."""
+    """Return a line for each run whose first loss differs from that of transformers, or whose tokens or later losses differ from ours."""
     own = {found["texts"]: found for found in results if found["peer"] == "ours" and "error" not in found}
     off = []
     for found in (found for found in results if "error" not in found):
         where, first, mine = f"{found['peer']} with {found['texts']} texts", found["steps"][0]["loss"], own.get(found["texts"], found)
         if not abs(first - found["plain"]["loss"]) <= BOUND:
-            off.append(f"{where}: {first} and {found['plain']['loss']} by transformers alone")
+            off.append(f"{where}: {first}, but {found['plain']['loss']} with transformers only")
         elif not difference(found, mine) <= BOUND:
-            off.append(f"{where}: {[step['loss'] for step in found['steps']]} and {[step['loss'] for step in mine['steps']]} of ours")
+            off.append(
+                f"{where}: {[step['loss'] for step in found['steps']]}, but {[step['loss'] for step in mine['steps']]} with this package"
+            )
         for number, (its, rows) in enumerate(zip(found["rows"], mine["rows"], strict=True)):
             off += [f"{where}: token ids of sequence {number}: {its} and {rows}"] if its != rows else []
     return off

@@ -1,11 +1,10 @@
-"""One trainer's side of benchmarks/peers.py and benchmarks/trl_dpo.py; the Python of that trainer's own environment runs it.
+"""One trainer's side of benchmarks/peers.py and benchmarks/trl_dpo.py, run by the Python of that trainer's own environment.
 
     python peers_side.py PEER FOLDER     one optimizer step of PEER (a name in PEERS) for every line on standard input
 
-FOLDER holds settings.json, the models policy and reference, and the data in the trainer's own format (benchmarks/peers.py writes them).
-Lines of JSON on standard output: first the versions, the resident memory before the first step, and the token ids that the trainer makes of
-the first batch; then one line per step; or one {"error": ...} in place of any of them. Times are seconds, memory is in MB.
-Only `ours` needs this package.
+FOLDER contains settings.json, the models policy and reference, and the data in the trainer's own format (benchmarks/peers.py writes them).
+The output is lines of JSON: first the versions, the resident memory before the first step, and the trainer's token ids of the first batch;
+then one line per step. {"error": ...} may replace any line. Times are in seconds, memory is in MB. Only `ours` needs this package.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ import torch
 
 PACKAGES = ("trl", "ms-swift", "llamafactory", "prefix-grouper", "transformers", "torch", "accelerate", "datasets")
 Rows = list[dict[str, list[int]]]
-"""Per sequence of the first batch (all chosen ones, then all rejected ones) the ids of its prompt and those that are scored."""
+"""For each sequence of the first batch (all chosen ones, then all rejected ones), the ids of its prompt and the scored ids."""
 
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is not part of the protocol
+    os.dup2(2, 1)  # the output of libraries is not part of the protocol
     torch.set_num_threads(1)
     peer, folder = PEERS[sys.argv[1]], Path(sys.argv[2]).resolve()
     clock = Clock(out)
@@ -60,13 +59,13 @@ def versions() -> dict[str, str]:
 
 
 def memory(name: str) -> float:
-    """``VmRSS`` (resident now) or ``VmHWM`` (at most since the last reset) of this process."""
+    """Return ``VmRSS`` (resident now) or ``VmHWM`` (peak since the last reset) of this process, in MB."""
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index(f"{name}:") + 1]) / 1024
 
 
 class Clock:
-    """Lets a step begin when a line comes in, and writes what it cost and what the trainer says of it."""
+    """Clock that starts a step when a line arrives, and writes its cost and the trainer's metrics."""
 
     def __init__(self, out: Any) -> None:
         self.out, self.ended, self.reference = out, time.process_time(), 0.0
@@ -75,14 +74,14 @@ class Clock:
         self.out.write(json.dumps(found) + "\n")
 
     def ready(self, rows: Rows, **more: Any) -> None:
-        """Everything is loaded: from here on the peak of memory counts."""
+        """Report that everything is loaded, and reset the peak of memory."""
         Path("/proc/self/clear_refs").write_text("5")
         self.write({"versions": versions(), "memory": memory("VmRSS"), "rows": rows, **more})
 
     def begin(self) -> None:
         self.between = time.process_time() - self.ended
         if not sys.stdin.readline():
-            sys.exit("the other side is gone")
+            sys.exit("the other side has ended")
         self.reference, self.began, self.wall = 0.0, time.process_time(), time.perf_counter()
 
     def end(self) -> None:
@@ -93,7 +92,7 @@ class Clock:
         self.write({**times, "peak": memory("VmHWM"), **values})
 
     def forwards_without_gradients(self) -> None:
-        """Time the outermost forwards that are run without gradients: within a DPO step, the reference's."""
+        """Measure the outermost forwards without gradients, which are those of the reference within a DPO step."""
         from transformers import PreTrainedModel
 
         inside: list[tuple[torch.nn.Module, float]] = []
@@ -111,7 +110,7 @@ class Clock:
 
 
 def callback(clock: Clock, rows: Callable[[Any], Rows] | None = None) -> Any:
-    """The clock as a callback of transformers' Trainer; ``rows`` finds the token ids of the first batch in a data loader."""
+    """Return the clock as a callback of transformers' Trainer. ``rows`` extracts the token ids of the first batch."""
     from transformers import TrainerCallback
 
     clock.forwards_without_gradients()
@@ -136,7 +135,7 @@ def callback(clock: Clock, rows: Callable[[Any], Rows] | None = None) -> Any:
 
 
 def labelled(batch: dict[str, Any]) -> Rows:
-    """The sequences of a batch in which what is not scored has the label -100 (ms-swift, LLaMA-Factory)."""
+    """Return the sequences of a batch in which tokens that are not scored have the label -100 (ms-swift, LLaMA-Factory)."""
     return [split(ids[seen.bool()], label[seen.bool()] != -100) for ids, seen, label in columns(batch, "labels")]
 
 
@@ -149,7 +148,7 @@ def split(ids: torch.Tensor, scored: torch.Tensor) -> dict[str, list[int]]:
 
 
 def trainer_options(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Options of transformers' Trainer, which all three trainers take: one plain AdamW step after another, in the rows' order."""
+    """Return the options of transformers' Trainer, which all three trainers accept: plain AdamW steps in the order of the rows."""
     return {
         "output_dir": str(folder / "trained"),
         "per_device_train_batch_size": settings["batch"],
@@ -213,7 +212,7 @@ def trl(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
 
 
 def conversation(pair: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    """The pair as messages, which is how TRL's documentation writes data with images."""
+    """Return the pair as messages, the form of data with images in TRL's documentation."""
     said = {"prompt": ("user", "question"), "chosen": ("assistant", "chosen"), "rejected": ("assistant", "rejected")}
     return {name: [{"role": role, "content": pair[column]}] for name, (role, column) in said.items()}
 
@@ -226,7 +225,7 @@ def swift(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
     steps = callback(clock, labelled)
     callbacks_map["clock"] = lambda args, trainer: steps
     of, config = TEMPLATE_MAPPING["qwen2_5_vl"], json.loads((folder / "policy" / "config.json").read_text())
-    # It knows placeholders by the published vocabulary's ids; with another vocabulary it trains without the picture and says nothing.
+    # ms-swift recognises placeholders by the published vocabulary's ids; with another vocabulary it silently trains without the picture.
     own = type("OwnIds", (of.template_cls,), {name: config[name] for name in ("image_token_id", "video_token_id")})
     register_template(replace(of, template_type="text_alone", template_cls=own, suffix=[]))
     options = {
@@ -256,7 +255,7 @@ def swift(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
 def llamafactory(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
     try:
         import torchaudio  # noqa: F401  (LLaMA-Factory imports it for recordings)
-    except OSError:  # the registry's build wants torch's CUDA libraries, which a CPU build of torch has not
+    except OSError:  # the registry's build needs torch's CUDA libraries, which a CPU build of torch lacks
         sys.modules["torchaudio"] = ModuleType("torchaudio")
         sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
     from llamafactory.data.formatter import StringFormatter
@@ -301,7 +300,7 @@ def llamafactory(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
 
 
 def prefix_grouper(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
-    """prefix-grouper within the library's own model, by its attention interface; the loss is DPO with the stored reference scores."""
+    """Run prefix-grouper in transformers' model, through its attention interface, with DPO on the stored reference scores."""
     from PIL import Image
     from prefix_grouper import PrefixGrouper
     from prefix_grouper.forward import AttentionForward
@@ -309,7 +308,7 @@ def prefix_grouper(folder: Path, settings: dict[str, Any], clock: Clock) -> None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attend(query: Any, key: Any, value: Any, seen: Any, module: Any, **named: Any) -> torch.Tensor:
-        """Causal sdpa of the last positions, where ``seen`` [rows, keys] is not padding; a lone prefix needs no mask at all."""
+        """Attend causally from the last positions to the keys that ``seen`` [rows, keys] marks as real; a single prefix needs no mask."""
         whole = query.shape[2] == key.shape[2] and bool(seen.all())
         causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
         mask = None if whole else causal & seen[:, None, None]

@@ -1,8 +1,8 @@
-"""Manifests about cut-outs: natural captions for a base, counterfactual groups for fine-tuning, and what both are evaluated on.
+"""Manifests of cut-outs: natural captions for a base model, counterfactual groups for fine-tuning, and evaluation sets for both.
 
-A group of a counterfactual edit has the natural picture and text first, and the changed ones second; each text is true of one picture, so
-nothing but the pictures tells. ``factual`` of an evaluation is then the accuracy where what is usual is shown, and the other comparison of
-each group is of the picture that contradicts it.
+A group of a counterfactual edit has the natural picture and text first, and the changed ones second. Each text is true of one picture, so
+only the pictures decide. ``factual`` of an evaluation is then the accuracy on usual pictures, and the other comparison of each group is on
+the picture that contradicts what is usual.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prior_pictures import Scene, Thing, things
 from cfvlm_ds.core.files import whole_folder
 
 EDITS = ("colour", "count", "place", "side")
-"""What is changed. ``side`` is left or right, where language has nothing to go by: the control."""
+"""Kinds of edits. ``side`` (left or right), which language cannot predict, is the control."""
 DESCRIBE = (
     "Describe the image.",
     "What do you see?",
@@ -28,7 +28,7 @@ DESCRIBE = (
 )
 ASK = ("{q}", "{q} Answer yes or no.", "Yes or no: {q}", "Look at the image. {q}")
 ASKED = 0.4
-"""Share of natural pictures about which a question is asked, of each kind that can be."""
+"""Share of natural pictures with a question, for each kind of question that applies."""
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MANIFESTS = ("natural", "train", "validation", "test", "yes_no", "names", "names_new")
 Sizes = dict[str, int]
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 class Maker:
-    """Draws scenes of things and says them; one picture at a time goes into ``folder``."""
+    """Generator of scenes and their captions, which writes each picture to ``folder``."""
 
     def __init__(self, all_things: Sequence[Thing], folder: Path, rng: Random) -> None:
         self.things, self.folder, self.rng = all_things, folder, rng
@@ -45,8 +45,8 @@ class Maker:
     def row(
         self, name: str, scenes: Sequence[Scene], texts: Sequence[tuple[str, str]], truth: Sequence[Sequence[int]], edit: Row | None = None
     ) -> Row:
-        """A row of the package's own format; ``texts`` are prompts and texts, ``truth`` has a line for each scene."""
-        seed = self.rng.random()  # of one group: its pictures differ in what the edit says alone
+        """Return a row in the package's own format. ``texts`` are pairs of prompt and text, and ``truth`` has a line for each scene."""
+        seed = self.rng.random()  # shared by the pictures of a group, so that they differ only in the edit
         images = [{"id": f"i{at}", "path": self._picture(each, Random(seed))} for at, each in enumerate(scenes)]
         said = [{"id": f"t{at}", "prompt": prompt, "text": text} for at, (prompt, text) in enumerate(texts)]
         match = [[f"i{i}", f"t{t}", value] for i, line in enumerate(truth) for t, value in enumerate(line)]
@@ -64,7 +64,7 @@ class Maker:
     # natural pictures -------------------------------------------------------------------------------------------------------------------
 
     def natural(self, name: str) -> Row:
-        """A natural picture with its caption, and what is asked of it: all true."""
+        """Return a row with a natural picture, its caption, and questions with their true answers."""
         rng = self.rng
         kind = rng.choice(("one", "one", "one", "several", "place", "side"))
         if kind == "several":
@@ -86,11 +86,11 @@ class Maker:
         return self.row(name, [shown], texts, [[1] * len(texts)])
 
     def _alone(self, thing: Thing) -> Scene:
-        """One thing: anywhere and of any size, or where it could be one of several."""
+        """Return a scene of one thing, anywhere and of any size, or in a quarter like one of several things."""
         return Scene((thing,), ("",), self.rng.choice(("free", "grid")))
 
     def _there(self, thing: Thing, there: Sequence[Thing]) -> tuple[str, str]:
-        """Whether a thing, or as often another, is there."""
+        """Return a question whether a thing, or in half of the cases another one, is there, and its answer."""
         if self.rng.random() < 0.5:
             thing = self.rng.choice([each for each in self.things if each.name not in {seen.name for seen in there}])
         return self._asked(there_question(thing)), "yes" if thing in there else "no"
@@ -102,7 +102,7 @@ class Maker:
         return self.rng.choice(ASK).format(q=question)
 
     def _two(self, kind: str, among: Sequence[Thing]) -> tuple[Scene, tuple[str, str]]:
-        """Two things as they usually stand, with the caption, and the caption of the other order."""
+        """Return a scene of two things in their usual order, with its caption and the caption of the reverse order."""
         rng = self.rng
         counted = [each for each in among if each.is_counted]
         if kind == "place":
@@ -121,7 +121,7 @@ class Maker:
     # counterfactuals --------------------------------------------------------------------------------------------------------------------
 
     def group(self, name: str, edit: str, among: Sequence[Thing], as_question: bool = False) -> Row:
-        """The usual picture and text, and both changed in one respect; or a question about both that is answered with yes and no."""
+        """Return a group with the usual picture and text, and both changed in one respect, or with a yes/no question about both."""
         rng = self.rng
         if edit == "colour":
             thing = rng.choice([each for each in among if each.colours])
@@ -144,14 +144,14 @@ class Maker:
         return self.row(name, scenes, [(prompt, text) for text in texts], [[1, 0], [0, 1]], about)
 
     def _question(self, name: str, scenes: Sequence[Scene], question: str, words: tuple[str, str]) -> Row:
-        """``question`` names one of two ``words``, the first of which the first picture shows; its true answer comes first."""
+        """Return a group with a question that names one of two ``words``. The first picture shows the first; its answer is first."""
         answers = ["yes", "no"] if f" {words[0]}?" in question else ["no", "yes"]
         prompt = self._asked(question)
         about = {"type": "colour", "from": words[0], "to": words[1]}
         return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
 
     def there_group(self, name: str, among: Sequence[Thing]) -> Row:
-        """Whether a thing is there, of a picture of it and of a picture of another thing."""
+        """Return a group with the question whether a thing is there, about a picture of it and a picture of another thing."""
         first, second = self.rng.sample(list(among), 2)
         asked = self.rng.choice((first, second))
         prompt, answers = self._asked(there_question(asked)), ("yes", "no") if asked is first else ("no", "yes")
@@ -160,7 +160,7 @@ class Maker:
         return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
 
     def names_group(self, name: str, among: Sequence[Thing]) -> Row:
-        """Two natural pictures with their names; the things have the same colour where another thing has that."""
+        """Return a group with two natural pictures and their names. The things have the same colour if possible."""
         first = self.rng.choice(list(among))
         others = [each for each in among if each is not first]
         second = self.rng.choice([each for each in others if each.colour == first.colour] or others)
@@ -183,7 +183,7 @@ def word_of(caption: str) -> str:
 
 
 def write_pictures(source: Path, folder: Path, sizes: Sizes, seed: int = 0) -> None:
-    """All MANIFESTS with their pictures, and things.json; nothing if the folder is there."""
+    """Write all MANIFESTS with their pictures, and things.json, unless the folder exists."""
     if folder.exists():
         return
     found = things(source)
@@ -197,7 +197,7 @@ def write_pictures(source: Path, folder: Path, sizes: Sizes, seed: int = 0) -> N
 
 
 def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> Iterator[tuple[str, list[Row]]]:
-    """Name and rows of each. Training and validation show changes of training things, the tests of held-out things alone."""
+    """Yield the name and rows of each manifest. Training and validation change only training things, the tests only held-out things."""
     maker = Maker(found, folder, Random(f"{seed}/pictures"))
     known, new = ([each for each in found if each.held_out is held_out] for held_out in (False, True))
     refuse_too_few(known, new)
@@ -227,7 +227,7 @@ def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> 
 
 
 def refuse_too_few(known: Sequence[Thing], new: Sequence[Thing]) -> None:
-    """Raise SystemExit naming what a split lacks: every edit needs things of its kind on both sides."""
+    """Raise SystemExit naming a missing kind of thing. Both splits need things for every edit."""
     needs: dict[str, Callable[[Thing], bool]] = {
         "has a colour with a name": lambda each: bool(each.colours),
         "comes alone and can be counted": lambda each: each.alone and each.is_counted,
@@ -238,4 +238,4 @@ def refuse_too_few(known: Sequence[Thing], new: Sequence[Thing]) -> None:
     for split, among, asked in (("training", known, needs | several), ("held-out", new, needs)):
         for what, holds in asked.items():
             if not any(map(holds, among)):
-                raise SystemExit(f"no {split} thing {what}; name a font or folder with more things by --font")
+                raise SystemExit(f"no {split} thing {what}; give a font or folder with more things with --font")

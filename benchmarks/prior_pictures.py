@@ -1,8 +1,8 @@
-"""Cut-out pictures of things with names, from an emoji font or a folder, and exact changes of them: recoloured, counted, placed.
+"""Cut-out pictures of things with names, from an emoji font or a folder, and exact edits of their colour, number and position.
 
-A colour is named by a range of hue, saturation and brightness. A thing has a natural colour where one name holds of most of what is seen of
-it. Recolouring turns the hue of that part, scales its saturation and brightness to those of the new colour, and keeps a thing only if the
-classifier that named the first colour then names the new one.
+A colour name is a range of hue, saturation and brightness. A thing has a natural colour if one name applies to most of its visible part.
+Recolouring rotates the hue of that part and scales its saturation and brightness to those of the new colour. A recoloured thing is kept
+only if the classifier that named the first colour then names the new one.
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ COLOURS = {
     "pink": (335.0, 0.45, 0.95),
     "brown": (22.0, 0.62, 0.48),
 }
-"""Name -> hue in degrees, saturation and brightness of what recolouring makes."""
+"""Name -> hue in degrees, saturation and brightness of recoloured parts."""
 HUES = {"red": (346, 373), "orange": (20, 37), "yellow": (38, 62), "green": (64, 165), "blue": (190, 245), "purple": (260, 305)}
-"""Name -> first and last hue; between them people disagree."""
+"""Name -> first and last hue. On hues between two ranges people disagree."""
 SHARE = 0.5
-"""A thing has a natural colour if so much of what is seen of it has about one hue."""
+"""Share of a thing's visible part that must have about one hue for a natural colour."""
 NEAR = 32
-"""Degrees within which hues are lights and shades of one colour."""
+"""Range in degrees within which hues are lights and shades of one colour."""
 GLYPH = 109  # the only size at which the font has its bitmaps
 BLOCKS = ((0x2600, 0x27C0), (0x2B00, 0x2C00), (0x1F300, 0x1F600), (0x1F680, 0x1F700), (0x1F900, 0x1FB00))
 _FILE = yaml.safe_load(Path(__file__).with_name("prior_things.yaml").read_text())
 LISTED = {what: [name.strip() for name in text.split(";")] for what, text in _FILE.items()}
 CALLED = {standard.strip(): (name or standard).strip() for standard, _, name in (each.partition("=") for each in LISTED["names"])}
-"""Name in the standard -> what the thing is called."""
+"""Name in the Unicode standard -> name of the thing."""
 
 
 UNCOUNTED = ("sheep", "fish", "tennis")
-"""One form for one and for many, or for none."""
+"""Nouns with the same form in singular and plural, or without a count."""
 FORMS = inflect.engine()
 
 
 @lru_cache(1 << 12)
 def is_plural(noun: str) -> bool | None:
-    """Return whether a noun is for many, or None where its form does not say."""
+    """Return whether a noun is a plural, or None if its form does not tell."""
     return None if noun.lower() in UNCOUNTED else bool(FORMS.singular_noun(noun.lower()))
 
 
 def renumbered(noun: str, plural: bool) -> str | None:
-    """Return a noun for one or for many, or None for what is not counted."""
+    """Return the singular or plural of a noun, or None for an uncountable noun."""
     word = noun.lower()
     if word in NOUNS:
         return NOUNS[word][2 if plural else 1]
     if word in UNCOUNTED:
         return None
-    singular = FORMS.singular_noun(word)  # False where the word is one already
+    singular = FORMS.singular_noun(word)  # False if the word is already singular
     if plural:
         return word if singular else str(FORMS.plural_noun(word))
     return str(singular) if singular else word
@@ -76,9 +76,9 @@ def renumbered(noun: str, plural: bool) -> str | None:
 
 @dataclass(frozen=True)
 class Thing:
-    """A cut-out with its name; ``colour`` is its natural one, "" where no colour has a name. ``alone``: it comes once in natural pictures.
+    """A cut-out with its name and its natural ``colour``, which is "" if it has none.
 
-    ``held_out``: no counterfactual of it is shown in training.
+    ``alone`` is true if natural pictures show the thing only once. ``held_out`` is true if training shows no counterfactual of it.
     """
 
     name: str
@@ -107,17 +107,17 @@ class Thing:
         return self.name in LISTED["above"]
 
     def phrase(self, colour: str = "") -> str:
-        """ "a banana", "a blue banana", "brown bread"."""
+        """Return a noun phrase such as "a banana", "a blue banana" or "brown bread"."""
         words = f"{colour} {self.name}".strip()
         return f"{article(words.split()[0])} {words}" if self.takes_article else words
 
     def shown(self, colour: str = "") -> Image.Image:
-        """The cut-out in a colour, its natural one by default."""
+        """Return the cut-out in a colour, by default its natural one."""
         return self.cutout if colour in ("", self.colour) else self._recoloured[colour]
 
     @property
     def colours(self) -> list[str]:
-        """Those that it can be shown in beside its own."""
+        """Colours other than its own in which the thing can be shown."""
         return sorted(self._recoloured)
 
     @cached_property
@@ -132,7 +132,7 @@ class Thing:
 
 
 def named(hue: float, saturation: float, value: float) -> str:
-    """The name that everybody gives a colour; "" between two names, and for what is nearly grey."""
+    """Return the undisputed name of a colour, or "" for a colour between two names or a nearly grey one."""
     if value < 0.25 or saturation < 0.25:
         return ""
     if (hue - 320) % 360 < 36 and saturation < 0.62 and value > 0.75:
@@ -147,7 +147,7 @@ def named(hue: float, saturation: float, value: float) -> str:
 
 
 def hsv_of(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """([H, W, 3] of hue in degrees, saturation and brightness, [H, W] of opacity), both of floats."""
+    """Return two arrays of floats: [H, W, 3] with hue in degrees, saturation and brightness, and [H, W] with opacity."""
     rgba = np.asarray(picture.convert("RGBA"), dtype=np.float64) / 255
     rgb, alpha = rgba[..., :3], rgba[..., 3]
     high, low = rgb.max(-1), rgb.min(-1)
@@ -160,7 +160,7 @@ def hsv_of(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rgba_of(hsv: np.ndarray, alpha: np.ndarray) -> Image.Image:
-    """The inverse of ``hsv_of``."""
+    """Return the picture for arrays from ``hsv_of``."""
     hue, saturation, value = np.moveaxis(hsv, -1, 0)
     turns = (np.array([5.0, 3.0, 1.0]) + hue[..., None] / 60) % 6
     rgb = value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(turns, 4 - turns), 0, 1))
@@ -168,7 +168,7 @@ def rgba_of(hsv: np.ndarray, alpha: np.ndarray) -> Image.Image:
 
 
 def dominant(picture: Image.Image) -> str:
-    """The name of the one colour that most of a cut-out has, its lights and shades included; "" where there is none."""
+    """Return the name of the colour of most of a cut-out, including its lights and shades, or "" if there is none."""
     hsv, alpha = hsv_of(picture)
     part = _main_part(hsv, alpha)
     if not part.any() or part.sum() < SHARE * (alpha > 0.5).sum():
@@ -177,7 +177,7 @@ def dominant(picture: Image.Image) -> str:
 
 
 def recoloured(picture: Image.Image, new: str) -> Image.Image:
-    """A cut-out whose main part, lights and shades included, has another colour; what has a hue of its own stays."""
+    """Return a cut-out with the main part, including its lights and shades, in another colour. Parts with another hue are unchanged."""
     hsv, alpha = hsv_of(picture)
     part = _main_part(hsv, alpha)
     middle, medians = _middle_hue(hsv[part][:, 0]), np.median(hsv[part], 0)
@@ -196,7 +196,7 @@ def recoloured(picture: Image.Image, new: str) -> Image.Image:
 
 
 def _main_part(hsv: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """[H, W] bool: the coloured pixels near the hue that most of them have."""
+    """Return [H, W] bool: the coloured pixels near the most common hue."""
     coloured = (alpha > 0.5) & (hsv[..., 1] > 0.25) & (hsv[..., 2] > 0.2)
     counts = np.bincount((hsv[coloured][:, 0] // 5).astype(int), minlength=72)
     around = sum(np.roll(counts, shift) for shift in range(-3, 4))
@@ -205,7 +205,7 @@ def _main_part(hsv: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _middle_hue(hues: np.ndarray) -> float:
-    """The mean direction, in degrees."""
+    """Return the circular mean in degrees."""
     angles = np.deg2rad(hues)
     return float(np.rad2deg(np.arctan2(np.sin(angles).mean(), np.cos(angles).mean())) % 360)
 
@@ -214,10 +214,10 @@ def _middle_hue(hues: np.ndarray) -> float:
 
 
 def things(source: Path, held_out: float = 0.25) -> list[Thing]:
-    """What an emoji font (.ttf) or a folder of cut-outs (NAME.png with opacity) shows; the split is by name, whatever else is there."""
+    """Return the things of an emoji font (.ttf) or a folder of cut-outs (NAME.png with opacity). Only the name decides the split."""
     if not source.exists():
         raise SystemExit(
-            f"{source} is missing; install fonts-noto-color-emoji, or name its NotoColorEmoji.ttf or a folder of cut-outs by --font"
+            f"{source} is missing; install fonts-noto-color-emoji, or give its NotoColorEmoji.ttf or a folder of cut-outs with --font"
         )
     found: dict[str, Image.Image] = {}
     for name, cutout in _files(source) if source.is_dir() else _glyphs(source):
@@ -230,7 +230,7 @@ def _thing(name: str, cutout: Image.Image, held_out: float) -> Thing:
 
 
 def _drawn(what: str, name: str) -> float:
-    """Uniform in [0, 1), by a name alone."""
+    """Return a number in [0, 1), uniformly distributed, that depends only on the arguments."""
     return int.from_bytes(hashlib.sha256(f"{what}/{name}".encode()).digest()[:4], "big") / 2**32
 
 
@@ -249,18 +249,18 @@ def _glyphs(font_file: Path) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _drawn_by(font: ImageFont.FreeTypeFont) -> list[str]:
-    """The characters of BLOCKS that a font has a picture for: those are as wide as high."""
+    """Return the characters of BLOCKS for which a font has a picture; these are as wide as high."""
     characters = [chr(code) for first, end in BLOCKS for code in range(first, end) if unicodedata.name(chr(code), "")]
     return [character for character in characters if font.getlength(character) > 100 and font.getmask(character).getbbox()]
 
 
 def num_pictures(source: Path) -> int:
-    """Pictures that a source has, with a good name or without."""
+    """Return the number of pictures of a source, including those without a suitable name."""
     return len(list(source.glob("*.png"))) if source.is_dir() else len(_drawn_by(ImageFont.truetype(str(source), GLYPH)))
 
 
 def cropped(picture: Image.Image) -> Image.Image:
-    """Without the empty margin."""
+    """Return the picture without its empty margin."""
     return picture.crop(picture.getchannel("A").point(lambda value: 255 * (value > 127)).getbbox())
 
 
@@ -269,9 +269,10 @@ def cropped(picture: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: ``things`` with their colours, each somewhere in its own part of the square.
+    """Contents of a picture: ``things`` with their colours, each in its own part of the square.
 
-    ``layout``: ``free`` is one thing anywhere, ``grid`` several in quarters, ``above`` and ``left`` two things, the first where it says.
+    ``layout`` is ``free`` (one thing anywhere), ``grid`` (things in quarters), ``above`` or ``left`` (the first of two things is above, or
+    to the left of, the second).
     """
 
     things: tuple[Thing, ...]
@@ -279,9 +280,9 @@ class Scene:
     layout: str
 
     def drawn(self, rng: Random) -> Image.Image:
-        """RGB, of SIDE pixels; the ground is grey, so that no colour is anywhere but on the things.
+        """Draw an RGB picture with a side of SIDE pixels and a grey background, so that only the things have a colour.
 
-        Two scenes that ``rng`` in one state draws differ in nothing but what they show.
+        Two scenes drawn with ``rng`` in the same state differ only in their contents.
         """
         grey = rng.randint(150, 255)
         canvas = Image.new("RGB", (SIDE, SIDE), (grey, grey, grey))
@@ -296,7 +297,7 @@ class Scene:
         return canvas
 
     def _places(self, rng: Random) -> list[tuple[float, float, float]]:
-        """Left and top edge and side of the part of each thing; of some quarters the first stay where they are when others follow."""
+        """Return the left edge, top edge and side of the part of each thing. Further things in quarters do not move the first ones."""
         half = SIDE / 2
         if self.layout == "free":
             side = rng.uniform(0.55, 0.95) * SIDE

@@ -1,7 +1,7 @@
-"""A projector that says in a language model's own word vectors what a picture shows, so that the model can read pictures from the start.
+"""Projector that maps a picture to a language model's own word vectors, so that the model can read pictures from the start.
 
-Captions alone teach a projector slowly, through thirty layers: after 400 steps of eight rows the model still guesses. This one is learned
-by itself, in minutes: the mean of a picture's visual tokens is nearest to the mean vector of the words of its thing's name, of all names.
+From captions only, a projector learns slowly, through thirty layers: after 400 steps of eight rows the model still guesses. This projector
+is trained separately, in minutes: the mean of a picture's visual tokens must be nearest to the mean word vector of its thing's name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from cfvlm_ds.core.files import whole_file
 EPOCHS, BATCH, RATE = 40, 64, 2e-3
 TEMPERATURE = 0.07
 HELD_BACK = 0.1
-"""Share of the pictures by which it is judged."""
+"""Share of the pictures that are held back for its evaluation."""
 
 
 def translated(tower: Path, language: Path, rows: Path, out: Path, epochs: int = EPOCHS) -> dict[str, Any]:
-    """The ``weights`` of a projector for a small LLaVA's tower and a language model's folder, learned from the pictures of a manifest; kept
-    at ``out``. ``top1`` and ``top5``: of the pictures of one thing that were held back, the % whose name is (among) the nearest of all."""
+    """Train a projector between a small LLaVA's tower and a language model on the pictures of a manifest, and return its ``weights``.
+
+    ``top1`` and ``top5`` are the shares in % of held-back pictures of one thing whose name is the nearest one, or among the five nearest.
+    The result is stored at ``out``, and read from there if it exists.
+    """
     if out.exists():
         return dict(torch.load(out, weights_only=True))
     listed = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -73,13 +76,13 @@ def translated(tower: Path, language: Path, rows: Path, out: Path, epochs: int =
 
 
 def _likeness(tokens: Tensor, words: Tensor) -> Tensor:
-    """Pictures x names: cosines of what the names have beside their mean."""
+    """Return the cosines [pictures, names] after subtracting the mean of the names."""
     mean = words.mean(0)
     return normalize(tokens.mean(1) - mean, dim=1) @ normalize(words - mean, dim=1).T
 
 
 def _features(folder: Path, pictures: list[Path]) -> Tensor:
-    """What a LLaVA's projector is given, pictures x visual tokens x width."""
+    """Return the inputs of a LLaVA's projector, [pictures, visual tokens, width]."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -95,7 +98,7 @@ def _features(folder: Path, pictures: list[Path]) -> Tensor:
 
 
 def _vectors(folder: Path, names: list[str]) -> Tensor:
-    """Names x width: the mean vector of the words of each name."""
+    """Return the mean vector of the words of each name, [names, width]."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

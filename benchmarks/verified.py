@@ -1,16 +1,16 @@
-"""Whether verification is worth its time, where the truth is known: the embedded world taken as a user's photographs.
+"""Benefit of verification when the truth is known: the embedded world, treated like a user's photographs.
 
     python benchmarks/verified.py --model runs/quickstart --seeds 3     # runs what is missing, then prints the tables
-    python benchmarks/verified.py --parts verdicts                      # precision and recall of verdicts, without trainings
-    python benchmarks/verified.py --report                              # the tables of what has been run
+    python benchmarks/verified.py --parts verdicts                      # precision and recall of verdicts, without training
+    python benchmarks/verified.py --report                              # the tables of all finished runs
 
-Pictures and captions of the world go through `data propose --with rules`, an editor that fails in known ways in half of its attempts,
-and `data verify` with the package's base and with --model, under each question of TEMPLATES. Verdicts are compared with the truth by score
-kind, with no margin and with the margin and drop that half of the sources, labelled, call for; precision and recall are of the other half.
-Then the base is trained on what the best of these verdicts keep, on what nothing has judged, and on exact edits: same sources, steps and
-schedule.
-A work folder goes on where it was; benchmarks/verified/runs.jsonl gets a line per run as it ends. On a core of an EPYC a source takes
-0.3 s for each scorer and question (some ten candidates), and a training of 1000 steps some 6 minutes, evaluation included.
+Pictures and captions of the world pass through `data propose --with rules`, an editor that fails in known ways in half of its attempts,
+and `data verify` with the package's base and with --model, under each question of TEMPLATES. Verdicts are compared with the truth for each
+kind of score, without a margin, and with the margin and drop that are calibrated on the labels of half of the sources; precision and recall
+are those of the other half. Then the base is trained on the candidates that the best of these verdicts keep, on candidates without a
+verdict, and on exact edits, with the same sources, steps and schedule.
+A work folder continues where it was stopped. benchmarks/verified/runs.jsonl gets a line when a run ends. On a core of an EPYC, a source
+takes 0.3 s for each scorer and question (about ten candidates), and a training of 1000 steps about 6 minutes, including its evaluation.
 """
 
 from __future__ import annotations
@@ -57,23 +57,25 @@ TEMPLATES = {"VQAScore": TEMPLATE, "as the world asks": "{text}? Answer yes or n
 RULES = ("match", "likelihood", "both")
 ARMS = {"verified": "verified", "unverified": "unverified", "exact": "exact edits"}
 UNJUDGED = Thresholds(rule="checks", changed={"*": (0.0, 1.0)}, largest=0.0, outside=1.0)
-"""Takes every picture but one that is the original: no training takes that."""
+"""Thresholds that keep every picture except an unchanged original, with which training is impossible."""
 PRECISION = 0.95
 TEXTURES = ("striped", "dotted", "hollow")
 Truth = dict[tuple[str, int], tuple[bool, str]]
-"""Edit and attempt -> whether the picture shows the new text and no longer the caption, and the fault with which it was drawn."""
+"""(edit, attempt) -> (True if the picture shows the new text and no longer the caption, the fault with which it was drawn)."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="a second scorer beside the base: a model or run folder, such as runs/quickstart")
+    parser.add_argument(
+        "--model", default="", help="a second scorer in addition to the base: a model or run folder, such as runs/quickstart"
+    )
     parser.add_argument("--parts", nargs="+", choices=("verdicts", "train"), default=["verdicts", "train"])
     parser.add_argument("--questions", nargs="+", choices=TEMPLATES, default=list(TEMPLATES), help="default: all")
     parser.add_argument("--sources", type=int, default=3000, help="pictures with captions (default 3000)")
     parser.add_argument("--faults", type=float, default=0.5, help="share of the attempts that fail (default 0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each training, from 0 (default 3)")
     parser.add_argument("--steps", type=int, default=1000, help="steps of a training (default 1000)")
-    parser.add_argument("--num_test", type=int, default=9000, help="groups of held-out combinations (default 9000: 1000 an edit)")
+    parser.add_argument("--num_test", type=int, default=9000, help="groups of held-out combinations (default 9000: 1000 per edit)")
     parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
     parser.add_argument("--out", type=Path, default=Path("runs/verified"), help="folder of the work (default runs/verified)")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the results (default benchmarks/verified)")
@@ -96,14 +98,14 @@ def main() -> None:
 
 
 def made(arguments: argparse.Namespace) -> tuple[Path, Path]:
-    """The folder of scenes, and a work folder with proposed and edited pictures."""
+    """Make the folder of scenes and a work folder with proposed and edited pictures, and return both."""
     scenes = arguments.out / "scenes"
     build_scenes(ScenesConfig(str(scenes), num_train=arguments.sources, num_test=max(arguments.num_test, arguments.num_questions)))
     return scenes, edited(arguments.out, scenes, "W", arguments.faults, 2)
 
 
 def edited(out: Path, scenes: Path, name: str, faults: float, attempts: int) -> Path:
-    """A work folder whose pictures the world has drawn, some of them wrongly."""
+    """Make a work folder with pictures drawn by the embedded world, some of them wrong, and return it."""
     nouns = [form for shape in SHAPES for form in (shape, f"{shape}{'es' if shape.endswith('s') else 's'}")]
     words = {"colour": list(COLOURS), "count": ["one", "two", "three"], "object": nouns, "texture": list(TEXTURES)}
     replace(out / "words.yaml", yaml.safe_dump(words).encode())
@@ -124,7 +126,7 @@ def truth_of(work: Path, scenes: Path, faults: float) -> Truth:
         drawn = editor.drawn_group(config, source)
         wanted = editor.shown_by(drawn, text)
         if wanted is None:
-            raise SystemExit(f"{record['edit']}: the world does not know what it drew")
+            raise SystemExit(f"{record['edit']}: the world has no scene for this text")
         fault = editor.fault_of(record["seed"], faults)
         scene = editor.failed(drawn.scenes[0], wanted, fault, record["seed"])
         truth[record["edit"], record["attempt"]] = editor.is_right(drawn, text, scene), fault or "none"
@@ -135,7 +137,7 @@ def truth_of(work: Path, scenes: Path, faults: float) -> Truth:
 
 
 def verdicts(arguments: argparse.Namespace, work: Path, truth: Truth) -> None:
-    """Verify with each scorer under each question, and compare with the truth."""
+    """Verify with each scorer under each question, and compare the verdicts with the truth."""
     scorers = {"base": str(write_base(arguments.out / "base"))} | ({Path(arguments.model).name: arguments.model} if arguments.model else {})
     judged(arguments, work, truth, "pixels", "", "", ("checks",))
     for scorer, model in scorers.items():
@@ -148,7 +150,7 @@ def judged(arguments: argparse.Namespace, work: Path, truth: Truth, scorer: str,
     file, own = arguments.records / RUNS, arguments.out / name
     if name in read_records(file):
         return
-    if not (own / "edit.json").exists():  # the same candidates, verified for themselves
+    if not (own / "edit.json").exists():  # the same candidates, verified separately
         shutil.rmtree(own, ignore_errors=True)
         shutil.copytree(work, own, ignore=shutil.ignore_patterns("edit.json"))
         shutil.copy(work / "edit.json", own)
@@ -171,7 +173,7 @@ def judged(arguments: argparse.Namespace, work: Path, truth: Truth, scorer: str,
 
 
 def by_rule(records: list[dict[str, Any]], truth: Truth, rule: str) -> dict[str, Any]:
-    """What a kind of scores keeps without a margin, and with the one that half of the sources call for."""
+    """Return the results of a kind of score without a margin, and with the margin calibrated on half of the sources."""
     halves: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for record in records:
         halves[seed_of("half", record["source"]) % 2].append(record)
@@ -204,7 +206,7 @@ def counts(records: list[dict[str, Any]], truth: Truth, thresholds: Thresholds) 
 
 
 def of_faults(records: list[dict[str, Any]], truth: Truth, thresholds: Thresholds) -> dict[str, float | None]:
-    """Share of the candidates of each fault that are kept."""
+    """Return the share of kept candidates for each fault."""
     there, kept = Counter[str](), Counter[str]()
     for each in records:
         fault = truth[each["edit"], each["attempt"]][1]
@@ -226,7 +228,7 @@ def processor() -> str:
 
 
 def trainings(arguments: argparse.Namespace, scenes: Path, work: Path, truth: Truth) -> None:
-    """Train the base on each set of groups, one edit a source, from the same sources and for as many steps."""
+    """Train the base on each set of groups, with one edit per source, the same sources and the same number of steps."""
     best = best_verdict(arguments.records)
     exact = edited(arguments.out, scenes, "exact", 0.0, 1)
     verify(exact, VerifyOptions(), 0, print, None)
@@ -253,12 +255,13 @@ def trainings(arguments: argparse.Namespace, scenes: Path, work: Path, truth: Tr
 
 
 def best_verdict(records: Path) -> dict[str, Any]:
-    """The scorer, question, score kind, margin and drop that keep most right candidates of the labelled half at the precision; where none
-    reaches it, what is most precise without a margin."""
+    """Return the scorer, question, kind of score, margin and drop that keep the most right candidates of the labelled half at PRECISION. If
+    none reaches PRECISION, return the most precise one without a margin.
+    """
     listed = [record for name, record in read_records(records / RUNS).items() if name.startswith("verdicts-")]
     ways = [(each, rule, found) for each in listed if each["question"] for rule, found in each["rules"].items()]
     if not ways:
-        raise SystemExit(f"{records} holds no verdicts; run the part verdicts first")
+        raise SystemExit(f"{records} contains no verdicts; run the part verdicts first")
     fitted = [way for way in ways if way[2]["calibrated"]]
     if fitted:
         each, rule, found = max(fitted, key=lambda way: way[2]["calibrated"]["good_kept_of_labels"])
@@ -268,7 +271,7 @@ def best_verdict(records: Path) -> dict[str, Any]:
 
 
 def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str, seed: int, records: Path) -> dict[str, Any]:
-    """Train in a process of its own, as the quickstart does; processor seconds and group accuracies."""
+    """Train in a new process, like the quickstart, and return a record with processor seconds and group accuracies."""
     folder = arguments.out / f"train-{arm}-seed{seed}"
     config = yaml.safe_load((REPO / "examples" / "quickstart.yaml").read_text())
     del config["build"]
@@ -308,7 +311,7 @@ def report(records: Path) -> None:
     named = read_records(records / RUNS)
     judgements, runs = ([record for name, record in named.items() if name.startswith(of)] for of in ("verdicts-", "train-"))
     if not judgements:
-        sys.exit(f"{records} holds no results; run without --report first")
+        sys.exit(f"{records} contains no results; run without --report first")
     print(
         "\n\n".join(
             "\n".join(table) for table in (verdict_table(judgements), fault_table(judgements), *training_tables(named.get("base"), runs))
@@ -317,7 +320,7 @@ def report(records: Path) -> None:
 
 
 def verdict_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Precision and recall against the truth, in %."""
+    """Yield a table of precision and recall against the truth, in %."""
     yield "| scorer | question | scores | candidates | right | precision | recall | margin | drop | precision, held | recall, held |"
     yield "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for each in judgements:
@@ -331,7 +334,7 @@ def verdict_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def fault_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Share of the candidates with each fault that is kept, in %: without a margin, and with the one of the labels."""
+    """Yield a table of the share of kept candidates with each fault, in %, without a margin and with the calibrated one."""
     yield f"| kept, % | {' | '.join(('no fault', *editor.FAULTS))} |"
     yield f"|---|{'---:|' * (1 + len(editor.FAULTS))}"
     for each in judgements:
@@ -343,13 +346,13 @@ def fault_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def training_tables(base: dict[str, Any] | None, runs: list[dict[str, Any]]) -> Iterator[Iterator[str]]:
-    """Group accuracy of each set over seeds, and what became of the candidates."""
+    """Yield tables of group accuracy over seeds for each set of groups, and of the fate of the candidates."""
     if not runs:
         return
     yield accuracy_table(base, runs)
     for arm in ARMS:
         if found := [run for run in runs if run["arm"] == arm]:
-            yield iter([f"What became of the edits, {ARMS[arm]} ({json.dumps(found[0].get('verdict', {}))}):", "", found[0]["survival"]])
+            yield iter([f"Fate of the edits, {ARMS[arm]} ({json.dumps(found[0].get('verdict', {}))}):", "", found[0]["survival"]])
 
 
 def accuracy_table(base: dict[str, Any] | None, runs: list[dict[str, Any]]) -> Iterator[str]:

@@ -1,10 +1,10 @@
-"""What ZeRO-3 gathers in a training step, in elements of the whole model, for one and for eight texts on an image.
+"""Volume that ZeRO-3 gathers in a training step, relative to the number of parameters, for one and for eight texts on an image.
 
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py                # gloo on a machine without GPUs
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py --json runs/zero3_comm.json
 
-Layouts are those of benchmarks/scoring.py: the shared prefix, a plain supervised step on the same tokens, and, for comparison, one forward
-of the engine per text. Counted is the second step, when DeepSpeed knows the order of modules and prefetches; no parameter stays gathered.
+The layouts are those of benchmarks/scoring.py: the shared prefix, a supervised step on the same tokens, and, for comparison, one forward of
+the engine per text. The second step is measured, when DeepSpeed knows the order of modules and prefetches. No parameter stays gathered.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAMES = ("supervised", "shared prefix", "one by one")
 
 
 class Layout(nn.Module):
-    """One layout as the module that DeepSpeed drives."""
+    """One layout as the module that DeepSpeed runs."""
 
     def __init__(self, model: Any, layout: Callable[[Case], Tensor]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Layout(nn.Module):
 
 @contextmanager
 def gathered() -> Iterator[list[int]]:
-    """Elements that each collective gathers inside the block."""
+    """Yield a list to which each collective within the block appends the number of elements that it gathers."""
     counts: list[int] = []
     originals = {name: getattr(comm, name) for name in ("allgather_fn", "all_gather_into_tensor", "all_gather_coalesced")}
 
@@ -100,7 +100,7 @@ def _device() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write every figure there")
+    parser.add_argument("--json", type=Path, help="file to which all results are also written")
     parser.add_argument("--layouts", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--recompute", nargs="+", type=int, choices=(0, 1), default=(0, 1), help="gradient checkpointing (default both)")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# sbatch --array=0-63 slurm/build_data.sh --config examples/build_coco.yaml     one task a shard of the plan; --gpus-per-node=0 for none
+# sbatch --array=0-63 slurm/build_data.sh --config examples/build_coco.yaml     one task per shard of the plan; without GPUs: --gpus-per-node=0
 #
-# A task that was killed, or requeued, goes on where it was. `cfvlm-ds data status W` prints the shards that are missing as --array=...; when
-# none is, `cfvlm-ds data select W --out groups.jsonl` makes the groups. The number of shards is the plan's, however many tasks there are.
+# A killed or requeued task continues where it stopped. `cfvlm-ds data status W` prints the missing shards as --array=...; when none is
+# missing, `cfvlm-ds data select W --out groups.jsonl` makes the groups. The plan sets the number of shards, whatever the number of tasks.
 #SBATCH --job-name=cfvlm_ds-data
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# sbatch slurm/evaluate.sh MODEL MANIFEST... [cfvlm-ds evaluate options]     on one GPU; --gpus-per-node=0 for none
+# sbatch slurm/evaluate.sh MODEL MANIFEST... [cfvlm-ds evaluate options]     on one GPU; without a GPU: --gpus-per-node=0
 # sbatch -N 2 --ntasks-per-node=8 --gpus-per-node=8 --mem=0 slurm/evaluate.sh MODEL --benchmarks pope --benchmark_root FOLDER --out FOLDER
-# Benchmarks are scored by all tasks, and the job is requeued before its time is over: it goes on with what is on disk. See docs/slurm.md.
+# All tasks share the scoring of benchmarks. Their job is requeued before its time limit and continues with the scores on disk. See docs/slurm.md.
 #SBATCH --job-name=cfvlm_ds-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -19,13 +19,13 @@ say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_
 rendezvous "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 resumable=0 requeued=0
 if [[ " $* " == *" --benchmarks"[\ =]* ]]; then resumable=1; fi # a trap would see the arguments of the function that it interrupts
-trap 'interrupted=1; if ((resumable)) && [[ -n ${ranks:-} ]]; then requeued=1; say "USR1: the ranks are ended"; kill "$ranks"; fi' USR1
+trap 'interrupted=1; if ((resumable)) && [[ -n ${ranks:-} ]]; then requeued=1; say "USR1: ending the ranks"; kill "$ranks"; fi' USR1
 trap 'interrupted=1; if [[ -n ${ranks:-} ]]; then kill "$ranks"; fi' TERM
 step -- cfvlm-ds evaluate "$@" &
 ranks=$!
 await $ranks
 if ((resumable && requeued && rc != 0 && rc != 2)); then
-    say "requeue: the time limit is near; what is scored is on disk"
+    say "requeue: the time limit is near; the scores so far are on disk"
     scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job; the same sbatch command continues it"
 fi
 exit "$rc"

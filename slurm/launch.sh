@@ -1,21 +1,21 @@
 # shellcheck shell=bash
-# The one way from an allocation to running ranks, for one node and for eight: sourced by the scripts beside it, which hold the #SBATCH lines.
+# Start of the ranks in an allocation of any number of nodes. It is sourced by the scripts in this folder, which have the #SBATCH lines.
 #
 #   start -> bound -> pre-flight -> srun train.py -> exit code 0: finished, 2: bad input  -> end with that code
 #                                                    else (85 stopped, 86 hang, crash)    -> requeue, resume; 87 full disk: after a pause
 #
-# Every start without a newer checkpoint counts, whoever requeued the job; CFVLM_MAX_STARTS of them in a row end it. See docs/slurm.md.
+# Starts without a newer checkpoint are counted, whoever requeued the job; CFVLM_MAX_STARTS of them in a row end it. See docs/slurm.md.
 set -euo pipefail
-unset SLURM_EXPORT_ENV # else srun would start its tasks with an empty environment
+unset SLURM_EXPORT_ENV # otherwise srun would start its tasks with an empty environment
 source slurm/env.sh
 
-ulimit -l unlimited 2>/dev/null || : # InfiniBand pins memory; srun hands the limit on
+ulimit -l unlimited 2>/dev/null || : # InfiniBand pins memory; srun passes the limit on
 
 say() { echo "$(date '+%F %T') slurm/launch.sh: $*"; }
 
 if [[ -e ${CFVLM_SECRETS:=} ]]; then
-    if [[ $(stat -L -c %a "$CFVLM_SECRETS") != *00 ]]; then # of the file itself: a link is open to all
-        say "error: others can read $CFVLM_SECRETS; chmod 600 it"
+    if [[ $(stat -L -c %a "$CFVLM_SECRETS") != *00 ]]; then # of the file itself, because links are always open to all
+        say "error: other users can read $CFVLM_SECRETS; run chmod 600 on it"
         exit 2
     fi
     set -a
@@ -24,7 +24,7 @@ if [[ -e ${CFVLM_SECRETS:=} ]]; then
     set +a
 fi
 
-# container_runtime: what runs containers here, unless CONTAINER_RUNTIME says it.
+# container_runtime: print the container runtime of this machine, which is used unless CONTAINER_RUNTIME is set.
 container_runtime() {
     local found
     if [[ $(srun --help 2>&1) == *--container-image* ]]; then
@@ -36,7 +36,7 @@ container_runtime() {
     fi
 }
 
-# Steps run in the image by options of srun (pyxis), or by a command before theirs (apptainer).
+# Steps run in the image through options of srun (pyxis) or through a command prefix (apptainer).
 container=() inside=() shield=()
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     mkdir -p "$HF_HOME"
@@ -50,13 +50,13 @@ if [[ -n ${CONTAINER_IMAGE:-} ]]; then
             inside+=("$CONTAINER_IMAGE")
             ;;
         *)
-            say "error: nothing runs CONTAINER_IMAGE here: ${CONTAINER_RUNTIME:-srun has no pyxis, and there is no apptainer}; set CONTAINER_RUNTIME to pyxis or apptainer"
+            say "error: no runtime for CONTAINER_IMAGE: ${CONTAINER_RUNTIME:-srun has no pyxis, and apptainer is not installed}; set CONTAINER_RUNTIME to pyxis or apptainer"
             exit 2
             ;;
     esac
 fi
 
-# step SRUN-OPTIONS -- COMMAND...: run a command on the nodes of the job, for at most step_limit seconds where that is set.
+# step SRUN-OPTIONS -- COMMAND...: run a command on the nodes of the job, for at most step_limit seconds if that is set.
 step() {
     local options=()
     while [[ $1 != -- ]]; do
@@ -68,7 +68,7 @@ step() {
     exec ${step_limit:+timeout --kill-after=5 $step_limit} srun --export=ALL --kill-on-bad-exit=1 "${container[@]}" "${options[@]}" "${shield[@]}" "${inside[@]}" "$@"
 }
 
-# rendezvous NODE: where ranks meet. The port is the job's and the start's own, clear of the ephemeral range.
+# rendezvous NODE: set the address and port at which ranks meet. The port depends on job and start, and is outside the ephemeral range.
 rendezvous() {
     MASTER_ADDR=$1
     if ! getent hosts "$1" >/dev/null; then
@@ -78,7 +78,7 @@ rendezvous() {
     export MASTER_ADDR MASTER_PORT
 }
 
-# newest_step: the step of the newest complete checkpoint; -1 if there is none.
+# newest_step: print the step of the newest complete checkpoint; -1 if there is none.
 newest_step() {
     local path newest=-1
     for path in "$run_dir"/checkpoint-*; do
@@ -87,26 +87,26 @@ newest_step() {
     echo "$newest"
 }
 
-# again WHY CODE: requeue the job, or end it with CODE where that has not helped.
+# again WHY CODE: requeue the job, or end it with CODE if that has not helped.
 again() {
     if ((terminated)); then
         say "not requeued: Slurm itself ends this job (scancel, or preemption, after which Slurm requeues it)"
         exit "$2"
     fi
     if (($(newest_step) <= first_step && starts >= max_starts)); then
-        say "giving up: $1; $starts starts in a row have not got beyond step $first_step (CFVLM_MAX_STARTS=$max_starts)"
+        say "giving up: $1; $starts starts in a row have made no progress beyond step $first_step (CFVLM_MAX_STARTS=$max_starts)"
         exit "$2"
     fi
     say "requeue: $1; newest checkpoint: step $(newest_step)"
     if [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]] &&
         [[ $(scontrol show partition "$SLURM_JOB_PARTITION") =~ PreemptMode=[A-Z,]*REQUEUE ]]; then
-        exit "$2" # preempted: Slurm requeues the job now, and had we done it, would start the finished job once more
+        exit "$2" # preempted: Slurm itself requeues the job now; another requeue would start the finished job once more
     fi
     scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job; the same sbatch command continues it"
     exit "$2"
 }
 
-# await PID: sets rc to the exit code of a child, whatever signals are answered meanwhile (each ends a bash `wait`).
+# await PID: set rc to the exit code of a child, even if signals arrive meanwhile (each of them ends a bash `wait`).
 await() {
     interrupted=1
     while ((interrupted)); do
@@ -115,9 +115,9 @@ await() {
     done
 }
 
-# preflight: checks every node, names the bad ones, and fills good and bad; fault is what no node in particular is to blame for.
+# preflight: check every node, name the bad ones, and fill good and bad. fault is a problem that cannot be attributed to one node.
 preflight() {
-    # The limit counts within the container, whose making has ten minutes of its own.
+    # The limit applies inside the container; its creation may take another ten minutes.
     local reports=$start_dir/nodes limit=${CFVLM_PREFLIGHT_S:-300} making=0 node line
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then making=600; fi
     mkdir -p "$reports"
@@ -136,7 +136,7 @@ preflight() {
     done
 }
 
-# launch TRAIN-OPTIONS...: train.py on every task of the allocation, on all nodes but CFVLM_SPARE_NODES of them.
+# launch TRAIN-OPTIONS...: run train.py on every task of the allocation, on all nodes except CFVLM_SPARE_NODES spare ones.
 launch() {
     local nodes=() good=() bad=() spare=${CFVLM_SPARE_NODES:-0} fault="" place=() before=-2 shown code pause=${CFVLM_FULL_DISK_PAUSE_S:-300}
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -154,7 +154,7 @@ launch() {
     starts=$((starts + 1))
     echo "$first_step $starts" >"${start_dir%/*}/starts"
 
-    trap 'interrupted=1; if [[ -n ${ranks:-} ]]; then say "USR1: passed on to the ranks"; kill -USR1 "$ranks"; fi' USR1
+    trap 'interrupted=1; if [[ -n ${ranks:-} ]]; then say "USR1: forwarded to the ranks"; kill -USR1 "$ranks"; fi' USR1
     trap 'interrupted=1 terminated=1' TERM
     trap 'again "the time limit is near, and the ranks have not stopped by themselves" 85' ALRM
     if [[ -n ${SLURM_JOB_END_TIME:-} ]]; then
@@ -164,7 +164,7 @@ launch() {
 
     preflight
     if ((${#good[@]} < ${#nodes[@]} - spare)); then
-        again "too few good nodes; to go on without the bad ones submit again with --exclude=$(IFS=, && echo "${bad[*]}")" 1
+        again "too few good nodes; to continue without the bad ones, submit again with --exclude=$(IFS=, && echo "${bad[*]}")" 1
     elif [[ -n $fault ]] && ((${#good[@]} == ${#nodes[@]})); then
         again "the nodes do not work together: $fault" 1
     fi
@@ -175,8 +175,8 @@ launch() {
         say "training on ${good[*]}"
     fi
 
-    # Signals do nothing until train.py holds them back, in its first line, and then answers them: by default USR1 ends a process. A file name
-    # is a pattern to srun, a folder is not; files that srun would write itself would keep it waiting for a lost node.
+    # Signals are ignored until train.py blocks them, in its first lines, and later handles them: by default, USR1 ends a process. srun expands
+    # patterns in a file name, but not in --chdir. With %t, the nodes write the files; if srun wrote them, it would wait for a lost node.
     # shellcheck disable=SC2016
     shield=(sh -c 'trap "" USR1 TERM; cd "$0" && exec "$@"' "$PWD")
     step "${place[@]}" --distribution=block:block --chdir="$start_dir" --output=rank-%t.log -- python train.py "$@" &
@@ -185,19 +185,19 @@ launch() {
     shown=$!
     await $ranks
     code=$rc
-    await $shown # a requeue would cut off what rank 0 said last
+    await $shown # a requeue would cut off the last lines of rank 0
     rc=$code
     say "exit code $rc"
     case $rc in
         0) exit 0 ;;
         2)
-            # Of what all ranks know rank 0 speaks, and is shown; else it is what another one has found.
+            # Rank 0, whose log is shown, prints the errors that all ranks know. Without one, show the errors of the other ranks.
             grep -qs '^error: ' "$start_dir/rank-0.log" || sed -n '/^error: /p' "$start_dir"/rank-*.log | sort -u | head -n 8 || :
             say "giving up: the input has to be corrected" && exit 2
             ;;
         85) again "stopped on request" 85 ;;
         87)
-            say "a disk is full: make room within $pause s (CFVLM_FULL_DISK_PAUSE_S), after which the job is requeued"
+            say "a disk is full: free some space within $pause s (CFVLM_FULL_DISK_PAUSE_S); the job is then requeued"
             sleep "$pause" &
             ranks="" && await $!
             again "a disk was full" 87

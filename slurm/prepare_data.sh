@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# sbatch --array=0-7 slurm/prepare_data.sh groups.jsonl --out STORE     the tasks share the work; submit it once more when all of them have ended
+# sbatch --array=0-7 slurm/prepare_data.sh groups.jsonl --out STORE     the tasks share the work; submit it again when all of them have ended
 #
-# A task that was killed, or requeued, goes on where it was. The first call looks at the pictures, the second one writes the rows. Number the tasks from 0.
+# A killed or requeued task continues where it stopped. The first call checks the pictures, the second writes the rows. Number the tasks from 0.
 #SBATCH --job-name=cfvlm_ds-prepare
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# sbatch slurm/train_1gpu.sh [train.py options]     from the folder above this one; options of sbatch's own win over the lines below, such as
-# --mem=96G, or --ntasks-per-node=2 --gpus-per-node=2 --mem=128G for two GPUs. A share of one node, whose other GPUs others have. See
-# docs/slurm.md.
+# sbatch slurm/train_1gpu.sh [train.py options]     from the folder above this one; options of sbatch override the lines below, such as
+# --mem=96G, or --ntasks-per-node=2 --gpus-per-node=2 --mem=128G for two GPUs. The job uses part of one node, whose other GPUs are free for
+# other jobs. See docs/slurm.md.
 #SBATCH --job-name=cfvlm_ds
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,4 +1,4 @@
-"""Micro-batches of one forward or several: inputs for the engine, and the conversion of its log-probs to a score matrix.
+"""Micro-batches of one or several forwards: inputs for the engine, and the conversion of its log-probs to a score matrix.
 
 Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 """
@@ -18,9 +18,7 @@ from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix
 
 BLANK = Path("\0/<blank image>")
-"""Path, which no file can have, that stands for the mid-grey image of the blind control. Several blank images are distinguished by a
-suffix.
-"""
+"""Path that stands for the mid-grey image of the blind control. No file can have this path. Several blank images differ in their suffix."""
 BLANK_SIZE = (336, 336)
 """Width and height of the blank image in pixels."""
 

@@ -53,7 +53,7 @@ class Collator:
         max_length: the model's context window in tokens; a longer row is a DataError, never truncated.
         max_pixels: limit on the size of an image.
         stored: reference and blind scores by group id, for objectives that need them.
-        share_prefix: put all texts of an image after one prefix; without it a tree has one text, which costs more and scores the same.
+        share_prefix: put all texts of an image after one prefix; otherwise a tree has one text, which costs more and scores the same.
         checked: table of pictures from the data check, with which pictures are compared when they are opened.
     """
 
@@ -139,7 +139,7 @@ class Collator:
         try:
             trees = _without_long_negatives(layout, trees, prompt_length, self.max_length)
             for part in divide(trees, prompt_length, max_tokens):
-                # Under ZeRO-3 the tower must run on every rank, even if the groups of one have no picture.
+                # Under ZeRO-3 the tower must run on every rank, even on a rank whose groups have no picture.
                 blank = self.files.blank_keys()[:1]
                 keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or blank
                 image_inputs, placeholders = self.images.model_inputs(
@@ -335,11 +335,11 @@ def load_collator(
     config = load_config(model.name_or_path)
     processor = load_processor(model)
     with explained(
-        f"the window of {model.name_or_path!r} is not known", "compare its config.json and tokenizer_config.json with the published"
+        f"the window of {model.name_or_path!r} is not known", "compare its config.json and tokenizer_config.json with the published ones"
     ):
         window = int(min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length))
     if window < 1:
-        raise ConfigError(f"the window of {model.name_or_path!r} is {window} tokens; check config.json and tokenizer_config.json")
+        raise ConfigError(f"the window of {model.name_or_path!r} is {window} tokens; correct its config.json or tokenizer_config.json")
     collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored, checked=checked)
     collator.prompts.check(model.name_or_path)
     return collator

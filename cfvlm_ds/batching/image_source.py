@@ -111,7 +111,7 @@ class ImageFiles:
             raise
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise DataError(f"{key[0]}: image cannot be read ({reason}); restore it, or correct its path in the manifest") from error
+            raise DataError(f"{key[0]}: image cannot be read ({reason}); restore the file, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
         """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must come last.

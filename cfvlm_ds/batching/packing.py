@@ -98,8 +98,8 @@ class _Tokens:
     length: int = 0
 
     def grow(self, prompts: Sequence[_Prompt], since: int = 0, parent: int = -1) -> None:
-        """Add sorted prompts that share their first ``since`` ids, already in the row: first the other ids that all share, then the rest of
-        each.
+        """Add sorted prompts whose first ``since`` ids are equal and already in the row: first the other ids that all prompts share, then
+        the rest of each prompt.
         """
         first, node = prompts[0], parent
         until = _common(first.ids, prompts[-1].ids)

@@ -60,13 +60,15 @@ def precompute_features(
     first = {digest: key for key, digest in reversed(cache.known.items()) if isinstance(digest, bytes)}
     missing = [(key, digest) for digest, key in first.items() if digest not in sizes]
     if missing:
-        world.say(f"features: the vision tower runs once over {len(missing)} of {len(first)} pictures, for {cache.place}")
+        world.say(f"features: running the vision tower on {len(missing)} of {len(first)} pictures for {cache.place}")
         training = scorer.training
         scorer.eval()
         sizes |= _fill(cache, engine, files, missing, world, num_workers)
         scorer.train(training)
     total = sum(sizes.values())
-    world.say(f"features: {len(sizes)} pictures in {cache.place}, {total / 2**20:.1f} MiB, {total / 2**20 / len(sizes):.3f} MiB a picture")
+    world.say(
+        f"features: {len(sizes)} pictures in {cache.place}, {total / 2**20:.1f} MiB, {total / 2**20 / len(sizes):.3f} MiB per picture"
+    )
     return cache
 
 
@@ -90,7 +92,7 @@ def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKe
         digest, size, damage = shares[place % world.size][place // world.size]
         cache.known[key] = digest
         if damage:
-            world.say(f"warning: {damage}; it is computed again")
+            world.say(f"warning: {damage}; its features are computed again")
         if size is not None:
             sizes[digest] = size
     return sizes
@@ -127,7 +129,7 @@ def _fill(
                 write_features(cache.file(digest), replace(features, tower=own))
                 sizes[digest] = cache.file(digest).stat().st_size
             except OSError as error:
-                problem = f"data.feature_cache: {cache.file(digest)} cannot be written ({error}); make room, or name another folder"
+                problem = f"data.feature_cache: {cache.file(digest)} cannot be written ({error}); free some space, or use another folder"
         _agree(problem, world)
         progress.advance(min(world.size, len(missing) - number * world.size))
     written = gather_objects((sizes, unreadable), world)
@@ -139,7 +141,7 @@ def _fill(
 
 
 def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None]:
-    """Return the function by which a data worker converts a picture and its digest to the tower's inputs, or to the reason why there are
+    """Return the function with which a data worker converts a picture and its digest to the tower's inputs, or to the reason why there are
     none.
     """
 
@@ -150,7 +152,7 @@ def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None
         try:
             prepared = files.tower_inputs(key)
             if picture_digest(files.content(key), key[1]) != digest:
-                raise DataError(f"{key[0]}: the image has changed since this run began; start it again")
+                raise DataError(f"{key[0]}: the image has changed since this run started; start the run again")
             return prepared
         except DataError as error:
             return str(error)

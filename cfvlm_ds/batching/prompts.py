@@ -18,8 +18,8 @@ from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
 from cfvlm_ds.core.text import quoted
 
 CHARACTERS_PER_TOKEN = 16
-"""Limit of a text, in characters for each token of the model's window; written language has about 4 per token, and few tokens have more
-than 16.
+"""Limit of a text, in characters per token of the model's window. Written language has about 4 characters per token, and few tokens have
+more than 16.
 """
 MAX_CHARACTERS = 1_000_000
 """Limit of a text, in characters, for any window: tokenizers take minutes for ten times as much."""
@@ -95,7 +95,7 @@ class Prompts:
         try:
             head = self._new_head(_FIRST, 1)
         except _ModelFails as error:
-            raise ConfigError(f"model {name!r}: {error}; correct its files, or name another model") from error
+            raise ConfigError(f"model {name!r}: {error}; correct its files, or use another model") from error
         if head.problem:
             raise ConfigError(f"model {name!r}: {head.problem}")
 
@@ -110,7 +110,7 @@ class Prompts:
             try:
                 self._texts[key] = self._encode(*key, where)
             except _ModelFails as error:
-                raise DataError(f"{where} ({text!r}) cannot be written as a conversation: {error}") from error
+                raise DataError(f"{where} ({text!r}) cannot be formatted as a conversation: {error}") from error
         return self._texts[key]
 
     def ids(self, text: str) -> list[int]:
@@ -148,17 +148,19 @@ class Prompts:
         ids = self.ids(head.stem + text)
         if tuple(ids[: len(head.ids)]) != head.ids:
             raise DataError(
-                f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token border; "
+                f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token boundary; "
                 "repair the template"
             )
         if (shown := ids.count(placeholder_id(self.processor))) > num_pictures:
             raise DataError(f"{where}: a prompt or text contains {self.processor.image_token!r}, which stands for an image; reword it")
         if shown < num_pictures:
-            raise DataError(f"{where}: the model's chat template shows {shown} of {num_pictures} pictures; move them to turns of the user")
+            raise DataError(
+                f"{where}: the model's chat template includes only {shown} of {num_pictures} pictures; move the pictures to user turns"
+            )
         if self._vocabulary and (beyond := [i for i in ids if i >= self._vocabulary and i != placeholder_id(self.processor)]):
             raise _ModelFails(
-                f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} is token {beyond[0]} of the model's tokenizer, and the model has "
-                f"{self._vocabulary}, counted from 0; name a model with its own tokenizer"
+                f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} has id {beyond[0]} in the model's tokenizer, but the model's vocabulary "
+                f"has only {self._vocabulary} tokens; use a model with its own tokenizer"
             )
         answer = ids[len(head.ids) :]
         if control := self._control.intersection(answer):
@@ -187,8 +189,8 @@ class Prompts:
             follows = False
             if mark and (opened := _OPEN.search(question)):
                 problem = (
-                    f"{_TEMPLATE} has the model think before it answers (<{opened[1]}>), and writes no empty thought before an answer, "
-                    "nor with enable_thinking=False; name the model's variant without thinking, or add that option to the template"
+                    f"{_TEMPLATE} makes the model think before it answers (<{opened[1]}>) and writes no empty thought before an answer, "
+                    "even with enable_thinking=False; use the model's variant without thinking, or add that option to the template"
                 )
         elif before[len(question) :].strip():
             text = before
@@ -204,10 +206,10 @@ class Prompts:
             if isinstance(prompt, str):
                 raise
             if prompt[0].role == "system" and self._renders(prompt[1:]):
-                remedy = "leave that turn out, or name a model whose template takes one"
-                raise _ModelFails(f"{_TEMPLATE} takes no turn of the system ({error.__cause__}); {remedy}") from error
+                remedy = "remove that turn, or use a model whose template accepts one"
+                raise _ModelFails(f"{_TEMPLATE} does not accept a system turn ({error.__cause__}); {remedy}") from error
             roles = ", ".join(turn.role for turn in prompt[:_ROLES_SHOWN]) + ", ..." * (len(prompt) > _ROLES_SHOWN)
-            raise _ModelFails(f"{error} for turns of {roles}; bring them into the order that it takes") from error
+            raise _ModelFails(f"{error} for the turns {roles}; reorder them as the template requires") from error
 
     def _renders(self, turns: tuple[Turn, ...]) -> bool:
         with contextlib.suppress(_ModelFails):
@@ -255,8 +257,7 @@ def _left_out(turns: tuple[Turn, ...], written: str) -> str:
             if turn.role == "assistant":
                 text = text.rpartition("</think>")[2].strip()
             if (position := written.find(text, place)) < 0:
-                what = f"what the {turn.role} says ({quoted(text)})"
-                return f"{_TEMPLATE} leaves out or changes {what}; leave it out of the data, or name another model"
+                return f"{_TEMPLATE} omits or changes the {turn.role} turn {quoted(text)}; remove it from the data, or use another model"
             place = position + len(text)
     return ""
 
@@ -269,7 +270,7 @@ def _check_size(prompt: Prompt, text: str, num_pictures: int, window: int, where
                 f"{where} has {length} characters{what}; the limit for the model's window of {window} tokens is {limit}; shorten it"
             )
     if num_pictures > window:
-        raise DataError(f"{where} has {num_pictures} pictures, more than the {window} tokens of the model's window; show fewer")
+        raise DataError(f"{where} has {num_pictures} pictures, more than the {window} tokens of the model's window; use fewer")
 
 
 def _conversation(prompt: Prompt, num_pictures: int, *answer: str) -> list[dict[str, Any]]:

@@ -49,20 +49,18 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
         if defect is None:
             for other, step in others:
                 if step > description(path)["step"]:
-                    world.say(
-                        f"{other} is a checkpoint of step {step} and not continued from for its name; give train.resume its path to do so"
-                    )
+                    world.say(f"{other} is a checkpoint of step {step} under another name; to use it, set train.resume to its path")
             return path
         if not by_name:
-            raise ConfigError(f"train.resume={path}: {defect}; name a complete checkpoint or use auto")
-        world.say(f"passed over {path}: {defect}")
+            raise ConfigError(f"train.resume={path}: {defect}; give a complete checkpoint or use auto")
+        world.say(f"skipped {path}: {defect}")
         unusable.append(f"{path.name}: {defect}")
-    unusable += [f"{other.name}: it is a checkpoint of step {step} under another name than checkpoint-{step}" for other, step in others]
+    unusable += [f"{other.name}: it is a checkpoint of step {step}, but is not named checkpoint-{step}" for other, step in others]
     if unusable and resume == "auto":
         more = f" ({len(unusable) - 1} more)" if len(unusable) > 1 else ""
         raise ConfigError(
-            f"{output_dir} has no checkpoint that can be resumed: {unusable[0]}{more}; restore one or give train.resume "
-            "the path of another, choose another train.output_dir, or set train.resume to restart to start at step 0 beside them"
+            f"{output_dir} has no checkpoint that can be resumed: {unusable[0]}{more}; restore one, set train.resume "
+            "to the path of another, choose another train.output_dir, or set train.resume=restart to start at step 0 and keep them"
         )
     return None
 
@@ -83,7 +81,7 @@ def newest(output_dir: Path) -> Path:
     for path in by_step(output_dir):
         if incomplete(path) is None:
             return path
-    raise ConfigError(f"{output_dir} holds no complete checkpoint; train first, or name a checkpoint")
+    raise ConfigError(f"{output_dir} contains no complete checkpoint; train first, or give a checkpoint")
 
 
 def description(path: Path) -> dict[str, Any]:
@@ -99,7 +97,7 @@ def incomplete(path: Path) -> str | None:
         is_intact = described["crc32"] == own_sum(described)
         step = described["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return f"{COMPLETE} is missing or broken, so the checkpoint was never finished"
+        return f"{COMPLETE} is missing or broken, so the checkpoint is incomplete"
     if not is_intact:
         return f"{COMPLETE} is damaged"
     if (match := _NAME.fullmatch(path.name)) and int(match[1]) != step:

@@ -38,11 +38,11 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     dist.barrier()
     failures = list[str]()
     try:
-        with explained(f"{path} cannot be resharded", "name another checkpoint with train.resume"), collect_failure(failures):
+        with explained(f"{path} cannot be resharded", "use another checkpoint with train.resume"), collect_failure(failures):
             reshard(path, resharded, world.rank, world.size, *flat_tensors(engine))
         reasons = gather_objects(write_error(failures[0], resharded) if failures else None, world)
         if reason := next(filter(None, reasons), None):
-            raise StorageError(f"{path} cannot be resharded in {output_dir} ({reason}); make room, or start {ranks} ranks")
+            raise StorageError(f"{path} cannot be resharded in {output_dir} ({reason}); free some space, or start {ranks} ranks")
         _load(engine, resharded, path, state, world)
         dist.barrier()
     finally:
@@ -73,9 +73,9 @@ def kept_state(path: Path) -> TrainState:
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
     """Load the checkpoint ``path`` from ``folder``, which has its files for the current number of ranks."""
-    with explained(f"{path} cannot be loaded", "name another checkpoint with train.resume"), reading_tensors_alone(engine):
+    with explained(f"{path} cannot be loaded", "use another checkpoint with train.resume"), reading_tensors_alone(engine):
         _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:
-        raise ConfigError(f"{path}: DeepSpeed could not load it; name another checkpoint with train.resume")
+        raise ConfigError(f"{path}: DeepSpeed could not load it; use another checkpoint with train.resume")
     vars(state).update(vars(kept_state(path)))
     set_random_state(read_states(path / RANDOM_STATE.format(world.rank % description(path)["world_size"])), world.device)

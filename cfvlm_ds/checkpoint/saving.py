@@ -82,7 +82,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise SaveError(
-            f"{final} cannot be written ({problem}); make room or correct the folder's permissions; older checkpoints are whole"
+            f"{final} cannot be written ({problem}); free some space or correct the folder's permissions; older checkpoints are intact"
         )
     if world.is_main:
         _delete_older(output_dir, state, keep, keep_every)

@@ -48,7 +48,7 @@ def prepare(run_dir: Path) -> Path:
         remove(folder)
         folder.mkdir(parents=True)  # an earlier start's verdict or beats would count as this one's
     except OSError as error:
-        raise StorageError(f"{unwritten(folder, error)}; make room, or choose another train.output_dir that may be written") from error
+        raise StorageError(f"{unwritten(folder, error)}; free some space, or choose another, writable train.output_dir") from error
     return folder
 
 
@@ -82,8 +82,8 @@ def verdict(peers: Sequence[Peer], timeout_s: float) -> tuple[int, str] | None:
     if record is None or record["phase"] not in BOUNDED:
         return None
     ahead = sum(peers[rank].record["moves"] > record["moves"] for rank in running)  # type: ignore[index]
-    others = f"{ahead} of {len(peers)} ranks wait for it" if ahead else "no rank is further"
-    return last, f"{_name(last, peers[last])} has not moved for {peers[last].still_s:.0f} s; {_place(peers[last])}; {others}"
+    others = f"{ahead} of {len(peers)} ranks wait for it" if ahead else "no rank is ahead of it"
+    return last, f"{_name(last, peers[last])} has made no progress for {peers[last].still_s:.0f} s; {_place(peers[last])}; {others}"
 
 
 def _ended(peer: Peer) -> bool:
@@ -95,7 +95,7 @@ def _name(rank: int, peer: Peer) -> str:
 
 
 def _place(peer: Peer) -> str:
-    return f"it was at step {peer.record['step']}, phase {peer.record['phase']}" if peer.record else "it never started to beat"
+    return f"it was at step {peer.record['step']}, phase {peer.record['phase']}" if peer.record else "it never sent a heartbeat"
 
 
 class Heartbeat:
@@ -168,7 +168,7 @@ class Heartbeat:
             self._silenced = False
         except OSError as error:
             if not self._silenced:
-                print_line(f"warning: {unwritten(path, error)}: while this lasts, other ranks take this one for hanging", error=True)
+                print_line(f"warning: {unwritten(path, error)}; meanwhile, other ranks may assume that this one hangs", error=True)
             self._silenced = True
 
     def _read(self, rank: int) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ def gpu_fault(expected: int | None) -> str | None:
     """Return the fault of this node's GPUs, or None; ``expected`` is the number from Slurm, None if Slurm does not report it."""
     visible = torch.cuda.device_count()
     if expected is not None and visible != expected:
-        return f"Slurm gave {expected} GPUs and torch sees {visible}"
+        return f"Slurm allocated {expected} GPUs, but torch finds {visible}"
     for index in range(visible):
         try:
             torch.ones(8, device=f"cuda:{index}").sum().item()
@@ -65,7 +65,7 @@ def gpu_fault(expected: int | None) -> str | None:
 def _check(name: str, timeout_s: float) -> str:
     needed = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT")
     if absent := [name for name in needed if name not in os.environ]:
-        raise ConfigError(f"the check of nodes runs as tasks of srun, and {absent[0]} is not set; see slurm/launch.sh")
+        raise ConfigError(f"the node check runs as srun tasks, but {absent[0]} is not set; see slurm/launch.sh")
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     own = software()
     num_gpus = os.environ.get("SLURM_GPUS_ON_NODE")
@@ -78,7 +78,7 @@ def _check(name: str, timeout_s: float) -> str:
             store.set("software", own)
         first = store.get("software").decode()
         if fault is None and own != first:
-            fault = f"it has {_difference(own, first)} where {address} has {_difference(first, own)}"
+            fault = f"it has {_difference(own, first)}, but {address} has {_difference(first, own)}"
         store.set(f"node {rank}", "ok" if fault is None else "bad")
         others = [store.get(f"node {other}") for other in range(size)]
     except (dist.DistError, RuntimeError) as error:
@@ -94,7 +94,9 @@ def _check(name: str, timeout_s: float) -> str:
     if rank == 0:
         print(f"{size} nodes with {own}\nall-reduce between the nodes: {rate:.1f} GB/s", flush=True)
     if size > 1 and rate < (least := float(os.environ.get(FLOOR) or 0)):
-        return f"waited: the nodes exchange {rate:.1f} GB/s, and {FLOOR} is {least:g}; look for a link that is down, or another network"
+        return (
+            f"waited: the nodes exchange only {rate:.1f} GB/s, but {FLOOR} is {least:g}; check for a link that is down or a wrong network"
+        )
     return "ok"
 
 

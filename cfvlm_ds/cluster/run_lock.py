@@ -28,14 +28,14 @@ class RunLock:
                 holder = _holder(self.path)
                 if not own["job"] or holder.get("job") != own["job"] or holder.get("restart") == own["restart"]:
                     raise ConfigError(
-                        f"{folder} is in use by {_named(holder)}; choose another {option}, or remove {self.path} if that run is gone"
+                        f"{folder} is in use by {_named(holder)}; choose another {option}, or remove {self.path} if that run has ended"
                     )
                 # The holder is an earlier start of this job on a node that is down: Slurm never runs a job twice at the same time.
                 self.path.unlink(missing_ok=True)
             self._held = descriptor
             os.write(descriptor, json.dumps(own).encode())
         except OSError as error:
-            raise StorageError(f"{unwritten(self.path, error)}; make room, or choose another {option} that may be written") from error
+            raise StorageError(f"{unwritten(self.path, error)}; free some space, or choose another, writable {option}") from error
         os.register_at_fork(after_in_child=self._close)  # a data worker may briefly outlive its rank
 
     def __enter__(self) -> RunLock:
@@ -76,6 +76,6 @@ def _holder(lock: Path) -> dict[str, Any]:
 
 def _named(holder: dict[str, Any]) -> str:
     if not holder:
-        return "a run that has not said who it is"
+        return "an unidentified run"
     job = f", Slurm job {holder['job']}" if holder.get("job") else ""
     return f"process {holder.get('pid')} on {holder.get('host')}{job}, started {holder.get('started')}"

@@ -286,5 +286,5 @@ def reason(votes: Sequence[float]) -> str | None:
     """Return the reason to stop from the sum of the ranks' votes; None to continue."""
     signalled, late = (vote > 0 for vote in votes)
     if signalled:
-        return "a signal asked for it"
-    return "the job's time is nearly over" if late else None
+        return "a signal was received"
+    return "the job's time limit is near" if late else None

@@ -59,7 +59,7 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
     except pickle.UnpicklingError as error:
         match = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest of the message advises running the code
         reason = match[1].partition(" was not")[0] if match else str(error).splitlines()[0]
-        raise ConfigError(f"{file} contains objects other than tensors ({reason}); name another checkpoint") from error
+        raise ConfigError(f"{file} contains objects other than tensors ({reason}); use another checkpoint") from error
 
 
 def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:

@@ -73,7 +73,7 @@ def _partitioned(shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, li
         pieces_of[name] = [Piece(rank, flat, start, stop) for rank in range(len(sizes)) for flat, start, stop in pieces]
         offset = end
     if offset != sum(flat_sizes):
-        raise ConfigError(f"the weights take {offset} elements of each rank's {sum(flat_sizes)}")
+        raise ConfigError(f"the weights have {offset} elements per rank, but each rank's file has {sum(flat_sizes)}")
     return pieces_of
 
 
@@ -86,7 +86,7 @@ def _end_to_end(shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any) -
             pieces_of[name] = [Piece(rank, flat, start, stop) for rank, start, stop in _cut(offset, end, of_ranks)]
             offset = end + (paddings[flat][position] if paddings else 0)
         if not 0 <= sum(of_ranks) - offset < 2 * len(sizes):  # the end is padded to a multiple of twice the number of ranks
-            raise ConfigError(f"the weights take {offset} of {sum(of_ranks)} elements")
+            raise ConfigError(f"the weights have {offset} elements, but the files have {sum(of_ranks)}")
     return pieces_of
 
 
@@ -114,7 +114,9 @@ class Shards:
         zero, self._state = self._zero(0), self.contents(self._model[0])
         ranks = zero["partition_count"]
         if (expected := max(ranks) if isinstance(ranks, list) else ranks) != len(self._optimizer):
-            raise ConfigError(f"{folder} was written by {expected} ranks but holds {len(self._optimizer)} shards; name another one")
+            raise ConfigError(
+                f"{folder} was written by {expected} ranks but contains {len(self._optimizer)} shards; use another checkpoint"
+            )
         self._stage = int(zero["zero_stage"])
         flat3, flat12 = ("optimizer_state_dict", "fp32_flat_groups"), ("base_optimizer_state", "single_partition_of_fp32_groups")
         self._base, self._flat = flat3 if self._stage == 3 else flat12
@@ -123,7 +125,7 @@ class Shards:
         try:
             self._pieces = layout(self._stage, self._state["param_shapes"], self._sizes(), self._paddings)
         except ConfigError as error:
-            raise ConfigError(f"{folder}: {error}; name another one") from None
+            raise ConfigError(f"{folder}: {error}; use another checkpoint") from None
 
     @property
     def trained(self) -> set[str]:
@@ -265,7 +267,7 @@ def _by_rank(folder: Path, kind: str) -> list[Path]:
     """Return the files of one kind, ordered by rank. Raises ConfigError if there are none, or if a link leads elsewhere."""
     files = list(folder.glob(f"*_{kind}_states.pt"))
     if not files:
-        raise ConfigError(f"{folder} is not a ZeRO checkpoint (no *_{kind}_states.pt); name another one")
+        raise ConfigError(f"{folder} is not a ZeRO checkpoint (no *_{kind}_states.pt); use another checkpoint")
     for file in files:
         refuse_foreign(file, folder)
     return sorted(files, key=lambda file: int(match[1]) if (match := _RANK.search(file.name)) else 0)

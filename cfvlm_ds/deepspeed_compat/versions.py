@@ -18,6 +18,6 @@ def unknown_version(installed: str) -> str | None:
     if known:
         return None
     return (
-        f"DeepSpeed {installed} is installed, and what is used of it beside its public interface was read in {KNOWN} only; install "
-        f"'deepspeed{KNOWN}', or read cfvlm_ds/deepspeed_compat against its sources and run the tests"
+        f"DeepSpeed {installed} is installed, but the private interfaces in use were checked only in {KNOWN}; install "
+        f"'deepspeed{KNOWN}', or compare cfvlm_ds/deepspeed_compat with its sources and run the tests"
     )

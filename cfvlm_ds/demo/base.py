@@ -13,7 +13,7 @@ FOLDER = Path(__file__).resolve().parent / "base_checkpoint"
 
 
 def write_base(out_dir: str | Path) -> Path:
-    """Copy the base to ``out_dir`` unless a model is there, and return ``out_dir``.
+    """Copy the base to ``out_dir`` unless that already contains a model, and return ``out_dir``.
 
     Raises ConfigError if the package lacks the base, or if ``out_dir`` has other files.
     """
@@ -21,7 +21,7 @@ def write_base(out_dir: str | Path) -> Path:
     if (out / "config.json").exists():
         return out
     if not (FOLDER / "config.json").is_file():
-        raise ConfigError(f"{FOLDER} is missing; install the package whole, or make the base with `make base`")
+        raise ConfigError(f"{FOLDER} is missing; install the complete package, or create the base with `make base`")
     refuse_filled(out)
     with whole_folder(out) as partial:
         shutil.copytree(FOLDER, partial, dirs_exist_ok=True)

@@ -65,9 +65,9 @@ def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
     Raises ConfigError for an unknown ``model_type`` or an existing folder.
     """
     if model_type not in SMALL:
-        raise ConfigError(f"no small model of type {model_type!r}; there are {', '.join(SMALL)}")
+        raise ConfigError(f"no small model of type {model_type!r}; available: {', '.join(SMALL)}")
     if out_dir.exists():
-        raise ConfigError(f"{out_dir} is there already; name another folder")
+        raise ConfigError(f"{out_dir} already exists; choose another folder")
 
     def make(folder: Path) -> Parts:
         config, processor = SMALL[model_type](model_type, folder)

@@ -35,7 +35,7 @@ def report(run: Path) -> str:
 
 
 _NOTE = """Held-out combinations of colour and shape; chance is 16.7 for two captions. NLL: ordinary fine-tuning in the same processor time,
-{seeds} seeds. The other columns are of 1000 pairs an edit, this run's of {pairs}: an edit may be 14 points off, all together 4."""
+{seeds} seeds. This run is evaluated on {pairs} pairs per edit, the others on 1000: an edit may differ by 14 points, the mean by 4."""
 
 
 if __name__ == "__main__":

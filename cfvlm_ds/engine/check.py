@@ -109,20 +109,20 @@ def _unsupported_by_deepspeed(parsed: Any, options: Mapping[str, Any], world_siz
     offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}
     on_cpu = device is not None and device.type == "cpu"
     if on_cpu and parsed.float16_config.enabled:
-        yield "fp16.enabled=true needs a GPU, and this machine has none; set it to false (bf16 trains on CPUs)"
+        yield "fp16.enabled=true needs a GPU, but this machine has none; set it to false (bf16 also works on CPUs)"
     if offloads["param"] != "none" and zero.stage != 3:
-        yield f"zero_optimization.offload_param needs stage 3, and stage is {int(zero.stage)}; set its device to none"
+        yield f"zero_optimization.offload_param needs stage 3, but stage is {int(zero.stage)}; set its device to none"
     if "optimizer" not in options and offloads["optimizer"] != "none" and parsed.zero_force_ds_cpu_optimizer:
         yield (
-            'zero_optimization.offload_optimizer needs an "optimizer" section, from which DeepSpeed makes its Adam for CPUs; copy that '
-            "of ds_configs/z3_offload.json, or set the device to none"
+            'zero_optimization.offload_optimizer needs an "optimizer" section, from which DeepSpeed builds its CPU Adam; copy the section '
+            "from ds_configs/z3_offload.json, or set the device to none"
         )
     if on_cpu and (quantised := [name for name in _QUANTISED if getattr(zero, name)]):
-        yield f"zero_optimization.{quantised[0]}=true has kernels for GPUs alone, and this machine has none; set it to false"
+        yield f"zero_optimization.{quantised[0]}=true has kernels only for GPUs, but this machine has none; set it to false"
     if device is not None and world_size % min(max(1, zero.zero_hpz_partition_size), world_size):
         yield (
             f"zero_optimization.zero_hpz_partition_size={zero.zero_hpz_partition_size} must divide the number of ranks, which is "
-            f"{world_size}; set it to the ranks of one node, or to 1"
+            f"{world_size}; set it to the number of ranks per node, or to 1"
         )
     if "optimizer" in options and not isinstance(parsed.optimizer_name, str):
         yield 'optimizer.type is missing; write "AdamW", or leave the section out for torch\'s AdamW'
@@ -132,20 +132,20 @@ def _unsupported_here(parsed: Any, options: Mapping[str, Any]) -> Iterator[str]:
     """Yield one sentence for each setting that DeepSpeed supports but this training does not, or that would change its results."""
     zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
     if stage == 0:
-        yield "zero_optimization.stage 0 keeps checkpoints that cannot be exported; write 1, 2 or 3 (on one rank 1 is the same training)"
+        yield "zero_optimization.stage 0 writes checkpoints that cannot be exported; set 1, 2 or 3 (on one rank, 1 trains identically)"
     if parsed.gradient_allreduce_op != "mean":
-        yield "gradient_allreduce_op=sum makes gradients as many times larger as there are ranks; leave it out"
+        yield "gradient_allreduce_op=sum multiplies gradients by the number of ranks; leave it out"
     if not zero.compute_grad_norm:
-        yield "zero_optimization.compute_grad_norm=false leaves nothing to clip and record gradients by; leave it out"
+        yield "zero_optimization.compute_grad_norm=false omits the norm with which gradients are clipped and recorded; leave it out"
     if not parsed.managed_gradient_accumulation:
-        yield "managed_gradient_accumulation=false is not how this training accumulates gradients; leave it out"
+        yield "managed_gradient_accumulation=false does not fit the way in which this training accumulates gradients; leave it out"
     if stage == 3 and (parsed.prescale_gradients or parsed.gradient_predivide_factor != 1.0):
-        yield "prescale_gradients and gradient_predivide_factor cannot be had with stage 3; leave them out"
+        yield "prescale_gradients and gradient_predivide_factor are not supported with stage 3; leave them out"
     enabled = [name for name in ("hybrid_engine", "data_efficiency", "expert_parallel") if (options.get(name) or {}).get("enabled")]
     parallel = [name for name in ("sequence_parallel_size", "data_parallel_size") if options.get(name, 1) != 1]
     tensor = ["tensor_parallel"] if (options.get("tensor_parallel") or {}).get("autotp_size", 0) > 1 else []
     if unused := [*enabled, *parallel, *tensor, *(["checkpoint.load_universal"] if parsed.load_universal_checkpoint else [])]:
-        yield f"{unused[0]} is not used here: batches are the run's own, and weights are partitioned by ZeRO alone; leave it out"
+        yield f"{unused[0]} is not used here: the run makes its own batches, and only ZeRO partitions weights; leave it out"
 
 
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")

@@ -25,15 +25,15 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         content = parse_json(Path(path).read_bytes().decode())
     except FileNotFoundError:
-        raise ConfigError(f"--deepspeed {path}: no such file; there are {listed('ds_configs')}") from None
+        raise ConfigError(f"--deepspeed {path}: no such file; available: {listed('ds_configs')}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"--deepspeed {path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
     except (OSError, ValueError, RecursionError) as error:  # a folder, a binary file, deep nesting
-        raise ConfigError(f"--deepspeed {path}: cannot be read ({error}); name a file like those of ds_configs") from error
+        raise ConfigError(f"--deepspeed {path}: cannot be read ({error}); give a file like those in ds_configs") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--deepspeed {path}: holds a {type(content).__name__}, not an object; name a file like those of ds_configs")
+        raise ConfigError(f"--deepspeed {path}: contains a {type(content).__name__}, not an object; give a file like those in ds_configs")
     if flat := sorted(name for name in _SECTIONS if not isinstance(content.get(name, {}), dict)):
-        raise ConfigError(f"--deepspeed {path}: {', '.join(flat)} must be an object with options in it, as in ds_configs")
+        raise ConfigError(f"--deepspeed {path}: {', '.join(flat)} must be an object of options, as in ds_configs")
     for section in ("bf16", "fp16"):  # transformers, DeepSpeed and Python differ in the values that count as true
         enabled = content.get(section, {}).get("enabled", False)
         if not isinstance(enabled, bool) and enabled != "auto":
@@ -87,19 +87,19 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
     finally:
         unset_hf_deepspeed_config()  # while it is set, transformers partitions every model that is built on any rank
     if unresolved := sorted(_autos(resolved.config)):
-        raise ConfigError(f'{config.deepspeed}: no rule fills "auto" of {", ".join(unresolved)}; write a value')
+        raise ConfigError(f'{config.deepspeed}: there is no rule for "auto" in {", ".join(unresolved)}; write a value')
     if "gradient_clipping" not in resolved.config:
         raise ConfigError(
-            f'{config.deepspeed}: gradient_clipping is missing, and releases interpret that differently; write a value or "auto"'
+            f'{config.deepspeed}: gradient_clipping is missing, which releases interpret differently; write a value or "auto"'
         )
     if bf16 and resolved.dtype() != torch.bfloat16:
-        raise ConfigError(f'{config.deepspeed}: train.bf16=true needs "bf16": {{"enabled": "auto"}} there, and it gives {resolved.dtype()}')
+        raise ConfigError(f'{config.deepspeed}: train.bf16=true needs "bf16": {{"enabled": "auto"}}, but the file gives {resolved.dtype()}')
     return resolved
 
 
 def unusable(path: str, error: Exception) -> ConfigError:
     """Return the ConfigError for a JSON that raises ``error`` in DeepSpeed or transformers."""
-    return ConfigError(f"{path}: not a DeepSpeed configuration ({first_line(error)}); compare it with those of ds_configs")
+    return ConfigError(f"{path}: not a DeepSpeed configuration ({first_line(error)}); compare it with the files in ds_configs")
 
 
 def _autos(node: Any, path: str = "") -> Iterator[str]:

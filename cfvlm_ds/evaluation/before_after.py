@@ -19,7 +19,7 @@ FEWEST_GROUPS = 30
 _MEANINGS = {
     "group": "group: each of two pictures prefers its own text, and each text its own picture",
     "pair": "pair: a picture prefers a true text to a false one",
-    "image_pair": "image_pair: a text prefers a picture that shows it to one that does not",
+    "image_pair": "image_pair: a text prefers a picture that it is true of to one that it is false of",
 }
 
 
@@ -131,9 +131,11 @@ def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before",
     notes = [_MEANINGS[metric] for metric in dict.fromkeys(each.metric for each in changes)]
     if any(each.language is not None for each in changes):
         notes.append(
-            f"language alone: accuracy of `pair` ({in_cell(names[1])}) with a blank image, where only the texts tell; 50 is chance"
+            f"language alone: accuracy of `pair` ({in_cell(names[1])}) with a blank image, which depends on the texts only; chance is 50"
         )
-    notes.append(f"difference: paired by group, ± 1.96 standard errors; none below {FEWEST_GROUPS} groups, or where nothing changed")
+    notes.append(
+        f"difference: paired by group, ± 1.96 standard errors; no interval for fewer than {FEWEST_GROUPS} groups or if no group changed"
+    )
     for each in changes:
         if each.edit == "all" and each.groups < each.of:
             notes.append(f"{each.set}: {each.groups} of {each.of} groups were measured both times")
@@ -146,7 +148,7 @@ def is_results(path: Path) -> bool:
         return True
     if not any(path.glob("*/*/results.json")):
         what = "a run folder, a file of `cfvlm-ds evaluate --out`, or a folder of `cfvlm-ds evaluate --benchmarks`"
-        raise ConfigError(f"{path} contains no results; name {what}")
+        raise ConfigError(f"{path} contains no results; give {what}")
     return False
 
 
@@ -155,7 +157,7 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
     file = path if path.is_file() else path / "results.json"
     if not file.is_file():
         raise DataError(
-            f"{path} has no results.json: the run has not ended; let it end, or evaluate it with `cfvlm-ds evaluate {path} ...`"
+            f"{path} has no results.json: the run has not finished; let it finish, or evaluate it with `cfvlm-ds evaluate {path} ...`"
         )
     try:
         return {name: [Accuracy(**row) for row in rows] for name, rows in read_json(file).items()}
@@ -179,15 +181,15 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
     for label, results in others.items():
         for path, one, other in ((before, first, results), (label, results, first)):
             if unmatched := [name for name in one if name not in other]:
-                say(f"only in {path}, and not compared: {', '.join(unmatched)}")
+                say(f"not compared, because only {path} has them: {', '.join(unmatched)}")
         by_set = {name: compare_accuracies(name, rows, results[name]) for name, rows in first.items() if name in results}
         if without := [name for name, changes in by_set.items() if not changes]:
-            say(f"not compared: {', '.join(without)}, without a group of one content in {before} and {label}")
+            say(f"not compared, because {before} and {label} have no group with the same content: {', '.join(without)}")
         changes = [change for of_set in by_set.values() for change in of_set]
         if not changes:
             raise ConfigError(
-                f"{before} ({', '.join(first)}) and {label} ({', '.join(results)}) have no group in common, by id, texts, truth table, "
-                "edits and names of pictures; compare results of the same sets, evaluated by this version"
+                f"{before} ({', '.join(first)}) and {label} ({', '.join(results)}) have no group in common (same id, texts, truth "
+                "table, edits and picture names); compare results on the same sets, evaluated by this version"
             )
         compared[label] = changes
     return compared
@@ -196,7 +198,7 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
 def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) -> str:
     """Return a table for each result that ``compare_results`` has compared with ``before``."""
     tables = [changes_table(changes, (str(before), label)) for label, changes in compared.items()]
-    note = ["The interval of a mean covers the choice of groups, not that of seeds."] * (len(tables) > 1)
+    note = ["The interval of a mean accounts for the choice of groups, not for that of seeds."] * (len(tables) > 1)
     return "\n\n".join([*tables, *note])
 
 

@@ -20,7 +20,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.comparisons import Kind, comparisons
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.objectives.base import MarginTerm
+from cfvlm_ds.objectives.objective import MarginTerm
 
 TERMS = {"text": "csd", "image": "fcd"}
 """Side of a comparison -> name of the term that makes it."""
@@ -103,30 +103,30 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
                 sizes.setdefault(label, []).append(abs(value))
         known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": list(map(abs, values))}
         scale, label = min((quantile(some, 50), label) for label, some in known.items())
-        why = f"{label}, the least decided, has gaps of {scale:.2g} either way"
+        why = f"{label}, the least decided edit type, has a median gap of {scale:.2g} in either direction"
         if guessed > scale:
             scale, of_pairs = guessed, f"in {_GUESSED} % of comparisons, which a picture must outweigh"
-            why = f"language alone prefers one of two texts by {guessed:.2g} or less {of_pairs}"
+            why = f"language alone prefers one of two texts by at most {guessed:.2g} {of_pairs}"
         margin = _round(min(max(scale, low), high))
-        bounded = "" if low <= scale <= high else f", and {low:g} to {high:g} is what a margin is good for"
+        bounded = "" if low <= scale <= high else f"; useful margins are between {low:g} and {high:g}"
         reasons.append(f"{term}.margin {margin:g} {unit}: {why}{bounded}")
         beta = _round(MarginTerm.beta * per)
         pull = torch.sigmoid(beta * (margin - torch.tensor(values, dtype=torch.float64))).mean().item()
         weight = _round(per * min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
         reasons.append(
-            f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; its comparisons begin with {100 * pull:.0f} % of their largest pull"
+            f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; at the start, its comparisons have {100 * pull:.0f} % of their "
+            "largest gradient"
         )
-        slope = f"; beta {beta:g} is {MarginTerm.beta:g} for each nat of a text of {size:.0f} tokens" if anchored else ""
+        slope = f"; beta {beta:g} corresponds to {MarginTerm.beta:g} per nat for a text of {size:.0f} tokens" if anchored else ""
         lost = sum(value < -_LOST * margin for value in values) / len(values)
         hinge = side == "image" and lost > _MANY_LOST
         observed = (
             f"{term}.link {'hinge' if hinge else 'logsigmoid'}: {100 * lost:.0f} % of its comparisons are lost by more than {_LOST} margins"
         )
         reasons.append(
-            f"{observed}; between images neither length nor prior explains that: look at these edits, and meanwhile let them not pull for "
-            "ever"
+            f"{observed}; between images, neither length nor prior explains this: inspect these edits; a hinge bounds their loss"
             if hinge
-            else f"{observed}, and a smooth link pulls at all others as far as they need it{slope}"
+            else f"{observed}, so a smooth link is used, whose gradient fades as a comparison is won{slope}"
         )
         norm = "anchor" if anchored else "none"
         link: dict[str, Any] = {"link": "hinge"} if hinge else {"link": "logsigmoid", "beta": beta}
@@ -135,11 +135,11 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
 
 
 def _why_weight(anchored: bool, size: float) -> str:
-    divided = f"; times the {size:.0f} tokens that a score is divided by" if anchored else ""
+    divided = f"; multiplied by the {size:.0f} tokens by which a score is divided" if anchored else ""
     if size <= _MEASURED_TOKENS:
-        return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} with which 1 was measured{divided}"
-    heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
-    return f"texts have {size:.0f} tokens; align averages over them, and {heavier}{divided}"
+        return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} for which the weight 1 was measured{divided}"
+    heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times as much as with {_MEASURED_TOKENS} tokens"
+    return f"texts have {size:.0f} tokens; align averages over them, so {heavier}{divided}"
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
@@ -147,21 +147,21 @@ def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
     middle = quantile([gap.tokens for gap in all_gaps], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(all_gaps, middle, with_longer)) is not None]
     if not parted:
-        return False, f"len_norm none: fewer than {_KNOWN} comparisons are of texts of another length than {middle:.0f} tokens, the median"
+        return False, f"len_norm none: fewer than {_KNOWN} comparisons have texts of a length other than the median, {middle:.0f} tokens"
     ratio, short, long = max(parted, key=lambda part: part[0])
     if ratio < _LONGER:
-        return False, f"len_norm none: texts are about as long as each other (median {middle:.0f} tokens), so that total nats compare"
+        return False, f"len_norm none: texts have similar lengths (median {middle:.0f} tokens), so total nats are comparable"
     spread = [quantile([abs(gap.nats) for gap in half], 50) for half in (short, long)]
     if not all(spread):
         return (
             False,
-            f"len_norm none: half of the gaps of {'longer' if spread[0] else 'shorter'} texts are 0, which tells nothing of length",
+            f"len_norm none: half of the gaps of {'longer' if spread[0] else 'shorter'} texts are 0, which says nothing about length",
         )
     grown = spread[1] / spread[0]
-    growth = f"texts of {ratio:.1f} times as many tokens have gaps of {grown:.1f} times as many nats"
+    growth = f"texts with {ratio:.1f} times as many tokens have gaps that are {grown:.1f} times as large"
     if grown > math.sqrt(ratio):
-        return True, f"len_norm anchor: {growth}, so that a margin fits them per token"
-    return False, f"len_norm none: {growth}: an edit changes a few words of a text of any length, and a margin in total nats fits both"
+        return True, f"len_norm anchor: {growth}, so a margin per token fits both"
+    return False, f"len_norm none: {growth}: an edit changes a few words of a text of any length, so a margin in total nats fits both"
 
 
 def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[float, list[Gap], list[Gap]] | None:
@@ -180,7 +180,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
 def table(all_gaps: Sequence[Gap]) -> str:
     """Return a Markdown table of the gaps by edit type: shares of comparisons won with the picture and on a blank image, and quantiles."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
-    lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | a token: {head} |"]
+    lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | nats per token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))
     for side in TERMS:
         of_side = [gap for gap in all_gaps if gap.side == side]

@@ -41,8 +41,8 @@ def write(
         inputs = collator.processor(text=[encoded.prompt], add_special_tokens=not has_bos, return_tensors="pt", **pictures).to(device)
         if inputs.input_ids.shape[1] + max_new_tokens > collator.max_length:
             raise DataError(
-                f"{inputs.input_ids.shape[1]} tokens of a question and {max_new_tokens} of its answer are over the model's window "
-                f"of {collator.max_length}; lower max_new_tokens"
+                f"a prompt of {inputs.input_ids.shape[1]} tokens and an answer of {max_new_tokens} tokens exceed the model's window of "
+                f"{collator.max_length} tokens; lower max_new_tokens"
             )
         inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         with torch.no_grad(), stock_attention(model):
@@ -50,12 +50,13 @@ def write(
                 **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, return_dict_in_generate=False, **options
             )
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(f"out of memory while writing about {shown}; set limits on visual tokens (--model.max_pixels)") from error
+        files = ", ".join(map(str, shown))
+        raise OutOfMemory(f"out of memory while generating a text about {files}; limit visual tokens (--model.max_pixels)") from error
     except DataError:
         raise
     except BaseException as error:  # processors raise many kinds of errors on unusual sizes
         if not is_failure(error):
             raise
-        raise DataError(f"{', '.join(map(str, shown))}: the model cannot be asked ({type(error).__name__}: {error})") from error
+        raise DataError(f"{', '.join(map(str, shown))}: the model cannot generate a text ({type(error).__name__}: {error})") from error
     text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text

@@ -86,7 +86,7 @@ class Answers:
                 values.append((-value if isinstance(request.args[1], str) else value, text.greedy and finite))
             progress.advance(len(part))
         if broken:
-            self.world.say(f"warning: {broken} of {len(requests)} likelihoods are not finite, and count as those of the unlikeliest texts")
+            self.world.say(f"warning: {broken} of {len(requests)} likelihoods are not finite and count as those of the least likely texts")
         return values
 
     def _likelihoods(self, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
@@ -189,8 +189,8 @@ def _question(request: Any, documents: Documents, folder: str) -> tuple[str, tup
     """Return a request's name for errors, its pictures and its text. Raises DataError for a request that cannot be scored."""
     if len(request.args) != 6:
         raise DataError(
-            "the metric acc_mutual_info takes the largest of differences where lmms-eval's other metrics take the least value, so that no "
-            "model can answer both; take it out of the task, or ask by `cfvlm-ds evaluate --probes caption:mode=pmi`"
+            "the metric acc_mutual_info selects the largest difference, but lmms-eval's other metrics select the smallest value, so no "
+            "model can answer both; remove it from the task, or use `cfvlm-ds evaluate --probes caption:mode=pmi`"
         )
     context, target, visual, number, task, split = request.args
     label = f"task {task!r}, row {number}"
@@ -219,9 +219,7 @@ def _as_files(visuals: Sequence[Any], folder: str, label: str) -> Pictures:
     paths: list[Path] = []
     for visual in visuals:
         if not isinstance(visual, Image.Image):
-            raise DataError(
-                f"{label} shows a {type(visual).__name__}, and pictures alone can be shown; leave out tasks of videos and sound"
-            )
+            raise DataError(f"{label} shows a {type(visual).__name__}, but only pictures can be shown; leave out tasks with video or audio")
         png = io.BytesIO()
         (visual if visual.mode in _AS_PNG else visual.convert("RGB")).save(png, "PNG", compress_level=1)
         name = hashlib.sha256(png.getvalue()).hexdigest()

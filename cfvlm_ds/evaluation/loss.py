@@ -53,9 +53,9 @@ class EvaluationLoss:
         self._likelihood = [0.0, 0]
         for name, term in objectives.items():
             if term.needs_prior:
-                self._lacking[name] = "it needs the texts' prior likelihood, which is stored for the training groups alone"
+                self._lacking[name] = "it needs the texts' prior likelihood, which is stored only for training groups"
             elif term.needs_reference and reference is None:
-                self._lacking[name] = "it needs reference scores, which are stored for the training groups alone"
+                self._lacking[name] = "it needs reference scores, which are stored only for training groups"
         has_reference_term = any(term.needs_reference and name not in self._lacking for name, term in objectives.items())
         self.reference = reference if has_reference_term else None
 

@@ -108,7 +108,7 @@ class Answers(Probe):
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         if not item.prompt:
             raise ConfigError(
-                f"item {item.id!r} is a caption and no question; the probe {self.name} cannot ask it, choose match or caption"
+                f"item {item.id!r} is a caption, not a question, so the probe {self.name} cannot be used; choose match or caption"
             )
         return tuple(Candidate(item.prompt, written) for text in item.texts for written in variants(text))
 
@@ -147,7 +147,9 @@ class Letters(Probe):
 
     def _cells(self, item: Item, question: str) -> tuple[Candidate, ...]:
         if len(item.texts) > len(LETTERS):
-            raise ConfigError(f"item {item.id!r} has {len(item.texts)} options, and there are {len(LETTERS)} letters; choose another probe")
+            raise ConfigError(
+                f"item {item.id!r} has {len(item.texts)} options, but there are only {len(LETTERS)} letters; choose another probe"
+            )
         return tuple(
             Candidate(self.asked(item, order, question), LETTERS[place])
             for order in orders(len(item.texts))

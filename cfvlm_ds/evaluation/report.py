@@ -32,7 +32,7 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
             if row.shuffled:
                 lines.append(f"| {split} | all, another group's image | {row.num} | {_cells(row.shuffled)} |")
     lines.append(f"| chance | | | {_cells(CHANCE)} |")
-    lines += ["", "| split | metric | groups used | comparisons | groups without one |", "|---|---|---:|---:|---|"]
+    lines += ["", "| split | metric | groups used | comparisons | unused groups |", "|---|---|---:|---:|---|"]
     losses = []
     for split, row in {split: rows[-1] for split, rows in splits.items() if rows}.items():
         metrics_by_counts: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}  # metrics of the same comparisons share a line
@@ -52,7 +52,7 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
     if losses:
         lines += [
             "",
-            "| split | loss | weight | value | groups used | groups that have nothing for it |",
+            "| split | loss | weight | value | groups used | unused groups |",
             "|---|---|---:|---:|---:|---|",
             *losses,
         ]
@@ -67,9 +67,9 @@ def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> s
 def headline(rows: Sequence[Accuracy]) -> str:
     """Return a line for a progress log: the split's headline metric for each edit type and in the mean, the loss and the NLL."""
     metric, nll = headline_metric(rows), rows[-1].nll if rows else None
-    nll_text = "" if nll is None else f"; NLL {nll:.4f} a token"
+    nll_text = "" if nll is None else f"; NLL {nll:.4f} per token"
     if metric is None:
-        return f"no comparison: match marks no text or image false beside a true one{nll_text}"
+        return f"no comparison: no group has a true and a false cell for one image or one text{nll_text}"
     values = [f"{in_cell(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
     more = len(values) - _MOST_TYPES
     shown = ", ".join(values if more <= 1 else [*values[: _MOST_TYPES - 1], f"{more} more types", values[-1]])

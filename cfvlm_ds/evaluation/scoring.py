@@ -127,7 +127,7 @@ def score_groups(
 def warn_of_nonfinite(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], world: World, label: str) -> None:
     """Warn about groups whose scores are not finite, with their number and a few of their ids."""
     if broken := [group.id for group, group_scores in zip(groups, scores, strict=True) if not group_scores.finite]:
-        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {few(broken)}")
+        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite and count as wrong: {few(broken)}")
 
 
 def scored_batches(

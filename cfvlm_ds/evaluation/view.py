@@ -63,14 +63,14 @@ def view(
     if os.path.isdir(source) and (Path(source) / "config.yaml").is_file():
         if (ids, scores, root) != (None, None, None):
             raise ConfigError(
-                f"{source} is a run folder, which has scores and roots of its own; name a manifest with --ids, --scores, --root"
+                f"{source} is a run folder, which has its own scores and roots; use --ids, --scores and --root only with a manifest"
             )
         return _worst_page(str(source), _of_run(Path(source)), Path(out), sample, max_pixels, say)
     groups = open_groups(source, root, format, progress=say)
     sources = [_Source(groups, {} if scores is None else _stored(Path(scores), groups))]
     total = len(groups)
     drawn: Sequence[int] = range(total) if sample >= total else sorted(random.Random(seed).sample(range(total), sample))
-    chosen, how = (drawn, f"drawn by seed {seed}") if ids is None else (_named(Path(ids), groups, str(source)), "by id")
+    chosen, how = (drawn, f"drawn with seed {seed}") if ids is None else (_named(Path(ids), groups, str(source)), "by id")
     return _page(str(source), sources, [(0, index) for index in chosen], how, facts, Path(out), max_pixels, say)
 
 
@@ -107,7 +107,7 @@ def _worst_page(source: str, sources: Sequence[_Source], out: Path, sample: int,
                     without += 1
 
     shown = [(k, index) for _, k, index in heapq.nsmallest(sample, compared())]
-    facts: list[Fact] = [("left out", f"{without} groups without anything to compare")] * bool(without)
+    facts: list[Fact] = [("left out", f"{without} groups without a comparison")] * bool(without)
     return _page(source, sources, shown, "worst first", facts, out, max_pixels, say)
 
 
@@ -134,11 +134,13 @@ def _of_run(run_dir: Path) -> list[_Source]:
     for name, split in recorded_evaluation(run_dir).items():
         file = run_dir / "scores" / f"{bare_name(name, run_dir / 'config.yaml')}.jsonl"
         if not file.is_file():
-            raise DataError(f"{file}: no such scores; a run writes them when it is over, so end it, or name a manifest and --scores")
+            raise DataError(f"{file}: no such scores; a run writes them when it ends, so let it finish, or give a manifest and --scores")
         groups = open_groups(split.path, split.root, split.format or AUTO, limit=split.limit)
         sources.append(_Source(groups, _stored(file, groups), name))
     if not sources:
-        raise ConfigError(f"{run_dir / 'config.yaml'} names no evaluation (data.evaluation), so the run has no scores; name a manifest")
+        raise ConfigError(
+            f"{run_dir / 'config.yaml'} lists no evaluation sets (data.evaluation), so the run has no scores; give a manifest"
+        )
     return sources
 
 
@@ -152,10 +154,10 @@ def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> li
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]
     except (OSError, UnicodeError) as error:
-        raise DataError(f"{file}: ids cannot be read ({error}); write one id a line, in UTF-8") from error
+        raise DataError(f"{file}: ids cannot be read ({error}); write one id per line, in UTF-8") from error
     ids = dict.fromkeys(filter(None, lines))
     if not ids:
-        raise DataError(f"{file}: it names no group; write one id a line")
+        raise DataError(f"{file}: the file contains no id; write one id per line")
     places = {group.id: index for index, group in enumerate(groups) if group.id in ids}
     for name in ids:
         if name not in places:

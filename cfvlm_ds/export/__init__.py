@@ -64,9 +64,9 @@ def export_hf(
     if copied := [name for job in jobs if not job.weights for name in job.stored]:
         if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
             raise ConfigError(
-                f"{checkpoint} lacks {copied[0]}, and {source} has no safetensors to copy it from; name a folder with safetensors"
+                f"{checkpoint} lacks {copied[0]}, and {source} has no safetensors to copy it from; use a source with safetensors"
             )
-        say(f"export: {len(copied)} tensors that the checkpoint does not hold come from {source}, such as {copied[0]}")
+        say(f"export: {len(copied)} tensors that are not in the checkpoint are copied from {source}, such as {copied[0]}")
     with replaced(out_dir, "config.json", (folder, checkpoint.resolve())) as partial:
         _refuse_full_disk(partial, out_dir, sum(tensor.nbytes for tensor in saved.values()))
         _copy_files(folder, partial)
@@ -80,7 +80,7 @@ def export_hf(
 def _refuse_full_disk(partial: Path, out_dir: Path, needed: int) -> None:
     if (free := shutil.disk_usage(partial).free) < needed:
         raise StorageError(
-            f"{out_dir} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; name another folder with --out"
+            f"{out_dir} needs {needed / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB free; name another folder with --out"
         )
 
 

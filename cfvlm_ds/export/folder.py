@@ -103,4 +103,6 @@ def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Pat
         with whole_folder(final) as partial:
             yield partial
     except OSError as error:
-        raise StorageError(f"{out_dir} cannot be written ({error}); what was there is unchanged; name another folder with --out") from error
+        raise StorageError(
+            f"{out_dir} cannot be written ({error}); its previous contents are unchanged; name another folder with --out"
+        ) from error

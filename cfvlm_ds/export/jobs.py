@@ -80,7 +80,7 @@ def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], objec
         together = Job(tuple(name for job in members for name in job.stored), tuple({name: 0 for job in members for name in job.weights}))
         if solved := reversible(together):
             size = sum(saved[name].nbytes for name in together.stored)
-            say(f"export: {len(together.weights)} weights can only be converted together, which takes {size / 1e9:.1f} GB of memory twice")
+            say(f"export: {len(together.weights)} weights can only be converted together, which takes {2 * size / 1e9:.1f} GB of memory")
             return [*(job for job in jobs if job not in members), solved]
     raise ConfigError(f"transformers cannot convert {failed[0].weights[0]} back to the source's {failed[0].stored[0]}; update transformers")
 
@@ -109,10 +109,12 @@ def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, sourc
     misfit = f"{checkpoint} does not fit {source}"
     for name, parameter in model.state_dict().items():
         if name in zero.weights and zero.weights[name].shape != tuple(parameter.shape):
-            raise ConfigError(f"{misfit}: {name} has shape {list(zero.weights[name].shape)}, not {list(parameter.shape)}; name its source")
+            raise ConfigError(
+                f"{misfit}: {name} has shape {list(zero.weights[name].shape)}, not {list(parameter.shape)}; use its base model"
+            )
     written = {id(zero.weights[name]) for job in jobs for name in job.weights if name in zero.weights}
     if foreign := sorted(name for name in zero.trained if id(zero.weights[name]) not in written):
-        raise ConfigError(f"{misfit}: {len(foreign)} trained weights are not in it, such as {foreign[0]}; name its source")
+        raise ConfigError(f"{misfit}: {len(foreign)} trained weights do not exist there, such as {foreign[0]}; use its base model")
     filled = []
     for job in jobs:
         if missing := [name for name in job.weights if name not in zero.weights]:

@@ -47,7 +47,7 @@ def skeleton(source: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
     config = load_config(source)
-    impossible = f"no model can be made of the configuration of {source!r}", "name the model that the checkpoint was trained from"
+    impossible = f"no model can be built from the configuration of {source!r}", "use the model from which the checkpoint was trained"
     with explained(*impossible), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
 
@@ -77,7 +77,7 @@ def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Saved]:
     for file in files:
         for name, (shape, dtype) in header(folder / file).items():
             if dtype not in DTYPES:
-                raise ConfigError(f"{folder / file} stores {name} as {dtype}, which cannot be exported; name another source")
+                raise ConfigError(f"{folder / file} stores {name} as {dtype}, which cannot be exported; use another source")
             if name in stored:
                 raise ConfigError(f"{folder / file} and {stored[name].file} both store {name}; download the model again")
             stored[name] = Saved(file, shape, DTYPES[dtype])

@@ -20,7 +20,7 @@ class ZeroWeights:
     """The weights of a ZeRO-1, 2 or 3 checkpoint, keyed by their names in the model and read from the ranks' files on request."""
 
     def __init__(self, checkpoint: Path) -> None:
-        with explained(f"{checkpoint} cannot be read", "name another checkpoint"):
+        with explained(f"{checkpoint} cannot be read", "use another checkpoint"):
             self._shards = Shards(checkpoint)
             self.weights: dict[str, Weight] = {_own(name): weight for name, weight in self._shards.weights().items()}
         self.trained = {_own(name) for name in self._shards.trained}

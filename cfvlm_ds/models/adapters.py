@@ -41,7 +41,7 @@ def is_adapter(parameter: str) -> bool:
 def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
     """Return a regular expression for the full names of exactly those linear layers of ``modules`` that the model's forward uses.
 
-    The output head has no adapter, and neither have fused experts, which are not linear layers. Raises ConfigError for a module without any
+    The output head and fused experts, which are not linear layers, have no adapters. Raises ConfigError for a module without any
     such layer.
     """
     unused = family.unused(model.config)
@@ -53,7 +53,7 @@ def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str
     if without := set(modules) - set(layers.values()):
         module = min(without)
         raise ConfigError(
-            f"model.{module}.tuning is lora, and the {module} of model type {family.model_types[0]!r} has no linear layer for an adapter; "
+            f"model.{module}.tuning is lora, but the {module} of model type {family.model_types[0]!r} has no linear layer for an adapter; "
             "use full or frozen"
         )
     names = {  # one alternative for the layers of all blocks
@@ -105,7 +105,9 @@ def attach_adapters(model: Any, folder: Path) -> Any:
     import peft
     from safetensors.torch import load_file
 
-    with explained(f"the adapters of {folder} cannot be loaded", "name the folder that they were written to, with its base where it was"):
+    with explained(
+        f"the adapters of {folder} cannot be loaded", "use the folder to which they were written, with its base in the same place"
+    ):
         stored = [name.removeprefix("base_model.model.") for name in header(folder / ADAPTER_WEIGHTS)]
         adapter_config = peft.PeftConfig.from_pretrained(str(folder))
         _refuse_options(adapter_config, folder)
@@ -119,7 +121,7 @@ def attach_adapters(model: Any, folder: Path) -> Any:
         if misfits or not weights:
             raise ConfigError(
                 f"the adapters of {folder} do not fit their base: {len(misfits)} weights have no counterpart, such as "
-                f"{next(iter(misfits), 'all of them')}; name the folder that they were written to"
+                f"{next(iter(misfits), 'all of them')}; use the folder to which they were written"
             )
     return adapted.get_base_model()
 
@@ -139,8 +141,8 @@ def _refuse_options(described: Any, folder: Path) -> None:
     known = _USED | _WITHOUT_EFFECT
     if foreign := [f.name for f in fields(default) if f.name not in known and getattr(described, f.name) != getattr(default, f.name)]:
         raise ConfigError(
-            f"the adapters of {folder} have {foreign[0]} in their adapter_config.json, which is not supported; merge them into their base "
-            "with peft, and name the merged folder"
+            f"the adapters of {folder} have the unsupported option {foreign[0]} in adapter_config.json; merge them into their base with "
+            "peft, and use the merged folder"
         )
 
 

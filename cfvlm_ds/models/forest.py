@@ -45,7 +45,7 @@ class Forest:
     def __post_init__(self) -> None:
         for begin, end in self.blocks:
             if not any(start <= begin < end <= stop for start, stop in itertools.pairwise(self.starts)):
-                raise ValueError(f"tokens {begin} to {end} see each other in both directions, and are not of one node")
+                raise ValueError(f"tokens {begin} to {end} attend to each other in both directions, but do not belong to one node")
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:

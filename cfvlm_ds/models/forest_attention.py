@@ -164,7 +164,7 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float, Sight], 
     ) -> tuple[Tensor, None]:
         """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D]."""
         if forest is None or attention_mask is not None:
-            raise ValueError("a model loaded for scoring takes a forest and no mask; load it with transformers for anything else")
+            raise ValueError("a model loaded for scoring needs a forest and accepts no mask; for other uses, load it with transformers")
         if dropout:
             raise ConfigError(
                 f"attention dropout ({dropout}) must be 0, since packed rows would share its noise; set it to 0 in config.json"

@@ -45,7 +45,9 @@ def _forward(
     if forest is None or not sees_trees(text):
         return original(hidden_states, **options)
     if options.get("cache") is not None or options.get("attention_mask") is not None:
-        raise ValueError("a model loaded for scoring takes a forest and no cache or mask; load it with transformers for anything else")
+        raise ValueError(
+            "a model loaded for scoring needs a forest and accepts no cache or mask; for other uses, load it with transformers"
+        )
     mixed = _convolved(module, module.in_proj_qkv(hidden_states), forest)
     sizes = [module.key_dim, module.key_dim, module.value_dim]
     query, key, value = (

@@ -40,7 +40,9 @@ def model_folder(name_or_path: str) -> Path:
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=[*_INPUTS, *weight_patterns(files)]))
     except OSError as error:
-        raise ConfigError(f"the files of {name_or_path} cannot be read ({' '.join(str(error).split())}); name its folder") from error
+        raise ConfigError(
+            f"the files of {name_or_path} cannot be read ({' '.join(str(error).split())}); give the model's folder instead"
+        ) from error
 
 
 def fingerprint(

@@ -41,16 +41,14 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     refuse_absent(name_or_path)
     if (resolved := named_model(name_or_path)).adapter is not None:
-        remedy = (
-            f"go on from its base {resolved.name_or_path}, or from a model in which they are merged, the export/ of `cfvlm-ds export RUN`"
-        )
+        remedy = f"use their base {resolved.name_or_path}, or merge them with `cfvlm-ds export RUN` and use RUN/export"
         raise ConfigError(f"model.name_or_path {name_or_path!r} holds adapters, not a model; {remedy}")
     if resolved.name_or_path != name_or_path:
-        raise ConfigError(f"model.name_or_path {name_or_path!r} is a run folder; name its export, {resolved.name_or_path}")
-    what, remedy = f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"
+        raise ConfigError(f"model.name_or_path {name_or_path!r} is a run folder; use its export, {resolved.name_or_path}")
+    what, remedy = f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a valid config.json, or a hub name"
     if not os.path.isdir(name_or_path):
         what = f"model.name_or_path {name_or_path!r} is not a local folder and could not be read from the hub"
-        remedy = f"correct it, or fetch it first where there is a network: hf download {name_or_path}"
+        remedy = f"correct it, or download it first on a machine with a network: hf download {name_or_path}"
         _go_offline_without_hub(name_or_path)
     with explained(what, remedy):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
@@ -115,7 +113,7 @@ def load_processor(config: ModelConfig) -> Any:
         processor = AutoProcessor.from_pretrained(config.name_or_path, trust_remote_code=False)
         parts = {"tokenizer": "tokenizer", "image_processor": "image processor", "chat_template": "chat template"}
         if missing := [name for part, name in parts.items() if getattr(processor, part, None) is None]:
-            raise ConfigError(f"{what} has no {' and no '.join(missing)}; name the instruction-tuned model, or add its files")
+            raise ConfigError(f"{what} has no {' and no '.join(missing)}; use the instruction-tuned model, or add its files")
         _limit_images(config, processor, model_config)
     return processor
 
@@ -198,7 +196,10 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
     """Return the model without data, tuned as configured: names, sizes and trainable parameters at no cost in memory."""
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
-    impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
+    impossible = (
+        f"no model can be built from the configuration of {config.name_or_path!r}",
+        "compare its config.json with the published one",
+    )
     with explained(*impossible), torch.device("meta"):
         _limit_images(config, None, model_config)
         model = AutoModelForImageTextToText.from_config(
@@ -249,8 +250,8 @@ def attention(requested: str, model_config: PreTrainedConfig | None = None, dtyp
         )
     if requested in ("flash_attention_2", "varlen") and not takes(dtype, heads):
         raise ConfigError(
-            f"model.attn_implementation {requested} supports half precision and head sizes up to 256 that are multiples of 8; the model "
-            f"has {str(dtype).removeprefix('torch.')} and head size {', '.join(map(str, heads))}; use auto"
+            f"model.attn_implementation {requested} supports half precision and head sizes up to 256 that are multiples of 8, but the "
+            f"model has {str(dtype).removeprefix('torch.')} and head size {', '.join(map(str, heads))}; use auto"
         )
     if requested in ("varlen", "flex") and not torch.cuda.is_available():
         raise ConfigError(f"model.attn_implementation {requested} needs a CUDA device; use auto")

@@ -31,7 +31,7 @@ def check_files(folder: Path) -> None:
         refuse_foreign(path, folder)
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         raise ConfigError(
-            f"{folder} holds both a model and adapters, and transformers would load the base that the adapters name; move "
+            f"{folder} contains both a model and adapters, and transformers would load the base of the adapters instead; move "
             "them to separate folders"
         )
     for name in weight_files(folder):
@@ -72,7 +72,7 @@ def hashed_files(folder: Path) -> list[Path]:
 
 def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Return (tensor -> name of its file, metadata) from a model's index. Raises ConfigError for an invalid index or a missing file."""
-    remedy = "get the model again"
+    remedy = "download the model again"
     try:
         index = read_json(path)
         weight_map = index["weight_map"]
@@ -97,7 +97,7 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
                 tensors[name] = tuple(tensor.get_shape()), tensor.get_dtype()
     except (OSError, SafetensorError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError(f"{path} cannot be read ({reason}); get the file again, or correct its permissions") from error
+        raise ConfigError(f"{path} cannot be read ({reason}); download it again, or correct its permissions") from error
     return tensors
 
 

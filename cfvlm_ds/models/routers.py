@@ -75,4 +75,4 @@ BALANCED = ("qwen3_vl_moe", "qwen3_5_moe")
 def check_balanced(model_type: str) -> None:
     """Raise ConfigError for a model type without a router balance loss."""
     if model_type not in BALANCED:
-        raise ConfigError(f"train.router_balance is for model types {' and '.join(BALANCED)}, and this is {model_type!r}; leave it out")
+        raise ConfigError(f"train.router_balance supports model types {' and '.join(BALANCED)}, not {model_type!r}; leave it out")

@@ -184,5 +184,5 @@ def _per_image(features: Tensor | Sequence[Tensor], visual_tokens: Sequence[int]
     pieces = [features] if isinstance(features, Tensor) else features
     flat = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
     if len(flat) != sum(visual_tokens):
-        raise ValueError(f"the tower gave {len(flat)} visual tokens where the prompts have {sum(visual_tokens)} placeholders")
+        raise ValueError(f"the tower returned {len(flat)} visual tokens, but the prompts have {sum(visual_tokens)} placeholders")
     return list(flat.split(list(visual_tokens)))

@@ -68,7 +68,7 @@ def grids(processor: Any, config: Any, model: ModelConfig) -> None:
             kept = [grid for grid in holder.image_grid_pinpoints if grid[0] * grid[1] <= model.max_tiles * side**2]
             if not kept:
                 least = min(grid[0] * grid[1] for grid in holder.image_grid_pinpoints) // side**2
-                raise ConfigError(f"model.max_tiles is {model.max_tiles}, and the smallest grid of the model has {least} tiles; raise it")
+                raise ConfigError(f"model.max_tiles is {model.max_tiles}, but the smallest grid of the model has {least} tiles; raise it")
             holder.image_grid_pinpoints = kept
 
 

@@ -15,12 +15,12 @@ from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.align import Align
-from cfvlm_ds.objectives.base import Objective, Report
 from cfvlm_ds.objectives.batch_align import BatchAlign
 from cfvlm_ds.objectives.csd import Csd
 from cfvlm_ds.objectives.dpo import Dpo
 from cfvlm_ds.objectives.fcd import Fcd
 from cfvlm_ds.objectives.misp import Misp
+from cfvlm_ds.objectives.objective import Objective, Report
 from cfvlm_ds.objectives.retain import Retain
 from cfvlm_ds.objectives.symmpo import SymMPO
 

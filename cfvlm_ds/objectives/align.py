@@ -10,7 +10,7 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores
-from cfvlm_ds.objectives.base import Objective
+from cfvlm_ds.objectives.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)

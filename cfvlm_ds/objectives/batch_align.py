@@ -14,7 +14,7 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, normalised_scores, token_counts
-from cfvlm_ds.objectives.base import Objective, Report, comparisons, mean_over
+from cfvlm_ds.objectives.objective import Objective, Report, comparisons, mean_over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class BatchAlign(Objective):
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         if self.texts < 1:
-            raise ValueError(f"texts must be at least 1, not {self.texts}; to switch the term off set its weight to 0")
+            raise ValueError(f"texts must be at least 1, not {self.texts}; to disable the term, set its weight to 0")
 
     @property
     def cells(self) -> Cells:

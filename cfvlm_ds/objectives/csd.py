@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
-from cfvlm_ds.objectives.base import MarginTerm, comparisons
+from cfvlm_ds.objectives.objective import MarginTerm, comparisons
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import Report
+from cfvlm_ds.objectives.objective import Report
 from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text_pairs, true_pairs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
-from cfvlm_ds.objectives.base import MarginTerm, comparisons, masked_max
+from cfvlm_ds.objectives.objective import MarginTerm, comparisons, masked_max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Fcd(MarginTerm):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.soft < 0:
-            raise ValueError(f"soft must not be negative, and is {self.soft}; 0 is for the hard maximum")
+            raise ValueError(f"soft must not be negative, but is {self.soft}; use 0 for the hard maximum")
 
     @property
     def cells(self) -> Cells:

@@ -15,7 +15,7 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import Objective, Report, comparisons, has_any, mean_over, no_scores
+from cfvlm_ds.objectives.objective import Objective, Report, comparisons, has_any, mean_over, no_scores
 
 Compared = tuple[Tensor, Tensor]
 """(violation, mask) of comparisons, in nats of log-ratio."""

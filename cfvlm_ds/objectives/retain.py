@@ -11,7 +11,7 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import Objective, Report
+from cfvlm_ds.objectives.objective import Objective, Report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives.base import Report, has_any, mean_over
+from cfvlm_ds.objectives.objective import Report, has_any, mean_over
 from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 
 

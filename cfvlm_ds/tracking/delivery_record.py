@@ -57,11 +57,11 @@ class DeliveryRecord:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            say(f"{path} is damaged and left aside; the run's id is taken from its checkpoint, if there is one")
+            say(f"{path} is damaged and ignored; the run's id is taken from its checkpoint, if there is one")
             return None
 
     def save(self, run_dir: Path) -> str | None:
-        """Write the record. Returns the reason if it could not be written, or None."""
+        """Write the record, and return the reason if it could not be written, else None."""
         path = run_dir / RECORD_FILE
         try:
             replace(path, json.dumps(dataclasses.asdict(self), indent=1).encode())

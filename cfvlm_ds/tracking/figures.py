@@ -52,7 +52,7 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
     figure = Figure(figsize=(0.4 + _THUMB + columns * _CELL_W, 0.4 + sum(heights)), dpi=DPI, facecolor="white", layout="constrained")
     for part, group in zip(figure.subfigures(len(groups), height_ratios=heights, squeeze=False).flat, groups, strict=True):
         _draw_group(part, group, columns)
-    text = "true   |   log p(caption given image), nats   |   darker: likelier"
+    text = "true   |   log p(caption given image), nats   |   darker: more likely"
     outlined = Rectangle((0, 0), 1, 1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.8, label=text)
     figure.legend(handles=[outlined], loc="outside lower left", fontsize=8, frameon=False, labelcolor=MUTED)
     figure.savefig(path)
@@ -119,8 +119,8 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
 
     Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval_sample/SPLIT/METRIC``
     or else ``eval/SPLIT/METRIC`` (%), by split and not by edit type. A panel shows only a few series and counts the others; of accuracies,
-    the most telling metric of every split comes first. A panel without data is omitted, and so is a fraction that never changes; a value
-    that is not finite leaves a gap. Long series show a running average over faint raw values.
+    the most informative metric of every split comes first. A panel without data is omitted, and so is a fraction that never changes; a
+    value that is not finite leaves a gap. Long series show a running average over faint raw values.
 
     Raises:
         FileNotFoundError: the file does not exist.

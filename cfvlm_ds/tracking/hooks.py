@@ -69,7 +69,7 @@ def _line(error: Exception) -> str:
 
 
 class Hooks:
-    """The hooks of a run. A hook that raises is reported, and receives nothing more."""
+    """The hooks of a run. A hook that raises an exception is reported and disabled."""
 
     def __init__(self, names: Sequence[str], run_dir: Path, params: Mapping[str, Any], step: int) -> None:
         self._hooks: dict[str, Hook] = {}
@@ -88,5 +88,5 @@ class Hooks:
                 self._drop(name, error)
 
     def _drop(self, name: str, error: Exception) -> None:
-        say(f"warning: tracking.also {name}: {_line(error)}; it receives nothing more")
+        say(f"warning: tracking.also {name}: {_line(error)}; it is disabled")
         self._hooks.pop(name, None)

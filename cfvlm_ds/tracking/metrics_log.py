@@ -80,7 +80,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Parse one line of metrics.jsonl. Returns None if a killed process or a power loss left it torn."""
+    """Parse one line of metrics.jsonl, and return the row, or None if a killed process or a power loss left the line torn."""
     try:
         row: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

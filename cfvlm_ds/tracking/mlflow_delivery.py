@@ -117,7 +117,7 @@ class Delivery:
         with self._lock:
             self.record = replace(self.record, **values, artifacts={**self.record.artifacts, **(artifacts or {})})
             if (error := self.record.save(self._run_dir)) is not None and not self._unsaved:
-                say(f"{error}: how far MLflow got is known to this process alone until it can be written")
+                say(f"{error}: until it can be written, only this process knows which data MLflow has")
             self._unsaved = error is not None
 
     def finish(self, status: Status, end_ms: int, timeout: float) -> bool:
@@ -131,8 +131,9 @@ class Delivery:
             points, _ = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, limit=sys.maxsize)
             artifacts = sum(artifact["pending"] for artifact in self.record.artifacts.values())
             say(
-                f"MLflow at {self._uri} did not get {len(points)} points, {artifacts} artifacts and the status {status} in {timeout:g} s. "
-                f"All is kept in {self._run_dir}. To deliver it later: cfvlm-ds track {shlex.quote(str(self._run_dir))}"
+                f"MLflow at {self._uri} did not receive {len(points)} points, {artifacts} artifacts and the status {status} within "
+                f"{timeout:g} s. They are kept in {self._run_dir}. To deliver them later: "
+                f"cfvlm-ds track {shlex.quote(str(self._run_dir))}"
             )
         return self._done
 
@@ -145,12 +146,12 @@ class Delivery:
                     say("MLflow answers again")
                 failures = 0
             except (ImportError, ConfigError) as error:
-                say(f"no MLflow, metrics go to {METRICS_FILE} only: {error}")
+                say(f"MLflow is not available, so metrics are written only to {METRICS_FILE}: {error}")
                 return
             except Exception as error:  # no error of a store may stop the training
                 failures += 1
                 if failures == 1:
-                    say(f"MLflow at {self._uri} does not answer, will try again; metrics are kept in {METRICS_FILE} ({first_line(error)})")
+                    say(f"MLflow at {self._uri} does not answer ({first_line(error)}); retrying; metrics are kept in {METRICS_FILE}")
             backoff = min(_POLL_SECONDS * 2**failures, _MAX_BACKOFF_SECONDS)
             if self._closing.is_set():
                 self._stop.wait(min(backoff, _CLOSING_BACKOFF_SECONDS) if failures else 0)
@@ -179,7 +180,7 @@ class Delivery:
         folder = str(self._run_dir)
         if not os.environ.get("MLFLOW_TRACKING_URI") and ("?" in folder or unquote(folder) != folder):
             raise ConfigError(
-                f"the address of a database in {folder} cannot have its ? or %; set MLFLOW_TRACKING_URI, or rename the folder"
+                f"the address of a database cannot contain the ? or % in {folder}; set MLFLOW_TRACKING_URI, or rename the folder"
             )
         client_class = _mlflow().MlflowClient
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables..."
@@ -207,7 +208,7 @@ class Delivery:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", *_REFUSED) or record.run_id not in str(error):
                     raise
             if run is None or run.info.lifecycle_stage == "deleted":
-                say(f"MLflow at {self._uri} has no run {record.run_id}: a new one gets all that is in {METRICS_FILE}")
+                say(f"MLflow at {self._uri} has no run {record.run_id}; everything in {METRICS_FILE} is sent to a new one")
                 with self._lock:
                     artifacts = {path: {**artifact, "pending": True} for path, artifact in record.artifacts.items()}
                     tags, token = {**record.tags, "continues_run": record.run_id}, uuid.uuid4().hex
@@ -249,7 +250,7 @@ class Delivery:
         self._change(run_id=run_id)
 
     def _deliver_metrics(self) -> bool:
-        """Send the next part of metrics.jsonl. Returns False if there was none."""
+        """Send the next part of metrics.jsonl, and return False if there was none."""
         metric = _mlflow("mlflow.entities").Metric
         points, offset = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, _MAX_PER_REQUEST["metrics"])
         new = [
@@ -278,7 +279,7 @@ class Delivery:
             if (file := self._run_dir / path).exists():
                 self._client.log_artifact(self.record.run_id, str(file), artifact["folder"] or None)
             else:
-                say(f"{file} is gone before MLflow got it")
+                say(f"{file} was deleted before it was sent to MLflow")
             if self.record.artifacts[path] is artifact:  # otherwise the file has changed meanwhile and is uploaded again
                 self._change(artifacts={path: {**artifact, "pending": False}})
 

@@ -64,8 +64,7 @@ def open_tracker(
         close_timeout: longest time in seconds that ``close`` waits for MLflow.
         inputs: data sets, with the keys that are listed in cfvlm_ds.tracking.delivery_record.INPUT; those that the run already has are not
             logged again.
-
-        also: further trackers, ``tensorboard`` or MODULE:CLASS (see cfvlm_ds.tracking.hooks.Hook).
+        also: additional trackers, ``tensorboard`` or MODULE:CLASS (see cfvlm_ds.tracking.hooks.Hook).
 
     Raises:
         OSError: ``metrics.jsonl`` cannot be truncated. Any other problem with a full disk or MLflow is reported on stderr and never raised.
@@ -91,7 +90,7 @@ def open_tracker(
         end_ms=None,
     )
     if problem := record.save(run_dir):
-        say(f"{problem}: the run goes on, and it is tried again with every delivery")
+        say(f"{problem}: the run continues, and every delivery tries again")
     hooks = Hooks(also, run_dir, masked(params), resume_step or 0)
     return Tracker(Waiting(run_dir / METRICS_FILE, say), Delivery(run_dir, record, enabled=mlflow), hooks, kept_names, close_timeout)
 
@@ -179,7 +178,7 @@ class Tracker:
         if lost := self.lines.close():
             steps = sorted(row["step"] for row in (parse_line(line.encode() + b"\n") for line in lost) if row is not None)
             span = f" (steps {steps[0]} to {steps[-1]})" if steps else ""
-            say(f"{len(lost)} records of metrics{span} are lost: {self.lines.path} could not be written to the end")
+            say(f"{len(lost)} records of metrics{span} are lost, because {self.lines.path} could not be written")
         self.delivery.finish(status, now_ms(), self.close_timeout if timeout is None else timeout)
         self.hooks.call("close", status)  # last, because it may take any time, or be killed
 

@@ -64,12 +64,12 @@ class Baseline:
         for name, places in wanted.items():
             if len(places) < len(self.splits[name]):
                 say(
-                    f"before the first step: {len(places)} of {len(self.splits[name])} groups of {name} are drawn, for a tenth of "
-                    f"the training's time or {FEWEST} groups (train.eval_on_start true takes all, false none)"
+                    f"before the first step: {len(places)} of {len(self.splits[name])} groups of {name} are sampled, for a tenth of the "
+                    f"training time but at least {FEWEST} groups (train.eval_on_start: true for all groups, false for none)"
                 )
         results: dict[str, list[Accuracy]] = run_on_rank0(self.world, lambda: self._from_cache(wanted))
         if results:
-            say(f"before the first step: accuracies of {', '.join(results)} are those of an earlier run from this model")
+            say(f"before the first step: accuracies of {', '.join(results)} are taken from an earlier run with this model")
         for name, places in wanted.items():
             if name not in results:
                 results |= evaluator({name: part_of(self.splits[name], places)})[0]
@@ -135,7 +135,7 @@ class Baseline:
             kept = read_json(file) if file.is_file() else {"data": None, "rows": []}
             return kept["data"], [Accuracy(**row) for row in kept["rows"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self.world.say(f"warning: {file} cannot be read ({type(error).__name__}), and is not used")
+            self.world.say(f"warning: {file} cannot be read ({type(error).__name__}) and is ignored")
             return None, []
 
     def _file(self, name: str) -> Path:

@@ -46,7 +46,7 @@ class RunBenchmark:
     pictures: PictureTable
 
 
-_REMEDY = "take that data set out, or correct its files"
+_REMEDY = "remove that evaluation set, or correct its files"
 Outcomes = Mapping[str, Sequence[Outcome]]
 """Name of the evaluation set -> the outcomes of its items."""
 
@@ -63,7 +63,9 @@ def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
     except ConfigError as error:
         raise ConfigError(f"data.evaluation.{name}: {error}") from error
     if isinstance(chosen.way, Generate):
-        raise ConfigError(f"data.evaluation.{name}: a training writes no text; name another probe, and evaluate the export by generate")
+        raise ConfigError(
+            f"data.evaluation.{name}: a training run does not generate text; choose another probe, and evaluate the export with generate"
+        )
     return chosen
 
 
@@ -82,7 +84,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
         refuse_problems(label, [why for _, why in checked.left_out], len(loaded.items), remedy=_REMEDY)
         scoring_plan = plan(checked.items, chosen.way)  # type: ignore[arg-type]
         world.say(
-            f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, asked by {chosen.label} in "
+            f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, probe {chosen.label}, in "
             f"{len(scoring_plan.groups)} groups"
         )
         example = example_of(checked.items[0], chosen.way, collator)
@@ -99,7 +101,7 @@ def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes
 
 
 def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
-    """Return the names of the metrics that ``benchmark_metrics`` will contain for the shown images, derived only from the items."""
+    """Return the names of the metrics that ``benchmark_metrics`` will return without control images, derived only from the items."""
     names = set()
     for name, benchmark in benchmarks.items():
         names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied(benchmark.plan.items))}
@@ -146,5 +148,5 @@ def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> d
             return fingerprint(config.model, alive, world.say) | {"adapter": adapter_fingerprint(run_dir / "adapter", alive)}
         return fingerprint(replace(config.model, name_or_path=str(run_dir / "export")), alive, world.say)
     except (OSError, ConfigError) as error:
-        world.say(f"warning: the results of benchmarks do not name the weights, which cannot be read ({error})")
+        world.say(f"warning: the benchmark results do not identify the weights, because these cannot be read ({error})")
         return {}

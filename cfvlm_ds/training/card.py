@@ -68,12 +68,12 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         **license,
     )
     lines = ["---", front.to_yaml(), "---", "", f"# {_code(_last(str(run_dir.absolute())))}", ""]
-    lines += [f"{kind} after {step} optimizer steps from {_code(_last(base) if local else base)}, fine-tuned with counterfactual"]
-    lines += [f"objectives (those of [CF-VLM]({_PAPER}), stated over token likelihoods) by cfvlm-ds.", ""]
+    lines += [f"{kind} after {step} optimizer steps from {_code(_last(base) if local else base)}, fine-tuned by cfvlm-ds with the"]
+    lines += [f"counterfactual objectives of [CF-VLM]({_PAPER}), computed from token likelihoods.", ""]
     if local:
-        lines += ["The base is a folder; its name on a hub, and a line `base_model` above, are yours to add before you publish this.", ""]
+        lines += ["The base model is a local folder. Before you publish this card, add its hub name here and as `base_model` above.", ""]
     if not license:
-        lines += ["The license is not known: the base states none that this program has found.", ""]
+        lines += ["The license is not known: no license was found in the base model's card.", ""]
     names = ("name", "context", "groups", "format", "source", "digest")
     sets = [[_cell(_last(str(data_set[name]))) for name in names] for data_set in data]
     terms = []
@@ -108,8 +108,8 @@ _USE_ADAPTER = (
 )
 
 
-_NO_DATA = "Not known: the run folder has no data.json that can be read."
-_IDENTITY = "The identity is a digest of texts, labels, weights and pictures; moved with its folder, a data set keeps it."
+_NO_DATA = "Not known: the run folder has no readable data.json."
+_IDENTITY = "The identity is a digest of texts, labels, weights and pictures. It stays the same if a data set is moved with its folder."
 
 
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
@@ -124,17 +124,17 @@ def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list
         "bfloat16": _at(ds_config, "bf16.enabled"),
         **{name: value for name, value in options_used.items() if value is not None},
         **{name: _at(environment, f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},
-        "cfvlm-ds of the training": _at(environment, "packages.cfvlm-ds"),
-        "revision of the training": _at(environment, "git_revision"),
-        "cfvlm-ds of this export": version("cfvlm-ds"),
-        "revision of this export": git_revision(),
+        "cfvlm-ds (training)": _at(environment, "packages.cfvlm-ds"),
+        "git revision (training)": _at(environment, "git_revision"),
+        "cfvlm-ds (export)": version("cfvlm-ds"),
+        "git revision (export)": git_revision(),
     }
     return _table("setting | value", ([name, "not known" if value is None else _cell(value)] for name, value in known.items()))
 
 
 def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated: bool) -> list[str]:
     if not evaluated:
-        return ["Not known: these weights were exported before, or without, an evaluation of them."]
+        return ["Not known: these weights had not been evaluated when they were exported."]
     if not recorded:
         return ["None: the run had no evaluation sets."]
     tables = {split: [Accuracy(**row) for row in rows] for split, rows in recorded.items()}
@@ -147,8 +147,8 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
 
 
 _CONTROLS = (
-    "Accuracies in %, by edit type and in their mean (`all`), which also stands for a blank image and for another group's image: what",
-    "language alone achieves. Chance is in the last row.",
+    "Accuracies in %, per edit type and averaged over all (`all`). The average is also given for a blank image and for another group's",
+    "image, which show what language alone achieves. The last row is chance.",
 )
 
 

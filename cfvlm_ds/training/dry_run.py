@@ -43,19 +43,21 @@ def dry_run(config: RunConfig) -> str:
     stage, names = ds_config.get("zero_optimization", {}).get("stage", 0), {"optimizer": "optimizer", "param": "weights"}
     moved = " and ".join(names[name] for name, is_offloaded in engine.offloaded(ds_config).items() if is_offloaded)
     offloaded = f", {moved} offloaded" if moved else ""
-    lines.append(f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs a node{offloaded}; peak: {tokens} tokens a forward")
+    lines.append(
+        f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs per node{offloaded}; peak with {tokens} tokens per forward"
+    )
     lines.append(f"{'GPUs':>6} {'GiB per GPU':>12} {'peak':>8} {'GiB of host memory per node':>28}")
     for gpus in _GPUS:
         card, host = engine.model_states(model, ds_config, gpus, _GPUS_PER_NODE)
         card -= int(quantised * (2 - BYTES_OF_4BIT))
         lines.append(f"{gpus:>6} {card / _GIB:>12.1f} {(card + sum(working.values())) / _GIB:>8.1f} {host / _GIB:>28.1f}")
     if config.model.vision_tower.tuning != "frozen":
-        lines.append("not counted: what the vision tower keeps, which trains")
+        lines.append("not counted: activations of the vision tower, which is trained")
     if config.train.bf16 is False:
-        lines.append("all of it in bfloat16; train.bf16 is false, and weights and activations of float32 take twice as much")
+        lines.append("all sizes are for bfloat16; train.bf16 is false, and weights and activations in float32 take twice as much")
     sizes = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in working.items())
     other = engine.activations(model, tokens, not recompute) / _GIB
     lines.append(
-        f"beside the states: {sizes} GiB; activations {'without' if recompute else 'with'} gradient checkpointing: {other:.1f} GiB"
+        f"in addition to the states: {sizes} GiB; activations {'without' if recompute else 'with'} gradient checkpointing: {other:.1f} GiB"
     )
     return "\n".join(lines)

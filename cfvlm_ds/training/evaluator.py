@@ -120,6 +120,6 @@ def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBe
     name = config.train.save_best
     if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks or {})):
         raise ConfigError(
-            f"train.save_best {name!r} is not a metric of data.evaluation, whose groups have no comparison for it; use "
-            f"one of {', '.join(sorted(known)) or 'none, for no group has a comparison'}"
+            f"train.save_best {name!r} is not a metric of data.evaluation, or its groups have no comparison for it; "
+            + (f"use one of {', '.join(sorted(known))}" if known else "leave it unset, because no group has a comparison")
         )

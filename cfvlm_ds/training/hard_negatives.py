@@ -72,7 +72,7 @@ def hardest(scores: Scores, number: int) -> Hardest:
         hardness = [_hardness(unit, truth, values, known_cells) for unit in units]
         ranked = sorted(range(len(units)), key=lambda place: -hardness[place])
         images, texts = torch.ones(len(truth), dtype=torch.bool), torch.ones(len(truth[0]), dtype=torch.bool)
-        for stays, places in ((False, ranked[number:]), (True, ranked[:number])):  # an image that both lists hold stays
+        for stays, places in ((False, ranked[number:]), (True, ranked[:number])):  # an image in both lists stays
             for text, own in (units[place] for place in places):
                 images[list(own)] = stays
                 texts[[] if text is None else [text]] = stays

@@ -9,9 +9,9 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.objectives import batch_terms
 
 _LACKS = {
-    "retain": ("retain/ratio", "no row in which nothing is false", "add plain captions to data.train, or set objective.retain.rows to all"),
-    "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without them it is dpo with an anchor"),
-    "misp": ("misp/accuracy", "no image that the factual text is false of", "without them it is dpo"),
+    "retain": ("retain/ratio", "no group without false cells", "add plain captions to data.train, or set objective.retain.rows to all"),
+    "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without one, the term is dpo with an anchor"),
+    "misp": ("misp/accuracy", "no image that the factual text is false of", "without one, the term is dpo"),
 }
 """Term -> a metric that exists only where the term finds its data, the data that it lacks otherwise, and the remedy."""
 
@@ -34,17 +34,17 @@ class Idle:
     def _findings(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         for term, (metric, lack, remedy) in _LACKS.items():
             if f"loss/{term}" in metrics and metric not in metrics:
-                yield f"objective.{term}", f"has found {lack} in the steps of this record; {remedy}"
+                yield f"objective.{term}", f"found {lack} in the steps of this record; {remedy}"
         for term, requested in batch_terms(self.config.objective).items():
             if (available := metrics.get(f"{term}/texts")) is not None and 2 * available < requested:
                 yield (
                     f"objective.{term}.texts",
-                    f"asks for {requested} texts on an image and finds {available:.1f}: other groups of a step that answer the same prompt "
-                    "have no more that may be taken for false; make steps larger, or ask for fewer",
+                    f"requests {requested} texts per image, but a step has only {available:.1f}: its other groups have no more texts that "
+                    "answer the same prompt and may count as false; use larger steps, or request fewer texts",
                 )
         if "hard_negatives/proposed" in metrics and metrics["hard_negatives/proposed"] == metrics["hard_negatives/entered"]:
             yield (
                 "train.hard_negatives",
-                f"{self.config.train.hard_negatives} has left nothing out in the steps of this record: no group of one question has more "
-                "counterfactuals; a forward that chooses nothing is paid for in each",
+                f"{self.config.train.hard_negatives} left nothing out in the steps of this record, because no group with a single prompt "
+                "has more counterfactuals; each step still runs the additional forward",
             )

@@ -48,7 +48,7 @@ _UNSET = {
     "zero_optimization.stage": 0,
     **{name: False for name in DEEPSPEED if "zero_quantized" in name},
 }
-_STEPS, _TOTAL = ("train.max_steps", "train.num_train_epochs"), "steps in all (train.max_steps, train.num_train_epochs)"
+_STEPS, _TOTAL = ("train.max_steps", "train.num_train_epochs"), "total steps (train.max_steps, train.num_train_epochs)"
 _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or chat template of model.name_or_path"
 
 
@@ -117,11 +117,11 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> str | None:
     """Return the reason why ``what`` cannot be continued with these changes, or None."""
     if fixed := "; ".join(str(change) for change in changes if change.fixed):
-        return f"{what} cannot be continued with what has changed: {fixed}; restore it, or choose another train.output_dir"
+        return f"{what} cannot be continued with these changes: {fixed}; restore them, or choose another train.output_dir"
     if changes and not allowed:
         return (
             f"{what} was trained with other options: {'; '.join(map(str, changes))}; restore them, choose another train.output_dir, or set "
-            f"train.resume_changes to allow to go on with the new ones after step {step}"
+            f"train.resume_changes=allow to continue with the new options after step {step}"
         )
     return None
 

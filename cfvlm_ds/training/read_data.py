@@ -48,10 +48,10 @@ MOST_ROWS = 100_000
 class RunData:
     """The training and evaluation data of a run.
 
-    ``identity`` identifies the training groups, and ``identities`` the splits. ``pictures`` describes the stores' pictures; every picture
-    is compared with it when it is opened. It is None if the data check opened no picture. ``collator`` is the model's, or None if no
-    lengths were measured. ``sources`` holds the training sets, which together are ``groups``, by name; ``benchmarks`` holds those of the
-    evaluation.
+    ``identity`` identifies the training groups, and ``identities`` the splits. ``pictures`` describes the stores' pictures, with which
+    every picture is compared when it is opened, or is None if the data check opened no picture. ``collator`` is the model's, or None if no
+    lengths were measured. ``sources`` maps names to the training sets, which together make up ``groups``. ``benchmarks`` maps names to the
+    benchmarks of the evaluation.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -101,7 +101,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
         if shared := str(shared_with(stored_rows(train_groups).keys, keys)):
             trained = without_secrets(train_sets[name].path)
             world.say(
-                f"warning: data.evaluation.{split}: {shared} are in the training set {trained} too; results there are not about new data"
+                f"warning: data.evaluation.{split}: {shared} also occur in the training set {trained}, so its results include trained data"
             )
     _refuse_idle(config, train)
     return RunData(groups, dict(splits), identity, PictureTables(tables) if tables else None, collator, identities, sources, benchmarks)
@@ -127,8 +127,8 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
             idle.append(name)
     if idle:
         raise ConfigError(
-            f"no training group that counts in {', '.join(idle)} has a text that is false of one of its images, so that there is "
-            "nothing to compare; leave these terms out of objective, or give them the weight 0, if that is meant"
+            f"no training group used by {', '.join(idle)} has a text that is false of one of its images, so there is nothing to compare; "
+            "if that is intended, remove these terms from objective or set their weight to 0"
         )
 
 
@@ -144,14 +144,14 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
                 return function()
         except WorkerLost as lost:
             raise StorageError(
-                f"{what} has lost a process ({lost}); memory is what such processes are usually killed for: start again with more of it, "
-                "nothing found is lost"
+                f"{what} lost a process ({lost}); such processes are usually killed for lack of memory: start again with more memory; "
+                "the work done so far is kept"
             ) from lost
 
     try:
         return run_on_rank0(world, call, barrier)
     except TimeoutError as error:
-        raise ConfigError(f"{what} cannot end: {error}; look at its node and start again, nothing found is lost") from error
+        raise ConfigError(f"{what} cannot finish: {error}; check its node and start again; the work done so far is kept") from error
 
 
 def forget(config: RunConfig, world: World) -> None:
@@ -202,7 +202,7 @@ class _Stores:
         except DataError as error:
             problem = str(error)
             if prepared and not self.world.is_main:
-                problem += f"; every node must see {self.config.train.output_dir}"
+                problem += f"; every node must have access to {self.config.train.output_dir}"
         if problem := next((data_set for data_set in gather_objects(problem, self.world) if data_set), None):
             raise DataError(problem)
         self.world.say(self._by_rank_0(lambda: self._summary(data_set, stores[0], prepared is not None)))
@@ -232,15 +232,15 @@ class _Stores:
             options_given = [("format", format), *(("root", root) for root in roots), ("limit", each.limit)]
             written = "".join(f" --{name} {value}" for name, value in options_given if value is not None)
             raise DataError(
-                f"{each.path}: has {len(groups)} groups, and a run prepares {self.most_rows} of a data set itself; run "
-                f"`cfvlm-ds data prepare {each.path}{written} --out {each.path}.store` first, and name {each.path}.store in its place"
+                f"{each.path}: has {len(groups)} groups, but a run itself prepares at most {self.most_rows} of a data set; run "
+                f"`cfvlm-ds data prepare {each.path}{written} --out {each.path}.store` first, and use {each.path}.store instead"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         report = prepare(groups, folder, stamp, options, say, anew=True, scan=self.scan).report
         self._refuse(each, report)
         if source_state(path) != state:
             _disown(folder)
-            raise DataError(f"{each.path}: the manifest was written while it was checked; start again when it is whole")
+            raise DataError(f"{each.path}: the manifest was modified while it was being checked; start again when it is complete")
         return str(folder)
 
     def _source(self, each: DataSet) -> GroupStore:
@@ -253,7 +253,7 @@ class _Stores:
         if not report.problems:
             return
         more = len(report.problems) - 1
-        remedy = "; data.on_error is about what breaks later, and `cfvlm-ds data prepare --on_error skip` leaves this out"
+        remedy = "; data.on_error only covers errors during training, but `cfvlm-ds data prepare --on_error skip` leaves such rows out"
         others = f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""
         raise DataError(report.problems[0] + remedy * (self.config.data.on_error == "skip") + others)
 
@@ -262,10 +262,10 @@ class _Stores:
         store, config = stored_rows(groups), self.config
         summary = f"{each.path}: {len(groups)} groups"
         if store.found["left_out"]:
-            summary += f" ({store.found['left_out']} were left out when they were prepared)"
+            summary += f" ({store.found['left_out']} were left out when the data were prepared)"
         if (pixels := store.found["most_pixels"]) > (most := config.data.max_pixels):
             raise DataError(
-                f"{each.path}: has a picture of {pixels} pixels, and data.max_pixels is {most}; raise it, or leave the picture out"
+                f"{each.path}: a picture has {pixels} pixels, but data.max_pixels is {most}; raise data.max_pixels, or remove the picture"
             )
         if config.data.check != "full":
             return summary

@@ -58,9 +58,9 @@ def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
     card = card_of(checkpoint, say, adapter=adapter, evaluated=True)
     try:
         if card is not None and (folder / marker).is_file() and not write_card(folder, card):
-            say(f"warning: {folder / CARD} was not written by this package, and stays as it is")
+            say(f"warning: {folder / CARD} was not written by this package and is left unchanged")
     except OSError as error:
-        say(f"warning: {unwritten(folder / CARD, error)}; the export is whole without the results in it")
+        say(f"warning: {unwritten(folder / CARD, error)}; the export is complete, but its card lacks the results")
 
 
 def refuse_export(config: RunConfig) -> None:
@@ -115,7 +115,9 @@ def write_results(
             stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
             write_scores(path := run_dir / "scores" / f"{split}.jsonl", groups, stored, str(run_dir), identities[split])
     except OSError as error:
-        raise StorageError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
+        raise StorageError(
+            f"{unwritten(path, error)}; the training has finished: free some space, and the same command evaluates again"
+        ) from error
     return list(contents)
 
 
@@ -132,10 +134,10 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
     if not results:
         return "\n".join([*lines, _NO_SETS])
     if missing := [name for name in results if not any(each.set == name for each in changes)]:
-        reason = "not evaluated before the first step with these contents, or without a comparison"
+        reason = "no comparison, or not evaluated on the same data before the first step"
         if not config.train.eval_on_start:
             reason = "train.eval_on_start is false"
-        lines += [f"Not compared with the model before the training: {', '.join(missing)} ({reason}).", ""]
+        lines += [f"Not compared with the model before training: {', '.join(missing)} ({reason}).", ""]
     return "\n".join([*lines, changes_table(changes) if changes else table(results)])
 
 
@@ -173,8 +175,8 @@ def description(summary: str, files: Sequence[Path]) -> str:
 _MOST_DESCRIBED = 4000
 """Characters of the summary in the description; MLflow accepts tags of 5,000."""
 _NO_SETS = (
-    "No evaluation sets: name one with `--data.evaluation.NAME FILE`, in any format that training reads, such as rows that are left out of "
-    "the training data."
+    "No evaluation sets. Add one with `--data.evaluation.NAME FILE`, in any format that training reads, for example with rows held out "
+    "from the training data."
 )
 
 
@@ -192,7 +194,7 @@ def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[Gr
             draw(path)
             drawn.append(path)
         except Exception as error:  # a drawing library may fail on any caption or number
-            say(f"warning: {path} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); the run goes on")
+            say(f"warning: {path} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); the run continues")
     return drawn
 
 

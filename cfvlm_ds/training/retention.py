@@ -34,7 +34,7 @@ class Retention:
         advice = (
             "raise objective.retain.weight"
             if "retain" in self.config.objective
-            else "add objective.retain (it holds the model near its start on plain captions among the training data)"
+            else "add objective.retain (it keeps the model close to its initial state on plain captions in the training data)"
         )
         return f"{advice}, raise objective.align.weight or lower train.learning_rate"
 
@@ -44,7 +44,7 @@ class Retention:
         if fallen > max(self.config.train.displacement_warning, 2 * self.warned):
             self.warned = fallen
             self.say(
-                f"warning: likelihood displacement: the factual log-likelihood fell {fallen:.2f} nats per token below its start; "
+                f"warning: likelihood displacement: the factual log-likelihood fell {fallen:.2f} nats per token below its initial value; "
                 f"{self._remedy}"
             )
 
@@ -77,6 +77,6 @@ class Retention:
         if start is not None and change is None:
             return start
         if start is not None or self.state.step:
-            why = "was not evaluated at the start" if change is None else f"has other contents since ({change})"
-            self.say(f"retention: data.evaluation.{split} {why}; it is compared with step {self.state.step} from here on")
+            why = "was not evaluated at the start" if change is None else f"has changed since its first evaluation ({change})"
+            self.say(f"retention: data.evaluation.{split} {why}; from now on it is compared with step {self.state.step}")
         return self.state.keep(split, data, measured)

@@ -31,7 +31,7 @@ from cfvlm_ds.models import attention, inputs_fingerprint
 from cfvlm_ds.models.variable_length import flash_attention
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
-from cfvlm_ds.training import resume
+from cfvlm_ds.training import run_start
 from cfvlm_ds.training.evaluator import check_best
 from cfvlm_ds.training.read_data import RunData, forget, model_fingerprint, read_data
 from cfvlm_ds.training.results import refuse_export
@@ -68,7 +68,7 @@ def prepare(config: RunConfig, world: World) -> None:
 
 
 _LEFT = {
-    signals.EXIT_STOPPED: "stopped: a signal asked for it; the same command continues",
+    signals.EXIT_STOPPED: "stopped by a signal; the same command continues",
     signals.EXIT_INTERRUPTED: "ended by a second Ctrl-C; the same command continues from the last checkpoint",
 }
 
@@ -117,8 +117,8 @@ def _run(config: RunConfig, world: World) -> None:
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs, world.say)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
     try:
-        start = resume.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)
-    except resume.OtherData:
+        start = run_start.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)
+    except run_start.OtherData:
         forget(config, world)
         raise
     if start is None:
@@ -163,13 +163,13 @@ def _run(config: RunConfig, world: World) -> None:
             signals.before_leaving(lambda code: tracker.close("SCHEDULED" if code == signals.EXIT_STOPPED else "KILLED", timeout=5.0)),
         ):
             if world.is_main:
-                (run_dir / resume.FINISHED).unlink(missing_ok=True)
+                (run_dir / run_start.FINISHED).unlink(missing_ok=True)
             for path in [*write_record(config, ds_engine.module, resolved.config, world, data), *start.note(run_dir, state.step, world)]:
                 tracker.artifact(path)
             trainer.run(tracker)
     if world.is_main:
         write_if_possible(
-            run_dir / resume.FINISHED,
+            run_dir / run_start.FINISHED,
             json.dumps({"schema": checkpoint.SCHEMA, "step": state.step, "total_steps": total_steps, "record": state.record}),
             world.say,
         )
@@ -236,10 +236,10 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
         else:
             remedy = f"start at most {epoch} ranks"
         raise ConfigError(
-            f"a step takes {size_text} x {accumulated} (train.gradient_accumulation_steps) x {ranks} (ranks) groups, and an epoch has "
+            f"a step takes {size_text} x {accumulated} (train.gradient_accumulation_steps) x {ranks} (ranks) groups, but an epoch has only "
             f"{epoch}; {remedy}"
         )
-    world.say(f"train.per_device_train_batch_size is {fits}, not {size}: an epoch has {epoch} groups")
+    world.say(f"train.per_device_train_batch_size is lowered from {size} to {fits}, because an epoch has only {epoch} groups")
     resolved = {**config.resolved, "train": {**config.resolved["train"], "per_device_train_batch_size": fits}}
     return replace(config, train=replace(train, per_device_train_batch_size=fits), resolved=resolved)
 

@@ -59,7 +59,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
         except OSError as error:
             problem = problem or unwritten(path, error)
     if problem := broadcast_object(problem):
-        raise StorageError(f"{problem}; make room, and start again")
+        raise StorageError(f"{problem}; free some space, and start again")
     for warning in config.model.unused:
         world.say(warning)
     world.say(f"objective: {config.loss}")

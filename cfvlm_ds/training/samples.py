@@ -99,7 +99,7 @@ class Samples:
             rows = [f"| {line['step']} | {in_cell(line['text'], _LONGEST)} |" for line in texts]
             true = next(each.text for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1)
             parts.append(" ".join([*shown, f"{in_cell(name)}, {in_cell(group.id)}, true: {in_cell(true, _LONGEST)}"]))
-            parts.append("\n".join(["| step | written |", "|---:|---|", *rows]))
+            parts.append("\n".join(["| step | text |", "|---:|---|", *rows]))
         return "\n\n".join(parts), files
 
     @property

@@ -54,8 +54,8 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     if broken := sorted({name for names in gather_objects(nonfinite, world) for name in names}):
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         raise ConfigError(
-            f"{source} has weights that are not finite: {', '.join(broken[:_NAMED])}{more}; get the model again, or convert it from its "
-            "published precision: float16 overflows where bfloat16 does not"
+            f"{source} has weights that are not finite: {', '.join(broken[:_NAMED])}{more}; download the model again, or convert it "
+            "again from its published precision: float16 overflows where bfloat16 does not"
         )
 
 
@@ -119,13 +119,13 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
             allowed = max(bound, worst * _SPREADS / _spreads(forward, model, cells, dtype, world))
     backend = attention(config.model.attn_implementation, model.config, dtype)
     if not worst <= allowed:
-        other = "" if backend == "sdpa" else "use sdpa, or "
+        other = "" if backend == "sdpa" else "use sdpa, "
         raise ConfigError(
-            f"model.attn_implementation {backend} gives scores that differ by {worst:.3g} nats per token from single-row forwards, and "
-            f"{str(dtype).removeprefix('torch.')} explains {allowed:.2g}; {other}report the versions of torch and transformers, or go on "
-            "with train.self_check=warn if you know the cause"
+            f"model.attn_implementation {backend} gives scores that differ by {worst:.3g} nats per token from single-row forwards, but "
+            f"rounding in {str(dtype).removeprefix('torch.')} explains only {allowed:.2g}; {other}report the versions of torch and "
+            "transformers, or set train.self_check=warn if you know the cause"
         )
-    explained = "" if allowed == bound else f", which {str(dtype).removeprefix('torch.')} explains"
+    explained = "" if allowed == bound else f", which rounding in {str(dtype).removeprefix('torch.')} explains"
     world.say(f"scores of packed rows ({backend}) equal single-row forwards within {worst:.1e} nats per token{explained}")
 
 

@@ -49,7 +49,7 @@ class SkippedGroups:
         self.skipped.update(dropped)
         if len(self.skipped) > self.data.max_skipped:
             raise DataError(
-                f"{len(self.skipped)} groups cannot be read, over data.max_skipped ({self.data.max_skipped}), such as "
+                f"{len(self.skipped)} groups cannot be read, more than data.max_skipped ({self.data.max_skipped}); for example, "
                 f"{next(iter(dropped.values()))}"
             )
         for name, why in dropped.items():
@@ -85,9 +85,9 @@ class NonfiniteSteps:
         if self.world.is_main:
             append(file, json.dumps({"step": step, "what": what, "groups": by_rank}), self.world.say)
         shown = "; ".join(f"rank {rank}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for rank, names in by_rank.items())
-        message = f"the {what} is not finite at step {step}; groups of {shown}; {file} lists them"
+        message = f"the {what} is not finite at step {step}; its groups: {shown}; the full list is in {file}"
         if self.train.on_nonfinite == "stop" or applied:
             raise FloatingPointError(message)
         if self.in_a_row > _MOST_IN_A_ROW:
-            raise FloatingPointError(f"{message}; it is the {self.in_a_row}th step in a row, and a lower learning rate may help")
-        self.world.say(f"warning: {message}; the step is left out on all ranks")
+            raise FloatingPointError(f"{message}; this is the {self.in_a_row}th such step in a row, and a lower learning rate may help")
+        self.world.say(f"warning: {message}; the step is skipped on all ranks")

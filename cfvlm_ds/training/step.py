@@ -117,7 +117,7 @@ class OptimizerStep:
         if dropped:
             self.skipped.note(micro_batches)
         measured, finite = self._compute(number, micro_batches, dict(zip(local, sums, strict=True)), progress)
-        # the loss scaling of fp16 leaves steps out on its own
+        # the loss scaling of fp16 skips steps on its own
         if not finite or not (self.engine.was_step_applied() or self.engine.fp16_enabled()):
             losses = [(each.micro_batch, each.loss) for each in measured]
             self.nonfinite.note(number, losses, "gradient" if finite else "loss", self.engine.was_step_applied())

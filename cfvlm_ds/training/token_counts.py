@@ -102,14 +102,14 @@ def group_tokens(
     assert tokens is not None
     parts = {
         "max_tokens_per_micro_batch": "its images and texts",
-        "max_tokens_per_forward": "one image with one text, which no forward divides,",
+        "max_tokens_per_forward": "one image with one text, which cannot be divided",
     }
     for counts, (option, what) in zip(tokens, parts.items(), strict=True):
         limit, most = getattr(data, option), int(counts.max())
         if limit is not None and most > limit:
             group = groups[int(counts.argmax())].id
             raise DataError(
-                f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"
+                f"group {group!r} has {most} tokens in {what}, but data.{option} is {limit}; raise it, or use images with fewer tokens"
             )
     return tokens[0]
 

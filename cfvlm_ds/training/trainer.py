@@ -115,7 +115,7 @@ class Trainer:
                     self._exit_for_resume(tracker, stopped)
             self._finish(tracker)
         except StopRequested as request:
-            self._exit_for_resume(tracker, f"{request}, before the evaluation was done")
+            self._exit_for_resume(tracker, f"{request}, before the evaluation finished")
         except WorkerLost as lost:
             self._end(
                 tracker, f"rank {self.world.rank}, in the evaluation: {lost}", "the same command continues from the last checkpoint", True
@@ -149,7 +149,7 @@ class Trainer:
             except WorkerLost as lost:
                 if saved < state.step:
                     tracker.log(state.step, self._save(needed=True))
-                then = f"step {state.step} is the last whole one and is saved" if state.step else "nothing was trained"
+                then = f"step {state.step} is the last complete one and is saved" if state.step else "nothing was trained"
                 self._end(tracker, f"at step {state.step + 1}, {lost}", f"{then}, and the same command continues", alone=False)
             meter.wait(result.waited_s)
             for measured in result.measured:
@@ -177,7 +177,7 @@ class Trainer:
             if stop:
                 return stop
         if self._stopped_early and state.best is not None:
-            best = f"{train.save_best} was best, {state.best['value']:g}, at step {state.best['step']:.0f}"
+            best = f"the best {train.save_best} was {state.best['value']:g} at step {state.best['step']:.0f}"
             world.say(f"early stopping after step {state.step}: {best}")
         return None
 
@@ -225,7 +225,7 @@ class Trainer:
             if needed:
                 raise
             failed = True
-            self.world.say(f"warning: {error}; training goes on and the next checkpoint is tried in its turn")
+            self.world.say(f"warning: {error}; training continues, and the next checkpoint is written when it is due")
         ended = time.monotonic()
         share = (ended - started) / (ended - self._saved_at)
         self._saved_at = ended
@@ -294,7 +294,7 @@ class Trainer:
                 export_checkpoint(config, self._run_dir / f"checkpoint-{step}", say, barrier.alive)
             except Exception as error:
                 failed = error
-                say(f"warning: the export failed ({error}); the evaluation follows, then this error ends the run")
+                say(f"warning: the export failed ({error}); the run will end with this error after the evaluation")
         barrier.meet()
         benchmarks = self.data.benchmarks
         results, scores = self.evaluator(self.data.splits, config.train.eval_shuffled)
@@ -341,7 +341,7 @@ class Trainer:
         """Exit from a run that has lost a data worker: this rank ``alone``, or all ranks together."""
         tracker.close("FAILED")
         if self.world.is_main or alone:
-            print_line(f"error: {what}; memory is what such processes are usually killed for: lower data.num_workers; {then}", error=True)
+            print_line(f"error: {what}; such processes are usually killed for lack of memory: lower data.num_workers; {then}", error=True)
         if not alone:
             self.world.wait()
         sys.exit(1)

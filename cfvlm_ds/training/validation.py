@@ -62,26 +62,26 @@ def _refuse_beside_yaml(config: RunConfig, with_data: bool) -> None:
         paths += [data_set.path, *roots, getattr(data_set, "scores", None) or ""]
     for path in paths if config.build == BuildConfig() else ():  # with ``build`` a path may be written first
         if path and not is_there(Path(path)) and is_there(beside := Path(config.yaml_folder, path)):
-            raise ConfigError(f"{path} is not there{counted_from(path)}; {beside}, beside the file of options, is: name that")
+            raise ConfigError(f"{path} does not exist{counted_from(path)}; use {beside}, which exists next to the YAML file")
 
 
 def _check_step(config: RunConfig, ranks: int) -> None:
     train, terms = config.train, batch_terms(config.objective)
     if terms and train.hard_negatives is not None:
         raise ConfigError(
-            f"{next(iter(terms))} compares with texts of other groups that are drawn before any is scored, and train.hard_negatives leaves "
-            "out some after it; set one of them"
+            f"{next(iter(terms))} draws texts of other groups before anything is scored, but train.hard_negatives leaves texts out after "
+            "scoring; use only one of them"
         )
     if train.hard_negatives is not None and required_cells(config.objective) in ("anchor", "matched"):
         raise ConfigError(
-            f"train.hard_negatives keeps what the model takes most for true, and {', '.join(config.objective)} scores no text on an image "
-            "that it is false of; add a term that does, such as csd in its mode cross, or leave the option out"
+            f"train.hard_negatives keeps the false cells with the highest scores, but {', '.join(config.objective)} scores no text on an "
+            "image that it is false of; add a term that does, such as csd with mode cross, or leave the option unset"
         )
     if terms and config.data.max_tokens_per_micro_batch is None:
         groups = train.micro_batch_size * train.gradient_accumulation_steps * ranks
         if groups < 2:
             raise ConfigError(
-                f"{next(iter(terms))}: an optimizer step has one group, and its images are compared with texts of others; raise "
+                f"{next(iter(terms))} compares images with texts of other groups, but an optimizer step has only one group; raise "
                 "train.per_device_train_batch_size or train.gradient_accumulation_steps"
             )
 
@@ -93,9 +93,9 @@ def _check_data(config: RunConfig) -> None:
     for name, source in data.train_sets.items():
         if unknown := [term for term in source.objectives or () if term not in config.objective]:
             known = ", ".join(config.objective)
-            raise ConfigError(f"data.train: source {name!r} names objective {unknown[0]!r}, which this run does not have ({known})")
+            raise ConfigError(f"data.train: source {name!r} lists the objective {unknown[0]!r}, but this run has only {known}")
     if data.is_mixture and data.scores is not None:
-        raise ConfigError("data.scores is of one manifest, and data.train is a list; give each source that has some its own scores")
+        raise ConfigError("data.scores belongs to one manifest, but data.train is a list; set scores in the sources of that list instead")
     for each in (*data.train_sets.values(), *data.evaluation_sets.values()):
         exists = is_hub(each.path) or is_there(Path(each.path)) or (scenes is not None and _is_below(each.path, scenes.out_dir))
         known_format(each.path, each.format or data.format)  # raises, and suggests similar names
@@ -104,12 +104,12 @@ def _check_data(config: RunConfig) -> None:
     for name in config.train.retention or ():
         if name not in data.evaluation_sets:
             known = ", ".join(data.evaluation_sets) or "none"
-            raise ConfigError(
-                f"train.retention: {name!r} is not a manifest of data.evaluation ({known}); name one of them, or add it there"
-            )
+            raise ConfigError(f"train.retention: {name!r} is not a manifest of data.evaluation ({known}); use one of them, or add it there")
     for name, each in data.benchmark_sets.items():
         if not (root := chosen_of(name, each).root).is_dir() and not (scenes is not None and _is_below(str(root), scenes.out_dir)):
-            raise ConfigError(f"data.evaluation.{name}: {root}: no such folder; put the benchmark's files there, as docs/benchmarks says")
+            raise ConfigError(
+                f"data.evaluation.{name}: {root}: no such folder; put the benchmark's files there, as described in docs/benchmarks"
+            )
     for source in data.train_sets.values() if scores_needed(config) else ():
         if source.scores is not None and not os.path.exists(source.scores):
             raise ConfigError(f"{source.scores}: no such scores file; write it with `cfvlm-ds score`, or correct the option scores")
@@ -134,6 +134,10 @@ def scores_needed(config: RunConfig) -> bool:
         needed = True
         if source.scores is None:
             names = ", ".join(key for key, term in terms.items() if term.needs_prior or term.needs_reference)
-            where = f"give the source {name!r} its scores, or objectives without {names}" if config.data.is_mixture else "set data.scores"
+            where = (
+                f"set scores for the source {name!r}, or exclude {names} from its objectives"
+                if config.data.is_mixture
+                else "set data.scores"
+            )
             raise ConfigError(f"{names}: an objective needs stored scores; write them with `cfvlm-ds score` and {where}")
     return needed

@@ -105,7 +105,7 @@ def test_ranks_and_a_kill_give_the_bytes_of_one_undisturbed_rank(model_dir, root
     assert all(code for code, _ in ended) and "sugarcrepe/caption/scores.jsonl" in contents(tmp_path / "killed"), ended
     ended = started(2, COMMAND, options(model_dir, root, tmp_path / "killed"), tmp_path, "again")
     assert [code for code, _ in ended] == [0, 0], ended
-    assert "items are on disk, and it goes on from there" in ended[0][1]
+    assert "items are on disk; only the others are computed" in ended[0][1]
     assert contents(tmp_path / "killed") == whole
 
 
@@ -127,7 +127,7 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir, root, tm
     ((code, said),) = started(1, OWN, arguments, tmp_path, "own")
     assert (
         code == 0
-        and "mine.tsv has 2 rows, and the official file 3: another revision" in said
+        and "mine.tsv has 2 rows, but the official file has 3: it is another revision" in said
         and re.search(r"\| mine \| match \| 2 \| \d \| accuracy \|", said)
     )
     ((code, said),) = started(1, OWN, ["compare", str(tmp_path / "out"), str(tmp_path / "out")], tmp_path, "compared")
@@ -149,13 +149,13 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     more += ["--train.save_best=eval/crepe/macro/swap_obj"]
     (said, _), recorded = run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said"), metrics(run_dir)
     assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures are in the training set" in said
-    assert "21 items of SugarCrepe, asked by caption in" in said and "  crepe: macro " in said
+    assert "21 items of SugarCrepe, probe caption, in" in said and "  crepe: macro " in said
     evaluated = [row for row in recorded if "eval/crepe/macro" in row]
     assert len(evaluated) == 2 and {"eval/crepe/blind_macro", "eval/crepe/accuracy", "eval/test/pair"} <= evaluated[0].keys()
     assert "eval/crepe/shuffled_macro" in evaluated[1] and "eval/crepe/shuffled_macro" not in evaluated[0]
     assert re.search(r"\| crepe \| caption \| 21 \| \d+ \| macro \|", (run_dir / "results.md").read_text())
     compared = printed(capsys, "compare", run_dir / "benchmarks", run_dir / "benchmarks")
-    assert "| crepe | caption | macro |" in compared and "in different words" not in compared
+    assert "| crepe | caption | macro |" in compared and "different prompts" not in compared
     record = json.loads((run_dir / "benchmarks/crepe/caption/results.json").read_text())
     assert record["versions"]["torch"] == torch.__version__ and record["settings"] == {"shuffled": True, "limit": None}
     identity = fingerprint(ModelConfig(str(run_dir / "export")))

@@ -365,7 +365,7 @@ def with_layers(source: Path, folder: Path, layers: int, **text: int) -> Path:
     ("layers", "text", "said"),
     [
         (4, {}, r"missing, .*layers\.3\."),
-        (2, {}, r"not in it, .*layers\.2\."),
+        (2, {}, r"do not exist there, .*layers\.2\."),
         (3, {"intermediate_size": 40}, r"mlp\.\w+\.weight has shape"),
         (1, {}, rf"{NORM} with shape \[1\]"),
         (77, {}, rf"{NORM} with shape \[77\]"),
@@ -421,10 +421,10 @@ def test_a_checkpoint_that_is_not_what_it_says(export, checkpoints, tmp_path):
         state["optimizer_state_dict"]["partition_count"] = 4
 
     cases = [
-        ("z3", "*model_states.pt", drop, "elements of each rank's"),
-        ("z2", "*model_states.pt", drop, "elements; name another one"),
+        ("z3", "*model_states.pt", drop, "elements per rank, but each rank's file has"),
+        ("z2", "*model_states.pt", drop, r"elements, but the files have \d+; use another"),
         ("z3", "*model_states.pt", foreign, "contains objects other than tensors"),
-        ("z3", "*optim_states.pt", fewer, "was written by 4 ranks but holds 3 shards"),
+        ("z3", "*optim_states.pt", fewer, "was written by 4 ranks but contains 3 shards"),
     ]
     for index, (name, pattern, change, said) in enumerate(cases):
         checkpoint = edited(checkpoints[name], tmp_path / str(index), pattern, change)

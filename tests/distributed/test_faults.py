@@ -121,7 +121,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(trainings):
     run_dir = folder / "full for a while"
     assert not raised(said[run_dir.name])
     (warning,) = [line for line in said[run_dir.name] if line.startswith("warning")]
-    assert f"{run_dir}/checkpoint-2 cannot be written (rank 1: [Errno 27] File too large" in warning and "training goes on" in warning
+    assert f"{run_dir}/checkpoint-2 cannot be written (rank 1: [Errno 27] File too large" in warning and "training continues" in warning
     assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-1", "checkpoint-3"}
     assert losses(run_dir) == losses(folder / "whole")
     assert [(row["step"], row["checkpoint/failed"]) for row in metrics(run_dir) if "checkpoint/failed" in row] == [(1, 0), (2, 1), (3, 0)]
@@ -185,7 +185,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what, trainin
     groups = {"1": ids(1)} if what == "loss" else {"0": ids(0), "1": ids(1)}
     assert listed == {"step": ILL, "what": what, "groups": groups}
     (warning,) = [line for line in said[run_dir.name] if line.startswith("warning: the")]
-    assert f"the {what} is not finite at step 2; groups of rank" in warning and "left out on all ranks" in warning
+    assert f"the {what} is not finite at step 2; its groups: rank" in warning and "skipped on all ranks" in warning
 
 
 @pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.long)])

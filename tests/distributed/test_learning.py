@@ -163,7 +163,7 @@ def test_the_displacement_warning(model_dir, manifest, tmp_path):
         assert last["retention/kept/accuracy"] == pytest.approx(last["eval/kept/group"] - first["eval/kept/group"])
         lost = "warning: retention: true texts of data.evaluation.kept lost"
         assert (lost in said) == (last["retention/kept/nll"] > 0.01) == (name == "without") and f"{lost} 0." in without
-        assert said.count("objective.retain has found no row in which nothing is false") == 1
+        assert said.count("objective.retain found no group without false cells") == 1
 
 
 # Where gradients go ---------------------------------------------------------------------------------------------------------------------

@@ -107,9 +107,9 @@ def test_what_is_shared_is_named_and_a_term_without_work_refused(trained, manife
     trained_on = {image[0].read_bytes() for group in groups[:30] for image in group.images}
     there, which = sum(row in rows[:30] for k, row in enumerate(rows) if row not in rows[:k]), len({str(row) for row in rows})
     counts = f"{there} of its {which} rows and {len(trained_on)} of its {len(set(pictures))} pictures"
-    whole = f"warning: data.evaluation.half: {counts} are in the training set {manifests['train']} too"
+    whole = f"warning: data.evaluation.half: {counts} also occur in the training set {manifests['train']}"
     assert sum(line.startswith(whole) for line in said["two"].splitlines()) == 1
-    refusal = "rank 0 raised ConfigError: no training group that counts in"
+    refusal = "rank 0 raised ConfigError: no training group used by"
     assert f"{refusal} csd, fcd " in said["idle"]
     assert f"{refusal} fcd " in said["masked"], "for the source that has some does not count in it"
     assert "nothing to compare" not in said["two"] + said["meant"]

@@ -43,8 +43,8 @@ from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.objectives import OBJECTIVES, required_cells
 from cfvlm_ds.training import read_data as preflight
-from cfvlm_ds.training import resume, token_counts
 from cfvlm_ds.training import run as training_run
+from cfvlm_ds.training import run_start, token_counts
 from cfvlm_ds.training.token_counts import group_tokens
 
 
@@ -147,7 +147,7 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(own, config, dat
             data.write_text(flipped)
 
     first = preflight.read_data(configured(config, tmp_path / "first", train=str(data)), ONE)
-    with monkeypatch.context() as patched, pytest.raises(DataError, match="written while it was checked"):
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="modified while it was being checked"):
         patched.setattr(preflight.ProgressBarrier, "alive", lambda barrier: write())
         preflight.read_data(own, ONE)
     assert data.read_text() == flipped
@@ -166,7 +166,7 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(own, config, dat
 def test_a_large_manifest_is_prepared_before_the_run(config, data, tmp_path, opened):
     """The sentence names a command that makes a store of what the run would have read; a run's own preparation is another way."""
     run = configured(config, tmp_path / "run", train=str(data))
-    with pytest.raises(DataError, match="has 6 groups, and a run prepares 5 of a data set itself; run `cfvlm-ds") as refused:
+    with pytest.raises(DataError, match="has 6 groups, but a run itself prepares at most 5 of a data set; run `cfvlm-ds") as refused:
         preflight.read_data(run, ONE, most_rows=5)
     assert not opened
     cli_main(shlex.split(str(refused.value).split("`")[1])[1:])
@@ -402,8 +402,8 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": tokens.tolist(), "known": len(read.pictures or [])}))
     commands.build = build_late
     commands.build_once(config.build, world)
-    resume.option_changes.model_hashes = lambda name, alive, say: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
-    record = resume.Start(None, [], {"model": None, "steps": 1}, 1, {}).complete_record(config, world)
+    run_start.option_changes.model_hashes = lambda name, alive, say: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
+    record = run_start.Start(None, [], {"model": None, "steps": 1}, 1, {}).complete_record(config, world)
     assert record == {"model": {"weights": "w", "inputs": "i"}, "steps": 1}
     for wrong in (bad, bad):
         try:
@@ -484,7 +484,7 @@ def test_a_run_goes_on_with_its_own_data_only(model_dir, data, tmp_path):
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     reasons = ["the order of the rows", "the number of rows (5, was 6)", "contents of pictures"]
     assert len(errors) == output.count("ended 2"), output[-4000:]
-    assert all(f"before a change of {reason}" in error for error, reason in zip(errors, reasons, strict=True))
+    assert all(f"before these changed: {reason}" in error for error, reason in zip(errors, reasons, strict=True))
     assert output.count("trained\n") == 2 and len(losses(run)) == 4
 
 

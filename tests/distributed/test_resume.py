@@ -112,13 +112,13 @@ def test_allowed_changes_are_kept_with_the_run(trained):
 
 
 REFUSED = {
-    "learning rate": "tracked/checkpoint-2 was trained with other options: steps in all (train.max_steps, train.num_train_epochs) was 2 "
-    "and is 4; train.learning_rate was 0.003 and is 0.001; restore them, choose another train.output_dir, or set train.resume_changes to "
-    "allow to go on with the new ones after step 2",
+    "learning rate": "tracked/checkpoint-2 was trained with other options: total steps (train.max_steps, train.num_train_epochs) was 2 "
+    "and is 4; train.learning_rate was 0.003 and is 0.001; restore them, choose another train.output_dir, or set "
+    "train.resume_changes=allow to continue with the new options after step 2",
     "finished": "tracked was trained with other options: train.weight_decay was 0.0 and is 0.5; restore them",
-    "rank": "tracked/checkpoint-2 cannot be continued with what has changed: model.lora.rank was 16 and is 4; restore it, or choose",
-    "full": "cannot be continued with what has changed: model.language_model.tuning was lora and is full; restore",
-    "stage": "cannot be continued with what has changed: --deepspeed zero_optimization.stage was 3 and is 2; restore",
+    "rank": "tracked/checkpoint-2 cannot be continued with these changes: model.lora.rank was 16 and is 4; restore them, or choose",
+    "full": "cannot be continued with these changes: model.language_model.tuning was lora and is full; restore",
+    "stage": "cannot be continued with these changes: --deepspeed zero_optimization.stage was 3 and is 2; restore",
     "data": "tracked/checkpoint-2 was trained on ",
     "never": "already holds checkpoint-2; use train.resume=auto",
     "named": "checkpoint-9' is not a folder; give auto, never, restart or the path of a checkpoint",

@@ -94,7 +94,7 @@ def test_a_tracked_run_tells_no_secret(server, model_dir, manifests, tmp_path):
 def test_a_server_that_is_down_is_named_without_its_password(model_dir, manifests, tmp_path):
     url = f"http://127.0.0.1:{free_port()}"
     said = trained(planted(url), train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
-    assert "does not answer" in said and "://***@127.0.0.1" in said and "did not get" in said
+    assert "does not answer" in said and "://***@127.0.0.1" in said and "did not receive" in said
     assert not leaks(said) and not leaks_of(tmp_path / "run")
 
 

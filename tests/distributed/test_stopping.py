@@ -92,7 +92,7 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir, manifests
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{stopped}"]
     assert not (folder / "results.json").exists() and not (folder / "finished.json").exists()
     said = (tmp_path / "rank-0.log").read_text()
-    assert f"stopped after step {stopped} of 16: a signal asked for it" in said
+    assert f"stopped after step {stopped} of 16: a signal was received" in said
     first, status = the_run(folder)
     assert status == "SCHEDULED"
 
@@ -155,7 +155,7 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir, mani
         assert end([rank], 60) == [EXIT_STOPPED] and time.monotonic() - before < 12, (tmp_path / "rank-0.log").read_text()
         assert not (folder / "run.lock").exists() and (folder / "checkpoint-2").exists() == (where == "export_checkpoint")
     said = (tmp_path / "rank-0.log").read_text()
-    assert said.count("stopped: a signal asked for it; the same command continues\n") == 2 and "Traceback" not in said
+    assert said.count("stopped by a signal; the same command continues\n") == 2 and "Traceback" not in said
     assert json.loads((folder / ".mlflow_delivery.json").read_text())["status"] == "SCHEDULED"
     assert end(start(arguments, tmp_path, size=1)) == [0]
     assert the_run(folder)[1] == "FINISHED" and (folder / "export").is_dir() and len(losses(folder)) == 2
@@ -171,7 +171,7 @@ def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(signalled,
         signal_all(ranks[rank], (signal.SIGTERM, signal.SIGUSR1)[rank])
     codes, said = end(ranks, 60), [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
     assert codes == [EXIT_STOPPED] * 2, said
-    assert "stopped: a signal asked for it; the same command continues\n" in said[0] and "error" not in said[0] + said[1]
+    assert "stopped by a signal; the same command continues\n" in said[0] and "error" not in said[0] + said[1]
 
 
 def test_signals_are_obeyed_within_an_evaluation(model_dir, manifests, tmp_path):
@@ -188,8 +188,8 @@ def test_signals_are_obeyed_within_an_evaluation(model_dir, manifests, tmp_path)
         assert (folder / f"checkpoint-{step}").exists() and len(losses(folder)) == step
         assert not (folder / "results.json").exists()
     said = (tmp_path / "rank-0.log").read_text()
-    assert "stopped after step 1 of 2: a signal asked for it; the same command" in said
-    assert "stopped after step 2 of 2: a signal asked for it, before the evaluation was done; the same command" in said
+    assert "stopped after step 1 of 2: a signal was received; the same command" in said
+    assert "stopped after step 2 of 2: a signal was received, before the evaluation finished; the same command" in said
     assert end(start(arguments, tmp_path)) == [0, 0] and (folder / "results.json").exists() and len(losses(folder)) == 2
 
 
@@ -226,7 +226,7 @@ def test_a_killed_data_worker_costs_no_step(model_dir, manifests, tmp_path):
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"] and not incomplete(folder / f"checkpoint-{step}")
     said = [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
     sentence = rf"error: at step {step + 1}, rank 1: DataLoader worker \(pid(\(s\))? {worker.pid}\) .*: lower data\.num_workers; "
-    assert re.search(rf"{sentence}step {step} is the last whole one and is saved", said[0])
+    assert re.search(rf"{sentence}step {step} is the last complete one and is saved", said[0])
     assert "Traceback" not in said[0] + said[1] and "error:" not in said[1]
 
 
@@ -243,7 +243,7 @@ def test_a_rank_that_beats_but_does_not_move_is_named(tmp_path, how):
         return
     assert codes == [EXIT_HANG] * 3
     assert said.count("error: ") == 1, "one sentence"
-    assert f"(pid {ranks[2].pid}) has not moved for" in said and "it was at step 7, phase data; 2 of 3 ranks wait for it" in said
+    assert f"(pid {ranks[2].pid}) has made no progress for" in said and "it was at step 7, phase data; 2 of 3 ranks wait for it" in said
     assert "in stand_still" in outputs[2], "its own log shows where it was stuck"
 
 
@@ -277,7 +277,7 @@ def test_time_runs_out_when_a_step_and_the_margin_no_longer_fit(monkeypatch):
     stop = Stop(margin_s=60)
     for now, late in ((1005.0, 0), (1010.0, 0), (1025.0, 0), (1026.0, 1)):  # the longest interval was 15 s
         assert stop.votes().tolist() == [0, late], now
-    assert reason([0, 1]) == "the job's time is nearly over" and reason([2, 1]) == "a signal asked for it" and reason([0, 0]) is None
+    assert reason([0, 1]) == "the job's time limit is near" and reason([2, 1]) == "a signal was received" and reason([0, 0]) is None
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     assert Stop(margin_s=60).votes().tolist() == [0, 0], "no Slurm, no end"
     monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")

@@ -111,7 +111,7 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
             (drawn, [*first, *auto, f"--data.evaluation.many={many}", "--data.evaluation.test", str(manifests["test"])]),
         )
     ]
-    cached = "before the first step: accuracies of test are those of an earlier run from this model"
+    cached = "before the first step: accuracies of test are taken from an earlier run with this model"
     assert [cached in each for each in said] == [False, True, False, True]
     assert (still / "baseline" / "test.json").read_text() == (moved / "baseline" / "test.json").read_text()
     tables = {folder: json.loads((folder / "before_after.json").read_text()) for folder in (still, moved, plain, drawn)}
@@ -123,8 +123,8 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     logged = [row for row in metrics(moved) if "eval/test/pair" in row]
     assert [row["step"] for row in logged] == [0, 6] and logged[0]["eval/test/pair"] != logged[1]["eval/test/pair"]
     assert rows[plain] == [] and not (plain / "baseline").exists()
-    assert "Not compared with the model before the training: test (train.eval_on_start is false)" in (plain / "results.md").read_text()
-    assert "100 of 110 groups of many are drawn, for a tenth" in said[3]
+    assert "Not compared with the model before training: test (train.eval_on_start is false)" in (plain / "results.md").read_text()
+    assert "100 of 110 groups of many are sampled, for a tenth" in said[3]
     (whole,) = (row for row in rows[drawn] if row["set"] == "many" and row["edit"] == "all")
     assert 0 < whole["groups"] < whole["of"] < 110
     text = (drawn / "results.md").read_text()

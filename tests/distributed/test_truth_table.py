@@ -511,7 +511,9 @@ def test_a_trained_model_is_exported_whatever_follows(tmp_path, monkeypatch):
     tracker = SimpleNamespace(log=lambda *_: None, artifact=lambda _: None)
     with pytest.raises(OSError, match="disk full"):
         ended._finish(tracker)
-    assert (tmp_path / "results.md").exists() and said[1].startswith("warning: the export failed (disk full); the evaluation follows")
+    assert (tmp_path / "results.md").exists() and said[1].startswith(
+        "warning: the export failed (disk full); the run will end with this error after the evaluation"
+    )
 
 
 def test_a_figure_that_fails_is_a_warning(tmp_path):
@@ -539,7 +541,7 @@ def test_training_ends_early_where_evaluations_do_not_improve(model_dir, manifes
     options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate=0", "--train.save_steps=1"]
     for more in ((), ("--train.resume", str(run_dir / "checkpoint-2"))):
         (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options, *more), said=tmp_path / "said")
-        assert "early stopping after step 3: eval/test/pair was best, " in said and "step 4/9" not in said
+        assert "early stopping after step 3: the best eval/test/pair was " in said and "step 4/9" not in said
         assert json.loads((run_dir / "finished.json").read_text())["step"] == 3 and (run_dir / "results.md").is_file()
     assert "3 of 9" in run_train(1, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")[0]
     options[3] = "--train.early_stopping=3"
@@ -587,7 +589,7 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
     run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said-again")
     assert read_rows(run_dir / "samples.jsonl") == written[2]
     section = (tmp_path / "2" / "results.md").read_text().split("\n## Samples\n")[1].split("\n## ")[0]
-    assert section.count("| step | written |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160
+    assert section.count("| step | text |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160
 
 
 def test_a_picture_that_one_rank_has_lost_is_a_sample_of_no_rank(model_dir, manifests, tmp_path):

@@ -79,7 +79,7 @@ def test_a_signal_and_a_lost_node_change_nothing(nodes, lost, cluster, options, 
     job.usr1()
     wait_until(lambda: "requeue: stopped on request" in job.log, 900, "requeue")
     stopped = len(job.losses)
-    assert f"stopped after step {stopped} of {STEPS}: a signal asked for it" in job.log and (job.run_dir / f"checkpoint-{stopped}").exists()
+    assert f"stopped after step {stopped} of {STEPS}: a signal was received" in job.log and (job.run_dir / f"checkpoint-{stopped}").exists()
     first = json.loads((job.run_dir / ".mlflow_delivery.json").read_text())["run_id"]
     if lost:
         job.reach(stopped + 2)
@@ -116,12 +116,12 @@ def test_a_signal_during_the_data_check_is_no_failure(cancelled, cluster, option
         assert job.end()["JobState"] == "CANCELLED" and not (job.run_dir / "run.lock").exists()
         said = "".join(path.read_text() for path in job.run_dir.glob("slurm/*/0/rank-*.log"))
         assert job.log.count("Exited with exit code 85") == 2 and "Traceback" not in said, job.log
-        assert "stopped: a signal asked for it; the same command continues\n" in said
+        assert "stopped by a signal; the same command continues\n" in said
         return
     job.usr1()
     state = job.end()
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1") and (job.run_dir / "finished.json").exists(), job.log
-    assert "requeue: stopped on request" in job.log and "has lost a process" not in job.log
+    assert "requeue: stopped on request" in job.log and "lost a process" not in job.log
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,9 @@ def test_a_crash_without_progress_ends_after_the_bound(cluster, copies, options,
     state = job.end()
     assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "1", "1:0"), job.log
     assert "FloatingPointError: the loss is not finite at step 3" in job.log
-    assert "giving up: a rank failed" in job.log and "2 starts in a row have not got beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
+    assert (
+        "giving up: a rank failed" in job.log and "2 starts in a row have made no progress beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
+    )
 
 
 @pytest.mark.long
@@ -200,7 +202,7 @@ def test_benchmarks_go_on_after_a_requeue(cluster, copies, model_dir, tmp_path):
     state = cluster.finish(job, 900)
     said = (tmp_path / "log").read_text()
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), said
-    assert "requeue: the time limit is near" in said and "items are on disk, and it goes on from there" in said
+    assert "requeue: the time limit is near" in said and "items are on disk; only the others are computed" in said
     main(["evaluate", str(model_dir), *options, "--out", str(tmp_path / "alone")])
     for name in ("results.json", "items.jsonl"):
         assert (out / "pope" / "yes_no" / name).read_bytes() == (tmp_path / "alone" / "pope" / "yes_no" / name).read_bytes()
@@ -248,7 +250,7 @@ def test_a_full_disk_is_tried_again_after_a_pause_within_the_bound(tmp_path):
 def test_secrets_are_read_through_a_link_to_a_file_that_is_closed_to_others(tmp_path):
     (secrets := tmp_path / "stored").write_text("TOKEN=abc\n")
     (link := tmp_path / "link").symlink_to(secrets)
-    for mode, code, said in ((0o600, 0, "abc\n"), (0o640, 2, f"error: others can read {link}; chmod 600 it\n")):
+    for mode, code, said in ((0o600, 0, "abc\n"), (0o640, 2, f"error: other users can read {link}; run chmod 600 on it\n")):
         secrets.chmod(mode)
         done = sourced('bash -c "echo \\$TOKEN"', tmp_path, CFVLM_SECRETS=str(link))
         assert done.returncode == code and done.stdout.endswith(said), done
@@ -272,7 +274,7 @@ def test_steps_run_in_a_container_by_pyxis_or_apptainer(tmp_path):
     assert f"<apptainer><exec><--bind></x:/x><--pwd><{REPO}><{image}>" in named.stdout, "without GPUs no --nv"
     assert sourced(train, tmp_path).stdout == f"{common}<--ntasks=2><shield><python><train.py><a b>"
     wrong = sourced(train, tmp_path, CONTAINER_IMAGE=image, CONTAINER_RUNTIME="docker")
-    assert wrong.returncode == 2 and "error: nothing runs CONTAINER_IMAGE here: docker; set CONTAINER_RUNTIME" in wrong.stdout
+    assert wrong.returncode == 2 and "error: no runtime for CONTAINER_IMAGE: docker; set CONTAINER_RUNTIME" in wrong.stdout
 
 
 def test_signals_before_python_answers_them_do_not_end_a_rank(tmp_path):
@@ -332,7 +334,7 @@ def test_a_node_that_starts_slowly_is_waited_for(cluster, options, tmp_path):
 def test_missing_gpus_are_named():
     """Where Slurm counts them: a site whose Slurm knows of none has them all the same."""
     assert gpu_fault(torch.cuda.device_count()) is None and gpu_fault(None) is None
-    assert gpu_fault(torch.cuda.device_count() + 8).startswith("Slurm gave ")  # type: ignore[union-attr]
+    assert gpu_fault(torch.cuda.device_count() + 8).startswith("Slurm allocated ")  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("described", "counts"), [("8", [8]), ("8(x2),1", [8, 8, 1]), ("2,1(x3)", [2, 1, 1, 1])])

@@ -150,7 +150,7 @@ def test_as_many_pairs_are_counted_as_see_each_other(name):
 
 
 def test_a_block_across_nodes_is_refused():
-    with pytest.raises(ValueError, match="tokens 7 to 10 see each other in both directions, and are not of one node"):
+    with pytest.raises(ValueError, match="tokens 7 to 10 attend to each other in both directions, but do not belong to one node"):
         Forest.of((9,), ((4,),), blocks=((7, 10),))
 
 
@@ -265,7 +265,7 @@ def test_a_leak_between_siblings_at_any_level_would_be_noticed(backend):
 def test_what_would_change_scores_without_an_error_is_refused(backend):
     forest = FORESTS["one tree"]
     qkv = inputs(forest, (2, 2), torch.float64)
-    with pytest.raises(ValueError, match="takes a forest and no mask"):
+    with pytest.raises(ValueError, match="needs a forest and accepts no mask"):
         call(backend, *qkv, forest=None)
     with pytest.raises(ConfigError, match=r"attention dropout \(0\.1\) must be 0"):
         call(backend, *qkv, forest=forest, dropout=0.1)

@@ -71,7 +71,7 @@ def test_a_second_run_takes_the_first_one_s_baseline(tmp_path, monkeypatch, caps
     second = Run(tmp_path / "second", data, tmp_path)
     assert second.measure()["test"][-1].num == 100 and second.evaluated == [] and second.change == first.change
     (cached,) = (tmp_path / "cache").rglob("*.json")
-    assert json.loads(cached.read_text())["rows"][-1]["losses"] == {} and "earlier run from this model" in capsys.readouterr().out
+    assert json.loads(cached.read_text())["rows"][-1]["losses"] == {} and "earlier run with this model" in capsys.readouterr().out
     relabelled = Run(tmp_path / "relabelled", groups(tmp_path, "size"), tmp_path)
     relabelled.measure()
     assert relabelled.evaluated == ["test"] and relabelled.change == first.change

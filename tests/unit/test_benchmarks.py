@@ -574,7 +574,7 @@ def test_aro_cuts_pictures_to_their_box_once(tmp_path):
         [rows[0] | {"bbox_x": 39}, rows[1] | {"bbox_w": "3"}, rows[2] | {"bbox_h": 0}],
     )
     problems = [str(problem) for problem in load(BENCHMARKS["aro_relation"], tmp_path / "aro_relation").problems]
-    assert "leads out of it" in problems[0] and all("whole numbers" in problem for problem in problems[1:]) and len(problems) == 3
+    assert "does not fit in it" in problems[0] and all("whole numbers" in problem for problem in problems[1:]) and len(problems) == 3
 
 
 def test_frames_of_videos_are_arrays_of_blue_green_and_red(tmp_path):
@@ -883,7 +883,7 @@ def test_equal_texts_are_read_counted_and_lose_where_they_tie(tmp_path):
     found = {}
     for name, folder in (("sugarcrepe_pp", tmp_path / "pp"), ("vl_checklist", tmp_path / "vl")):
         loaded = load(BENCHMARKS[name], folder)
-        assert not loaded.problems and sum("1 items have a text twice, the first" in note for note in loaded.notes) == 1
+        assert not loaded.problems and sum("1 items contain the same text twice, first" in note for note in loaded.notes) == 1
         asked = plan(loaded.items, PROBES["caption"])
         likely = {"A cup": -1.0, "A cup ": -1.0, "a hat": -2.0, "a wet dog": -3.0, "a dry dog": -4.0}
         scores = []
@@ -994,7 +994,7 @@ def test_a_label_of_another_kind_is_refused(tmp_path):
 def test_amber_needs_both_files_of_one_revision(tmp_path):
     amber(tmp_path)
     put(tmp_path / "data/annotations.json", [{"id": 1, "type": "generative", "truth": []}])
-    assert "both files of one revision" in str(load(BENCHMARKS["amber"], tmp_path).problems[0])
+    assert "both files from the same revision" in str(load(BENCHMARKS["amber"], tmp_path).problems[0])
     amber(tmp_path)
     truth = json.loads((tmp_path / "data/annotations.json").read_text())
     put(tmp_path / "data/annotations.json", [None, *truth[:-1], {"id": 1008}])
@@ -1021,7 +1021,7 @@ def test_a_benchmark_of_ones_own_is_one_entry(tmp_path, monkeypatch):
     assert [item.texts for item in loaded.items] == [
         ("a cat", "a dog"),
         ("a hat", "a bat"),
-    ] and "has 2 rows, and the official file 3" in loaded.notes[0]
+    ] and "has 2 rows, but the official file has 3" in loaded.notes[0]
     outcomes = [Outcome(item, ((2.0, 1.0),), (0.0, 0.0), consistency=0.5) for item in loaded.items]
     found = results(mine, [*outcomes[:1], replace(outcomes[1], seen=((1.0, 2.0),), shuffled=(1.0, 1.0))])
     assert found == {

@@ -72,9 +72,9 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         "| train.learning_rate | `0.0001` |",
         "| model.projector.learning_rate | `2e-05` |",
         "| ranks | `16` |",
-        f"| revision of the training | `{'c' * 40}` |",
-        f"| revision of this export | `{git_revision()}` |",
-        "| cfvlm-ds of the training | `0.1.0` |",
+        f"| git revision (training) | `{'c' * 40}` |",
+        f"| git revision (export) | `{git_revision()}` |",
+        "| cfvlm-ds (training) | `0.1.0` |",
         "| deepspeed | not known |",
         "| test | `colour` | 3 | ",
         "| test | all, blank image | 4 | ",
@@ -98,10 +98,10 @@ def test_a_card_of_adapters(tmp_path):
 def test_a_card_says_what_it_does_not_know(tmp_path):
     nothing = dict.fromkeys(("data", "environment", "results", "finished"))
     body = parts(model_card(run_folder(tmp_path / "bare", **nothing), adapter=False))[1]
-    for text in ("Not known: the run folder has no data.json", "| ranks | not known |", "Not known: these weights were exported before"):
+    for text in ("the run folder has no readable data.json", "| ranks | not known |", "Not known: these weights had not been evaluated"):
         assert text in body
     earlier = run_folder(tmp_path / "earlier", finished={"step": 900})
-    assert "Not known: these weights were exported before" in model_card(earlier, adapter=False), "the results are of step 900"
+    assert "Not known: these weights had not been evaluated" in model_card(earlier, adapter=False), "the results are of step 900"
     assert "| test | `colour` |" in model_card(earlier, adapter=False, evaluated=True)
     assert "None: the run had no evaluation sets." in model_card(run_folder(tmp_path / "none", results={}), adapter=False)
     with pytest.raises(ConfigError, match=r"config\.yaml is not a run's configuration"):

@@ -14,7 +14,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.training import option_changes, resume
+from cfvlm_ds.training import option_changes, run_start
 
 Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": False}, "gradient_clipping": 1.0}
 
@@ -160,7 +160,7 @@ def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
             (tmp_path / name).write_text(content)
         before = sorted(tmp_path.iterdir())
         try:
-            return resume.decide(config, Z3, ONE, sampler, {}, 5)
+            return run_start.decide(config, Z3, ONE, sampler, {}, 5)
         finally:
             assert sorted(tmp_path.iterdir()) == before
 
@@ -187,8 +187,8 @@ def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(t
     (tmp_path / "finished.json").write_text(json.dumps(ended))
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "time": 1, "loss": 2.0}\n')
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
-    assert resume.decide(config, Z3, ONE, sampler, {}, 5) is None and "finished at step 3 of 5" in capsys.readouterr().out
-    assert [resume._finished_at(tmp_path, patience) for patience in (2, 3, None)] == [(3, 5), (3, 3), (3, 3)]
+    assert run_start.decide(config, Z3, ONE, sampler, {}, 5) is None and "finished at step 3 of 5" in capsys.readouterr().out
+    assert [run_start._finished_at(tmp_path, patience) for patience in (2, 3, None)] == [(3, 5), (3, 3), (3, 3)]
 
 
 def test_changes_are_noted_once(told, tmp_path):

@@ -256,7 +256,7 @@ def test_a_damaged_file_is_named_and_the_next_older_checkpoint_taken(tmp_path, c
     assert checkpoint.incomplete(saved) is None
     assert continued(tmp_path) == tmp_path / "checkpoint-1"
     said = capsys.readouterr().out
-    assert f"passed over {saved}: shards/rank0.pt is damaged: its CRC-32 is {zlib.crc32(contents):08x} instead of" in said
+    assert f"skipped {saved}: shards/rank0.pt is damaged: its CRC-32 is {zlib.crc32(contents):08x} instead of" in said
     with pytest.raises(ConfigError, match=r"checkpoint-2: shards/rank0\.pt"):
         checkpoint.find(tmp_path, str(saved), ONE)
     (saved / "script.py").write_text("fail")

@@ -68,7 +68,7 @@ def test_figures_that_pages_quote_are_those_of_their_tables():
     starts = ("base", "NLL, all pairs, 2e-3", "default objective, 2e-3", "DPO, 5e-4")
     habit = [row["conflict"] for row in measured("real_prior.py --table arms", *starts)]
     others = [measured("peers.py --texts 2", *(f"{n} | {name}" for name in ("trl", "ms-swift", "llamafactory"))) for n in (2, 4, 8)]
-    times, alone = [[row["times ours"] for row in rows] for rows in others], [row["without it"] for row in others[2]]
+    times, alone = [[row["ratio to ours"] for row in rows] for rows in others], [row["without the reference"] for row in others[2]]
     relation, everything = ([row[name] for row in arms[:3]] for name in ("relation", "all"))
     spread = [part for each in (*everything, *relation) for part in each.split("±")]
     quotes = [

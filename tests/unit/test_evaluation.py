@@ -55,7 +55,7 @@ from cfvlm_ds.evaluation.loss import EvaluationLoss
 from cfvlm_ds.evaluation.metrics import CHANCE
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.objectives import Align, Csd, Dpo, Fcd, Objective, denominators, required_cells, weighted_loss
-from cfvlm_ds.objectives.base import comparisons as compared
+from cfvlm_ds.objectives.objective import comparisons as compared
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 GREY = Image.new("RGB", (336, 336), (128, 128, 128))
@@ -557,7 +557,7 @@ def test_scores_that_are_not_finite_are_counted_and_named(collator, scorer, grou
     score_groups(overflowing, collator, groups, ALONE, 1, label="evaluating test")
     named = [group.id for group in groups]  # each has a blank image, which is a tree of its own
     said = capsys.readouterr().out
-    assert f"warning: evaluating test: scores of {len(named)} of {len(groups)} groups are not finite, and count as wrong: " in said
+    assert f"warning: evaluating test: scores of {len(named)} of {len(groups)} groups are not finite and count as wrong: " in said
     assert ", ".join(named[:5]) in said
     score_groups(scorer, collator, groups, ALONE, 1)
     assert "not finite" not in capsys.readouterr().out
@@ -674,7 +674,7 @@ def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(collator, scor
     assert losses["align"]["groups"] == len(groups) and losses["align"]["unused"] == []
     assert {name for name in flat if "loss" in name} == {"eval/s/loss_align", "eval/s/loss_csd"}, "no sum of some of the terms"
     said = table(rows)
-    assert "| s | dpo | 1 | | | not computed: it needs reference scores, which are stored for the training groups alone |" in said
+    assert "| s | dpo | 1 | | | not computed: it needs reference scores, which are stored only for training groups |" in said
     assert "| s | prior | 1 | | | not computed: it needs the texts' prior likelihood" in said
     assert "| s | broken | 0.25 | | | not computed: it raises KeyError: 'no such\\\\ncolumn' |" in said and "all, weighted" not in said
     assert f"| {len(groups) - len(bare)} | {len(bare)}: {bare[0].id}" in said

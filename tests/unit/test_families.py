@@ -523,9 +523,9 @@ def off_alone(wide: Scorer, narrow: Scorer, collator: Collator, group: Counterfa
 
 
 def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no small model of type 'llama'; there are llava, llava_next, "):
+    with pytest.raises(ConfigError, match=r"no small model of type 'llama'; available: llava, llava_next, "):
         write_small("llama", tmp_path / "x")
-    with pytest.raises(ConfigError, match="is there already; name another folder"):
+    with pytest.raises(ConfigError, match="already exists; choose another folder"):
         write_small("qwen2_vl", tmp_path)
 
 

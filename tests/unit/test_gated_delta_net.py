@@ -88,5 +88,5 @@ def test_a_leak_at_any_level_would_be_noticed(model):
 
 def test_what_would_change_scores_without_an_error_is_refused(model):
     forest = FORESTS["one tree"]
-    with pytest.raises(ValueError, match="takes a forest and no cache or mask"):
+    with pytest.raises(ValueError, match="needs a forest and accepts no cache or mask"):
         model.layer(row(forest), forest=forest, attention_mask=torch.ones(1, forest.bounds[-1]))

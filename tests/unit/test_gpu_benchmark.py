@@ -97,8 +97,8 @@ def test_what_ends_its_process_is_named_and_the_rest_goes_on(gpu, tmp_path, monk
     parts = Acted(argparse.Namespace(device="cpu", small=True, parts=list(gpu.SHARES), minutes=8.0, json=tmp_path / "gpu.json"))
     parts.ends["training"] = time.monotonic() + 3
     results = parts.run()
-    assert results["kernels", "dies"] == {"error": "the process ended with 3: a sentence of its own"}
-    assert results["training", "hangs"] == {"error": "was not done when the part's time was up"}
+    assert results["kernels", "dies"] == {"error": "the process ended with exit code 3: a sentence of its own"}
+    assert results["training", "hangs"] == {"error": "unfinished when the part's time was up"}
     fine = [key for key, result in results.items() if "unusable" in result]
     assert fine == [("card", "well"), ("kernels", "after it"), ("scoring", "layouts"), ("ranks", "last")]
     assert parts.without == ["bad"] and len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 6
@@ -111,4 +111,4 @@ def test_a_process_that_never_begins_is_one_error(gpu, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     parts = Broken(argparse.Namespace(device="cuda", small=False, parts=["kernels"], minutes=8.0, json=tmp_path / "gpu.json"))
-    assert parts.run() == {("kernels", "start"): {"error": "the process ended with 1: torch sees no CUDA device"}}
+    assert parts.run() == {("kernels", "start"): {"error": "the process ended with exit code 1: torch sees no CUDA device"}}

@@ -137,7 +137,7 @@ def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(tmp_path):
     script = "import sys, time; b = time.process_time()\nwhile time.process_time() < b + 0.1: pass\n"
     folder = tmp_path / "weight-0.3-run"
     for more in ("", "sys.exit(3)"):
-        with pytest.raises(SystemExit, match="exit code 3" if more else "stopped before its end; the same command goes on"):
+        with pytest.raises(SystemExit, match="exit code 3" if more else "stopped before its end; the same command continues"):
             learning.run_process([sys.executable, "-c", script + more], folder, {}, "finished.json")
     (folder / "finished.json").write_text("{}")
     spent = learning.run_process([sys.executable, "-c", script], folder, {}, "finished.json")
@@ -156,7 +156,7 @@ def test_a_finished_run_of_another_objective_is_not_taken_for_this_one(tmp_path)
         if taken:
             assert learning.run_process(command, tmp_path, {}, "finished.json") == 7
         else:
-            with pytest.raises(SystemExit, match="is a run of another objective than its options mean now"):
+            with pytest.raises(SystemExit, match="is a run with another objective"):
                 learning.run_process(command, tmp_path, {}, "finished.json")
 
 
@@ -285,7 +285,7 @@ def test_a_table_is_what_its_rows_say():
 
     rows = [pages.Row("base"), pages.Row("two", "dpo", seeds=(0, 1)), pages.Row("three", "default", "1e-3", (0, 1, 2), groups=50)]
     rows.append(pages.Row("above", "default", "1e-3", (0, 1, 2), above=True, groups=50))
-    table = pages.Table(tuple(rows), ("shape", "nats a token: captions"), each=("all",))
+    table = pages.Table(tuple(rows), ("shape", "nats per token: captions"), each=("all",))
     names = ["dpo-3e-4-seed0", "dpo-3e-4-seed1", *(f"default-1e-3-seed{k}-50groups" for k in range(3))]
     names += [f"nll-all-1e-3-seed{k}-50groups" for k in range(3)]
     assert [job.name for job in table.jobs] == names
@@ -309,9 +309,9 @@ def test_a_page_has_the_table_of_a_command_once():
     assert renewed == page.replace("| old |\n|---|\n| 1 |", "| new |\n|---|").replace("| two |", "| 2 |")
     assert shown.renewed(renewed, [two, one]) == renewed
     for wrong in ("a.py --table", "a.py --table z"):
-        with pytest.raises(ValueError, match=f"`python {wrong}` is to stand once, before its table"):
+        with pytest.raises(ValueError, match=f"`python {wrong}` must occur exactly once, before its table"):
             shown.renewed(page, [(wrong, "| 3 |")])
-    with pytest.raises(ValueError, match="is to stand once"):
+    with pytest.raises(ValueError, match="must occur exactly once"):
         shown.renewed(page + page, [one])
 
 
@@ -359,7 +359,7 @@ def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path, monkeypatch)
     assert lines[0][-4:] == ["3", "seeds", "this", "run"]
     assert lines[1] == ["relation", "62.9", "71.0", "88.2", "(86.0", "to", "90.6)", "89.0"]
     assert lines[3] == ["questions:", "yes", "no", "34.6", "60.0", "60.0", "(60.0", "to", "60.0)", "33.0"]
-    assert "1 seeds" in text and "this run's of 50" in text
+    assert "1 seeds" in text and "This run is evaluated on 50 pairs" in text
 
 
 def test_the_package_holds_what_the_demo_prints():

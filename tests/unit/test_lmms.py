@@ -115,9 +115,9 @@ def test_pictures_stand_where_the_text_shows_them(answers, rows):
 def test_what_cannot_be_answered_is_one_sentence(answers, rows, monkeypatch):
     video = SimpleNamespace(args=(PROMPT, "a cat", lambda doc: ["clip.mp4"], 3, "mine", "test"))
     for requests, said in (
-        ([video], r"task 'mine', row 3 shows a str, and pictures alone"),
+        ([video], r"task 'mine', row 3 shows a str, but only pictures"),
         (asked(" "), "task 'mine', row 0: the text to score is empty"),
-        ([SimpleNamespace(args=("", "a cat"))], "acc_mutual_info takes the largest"),
+        ([SimpleNamespace(args=("", "a cat"))], "acc_mutual_info selects the largest"),
         (asked("a </s> cat", row=0), "task 'mine', row 0"),
     ):
         with pytest.raises(DataError, match=said):

@@ -73,7 +73,7 @@ def sharded(lost: bool) -> Callable[[Path], object]:
 
 
 LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no vision tower": (config(model_type="llama"), "model type 'llama' has no vision tower; name a vision-language model"),
+    "no vision tower": (config(model_type="llama"), "model type 'llama' has no vision tower; use a vision-language model"),
     "another family": (config(model_type="blip-2"), "model type 'blip-2' is not supported; supported: llava, "),
     "unknown type": (config(model_type="zebra"), "cannot be read"),
     "frequencies that depend on the whole row": (
@@ -105,7 +105,7 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: [sharded(lost=False)(folder), written("model.safetensors.index.json", "[]")(folder)], "is not a valid index"
     ),
     "no weights": (removed("model.safetensors"), "cannot be loaded"),
-    "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "holds both a model and adapters"),
+    "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "both a model and adapters"),
 }  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_a_model_is_recognised_by_the_weights_that_are_loaded(model_dir, tmp_pat
 
 PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no processor": (removed("processor_config.json", "chat_template.jinja"), ""),
-    "no template": (removed("chat_template.jinja"), "has no chat template; name the instruction-tuned model"),
+    "no template": (removed("chat_template.jinja"), "has no chat template; use the instruction-tuned model"),
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json", "tokenizer.model"), "cannot be loaded"),
     "a broken tokenizer": (written("tokenizer.json", '{"model": 7}'), "cannot be loaded"),
     "a truncated tokenizer": (shortened("tokenizer.json"), "cannot be loaded"),
@@ -191,7 +191,7 @@ def test_processors_that_cannot_be_loaded(case, model_dir, tmp_path):
 )
 def test_a_configuration_of_which_no_model_can_be_made(make, model_dir, tmp_path):
     text_config(hidden_act="none")(folder := shutil.copytree(model_dir, tmp_path / "model"))
-    with pytest.raises(ConfigError, match=r"no model can be made of the configuration of .*model' .*; "):
+    with pytest.raises(ConfigError, match=r"no model can be built from the configuration of .*model' .*; "):
         make(str(folder))
 
 

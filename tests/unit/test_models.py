@@ -60,7 +60,7 @@ def test_family_of_goes_by_model_type(model_dir):
 
 def test_an_unsupported_model_type_is_refused_naming_the_supported_ones():
     known = ", ".join(FAMILIES)
-    with pytest.raises(ConfigError, match=rf"'llama' has no vision tower; name a vision-language model of one of these types: {known}$"):
+    with pytest.raises(ConfigError, match=rf"'llama' has no vision tower; use a vision-language model of one of these types: {known}$"):
         family_of(LlamaConfig())
     config = LlavaConfig()
     config.model_type = "blip_2"

@@ -91,10 +91,10 @@ def test_losses_and_tokens_that_differ_are_named(peers):
         ]
     )
     assert [line.split(": ")[:2] for line in off] == [
-        ["trl with 2 texts", "0.7002 and 0.7 by transformers alone"],
-        ["ms-swift with 2 texts", "nan and 0.7 by transformers alone"],
+        ["trl with 2 texts", "0.7002, but 0.7 with transformers only"],
+        ["ms-swift with 2 texts", "nan, but 0.7 with transformers only"],
         ["llamafactory with 2 texts", "token ids of sequence 0"],
-        ["prefix-grouper with 2 texts", "[0.7, 0.6002] and [0.70009, 0.6] of ours"],
+        ["prefix-grouper with 2 texts", "[0.7, 0.6002], but [0.70009, 0.6] with this package"],
     ]
 
 

@@ -388,7 +388,7 @@ def test_a_run_refuses_pictures_larger_than_its_own_limit(source, stores, model_
         )
 
     limited(found)
-    with pytest.raises(DataError, match=rf"has a picture of {found} pixels, and data.max_pixels is {found - 1}"):
+    with pytest.raises(DataError, match=rf"a picture has {found} pixels, but data.max_pixels is {found - 1}"):
         limited(found - 1)
 
 

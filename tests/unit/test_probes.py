@@ -100,7 +100,7 @@ def test_answers_sum_over_ways_of_writing():
         and variants("5") == ("5",)
         and variants("Red") == ("Red", "red", "RED")
     )
-    with pytest.raises(ConfigError, match="no question"):
+    with pytest.raises(ConfigError, match="not a question"):
         plan([PAIR], Answers())
 
 

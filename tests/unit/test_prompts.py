@@ -134,7 +134,7 @@ def test_a_prompt_opens_no_turn_of_its_own(tmp_path):
     number = len(prompts.processor.tokenizer)
     prompts.processor.tokenizer.add_tokens(["zyzzyva"])
     prompts.encoded(PROMPT, "a cat", 0, "text 0")
-    with pytest.raises(DataError, match=rf"^text 0 \('a zyzzyva'\) .*'zyzzyva' is token {number} of .* has {number}, "):
+    with pytest.raises(DataError, match=rf"^text 0 \('a zyzzyva'\) .*'zyzzyva' has id {number} in .* has only {number} tokens; "):
         prompts.encoded(PROMPT, "a zyzzyva", 0, "text 0")
 
 

@@ -133,7 +133,7 @@ def test_a_source_with_too_little_is_refused(tmp_path):
     folder = write_cut_outs(tmp_path / "cut_outs")
     for name in ("bird", "bat", "cloud", "rocket", "kite", "swan"):
         (folder / f"{name}.png").unlink()
-    with pytest.raises(SystemExit, match="no training thing is usually above others; name a font or folder with more things by --font"):
+    with pytest.raises(SystemExit, match="no training thing is usually above others; give a font or folder with more things with --font"):
         prior_groups.write_pictures(folder, tmp_path / "data", SIZES)
     assert not (tmp_path / "data").exists()
     with pytest.raises(SystemExit, match=r"nothing.ttf is missing; install fonts-noto-color-emoji"):

@@ -34,8 +34,9 @@ def test_a_set_is_compared_with_its_first_evaluation():
     state.step = 7
     assert retention.evaluated(found(1.25, 40.0)) == {"retention/kept/nll": 0.25, "retention/kept/accuracy": -10.0}
     assert said == [
-        "warning: retention: true texts of data.evaluation.kept lost 0.25 nats per token since the start; add objective.retain (it holds "
-        "the model near its start on plain captions among the training data), raise objective.align.weight or lower train.learning_rate"
+        "warning: retention: true texts of data.evaluation.kept lost 0.25 nats per token since the start; add objective.retain (it keeps "
+        "the model close to its initial state on plain captions in the training data), raise objective.align.weight or lower "
+        "train.learning_rate"
     ]
 
 
@@ -47,7 +48,7 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on():
     first = Retention(run, state, {"kept": identity(4)}, said.append)
     assert first.evaluated(found(1.0)) == {"retention/kept/nll": 0.0}
     (line,) = said
-    assert line == "retention: data.evaluation.kept was not evaluated at the start; it is compared with step 30 from here on"
+    assert line == "retention: data.evaluation.kept was not evaluated at the start; from now on it is compared with step 30"
     continued = TrainState(**{**vars(state), "step": 40})
     said.clear()
     same = Retention(run, continued, {"kept": identity(4, None)}, said.append)  # whose pictures are not looked at this time
@@ -56,7 +57,7 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on():
     said.clear()
     other = Retention(run, continued, {"kept": identity(5)}, said.append)
     assert other.evaluated(found(9.0)) == {"retention/kept/nll": 0.0}
-    changed = "has other contents since (the number of rows (5, was 4)); it is compared with step 40 from here on"
+    changed = "has changed since its first evaluation (the number of rows (5, was 4)); from now on it is compared with step 40"
     assert said == [f"retention: data.evaluation.kept {changed}"]
 
 
@@ -73,7 +74,7 @@ def test_options_that_do_nothing_are_named_once():
     assert [line.split()[1] for line in said] == [
         "objective.retain", "objective.symmpo", "objective.misp", "objective.batchalign.texts", "train.hard_negatives",
     ]  # fmt: skip
-    assert "asks for 8 texts on an image and finds 3.9" in said[3] and "train.hard_negatives 2 has left nothing out" in said[4]
+    assert "requests 8 texts per image, but a step has only 3.9" in said[3] and "train.hard_negatives 2 left nothing out" in said[4]
 
 
 def test_a_fall_is_said_once_and_again_when_it_has_doubled():

@@ -179,5 +179,5 @@ def test_loads_are_counted(folder, groups, alone):
 
 
 def test_a_model_without_experts_is_refused():
-    with pytest.raises(ConfigError, match="router_balance is for model types qwen3_vl_moe and qwen3_5_moe, and this is 'qwen3_vl'; leave"):
+    with pytest.raises(ConfigError, match="router_balance supports model types qwen3_vl_moe and qwen3_5_moe, not 'qwen3_vl'; leave"):
         check_balanced("qwen3_vl")

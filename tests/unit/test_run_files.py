@@ -127,7 +127,9 @@ def test_metrics_that_never_find_room_are_named_and_hide_no_error(tmp_path, caps
         raise RuntimeError("the first")
     said = capsys.readouterr().err
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
-    assert said.count("No space left on device") == 1 and f"3 records of metrics (steps 2 to 4) are lost: {path} could not be" in said
+    assert (
+        said.count("No space left on device") == 1 and f"3 records of metrics (steps 2 to 4) are lost, because {path} could not be" in said
+    )
     assert json.loads((tmp_path / ".mlflow_delivery.json").read_text())["status"] == "FAILED"
 
 
@@ -261,7 +263,7 @@ def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path):
     assert not list(heartbeat.prepare(tmp_path).iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(
-        StorageError, match=r"file/heartbeat cannot be written \(Not a directory\); make room, or choose another train\.out"
+        StorageError, match=r"file/heartbeat cannot be written \(Not a directory\); free some space, or choose another, writable train\.out"
     ):
         heartbeat.prepare(tmp_path / "file")
 

@@ -128,7 +128,9 @@ def test_of_many_that_find_the_lock_of_a_dead_run_at_once_one_gets_it(tmp_path):
 def test_a_full_disk_is_named_and_refuses_no_later_start(tmp_path):
     def refused() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        with pytest.raises(StorageError, match=r"run\.lock cannot be written \(.*\); make room, or choose another train\.output_dir"):
+        with pytest.raises(
+            StorageError, match=r"run\.lock cannot be written \(.*\); free some space, or choose another, writable train\.output_dir"
+        ):
             RunLock(tmp_path / "run")
 
     process = FORK.Process(target=refused)
@@ -142,5 +144,5 @@ def test_a_full_disk_is_named_and_refuses_no_later_start(tmp_path):
 def test_a_lock_of_nobody_we_know_is_named_as_such(tmp_path):
     with (tmp_path / run_lock.NAME).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="in use by a run that has not said who it is"):
+        with pytest.raises(ConfigError, match="in use by an unidentified run"):
             RunLock(tmp_path)

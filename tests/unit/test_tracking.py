@@ -292,7 +292,7 @@ def test_close_is_bounded_and_the_rest_is_delivered_later(remote, client, tmp_pa
         tracker.close("FAILED")
         assert time.monotonic() - start < 2.5
     message = capsys.readouterr().err
-    assert "did not get 3 points" in message and f"cfvlm-ds track {tmp_path}" in message
+    assert "did not receive 3 points" in message and f"cfvlm-ds track {tmp_path}" in message
     remote.wait()
     for _ in range(2):  # the second time there is nothing left to do
         cfvlm_ds_main(["track", str(tmp_path)])
@@ -331,7 +331,7 @@ def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(name,
     with _open(run_dir := tmp_path / "runs" / name) as tracker:
         tracker.log(1, {"loss": 1.0})
     said = capsys.readouterr().err
-    assert "set MLFLOW_TRACKING_URI, or rename the folder" in said and "To deliver it later" in said
+    assert "set MLFLOW_TRACKING_URI, or rename the folder" in said and "To deliver them later" in said
     assert os.listdir(tmp_path / "runs") == [name] and not list(tmp_path.rglob("*.db*"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     assert deliver(run_dir, 60) and client.get_run(_delivered(run_dir)).data.metrics["detail/loss"] == 1.0
@@ -368,7 +368,7 @@ def test_a_damaged_record_is_left_aside(tmp_path, left, capsys):
     with open_tracker(True, tmp_path, "tests", "a run", {}, {}, run_id="known", resume_step=4, mlflow=False) as tracker:
         tracker.log(5, {"loss": 0.5})
     assert tracker.run_id == "known" and [line["step"] for line in _lines(tmp_path)] == [1, 5]
-    assert "is damaged and left aside" in capsys.readouterr().err
+    assert "is damaged and ignored" in capsys.readouterr().err
 
 
 def test_a_moved_run_knows_its_files(tmp_path, monkeypatch):

@@ -177,7 +177,10 @@ def test_a_path_that_is_only_beside_the_yaml_is_named(option, model_dir, tmp_pat
         with pytest.raises(InputError, match=re.escape(f"a relative path counts from {tmp_path}")):
             validate(config, ONE)
     (tmp_path / "conf" / "mine").mkdir()
-    with pytest.raises(ConfigError, match=rf"mine is not there \(a relative path counts from {tmp_path}\); conf/mine, beside the file"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"mine does not exist \(a relative path counts from {tmp_path}\); use conf/mine, which exists next to the YAML file",
+    ):
         validate(config, ONE)
 
 
@@ -216,4 +219,4 @@ def test_a_step_takes_no_group_twice(options, ranks, fits, capsys):
         return
     found = _fitted(config, data, world)
     assert found.train.micro_batch_size == fits and found.resolved["train"]["per_device_train_batch_size"] in (None, fits)
-    assert ("is 6, not 8: an epoch has 25 groups" in capsys.readouterr().out) == (not options and ranks == 4)
+    assert ("is lowered from 8 to 6, because an epoch has only 25 groups" in capsys.readouterr().out) == (not options and ranks == 4)

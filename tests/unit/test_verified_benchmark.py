@@ -50,7 +50,7 @@ def test_the_verdict_that_is_trained_on(verified, tmp_path):
     def written(name: str, rules: dict[str, Any]) -> None:
         verified.add_record(tmp_path / verified.RUNS, f"verdicts-{name}", {"question": "q", "work": name, "rules": rules})
 
-    with pytest.raises(SystemExit, match="holds no verdicts"):
+    with pytest.raises(SystemExit, match="contains no verdicts"):
         verified.best_verdict(tmp_path)
     plain = {"precision": 0.8}, {"precision": 0.9}
     written("a", {"match": {"plain": plain[1], "calibrated": None}, "both": {"plain": plain[0], "calibrated": None}})

@@ -352,7 +352,7 @@ def test_a_sample_is_drawn_by_its_seed_and_ids_choose(folder):
     assert (
         len(first) == 5 and first == sorted(first, key=lambda name: int(name[1:])) and first == shown(sample=5) != shown(sample=5, seed=1)
     )
-    assert "5 of 50 (drawn by seed 1)" in index(folder / "page")["dd"]
+    assert "5 of 50 (drawn with seed 1)" in index(folder / "page")["dd"]
     (folder / "ids.txt").write_text("g30\n\ng2\r\n")
     assert shown(ids=folder / "ids.txt") == ["g30", "g2"]
 
@@ -361,7 +361,7 @@ def test_a_sample_is_drawn_by_its_seed_and_ids_choose(folder):
     "text, expected",
     [
         ("g1\ng_1\n", "ids.txt:2: .* no group 'g_1'; correct or remove the line"),
-        ("", "names no group"),
+        ("", "contains no id"),
         ("\xff", "UTF-8"),
     ],
 )
@@ -415,7 +415,7 @@ def test_a_run_shows_its_worst_groups(folder):
     ]
     document = index(folder / "page")
     assert document["option"][:6] == ["all", "other (2)", "test (1)", "all", "some lost (2)", "all won (1)"]
-    assert document["dd"][:3] == [str(run), "3 of 5 (worst first)", "1 groups without anything to compare"]
+    assert document["dd"][:3] == [str(run), "3 of 5 (worst first)", "1 groups without a comparison"]
     view(folder / "test.jsonl", folder / "page", scores=run / "scores" / "test.jsonl")
     first, second = drawn(folder / "page")
     assert first["b"] == ["\u221210.0", "\u221220.0", "\u22125.0", "\u221213.0", "\u22121.0", "\u22125.0"]
@@ -427,17 +427,17 @@ def test_what_a_run_lacks_is_named(folder):
     scores = {name: ((-1.0, -2.0), (-3.0, -1.0)) for name in "ab"}
     run = run_folder(folder, {"test": [group("a"), group("b"), group("c")]}, scores, limit=2)  # which was evaluated on a part
     assert sorted(names(view(run, folder / "page").folder)) == ["a", "b"]
-    with pytest.raises(ConfigError, match="name a manifest with --ids"):
+    with pytest.raises(ConfigError, match="use --ids, --scores and --root only with a manifest"):
         view(run, folder / "other", ids=folder / "ids.txt")
     with pytest.raises(DataError, match="another manifest, by the number of rows"):
         view(configured(run, {"test": str(folder / "test.jsonl")}), folder / "other")
     (run / "scores" / "test.jsonl").unlink()
-    with pytest.raises(DataError, match="a run writes them when it is over"):
+    with pytest.raises(DataError, match="a run writes them when it ends"):
         view(run, folder / "other")
     for evaluation, expected in (
         ({"x": 3}, "no run's conf|not a run's conf"),
         ({"../x": "m.jsonl"}, r"'\.\./x' is no bare file name"),
-        ({}, "names no evaluation"),
+        ({}, "lists no evaluation sets"),
     ):
         with pytest.raises(ConfigError, match=expected):
             view(configured(run, evaluation), folder / "other")

@@ -1,8 +1,8 @@
 """Scenes in the file formats of three public benchmarks, so that a model trained on scenes is evaluated by the code for the benchmarks.
 
 SugarCrepe: a picture, its caption, and a negative caption with one edit; its two files of additions are empty. NaturalBench: two pictures,
-and for each picture's caption the question whether the image shows it. POPE: questions whether a thing is in the picture. An absent thing
-is random, frequent, or a new combination of a colour and a shape in the picture.
+and for each picture's caption the question whether the image shows it. POPE: questions about things in the picture. An absent thing is
+random, frequent, or a new combination of a colour and a shape in the picture.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Kind = tuple[str, str]
 
 
 def build_benchmarks(config: ScenesConfig, out: Path, progress: Callable[[str], object] = print_line) -> Path:
-    """Write the test split of the scenes in ``config.out_dir`` as benchmarks below ``out`` unless they are there. Return the folder.
+    """Write the test split of the scenes in ``config.out_dir`` as benchmarks below ``out`` unless they exist, and return ``out``.
 
     Raises DataError if ``out`` contains anything else.
     """

@@ -74,7 +74,7 @@ class SceneGroup:
 
 
 def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print_line, alive: Callable[[], object] = lambda: None) -> Path:
-    """Write the manifests, ``images/`` and ``scenes.json`` to ``config.out_dir`` unless they are there, and return that folder.
+    """Write the manifests, ``images/`` and ``scenes.json`` to ``config.out_dir`` unless they exist, and return that folder.
 
     The folder is built under another name and renamed when it is complete. Only one process at a time may build a folder. Raises DataError
     for settings that cannot be built, or if the folder contains something else. ``alive`` is called for every group.
@@ -110,7 +110,7 @@ def _check(config: ScenesConfig) -> None:
     if config.num_train < 1 or config.num_test < 1 or config.num_counterfactuals < 1:
         raise DataError("scenes: num_train, num_test and num_counterfactuals must be at least 1")
     if config.image_size < GRID:
-        raise DataError(f"scenes: image_size is {config.image_size}; below {GRID} pixels the things cannot be told apart")
+        raise DataError(f"scenes: image_size must be at least {GRID}, or things cannot be distinguished, but is {config.image_size}")
     for name in ("sham_share", "question_share"):
         if not 0 <= (share := getattr(config, name)) <= 1:
             raise DataError(f"scenes: {name} must be between 0 and 1, not {share}")
@@ -220,7 +220,7 @@ def config_in(out: Path) -> ScenesConfig | None:
     """Read the settings of the scenes in a folder, or return None if there are none. Raises DataError if another revision drew them."""
     settings = _recorded(out)
     if settings and settings.pop("generator") != GENERATOR:
-        raise DataError(f"{out} holds scenes that another revision has drawn; draw them again in another folder")
+        raise DataError(f"{out} contains scenes from another revision; draw them again in another folder")
     return ScenesConfig(str(out), **settings) if settings else None
 
 
@@ -228,7 +228,7 @@ def is_complete(out: Path, settings: dict[str, object]) -> bool:
     """Return True if the folder has these scenes, False if it is empty or missing. Raises DataError if it contains anything else."""
     if recorded := _recorded(out):
         if recorded != settings:
-            raise DataError(f"{out} holds scenes of other settings ({recorded}); choose another out_dir or delete the folder")
+            raise DataError(f"{out} contains scenes with other settings ({recorded}); choose another out_dir or delete the folder")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and was not made by build_scenes; choose another out_dir")
@@ -243,4 +243,4 @@ def _recorded(out: Path) -> dict[str, Any]:
     try:
         return {"generator": None} | read_json(record)["settings"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"{record}: no settings of scenes ({type(error).__name__}: {error}); draw them again in another folder") from error
+        raise DataError(f"{record}: not settings of scenes ({type(error).__name__}: {error}); draw them again in another folder") from error

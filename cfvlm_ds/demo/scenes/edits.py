@@ -62,7 +62,7 @@ def _swap(scene: Scene, rng: Random, may_hold_out: bool, factor: str) -> Scene |
     if getattr(a, factor) == getattr(b, factor):
         return None
     if factor == "shape" and (a.count == 1) != (b.count == 1):
-        return None  # "two stars, a circle" against "two circles, a star" is another bag of words
+        return None  # "two stars, a circle" and "two circles, a star" are different bags of words
     things = replace(a, **{factor: getattr(b, factor)}), replace(b, **{factor: getattr(a, factor)})
     return replace(scene, things=things) if may_hold_out or not any(thing.held_out for thing in things) else None
 

@@ -16,7 +16,7 @@ ASK = " Please answer Yes or No."
 def item(row: Row) -> Item:
     truth, broken = _truth(row.source)
     if (known := truth.get(str(row["id"]))) is None:
-        raise broken or row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files of one revision")
+        raise broken or row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files from the same revision")
     kind = str(known["type"]).removeprefix("discriminative-").split("-")[0]
     return single(
         str(row["id"]),

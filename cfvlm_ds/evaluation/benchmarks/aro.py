@@ -59,7 +59,7 @@ def _pair(row: Row, **tags: str) -> Item:
     picture = row.picture(row["image_path"], "images")
     box = tuple(row[key] for key in BOX)
     if not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 << 20 for value in box) or not min(box[2:]):
-        raise row.error(f"the box {box} must be four whole numbers, with a width and a height")
+        raise row.error(f"the box {box} must be four whole numbers, with a positive width and height")
     captions = row.text("true_caption"), row.text("false_caption")
     cut = picture if picture in row.source.absent else _cut(picture, box, row.source.root)
     return single(row.number, cut, captions, str(row["image_path"]), **tags)
@@ -75,7 +75,7 @@ def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
         return cut
     image = open_image(picture)
     if x + width > image.width or y + height > image.height:
-        raise DataError(f"{picture}: has {image.width} x {image.height} pixels, and the box {tuple(box)} leads out of it")
+        raise DataError(f"{picture}: has {image.width} x {image.height} pixels, so the box {tuple(box)} does not fit in it")
     return keep_picture(root, cut, image.crop((x, y, x + width, y + height)))
 
 

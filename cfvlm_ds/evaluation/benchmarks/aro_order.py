@@ -100,7 +100,7 @@ def _items(*folders: str) -> Callable[[Row], list[Item]]:
     return items
 
 
-_UNOFFICIAL = "the shuffles: drawn once by a hash, content words by a list in place of a tagger, repeated ones dropped"
+_UNOFFICIAL = "the shuffles: drawn once with a hash; a word list, not a tagger, selects the content words; repeated shuffles are dropped"
 
 
 def _benchmark(title: str, name: str, rows: int, folder: str) -> Benchmark:

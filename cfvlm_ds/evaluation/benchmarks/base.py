@@ -183,15 +183,18 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
     for file in benchmark.files:
         rows = source.counts.get(file.name)
         if rows is not None and file.rows is not None and rows != file.rows:
-            notes.append(f"{root / source.read[file.name]} has {rows} rows, and the official file {file.rows}: another revision")
+            notes.append(f"{root / source.read[file.name]} has {rows} rows, but the official file has {file.rows}: it is another revision")
     if benchmark.total is not None and (count := sum(source.counts.values())) not in (0, benchmark.total):
-        notes.append(f"the files in {root} have {count} rows together, and the official ones {benchmark.total}: another revision")
+        notes.append(
+            f"the files in {root} have {count} rows in total, but the official ones have {benchmark.total}: they are another revision"
+        )
     if twins := [item.id for item in items.values() if item.repeats]:
         notes.append(
-            f"{root}: {len(twins)} items have a text twice, the first {twins[0]!r}; where it is true and false, the tie counts as wrong"
+            f"{root}: {len(twins)} items contain the same text twice, first {twins[0]!r}; if one copy is true and the other false, the tie "
+            "counts as wrong"
         )
     if not items and not problems:
-        problems.append(DataError(f"{root}: no item in the files of {benchmark.title}; get them again"))
+        problems.append(DataError(f"{root}: the files of {benchmark.title} contain no item; get them again"))
     in_files, available = len(items) + len(problems), list[Item]()
     for item in spread(tuple(items.values()), limit):
         absent = [source.absent[picture] for image in item.images for picture in image if picture in source.absent]

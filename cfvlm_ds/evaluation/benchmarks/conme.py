@@ -25,5 +25,5 @@ CONME = Benchmark(
     metrics=macro_by("part"),
     headline="macro",
     probes=("letters", "caption", "generate"),
-    unofficial="columns unverified: known from programs of others that read the files, not from the files themselves",
+    unofficial="columns unverified: taken from third-party programs that read the files, not from the files themselves",
 )

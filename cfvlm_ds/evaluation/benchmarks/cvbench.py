@@ -43,5 +43,5 @@ CVBENCH = Benchmark(
     headline="cv_bench",
     probes=("letters", "generate"),
     total=2638,
-    unofficial="letters in all orders up to four options, and cyclic ones beyond",
+    unofficial="letters in all orders for up to four options, in cyclic orders for more",
 )

@@ -44,7 +44,7 @@ def _frame(path: Path) -> Image.Image:
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # checks the size of the file and loads no objects
     except (OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, OverflowError) as error:
-        raise DataError(f"{path}: no array of numbers in it ({error}); get the official file again") from error
+        raise DataError(f"{path}: contains no array of numbers ({error}); get the official file again") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not 0 < array.shape[0] * array.shape[1] <= MAX_PIXELS:
         raise DataError(f"{path}: an array {array.dtype} {array.shape} is not a picture (height, width, 3); get the official file again")
     return Image.fromarray(np.ascontiguousarray(array[:, :, ::-1]))

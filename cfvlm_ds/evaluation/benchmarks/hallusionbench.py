@@ -57,5 +57,5 @@ HALLUSIONBENCH = Benchmark(
     metrics=metrics,
     headline="mean_pictures",
     probes=("yes_no", "generate"),
-    unofficial="yes or no by likelihood in place of GPT-4 as a judge",
+    unofficial="yes or no by likelihood instead of a judgement by GPT-4",
 )

@@ -40,5 +40,5 @@ MMVP = Benchmark(
     metrics=metrics,
     headline="pair",
     probes=("letters", "yes_no", "generate"),
-    unofficial="letters in both orders in place of free answers with a judge",
+    unofficial="letters in both orders instead of free answers and a judge",
 )

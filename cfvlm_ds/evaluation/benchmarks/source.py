@@ -138,8 +138,8 @@ class Source:
         elif path.suffix == ".parquet":
             names = [file.name] * bool(names)
         if not names:
-            alternative = f", nor {self.root / file.lines} with its rows as JSON lines" if file.lines else ""
-            yield DataError(f"{path}: no such file{alternative}; docs/benchmarks says where it is and where it belongs")
+            alternative = f" and no {self.root / file.lines} with its rows as JSON lines" if file.lines else ""
+            yield DataError(f"{path}: no such file{alternative}; docs/benchmarks describes where to get it and where to put it")
         for name in names:
             yield from self._rows(file, name)
 
@@ -201,7 +201,7 @@ class Source:
             raise DataError(f"{where}: {error}") from error
         if not picture_file(path).is_file():
             others = f" (nor {', '.join(str(root / name) for root in roots[1:])})" if len(roots) > 1 else ""
-            problem = f"{where}: no picture {roots[0] / name}{others}; put the pictures there, as docs/benchmarks says"
+            problem = f"{where}: no picture {roots[0] / name}{others}; put the pictures there, as described in docs/benchmarks"
             self.absent.setdefault(path, DataError(problem))
         return path
 
@@ -235,7 +235,7 @@ def _checked(where: str, value: Any, file: File) -> dict[str, Any]:
     further_keys(value, file.columns, where)
     if missing := [name for name in file.columns if name not in value]:
         present = ", ".join(map(str, list(value)[:20]))
-        raise DataError(f"{where}: column {missing[0]!r} is missing (there are: {present}); {_AGAIN}")
+        raise DataError(f"{where}: column {missing[0]!r} is missing (columns: {present}); {_AGAIN}")
     return value
 
 

@@ -29,5 +29,5 @@ VISMIN = Benchmark(
     headline="group_macro",
     probes=("match", "caption", "letters"),
     chance=QUAD_CHANCE | {f"{name}_macro": QUAD_CHANCE[name] for name in ("text", "image", "group")},
-    unofficial="one score per cell in place of the authors' questions of both pictures",
+    unofficial="one score per cell instead of the authors' questions about both pictures",
 )

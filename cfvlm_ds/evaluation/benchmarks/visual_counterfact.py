@@ -44,5 +44,5 @@ VISUAL_COUNTERFACT = Benchmark(
     headline="text",  # a model that answers from memory is right on the first picture only, and scores 0 here
     probes=("caption", "generate"),
     chance=QUAD_CHANCE,
-    unofficial="the order of objects in the question of size",
+    unofficial="the order of the objects in the questions about size",
 )

@@ -34,5 +34,5 @@ VL_CHECKLIST = Benchmark(
     metrics=metrics,
     headline="macro",
     probes=("match", "caption", "letters"),
-    unofficial="all rows of a file in place of at most 2,000",
+    unofficial="all rows of a file instead of at most 2,000",
 )

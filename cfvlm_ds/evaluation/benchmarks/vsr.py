@@ -30,5 +30,5 @@ VSR = Benchmark(
     metrics=metrics,
     headline="accuracy",
     probes=("yes_no", "generate"),
-    unofficial="the question: the authors train classifiers, and state none",
+    unofficial="the question, because the authors train classifiers and publish none",
 )

@@ -22,9 +22,9 @@ from cfvlm_ds.evaluation.suite.selection import benchmark_named
 from cfvlm_ds.evaluation.suite.tables import between, number
 
 RESOLVED = (
-    "Resolved: at most 5 % of exchanges of the two models' answers, whole clusters (pictures, pairs) at a time, give such a difference. "
-    "The interval excludes 0 exactly then. All metrics of a benchmark are tested together (max-T of Westfall and Young), each benchmark by "
-    f"itself. Fewer than {LEAST_CLUSTERS} clusters resolve nothing."
+    "Resolved: at most 5 % of the exchanges of the two models' answers, in whole clusters (pictures, pairs), give a difference this large. "
+    "In this case, and only then, the interval excludes 0. All metrics of a benchmark are tested together (max-T of Westfall and Young), "
+    f"and each benchmark separately. With fewer than {LEAST_CLUSTERS} clusters nothing is resolved."
 )
 _NAMED = 20
 
@@ -91,18 +91,18 @@ def compare_results(
     shared = [place for place in first if place in second]
     if not shared:
         raise ConfigError(
-            f"{before} ({', '.join(first)}) and {after} ({', '.join(second)}) have no benchmark in common that was asked in the same way"
+            f"{before} ({', '.join(first)}) and {after} ({', '.join(second)}) have no benchmark in common under the same probe"
         )
     for folder, by_place, other in ((before, first, second), (after, second, first)):
         if unmatched := [place for place in by_place if place not in other]:
-            say(f"only in {folder}, and not compared: {', '.join(unmatched)}")
+            say(f"not compared, because only {folder} has them: {', '.join(unmatched)}")
     return [_compared(first[place], second[place], draws, say) for place in shared]
 
 
 def _compared(before: Result, after: Result, draws: int | None, say: Callable[[str], object]) -> Compared:
     benchmark = benchmark_named(before.name)
     if before.name != after.name:
-        raise ConfigError(f"{before.place} is of {before.name} in the one folder and of {after.name} in the other; compare results of one")
+        raise ConfigError(f"{before.place} belongs to {before.name} in one folder and to {after.name} in the other; compare results of one")
     pairs, notes = _pairs(before, after)
     if not pairs:
         raise ConfigError(f"{before.place}: the two results have no item in common; evaluate both models on the same files")
@@ -127,15 +127,15 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
     notes, shared = [], set(same)
     if changed := [name for name in first | second if name not in shared]:
         notes.append(
-            f"{len(changed)} items are in one of the results only, or have other texts, parts or clusters, and are not compared: "
+            f"{len(changed)} items are not compared, because only one result has them, or their texts, parts or clusters differ: "
             f"{few(changed)}"
         )
     elif before.record["data"].get("pictures") != after.record["data"].get("pictures"):
-        notes.append("the pictures of the two results differ: these are differences of the data too")
+        notes.append("the pictures of the two results differ, so differences may also come from the data")
     if before.record["probe"] != after.record["probe"]:
-        notes.append("the two models were asked with other options of the probe")
+        notes.append("the two results have different options of the probe")
     if before.record.get("prompt") != after.record.get("prompt"):
-        notes.append("the two models were asked in different words, by their chat templates")
+        notes.append("the two models got different prompts, because their chat templates differ")
     return [(first[name], second[name]) for name in same], notes
 
 

@@ -90,7 +90,7 @@ def checked_items(
             return f"item {item.id!r}: {error}"
         longest += way.max_new_tokens if isinstance(way, Generate) else 0
         if longest > collator.max_length:
-            return f"item {item.id!r}: {longest} tokens with its pictures, and the model's window is {collator.max_length}"
+            return f"item {item.id!r}: {longest} tokens with its pictures, but the model's window is {collator.max_length}"
         return None
 
     numbers = range(world.rank, len(items), world.size)

@@ -128,7 +128,7 @@ def write_result(folder: Path, result: Result) -> None:
         replace(folder / RESULTS, (json.dumps(_finite(result.record), indent=1) + "\n").encode())
         (folder / SCORES).unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"{unwritten(folder / RESULTS, error)}; make room, and the same command goes on with what was scored") from error
+        raise StorageError(f"{unwritten(folder / RESULTS, error)}; free some space, and the same command continues") from error
 
 
 def _finite(value: Any) -> Any:
@@ -150,7 +150,7 @@ def read_results(folder: Path) -> list[Result]:
     results = [read_result(path.parent) for path in sorted(folder.glob(f"*/*/{RESULTS}"))]
     if not results:
         unfinished = next(folder.glob(f"*/*/{SCORES}"), None)
-        why = f"{unfinished} is of an evaluation that has not ended; start it again" if unfinished else f"no */*/{RESULTS} in it"
+        why = f"{unfinished} belongs to an evaluation that has not finished; start that again" if unfinished else f"no */*/{RESULTS} in it"
         raise DataError(f"{folder}: no results ({why}); `cfvlm-ds evaluate MODEL --benchmarks ... --out FOLDER` writes them")
     return results
 
@@ -165,7 +165,7 @@ def read_result(folder: Path) -> Result:
         path = folder / ITEMS
         outcomes = tuple(map(_outcome, records(path, remedy)))
         if len(outcomes) != (num_items := record["items"]["asked"]):
-            raise ValueError(f"{len(outcomes)} of its {num_items} items are there")
+            raise ValueError(f"it has only {len(outcomes)} of its {num_items} items")
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, DataError):
             raise
@@ -228,7 +228,7 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         was, value = old.get(name), new[name]
         if was != value:
             raise ConfigError(
-                f"{path.parent} holds results of another evaluation: {name} was {quoted(was, 80)}, and is {quoted(value, 80)}; name "
+                f"{path.parent} contains results of another evaluation: {name} was {quoted(was, 80)} and is now {quoted(value, 80)}; name "
                 "another folder with --out, or remove that one"
             )
 

@@ -105,9 +105,9 @@ def results_held(out: Path, world: World) -> Iterator[None]:
     def acquire() -> None:
         refuse_link(out, "name the folder itself with --out")
         if out.exists() and not out.is_dir():
-            raise ConfigError(f"{out} is a file, and results are a folder; name another one with --out")
+            raise ConfigError(f"{out} is a file, but results are written to a folder; name one with --out")
         if (out / "config.yaml").exists():
-            raise ConfigError(f"{out} is a training's folder, whose own results would be written over; name another one with --out")
+            raise ConfigError(f"{out} is a run folder, whose own results would be overwritten; name another folder with --out")
         own_output(out / _TABLES, lambda file: file.read(len(HEADING)) == HEADING.encode(), "evaluate")
         locks.append(RunLock(out, "folder with --out"))
 
@@ -132,8 +132,8 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
     run_on_rank0(world, lambda: _refuse_another_model(out, model))
     if not model.collator.pictures_first:
         world.say(
-            f"{model.name}: its chat template writes what is asked before the picture, so prompts of a picture share its encoding and no "
-            "tokens; each is a tree of its own"
+            f"{model.name}: its chat template puts the question before the picture, so the prompts of a picture share its encoding but no "
+            "tokens; each prompt is a separate tree"
         )
     seen: dict[Path, Picture | str] = {}
     results = [_evaluate_one(model, benchmark, loaded, out, settings, seen) for benchmark, loaded in chosen]
@@ -168,7 +168,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
 
     known: Result | None = run_on_rank0(world, finished, barrier)
     if known is not None:
-        world.say(f"{label}: {len(known.outcomes)} items are in {folder} already")
+        world.say(f"{label}: {len(known.outcomes)} items are already in {folder}")
         return known
     journal: Partial = run_on_rank0(world, lambda: Partial(result_folder(folder), header), barrier)
     outcomes = _outcomes(model, chosen, settings, checked, journal, label, barrier)
@@ -198,7 +198,7 @@ def _outcomes(
         turns = _scored(model, scoring_plan, settings, checked.pictures, rows, label)
     total, on_disk = len(items), sum(items_of[k] for k in rows)
     if rows:
-        world.say(f"{label}: {on_disk} of {total} items are on disk, and it goes on from there")
+        world.say(f"{label}: {on_disk} of {total} items are on disk; only the others are computed")
     progress = Progress(world.say, label, total - on_disk, "items")
     for local in _with_problem(turns):
         barrier.meet()
@@ -250,7 +250,7 @@ def _written(
     say, world, most = model.say, model.world, way.max_new_tokens
     if say is None:
         raise ConfigError(
-            "the probe generate needs a whole model on each rank, and this one is in parts; leave out --zero3, or name another probe"
+            "the probe generate needs a whole model on each rank, but this one is partitioned; omit --zero3, or choose another probe"
         )
     donors = other_images(items) if settings.shuffled else [None] * len(items)
     unwritten, together = [k for k in range(len(items)) if k not in known], settings.batch_size * world.size

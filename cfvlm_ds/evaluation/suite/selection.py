@@ -18,7 +18,7 @@ Way: TypeAlias = Probe | Generate
 
 OF_MODEL = ("weights", "inputs", "adapter")
 """Hashes that identify a model and its inputs."""
-_SKIP = "name --on_error skip to leave such items out, counted and named"
+_SKIP = "use --on_error skip to leave such items out; they are counted and named"
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list
         ways = [choice for choice in requested if choice[1].name in benchmark.probes] if requested else [way_named(benchmark.probes[0])]
         if not ways:
             labels = ", ".join(label for label, _ in requested)
-            raise ConfigError(f"benchmark {name!r} is not asked by {labels}; it has {', '.join(benchmark.probes)}")
+            raise ConfigError(f"benchmark {name!r} does not support the probe {labels}; it supports {', '.join(benchmark.probes)}")
         selected += [Chosen(name, benchmark, label, way, root / name) for label, way in ways]
     if not selected:
-        raise ConfigError(f"no benchmark is named; known: {', '.join(BENCHMARKS)}")
+        raise ConfigError(f"no benchmark was given; available: {', '.join(BENCHMARKS)}")
     if unused := [label for label, way in requested if not any(choice.way == way for choice in selected)]:
         raise ConfigError(f"--probes {unused[0]} fits none of the benchmarks {', '.join(names)}; leave it out")
     return selected
@@ -75,7 +75,7 @@ def benchmark_named(name: str) -> Benchmark:
     """Return the benchmark with this name. Raises ConfigError for an unknown name."""
     if name not in BENCHMARKS:
         hint = near(name, BENCHMARKS, "known: ")
-        raise ConfigError(f"unknown benchmark {name!r}; {hint} (one of your own is registered in a script before this is called)")
+        raise ConfigError(f"unknown benchmark {name!r}; {hint} (a script must register a benchmark of your own before this call)")
     return BENCHMARKS[name]
 
 

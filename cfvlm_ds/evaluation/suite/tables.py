@@ -15,8 +15,8 @@ _WITHOUT_IMAGES = ("accuracy", "pair", "text")
 """Metrics used instead of a headline that compares images, which has no value for a blank image."""
 HEADING = "# Results"
 INTERVALS = (
-    "95 %: percentiles of a bootstrap of clusters (pictures, pairs). None are given below "
-    f"{FEWEST_DRAWN} clusters, of which they would be too narrow, where all draws give one value, and where some give no value."
+    "95 %: percentile interval of a bootstrap over clusters (pictures, pairs). No interval is given if there are fewer than "
+    f"{FEWEST_DRAWN} clusters, for which it would be too narrow, if all draws give the same value, or if a draw gives no value."
 )
 _NAMED = 20
 
@@ -39,18 +39,18 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(result: Result) -> str:
-    """Return a line on the points over chance, and on how many of them the model achieves with a blank image."""
+    """Return a line with the points above chance, and how many of them the model also achieves with a blank image."""
     seen, blank, chance = (result.metrics.get(name, {}) for name in ("seen", "blank", "chance"))
     shared = [name for name in (str(result.record["headline"]), *_WITHOUT_IMAGES) if name in seen and name in blank and name in chance]
     if not shared:
-        return f"{result.place}: no metric of it has a blank row"
+        return f"{result.place}: none of its metrics has a value for a blank image"
     metric = shared[0]
     seen_over, blank_over = seen[metric] - chance[metric], blank[metric] - chance[metric]
     if seen_over <= 0:
-        return f"{result.place}: no points over chance ({metric} {seen[metric]:.1f}, chance {chance[metric]:.1f})"
+        return f"{result.place}: no points above chance ({metric} {seen[metric]:.1f}, chance {chance[metric]:.1f})"
     if blank_over > seen_over:
-        return f"{result.place}: {seen_over:.1f} points over chance, and {blank_over:.1f} without looking ({metric})"
-    return f"{result.place}: {max(blank_over, 0.0):.1f} of {seen_over:.1f} points over chance are had without looking ({metric})"
+        return f"{result.place}: {seen_over:.1f} points above chance, but {blank_over:.1f} with a blank image ({metric})"
+    return f"{result.place}: {seen_over:.1f} points above chance, {max(blank_over, 0.0):.1f} of them also with a blank image ({metric})"
 
 
 def omissions(result: Result) -> list[str]:
@@ -58,7 +58,7 @@ def omissions(result: Result) -> list[str]:
     left_out, broken = result.record["left_out"], result.record["not_finite"]
     notes = []
     if left_out:
-        notes.append(f"{result.place}: {len(left_out)} items left out, the first: {one_line(left_out[0][1], 300)}")
+        notes.append(f"{result.place}: {len(left_out)} items left out, first: {one_line(left_out[0][1], 300)}")
     if broken:
         notes.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {few(broken)}")
     return notes
@@ -74,7 +74,7 @@ def _section(result: Result) -> list[str]:
     record = result.record
     facts = [
         f"- model: {in_cell(record['model']['name'], 300)}",
-        f"- asked by `{in_cell(result.label)}`: `{one_line(record['prompt'], 400).replace('`', chr(39))}`",
+        f"- probe: `{in_cell(result.label)}`; prompt: `{one_line(record['prompt'], 400).replace('`', chr(39))}`",
         f"- items: {len(result.outcomes)} of {record['items']['in files']}",
         *(f"- {in_cell(note, 300)}" for note in record["notes"]),
         *[f"- unofficial: {in_cell(record['unofficial'], 300)}"] * bool(record["unofficial"]),
@@ -89,7 +89,7 @@ def _section(result: Result) -> list[str]:
     if left_out := record["left_out"]:
         reasons = [f"- {in_cell(reason, 300)}" for _, reason in left_out[:_NAMED]]
         more = [f"- and {len(left_out) - _NAMED} more, in results.json"] * (len(left_out) > _NAMED)
-        parts.append("\n".join([f"Left out, {len(left_out)}:", "", *reasons, *more]))
+        parts.append("\n".join([f"{len(left_out)} items left out:", "", *reasons, *more]))
     return parts
 
 

@@ -1,4 +1,4 @@
-"""The families by ``config.model_type``, one file each. A new family is one record and one name in _RECORDS."""
+"""Model families, keyed by ``config.model_type``, one file each. A new family is one record and one name in _RECORDS."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def family_of(config: PreTrainedConfig) -> Family:
             if unknown := [kind for kind in values if kind not in known]:
                 raise ConfigError(
                     f"model type {config.model_type!r}: its language model has {option} {unknown[0]!r}, with which a text's score may "
-                    f"depend on the rest of its row; name a model with {', '.join(filter(None, known))}"
+                    f"depend on the rest of its row; use a model with {', '.join(filter(None, known))}"
                 )
         return FAMILIES[config.model_type]
     if not hasattr(config, "vision_config"):
         raise ConfigError(
-            f"model type {config.model_type!r} has no vision tower; name a vision-language model of one of these types: "
+            f"model type {config.model_type!r} has no vision tower; use a vision-language model of one of these types: "
             f"{', '.join(FAMILIES)}"
         )
     raise ConfigError(

@@ -49,7 +49,9 @@ def largest_budget(processor: Any, config: Any, model: ModelConfig) -> None:
 
 def _generates(config: Any) -> None:
     if config is not None and config.get_text_config().use_bidirectional_attention in (True, "all"):
-        raise ConfigError("the model attends to later text (use_bidirectional_attention), so its texts have no likelihood; name another")
+        raise ConfigError(
+            "the model attends to later text (use_bidirectional_attention), so its texts have no likelihood; use another model"
+        )
 
 
 GEMMA_3 = Family(

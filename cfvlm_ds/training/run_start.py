@@ -1,4 +1,4 @@
-"""Resume rule of a run: start at step 0, continue a checkpoint, or do nothing. It is applied before anything is loaded or written."""
+"""Start of a run: at step 0, from a checkpoint, or not at all. It is decided before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class Start:
         assert state.data is not None and state.record is not None
         if change := changed_data(state.data, self.data):
             raise OtherData(
-                f"{self.checkpoint_dir} was trained on {config.data.trained_on} before a change of {change}; restore the data, or start a "
-                "new run in another train.output_dir"
+                f"{self.checkpoint_dir} was trained on {config.data.trained_on} before these changed: {change}; restore the data, or start "
+                "a new run in another train.output_dir"
             )
         if state.step > self.total_steps:
             raise ConfigError(
-                f"{self.checkpoint_dir} is after the run's last step {self.total_steps}; raise train.max_steps, or give train.resume an "
-                "older one"
+                f"{self.checkpoint_dir} is beyond the run's last step {self.total_steps}; raise train.max_steps, or set train.resume to an "
+                "older checkpoint"
             )
         sampler.load_state_dict(state.sampler or {})
         if state.record["options"]["train"]["save_best"] != config.train.save_best:
-            state.note(best=None, worse=0)  # of another metric
+            state.note(best=None, worse=0)  # they belong to another metric
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
         """Return the record for the run's checkpoints, with the model's hashes. They are missing at the start if a hub's model is not on
@@ -67,8 +67,8 @@ class Start:
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
-        """Print the changes and append them to a file in the run folder, on rank 0. Returns the file in a list, which is empty if there are
-        no changes.
+        """Print the changes and append them to a file in the run folder, on rank 0. Return a list with the file, or an empty list if there
+        are no changes.
         """
         for change in self.changed:
             world.say(f"after step {step}: {change}")
@@ -80,7 +80,8 @@ class Start:
 def decide(
     config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
 ) -> Start | None:
-    """Decide where to start. Returns None if the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the groups.
+    """Decide where to start, and return None if the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the
+    groups.
 
     Raises ConfigError or DataError on all ranks if the run cannot continue: unusable checkpoints, a changed option that matters, other
     data.
@@ -113,8 +114,8 @@ def decide(
     if checkpoint_dir is None:
         if train.resume == "auto" and (ended := finished()) is not None:
             raise ConfigError(
-                f"{run_dir} has finished at step {ended[0]} and holds no checkpoint to go on from to step {total_steps}; choose another "
-                "train.output_dir, or set train.resume to restart to start at step 0"
+                f"{run_dir} has finished at step {ended[0]} and contains no checkpoint from which to continue to step {total_steps}; "
+                "choose another train.output_dir, or set train.resume=restart to start at step 0"
             )
         return Start(None, [], record, total_steps, data)
     state = run_on_rank0(world, lambda: checkpoint.kept_state(checkpoint_dir))
@@ -147,7 +148,7 @@ def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] |
     if not done:
         raise ConfigError(
             f"{run_dir / FINISHED} says that the run ended at step {step}, but no checkpoint and no record in {METRICS_FILE} reaches "
-            "that step; remove it to continue from what is there"
+            "that step; remove that file to continue from the last checkpoint"
         )
     with contextlib.suppress(KeyError, TypeError):
         if finished["record"]["options"]["train"]["early_stopping"] == early_stopping:

@@ -1,4 +1,4 @@
-"""Protocol of objectives, and the comparisons within a group on which they are built.
+"""Protocol of objectives, comparisons within a group, and the margin term that several objectives share.
 
 Shapes: G groups, I images, C candidates, P parts of one objective. The truth table defines two kinds of comparison:
 
@@ -121,8 +121,8 @@ class MarginTerm(Objective):
 
     The defaults compare summed log-likelihoods. An edit changes only a few words, and a mean over the whole text would divide their
     gradient by the text's length. The language prior may favour a false text by several nats, and the picture's effect must outweigh
-    that. The link therefore saturates slowly; with a link that a small win satisfies, training would stop short. The paper's form is link
-    hinge, len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
+    that. The link therefore saturates slowly; with a link that a small margin satisfies, training would stop too early. The paper's form is
+    link hinge, len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
@@ -149,11 +149,11 @@ class MarginTerm(Objective):
 
     def __post_init__(self) -> None:
         if self.margin <= 0:
-            raise ValueError(f"margin must be positive, not {self.margin}; to switch a term off set its weight to 0")
+            raise ValueError(f"margin must be positive, not {self.margin}; to disable the term, set its weight to 0")
         if self.beta <= 0:
             raise ValueError(f"beta must be positive, not {self.beta}")
         if self.hinge_cap < 0:
-            raise ValueError(f"hinge_cap must not be negative, and is {self.hinge_cap}; 0 is for no cap")
+            raise ValueError(f"hinge_cap must not be negative, but is {self.hinge_cap}; use 0 for no cap")
 
     @property
     def needs_prior(self) -> bool:
