@@ -19,9 +19,8 @@ from typing import IO, Any
 from uuid import uuid4
 
 from cfvlm_ds.core.errors import ConfigError, unwritten
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.secrets import print_line
-
-Say = Callable[[str], object]
 
 
 def create(path: Path) -> IO[bytes]:

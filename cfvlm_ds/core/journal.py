@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
-from cfvlm_ds.core.files import Say, lock
+from cfvlm_ds.core.files import lock
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.secrets import print_line
 
 _BLOCK = 1 << 20

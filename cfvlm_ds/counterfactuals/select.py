@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,7 +18,7 @@ from typing import IO, Any
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.core.untrusted import own_output
@@ -37,8 +37,6 @@ REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
 """Settings of a step that are copied to every group: back ends, models and versions, for reproduction."""
-
-Say = Callable[[str], object]
 
 
 @dataclass

@@ -17,7 +17,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.journal import records
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.checks import compared
@@ -34,7 +34,6 @@ from cfvlm_ds.evaluation.scoring import GroupScores
 STEP = "verify"
 _DECIMALS = 4
 
-Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
 """Function from candidate groups to their scores, in order. Raises DataError for a group that exceeds the model's window."""
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import Summed, crc32_of, remove, replace, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import refuse_link
@@ -60,7 +60,6 @@ _PLACE = np.dtype([("key", "<u8"), ("name", "<u8"), ("tar", "<u4"), ("start", "<
 _SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
 Array = npt.NDArray[Any]
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)

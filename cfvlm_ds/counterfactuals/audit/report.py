@@ -13,7 +13,7 @@ from typing import Any
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.text import few, in_cell, one_line
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
 from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
@@ -31,7 +31,6 @@ LIMIT_BLIND = 0.6
 _SHOWN = 20  # groups on the page if there is no fault
 _SCORED = 256  # groups scored at a time
 
-Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
 
 

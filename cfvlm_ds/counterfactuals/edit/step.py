@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.journal import Journal
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
@@ -26,8 +27,6 @@ from cfvlm_ds.data.picture_file import picture_bytes, tar_member
 
 STEP = "edit"
 _CHANGED = 24  # smallest difference, in levels of 255, that a composite keeps
-
-Say = Callable[[str], object]
 
 
 class Unit(NamedTuple):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.strict import fitted
@@ -19,8 +20,6 @@ from cfvlm_ds.data.store import GroupStore
 
 STEP = "propose"
 _LONGEST_ID = 1000  # characters; every record and edit repeats the id
-
-Say = Callable[[str], object]
 
 
 def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int = 1) -> dict[str, Any]:
