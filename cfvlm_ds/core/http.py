@@ -52,12 +52,12 @@ def call(
             if not deadline.late:
                 raise
     if deadline.late:
-        raise ValueError(f"no whole reply within {whole_s:g} s")
+        raise ValueError(f"no complete reply within {whole_s:g} s")
     if len(content) > most_bytes:
         raise ValueError(f"the reply has more than {most_bytes} bytes")
     stated = answer.headers.get("Content-Length", "")
     if stated.isdecimal() and int(stated) != len(content):
-        raise OSError(f"{len(content)} of {stated} bytes came")
+        raise OSError(f"{len(content)} of {stated} bytes were received")
     return Reply(answer.status, answer.reason, answer.headers, content)
 
 

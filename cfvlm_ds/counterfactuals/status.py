@@ -37,5 +37,5 @@ def status(out: Path) -> str:
         lines += [f"    and {len(counts) - _MOST} more kinds"] * (len(counts) > _MOST)
         if missing and through:
             lines.append(f"    missing: --array={ranges(missing)}")
-    lines += ["", "all shards are through" if not unfinished else f"missing: --array={ranges(sorted(unfinished))}"]
+    lines += ["", "all shards are finished" if not unfinished else f"missing: --array={ranges(sorted(unfinished))}"]
     return "\n".join(lines)

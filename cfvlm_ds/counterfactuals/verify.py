@@ -131,7 +131,7 @@ def _inspected(candidate: Candidate) -> dict[str, Any]:
         return record | {"problem": f"no picture: {one_line(str(made['refused']), 200)}"}
     try:
         if (changed := _replaced(candidate)) is not None:
-            return record | {"problem": "a picture is another one than when it was edited", "detail": one_line(str(changed), 300)}
+            return record | {"problem": "a picture has changed since the step edit", "detail": one_line(str(changed), 300)}
         if candidate.original is None or candidate.edited is None:
             if candidate.original is not None:
                 open_image(candidate.original)  # raises for a picture that cannot be used
@@ -207,14 +207,14 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
     """
     work = WorkFolder.open(out)
     if not labelled.is_file():
-        raise DataError(f"{labelled}: no such file; write one JSON object a line")
+        raise DataError(f"{labelled}: no such file; write one JSON object per line")
     labels: dict[tuple[str, int], bool] = {}
-    for number, row in enumerate(records(labelled, "write one JSON object a line"), 1):
+    for number, row in enumerate(records(labelled, "write one JSON object per line"), 1):
         edit, attempt, good = row.get("edit"), row.get("attempt", 0), row.get("good")
         if not isinstance(edit, str) or type(attempt) is not int or not isinstance(good, bool):
             raise DataError(f'{labelled}: line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
         if labels.setdefault((edit, attempt), good) != good:
-            raise DataError(f"{labelled}: line {number} contradicts an earlier line about {edit!r}, attempt {attempt}; keep one of them")
+            raise DataError(f"{labelled}: line {number} contradicts an earlier line about {edit!r}, attempt {attempt}; keep one")
     judged: list[tuple[Mapping[str, Any], bool]] = []
     for shard in range(work.shards):
         for record in work.records(STEP, shard):
@@ -222,7 +222,7 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
                 judged.append((record, labels.pop(name)))
     if labels:
         edit, attempt = next(iter(labels))
-        raise DataError(f"{labelled}: {len(labels)} labels have no verified candidate, such as {edit!r}, attempt {attempt}; verify first")
+        raise DataError(f"{labelled}: {len(labels)} labels refer to no verified candidate, for example {edit!r}, attempt {attempt}; run verify first")
     fitted = calibrated(judged, start, precision)
     replace(out / "thresholds.json", fitted.as_json().encode(), shared=True)
     return fitted

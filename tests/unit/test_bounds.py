@@ -73,7 +73,7 @@ def test_a_manifest_is_a_regular_file(folder):
         os.mkfifo(folder / name)
     for path, kind in ((folder / "pipe.jsonl", "pipe"), (folder / "pipe.json", "pipe"), (folder / "zero.json", "device"),
                        (Path("/dev/zero"), "device")):  # fmt: skip
-        assert re.match(f"{path}: .*{kind} and not a regular file", problem(path))
+        assert re.match(f"{path}: .*{kind} not a regular file", problem(path))
 
 
 def test_lines_of_a_manifest_are_bounded(folder, monkeypatch):
@@ -81,7 +81,7 @@ def test_lines_of_a_manifest_are_bounded(folder, monkeypatch):
     path = manifest(folder, row("first"))
     os.truncate(path, 2**36)
     found = problem(path)
-    assert found.startswith(f"{path}:2: the line has more than {lines.MAX_LINE} bytes, the bound for one row")
+    assert found.startswith(f"{path}:2: the line has more than {lines.MAX_LINE} bytes, the limit for one row")
     (folder / "list.json").write_bytes(b"[")
     os.truncate(folder / "list.json", 2**36)
     assert f"list.json: it has more than {json_file.MAX_JSON} bytes" in problem(folder / "list.json")
@@ -99,12 +99,12 @@ def test_a_group_has_a_bounded_number_of_images_and_texts(folder):
     many = [{"id": f"{k}", "path": "a.png"} for k in range(MAX_SIDE + 1)]
     texts = [{"id": f"{k}", "text": f"{k}"} for k in range(MAX_SIDE + 1)]
     for change in ({"images": many, "match": [["0", "t0", 1]]}, {"texts": texts, "match": [["i0", "0", 1]]}):
-        assert f"{MAX_SIDE} is the bound for either; split the row" in problem(manifest(folder, row(edits=[]) | change))
+        assert f"over the limit of {MAX_SIDE} for either; split the row" in problem(manifest(folder, row(edits=[]) | change))
     same = [{"id": f"{k}", "path": "a.png"} for k in range(MAX_SIDE)]
     with within(20):
         read_manifest(manifest(folder, row(images=same, match=[["0", "t0", 1]], edits=[])))
     square = {"images": many[:300], "texts": texts[:300], "match": [["0", "0", 1]]}
-    assert f"has 300 x 300 images and texts, and {MAX_CELLS} pairs are the bound; split" in problem(
+    assert f"has 300 x 300 pairs of images and texts, over the limit of {MAX_CELLS}; split" in problem(
         manifest(folder, row(edits=[]) | square)
     )
     endless = [{"type": f"{k}"} for k in range(MAX_EDITS + 1)]
@@ -166,7 +166,7 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder):
         scores.read_scores(path, groups, data)
     path.unlink()
     os.mkfifo(path)
-    with within(20), pytest.raises(DataError, match="a named pipe and not a regular file"):
+    with within(20), pytest.raises(DataError, match="a named pipe not a regular file"):
         scores.read_scores(path, groups, data)
 
 

@@ -489,7 +489,7 @@ def test_without_pyarrow(folder, monkeypatch):
 def test_no_container_is_waited_for(folder):
     for name in ("a.csv", "a.tar", "a.json", "a.parquet", "a.arrow"):
         os.mkfifo(folder / name)
-        assert "a named pipe and not a regular file" in refusal(folder / name)
+        assert "a named pipe not a regular file" in refusal(folder / name)
 
 
 def test_members_of_a_tar_lead_nowhere(folder):
@@ -536,12 +536,12 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder):
     assert said[1] == f"left out 3 groups, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"
     assert said[0].startswith("4 of 4 groups read ask 'Describe the image.'") and len(said) == 2
     assert f"repeats {path}:5" in listed[2]
-    with pytest.raises(ConfigError, match=r"out.jsonl is there, and would be replaced; remove it"):
+    with pytest.raises(ConfigError, match=r"out.jsonl already exists and would be overwritten; remove it"):
         convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
     (folder / "out.jsonl").unlink()
     convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
     assert not (folder / "out.jsonl.skipped.jsonl").exists(), "nothing was left out the second time"
-    with pytest.raises(ConfigError, match="is read here, and would be replaced; name another file"):
+    with pytest.raises(ConfigError, match="is an input and would be overwritten; name another output file"):
         convert(path, None, "captions", path)
     with pytest.raises(DataError, match=r"and so are all 2 groups"):
         convert(lines(folder / "bad.jsonl", ["{", "{"]), None, "captions", folder / "none.jsonl", "skip")
@@ -647,7 +647,7 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path, server, 
     bad = {
         "none": "the server answers 404 Not Found", "away": "unknown url type: ftp", "loop": "infinite loop|error that would lead",
         "page": "not a picture", "large": "more than 4000 bytes", "cut": "bytes came|IncompleteRead|bytes read",
-        "slow": "no whole reply within 1 s",
+        "slow": "no complete reply within 1 s",
     }  # fmt: skip
     rows = [
         *good,
@@ -680,7 +680,7 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path, server, 
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match="no such manifest"):
         downloading.download(tmp_path / "none.jsonl", tmp_path / "other.jsonl")
-    with pytest.raises(ConfigError, match="is read here, and would be replaced; name another file"):
+    with pytest.raises(ConfigError, match="is an input and would be overwritten; name another output file"):
         downloading.download(path, path)
     assert sorted(tmp_path.rglob("*")) == before
     assert downloading.download(lines(path, [{"URL": f"{server}/a.png"}]), tmp_path / "other.jsonl").pictures == 0
@@ -694,6 +694,6 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(part, tmp_pat
         monkeypatch.setattr(downloading, name, value)
     path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/{part}.png"}])
     started = time.monotonic()
-    with pytest.raises(DataError, match="no whole reply within"):
+    with pytest.raises(DataError, match="no complete reply within"):
         downloading.download(path, tmp_path / "out.jsonl")
     assert time.monotonic() - started < 3

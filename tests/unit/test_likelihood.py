@@ -291,9 +291,9 @@ BAD_ROWS = {
         changed("images", 0, "path", to=7),
         r"images: 'path' must be a string, a list of strings, or null for text alone, not 7",
     ),
-    "no image beside others": (changed("images", 0, "path", to=None), r"image 1 has 1 pictures and image 0 has 0; split"),
-    "two images without one": (changed("images", to=[{"id": i, "path": None} for i in ("i0", "i1", "i2")]), r"has one image entry"),
-    "unequal pictures": (changed("images", 1, "path", to=["a.jpg", "b.jpg"]), r"image 1 has 2 pictures and image 0 has 1; split the row"),
+    "no image beside others": (changed("images", 0, "path", to=None), r"image 1 has 1 pictures, but image 0 has 0; split"),
+    "two images without one": (changed("images", to=[{"id": i, "path": None} for i in ("i0", "i1", "i2")]), r"must have one image entry"),
+    "unequal pictures": (changed("images", 1, "path", to=["a.jpg", "b.jpg"]), r"image 1 has 2 pictures, but image 0 has 1; split the row"),
     "no pictures": (changed("images", 1, "path", to=[]), r"'path' must be a string, a list of strings, or null"),
     "no text": (changed("texts", 0, "text", to=...), r"texts: key 'text' is missing"),
     "text not a string": (changed("texts", 0, "text", to=7), r"texts: 'text' must be a string, not 7"),
@@ -326,7 +326,7 @@ BAD_ROWS = {
     "weight a string": (changed("weight", to="1"), r"weight must be a number, not '1'"),
     "weight a boolean": (changed("weight", to=True), r"weight must be a number, not True"),
     "blank text": (changed("texts", 1, "text", to=" \n"), r"group 'dog-17': text 1 is empty; write a text or remove it"),
-    "same text": (changed("texts", 1, "text", to=" two  dogs"), r"text 1 equals text 0 \('two dogs'\); a counterfactual must differ"),
+    "same text": (changed("texts", 1, "text", to=" two  dogs"), r"text 1 equals text 0 \('two dogs'\); counterfactuals must differ"),
 }
 
 

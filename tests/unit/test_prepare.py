@@ -368,7 +368,7 @@ def test_a_command_counts_what_it_leaves_out(source, tmp_path, capsys):
     out = tmp_path / "store"
     for _ in range(2):
         main(["data", "prepare", str(path), "--out", str(out), "--on_error", "skip"])
-        assert f"prepared 17 groups without 2, which {out}/left_out.jsonl lists, in {out}" in capsys.readouterr().out
+        assert f"prepared 17 groups in {out}; 2 rows were left out and are listed in {out}/left_out.jsonl" in capsys.readouterr().out
     path.write_text(path.read_text().splitlines()[2])
     for picture in read_manifest(path)[0].images[0]:
         picture.write_bytes(b"no picture")

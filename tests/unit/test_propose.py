@@ -483,7 +483,7 @@ def test_a_reply_that_never_ends_is_left():
         server = Server(lambda body, number, answer=answer: answer)
         with server.running():
             started = time.monotonic()
-            with pytest.raises(CallFailed, match=r"no whole reply within 0\.4 s"):
+            with pytest.raises(CallFailed, match=r"no complete reply within 0\.4 s"):
                 post(server.url, {}, timeout_s=0.4, most_bytes=1000)
             assert time.monotonic() - started < 1.5, name
 

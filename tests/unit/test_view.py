@@ -436,7 +436,7 @@ def test_what_a_run_lacks_is_named(folder):
         view(run, folder / "other")
     for evaluation, expected in (
         ({"x": 3}, "no run's conf|not a run's conf"),
-        ({"../x": "m.jsonl"}, r"'\.\./x' is no bare file name"),
+        ({"../x": "m.jsonl"}, r"'\.\./x' is not a plain file name"),
         ({}, "names no evaluation"),
     ):
         with pytest.raises(ConfigError, match=expected):

@@ -30,7 +30,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     if all(isinstance(entry, DataError) for _, entry in store.entries()):
-        raise DataError(str(store.entry(0)) + f" (and so are all {len(store)} groups)" * (len(store) > 1))
+        raise DataError(str(store.entry(0)) + f" (none of the {len(store)} groups is usable)" * (len(store) > 1))
     words = read_words(options.words)
     work = WorkFolder.begin(out, store, of)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
@@ -67,7 +67,7 @@ def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:
     for result in results:
         if isinstance(result, Proposal):
             if any(result.text == other["text"] for other in edits):
-                rejected.append(Rejected(result.back_end, "another back end proposed the same", result.type, result.text).record())
+                rejected.append(Rejected(result.back_end, "another back end proposed the same text", result.type, result.text).record())
             else:
                 edits.append(result.record(f"{source.id}/{len(edits)}"))
     picture = None if source.picture is None else str(source.picture.absolute())
@@ -97,7 +97,7 @@ def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | Dat
         for source in sources(store, [place]):
             if not isinstance(source, DataError):
                 if len(source.id) > _LONGEST_ID:
-                    source = DataError(f"{store.where(place)}: an id of {len(source.id)} characters; shorten it to {_LONGEST_ID}")
+                    source = DataError(f"{store.where(place)}: the id has {len(source.id)} characters; shorten it to at most {_LONGEST_ID}")
                 elif (number := seed_of(source.id)) in seen:
                     source = DataError(f"{store.where(place)}: id {source.id!r} is used by an earlier row; make ids unique")
                 else:
