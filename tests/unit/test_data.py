@@ -660,7 +660,7 @@ def test_checks_say_how_far_they_are(folder, monkeypatch):
     write_scores(file, store, {group.id: StoredScores(((0.0,) * 2,) * 2, (0.0,) * 2) for group in store}, "m", identity)
     read_scores(file, store, identity, say=said)
     PictureTable.of_files([folder / "a.png", folder / "b.png"], said)
-    begun = ["check of rows", "pictures", "rows", f"{file}: scores", "contents of pictures"]
+    begun = ["checking rows", "pictures", "rows", f"{file}: scores", "contents of pictures"]
     counted = [line.partition(" of 2 ")[0] for line in lines if not line.startswith("index of")]
     assert counted == [f"{what}: {n}" for what in begun for n in (1, 2)]
 

@@ -142,7 +142,7 @@ def test_what_is_not_there_is_said_in_a_sentence(server, monkeypatch):
             open_groups(Path(address))  # which has one slash less
     for address in ("https://huggingface.co/datasets/me/mine", "s3://mine/x.tar"):
         for each in (address, Path(address)):
-            with pytest.raises(DataError, match=f"^{address} is an address on the network; of the Hugging Face hub, name hf://datasets/"):
+            with pytest.raises(DataError, match=f"^{address} is an address on the network; for the Hugging Face hub, write hf://datasets/"):
                 open_groups(each)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="cannot be fetched"):

@@ -289,7 +289,7 @@ BAD_ROWS = {
     "no path": (changed("images", 0, "path", to=...), r"images: key 'path' is missing"),
     "path not a string": (
         changed("images", 0, "path", to=7),
-        r"images: 'path' must be a string, a list of strings, or null for text alone, not 7",
+        r"images: 'path' must be a string, a list of strings, or null for only text, not 7",
     ),
     "no image beside others": (changed("images", 0, "path", to=None), r"image 1 has 1 pictures, but image 0 has 0; split"),
     "two images without one": (changed("images", to=[{"id": i, "path": None} for i in ("i0", "i1", "i2")]), r"must have one image entry"),

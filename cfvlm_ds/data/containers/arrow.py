@@ -78,7 +78,7 @@ def _batches(mapped: Any, arrow: Any) -> Iterator[Any]:
 def _batch_rows(batch: Any, arrow: Any, named: Named | None) -> Iterator[Row]:
     names = batch.schema.names
     if len(set(names)) < len(names):
-        raise ValueError("two columns have one name")
+        raise ValueError("two columns have the same name")
     for row in zip(*(_values(column, arrow, named) for column in batch.columns), strict=True):
         yield dict(zip(names, row, strict=True))
 
@@ -121,7 +121,7 @@ def _texts(array: Any, arrow: Any) -> list[Any]:
 
 
 def _too_long(size: int) -> DataError:
-    return DataError(f"the row has a text of {size} bytes, and {MAX_ROW} are the bound for one row; shorten it")
+    return DataError(f"the row has a text of {size} bytes, over the limit of {MAX_ROW} for one row; shorten it")
 
 
 def _valid(array: Any) -> list[bool]:
@@ -160,5 +160,5 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.compute
         import pyarrow.ipc
     except ImportError as error:
-        raise DataError(f"{path}: reading it needs pyarrow ({error}); pip install 'cfvlm-ds[data]', or save it as JSON lines") from error
+        raise DataError(f"{path}: reading it needs pyarrow ({error}); run pip install 'cfvlm-ds[data]', or save it as JSON lines") from error
     return pyarrow
