@@ -191,7 +191,9 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
     done = download(Path(manifest), Path(out), on_error, threads, print)
     print(f"wrote {out}: {done.rows} rows with {done.pictures} pictures in {Path(out).name}.pictures")
     if not done.pictures:
-        print(f"no row has an address in the columns {', '.join(sorted(COLUMNS))}; if another column has addresses, rename it to one of these")
+        print(
+            f"no row has an address in the columns {', '.join(sorted(COLUMNS))}; if another column has addresses, rename it to one of these"
+        )
 
 
 def _check(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:

@@ -137,7 +137,9 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
     for name, count in survival.files.items():
         print(f"wrote {name}: {count} groups")
     if survival.roots:
-        print(f"their pictures are in several folders; read the groups with {printable(' '.join(f'--root {root}' for root in survival.roots))}")
+        print(
+            f"their pictures are in several folders; read the groups with {printable(' '.join(f'--root {root}' for root in survival.roots))}"
+        )
 
 
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
@@ -156,7 +158,9 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     folder = refuse_foreign_folder(Path(out))
     if options.refine:
         if Path(os.path.realpath(options.refine)).is_relative_to(os.path.realpath(folder)):
-            raise ConfigError(f"--refine {options.refine} is inside the page's folder {folder}, which will be replaced; name a file elsewhere")
+            raise ConfigError(
+                f"--refine {options.refine} is inside the page's folder {folder}, which will be replaced; name a file elsewhere"
+            )
         refined_file(Path(options.refine), *manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
     findings, sets = audit(manifest, reading.root, reading.format, options, say, score)

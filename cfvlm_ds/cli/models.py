@@ -127,7 +127,9 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
     idle = [group.id for group in groups if group.id not in compared]
     without = f"{len(idle)} of {len(groups)} groups have nothing to compare, for example {quoted(idle[0])}" if idle else ""
     few = (
-        f"warning: only {len(all_gaps)} comparisons; below {calibration.FEW}, quantiles are unreliable" if len(all_gaps) < calibration.FEW else ""
+        f"warning: only {len(all_gaps)} comparisons; below {calibration.FEW}, quantiles are unreliable"
+        if len(all_gaps) < calibration.FEW
+        else ""
     )
     reasons = "\n".join(f"- {reason}" for reason in advice.reasons)
     print("\n\n".join(part for part in (calibration.table(all_gaps), without, few, reasons, calibration.block(advice)) if part))

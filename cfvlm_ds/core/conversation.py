@@ -65,7 +65,9 @@ def check_conversation(turns: Sequence[Turn], where: str) -> None:
         if turn.role not in ROLES:
             raise DataError(f"{where}: turn {number} of the conversation has the role {turn.role!r}; the roles are {', '.join(ROLES)}")
         if turn.role == "system" and number > 1:
-            raise DataError(f"{where}: turn {number} of the conversation has the role system; only the first turn may have it, so move it there")
+            raise DataError(
+                f"{where}: turn {number} of the conversation has the role system; only the first turn may have it, so move it there"
+            )
         if not any(part is PICTURE or part.strip() for part in turn.parts):
             raise DataError(f"{where}: turn {number} of the conversation ({turn.role}) is empty; write a text, or remove the turn")
 

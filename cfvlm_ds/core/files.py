@@ -160,7 +160,10 @@ def lock(handle: int, path: Path) -> bool:
             raise
         if not _reported:
             _reported.append(path)
-            print_line(f"warning: the file system of {path.parent} has no file locks ({error.strerror}); run one process at a time there", error=True)
+            print_line(
+                f"warning: the file system of {path.parent} has no file locks ({error.strerror}); run one process at a time there",
+                error=True,
+            )
     return True
 
 

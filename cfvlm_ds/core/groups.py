@@ -140,7 +140,9 @@ class CounterfactualGroup:
         if self.match[0][0] != 1:
             raise DataError(f"group {self.id!r}: the first image and the first text must match; list the factual pair first")
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise DataError(f"group {self.id!r}: weight must be a positive number, not {self.weight}; to leave the group out, remove the row")
+            raise DataError(
+                f"group {self.id!r}: weight must be a positive number, not {self.weight}; to leave the group out, remove the row"
+            )
         for index, candidate in enumerate(self.candidates):
             if not candidate.text.strip():
                 raise DataError(f"group {self.id!r}: text {index} is empty; write a text or remove it")

@@ -48,7 +48,9 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         raise ConfigError("--quiet and --verbose contradict each other; give one of them")
     _check(built.model, built.data, built.train)
     if not active:
-        raise ConfigError(f"every given term of the objective has weight 0 ({', '.join(named)}); give one a weight, or omit all for the default")
+        raise ConfigError(
+            f"every given term of the objective has weight 0 ({', '.join(named)}); give one a weight, or omit all for the default"
+        )
     if "print_config" in switches:
         print(yaml_of(resolved), end="")
         raise SystemExit(0)

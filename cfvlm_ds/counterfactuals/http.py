@@ -81,6 +81,8 @@ def _refuse(url: str, reply: Reply) -> None:
     if reply.status in (400, 422):
         raise Unfit(f"status {reply.status}: {message}")
     if reply.status in (401, 403, 404, 405) or 300 <= reply.status < 400:
-        raise ConfigError(f"{url}: the server replied with status {reply.status} ({message}); correct the address, the model's name or the token")
+        raise ConfigError(
+            f"{url}: the server replied with status {reply.status} ({message}); correct the address, the model's name or the token"
+        )
     wait = reply.headers.get("Retry-After", "")
     raise CallFailed(f"status {reply.status}: {message}", after_s=min(float(wait), LONGEST_WAIT_S) if wait.isdecimal() else 0.0)

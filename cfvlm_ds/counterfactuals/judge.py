@@ -169,7 +169,9 @@ def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | 
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--thresholds {file}: {error}") from error
     if thresholds.rule == "checks" and margin is not None:
-        raise ConfigError("--margin applies to scores, but the rule checks only compares pixels; run verify with --scorer, or leave out --margin")
+        raise ConfigError(
+            "--margin applies to scores, but the rule checks only compares pixels; run verify with --scorer, or leave out --margin"
+        )
     return thresholds
 
 

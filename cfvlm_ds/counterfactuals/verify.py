@@ -222,7 +222,9 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
                 judged.append((record, labels.pop(name)))
     if labels:
         edit, attempt = next(iter(labels))
-        raise DataError(f"{labelled}: {len(labels)} labels refer to no verified candidate, for example {edit!r}, attempt {attempt}; run verify first")
+        raise DataError(
+            f"{labelled}: {len(labels)} labels refer to no verified candidate, for example {edit!r}, attempt {attempt}; run verify first"
+        )
     fitted = calibrated(judged, start, precision)
     replace(out / "thresholds.json", fitted.as_json().encode(), shared=True)
     return fitted

@@ -11,9 +11,7 @@ from pathlib import Path
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.picture_file import picture_file
 
-_OF_DATA = (
-    "add the folder that contains it to data.root, a folder or a list of folders (cfvlm-ds: repeat --root), or correct the path"
-)
+_OF_DATA = "add the folder that contains it to data.root, a folder or a list of folders (cfvlm-ds: repeat --root), or correct the path"
 
 
 class Confinement:

@@ -70,7 +70,9 @@ def convert(
             problems = report.problems
             raise DataError(problems[0] + f" (none of the {len(problems)} groups is usable)" * (len(problems) > 1))
     if described := report.prompts[repr(DESCRIBE)]:
-        say(f"{described} of {report.num_groups} groups use the prompt {DESCRIBE!r}, the default for captions without one (the format option ask= sets another)")
+        say(
+            f"{described} of {report.num_groups} groups use the prompt {DESCRIBE!r}, the default for captions without one (the format option ask= sets another)"
+        )
     list_skipped(listed, report.problems, say, "groups")
     return Converted(groups, report.problems, base)
 

@@ -36,7 +36,7 @@ def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> di
     further = {key: value for key, value in row.items() if key not in known}
     for key in further:
         if near := difflib.get_close_matches(key, absent, n=1, cutoff=_MISSPELT):
-            raise DataError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? if not, name it otherwise")
+            raise DataError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? If not, rename the key")
     return further
 
 

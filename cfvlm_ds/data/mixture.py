@@ -122,14 +122,14 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequ
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
     elif without := [name for name, weight in zip(names, weights, strict=True) if weight is None]:
-        raise DataError(f"data.train: source {without[0]!r} has no weight, and others do; give a weight to each or to none")
+        raise DataError(f"data.train: source {without[0]!r} has no weight, but others have one; give every source a weight, or none")
     else:
         given = [Fraction(repr(float(weight or 0))) for weight in weights]
     total = sum(given, Fraction(0))
     shares = tuple(weight / total for weight in given)
     for share, name in zip(shares, names, strict=True):
         if 0 < share < _LEAST:
-            raise DataError(f"data.train: source {name!r} has {float(share):.1g} of the draws, less than one in 1e9; leave it out")
+            raise DataError(f"data.train: source {name!r} gets {float(share):.1g} of the draws, less than one in 1e9; leave it out")
     return shares
 
 

@@ -1,4 +1,4 @@
-"""Overlap of a training set with evaluation sets, in pictures and in whole rows. Results on training data say little."""
+"""Overlap of a training set with evaluation sets, in pictures and in whole rows. Results on training data are not informative."""
 
 from __future__ import annotations
 

@@ -175,7 +175,9 @@ class _Job:
                 self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan))
                 return False
             if missing := units.missing():
-                self.say(f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this again after them")
+                self.say(
+                    f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this command again when they have finished"
+                )
                 return False
             pictures = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
             pictures = pictures[np.argsort(pictures["key"])]
@@ -191,7 +193,9 @@ class _Job:
         if strict and self.report.problems:
             return False
         if missing := files.missing():
-            self.say(f"{out}: {len(missing)} of {files.count} files of rows belong to other shards; the last one completes the store")
+            self.say(
+                f"{out}: {len(missing)} of {files.count} files of rows belong to other shards; the last shard to finish completes the store"
+            )
             return False
         return self._end(units, files, pictures)
 
@@ -203,7 +207,7 @@ class _Job:
             if stamp is not None:
                 break
         raise ConfigError(
-            f"{self.out} was prepared from another state of {self.source.path}, or with other options; remove it, or name another --out"
+            f"{self.out} was prepared from another state of {self.source.path}, or with other options; remove it, or name another folder with --out"
         )
 
     def _open_unit(self, units: _Files, number: int, keys: Array, places: Array, progress: Progress) -> None:
@@ -395,7 +399,7 @@ def _absolute(picture: Path) -> Path:
 def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
     """Return the path of a picture in a tar of the store. Raises DataError for a picture that is not packed."""
     if (at := find(pictures["key"], picture_key(picture))) is None:
-        raise DataError(f"{picture}: the picture is not packed: the data set has changed; remove the store and prepare it again")
+        raise DataError(f"{picture}: the picture is not packed, because the data set has changed; remove the store and prepare it again")
     place = pictures[at]
     return _absolute(out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"])))
 

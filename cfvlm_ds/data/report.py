@@ -107,7 +107,7 @@ class CheckReport:
         if not self.visual_tokens:
             return ""
         low, middle, most = quantiles(self.visual_tokens, 0, 50, 100)
-        return f"min {low}, median {middle}, max {most} an image"
+        return f"min {low}, median {middle}, max {most} per image"
 
     @property
     def unused(self) -> str:
@@ -134,7 +134,7 @@ class CheckReport:
             ("texts", str(self.num_texts)),
             ("prompts", counted(self.prompts) or "none"),
             ("unknown cells", f"{self.num_unknown_cells} of {self.num_cells}"),
-            ("edit types", counted(self.edit_types) or "none named"),
+            ("edit types", counted(self.edit_types) or "none"),
             ("counterfactuals", ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none"),
             (
                 "longest text",

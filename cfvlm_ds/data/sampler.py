@@ -52,7 +52,7 @@ class GroupSampler:
         ``order`` is the order of a mixture, or of rows with several groups; without it, the groups are one data set, permuted by ``seed``.
         """
         if num_groups < 1:
-            raise DataError("the data has no groups to sample; check the manifest")
+            raise DataError("the data contain no groups; check the manifest")
         if min(groups_per_micro_batch, gradient_accumulation_steps, world_size) < 1:
             raise ValueError(
                 f"groups_per_micro_batch ({groups_per_micro_batch}), gradient_accumulation_steps ({gradient_accumulation_steps}) and "
@@ -116,7 +116,7 @@ class GroupSampler:
         for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
                 raise DataError(
-                    f"the checkpoint's sampler has {name} {state.get(name)!r} and this run has {value!r}; resume with the data and seed of "
+                    f"the checkpoint's sampler has {name} {state.get(name)!r}, but this run has {value!r}; resume with the data and seed of "
                     "the saved run, or start a new run"
                 )
         self.samples_seen = state["samples_seen"]
@@ -191,7 +191,7 @@ class PackedSampler(GroupSampler):
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
         position, steps, tokens = _Position(), 0, 0
-        progress = Progress(say, "packing, to count the steps", counted, "groups")
+        progress = Progress(say, "counting steps", counted, "groups")
         while position.read - len(position.waiting) < counted:
             bins, position = self._pack(position)
             tokens, steps = tokens + sum(int(self.tokens[group]) for micro_batch in bins for group in micro_batch), steps + 1

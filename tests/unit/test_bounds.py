@@ -151,7 +151,7 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder):
     scores.write_scores(path, groups, {"g": stored}, "m", data := data_identity(groups, [folder]))
     header, line = path.read_text().splitlines()
     cases = {
-        f"{header}\n{line}\n{line}\n": "2 groups and not 1",
+        f"{header}\n{line}\n{line}\n": "2 groups instead of 1",
         f'{header}\n{line[:-1]}, "id": "g"}}\n': "key 'id' occurs twice",
         f'{header[:-1]}, "model": "x"}}\n{line}\n': "key 'model' occurs twice",
     }

@@ -465,7 +465,7 @@ def test_bad_images(tmp_path):
     (tmp_path / "empty.png").touch()
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("script.png", "text.png", "empty.png"):
-        assert "no image in it" in (message := image_refusal(tmp_path / name)) and "replace or convert" in message
+        assert "it contains no image" in (message := image_refusal(tmp_path / name)) and "replace or convert" in message
     for width, height in ((0, 0), (0, 5), (5, 0)):
         assert "0 pixels wide or high" in image_refusal(png(tmp_path / "zero.png", width, height))
     for path in (truncated, png(tmp_path / "short.png", 100, 100)):
@@ -660,7 +660,7 @@ def test_checks_say_how_far_they_are(folder, monkeypatch):
     write_scores(file, store, {group.id: StoredScores(((0.0,) * 2,) * 2, (0.0,) * 2) for group in store}, "m", identity)
     read_scores(file, store, identity, say=said)
     PictureTable.of_files([folder / "a.png", folder / "b.png"], said)
-    begun = ["checking rows", "pictures", "rows", f"{file}: scores", "contents of pictures"]
+    begun = ["checking rows", "pictures", "rows", f"{file}: scores", "hashing pictures"]
     counted = [line.partition(" of 2 ")[0] for line in lines if not line.startswith("index of")]
     assert counted == [f"{what}: {n}" for what in begun for n in (1, 2)]
 

@@ -177,7 +177,9 @@ def test_a_path_that_is_only_beside_the_yaml_is_named(option, model_dir, tmp_pat
         with pytest.raises(InputError, match=re.escape(f"relative paths are resolved against {tmp_path}")):
             validate(config, ONE)
     (tmp_path / "conf" / "mine").mkdir()
-    with pytest.raises(ConfigError, match=rf"mine is not there \(relative paths are resolved against {tmp_path}\); conf/mine, beside the file"):
+    with pytest.raises(
+        ConfigError, match=rf"mine is not there \(relative paths are resolved against {tmp_path}\); conf/mine, beside the file"
+    ):
         validate(config, ONE)
 
 

@@ -156,7 +156,9 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
         report.shortcuts.append(by_grain(*grains))
     for cue in report.shortcuts:
         if cue.auc is not None and cue.low is not None and cue.low > 0.5 and cue.auc > LIMIT_AUC:
-            report.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}) without the picture; strongest features: {', '.join(cue.telling[:4])}")
+            report.fault(
+                f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}) without the picture; strongest features: {', '.join(cue.telling[:4])}"
+            )
 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
@@ -182,7 +184,8 @@ def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
             if pairs or shared:
                 ids = [name for pair in pairs for name in (own_originals[pair.first][1], other_originals[pair.second][1])]
                 report.fault(
-                    f"{split.name} and {other.name} share {len(pairs)} equal or nearly equal originals, and {len(shared)} picture files", ids
+                    f"{split.name} and {other.name} share {len(pairs)} equal or nearly equal originals, and {len(shared)} picture files",
+                    ids,
                 )
 
 
@@ -211,11 +214,14 @@ def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> Non
                 exact = {pair.first for pair in pairs if pair.bits < 0}
                 nearly = {pair.first for pair in pairs} - exact
                 ids = [name for pair in pairs for name in split.owners[ours[pair.first].path]]
-                report.fault(f"{split.name} contains {len(exact)} pictures of {path.name}, and {len(nearly)} near duplicates of its pictures", ids)
+                report.fault(
+                    f"{split.name} contains {len(exact)} pictures of {path.name}, and {len(nearly)} near duplicates of its pictures", ids
+                )
             own_texts = {group.id: [candidate.text for candidate in group.candidates] for group in split.groups}
             if shared := shared_texts(own_texts, texts):
                 report.fault(
-                    f"{split.name}: {len(shared)} groups contain a text of {path.name}, for example {next(iter(shared.values()))!r}", list(shared)
+                    f"{split.name}: {len(shared)} groups contain a text of {path.name}, for example {next(iter(shared.values()))!r}",
+                    list(shared),
                 )
 
 
@@ -234,7 +240,10 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
     share = right(every)
     result = f"{100 * share:.1f} % of {len(every)} comparisons"
     report.facts.append(
-        ("true texts preferred on a blank picture", result if every else "not measured: no group has a true and a false text for the same prompt")
+        (
+            "true texts preferred on a blank picture",
+            result if every else "not measured: no group has a true and a false text for the same prompt",
+        )
     )
     if every and max(share, 1 - share) > LIMIT_BLIND:
         report.fault(f"a scorer that sees no picture is right in {result} (limit {100 * LIMIT_BLIND:.0f})")

@@ -67,7 +67,9 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
     if area < 0.5:
         area, low, high = 1 - area, 1 - high, 1 - low
     more = sum(len(new) > len(old) for old, new in pairs)
-    description = (f"counterfactuals are longer in {more}, shorter in {sum(len(new) < len(old) for old, new in pairs)} of {len(pairs)} pairs",)
+    description = (
+        f"counterfactuals are longer in {more}, shorter in {sum(len(new) < len(old) for old, new in pairs)} of {len(pairs)} pairs",
+    )
     return Shortcut("texts by length", area, low, high, len(pairs), description)
 
 

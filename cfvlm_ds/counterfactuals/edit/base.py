@@ -44,7 +44,9 @@ class Task:
             return None
         mask = open_image(self.mask).convert("L")
         if mask.size != size:
-            raise DataError(f"{self.mask}: the mask is {mask.size[0]}x{mask.size[1]}, but its picture is {size[0]}x{size[1]}; make the sizes equal")
+            raise DataError(
+                f"{self.mask}: the mask is {mask.size[0]}x{mask.size[1]}, but its picture is {size[0]}x{size[1]}; make the sizes equal"
+            )
         return mask.point(lambda level: 255 if level >= 128 else 0)
 
 

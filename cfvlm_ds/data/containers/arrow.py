@@ -160,5 +160,7 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.compute
         import pyarrow.ipc
     except ImportError as error:
-        raise DataError(f"{path}: reading it needs pyarrow ({error}); run pip install 'cfvlm-ds[data]', or save it as JSON lines") from error
+        raise DataError(
+            f"{path}: reading it needs pyarrow ({error}); run pip install 'cfvlm-ds[data]', or save it as JSON lines"
+        ) from error
     return pyarrow

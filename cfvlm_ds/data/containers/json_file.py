@@ -74,7 +74,9 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
         lists = {f"annotations.{key}" if key in row else key: values for key, values in lists.items()}
         yield f"images, item {number}", row | {"caption": texts, "caption_ids": ids, **lists}
     for unknown in captions:
-        problem = f"annotations refer to the image id {unknown!r}, which 'images' lacks; add it, or use images and annotations of the same file"
+        problem = (
+            f"annotations refer to the image id {unknown!r}, which 'images' lacks; add it, or use images and annotations of the same file"
+        )
         yield f"image {unknown!r}", DataError(problem)
 
 

@@ -126,12 +126,12 @@ def _refuse_unread(path: Path, pictures: list[Path]) -> None:
     others += sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(map(_is_picture, folder.iterdir())))
     if others:
         named = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
-        raise DataError(f"{path}: {named} would be ignored next to captions in .txt files; move it away, or name the pictures as {path}/*.png")
+        raise DataError(
+            f"{path}: {named} would be ignored next to captions in .txt files; move it away, or name the pictures as {path}/*.png"
+        )
     if len(texts) < len(pictures):
         twice = next(picture for picture in pictures if texts[picture.with_suffix(".txt").name] != picture.name)
-        raise DataError(
-            f"{path}: {twice.with_suffix('.txt').name} is the caption of several pictures, such as {twice.name}; rename one"
-        )
+        raise DataError(f"{path}: {twice.with_suffix('.txt').name} is the caption of several pictures, such as {twice.name}; rename one")
 
 
 def _in_folder(path: Path) -> list[Path]:
