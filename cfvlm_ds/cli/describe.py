@@ -33,7 +33,8 @@ def _describe(
     max_new_tokens: Positive = 128,
     limits: ImageLimits,
 ) -> None:
-    """Print what a model writes about pictures, or which of several texts it prefers. Without pictures, read their paths from standard input.
+    """Print what a model writes about pictures, or which of several texts it prefers. Without pictures, read their paths from standard
+    input.
 
     Example: cfvlm-ds describe runs/quickstart dog.jpg --choices "a dog on a sofa" "a sofa on a dog"
 

@@ -138,7 +138,8 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
         print(f"wrote {name}: {count} groups")
     if survival.roots:
         print(
-            f"their pictures are in several folders; read the groups with {printable(' '.join(f'--root {root}' for root in survival.roots))}"
+            "their pictures are in several folders; read the groups with "
+            f"{printable(' '.join(f'--root {root}' for root in survival.roots))}"
         )
 
 

@@ -96,7 +96,8 @@ class ModelConfig:
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
         return [
-            "warning: model.lora has no effect, because no module has tuning lora; set model.language_model.tuning to lora, or remove model.lora"
+            "warning: model.lora has no effect, because no module has tuning lora; set model.language_model.tuning to lora, or remove "
+            "model.lora"
         ]
 
 

@@ -54,7 +54,8 @@ class Source(DataSet):
     """
 
     FORM: ClassVar[str] = (
-        "is not a manifest; give FILE, or a list of {path: FILE, weight: NUMBER, root: FOLDER, format: NAME}, of which only path is required"
+        "is not a manifest; give FILE, or a list of {path: FILE, weight: NUMBER, root: FOLDER, format: NAME}, of which only path is "
+        "required"
     )
     name: str | None = None
     weight: float | None = option(None, within=(1e-9, 1e9), on_resume="confirm")
@@ -153,7 +154,8 @@ class DataConfig:
             name = source.name or PurePath(source.path).stem
             if not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
                 raise ConfigError(
-                    f"data.train: {name!r} cannot be part of metric and group names; give {source.path} a name of letters, digits and _ . + -"
+                    f"data.train: {name!r} cannot be part of metric and group names; give {source.path} a name of letters, digits and _ "
+                    ". + -"
                 )
             if name in sources:
                 paths = f"{sources[name].path} and {source.path}"

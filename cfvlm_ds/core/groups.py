@@ -126,7 +126,8 @@ class CounterfactualGroup:
         check_side(len(self.images), len(self.candidates), f"group {self.id!r}")
         if len(self.edits) > MAX_EDITS:
             raise DataError(
-                f"group {self.id!r} has {len(self.edits)} edits, over the limit of {MAX_EDITS}; list the change of each image or text only once"
+                f"group {self.id!r} has {len(self.edits)} edits, over the limit of {MAX_EDITS}; list the change of each image or text "
+                "only once"
             )
         if len(self.match) != len(self.images) or any(len(row) != len(self.candidates) for row in self.match):
             raise DataError(f"group {self.id!r}: match must be {len(self.images)} images x {len(self.candidates)} texts")
@@ -156,8 +157,8 @@ class CounterfactualGroup:
             check_conversation(turns, f"group {self.id!r}")
             if (shown := pictures_of(turns)) != self.num_pictures:
                 raise DataError(
-                    f"group {self.id!r}: the conversation shows {shown} pictures, but each image of the group has {self.num_pictures}; make the "
-                    "two numbers equal"
+                    f"group {self.id!r}: the conversation shows {shown} pictures, but each image of the group has {self.num_pictures}; "
+                    "make the two numbers equal"
                 )
         seen: dict[tuple[Prompt, str], int] = {}
         prompt_forms = {prompt: normalised_prompt(prompt) for prompt in prompts}

@@ -90,8 +90,8 @@ def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> ar
 
 
 _WHERE = (
-    "--config and --deepspeed first look for the file in the working directory. If NAME, examples/NAME or ds_configs/NAME is not there, the "
-    "package's own file of that name is used; `cfvlm-ds init FOLDER` writes copies to edit."
+    "--config and --deepspeed first look for the file in the working directory. If NAME, examples/NAME or ds_configs/NAME is not there, "
+    "the package's own file of that name is used; `cfvlm-ds init FOLDER` writes copies to edit."
 )
 _EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100"
 

@@ -56,8 +56,8 @@ class ProposeOptions:
         types: types of edits, separated by commas.
         per_type: largest number of proposals of one type for a caption and back end.
         seed: seed of the choice between several possible edits.
-        words: YAML file of TYPE: [WORD, ...], the words that edits of a type may introduce, all equally often. By default the built-in words
-            are used, as often as they occur in the captions.
+        words: YAML file of TYPE: [WORD, ...], the words that edits of a type may introduce, all equally often. By default the built-in
+            words are used, as often as they occur in the captions.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of its model.
         llm_see: also send the picture.
@@ -188,8 +188,8 @@ class AuditOptions:
         against: benchmarks that must share nothing with the data: manifests, and folders of pictures, separated by commas.
         sample: largest number of picture pairs whose grain is compared.
         seed: seed of halves and samples.
-        refine: file for a balanced subset of the groups. In it, guessing by length, and by the scorer on a blank picture if one is given, is
-            right as often as wrong, and every word is introduced as often as it is removed.
+        refine: file for a balanced subset of the groups. In it, guessing by length, and by the scorer on a blank picture if one is given,
+            is right as often as wrong, and every word is introduced as often as it is removed.
         strict: exit with code 1 if a limit is exceeded.
     """
 

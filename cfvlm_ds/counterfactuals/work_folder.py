@@ -138,7 +138,8 @@ class WorkFolder:
 
     def again(self, step: str, shard: int) -> str:
         """Describe how to repeat a step, and the following steps, for a shard."""
-        return f"remove {' '.join(f'{self.path / name}/shard-{shard:05d}.*' for name in STEPS[STEPS.index(step) :])}; then run these steps again"
+        files = " ".join(f"{self.path / name}/shard-{shard:05d}.*" for name in STEPS[STEPS.index(step) :])
+        return f"remove {files}; then run these steps again"
 
     def missing(self, step: str) -> list[int]:
         """List the shards for which a step is not finished."""

@@ -71,7 +71,8 @@ def convert(
             raise DataError(problems[0] + f" (none of the {len(problems)} groups is usable)" * (len(problems) > 1))
     if described := report.prompts[repr(DESCRIBE)]:
         say(
-            f"{described} of {report.num_groups} groups use the prompt {DESCRIBE!r}, the default for captions without one (the format option ask= sets another)"
+            f"{described} of {report.num_groups} groups use the prompt {DESCRIBE!r}, the default for captions without one (the format "
+            "option ask= sets another)"
         )
     list_skipped(listed, report.problems, say, "groups")
     return Converted(groups, report.problems, base)

@@ -82,7 +82,8 @@ def _part(path: Path) -> tuple[int, int] | None:
 def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
     if (end := sum(part)) > size:
         raise DataError(
-            f"{path}: it ends at byte {end}, but its file has {size} bytes; get a complete {picture_file(path).name}, or create the data again"
+            f"{path}: it ends at byte {end}, but its file has {size} bytes; get a complete {picture_file(path).name}, or create the data "
+            "again"
         )
     return part
 

@@ -176,7 +176,8 @@ class _Job:
                 return False
             if missing := units.missing():
                 self.say(
-                    f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this command again when they have finished"
+                    f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this command again when "
+                    "they have finished"
                 )
                 return False
             pictures = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
@@ -207,7 +208,8 @@ class _Job:
             if stamp is not None:
                 break
         raise ConfigError(
-            f"{self.out} was prepared from another state of {self.source.path}, or with other options; remove it, or name another folder with --out"
+            f"{self.out} was prepared from another state of {self.source.path}, or with other options; remove it, or name another folder "
+            "with --out"
         )
 
     def _open_unit(self, units: _Files, number: int, keys: Array, places: Array, progress: Progress) -> None:

@@ -116,8 +116,8 @@ class GroupSampler:
         for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
                 raise DataError(
-                    f"the checkpoint's sampler has {name} {state.get(name)!r}, but this run has {value!r}; resume with the data and seed of "
-                    "the saved run, or start a new run"
+                    f"the checkpoint's sampler has {name} {state.get(name)!r}, but this run has {value!r}; resume with the data and seed "
+                    "of the saved run, or start a new run"
                 )
         self.samples_seen = state["samples_seen"]
 

@@ -38,7 +38,8 @@ class Diffusers(Editor):
             from packaging.version import Version
         except ImportError as error:
             raise ConfigError(
-                "--with diffusers needs the package diffusers, which is not installed; run pip install 'cfvlm-ds[edit]' (Python 3.11 or later)"
+                "--with diffusers needs the package diffusers, which is not installed; run pip install 'cfvlm-ds[edit]' (Python 3.11 or "
+                "later)"
             ) from error
         if Version(diffusers.__version__) < Version(OLDEST):
             raise ConfigError(

@@ -77,7 +77,8 @@ def _read(path: str) -> _Address:
     if files is None:
         converted = f"{path}@~parquet/default/train/*.parquet"
         raise DataError(
-            f"{path} names no files; add them, such as {path}/data/train-*.parquet, or {converted} for the Parquet files that the hub generates"
+            f"{path} names no files; add them, such as {path}/data/train-*.parquet, or {converted} for the Parquet files that the hub "
+            "generates"
         )
     *folders, _ = parts = files.split("/")
     if any(part in ("", ".", "..") for part in parts) or any(map(glob.has_magic, folders)):

@@ -1,7 +1,8 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
 The user names such a column (``label=COLUMN``). A column named by no option is refused if public data sets use its name and values for
-labels, if its values can only be labels, or if its name is one of false texts; otherwise false texts would be learned as true, or lost. A claim is the set of texts that one row labels. The claims about one image, with one prompt, become one group.
+labels, if its values can only be labels, or if its name is one of false texts; otherwise false texts would be learned as true, or lost. A
+claim is the set of texts that one row labels. The claims about one image, with one prompt, become one group.
 """
 
 from __future__ import annotations
