@@ -1,7 +1,7 @@
 """``cfvlm-ds``: the parser of all commands. Bad input ends with one sentence and exit code 2.
 
-Nothing heavy is imported before a command is known, so that help and completion are fast, and a launcher's signals are blocked before a
-training starts its slow imports.
+Nothing heavy is imported before the command is known. Help and completion are therefore fast, and a launcher's signals are blocked before
+a training starts its slow imports.
 """
 
 from __future__ import annotations

@@ -62,10 +62,10 @@ def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scorin
         )
     with whole_file(path) if own_rank() == 0 else open(os.devnull, "wb") as file:
         world = joined(scoring.zero3)
-        listed = Progress(say, "pictures of rows", len(groups), "groups")
+        listed = Progress(say, "listing pictures", len(groups), "groups")
         checked = PictureTable.of_files((picture for group in listed.over(groups) for image in group.images for picture in image), say)
         scorer, collator, world = load_scorer(loaded, max_pixels=reading.max_pixels, checked=checked, world=world, zero3=scoring.zero3)
-        identity = data_identity(Progress(say, "identity", len(groups), "groups").over(groups), groups.roots, checked)
+        identity = data_identity(Progress(say, "computing the identity", len(groups), "groups").over(groups), groups.roots, checked)
         scores = _scores(model, groups, scorer, collator, world, scoring)
         if world.is_main:
             stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}

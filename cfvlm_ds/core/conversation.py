@@ -55,7 +55,7 @@ def pictures_of(turns: Sequence[Turn]) -> int:
 
 
 def check_conversation(turns: Sequence[Turn], where: str) -> None:
-    """Raise DataError, with a message that begins with ``where``, for turns that no text can answer."""
+    """Raise DataError, with a message that begins with ``where``, for turns that cannot be answered by a text."""
     if not turns or turns[-1].role != "user":
         ending = f"ends with a turn of the {turns[-1].role}" if turns else "has no turns"
         raise DataError(f"{where}: the conversation {ending}; it must end with a turn of the user, which the text answers")

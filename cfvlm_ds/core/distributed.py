@@ -209,8 +209,8 @@ class ProgressBarrier:
 
 
 def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
-    """Call a function on rank 0 and return its result, or raise its error, on every rank; the others wait at ``barrier``, which a
-    long call needs.
+    """Call a function on rank 0, and return its result or raise its error on every rank. A call that may take long needs a ``barrier``, at
+    which the other ranks wait.
     """
     result: Any = None
     problem: InputError | None = None
@@ -281,8 +281,8 @@ _others_wait = False
 
 
 def cores_per_rank() -> int:
-    """Return the number of this machine's cores per rank; on rank 0, while the others wait for it in ``run_on_rank0``, the number of all
-    its cores.
+    """Return the number of this machine's cores per rank; on rank 0, while the other ranks wait in ``run_on_rank0``, the number of all
+    cores.
     """
     local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

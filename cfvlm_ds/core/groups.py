@@ -25,13 +25,13 @@ MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
 """Largest number of cells of a truth table."""
 MAX_COMPARISONS = 1 << 18
-"""Largest number of comparisons of a group in an evaluation: pairs of a true and a false cell of one image and prompt, or of one text. 256
-images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions.
+"""Largest number of comparisons of a group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with
+the same text. 256 images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions.
 """
 MAX_REPORTED = 1 << 21
 """Largest product of the comparisons and the edits of one image or text, because an evaluation assigns each comparison to its edits."""
 SHAM = "sham"
-"""Edit type of an image that was rendered again with nothing changed, and of which the factual text is still true."""
+"""Edit type of an image that was rendered again without a change. The factual text is still true of it."""
 
 Pictures: TypeAlias = tuple[Path, ...]
 """Pictures of one image entry: usually one, several if the prompt shows several, none for text only."""

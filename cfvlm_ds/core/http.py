@@ -34,8 +34,9 @@ def call(
     """Send a GET request, or a POST request if there is a ``body``, and return the reply.
 
     With ``follow``, the environment's proxies are used and redirects to other http and https addresses are followed. Raises
-    urllib.error.URLError if there is no connection; OSError or http.client.HTTPException for a reply that breaks off, or that sends nothing
-    for ``silence_s`` seconds; and ValueError for a reply that takes longer than ``whole_s`` seconds or has more than ``most_bytes`` bytes.
+    urllib.error.URLError if there is no connection; OSError or http.client.HTTPException for a reply that is cut off, or that sends
+    nothing for ``silence_s`` seconds; and ValueError for a reply that takes longer than ``whole_s`` seconds or has more than ``most_bytes``
+    bytes.
     """
     opener = requests.OpenerDirector()
     with Deadline(whole_s) as deadline:

@@ -45,7 +45,7 @@ class TooLarge(ValueError):
 
 
 class DuplicateKey(ValueError):
-    """An object with the same key twice, of which most readers silently take the last."""
+    """An object that has a key twice. Most readers silently take the last value."""
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
@@ -89,7 +89,7 @@ class HeldFile:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """Read a whole regular file. Raises TooLarge for one of more than ``limit`` bytes."""
+    """Read a regular file completely. Raises TooLarge for a file of more than ``limit`` bytes."""
     with open_regular(path) as handle:
         stated = os.fstat(handle.fileno()).st_size  # a file that is larger is not read
         content = read_within(handle, stated, limit) if stated <= limit else b""
@@ -172,8 +172,8 @@ def yaml_of(value: Any) -> str:
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """Parse a JSON text. Raises ValueError like json.loads, and DuplicateKey naming the key unless another ``decoder`` is given.
 
-    Raises RecursionError for lists and objects nested more than a few hundred deep, below Python's limit, so that a parsed value can also
-    be written deeper in the stack.
+    Raises RecursionError for lists and objects nested more than a few hundred deep. This is below Python's limit, because a parsed
+    value may be written deeper in the stack.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 

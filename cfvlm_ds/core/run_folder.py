@@ -1,4 +1,4 @@
-"""Run folders: the names of their files, and the model and options recorded in them, so that commands that take a model also take a run."""
+"""Run folders: the names of their files, and the model and options that they record. Commands that take a model also take a run folder."""
 
 from __future__ import annotations
 

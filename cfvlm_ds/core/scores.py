@@ -1,4 +1,4 @@
-"""Score matrices from logits, in fp32 whatever the compute dtype.
+"""Score matrices from logits, computed in fp32 for every compute dtype.
 
 S[g, i, c] = sum over response tokens t of log p(y_t | y_<t, image i, prompt), in nats. Shapes: N scored tokens, V vocabulary, G groups, I
 images, C candidates.

@@ -1,4 +1,4 @@
-"""Verdicts on candidates: measurements compared with thresholds, in pure functions, so that new thresholds need no model.
+"""Verdicts on candidates: measurements compared with thresholds in pure functions. New thresholds do not require a model.
 
 A candidate is good if all four cells are correct: each picture prefers its own text, and each text its own picture, by a margin. In
 addition, the pictures must differ by as much as an edit of its type does, in one piece, and nowhere else. An accidental second change is

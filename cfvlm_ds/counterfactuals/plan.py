@@ -1,4 +1,4 @@
-"""Plan of a whole campaign in one YAML file: the data, the work folder, and the options of every step."""
+"""Plan of a campaign in one YAML file: the data, the work folder, and the options of every step."""
 
 from __future__ import annotations
 

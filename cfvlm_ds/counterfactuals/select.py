@@ -168,7 +168,8 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
 
 
 def _ranked(history: History) -> list[Edited]:
-    """Sort the good edits by a draw from their ids, so that quotas keep a random choice. Sorting by margin would keep the easiest."""
+    """Sort the good edits by a random number derived from their ids. Quotas then keep a random choice; sorting by margin would keep the
+    easiest."""
     return sorted((edited for edited in history.edits if edited.reason == GOOD), key=_draw)
 
 

@@ -235,7 +235,7 @@ class ShardStep:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Close the journal. If a failed step has no records, remove its settings, so that wrong ones can be corrected."""
+        """Close the journal. If a failed step has no records, remove its settings, because they may have been wrong."""
         self._journal.close()
         journals = self._journal.path.parent
         if kind is not None and self.count == 0 and list(journals.iterdir()) == [self._journal.path]:

@@ -1,7 +1,7 @@
 """Mixtures of sources: the source at each position of the stream of groups, computed only from the position.
 
 The stream is divided into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up. Which sources are
-rounded up changes from window to window, so that in the long run every source has its exact share (systematic sampling with a start that
+rounded up changes from window to window, so every source has its exact share in the long run (systematic sampling with a start that
 advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number of ranks,
 and any position can be computed directly, because the number of draws before a window has a closed form.
 

@@ -149,7 +149,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Strip file and row from a problem, so that the same problem of several rows is the same text."""
+    """Strip file and row from a problem, to recognise the same problem in several rows."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 

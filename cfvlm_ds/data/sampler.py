@@ -136,10 +136,10 @@ class PackedSampler(GroupSampler):
 
     A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream and put where they leave the
     least room (best fit). A group that fits nowhere waits for the next step, where it comes first. The step is full when ``_WINDOW`` groups
-    wait, or when the next group of the stream already waits; otherwise the other groups of a small data set would be repeated many times
-    meanwhile. Then the fullest and the emptiest micro-batch exchange groups until they are balanced. No group is lost or repeated, the
-    numbers of times that two groups were seen differ by at most two, and the order depends only on the data, the seed, ``max_tokens`` and
-    the number of micro-batches of a step.
+    wait, or when the next group of the stream already waits; otherwise a small data set would repeat its other groups many times before
+    that group is used. Then the fullest and the emptiest micro-batch exchange groups until they are balanced. No group is lost or repeated,
+    the numbers of times that two groups were seen differ by at most two, and the order depends only on the data, the seed, ``max_tokens``
+    and the number of micro-batches of a step.
     """
 
     def __init__(

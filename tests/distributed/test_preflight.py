@@ -327,7 +327,7 @@ CHANGES: dict[str, tuple[Callable[[list[CounterfactualGroup]], list[Counterfactu
     "text": (lambda groups: [replace(groups[0], candidates=groups[1].candidates), *groups[1:]], "prompts or texts"),
     "images exchanged": (lambda groups: [replace(groups[0], images=groups[0].images[::-1]), *groups[1:]], "PICTURES"),
     "row": (lambda groups: groups[1:], "the number of rows (5, was 6)"),
-    "other row": (lambda groups: [replace(groups[0], id="new"), *groups[1:]], "the groups (other ids)"),
+    "other row": (lambda groups: [replace(groups[0], id="new"), *groups[1:]], "the groups (different ids)"),
     "two": (lambda groups: [relabelled(replace(groups[0], weight=2.0)), *groups[1:]], "labels (match) and weights"),
 }
 

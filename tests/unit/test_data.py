@@ -184,7 +184,7 @@ BAD_ROWS: dict[str, tuple[object, str]] = {
     "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), "path is empty"),
     "same file": (
         row(images=[{"id": "i0", "path": "a.png"}, {"id": "i1", "path": "./a.png"}], match=[["i0", "t0", 1], ["i1", "t0", 0]]),
-        "image 1 equals image 0",
+        "image 1 is the same file as image 0",
     ),
 }
 
@@ -320,7 +320,7 @@ def test_cfvlm_rows(folder):
         ({"image_0": "a.png"}, "'image_1' is missing"),
         (pair(caption_1=3), "'caption_1'"),
         (pair(caption_1="a dog bites  a man"), "text 1 equals text 0"),
-        (pair(image_1="a.png"), "image 1 equals image 0"),
+        (pair(image_1="a.png"), "image 1 is the same file as image 0"),
         (pair(image_1="../b.png"), "'../b.png'.*outside"),
         (cfvlm_row(orig_input="COCO Yes: a.png"), "one image"),
         (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), "one image"),
@@ -607,8 +607,8 @@ def test_all_problems_are_collected(folder):
     )
     report = check_manifest(path, lengths=Words())
     expected = {
-        2: "column 2", 3: "bomb.png: .*30000x30000", 4: "zero.png: .*0 pixels", 5: "gone.png", 7: "image 1 equals image 0", 9: f"{path}:1;",
-        10: "text 1 is 11 tokens .* 10",
+        2: "column 2", 3: "bomb.png: .*30000x30000", 4: "zero.png: .*0 pixels", 5: "gone.png", 7: "image 1 is byte-identical to image 0", 9:
+        f"{path}:1;", 10: "text 1 is 11 tokens .* 10",
     }  # fmt: skip
     assert not report.ok and len(report.problems) == len(expected), "a missing file is named once, by the first row that shows it"
     for line, said in expected.items():

@@ -270,7 +270,7 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
     pictures.mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (32, 32), ("red", "blue")[name == "b"]).save(pictures / f"{name}.png")
-    assert "put the caption of a.png into a.txt beside it" in refusal(pictures)
+    assert "put the caption of a.png into a.txt next to it" in refusal(pictures)
     for name in ("a", "b"):
         (pictures / f"{name}.txt").write_text(f"a picture called {name}\n")
 
@@ -316,7 +316,7 @@ def test_what_a_path_is_taken_for(folder):
         assert container_of(folder / name) == kind
         said: list[str] = []
         groups = open_groups(folder / name, progress=said.append)
-        assert said == [f"{folder / name}: taken as {kind}, format captions"]
+        assert said == [f"{folder / name}: read as {kind}, format captions"]
         assert [group.candidates[0].text for group in groups] == ["a dog"]
 
 
@@ -645,8 +645,8 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path, server, 
         {"messages": said},
     ]
     bad = {
-        "none": "the server answers 404 Not Found", "away": "unknown url type: ftp", "loop": "infinite loop|error that would lead",
-        "page": "not a picture", "large": "more than 4000 bytes", "cut": "bytes came|IncompleteRead|bytes read",
+        "none": "the server replied 404 Not Found", "away": "unknown url type: ftp", "loop": "infinite loop|error that would lead",
+        "page": "not a picture", "large": "more than 4000 bytes", "cut": "were received|IncompleteRead|bytes read",
         "slow": "no complete reply within 1 s",
     }  # fmt: skip
     rows = [

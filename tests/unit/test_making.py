@@ -1207,7 +1207,7 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path):
 def test_the_commands_go_from_captions_to_groups(photos, tmp_path, capsys):
     out, groups = tmp_path / "W", tmp_path / "groups.jsonl"
     proposed = printed(capsys, "data", "propose", photos, "--out", out, "--types", "colour,relation", "--seed", "2")
-    assert proposed.count("captions.jsonl: taken as") == 1
+    assert proposed.count("captions.jsonl: read as") == 1
     assert "6 editor: flip" in printed(capsys, "data", "edit", out, "--with", "flip,none")
     assert "12 candidates" in printed(capsys, "data", "verify", out)
     assert "all shards are finished" in printed(capsys, "data", "status", out)

@@ -170,7 +170,7 @@ def test_scores_of_another_manifest(path, groups, scores):
         ({"candidates": texts}, "prompts or texts"),
         ({"candidates": prompts}, "prompts or texts"),
         ({"images": images}, "image paths"),
-        ({"id": "else"}, "other ids"),
+        ({"id": "else"}, "different ids"),
     ):
         with pytest.raises(DataError, match=f"belong to another manifest, which differs in .*{what}"):
             read_scores(path, changed := [dataclasses.replace(first, **change), *groups[1:]], of(changed))

@@ -405,7 +405,7 @@ def test_names_and_options_of_probes():
     for spec, said in (
         ("captions", "did you mean 'caption'"), ("caption:mood=pmi", "has no option 'mood'"), ("caption:mode=pim", "sum, mean or pmi"),
         ("yes_no:mode=sum", "has no options"), ("generate:max_new_tokens=0", "writes 1 to"), ("match:template=no", "with {text} in it"),
-        ("caption:mode", "not understood"),
+        ("caption:mode", "cannot be parsed"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             way_named(spec)

@@ -465,7 +465,7 @@ def test_statistics_by_hand(folder, capsys):
         "groups": "4",
         "images x texts": "2 x 2: 3, 1 x 1: 1",
         "pictures": "5 distinct files, min 60, median 120, 95 % up to 120, max 120 pixels on the longer side",
-        "texts": "3 different of 7, for 2 different prompts",
+        "texts": "3 distinct of 7, for 2 distinct prompts",
         "lengths": "min 1, median 12, 95 % up to 14, max 14 characters",
         "visual tokens": "none",
         "cells": "7 true, 3 false, 3 unknown of 13",
@@ -485,7 +485,7 @@ def test_statistics_of_what_others_publish(folder, capsys):
     path, _ = PUBLIC["LLaVA"][0](folder / "llava", 20)
     main(["data", "stats", str(path), "--format", "auto"])
     printed = capsys.readouterr().out
-    assert f"{path}: taken as json, format llava" in printed and re.search(r"groups +20\n", printed)
+    assert f"{path}: read as json, format llava" in printed and re.search(r"groups +20\n", printed)
     assert re.search(r"cells +20 true, 0 false, 0 unknown of 20\n", printed)
     assert re.search(r"images x texts +1 x 1: 18, 0 x 1: 2\n", printed)
     again = group("h", texts=list(reversed(group("g")["texts"])), match=[["i0", "t1", 1], ["i0", "t0", 1], ["i1", "t0", 0]])

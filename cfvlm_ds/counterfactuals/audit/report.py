@@ -143,7 +143,7 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
     if len(pictures) > options.sample:
         pictures = random.Random(options.seed).sample(pictures, options.sample)
     grains: tuple[list[Array], list[Array], list[bool]] = ([], [], [])
-    progress = Progress(say, "grain of pictures", len(pictures), "pairs")
+    progress = Progress(say, "measuring the grain of pictures", len(pictures), "pairs")
     for original, edited, half in progress.over(pictures):
         try:
             pair = grain(open_image(original)), grain(open_image(edited))

@@ -68,7 +68,7 @@ class Refused:
 class Editor:
     """Back end of `data edit`, constructed with the options of the step.
 
-    ``varies`` is true if another seed gives another picture, so that repeated attempts are useful. ``threads`` is the number of concurrent
+    ``varies`` is true if the picture depends on the seed, which makes repeated attempts useful. ``threads`` is the number of concurrent
     tasks.
     """
 

@@ -102,7 +102,7 @@ class Caption:
 
 
 def described(token: Any) -> Any:
-    """Return the noun that an adjective describes, alone or with other adjectives as in "a red and blue hat", or None."""
+    """Return the noun that an adjective describes, or None. There may be several adjectives, as in "a red and blue hat"."""
     head = token.head
     while token.dep_ == "conj" and head.dep_ in ("conj", "amod", "nmod", "compound"):
         token, head = head, head.head

@@ -68,7 +68,7 @@ class Rules:
 
         def write() -> None:
             count = min(len(store), _LOOKED_AT)
-            progress = Progress(context.say, "rules: words", count, "rows")
+            progress = Progress(context.say, "rules: balancing words", count, "rows")
             edits = (
                 [] if isinstance(result := edits_of(source.caption, self._types, self._words), Rejected) else result
                 for source in progress.over(sources(store, [k * len(store) // count for k in range(count)]))

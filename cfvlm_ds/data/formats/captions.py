@@ -63,7 +63,7 @@ class Captions:
         image: column of the picture, or of a list of pictures.
         caption: column of the captions that are true of the picture.
         negative_caption: column of the captions that are false of it.
-        negative_image: column of pictures of which the captions are false.
+        negative_image: column of the pictures that the captions are false of.
         prompt: column of the prompt that the captions answer.
         edit: column of the edit type of the counterfactuals, which names a row of results.
         id: column of the group's id.

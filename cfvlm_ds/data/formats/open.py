@@ -46,9 +46,9 @@ def open_data(
     def over(work: Callable[[Sequence[int], Callable[[], object]], Any], doing: str) -> Iterator[Any]:
         return scan.over(range(len(rows)), work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
 
-    firsts = count_parts(rows, convert, lambda work: over(work, "groups of each row"))
+    firsts = count_parts(rows, convert, lambda work: over(work, "counting groups"))
     if claim := getattr(convert, "claim", None):
-        rows = JoinedRows(rows, claim, lambda work: over(work, "labels"))
+        rows = JoinedRows(rows, claim, lambda work: over(work, "reading labels"))
     own = [folder for folder in rows.roots if folder not in roots]
     store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, format, limit)
     if hasattr(convert, "ignore"):
@@ -86,7 +86,7 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
     if both := sorted((column, option) for column, option in absent if option != "ignore" and (column, "ignore") in absent):
         raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; remove it from one of them")
     known = dict[str, None]()
-    counted = Progress(progress, f"{rows.path}: columns", len(rows), "rows")
+    counted = Progress(progress, f"{rows.path}: reading columns", len(rows), "rows")
     for row in counted.over(range(len(rows)) if absent else ()):
         alive()
         if isinstance(value := rows.value(row), Mapping):
