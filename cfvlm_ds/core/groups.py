@@ -122,7 +122,7 @@ class CounterfactualGroup:
 
     def __post_init__(self) -> None:
         if not self.images or not self.candidates:
-            raise DataError(f"group {self.id!r} needs at least one image and one text")
+            raise DataError(f"group {self.id!r} needs at least one image and one text; add them")
         check_side(len(self.images), len(self.candidates), f"group {self.id!r}")
         if len(self.edits) > MAX_EDITS:
             raise DataError(

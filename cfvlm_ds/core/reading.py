@@ -56,7 +56,7 @@ def open_regular(path: str | Path) -> IO[bytes]:
         if kind == stat.S_IFDIR:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if kind in _KINDS:
-            raise ValueError(f"it is {_KINDS[kind]} , not a regular file; copy its contents into one")
+            raise ValueError(f"it is {_KINDS[kind]}, not a regular file; copy its contents into one")
         return open(number, "rb")
     except BaseException:
         os.close(number)

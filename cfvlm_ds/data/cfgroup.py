@@ -197,7 +197,7 @@ def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
         return (root / path,)
     listed = path if isinstance(path, list) else [] if path is None else [path]
     if not all(isinstance(name, str) for name in listed) or path == []:
-        raise DataError(f"{where}: 'path' must be a string, a list of strings, or null for only text, not {path!r}")
+        raise DataError(f"{where}: 'path' must be a string, a list of strings, or null if there is no picture, not {path!r}")
     return tuple(root / name for name in listed)
 
 

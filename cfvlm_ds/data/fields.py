@@ -184,4 +184,4 @@ def lookup(index: Mapping[str, int], name: Any, where: str) -> int:
     try:
         return index[name]
     except (KeyError, TypeError):
-        raise DataError(f"{where}: no id {name!r}; known: {', '.join(index)}") from None
+        raise DataError(f"{where}: unknown id {name!r}; known: {', '.join(index)}") from None

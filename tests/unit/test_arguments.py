@@ -80,7 +80,7 @@ def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(cap
         ("evaluate a.jsonl a.jsonl", "model.name_or_path 'a.jsonl' is a file; give a model folder"),
         ("cluster check images", "SLURM_PROCID is not set"),
         ("data prepare none.jsonl --out b", "none.jsonl: no such manifest; did you mean"),
-        ("data prepare a.jsonl --config c.yaml --pack", "excludes manifest, pack; set them in c.yaml"),
+        ("data prepare a.jsonl --config c.yaml --pack", "cannot be combined with manifest, pack; set them in c.yaml"),
         ("data check none.jsonl", "none.jsonl: no such manifest; did you mean"),
         ("data check model", "model is a folder without"),
         ("data stats words.txt", "words.txt:1: broken JSON at column 1"),
@@ -161,7 +161,7 @@ def test_no_file_of_somebodys_own_is_written_over(command, here, ended):
         (here / name).write_text(text or (here / "a.jsonl").read_text())
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     for name in (*MINE, "model/config.json"):
-        assert f"{name} is there, and " in (said := ended(*command.split(), name)) and " name another" in said
+        assert f"{name} already exists and " in (said := ended(*command.split(), name)) and " name another" in said
     assert "a.jsonl is an input and would be overwritten" in ended(*command.split(), "a.jsonl")
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
 

@@ -73,7 +73,7 @@ def test_a_manifest_is_a_regular_file(folder):
         os.mkfifo(folder / name)
     for path, kind in ((folder / "pipe.jsonl", "pipe"), (folder / "pipe.json", "pipe"), (folder / "zero.json", "device"),
                        (Path("/dev/zero"), "device")):  # fmt: skip
-        assert re.match(f"{path}: .*{kind} not a regular file", problem(path))
+        assert re.match(f"{path}: .*{kind}, not a regular file", problem(path))
 
 
 def test_lines_of_a_manifest_are_bounded(folder, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder):
         scores.read_scores(path, groups, data)
     path.unlink()
     os.mkfifo(path)
-    with within(20), pytest.raises(DataError, match="a named pipe not a regular file"):
+    with within(20), pytest.raises(DataError, match="a named pipe, not a regular file"):
         scores.read_scores(path, groups, data)
 
 

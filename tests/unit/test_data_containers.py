@@ -489,7 +489,7 @@ def test_without_pyarrow(folder, monkeypatch):
 def test_no_container_is_waited_for(folder):
     for name in ("a.csv", "a.tar", "a.json", "a.parquet", "a.arrow"):
         os.mkfifo(folder / name)
-        assert "a named pipe not a regular file" in refusal(folder / name)
+        assert "a named pipe, not a regular file" in refusal(folder / name)
 
 
 def test_members_of_a_tar_lead_nowhere(folder):

@@ -566,7 +566,7 @@ COLUMNS = [
 def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option, tmp_path):
     write_pictures(tmp_path)
     path = lines(tmp_path / "rows.jsonl", COLUMNS)
-    said = rf"rows.jsonl: no row has the column 'captoin', which {option} names; did you mean 'caption'\?"
+    said = rf"rows.jsonl: no row has the column 'captoin', which the option {option} names; did you mean 'caption'\?"
     for column in ("captoin", "edited+captoin"):
         for reader in (read_manifest, sound_groups, statistics):
             with pytest.raises(DataError, match=said):
@@ -594,9 +594,11 @@ def test_columns_that_every_format_s_options_name_are_looked_for(tmp_path):
         path = lines(tmp_path / "rows.jsonl", [row])
         named = good.get(format, "good")
         open_groups(path, format=f"{format}:ignore={named}")
-        with pytest.raises(DataError, match=r"rows.jsonl: no row has the column '\S+x', which ignore names; (did you mean|there are) '"):
+        with pytest.raises(
+            DataError, match=r"rows.jsonl: no row has the column '\S+x', which the option ignore names; (did you mean|the columns are) '"
+        ):
             open_groups(path, format=f"{format}:ignore={named}x")
-    with pytest.raises(DataError, match="'captoin', which label names; did you mean 'caption'"):
+    with pytest.raises(DataError, match="'captoin', which the option label names; did you mean 'caption'"):
         open_groups(lines(tmp_path / "rows.jsonl", [row | {"caption": 1}]), format="messages:label=captoin")
 
 

@@ -263,7 +263,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{step}: records in another order": (
             lambda out, step=step: [(out / step / "shard-00000.done.json").unlink(),
                                     spoilt(f"{step}/shard-00000.jsonl", lambda lines: [lines[1], lines[0], *lines[2:4]])(out)],
-            "in place of",
+            "instead of",
         )
         for step in ("propose", "edit", "verify")
     },
@@ -712,7 +712,7 @@ def test_edited_pictures_of_a_folder_are_checked(photos, tmp_path):
     (folder / "p2" / "0.png").write_bytes(b"\x89PNG nothing")
     (folder / "p3" / "0.png").symlink_to(photos.with_name("3.png"))
     found = {each["edit"]: each for each in edited(photos, tmp_path / "W", back_ends="folder", folder=str(folder))}
-    assert found["p0/0"]["picture"]["sha256"] and "another size (32x32 and not 64x64)" in found["p1/0"]["refused"]
+    assert found["p0/0"]["picture"]["sha256"] and "another size (32x32 instead of 64x64)" in found["p1/0"]["refused"]
     assert "p2/0.png" in found["p2/0"]["refused"] and found["p3/0"]["refused"] == "no editor accepts this edit"  # the link leads out
     assert found["p4/0"]["refused"] == "no editor accepts this edit"
 

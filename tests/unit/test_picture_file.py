@@ -101,7 +101,7 @@ def test_a_part_that_is_not_there_is_named(rows, tmp_path):
     table = PictureTable.of_files([part := read_manifest(rows[1], format="pairs")[2].images[0][0]])
     os.truncate(tar, 2000)
     for bad, reason in (
-        (part, f"its file has 2000; get {tar.name} whole"),
+        (part, f"its file has 2000 bytes; get a complete {tar.name}"),
         (Path(f"{tar}#0+999999999999999999"), "ends at byte 999999999999999999"),
         (Path(f"{tar}#9999999999999999999+1"), "no such image file"),
         (Path(f"{tar}#00+10"), "no such image file"),

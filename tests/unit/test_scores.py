@@ -209,7 +209,7 @@ def test_scores_know_their_model(tmp_path, groups, scores, model_dir):
     assert read_scores(path, groups, of(groups), made_by=identity) == scores
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(DataError, match="made by 'org/model' with other weights than this run's model; write it again"):
+    with pytest.raises(DataError, match="computed by 'org/model' with other weights than this run's model; write it again"):
         read_scores(path, groups, of(groups), made_by=fingerprint(ModelConfig(str(copied))))
     shutil.copy(model_dir / "model.safetensors", weights)
     assert fingerprint(ModelConfig(str(copied))) == identity

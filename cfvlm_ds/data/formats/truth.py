@@ -207,7 +207,7 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
         raise DataError(f"{both[0]!r} is listed as both true and false; keep one")
     if not (true or false) and not _FALSE_NAMES.isdisjoint(_words(label)):
         values = "list its values, as in true=0,false=1 or true=false,false=true"
-        raise DataError(f"a yes in column {label!r} may mean that the text is false; {values}")
+        raise DataError(f"'yes' in column {label!r} may mean that the text is false; {values}")
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:

@@ -108,7 +108,9 @@ class WebDataset:
         if not picture and (named := [key for key in ("image", "jpg", "png") if isinstance(json_row.get(key), str)]):
             row["image"], picture = json_row[named[0]], "image"
         if not picture:
-            raise DataError(f"{_named(row)} has no picture (only {', '.join(row)}); its extension must be one of {', '.join(PICTURES)}")
+            raise DataError(
+                f"{_named(row)} has no picture (only {', '.join(row)}); the extension of a picture must be one of {', '.join(PICTURES)}"
+            )
         texts = [
             only(row, members, "are texts") or next((key for key in keys if key in json_row), "")
             for members, keys in ((_TEXTS, ("caption", "text")), (_NEGATIVE_TEXTS, ("negative_caption", "neg_caption")))
