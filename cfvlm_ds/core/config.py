@@ -1,8 +1,8 @@
 """Run configuration: nested dataclasses, filled from YAML files and dotted command-line options.
 
-Unknown options are errors, and the resolved configuration can be printed as YAML. Options are named as in transformers' TrainingArguments
-where it has them. The DeepSpeed JSON defines ZeRO, precision and offload; the run configuration defines batch sizes, learning rates and
-steps. The value "auto" in the JSON takes the run's value, and a contradiction is an error (see engine/configuration.py).
+Unknown options are errors, and the resolved configuration can be printed as YAML. Options that transformers' TrainingArguments also
+has are named as there. The DeepSpeed JSON defines ZeRO, precision and offload; the run configuration defines batch sizes, learning rates
+and steps. The value "auto" in the JSON takes the run's value, and a contradiction is an error (see engine/configuration.py).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from cfvlm_ds.core.secrets import print_line
 
 
 def create(path: Path) -> IO[bytes]:
-    """Open a new file for writing, replacing a file or link of this name; the target of a link is left alone. Raises OSError."""
+    """Open a new file for writing, replacing a file or link of this name; the target of a link is not changed. Raises OSError."""
     path.unlink(missing_ok=True)
     return open(path, "xb")
 

@@ -1,4 +1,4 @@
-"""Options of the commands that make groups, in YAML and on the command line. This module imports nothing expensive."""
+"""Options of the commands that make groups, in YAML and on the command line. This module has no slow imports."""
 
 from __future__ import annotations
 

@@ -162,8 +162,8 @@ def _item(candidate: Candidate) -> Item:
 
 
 def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
-    """Build the group of both pictures with every text to score: "yes" and "no", in their spellings, to the question about each caption,
-    and the captions.
+    """Build the group of both pictures with all texts to score: the captions, and "yes" and "no" in their spellings as answers to the
+    question about each caption.
     """
     item = _item(candidate)
     cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))

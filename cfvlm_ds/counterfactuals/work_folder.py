@@ -109,11 +109,12 @@ class WorkFolder:
         return cls(path, about)
 
     def settle(self, step: str, options: Any, **more: Any) -> None:
-        """Write the settings of a step, with secrets masked, or refuse settings that differ from the existing ones. A secret may change."""
+        """Write the settings of a step, with secrets masked. Raises ConfigError if they differ from existing settings, except in secrets.
+        """
         _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Any) -> None:
-        """Refuse options that differ from those with which a step was started, before anything is loaded for it."""
+        """Raise ConfigError for options that differ from those with which a step was started. Nothing is loaded for this check."""
         if begun := self.settings(step):
             _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
@@ -252,7 +253,7 @@ def _refuse_links(path: Path) -> None:
 
 
 def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
-    """Write a file of settings, or refuse settings that differ from the existing ones."""
+    """Write a file of settings, or raise ConfigError if they differ from the existing ones."""
     refuse_link(path, "remove it")
     text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
     if not path.exists():

@@ -235,7 +235,7 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
-    """Check a data set completely, and return its contents and problems. Every image is decoded once. No problem is raised.
+    """Check a data set completely, and return its contents and problems. Every image is decoded once. Problems are returned, not raised.
 
     With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
     ``max_pixels`` is as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds. The files of a store are

@@ -124,8 +124,8 @@ def prepare(
     problems and ``on_error`` is ``error``, nothing more is written.
 
     Unfinished work for another state of the data set is discarded, unless several processes share it. With ``anew``, so is a complete store
-    of another state. Without ``pack``, pictures that were opened for that state are opened again only if their files have changed. Raises
-    OSError, and ConfigError for a folder with other contents or with a store of another state.
+    of another state. Without ``pack``, pictures that were opened for the discarded state are opened again only if their files have changed.
+    Raises OSError, and ConfigError for a folder with other contents or with a store of another state.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))

@@ -115,7 +115,7 @@ class CheckReport:
         return f"{counted(self.metadata)} (kept, not used)"
 
     def __str__(self) -> str:
-        lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # zeros say nothing
+        lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # zeros are not informative
         lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
         table = [f"{name:<16} {value}" for name, value in lines]
         first: dict[str, str] = {}

@@ -8,7 +8,8 @@ epochs, so no batch is short and no group is dropped. Element j of those B goes 
 
 so the groups of a step depend only on B and the position, not on how B is factorised.
 
-PackedSampler fills micro-batches by tokens instead. They differ in their number of groups, but hardly in their number of tokens.
+PackedSampler fills micro-batches by tokens instead. Micro-batches then differ in their numbers of groups, but hardly in their numbers of
+tokens.
 """
 
 from __future__ import annotations

@@ -82,9 +82,9 @@ def statistics(
 ) -> Statistics:
     """Collect the statistics of a manifest.
 
-    The pictures of a prepared store are known from its table; others are opened. A row, picture or text with a problem is counted and left
-    out of the rest. ``lengths`` (for instance a Collator) measures in tokens. Raises DataError for an unknown format, and for a manifest
-    that cannot be read at all.
+    The pictures of a prepared store are known from its table; others are opened. Rows, pictures and texts with problems are
+    counted, and left out of all other statistics. ``lengths`` (for instance a Collator) measures in tokens. Raises DataError for an unknown
+    format, and for a manifest that cannot be read at all.
     """
     store, scan = open_groups(path, root, format, progress=progress), Scan()
     report = CheckReport(str(path))

@@ -76,5 +76,5 @@ def _is_refined(file: IO[bytes]) -> bool:
 
 
 def right(margins: Sequence[float]) -> float:
-    """Return the share of right guesses, with ties counted as one half."""
+    """Return the share of correct guesses, with ties counted as one half."""
     return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / max(len(margins), 1)

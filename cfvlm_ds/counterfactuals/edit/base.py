@@ -1,4 +1,4 @@
-"""Interface of picture editors: their tasks and results, and checks of pictures that come from outside."""
+"""Interface of picture editors: their tasks and results, and checks of pictures from external sources."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from cfvlm_ds.core.reading import MIB, open_regular
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 _ROWS = 64  # rows of a batch: 256 MB with pictures of 4 MB each
-_BYTES = 256 * MIB  # limit of a Parquet batch's uncompressed size, as its file states it, because a few kB may become as many GB
+_BYTES = 256 * MIB  # limit of a Parquet batch's uncompressed size, as stated in its file; a few kB may decompress to as many GB
 
 Named = Callable[[Any], str | None]
 """Function from a pyarrow buffer to the name of its bytes in the file, or to None if they are not in the file."""

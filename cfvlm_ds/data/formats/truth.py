@@ -37,7 +37,7 @@ _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FA
 """Value of a label in lower case -> its truth, None for unknown."""
 
 _SAID_FALSE = frozenset(_FALSE) - {"0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected"}
-"""Values that mark a column as a label whatever its name."""
+"""Values that mark a column of any name as a label."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 """Notations of a missing value in tables."""
@@ -74,7 +74,7 @@ class Column:
         values: distinct values, keyed by their lower case; only those that a label may have, unless the name is that of a label.
         has_others: whether other values were left out of ``values``.
         false_text: a false text or the name of its picture, if the column's name suggests false texts.
-        unseen: a picture that a row names without showing any.
+        unseen: a picture named by a row that shows no picture.
     """
 
     name: str
@@ -132,7 +132,7 @@ class Column:
 
 
 def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> list[Column]:
-    """Return the columns of metadata that may be labels, false texts, or pictures of rows that show none, in this order.
+    """Return the columns of metadata that may be labels, false texts, or pictures of rows without pictures, in this order.
 
     Args:
         rows: index and metadata of each row, and True if it shows no picture.
