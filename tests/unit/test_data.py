@@ -652,7 +652,7 @@ def test_checks_say_how_far_they_are(folder, monkeypatch):
     lines: list[str] = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
     counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
-    assert [line.partition(",")[0] for line in lines if not line.startswith("index of")] == [f"check of {each}" for each in counted]
+    assert [line.partition(",")[0] for line in lines if not line.startswith("indexing")] == [f"checking {each}" for each in counted]
     lines.clear()
     store, said, file = open_groups(folder / "m.jsonl"), lines.append, folder / "scores.jsonl"
     assert preparing(store, folder / "store", say=said)
@@ -661,7 +661,7 @@ def test_checks_say_how_far_they_are(folder, monkeypatch):
     read_scores(file, store, identity, say=said)
     PictureTable.of_files([folder / "a.png", folder / "b.png"], said)
     begun = ["checking rows", "pictures", "rows", f"{file}: scores", "hashing pictures"]
-    counted = [line.partition(" of 2 ")[0] for line in lines if not line.startswith("index of")]
+    counted = [line.partition(" of 2 ")[0] for line in lines if not line.startswith("indexing")]
     assert counted == [f"{what}: {n}" for what in begun for n in (1, 2)]
 
 

@@ -67,7 +67,7 @@ def test_lines_wait_for_room_and_keep_their_order(tmp_path):
     lines.write("two")
     lines.write("three")
     assert path.read_text() == "one\n" and len(said) == 1
-    assert said[0].startswith(f"{path} cannot be written (No space left on device): its new lines are kept in memory")
+    assert said[0].startswith(f"{path} cannot be written (No space left on device); its new lines are kept in memory")
     os.dup2(kept, handle_of(Path("/dev/full")))
     lines.write("four")
     assert path.read_text() == "one\ntwo\nthree\nfour\n" and len(said) == 2 and "can be written again" in said[1]
