@@ -109,7 +109,7 @@ class WorkFolder:
         return cls(path, about)
 
     def settle(self, step: str, options: Any, **more: Any) -> None:
-        """Write the settings of a step, with secrets masked. Raises ConfigError if they differ from existing settings, except in secrets."""
+        """Write the settings of a step, with secrets masked. Raises ConfigError if they differ from existing ones, except in secrets."""
         _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Any) -> None:
