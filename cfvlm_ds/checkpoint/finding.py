@@ -53,7 +53,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
             return path
         if not by_name:
             raise ConfigError(f"train.resume={path}: {defect}; give a complete checkpoint or use auto")
-        world.say(f"skipped {path}: {defect}")
+        world.say(f"warning: skipped {path}: {defect}")
         unusable.append(f"{path.name}: {defect}")
     unusable += [f"{other.name}: it is a checkpoint of step {step}, but is not named checkpoint-{step}" for other, step in others]
     if unusable and resume == "auto":

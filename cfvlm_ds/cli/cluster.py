@@ -13,7 +13,7 @@ from cfvlm_ds.cli.options import add_function
 
 def add(commands: Any) -> None:
     """Add the commands to a parser."""
-    cluster = commands.add_parser("cluster", help="what slurm/launch.sh asks").add_subparsers(dest="action", required=True)
+    cluster = commands.add_parser("cluster", help="commands that slurm/launch.sh calls").add_subparsers(dest="action", required=True)
     add_function(cluster, _check)
     add_function(cluster, _output_dir)
 

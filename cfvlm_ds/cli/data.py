@@ -74,8 +74,8 @@ def _prepare(
     part: Part,
     reading: Reading,
 ) -> None:
-    """Check a data set and write it as a store, which training opens. With shards, call every --shard I/N, and again when all of them
-    have ended: the first calls check the pictures, the second ones write the rows, and the last of these completes the store.
+    """Check a data set and write it as a store, which training opens. With shards, run every --shard I/N once, and once more after all of
+    them have ended: the first round checks the pictures, the second writes the rows, and its last shard completes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 
@@ -84,7 +84,7 @@ def _prepare(
         config: configuration of a run, instead of a manifest. All its data are prepared in its folder, as its first start would do.
         out: folder to write; the work of an earlier call is not repeated.
         limit: write only the first N groups.
-        pack: copy the pictures into tars of the store; otherwise rows refer to them where they are.
+        pack: copy the pictures into tar files of the store; otherwise the rows refer to the original files.
         on_error: skip rows that are not groups or have an unusable picture, and list them in OUT/left_out.jsonl.
     """
     if config is not None:
@@ -101,7 +101,7 @@ def _prepare(
 
     folder, (shard, of) = Path(out), part.shard or (0, 1)
     if of is None:
-        raise ConfigError(f"--shard {shard} lacks the number of shards; give it as I/N")
+        raise ConfigError(f"--shard {shard} lacks the number of shards; write --shard {shard}/N")
     options = PrepareOptions(pack, True, reading.max_pixels, on_error)
     path = local_path(manifest)
     state = source_state(path)
@@ -117,8 +117,8 @@ def _prepare(
             _refuse(report)
     if is_complete:
         store = StoredRows(folder)
-        without = f" without {left_out}, which {folder / LEFT_OUT} lists," if (left_out := store.found["left_out"]) else ""
-        print(f"prepared {store.identity['rows']} groups{without} in {folder}: a data set by this name, as data.train for instance")
+        without = f"; {left_out} rows were left out and are listed in {folder / LEFT_OUT}" if (left_out := store.found["left_out"]) else ""
+        print(f"prepared {store.identity['rows']} groups in {folder}{without}; use this folder as a data set, for example as data.train")
 
 
 def _prepare_run(config: str, other_options: list[str]) -> None:
@@ -130,14 +130,14 @@ def _prepare_run(config: str, other_options: list[str]) -> None:
     from cfvlm_ds.training.run import prepare
 
     if other_options:
-        raise ConfigError(f"--config excludes {', '.join(other_options)}; set them in {config}")
+        raise ConfigError(f"--config cannot be combined with {', '.join(other_options)}; set them in {config}")
     run = parse_config(["--config", config], OBJECTIVES)
     prepare(run, World(0, 1, 0, torch.device("cpu")))
     print(f"prepared the data of {config} in {run.train.output_dir}/prepared")
 
 
 def _refuse(report: CheckReport) -> None:
-    """Raise DataError for the problems of a report that was printed."""
+    """Raise DataError if a report, already printed, has problems."""
     if report.problems:
         more = len(report.problems) - 1
         raise DataError(report.problems[0] + (f" ({more} more, listed above)" if more else ""))
@@ -151,7 +151,7 @@ def _formats() -> None:
     from cfvlm_ds.data.containers.kinds import CONTAINERS
     from cfvlm_ds.data.formats import FORMATS
 
-    print(f"Containers, by the ending of a name or the contents of a folder: jsonl, {', '.join(CONTAINERS)}\n")
+    print(f"Containers, detected from the file extension or the contents of a folder: jsonl, {', '.join(CONTAINERS)}\n")
     for name, read in FORMATS.items():
         print(f"{name}: {sys.modules[read.__module__].__doc__}")
     print("Without --format, the keys of the first row select the format.")
@@ -171,8 +171,8 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
 
     file = Path(out)
     done = convert(Path(manifest), reading.root, reading.format, file, on_error, print, reading.max_pixels)
-    where = "its folder" if done.root == file.parent.absolute() else f"{done.root}, which is to be named as root"
-    print(f"wrote {file}: {done.groups} groups; paths of pictures are relative to {where}")
+    where = "its folder" if done.root == file.parent.absolute() else f"{done.root}; pass that folder as root"
+    print(f"wrote {file}: {done.groups} groups; picture paths are relative to {where}")
 
 
 def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
@@ -191,7 +191,9 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
     done = download(Path(manifest), Path(out), on_error, threads, print)
     print(f"wrote {out}: {done.rows} rows with {done.pictures} pictures in {Path(out).name}.pictures")
     if not done.pictures:
-        print(f"no row names an address, which is looked for in the columns {', '.join(sorted(COLUMNS))}: rename a column that has some")
+        print(
+            f"no row has an address in the columns {', '.join(sorted(COLUMNS))}; if another column has addresses, rename it to one of these"
+        )
 
 
 def _check(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:
@@ -201,7 +203,7 @@ def _check(manifest: str, *, reading: Reading, model: str | None = None, limits:
 
     Args:
         manifest: any data of a known format.
-        model: model folder or hub name; also checks that every text fits its window.
+        model: model folder or hub name; if given, also check that every text fits its context window.
     """
     from cfvlm_ds.data import check_manifest
 

@@ -33,7 +33,8 @@ def _describe(
     max_new_tokens: Positive = 128,
     limits: ImageLimits,
 ) -> None:
-    """Print what a model writes about pictures, or which of several texts it prefers. Without a picture, ask for one after another.
+    """Print what a model writes about pictures, or which of several texts it prefers. Without pictures, read their paths from standard
+    input.
 
     Example: cfvlm-ds describe runs/quickstart dog.jpg --choices "a dog on a sofa" "a sofa on a dog"
 
@@ -41,15 +42,15 @@ def _describe(
         model: model folder or hub name, run folder, or folder of adapters.
         picture: image files, before the options.
         prompt: question or instruction.
-        choices: texts to compare instead of writing one, by their log-likelihood as answers to the prompt.
-        max_new_tokens: largest number of tokens to write.
+        choices: texts to rank by log-likelihood as answers to the prompt, instead of generating a text.
+        max_new_tokens: largest number of tokens to generate.
     """
     if num_ranks() > 1:
-        raise ConfigError(f"describe runs in one process, and {num_ranks()} were started; start one")
+        raise ConfigError(f"describe runs in one process, but {num_ranks()} were started; start only one")
     if missing := [each for each in picture if not Path(each).is_file()]:
         raise ConfigError(f"{missing[0]} is not a file; name image files")
     if choices and (misplaced := [each for each in choices if Path(each).is_file()]):
-        raise ConfigError(f"{misplaced[0]}, after --choices, is a file, not a text; write pictures before the options")
+        raise ConfigError(f"--choices: {misplaced[0]} is a file, not a text; put pictures before the options")
     if choices and len(set(choices)) < len(choices):
         raise ConfigError("--choices has the same text twice; give different texts")
     from cfvlm_ds.demo.tiny_llava import is_random
@@ -73,7 +74,7 @@ def _describe(
         else:
             print(f"{path}\n{answer}\n", flush=True)
     if failed and not (sys.stdin and sys.stdin.isatty() and not picture):
-        raise DataError(f"{failed} pictures could not be described, as reported above")
+        raise DataError(f"{failed} pictures could not be described; see the errors above")
 
 
 def _typed() -> Iterator[str]:
@@ -86,12 +87,12 @@ def _line() -> str:
     if sys.stdin is None:  # closed
         return ""
     if sys.stdin.isatty():
-        print("picture (an empty line ends): ", end="", flush=True)
+        print("picture (empty line to quit): ", end="", flush=True)
     return sys.stdin.readline().strip()
 
 
 def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: str, choices: list[str]) -> str:
-    """Return a line per text, the likeliest first: nats, distance to the first, nats on a blank picture, and what the picture adds."""
+    """Return a table of the texts, likeliest first: nats, distance to the first, nats on a blank picture, and gain from the picture."""
     from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
     from cfvlm_ds.evaluation import score_groups
 

@@ -51,7 +51,7 @@ class BenchmarkOptions:
         benchmark_root: folder with a folder of official files for each of them.
         probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each is used for the benchmarks that it fits. By default, every
             benchmark uses its own.
-        on_error: reaction to an item of a benchmark that the model cannot take: error, or skip, which counts and names the item.
+        on_error: reaction to a benchmark item that the model cannot process: error, or skip, which counts and names the item.
         draws: number of draws of the bootstrap; 0 for no intervals. The default is 1000, and fewer for benchmarks of over 10,000 items.
         num_workers: processes per rank that prepare batches of a benchmark, by default one per spare core.
         experiment: MLflow experiment to which the metrics of benchmarks are also sent, on the server of MLFLOW_TRACKING_URI, or in
@@ -96,7 +96,7 @@ def _evaluate(
         _evaluate_benchmarks(model, benchmark_options, out, shuffled=shuffled, scoring=scoring, limits=limits, max_pixels=max_pixels)
         return
     if unusable := [name for name, value in vars(benchmark_options).items() if value != getattr(BenchmarkOptions, name)]:
-        raise ConfigError(f"--{unusable[0]} applies to --benchmarks only; leave it out")
+        raise ConfigError(f"--{unusable[0]} applies only to --benchmarks; leave it out")
     from cfvlm_ds.data import named_apart, sound_groups
     from cfvlm_ds.evaluation import evaluate, table
 
@@ -242,7 +242,7 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
     Args:
         before: run folder, file that `cfvlm-ds evaluate --out` wrote, or folder that `cfvlm-ds evaluate --benchmarks` wrote.
         after: others of the same kind, each compared with the first.
-        draws: random exchanges of the two models' answers to a benchmark, by default as many as evaluate draws.
+        draws: number of random swaps of the two models' answers to a benchmark; by default the number of draws of evaluate.
         out: folder for the tables (results.md), a figure of the differences with their intervals, and a page for a browser with both.
     """
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets
@@ -256,10 +256,10 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
     of_sets = {name: is_results(Path(name)) for name in (before, *after)}
     if len(set(of_sets.values())) > 1:
         sets, benchmarks = (next(name for name, found in of_sets.items() if found == kind) for kind in (True, False))
-        raise ConfigError(f"{sets} has results of evaluation sets and {benchmarks} of benchmarks; compare results of one kind")
+        raise ConfigError(f"{sets} has results of evaluation sets, but {benchmarks} has results of benchmarks; compare results of one kind")
     if of_sets[before]:
         if draws is not None:
-            raise ConfigError("--draws applies to benchmarks only; leave it out")
+            raise ConfigError("--draws applies only to benchmarks; leave it out")
         changes = compare_sets(Path(before), [Path(name) for name in after], say)
         text = comparison_tables(Path(before), changes)
         differences = {

@@ -19,7 +19,7 @@ try:
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    raise ConfigError(f"lmms-eval is not installed, or incomplete ({error}); pip install 'cfvlm-ds[lmms]'") from error
+    raise ConfigError(f"lmms-eval is not installed, or incomplete ({error}); run pip install 'cfvlm-ds[lmms]'") from error
 
 
 class Scored(tuple[float, bool]):
@@ -97,4 +97,4 @@ class LmmsModel(lmms):
 
     def generate_until_multi_round(self, requests: list[Any]) -> NoReturn:
         """Raise NotImplementedError."""
-        raise NotImplementedError("this model answers no tasks of several rounds; leave them out of --tasks")
+        raise NotImplementedError("this model does not support tasks with several rounds; remove them from --tasks")

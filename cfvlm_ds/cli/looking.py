@@ -31,22 +31,22 @@ def _view(
     Example: cfvlm-ds data view groups.jsonl --out page
 
     Args:
-        source: manifest; run folder, whose worst groups by its stored scores are shown; or work folder of `data propose`.
+        source: manifest; run folder, whose groups with the worst stored scores are shown; or work folder of `data propose`.
         scores: file that `cfvlm-ds score` wrote for the manifest, or one from a run's folder scores.
         sample: number of groups to show, 200 by default.
-        ids: file with the ids of the groups to show, one per line; they are shown in its order.
+        ids: file with the ids of the groups to show, one per line; they are shown in that order.
         seed: seed of the sample of a manifest.
         rejected: show only the rejected candidates of a work folder, with the reasons.
         out: folder to write or to replace.
     """
     if sample and ids:
-        raise ConfigError("--sample and --ids exclude each other; give one")
+        raise ConfigError("--sample and --ids cannot be combined; give only one")
     number, folder = sample or 200, Path(out)
     if (Path(source) / "run.json").is_file():
         from cfvlm_ds.counterfactuals.looking import view_work
 
         if useless := [f"--{name}" for name, value in {"root": reading.root, "scores": scores, "ids": ids}.items() if value]:
-            raise ConfigError(f"{source} is a work folder, which names its own pictures; leave out {', '.join(useless)}")
+            raise ConfigError(f"{source} is a work folder, which records its own pictures; leave out {', '.join(useless)}")
         written = view_work(Path(source), folder, rejected=rejected, sample=number, seed=seed, say=say)
     elif rejected:
         raise ConfigError(f"{source} is not a work folder and has no rejected candidates; leave out --rejected")
@@ -57,7 +57,7 @@ def _view(
     print(f"wrote {folder / 'index.html'}: {written.num_items} groups, {written.num_pictures} pictures")
     if written.problems:
         first = next(iter(written.problems.values()))
-        print(f"{len(written.problems)} pictures could not be shown, and their places say why; the first: {first}")
+        print(f"{len(written.problems)} pictures could not be shown; the page gives the reason for each. The first: {first}")
 
 
 def _stats(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:

@@ -1,7 +1,7 @@
 """``cfvlm-ds``: the parser of all commands. Bad input ends with one sentence and exit code 2.
 
-Nothing heavy is imported before a command is known, so that help and completion are fast, and a launcher's signals are blocked before a
-training starts its slow imports.
+Nothing heavy is imported before the command is known. Help and completion are therefore fast, and a launcher's signals are blocked before
+a training starts its slow imports.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     def run() -> None:
         refuse_empty(arguments)
         if getattr(arguments, "action", None) in ALONE and num_ranks() > 1:  # several processes would repeat the same work
-            raise ConfigError(f"data {arguments.action} runs in one process, and {num_ranks()} were started; start one for each shard")
+            raise ConfigError(f"data {arguments.action} runs in one process, but {num_ranks()} were started; start one process per shard")
         arguments.function(arguments)
 
     exit_cleanly(lambda: explain_os_errors(run))
 
 
 def parser() -> Parser:
-    """Return the parser of all commands. Of ``train`` it has only the name (see cfvlm_ds.core.parsing)."""
+    """Return the parser of all commands. It contains only the name of ``train``, whose options core/parsing.py defines."""
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
     top = Parser(prog="cfvlm-ds", description=text, epilog="example: cfvlm-ds data check groups.jsonl --root images")
-    top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and end")
+    top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and exit")
     top.set_defaults(quiet=False, verbose=False)
     add_verbosity(top)
     commands = top.add_subparsers(dest="command", required=True)
@@ -64,12 +64,12 @@ def parser() -> Parser:
 
 
 def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
-    """Print a completion script for commands, options and files: eval it, or save it in the shell's folder of completions.
+    """Print a completion script for commands, options and files: evaluate it, or save it in the shell's completion folder.
 
     Example: cfvlm-ds completion bash
 
     Args:
-        shell: shell to write it for.
+        shell: shell that runs the script.
     """
     print(package.completion(parser(), shell))
 

@@ -30,9 +30,7 @@ def add(data: Any) -> None:
 
 
 def _shard(text: str) -> tuple[int, int | None]:
-    """Parse a shard: 3/64 is the fourth of 64 parts; 3 is the fourth of a number of parts that is already known, which is returned as
-    None.
-    """
+    """Parse a shard into its index and the number of shards: 3/64 is the fourth of 64. The number is None if only the index is given."""
     number, slash, of = text.partition("/")
     if not number.isdecimal() or len(text) > 12 or (slash and not (of.isdecimal() and int(number) < int(of))):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
@@ -44,10 +42,10 @@ Shard = Annotated[tuple[int, int | None], ("type", _shard), ("metavar", "I/N")]
 
 @dataclass(frozen=True)
 class Part:
-    """The part of the work that one process does.
+    """Share of the work that one process does.
 
     Args:
-        shard: the shard to process, with I from 0 to N-1, or only I if N is already known; other processes take the others.
+        shard: shard to process, with I from 0 to N-1; only I if the work folder already records N. Other processes take the other shards.
     """
 
     shard: Shard | None = None
@@ -111,11 +109,11 @@ def _verify(
     folder, (number, of) = WorkFolder.open(Path(work)), part.shard or (0, None)
     if calibrate:
         if (options, part) != (VerifyOptions(), Part()):
-            raise ConfigError("--calibrate uses the scores of all shards and scores nothing; leave out the scorer's options and --shard")
+            raise ConfigError("--calibrate uses existing scores of all shards; leave out the scorer's options and --shard")
         if not 0 < precision <= 1:
-            raise ConfigError(f"--precision {precision} must be above 0 and at most 1")
+            raise ConfigError(f"--precision must be greater than 0 and at most 1, not {precision}")
         print(step.calibrate(folder.path, Path(calibrate), thresholds_of(folder, rule=rule), precision))
-        print(f"wrote {folder.path / 'thresholds.json'}, which select takes")
+        print(f"wrote {folder.path / 'thresholds.json'}; `data select` uses it")
         return
     done = folder.finished("verify", number, of, options)
     score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and done is None else (None, None)
@@ -123,7 +121,7 @@ def _verify(
 
 
 def _select(work: str, *, out: str, options: SelectOptions) -> None:
-    """Write groups of the best candidates, and report the fate of the others.
+    """Write the best candidates as groups, and report why the others were dropped.
 
     Example: cfvlm-ds data select W --out groups.jsonl
 
@@ -139,7 +137,10 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
     for name, count in survival.files.items():
         print(f"wrote {name}: {count} groups")
     if survival.roots:
-        print(f"their pictures lie in several folders; read them with {printable(' '.join(f'--root {root}' for root in survival.roots))}")
+        print(
+            "their pictures are in several folders; read the groups with "
+            f"{printable(' '.join(f'--root {root}' for root in survival.roots))}"
+        )
 
 
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
@@ -148,7 +149,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     Example: cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit
 
     Args:
-        manifest: groups; several are the splits of one set.
+        manifest: manifests of groups; several are the splits of one data set.
         out: folder of the page, with report.md and report.json.
     """
     from cfvlm_ds.counterfactuals.audit.refine import refined_file
@@ -158,7 +159,9 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     folder = refuse_foreign_folder(Path(out))
     if options.refine:
         if Path(os.path.realpath(options.refine)).is_relative_to(os.path.realpath(folder)):
-            raise ConfigError(f"--refine {options.refine} is in the page's folder {folder}, which is replaced; name another")
+            raise ConfigError(
+                f"--refine {options.refine} is inside the page's folder {folder}, which will be replaced; name a file elsewhere"
+            )
         refined_file(Path(options.refine), *manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
     findings, sets = audit(manifest, reading.root, reading.format, options, say, score)

@@ -53,19 +53,19 @@ def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scorin
 
     groups = sound_groups(manifest, reading.root, reading.format, scoring.limit, say)
     if is_hub(manifest) and not out:
-        raise ConfigError(f"{manifest} is not a local file, so that scores cannot be written beside it; name a file with --out")
+        raise ConfigError(f"{manifest} is not a local file, so scores cannot be written next to it; name a file with --out")
     path = own_output(Path(out or f"{Path(manifest)}.scores.jsonl"), is_written, "score", manifest)
     loaded, adapter = model_named(model, limits)
     if adapter is not None:
         raise ConfigError(
-            f"{adapter} holds adapters, and stored scores belong to a whole model; merge them with `cfvlm-ds export` and name the result"
+            f"{adapter} contains only adapters, but stored scores need a whole model; merge them with `cfvlm-ds export` and name the result"
         )
     with whole_file(path) if own_rank() == 0 else open(os.devnull, "wb") as file:
         world = joined(scoring.zero3)
-        listed = Progress(say, "pictures of rows", len(groups), "groups")
+        listed = Progress(say, "listing pictures", len(groups), "groups")
         checked = PictureTable.of_files((picture for group in listed.over(groups) for image in group.images for picture in image), say)
         scorer, collator, world = load_scorer(loaded, max_pixels=reading.max_pixels, checked=checked, world=world, zero3=scoring.zero3)
-        identity = data_identity(Progress(say, "identity", len(groups), "groups").over(groups), groups.roots, checked)
+        identity = data_identity(Progress(say, "computing the identity", len(groups), "groups").over(groups), groups.roots, checked)
         scores = _scores(model, groups, scorer, collator, world, scoring)
         if world.is_main:
             stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
@@ -85,7 +85,7 @@ def _scores(
     )
     if broken := [group.id for group, score in zip(groups, scores, strict=True) if not score.finite]:
         raise ConfigError(
-            f"{model}: scores of {len(broken)} of {len(groups)} groups are not finite, such as those of {broken[0]!r}; "
+            f"{model}: scores of {len(broken)} of {len(groups)} groups are not finite, for example those of {broken[0]!r}; "
             "compare the model's weights and processor files with the published ones"
         )
     return scores
@@ -125,9 +125,11 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
     advice = calibration.advise(all_gaps)
     compared = {gap.group for gap in all_gaps}
     idle = [group.id for group in groups if group.id not in compared]
-    without = f"{len(idle)} of {len(groups)} groups have nothing to compare, such as {quoted(idle[0])}" if idle else ""
+    without = f"{len(idle)} of {len(groups)} groups have nothing to compare, for example {quoted(idle[0])}" if idle else ""
     few = (
-        f"warning: {len(all_gaps)} comparisons, and below {calibration.FEW} quantiles say little" if len(all_gaps) < calibration.FEW else ""
+        f"warning: only {len(all_gaps)} comparisons; below {calibration.FEW}, quantiles are unreliable"
+        if len(all_gaps) < calibration.FEW
+        else ""
     )
     reasons = "\n".join(f"- {reason}" for reason in advice.reasons)
     print("\n\n".join(part for part in (calibration.table(all_gaps), without, few, reasons, calibration.block(advice)) if part))
@@ -171,7 +173,7 @@ def _export(run: str, *, adapter: bool = False, out: str | None = None, push: st
 
 
 def _track(run: str) -> None:
-    """Send the missing data of an ended run to MLflow, or copy the run to the server in MLFLOW_TRACKING_URI.
+    """Send undelivered data of a finished run to MLflow, or copy the run to the server in MLFLOW_TRACKING_URI.
 
     Example: cfvlm-ds track runs/quickstart
 
@@ -185,7 +187,7 @@ def _track(run: str) -> None:
 
 
 def joined(zero3: bool = False) -> World:
-    """Return the world of the ranks that a launcher has started, which join here; without a launcher, that of this single process."""
+    """Join the ranks that a launcher has started, and return their world; without a launcher, return that of this single process."""
     from cfvlm_ds.core.distributed import World, own_device
 
     if num_ranks() > 1 or zero3:
@@ -204,7 +206,7 @@ def load_scorer(
     world: World | None = None,
     zero3: bool = False,
 ) -> tuple[Any, Collator, World]:
-    """Load a model on every rank, on the GPU if there is one, with the adapters of a folder if one is named. Returns the scorer, its
+    """Load a model on every rank, on the GPU if there is one, with the adapters of a folder if one is given. Return the scorer, its
     collator and the world.
 
     With ``zero3`` the model is partitioned over all ranks. Without a ``world`` the ranks of the launch join here.
@@ -221,7 +223,7 @@ def load_scorer(
 
         if adapter is not None:
             raise ConfigError(
-                f"{adapter} holds adapters, and --zero3 needs a whole model; merge them with `cfvlm-ds export` and name the result"
+                f"{adapter} contains only adapters, but --zero3 needs a whole model; merge them with `cfvlm-ds export` and name the result"
             )
         scorer: Any = engine.in_parts(model, dtype, world)
     else:

@@ -175,7 +175,7 @@ class Parser(argparse.ArgumentParser):
         if wrong := next((word for word in words[:place] if word.startswith("-") and word not in self._option_string_actions), None):
             first = words.index(wrong)
             right = shlex.join([*self.prog.split(), *words[:first], *words[place:], *words[first:place]])
-            self.error(f"{wrong} stands before its command; write `{right}`")
+            self.error(f"{wrong} is before its command; write `{right}`")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -200,7 +200,7 @@ def refuse_empty(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, action.dest, None)
         if action.nargs != argparse.REMAINDER and action.default != "" and "" in (value if isinstance(value, list) else [value]):
             name = (action.option_strings or [action.dest])[-1]
-            raise ConfigError(f"{command.prog}: {name} is empty (an unset variable?); give a value, or . for this folder")
+            raise ConfigError(f"{command.prog}: {name} is empty (an unset variable?); give a value, or . for the current folder")
 
 
 def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:

@@ -43,7 +43,7 @@ def init(folder: str) -> None:
         raise ConfigError(f"{to} exists and is not a folder; name another one")
     for name in SHIPPED:
         if os.path.lexists(to / name):
-            raise ConfigError(f"{to / name} exists and is not overwritten; name another folder, or move it")
+            raise ConfigError(f"{to / name} already exists and would be overwritten; name another folder, or move it")
     to.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=to) as partial:
         for name in SHIPPED:
@@ -63,7 +63,7 @@ def init(folder: str) -> None:
 def _with_python(environment: str) -> str:
     """Return slurm/env.sh with the path of this Python's commands, because a job does not inherit the shell that submits it."""
     commands = shlex.quote(str(Path(sys.executable).parent))
-    line = f'export PATH={commands}:"$PATH" # of the Python that `cfvlm-ds init` ran in\n'
+    line = f'export PATH={commands}:"$PATH" # of the Python that ran `cfvlm-ds init`\n'
     return environment.replace(_OWN_VENV, line + _OWN_VENV, 1)
 
 
@@ -75,7 +75,7 @@ def completion(top: argparse.ArgumentParser, shell: str) -> str:
     try:
         import shtab
     except ImportError as error:
-        raise ConfigError("completion needs shtab, which is not installed; `pip install shtab`") from error
+        raise ConfigError("completion needs shtab, which is not installed; run `pip install shtab`") from error
     _add_train_options(_subparsers(top)["train"])
     _complete_files(top, shtab.FILE)
     written: str = shtab.complete(top, shell)

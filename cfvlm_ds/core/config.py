@@ -1,8 +1,8 @@
 """Run configuration: nested dataclasses, filled from YAML files and dotted command-line options.
 
-Unknown options are errors, and the resolved configuration can be printed as YAML. Options are named as in transformers' TrainingArguments
-where it has them. The DeepSpeed JSON defines ZeRO, precision and offload; the run configuration defines batch sizes, learning rates and
-steps. The value "auto" in the JSON takes the run's value, and a contradiction is an error (see engine/configuration.py).
+Unknown options are errors, and the resolved configuration can be printed as YAML. Options that transformers' TrainingArguments also
+has are named as there. The DeepSpeed JSON defines ZeRO, precision and offload; the run configuration defines batch sizes, learning rates
+and steps. The value "auto" in the JSON takes the run's value, and a contradiction is an error (see engine/configuration.py).
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ class ModelConfig:
         """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
-        return ["warning: model.lora does nothing, for no module has tuning lora; set model.language_model.tuning to lora, or leave it out"]
+        return [
+            "warning: model.lora has no effect, because no module has tuning lora; set model.language_model.tuning to lora, or remove "
+            "model.lora"
+        ]
 
 
 IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")

@@ -55,17 +55,19 @@ def pictures_of(turns: Sequence[Turn]) -> int:
 
 
 def check_conversation(turns: Sequence[Turn], where: str) -> None:
-    """Raise DataError, with a message that begins with ``where``, for turns that no text can answer."""
+    """Raise DataError, with a message that begins with ``where``, for turns that cannot be answered by a text."""
     if not turns or turns[-1].role != "user":
-        ending = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
-        raise DataError(f"{where}: the conversation {ending}; end it with a turn of the user, which the text answers")
+        ending = f"ends with a turn of the {turns[-1].role}" if turns else "has no turns"
+        raise DataError(f"{where}: the conversation {ending}; it must end with a turn of the user, which the text answers")
     if len(turns) > MAX_TURNS or sum(len(turn.parts) for turn in turns) > MAX_PARTS:
         raise DataError(f"{where}: the conversation has {len(turns)} turns, over the limit of {MAX_TURNS} ({MAX_PARTS} parts); shorten it")
     for number, turn in enumerate(turns, 1):
         if turn.role not in ROLES:
             raise DataError(f"{where}: turn {number} of the conversation has the role {turn.role!r}; the roles are {', '.join(ROLES)}")
         if turn.role == "system" and number > 1:
-            raise DataError(f"{where}: turn {number} of the conversation has the role system; only the first turn may, move it there")
+            raise DataError(
+                f"{where}: turn {number} of the conversation has the role system; only the first turn may have it, so move it there"
+            )
         if not any(part is PICTURE or part.strip() for part in turn.parts):
             raise DataError(f"{where}: turn {number} of the conversation ({turn.role}) is empty; write a text, or remove the turn")
 

@@ -55,7 +55,8 @@ class Source(DataSet):
     """
 
     FORM: ClassVar[str] = (
-        "is not a manifest; give FILE, or a list of {path: FILE, weight: NUMBER, root: FOLDER, format: NAME} with any of the last three"
+        "is not a manifest; give FILE, or a list of {path: FILE, weight: NUMBER, root: FOLDER, format: NAME}, of which only path is "
+        "required"
     )
     name: str | None = None
     weight: float | None = option(None, within=(1e-9, 1e9), on_resume="confirm")
@@ -77,7 +78,7 @@ class EvaluationSet(DataSet):
     """
 
     FORM: ClassVar[str] = (
-        "is not a manifest; give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with any of the last two, or "
+        "is not a manifest; give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with root and format optional, or "
         "NAME: {benchmark: NAME, root: FOLDER}"
     )
     path: str = ""
@@ -142,7 +143,7 @@ class DataConfig:
 
     @property
     def train_sets(self) -> dict[str, Source]:
-        """Sources of training groups by name, each with its root and format; a single one named "train" if there is no mixture.
+        """Sources of training groups by name, each with its root and format; a single one named "train" if the data are not a mixture.
 
         Raises ConfigError if two sources have the same name, if a name cannot be part of a metric or file name, and if some sources have a
         weight and others have none.
@@ -154,7 +155,8 @@ class DataConfig:
             name = source.name or PurePath(source.path).stem
             if not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
                 raise ConfigError(
-                    f"data.train: {name!r} names metrics and groups; give {source.path} a name of letters, digits and _ . + -"
+                    f"data.train: {name!r} cannot be part of metric and group names; give {source.path} a name of letters, digits and _ "
+                    ". + -"
                 )
             if name in sources:
                 paths = f"{sources[name].path} and {source.path}"
@@ -163,7 +165,7 @@ class DataConfig:
             sources[name] = replace(source, root=root, format=source.format or self.format, name=name)
         without = [name for name, source in sources.items() if source.weight is None]
         if 0 < len(without) < len(sources):
-            raise ConfigError(f"data.train: source {without[0]!r} has no weight and others have; give each a weight, or none")
+            raise ConfigError(f"data.train: source {without[0]!r} has no weight, but others have one; give every source a weight, or none")
         return sources
 
     @property

@@ -9,8 +9,8 @@ from typing import Any
 
 
 class Deadline:
-    """Context manager that ends the connections made within its block after a number of seconds. Their readers then get an error, or the
-    end of the stream.
+    """Context manager that closes the connections opened within its block after a number of seconds. Their readers then get an error, or
+    the end of the stream.
 
     A socket's timeout restarts with every byte, and headers, trailers and a TLS handshake may arrive byte by byte without end.
     """

@@ -49,7 +49,7 @@ class World:
 
     def say(self, message: str) -> None:
         """Print on rank 0, with secrets masked; with --quiet, print warnings only."""
-        if self.is_main and (shows_progress() or message.startswith(("warning: ", "passed over "))):
+        if self.is_main and (shows_progress() or message.startswith("warning: ")):
             print_line(message)
 
 
@@ -111,7 +111,7 @@ def _published_port(file: Path) -> str:
             if os.fstat(handle.fileno()).st_uid == os.getuid():
                 return handle.read()
         time.sleep(0.05)
-    raise ConfigError(f"rank 0 has chosen no port within {_PORT_TIMEOUT_S:g} s (by {file}); give the launcher a --master_port")
+    raise ConfigError(f"rank 0 did not publish a port in {file} within {_PORT_TIMEOUT_S:g} s; pass --master_port to the launcher")
 
 
 def _tasks_on_node(notation: str, node: int) -> int:
@@ -203,13 +203,13 @@ class ProgressBarrier:
                 signs, since = current, time.monotonic()
             if time.monotonic() - since > _LIMIT_S:
                 missing = ", ".join(str(rank) for rank, key in enumerate(arrivals) if not self._store.check([key]))
-                raise TimeoutError(f"rank {missing} shows no life for {_LIMIT_S:.0f} s")
+                raise TimeoutError(f"no sign of life from rank {missing} for {_LIMIT_S:.0f} s")
             time.sleep(_POLL_S)
 
 
 def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
-    """Call a function on rank 0 and return its result, or raise its error, on every rank; the others wait at ``barrier`` if the call may
-    take long.
+    """Call a function on rank 0, and return its result or raise its error on every rank. A call that may take long needs a ``barrier``, at
+    which the other ranks wait.
     """
     result: Any = None
     problem: InputError | None = None

@@ -19,13 +19,12 @@ from typing import IO, Any
 from uuid import uuid4
 
 from cfvlm_ds.core.errors import ConfigError, unwritten
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.secrets import print_line
-
-Say = Callable[[str], object]
 
 
 def create(path: Path) -> IO[bytes]:
-    """Open a new file for writing, replacing a file or link of this name; the target of a link is left alone. Raises OSError."""
+    """Open a new file for writing, replacing a file or link of this name; the target of a link is not changed. Raises OSError."""
     path.unlink(missing_ok=True)
     return open(path, "xb")
 
@@ -71,7 +70,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
-    """Open a temporary file that is renamed to ``path`` at the end of the block, so that neither a reader nor a crash leaves half a file.
+    """Open a temporary file that is renamed to ``path`` at the end of the block, so no reader sees, and no crash leaves, half a file.
 
     ``shared`` is for a file that several processes may write at the same time; without it, a ConfigError is raised if another process is
     writing the file. Raises OSError naming the file, and leaves no temporary file.
@@ -87,7 +86,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
             raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(path))
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename not in (None, str(temporary)):  # of another file that the block works with
+        if error.filename not in (None, str(temporary)):  # about another file, which the block uses
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
@@ -149,8 +148,8 @@ def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: C
 def lock(handle: int, path: Path) -> bool:
     """Lock an open file until it is closed. Returns False if another process holds the lock.
 
-    On a file system without locks, nothing is locked, and this is reported once. The package filelock makes the same call, on a file next
-    to the one that is written, and raises where a file system has no locks (ENOLCK, ENOTSUP).
+    On a file system without locks, nothing is locked, and this is reported once. The package filelock is not used, because it locks a
+    separate file and raises on such a file system (ENOLCK, ENOTSUP).
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,13 +160,16 @@ def lock(handle: int, path: Path) -> bool:
             raise
         if not _reported:
             _reported.append(path)
-            print_line(f"warning: {path.parent} has no file locks ({error.strerror}); start one process at a time there", error=True)
+            print_line(
+                f"warning: the file system of {path.parent} has no file locks ({error.strerror}); run one process at a time there",
+                error=True,
+            )
     return True
 
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _POLL_S = 0.5
-_BY_ANOTHER = "another process has begun to write it meanwhile; start one at a time"
+_BY_ANOTHER = "another process has started to write it; run one process at a time"
 _reported: list[Path] = []
 
 
@@ -239,6 +241,6 @@ def write_if_possible(path: Path, text: str, say: Say) -> bool:
     try:
         replace(path, text.encode())
     except OSError as error:
-        say(f"warning: {unwritten(path, error)}; the run goes on without it")
+        say(f"warning: {unwritten(path, error)}; the run continues without it")
         return False
     return True

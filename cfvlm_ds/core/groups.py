@@ -25,16 +25,16 @@ MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
 """Largest number of cells of a truth table."""
 MAX_COMPARISONS = 1 << 18
-"""Largest number of comparisons of a group in an evaluation: pairs of a true and a false cell of one image and prompt, or of one text. 256
-images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions.
+"""Largest number of comparisons of a group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with
+the same text. 256 images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions.
 """
 MAX_REPORTED = 1 << 21
 """Largest product of the comparisons and the edits of one image or text, because an evaluation assigns each comparison to its edits."""
 SHAM = "sham"
-"""Edit type of an image that was rendered again with nothing changed, and of which the factual text is still true."""
+"""Edit type of an image that was rendered again without a change. The factual text is still true of it."""
 
 Pictures: TypeAlias = tuple[Path, ...]
-"""Pictures of one image entry: usually one, several if the prompt shows several, none for text alone."""
+"""Pictures of one image entry: usually one, several if the prompt shows several, none for text only."""
 
 Cells = Literal["anchor", "matched", "star", "full", "batch"]
 """Sets of scored cells of a group; each of the first four contains the one before it.
@@ -122,11 +122,12 @@ class CounterfactualGroup:
 
     def __post_init__(self) -> None:
         if not self.images or not self.candidates:
-            raise DataError(f"group {self.id!r} needs at least one image and one text")
+            raise DataError(f"group {self.id!r} needs at least one image and one text; add them")
         check_side(len(self.images), len(self.candidates), f"group {self.id!r}")
         if len(self.edits) > MAX_EDITS:
             raise DataError(
-                f"group {self.id!r} has {len(self.edits)} edits, and {MAX_EDITS} is the bound; name what each image or text changes once"
+                f"group {self.id!r} has {len(self.edits)} edits, over the limit of {MAX_EDITS}; list the change of each image or text "
+                "only once"
             )
         if len(self.match) != len(self.images) or any(len(row) != len(self.candidates) for row in self.match):
             raise DataError(f"group {self.id!r}: match must be {len(self.images)} images x {len(self.candidates)} texts")
@@ -136,16 +137,18 @@ class CounterfactualGroup:
                     raise DataError(f"group {self.id!r}: match[{i}][{c}] is {truth!r}; it must be 1, 0 or None")
         self._check_pictures()
         if not self.num_pictures and len(self.images) > 1:
-            raise DataError(f"group {self.id!r}: a group without an image has one image entry, with the path null; split the row")
+            raise DataError(f"group {self.id!r}: a group without pictures must have one image entry, with the path null; split the row")
         if self.match[0][0] != 1:
             raise DataError(f"group {self.id!r}: the first image and the first text must match; list the factual pair first")
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise DataError(f"group {self.id!r}: weight must be a positive number, not {self.weight}; drop the row to leave it out")
+            raise DataError(
+                f"group {self.id!r}: weight must be a positive number, not {self.weight}; to leave the group out, remove the row"
+            )
         for index, candidate in enumerate(self.candidates):
             if not candidate.text.strip():
                 raise DataError(f"group {self.id!r}: text {index} is empty; write a text or remove it")
         if self.keys and len(self.keys) != len(self.candidates):
-            raise DataError(f"group {self.id!r}: {len(self.keys)} keys for {len(self.candidates)} texts; give each text one, or none")
+            raise DataError(f"group {self.id!r} has {len(self.keys)} keys for {len(self.candidates)} texts; give every text a key, or none")
         check_comparisons(self)
         prompts = dict.fromkeys([candidate.prompt for candidate in self.candidates])
         for turns in prompts:
@@ -154,21 +157,21 @@ class CounterfactualGroup:
             check_conversation(turns, f"group {self.id!r}")
             if (shown := pictures_of(turns)) != self.num_pictures:
                 raise DataError(
-                    f"group {self.id!r}: the conversation shows {shown} pictures, and an image has {self.num_pictures}; name a picture for "
-                    "every place, and a place for every picture"
+                    f"group {self.id!r}: the conversation shows {shown} pictures, but each image of the group has {self.num_pictures}; "
+                    "make the two numbers equal"
                 )
         seen: dict[tuple[Prompt, str], int] = {}
         prompt_forms = {prompt: normalised_prompt(prompt) for prompt in prompts}
         for index, candidate in enumerate(self.candidates):
             if (first := seen.setdefault((prompt_forms[candidate.prompt], normalised(candidate.text)), index)) != index:
                 other = f"text {first} ({self.candidates[first].text!r})"
-                raise DataError(f"group {self.id!r}: text {index} equals {other}; a counterfactual must differ, remove one of them")
+                raise DataError(f"group {self.id!r}: text {index} equals {other}; counterfactuals must differ, so remove one of them")
 
     def _check_pictures(self) -> None:
         number = self.num_pictures
         for index, pictures in enumerate(self.images):
             if len(pictures) != number:
-                raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {number}; split the row")
+                raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
         """Return the group with the same number of images under other paths. Only the checks of pictures are repeated."""
@@ -198,8 +201,8 @@ class CounterfactualGroup:
 
     @property
     def anchors(self) -> dict[int, tuple[int, int]]:
-        """First true cell (image, text) of each prompt of prompt_ids, the factual pair for the first; prompts without a true cell are
-        absent.
+        """First true cell (image, text) of each prompt, keyed by its number in prompt_ids; for prompt 0 it is the factual pair. Prompts
+        without a true cell are absent.
         """
         prompts, anchors = self.prompt_ids, dict[int, tuple[int, int]]()
         for i, line in enumerate(self.match):
@@ -219,21 +222,21 @@ def check_comparisons(group: CounterfactualGroup) -> None:
     comparisons = sum(line.count(1) * line.count(0) for line in (*rows, *zip(*group.match, strict=True)))
     if comparisons > MAX_COMPARISONS:
         raise DataError(
-            f"group {group.id!r} has {comparisons} comparisons of a true and a false cell, and {MAX_COMPARISONS} is the bound; "
+            f"group {group.id!r} has {comparisons} comparisons of a true and a false cell, over the limit of {MAX_COMPARISONS}; "
             "split the row"
         )
     parts = Counter(part for edit in group.edits for part in (("image", edit.image), ("text", edit.text)) if part[1] is not None)
     most = max(parts.values(), default=1)
     if comparisons * most > MAX_REPORTED:
         raise DataError(
-            f"group {group.id!r} has {comparisons} comparisons and {most} edits of one image or text, and {MAX_REPORTED} is the bound "
-            "for their product; name what each image or text changes once, or split the row"
+            f"group {group.id!r} has {comparisons} comparisons and {most} edits of one image or text, and the product is over the limit of "
+            f"{MAX_REPORTED}; list the change of each image or text only once, or split the row"
         )
 
 
 def check_side(num_images: int, num_texts: int, where: str) -> None:
     """Raise DataError for a group with more images or texts than one forward can take."""
     if max(num_images, num_texts) > MAX_SIDE:
-        raise DataError(f"{where} has {num_images} images and {num_texts} texts, and {MAX_SIDE} is the bound for either; split the row")
+        raise DataError(f"{where} has {num_images} images and {num_texts} texts, over the limit of {MAX_SIDE} for either; split the row")
     if num_images * num_texts > MAX_CELLS:
-        raise DataError(f"{where} has {num_images} x {num_texts} images and texts, and {MAX_CELLS} pairs are the bound; split the row")
+        raise DataError(f"{where} has {num_images} x {num_texts} pairs of images and texts, over the limit of {MAX_CELLS}; split the row")

@@ -34,8 +34,9 @@ def call(
     """Send a GET request, or a POST request if there is a ``body``, and return the reply.
 
     With ``follow``, the environment's proxies are used and redirects to other http and https addresses are followed. Raises
-    urllib.error.URLError if there is no connection; OSError or http.client.HTTPException for a reply that breaks off, or that sends nothing
-    for ``silence_s`` seconds; and ValueError for a reply that takes longer than ``whole_s`` seconds or has more than ``most_bytes`` bytes.
+    urllib.error.URLError if there is no connection; OSError or http.client.HTTPException for a reply that is cut off, or that sends
+    nothing for ``silence_s`` seconds; and ValueError for a reply that takes longer than ``whole_s`` seconds or has more than ``most_bytes``
+    bytes.
     """
     opener = requests.OpenerDirector()
     with Deadline(whole_s) as deadline:
@@ -52,12 +53,12 @@ def call(
             if not deadline.late:
                 raise
     if deadline.late:
-        raise ValueError(f"no whole reply within {whole_s:g} s")
+        raise ValueError(f"no complete reply within {whole_s:g} s")
     if len(content) > most_bytes:
         raise ValueError(f"the reply has more than {most_bytes} bytes")
     stated = answer.headers.get("Content-Length", "")
     if stated.isdecimal() and int(stated) != len(content) and not 300 <= answer.status < 400:  # a refused redirect is not read
-        raise OSError(f"{len(content)} of {stated} bytes came")
+        raise OSError(f"{len(content)} of {stated} bytes were received")
     return Reply(answer.status, answer.reason, answer.headers, content)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
-from cfvlm_ds.core.files import Say, lock
+from cfvlm_ds.core.files import lock
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.secrets import print_line
 
 _BLOCK = 1 << 20
@@ -39,7 +40,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             if alone and not lock(self._handle, path):
-                raise ConfigError(f"{path} is written by another process; wait for it, or end it")
+                raise ConfigError(f"{path} is being written by another process; wait for it, or stop it")
             size = os.fstat(self._handle).st_size
             self.size = self._whole_lines(size) if end is None else end
             os.ftruncate(self._handle, self.size)
@@ -54,7 +55,7 @@ class Journal:
             block = os.pread(self._handle, _BLOCK, start)
         end = start + block.rfind(b"\n") + 1
         if end < size:
-            print_line(f"{self.path}: its last line was cut off by a kill or a full disk, and is dropped", error=True)
+            print_line(f"{self.path}: its incomplete last line, left by a killed process or a full disk, is dropped", error=True)
         return end
 
     def append(self, entry: bytes) -> int:
@@ -66,7 +67,7 @@ class Journal:
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(self._handle, self.size)
-            raise StorageError(f"{unwritten(self.path, error)}; make room and start again: what is there is kept") from error
+            raise StorageError(f"{unwritten(self.path, error)}; make room and start again; the data written so far are kept") from error
         self.size += written
         return self.size - written
 
@@ -77,7 +78,7 @@ class Journal:
             try:
                 os.fsync(handle)
             except OSError as error:  # an earlier write failed, on a network file system
-                raise StorageError(f"{unwritten(self.path, error)}: its last lines may be lost") from error
+                raise StorageError(f"{unwritten(self.path, error)}; its last lines may be lost") from error
             finally:
                 os.close(handle)
 
@@ -85,8 +86,8 @@ class Journal:
 def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
     """Yield the records of a journal; none if there is no file.
 
-    A last line without a line break is skipped: it is still being written, or a killed process left it and the next writer drops it. Raises
-    DataError naming file, line and ``remedy``.
+    A last line without a line break is skipped: either it is still being written, or a killed process left it and the next writer drops it.
+    Raises DataError naming file, line and ``remedy``.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -95,7 +96,7 @@ def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
             try:
                 record = dict(json.loads(line))
             except (ValueError, TypeError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: no record ({error}); {remedy}") from error
+                raise DataError(f"{path}:{number}: not a valid record ({error}); {remedy}") from error
             yield record
 
 
@@ -105,7 +106,7 @@ def append(path: Path, line: str, say: Say) -> bool:
         with closing(Journal(path, alone=False)) as journal:
             journal.append(line.encode() + b"\n")
     except StorageError as error:
-        say(f"warning: {error}; the run goes on without this line of it: {line}")
+        say(f"warning: {error}; the run continues without this line: {line}")
         return False
     return True
 
@@ -153,11 +154,11 @@ class Waiting:
             cause = error.__cause__
             assert isinstance(cause, OSError)
             if not self._failing:
-                self._say(f"{unwritten(self.path, cause)}: what belongs there waits in memory, and is tried again with every record")
+                self._say(f"{unwritten(self.path, cause)}; its new lines are kept in memory, and each new line triggers another attempt")
             self._failing = True
             if cause.errno == errno.ESTALE:  # NFS: only a new handle can work again
                 self._journal = None
             return
         if self._failing:
-            self._say(f"{self.path} can be written again, and has everything")
+            self._say(f"{self.path} can be written again; no line was lost")
         self._failing = False

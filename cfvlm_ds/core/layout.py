@@ -77,7 +77,7 @@ class GroupLayout:
         return self.valid & (self.match == 0)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return the layout with the cells and weights of all groups whose flag is False switched off, so that they contribute to no
+        """Return the layout with all groups whose flag is False switched off: their cells and weights do not contribute to any
         sum.
         """
         keep = torch.tensor(groups, device=self.valid.device)

@@ -26,17 +26,17 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
     fields = dataclasses.fields(entry) if dataclasses.is_dataclass(entry) and not isinstance(entry, type) else ()
     defaults = {field.name: getattr(entry, field.name) for field in fields}
     if colon and not defaults:
-        raise ValueError(f"{kind} {name!r} has no options; write {name!r} alone")
+        raise ValueError(f"{kind} {name!r} has no options; write only {name!r}")
     values: dict[str, Any] = {}
     place = 0
     while place < len(options):
         if (part := _OPTION.match(options, place)) is None:
-            raise ValueError(f"{kind} {spec} is not understood at {options[place:]!r}; write NAME:OPTION=VALUE,OPTION=VALUE")
+            raise ValueError(f"{kind} {spec} cannot be parsed at {options[place:]!r}; write NAME:OPTION=VALUE,OPTION=VALUE")
         option, place = part[1], part.end()
         if option not in defaults:
             raise ValueError(f"{kind} {name!r} has no option {option!r}; {near(option, defaults, 'it has ')}")
         if option in values:
-            raise ValueError(f"option {option!r} of {kind} {name!r} is given twice; keep one of them")
+            raise ValueError(f"option {option!r} of {kind} {name!r} is given twice; keep one")
         value = Given(part[3].strip() if part[2] is None else part[2])
         values[option] = fitted(get_type_hints(type(entry))[option], value, f"option {option!r} of {kind} {name!r}")
     try:

@@ -48,7 +48,9 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         raise ConfigError("--quiet and --verbose contradict each other; give one of them")
     _check(built.model, built.data, built.train)
     if not active:
-        raise ConfigError(f"every named objective has weight 0 ({', '.join(named)}); give one a weight, or name none for the default")
+        raise ConfigError(
+            f"every given term of the objective has weight 0 ({', '.join(named)}); give one a weight, or omit all for the default"
+        )
     if "print_config" in switches:
         print(yaml_of(resolved), end="")
         raise SystemExit(0)
@@ -88,8 +90,8 @@ def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> ar
 
 
 _WHERE = (
-    "A file that --config or --deepspeed names, bare or as examples/NAME and ds_configs/NAME, is the one in the working directory where "
-    "that is there, else the one of that name that comes with the package; `cfvlm-ds init FOLDER` writes copies to edit."
+    "--config and --deepspeed first look for the file in the working directory. If NAME, examples/NAME or ds_configs/NAME is not there, "
+    "the package's own file of that name is used; `cfvlm-ds init FOLDER` writes copies to edit."
 )
 _EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100"
 
@@ -109,15 +111,15 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
         flag, equals, value = words.pop(0).partition("=")
         option = flag.removeprefix("--")
         if option == flag:
-            remedy = "a model is given by --model.name_or_path MODEL and data by --data.train DATA"
+            remedy = "give a model as --model.name_or_path MODEL and data as --data.train DATA"
             if flag.endswith((".yaml", ".yml")):
-                remedy = f"a file of options is given by --config {flag}"
+                remedy = f"give a file of options as --config {flag}"
             raise ConfigError(f"unknown option {flag!r}; {remedy}")
         if not equals and (not words or words[0].startswith("--")):
-            raise ConfigError(f"{flag} needs a value; write {flag} VALUE, which is true or false where the option is a switch")
+            raise ConfigError(f"{flag} needs a value; write {flag} VALUE (true or false for a switch)")
         value = value if equals else words.pop(0)
         if not value.strip():
-            raise ConfigError(f"{flag} is empty, as if a variable was not set; give its value, or leave it out for the default")
+            raise ConfigError(f"{flag} is empty (an unset variable?); give a value, or leave it out for the default")
         if option in _LAUNCHERS:
             raise ConfigError(f"{flag} is an option of the launcher; write `deepspeed {flag} {value} train.py` and the run's options")
         if option == "config":
@@ -141,7 +143,7 @@ def _document(given: str) -> dict[str, Any]:
     try:
         options = read_yaml(path)
         if not isinstance(options, Mapping):
-            raise ValueError("no options in it")
+            raise ValueError("it has no options")
         nested: dict[str, Any] = {}
         _merge(nested, options, once=True)
         return nested
@@ -189,23 +191,23 @@ def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = 
 def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
     """Raise ConfigError for options that contradict each other."""
     if not train.output_dir:
-        raise ConfigError("train.output_dir is empty, as if a variable was not set; name a folder, or leave it out for the default")
+        raise ConfigError("train.output_dir is empty (an unset variable?); name a folder, or leave it out for the default")
     if train.max_steps == 0:
         raise ConfigError("train.max_steps must be at least 1, or -1 to use train.num_train_epochs, not 0")
     for source in [] if isinstance(data.train, str) else data.train:
         if not source.path:
-            raise ConfigError("data.train: a source has an empty path, as if a variable was not set; name its manifest")
+            raise ConfigError("data.train: a source has an empty path (an unset variable?); name its manifest")
         if source.objectives == []:
             raise ConfigError(f"data.train: objectives of {source.path!r} is an empty list; name its objectives, or omit the list")
     for split, given in data.evaluation.items():
         _check_evaluation_set(split, EvaluationSet(given) if isinstance(given, str) else given)
     if data.feature_cache is not None and model.vision_tower.tuning != "frozen":
         raise ConfigError(
-            f"data.feature_cache {data.feature_cache!r} keeps what a frozen tower gives, and model.vision_tower.tuning is "
-            f"{model.vision_tower.tuning}; set that to frozen or leave the cache out"
+            f"data.feature_cache {data.feature_cache!r} requires a frozen vision tower, but model.vision_tower.tuning is "
+            f"{model.vision_tower.tuning}; set it to frozen, or leave out the cache"
         )
     if train.early_stopping is not None and train.save_best is None:
-        raise ConfigError("train.early_stopping needs a metric; set train.save_best, such as eval/test/group")
+        raise ConfigError("train.early_stopping needs a metric; set train.save_best, for example to eval/test/group")
     if (best := train.save_best) is not None:
         if not train.eval_steps:
             raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
@@ -217,14 +219,14 @@ def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
 def _check_evaluation_set(split: str, given: EvaluationSet) -> None:
     """Raise ConfigError for an evaluation set that is neither a manifest nor a benchmark, or both."""
     if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
-        raise ConfigError(f"data.evaluation: {split!r} names files and metrics; use letters, digits and _ . + - for it")
+        raise ConfigError(f"data.evaluation: {split!r} cannot be part of file and metric names; use letters, digits and _ . + -")
     if not given.path and not given.benchmark:
         raise ConfigError(f"data.evaluation: {split!r} {EvaluationSet.FORM}")
     if given.benchmark and (given.path or given.format or not isinstance(given.root, str)):
         raise ConfigError(
-            f"data.evaluation.{split}: benchmark {given.benchmark!r} needs root, one folder, and takes no path or format; correct these"
+            f"data.evaluation.{split}: benchmark {given.benchmark!r} needs one folder as root and accepts no path or format; correct these"
         )
     if not given.benchmark and given.probe is not None:
         raise ConfigError(
-            f"data.evaluation.{split}: probe {given.probe!r} applies to benchmarks, and {given.path!r} is a manifest; leave it out"
+            f"data.evaluation.{split}: probe {given.probe!r} applies to benchmarks, but {given.path!r} is a manifest; leave the probe out"
         )

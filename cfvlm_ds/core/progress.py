@@ -8,6 +8,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
+Say = Callable[[str], object]
+"""A function that prints a line."""
 
 FIRST_S, EVERY_S = 2.0, 5.0
 
@@ -28,7 +30,7 @@ class Progress:
         every_s: minimum number of seconds between two lines; the first is printed after at most ``FIRST_S``.
     """
 
-    def __init__(self, say: Callable[[str], object], what: str, total: float | None, unit: str, every_s: float = EVERY_S) -> None:
+    def __init__(self, say: Say, what: str, total: float | None, unit: str, every_s: float = EVERY_S) -> None:
         self._say, self._what, self._total, self._unit, self._every_s = say, what, total, unit, every_s
         self._began = time.monotonic()
         self._next = self._began + min(FIRST_S, every_s)

@@ -69,9 +69,9 @@ def launcher() -> str:
 
 @contextlib.contextmanager
 def printed_once(sentence: str) -> Iterator[bool]:
-    """Choose one rank to print, within the block, a sentence that several ranks may have to print. Yields whether it is this one.
+    """Choose one rank to print, within the block, a sentence that several ranks may have to print. Yields whether this rank was chosen.
 
-    Rank 0 prints, because many users read only its log. Another rank waits briefly for that, and prints the sentence if rank 0 does not.
+    Rank 0 prints, because many users read only its log. Another rank waits briefly for it, and prints the sentence if rank 0 does not.
     Ranks may fail before they meet, or while others wait in a collective, so no message is sent: the printing rank leaves a mark, an empty
     file in the temporary folder that is named after launch and sentence. The sentence is therefore printed once on each machine.
     """

@@ -1,4 +1,4 @@
-"""File reading: JSON and YAML without duplicate keys. Of untrusted files, only regular ones of limited size are read.
+"""File reading: JSON and YAML without duplicate keys, and untrusted files, which must be regular files of limited size.
 
 Errors are ValueError or OSError without the file's name, which the caller adds.
 """
@@ -37,7 +37,7 @@ def is_there(path: Path) -> bool:
 
 def counted_from(path: str | Path) -> str:
     """Return the end of a message about a missing file: the folder against which a relative path is resolved."""
-    return "" if os.path.isabs(path) else f" (a relative path counts from {os.getcwd()})"
+    return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
 
 
 class TooLarge(ValueError):
@@ -45,7 +45,7 @@ class TooLarge(ValueError):
 
 
 class DuplicateKey(ValueError):
-    """An object with the same key twice, of which most readers silently take the last."""
+    """An object that has a key twice. Most readers silently take the last value."""
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
@@ -56,7 +56,7 @@ def open_regular(path: str | Path) -> IO[bytes]:
         if kind == stat.S_IFDIR:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if kind in _KINDS:
-            raise ValueError(f"it is {_KINDS[kind]} and not a regular file; write its contents to one")
+            raise ValueError(f"it is {_KINDS[kind]}, not a regular file; copy its contents into one")
         return open(number, "rb")
     except BaseException:
         os.close(number)
@@ -89,12 +89,12 @@ class HeldFile:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """Read a whole regular file. Raises TooLarge for one of more than ``limit`` bytes."""
+    """Read a regular file completely. Raises TooLarge for a file of more than ``limit`` bytes."""
     with open_regular(path) as handle:
         stated = os.fstat(handle.fileno()).st_size  # a file that is larger is not read
         content = read_within(handle, stated, limit) if stated <= limit else b""
     if stated > limit or len(content) > limit:
-        raise TooLarge(f"it has more than {limit} bytes, the bound for such a file")
+        raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
     return content
 
 
@@ -112,7 +112,7 @@ def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
     """
     while line := handle.readline(limit + 1):
         if len(line) > limit:
-            raise TooLarge(f"the line has more than {limit} bytes, the bound for one row")
+            raise TooLarge(f"the line has more than {limit} bytes, the limit for one row")
         yield line
 
 
@@ -141,7 +141,7 @@ def parse_yaml(text: str) -> Any:
             for key, line in ((str(key.value), key.start_mark.line + 1) for key, _ in node.value):
                 if key in lines:
                     where = f"on line {line}, after line {lines[key]}"
-                    raise DuplicateKey(f"key {key!r} occurs twice in one section ({where}); keep one of them")
+                    raise DuplicateKey(f"key {key!r} occurs twice in one section ({where}); keep one")
                 lines[key] = line
             return super().construct_mapping(node, deep)
 
@@ -172,8 +172,8 @@ def yaml_of(value: Any) -> str:
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """Parse a JSON text. Raises ValueError like json.loads, and DuplicateKey naming the key unless another ``decoder`` is given.
 
-    Raises RecursionError for lists and objects nested more than a few hundred deep, below Python's limit, so that a parsed value can also
-    be written deeper in the stack.
+    Raises RecursionError for lists and objects nested more than a few hundred deep. This is below Python's limit, because a parsed
+    value may be written deeper in the stack.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 
@@ -189,7 +189,7 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise DuplicateKey(f"key {twice!r} occurs twice in one object; keep one of them")
+        raise DuplicateKey(f"key {twice!r} occurs twice in one object; keep one")
     return result
 
 

@@ -1,4 +1,4 @@
-"""Run folders: the names of their files, and the model and options recorded in them, so that commands that take a model also take a run."""
+"""Run folders: the names of their files, and the model and options that they record. Commands that take a model also take a run folder."""
 
 from __future__ import annotations
 
@@ -27,19 +27,9 @@ FILES = (
     "*.tmp",
 )  # fmt: skip
 FOLDERS = (
-    "mlartifacts",
-    "scores",
-    "baseline",
-    "samples",
-    "worst",
-    "tensorboard",
-    "benchmarks",
-    "heartbeat",
-    "prepared",
-    "export",
-    "adapter",
-)
-"""Names of the folders that a run writes into its own; checkpoints, which are renamed into place, have their own check."""
+    "mlartifacts", "scores", "baseline", "samples", "worst", "tensorboard", "benchmarks", "heartbeat", "prepared", "export", "adapter",
+)  # fmt: skip
+"""Folders that a run writes into its run folder, except checkpoints, which are checked separately."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
             if any(fnmatch(path.name, name) for name in names):
                 refuse_link(path, remedy)
                 if not right():
-                    raise ConfigError(f"{path} is not a {kind}, and a run writes one of that name; {remedy}")
+                    raise ConfigError(f"{path} is not a {kind}, but a run writes a {kind} of that name; {remedy}")
     if any(run_dir.glob("checkpoint-*")):
         return
     if (run_dir / "config.yaml").is_file():
@@ -106,7 +96,7 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
             is_complete = False
         if not is_complete:
             raise ConfigError(
-                f"{run_dir / 'config.yaml'} was not written by a run, because it lacks options, and would be overwritten; move it away, or "
+                f"{run_dir / 'config.yaml'} was not written by a run (it lacks options) and would be overwritten; move it away, or "
                 "choose another train.output_dir"
             )
         return
@@ -114,7 +104,7 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
     own = (*FILES, *FOLDERS, "slurm", "*.log", ".*")
     if foreign := [path.name for path in entries if path.name not in named and not any(fnmatch(path.name, name) for name in own)]:
         more = f" and {len(foreign) - 1} more" * (len(foreign) > 1)
-        raise ConfigError(f"{run_dir} holds {foreign[0]!r}{more}, not written by a run; choose a new folder as train.output_dir")
+        raise ConfigError(f"{run_dir} contains {foreign[0]!r}{more}, not written by a run; choose a new folder as train.output_dir")
 
 
 def _paths(options: Any) -> Iterator[Path]:
@@ -132,7 +122,7 @@ def recorded_options(run_dir: Path) -> dict[str, Any]:
     try:
         options = read_yaml(path)
         if not isinstance(options, dict):
-            raise ValueError(f"it holds a {type(options).__name__}")
+            raise ValueError(f"it contains a {type(options).__name__}")
         return options
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a run's configuration ({type(error).__name__}: {error}); restore it") from error

@@ -1,4 +1,4 @@
-"""Score matrices from logits, in fp32 whatever the compute dtype.
+"""Score matrices from logits, computed in fp32 for every compute dtype.
 
 S[g, i, c] = sum over response tokens t of log p(y_t | y_<t, image i, prompt), in nats. Shapes: N scored tokens, V vocabulary, G groups, I
 images, C candidates.
@@ -96,6 +96,6 @@ def normalised_scores(scores: Scores, len_norm: LengthNorm, pmi: float = 0.0) ->
     logp = scores.logp
     if pmi:
         if scores.prior is None:
-            raise ValueError("pmi needs stored blind scores: write them with `cfvlm-ds score` and pass --data.scores")
+            raise ValueError("pmi needs stored blind scores: write them with `cfvlm-ds score` and pass them as --data.scores")
         logp = logp - pmi * scores.prior.detach().to(logp).unsqueeze(1)
     return logp / token_counts(scores.layout, len_norm)

@@ -1,6 +1,6 @@
 """Shipped files: DeepSpeed configurations, recipes and Slurm scripts that come with the package.
 
-A wheel has them below its code, a checkout at its root.
+In a wheel they are in a subfolder of the package, in a checkout at its root.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def resolve_shipped(given: str, folder: str) -> str:
 def refuse_no_file(given: str, path: str) -> None:
     """Raise ConfigError if ``path``, to which the argument ``given`` of --config was resolved, is not a file."""
     if os.path.isdir(path):
-        raise ConfigError(f"--config {given} is a folder; name the file of options in it")
+        raise ConfigError(f"--config {given} is a folder; name a file of options in it")
     if not os.path.lexists(path):
-        raise ConfigError(f"--config {given}: no such file; give the path of yours, or one of {listed('examples', given)}")
+        raise ConfigError(f"--config {given}: no such file; give the path of your file, or one of {listed('examples', given)}")
 
 
 def listed(folder: str, given: str = "") -> str:

@@ -92,7 +92,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
         values[key] = fitted(hints[key], value, at, within or (-ENDLESS, ENDLESS), known)
     needed = [option.name for option in options.values() if option.default is MISSING and option.default_factory is MISSING]
     if absent := [option for option in needed if option not in values]:
-        raise ConfigError(f"{name}: {quoted(given)} {getattr(kind, 'FORM', f'has no {absent[0]}, which has no default; name one')}")
+        raise ConfigError(f"{name}: {quoted(given)} {getattr(kind, 'FORM', f'lacks {absent[0]}, which has no default; set it')}")
     try:
         return kind(**values)
     except ValueError as error:  # raised by the class
@@ -124,7 +124,7 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
         elif kind in (int, float) and not isinstance(plain, bool) and (number := _number(kind, plain)) is not None:
             low, high = within
             if not low <= number <= high:
-                must = "must not be negative, and is" if number < low == 0 else f"must be from {low:.16g} to {high:.16g}, not"
+                must = "must not be negative, but is" if number < low == 0 else f"must be from {low:.16g} to {high:.16g}, not"
                 raise ConfigError(f"{option} {must} {value if text else number}; leave it out for the default")
             return number
         elif kind is str and isinstance(value, str):
@@ -158,7 +158,7 @@ def _misfit(hint: Any, value: Any, option: str) -> str:
         remedy = (
             f"write {option.rpartition('.')[2]}: {{}} for its defaults" if is_dataclass(hint) else "leave the option out for its default"
         )
-        return f": null is not a value; {remedy}"
+        return f": null is not allowed; {remedy}"
     *before, last = _called(hint)
     return f": expected {', '.join(before)}{' or ' * bool(before)}{last}, got {value!r}"
 

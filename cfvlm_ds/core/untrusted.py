@@ -23,13 +23,13 @@ def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
     if not isinstance(name, str):
         problem = f"is a {type(name).__name__}, not a file name"
     elif name in ("", ".", "..") or "/" in name or "\\" in name:
-        problem = "is no bare file name, and files are only taken from the folder itself"
+        problem = "is not a plain file name, and only files of the folder itself are read"
     elif not name.isprintable() or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
         problem = "is not a valid file name"
     elif not name.endswith(ending):
         problem = f"does not end in {ending}"
     if problem:
-        raise ConfigError(f"{said_by}: {str(name)[:300]!r} {problem}; correct it, or get the folder again")
+        raise ConfigError(f"{said_by}: {str(name)[:300]!r} {problem}; correct it, or download the folder again")
     return str(name)
 
 
@@ -55,13 +55,13 @@ def refuse_foreign(path: Path, folder: Path) -> None:
         raise ConfigError(f"{path} cannot be resolved ({error}); put the file itself there") from error
     blobs = [inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else []
     if not any(target.is_relative_to(allowed) for allowed in (inside, *blobs)):
-        raise ConfigError(f"{path} leads out of its folder, to {target}; put the file itself there")
+        raise ConfigError(f"{path} leads to {target}, outside its folder; put the file itself there")
 
 
 def refuse_link(path: Path, remedy: str) -> None:
     """Raise ConfigError if ``path`` is a link: nothing is written through a link, and no link is replaced."""
     if path.is_symlink():
-        raise ConfigError(f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; {remedy}")
+        raise ConfigError(f"{path} is a link to {os.readlink(path)}, and links are never written through; {remedy}")
 
 
 def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
@@ -71,9 +71,9 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     """
     refuse_link(path, f"name the file itself with {option}")
     if path.exists() and any(Path(source).exists() and path.samefile(source) for source in inputs):
-        raise ConfigError(f"{path} is read here, and would be replaced; name another file to write")
+        raise ConfigError(f"{path} is an input and would be overwritten; name another output file")
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} exists and is not a file; name another one with {option}")
+        raise ConfigError(f"{path} exists and is not a file; name a file with {option}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -88,7 +88,7 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
     """
     output_file(path, *inputs)
     if path.exists():
-        raise ConfigError(f"{path} is there, and would be replaced; remove it, or name another file with --out")
+        raise ConfigError(f"{path} already exists and would be overwritten; remove it, or name another file with --out")
     return path
 
 
@@ -96,7 +96,7 @@ def refuse_filled(folder: Path, except_for: Collection[str] = ()) -> None:
     """Raise ConfigError for a folder with entries, which would be replaced; those named ``except_for`` may be."""
     refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(each.name not in except_for for each in folder.iterdir())):
-        raise ConfigError(f"{folder} is there and not empty, and would be replaced; {remedy}")
+        raise ConfigError(f"{folder} already exists, is not empty and would be replaced; {remedy}")
 
 
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:
@@ -113,5 +113,5 @@ def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inpu
         except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
             known = False
         if not known:
-            raise ConfigError(f"{path} is there, and {writer} has not written it; name another one with {option}")
+            raise ConfigError(f"{path} already exists and was not written by {writer}; name another file with {option}")
     return path

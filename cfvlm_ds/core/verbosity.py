@@ -10,7 +10,7 @@ Shows = Literal["results", "progress", "everything"]
 
 VERBOSITY = {
     "quiet": "print only warnings, errors and results",
-    "verbose": "also print what the libraries log, and where in the code an error arose",
+    "verbose": "also print the log messages of libraries and the tracebacks of errors",
 }
 """Options of every command, with their help."""
 

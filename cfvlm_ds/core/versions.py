@@ -25,7 +25,7 @@ def version(package: str) -> str:
 
 @functools.cache
 def git_revision() -> str:
-    """Return the commit from which this package's files are checked out, whatever the working directory, or ``unknown``.
+    """Return the commit from which this package's files are checked out, or ``unknown``. It does not depend on the working directory.
 
     A package installed below another checkout, for instance in its .venv, does not belong to that checkout. A wheel records the commit it
     was built from.

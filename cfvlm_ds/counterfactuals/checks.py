@@ -1,4 +1,4 @@
-"""Pixel comparison of an original and an edited picture: the share that changed, where it is, and whether it is one piece."""
+"""Pixel comparison of an original and an edited picture: the share of changed pixels, their location, and whether they form one piece."""
 
 from __future__ import annotations
 

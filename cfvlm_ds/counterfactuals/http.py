@@ -47,7 +47,7 @@ def check_url(url: str, option: str) -> str:
     if not right:
         raise ConfigError(f"{option} {url!r}: not an address such as http://node7:8000/v1")
     if parts.username or parts.password:
-        raise ConfigError(f"{option}: the address has a user or password in it; secrets come from the environment")
+        raise ConfigError(f"{option}: the address contains a user name or password; set secrets in environment variables")
     return url.rstrip("/")
 
 
@@ -64,7 +64,7 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
     except urllib.error.URLError as error:
         raise Unreachable(f"{type(error.reason).__name__}: {error.reason}") from error
     except TimeoutError as error:
-        raise CallFailed(f"no whole reply within {timeout_s:g} s") from error
+        raise CallFailed(f"no complete reply within {timeout_s:g} s") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise CallFailed(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}") from error
     if reply.status != 200:
@@ -81,6 +81,8 @@ def _refuse(url: str, reply: Reply) -> None:
     if reply.status in (400, 422):
         raise Unfit(f"status {reply.status}: {message}")
     if reply.status in (401, 403, 404, 405) or 300 <= reply.status < 400:
-        raise ConfigError(f"{url}: the server answers {reply.status} ({message}); correct the address, the model's name or the token")
+        raise ConfigError(
+            f"{url}: the server replied with status {reply.status} ({message}); correct the address, the model's name or the token"
+        )
     wait = reply.headers.get("Retry-After", "")
     raise CallFailed(f"status {reply.status}: {message}", after_s=min(float(wait), LONGEST_WAIT_S) if wait.isdecimal() else 0.0)

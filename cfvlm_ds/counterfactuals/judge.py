@@ -1,8 +1,8 @@
-"""Verdicts on candidates: measurements compared with thresholds, in pure functions, so that new thresholds need no model.
+"""Verdicts on candidates: measurements compared with thresholds in pure functions. New thresholds do not require a model.
 
-A candidate is good if all four cells are right: each picture prefers its own text, and each text its own picture, by a margin. In addition,
-the pictures must differ by as much as an edit of its type does, in one piece, and nowhere else. An accidental second change is detected by
-how much worse the new text fits its picture than the caption did.
+A candidate is good if all four cells are correct: each picture prefers its own text, and each text its own picture, by a margin. In
+addition, the pictures must differ by as much as an edit of its type does, in one piece, and nowhere else. An accidental second change is
+detected by how much worse the new text fits its picture than the caption did.
 """
 
 from __future__ import annotations
@@ -93,17 +93,17 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
 
 def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds, mined: bool) -> str:
     if mined:  # two photographs have nothing in common but their captions
-        return "picture: it is the same one" if checks.get("identical") or checks["hash"] <= 2 else ""
+        return "picture: both pictures are the same" if checks.get("identical") or checks["hash"] <= 2 else ""
     if not checks["same_size"]:
-        return "picture: another size"
+        return "picture: the size changed"
     low, high = thresholds.bounds(kind)
     if checks["identical"] or checks["changed"] < low:
         return "picture: hardly anything changed"
     if checks["changed"] > high:
         return "picture: too much changed"
     if checks.get("largest", 1.0) < thresholds.largest:
-        return "picture: changes all over it"
-    return "picture: changed outside of its mask" if checks.get("outside", 0.0) > thresholds.outside else ""
+        return "picture: the changes are scattered"
+    return "picture: changed outside its mask" if checks.get("outside", 0.0) > thresholds.outside else ""
 
 
 def _number(value: Any) -> float:
@@ -169,7 +169,9 @@ def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | 
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--thresholds {file}: {error}") from error
     if thresholds.rule == "checks" and margin is not None:
-        raise ConfigError("--margin applies to scores, and the rule checks compares pixels; run verify with --scorer, or omit it")
+        raise ConfigError(
+            "--margin applies to scores, but the rule checks only compares pixels; run verify with --scorer, or leave out --margin"
+        )
     return thresholds
 
 
@@ -223,8 +225,8 @@ def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresh
                 most, fitted = (kept, right), replace(start, margin=margin, drop=drop)
     if most == (0, 0):
         raise ConfigError(
-            f"no margin reaches a precision of {precision:g} on {len(judged)} labelled candidates, of which {good} are good and "
-            f"{len(passing)} pass the checks and have four right cells; label more, use another scorer or rule, or lower --precision"
+            f"no margin reaches a precision of {precision:g} on {len(judged)} labelled candidates ({good} are good; "
+            f"{len(passing)} pass the checks with four correct cells); label more, use another scorer or rule, or lower --precision"
         )
     return Calibrated(fitted, *most, good, len(judged))
 

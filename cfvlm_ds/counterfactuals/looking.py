@@ -37,7 +37,7 @@ def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, 
     if not chosen:
         raise ConfigError(f"{out} has no {'rejected ' * rejected}candidate to show")
     items = (_item(history, edited) for _, _, history, edited in sorted(chosen, key=lambda item: str(item[3].proposal["id"])))
-    facts = [("work folder", str(out)), ("candidates", f"{len(chosen)} of {seen}" + " that are not good" * rejected)]
+    facts = [("work folder", str(out)), ("candidates", f"{len(chosen)} of {seen}" + " rejected ones" * rejected)]
     return write_page(out.name, items, len(chosen), page, facts=facts, scored="log P(yes)", say=say)
 
 

@@ -1,4 +1,4 @@
-"""Options of the commands that make groups, in YAML and on the command line. This module imports nothing expensive."""
+"""Options of the commands that make groups, in YAML and on the command line. This module has no slow imports."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def named(listed: str, known: Collection[str], option: str, what: str = "back en
     names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
     for name in names:
         if name not in known:
-            raise ConfigError(f"{option} {name}: no such {what}; {near(name, known, 'there are ')}")
+            raise ConfigError(f"{option} {name}: no such {what}; {near(name, known, 'known: ')}")
     if not names:
-        raise ConfigError(f"{option} is empty; name some of {', '.join(known)}")
+        raise ConfigError(f"{option} is empty; name at least one of {', '.join(known)}")
     return names
 
 
@@ -56,8 +56,8 @@ class ProposeOptions:
         types: types of edits, separated by commas.
         per_type: largest number of proposals of one type for a caption and back end.
         seed: seed of the choice between several possible edits.
-        words: YAML of TYPE: [WORD, ...], the words that edits of a type may introduce, all equally often. When not given, the built-in
-            words, as often as the captions use them.
+        words: YAML file of TYPE: [WORD, ...], the words that edits of a type may introduce, all equally often. By default the built-in
+            words are used, as often as they occur in the captions.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of its model.
         llm_see: also send the picture.
@@ -102,8 +102,8 @@ class EditOptions:
         folder: folder of edited pictures for the editor folder, FOLDER/SOURCE/NUMBER.png.
         masks: folder of masks with the same names; white marks where the picture may change.
         composite: restore the original outside of the mask, outside of the measured difference, or nowhere (none).
-        command: command for the editor command, called for each picture, with {request} and {output} in it.
-        options: NAME=VALUE,... with which a diffusers pipeline is called, such as num_inference_steps=28,guidance_scale=3.5.
+        command: command line of the editor command, run for each picture; it must contain {request} and {output}.
+        options: arguments of the diffusers pipeline, NAME=VALUE,..., such as num_inference_steps=28,guidance_scale=3.5.
         timeout_s: time limit of the command for one picture in seconds.
         threads: number of concurrent commands.
     """
@@ -145,7 +145,7 @@ class VerifyOptions:
     def __post_init__(self) -> None:
         _at_least(self, batch_size=1)
         if "{text}" not in self.template:
-            raise ConfigError(f"--template {self.template!r} lacks {{text}}, the place of the caption; add it")
+            raise ConfigError(f"--template {self.template!r} lacks {{text}}, which stands for the caption; add it")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class SelectOptions:
         per_type: largest number of edits of a type, drawn from the good ones; 0 for all.
         per_source: largest number of edits of one caption, drawn from the good ones, because those with the largest margins are the
             easiest.
-        splits: NAME=SHARE,... by source picture, such as train=0.9,test=0.1; one file for each.
+        splits: splits of the source pictures, NAME=SHARE,..., such as train=0.9,test=0.1; one file per split.
         prompt: prompt of the texts.
         source: name of the data set in its rows.
         seed: seed of the assignment of pictures to splits.
@@ -188,9 +188,9 @@ class AuditOptions:
         against: benchmarks that must share nothing with the data: manifests, and folders of pictures, separated by commas.
         sample: largest number of picture pairs whose grain is compared.
         seed: seed of halves and samples.
-        refine: file for a thinned set of groups. In it, guesses by length, and those of the scorer on a blank picture if there is one, are
-            right as often as wrong, and every word is introduced as often as removed.
-        strict: end with exit code 1 if a limit is exceeded.
+        refine: file for a balanced subset of the groups. In it, guessing by length, and by the scorer on a blank picture if one is given,
+            is right as often as wrong, and every word is introduced as often as it is removed.
+        strict: exit with code 1 if a limit is exceeded.
     """
 
     scorer: str = ""

@@ -1,4 +1,4 @@
-"""Plan of a whole campaign in one YAML file: the data, the work folder, and the options of every step."""
+"""Plan of a campaign in one YAML file: the data, the work folder, and the options of every step."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def read_plan(file: str) -> Plan:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); write YAML as in examples/build_coco.yaml") from error
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{path}: it holds a {type(given).__name__}; write YAML as in examples/build_coco.yaml")
+        raise ConfigError(f"{path}: it contains a {type(given).__name__}; write YAML as in examples/build_coco.yaml")
     listed = dict(given)
     for section in (value for value in listed.values() if isinstance(value, dict)):  # the command line separates names by commas
         section |= {name: ",".join(map(str, value)) for name, value in section.items() if isinstance(value, list)}

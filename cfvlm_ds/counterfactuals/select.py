@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,7 +18,7 @@ from typing import IO, Any
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.core.untrusted import own_output
@@ -31,14 +31,12 @@ from cfvlm_ds.data.cfgroup import SCHEMA, to_row
 from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.lines import MAX_LINE
 
-KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"
-TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real picture is of another split"
+KEPT, NO_ROOM, QUOTA = "kept", "good, but over the quota of its source", "good, but over the quota of its type"
+TWICE, ELSEWHERE = "good, but its text is a duplicate", "good, but its real picture belongs to another split"
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
 """Settings of a step that are copied to every group: back ends, models and versions, for reproduction."""
-
-Say = Callable[[str], object]
 
 
 @dataclass
@@ -71,7 +69,7 @@ class Survival:
         lines = [f"| | {' | '.join(map(in_cell, kinds))} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
         rows = [(name, [name]) for name in ("proposed", *rest[:_ROWS], KEPT)]
         if more := rest[_ROWS:]:
-            rows.insert(-1, (f"{len(more)} further reasons", more))
+            rows.insert(-1, (f"{len(more)} other reasons", more))
         for shown, names in rows:
             counts = [sum(self.by_type[kind][name] for name in names) for kind in kinds]
             share = f"{100 * sum(counts) / max(total['proposed'], 1):.1f} %"
@@ -87,7 +85,7 @@ class Survival:
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
-    Raises ConfigError if shards are not verified yet, naming all of them, or if nothing is left.
+    Raises ConfigError if shards are not verified yet, naming all of them, or if no candidate is kept.
     """
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
@@ -125,7 +123,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                     outside.update(_outside(row, further))
         if not written:
             became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
-            raise ConfigError(f"{out}: no candidate is left; the outcomes are: {became}")
+            raise ConfigError(f"{out}: no candidate was kept; outcomes: {became}")
     survival.files.update({str(files[name]): written[name] for name in files})
     survival.roots.extend(map(str, [folder, *sorted(outside)] if outside else []))
     replace(_beside(file), f"{survival.table()}\n\n{survival.captions()}\n".encode())
@@ -170,7 +168,8 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
 
 
 def _ranked(history: History) -> list[Edited]:
-    """Sort the good edits by a draw from their ids, so that quotas keep a random choice. Sorting by margin would keep the easiest."""
+    """Sort the good edits by a random number derived from their ids. Quotas then keep a random choice; sorting by margin would keep the
+    easiest."""
     return sorted((edited for edited in history.edits if edited.reason == GOOD), key=_draw)
 
 
@@ -279,7 +278,7 @@ def parse_splits(text: str) -> dict[str, float]:
         if not name.strip().replace("_", "").isalnum() or not shares[name.strip()] > 0:
             raise ConfigError(f"--splits {part!r}: use a name of letters and digits, and a share above 0")
     if shares and abs(sum(shares.values()) - 1) > 1e-6:
-        raise ConfigError(f"--splits {text}: the shares add up to {sum(shares.values()):g} and not to 1")
+        raise ConfigError(f"--splits {text}: the shares add up to {sum(shares.values()):g} instead of 1")
     return shares
 
 

@@ -34,8 +34,8 @@ def status(out: Path) -> str:
         lines.append(f"{step}: {through} of {work.shards} shards, {records} records")
         shown = counts.most_common(_MOST)
         lines += [f"    {one_line(name, _CHARS)}: {count}" for name, count in shown]
-        lines += [f"    and {len(counts) - _MOST} more kinds"] * (len(counts) > _MOST)
+        lines += [f"    and {len(counts) - _MOST} more counts"] * (len(counts) > _MOST)
         if missing and through:
             lines.append(f"    missing: --array={ranges(missing)}")
-    lines += ["", "all shards are through" if not unfinished else f"missing: --array={ranges(sorted(unfinished))}"]
+    lines += ["", "all shards are finished" if not unfinished else f"missing: --array={ranges(sorted(unfinished))}"]
     return "\n".join(lines)

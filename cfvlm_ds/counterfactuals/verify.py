@@ -16,7 +16,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.journal import records
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
@@ -34,7 +34,6 @@ from cfvlm_ds.evaluation.scoring import GroupScores
 STEP = "verify"
 _DECIMALS = 4
 
-Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
 """Function from candidate groups to their scores, in order. Raises DataError for a group that exceeds the model's window."""
 
@@ -132,7 +131,7 @@ def _inspected(candidate: Candidate) -> dict[str, Any]:
         return record | {"problem": f"no picture: {one_line(str(made['refused']), 200)}"}
     try:
         if (changed := _replaced(candidate)) is not None:
-            return record | {"problem": "a picture is another one than when it was edited", "detail": one_line(str(changed), 300)}
+            return record | {"problem": "a picture has changed since the step edit", "detail": one_line(str(changed), 300)}
         if candidate.original is None or candidate.edited is None:
             if candidate.original is not None:
                 open_image(candidate.original)  # raises for a picture that cannot be used
@@ -163,8 +162,8 @@ def _item(candidate: Candidate) -> Item:
 
 
 def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
-    """Build the group of both pictures with every text to score: "yes" and "no", in their spellings, to the question about each caption,
-    and the captions.
+    """Build the group of both pictures with all texts to score: the captions, and "yes" and "no" in their spellings as answers to the
+    question about each caption.
     """
     item = _item(candidate)
     cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))
@@ -208,14 +207,14 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
     """
     work = WorkFolder.open(out)
     if not labelled.is_file():
-        raise DataError(f"{labelled}: no such file; write one JSON object a line")
+        raise DataError(f"{labelled}: no such file; write one JSON object per line")
     labels: dict[tuple[str, int], bool] = {}
-    for number, row in enumerate(records(labelled, "write one JSON object a line"), 1):
+    for number, row in enumerate(records(labelled, "write one JSON object per line"), 1):
         edit, attempt, good = row.get("edit"), row.get("attempt", 0), row.get("good")
         if not isinstance(edit, str) or type(attempt) is not int or not isinstance(good, bool):
             raise DataError(f'{labelled}: line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
         if labels.setdefault((edit, attempt), good) != good:
-            raise DataError(f"{labelled}: line {number} contradicts an earlier line about {edit!r}, attempt {attempt}; keep one of them")
+            raise DataError(f"{labelled}: line {number} contradicts an earlier line about {edit!r}, attempt {attempt}; keep one")
     judged: list[tuple[Mapping[str, Any], bool]] = []
     for shard in range(work.shards):
         for record in work.records(STEP, shard):
@@ -223,7 +222,9 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
                 judged.append((record, labels.pop(name)))
     if labels:
         edit, attempt = next(iter(labels))
-        raise DataError(f"{labelled}: {len(labels)} labels have no verified candidate, such as {edit!r}, attempt {attempt}; verify first")
+        raise DataError(
+            f"{labelled}: {len(labels)} labels refer to no verified candidate, for example {edit!r}, attempt {attempt}; run verify first"
+        )
     fitted = calibrated(judged, start, precision)
     replace(out / "thresholds.json", fitted.as_json().encode(), shared=True)
     return fitted

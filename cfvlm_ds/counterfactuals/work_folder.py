@@ -43,11 +43,11 @@ STEPS = ("propose", "edit", "verify")
 _FOLDERS = (*STEPS, "pictures", "mine")
 MAX_SHARDS = 100_000
 T = TypeVar("T")
-OUTDATED = "was made from other records of the previous step than the current ones"
+OUTDATED = "is outdated, because the records of the previous step have changed"
 
 
 def seed_of(*parts: object) -> int:
-    """Derive a 63-bit seed from the parts that describe its purpose."""
+    """Derive a 63-bit seed from values that describe its purpose."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
@@ -84,7 +84,7 @@ class WorkFolder:
         """
         _refuse_links(path)
         if not 1 <= shards <= MAX_SHARDS:
-            raise ConfigError(f"{shards} shards; divide the work into 1 to {MAX_SHARDS}")
+            raise ConfigError(f"the number of shards must be from 1 to {MAX_SHARDS}, not {shards}")
         source = {
             "path": os.path.abspath(store.path),
             "format": store.format,
@@ -109,11 +109,11 @@ class WorkFolder:
         return cls(path, about)
 
     def settle(self, step: str, options: Any, **more: Any) -> None:
-        """Write the settings of a step, with secrets masked, or refuse settings that differ from the existing ones. A secret may change."""
+        """Write the settings of a step, with secrets masked. Raises ConfigError if they differ from existing ones, except in secrets."""
         _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Any) -> None:
-        """Refuse options that differ from those with which a step was started, before anything is loaded for it."""
+        """Raise ConfigError for options that differ from those with which a step was started. Nothing is loaded for this check."""
         if begun := self.settings(step):
             _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
@@ -138,7 +138,8 @@ class WorkFolder:
 
     def again(self, step: str, shard: int) -> str:
         """Describe how to repeat a step, and the following steps, for a shard."""
-        return f"remove {' '.join(f'{self.path / name}/shard-{shard:05d}.*' for name in STEPS[STEPS.index(step) :])}, and run it again"
+        files = " ".join(f"{self.path / name}/shard-{shard:05d}.*" for name in STEPS[STEPS.index(step) :])
+        return f"remove {files}; then run these steps again"
 
     def missing(self, step: str) -> list[int]:
         """List the shards for which a step is not finished."""
@@ -175,7 +176,7 @@ class WorkFolder:
         """
         of = self.shards if of is None else of
         if of != self.shards or not 0 <= shard < of:
-            raise ConfigError(f"{self.path} has {self.shards} shards, and --shard is {shard}/{of}; use 0 to {self.shards - 1}")
+            raise ConfigError(f"{self.path} has {self.shards} shards, but --shard is {shard}/{of}; use 0 to {self.shards - 1}")
         if step != STEPS[0]:
             self.need(STEPS[STEPS.index(step) - 1], shard)
         self.refuse_other(step, options)
@@ -205,7 +206,7 @@ class ShardStep:
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
         """Raise DataError if an existing record does not belong to this unit, because the folder then belongs to other data."""
         if any(record.get(key) != value for key, value in named.items()):
-            raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} in place of {named}; start a new work folder")
+            raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")
 
     def remaining(
         self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
@@ -222,7 +223,7 @@ class ShardStep:
             counted(record, counts)
             unusable = unusable or record.get("detail", "")
         if unusable:
-            say(f"warning: {self.step}: some rows or pictures cannot be used, and are counted; the first: {unusable}")
+            say(f"warning: {self.step}: some rows or pictures could not be used and are counted; the first: {unusable}")
         self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
         if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
@@ -234,7 +235,7 @@ class ShardStep:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Close the journal. If a failed step has no records, remove its settings, so that wrong ones can be corrected."""
+        """Close the journal. If a failed step has no records, remove its settings, because they may have been wrong."""
         self._journal.close()
         journals = self._journal.path.parent
         if kind is not None and self.count == 0 and list(journals.iterdir()) == [self._journal.path]:
@@ -251,7 +252,7 @@ def _refuse_links(path: Path) -> None:
 
 
 def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
-    """Write a file of settings, or refuse settings that differ from the existing ones."""
+    """Write a file of settings, or raise ConfigError if they differ from the existing ones."""
     refuse_link(path, "remove it")
     text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
     if not path.exists():
@@ -260,9 +261,9 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
     current, wanted_now = _read(path), json.loads(text)
     if current == wanted_now:
         return
-    remedy = f"use the same settings, or another folder than {folder}"
+    remedy = f"use the same settings, or a folder other than {folder}"
     if path.stem in STEPS:
-        remedy += f"; to repeat {path.stem}, remove {path} and {path.with_suffix('')}, and those of the following steps"
+        remedy += f"; to repeat {path.stem}, remove {path} and {path.with_suffix('')}, and the same for the following steps"
     old, new = flat(current), flat(wanted_now)
     differing = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     shown = "; ".join(f"{key}: {quoted(was, 160)} then, {quoted(value, 160)} now" for key, was, value in differing[:4])

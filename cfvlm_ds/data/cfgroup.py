@@ -53,7 +53,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
     """
     check_keys(row, _GROUP_KEYS, "row")
     if row.get("schema", SCHEMA) != SCHEMA:
-        raise DataError(f"schema is {row['schema']!r}, this version reads {SCHEMA!r}; convert the file")
+        raise DataError(f"schema is {row['schema']!r}, but this version reads {SCHEMA!r}; convert the file")
     group_id = name(row, "id", "row")
     where = f"group {group_id!r}"
     images = items(row, "images", _IMAGE_KEYS, where)
@@ -187,7 +187,7 @@ def _part(part: Any, where: str) -> Part:
     if isinstance(part, Mapping) and part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str):
         return part["text"]
     raise DataError(
-        f'{where}: a part is {{"type": "image"}} or {{"type": "text", "text": "..."}}, not {part!r}; pictures are in \'images\''
+        f'{where}: a part must be {{"type": "image"}} or {{"type": "text", "text": "..."}}, not {part!r}; list pictures in \'images\''
     )
 
 
@@ -197,7 +197,7 @@ def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
         return (root / path,)
     listed = path if isinstance(path, list) else [] if path is None else [path]
     if not all(isinstance(name, str) for name in listed) or path == []:
-        raise DataError(f"{where}: 'path' must be a string, a list of strings, or null for text alone, not {path!r}")
+        raise DataError(f"{where}: 'path' must be a string, a list of strings, or null if there is no picture, not {path!r}")
     return tuple(root / name for name in listed)
 
 

@@ -82,7 +82,7 @@ class _Rows(NamedTuple):
 def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
     """Check all rows, add their contents and problems to ``report``, and return their pictures and the repeated ids."""
     ids, pictures = [_arrays({})], [_arrays({})]
-    for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "check of rows", len(store), "groups")):
+    for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "checking rows", len(store), "groups")):
         report.add(part.report)
         ids.append(part.ids)
         pictures.append(part.pictures)
@@ -139,7 +139,7 @@ def check_texts(
     """
     report, shown = CheckReport(str(store.path)), [_arrays({})]
     texts = _Texts(store, lengths, pictures or PictureTable.of(()))
-    for part, images in scan.over(range(len(store)), texts, Progress(progress, "check of texts", len(store), "groups")):
+    for part, images in scan.over(range(len(store)), texts, Progress(progress, "checking texts", len(store), "groups")):
         report.add(part)
         shown.append(images)
     report.visual_tokens.update(distinct(shown)[1].tolist())
@@ -192,7 +192,7 @@ class _Texts:
             if length > lengths.max_length:
                 report.problems.append(
                     f"{self.store.where(index)}: group {group.id!r}: text {number} is {length} tokens long with its prompt and image, over "
-                    f"the model's window of {lengths.max_length}; shorten it, or allow more tokens if the model does"
+                    f"the model's window of {lengths.max_length}; shorten it, or raise the window if the model supports it"
                 )
 
 
@@ -235,7 +235,7 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
-    """Check a data set completely, and return its contents and problems. Every image is decoded once. No problem is raised.
+    """Check a data set completely, and return its contents and problems. Every image is decoded once. Problems are returned, not raised.
 
     With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
     ``max_pixels`` is as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds. The files of a store are

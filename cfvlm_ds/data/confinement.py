@@ -11,9 +11,7 @@ from pathlib import Path
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.picture_file import picture_file
 
-_OF_DATA = (
-    "add the folder that holds it to data.root, which may be a list of folders (cfvlm-ds: --root, once for each), or correct the path"
-)
+_OF_DATA = "add the folder that contains it to data.root, a folder or a list of folders (cfvlm-ds: repeat --root), or correct the path"
 
 
 class Confinement:
@@ -40,7 +38,7 @@ class Confinement:
         if not path.name:
             raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
         if "\0" in str(path):
-            raise DataError(f"image path {str(path)!r} cannot be followed (it has a null byte); correct it")
+            raise DataError(f"image path {str(path)!r} is invalid (it contains a null byte); correct it")
         joined = [root / file for root in (self.roots if not file.is_absolute() else self.roots[:1])]
         full = target = (
             joined[0] if len(joined) == 1 else next((candidate for candidate in joined if os.path.lexists(candidate)), joined[0])
@@ -56,7 +54,7 @@ class Confinement:
                     if full.resolve() != target:  # ".." after a link leads elsewhere
                         full = target
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-            raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
+            raise DataError(f"image path {str(path)!r} cannot be resolved ({error}); correct it") from error
         if not inside:
             roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
             raise DataError(f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); {self._remedy}")

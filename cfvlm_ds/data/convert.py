@@ -60,7 +60,7 @@ def convert(
         if on_error == "skip":
             pictures, broken = open_pictures(CheckReport(str(store.path)), store, *seen.pictures, max_pixels, say, scan)
         elif report.problems:
-            raise DataError(f"{report.problems[0]} (or leave such rows out with --on_error skip)")
+            raise DataError(f"{report.problems[0]} (or skip such rows with --on_error skip)")
         groups, writer = 0, RowLines(store, base, pictures, broken, frozenset(seen.repeats))
         for part in scan.over(range(len(store)), writer, Progress(say, "rows", len(store), "groups")):
             file.write(part.lines)
@@ -68,9 +68,12 @@ def convert(
             report.problems.extend(part.report.problems)
         if not groups:
             problems = report.problems
-            raise DataError(problems[0] + f" (and so are all {len(problems)} groups)" * (len(problems) > 1))
+            raise DataError(problems[0] + f" (none of the {len(problems)} groups is usable)" * (len(problems) > 1))
     if described := report.prompts[repr(DESCRIBE)]:
-        say(f"{described} of {report.num_groups} groups read ask {DESCRIBE!r}, as captions without a prompt do (ask= asks another)")
+        say(
+            f"{described} of {report.num_groups} groups use the prompt {DESCRIBE!r}, the default for captions without one (the format "
+            "option ask= sets another)"
+        )
     list_skipped(listed, report.problems, say, "groups")
     return Converted(groups, report.problems, base)
 

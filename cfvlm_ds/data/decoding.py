@@ -61,7 +61,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         if not picture_file(path).is_file():  # a named pipe would block for ever
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
         if (size := picture_stat(path)[0]) > MAX_BYTES:
-            raise DataError(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
+            raise DataError(f"{path}: image file has {size} bytes, over the limit of {MAX_BYTES}; save it again, or drop the row")
         with open_picture(path) as handle:
             handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
             image = _read_header(handle)
@@ -71,11 +71,11 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{path}: no image in it (corrupt header, 0 pixels wide or high, or not one of {', '.join(_FORMATS)}); "
+            f"{path}: it contains no image (corrupt header, 0 pixels wide or high, or not one of {', '.join(_FORMATS)}); "
             "replace or convert the file"
         ) from error
     except Exception as error:  # PIL's decoders raise nearly anything on corrupt bytes: OSError, SyntaxError, struct.error, KeyError, ...
-        raise DataError(f"{path}: image cannot be read, truncated or corrupt ({error}); copy or download it again") from error
+        raise DataError(f"{path}: image cannot be read ({error}); it may be truncated or corrupt, so copy or download it again") from error
 
 
 def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
@@ -85,7 +85,7 @@ def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
             f"{path}: image is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; shrink it, or raise max_pixels"
         )
     if max(size) > MAX_ASPECT * min(size):
-        raise DataError(f"{path}: image is {width}x{height}, and its sides may be {MAX_ASPECT}:1 at most; crop it, or drop the row")
+        raise DataError(f"{path}: image is {width}x{height}, over the limit of {MAX_ASPECT}:1 for its sides; crop it, or drop the row")
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded completely even if the image shows a part of it
         across, down = (int(image.tag_v2.get(side, 1)) for side in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
         if across * down > max_pixels:

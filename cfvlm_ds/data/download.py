@@ -80,7 +80,7 @@ def download(
                 if isinstance(row, DataError) or failed is not None:
                     problems.append(str(row) if failed is None else f"{where}: {failed}")
                     if on_error == "error":
-                        raise DataError(f"{problems[0]} (or leave such rows out with --on_error skip)")
+                        raise DataError(f"{problems[0]} (or skip such rows with --on_error skip)")
                     continue
                 files.update(str(fetched[address]) for address in addresses)
                 file.write(json.dumps(_with_files(row, fetched.__getitem__), ensure_ascii=False).encode() + b"\n")
@@ -135,7 +135,7 @@ def _of_text(address: str) -> bytes:
             raise ValueError("not in base64")
         return base64.b64decode(text, validate=True)
     except (ValueError, binascii.Error) as error:
-        raise DataError(f"the picture within the row cannot be decoded ({error}); write the row again") from error
+        raise DataError(f"the picture stored in the row cannot be decoded ({error}); write the row again") from error
 
 
 def _of_network(address: str) -> bytes:
@@ -145,7 +145,7 @@ def _of_network(address: str) -> bytes:
             reply = call(address, headers, silence_s=TIMEOUT_S, whole_s=WHOLE_S, most_bytes=MAX_DOWNLOAD, follow=True)
             if reply.status < 300:
                 return reply.content
-            why, again = f"the server answers {reply.status} {reply.reason}", reply.status in _AGAIN
+            why, again = f"the server replied {reply.status} {reply.reason}", reply.status in _AGAIN
         except (OSError, ValueError, http.client.HTTPException) as error:
             why, again = str(getattr(error, "reason", error)) or type(error).__name__, not isinstance(error, ValueError)
         if not again or attempt == ATTEMPTS:

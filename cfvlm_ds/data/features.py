@@ -85,10 +85,10 @@ def read_features(file: Path) -> Features:
         with safe_open(file, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
             if handle.metadata()["sum"] != _sum(tensors):
-                raise ValueError("its sum is another")
+                raise ValueError("its checksum differs")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{file}: features cannot be read ({error}); remove the file and start the run again, with a folder that all ranks see"
+            f"{file}: features cannot be read ({error}); remove the file and start the run again, with a folder that all ranks can read"
         ) from error
     width, height = tensors.pop("size").tolist()
     return Features((width, height), tensors.pop("placeholder_ids").tolist(), dict(_named(tensors, _TOWER)), dict(_named(tensors, _INPUT)))

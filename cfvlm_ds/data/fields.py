@@ -36,7 +36,7 @@ def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> di
     further = {key: value for key, value in row.items() if key not in known}
     for key in further:
         if near := difflib.get_close_matches(key, absent, n=1, cutoff=_MISSPELT):
-            raise DataError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? if not, name it otherwise")
+            raise DataError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? If not, rename the key")
     return further
 
 
@@ -184,4 +184,4 @@ def lookup(index: Mapping[str, int], name: Any, where: str) -> int:
     try:
         return index[name]
     except (KeyError, TypeError):
-        raise DataError(f"{where}: no id {name!r}; known: {', '.join(index)}") from None
+        raise DataError(f"{where}: unknown id {name!r}; known: {', '.join(index)}") from None

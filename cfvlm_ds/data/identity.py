@@ -125,7 +125,7 @@ def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str 
     if before.get("mixture") != now.get("mixture"):
         return "the mixture: its sources, their names or their objectives"
     if before["ids"] != now["ids"]:
-        return "the groups (other ids)"
+        return "the groups (different ids)"
     left_out = "pictures" if before["pictures"] is None or now["pictures"] is None else "paths"
     compared = [name for name in (_OF_SCORES if of_scores else _PARTS) if name != left_out]
     if differences := [_PARTS[name] for name in compared if before[name] != now[name]]:

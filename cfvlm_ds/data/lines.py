@@ -53,7 +53,7 @@ class IndexedLines:
         """
         held = HeldFile(path)
         stat = os.fstat(held.number)
-        counted = Progress(progress, f"index of {path}", stat.st_size / 1e6, "MB")
+        counted = Progress(progress, f"indexing {path}", stat.st_size / 1e6, "MB")
         starts, sums, numbers = array("Q"), array("I"), array("I")
         place, lines, reported = 0, 0, 0
         with open(held.number, "rb", buffering=MIB, closefd=False) as file:
@@ -61,7 +61,7 @@ class IndexedLines:
                 lines += 1
                 if len(line) > MAX_LINE:
                     remedy = "shorten it, or split the file into lines"
-                    raise DataError(f"{path}:{lines}: the line has more than {MAX_LINE} bytes, the bound for one row; {remedy}")
+                    raise DataError(f"{path}:{lines}: the line has more than {MAX_LINE} bytes, the limit for one row; {remedy}")
                 if not line.isspace():
                     starts.append(place)
                     sums.append(zlib.crc32(line))
@@ -99,7 +99,7 @@ class IndexedLines:
         line = data[: data.find(b"\n") + 1 or None]
         if zlib.crc32(line) != self.sums.item(row):
             raise DataError(
-                f"{self.where(row)}: the row has changed since it was indexed; do not write to a data set in use, and prepare a store again"
+                f"{self.where(row)}: the row has changed since it was indexed; do not modify a data set in use, and prepare the store again"
             )
         return line.rstrip(b"\r\n")
 

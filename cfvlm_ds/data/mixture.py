@@ -1,7 +1,7 @@
 """Mixtures of sources: the source at each position of the stream of groups, computed only from the position.
 
 The stream is divided into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up. Which sources are
-rounded up changes from window to window, so that in the long run every source has its exact share (systematic sampling with a start that
+rounded up changes from window to window, so every source has its exact share in the long run (systematic sampling with a start that
 advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number of ranks,
 and any position can be computed directly, because the number of draws before a window has a closed form.
 
@@ -122,14 +122,14 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequ
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
     elif without := [name for name, weight in zip(names, weights, strict=True) if weight is None]:
-        raise DataError(f"data.train: source {without[0]!r} has no weight, and others do; give a weight to each or to none")
+        raise DataError(f"data.train: source {without[0]!r} has no weight, but others have one; give every source a weight, or none")
     else:
         given = [Fraction(repr(float(weight or 0))) for weight in weights]
     total = sum(given, Fraction(0))
     shares = tuple(weight / total for weight in given)
     for share, name in zip(shares, names, strict=True):
         if 0 < share < _LEAST:
-            raise DataError(f"data.train: source {name!r} has {float(share):.1g} of the draws, less than one in 1e9; leave it out")
+            raise DataError(f"data.train: source {name!r} gets {float(share):.1g} of the draws, less than one in 1e9; leave it out")
     return shares
 
 

@@ -37,7 +37,7 @@ def open_pictures(
     broken = dict[int, str]()
 
     def sound() -> Iterator[tuple[Path, Picture]]:
-        counted = Progress(progress, "check of images", len(keys), "images")
+        counted = Progress(progress, "checking images", len(keys), "images")
         for opened in counted.over(opened_pictures(store, keys, places, max_pixels, scan)):
             if isinstance(opened.found, Picture):
                 yield opened.path, opened.found
@@ -112,7 +112,7 @@ def opened_picture(
             return f"{path}: the picture has changed since it was prepared; restore it, or prepare the data again", b""
         content = picture_bytes(path, MAX_BYTES) if contents else b""
         if contents and digest_of(content) != picture.digest:
-            return f"{path}: the picture was written while it was read; start again when it is whole", b""
+            return f"{path}: the picture changed while it was read; start again when it is complete", b""
         return picture, content
     except DataError as error:
         return str(error), b""
@@ -121,14 +121,14 @@ def opened_picture(
 
 
 def equal_images(group: CounterfactualGroup, pictures: PictureTable) -> Iterator[str]:
-    """Yield a problem for each pair of images of a group that are equal byte for byte although the truth table distinguishes them."""
+    """Yield a problem for each pair of images of a group that are byte-identical although the truth table distinguishes them."""
     for second in range(1, len(group.images)):
         for first in range(second):
             if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):
                 files = " and ".join(", ".join(map(str, group.images[place])) for place in (second, first))
                 yield (
-                    f"group {group.id!r}: counterfactual image {second} equals image {first} byte for byte ({files}) though match tells "
-                    "them apart; redo the edit, or remove it"
+                    f"group {group.id!r}: counterfactual image {second} is byte-identical to image {first} ({files}), but match "
+                    "distinguishes them; redo the edit, or remove it"
                 )
 
 

@@ -70,7 +70,7 @@ def picture_bytes(path: Path, limit: int) -> bytes:
             content = read_within(handle, size, limit)
         if len(content) <= limit:
             return content
-    raise TooLarge(f"it has more than {limit} bytes, the bound for such a file")
+    raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
 
 
 def _part(path: Path) -> tuple[int, int] | None:
@@ -82,7 +82,8 @@ def _part(path: Path) -> tuple[int, int] | None:
 def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
     if (end := sum(part)) > size:
         raise DataError(
-            f"{path}: it ends at byte {end}, and its file has {size}; get {picture_file(path).name} whole, or make the data again"
+            f"{path}: it ends at byte {end}, but its file has {size} bytes; get a complete {picture_file(path).name}, or create the data "
+            "again"
         )
     return part
 
@@ -120,7 +121,7 @@ class _Part(io.RawIOBase):
         wanted = max(0, min(len(view), self._length - self._place))
         data = self._container.read(self._start + self._place, wanted)
         if wanted and not data:
-            raise DataError(f"{self._path}: its file has become shorter while it was read; get it whole again")
+            raise DataError(f"{self._path}: its file was truncated while it was read; get a complete copy")
         view[: len(data)] = data
         self._place += len(data)
         return len(data)

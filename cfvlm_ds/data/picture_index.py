@@ -65,7 +65,7 @@ def content_digest(path: Path) -> bytes:
     with open_picture(path) as handle:
         left = handle.seek(0, os.SEEK_END)
         if left > MAX_BYTES:
-            raise TooLarge(f"it has {left} bytes, and {MAX_BYTES} is the bound for a picture")
+            raise TooLarge(f"it has {left} bytes, over the limit of {MAX_BYTES} for a picture")
         handle.seek(0)
         while left > 0 and (block := handle.read(min(_BLOCK, left))):
             digest.update(block)
@@ -122,7 +122,7 @@ class PictureTable:
             return None
 
         distinct = list(dict.fromkeys(paths))
-        counted = Progress(say, "contents of pictures", len(distinct), "pictures")
+        counted = Progress(say, "hashing pictures", len(distinct), "pictures")
         with ThreadPoolExecutor(cores_per_rank()) as pool:
             entries = zip(distinct, counted.over(pool.map(look, distinct)), strict=True)
             return cls.of((path, picture) for path, picture in entries if picture is not None)
@@ -166,8 +166,8 @@ class PictureTable:
             return  # opening it will report the problem
         if not same:
             raise DataError(
-                f"{path}: the picture has other contents than when the data were checked for this run; restore it, or name another "
-                "train.output_dir for a run on it"
+                f"{path}: the picture has changed since the data were checked for this run; restore it, or set another "
+                "train.output_dir to train on it"
             )
 
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import Summed, crc32_of, remove, replace, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import refuse_link
@@ -60,7 +60,6 @@ _PLACE = np.dtype([("key", "<u8"), ("name", "<u8"), ("tar", "<u4"), ("start", "<
 _SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
 Array = npt.NDArray[Any]
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ def prepare(
     problems and ``on_error`` is ``error``, nothing more is written.
 
     Unfinished work for another state of the data set is discarded, unless several processes share it. With ``anew``, so is a complete store
-    of another state. Without ``pack``, pictures that were opened for that state are opened again only if their files have changed. Raises
-    OSError, and ConfigError for a folder with other contents or with a store of another state.
+    of another state. Without ``pack``, pictures that were opened for the discarded state are opened again only if their files have changed.
+    Raises OSError, and ConfigError for a folder with other contents or with a store of another state.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -176,7 +175,10 @@ class _Job:
                 self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan))
                 return False
             if missing := units.missing():
-                self.say(f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this again after them")
+                self.say(
+                    f"{out}: {len(missing)} of {units.count} parts of its pictures belong to other shards; run this command again when "
+                    "they have finished"
+                )
                 return False
             pictures = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
             pictures = pictures[np.argsort(pictures["key"])]
@@ -192,7 +194,9 @@ class _Job:
         if strict and self.report.problems:
             return False
         if missing := files.missing():
-            self.say(f"{out}: {len(missing)} of {files.count} files of rows belong to other shards; the last one completes the store")
+            self.say(
+                f"{out}: {len(missing)} of {files.count} files of rows belong to other shards; the last shard to finish completes the store"
+            )
             return False
         return self._end(units, files, pictures)
 
@@ -204,7 +208,8 @@ class _Job:
             if stamp is not None:
                 break
         raise ConfigError(
-            f"{self.out} was prepared from another state of {self.source.path}, or with other options; remove it, or name another --out"
+            f"{self.out} was prepared from another state of {self.source.path}, or with other options; remove it, or name another folder "
+            "with --out"
         )
 
     def _open_unit(self, units: _Files, number: int, keys: Array, places: Array, progress: Progress) -> None:
@@ -396,7 +401,7 @@ def _absolute(picture: Path) -> Path:
 def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
     """Return the path of a picture in a tar of the store. Raises DataError for a picture that is not packed."""
     if (at := find(pictures["key"], picture_key(picture))) is None:
-        raise DataError(f"{picture}: the picture is not packed: the data set has changed; remove the store and prepare it again")
+        raise DataError(f"{picture}: the picture is not packed, because the data set has changed; remove the store and prepare it again")
     place = pictures[at]
     return _absolute(out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"])))
 

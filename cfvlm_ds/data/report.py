@@ -107,7 +107,7 @@ class CheckReport:
         if not self.visual_tokens:
             return ""
         low, middle, most = quantiles(self.visual_tokens, 0, 50, 100)
-        return f"min {low}, median {middle}, max {most} an image"
+        return f"min {low}, median {middle}, max {most} per image"
 
     @property
     def unused(self) -> str:
@@ -115,7 +115,7 @@ class CheckReport:
         return f"{counted(self.metadata)} (kept, not used)"
 
     def __str__(self) -> str:
-        lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # zeros say nothing
+        lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # zeros are not informative
         lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
         table = [f"{name:<16} {value}" for name, value in lines]
         first: dict[str, str] = {}
@@ -134,7 +134,7 @@ class CheckReport:
             ("texts", str(self.num_texts)),
             ("prompts", counted(self.prompts) or "none"),
             ("unknown cells", f"{self.num_unknown_cells} of {self.num_cells}"),
-            ("edit types", counted(self.edit_types) or "none named"),
+            ("edit types", counted(self.edit_types) or "none"),
             ("counterfactuals", ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none"),
             (
                 "longest text",
@@ -149,7 +149,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Strip file and row from a problem, so that the same problem of several rows is the same text."""
+    """Strip file and row from a problem, to recognise the same problem in several rows."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 

@@ -50,7 +50,7 @@ class LineRows:
         except DataError as error:
             return error
         except OSError as error:
-            return DataError(f"{self.where(row)}: the row cannot be read ({error.strerror}); look at the file's disk and start again")
+            return DataError(f"{self.where(row)}: the row cannot be read ({error.strerror}); check the disk and start again")
         if isinstance(value, list):
             return DataError(f"{self.where(row)}: the line is a list, not an object; write one object per line, or name the file .json")
         return value
@@ -69,10 +69,12 @@ def parsed(data: bytes, where: object, remedy: str, decoder: json.JSONDecoder | 
         raise DataError(f"{where}: broken JSON at {line}column {error.colno} ({error.msg}); {remedy}") from error
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])[1:-1]
-        raise DataError(f"{where}: {half} is half of a surrogate pair, which no tokenizer accepts; write both or remove it") from error
+        raise DataError(
+            f"{where}: {half} is half of a surrogate pair, which no tokenizer accepts; write both halves, or remove it"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except DuplicateKey as error:
         raise DataError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested brackets
-        raise DataError(f"{where}: JSON that cannot be parsed ({error}); {remedy}") from error
+        raise DataError(f"{where}: the JSON cannot be parsed ({error}); {remedy}") from error

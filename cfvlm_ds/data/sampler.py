@@ -8,7 +8,8 @@ epochs, so no batch is short and no group is dropped. Element j of those B goes 
 
 so the groups of a step depend only on B and the position, not on how B is factorised.
 
-PackedSampler fills micro-batches by tokens instead. They differ in their number of groups, but hardly in their number of tokens.
+PackedSampler fills micro-batches by tokens instead. Micro-batches then differ in their numbers of groups, but hardly in their numbers of
+tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class GroupSampler:
         ``order`` is the order of a mixture, or of rows with several groups; without it, the groups are one data set, permuted by ``seed``.
         """
         if num_groups < 1:
-            raise DataError("the data has no groups to sample; check the manifest")
+            raise DataError("the data contain no groups; check the manifest")
         if min(groups_per_micro_batch, gradient_accumulation_steps, world_size) < 1:
             raise ValueError(
                 f"groups_per_micro_batch ({groups_per_micro_batch}), gradient_accumulation_steps ({gradient_accumulation_steps}) and "
@@ -116,8 +117,8 @@ class GroupSampler:
         for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
                 raise DataError(
-                    f"the checkpoint's sampler has {name} {state.get(name)!r} and this run has {value!r}; resume with the data and seed of "
-                    "the saved run, or start a new run"
+                    f"the checkpoint's sampler has {name} {state.get(name)!r}, but this run has {value!r}; resume with the data and seed "
+                    "of the saved run, or start a new run"
                 )
         self.samples_seen = state["samples_seen"]
 
@@ -136,10 +137,10 @@ class PackedSampler(GroupSampler):
 
     A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream and put where they leave the
     least room (best fit). A group that fits nowhere waits for the next step, where it comes first. The step is full when ``_WINDOW`` groups
-    wait, or when the next group of the stream already waits; otherwise the other groups of a small data set would be repeated many times
-    meanwhile. Then the fullest and the emptiest micro-batch exchange groups until they are balanced. No group is lost or repeated, the
-    numbers of times that two groups were seen differ by at most two, and the order depends only on the data, the seed, ``max_tokens`` and
-    the number of micro-batches of a step.
+    wait, or when the next group of the stream already waits; otherwise a small data set would repeat its other groups many times before
+    that group is used. Then the fullest and the emptiest micro-batch exchange groups until they are balanced. No group is lost or repeated,
+    the numbers of times that two groups were seen differ by at most two, and the order depends only on the data, the seed, ``max_tokens``
+    and the number of micro-batches of a step.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class PackedSampler(GroupSampler):
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
         position, steps, tokens = _Position(), 0, 0
-        progress = Progress(say, "packing, to count the steps", counted, "groups")
+        progress = Progress(say, "counting steps", counted, "groups")
         while position.read - len(position.waiting) < counted:
             bins, position = self._pack(position)
             tokens, steps = tokens + sum(int(self.tokens[group]) for micro_batch in bins for group in micro_batch), steps + 1

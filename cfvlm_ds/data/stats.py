@@ -55,12 +55,12 @@ class Statistics:
             "manifest": report.manifest,
             "groups": str(report.num_groups),
             "images x texts": counted(report.shapes),
-            "pictures": f"{report.num_images} different files, {_spread(self.sides, 'pixels of the longer side')}",
-            "texts": f"{self.num_texts} different of {report.num_texts}, for {self.num_prompts} different prompts",
+            "pictures": f"{report.num_images} distinct files, {_spread(self.sides, 'pixels on the longer side')}",
+            "texts": f"{self.num_texts} distinct of {report.num_texts}, for {self.num_prompts} distinct prompts",
             "lengths": _spread(report.text_lengths, report.longest_text_unit),
-            "visual tokens": _spread(report.visual_tokens, "an image"),
+            "visual tokens": _spread(report.visual_tokens, "per image"),
             "cells": f"{true} true, {report.num_false_cells} false, {report.num_unknown_cells} unknown of {report.num_cells}",
-            "edit types": counted(report.edit_types) or "none named",
+            "edit types": counted(report.edit_types) or "none",
             "sources": counted(report.sources),
             "equal rows": repeated(self.num_rows, report.num_groups, "rows"),
             "equal texts": repeated(self.num_texts, report.num_texts, "texts"),
@@ -82,9 +82,9 @@ def statistics(
 ) -> Statistics:
     """Collect the statistics of a manifest.
 
-    The pictures of a prepared store are known from its table; others are opened. A row, picture or text with a problem is counted and left
-    out of the rest. ``lengths`` (for instance a Collator) measures in tokens. Raises DataError for an unknown format, and for a manifest
-    that cannot be read at all.
+    The pictures of a prepared store are known from its table; others are opened. Rows, pictures and texts with problems are
+    counted, and left out of all other statistics. ``lengths`` (for instance a Collator) measures in tokens. Raises DataError for an unknown
+    format, and for a manifest that cannot be read at all.
     """
     store, scan = open_groups(path, root, format, progress=progress), Scan()
     report = CheckReport(str(path))

@@ -104,7 +104,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         try:
             groups = [confined(group, self._confine) for group in converted(value, self._convert)]
             if len(groups) != expected:
-                raise DataError(f"the row has {len(groups)} groups, and {expected} were counted; correct the format's parts()")
+                raise DataError(f"the row has {len(groups)} groups, but {expected} were counted; correct the format's parts()")
         except DataError as error:
             raise DataError(f"{self.rows.where(row)}: {error}") from error
         return groups
@@ -144,7 +144,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
 
     firsts = np.cumsum(np.concatenate([np.zeros(1, np.int64), *over(work)]))
     if firsts[-1] >= 1 << 32:
-        raise DataError(f"{rows.path}: its rows have {firsts[-1]} groups, and {1 << 32} is the bound; split the file")
+        raise DataError(f"{rows.path}: its rows have {firsts[-1]} groups, over the limit of {1 << 32}; split the file")
     return firsts.astype("<u4")
 
 
@@ -188,8 +188,8 @@ def confined(group: CounterfactualGroup, confine: Confinement) -> Counterfactual
         for first in equal.setdefault(pictures, []):
             if told_apart(group, first, second):
                 raise DataError(
-                    f"group {group.id!r}: counterfactual image {second} equals image {first} (the same file {group.images[first][0]}) "
-                    "though match tells them apart; name the edited image, or remove it"
+                    f"group {group.id!r}: counterfactual image {second} is the same file as image {first} ({group.images[first][0]}), "
+                    "but match distinguishes them; name the edited image, or remove it"
                 )
         equal[pictures].append(second)
     return group

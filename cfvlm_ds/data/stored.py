@@ -55,7 +55,7 @@ class StoredRows:
 
     def __init__(self, folder: Path, roots: Sequence[Path] = ()) -> None:
         self.path = folder
-        self._file, self._remedy = folder / FILE, "prepare the data again, or copy the store whole"
+        self._file, self._remedy = folder / FILE, "prepare the data again, or copy the complete store"
         if not os.path.lexists(self._file):
             begun = ": run `cfvlm-ds data prepare` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
             raise DataError(f"{folder} is not a complete store{begun}")
@@ -68,10 +68,10 @@ class StoredRows:
                 file = own_file(folder, entry["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != entry["bytes"]:
-                    raise ValueError(f"{file.name} has {size} bytes in place of {entry['bytes']}")
+                    raise ValueError(f"{file.name} has {size} bytes instead of {entry['bytes']}")
                 self._sums[file.name] = int(entry["crc32"])
             if strange := [entry["file"] for entry in record["tables"] if crc32_of(folder / entry["file"]) != entry["crc32"]]:
-                raise ValueError(f"{strange[0]} is not the file that was prepared")
+                raise ValueError(f"{strange[0]} has changed since it was prepared")
             before = [Path(str(root)) for root in record["roots"]]
             self.roots = (folder,) if record["images"] else tuple(before if before[0].is_dir() or not roots else roots)
             """Folders to which the names of pictures are relative."""
@@ -85,7 +85,7 @@ class StoredRows:
             self._shards = [(folder / entry["file"], int(entry["index"]), int(entry["groups"])) for entry in record["rows"]]
             self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
             if not 0 < self._firsts[-1] == record["groups"] == self.identity["rows"]:
-                raise ValueError("its files have another number of groups")
+                raise ValueError("its files have a different number of groups")
         except (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
@@ -113,7 +113,7 @@ class StoredRows:
     def altered(self, progress: Callable[[str], object]) -> Iterator[str]:
         """Read all files, and yield a sentence for each that cannot be read or whose CRC-32 differs from store.json."""
         files = [self.path / name for name in self._sums]
-        counted = Progress(progress, f"sums of the files of {self.path}", sum(file.stat().st_size for file in files) / 1e6, "MB")
+        counted = Progress(progress, f"checksums of {self.path}", sum(file.stat().st_size for file in files) / 1e6, "MB")
         for file in files:
             try:
                 checksum = crc32_of(file, lambda size: counted.advance(size / 1e6))
@@ -121,7 +121,7 @@ class StoredRows:
                 yield f"{file}: the file cannot be read ({error}); {self._remedy}"
                 continue
             if checksum != self._sums[file.name]:
-                yield f"{file}: the file has changed since it was prepared (another CRC-32); {self._remedy}"
+                yield f"{file}: the file has changed since it was prepared (its CRC-32 differs); {self._remedy}"
 
     def _find(self, row: int) -> tuple[LineRows, int]:
         shard = bisect_right(self._firsts, row) - 1
@@ -134,7 +134,7 @@ class StoredRows:
         file, index, groups = self._shards[shard]
         try:
             if crc32_of(index_file(file)) != index or len(lines := IndexedLines.mapped(file)) != groups:
-                raise ValueError("its index is not the one in store.json")
+                raise ValueError("its index does not match store.json")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"{file}: the rows cannot be read ({reason}); {self._remedy}") from error

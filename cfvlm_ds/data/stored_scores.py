@@ -161,10 +161,10 @@ def read_scores(
         keys = (_key(_parsed(rows, place)["id"]) for place in range(1, len(rows)))
         scores = ScoresFile(rows, np.fromiter(keys, np.uint64, len(rows) - 1))
         if len(scores) > len(groups):
-            raise ValueError(f"it has {len(scores)} groups and not {len(groups)}")
+            raise ValueError(f"it has {len(scores)} groups instead of {len(groups)}")
         for group in Progress(say, f"{path}: scores", len(groups), "groups").over(groups):
             if (place := scores.row_of(group.id)) is None:
-                raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete, or has another twice; {_REMEDY}")
+                raise DataError(f"{path}: no scores for group {group.id!r} (the file is incomplete, or contains a group twice); {_REMEDY}")
             _check_matrix(rows, place, group, _scores_of(_parsed(rows, place)))
         return scores
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -181,11 +181,11 @@ def _check_header(path: Path, header: Any, data: Identity, made_by: Mapping[str,
     if header["schema"] != SCHEMA:
         raise DataError(f"{path}: schema {quoted(header['schema'])} is not {SCHEMA!r}; {_REMEDY}")
     if what := changes(header["data"], data, of_scores=True):
-        raise DataError(f"{path}: these scores belong to another manifest, by {what}; {_REMEDY}")
+        raise DataError(f"{path}: these scores belong to another manifest, which differs in {what}; {_REMEDY}")
     for part, value in (made_by or {}).items():
         if header.get(part) != value:
             what = {"weights": "other weights", "inputs": "another tokenizer, processor or chat template"}[part]
-            raise DataError(f"{path}: these scores were made by {quoted(header['model'])} with {what} than this run's model; {_REMEDY}")
+            raise DataError(f"{path}: these scores were computed by {quoted(header['model'])} with {what} than this run's model; {_REMEDY}")
 
 
 def _check_matrix(rows: IndexedLines, place: int, group: CounterfactualGroup, scores: StoredScores) -> None:
@@ -193,7 +193,7 @@ def _check_matrix(rows: IndexedLines, place: int, group: CounterfactualGroup, sc
     images, texts = len(group.images), len(group.candidates)
     finite = all(isinstance(value, float) and abs(value) < _FLOAT32 for line in rows_of for value in line)
     if [len(line) for line in rows_of] != [texts] * (images + 1) or not finite:
-        raise DataError(f"{rows.where(place)}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind ones; {_REMEDY}")
+        raise DataError(f"{rows.where(place)}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind scores; {_REMEDY}")
 
 
 def _parsed(rows: IndexedLines, place: int) -> Any:

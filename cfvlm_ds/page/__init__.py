@@ -191,13 +191,13 @@ def refuse_foreign_folder(out: Path) -> Path:
     refuse_link(final, remedy)
     refuse_link(aside_of(final), "remove it")
     if Path.cwd().is_relative_to(final.resolve()):
-        raise ConfigError(f"{out} is the current folder, or around it, and would be replaced as a whole; {remedy}")
+        raise ConfigError(f"{out} is the current folder or one of its parents, and would be replaced entirely; {remedy}")
     if final.exists() and not final.is_dir():
-        raise ConfigError(f"{out} is a file, and a page is a folder; {remedy}")
+        raise ConfigError(f"{out} is a file, but a page needs a folder; {remedy}")
     entries = sorted(os.listdir(final)) if final.is_dir() else []
     foreign = [name for name in entries if name not in _NAMES]
     if foreign or (entries and _MARKER not in entries):
-        raise ConfigError(f"{out} holds {(foreign or entries)[0]!r}, which is not part of a page and would be replaced; {remedy}")
+        raise ConfigError(f"{out} contains {(foreign or entries)[0]!r}, which is not part of a page and would be replaced; {remedy}")
     return final
 
 
@@ -222,7 +222,10 @@ def write_page(
     """
     final = refuse_foreign_folder(out)
     if total > MOST:
-        facts = [*facts, ("shown", shown := f"the first {MOST} of {total}, which is what a browser takes; show fewer of them")]
+        facts = [
+            *facts,
+            ("shown", shown := f"the first {MOST} of {total} groups, because browsers are slow with more; select fewer to see others"),
+        ]
         say(f"note: {shown}")
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(runs=runs, number=_number)
@@ -252,7 +255,7 @@ def write_page(
             (folder / _MARKER).write_text(json.dumps({"schema": "cfpage/3"}))
             pictures = len(os.listdir(folder / "pictures"))
     except OSError as error:
-        raise StorageError(f"{unwritten(out, error)}; what was there is unchanged; name another folder with --out") from error
+        raise StorageError(f"{unwritten(out, error)}, and its earlier contents are unchanged; name another folder with --out") from error
     return Written(final, len(groups), pictures, problems)
 
 
@@ -341,7 +344,7 @@ def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[d
     for i, image in enumerate(item.images):
         alt = f"image {i}{': ' * bool(image.label)}{image.label}"
         if 1 in item.match[i]:
-            alt += f", of which is true: {item.texts[item.match[i].index(1)].text[:MAX_TEXT]}"
+            alt += f"; true text: {item.texts[item.match[i].index(1)].text[:MAX_TEXT]}"
         other = 1 if i == 0 and len(item.images) == 2 else 0
         drawn.append([])
         for path, against in zip_longest(image.pictures, item.images[other].pictures[: len(image.pictures)] if other != i else ()):

@@ -22,7 +22,7 @@
     const parameters = [["group", listed[place] + 1], ...new FormData(form), ["overview", sheet ? 1 : ""]].filter(([, value]) => value);
     try { history.replaceState(null, "", `#${new URLSearchParams(parameters)}`); } catch { /* some browsers take a hundred in half a minute */ }
     main.replaceChildren(...listed.slice(start, end).map(drawn));
-    if (!end) main.innerHTML = `<p class="empty">${rows.length ? "No group is left by the filters and the search." : "There are no groups."}</p>`;
+    if (!end) main.innerHTML = `<p class="empty">${rows.length ? "No group matches the filters and the search." : "There are no groups."}</p>`;
     main.querySelectorAll("[data-style]").forEach((element) => { element.style.cssText = element.dataset.style; });
     main.className = sheet && end ? "sheet" : outlines ? "" : "plain";
     if (sheet && end) main.children[place - start].classList.add("here");

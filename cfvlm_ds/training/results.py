@@ -11,8 +11,9 @@ from typing import Any
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
-from cfvlm_ds.core.files import Say, replace
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity

@@ -570,7 +570,7 @@ def test_evaluate_takes_run_folders_and_adapters(runs, model_dir, manifests, cap
         abs(a - b) for name in base for line, other in zip(adapted[name], base[name], strict=True) for a, b in zip(line, other, strict=True)
     ]
     assert max(moved) > 0.05, "the adapters have an effect"
-    assert "holds adapters, and stored scores belong to a whole model" in refused(capsys, "score", runs / "off", manifests["test"])
+    assert "contains only adapters, but stored scores need a whole model" in refused(capsys, "score", runs / "off", manifests["test"])
     assert f"{runs / 'z2'} is a run folder without an export" in refused(capsys, "evaluate", runs / "z2", manifests["test"])
     weights = tensors(runs / "off" / "adapter")
     weights.popitem()

@@ -289,7 +289,7 @@ def test_a_port_file_of_somebody_else_is_not_believed(tmp_path, monkeypatch):
     (published := tmp_path / "published").write_text("1")
     assert distributed._published_port(published) == "1"
     monkeypatch.setattr(os, "getuid", lambda: published.stat().st_uid + 1)
-    with pytest.raises(ConfigError, match="rank 0 has chosen no port"):
+    with pytest.raises(ConfigError, match="rank 0 did not publish a port"):
         distributed._published_port(published)
 
 

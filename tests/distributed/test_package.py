@@ -259,7 +259,7 @@ def test_copies_that_fail_leave_nothing(tmp_path, capsys, monkeypatch):
 
 def test_the_help_of_train_has_an_example_that_parses_and_the_rule_of_names():
     said = " ".join(option_parser(OBJECTIVES, "cfvlm-ds train").format_help().split())
-    assert "is the one in the working directory where that is there, else the one of that name that comes with the package" in said
+    assert "first look for the file in the working directory" in said
     rule, example = said.split(" example: cfvlm-ds train ")
     assert parse_config(example.split(), OBJECTIVES).train.max_steps == 100 and "--quiet print only warnings" in rule
 

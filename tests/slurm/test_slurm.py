@@ -110,7 +110,7 @@ def test_a_signal_during_the_data_check_is_no_failure(cancelled, cluster, option
     """USR1 or `scancel` on two nodes whose ranks look at the rows in processes of their own; after USR1 the next start trains."""
     data = ["--data.train", str(many_rows(manifests["train"], 1 << 16)), "--train.max_steps", "1", "--train.export", "false"]
     job = submit(cluster, tmp_path / "run", [*options, *data], "-N2")
-    wait_until(lambda: "check of rows" in job.log or not job.alive(), 600, "data check")
+    wait_until(lambda: "checking rows" in job.log or not job.alive(), 600, "data check")
     if cancelled:
         cluster.run("scancel", job.id)
         assert job.end()["JobState"] == "CANCELLED" and not (job.run_dir / "run.lock").exists()

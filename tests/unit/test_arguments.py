@@ -80,7 +80,7 @@ def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(cap
         ("evaluate a.jsonl a.jsonl", "model.name_or_path 'a.jsonl' is a file; give a model folder"),
         ("cluster check images", "SLURM_PROCID is not set"),
         ("data prepare none.jsonl --out b", "none.jsonl: no such manifest; did you mean"),
-        ("data prepare a.jsonl --config c.yaml --pack", "excludes manifest, pack; set them in c.yaml"),
+        ("data prepare a.jsonl --config c.yaml --pack", "cannot be combined with manifest, pack; set them in c.yaml"),
         ("data check none.jsonl", "none.jsonl: no such manifest; did you mean"),
         ("data check model", "model is a folder without"),
         ("data stats words.txt", "words.txt:1: broken JSON at column 1"),
@@ -115,7 +115,7 @@ def test_an_empty_argument_is_no_folder(arguments, here, ended):
 def test_a_step_of_several_ranks_is_refused(here, ended, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for step in ("edit W", "verify W", "select W --out g.jsonl"):
-        assert f"data {step.split()[0]} runs in one process, and 2 were started" in ended("data", *step.split())
+        assert f"data {step.split()[0]} runs in one process, but 2 were started" in ended("data", *step.split())
 
 
 def test_a_check_says_what_is_wrong_with_every_row_of_data_that_hold_no_group(here, capsys):
@@ -161,8 +161,8 @@ def test_no_file_of_somebodys_own_is_written_over(command, here, ended):
         (here / name).write_text(text or (here / "a.jsonl").read_text())
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     for name in (*MINE, "model/config.json"):
-        assert f"{name} is there, and " in (said := ended(*command.split(), name)) and " name another" in said
-    assert "a.jsonl is read here, and would be replaced" in ended(*command.split(), "a.jsonl")
+        assert f"{name} already exists and " in (said := ended(*command.split(), name)) and " name another" in said
+    assert "a.jsonl is an input and would be overwritten" in ended(*command.split(), "a.jsonl")
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
 
 
@@ -184,14 +184,14 @@ def test_rows_replace_no_file(command, here, ended):
     first = (out := here / "out" / "b.jsonl").read_text()
     assert list(open_groups(out, here)) == list(open_groups(here / "a.jsonl"))
     (here / "a.jsonl").write_text((here / "a.jsonl").read_text().splitlines(True)[0] + "no row\n")
-    assert "b.jsonl is there, and would be replaced; remove it, or name another file with --out" in ended(*call)
+    assert "b.jsonl already exists and would be overwritten; remove it, or name another file with --out" in ended(*call)
     assert out.read_text() == first
     out.unlink()
     main(call)
     assert out.read_text() == first.splitlines(True)[0]
     out.unlink()
     (listed := here / "out" / "b.jsonl.skipped.jsonl").write_text('{"mine": 1}\n')
-    assert "b.jsonl.skipped.jsonl is there, and this package has not written it" in ended(*call)
+    assert "b.jsonl.skipped.jsonl already exists and was not written by this package" in ended(*call)
     assert listed.read_text() == '{"mine": 1}\n'
 
 
@@ -223,7 +223,7 @@ def test_no_model_is_built_in_place_of_other_files(here):
     (here / "mine").mkdir()
     (here / "mine" / "thesis.tex").write_text("mine")
     for build in (lambda: write_base(here / "mine"), lambda: build_tiny_llava(TinyLlavaConfig(str(here / "mine")), [])):
-        with pytest.raises(ConfigError, match="mine is there and not empty, and would be replaced"):
+        with pytest.raises(ConfigError, match="mine already exists, is not empty and would be replaced"):
             build()
     assert [path.name for path in (here / "mine").iterdir()] == ["thesis.tex"]
     shutil.rmtree(here / "mine")

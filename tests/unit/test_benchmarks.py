@@ -944,7 +944,7 @@ def test_a_name_leads_to_no_file_outside(tmp_path):
     assert path == tmp_path / "inner/images/..\\secret.jpg" and str(source.absent[path]).startswith("here: no picture")
     put(tmp_path / "coco/shard.tar", "x" * 90)
     (tmp_path / "inner/cut").symlink_to(tmp_path)
-    with pytest.raises(ConfigError, match="leads out of its folder"):
+    with pytest.raises(ConfigError, match="outside its folder"):
         keep_picture(tmp_path / "inner", tmp_path / "inner/cut/a.png", Image.new("RGB", (2, 2)))
     assert not (tmp_path / "a.png").exists(), "nothing is written through a link"
     part = Source(tmp_path / "inner").picture("here", "shard.tar#10+20", "images", "../coco")
@@ -980,7 +980,7 @@ def test_files_that_are_no_files_of_rows(tmp_path):
     problems = [str(problem) for problem in load(BENCHMARKS["mmvp"], tmp_path).problems]
     (tmp_path / "Questions.csv").write_bytes("Index,Question,Options,Correct Answer\n1,Où?,(a) x (b) y,(a)\n".encode("latin-1"))
     assert "Questions.csv:1: byte 0xf9" in str(load(BENCHMARKS["mmvp"], tmp_path).problems[0])
-    assert "one of them" in problems[0] and "2 fields, and the first line names 4 columns" in problems[1] and "number from 1" in problems[2]
+    assert "one of them" in problems[0] and "2 fields, but the first line names 4 columns" in problems[1] and "number from 1" in problems[2]
 
 
 def test_a_label_of_another_kind_is_refused(tmp_path):

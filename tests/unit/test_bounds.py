@@ -73,7 +73,7 @@ def test_a_manifest_is_a_regular_file(folder):
         os.mkfifo(folder / name)
     for path, kind in ((folder / "pipe.jsonl", "pipe"), (folder / "pipe.json", "pipe"), (folder / "zero.json", "device"),
                        (Path("/dev/zero"), "device")):  # fmt: skip
-        assert re.match(f"{path}: .*{kind} and not a regular file", problem(path))
+        assert re.match(f"{path}: .*{kind}, not a regular file", problem(path))
 
 
 def test_lines_of_a_manifest_are_bounded(folder, monkeypatch):
@@ -81,7 +81,7 @@ def test_lines_of_a_manifest_are_bounded(folder, monkeypatch):
     path = manifest(folder, row("first"))
     os.truncate(path, 2**36)
     found = problem(path)
-    assert found.startswith(f"{path}:2: the line has more than {lines.MAX_LINE} bytes, the bound for one row")
+    assert found.startswith(f"{path}:2: the line has more than {lines.MAX_LINE} bytes, the limit for one row")
     (folder / "list.json").write_bytes(b"[")
     os.truncate(folder / "list.json", 2**36)
     assert f"list.json: it has more than {json_file.MAX_JSON} bytes" in problem(folder / "list.json")
@@ -99,17 +99,17 @@ def test_a_group_has_a_bounded_number_of_images_and_texts(folder):
     many = [{"id": f"{k}", "path": "a.png"} for k in range(MAX_SIDE + 1)]
     texts = [{"id": f"{k}", "text": f"{k}"} for k in range(MAX_SIDE + 1)]
     for change in ({"images": many, "match": [["0", "t0", 1]]}, {"texts": texts, "match": [["i0", "0", 1]]}):
-        assert f"{MAX_SIDE} is the bound for either; split the row" in problem(manifest(folder, row(edits=[]) | change))
+        assert f"over the limit of {MAX_SIDE} for either; split the row" in problem(manifest(folder, row(edits=[]) | change))
     same = [{"id": f"{k}", "path": "a.png"} for k in range(MAX_SIDE)]
     with within(20):
         read_manifest(manifest(folder, row(images=same, match=[["0", "t0", 1]], edits=[])))
     square = {"images": many[:300], "texts": texts[:300], "match": [["0", "0", 1]]}
-    assert f"has 300 x 300 images and texts, and {MAX_CELLS} pairs are the bound; split" in problem(
+    assert f"has 300 x 300 pairs of images and texts, over the limit of {MAX_CELLS}; split" in problem(
         manifest(folder, row(edits=[]) | square)
     )
     endless = [{"type": f"{k}"} for k in range(MAX_EDITS + 1)]
-    assert f"has {MAX_EDITS + 1} edits, and {MAX_EDITS} is the bound" in problem(manifest(folder, row(edits=endless)))
-    with pytest.raises(DataError, match="is the bound"):
+    assert f"has {MAX_EDITS + 1} edits, over the limit of {MAX_EDITS}" in problem(manifest(folder, row(edits=endless)))
+    with pytest.raises(DataError, match="over the limit"):
         CounterfactualGroup("g", ((Path("x"),),) * (MAX_SIDE + 1), (Candidate("", "a"),), ((1,),) * (MAX_SIDE + 1))
 
 
@@ -129,12 +129,15 @@ def test_a_group_has_a_bounded_number_of_comparisons(folder):
     number = 2 * 512 * 512 + 1024
     with (
         within(20),
-        pytest.raises(DataError, match=f"{bad}:2: group 'half' has {number} comparisons .*, and {MAX_COMPARISONS} is the bound"),
+        pytest.raises(DataError, match=f"{bad}:2: group 'half' has {number} comparisons .*, over the limit of {MAX_COMPARISONS}"),
     ):
         read_manifest(bad)
     edits = [{"type": f"{k}", "image": "0", "from": "a", "to": "b"} for k in range(2048)]
     one = compared(1, 1024, lambda i, c: c % 2 == 0, edits=edits)
-    assert f"has {MAX_COMPARISONS} comparisons and 2048 edits of one image or text, and {MAX_REPORTED}" in problem(manifest(folder, one))
+    assert (
+        f"has {MAX_COMPARISONS} comparisons and 2048 edits of one image or text, and the product is over the limit of {MAX_REPORTED}"
+        in problem(manifest(folder, one))
+    )
     (group,) = read_manifest(manifest(folder, compared(1, 1024, lambda i, c: not c, edits=edits[:1023])))
     with within(20):
         assert sum(1 for _ in comparisons(group)) == 1023
@@ -151,7 +154,7 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder):
     scores.write_scores(path, groups, {"g": stored}, "m", data := data_identity(groups, [folder]))
     header, line = path.read_text().splitlines()
     cases = {
-        f"{header}\n{line}\n{line}\n": "2 groups and not 1",
+        f"{header}\n{line}\n{line}\n": "2 groups instead of 1",
         f'{header}\n{line[:-1]}, "id": "g"}}\n': "key 'id' occurs twice",
         f'{header[:-1]}, "model": "x"}}\n{line}\n': "key 'model' occurs twice",
     }
@@ -166,7 +169,7 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder):
         scores.read_scores(path, groups, data)
     path.unlink()
     os.mkfifo(path)
-    with within(20), pytest.raises(DataError, match="a named pipe and not a regular file"):
+    with within(20), pytest.raises(DataError, match="a named pipe, not a regular file"):
         scores.read_scores(path, groups, data)
 
 

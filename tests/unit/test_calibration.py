@@ -202,13 +202,13 @@ def test_the_command(model_dir, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| text | colour |" in said and "| image | all |" in said and "- csd.margin" in said and "warning: " in said
     plain = [group.id for group in read_manifest(manifest)[:8] if len(group.candidates) == 1]
-    assert f"{len(plain)} of 8 groups have nothing to compare, such as {plain[0]!r}" in said
+    assert f"{len(plain)} of 8 groups have nothing to compare, for example {plain[0]!r}" in said
     written = (tmp_path / "out" / "objective.yaml").read_text()
     assert said.endswith(written) and set(yaml.safe_load(written)["objective"]) == {"align", "csd", "fcd"}
     before = manifest.read_bytes()
     with pytest.raises(SystemExit):
         main(["calibrate", str(model_dir), str(manifest), "--out", str(manifest)])
-    assert "is read here, and would be replaced" in capsys.readouterr().err and manifest.read_bytes() == before
+    assert "is an input and would be overwritten" in capsys.readouterr().err and manifest.read_bytes() == before
     rows: list[dict[str, Any]] = [to_row(group, tmp_path) for group in read_manifest(manifest)]
     plain = [row | {"images": row["images"][:1], "texts": row["texts"][:1], "match": [["i0", "t0", 1]], "edits": []} for row in rows]
     (tmp_path / "plain.json").write_text(json.dumps(plain))
@@ -228,5 +228,5 @@ def test_scores_that_are_not_finite_are_refused(model_dir, tmp_path, capsys, mon
     monkeypatch.setattr("cfvlm_ds.evaluation.score_groups", scores)
     with pytest.raises(SystemExit):
         main(["calibrate", str(model_dir), str(manifest), "--out", str(tmp_path / "objective.yaml")])
-    assert "scores of 1 of 4 groups are not finite, such as those of 'm-0'" in capsys.readouterr().err
+    assert "scores of 1 of 4 groups are not finite, for example those of 'm-0'" in capsys.readouterr().err
     assert not (tmp_path / "objective.yaml").exists()

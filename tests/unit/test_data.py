@@ -184,7 +184,7 @@ BAD_ROWS: dict[str, tuple[object, str]] = {
     "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), "path is empty"),
     "same file": (
         row(images=[{"id": "i0", "path": "a.png"}, {"id": "i1", "path": "./a.png"}], match=[["i0", "t0", 1], ["i1", "t0", 0]]),
-        "image 1 equals image 0",
+        "image 1 is the same file as image 0",
     ),
 }
 
@@ -320,7 +320,7 @@ def test_cfvlm_rows(folder):
         ({"image_0": "a.png"}, "'image_1' is missing"),
         (pair(caption_1=3), "'caption_1'"),
         (pair(caption_1="a dog bites  a man"), "text 1 equals text 0"),
-        (pair(image_1="a.png"), "image 1 equals image 0"),
+        (pair(image_1="a.png"), "image 1 is the same file as image 0"),
         (pair(image_1="../b.png"), "'../b.png'.*outside"),
         (cfvlm_row(orig_input="COCO Yes: a.png"), "one image"),
         (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), "one image"),
@@ -465,7 +465,7 @@ def test_bad_images(tmp_path):
     (tmp_path / "empty.png").touch()
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("script.png", "text.png", "empty.png"):
-        assert "no image in it" in (message := image_refusal(tmp_path / name)) and "replace or convert" in message
+        assert "it contains no image" in (message := image_refusal(tmp_path / name)) and "replace or convert" in message
     for width, height in ((0, 0), (0, 5), (5, 0)):
         assert "0 pixels wide or high" in image_refusal(png(tmp_path / "zero.png", width, height))
     for path in (truncated, png(tmp_path / "short.png", 100, 100)):
@@ -607,8 +607,8 @@ def test_all_problems_are_collected(folder):
     )
     report = check_manifest(path, lengths=Words())
     expected = {
-        2: "column 2", 3: "bomb.png: .*30000x30000", 4: "zero.png: .*0 pixels", 5: "gone.png", 7: "image 1 equals image 0", 9: f"{path}:1;",
-        10: "text 1 is 11 tokens .* 10",
+        2: "column 2", 3: "bomb.png: .*30000x30000", 4: "zero.png: .*0 pixels", 5: "gone.png", 7: "image 1 is byte-identical to image 0", 9:
+        f"{path}:1;", 10: "text 1 is 11 tokens .* 10",
     }  # fmt: skip
     assert not report.ok and len(report.problems) == len(expected), "a missing file is named once, by the first row that shows it"
     for line, said in expected.items():
@@ -652,7 +652,7 @@ def test_checks_say_how_far_they_are(folder, monkeypatch):
     lines: list[str] = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
     counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
-    assert [line.partition(",")[0] for line in lines if not line.startswith("index of")] == [f"check of {each}" for each in counted]
+    assert [line.partition(",")[0] for line in lines if not line.startswith("indexing")] == [f"checking {each}" for each in counted]
     lines.clear()
     store, said, file = open_groups(folder / "m.jsonl"), lines.append, folder / "scores.jsonl"
     assert preparing(store, folder / "store", say=said)
@@ -660,8 +660,8 @@ def test_checks_say_how_far_they_are(folder, monkeypatch):
     write_scores(file, store, {group.id: StoredScores(((0.0,) * 2,) * 2, (0.0,) * 2) for group in store}, "m", identity)
     read_scores(file, store, identity, say=said)
     PictureTable.of_files([folder / "a.png", folder / "b.png"], said)
-    begun = ["check of rows", "pictures", "rows", f"{file}: scores", "contents of pictures"]
-    counted = [line.partition(" of 2 ")[0] for line in lines if not line.startswith("index of")]
+    begun = ["checking rows", "pictures", "rows", f"{file}: scores", "hashing pictures"]
+    counted = [line.partition(" of 2 ")[0] for line in lines if not line.startswith("indexing")]
     assert counted == [f"{what}: {n}" for what in begun for n in (1, 2)]
 
 

@@ -252,7 +252,7 @@ def test_several_files_are_one_source(folder):
     assert sources_of(folder / "part-*.csv") == [folder / f"part-{k}.csv" for k in range(3)]
     groups = [item for item in check_manifest(folder / "part-*.csv", format="captions", progress=str).problems]
     assert groups == [
-        f"{folder}/part-*.csv: part-1.csv, item 2: the row (line 3) has 1 fields, and the first line names 2 columns; " + QUOTES
+        f"{folder}/part-*.csv: part-1.csv, item 2: the row (line 3) has 1 fields, but the first line names 2 columns; " + QUOTES
     ]
     (folder / "part-2.csv").write_text("image,caption\nimages/000.png,\n")
     with pytest.raises(DataError, match=r"part-\*.csv: part-2.csv, item 1: row: column 'caption' has no text"):
@@ -270,7 +270,7 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
     pictures.mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (32, 32), ("red", "blue")[name == "b"]).save(pictures / f"{name}.png")
-    assert "put the caption of a.png into a.txt beside it" in refusal(pictures)
+    assert "put the caption of a.png into a.txt next to it" in refusal(pictures)
     for name in ("a", "b"):
         (pictures / f"{name}.txt").write_text(f"a picture called {name}\n")
 
@@ -283,7 +283,7 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
     assert read(pictures) == [("a.png", "another\ncaption"), expected[1]]
     for name in ("c.txt", "B.TXT", "metadata.csv"):
         (pictures / name).write_text("a caption of nothing")
-        assert f"{name} would not be read" in refusal(pictures) and len(read(pictures / "*.png")) == 2
+        assert f"{name} would be ignored" in refusal(pictures) and len(read(pictures / "*.png")) == 2
         (pictures / name).unlink()
     (pictures / "a.jpg").write_bytes((pictures / "a.png").read_bytes())
     assert "a.txt is the caption of several pictures" in refusal(pictures)
@@ -292,12 +292,12 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
     (pictures / "c.png").write_bytes((pictures / "a.png").read_bytes())
     (pictures / "c.txt").symlink_to(tmp_path / "secret.txt")
     (problem,) = check_manifest(pictures).problems
-    assert "c.txt is a link out of the folder" in problem
+    assert "c.txt is a link to outside the folder" in problem
     for name in ("c.txt", "c.png"):
         (pictures / name).unlink()
     (pictures / "b.txt").unlink()
     assert check_manifest(pictures).problems == [
-        f"{pictures}: b.png, item 1: the picture has no caption in b.txt beside it; write one, or leave the picture out"
+        f"{pictures}: b.png, item 1: the picture has no caption file b.txt next to it; write one, or remove the picture"
     ]
     (pictures / "a.txt").unlink()
     (pictures / "metadata.csv").write_text("file_name,text\na.png,a picture called a\nb.png,a picture called b\n")
@@ -316,7 +316,7 @@ def test_what_a_path_is_taken_for(folder):
         assert container_of(folder / name) == kind
         said: list[str] = []
         groups = open_groups(folder / name, progress=said.append)
-        assert said == [f"{folder / name}: taken as {kind}, format captions"]
+        assert said == [f"{folder / name}: read as {kind}, format captions"]
         assert [group.candidates[0].text for group in groups] == ["a dog"]
 
 
@@ -456,7 +456,7 @@ def test_a_folder_says_what_it_lacks(folder):
     assert "name the data file" in refusal(folder / "empty")
     (folder / "splits" / "train").mkdir(parents=True)
     (folder / "splits" / "dataset_dict.json").write_text("{}")
-    assert "holds several splits (train); name one of its folders" in refusal(folder / "splits")
+    assert "contains several splits (train); name one of its folders" in refusal(folder / "splits")
     (folder / "saved").mkdir()
     for state, said in (
         ("{", "state.json does not list"),
@@ -473,12 +473,12 @@ def test_the_splits_of_a_downloaded_data_set_are_not_one_data_set(folder):
     (data := folder / "mine" / "data").mkdir(parents=True)
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
         (data / f"{name}.parquet").touch()
-    assert f"name {data}, which has some" in refusal(folder / "mine")
-    assert f"holds several splits (test, train); name the files of one of them, such as {data}/test-*.parquet" in refusal(data)
+    assert f"name {data}, which contains data files" in refusal(folder / "mine")
+    assert f"contains several splits (test, train); name the files of one split, such as {data}/test-*.parquet" in refusal(data)
     (data / "test-00000-of-00001.parquet").unlink()
     assert [file.name[:11] for file in sources_of(data)] == ["train-00000", "train-00001"]
     (data / "more.tar").touch()
-    assert f"{data}: holds files of several kinds (*.parquet, *.tar); name those of one, such as {data}/*.parquet" in refusal(data)
+    assert f"{data}: contains files of several kinds (*.parquet, *.tar); name those of one kind, such as {data}/*.parquet" in refusal(data)
 
 
 def test_without_pyarrow(folder, monkeypatch):
@@ -491,7 +491,7 @@ def test_without_pyarrow(folder, monkeypatch):
 def test_no_container_is_waited_for(folder):
     for name in ("a.csv", "a.tar", "a.json", "a.parquet", "a.arrow"):
         os.mkfifo(folder / name)
-        assert "a named pipe and not a regular file" in refusal(folder / name)
+        assert "a named pipe, not a regular file" in refusal(folder / name)
 
 
 def test_members_of_a_tar_lead_nowhere(folder):
@@ -518,7 +518,7 @@ def test_members_of_a_tar_lead_nowhere(folder):
     header.type, header.size = tarfile.XHDTYPE, 1 << 40
     (folder / "c.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     os.truncate(folder / "c.tar", 1 << 42)
-    assert "get it whole again" in refusal(folder / "c.tar", "webdataset")
+    assert "get a complete copy" in refusal(folder / "c.tar", "webdataset")
 
 
 # ---- conversion
@@ -527,7 +527,7 @@ def test_members_of_a_tar_lead_nowhere(folder):
 def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder):
     rows = [CAPTION | {"id": k} for k in range(3)]
     path = lines(folder / "rows.jsonl", [rows[0], {"image": "a.png", "caption": 7}, rows[1], "{", rows[2], rows[2]])
-    with pytest.raises(DataError, match=r"rows.jsonl:2: .*\(or leave such rows out with --on_error skip\)"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: .*\(or skip such rows with --on_error skip\)"):
         convert(path, None, "captions", folder / "out.jsonl")
     assert not (folder / "out.jsonl").exists()
     said: list[str] = []
@@ -536,16 +536,16 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder):
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert listed == done.problems and [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 4, 6)]
     assert said[1] == f"left out 3 groups, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"
-    assert said[0].startswith("4 of 4 groups read ask 'Describe the image.'") and len(said) == 2
+    assert said[0].startswith("4 of 4 groups use the prompt 'Describe the image.'") and len(said) == 2
     assert f"repeats {path}:5" in listed[2]
-    with pytest.raises(ConfigError, match=r"out.jsonl is there, and would be replaced; remove it"):
+    with pytest.raises(ConfigError, match=r"out.jsonl already exists and would be overwritten; remove it"):
         convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
     (folder / "out.jsonl").unlink()
     convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
     assert not (folder / "out.jsonl.skipped.jsonl").exists(), "nothing was left out the second time"
-    with pytest.raises(ConfigError, match="is read here, and would be replaced; name another file"):
+    with pytest.raises(ConfigError, match="is an input and would be overwritten; name another output file"):
         convert(path, None, "captions", path)
-    with pytest.raises(DataError, match=r"and so are all 2 groups"):
+    with pytest.raises(DataError, match=r"none of the 2 groups is usable"):
         convert(lines(folder / "bad.jsonl", ["{", "{"]), None, "captions", folder / "none.jsonl", "skip")
     assert not (folder / "none.jsonl").exists()
 
@@ -554,7 +554,7 @@ def test_captions_of_an_absent_picture_of_coco_are_left_out(folder):
     notes = [{"image_id": k, "id": k, "caption": f"text {k}"} for k in (7, 1, 1)]
     (folder / "coco.json").write_text(json.dumps(COCO | {"annotations": notes}))
     (problem,) = check_manifest(folder / "coco.json", progress=str).problems
-    assert "coco.json: item 2: annotations name the image id 7, which 'images' lacks" in problem
+    assert "coco.json: item 2: annotations refer to the image id 7, which 'images' lacks" in problem
     assert convert(folder / "coco.json", None, "auto", folder / "out.jsonl", "skip") == (1, [problem], folder)
 
 
@@ -656,9 +656,9 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path, server, 
         {"messages": said},
     ]
     bad = {
-        "none": "the server answers 404 Not Found", "away": "unknown url type: ftp", "loop": "infinite loop|error that would lead",
-        "page": "not a picture", "large": "more than 4000 bytes", "cut": "bytes came|IncompleteRead|bytes read",
-        "slow": "no whole reply within 1 s",
+        "none": "the server replied 404 Not Found", "away": "unknown url type: ftp", "loop": "infinite loop|error that would lead",
+        "page": "not a picture", "large": "more than 4000 bytes", "cut": "were received|IncompleteRead|bytes read",
+        "slow": "no complete reply within 1 s",
     }  # fmt: skip
     rows = [
         *good,
@@ -691,7 +691,7 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path, server, 
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match="no such manifest"):
         downloading.download(tmp_path / "none.jsonl", tmp_path / "other.jsonl")
-    with pytest.raises(ConfigError, match="is read here, and would be replaced; name another file"):
+    with pytest.raises(ConfigError, match="is an input and would be overwritten; name another output file"):
         downloading.download(path, path)
     assert sorted(tmp_path.rglob("*")) == before
     assert downloading.download(lines(path, [{"URL": f"{server}/a.png"}]), tmp_path / "other.jsonl").pictures == 0
@@ -711,6 +711,6 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(part, tmp_pat
         monkeypatch.setattr(downloading, name, value)
     path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/{part}.png"}])
     started = time.monotonic()
-    with pytest.raises(DataError, match="no whole reply within"):
+    with pytest.raises(DataError, match="no complete reply within"):
         downloading.download(path, tmp_path / "out.jsonl")
     assert time.monotonic() - started < 3

@@ -239,7 +239,7 @@ def test_adapters_without_a_module_are_warned_of(tmp_path):
         model = parse_config(["--config", str(REPO / "examples" / f"{name}.yaml"), "--model.lora.rank", "8"], OBJECTIVES).model
         assert bool(model.unused) == warned
     report = dry_run(configured(REPO / "examples" / "llava15_7b.yaml", tmp_path, "--model.lora.rank", "8"))
-    assert "warning: model.lora does nothing, for no module has tuning lora" in report
+    assert "warning: model.lora has no effect, because no module has tuning lora" in report
 
 
 def test_the_command_needs_no_weights_data_or_launcher(tmp_path):

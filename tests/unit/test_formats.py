@@ -112,7 +112,7 @@ def test_the_printed_example_of_a_format_is_recognised_by_its_keys(name, tmp_pat
     path.write_text('{"id"\n7\n' + json.dumps(example(name)) + "\n")
     said: list[str] = []
     store = open_groups(path, progress=said.append)
-    assert store.format == name and said == [f"{path}: taken as jsonl, format {name}"] * (name != "cfgroup")
+    assert store.format == name and said == [f"{path}: read as jsonl, format {name}"] * (name != "cfgroup")
     assert [isinstance(entry, DataError) for _, entry in store.entries()] == [True, True, False]
     assert store[2] == read_manifest(lines(path, [example(name)]), format=name)[0] and store[2].match[0][0] == 1
 
@@ -303,8 +303,8 @@ SAYS_C = {"role": "assistant", "content": "c"}
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "ends with the user": ("llava", talk("<image>a?", "b", "c?"), "ends with the user"),
     "no question": ("llava", LLAVA | {"conversations": TALK[1:]}, "1 pictures|has no turn"),
-    "more places than pictures": ("llava", talk("<image><image>a?", "b"), "2 places .* 1 pictures"),
-    "fewer places than pictures": ("llava", LLAVA | {"image": [IMAGE, "images/001.png"]}, "1 places .* 2 pictures"),
+    "more places than pictures": ("llava", talk("<image><image>a?", "b"), "2 marks .* 1 pictures"),
+    "fewer places than pictures": ("llava", LLAVA | {"image": [IMAGE, "images/001.png"]}, "1 marks .* 2 pictures"),
     "pictures in two columns": ("llava", LLAVA | {"images": [IMAGE]}, "'image' and 'images'"),
     "empty answer": ("llava", talk("<image>a?", " "), "text 0"),
     "empty turn": ("llava", talk("<image>a?", "", "b?", "c"), "turn 2"),
@@ -330,7 +330,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "text part without text": ("messages", parts({"type": "text"}), "'text'"),
     "picture within the row": ("messages", parts({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "download"
     ),
-    "pictures in both": ("messages", parts({"type": "image", "image": IMAGE}) | {"images": [IMAGE]}, "beside"),
+    "pictures in both": ("messages", parts({"type": "image", "image": IMAGE}) | {"images": [IMAGE]}, "outside them"),
     "no messages": ("messages", {"messages": []}, "non-empty"),
     "late system": ("messages", CHAT | {"messages": [*CHAT["messages"], {"role": "system", "content": "x"}]}, "system"),
     "content of a number": ("messages", {"messages": [{"role": "user", "content": 7}]}, "7"),
@@ -351,7 +351,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "empty caption": ("captions", CAPTION | {"caption": ""}, "'caption'"),
     "blank caption": ("captions", CAPTION | {"caption": " "}, "text 0"),
     "equal negative": ("captions", CAPTION | {"negative_caption": "a  dog"}, "text 1 equals text 0"),
-    "equal picture": ("captions", CAPTION | {"negative_image": IMAGE}, "image 1 equals image 0"),
+    "equal picture": ("captions", CAPTION | {"negative_image": IMAGE}, "image 1 is the same file as image 0"),
     "two prompts": ('captions:ask="Describe, please."', CAPTION | {"prompt": "x"}, "'prompt' and ask="),
     "unmapped": ("hf", CAPTION, "'image', 'caption'.*hf:caption="),
     "pictures of the rejected": ("preference",
@@ -596,7 +596,7 @@ COLUMNS = [
 def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option, tmp_path):
     write_pictures(tmp_path)
     path = lines(tmp_path / "rows.jsonl", COLUMNS)
-    said = rf"rows.jsonl: no row has the column 'captoin', which {option} names; did you mean 'caption'\?"
+    said = rf"rows.jsonl: no row has the column 'captoin', which the option {option} names; did you mean 'caption'\?"
     for column in ("captoin", "edited+captoin"):
         for reader in (read_manifest, sound_groups, statistics):
             with pytest.raises(DataError, match=said):
@@ -624,9 +624,11 @@ def test_columns_that_every_format_s_options_name_are_looked_for(tmp_path):
         path = lines(tmp_path / "rows.jsonl", [row])
         named = good.get(format, "good")
         open_groups(path, format=f"{format}:ignore={named}")
-        with pytest.raises(DataError, match=r"rows.jsonl: no row has the column '\S+x', which ignore names; (did you mean|there are) '"):
+        with pytest.raises(
+            DataError, match=r"rows.jsonl: no row has the column '\S+x', which the option ignore names; (did you mean|the columns are) '"
+        ):
             open_groups(path, format=f"{format}:ignore={named}x")
-    with pytest.raises(DataError, match="'captoin', which label names; did you mean 'caption'"):
+    with pytest.raises(DataError, match="'captoin', which the option label names; did you mean 'caption'"):
         open_groups(lines(tmp_path / "rows.jsonl", [row | {"caption": 1}]), format="messages:label=captoin")
 
 

@@ -129,7 +129,7 @@ def test_what_is_not_there_is_said_in_a_sentence(server, monkeypatch):
         "hf://datasets/me/mine": r"names no files; add them, such as hf://datasets/me/mine/data/train-\*\.parquet, or hf://datasets/me/mine@~parquet",
         "hf://datasets/mine": "hf://datasets/ORG/NAME/FILES",
         "hf://models/me/mine/x": "hf://datasets/ORG/NAME/FILES",
-        "hf://datasets/me/mine/../../x": "none may be empty or a dot",
+        "hf://datasets/me/mine/../../x": "no part may be empty, . or ..",
         "hf://datasets/me/mine/*/x.tar": "only the last part",
         "hf://datasets/me/mine/data/*.tar": "has no such file; it has README.md, shards/00000.tar, shards/00001.tar",
         "hf://datasets/me/other/*.tar": r"cannot be fetched \(RepositoryNotFoundError: .*run `hf download --repo-type dataset me/other",
@@ -142,7 +142,7 @@ def test_what_is_not_there_is_said_in_a_sentence(server, monkeypatch):
             open_groups(Path(address))  # which has one slash less
     for address in ("https://huggingface.co/datasets/me/mine", "s3://mine/x.tar"):
         for each in (address, Path(address)):
-            with pytest.raises(DataError, match=f"^{address} is an address on the network; of the Hugging Face hub, name hf://datasets/"):
+            with pytest.raises(DataError, match=f"^{address} is an address on the network; for the Hugging Face hub, write hf://datasets/"):
                 open_groups(each)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="cannot be fetched"):

@@ -263,7 +263,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{step}: records in another order": (
             lambda out, step=step: [(out / step / "shard-00000.done.json").unlink(),
                                     spoilt(f"{step}/shard-00000.jsonl", lambda lines: [lines[1], lines[0], *lines[2:4]])(out)],
-            "in place of",
+            "instead of",
         )
         for step in ("propose", "edit", "verify")
     },
@@ -350,7 +350,7 @@ def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_b
             with pytest.raises(DataError, match=rf"{later}/shard-00001\.jsonl {OUTDATED}") as said:
                 refuses()
         done.unlink()
-        for pattern in re.findall(r"remove (.*), and run it again", str(said.value))[0].split():
+        for pattern in re.findall(r"remove (.*); then run these steps again", str(said.value))[0].split():
             for file in Path(pattern).parent.glob(Path(pattern).name):
                 file.unlink()
         assert "missing: --array=1" in status(out)
@@ -476,8 +476,8 @@ def test_a_verdict_by_hand():
     assert verdict(record, Thresholds(margin=2.3)).reason == "score: the new text on the edited picture"
     for change, said in (
         ({"changed": 0.001}, "picture: hardly anything changed"), ({"identical": True}, "picture: hardly anything changed"),
-        ({"changed": 0.7}, "picture: too much changed"), ({"largest": 0.01}, "picture: changes all over it"),
-        ({"outside": 0.01}, "picture: changed outside of its mask"), ({"same_size": False}, "picture: another size"),
+        ({"changed": 0.7}, "picture: too much changed"), ({"largest": 0.01}, "picture: the changes are scattered"),
+        ({"outside": 0.01}, "picture: changed outside its mask"), ({"same_size": False}, "picture: the size changed"),
     ):  # fmt: skip
         assert verdict(record | {"checks": record["checks"] | change}, Thresholds()).reason == said
     assert verdict(record | {"type": "relation", "checks": record["checks"] | {"changed": 0.7}}, Thresholds()).reason == GOOD
@@ -700,7 +700,7 @@ def test_each_edit_goes_to_the_first_editor_that_takes_it(photos, tmp_path):
     assert [each["editor"] for each in found] == ["none", "flip"] * 6 and len(found) == 12
     assert all(each["picture"] is None for each in found[::2]) and all(each["picture"]["size"] == [64, 64] for each in found[1::2])
     alone = edited(photos, tmp_path / "V", back_ends="flip")
-    assert [each.get("refused") for each in alone[:2]] == ["no editor takes it", None]
+    assert [each.get("refused") for each in alone[:2]] == ["no editor accepts this edit", None]
 
 
 def test_edited_pictures_of_a_folder_are_checked(photos, tmp_path):
@@ -712,9 +712,9 @@ def test_edited_pictures_of_a_folder_are_checked(photos, tmp_path):
     (folder / "p2" / "0.png").write_bytes(b"\x89PNG nothing")
     (folder / "p3" / "0.png").symlink_to(photos.with_name("3.png"))
     found = {each["edit"]: each for each in edited(photos, tmp_path / "W", back_ends="folder", folder=str(folder))}
-    assert found["p0/0"]["picture"]["sha256"] and "another size (32x32 and not 64x64)" in found["p1/0"]["refused"]
-    assert "p2/0.png" in found["p2/0"]["refused"] and found["p3/0"]["refused"] == "no editor takes it"  # the link leads out
-    assert found["p4/0"]["refused"] == "no editor takes it"
+    assert found["p0/0"]["picture"]["sha256"] and "another size (32x32 instead of 64x64)" in found["p1/0"]["refused"]
+    assert "p2/0.png" in found["p2/0"]["refused"] and found["p3/0"]["refused"] == "no editor accepts this edit"  # the link leads out
+    assert found["p4/0"]["refused"] == "no editor accepts this edit"
 
 
 def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos, tmp_path):
@@ -727,7 +727,7 @@ def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos, tmp_pa
         tar.write(b"\0")
     verified(tmp_path / "W")
     said = {each["edit"]: each.get("problem", "") for each in work.records("verify", 0)}
-    assert {name for name, problem in said.items() if problem == "a picture is another one than when it was edited"} == {
+    assert {name for name, problem in said.items() if problem == "a picture has changed since the step edit"} == {
         "p0/1", "p1/0", "p1/1",
     }  # fmt: skip
     assert sum(not problem for problem in said.values()) == 9
@@ -752,7 +752,7 @@ def test_masks_confine_what_changes(photos, tmp_path):
         image = np.asarray(Image.open(io.BytesIO(tar.read(place["length"]))))
     original, inside = np.asarray(open_image(photos.with_name("0.png"))), np.asarray(mask) > 0
     assert (image[~inside] == original[~inside]).all() and (image[inside] == np.asarray(noise_picture(20))[inside]).all()
-    assert "the mask is 32x32 and its picture 64x64" in next(each for each in found if each["edit"] == "p1/0")["detail"]
+    assert "the mask is 32x32, but its picture is 64x64" in next(each for each in found if each["edit"] == "p1/0")["detail"]
     verified(tmp_path / "W")
     assert next(work.records("verify", 0))["checks"]["outside"] == 0
 
@@ -779,12 +779,12 @@ def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos, tmp_
     command = f"{sys.executable} {tmp_path / 'edit.py'} {{request}} {{output}}"
     found = edited(photos, tmp_path / "W", back_ends="command", command=command, timeout_s=8.0, threads=5)
     by_id = {each["edit"]: each for each in found}
-    assert by_id["p0/0"]["picture"]["size"] == [64, 64] and by_id["p1/0"]["refused"] == "the command ended with 1: no such model"
+    assert by_id["p0/0"]["picture"]["size"] == [64, 64] and by_id["p1/0"]["refused"] == "the command exited with code 1: no such model"
     assert (
         by_id["p2/0"]["refused"] == "the command took more than 8 s"
         and "the command's picture: no such image file" in by_id["p3/0"]["refused"]
     )
-    assert "no image in it" in by_id["p4/0"]["refused"]
+    assert "it contains no image" in by_id["p4/0"]["refused"]
 
 
 def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(photos, tmp_path):
@@ -832,7 +832,7 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos, tmp_path, capsys):
 
 def test_diffusers_that_is_absent_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ConfigError, match=r"which is not installed; pip install 'cfvlm-ds\[edit\]'"):
+    with pytest.raises(ConfigError, match=r"which is not installed; run pip install 'cfvlm-ds\[edit\]'"):
         Diffusers(EditOptions(model="x"))
     assert call_options("steps=28, scale=3.5,flag=true,name=x") == {"steps": 28, "scale": 3.5, "flag": True, "name": "x"}
     with pytest.raises(ConfigError, match="write NAME=VALUE"):
@@ -1019,7 +1019,7 @@ def test_a_real_pair_is_of_one_split_or_of_none(tmp_path):
     assert done["counts"]["not: a picture cannot be read"] == 2  # in a pair, and as one that is to be edited
     parts = select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(splits="a=0.5,b=0.5"), quiet)
     counts = parts.by_type["colour"]
-    assert counts["good, but its real picture is of another split"] > 1 and counts["kept"] > 15
+    assert counts["good, but its real picture belongs to another split"] > 1 and counts["kept"] > 15
     shown = []
     for name in parts.files:
         groups = read_manifest(Path(name))
@@ -1059,7 +1059,7 @@ def test_refine_thins_planted_cues_by_the_command_line(tmp_path, capsys):
         words = ["data", "audit", tmp_path / "g.jsonl", "--out", tmp_path / "a", "--refine", tmp_path / "kept.jsonl", "--seed", seed]
         shown = printed(capsys, *words)
         content = (tmp_path / "kept.jsonl").read_bytes()
-        assert said.setdefault(seed, content) == content and re.search(r"refined \| \d+ of 300 groups, of which a blind guess", shown)
+        assert said.setdefault(seed, content) == content and re.search(r"refined \| \d+ of 300 groups; correct blind guesses: ", shown)
     kept = [[each["text"] for each in json.loads(line)["texts"]] for line in said[1].splitlines()]
     longer, shorter = sum(len(new) > len(old) for old, new in kept), sum(len(new) < len(old) for old, new in kept)
     assert said[1] != said[2] and len(kept) >= 60 and abs(longer - shorter) <= 0.04 * len(kept)
@@ -1147,8 +1147,10 @@ def test_answers_to_different_questions_are_not_compared(questions, old_share, t
 
     found, _ = audited(tmp_path, {"train": rows}, score)
     total = 24 * questions
-    assert dict(found.facts)["texts told on a blank picture"] == f"100.0 % of {total} comparisons"
-    assert f"a scorer without a picture is right in 100.0 % of {total} comparisons (limit 60)" in [sentence for sentence, _ in found.faults]
+    assert dict(found.facts)["true texts preferred on a blank picture"] == f"100.0 % of {total} comparisons"
+    assert f"a scorer that sees no picture is right in 100.0 % of {total} comparisons (limit 60)" in [
+        sentence for sentence, _ in found.faults
+    ]
     assert found.shortcuts[1].auc == pytest.approx(0.5, abs=0.15), "yes is true as often as no"
     with pytest.raises(ConfigError, match=r"--refine: .*\(the scorer\).* 24 groups"):
         audited(tmp_path, {"train": rows}, score, refine=str(tmp_path / "kept.jsonl"))
@@ -1167,7 +1169,7 @@ def test_what_is_not_measured_has_no_number(tmp_path):
     apart = [{"id": "g", "images": row["images"][:1], "texts": [text | {"prompt": text["id"]} for text in row["texts"]],
               "match": [["i0", "t0", 1], ["i0", "t1", 0]]}]  # fmt: skip
     found, _ = audited(tmp_path, {"train": apart}, lambda groups: [GroupScores(torch.zeros(1, 2), torch.zeros(2)) for _ in groups])
-    assert dict(found.facts)["texts told on a blank picture"].startswith("not measured") and not found.shortcuts
+    assert dict(found.facts)["true texts preferred on a blank picture"].startswith("not measured") and not found.shortcuts
 
 
 def test_duplicates_and_leaks_are_found_and_named(tmp_path):
@@ -1188,12 +1190,12 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path):
     found, sets = audited(tmp_path, {"train": rows[:20], "test": rows[20:]}, against=f"{bench},{bench / 'text.jsonl'}")
     said = {sentence: ids for sentence, ids in found.faults}
     assert [(sorted(ids), sentence) for sentence, ids in said.items()] == [
-        (["g3", "g5"], "train: 1 pairs of originals are the same picture (1) or nearly so (0)"),
-        (["g25", "g7"], "train and test share 1 originals or nearly so, and 0 picture files"),
-        ([], f"{bench}: 1 of its 2 pictures cannot be read, and are not compared; the first: {broken.value}"),
-        (["g9"], "train has 0 pictures of bench, and 2 that are nearly one of them"),  # its original is alike, but for a disc
-        (["g9"], "train has 0 pictures of text.jsonl, and 2 that are nearly one of them"),
-        (["g11"], f"train: 1 groups have a text of text.jsonl, such as {rows[11]['texts'][1]['text']!r}"),
+        (["g3", "g5"], "train: 1 pairs of originals are identical (1) or near duplicates (0)"),
+        (["g25", "g7"], "train and test share 1 equal or nearly equal originals, and 0 picture files"),
+        ([], f"{bench}: 1 of its 2 pictures cannot be read and were not compared; the first: {broken.value}"),
+        (["g9"], "train contains 0 pictures of bench, and 2 near duplicates of its pictures"),  # its original is alike, but for a disc
+        (["g9"], "train contains 0 pictures of text.jsonl, and 2 near duplicates of its pictures"),
+        (["g11"], f"train: 1 groups contain a text of text.jsonl, for example {rows[11]['texts'][1]['text']!r}"),
     ]
     written = write_report(found, sets, tmp_path / "page", quiet)
     assert written.num_items == 6
@@ -1205,10 +1207,10 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path):
 def test_the_commands_go_from_captions_to_groups(photos, tmp_path, capsys):
     out, groups = tmp_path / "W", tmp_path / "groups.jsonl"
     proposed = printed(capsys, "data", "propose", photos, "--out", out, "--types", "colour,relation", "--seed", "2")
-    assert proposed.count("captions.jsonl: taken as") == 1
+    assert proposed.count("captions.jsonl: read as") == 1
     assert "6 editor: flip" in printed(capsys, "data", "edit", out, "--with", "flip,none")
     assert "12 candidates" in printed(capsys, "data", "verify", out)
-    assert "all shards are through" in printed(capsys, "data", "status", out)
+    assert "all shards are finished" in printed(capsys, "data", "status", out)
     said = printed(capsys, "data", "select", out, "--out", groups)
     assert "| kept | 6 | 6 | 12 | 100.0 % |" in said
     assert len(read_manifest(groups)) == 6
@@ -1216,7 +1218,7 @@ def test_the_commands_go_from_captions_to_groups(photos, tmp_path, capsys):
     assert "no rejected" in refused(capsys, "data", "view", out, "--rejected", "--out", tmp_path / "page2")
     with pytest.raises(SystemExit) as ended:
         main(["data", "audit", str(groups), "--out", str(tmp_path / "audit"), "--strict", "--against", str(tmp_path)])
-    assert ended.value.code == 1 and "that are nearly one of them" in (tmp_path / "audit" / "report.md").read_text()
+    assert ended.value.code == 1 and "near duplicates of its pictures" in (tmp_path / "audit" / "report.md").read_text()
 
 
 def test_a_plan_is_all_of_it(photos, tmp_path, capsys):

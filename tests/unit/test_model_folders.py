@@ -91,7 +91,7 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
         ],
         "key 'a' occurs twice",
     ),
-    "a link to elsewhere": (lambda folder: (folder / "NOTICE").symlink_to("/etc/hostname"), "NOTICE leads out of its folder"),
+    "a link to elsewhere": (lambda folder: (folder / "NOTICE").symlink_to("/etc/hostname"), "NOTICE leads to /etc/hostname, outside"),
     "no object": (written("config.json", "[]"), "cannot be read"),
     "no JSON": (written("config.json", "{"), "cannot be read"),
     "no text": (written("config.json", b"\xff\xfe\0"), "cannot be read"),

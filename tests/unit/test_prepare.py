@@ -132,7 +132,7 @@ def test_pictures_of_a_store_may_move(source, stores, tmp_path):
         assert known.find(picture) == picture_of(picture, *open_image(picture).size)
         known.verify(picture)
     edit_unseen(shown[0])
-    with pytest.raises(DataError, match="other contents than when the data were checked"):
+    with pytest.raises(DataError, match="has changed since the data were checked"):
         known.verify(shown[0])
 
 
@@ -225,7 +225,7 @@ def test_a_store_knows_its_pictures_without_opening_them(store, tmp_path):
         file.seek(int(place.partition("+")[0]) + 60)
         file.write(b"other")
     os.utime(copied / tar, ns=(1, 1))
-    with pytest.raises(DataError, match="other contents than when the data were checked"):
+    with pytest.raises(DataError, match="has changed since the data were checked"):
         known.verify(picture)
 
 
@@ -296,7 +296,7 @@ def test_shards_together_are_the_store_of_one(of, packs, source, stores, tmp_pat
     order, said = random.Random(of).sample(range(of), of), list[str]()
     wholes = [preparing(source, tmp_path / "store", shard, of, said.append, pack=packs) for shard in [*order, *order]]
     assert wholes[-1] and files(tmp_path / "store") == files(stores[packs])
-    assert any("parts of its pictures" in line and "run this again" in line for line in said)
+    assert any("parts of its pictures" in line and "run this command again" in line for line in said)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
     assert preparing(source, tmp_path / "store", 1, of, pack=packs), "a store that is whole is left alone"
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
@@ -368,7 +368,7 @@ def test_a_command_counts_what_it_leaves_out(source, tmp_path, capsys):
     out = tmp_path / "store"
     for _ in range(2):
         main(["data", "prepare", str(path), "--out", str(out), "--on_error", "skip"])
-        assert f"prepared 17 groups without 2, which {out}/left_out.jsonl lists, in {out}" in capsys.readouterr().out
+        assert f"prepared 17 groups in {out}; 2 rows were left out and are listed in {out}/left_out.jsonl" in capsys.readouterr().out
     path.write_text(path.read_text().splitlines()[2])
     for picture in read_manifest(path)[0].images[0]:
         picture.write_bytes(b"no picture")
@@ -396,7 +396,7 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source, tmp_path, mo
     shutil.copytree(source.parent, tmp_path / "data")
     broken = read_manifest(tmp_path / "data" / "m.jsonl")[8].images[0][0]
     broken.write_bytes(b"no picture")
-    with pytest.raises(DataError, match=rf"m.jsonl:9: {broken}: no image in it"):
+    with pytest.raises(DataError, match=rf"m.jsonl:9: {broken}: it contains no image"):
         preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
     with pytest.raises(DataError, match="run `cfvlm-ds data prepare` again"):
         open_groups(tmp_path / "store")

@@ -415,8 +415,8 @@ def test_what_a_model_says_is_judged_and_kept(captions, tmp_path, monkeypatch, a
     ]
     assert first["edits"][0]["id"] == "c0/0" and first["license"] == "CC0"
     assert [each["reason"] for each in first["rejected"]] == [
-        "more than one thing changed", "a paraphrase", "a type that was not asked for", "an instruction that is not one printable line",
-        "an edit without type, text and instruction", "one of its type is there already", "an edit without type, text and instruction",
+        "more than one thing changed", "a paraphrase", "its type was not requested", "its instruction is not one printable line",
+        "type, text or instruction is missing", "an earlier edit has its type or text", "type, text or instruction is missing",
     ]  # fmt: skip
     assert done["counts"]["edits"] == 1 and len(server.asked) == 4
     assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
@@ -483,7 +483,7 @@ def test_a_reply_that_never_ends_is_left():
         server = Server(lambda body, number, answer=answer: answer)
         with server.running():
             started = time.monotonic()
-            with pytest.raises(CallFailed, match=r"no whole reply within 0\.4 s"):
+            with pytest.raises(CallFailed, match=r"no complete reply within 0\.4 s"):
                 post(server.url, {}, timeout_s=0.4, most_bytes=1000)
             assert time.monotonic() - started < 1.5, name
 

@@ -67,7 +67,7 @@ def test_lines_wait_for_room_and_keep_their_order(tmp_path):
     lines.write("two")
     lines.write("three")
     assert path.read_text() == "one\n" and len(said) == 1
-    assert said[0].startswith(f"{path} cannot be written (No space left on device): what belongs there waits in memory")
+    assert said[0].startswith(f"{path} cannot be written (No space left on device); its new lines are kept in memory")
     os.dup2(kept, handle_of(Path("/dev/full")))
     lines.write("four")
     assert path.read_text() == "one\ntwo\nthree\nfour\n" and len(said) == 2 and "can be written again" in said[1]
@@ -96,7 +96,7 @@ def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path, capsys):
     """What is whole stays, what is torn is named and dropped, and a second writer is refused meanwhile."""
 
     def second(path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"j\.jsonl is written by another process; wait for it, or end it"):
+        with pytest.raises(ConfigError, match=r"j\.jsonl is being written by another process; wait for it, or stop it"):
             Journal(path)
 
     path, entries = tmp_path / "j.jsonl", [as_line({"a": "x" * length}) for length in (1, 3_000_000, 2)]
@@ -107,7 +107,7 @@ def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path, capsys):
         journal = Journal(path)
         kept = [end for end in ends if end <= cut][-1]
         assert path.read_bytes() == whole[:kept] and journal.size == kept
-        assert (f"{path}: its last line was cut off" in capsys.readouterr().err) == (cut != kept)
+        assert (f"{path}: its incomplete last line" in capsys.readouterr().err) == (cut != kept)
         for number in range(ends.index(kept), 3):
             assert journal.append(entries[number]) == ends[number]
         assert path.read_bytes() == whole
@@ -200,7 +200,7 @@ def test_nothing_is_written_through_a_link(how, tmp_path):
 
 
 ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a link": (lambda run: (run / "results.md").symlink_to("../victim"), r"run/results\.md is a link to \.\./victim, and nothing"),
+    "a link": (lambda run: (run / "results.md").symlink_to("../victim"), r"run/results\.md is a link to \.\./victim, and links"),
     "a dangling link": (lambda run: (run / "mlflow.db").symlink_to("nothing"), r"run/mlflow\.db is a link to nothing"),
     "a linked folder": (lambda run: (run / "export").symlink_to(".."), r"run/export is a link to \.\."),
     "a pipe": (lambda run: os.mkfifo(run / "run.lock"), r"run/run\.lock"),
@@ -324,7 +324,7 @@ def test_work_goes_on_where_a_file_system_has_no_locks(number, tmp_path, monkeyp
             journal = Journal(folder / "j.jsonl")
             journal.append(b'{"a": 1}\n')
             journal.close()
-            with pytest.raises(OSError, match="another process has begun to write it"), whole_file(path := folder / "a") as first:
+            with pytest.raises(OSError, match="another process has started to write it"), whole_file(path := folder / "a") as first:
                 first.write(b"first")
                 with whole_file(path) as second:
                     second.write(b"second")

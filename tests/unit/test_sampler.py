@@ -223,7 +223,7 @@ def test_more_than_a_million_groups_have_a_computed_order(monkeypatch):
     resumed.load_state_dict(running.state_dict())
     assert take(resumed, 3) == [elements[2:4], elements[4:6], elements[6:8]]
     earlier = {name: value for name, value in running.state_dict().items() if name != "order"}
-    with pytest.raises(DataError, match="order None and this run has 'feistel-1'"):
+    with pytest.raises(DataError, match="order None, but this run has 'feistel-1'"):
         resumed.load_state_dict(earlier)
     permutation._computed.cache_clear()
 
@@ -254,7 +254,7 @@ def test_groups_of_a_row_come_together(computed, monkeypatch):
         assert seen == elements[: len(seen)] if len(seen) <= len(elements) else seen[: len(elements)] == elements
         state = ranks[0].state_dict()
         assert state["order"] == ("feistel-1+rows-1" if computed and limit > 10 else "rows-1")
-        with pytest.raises(DataError, match=re.escape(f"sampler has order '{state['order']}' and this run has ")):
+        with pytest.raises(DataError, match=re.escape(f"sampler has order '{state['order']}', but this run has ")):
             make(limit).load_state_dict(state)
         with pytest.raises(DataError, match=r"sampler has order (None|'feistel-1') and"):
             ranks[0].load_state_dict(make(limit).state_dict())

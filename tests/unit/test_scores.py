@@ -91,7 +91,7 @@ def test_a_group_that_is_there_twice_is_named(path, groups, monkeypatch):
     path.write_text("".join([*lines[:-1], lines[2]]))
     for key in (stored_scores._key, lambda name: 7):
         monkeypatch.setattr(stored_scores, "_key", key)
-        with pytest.raises(DataError, match=f"no scores for group '{groups[-1].id}', the file is incomplete, or has another twice"):
+        with pytest.raises(DataError, match=f"no scores for group '{groups[-1].id}' .the file is incomplete, or contains a group twice"):
             read_scores(path, groups, of(groups))
 
 
@@ -170,11 +170,11 @@ def test_scores_of_another_manifest(path, groups, scores):
         ({"candidates": texts}, "prompts or texts"),
         ({"candidates": prompts}, "prompts or texts"),
         ({"images": images}, "image paths"),
-        ({"id": "else"}, "other ids"),
+        ({"id": "else"}, "different ids"),
     ):
-        with pytest.raises(DataError, match=f"belong to another manifest, by .*{what}"):
+        with pytest.raises(DataError, match=f"belong to another manifest, which differs in .*{what}"):
             read_scores(path, changed := [dataclasses.replace(first, **change), *groups[1:]], of(changed))
-    with pytest.raises(DataError, match=r"belong to another manifest, by the number of rows \(9, was 10\)"):
+    with pytest.raises(DataError, match=r"belong to another manifest, which differs in the number of rows \(9, was 10\)"):
         read_scores(path, groups[1:], of(groups[1:]))
     relabelled = [dataclasses.replace(group, weight=2.0, match=((1, *group.match[0][1:]), *group.match[1:])) for group in groups[::-1]]
     assert read_scores(path, relabelled, of(relabelled)) == scores
@@ -196,7 +196,7 @@ def test_scores_of_other_pictures(tmp_path, groups, scores):
     one.rename(copied / "aside")
     other.rename(one)
     (copied / "aside").rename(other)
-    with pytest.raises(DataError, match="belong to another manifest, by contents of pictures"):
+    with pytest.raises(DataError, match="belong to another manifest, which differs in contents of pictures"):
         read_scores(path, moved, identity(moved))
 
 
@@ -209,7 +209,7 @@ def test_scores_know_their_model(tmp_path, groups, scores, model_dir):
     assert read_scores(path, groups, of(groups), made_by=identity) == scores
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(DataError, match="made by 'org/model' with other weights than this run's model; write it again"):
+    with pytest.raises(DataError, match="computed by 'org/model' with other weights than this run's model; write it again"):
         read_scores(path, groups, of(groups), made_by=fingerprint(ModelConfig(str(copied))))
     shutil.copy(model_dir / "model.safetensors", weights)
     assert fingerprint(ModelConfig(str(copied))) == identity

@@ -146,7 +146,7 @@ def test_rows_of_several_groups(tmp_path, monkeypatch):
     problems = check_rows(open_groups(path, format="doubled"), progress=pytest.fail).problems
     assert len(problems) == 3 and [problem.split(": ")[0] for problem in problems] == [f"{path}:{line}" for line in (3, 4, 5)]
     monkeypatch.setattr(Doubled, "parts", lambda self, row: 1)
-    with pytest.raises(DataError, match=r"m.jsonl:1: the row has 2 groups, and 1 were counted"):
+    with pytest.raises(DataError, match=r"m.jsonl:1: the row has 2 groups, but 1 were counted"):
         open_groups(path, format="doubled")[0]
 
 

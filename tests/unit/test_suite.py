@@ -407,7 +407,7 @@ def test_names_and_options_of_probes():
     for spec, said in (
         ("captions", "did you mean 'caption'"), ("caption:mood=pmi", "has no option 'mood'"), ("caption:mode=pim", "sum, mean or pmi"),
         ("yes_no:mode=sum", "has no options"), ("generate:max_new_tokens=0", "writes 1 to"), ("match:template=no", "with {text} in it"),
-        ("caption:mode", "not understood"),
+        ("caption:mode", "cannot be parsed"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             way_named(spec)
@@ -762,7 +762,7 @@ def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path, capsys):
         asking.results_held(tmp_path / "run", ALONE).__enter__()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "results.md").write_text("# My thesis\n")
-    with pytest.raises(ConfigError, match=r"results.md is there, and evaluate has not written it; name another"):
+    with pytest.raises(ConfigError, match=r"results.md already exists and was not written by evaluate; name another"):
         asking.results_held(tmp_path / "mine", ALONE).__enter__()
     (tmp_path / "mine" / "results.md").write_text(markdown([result(rows([True]))]))
     with asking.results_held(tmp_path / "mine", ALONE):

@@ -21,7 +21,7 @@ PATHS = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "x\0", "x\n", "\ud
 
 @pytest.mark.parametrize("name", PATHS, ids=lambda name: ascii(name)[:20])
 def test_a_name_that_is_a_path_is_refused_by_the_file_that_has_it(name):
-    with pytest.raises(ConfigError, match=r"^index\.json: .* (get the folder again)$"):
+    with pytest.raises(ConfigError, match=r"^index\.json: .* (download the folder again)$"):
         bare_name(name, "index.json")
 
 
@@ -40,7 +40,7 @@ def test_files_of_a_folder_and_links_that_lead_out_of_it(tmp_path):
         (folder / name).symlink_to(target)
     assert own_file(folder, "sub/x", "list") == folder / "sub" / "x" and own_file(folder, "in", "list") == folder / "in"
     for name in ("out", "absolute", "deep"):
-        with pytest.raises(ConfigError, match=rf"model/{name} leads out of its folder, to {tmp_path}/secret; put the file itself there"):
+        with pytest.raises(ConfigError, match=rf"model/{name} leads to {tmp_path}/secret, outside its folder; put the file itself there"):
             own_file(folder, name, "list")
     for name in ("sub/../../secret", "/etc/passwd", "sub//x", ["sub"]):
         with pytest.raises(ConfigError, match=r"^list: "):
@@ -64,15 +64,15 @@ def test_the_links_of_a_hub_cache(tmp_path):
     refuse_foreign(tmp_path / "alias" / "snapshots" / "abc" / "config.json", tmp_path / "alias" / "snapshots" / "abc")
     (blobs / "key").symlink_to(private / "hash")
     (snapshot / "LICENSE").symlink_to("../../blobs/key")
-    with pytest.raises(ConfigError, match=r"LICENSE leads out of its folder"):
+    with pytest.raises(ConfigError, match=r"LICENSE leads to .*, outside its folder"):
         refuse_foreign(snapshot / "LICENSE", snapshot)
     shutil.rmtree(blobs)
     blobs.symlink_to(private)
-    with pytest.raises(ConfigError, match=r"config\.json leads out of its folder"):
+    with pytest.raises(ConfigError, match=r"config\.json leads to .*, outside its folder"):
         refuse_foreign(snapshot / "config.json", snapshot)
     (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
     (snapshot / "foreign.json").symlink_to("../../../models--a--b/blobs/x")
-    with pytest.raises(ConfigError, match=r"foreign\.json leads out of its folder"):
+    with pytest.raises(ConfigError, match=r"foreign\.json leads to .*, outside its folder"):
         refuse_foreign(snapshot / "foreign.json", snapshot)
 
 
@@ -103,7 +103,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     with pytest.raises(StorageError, match=r"cannot be written .* with --out$"):
         output_file(Path("/proc/out.json"))
     assert output_file(tmp_path / "new" / "out.json").parent.is_dir()
-    with pytest.raises(ConfigError, match="file is read here, and would be replaced; name another file"):
+    with pytest.raises(ConfigError, match="file is an input and would be overwritten; name another output file"):
         output_file(tmp_path / "new" / ".." / "file", tmp_path / "none", tmp_path / "file")
 
 

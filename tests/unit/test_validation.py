@@ -174,12 +174,12 @@ def test_a_path_that_is_only_beside_the_yaml_is_named(option, model_dir, tmp_pat
     (tmp_path / "conf" / "run.yaml").write_text("train: {seed: 1}")
     config = parse_config([*arguments, "--config", "conf/run.yaml", f"--{option}", "mine"], OBJECTIVES)
     if option not in ("data.root", "data.scores"):  # which nothing needs here
-        with pytest.raises(InputError, match=re.escape(f"a relative path counts from {tmp_path}")):
+        with pytest.raises(InputError, match=re.escape(f"relative paths are resolved against {tmp_path}")):
             validate(config, ONE)
     (tmp_path / "conf" / "mine").mkdir()
     with pytest.raises(
         ConfigError,
-        match=rf"mine does not exist \(a relative path counts from {tmp_path}\); use conf/mine, which exists next to the YAML file",
+        match=rf"mine does not exist \(relative paths are resolved against {tmp_path}\); use conf/mine, which exists next to the YAML file",
     ):
         validate(config, ONE)
 

@@ -133,7 +133,7 @@ def test_a_page_has_what_its_groups_have(folder):
     assert first["truth"] == ["\u2713 true ", "? unknown ", "\u2717 false ", "\u2713 true "] and len(second["unknown"]) == 3
     assert first["words"] == ["Describe.", "two red dogs", "three red dogs"] and first["mark"] == ["two", "three"]
     assert first["dd"] == ["lawn", "2"] and json.loads(first["pre"][0]) == {"by": "hand"} and not second["prompt"]
-    assert first["li"] == ["count: two \u2192 three (image 1, text 1)"] and first.all("alt")[1].endswith("of which is true: three red dogs")
+    assert first["li"] == ["count: two \u2192 three (image 1, text 1)"] and first.all("alt")[1].endswith("true text: three red dogs")
     assert first["label"] == ["image 0: factual", "image 1: count", "prompt", "text 0: factual", "text 1: count"]
     assert index(folder / "page")["option"] == ["all", "count (1)", "unlabelled (1)", "all", "lawn (1)", "(none) (1)"]
     about = Elements(templates(folder / "page")[1]).found[0][1]
@@ -419,7 +419,9 @@ def test_a_run_shows_its_worst_groups(folder):
     view(folder / "test.jsonl", folder / "page", scores=run / "scores" / "test.jsonl")
     first, second = drawn(folder / "page")
     assert first["b"] == ["\u221210.0", "\u221220.0", "\u22125.0", "\u221213.0", "\u22121.0", "\u22125.0"]
-    assert first["verdict"] == ["all 2 comparisons won, least margin +3.0"] and second["verdict"][0].startswith("1 of 2 comparisons lost")
+    assert first["verdict"] == ["all 2 comparisons won, smallest margin +3.0"] and second["verdict"][0].startswith(
+        "1 of 2 comparisons lost"
+    )
     assert second["margin"] == ["\u25bc \u22122.0 vs texts", "\u25b2 +7.0 vs images"]
 
 
@@ -429,14 +431,14 @@ def test_what_a_run_lacks_is_named(folder):
     assert sorted(names(view(run, folder / "page").folder)) == ["a", "b"]
     with pytest.raises(ConfigError, match="use --ids, --scores and --root only with a manifest"):
         view(run, folder / "other", ids=folder / "ids.txt")
-    with pytest.raises(DataError, match="another manifest, by the number of rows"):
+    with pytest.raises(DataError, match="another manifest, which differs in the number of rows"):
         view(configured(run, {"test": str(folder / "test.jsonl")}), folder / "other")
     (run / "scores" / "test.jsonl").unlink()
     with pytest.raises(DataError, match="a run writes them when it ends"):
         view(run, folder / "other")
     for evaluation, expected in (
         ({"x": 3}, "no run's conf|not a run's conf"),
-        ({"../x": "m.jsonl"}, r"'\.\./x' is no bare file name"),
+        ({"../x": "m.jsonl"}, r"'\.\./x' is not a plain file name"),
         ({}, "lists no evaluation sets"),
     ):
         with pytest.raises(ConfigError, match=expected):
@@ -462,8 +464,8 @@ def test_statistics_by_hand(folder, capsys):
         "manifest": str(folder / "groups.jsonl"),
         "groups": "4",
         "images x texts": "2 x 2: 3, 1 x 1: 1",
-        "pictures": "5 different files, min 60, median 120, 95 % up to 120, max 120 pixels of the longer side",
-        "texts": "3 different of 7, for 2 different prompts",
+        "pictures": "5 distinct files, min 60, median 120, 95 % up to 120, max 120 pixels on the longer side",
+        "texts": "3 distinct of 7, for 2 distinct prompts",
         "lengths": "min 1, median 12, 95 % up to 14, max 14 characters",
         "visual tokens": "none",
         "cells": "7 true, 3 false, 3 unknown of 13",
@@ -483,7 +485,7 @@ def test_statistics_of_what_others_publish(folder, capsys):
     path, _ = PUBLIC["LLaVA"][0](folder / "llava", 20)
     main(["data", "stats", str(path), "--format", "auto"])
     printed = capsys.readouterr().out
-    assert f"{path}: taken as json, format llava" in printed and re.search(r"groups +20\n", printed)
+    assert f"{path}: read as json, format llava" in printed and re.search(r"groups +20\n", printed)
     assert re.search(r"cells +20 true, 0 false, 0 unknown of 20\n", printed)
     assert re.search(r"images x texts +1 x 1: 18, 0 x 1: 2\n", printed)
     again = group("h", texts=list(reversed(group("g")["texts"])), match=[["i0", "t1", 1], ["i0", "t0", 1], ["i1", "t0", 0]])
@@ -630,9 +632,9 @@ def test_what_is_large_or_rare_is_drawn(folder, tab):
     page = write_page("p", some, len(some), folder / "page").folder
     tab.draw(page)
     assert [tab.count(each) for each in ("tbody .text", "th.image", ".slot", ".turn")] == [100, 20, 1, 2]
-    assert tab.text(".cell").count("nan") == 1 and tab.text(".verdict") == "1 of 2 comparisons lost, least margin \u22121.0"
+    assert tab.text(".cell").count("nan") == 1 and tab.text(".verdict") == "1 of 2 comparisons lost, smallest margin \u22121.0"
     tab.press("j")
-    assert tab.text(".cell") == "? unknown " and "text alone" in tab.text("body")
+    assert tab.text(".cell") == "? unknown " and "text only" in tab.text("body")
     tab.press("j")
     assert "no such image file" in tab.text(".missing")
     tab.press("o")

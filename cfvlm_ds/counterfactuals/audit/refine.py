@@ -1,4 +1,4 @@
-"""Thinning of a set until neither words, nor length, nor a scorer on a blank picture distinguish the true texts from the false ones.
+"""Thinning of a set until words, length and a scorer on a blank picture no longer distinguish true texts from false ones.
 
 It balances words as the back end ``rules`` does (propose/balance.py), with length and the scorer's guess as two additional words.
 """
@@ -54,7 +54,7 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
     if not kept:
         worst = max(cues, key=lambda cue: abs(right(cues[cue]) - 0.5))
         raise ConfigError(
-            f"--refine: a blind guess ({worst}) has the same outcome for all {len(groups)} groups, so none can stay; propose edits in "
+            f"--refine: a blind guess ({worst}) has the same outcome for all {len(groups)} groups, so none can be kept; propose edits in "
             "both directions"
         )
     with whole_file(file) as out:
@@ -63,7 +63,7 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
             row = to_row(groups[k], file.parent.absolute(), (own if isinstance(own, dict) else {"meta": own}) | {REFINED: {"seed": seed}})
             out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
     shares_right = ", ".join(f"{100 * right([margins[k] for k in kept]):.1f} % by {cue}" for cue, margins in cues.items())
-    return f"{len(kept)} of {len(groups)} groups, of which a blind guess is right in {shares_right}"
+    return f"{len(kept)} of {len(groups)} groups; correct blind guesses: {shares_right}"
 
 
 def refined_file(file: Path, *inputs: str) -> None:
@@ -76,5 +76,5 @@ def _is_refined(file: IO[bytes]) -> bool:
 
 
 def right(margins: Sequence[float]) -> float:
-    """Return the share of right guesses, with ties counted as one half."""
+    """Return the share of correct guesses, with ties counted as one half."""
     return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / max(len(margins), 1)

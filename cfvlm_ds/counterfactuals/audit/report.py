@@ -12,7 +12,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.text import few, in_cell, one_line
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
@@ -31,7 +31,6 @@ LIMIT_BLIND = 0.6
 _SHOWN = 20  # groups on the page if there is no fault
 _SCORED = 256  # groups scored at a time
 
-Say = Callable[[str], object]
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
 
 
@@ -50,14 +49,14 @@ class Audit:
     def markdown(self) -> str:
         """Format the report as Markdown."""
         lines = ["# Audit\n\n| | |\n|---|---|", *(f"| {in_cell(name, 400)} | {in_cell(value, 400)} |" for name, value in self.facts), ""]
-        lines += ["| told apart | AUC | 95 % interval | pairs | goes by |", "|---|---:|---|---:|---|"]
+        lines += ["| shortcut | AUC | 95 % interval | pairs | strongest features |", "|---|---:|---|---:|---|"]
         for cue in self.shortcuts:
             measured = "not measured |" if cue.auc is None else f"{cue.auc:.3f} | {cue.low:.3f} to {cue.high:.3f}"
             lines.append(f"| {cue.name} | {measured} | {cue.pairs} | {in_cell(', '.join(cue.telling[:8]), 400)} |")
-        lines += ["", "## What passes a limit", ""]
+        lines += ["", "## Exceeded limits", ""]
         for sentence, ids in self.faults:
             lines.append(f"- {in_cell(sentence + f' ({few(ids)})' * bool(ids), 600)}")
-        return "\n".join([*lines, *(["Nothing."] if not self.faults else [])]) + "\n"
+        return "\n".join([*lines, *(["None."] if not self.faults else [])]) + "\n"
 
     def as_json(self) -> str:
         shortcuts = [vars(cue) for cue in self.shortcuts]
@@ -90,7 +89,7 @@ def audit(
     listed = ", ".join(f"{split.name} ({len(split.groups)})" for split in sets)
     report.facts.append(("groups", f"{sum(len(split.groups) for split in sets)} in {listed}"))
     if broken:
-        report.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
+        report.fault(f"{len(broken)} pictures cannot be read; the first: {next(iter(broken.values()))}", list(broken))
     _shortcuts(report, sets, options, say)
     _duplicates(report, sets)
     if options.against:
@@ -144,7 +143,7 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
     if len(pictures) > options.sample:
         pictures = random.Random(options.seed).sample(pictures, options.sample)
     grains: tuple[list[Array], list[Array], list[bool]] = ([], [], [])
-    progress = Progress(say, "grain of pictures", len(pictures), "pairs")
+    progress = Progress(say, "measuring the grain of pictures", len(pictures), "pairs")
     for original, edited, half in progress.over(pictures):
         try:
             pair = grain(open_image(original)), grain(open_image(edited))
@@ -157,7 +156,9 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
         report.shortcuts.append(by_grain(*grains))
     for cue in report.shortcuts:
         if cue.auc is not None and cue.low is not None and cue.low > 0.5 and cue.auc > LIMIT_AUC:
-            report.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(cue.telling[:4])}")
+            report.fault(
+                f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}) without the picture; strongest features: {', '.join(cue.telling[:4])}"
+            )
 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
@@ -175,7 +176,7 @@ def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
             exact = sum(pair.bits < 0 for pair in pairs)
             ids = [name for pair in pairs for name in (own_originals[pair.first][1], own_originals[pair.second][1])]
             report.fault(
-                f"{split.name}: {len(pairs)} pairs of originals are the same picture ({exact}) or nearly so ({len(pairs) - exact})", ids
+                f"{split.name}: {len(pairs)} pairs of originals are identical ({exact}) or near duplicates ({len(pairs) - exact})", ids
             )
         for other, other_originals in zip(sets[k + 1 :], originals[k + 1 :], strict=True):
             pairs = list(near_pairs(own, [look for look, _ in other_originals]))
@@ -183,7 +184,8 @@ def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
             if pairs or shared:
                 ids = [name for pair in pairs for name in (own_originals[pair.first][1], other_originals[pair.second][1])]
                 report.fault(
-                    f"{split.name} and {other.name} share {len(pairs)} originals or nearly so, and {len(shared)} picture files", ids
+                    f"{split.name} and {other.name} share {len(pairs)} equal or nearly equal originals, and {len(shared)} picture files",
+                    ids,
                 )
 
 
@@ -204,7 +206,7 @@ def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> Non
         theirs = [result for result in looks if not isinstance(result, str)]
         report.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
         if unread := [result for result in looks if isinstance(result, str)]:
-            report.fault(f"{path}: {len(unread)} of its {len(looks)} pictures cannot be read, and are not compared; the first: {unread[0]}")
+            report.fault(f"{path}: {len(unread)} of its {len(looks)} pictures cannot be read and were not compared; the first: {unread[0]}")
         for split in sets:
             ours = list(split.looks.values())
             pairs = list(near_pairs(ours, theirs))
@@ -212,11 +214,14 @@ def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> Non
                 exact = {pair.first for pair in pairs if pair.bits < 0}
                 nearly = {pair.first for pair in pairs} - exact
                 ids = [name for pair in pairs for name in split.owners[ours[pair.first].path]]
-                report.fault(f"{split.name} has {len(exact)} pictures of {path.name}, and {len(nearly)} that are nearly one of them", ids)
+                report.fault(
+                    f"{split.name} contains {len(exact)} pictures of {path.name}, and {len(nearly)} near duplicates of its pictures", ids
+                )
             own_texts = {group.id: [candidate.text for candidate in group.candidates] for group in split.groups}
             if shared := shared_texts(own_texts, texts):
                 report.fault(
-                    f"{split.name}: {len(shared)} groups have a text of {path.name}, such as {next(iter(shared.values()))!r}", list(shared)
+                    f"{split.name}: {len(shared)} groups contain a text of {path.name}, for example {next(iter(shared.values()))!r}",
+                    list(shared),
                 )
 
 
@@ -235,10 +240,13 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
     share = right(every)
     result = f"{100 * share:.1f} % of {len(every)} comparisons"
     report.facts.append(
-        ("texts told on a blank picture", result if every else "not measured: no group has a true and a false text of one prompt")
+        (
+            "true texts preferred on a blank picture",
+            result if every else "not measured: no group has a true and a false text for the same prompt",
+        )
     )
     if every and max(share, 1 - share) > LIMIT_BLIND:
-        report.fault(f"a scorer without a picture is right in {result} (limit {100 * LIMIT_BLIND:.0f})")
+        report.fault(f"a scorer that sees no picture is right in {result} (limit {100 * LIMIT_BLIND:.0f})")
     return [sum(group) / max(len(group), 1) for group in margins]
 
 
@@ -254,5 +262,5 @@ def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Wri
     items = (group_item(group, facts=[("found", "; ".join(names))], filters={"found": names}) for group, names in faults)
     beside = {"report.md": report.markdown(), "report.json": report.as_json()}
     facts = [*report.facts, *((cue.name, str(cue)) for cue in report.shortcuts)]
-    facts += [("passes a limit", one_line(sentence, 300)) for sentence, _ in report.faults] or [("passes a limit", "nothing")]
+    facts += [("exceeded limit", one_line(sentence, 300)) for sentence, _ in report.faults] or [("exceeded limits", "none")]
     return write_page("Audit", items, len(shown), out, facts=facts, beside=beside, say=say)

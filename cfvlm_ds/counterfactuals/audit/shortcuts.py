@@ -44,7 +44,7 @@ def _not_measured(name: str, why: str) -> Shortcut:
     return Shortcut(name, None, None, None, 0, (why,))
 
 
-_ONE_HALF = "one half has no pair to fit, or to judge: too few pictures"
+_ONE_HALF = "too few pictures: one half has no pair for fitting or for evaluation"
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
@@ -67,7 +67,9 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
     if area < 0.5:
         area, low, high = 1 - area, 1 - high, 1 - low
     more = sum(len(new) > len(old) for old, new in pairs)
-    description = (f"counterfactuals are longer in {more}, shorter in {sum(len(new) < len(old) for old, new in pairs)} of {len(pairs)}",)
+    description = (
+        f"counterfactuals are longer in {more}, shorter in {sum(len(new) < len(old) for old, new in pairs)} of {len(pairs)} pairs",
+    )
     return Shortcut("texts by length", area, low, high, len(pairs), description)
 
 

@@ -1,4 +1,4 @@
-"""Interface of picture editors: their tasks and results, and checks of pictures that come from outside."""
+"""Interface of picture editors: their tasks and results, and checks of pictures from external sources."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Task:
             return None
         mask = open_image(self.mask).convert("L")
         if mask.size != size:
-            raise DataError(f"{self.mask}: the mask is {mask.size[0]}x{mask.size[1]} and its picture {size[0]}x{size[1]}; make it as large")
+            raise DataError(
+                f"{self.mask}: the mask is {mask.size[0]}x{mask.size[1]}, but its picture is {size[0]}x{size[1]}; make the sizes equal"
+            )
         return mask.point(lambda level: 255 if level >= 128 else 0)
 
 
@@ -66,7 +68,7 @@ class Refused:
 class Editor:
     """Back end of `data edit`, constructed with the options of the step.
 
-    ``varies`` is true if another seed gives another picture, so that repeated attempts are useful. ``threads`` is the number of concurrent
+    ``varies`` is true if the picture depends on the seed, which makes repeated attempts useful. ``threads`` is the number of concurrent
     tasks.
     """
 

@@ -38,11 +38,12 @@ class Diffusers(Editor):
             from packaging.version import Version
         except ImportError as error:
             raise ConfigError(
-                "--with diffusers needs the package diffusers, which is not installed; pip install 'cfvlm-ds[edit]' (Python 3.11 or later)"
+                "--with diffusers needs the package diffusers, which is not installed; run pip install 'cfvlm-ds[edit]' (Python 3.11 or "
+                "later)"
             ) from error
         if Version(diffusers.__version__) < Version(OLDEST):
             raise ConfigError(
-                f"diffusers {diffusers.__version__} runs code that the folder of a pipeline names; pip install 'diffusers>={OLDEST}'"
+                f"diffusers {diffusers.__version__} may run code from a pipeline's folder; run pip install 'diffusers>={OLDEST}'"
             )
         if not options.model:
             raise ConfigError("--with diffusers needs --model, the folder or hub name of a pipeline")
@@ -99,7 +100,7 @@ class Diffusers(Editor):
             edited = self.pipe(**{name: value for name, value in arguments.items() if name in self._taken}, **self._given).images[0]
         if not isinstance(edited, Image.Image) or edited.size != padded.size:
             size = getattr(edited, "size", "none")
-            return Refused(f"the pipeline gave a picture of another size ({size} and not {padded.size})")
+            return Refused(f"the pipeline returned a picture of another size ({size} instead of {padded.size})")
         return Picture(edited.convert("RGB").crop((0, 0, *image.size)))
 
 

@@ -20,5 +20,5 @@ class Flip(Editor):
 
     def edit(self, task: Task) -> Picture | Refused | None:
         if shown := sorted(LETTERING & set(words(task.caption))):
-            return Refused(f"the caption speaks of a {shown[0]}, which a mirror image shows reversed")
+            return Refused(f"the caption mentions a {shown[0]}, which a mirror image shows reversed")
         return Picture(ImageOps.mirror(task.image()))

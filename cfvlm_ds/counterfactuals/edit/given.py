@@ -1,4 +1,4 @@
-"""Existing pictures: edited ones in a folder, named by the ids of the edits; and edits of only the text."""
+"""Editors that create no picture: edited pictures from a folder, named by the ids of the edits, and edits of only the text."""
 
 from __future__ import annotations
 

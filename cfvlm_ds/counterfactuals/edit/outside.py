@@ -44,7 +44,7 @@ class Command(Editor):
         except ValueError as error:
             raise ConfigError(f"--command {options.command!r}: {str(error).lower()}; correct its quotation marks") from error
         if not self._words or not all(any(place in word for word in self._words) for place in ("{request}", "{output}")):
-            raise ConfigError(f"--command {options.command!r}: write the command with {{request}} and {{output}} in it")
+            raise ConfigError(f"--command {options.command!r} must contain {{request}} and {{output}}; add them")
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": 1, "command": self._command}
@@ -86,4 +86,4 @@ class Command(Editor):
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             error_output.seek(max(0, error_output.seek(0, os.SEEK_END) - 400))
-            return f"the command ended with {code}: {error_output.read().decode('utf-8', 'replace')}" if code else ""
+            return f"the command exited with code {code}: {error_output.read().decode('utf-8', 'replace')}" if code else ""

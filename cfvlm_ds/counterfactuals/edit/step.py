@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.journal import Journal
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
@@ -26,8 +27,6 @@ from cfvlm_ds.data.picture_file import picture_bytes, tar_member
 
 STEP = "edit"
 _CHANGED = 24  # smallest difference, in levels of 255, that a composite keeps
-
-Say = Callable[[str], object]
 
 
 class Unit(NamedTuple):
@@ -68,7 +67,7 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
 def checked(options: EditOptions) -> list[str]:
     """Return the names of the editors. Raises ConfigError for invalid options."""
     if options.masks and not Path(options.masks).is_dir():
-        raise ConfigError(f"--masks {options.masks}: no such folder; name the folder of the masks, SOURCE/NUMBER.png")
+        raise ConfigError(f"--masks {options.masks}: no such folder; name the folder with the masks SOURCE/NUMBER.png")
     return named(options.back_ends, EDITORS, "--with")
 
 
@@ -84,7 +83,7 @@ def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options:
             for attempt in range(options.attempts):
                 seed = seed_of(options.seed, name, attempt) % 2**53
                 task = Task(name, line["source"], proposal["type"], Path(line["picture"] or ""), *words, attempt, seed, mask)
-                editor = next((name for name, editor in editors.items() if editor.takes(task)), "none taken")
+                editor = next((name for name, editor in editors.items() if editor.takes(task)), "no editor")
                 editor = "none" if line["picture"] is None else "mine" if proposal.get("picture") else editor
                 yield Unit(task, editor, about)
                 if editor not in editors or not editors[editor].varies:
@@ -109,7 +108,7 @@ def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tup
         if real := unit.about["proposal"].get("picture"):
             return record | {"picture": {"path": real, "sha256": sha256_of(picture_bytes(Path(real), MAX_BYTES))}}, None
         if unit.editor not in editors:
-            return record | {"refused": "no editor takes it"}, None
+            return record | {"refused": "no editor accepts this edit"}, None
         result = editors[unit.editor].edit(task)
         if result is None:
             return record | {"picture": None}, None
@@ -125,8 +124,8 @@ def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tup
 def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
     original, image = task.image(), edited.image
     if image.size != original.size:
-        size = f"{image.width}x{image.height} and not {original.width}x{original.height}"
-        return record | {"refused": f"a picture of another size ({size})"}, None
+        size = f"{image.width}x{image.height} instead of {original.width}x{original.height}"
+        return record | {"refused": f"the edited picture has another size ({size})"}, None
     image = image if image.mode == "RGB" else image.convert("RGB")
     mask = task.mask_image(original.size)
     if options.composite == "mask" and mask is not None:
@@ -154,7 +153,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
     if "refused" in record:
         counts[f"refused: {record['editor']}: {record['refused'][:80]}"] += 1
     else:
-        counts["pictures" if record.get("picture") else "text alone"] += 1
+        counts["pictures" if record.get("picture") else "only text"] += 1
 
 
 class _Tar(Journal):
@@ -166,7 +165,7 @@ class _Tar(Journal):
             if "start" in (picture := record.get("picture") or {}):
                 end = picture["start"] + picture["length"] + -picture["length"] % tarfile.BLOCKSIZE
         if (size := path.stat().st_size if path.exists() else 0) < end:
-            raise DataError(f"{path} has {size} bytes, and its records require {end}; restore it, or remove the shard's records")
+            raise DataError(f"{path} has {size} bytes, but its records require {end}; restore it, or remove the shard's records")
         super().__init__(path, end=end)
 
     def __enter__(self) -> _Tar:

@@ -73,7 +73,7 @@ def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
 
 
 def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
-    """Compute the prices for the given edits of captions; of a caption, at most ``most`` edits of a type are kept."""
+    """Compute the prices for the edits of captions, of which at most ``most`` are kept for each caption and type."""
     moves, together = list[Move](), list[int]()
     for number, edits in enumerate(captions):
         for edit in edits:

@@ -23,10 +23,10 @@ def parser() -> Any:
     try:
         import spacy
     except ImportError as error:
-        raise ConfigError("--with rules: spaCy is not installed; pip install 'cfvlm-ds[counterfactuals]'") from error
+        raise ConfigError("--with rules: spaCy is not installed; run pip install 'cfvlm-ds[counterfactuals]'") from error
     name = next((name for name in sorted(spacy.util.get_installed_models()) if name.startswith(_PIPELINE)), None)
     if name is None:
-        raise ConfigError(f"--with rules: spaCy has no English pipeline; python -m spacy download {_PIPELINE}")
+        raise ConfigError(f"--with rules: spaCy has no English pipeline; run python -m spacy download {_PIPELINE}")
     return spacy.load(name, exclude=["ner", "senter"])
 
 
@@ -102,7 +102,7 @@ class Caption:
 
 
 def described(token: Any) -> Any:
-    """Return the noun that an adjective describes, alone or with other adjectives as in "a red and blue hat", or None."""
+    """Return the noun that an adjective describes, or None. There may be several adjectives, as in "a red and blue hat"."""
     head = token.head
     while token.dep_ == "conj" and head.dep_ in ("conj", "amod", "nmod", "compound"):
         token, head = head, head.head

@@ -86,10 +86,10 @@ class LanguageModel:
         with self._lock:
             self._in_a_row += 1
             if not self._answered and isinstance(failure, Unreachable):
-                raise ConfigError(f"{self._url}: it cannot be reached ({failure}); start the server, or correct the address") from failure
+                raise ConfigError(f"{self._url}: the server cannot be reached ({failure}); start it, or correct the address") from failure
             if self._in_a_row >= IN_A_ROW:
                 raise ConfigError(
-                    f"{self._url}: {self._in_a_row} captions in a row without a usable reply, the last: {failure}; look at the server, or "
+                    f"{self._url}: no usable reply for {self._in_a_row} captions in a row, the last: {failure}; check the server, or "
                     "correct the address, the model's name or its options"
                 ) from failure
 
@@ -136,15 +136,15 @@ class LanguageModel:
         for edit in edits:
             kind, text, instruction = (edit.get(key) if isinstance(edit, dict) else None for key in ("type", "text", "instruction"))
             if not isinstance(kind, str) or not isinstance(text, str) or not isinstance(instruction, str):
-                results.append(Rejected("llm", "an edit without type, text and instruction"))
+                results.append(Rejected("llm", "type, text or instruction is missing"))
                 continue
             text, shown = text.strip(), one_line(text, MOST_CHARACTERS)
-            reason = None if kind in self._types else "a type that was not asked for"
+            reason = None if kind in self._types else "its type was not requested"
             reason = reason or defect(source.caption, text, kind)
             if reason is None and not (printable(instruction) == instruction and 0 < len(instruction) <= MOST_CHARACTERS):
-                reason = "an instruction that is not one printable line"
+                reason = "its instruction is not one printable line"
             if reason is None and (counts[kind] >= self._options.per_type or any(result.text == text for result in results)):
-                reason = "one of its type is there already"
+                reason = "an earlier edit has its type or text"
             if reason is not None:
                 results.append(Rejected("llm", reason, kind if kind in self._types else "", shown))
                 continue
@@ -162,7 +162,7 @@ def edits_of(reply: Any) -> list[Any]:
     except (KeyError, IndexError, TypeError):
         raise CallFailed("the reply has no choice with a finish_reason and a message") from None
     if ended == "length":
-        raise CallFailed("the reply was cut off at its bound of tokens")
+        raise CallFailed("the reply was cut off at the token limit")
     if not isinstance(content, str):
         raise CallFailed("the reply has no text")
     text = content.strip()

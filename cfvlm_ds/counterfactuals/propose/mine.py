@@ -36,7 +36,7 @@ class Mine:
         self._index = opened(context.work.path / "mine" / "slots.bin", self._captions(context))
 
     def _captions(self, context: Context) -> Iterator[tuple[int, str]]:
-        progress = Progress(context.say, "mine: index", len(self._store), "captions")
+        progress = Progress(context.say, "mine: indexing", len(self._store), "captions")
         for row in progress.over(range(len(self._store))):
             for source in sources(self._store, [row]):
                 if not isinstance(source, DataError) and source.picture is not None:

@@ -16,7 +16,7 @@ from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.balance import Prices, drawn, prices_of
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, sources
-from cfvlm_ds.counterfactuals.propose.edits import MAKERS
+from cfvlm_ds.counterfactuals.propose.edit_rules import MAKERS
 from cfvlm_ds.counterfactuals.propose.english import Caption, versions
 from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
@@ -41,7 +41,7 @@ class Rules:
             if kind not in _KINDS:
                 raise ConfigError(f"--words: {kind!r} is not a type with a list of words; the types are {', '.join(_KINDS)}")
             if kind == "object" and (unknown := [word for word in words if word not in v.NOUNS]):
-                raise ConfigError(f"--words: the forms of {unknown[0]!r} are not known; name listed nouns")
+                raise ConfigError(f"--words: {unknown[0]!r} is not a noun of the built-in list; use only nouns of that list")
         self._prices = self._read(context)
 
     def settings(self) -> Mapping[str, Any]:
@@ -57,7 +57,7 @@ class Rules:
             same = [edit for edit in edits if edit.type == kind]
             kept = drawn(same, self._prices, self._per_type, self._seed, source.id, kind)
             proposals += [proposal for edit in kept if (proposal := edit.proposal()) is not None]
-        return proposals or [Rejected("rules", "each word that may come comes oftener than it goes")]
+        return proposals or [Rejected("rules", "every possible new word is already introduced more often than removed")]
 
     def _read(self, context: Context) -> Prices:
         """Read the prices of words, which the first shard of a work folder writes for all. They are computed from evenly spaced captions,
@@ -68,7 +68,7 @@ class Rules:
 
         def write() -> None:
             count = min(len(store), _LOOKED_AT)
-            progress = Progress(context.say, "rules: words", count, "rows")
+            progress = Progress(context.say, "rules: balancing words", count, "rows")
             edits = (
                 [] if isinstance(result := edits_of(source.caption, self._types, self._words), Rejected) else result
                 for source in progress.over(sources(store, [k * len(store) // count for k in range(count)]))
@@ -108,7 +108,7 @@ def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]]
     a type may introduce.
     """
     if len(text) > MOST_CHARACTERS or printable(text) != text:
-        return Rejected("rules", "no caption of one printable line")
+        return Rejected("rules", "the caption is not one printable line")
     caption = Caption(text)
     if caption.said & v.word_set("no_edit") or caption.is_definition:
         return Rejected("rules", "a negation, an alternative, a question or a definition")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.strict import fitted
@@ -20,8 +21,6 @@ from cfvlm_ds.data.store import GroupStore
 STEP = "propose"
 _LONGEST_ID = 1000  # characters; every record and edit repeats the id
 
-Say = Callable[[str], object]
-
 
 def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int = 1) -> dict[str, Any]:
     """Propose edits for shard number ``shard`` of ``of``, and return its completion record. Finished work of an earlier call is not
@@ -31,7 +30,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     if all(isinstance(entry, DataError) for _, entry in store.entries()):
-        raise DataError(str(store.entry(0)) + f" (and so are all {len(store)} groups)" * (len(store) > 1))
+        raise DataError(str(store.entry(0)) + f" (none of the {len(store)} groups is usable)" * (len(store) > 1))
     words = read_words(options.words)
     work = WorkFolder.begin(out, store, of)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
@@ -68,7 +67,7 @@ def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:
     for result in results:
         if isinstance(result, Proposal):
             if any(result.text == other["text"] for other in edits):
-                rejected.append(Rejected(result.back_end, "another back end proposed the same", result.type, result.text).record())
+                rejected.append(Rejected(result.back_end, "another back end proposed the same text", result.type, result.text).record())
             else:
                 edits.append(result.record(f"{source.id}/{len(edits)}"))
     picture = None if source.picture is None else str(source.picture.absolute())
@@ -98,7 +97,7 @@ def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | Dat
         for source in sources(store, [place]):
             if not isinstance(source, DataError):
                 if len(source.id) > _LONGEST_ID:
-                    source = DataError(f"{store.where(place)}: an id of {len(source.id)} characters; shorten it to {_LONGEST_ID}")
+                    source = DataError(f"{store.where(place)}: the id has {len(source.id)} characters; shorten it to at most {_LONGEST_ID}")
                 elif (number := seed_of(source.id)) in seen:
                     source = DataError(f"{store.where(place)}: id {source.id!r} is used by an earlier row; make ids unique")
                 else:

@@ -75,9 +75,9 @@ def defect(caption: str, text: str, kind: str) -> str | None:
     if not old and not new:
         return "only punctuation changed"
     if differs.swap:
-        return None if kind.startswith("swap") or kind == "relation" else "words are only in another order"
+        return None if kind.startswith("swap") or kind == "relation" else "only the word order changed"
     if kind.startswith("swap"):
-        return "a swap has the same words"
+        return "not a swap: the words differ"
     if not (set(old) | set(new)) - EMPTY_WORDS or set(old) - EMPTY_WORDS == set(new) - EMPTY_WORDS:
         return "nothing visible changed"
     meanings = [{SYNONYMS.get(word, word) for word in set(side) - EMPTY_WORDS} for side in (old, new)]

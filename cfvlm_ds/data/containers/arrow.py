@@ -18,7 +18,7 @@ from cfvlm_ds.core.reading import MIB, open_regular
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 _ROWS = 64  # rows of a batch: 256 MB with pictures of 4 MB each
-_BYTES = 256 * MIB  # limit of a Parquet batch's uncompressed size, as its file states it, because a few kB may become as many GB
+_BYTES = 256 * MIB  # limit of a Parquet batch's uncompressed size, as stated in its file; a few kB may decompress to as many GB
 
 Named = Callable[[Any], str | None]
 """Function from a pyarrow buffer to the name of its bytes in the file, or to None if they are not in the file."""
@@ -78,7 +78,7 @@ def _batches(mapped: Any, arrow: Any) -> Iterator[Any]:
 def _batch_rows(batch: Any, arrow: Any, named: Named | None) -> Iterator[Row]:
     names = batch.schema.names
     if len(set(names)) < len(names):
-        raise ValueError("two columns have one name")
+        raise ValueError("two columns have the same name")
     for row in zip(*(_values(column, arrow, named) for column in batch.columns), strict=True):
         yield dict(zip(names, row, strict=True))
 
@@ -121,7 +121,7 @@ def _texts(array: Any, arrow: Any) -> list[Any]:
 
 
 def _too_long(size: int) -> DataError:
-    return DataError(f"the row has a text of {size} bytes, and {MAX_ROW} are the bound for one row; shorten it")
+    return DataError(f"the row has a text of {size} bytes, over the limit of {MAX_ROW} for one row; shorten it")
 
 
 def _valid(array: Any) -> list[bool]:
@@ -160,5 +160,7 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.compute
         import pyarrow.ipc
     except ImportError as error:
-        raise DataError(f"{path}: reading it needs pyarrow ({error}); pip install 'cfvlm-ds[data]', or save it as JSON lines") from error
+        raise DataError(
+            f"{path}: reading it needs pyarrow ({error}); run pip install 'cfvlm-ds[data]', or save it as JSON lines"
+        ) from error
     return pyarrow

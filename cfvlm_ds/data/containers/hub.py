@@ -49,7 +49,7 @@ def fetched(
     files that do not exist or cannot be fetched.
     """
     if match := _OTHER_ADDRESS.fullmatch(str(path)):
-        remedy = "of the Hugging Face hub, name hf://datasets/ORG/NAME/FILES; fetch any other file first, and name it where it is then"
+        remedy = "for the Hugging Face hub, write hf://datasets/ORG/NAME/FILES; download any other file first and give its local path"
         raise DataError(f"{match[1]}://{match[2]} is an address on the network; {remedy}")
     if not is_hub(path):
         return Path(path)
@@ -77,11 +77,12 @@ def _read(path: str) -> _Address:
     if files is None:
         converted = f"{path}@~parquet/default/train/*.parquet"
         raise DataError(
-            f"{path} names no files; add them, such as {path}/data/train-*.parquet, or {converted} for what the hub makes of it"
+            f"{path} names no files; add them, such as {path}/data/train-*.parquet, or {converted} for the Parquet files that the hub "
+            "generates"
         )
     *folders, _ = parts = files.split("/")
     if any(part in ("", ".", "..") for part in parts) or any(map(glob.has_magic, folders)):
-        raise DataError(f"{path}: only the last part of the files' path may be a pattern, and none may be empty or a dot; correct it")
+        raise DataError(f"{path}: only the last part of the file path may be a pattern, and no part may be empty, . or ..; correct it")
     return _Address(name, _CONVERTED.get(revision, revision), files)
 
 
@@ -116,7 +117,7 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         files = [name for name in every if name.count("/") == depth and fnmatchcase(name, address.files)]
         if not files:
             near = one_line(", ".join(every[:_SHOWN]), 1000) + ", ..." * (len(every) > _SHOWN)
-            problems.append(DataError(f"{path}: the data set has no such file; it has {near or 'no files'}"))
+            problems.append(DataError(f"{path}: the data set has no such file; it contains {near or 'no files'}"))
             return
         folder = record.with_name(f"{address.name.replace('/', '--')[:80]}.{str(known.sha)[:40]}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         reason = f"{type(error).__name__}: {one_line(str(error), 300)}"
         command = f"`hf download --repo-type dataset {address.name} --local-dir FOLDER`"
         problems.append(
-            DataError(f"{path} cannot be fetched ({reason}); where there is a network, run {command}, and name the files in FOLDER")
+            DataError(f"{path} cannot be fetched ({reason}); on a machine with network access, run {command}, and give the files in FOLDER")
         )
 
 

@@ -38,7 +38,7 @@ def json_rows(path: Path) -> Rows:
         raise DataError(f"{path}: {value}")
     else:
         keys = f" ({', '.join(map(repr, sorted(value)[:10]))})" if isinstance(value, dict) else ""
-        raise DataError(f"{path}: holds a {type(value).__name__}, not a list of rows{keys}; write [...] or name the file .jsonl")
+        raise DataError(f"{path}: contains a {type(value).__name__}, not a list of rows{keys}; write [...] or name the file .jsonl")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
@@ -62,7 +62,7 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
     for number, value in enumerate(pictures, 1):
         name, file, further = _taken(value, "id", "file_name", where := f"{path}: images, item {number}")
         if name in images:
-            raise DataError(f"{where}: image id {name!r} occurs twice; keep one of them")
+            raise DataError(f"{where}: image id {name!r} occurs twice; keep one")
         images[name] = {"id": name, "image": file, **further}
     for number, value in enumerate(annotations, 1):
         name, text, further = _taken(value, "image_id", "caption", f"{path}: annotations, item {number}")
@@ -74,7 +74,9 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
         lists = {f"annotations.{key}" if key in row else key: values for key, values in lists.items()}
         yield f"images, item {number}", row | {"caption": texts, "caption_ids": ids, **lists}
     for unknown in captions:
-        problem = f"annotations name the image id {unknown!r}, which 'images' lacks; add it, or get both parts of one file"
+        problem = (
+            f"annotations refer to the image id {unknown!r}, which 'images' lacks; add it, or use images and annotations of the same file"
+        )
         yield f"image {unknown!r}", DataError(problem)
 
 
@@ -85,8 +87,8 @@ def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, 
         raise DataError(f"{where}: {row}")
     for key in (name, content):
         if not isinstance(row.get(key), (str, int)):
-            remedy = "which COCO's captions have; add it, or write the rows as a list [...]"
-            raise DataError(f"{where}: key {key!r} is missing or not a text or number, {remedy}")
+            remedy = "as COCO's captions require; add it, or write the rows as a list [...]"
+            raise DataError(f"{where}: key {key!r} is missing or is neither a text nor a number, {remedy}")
     return row[name], row[content], {key: value for key, value in row.items() if key not in (name, content)}
 
 

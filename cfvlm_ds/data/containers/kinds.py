@@ -67,10 +67,10 @@ def sources_of(path: Path) -> list[Path]:
     if glob.has_magic(path.name) and not os.path.lexists(path):
         files = sorted(path.parent / name for name in glob.glob(path.name, root_dir=path.parent))
         if not files:
-            raise DataError(f"{path}: no file has such a name; correct the pattern")
+            raise DataError(f"{path}: no file matches; correct the pattern")
         if len(kinds := {_kind(path, file) for file in files}) > 1 or LINES in kinds or "json" in kinds:
             together = ", ".join(kind for kind in CONTAINERS if kind != "json")
-            raise DataError(f"{path}: a pattern matches files of one kind, {together}; this one matches {', '.join(sorted(kinds))}")
+            raise DataError(f"{path}: a pattern must match files of one kind ({together}); this one matches {', '.join(sorted(kinds))}")
         return files
     return [path]
 
@@ -98,13 +98,13 @@ def _kind(path: Path, file: Path) -> str:
     for ending, command in COMPRESSED.items():
         if file.name.lower().endswith(ending):
             raise DataError(
-                f"{path}: the file is compressed, and rows and pictures are read by position; unpack it first ({command} {file.name})"
+                f"{path}: the file is compressed, but rows and pictures are read at offsets; unpack it first ({command} {file.name})"
             )
     if file.suffix.lower() in _SPREADSHEETS:
-        raise DataError(f"{path}: the file is a spreadsheet; save it as CSV in UTF-8, with the names of the columns in the first line")
+        raise DataError(f"{path}: the file is a spreadsheet; save it as CSV in UTF-8, with the column names in the first line")
     kind = _SUFFIXES.get(file.suffix.lower(), LINES)
     if kind == "tar" and file.is_file() and _compressed(file):
-        raise DataError(f"{path}: the file is compressed in spite of its name; unpack it first (tar -xf and tar -cf without z, or gunzip)")
+        raise DataError(f"{path}: the file is compressed despite its name; unpack it first (tar -xf and tar -cf without z, or gunzip)")
     if kind == "json":
         try:
             return LINES if is_lines(file) else kind
@@ -119,46 +119,46 @@ def _compressed(file: Path) -> bool:
 
 
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError if a caption of an image folder belongs to no picture or to several, or if other files would not be read."""
+    """Raise DataError if a caption of an image folder belongs to no picture or to several, or if other files would be ignored."""
     texts = {picture.with_suffix(".txt").name: picture.name for picture in pictures}
     others = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name not in texts)
     others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]
     others += sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(map(_is_picture, folder.iterdir())))
     if others:
         named = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
-        raise DataError(f"{path}: {named} would not be read beside captions in .txt files; move it, or name the pictures by {path}/*.png")
+        raise DataError(
+            f"{path}: {named} would be ignored next to captions in .txt files; move it away, or name the pictures as {path}/*.png"
+        )
     if len(texts) < len(pictures):
         twice = next(picture for picture in pictures if texts[picture.with_suffix(".txt").name] != picture.name)
-        raise DataError(
-            f"{path}: {twice.with_suffix('.txt').name} is the caption of several pictures, such as {twice.name}; rename one of them"
-        )
+        raise DataError(f"{path}: {twice.with_suffix('.txt').name} is the caption of several pictures, such as {twice.name}; rename one")
 
 
 def _in_folder(path: Path) -> list[Path]:
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir())[:10])
-        raise DataError(f"{path}: holds several splits ({splits}); name one of its folders")
+        raise DataError(f"{path}: contains several splits ({splits}); name one of its folders")
     if (path / "state.json").is_file():
         return _saved(path)
     if len(kinds := [pattern for pattern in _IN_FOLDERS if any(path.glob(pattern))]) > 1:
-        raise DataError(f"{path}: holds files of several kinds ({', '.join(kinds)}); name those of one, such as {path / kinds[0]}")
+        raise DataError(f"{path}: contains files of several kinds ({', '.join(kinds)}); name those of one kind, such as {path / kinds[0]}")
     for pattern in kinds:
         if files := sorted(path.glob(pattern)):
             names = sorted({split[1] for file in files if (split := _NUMBERED.fullmatch(file.stem))})
             if len(names) > 1:
                 one = path / f"{names[0]}-*{files[0].suffix}"
-                raise DataError(f"{path}: holds several splits ({', '.join(names[:10])}); name the files of one of them, such as {one}")
+                raise DataError(f"{path}: contains several splits ({', '.join(names[:10])}); name the files of one split, such as {one}")
             return files
     pictures = sorted(filter(_is_picture, path.iterdir()))
     if any(picture.with_suffix(".txt").is_file() for picture in pictures):
         _refuse_unread(path, pictures)
         return pictures
     below = sorted({file.parent for pattern in _IN_FOLDERS for file in path.glob(f"*/{pattern}")})
-    hint = f"name {' or '.join(map(str, below[:3]))}, which has some" if below else "name the data file"
+    hint = f"name {' or '.join(map(str, below[:3]))}, which contains data files" if below else "name the data file"
     if named := next((name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None):
         hint = f"name {path / named}"
     elif pictures:
-        hint = f"put the caption of {pictures[0].name} into {pictures[0].with_suffix('.txt').name} beside it, or name the data file"
+        hint = f"put the caption of {pictures[0].name} into {pictures[0].with_suffix('.txt').name} next to it, or name the data file"
     if any((path / name).is_file() for name in _OF_MODELS):
         hint = "it is a model folder; name the data, after the model if the command takes both"
     raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)} and not a store; {hint}")

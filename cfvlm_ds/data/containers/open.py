@@ -66,7 +66,7 @@ def open_rows(
     except OSError as error:
         raise DataError(f"{path}: the manifest cannot be read ({error.strerror}); name a readable .jsonl or .json file") from error
     if not len(rows):
-        raise DataError(f"{path}: the manifest has no rows; write some, or check the step that built it")
+        raise DataError(f"{path}: the manifest has no rows; add some, or check the step that built it")
     return rows
 
 

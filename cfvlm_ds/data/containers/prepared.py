@@ -65,16 +65,14 @@ def prepare(
     for folder in cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with file_lock(folder / f"{name}.lock", lambda: say(f"{path}: another process prepares its rows; waiting for it"), alive):
+            with file_lock(folder / f"{name}.lock", lambda: say(f"{path}: another process is preparing its rows; waiting for it"), alive):
                 if not (folder / name / _LINES).is_file():
                     with whole_folder(folder / name) as partial:
                         _write(path, container, sources, partial, say, alive)
             return _prepared(path, folder / name)
         except OSError as error:
             problem = problem or f"{folder} ({error.strerror or error})"
-    raise DataError(
-        f"{path}: its rows cannot be prepared in {problem}; make room there, or set XDG_CACHE_HOME to a folder that can be written"
-    )
+    raise DataError(f"{path}: its rows cannot be prepared in {problem}; make room there, or set XDG_CACHE_HOME to a writable folder")
 
 
 def _prepared(path: Path, folder: Path) -> Prepared:
@@ -115,7 +113,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
             line = json.dumps(row, default=pictures.name_of).encode()
             if len(line) <= MAX_ROW:
                 return line
-            row = DataError(f"the row has {len(line)} bytes as JSON, and {MAX_ROW} are the bound for one row; shorten it")
+            row = DataError(f"the row has {len(line)} bytes as JSON, over the limit of {MAX_ROW} for one row; shorten it")
         except DataError as error:  # one of the values is this error
             row = error
         except (ValueError, RecursionError, TypeError) as error:

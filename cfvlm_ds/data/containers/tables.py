@@ -42,9 +42,9 @@ def _rows(path: Path, delimiter: str) -> Rows:
                     yield f"line {reader.line_num}", _row(columns, line, reader.line_num)
         except csv.Error as error:
             remedy = (
-                'a quote within quotes is written twice ("")'
+                'write a quote within quotes twice ("")'
                 if "field" not in str(error)
-                else "shorten it, or look for a quote that opens and never ends"
+                else "shorten it, or look for a quote that is never closed"
             )
             raise DataError(f"{path}:{reader.line_num}: not a table ({error}); {remedy}") from error
         except UnicodeDecodeError as error:
@@ -56,21 +56,21 @@ def _rows(path: Path, delimiter: str) -> Rows:
 
 def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
     if not columns:
-        raise DataError(f"{path}: the table is empty; its first line has the names of the columns")
+        raise DataError(f"{path}: the table is empty; its first line must have the column names")
     if len(columns) == 1 and (others := [other for other in _DELIMITERS if other != delimiter and other in columns[0]]):
         raise DataError(
-            f"{path}: its first line has one column, {quoted(columns[0], 80)}, and {_DELIMITERS[others[0]]} in it; columns are separated "
-            f"by {_DELIMITERS[delimiter]} here, save it so" + (", or name the file .tsv" if others[0] == "\t" else "")
+            f"{path}: its first line has one column, {quoted(columns[0], 80)}, which contains {_DELIMITERS[others[0]]}; separate the "
+            f"columns with {_DELIMITERS[delimiter]}" + (", or name the file .tsv" if others[0] == "\t" else "")
         )
     for number, column in enumerate(columns, 1):
         if not column.strip():
-            raise DataError(f"{path}: column {number} has no name in the first line, which names the columns; write one")
+            raise DataError(f"{path}: column {number} has no name in the first line; write one")
         if columns.index(column) < number - 1:
-            raise DataError(f"{path}: two columns are called {column!r}; give each a name of its own")
+            raise DataError(f"{path}: two columns are called {column!r}; give them different names")
 
 
 def _row(columns: list[str], line: list[str], number: int) -> Row | DataError:
     if len(line) != len(columns):
-        problem = f"the row (line {number}) has {len(line)} fields, and the first line names {len(columns)} columns"
+        problem = f"the row (line {number}) has {len(line)} fields, but the first line names {len(columns)} columns"
         return DataError(f"{problem}; put fields with separators in quotes")
     return dict(zip(columns, line, strict=True))

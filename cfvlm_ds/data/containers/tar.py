@@ -52,7 +52,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
             continue
         is_file = member.isreg() and not member.issparse()
         if is_file and member.offset_data + member.size > size:
-            raise DataError(f"{path}: member {member.name!r} ends after the end of the file: the tar is cut off; get it again")
+            raise DataError(f"{path}: member {member.name!r} ends after the end of the file, so the tar is truncated; get a complete copy")
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:
@@ -62,7 +62,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
                 yield f"sample {key!r}", DataError(problem) if problem else {"__key__": key, **sample}
             key, sample, problem = own_key, {}, ""
         if extension in sample:
-            problem = problem or f"sample {key!r} has two members {base!r}; give samples keys of their own"
+            problem = problem or f"sample {key!r} has two members {base!r}; give every sample its own key"
         if not is_file:
             problem = problem or f"sample {key!r}: {base!r} is a link or not a regular file; {_PLAIN}"
             sample[extension] = None
@@ -75,7 +75,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
         yield f"sample {key!r}", DataError(problem) if problem else {"__key__": key, **sample}
     handle.seek(tar.offset)
     if len(handle.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # a complete tar ends with blocks of zeros
-        raise DataError(f"{path}: the tar is cut off before its end; get it again")
+        raise DataError(f"{path}: the tar is truncated; get a complete copy")
 
 
 def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:
@@ -90,7 +90,7 @@ def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: st
     if last not in TEXTS and not extension.endswith(("caption", "text")):
         return place  # other data, such as features, which become metadata by name
     if member.size > MAX_ROW:
-        raise DataError(f"{member.name!r} has {member.size} bytes, and {MAX_ROW} are the bound for a text; shorten it")
+        raise DataError(f"{member.name!r} has {member.size} bytes, over the limit of {MAX_ROW} for a text; shorten it")
     handle.seek(member.offset_data)
     content = handle.read(member.size)
     if last == "json":

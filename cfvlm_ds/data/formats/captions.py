@@ -63,7 +63,7 @@ class Captions:
         image: column of the picture, or of a list of pictures.
         caption: column of the captions that are true of the picture.
         negative_caption: column of the captions that are false of it.
-        negative_image: column of pictures of which the captions are false.
+        negative_image: column of the pictures that the captions are false of.
         prompt: column of the prompt that the captions answer.
         edit: column of the edit type of the counterfactuals, which names a row of results.
         id: column of the group's id.
@@ -108,7 +108,7 @@ class Captions:
         false = self._texts(read.row, columns["negative_caption"])
         others = [read_pictures(value, "row") for value in _listed(read.row, columns["negative_image"])]
         if others and not pictures:
-            raise DataError("row: a negative picture without a picture; map the column of the picture, or drop the row")
+            raise DataError("row: it has a negative picture but no picture; map the column of the picture, or drop the row")
         belongs = self.paired and len(false) == len(others)
         match: list[tuple[int | None, ...]] = [(1,) * len(texts) + (0,) * len(false)]
         for j in range(len(others)):
@@ -136,17 +136,17 @@ class Captions:
         read = self._read(row)
         for option in ("negative_caption", "negative_image"):
             if negative := read.columns[option]:
-                remedy = f"add ignore={negative[0]} to leave them out, or drop label= if every caption is true"
-                raise DataError(f"row: column {negative[0]!r} is not read beside label={self.label}; {remedy}")
+                remedy = f"add ignore={negative[0]} to leave it out, or drop label= if every caption is true"
+                raise DataError(f"row: column {negative[0]!r} cannot be combined with label={self.label}; {remedy}")
         labels = as_list(value_of(read.row, self.label))
         labels = labels if isinstance(labels, list) else [labels]
         if len(labels) != len(read.texts):
-            raise DataError(f"row: {len(labels)} labels and {len(read.texts)} captions; give each caption one")
+            raise DataError(f"row: {len(labels)} labels for {len(read.texts)} captions; give every caption one label")
         if read.prompt in ("", DESCRIBE) and (text := next(filter(is_question, read.texts), None)):
-            remedy = f"name {self.source}:prompt={read.columns['caption'][0]},caption={self.label} if that column holds the answers"
+            remedy = f"use {self.source}:prompt={read.columns['caption'][0]},caption={self.label} if that column holds the answers"
             raise DataError(
-                f"row: {quoted(text, 80)} is a question, and {self.label!r} may be its answer, not a label; {remedy}, or ask=... if the "
-                "question itself answers something"
+                f"row: {quoted(text, 80)} is a question, so {self.label!r} may be its answer, not a label; {remedy}, or set ask=... if the "
+                "question is itself the answer"
             )
         kind = value_of(read.row, read.columns["edit"][0]) if read.columns["edit"] else ""
         statements = [
@@ -181,16 +181,16 @@ class Captions:
         texts = _listed(row, columns)
         for text in texts:
             if not isinstance(text, str):
-                raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}; write it as one")
+                raise DataError(f"row: column {columns[0]!r} must be a text or a list of texts, not {quoted(text)}; correct it")
             if not self.json and _BROKEN_LIST.match(text.strip()):
-                what = f"{quoted(text, 40)}, which looks like a list and is broken"
+                what = f"{quoted(text, 40)}, which looks like a broken list"
                 raise DataError(f"row: column {columns[0]!r} holds {what}; write it as JSON, or add json=true if it is a caption")
             if not self.json and text.strip()[:1] + text.strip()[-1:] == "{}":
                 value = json_object(text)
-                broken = f"{quoted(text, 40)}, which looks like JSON and is broken"
+                broken = f"{quoted(text, 40)}, which looks like broken JSON"
                 what = f"a JSON object ({_names(value)}), not a text" if value else broken
                 key = next(iter(value)) if len(value) == 1 else "KEY"
-                remedy = f"name the caption, as in caption={columns[0]}.{key}" if value else "correct it"
+                remedy = f"map the caption, as in caption={columns[0]}.{key}" if value else "correct it"
                 raise DataError(f"row: column {columns[0]!r} holds {what}; {remedy}, or add json=true if it is a caption")
         return [text.strip() for text in texts]
 
@@ -209,7 +209,7 @@ class Captions:
 
     def _prompt(self, row: Mapping[str, Any], columns: list[str], pictures: Pictures) -> tuple[Prompt, Pictures]:
         if columns and self.ask != DESCRIBE:
-            raise DataError(f"row: both the column {columns[0]!r} and ask={self.ask!r} give the prompt; keep one of them")
+            raise DataError(f"row: both the column {columns[0]!r} and ask={self.ask!r} set the prompt; keep one")
         ask = self.ask if pictures or self.ask != DESCRIBE else ""
         value = (value_of(row, columns[0]) if columns else "") or ask
         if not value or (value == DESCRIBE and not columns):

@@ -52,7 +52,7 @@ class Cfvlm:
         before, _, rest = string(row, "orig_input", "row").partition(_START)
         path, end, after = rest.partition(_END)
         if not path or not end or _START in after:
-            raise DataError("row: 'orig_input' must hold one image as <|vision_start|>PATH<|vision_end|>; write it so")
+            raise DataError("row: 'orig_input' must contain exactly one image, written as <|vision_start|>PATH<|vision_end|>")
         samples = row.get("cf_samples")
         if not isinstance(samples, list) or not all(isinstance(sample, Mapping) for sample in samples):
             raise DataError(f"row: 'cf_samples' must be a list of objects, not {samples!r}")

@@ -65,10 +65,10 @@ def read_messages(value: Any, where: str) -> Spoken:
         spelling = ("from", "value") if "from" in message or "value" in message else ("role", "content")
         for key in spelling:
             if key not in message:
-                raise DataError(f"{place}: key {key!r} is missing; a message is {{'from', 'value'}} or {{'role', 'content'}}")
+                raise DataError(f"{place}: key {key!r} is missing; a message has the keys 'from' and 'value', or 'role' and 'content'")
         role, content = message[spelling[0]], message[spelling[1]]
         if role in _TOOLS or message.get("tool_calls"):
-            raise DataError(f"{place} is of a tool; conversations with tools are not read, leave the row out")
+            raise DataError(f"{place} belongs to a tool; conversations with tools are not supported, so leave the row out")
         if not isinstance(role, str) or role not in ROLES:
             raise DataError(f"{place}: {spelling[0]!r} is {quoted(role)}; it must be one of {', '.join(ROLES)}")
         parts, named = _read_content(content, place)
@@ -109,7 +109,7 @@ def _read_content(content: Any, where: str) -> tuple[tuple[Part, ...], list[Path
             pictures.append(None if named is None else read_picture(named, where))
             parts.append(PICTURE)
         else:
-            raise DataError(f"{where}: a part of type {quoted(kind)} is not read; texts and pictures are, leave the row out")
+            raise DataError(f"{where}: a part of type {quoted(kind)} is not supported; only texts and pictures are, so leave the row out")
     if isinstance(first := parts[0] if parts else None, str):
         parts[0] = first.lstrip()
     if isinstance(last := parts[-1] if parts else None, str):
@@ -126,9 +126,11 @@ def read_picture(value: Any, where: str) -> Path:
     if not isinstance(value, str):
         raise DataError(f"{where}: a picture must be the path of a file, not {quoted(value)}")
     if value.startswith(("http://", "https://")):
-        raise DataError(f"{where}: picture {quoted(value)} is on the network; fetch the pictures first (`cfvlm-ds data download`)")
+        raise DataError(f"{where}: picture {quoted(value)} is a web address; first download the pictures with `cfvlm-ds data download`")
     if value.startswith("data:"):
-        raise DataError(f"{where}: a picture is written into the row ({quoted(value, 40)}); `cfvlm-ds data download` writes it to a file")
+        raise DataError(
+            f"{where}: a picture is embedded in the row ({quoted(value, 40)}); write it to a file with `cfvlm-ds data download`"
+        )
     return Path(value.removeprefix("file://"))
 
 
@@ -143,7 +145,7 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
     """
     for key in _OTHER_MEDIA:
         if key in row:
-            raise DataError(f"row: {key!r} is not read; pictures and texts are, leave the row out")
+            raise DataError(f"row: {key!r} is not supported; only texts and pictures are, so leave the row out")
     key = only(row, keys, "name pictures")
     return read_pictures(row[key], f"row: {key!r}") if key else ()
 
@@ -152,7 +154,7 @@ def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
     """Return the column among ``columns`` that a row has, or "" if it has none. Raises DataError if it has two."""
     given = [key for key in columns if key in row]
     if len(given) > 1:
-        raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one of them, or ignore the other (ignore=COLUMN)")
+        raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one, or ignore the other (ignore=COLUMN)")
     return given[0] if given else ""
 
 
@@ -166,10 +168,10 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
     for number, turn in enumerate(spoken.turns, 1):
         if turn.role != "user" and PICTURE in turn.parts:
             what = "an answer" if turn.role == "assistant" else f"the turn of the {turn.role}"
-            raise DataError(f"{where}: {what} has a picture (turn {number}); pictures are shown by the user, move it or leave the row out")
+            raise DataError(f"{where}: {what} has a picture (turn {number}); only the user shows pictures, so move it or leave the row out")
     if named := [picture for picture in spoken.pictures if picture is not None]:
         if given or len(named) < places:
-            raise DataError(f"{where}: pictures are named in messages and beside them; name each in one of the two")
+            raise DataError(f"{where}: some pictures are named in the messages and some outside them; name all of them in one way")
         return spoken.turns, tuple(named)
     if not places and given:
         first = next((number for number, turn in enumerate(spoken.turns) if turn.role == "user"), None)
@@ -177,8 +179,8 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
             shown = Turn("user", ((PICTURE,) * len(given)) + spoken.turns[first].parts)
             return (*spoken.turns[:first], shown, *spoken.turns[first + 1 :]), given
     if places != len(given):
-        remedy = "add the pictures, or remove the places" if places > len(given) else "write <image> where each picture is shown"
-        raise DataError(f"{where}: {places} places <image> and {len(given)} pictures; {remedy}")
+        remedy = "add pictures, or remove marks" if places > len(given) else "write <image> where each picture is shown"
+        raise DataError(f"{where}: {places} marks <image> for {len(given)} pictures; {remedy}")
     return spoken.turns, given
 
 
@@ -191,9 +193,9 @@ def shown_in(row: Mapping[str, Any], spoken: Spoken) -> tuple[tuple[Turn, ...], 
 def answer_of(turn: Turn) -> str:
     """Return the text of the scored turn. Raises DataError if it is not the assistant's, or has a picture."""
     if turn.role != "assistant":
-        raise DataError(f"row: the conversation ends with the {turn.role}; its last message must be the assistant's, add or remove one")
+        raise DataError(f"row: the conversation ends with the {turn.role}; its last message must be the assistant's, so add or remove one")
     if PICTURE in turn.parts:
-        raise DataError("row: an answer has a picture; pictures are shown by the user, move it or leave the row out")
+        raise DataError("row: an answer has a picture; only the user shows pictures, so move it or leave the row out")
     return " ".join(part for part in turn.parts if isinstance(part, str))
 
 
@@ -205,7 +207,7 @@ def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
     if not system.strip():
         return spoken
     if spoken.turns[0].role == "system":
-        raise DataError("row: both 'system' and the first message are of the system; keep one of them")
+        raise DataError("row: both the column 'system' and the first message are system prompts; keep one")
     return spoken._replace(turns=(Turn("system", (system.strip(),)), *spoken.turns))
 
 

@@ -44,7 +44,9 @@ class Messages(Instruct):
             return super()._spoken(row)
         used, question = asked_in(row, ASKED)
         if question is None:
-            raise DataError(f"row: column {answer!r} has no question; add it as 'prompt', 'query' or 'instruction'")
+            raise DataError(
+                f"row: column {answer!r} is an answer without a question; add the question as 'prompt', 'query' or 'instruction'"
+            )
         reply = spoken_as(row[answer], "assistant", answer)
         spoken = Spoken(question.turns + reply.turns, question.pictures + reply.pictures, question.further + reply.further)
         return spoken, (*used, answer)

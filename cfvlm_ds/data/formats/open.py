@@ -39,16 +39,16 @@ def open_data(
     scan = scan or Scan()
     rows = open_rows(path, cache=cache, alive=scan.alive, progress=progress)
     if format == AUTO and (format := _taken(rows)) != NATIVE:
-        progress(f"{path}: taken as {container_of(path)}, format {format}")
+        progress(f"{path}: read as {container_of(path)}, format {format}")
     convert: Format = format_named(format, path)
     _refuse_absent_columns(rows, convert, scan.alive, progress)
 
     def over(work: Callable[[Sequence[int], Callable[[], object]], Any], doing: str) -> Iterator[Any]:
         return scan.over(range(len(rows)), work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
 
-    firsts = count_parts(rows, convert, lambda work: over(work, "groups of each row"))
+    firsts = count_parts(rows, convert, lambda work: over(work, "counting groups"))
     if claim := getattr(convert, "claim", None):
-        rows = JoinedRows(rows, claim, lambda work: over(work, "labels"))
+        rows = JoinedRows(rows, claim, lambda work: over(work, "reading labels"))
     own = [folder for folder in rows.roots if folder not in roots]
     store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, format, limit)
     if hasattr(convert, "ignore"):
@@ -69,7 +69,7 @@ def _taken(rows: Rows) -> str:
         row, value = next(iter(first.items()))
         shown = ", ".join(repr(key) for key in list(value)[:20]) or "none"
         raise DataError(
-            f"{rows.where(row)}: no format has the keys of this row ({shown}); name one, and map its columns, as in "
+            f"{rows.where(row)}: no format matches the keys of this row ({shown}); select one and map its columns, as in "
             "--format captions:image=COLUMN,caption=COLUMN (`cfvlm-ds data formats` lists all formats)"
         )
     return NATIVE
@@ -84,9 +84,9 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
     given = {option: getattr(convert, option, "") for option in (*DEFAULTS, "label", "ignore")}
     absent = {(column, option) for option, columns in given.items() for column in columns.split("+") if column}
     if both := sorted((column, option) for column, option in absent if option != "ignore" and (column, "ignore") in absent):
-        raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; leave it out of one of them")
+        raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; remove it from one of them")
     known = dict[str, None]()
-    counted = Progress(progress, f"{rows.path}: columns", len(rows), "rows")
+    counted = Progress(progress, f"{rows.path}: reading columns", len(rows), "rows")
     for row in counted.over(range(len(rows)) if absent else ()):
         alive()
         if isinstance(value := rows.value(row), Mapping):
@@ -99,8 +99,8 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
                 return
     for column, option in sorted(absent):
         near = difflib.get_close_matches(column, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, list(known)[:20])) or 'none'}"
-        raise DataError(f"{rows.path}: no row has the column {column!r}, which {option} names; {hint}")
+        hint = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(map(repr, list(known)[:20])) or 'none'}"
+        raise DataError(f"{rows.path}: no row has the column {column!r}, which the option {option} names; {hint}")
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, None]:
@@ -130,21 +130,25 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     if not columns:
         return
     first = columns[0]
-    what, use = "may name pictures of rows that show none", "rename it to 'image'"
+    what, use = "may name pictures of rows without pictures", "rename it to 'image'"
     if first.is_label:
         what, use = "may state whether the text is true", f"add {first.option} to the options of the format" if label == "" else ""
     elif first.false_text:
-        what, use = "may hold what is false of the row's picture", "write a row for each false text"
+        what, use = "may hold false texts or pictures", "write a row for each false text"
         if isinstance(convert, Captions):
             given = convert.columns_of(store.rows.value(first.row), first.negative) if not label else []
             names = [*given, *(column.name for column in columns if column.false_text and column.negative == first.negative)]
             use = f"add {first.negative}={option_value('+'.join(names))} to the options of the format" if not label else ""
         elif label == "":
-            use = f"rename it to {first.negative!r}" if hasattr(convert, "caption") else "rename it to 'rejected' for the format preference"
+            use = (
+                f"rename it to {first.negative!r}"
+                if hasattr(convert, "caption")
+                else "rename it to 'rejected' and use the format preference"
+            )
     ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in columns)])))
     listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
-    remedy = f"{use} if so, or ignore={ignore} if not" if use else f"add ignore={ignore}"
-    raise DataError(f"{store.where(first.row)}: {listed} {what} and would not be read; {remedy}")
+    remedy = f"{use} if so, otherwise add ignore={ignore}" if use else f"add ignore={ignore}"
+    raise DataError(f"{store.where(first.row)}: {listed} {what}, but would be ignored; {remedy}")
 
 
 _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -67,9 +67,7 @@ class Preference:
         if others == pictures:
             others = ()
         if others and len(others) != len(pictures):
-            raise DataError(
-                f"row: {len(pictures)} pictures and {len(others)} rejected ones; the prompt shows as many either way, correct it"
-            )
+            raise DataError(f"row: {len(pictures)} pictures, but {len(others)} rejected pictures; the prompt needs the same number of both")
         if rejected is None and not others:
             raise DataError("row: the rejected answer or picture is missing; add 'rejected' or 'rejected_images', or name another format")
         answers = [chosen] if rejected is None else [chosen, rejected]
@@ -107,8 +105,8 @@ def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | N
     """
     used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""
-    rejected_column = only(row, _REJECTED, "are there")
-    chosen_column = only(row, _CHOSEN, "are there") or ("response" if "response" in row and column != "messages" else "")
+    rejected_column = only(row, _REJECTED, "are present")
+    chosen_column = only(row, _CHOSEN, "are present") or ("response" if "response" in row and column != "messages" else "")
     if chosen_column:
         chosen = _answers(row[chosen_column], chosen_column)
     elif question is not None and question.turns[-1].role == "assistant":  # ms-swift: the conversation ends with the chosen answer
@@ -138,9 +136,9 @@ def _after(question: Spoken, answer: Spoken) -> str:
     """Return the answer without the question, which a complete conversation repeats. Raises DataError unless one turn is left."""
     repeats = answer.turns[: len(question.turns)] == question.turns
     if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:
-        remedy = "name those of the rejected answer in 'rejected_images', and the others once"
+        remedy = "list those of the rejected answer in 'rejected_images', and name the others once"
         raise DataError(f"row: question, chosen and rejected answer name different pictures in their messages; {remedy}")
     turns = answer.turns[len(question.turns) :] if repeats else answer.turns
     if len(turns) != 1:
-        raise DataError(f"row: an answer of {len(turns)} turns; chosen and rejected must differ in one answer of the assistant, the last")
+        raise DataError(f"row: an answer has {len(turns)} turns; chosen and rejected must differ only in the last answer of the assistant")
     return answer_of(turns[0])

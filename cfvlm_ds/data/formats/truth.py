@@ -1,8 +1,8 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
 The user names such a column (``label=COLUMN``). A column named by no option is refused if public data sets use its name and values for
-labels, if its values alone are those of a label, or if its name is that of false texts; otherwise false texts would be learned as true, or
-lost. A claim is the set of texts that one row labels. The claims about one image, with one prompt, become one group.
+labels, if its values can only be labels, or if its name is one of false texts; otherwise false texts would be learned as true, or lost. A
+claim is the set of texts that one row labels. The claims about one image, with one prompt, become one group.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FA
 _SAID_FALSE = frozenset(_FALSE) - {
     "0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected", "neg", "fail", "failed",
 }  # fmt: skip
-"""Values that mark a column as a label whatever its name."""
+"""Values that mark a column of any name as a label."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 """Notations of a missing value in tables."""
@@ -84,7 +84,7 @@ class Column:
         values: distinct values, keyed by their lower case; only those that a label may have, unless the name is that of a label.
         has_others: whether other values were left out of ``values``.
         false_text: a false text or the name of its picture, if the column's name suggests false texts.
-        unseen: a picture that a row names without showing any.
+        unseen: a picture named by a row that shows no picture.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Column:
 
 
 def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> list[Column]:
-    """Return the columns of metadata that may be labels, false texts, or pictures of rows that show none, in this order.
+    """Return the columns of metadata that may be labels, false texts, or pictures of rows without pictures, in this order.
 
     Args:
         rows: index and metadata of each row, and True if it shows no picture.
@@ -218,12 +218,14 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
             raise DataError("true= and false= list the values of a label; name its column, as in label=COLUMN")
         return
     if useless := [name for name, value in others.items() if value]:
-        raise DataError(f"{useless[0]}= is not read beside label=, which states for each text whether it is true; leave one of them out")
+        raise DataError(
+            f"{useless[0]}= cannot be combined with label=, which states for each text whether it is true; leave one of them out"
+        )
     if both := sorted({*map(_word, true.split("+"))} & {*map(_word, false.split("+"))} - {""}):
-        raise DataError(f"{both[0]!r} is listed as true and as false; keep one of them")
+        raise DataError(f"{both[0]!r} is listed as both true and false; keep one")
     if not (true or false) and not _FALSE_NAMES.isdisjoint(_words(label)):
         values = "list its values, as in true=0,false=1 or true=false,false=true"
-        raise DataError(f"a yes in column {label!r} may mean that the text is false; {values}")
+        raise DataError(f"'yes' in column {label!r} may mean that the text is false; {values}")
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
@@ -232,7 +234,7 @@ def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
     Raises DataError for any other value.
     """
     if value is None:
-        raise DataError(f"row: the label, column {column!r}, is missing; write whether the text is true, or drop the row")
+        raise DataError(f"row: the label in column {column!r} is missing; add it, or drop the row")
     known = {_word(word): truth for words, truth in ((true, 1), (false, 0)) if words for word in words.split("+")} or _TRUTHS
     if (word := _word(value)) not in known:
         remedy = "list the values, as in true=entailment,false=contradiction, and drop other rows"
@@ -281,15 +283,13 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
             before = known.setdefault(text := normalised(statement.text), statement)
             place = places.setdefault(text, claim.where)
             if before.truth != statement.truth:
-                label = f"{place} and {claim.where} label {quoted(statement.text, 80)} differently for one picture"
-                raise DataError(f"row: {label}; keep one of them (the {len(claims)} rows about it are one group)")
+                label = f"{place} and {claim.where} label {quoted(statement.text, 80)} differently for the same picture"
+                raise DataError(f"row: {label}; keep one (the {len(claims)} rows about the picture are one group)")
     statements = sorted(known.values(), key=lambda statement: statement.truth != 1)
     if statements[0].truth != 1:
         shown = ", ".join(map(str, first.pictures)) or "this prompt"
         rows = f"{len(claims)} row{'s' * (len(claims) > 1)}"
-        raise DataError(
-            f"row: nothing about {shown} is true of it ({rows}), and a group needs a true text; add one, or leave such rows out"
-        )
+        raise DataError(f"row: no text about {shown} is true ({rows}), but a group needs a true text; add one, or leave these rows out")
     repeated = sum(len(claim.said) for claim in claims) - len(statements)
     meta = {key: [claim.meta.get(key) for claim in claims] for key in dict.fromkeys(key for claim in claims for key in claim.meta)}
     kept = {key: values[0] if all(value == values[0] for value in values) else values for key, values in meta.items()}

@@ -80,7 +80,7 @@ class WebDataset:
     def _claim(self, row: Mapping[str, Any]) -> Claim:
         read, columns = self._read(row)
         if isinstance(read, Preference) or not read.claim:
-            raise DataError(f"{_named(row)} has a chosen and a rejected answer and not a label; name the format without label=")
+            raise DataError(f"{_named(row)} has a chosen and a rejected answer instead of a label; use the format without label=")
         return read.claim(columns)
 
     def _read(self, row: Mapping[str, Any]) -> tuple[_Members | Llava | Messages | Preference, dict[str, Any]]:
@@ -88,7 +88,7 @@ class WebDataset:
         given = without_nulls(row, self.ignore)
         row = {key.lower(): value for key, value in given.items()}
         if len(row) < len(given):
-            raise DataError(f"{_named(row)} has members that differ only in upper and lower case ({', '.join(given)}); keep one")
+            raise DataError(f"{_named(row)} has members that differ only in case ({', '.join(given)}); keep one")
         json_row = row.pop("json", {})
         if not isinstance(json_row, Mapping):
             raise DataError(f"{_named(row)}: its json is a {type(json_row).__name__}, not an object; write it as {{...}}")
@@ -102,20 +102,22 @@ class WebDataset:
         ):
             if any(key in json_row for key in keys):
                 if self.caption:
-                    problem = f"its json has {keys[0]!r}, and caption={self.caption} would not be read; leave the option out"
+                    problem = f"its json has {keys[0]!r}, so caption={self.caption} would be ignored; leave the option out"
                     raise DataError(f"{_named(row)}: {problem}")
                 return read, {"id": row.get("__key__"), **_about_sample(json_row, row, picture)}
         if not picture and (named := [key for key in ("image", "jpg", "png") if isinstance(json_row.get(key), str)]):
             row["image"], picture = json_row[named[0]], "image"
         if not picture:
-            raise DataError(f"{_named(row)} has no picture ({', '.join(row)}); its member must end in one of {', '.join(PICTURES)}")
+            raise DataError(
+                f"{_named(row)} has no picture (only {', '.join(row)}); the extension of a picture must be one of {', '.join(PICTURES)}"
+            )
         texts = [
             only(row, members, "are texts") or next((key for key in keys if key in json_row), "")
             for members, keys in ((_TEXTS, ("caption", "text")), (_NEGATIVE_TEXTS, ("negative_caption", "neg_caption")))
         ]
         texts[0] = self.caption or texts[0]
         if not texts[0]:
-            raise DataError(f"{_named(row)} has no text ({', '.join(row)}); it must be in KEY.txt, or the caption of KEY.json")
+            raise DataError(f"{_named(row)} has no text (only {', '.join(row)}); write it to KEY.txt, or as the caption in KEY.json")
         columns: dict[str, Any] = {
             "image": picture,
             "caption": texts[0],

@@ -17,7 +17,8 @@ from typing import Any
 from PIL import Image
 
 from cfvlm_ds.core.errors import DataError, StorageError, unwritten
-from cfvlm_ds.core.files import Say, whole_file
+from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.reading import MIB, DuplicateKey, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_foreign
