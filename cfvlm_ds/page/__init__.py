@@ -29,6 +29,7 @@ from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.core.text import printable
@@ -245,7 +246,7 @@ def write_page(
                 about = {"filters": json.dumps(chosen), "searched": " ".join(searched.lower().split())}
                 groups.append({"item": item, "marks": _marks(item.texts), "pictures": _pictures(item, look, problems), **about})
             page = environment.get_template("page.html.jinja").render(
-                title=title, facts=facts, scored=scored, filters=filters, groups=groups
+                title=title, facts=[(name, without_secrets(value)) for name, value in facts], scored=scored, filters=filters, groups=groups
             )
             (folder / "index.html").write_text(page, "utf-8", "xmlcharrefreplace")
             for name, text in beside.items():
@@ -348,10 +349,11 @@ def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[d
         other = 1 if i == 0 and len(item.images) == 2 else 0
         drawn.append([])
         for path, against in zip_longest(image.pictures, item.images[other].pictures[: len(image.pictures)] if other != i else ()):
-            shown: dict[str, Any] = {"name": str(path), "alt": alt}
+            shown: dict[str, Any] = {"name": without_secrets(str(path)), "alt": alt}
             drawn[-1].append(shown)
             if isinstance(seen := look(path), str):
-                shown["missing"] = problems[path] = seen
+                problems[path] = seen
+                shown["missing"] = without_secrets(seen)
                 continue
             shown |= {"src": seen.name, "size": seen.size, "small": max(seen.size) < SMALL_SIDE}
             if against is None or isinstance(factual := look(against), str):

@@ -134,7 +134,7 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     changed = {row["edit"]: f"| {row['before']:.1f} | {row['after']:.1f} | {row['after'] - row['before']:+.1f}" for row in rows[moved]}
     assert len(tables) == 3 and all(change in table for table in tables for change in changed.values()), "their mean is what both are"
     assert "said-still" in refused(capsys, "compare", still, tmp_path / "said-still")
-    card = _results(json.loads((moved / "results.json").read_text()), rows[moved], True)
+    card = _results(json.loads((moved / "results.json").read_text()), tables[moved], True)
     assert any(f"`all` | {rows[moved][-1]['groups']} | group " in line and changed["all"] in line for line in card)
     assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")
 

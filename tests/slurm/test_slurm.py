@@ -164,7 +164,7 @@ def test_a_bad_node_is_named_and_left_out(cluster, options, tmp_path):
     state = job.end()
     cluster.unmount("node6", REPO / "cfvlm_ds" / "tracking" / "figures.py")
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), job.log
-    assert re.search(r"bad node node6: it has code [0-9a-f]{12} where node5 has code [0-9a-f]{12}\n", job.log)
+    assert re.search(r"bad node node6: it has code [0-9a-f]{12}, but node5 has code [0-9a-f]{12}\n", job.log)
     assert "training on node5 node7" in job.log and (job.run_dir / "finished.json").exists()
 
 
