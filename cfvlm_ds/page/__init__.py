@@ -29,8 +29,8 @@ from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.ranks import cores_per_rank
+from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.core.untrusted import refuse_link

@@ -114,8 +114,8 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     cached = "before the first step: accuracies of test are taken from an earlier run with this model"
     assert [cached in each for each in said] == [False, True, False, True]
     assert (still / "baseline" / "test.json").read_text() == (moved / "baseline" / "test.json").read_text()
-    tables = {folder: json.loads((folder / "before_after.json").read_text()) for folder in (still, moved, plain, drawn)}
-    rows = {folder: [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] for folder, table in tables.items()}
+    stored = {folder: json.loads((folder / "before_after.json").read_text()) for folder in (still, moved, plain, drawn)}
+    rows = {folder: [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] for folder, table in stored.items()}
     final = {row["name"]: row["metrics"]["group"] for row in json.loads((moved / "results.json").read_text())["test"]}
     assert {row["edit"]: row["after"] for row in rows[moved]} == final and rows[moved][-1]["before"] != rows[moved][-1]["after"]
     assert all(row["before"] == row["after"] for row in rows[still]) and len(rows[still]) >= 2
@@ -134,7 +134,7 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     changed = {row["edit"]: f"| {row['before']:.1f} | {row['after']:.1f} | {row['after'] - row['before']:+.1f}" for row in rows[moved]}
     assert len(tables) == 3 and all(change in table for table in tables for change in changed.values()), "their mean is what both are"
     assert "said-still" in refused(capsys, "compare", still, tmp_path / "said-still")
-    card = _results(json.loads((moved / "results.json").read_text()), tables[moved], True)
+    card = _results(json.loads((moved / "results.json").read_text()), stored[moved], True)
     assert any(f"`all` | {rows[moved][-1]['groups']} | group " in line and changed["all"] in line for line in card)
     assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")
 
