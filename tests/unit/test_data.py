@@ -19,7 +19,7 @@ from stores import preparing
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, Edit, Turn
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data import CheckReport, check_manifest, image_size, named_apart, open_groups, open_image, picture_check, read_manifest
+from cfvlm_ds.data import CheckReport, check_manifest, image_size, named_apart, open_groups, open_image, read_manifest
 from cfvlm_ds.data.cfgroup import from_row, to_row
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
@@ -88,7 +88,7 @@ def under(folder: Path, group: CounterfactualGroup) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.json"])
 def test_native_rows(folder, name):
-    path = manifest(folder, [row()], name=name) if name == "m.json" else manifest(folder, row(), "", row("h"))
+    path = manifest(folder, [row()], name=name) if name == "m.json" else manifest(folder, "\ufeff" + json.dumps(row()), "", row("h"))
     groups = read_manifest(str(path))
     assert vars(groups[0]) == under(folder, EXPECTED)
     assert [group.id for group in groups] == (["g"] if name == "m.json" else ["g", "h"])
@@ -106,13 +106,6 @@ def test_what_must_not_be_taken_for_false_is_read_and_written(folder):
     assert changes(one, other) == "labels (match)" and changes(one, other, of_scores=True) is None
     with pytest.raises(DataError, match="1 keys for 2 texts"):
         replace(group, keys=("dogs:2",))
-
-
-def test_root_and_byte_order_mark(folder):
-    elsewhere = folder / "lists"
-    elsewhere.mkdir()
-    path = manifest(elsewhere, "\ufeff" + json.dumps(row()))
-    assert read_manifest(path, folder)[0].images == ((folder / "a.png",), (folder / "b.png",))
 
 
 def test_pairs(folder):
@@ -140,13 +133,11 @@ BAD_ROWS: dict[str, tuple[object, str]] = {
     "broken JSON": ('{"id": "g", "images": [}', "column 24"),
     "not UTF-8": ("LATIN1", "byte 9"),
     "nested": ("[" * 100_000, "JSON"),
-    "list row": ([1, 2], "list"),
     "null row": ("null", "NoneType"),
     "unknown key": (row(imagse=[]), "'imagse'.*'images'"),
     "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), "'pth'.*'path'"),
     "missing key": ({"id": "g"}, "'images'"),
     "duplicate id": (row("first", prompt="x"), "'first'.*m.jsonl:1;"),
-    "wrong type": (row(match=5), "'match'"),
     "unhashable id": (row(match=[[["i0"], "t0", 1]]), "'i0'"),
     "edit not an object": (row(edits=[["type"]]), "'edits'"),
     "null byte": (row(images=[{"id": "i0", "path": "a\0.png"}, {"id": "i1", "path": "b.png"}]), "null byte"),
@@ -157,7 +148,6 @@ BAD_ROWS: dict[str, tuple[object, str]] = {
     "line break in an id": (row(images=[{"id": "i\n0", "path": "a.png"}], match=[["i0", "t0", 1]]), "i\\\\n0"),
     "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), "\\\\x1b"),
     "endless value": (row(match="x" * 10_000), "\\[\\.\\.\\.\\]"),
-    "infinite weight": (row(weight=1e400), "weight"),
     "huge weight": (row(weight=10**400), "format"),
     "bad truth": (row(match=[["i0", "t0", 2]]), "match entry"),
     "empty text": (row(texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": " "}]), "text 1"),
@@ -165,21 +155,9 @@ BAD_ROWS: dict[str, tuple[object, str]] = {
         row(texts=[{"id": "t0", "text": "two caf\u00e9s"}, {"id": "t1", "text": " two  cafe\u0301s"}]),
         "text 1 equals text 0",
     ),
-    "absolute path": (
-        row(images=[{"id": "i0", "path": "/etc/x.png"}, {"id": "i1", "path": "b.png"}]),
-        "'/etc/x.png'.*outside",
-    ),
-    "dot dot": (
-        row(images=[{"id": "i0", "path": "../x.png"}, {"id": "i1", "path": "b.png"}]),
-        "'../x.png'.*outside",
-    ),
     "link": (
         row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}]),
         "'link.png'.*secret.png",
-    ),
-    "linked folder": (
-        row(images=[{"id": "i0", "path": "out/secret.png"}, {"id": "i1", "path": "b.png"}]),
-        "outside/secret.png",
     ),
     "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), "path is empty"),
     "same file": (
@@ -196,7 +174,6 @@ def test_bad_row_names_file_line_and_remedy(folder, case):
     save(root / "b.png", (0, 200, 0))
     secret = save(folder / "outside" / "secret.png")
     (root / "link.png").symlink_to(secret)
-    (root / "out").symlink_to(secret.parent)
     bad, said = BAD_ROWS[case]
     path = manifest(root, row("first"), "", bad)
     if case == "not UTF-8":
@@ -247,8 +224,6 @@ def test_texts_that_differ_in_case_are_two(folder):
     texts = [{"id": "t0", "text": "a sign that says stop"}, {"id": "t1", "text": "a sign that says STOP"}]
     (group,) = read_manifest(manifest(folder, row(texts=texts)))
     assert [candidate.text for candidate in group.candidates] == ["a sign that says stop", "a sign that says STOP"]
-    (group,) = read_manifest(manifest(folder, pair(caption_1="A dog bites a man")), format="pairs")
-    assert [candidate.text for candidate in group.candidates] == ["a dog bites a man", "A dog bites a man"]
 
 
 def test_links_inside_the_root_are_fine(folder):
@@ -316,17 +291,12 @@ def test_cfvlm_rows(folder):
     ("bad", "said"),
     [
         (pair(promtp="Which?"), "'promtp'.*'prompt'"),
-        ({"image_0": "a.png", "image1": "b.png"}, "'image1'.*'image_1'"),
         ({"image_0": "a.png"}, "'image_1' is missing"),
         (pair(caption_1=3), "'caption_1'"),
-        (pair(caption_1="a dog bites  a man"), "text 1 equals text 0"),
-        (pair(image_1="a.png"), "image 1 equals image 0"),
-        (pair(image_1="../b.png"), "'../b.png'.*outside"),
         (cfvlm_row(orig_input="COCO Yes: a.png"), "one image"),
         (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), "one image"),
         (cfvlm_row(cf_samples=None), "'cf_samples'"),
         (cfvlm_row(cf_samples=[{"cf_txt": "x"}]), "'cf_txt'.*'cf_text'"),
-        (cfvlm_row(cf_samples=[{"cf_text": "two dogs", "cf_image_path": "b.png"}]), "text 1 equals text 0"),
         (cfvlm_row(orig_output=7), "'orig_output'"),
     ],
 )
@@ -340,7 +310,6 @@ def test_bad_files(folder):
     manifest(folder, row(), name="train.jsonl")
     cases: list[tuple[Path, dict[str, object], str]] = [
         (folder / "trian.jsonl", {}, "'train.jsonl'"),
-        (folder / "zzz", {}, "no such manifest"),
         (folder / "none" / "m.jsonl", {}, "its folder"),
         (folder, {}, "name the data file"),
         (manifest(folder, "", " ", name="empty.jsonl"), {}, "no rows"),
@@ -350,7 +319,6 @@ def test_bad_files(folder):
         (manifest(folder, [row(), row(weight=-1)], name="list.json"), {}, ": item 2: .*weight"),
         (folder / "train.jsonl", {"root": folder / "nowhere"}, "nowhere"),
         (folder / "train.jsonl", {"format": "cfgruop"}, "'cfgruop'.*'cfgroup'"),
-        (folder / "train.jsonl", {"format": "xyz"}, "'xyz'.*cfgroup, pairs, cfvlm"),
     ]
     for path, options, said in cases:
         message = refusal(path, **options)
@@ -429,8 +397,6 @@ def test_a_prompt_may_be_a_conversation(folder):
         ([{"role": "user", "contnet": "x"}], "'contnet'"),
         ([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "'images'"),
         ([{"role": "user", "content": 3}], "part"),
-        (later[:3], "assistant"),
-        (later[2:], "0 pictures"),
         (7, "'prompt'"),
     ):
         assert said in refusal(manifest(folder, row(prompt=bad))), said
@@ -481,11 +447,9 @@ def test_bad_images(tmp_path):
 
 def test_modes_become_rgb(tmp_path):
     cases: list[tuple[Path, tuple[int, int, int]]] = [
-        (save(tmp_path / "rgb.png", (1, 2, 3)), (1, 2, 3)),
         (save(tmp_path / "grey.png", 77, "L"), (77, 77, 77)),
         (save(tmp_path / "bit.png", 1, "1"), (255, 255, 255)),
         (save(tmp_path / "clear.png", (0, 0, 0, 0), "RGBA"), (255, 255, 255)),
-        (save(tmp_path / "solid.png", (9, 8, 7, 255), "RGBA"), (9, 8, 7)),
         (save(tmp_path / "grey_clear.png", (0, 0), "LA"), (255, 255, 255)),
         (save(tmp_path / "half.png", (0, 0, 0, 51), "RGBA"), (204, 204, 204)),  # 255 * (1 - 51/255)
         (save(tmp_path / "key.png", (1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
@@ -495,11 +459,9 @@ def test_modes_become_rgb(tmp_path):
     palette.putpalette([0, 0, 0, 40, 50, 60])
     palette.save(tmp_path / "palette.png")
     palette.save(tmp_path / "palette_clear.png", transparency=bytes([255, 0]))
-    palette.save(tmp_path / "palette.gif")
     cases += [
         (tmp_path / "palette.png", (40, 50, 60)),
         (tmp_path / "palette_clear.png", (255, 255, 255)),
-        (tmp_path / "palette.gif", (40, 50, 60)),
     ]
     for path, color in cases:
         with warnings.catch_warnings():
@@ -514,18 +476,6 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
     expected = np.floor(values / 257 + 0.5).astype(np.uint8)
     assert np.array_equal(np.asarray(open_image(tmp_path / f"deep.{suffix}")), np.repeat(expected[..., None], 3, axis=2))
-
-
-def test_exif_orientation(tmp_path):
-    # Orientation 6: the camera was held so that the stored picture has to be turned 90 degrees clockwise.
-    stored = np.zeros((16, 32, 3), np.uint8)
-    stored[:, :16] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(stored).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    upright = np.asarray(open_image(tmp_path / "turned.jpg"))
-    assert upright.shape == (32, 16, 3)
-    assert np.abs(upright.astype(int) - np.rot90(stored, -1)).max() < 10
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
@@ -616,18 +566,6 @@ def test_all_problems_are_collected(folder):
         assert re.search(said, problem) and problem in str(report), problem
     assert (report.num_groups, report.longest_text, report.longest_text_unit) == (9, 11, "tokens"), "one of an id that is taken is a group"
     assert report.longest_text_where == f"{path}:10, text 1"
-
-
-def test_each_image_is_opened_once(folder, monkeypatch):
-    opened: list[Path] = []
-
-    def recorded(path: Path, max_pixels: int) -> Image.Image:
-        opened.append(path)
-        return Image.new("RGB", (8, 8))
-
-    monkeypatch.setattr(picture_check, "open_image", recorded)
-    check_manifest(manifest(folder, row("a"), row("b"), row("c")))
-    assert sorted(opened) == [folder / "a.png", folder / "b.png"]
 
 
 def test_progress_has_rate_and_remaining_time(monkeypatch):
