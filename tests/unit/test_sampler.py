@@ -76,21 +76,10 @@ def test_world_size_invariance(num_groups, world, accumulation):
         assert [micro[step * accumulation : (step + 1) * accumulation] for micro in ranks] == expected
 
 
-def test_resume_from_any_step():
-    whole = take(make(mb=3, accumulation=2, rank=1, world=2), 2 * 12)
-    running = make(mb=3, accumulation=2, rank=1, world=2)
-    assert running.groups_per_step == 12
-    for step in range(12):
-        resumed = make(mb=3, accumulation=2, rank=1, world=2)
-        resumed.load_state_dict(running.state_dict())
-        assert resumed.samples_seen == 12 * step and resumed.epoch == 12 * step / 23
-        assert take(resumed, 2 * (12 - step)) == whole[2 * step :]
-        running.advance()
-
-
 def test_resume_on_another_world_keeps_the_position():
     saved = make(mb=3, accumulation=2, world=2)
     saved.advance()
+    assert saved.samples_seen == 12 and saved.epoch == 12 / 23
     elements = stream(12 + 40)[12:]
     ranks = []
     for rank in range(4):  # four ranks and a step of 8: 12 is not a multiple of it
