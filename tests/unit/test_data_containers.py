@@ -352,7 +352,7 @@ COCO = {"images": [{"id": 1, "file_name": "images/000.png"}], "annotations": [{"
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "table in UTF-16": (table((HEAD + "images/000.png,é\n").encode("utf-16")), "UTF-16"),
     "table in Latin-1": (table((HEAD + "images/000.png,é\n").encode("latin-1")), "0xe9"),
-    "semicolons": (table("image;caption\na;b\n"), "semicolons .* commas"),
+    "semicolons in capitals": (table("image;caption\na;b\n", "a.CSV"), "commas"),
     "tabs in a CSV": (table("image\tcaption\na\tb\n"), "tabs.*[.]tsv"),
     "commas in a TSV": (table("image,caption\na,b\n", "a.tsv"), "commas .* tabs"),
     "empty table": (table(""), "empty"),
@@ -384,7 +384,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "tar of headers without end": (chained, "sample 'a' .*recursion"),
     "compressed tar": (packed(SHOT, ("a.txt", b"x"), mode="w:gz"), "compressed"),
     "tar.gz": (packed(SHOT, ("a.txt", b"x"), mode="w:gz", name="a.tar.gz"), "gunzip a.tar.gz"),
-    "zip": (table("PK", "a.zip"), "unzip a.zip"),
+    "compressed in capitals": (table("PK", "a.ZIP"), "unzip a.ZIP"),
     "member twice": (packed(SHOT, ("a.txt", b"x"), SHOT), "item 1: .*'a.png'"),
     "text in Latin-1": (packed(SHOT, ("a.txt", "é".encode("latin-1"))), "item 1: .*'a.txt': byte 1"),
     "broken JSON in a tar": (packed(SHOT, ("a.json", b"{")), "item 1: .*'a.json': .*JSON"),
