@@ -273,7 +273,7 @@ def test_blinded(make, scorer, processor, groups):
 # Stored scores ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_an_image_beside_rows_with_one(make, scorer, processor, groups, plain):
+def test_rows_without_an_image(make, scorer, processor):
     """Text alone is scored by the language model alone; the tower runs and takes part in the backward pass even if no row has an image."""
     texts = (Candidate("Name a colour.", "red"), Candidate("Name a colour.", "green and blue"))
     spoken = CounterfactualGroup("spoken", ((),), texts, ((1, 0),))
@@ -284,9 +284,6 @@ def test_rows_without_an_image_beside_rows_with_one(make, scorer, processor, gro
             logits = scorer.model(input_ids=torch.tensor([whole])).logits[0, len(head) - 1 : -1].float()
         logp = logits.log_softmax(-1)[range(len(whole) - len(head)), whole[len(head) :]]
         expected["spoken", 0, c] = (logp[:-1].sum().detach(), logp[-1].detach())
-    together = [groups[0], spoken, groups[2]]
-    pictured = {key: values[:2] for key, values in plain.items() if key[0] in ("many", "images")}
-    assert_same(by_cell(scored(scorer, make()(together)), together), pictured | expected)
     alone = make()([spoken])
     scores = scored(scorer, alone)
     assert_same(by_cell(scores, [spoken]), expected)

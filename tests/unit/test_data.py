@@ -239,26 +239,6 @@ def test_links_inside_the_root_are_fine(folder):
     assert problem.startswith(f"{path}:1: ")
 
 
-def test_further_keys_of_published_rows_are_metadata(folder):
-    """A row as Winoground is published: what nothing reads is kept with the group, and the check counts and names it."""
-    published = pair(id=7, tag="Adjective-Color", secondary_tag="", num_main_preds=1, collapsed_tag="Object")
-    path = manifest(folder, published, pair(id=8), pair(id=9, tag={"a": ["\u00e9"]}))
-    groups = read_manifest(path, format="pairs")
-    kept = {"tag": "Adjective-Color", "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Object"}
-    assert [json.loads(group.meta or "{}") for group in groups] == [kept, {}, {"tag": {"a": ["\u00e9"]}}]
-    report = check_manifest(path, format="pairs", progress=pytest.fail)
-    assert report.ok and report.metadata == {"'tag'": 2, "'secondary_tag'": 1, "'num_main_preds'": 1, "'collapsed_tag'": 1}
-    assert "metadata         'tag': 2, 'secondary_tag': 1" in str(report) and "(kept, not used)" in str(report)
-    # As a row of the native format, it is still there, and that format refuses any other key.
-    row_of = to_row(groups[0], folder)
-    assert row_of["meta"] == kept and from_row(row_of, folder) == groups[0]
-    assert "unknown key 'tag'" in refusal(manifest(folder, row(tag="x")))
-    first, second = cfvlm_row(split="val")["cf_samples"]  # type: ignore[misc]
-    path = manifest(folder, cfvlm_row(split="val", cf_samples=[first | {"score": 0.5}, second]), name="data.json")
-    (group,) = read_manifest(path, format="cfvlm")
-    assert json.loads(group.meta) == {"split": "val", "cf_samples": [{"score": 0.5}, {}]}
-
-
 def test_manifests_of_one_name_are_told_apart():
     assert named_apart(["a/test_iid.jsonl", "/b/ood.json"]) == {"test_iid": "a/test_iid.jsonl", "ood": "/b/ood.json"}
     assert list(named_apart(["a/test.jsonl", "b/test.jsonl", "b/ood.jsonl"])) == ["a/test", "b/test", "ood"]

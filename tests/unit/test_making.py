@@ -695,14 +695,6 @@ def edited(photos: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     return list(WorkFolder.open(out).records("edit", 0))
 
 
-def test_each_edit_goes_to_the_first_editor_that_takes_it(photos, tmp_path):
-    found = edited(photos, tmp_path / "W", back_ends="flip,none")
-    assert [each["editor"] for each in found] == ["none", "flip"] * 6 and len(found) == 12
-    assert all(each["picture"] is None for each in found[::2]) and all(each["picture"]["size"] == [64, 64] for each in found[1::2])
-    alone = edited(photos, tmp_path / "V", back_ends="flip")
-    assert [each.get("refused") for each in alone[:2]] == ["no editor takes it", None]
-
-
 def test_edited_pictures_of_a_folder_are_checked(photos, tmp_path):
     folder = tmp_path / "mine"
     for k in range(4):

@@ -69,19 +69,6 @@ class Group:
     def size(self) -> Cell:
         return 1 + max(i for i, _ in self.truth), 1 + max(c for _, c in self.truth)
 
-    def renamed(self, images: Sequence[int], texts: Sequence[int]) -> Group:
-        """The same group with image i called images[i] and text c called texts[c]."""
-
-        def cells(values: dict[Cell, Any]) -> dict[Cell, Any]:
-            return {(images[i], texts[c]): value for (i, c), value in values.items()}
-
-        def listed(values: list[Any]) -> list[Any]:
-            return [values[texts.index(c)] for c in range(len(values))]
-
-        pairs = [(None if i is None else images[i], None if c is None else texts[c]) for i, c in self.pairs]
-        moved = (cells(self.logp), cells(self.end), cells(self.reference), listed(self.prior))
-        return Group(cells(self.truth), pairs, listed(self.tokens), listed(self.ends), *moved, weight=self.weight)
-
 
 def group(kinds: str, seed: int = 0, weight: float = 1.0) -> Group:
     """A random group of star cells; log-likelihoods are about -1 nat a token."""
@@ -416,16 +403,6 @@ def test_gradient_equals_finite_differences(name, options):
 
 
 @every_objective
-def test_02_order_of_counterfactuals_changes_nothing(name, options):
-    """k -> pi(k) in images and texts together, and images and texts each in an order of their own."""
-    objectives, g = make(name, options), group("btsbib", 1)
-    loss, (gradient,) = run(objectives, collate([g]))
-    for images, texts in [([0, 3, 1, 4, 2, 5], [0, 2, 3, 1, 4]), ([0, 5, 4, 3, 2, 1], [0, 4, 3, 2, 1])]:
-        moved = {(kind, images[i], texts[c]): value for (kind, i, c), value in gradient.items()}
-        assert_same(run(objectives, collate([g.renamed(images, texts)])), (loss, [moved]))
-
-
-@every_objective
 def test_padding_changes_nothing(name, options):
     objectives = make(name, options)
     for kinds in KINDS:
@@ -725,17 +702,6 @@ def test_15_batch_without_any_comparison_has_finite_gradients(name, options):
     if name in ("csd", "fcd"):
         assert (loss, shares[name]) == (0, 0)
         assert not scores.logp.grad.any()
-
-
-def test_15_group_with_nothing_scored_contributes_nothing():
-    """A dummy group, as a rank without data needs one: no valid cell, weight 0 or 1."""
-    g = group("bb", 1)
-    for objective in MIX.values():
-        for weight in (0.0, 1.0):
-            scores = collate([g, dataclasses.replace(group("b", 2), weight=weight)])
-            scores.layout.valid[1] = False
-            assert_same((run({"x": objective}, scores)[0], []), (run({"x": objective}, collate([g]))[0], []))
-            assert_same((0.0, run({"x": objective}, scores)[1][:1]), (0.0, run({"x": objective}, collate([g]))[1]))
 
 
 # Formulas by hand -----------------------------------------------------------------------------------------------------------------------
