@@ -13,7 +13,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import (
@@ -29,7 +28,6 @@ from conftest import (
     plain_scores,
     printed,
     refused,
-    run,
     run_train,
     run_trainings,
     tensors,
@@ -145,10 +143,6 @@ def test_the_list_of_commands_is_the_one_tested_here(capsys):
         names = capsys.readouterr().out.split("{")[1].split("}")[0].split(",")
         listed += [[*prefix, name] for name in names if name not in ("data", "cluster")]
     assert sorted(listed) == sorted([*COMMANDS, ["train"]]), "whose options are those of train.py"
-
-
-def test_installed_command():
-    assert "example: cfvlm-ds data check" in run([str(Path(sys.executable).with_name("cfvlm-ds")), "data", "check", "--help"])
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from cfvlm_ds import engine
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.models import family_of, meta_model
 from cfvlm_ds.models.adapters import linear_weights
@@ -249,14 +248,3 @@ def test_the_command_needs_no_weights_data_or_launcher(tmp_path):
     command = [sys.executable, "train.py", "--config", str(recipe), "--model.name_or_path", str(tmp_path / "llava15_7b")]
     report = run([*command, "--train.dry_run", "true"])
     assert "language_model" in report and "GiB per GPU" in report
-
-
-def test_contradictions_are_found_before_the_queue(tmp_path):
-    recipe = REPO / "examples" / "llava15_7b.yaml"
-    with pytest.raises(ConfigError, match=r"model\.max_pixels does not apply to model type 'llava'"):
-        dry_run(configured(recipe, tmp_path, "--model.max_pixels", "1000"))
-    frozen = [part for module in ("projector", "language_model") for part in (f"--model.{module}.tuning", "frozen")]
-    with pytest.raises(ConfigError, match="every module is frozen"):
-        dry_run(configured(recipe, tmp_path, *frozen))
-    with pytest.raises(ConfigError, match="no such file"):
-        dry_run(configured(recipe, tmp_path, "--deepspeed", "ds_configs/z4.json"))

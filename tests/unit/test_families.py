@@ -232,25 +232,6 @@ def routed_alike(model: torch.nn.Module, other: torch.nn.Module) -> Iterator[Non
         yield
 
 
-def test_positions_on_a_grid_are_needed(sharp, collator, groups):
-    """Where a family has positions on several axes, ordinary ones give other scores without an error, far beyond the tolerance.
-
-    So they are always passed, and a processor need not say which tokens are visual (``mm_token_type_ids``).
-    """
-    batch = collator(groups[:1])
-    positions = batch.model_inputs["position_ids"]
-    assert (positions.dim() == 3) == (sharp.family.grid is not None)
-    if sharp.family.grid is None:
-        return
-    forest, ordinary_positions = batch.model_inputs["forest"], []
-    for before, length in zip(forest.seen, forest.lengths, strict=True):
-        ordinary_positions.append(torch.arange(before, before + length))
-    changed = torch.cat(ordinary_positions).expand_as(positions)
-    with torch.no_grad():
-        right, wrong = (batch.scores(sharp(**(batch.model_inputs | {"position_ids": p}))).logp for p in (positions, changed))
-    assert ((right - wrong).abs() / right.abs()).max() > 1e-3
-
-
 def test_windows_and_whole_pictures_are_needed(sharp, collator, groups, monkeypatch):
     """Where a family has them: without a picture's both directions, or with a window by distance in the row, scores are other ones."""
     batch, text = collator(groups[1:2]), sharp.model.config.get_text_config()
