@@ -240,7 +240,6 @@ YES_NO = (("Is it red?", "yes"), ("Is it red?", "no"))
 SHAPES: dict[str, tuple[CounterfactualGroup, dict[str, int]]] = {
     "SugarCrepe: an image, a true and a false text": (group([[1, 0]]), {"pair": 1, "factual": 1}),
     "SugarCrepe++: a second true text": (group([[1, 1, 0]]), {"pair": 2, "factual": 2}),
-    "POPE: an image, yes and no": (group([[1, 0]], texts=YES_NO), {"pair": 1, "factual": 1}),
     "NaturalBench: two images, two questions": (
         group([[1, 0, 0, 1], [0, 1, 1, 0]], texts=(*YES_NO, ("Is it big?", "yes"), ("Is it big?", "no"))),
         {"text": 2, "image": 2, "group": 2, "text_pmi": 2, "group_pmi": 2, "pair": 4, "factual": 2, "image_pair": 4},
@@ -250,7 +249,6 @@ SHAPES: dict[str, tuple[CounterfactualGroup, dict[str, int]]] = {
         {"text": 1, "image": 1, "group": 1, "text_pmi": 1, "group_pmi": 1, "pair": 2, "factual": 1, "image_pair": 2},
     ),
     "an edited image without a text": (group([[1], [0]], Edit("count", image=1)), {"image_pair": 1}),
-    "an edited text without an image": (group([[1, 0]], Edit("count", text=1)), {"pair": 1, "factual": 1}),
     "multiple choice": (group([[1, 0, 0, 0]]), {"pair": 3, "factual": 3}),
     "a true pair alone": (group([[1]]), {}),
     "nothing known beside the factual pair": (group([[1, None], [None, 1]], Edit("count", 1, 1)), {}),
