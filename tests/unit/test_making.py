@@ -502,14 +502,18 @@ def test_margin_and_drop_keep_most_at_the_precision(seed):
         logp = [[-5.0, -99.0], [-99.0, None if drop == math.inf else -5.0 - drop]]
         return {"checks": None, "scores": {"match": [[math.log(0.5 + worst / 20), math.log(0.5)]] * 1, "likelihood": logp, "blank": [0, 0]}}
 
-    labels = [(draw.uniform(0.1, 5), math.inf if draw.random() < 0.05 else round(draw.uniform(-2, 8), 2)) for _ in range(60)]
+    labels = [(draw.uniform(-2, 5), math.inf if draw.random() < 0.05 else round(draw.uniform(-2, 8), 2)) for _ in range(60)]
     good = [draw.random() < (0.9 if drop < 3 else 0.4) for _, drop in labels]
     records = [candidate(*each) for each in labels]
     worst = [verdict(record, Thresholds()).worst for record in records]
     most = {}
     for limited in (False, True):
         limits = [drop for _, drop in labels if drop >= 0] if limited else [math.inf]
-        ways = [[i for i in range(60) if worst[i] > margin and labels[i][1] <= limit] for margin in (0.0, *worst) for limit in limits]
+        ways = [
+            [i for i in range(60) if worst[i] > margin and labels[i][1] <= limit]
+            for margin in (0.0, *(w for w in worst if w > 0))
+            for limit in limits
+        ]
         most[limited] = max((len(kept) for kept in ways if kept and sum(good[i] for i in kept) / len(kept) >= 0.85), default=0)
     found = calibrated(zip(records, good, strict=True), Thresholds(drop=0.5), 0.85)
     kept = [right for record, right in zip(records, good, strict=True) if verdict(record, found.thresholds).reason == GOOD]
@@ -520,17 +524,12 @@ def test_margin_and_drop_keep_most_at_the_precision(seed):
 
 
 def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, capsys):
-    """Labels that a margin below 0 would suit: what is kept is judged by the signs of all cells, by hand."""
-
-    def scored(worst: float) -> dict[str, Any]:
-        return {"checks": None, "scores": {"match": [], "likelihood": [[worst, 0.0]], "blank": [0.0, 0.0]}}
+    """Labels that a margin below 0 would suit, by hand; and files of thresholds."""
 
     def fitted(labels: Sequence[tuple[float, bool]], precision: float = 0.9) -> Any:
-        found = calibrated([(scored(worst), good) for worst, good in labels], Thresholds(rule="likelihood"), precision)
-        kept = [good for worst, good in labels if verdict(scored(worst), found.thresholds).reason == GOOD]
-        assert (found.kept, found.good_kept) == (len(kept), sum(kept)) and sum(kept) / len(kept) >= precision
-        assert all(worst > 0 for worst, _ in labels if verdict(scored(worst), found.thresholds).reason == GOOD)
-        return found
+        scores = [{"match": [], "likelihood": [[worst, 0.0]], "blank": [0.0, 0.0]} for worst, _ in labels]
+        records = [({"checks": None, "scores": each}, good) for each, (_, good) in zip(scores, labels, strict=True)]
+        return calibrated(records, Thresholds(rule="likelihood"), precision)
 
     generous = fitted([(2.0, True), (1.0, True), (0.5, True), (0.0, True), (-0.3, True), (-0.9, True), (-1.7, False)])
     assert generous.thresholds.margin == 0.0 and generous.kept == 3
