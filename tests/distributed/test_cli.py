@@ -101,7 +101,7 @@ def test_files_that_cannot_be_read_or_written_are_one_sentence(bad, tmp_path, ca
 def test_what_a_user_can_correct_is_one_sentence_and_an_exit_code(error, code, capsys):
     """Whichever it is, and whichever rank found it."""
 
-    def found() -> None:
+    def found():
         raise error
 
     with pytest.raises(SystemExit) as ended:

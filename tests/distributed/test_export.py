@@ -153,7 +153,7 @@ def sources(model_dir, tmp_path_factory):
 
     sharded = out / "sharded"  # bfloat16 but for one weight, neighbours in different files, and a tensor no model has a place for
     shutil.copytree(model_dir, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
-    placed: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    placed = defaultdict(dict)
     for index, (name, tensor) in enumerate(sorted(stored.items())):
         placed[f"model-{index % 3 + 1:05d}-of-00003.safetensors"][name] = tensor if name == NORM else tensor.bfloat16()
     placed["model-00002-of-00003.safetensors"]["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(7)
@@ -204,7 +204,7 @@ Export = Callable[..., Path]
 def export(checkpoints, sources, tmp_path):
     """Export a checkpoint and a source, by their names or folders."""
 
-    def export(checkpoint: Any, source: Any, *said: Any, out: Path = tmp_path / "out", **more: Any) -> Path:
+    def export(checkpoint, source, *said, out=tmp_path / "out", **more):
         return export_hf(checkpoints.get(checkpoint, checkpoint), str(sources.get(source, source)), out, *said, **more)
 
     return export
@@ -237,8 +237,8 @@ CASES += [("z3", "sharded"), ("z2 frozen", "sharded"), ("moe", "moe"), ("moe z2"
 
 @pytest.mark.parametrize(("checkpoint", "source"), CASES)
 def test_every_tensor(checkpoint, source, export, sources):
-    said: list[str] = []
-    alive: list[int] = []
+    said = []
+    alive = []
     out = export(checkpoint, source, said.append, alive=lambda: alive.append(1))
     stored = headers(sources[source])
     assert headers(out) == stored, "names, files, shapes, dtypes"
@@ -290,7 +290,7 @@ def test_large_files_are_split(export, sources, monkeypatch):
     whole = huggingface_hub.split_torch_state_dict_into_shards
     limits = []
 
-    def split(tensors: Any, *, filename_pattern: str, max_shard_size: str) -> Any:
+    def split(tensors, *, filename_pattern, max_shard_size):
         limits.append(max_shard_size)
         return whole(tensors, filename_pattern=filename_pattern, max_shard_size="300KB")
 
@@ -307,13 +307,13 @@ def test_conversions_that_need_more_weights_get_them(together, export, sources, 
     """Mixtral's four expert weights convert one by one; here they fail unless given together, or with all others."""
     alone = jobs.revert
 
-    def revert(model: Any, conversions: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def revert(model, conversions, tensors):
         if len(tensors) < together:
             raise ValueError("Undefined Operation encountered!")
         return alone(model, conversions, tensors)
 
     monkeypatch.setattr(jobs, "revert", revert)
-    said: list[str] = []
+    said = []
     out = export("mixtral", "mixtral", said.append)
     assert len(said) == 1 and int(said[0].split()[1]) >= together and "can only be converted together" in said[0]
     assert headers(out) == headers(sources["mixtral"])
@@ -340,7 +340,7 @@ def test_a_frozen_module_that_was_not_kept_comes_from_the_source(export, checkpo
     checkpoint = edited(
         checkpoints["z3 frozen"], tmp_path, "*model_states.pt", lambda s: s.update(frozen_param_shapes=None, frozen_param_fragments=None)
     )
-    said: list[str] = []
+    said = []
     exported = weights(export(checkpoint, "llava", said.append))
     before = weights(sources["llava"])
     assert all(torch.equal(exported[name], before[name]) for name in before if name.startswith(TOWER))
@@ -394,7 +394,7 @@ def test_parts_of_a_checkpoint_that_are_lost_or_odd(stage, pattern, checkpoints,
     for number, key in enumerate(keys if optimizer else ("param_shapes", "frozen_param_shapes", "shared_params", "buffer_names", "module")):
         for odd in (None, [], "x", 10**400, ...):
 
-            def change(state: Any, key: str = key, odd: Any = odd) -> None:
+            def change(state, key=key, odd=odd):
                 holder = state["optimizer_state_dict"] if optimizer and key != "optimizer_state_dict" else state
                 if odd is ... or key not in holder:
                     holder.pop(key, None)
@@ -411,13 +411,13 @@ def test_parts_of_a_checkpoint_that_are_lost_or_odd(stage, pattern, checkpoints,
 
 
 def test_a_checkpoint_that_is_not_what_it_says(export, checkpoints, tmp_path):
-    def drop(state: dict[str, Any]) -> None:
+    def drop(state):
         state["param_shapes"][0].popitem()
 
-    def foreign(state: dict[str, Any]) -> None:
+    def foreign(state):
         state["other"] = resource.struct_rusage
 
-    def fewer(state: dict[str, Any]) -> None:
+    def fewer(state):
         state["optimizer_state_dict"]["partition_count"] = 4
 
     cases = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +38,7 @@ SEVERAL_BLOCKS = Forest((150, 60, 20, 30, 7, 130, 9, 40), (-1, 0, 1, 1, 0, -1, 5
 
 
 PICTURES = Forest.of((20, 9), ((3, 4), (6,)), blocks=((2, 9), (9, 12), (28, 34)))  # two pictures side by side
-NARROWED: dict[str, tuple[Forest, int | None]] = {
+NARROWED = {
     "a window": (FORESTS["ragged"], 5),
     "a window of one token": (FORESTS["deep"], 1),
     "a window over several questions": (FORESTS["questions of two pictures"], 6),
@@ -57,13 +56,13 @@ def seen_by(forest: Forest, window: int | None = None) -> Tensor:
     """[T, T] bool, written token by token, each walking up from its node to the root."""
     owner = [node for node, length in enumerate(forest.lengths) for _ in range(length)]
 
-    def path(query: int) -> list[int]:
+    def path(query):
         nodes = [owner[query]]
         while forest.parents[nodes[-1]] >= 0:
             nodes.append(forest.parents[nodes[-1]])
         return [token for token, node in enumerate(owner) if node in nodes]
 
-    def sees(query: int, key: int) -> bool:
+    def sees(query, key):
         own = path(query)
         if key not in own:
             return False
@@ -82,7 +81,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float, window:
 
 
 def call(backend: str, *tensors: Tensor, forest: Forest | None, **options: Any) -> Tensor:
-    function: Callable[..., Any] = AttentionInterface()[registered(backend)]
+    function = AttentionInterface()[registered(backend)]
     return function(None, *tensors, None, forest=forest, **options)[0]
 
 
@@ -197,7 +196,7 @@ def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend, name):
     weights = torch.randn_like(truth)
     true = [truth, *torch.autograd.grad((truth * weights).sum(), exact)]
 
-    def off(out: Tensor) -> list[float]:
+    def off(out):
         assert out.dtype == torch.bfloat16
         grads = torch.autograd.grad((out * weights.bfloat16()).sum(), qkv)
         return [relative(a, b) for a, b in zip([out, *grads], true, strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from cfvlm_ds.batching import image_source
 from cfvlm_ds.batching.batch import BLANK, Batch, blinded
-from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
@@ -67,7 +66,7 @@ def groups(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(model_dir):
-    def make(cells: str = "full", **changes: Any) -> Collator:
+    def make(cells="full", **changes):
         limit = changes.pop("max_pixels", MAX_PIXELS)
         collator = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), cells, limit)  # type: ignore[arg-type]
         for name, value in changes.items():
@@ -208,7 +207,7 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(make, groups):
     (found,) = DataLoader(groups, batch_size=len(groups), collate_fn=collator, num_workers=1)  # type: ignore[arg-type]
     expected = collator(groups)
 
-    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    def flat(value, name):
         if isinstance(value, dict | Batch | GroupLayout):
             for key, item in (value if isinstance(value, dict) else vars(value)).items():
                 yield from flat(item, f"{name}.{key}")
@@ -239,14 +238,14 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(make, groups):
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_each_image_is_opened_and_encoded_once(share_prefix, make, scorer, groups, monkeypatch):
     """Also an image of two groups, of two prompts and of several texts."""
-    opened: list[Path] = []
+    opened = []
     original = image_source.open_image
     monkeypatch.setattr(image_source, "open_image", lambda path, limit: opened.append(path) or original(path, limit))
     batch = make(share_prefix=share_prefix)(groups)
     distinct = {picture for group in groups for pictures in group.images for picture in pictures}
     assert len(opened) == len(distinct) == 8 and set(opened) == distinct
     assert batch.model_inputs["image_inputs"]["pixel_values"].shape[0] == batch.num_images == 8
-    encoded: list[int] = []
+    encoded = []
     hook = scorer.model.model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: encoded.append(len(args[0])), with_kwargs=True
     )
@@ -407,7 +406,7 @@ def test_bf16_states_have_fp32_logits(make, narrow, groups):
     """Bit for bit what the head's product gives in fp32, and not what its bf16 logits give."""
     batch = make(share_prefix=False)(groups)
     inputs = batch.model_inputs | {"image_inputs": {"pixel_values": batch.model_inputs["image_inputs"]["pixel_values"].bfloat16()}}
-    states: list[Tensor] = []
+    states = []
     hook = narrow.model.lm_head.register_forward_hook(lambda module, args, output: states.append(args[0]))
     with torch.no_grad():
         found = narrow(**inputs)

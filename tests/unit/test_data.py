@@ -129,7 +129,7 @@ def test_pairs(folder):
     assert "m.jsonl:2:" in message and "repeats" in message and "m.jsonl:1;" in message
 
 
-BAD_ROWS: dict[str, tuple[object, str]] = {
+BAD_ROWS = {
     "broken JSON": ('{"id": "g", "images": [}', "column 24"),
     "not UTF-8": ("LATIN1", "byte 9"),
     "nested": ("[" * 100_000, "JSON"),
@@ -193,7 +193,7 @@ def test_several_roots_absolute_paths_and_links_into_them(folder):
     (first / "linked").symlink_to(second)
     (first / "away").symlink_to(other)
 
-    def named(path: str) -> dict[str, object]:
+    def named(path):
         return row(path, images=[{"id": "i0", "path": path}, {"id": "i1", "path": str(b)}])
 
     accepted = {
@@ -288,7 +288,7 @@ def test_a_bad_row_of_a_published_format_names_file_line_and_field(folder, bad, 
 
 def test_bad_files(folder):
     manifest(folder, row(), name="train.jsonl")
-    cases: list[tuple[Path, dict[str, object], str]] = [
+    cases = [
         (folder / "trian.jsonl", {}, "'train.jsonl'"),
         (folder / "none" / "m.jsonl", {}, "its folder"),
         (folder, {}, "name the data file"),
@@ -311,7 +311,7 @@ def test_bad_files(folder):
 def png(path: Path, width: int, height: int) -> Path:
     """A PNG by hand: its header may claim any size; the pixel data are those of one pixel."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
+    def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -426,7 +426,7 @@ def test_bad_images(tmp_path):
 
 
 def test_modes_become_rgb(tmp_path):
-    cases: list[tuple[Path, tuple[int, int, int]]] = [
+    cases = [
         (save(tmp_path / "grey.png", 77, "L"), (77, 77, 77)),
         (save(tmp_path / "bit.png", 1, "1"), (255, 255, 255)),
         (save(tmp_path / "clear.png", (0, 0, 0, 0), "RGBA"), (255, 255, 255)),
@@ -515,7 +515,7 @@ def test_report_counts(folder):
 
 
 def test_all_problems_are_collected(folder):
-    def images(first: str, second: str) -> list[dict[str, str]]:
+    def images(first, second):
         return [{"id": "i0", "path": first}, {"id": "i1", "path": second}]
 
     png(folder / "bomb.png", 30_000, 30_000)
@@ -551,7 +551,7 @@ def test_all_problems_are_collected(folder):
 def test_progress_has_rate_and_remaining_time(monkeypatch):
     clock = iter(range(0, 1000, 4))  # each step of work takes 4 seconds; the first line comes after 2, others 5 after the last
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
-    lines: list[str] = []
+    lines = []
     assert list(Progress(lines.append, "check of images", 5, "images").over("abcde")) == list("abcde")
     assert lines == [
         "check of images: 1 of 5 images, 0.25 images/s, 0:00:16 left",
@@ -567,7 +567,7 @@ def test_progress_has_rate_and_remaining_time(monkeypatch):
 
 def test_checks_say_how_far_they_are(folder, monkeypatch):
     monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))
-    lines: list[str] = []
+    lines = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
     counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
     assert [line.partition(",")[0] for line in lines if not line.startswith("index of")] == [f"check of {each}" for each in counted]
@@ -599,7 +599,7 @@ def test_rows_are_measured_with_their_largest_image_and_visual_tokens_counted(fo
     for name, width in (("narrow.png", 16), ("wide.png", 64), ("middle.png", 24)):
         Image.new("RGB", (width, 16)).save(folder / name)
 
-    def measured(name: str, prompt: str, text: str, *files: str | list[str]) -> dict[str, object]:
+    def measured(name, prompt, text, *files):
         images = [{"id": f"i{k}", "path": file} for k, file in enumerate(files)] or [{"id": "i0", "path": None}]
         return row(name, prompt=prompt, images=images, texts=[{"id": "t0", "text": text}], match=[["i0", "t0", 1]], edits=[])
 

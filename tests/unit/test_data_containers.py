@@ -114,7 +114,7 @@ def test_a_preparation_that_ends_early_leaves_nothing(folder, cache):
             prepare(path, "csv", [cache])
         assert not any(cache.iterdir())
 
-    def interrupted() -> None:
+    def interrupted():
         raise KeyboardInterrupt
 
     path.write_text("image,caption\nimages/000.png,a dog\n")
@@ -128,7 +128,7 @@ def test_another_process_that_prepares_is_waited_for_alive(folder, cache):
     said, seen = list[str](), list[int]()
     with file_lock(folder / "x.lock"):
 
-        def alive() -> None:
+        def alive():
             seen.append(1)
             if len(seen) == 2:
                 raise KeyboardInterrupt
@@ -142,7 +142,7 @@ def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path):
     """Documents of every form."""
     chance = random.Random(0)
 
-    def value(depth: int) -> Any:
+    def value(depth):
         kinds = [lambda: chance.choice([None, True, -1.5e-3, 10**20, 0, 1234567, "", "é\u2028\U0001f600", 'q"\\', "ab"])]
         kinds += [lambda: [value(depth - 1) for _ in range(chance.randrange(4))]] * (depth > 0)
         kinds += [lambda: {f"k{k}": value(depth - 1) for k in range(chance.randrange(4))}] * (depth > 0)
@@ -202,7 +202,7 @@ def test_columns_of_every_type_that_arrow_has(tmp_path):
     for row, box in zip(expected, ([1, 2], [5, 6], [3, 4]), strict=True):
         row["box"] = box
 
-    def at_places(value: Any) -> Any:
+    def at_places(value):
         if isinstance(value, str) and "#" in value:
             start, length = map(int, value.partition("#")[2].split("+"))
             return (tmp_path / value.partition("#")[0]).read_bytes()[start : start + length]
@@ -274,7 +274,7 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
     for name in ("a", "b"):
         (pictures / f"{name}.txt").write_text(f"a picture called {name}\n")
 
-    def read(path: Path) -> list[tuple[str, str]]:
+    def read(path):
         return [(group.images[0][0].name, group.candidates[0].text) for group in read_manifest(path)]
 
     expected = [("a.png", "a picture called a"), ("b.png", "a picture called b")]
@@ -311,7 +311,7 @@ QUOTES = "put fields with separators in quotes"
 
 
 def table(text: bytes | str, name: str = "a.csv") -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
+    def write(folder):
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         return folder / name
 
@@ -319,7 +319,7 @@ def table(text: bytes | str, name: str = "a.csv") -> Callable[[Path], Path]:
 
 
 def packed(*members: tuple[str, bytes], cut: int = 0, mode: str = "w", name: str = "a.tar") -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
+    def write(folder):
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode=mode) as tar:  # type: ignore[call-overload]
             for each in members:
@@ -349,7 +349,7 @@ def fields(*rows: list[str], delimiter: str = ",") -> str:
 ROW = json.dumps(CAPTION)
 HEAD, SHOT = "image,caption\n", ("a.png", picture(0))
 COCO = {"images": [{"id": 1, "file_name": "images/000.png"}], "annotations": [{"image_id": 1, "id": 2, "caption": "a dog"}]}
-BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+BAD = {
     "table in UTF-16": (table((HEAD + "images/000.png,é\n").encode("utf-16")), "UTF-16"),
     "table in Latin-1": (table((HEAD + "images/000.png,é\n").encode("latin-1")), "0xe9"),
     "semicolons in capitals": (table("image;caption\na;b\n", "a.CSV"), "commas"),
@@ -505,7 +505,7 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder):
     with pytest.raises(DataError, match=r"rows.jsonl:2: .*\(or leave such rows out with --on_error skip\)"):
         convert(path, None, "captions", folder / "out.jsonl")
     assert not (folder / "out.jsonl").exists()
-    said: list[str] = []
+    said = []
     done = convert(path, None, "captions", folder / "out.jsonl", "skip", said.append)
     assert (done.groups, len(done.problems)) == (3, 3) and [g.id for g in read_manifest(folder / "out.jsonl")] == ["0", "1", "2"]
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
@@ -537,7 +537,7 @@ def test_groups_of_joined_rows_are_counted_as_groups(folder):
     """Two rows that are one group of nothing true, and one that lacks its label."""
     rows = [CAPTION | {"caption": text, "label": label} for text, label in (("a", 0), ("b", 0), ("c", None))]
     rows += [row | {"image": "images/001.png"} for row in (CAPTION | {"label": 1}, CAPTION | {"caption": "x", "label": 0})]
-    said: list[str] = []
+    said = []
     done = convert(lines(folder / "rows.jsonl", rows), None, "captions:label=label", folder / "out.jsonl", "skip", said.append)
     assert done.groups == 1 and [each for each in said if each.startswith("left out 2 groups, ")]
     assert [re.sub(".*rows.jsonl", "", problem).split(":")[1] for problem in done.problems] == ["1", "3"]
@@ -554,7 +554,7 @@ def test_conversion_leaves_out_pictures_that_a_check_refuses(folder):
     path = lines(folder / "rows.jsonl", [CAPTION | row | {"id": k} for k, row in enumerate(rows)])
     broken = check_manifest(path, max_pixels=80_000, progress=str).problems
     assert len(broken) == 4, "a picture is named once"
-    said: list[str] = []
+    said = []
     done = convert(path, None, "auto", folder / "out.jsonl", "skip", said.append, 80_000)
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert done.groups == 2 and listed == done.problems and set(broken) < set(listed)

@@ -7,7 +7,6 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ ROPE = {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
 QWEN_2_5_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
 # Sizes as published, and the parameters of the published checkpoints (from the index of their files, 2 bytes each).
-PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+PUBLISHED = {
     "llava15_7b": ({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32_064}}, 7_063_427_072),
     "llava_onevision_7b": (
         {"model_type": "llava_onevision", "text_config": {"model_type": "qwen2", **QWEN_7B, "vocab_size": 152_064}},

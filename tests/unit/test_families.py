@@ -32,8 +32,8 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.demo.family_checkpoints import SMALL, write_small
 from cfvlm_ds.evaluation import GroupScores, score_groups
 from cfvlm_ds.evaluation.asking import plan
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Item, Outcome
-from cfvlm_ds.evaluation.probes import Answers, Caption, Letters, Match, Probe
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Item
+from cfvlm_ds.evaluation.probes import Answers, Caption, Letters, Match
 from cfvlm_ds.evaluation.suite.item_check import token_lengths
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, load_model, load_processor
 from cfvlm_ds.models.forest import Forest
@@ -168,7 +168,7 @@ def test_scores_equal_one_plain_forward_per_cell(sharp, collator, folder, groups
 CAPTIONS, ALONE = ("a red circle", "two blue dogs on a lawn"), World(0, 1, 0, torch.device("cpu"))
 UNUSED = ("vision_tower.encoder.layers.1.", "post_layernorm", "vision_tower.head", "audio_tower.", "embed_audio.")
 """Parts of the names of weights that no forward uses."""
-WAYS: dict[str, tuple[Probe, tuple[str, ...], str, float]] = {
+WAYS = {
     "caption": (Caption(), CAPTIONS, "", 0.1),
     "caption, mean": (Caption("mean"), CAPTIONS, "", 0.02),
     "match": (Match(), CAPTIONS, "", 0.03),
@@ -187,15 +187,15 @@ def test_every_probe_scores_as_plain_forwards_and_nearly_so_in_bfloat16(scorer, 
     """
     processor, narrow = load_processor(configured(folder)), Scorer(load_model(configured(folder), torch.bfloat16).eval(), scorer.family)
     Image.new("RGB", BLANK_SIZE, (128, 128, 128)).save(grey := tmp_path / "grey.png")
-    known: dict[Any, float] = {}
+    known = {}
 
-    def logp(image: Pictures, cell: Candidate) -> float:
+    def logp(image, cell):
         if (key := (image, cell.prompt, cell.text)) not in known:
             with stock_attention(scorer.model), torch.no_grad():
                 known[key] = plain(scorer.model, processor, image, cell.prompt, cell.text)[0]
         return known[key]
 
-    def read(found: Outcome) -> list[float]:
+    def read(found):
         return [value for row in (*found.seen, found.blank, found.prior or ()) for value in row]
 
     for name, (probe, texts, question, bound) in WAYS.items():
@@ -217,9 +217,9 @@ def test_every_probe_scores_as_plain_forwards_and_nearly_so_in_bfloat16(scorer, 
 @contextmanager
 def routed_alike(model: torch.nn.Module, other: torch.nn.Module) -> Iterator[None]:
     """Forwards of ``other`` take the experts and their weights from those of ``model``, which go before on the same batches."""
-    taken: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+    taken = {}
 
-    def take(name: str, own: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def take(name, own):
         return tuple(theirs.to(ours.dtype) for theirs, ours in zip(taken[name].pop(0), own, strict=True))
 
     with ExitStack() as hooks:
@@ -237,7 +237,7 @@ def test_windows_and_whole_pictures_are_needed(sharp, collator, groups, monkeypa
     batch, text = collator(groups[1:2]), sharp.model.config.get_text_config()
     forest, window = batch.model_inputs["forest"], getattr(text, "sliding_window", None)
 
-    def scored(seen: Forest) -> torch.Tensor:
+    def scored(seen):
         with torch.no_grad():
             return batch.scores(sharp(**(batch.model_inputs | {"forest": seen}))).logp
 

@@ -110,7 +110,7 @@ def test_the_printed_example_of_a_format_is_recognised_by_its_keys(name, tmp_pat
         return
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id"\n7\n' + json.dumps(example(name)) + "\n")
-    said: list[str] = []
+    said = []
     store = open_groups(path, progress=said.append)
     assert store.format == name and said == [f"{path}: taken as jsonl, format {name}"] * (name != "cfgroup")
     assert [isinstance(entry, DataError) for _, entry in store.entries()] == [True, True, False]
@@ -119,7 +119,7 @@ def test_the_printed_example_of_a_format_is_recognised_by_its_keys(name, tmp_pat
 
 USER, GOOD_ANSWER, BAD_ANSWER = ({"role": who, "content": said} for who, said in (("user", "a?"), ("assistant", "b"), ("assistant", "c")))
 ASKED = (("user", ("a?",)),)
-CHATS: list[tuple[str, dict[str, Any], int, tuple[Any, ...], list[str]]] = [
+CHATS = [
     ("messages", {"prompt": "a?", "completion": "b"}, 0, ASKED, ["b"]),
     ("messages", {"prompt": [USER], "completion": [GOOD_ANSWER]}, 0, ASKED, ["b"]),
     ("preference", {"chosen": [USER, GOOD_ANSWER], "rejected": [USER, BAD_ANSWER]}, 0, ASKED, ["b", "c"]),
@@ -207,7 +207,7 @@ def test_labelled_captions_are_groups_of_a_picture(tmp_path):
         read_manifest(twice, format="captions:label=label")
 
 
-LABELS: dict[str, tuple[str, dict[str, Any], list[tuple[str, int | None]]]] = {
+LABELS = {
     "a list": ("captions:label=ok", {"caption": ["a", "b"], "ok": ["yes", "no"]}, [("a", 1), ("b", 0)]),
     "words": ("captions:label=gold_label", {"caption": ["a", "b", "c"], "gold_label": ["entailment", "contradiction", "neutral"]},
               [("a", 1), ("b", 0), ("c", None)]),
@@ -296,7 +296,7 @@ def shown(k: int) -> dict[str, Any]:
 
 
 SAYS_C = {"role": "assistant", "content": "c"}
-BAD: dict[str, tuple[str, dict[str, Any], str]] = {
+BAD = {
     "ends with the user": ("llava", talk("<image>a?", "b", "c?"), "ends with the user"),
     "no question": ("llava", LLAVA | {"conversations": TALK[1:]}, "1 pictures|has no turn"),
     "more places than pictures": ("llava", talk("<image><image>a?", "b"), "2 places .* 1 pictures"),
@@ -363,7 +363,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "sample whose json is a list": ("webdataset", {"__key__": "a", "jpg": IMAGE, "json": [1]}, "json"),
     "winoground": ("pairs", {"image_0": "ex_1_img_0", "image_1": 7, "caption_0": "a", "caption_1": "b"}, "'image_1'"),
 }  # fmt: skip
-GOOD: dict[str, dict[str, Any]] = {
+GOOD = {
     "llava": talk("<image>good?", "b"), "messages": CHAT, "preference": CHOICE, "captions": CAPTION | {"id": "good"},
     "webdataset": {"__key__": "good", "jpg": IMAGE, "txt": "x"}, "captions:caption=cap": {"image": IMAGE, "cap": "x"},
     "captions:label=l": CAPTION | {"l": 1},
@@ -397,7 +397,7 @@ def told(texts: str, *beside: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 SAID = {"image": "a.png", "caption": "x"}
-MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
+MARKS = {
     "POPE": ("captions", [{"image": "a.png", "text": "Is there a dog?", "label": "no"}], ["label"]),
     "words as one": ("captions", [SAID | {"captionIsCorrect": "false"}], ["captionIsCorrect"]),
     "answer": ("captions:caption=question", [{"image": "a.png", "question": "A dog?", "answer": "Yes"}], ["answer"]),
@@ -460,7 +460,7 @@ def test_a_column_that_may_mark_or_hold_false_texts_is_refused_until_it_is_named
         assert any(0 in group.match[0] for _, group in store.entries() if not isinstance(group, DataError))
 
 
-METADATA: dict[str, list[dict[str, Any]]] = {
+METADATA = {
     "public data": [
         SAID | {"label": 37, "score": 0.31, "split": "valid", "nsfw": "UNLIKELY", "width": 1, "answer_type": "yes/no", "weight": 1.0},
         SAID | {"image": "b.png", "vote_true_validator_id": [1, 1], "matches": ["x"], "truth": "", "labels": [], "correct": None},
@@ -619,7 +619,7 @@ def test_columns_that_are_null_are_not_there(change, tmp_path):
     """As Parquet fills rows that lack what others have."""
     write_pictures(tmp_path)
     none = {"system": None, "rejected_images": None, **change}
-    rows: list[tuple[str, dict[str, Any]]] = [
+    rows = [
         ("llava", llava_row(1)), ("messages", trl_row(1)), ("preference", preference_trl_row(1)), ("captions", CAPTION),
     ]  # fmt: skip
     for format, row in rows:

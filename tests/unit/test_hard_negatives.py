@@ -111,17 +111,17 @@ def test_a_row_packed_again_is_that_of_groups_without_those_cells(max_tokens, co
 
 def test_a_micro_batch_is_cut_to_the_hardest_by_the_model(collator, groups, scorer):
     """In parts of unequal number on ranks: a repeat in front changes nothing; the mode of training comes back."""
-    modes: list[bool] = []
+    modes = []
 
     class Engine:
-        def __call__(self, **inputs: Any) -> torch.Tensor:
+        def __call__(self, **inputs):
             modes.append(scorer.training)
             return scorer(**inputs)
 
-        def eval(self) -> None:
+        def eval(self):
             scorer.eval()
 
-        def train(self) -> None:
+        def train(self):
             scorer.train()
 
     parts = collator.parts(groups, 120)

@@ -123,8 +123,8 @@ def test_heads_in_half_precision_give_no_rounded_logits(device, rows, monkeypatc
 def test_09_score_matrix_equals_sums_of_lists():
     """Ragged texts (1 to 4 tokens, 0 to 2 end tokens) of 3 x 2 x 4 cells, some cells empty, tokens in any order."""
     rng, shape = random.Random(2), (3, 2, 4)
-    texts: dict[tuple[int, int, int], list[float]] = defaultdict(list)
-    ends: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    texts = defaultdict(list)
+    ends = defaultdict(list)
     rows = []
     for index, cell in enumerate((g, i, c) for g in range(3) for i in range(2) for c in range(4)):
         if index % 5 == 3:
@@ -188,7 +188,7 @@ def test_token_counts_and_normalised_scores_by_hand():
 
 # Groups -------------------------------------------------------------------------------------------------------------------------------
 
-ROW: dict[str, Any] = {
+ROW = {
     "schema": "cfgroup/1",
     "id": "dog-17",
     "source": "mine",

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -146,7 +146,7 @@ def test_an_epoch_ends_with_the_first_or_the_last_source(weights):
 
 
 def test_a_state_of_another_mixture_is_refused(monkeypatch):
-    sizes: dict[str, Any] = {"num_groups": sum(SIZES), "groups_per_micro_batch": 8, "gradient_accumulation_steps": 1}
+    sizes = {"num_groups": sum(SIZES), "groups_per_micro_batch": 8, "gradient_accumulation_steps": 1}
     sampler = GroupSampler(**sizes, rank=0, world_size=1, seed=5, order=order())
     state = sampler.state_dict()
     assert {name: state[name] for name in ("sizes", "shares")} == {"sizes": [7, 3, 11], "shares": ["1/2", "1/6", "1/3"]}

@@ -88,7 +88,7 @@ def group(kinds: str, seed: int = 0, weight: float = 1.0) -> Group:
     rng = random.Random(f"{kinds}/{seed}")
     tokens, ends = [rng.randint(3, 6) for _ in range(texts)], [rng.randint(0, 2) for _ in range(texts)]
 
-    def values(counts: list[int]) -> dict[Cell, float]:
+    def values(counts):
         return {(i, c): -rng.uniform(0.7, 1.3) * counts[c] for i, c in truth}
 
     prior = [-1.5 * n * rng.random() for n in tokens]
@@ -124,7 +124,7 @@ def run(objectives: dict[str, Objective], scores: Scores, units: dict[str, torch
     """Loss, and per group {("logp" or "end", image, text): gradient} of its scored cells."""
     loss, _ = weighted_loss(objectives, scores, units or denominators(objectives, scores.layout), **kw)
     by_name = dict(zip(("logp", "end"), torch.autograd.grad(loss, (scores.logp, scores.end_logp), allow_unused=True), strict=True))
-    found: list[dict] = [{} for _ in scores.layout.valid]
+    found = [{} for _ in scores.layout.valid]
     for name, gradient in by_name.items():
         for x, i, c in scores.layout.valid.nonzero().tolist():
             found[x][name, i, c] = 0.0 if gradient is None else gradient[x, i, c].item()
@@ -295,7 +295,7 @@ def twin_retain(g: Group, o: Retain) -> list[tuple[float, float]]:
     return [(sum(g.tokens[c] * (math.exp(d) - 1 - d) for (_, c), d in ratio.items()), float(sum(g.tokens[c] for _, c in true)))]
 
 
-TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {
+TWINS = {
     "align": twin_align,
     "csd": twin_csd,
     "fcd": twin_fcd,
@@ -306,7 +306,7 @@ TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {
     "retain": twin_retain,
 }
 
-VARIANTS: dict[str, list[dict[str, Any]]] = {
+VARIANTS = {
     "align": [
         {},
         {"counterfactual": 0.0},
@@ -395,7 +395,7 @@ def test_gradient_equals_finite_differences(name, options):
     objectives, scores = make(name, options), collate([group(kinds, 3) for kinds in ("bb", "t", "", "i", "sb", "bu")])
     units = denominators(objectives, scores.layout)
 
-    def loss(logp: torch.Tensor, end_logp: torch.Tensor) -> torch.Tensor:
+    def loss(logp, end_logp):
         return weighted_loss(objectives, dataclasses.replace(scores, logp=logp, end_logp=end_logp), units)[0]
 
     assert torch.autograd.gradcheck(loss, (scores.logp, scores.end_logp), eps=1e-6, atol=1e-6)

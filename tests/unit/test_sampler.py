@@ -70,7 +70,7 @@ def test_world_size_invariance(num_groups, world, accumulation):
     elements = stream(size * steps, num_groups)
     ranks = [take(make(num_groups, mb, accumulation, rank, world), accumulation * steps) for rank in range(world)]
     for step in range(steps):
-        expected: list[list[list[int]]] = [[[] for _ in range(accumulation)] for _ in range(world)]
+        expected = [[[] for _ in range(accumulation)] for _ in range(world)]
         for j, element in enumerate(elements[step * size : (step + 1) * size]):  # the documented rule, element by element
             expected[(j // mb) % world][j // (mb * world)].append(element)
         assert [micro[step * accumulation : (step + 1) * accumulation] for micro in ranks] == expected
@@ -124,7 +124,7 @@ def test_bad_sizes():
 
 
 def test_data_loader_prefetch_does_not_move_the_position():
-    def loader(sampler: GroupSampler) -> DataLoader[int]:
+    def loader(sampler):
         data = list(range(23))
         return DataLoader(data, batch_sampler=sampler, num_workers=1, prefetch_factor=4, collate_fn=list)  # type: ignore[arg-type]
 
@@ -149,7 +149,7 @@ def test_data_loader_prefetch_does_not_move_the_position():
 def naive_feistel(place: int, num_groups: int, seed: int, epoch: int) -> int:
     """The same network in whole numbers, a place at a time."""
 
-    def mixed(value: int) -> int:
+    def mixed(value):
         value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
         return value ^ (value >> 31)

@@ -111,7 +111,7 @@ def test_cut_off_files_are_refused_wherever_the_cut_is(path, groups):
 def test_values_that_are_no_finite_numbers(path, groups, value):
     for key in ("logp", "blank"):
 
-        def spoil(row: dict, key: str = key) -> None:
+        def spoil(row, key=key):
             (row["logp"][0] if key == "logp" else row["blank"])[0] = value
 
         original = path.read_text()
@@ -161,7 +161,7 @@ def test_scores_of_other_pictures(tmp_path, groups, scores):
     copied = shutil.copytree(folder, tmp_path / "copied")
     moved = [dataclasses.replace(g, images=tuple((copied / image.name,) for (image,) in g.images)) for g in groups]
 
-    def identity(of: list[CounterfactualGroup]) -> object:
+    def identity(of):
         return data_identity(of, [], PictureTable.of_files(image for group in of for (image,) in group.images))
 
     path = tmp_path / "scores.jsonl"
@@ -200,7 +200,7 @@ def test_every_byte_of_the_weights_counts_and_is_read_once(model_dir, tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     copied = shutil.copytree(model_dir, tmp_path / "copied")
     config, file = ModelConfig(str(copied)), copied / "model.safetensors"
-    read: list[int] = []
+    read = []
     said, clock = list[str](), iter(range(0, 1000, 3))
     with monkeypatch.context() as patched:
         patched.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
