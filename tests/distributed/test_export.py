@@ -229,6 +229,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def assert_trained(folder: Path) -> None:
+    assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(folder).items())
+
+
 # --- what is written ------------------------------------------------------------------------------------------------------------------
 
 CASES = [("z3", "llava"), ("z2", "llava"), ("z3 frozen", "llava"), ("z2 frozen", "llava"), ("z1 frozen", "llava")]
@@ -281,7 +285,7 @@ def test_a_source_without_safetensors_gets_the_library_s_own_names(export, sourc
     out = export("z3", "bin")
     assert headers(out) == headers(sources["llava"]), "which the library saved"
     assert not list(out.glob("*.bin"))
-    assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(out).items())
+    assert_trained(out)
 
 
 def test_large_files_are_split(export, sources, monkeypatch):
@@ -299,7 +303,7 @@ def test_large_files_are_split(export, sources, monkeypatch):
     assert limits == ["5GB"] and len(list(out.glob("*.safetensors"))) > 1
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert {name: file for name, (file, *_) in headers(out).items()} == index and set(index) == set(headers(sources["llava"]))
-    assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(out).items())
+    assert_trained(out)
 
 
 @pytest.mark.parametrize("together", [4, 30], ids=["the ones that fail", "all"])
@@ -317,7 +321,7 @@ def test_conversions_that_need_more_weights_get_them(together, export, sources, 
     out = export("mixtral", "mixtral", said.append)
     assert len(said) == 1 and int(said[0].split()[1]) >= together and "can only be converted together" in said[0]
     assert headers(out) == headers(sources["mixtral"])
-    assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(out).items())
+    assert_trained(out)
 
 
 def edited(checkpoint: Path, folder: Path, pattern: str, change: Any) -> Path:
@@ -521,7 +525,7 @@ def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(export, tmp_
     for checkpoint in ("z2 frozen", "z3"):
         export(checkpoint, "llava")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"] and (tmp_path / "out.old" / "config.json").exists()
-    assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(tmp_path / "out").items())
+    assert_trained(tmp_path / "out")
 
 
 def test_the_place_of_an_export_is_refused_before_a_training(tmp_path):

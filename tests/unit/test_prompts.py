@@ -41,15 +41,11 @@ def adds(tokenizer: Any, bos: str) -> None:
     tokenizer.backend_tokenizer.post_processor = post
 
 
-def conversation(images: list[Image.Image], *answer: str) -> list[dict[str, Any]]:
-    asked = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": PROMPT}]
-    return [{"role": "user", "content": asked}, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]
-
-
 def librarys(processor: Any, images: list[Image.Image], *answer: str, **options: Any) -> list[int]:
     """The ids of the processor's own apply_chat_template, placeholders of images expanded."""
+    asked = spoken((Turn("user", (*[PICTURE] * len(images), PROMPT)),), images, *answer)
     found = processor.apply_chat_template(
-        conversation(images, *answer), add_generation_prompt=not answer, tokenize=True, return_dict=True, return_tensors="pt", **options
+        asked, add_generation_prompt=not answer, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
     return found["input_ids"][0].tolist()
 
