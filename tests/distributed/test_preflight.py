@@ -92,10 +92,10 @@ def test_every_set_has_its_own_root_and_format(config, data, tmp_path):
 @pytest.fixture
 def opened(monkeypatch):
     """Names of the pictures that the check opens."""
-    names: list[str] = []
+    names = []
     right = picture_check.open_image
 
-    def recorded(path: Path, max_pixels: int) -> Image.Image:
+    def recorded(path, max_pixels):
         names.append(path.name)
         return right(path, max_pixels)
 
@@ -108,7 +108,7 @@ def test_what_was_checked_is_checked_again_under_other_options_only(config, data
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(data.parent, other)
 
-    def read(**changes: Any) -> preflight.RunData:
+    def read(**changes):
         opened.clear()
         return preflight.read_data(configured(config, run, **{"train": str(data), **changes}), ONE)
 
@@ -139,9 +139,9 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(own, config, dat
     before, text, unchanged = data.stat(), data.read_text(), read_manifest(data)
     flipped = text.replace('["i0", "t1", 0]', '["i0", "t1", 1]', 1)
     assert flipped != text
-    ticks: list[int] = []
+    ticks = []
 
-    def write() -> None:
+    def write():
         ticks.append(1)
         if len(ticks) == 6:  # between two rows
             data.write_text(flipped)
@@ -255,7 +255,7 @@ def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config
     least, whole = max(batch.num_tokens for batch in batches), max(part.num_tokens for group in groups for part in collator.parts([group]))
     assert least < whole
 
-    def tokens(limit: int) -> Any:
+    def tokens(limit):
         return group_tokens(groups, collator, replace(config.data, max_tokens_per_forward=limit), ONE)
 
     assert max(tokens(least)) == whole and all(part.num_tokens <= least for part in collator.parts(groups, least))
@@ -267,7 +267,7 @@ def test_a_check_that_is_killed_goes_on(own, tmp_path, opened, monkeypatch):
     """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
     monkeypatch.setattr(picture_check, "_AHEAD", 2)
 
-    def leave() -> None:
+    def leave():
         if len(opened) >= 7:
             raise SystemExit(85)
 
@@ -315,7 +315,7 @@ def relabelled(group: CounterfactualGroup) -> CounterfactualGroup:
     return replace(group, match=((1, 1), *group.match[1:]))
 
 
-CHANGES: dict[str, tuple[Callable[[list[CounterfactualGroup]], list[CounterfactualGroup]], str | None]] = {
+CHANGES = {
     "nothing": (list, None),
     "order": (lambda groups: [groups[1], groups[0], *groups[2:]], "the order of the rows"),
     "label": (lambda groups: [relabelled(groups[0]), *groups[1:]], "labels (match)"),
@@ -340,7 +340,7 @@ def test_what_has_changed_is_named(change, data, tmp_path):
     copied = read_manifest(tmp_path / "copied" / data.name)
     changed, what = CHANGES[change][0](copied), CHANGES[change][1]
 
-    def of(some: list[CounterfactualGroup], root: Path, contents: bool) -> Any:
+    def of(some, root, contents):
         files = [picture for group in some for image in group.images for picture in image]
         return data_identity(some, [root], PictureTable.of_files(files) if contents else None)
 
@@ -353,7 +353,7 @@ def test_threads_of_the_check_keep_to_the_cores_they_are_given(data, monkeypatch
     running, most = 0, 0
     lock, right = threading.Lock(), picture_check.open_image
 
-    def slow(path: Path, max_pixels: int) -> Image.Image:
+    def slow(path, max_pixels):
         nonlocal running, most
         with lock:
             running += 1
@@ -388,7 +388,7 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     )
     right, opened = picture_check.open_image, []
 
-    def slow(path: Path, max_pixels: int) -> Image.Image:
+    def slow(path, max_pixels):
         opened.append(path.name)
         time.sleep(5 / 18 if world.rank == 0 else 0)
         return right(path, max_pixels)
@@ -397,7 +397,7 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     read = preflight.read_data(configured(config, Path(run), train=manifest, num_workers=0), world)
     if not world.is_main:  # a node that does not see what the first has written
         token_counts._mapped = lambda file, count: None  # type: ignore[assignment]
-    kept: Any = {"folders": [Path(run) / "counts"], "depends_on": lambda: dict(read.identity)}
+    kept = {"folders": [Path(run) / "counts"], "depends_on": lambda: dict(read.identity)}
     tokens = group_tokens(read.groups, load_collator(config.model, "full"), config.data, world, read.pictures, **kept)
     print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": tokens.tolist(), "known": len(read.pictures or [])}))
     commands.build = build_late
@@ -501,7 +501,7 @@ def found_by_one() -> None:
         except RuntimeError:
             os._exit(0)
 
-    def found() -> None:
+    def found():
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         raise DataError("only rank 1 sees this; look")
 
@@ -534,7 +534,7 @@ def test_who_has_printed_a_sentence_is_known_by_a_mark(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "_WAIT_S", 0.1)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
-    def prints(rank: int, sentence: str, size: int = 2) -> bool:
+    def prints(rank, sentence, size=2):
         monkeypatch.setenv("WORLD_SIZE", str(size))
         monkeypatch.setenv("RANK", str(rank))
         with ranks.printed_once(sentence) as mine:

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,7 +65,7 @@ class Asked:
 
 def asked(seed: int, num_images: int, num_texts: int, num_prompts: int) -> Asked:
     rng = random.Random(seed)
-    truth: Truth = [[rng.choice((0, 0, 1, None)) for _ in range(num_texts)] for _ in range(num_images)]
+    truth = [[rng.choice((0, 0, 1, None)) for _ in range(num_texts)] for _ in range(num_images)]
     truth[0][0] = 1
     prompts = [0, *(rng.randrange(num_prompts) for _ in range(num_texts - 1))]
     values = [[[rng.uniform(-4, 0) for _ in range(num_texts)] for _ in range(num_images)] for _ in range(2)]
@@ -164,7 +164,7 @@ def naive_misp(g: Asked) -> list[float]:
     return mean(found)
 
 
-NAIVE: dict[str, tuple[Any, int, Callable[[Asked], list[float]]]] = {
+NAIVE = {
     "csd": (Csd(), 0, lambda g: naive_csd(g, "cross")),
     "csd matched": (Csd(mode="matched"), 0, lambda g: naive_csd(g, "matched")),
     "fcd": (Fcd(), 0, naive_fcd),
@@ -243,10 +243,9 @@ def scores(logp: list[list[float]], blank: list[float] | None = None, shuffled: 
 
 
 YES_NO = (("Is it red?", "yes"), ("Is it red?", "no"))
-SHAPES: dict[str, tuple[CounterfactualGroup, dict[str, int]]] = {
+SHAPES = {
     "SugarCrepe: an image, a true and a false text": (group([[1, 0]]), {"pair": 1, "factual": 1}),
     "SugarCrepe++: a second true text": (group([[1, 1, 0]]), {"pair": 2, "factual": 2}),
-    "POPE: an image, yes and no": (group([[1, 0]], texts=YES_NO), {"pair": 1, "factual": 1}),
     "NaturalBench: two images, two questions": (
         group([[1, 0, 0, 1], [0, 1, 1, 0]], texts=(*YES_NO, ("Is it big?", "yes"), ("Is it big?", "no"))),
         {"text": 2, "image": 2, "group": 2, "text_pmi": 2, "group_pmi": 2, "pair": 4, "factual": 2, "image_pair": 4},
@@ -256,7 +255,6 @@ SHAPES: dict[str, tuple[CounterfactualGroup, dict[str, int]]] = {
         {"text": 1, "image": 1, "group": 1, "text_pmi": 1, "group_pmi": 1, "pair": 2, "factual": 1, "image_pair": 2},
     ),
     "an edited image without a text": (group([[1], [0]], Edit("count", image=1)), {"image_pair": 1}),
-    "an edited text without an image": (group([[1, 0]], Edit("count", text=1)), {"pair": 1, "factual": 1}),
     "multiple choice": (group([[1, 0, 0, 0]]), {"pair": 3, "factual": 3}),
     "a true pair alone": (group([[1]]), {}),
     "nothing known beside the factual pair": (group([[1, None], [None, 1]], Edit("count", 1, 1)), {}),
@@ -293,7 +291,7 @@ def naive_metrics(g: CounterfactualGroup, s: list[list[float]], blank: list[floa
     """Every metric of a group without shams, by loops over all index tuples."""
     images, texts, m = range(len(g.images)), range(len(g.candidates)), g.match
     same = lambda c, d: g.candidates[c].prompt == g.candidates[d].prompt  # noqa: E731
-    found: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    found = {metric: [] for metric in METRICS}
     for prompt in dict.fromkeys(candidate.prompt for candidate in g.candidates):
         anchors = [(i, c) for i in images for c in texts if m[i][c] == 1 and g.candidates[c].prompt == prompt]
         for (i, c), (j, d) in itertools.product(anchors[:1], itertools.product(images, texts)):
@@ -354,7 +352,7 @@ def test_a_sham_edit_with_a_text_is_no_row():
 
 def test_an_edit_type_named_all_is_not_the_mean():
     wins, loses = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
-    identity: Truth = [[1, 0], [0, 1]]
+    identity = [[1, 0], [0, 1]]
     splits = {"s": accuracies([group(identity, Edit("all", 1, 1)), group(identity, Edit("colour", 1, 1))], [scores(wins), scores(loses)])}
     flat = flat_metrics(splits)
     assert (flat["eval/s/group"], flat["eval/s/all/group"], flat["eval/s/colour/group"]) == (50, 100, 0)
@@ -394,7 +392,7 @@ def test_the_blind_row_says_what_language_alone_achieves():
 
 
 def test_the_shuffled_row_counts_the_groups_that_have_another_image():
-    nothing: list[float] = []
+    nothing = []
     groups = [group([[1, 0]], name=name) for name in ("a", "b", "c")]
     rows = accuracies(
         groups, [scores([[1, 0]], shuffled=[1.0, 0.0]), scores([[1, 0]], shuffled=[0.0, 0.0]), scores([[1, 0]], shuffled=nothing)]
@@ -479,8 +477,8 @@ def test_save_best_is_refused_before_anything_is_trained(model_dir, manifests, s
 
 def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     """A trainer at its end, of which only what the end needs is there."""
-    said: list[str] = []
-    ended: Any = object.__new__(trainer.Trainer)
+    said = []
+    ended = object.__new__(trainer.Trainer)
     ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
     ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
     ended.config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
@@ -504,7 +502,7 @@ def test_a_trained_model_is_exported_whatever_follows(tmp_path, monkeypatch):
         ended._finish(Refusing())
     assert said == ["exported"]
 
-    def full(*_: object) -> None:
+    def full(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(trainer, "export_checkpoint", full)

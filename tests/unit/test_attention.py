@@ -1,8 +1,7 @@
-"""Attention over trees: every back end equals a dense attention with an explicit mask, in values and gradients; faults are noticed."""
+"""Attention over trees: every back end equals a dense attention with an explicit mask, in values and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +38,7 @@ SEVERAL_BLOCKS = Forest((150, 60, 20, 30, 7, 130, 9, 40), (-1, 0, 1, 1, 0, -1, 5
 
 
 PICTURES = Forest.of((20, 9), ((3, 4), (6,)), blocks=((2, 9), (9, 12), (28, 34)))  # two pictures side by side
-NARROWED: dict[str, tuple[Forest, int | None]] = {
+NARROWED = {
     "a window": (FORESTS["ragged"], 5),
     "a window of one token": (FORESTS["deep"], 1),
     "a window over several questions": (FORESTS["questions of two pictures"], 6),
@@ -50,19 +49,20 @@ NARROWED: dict[str, tuple[Forest, int | None]] = {
     "a picture and nothing else": (Forest((7,), (-1,), ((0, 7),)), 3),
 }
 """Rows, and the sliding window of the layer."""
+ROWS = {**{name: (forest, None) for name, forest in FORESTS.items()}, **NARROWED}
 
 
 def seen_by(forest: Forest, window: int | None = None) -> Tensor:
     """[T, T] bool, written token by token, each walking up from its node to the root."""
     owner = [node for node, length in enumerate(forest.lengths) for _ in range(length)]
 
-    def path(query: int) -> list[int]:
+    def path(query):
         nodes = [owner[query]]
         while forest.parents[nodes[-1]] >= 0:
             nodes.append(forest.parents[nodes[-1]])
         return [token for token, node in enumerate(owner) if node in nodes]
 
-    def sees(query: int, key: int) -> bool:
+    def sees(query, key):
         own = path(query)
         if key not in own:
             return False
@@ -81,7 +81,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float, window:
 
 
 def call(backend: str, *tensors: Tensor, forest: Forest | None, **options: Any) -> Tensor:
-    function: Callable[..., Any] = AttentionInterface()[registered(backend)]
+    function = AttentionInterface()[registered(backend)]
     return function(None, *tensors, None, forest=forest, **options)[0]
 
 
@@ -97,26 +97,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["heads", "grouped"])
-@pytest.mark.parametrize("name", FORESTS)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_and_gradients_are_those_of_a_dense_attention(backend, name, heads):
-    forest = FORESTS[name]
-    qkv = inputs(forest, heads, torch.float64)
-    expected = dense(*qkv, forest, 0.3)
-    found = call(backend, *qkv, forest=forest, scaling=0.3)
-    weights = torch.randn_like(expected)
-    gradients = zip(torch.autograd.grad((found * weights).sum(), qkv), torch.autograd.grad((expected * weights).sum(), qkv), strict=True)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    for ours, theirs in gradients:
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", NARROWED)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_windows_and_pictures_are_those_of_a_dense_attention(backend, name):
     """A window counts tokens along the path, whatever lies between them in the row; a picture is seen as a whole by itself alone."""
-    forest, window = NARROWED[name]
-    qkv = inputs(forest, (4, 2), torch.float64)
+    forest, window = ROWS[name]
+    qkv = inputs(forest, heads, torch.float64)
     expected, found = dense(*qkv, forest, 0.3, window), call(backend, *qkv, forest=forest, scaling=0.3, sliding_window=window)
     weights = torch.randn_like(expected)
     gradients = zip(torch.autograd.grad((found * weights).sum(), qkv), torch.autograd.grad((expected * weights).sum(), qkv), strict=True)
@@ -125,27 +111,10 @@ def test_windows_and_pictures_are_those_of_a_dense_attention(backend, name):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_window_that_reached_into_a_sibling_would_be_noticed(backend):
-    """By distance in the row, a second text's window would end in the first text or before it; a picture cut elsewhere shows too."""
-    forest = Forest.of((9,), ((6, 6),), blocks=((2, 6),))
-    qkv = inputs(forest, (4, 2), torch.float64)
-    right = call(backend, *qkv, forest=forest, sliding_window=8)
-    for wrong, window in (
-        (replace(forest, parents=(-1, 0, 1)), 8),
-        (Forest.of((9,), ((12,),), blocks=((2, 6),)), 8),
-        (forest, 7),
-        (forest, None),
-        (replace(forest, blocks=()), 8),
-        (replace(forest, blocks=((2, 7),)), 8),
-    ):
-        assert (call(backend, *qkv, forest=wrong, sliding_window=window) - right).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", [*FORESTS, *NARROWED])
+@pytest.mark.parametrize("name", ROWS)
 def test_as_many_pairs_are_counted_as_see_each_other(name):
     """What a model's floating-point operations are counted by."""
-    forest, window = NARROWED.get(name) or (FORESTS[name], None)
+    forest, window = ROWS[name]
     assert num_pairs(forest, forest.sight(window)) == seen_by(forest, window).sum()
 
 
@@ -227,38 +196,13 @@ def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend, name):
     weights = torch.randn_like(truth)
     true = [truth, *torch.autograd.grad((truth * weights).sum(), exact)]
 
-    def off(out: Tensor) -> list[float]:
+    def off(out):
         assert out.dtype == torch.bfloat16
         grads = torch.autograd.grad((out * weights.bfloat16()).sum(), qkv)
         return [relative(a, b) for a, b in zip([out, *grads], true, strict=True)]
 
     for ours, theirs in zip(off(call(backend, *qkv, forest=forest, scaling=0.3)), off(dense(*qkv, forest, 0.3)), strict=True):
         assert ours < 2 * theirs
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_wrong_forest_would_be_noticed(backend):
-    """Siblings that see each other, a branch cut elsewhere, trees that see each other: each moves the output by 1e-3 at least."""
-    forest = Forest.of((20, 5), ((3, 4), (6,)))
-    qkv = inputs(forest, (4, 2), torch.float64)
-    right = call(backend, *qkv, forest=forest)
-    for wrong in (
-        Forest.of((20, 5), ((7,), (6,))),
-        Forest.of((20, 5), ((2, 5), (6,))),
-        Forest.of((20,), ((3, 4, 11),)),
-        Forest.of((19, 5), ((4, 4), (6,))),
-    ):
-        assert (call(backend, *qkv, forest=wrong) - right).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_leak_between_siblings_at_any_level_would_be_noticed(backend):
-    """Image, two questions, two answers each: answers that see each other, questions that do, an answer after the other question."""
-    lengths, parents = (9, 4, 2, 2, 4, 2, 2), (-1, 0, 1, 1, 0, 4, 4)
-    qkv = inputs(Forest(lengths, parents), (4, 2), torch.float64)
-    right = call(backend, *qkv, forest=Forest(lengths, parents))
-    for wrong in ((-1, 0, 1, 2, 0, 4, 4), (-1, 0, 1, 1, 1, 4, 4), (-1, 0, 1, 1, 0, 4, 0), (-1, 0, 1, 1, -1, 4, 4), (-1, 0, 1, 1, 3, 4, 4)):
-        assert (call(backend, *qkv, forest=Forest(lengths, wrong)) - right).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
-import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,13 @@ from torch.utils.data import DataLoader
 
 from cfvlm_ds.batching import image_source
 from cfvlm_ds.batching.batch import BLANK, Batch, blinded
-from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, token_logprobs
 from cfvlm_ds.data.decoding import MAX_PIXELS
-from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
 from cfvlm_ds.models import Scorer, load_processor
@@ -69,7 +66,7 @@ def groups(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(model_dir):
-    def make(cells: str = "full", **changes: Any) -> Collator:
+    def make(cells="full", **changes):
         limit = changes.pop("max_pixels", MAX_PIXELS)
         collator = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), cells, limit)  # type: ignore[arg-type]
         for name, value in changes.items():
@@ -144,51 +141,7 @@ def test_08_a_fault_in_the_tree_would_be_noticed(fault, make, scorer, processor,
         assert off > 1e-3 if touched else off < 1e-3, (key, off)
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_07_batch_mates_and_orders_do_not_matter(share_prefix, make, scorer, groups):
-    collator = make(share_prefix=share_prefix)
-    alone = {}
-    for group in groups:
-        alone |= by_cell(scored(scorer, collator([group])), [group])
-    mixed = [groups[i] for i in (2, 0, 3, 1)]
-    assert_same(by_cell(scored(scorer, collator(mixed)), mixed), alone)
-
-    first = groups[0]
-    turned = replace(first, candidates=first.candidates[::-1], match=((1, 0, 0), *(line[::-1] for line in first.match[1:])), edits=())
-    found = by_cell(scored(scorer, collator([turned])), [turned])
-    assert_same({("many", i, 2 - c): values for (_, i, c), values in found.items()}, by_cell(scored(scorer, collator([first])), [first]))
-
-    lengths = set()
-    for words in (1, 20, 120):
-        mate = replace(groups[1], id="mate", candidates=(Candidate(PROMPT, " ".join(["red"] * words)),), match=((1,),))
-        batch = collator([first, mate])
-        lengths.add(batch.model_inputs["input_ids"].shape[1])
-        found = by_cell(scored(scorer, batch), [first, mate])
-        assert_same({key: values for key, values in found.items() if key[0] == "many"}, {k: v for k, v in alone.items() if k[0] == "many"})
-    assert max(lengths) > 90 + min(lengths)
-
-
 # Tokens -------------------------------------------------------------------------------------------------------------------------------
-
-
-def test_09_scored_tokens_are_the_text_and_its_end(make, processor, groups):
-    batch = make()(groups)
-    shape, targets = batch.layout.valid.shape, batch.model_inputs["targets"]
-    assert (
-        len(targets)
-        == len(batch.cell)
-        == len(batch.is_end)
-        == (batch.layout.num_tokens + batch.layout.num_end_tokens)[batch.layout.valid].sum()
-    )
-    for g, group in enumerate(groups):
-        for i in range(len(group.images)):
-            for c, candidate in enumerate(group.candidates):
-                of_cell = batch.cell == (g * shape[1] + i) * shape[2] + c
-                tokens, end = targets[of_cell & ~batch.is_end], targets[of_cell & batch.is_end]
-                assert processor.tokenizer.decode(tokens).removeprefix(" ") == candidate.text
-                assert len(tokens) == batch.layout.num_tokens[g, i, c] > 0
-                assert end.tolist() == [processor.tokenizer.eos_token_id] and batch.layout.num_end_tokens[g, i, c] == 1
-    assert batch.layout.num_tokens[1, 0, 0] == 1, "a response of one token, which a shifted index would miss"
 
 
 @pytest.mark.parametrize("text", ["ünïcode 猫", "two  spaces", "a\nb", "x < y & {z}", "USER: Describe the image. ASSISTANT: a red circle"])
@@ -199,34 +152,6 @@ def test_odd_texts_are_scored_letter_by_letter(text, make, scorer, processor, gr
     tokens, end = plain_logp(scorer.model, processor, group.images[0], PROMPT, text)
     scores = scored(scorer, batch)
     assert [scores.logp.item(), scores.end_logp.item()] == pytest.approx([tokens.sum().item(), end.item()], rel=1e-4)
-
-
-def test_num_tokens_and_row_length_count_tokens(make, processor, groups):
-    """A row of one text is the library's own encoding of the whole string; a shared row counts its prompt once."""
-
-    def length(candidate: Candidate, answer: str) -> int:
-        return processor(
-            images=[GREY], text=[f"USER: <image>\n{candidate.prompt} ASSISTANT:{answer}"], return_tensors="pt"
-        ).input_ids.shape[1]
-
-    collator, separate = make(), make(share_prefix=False)
-    total = 0
-    for group in groups:
-        for candidate in group.candidates:
-            single = replace(group, images=group.images[:1], candidates=(candidate,), match=((1,),), edits=())
-            whole = length(candidate, f" {candidate.text}</s>")
-            assert collator.row_length(candidate.prompt, candidate.text, ((48, 48),)) == whole
-            assert (
-                collator([single]).num_tokens
-                == separate([single]).num_tokens
-                == whole
-                == collator([single]).model_inputs["input_ids"].shape[1]
-            )
-            total += len(group.images) * whole
-    assert separate(groups).num_tokens == total
-    prompt = length(groups[0].candidates[0], "")
-    wholes = [length(candidate, f" {candidate.text}</s>") for candidate in groups[0].candidates]
-    assert collator(groups[:1]).num_tokens == 4 * (prompt + sum(whole - prompt for whole in wholes))
 
 
 # Cells --------------------------------------------------------------------------------------------------------------------------------
@@ -282,7 +207,7 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(make, groups):
     (found,) = DataLoader(groups, batch_size=len(groups), collate_fn=collator, num_workers=1)  # type: ignore[arg-type]
     expected = collator(groups)
 
-    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    def flat(value, name):
         if isinstance(value, dict | Batch | GroupLayout):
             for key, item in (value if isinstance(value, dict) else vars(value)).items():
                 yield from flat(item, f"{name}.{key}")
@@ -313,14 +238,14 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(make, groups):
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_each_image_is_opened_and_encoded_once(share_prefix, make, scorer, groups, monkeypatch):
     """Also an image of two groups, of two prompts and of several texts."""
-    opened: list[Path] = []
+    opened = []
     original = image_source.open_image
     monkeypatch.setattr(image_source, "open_image", lambda path, limit: opened.append(path) or original(path, limit))
     batch = make(share_prefix=share_prefix)(groups)
     distinct = {picture for group in groups for pictures in group.images for picture in pictures}
     assert len(opened) == len(distinct) == 8 and set(opened) == distinct
     assert batch.model_inputs["image_inputs"]["pixel_values"].shape[0] == batch.num_images == 8
-    encoded: list[int] = []
+    encoded = []
     hook = scorer.model.model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: encoded.append(len(args[0])), with_kwargs=True
     )
@@ -347,7 +272,7 @@ def test_blinded(make, scorer, processor, groups):
 # Stored scores ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_an_image_beside_rows_with_one(make, scorer, processor, groups, plain):
+def test_rows_without_an_image(make, scorer, processor):
     """Text alone is scored by the language model alone; the tower runs and takes part in the backward pass even if no row has an image."""
     texts = (Candidate("Name a colour.", "red"), Candidate("Name a colour.", "green and blue"))
     spoken = CounterfactualGroup("spoken", ((),), texts, ((1, 0),))
@@ -358,9 +283,6 @@ def test_rows_without_an_image_beside_rows_with_one(make, scorer, processor, gro
             logits = scorer.model(input_ids=torch.tensor([whole])).logits[0, len(head) - 1 : -1].float()
         logp = logits.log_softmax(-1)[range(len(whole) - len(head)), whole[len(head) :]]
         expected["spoken", 0, c] = (logp[:-1].sum().detach(), logp[-1].detach())
-    together = [groups[0], spoken, groups[2]]
-    pictured = {key: values[:2] for key, values in plain.items() if key[0] in ("many", "images")}
-    assert_same(by_cell(scored(scorer, make()(together)), together), pictured | expected)
     alone = make()([spoken])
     scores = scored(scorer, alone)
     assert_same(by_cell(scores, [spoken]), expected)
@@ -431,9 +353,6 @@ def test_a_text_that_does_not_fit_the_window_is_refused(make, groups):
     with pytest.raises(DataError, match=r"group 'many': text 2 .* 512"):
         make()([groups[3], long])
     make("anchor")([long])  # the long text is not scored
-    for prompt, text in (("What is <image>?", "a red circle"), (PROMPT, "a <image> circle"), (PROMPT, "<image>")):
-        with pytest.raises(DataError, match=r"group 'one': text 0: .*'<image>'"):
-            make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
 
 
 def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make, groups, tmp_path):
@@ -444,23 +363,10 @@ def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make, groups, tmp_
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
-def test_a_picture_in_a_tar_scores_as_the_file_does(make, scorer, groups, tmp_path):
-    with tarfile.open(tmp_path / "all.tar", "w") as tar:
-        for (file,) in groups[0].images:
-            tar.add(file, file.name)
-    with tarfile.open(tmp_path / "all.tar") as tar:
-        parts = tuple((tmp_path / part_name("all.tar", member.offset_data, member.size),) for member in tar)
-    found, expected = (scored(scorer, make()([group])).logp for group in (replace(groups[0], images=parts), groups[0]))
-    assert torch.equal(found, expected)
-
-
 def test_a_bad_image_is_refused_by_file(make, groups, tmp_path):
-    whole = groups[3].images[0][0].read_bytes()
     (tmp_path / "junk.png").write_bytes(b"not a picture")
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    for name in ("junk.png", "cut.png", "absent.png"):
-        with pytest.raises(DataError, match=name):
-            make()([groups[0], replace(groups[3], images=((tmp_path / name,),))])
+    with pytest.raises(DataError, match=r"junk\.png"):
+        make()([groups[0], replace(groups[3], images=((tmp_path / "junk.png",),))])
     with pytest.raises(DataError, match="48x48"):
         make(max_pixels=48 * 48 - 1)([groups[3]])
     make(max_pixels=48 * 48)([groups[3]])
@@ -496,23 +402,11 @@ def narrow(scorer):
     return copy.deepcopy(scorer).to(torch.bfloat16)
 
 
-def test_bf16_scores_stay_near_fp32(make, scorer, narrow, groups):
-    """Within 0.02 nats per token of fp32 in any cell, and within 0.01 on average, rows shared or not."""
-    with torch.no_grad():
-        for share_prefix in (True, False):
-            batch = make(share_prefix=share_prefix)(groups)
-            half = batch.model_inputs | {"image_inputs": {"pixel_values": batch.model_inputs["image_inputs"]["pixel_values"].bfloat16()}}
-            found, valid = batch.scores(narrow(**half)), batch.layout.valid
-            off = ((found.logp - scored(scorer, batch).logp) / batch.layout.num_tokens.clamp(min=1))[valid].abs()
-            assert found.logp.dtype == torch.float32
-            assert off.mean() < 0.01 and off.max() < 0.02, (off.mean(), off.max())
-
-
 def test_bf16_states_have_fp32_logits(make, narrow, groups):
     """Bit for bit what the head's product gives in fp32, and not what its bf16 logits give."""
     batch = make(share_prefix=False)(groups)
     inputs = batch.model_inputs | {"image_inputs": {"pixel_values": batch.model_inputs["image_inputs"]["pixel_values"].bfloat16()}}
-    states: list[Tensor] = []
+    states = []
     hook = narrow.model.lm_head.register_forward_hook(lambda module, args, output: states.append(args[0]))
     with torch.no_grad():
         found = narrow(**inputs)

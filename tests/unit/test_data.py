@@ -19,7 +19,7 @@ from stores import preparing
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, Edit, Turn
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data import CheckReport, check_manifest, image_size, named_apart, open_groups, open_image, picture_check, read_manifest
+from cfvlm_ds.data import CheckReport, check_manifest, image_size, named_apart, open_groups, open_image, read_manifest
 from cfvlm_ds.data.cfgroup import from_row, to_row
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
@@ -88,7 +88,7 @@ def under(folder: Path, group: CounterfactualGroup) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.json"])
 def test_native_rows(folder, name):
-    path = manifest(folder, [row()], name=name) if name == "m.json" else manifest(folder, row(), "", row("h"))
+    path = manifest(folder, [row()], name=name) if name == "m.json" else manifest(folder, "\ufeff" + json.dumps(row()), "", row("h"))
     groups = read_manifest(str(path))
     assert vars(groups[0]) == under(folder, EXPECTED)
     assert [group.id for group in groups] == (["g"] if name == "m.json" else ["g", "h"])
@@ -106,13 +106,6 @@ def test_what_must_not_be_taken_for_false_is_read_and_written(folder):
     assert changes(one, other) == "labels (match)" and changes(one, other, of_scores=True) is None
     with pytest.raises(DataError, match="1 keys for 2 texts"):
         replace(group, keys=("dogs:2",))
-
-
-def test_root_and_byte_order_mark(folder):
-    elsewhere = folder / "lists"
-    elsewhere.mkdir()
-    path = manifest(elsewhere, "\ufeff" + json.dumps(row()))
-    assert read_manifest(path, folder)[0].images == ((folder / "a.png",), (folder / "b.png",))
 
 
 def test_pairs(folder):
@@ -136,17 +129,15 @@ def test_pairs(folder):
     assert "m.jsonl:2:" in message and "repeats" in message and "m.jsonl:1;" in message
 
 
-BAD_ROWS: dict[str, tuple[object, str]] = {
+BAD_ROWS = {
     "broken JSON": ('{"id": "g", "images": [}', "column 24"),
     "not UTF-8": ("LATIN1", "byte 9"),
     "nested": ("[" * 100_000, "JSON"),
-    "list row": ([1, 2], "list"),
     "null row": ("null", "NoneType"),
     "unknown key": (row(imagse=[]), "'imagse'.*'images'"),
     "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), "'pth'.*'path'"),
     "missing key": ({"id": "g"}, "'images'"),
     "duplicate id": (row("first", prompt="x"), "'first'.*m.jsonl:1;"),
-    "wrong type": (row(match=5), "'match'"),
     "unhashable id": (row(match=[[["i0"], "t0", 1]]), "'i0'"),
     "edit not an object": (row(edits=[["type"]]), "'edits'"),
     "null byte": (row(images=[{"id": "i0", "path": "a\0.png"}, {"id": "i1", "path": "b.png"}]), "null byte"),
@@ -157,7 +148,6 @@ BAD_ROWS: dict[str, tuple[object, str]] = {
     "line break in an id": (row(images=[{"id": "i\n0", "path": "a.png"}], match=[["i0", "t0", 1]]), "i\\\\n0"),
     "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), "\\\\x1b"),
     "endless value": (row(match="x" * 10_000), "\\[\\.\\.\\.\\]"),
-    "infinite weight": (row(weight=1e400), "weight"),
     "huge weight": (row(weight=10**400), "format"),
     "bad truth": (row(match=[["i0", "t0", 2]]), "match entry"),
     "empty text": (row(texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": " "}]), "text 1"),
@@ -165,21 +155,9 @@ BAD_ROWS: dict[str, tuple[object, str]] = {
         row(texts=[{"id": "t0", "text": "two caf\u00e9s"}, {"id": "t1", "text": " two  cafe\u0301s"}]),
         "text 1 equals text 0",
     ),
-    "absolute path": (
-        row(images=[{"id": "i0", "path": "/etc/x.png"}, {"id": "i1", "path": "b.png"}]),
-        "'/etc/x.png'.*outside",
-    ),
-    "dot dot": (
-        row(images=[{"id": "i0", "path": "../x.png"}, {"id": "i1", "path": "b.png"}]),
-        "'../x.png'.*outside",
-    ),
     "link": (
         row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}]),
         "'link.png'.*secret.png",
-    ),
-    "linked folder": (
-        row(images=[{"id": "i0", "path": "out/secret.png"}, {"id": "i1", "path": "b.png"}]),
-        "outside/secret.png",
     ),
     "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), "path is empty"),
     "same file": (
@@ -196,7 +174,6 @@ def test_bad_row_names_file_line_and_remedy(folder, case):
     save(root / "b.png", (0, 200, 0))
     secret = save(folder / "outside" / "secret.png")
     (root / "link.png").symlink_to(secret)
-    (root / "out").symlink_to(secret.parent)
     bad, said = BAD_ROWS[case]
     path = manifest(root, row("first"), "", bad)
     if case == "not UTF-8":
@@ -216,7 +193,7 @@ def test_several_roots_absolute_paths_and_links_into_them(folder):
     (first / "linked").symlink_to(second)
     (first / "away").symlink_to(other)
 
-    def named(path: str) -> dict[str, object]:
+    def named(path):
         return row(path, images=[{"id": "i0", "path": path}, {"id": "i1", "path": str(b)}])
 
     accepted = {
@@ -247,8 +224,6 @@ def test_texts_that_differ_in_case_are_two(folder):
     texts = [{"id": "t0", "text": "a sign that says stop"}, {"id": "t1", "text": "a sign that says STOP"}]
     (group,) = read_manifest(manifest(folder, row(texts=texts)))
     assert [candidate.text for candidate in group.candidates] == ["a sign that says stop", "a sign that says STOP"]
-    (group,) = read_manifest(manifest(folder, pair(caption_1="A dog bites a man")), format="pairs")
-    assert [candidate.text for candidate in group.candidates] == ["a dog bites a man", "A dog bites a man"]
 
 
 def test_links_inside_the_root_are_fine(folder):
@@ -262,26 +237,6 @@ def test_links_inside_the_root_are_fine(folder):
     path = manifest(folder, row(images=[{"id": "i0", "path": "loop/x.png"}, {"id": "i1", "path": "b.png"}]))
     (problem,) = check_manifest(path).problems  # refused while reading or, from Python 3.13, while opening
     assert problem.startswith(f"{path}:1: ")
-
-
-def test_further_keys_of_published_rows_are_metadata(folder):
-    """A row as Winoground is published: what nothing reads is kept with the group, and the check counts and names it."""
-    published = pair(id=7, tag="Adjective-Color", secondary_tag="", num_main_preds=1, collapsed_tag="Object")
-    path = manifest(folder, published, pair(id=8), pair(id=9, tag={"a": ["\u00e9"]}))
-    groups = read_manifest(path, format="pairs")
-    kept = {"tag": "Adjective-Color", "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Object"}
-    assert [json.loads(group.meta or "{}") for group in groups] == [kept, {}, {"tag": {"a": ["\u00e9"]}}]
-    report = check_manifest(path, format="pairs", progress=pytest.fail)
-    assert report.ok and report.metadata == {"'tag'": 2, "'secondary_tag'": 1, "'num_main_preds'": 1, "'collapsed_tag'": 1}
-    assert "metadata         'tag': 2, 'secondary_tag': 1" in str(report) and "(kept, not used)" in str(report)
-    # As a row of the native format, it is still there, and that format refuses any other key.
-    row_of = to_row(groups[0], folder)
-    assert row_of["meta"] == kept and from_row(row_of, folder) == groups[0]
-    assert "unknown key 'tag'" in refusal(manifest(folder, row(tag="x")))
-    first, second = cfvlm_row(split="val")["cf_samples"]  # type: ignore[misc]
-    path = manifest(folder, cfvlm_row(split="val", cf_samples=[first | {"score": 0.5}, second]), name="data.json")
-    (group,) = read_manifest(path, format="cfvlm")
-    assert json.loads(group.meta) == {"split": "val", "cf_samples": [{"score": 0.5}, {}]}
 
 
 def test_manifests_of_one_name_are_told_apart():
@@ -316,17 +271,12 @@ def test_cfvlm_rows(folder):
     ("bad", "said"),
     [
         (pair(promtp="Which?"), "'promtp'.*'prompt'"),
-        ({"image_0": "a.png", "image1": "b.png"}, "'image1'.*'image_1'"),
         ({"image_0": "a.png"}, "'image_1' is missing"),
         (pair(caption_1=3), "'caption_1'"),
-        (pair(caption_1="a dog bites  a man"), "text 1 equals text 0"),
-        (pair(image_1="a.png"), "image 1 is the same file as image 0"),
-        (pair(image_1="../b.png"), "'../b.png'.*outside"),
         (cfvlm_row(orig_input="COCO Yes: a.png"), "one image"),
         (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), "one image"),
         (cfvlm_row(cf_samples=None), "'cf_samples'"),
         (cfvlm_row(cf_samples=[{"cf_txt": "x"}]), "'cf_txt'.*'cf_text'"),
-        (cfvlm_row(cf_samples=[{"cf_text": "two dogs", "cf_image_path": "b.png"}]), "text 1 equals text 0"),
         (cfvlm_row(orig_output=7), "'orig_output'"),
     ],
 )
@@ -338,9 +288,8 @@ def test_a_bad_row_of_a_published_format_names_file_line_and_field(folder, bad, 
 
 def test_bad_files(folder):
     manifest(folder, row(), name="train.jsonl")
-    cases: list[tuple[Path, dict[str, object], str]] = [
+    cases = [
         (folder / "trian.jsonl", {}, "'train.jsonl'"),
-        (folder / "zzz", {}, "no such manifest"),
         (folder / "none" / "m.jsonl", {}, "its folder"),
         (folder, {}, "name the data file"),
         (manifest(folder, "", " ", name="empty.jsonl"), {}, "no rows"),
@@ -350,7 +299,6 @@ def test_bad_files(folder):
         (manifest(folder, [row(), row(weight=-1)], name="list.json"), {}, ": item 2: .*weight"),
         (folder / "train.jsonl", {"root": folder / "nowhere"}, "nowhere"),
         (folder / "train.jsonl", {"format": "cfgruop"}, "'cfgruop'.*'cfgroup'"),
-        (folder / "train.jsonl", {"format": "xyz"}, "'xyz'.*cfgroup, pairs, cfvlm"),
     ]
     for path, options, said in cases:
         message = refusal(path, **options)
@@ -363,7 +311,7 @@ def test_bad_files(folder):
 def png(path: Path, width: int, height: int) -> Path:
     """A PNG by hand: its header may claim any size; the pixel data are those of one pixel."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
+    def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -429,8 +377,6 @@ def test_a_prompt_may_be_a_conversation(folder):
         ([{"role": "user", "contnet": "x"}], "'contnet'"),
         ([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "'images'"),
         ([{"role": "user", "content": 3}], "part"),
-        (later[:3], "assistant"),
-        (later[2:], "0 pictures"),
         (7, "'prompt'"),
     ):
         assert said in refusal(manifest(folder, row(prompt=bad))), said
@@ -480,12 +426,10 @@ def test_bad_images(tmp_path):
 
 
 def test_modes_become_rgb(tmp_path):
-    cases: list[tuple[Path, tuple[int, int, int]]] = [
-        (save(tmp_path / "rgb.png", (1, 2, 3)), (1, 2, 3)),
+    cases = [
         (save(tmp_path / "grey.png", 77, "L"), (77, 77, 77)),
         (save(tmp_path / "bit.png", 1, "1"), (255, 255, 255)),
         (save(tmp_path / "clear.png", (0, 0, 0, 0), "RGBA"), (255, 255, 255)),
-        (save(tmp_path / "solid.png", (9, 8, 7, 255), "RGBA"), (9, 8, 7)),
         (save(tmp_path / "grey_clear.png", (0, 0), "LA"), (255, 255, 255)),
         (save(tmp_path / "half.png", (0, 0, 0, 51), "RGBA"), (204, 204, 204)),  # 255 * (1 - 51/255)
         (save(tmp_path / "key.png", (1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
@@ -495,11 +439,9 @@ def test_modes_become_rgb(tmp_path):
     palette.putpalette([0, 0, 0, 40, 50, 60])
     palette.save(tmp_path / "palette.png")
     palette.save(tmp_path / "palette_clear.png", transparency=bytes([255, 0]))
-    palette.save(tmp_path / "palette.gif")
     cases += [
         (tmp_path / "palette.png", (40, 50, 60)),
         (tmp_path / "palette_clear.png", (255, 255, 255)),
-        (tmp_path / "palette.gif", (40, 50, 60)),
     ]
     for path, color in cases:
         with warnings.catch_warnings():
@@ -514,18 +456,6 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
     expected = np.floor(values / 257 + 0.5).astype(np.uint8)
     assert np.array_equal(np.asarray(open_image(tmp_path / f"deep.{suffix}")), np.repeat(expected[..., None], 3, axis=2))
-
-
-def test_exif_orientation(tmp_path):
-    # Orientation 6: the camera was held so that the stored picture has to be turned 90 degrees clockwise.
-    stored = np.zeros((16, 32, 3), np.uint8)
-    stored[:, :16] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(stored).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    upright = np.asarray(open_image(tmp_path / "turned.jpg"))
-    assert upright.shape == (32, 16, 3)
-    assert np.abs(upright.astype(int) - np.rot90(stored, -1)).max() < 10
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
@@ -585,7 +515,7 @@ def test_report_counts(folder):
 
 
 def test_all_problems_are_collected(folder):
-    def images(first: str, second: str) -> list[dict[str, str]]:
+    def images(first, second):
         return [{"id": "i0", "path": first}, {"id": "i1", "path": second}]
 
     png(folder / "bomb.png", 30_000, 30_000)
@@ -618,22 +548,10 @@ def test_all_problems_are_collected(folder):
     assert report.longest_text_where == f"{path}:10, text 1"
 
 
-def test_each_image_is_opened_once(folder, monkeypatch):
-    opened: list[Path] = []
-
-    def recorded(path: Path, max_pixels: int) -> Image.Image:
-        opened.append(path)
-        return Image.new("RGB", (8, 8))
-
-    monkeypatch.setattr(picture_check, "open_image", recorded)
-    check_manifest(manifest(folder, row("a"), row("b"), row("c")))
-    assert sorted(opened) == [folder / "a.png", folder / "b.png"]
-
-
 def test_progress_has_rate_and_remaining_time(monkeypatch):
     clock = iter(range(0, 1000, 4))  # each step of work takes 4 seconds; the first line comes after 2, others 5 after the last
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
-    lines: list[str] = []
+    lines = []
     assert list(Progress(lines.append, "check of images", 5, "images").over("abcde")) == list("abcde")
     assert lines == [
         "check of images: 1 of 5 images, 0.25 images/s, 0:00:16 left",
@@ -649,7 +567,7 @@ def test_progress_has_rate_and_remaining_time(monkeypatch):
 
 def test_checks_say_how_far_they_are(folder, monkeypatch):
     monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))
-    lines: list[str] = []
+    lines = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
     counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
     assert [line.partition(",")[0] for line in lines if not line.startswith("indexing")] == [f"checking {each}" for each in counted]
@@ -681,7 +599,7 @@ def test_rows_are_measured_with_their_largest_image_and_visual_tokens_counted(fo
     for name, width in (("narrow.png", 16), ("wide.png", 64), ("middle.png", 24)):
         Image.new("RGB", (width, 16)).save(folder / name)
 
-    def measured(name: str, prompt: str, text: str, *files: str | list[str]) -> dict[str, object]:
+    def measured(name, prompt, text, *files):
         images = [{"id": f"i{k}", "path": file} for k, file in enumerate(files)] or [{"id": "i0", "path": None}]
         return row(name, prompt=prompt, images=images, texts=[{"id": "t0", "text": text}], match=[["i0", "t0", 1]], edits=[])
 

@@ -31,7 +31,7 @@ from cfvlm_ds.core.files import file_lock
 from cfvlm_ds.data import check_manifest, open_groups, open_image, read_manifest
 from cfvlm_ds.data import download as downloading
 from cfvlm_ds.data.containers import json_file
-from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of, sources_of
+from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of
 from cfvlm_ds.data.containers.prepared import prepare
 from cfvlm_ds.data.convert import convert
 
@@ -114,7 +114,7 @@ def test_a_preparation_that_ends_early_leaves_nothing(folder, cache):
             prepare(path, "csv", [cache])
         assert not any(cache.iterdir())
 
-    def interrupted() -> None:
+    def interrupted():
         raise KeyboardInterrupt
 
     path.write_text("image,caption\nimages/000.png,a dog\n")
@@ -128,7 +128,7 @@ def test_another_process_that_prepares_is_waited_for_alive(folder, cache):
     said, seen = list[str](), list[int]()
     with file_lock(folder / "x.lock"):
 
-        def alive() -> None:
+        def alive():
             seen.append(1)
             if len(seen) == 2:
                 raise KeyboardInterrupt
@@ -142,7 +142,7 @@ def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path):
     """Documents of every form."""
     chance = random.Random(0)
 
-    def value(depth: int) -> Any:
+    def value(depth):
         kinds = [lambda: chance.choice([None, True, -1.5e-3, 10**20, 0, 1234567, "", "é\u2028\U0001f600", 'q"\\', "ab"])]
         kinds += [lambda: [value(depth - 1) for _ in range(chance.randrange(4))]] * (depth > 0)
         kinds += [lambda: {f"k{k}": value(depth - 1) for k in range(chance.randrange(4))}] * (depth > 0)
@@ -202,7 +202,7 @@ def test_columns_of_every_type_that_arrow_has(tmp_path):
     for row, box in zip(expected, ([1, 2], [5, 6], [3, 4]), strict=True):
         row["box"] = box
 
-    def at_places(value: Any) -> Any:
+    def at_places(value):
         if isinstance(value, str) and "#" in value:
             start, length = map(int, value.partition("#")[2].split("+"))
             return (tmp_path / value.partition("#")[0]).read_bytes()[start : start + length]
@@ -274,7 +274,7 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
     for name in ("a", "b"):
         (pictures / f"{name}.txt").write_text(f"a picture called {name}\n")
 
-    def read(path: Path) -> list[tuple[str, str]]:
+    def read(path):
         return [(group.images[0][0].name, group.candidates[0].text) for group in read_manifest(path)]
 
     expected = [("a.png", "a picture called a"), ("b.png", "a picture called b")]
@@ -307,24 +307,11 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
 QUOTES = "put fields with separators in quotes"
 
 
-def test_what_a_path_is_taken_for(folder):
-    lines(folder / "a.jsonl", [CAPTION])
-    (folder / "b.json").write_text(json.dumps([CAPTION]))
-    (folder / "c.json").write_text(json.dumps(CAPTION) + "\n")  # one object per line, whatever its name
-    (folder / "d.csv").write_text("image,caption\nimages/000.png,a dog\n")
-    for name, kind in (("a.jsonl", "jsonl"), ("b.json", "json"), ("c.json", "jsonl"), ("d.csv", "csv")):
-        assert container_of(folder / name) == kind
-        said: list[str] = []
-        groups = open_groups(folder / name, progress=said.append)
-        assert said == [f"{folder / name}: read as {kind}, format captions"]
-        assert [group.candidates[0].text for group in groups] == ["a dog"]
-
-
 # ---- bad files
 
 
 def table(text: bytes | str, name: str = "a.csv") -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
+    def write(folder):
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         return folder / name
 
@@ -332,7 +319,7 @@ def table(text: bytes | str, name: str = "a.csv") -> Callable[[Path], Path]:
 
 
 def packed(*members: tuple[str, bytes], cut: int = 0, mode: str = "w", name: str = "a.tar") -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
+    def write(folder):
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode=mode) as tar:  # type: ignore[call-overload]
             for each in members:
@@ -362,29 +349,22 @@ def fields(*rows: list[str], delimiter: str = ",") -> str:
 ROW = json.dumps(CAPTION)
 HEAD, SHOT = "image,caption\n", ("a.png", picture(0))
 COCO = {"images": [{"id": 1, "file_name": "images/000.png"}], "annotations": [{"image_id": 1, "id": 2, "caption": "a dog"}]}
-BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+BAD = {
     "table in UTF-16": (table((HEAD + "images/000.png,é\n").encode("utf-16")), "UTF-16"),
     "table in Latin-1": (table((HEAD + "images/000.png,é\n").encode("latin-1")), "0xe9"),
-    "semicolons": (table("image;caption\na;b\n"), "semicolons .* commas"),
+    "semicolons in capitals": (table("image;caption\na;b\n", "a.CSV"), "commas"),
     "tabs in a CSV": (table("image\tcaption\na\tb\n"), "tabs.*[.]tsv"),
     "commas in a TSV": (table("image,caption\na,b\n", "a.tsv"), "commas .* tabs"),
     "empty table": (table(""), "empty"),
     "header alone": (table(HEAD), "no rows"),
     "table in UTF-16 without a mark": (table(HEAD.encode("utf-16-le")), "UTF-16"),
     "spreadsheet": (table("PK", "a.XLSX"), "spreadsheet"),
-    "compressed in capitals": (table("PK", "a.ZIP"), "unzip a.ZIP"),
-    "semicolons in capitals": (table("image;caption\na;b\n", "a.CSV"), "commas"),
-    "a list in a line": (table(f"[{ROW}]", "a.jsonl"), "a.jsonl:1: .*list"),
     "column without a name": (table("image,,caption\na,b,c\n"), "column 2"),
     "columns of one name": (table("image,caption,image\na,b,c\n"), "'image'"),
-    "short row": (table(HEAD + "images/000.png\n"), "item 1: .*line 2.* 1 fields"),
     "long row": (table(HEAD + "images/000.png,a dog, a cat\n"), "item 1: .*line 2.* 3 fields"),
     "short row behind others": (table(HEAD + '\nimages/000.png,"a\ndog"\n\nimages/000.png\n'), "item 2: .*line 6.* 1 fields"),
     "quote that never ends": (table(HEAD + 'images/000.png,"a dog\n' + "x,y\n" * 9), "a.csv:11:"),
     "quote within a field": (table(HEAD + 'images/000.png,"a "big" dog"\n'), "twice"),
-    "wrong column": (table("image,cap\nimages/000.png,a dog\n"), "item 1: .*caption"),
-    "missing field": (table(HEAD + ",a dog\n"), "item 1: .*'image'"),
-    "truncated list": (table(json.dumps([CAPTION, CAPTION])[:-20], "a.json"), "broken JSON"),
     "list with a comma too few": (table(f"[{ROW},\n{ROW}\n{ROW}]", "a.json"), "line 3, column 1"),
     "something behind a list": (table(f"[{ROW}] x", "a.json"), "column 51"),
     "list in Latin-1": (table('[{"caption": "é"}]'.encode("latin-1"), "a.json"), "byte 15"),
@@ -392,14 +372,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "half a character": (table(json.dumps([CAPTION | {"x": "\ud800"}]), "a.json"), "item 1: .*ud800"),
     "nested without end": (table("[" * 100_000, "a.json"), "JSON"),
     "endless number": (table("[" + "9" * 5000 + "]", "a.json"), "JSON"),
-    "key twice within an item": (table('[{"a": {"b": 1, "b": 2}}]', "a.json"), "item 1: key 'b'"),
     "item that is no row": (table("[[1]]", "a.json"), "item 1: .*list"),
     "a number": (table("7", "a.json"), "int"),
     "another object": (table(json.dumps({"data": [CAPTION], "x": 1}, indent=1), "a.json"), "'data', 'x'"),
     "an object of columns": (table(json.dumps({"image": ["a.png", "b.png"], "caption": ["x", "y"]}), "a.json"), "'caption', 'image'"),
     "rows within an object": (table(json.dumps({"data": [CAPTION]}), "a.json"), "'data'"),
     "instances of COCO": (table(json.dumps(COCO | {"annotations": [{"image_id": 1}]}), "a.json"), "annotations, item 1: key 'caption'"),
-    "image without captions": (table(json.dumps(COCO | {"annotations": []}), "a.json"), "item 1: .*'caption'"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: .* 1"),
     "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), "images, item 1: key 'file_name'"),
     "tar cut between members": (packed(SHOT, ("a.txt", b"a dog"), cut=8192), "^[^(]*cut off"),
@@ -408,11 +386,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "tar of headers without end": (chained, "sample 'a' .*recursion"),
     "compressed tar": (packed(SHOT, ("a.txt", b"x"), mode="w:gz"), "compressed"),
     "tar.gz": (packed(SHOT, ("a.txt", b"x"), mode="w:gz", name="a.tar.gz"), "gunzip a.tar.gz"),
-    "zip": (table("PK", "a.zip"), "unzip a.zip"),
+    "compressed in capitals": (table("PK", "a.ZIP"), "unzip a.ZIP"),
     "member twice": (packed(SHOT, ("a.txt", b"x"), SHOT), "item 1: .*'a.png'"),
     "text in Latin-1": (packed(SHOT, ("a.txt", "é".encode("latin-1"))), "item 1: .*'a.txt': byte 1"),
     "broken JSON in a tar": (packed(SHOT, ("a.json", b"{")), "item 1: .*'a.json': .*JSON"),
-    "sample without a text": (packed(SHOT), "item 1: sample 'a' .*text"),
 }  # fmt: skip
 
 
@@ -530,7 +507,7 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder):
     with pytest.raises(DataError, match=r"rows.jsonl:2: .*\(or skip such rows with --on_error skip\)"):
         convert(path, None, "captions", folder / "out.jsonl")
     assert not (folder / "out.jsonl").exists()
-    said: list[str] = []
+    said = []
     done = convert(path, None, "captions", folder / "out.jsonl", "skip", said.append)
     assert (done.groups, len(done.problems)) == (3, 3) and [g.id for g in read_manifest(folder / "out.jsonl")] == ["0", "1", "2"]
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
@@ -562,7 +539,7 @@ def test_groups_of_joined_rows_are_counted_as_groups(folder):
     """Two rows that are one group of nothing true, and one that lacks its label."""
     rows = [CAPTION | {"caption": text, "label": label} for text, label in (("a", 0), ("b", 0), ("c", None))]
     rows += [row | {"image": "images/001.png"} for row in (CAPTION | {"label": 1}, CAPTION | {"caption": "x", "label": 0})]
-    said: list[str] = []
+    said = []
     done = convert(lines(folder / "rows.jsonl", rows), None, "captions:label=label", folder / "out.jsonl", "skip", said.append)
     assert done.groups == 1 and [each for each in said if each.startswith("left out 2 groups, ")]
     assert [re.sub(".*rows.jsonl", "", problem).split(":")[1] for problem in done.problems] == ["1", "3"]
@@ -579,7 +556,7 @@ def test_conversion_leaves_out_pictures_that_a_check_refuses(folder):
     path = lines(folder / "rows.jsonl", [CAPTION | row | {"id": k} for k, row in enumerate(rows)])
     broken = check_manifest(path, max_pixels=80_000, progress=str).problems
     assert len(broken) == 4, "a picture is named once"
-    said: list[str] = []
+    said = []
     done = convert(path, None, "auto", folder / "out.jsonl", "skip", said.append, 80_000)
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert done.groups == 2 and listed == done.problems and set(broken) < set(listed)

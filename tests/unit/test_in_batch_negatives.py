@@ -127,7 +127,7 @@ def test_as_many_as_are_wanted_and_not_always_the_same():
 
 def test_the_choice_depends_on_the_groups_of_the_step_alone():
     """Their order, and how ranks and micro-batches share them, change nothing; rows that cannot be read offer nothing."""
-    groups: list[Any] = many(12)
+    groups = many(12)
     expected = {each.id: drawn(each) for each in in_a_step(groups)}
     assert {each.id: drawn(each) for each in in_a_step(groups[::-1])} == expected
     whole = WithNegatives(groups, TERMS, 0)
@@ -136,7 +136,7 @@ def test_the_choice_depends_on_the_groups_of_the_step_alone():
     assert [each.in_step.place for each in together] == [4, 5, 6, 7, 8]
 
     class Broken(list):
-        def __getitem__(self, index: Any) -> Any:
+        def __getitem__(self, index):
             if index == 3:
                 raise DataError("row 3 is no group")
             return super().__getitem__(index)
@@ -150,13 +150,13 @@ def test_the_choice_depends_on_the_groups_of_the_step_alone():
 def test_every_rank_knows_the_whole_step(packed):
     """WholeSteps yields the sampler's own micro-batches, each with its places in a step that is the same on all ranks."""
 
-    def sampler(rank: int, world: int, steps: int) -> GroupSampler:
-        place: dict[str, Any] = {"rank": rank, "world_size": world, "gradient_accumulation_steps": steps, "seed": 3}
+    def sampler(rank, world, steps):
+        place = {"rank": rank, "world_size": world, "gradient_accumulation_steps": steps, "seed": 3}
         if packed:
             return PackedSampler(tokens=[5 + 3 * (g % 7) for g in range(50)], max_tokens=64, **place)
         return GroupSampler(num_groups=50, groups_per_micro_batch=8 // (world * steps), **place)
 
-    steps: dict[tuple[int, int], list[Any]] = {}
+    steps = {}
     for world, accumulation in ((1, 4), (2, 2), (4, 1)):
         streams = [sampler(rank, world, accumulation) for rank in range(world)]
         for of in streams:
@@ -177,7 +177,7 @@ def test_every_rank_knows_the_whole_step(packed):
 def layout_of(groups: Sequence[CounterfactualGroup]) -> GroupLayout:
     """As a collator makes it; a text has as many tokens as its number says."""
 
-    def encoded(text: str) -> Encoded:
+    def encoded(text):
         return Encoded("", (1,), (7,) * (2 + len(text) % 3), (0,))
 
     own = [[encoded(each.text) for each in group.candidates] for group in groups]

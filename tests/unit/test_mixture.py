@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import Counter
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data import GroupSampler, PackedSampler, permutation
+from cfvlm_ds.data import GroupSampler, permutation
 from cfvlm_ds.data.mixture import WINDOW, Draws, Order, shares_of
 
 WEIGHTS = [
@@ -146,46 +145,13 @@ def test_an_epoch_ends_with_the_first_or_the_last_source(weights):
     assert order("all_exhausted", weights).length == max(ends.values()) and len(ends) == 3
 
 
-def samplers(world: int, accumulation: int, packed: bool, seed: int = 5) -> list[GroupSampler]:
-    place: dict[str, Any] = {"world_size": world, "gradient_accumulation_steps": accumulation, "seed": seed, "order": order()}
-    if packed:
-        tokens = [10 + 7 * k % 13 for k in range(sum(SIZES))]
-        return [PackedSampler(tokens=tokens, max_tokens=60, rank=rank, **place) for rank in range(world)]
-    size = 8 // (world * accumulation)
-    return [GroupSampler(num_groups=sum(SIZES), groups_per_micro_batch=size, rank=rank, **place) for rank in range(world)]
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_any_number_of_ranks_sees_the_same_steps_and_resumes_in_them(packed):
-    """1 x 4, 2 x 2 and 4 x 1 ranks and micro-batches; each goes on from a state that another layout has saved."""
-
-    def steps(world: int, accumulation: int, state: dict[str, Any] | None, count: int) -> tuple[list[Counter[int]], dict[str, Any]]:
-        ranks = samplers(world, accumulation, packed)
-        for rank in ranks:
-            if state is not None:
-                rank.load_state_dict(state)
-        streams, found = [iter(rank) for rank in ranks], list[Counter[int]]()
-        for _ in range(count):
-            found.append(Counter(group for stream in streams for _ in range(accumulation) for group in next(stream)))
-            for rank in ranks:
-                rank.advance()
-        states = [rank.state_dict() for rank in ranks]
-        assert all(each == states[0] for each in states)
-        return found, states[0]
-
-    whole, _ = steps(1, 4, None, 12)
-    for world, accumulation in ((2, 2), (4, 1)):
-        begun, state = steps(world, accumulation, None, 5)
-        rest, _ = steps(4 // accumulation, accumulation, state, 7)
-        again, _ = steps(1, 4, state, 7)
-        assert begun + rest == whole == begun + again
-
-
 def test_a_state_of_another_mixture_is_refused(monkeypatch):
-    state = samplers(1, 1, False)[0].state_dict()
+    sizes = {"num_groups": sum(SIZES), "groups_per_micro_batch": 8, "gradient_accumulation_steps": 1}
+    sampler = GroupSampler(**sizes, rank=0, world_size=1, seed=5, order=order())
+    state = sampler.state_dict()
     assert {name: state[name] for name in ("sizes", "shares")} == {"sizes": [7, 3, 11], "shares": ["1/2", "1/6", "1/3"]}
     for change, name in (({"shares": ["1/2", "1/3", "1/6"]}, "shares"), ({"sizes": [7, 11, 3]}, "sizes"), ({"seed": 6}, "seed")):
         with pytest.raises(DataError, match=rf"sampler has {name}.*resume"):
-            samplers(1, 1, False)[0].load_state_dict(state | change)
+            sampler.load_state_dict(state | change)
     monkeypatch.setattr(permutation, "STORED", 10)
     assert order().identity()["order"] == permutation.COMPUTED, "as of one data set of so many groups"

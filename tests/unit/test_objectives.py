@@ -69,19 +69,6 @@ class Group:
     def size(self) -> Cell:
         return 1 + max(i for i, _ in self.truth), 1 + max(c for _, c in self.truth)
 
-    def renamed(self, images: Sequence[int], texts: Sequence[int]) -> Group:
-        """The same group with image i called images[i] and text c called texts[c]."""
-
-        def cells(values: dict[Cell, Any]) -> dict[Cell, Any]:
-            return {(images[i], texts[c]): value for (i, c), value in values.items()}
-
-        def listed(values: list[Any]) -> list[Any]:
-            return [values[texts.index(c)] for c in range(len(values))]
-
-        pairs = [(None if i is None else images[i], None if c is None else texts[c]) for i, c in self.pairs]
-        moved = (cells(self.logp), cells(self.end), cells(self.reference), listed(self.prior))
-        return Group(cells(self.truth), pairs, listed(self.tokens), listed(self.ends), *moved, weight=self.weight)
-
 
 def group(kinds: str, seed: int = 0, weight: float = 1.0) -> Group:
     """A random group of star cells; log-likelihoods are about -1 nat a token."""
@@ -101,7 +88,7 @@ def group(kinds: str, seed: int = 0, weight: float = 1.0) -> Group:
     rng = random.Random(f"{kinds}/{seed}")
     tokens, ends = [rng.randint(3, 6) for _ in range(texts)], [rng.randint(0, 2) for _ in range(texts)]
 
-    def values(counts: list[int]) -> dict[Cell, float]:
+    def values(counts):
         return {(i, c): -rng.uniform(0.7, 1.3) * counts[c] for i, c in truth}
 
     prior = [-1.5 * n * rng.random() for n in tokens]
@@ -137,7 +124,7 @@ def run(objectives: dict[str, Objective], scores: Scores, units: dict[str, torch
     """Loss, and per group {("logp" or "end", image, text): gradient} of its scored cells."""
     loss, _ = weighted_loss(objectives, scores, units or denominators(objectives, scores.layout), **kw)
     by_name = dict(zip(("logp", "end"), torch.autograd.grad(loss, (scores.logp, scores.end_logp), allow_unused=True), strict=True))
-    found: list[dict] = [{} for _ in scores.layout.valid]
+    found = [{} for _ in scores.layout.valid]
     for name, gradient in by_name.items():
         for x, i, c in scores.layout.valid.nonzero().tolist():
             found[x][name, i, c] = 0.0 if gradient is None else gradient[x, i, c].item()
@@ -308,7 +295,7 @@ def twin_retain(g: Group, o: Retain) -> list[tuple[float, float]]:
     return [(sum(g.tokens[c] * (math.exp(d) - 1 - d) for (_, c), d in ratio.items()), float(sum(g.tokens[c] for _, c in true)))]
 
 
-TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {
+TWINS = {
     "align": twin_align,
     "csd": twin_csd,
     "fcd": twin_fcd,
@@ -319,7 +306,7 @@ TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {
     "retain": twin_retain,
 }
 
-VARIANTS: dict[str, list[dict[str, Any]]] = {
+VARIANTS = {
     "align": [
         {},
         {"counterfactual": 0.0},
@@ -386,7 +373,7 @@ def test_loss_and_units_equal_the_naive_twin(name, options):
     loss, shares = weighted_loss(objectives, scores, denominators(objectives, scores.layout))
     share = sum(total / unit for total, unit in zip(totals, units, strict=True))
     assert shares[name].item() == pytest.approx(share, rel=1e-6)
-    assert loss.item() == pytest.approx(0.7 * share, rel=1e-6)
+    assert loss.item() == pytest.approx(0.7 * share, rel=1e-6) and not shares[name].requires_grad
 
 
 @pytest.mark.parametrize("kinds", KINDS)
@@ -396,15 +383,6 @@ def test_each_kind_of_group_alone_equals_the_naive_twin(name, options, kinds):
     objectives, g = make(name, options), group(kinds, 5)
     parts = [total / units if units else 0.0 for total, units in TWINS[name](g, objectives[name])]
     assert run(objectives, collate([g]))[0] == pytest.approx(0.7 * sum(parts), rel=1e-6, abs=1e-12)
-
-
-def test_the_random_groups_reach_every_branch_of_the_hinge():
-    """Guards the two tests above: a sample in which all hinges were active would prove little."""
-    o, seen = Csd(margin=0.1), set()
-    for g in ragged() + [group(kinds, 5) for kinds in KINDS]:
-        values = [h(g, o, S(g, o, 0, c) - S(g, o, 0, 0)) for _, c in g.pairs if c is not None and (0, c) in g.truth]
-        seen |= {"off" if v == 0 else "capped" if v == 4 * 0.1 else "active" for v in values}
-    assert seen == {"off", "active", "capped"}
 
 
 # Conformance of every registered objective ----------------------------------------------------------------------------------------------
@@ -417,7 +395,7 @@ def test_gradient_equals_finite_differences(name, options):
     objectives, scores = make(name, options), collate([group(kinds, 3) for kinds in ("bb", "t", "", "i", "sb", "bu")])
     units = denominators(objectives, scores.layout)
 
-    def loss(logp: torch.Tensor, end_logp: torch.Tensor) -> torch.Tensor:
+    def loss(logp, end_logp):
         return weighted_loss(objectives, dataclasses.replace(scores, logp=logp, end_logp=end_logp), units)[0]
 
     assert torch.autograd.gradcheck(loss, (scores.logp, scores.end_logp), eps=1e-6, atol=1e-6)
@@ -425,43 +403,10 @@ def test_gradient_equals_finite_differences(name, options):
 
 
 @every_objective
-def test_order_of_groups_changes_nothing(name, options):
-    objectives, groups = make(name, options), ragged()
-    loss, gradients = run(objectives, collate(groups))
-    assert_same(run(objectives, collate(groups[::-1])), (loss, gradients[::-1]))
-
-
-@every_objective
-def test_02_order_of_counterfactuals_changes_nothing(name, options):
-    """k -> pi(k) in images and texts together, and images and texts each in an order of their own."""
-    objectives, g = make(name, options), group("btsbib", 1)
-    loss, (gradient,) = run(objectives, collate([g]))
-    for images, texts in [([0, 3, 1, 4, 2, 5], [0, 2, 3, 1, 4]), ([0, 5, 4, 3, 2, 1], [0, 4, 3, 2, 1])]:
-        moved = {(kind, images[i], texts[c]): value for (kind, i, c), value in gradient.items()}
-        assert_same(run(objectives, collate([g.renamed(images, texts)])), (loss, [moved]))
-
-
-@every_objective
-def test_unscored_and_unknown_cells_never_matter(name, options):
-    """``run`` asserts that their gradient is exactly 0; their values (0 or 1e6) change nothing, to the last bit."""
-    objectives = make(name, options)
-    assert run(objectives, collate(ragged(), fill=1e6)) == run(objectives, collate(ragged()))
-
-
-@every_objective
 def test_padding_changes_nothing(name, options):
     objectives = make(name, options)
     for kinds in KINDS:
         assert_same(run(objectives, collate([group(kinds)], pad=(7, 6), fill=1e6)), run(objectives, collate([group(kinds)])))
-
-
-@every_objective
-def test_weight_two_equals_the_group_listed_twice(name, options):
-    objectives, a, b = make(name, options), *((group("", 1), group("", 2)) if name == "retain" else (group("bsb", 1), group("tib", 2)))
-    twice, (first, second, rest) = run(objectives, collate([a, a, b]))
-    added = {cell: first[cell] + second[cell] for cell in first}
-    assert_same(run(objectives, collate([dataclasses.replace(a, weight=2.0), b])), (twice, [added, rest]))
-    assert twice != pytest.approx(run(objectives, collate([a, b]))[0], rel=1e-4)
 
 
 @every_objective
@@ -514,8 +459,9 @@ def test_stored_scores_are_asked_for_exactly_when_needed(name, options):
 @every_objective
 def test_report_adds_over_a_split_batch(name, options):
     objective, groups = make(name, options)[name], ragged()
-    whole = objective.report(collate(groups))
-    parts = [objective.report(collate(groups[part])) for part in (slice(0, 5), slice(5, 6), slice(6, None))]
+    report = lambda some: objective.report(some) | likelihood_report(some)  # noqa: E731
+    whole = report(collate(groups))
+    parts = [report(collate(groups[part])) for part in (slice(0, 5), slice(5, 6), slice(6, None))]
     for key, (total, count) in whole.items():
         assert not total.requires_grad
         assert sum(part[key][0].item() for part in parts) == pytest.approx(total.item())
@@ -572,37 +518,8 @@ def test_01_gradient_of_the_contrast_part():
 # Property 2: mean and maximum over K ----------------------------------------------------------------------------------------------------
 
 
-def doubled(g: Group, which: Sequence[int]) -> Group:
-    """The group (of kind ``b`` counterfactuals 1..K) with the listed counterfactuals present twice."""
-    order = [0, *range(1, g.size[0]), *which]
-    grown = group("b" * (len(order) - 1))
-    pick = {name: {(i, c): getattr(g, name)[order[i], order[c]] for i, c in grown.truth} for name in ("logp", "end", "reference")}
-    listed = {name: [getattr(g, name)[c] for c in order] for name in ("tokens", "ends", "prior")}
-    return dataclasses.replace(grown, **pick, **listed)
-
-
-def test_02_duplicated_counterfactuals():
-    g, csd, hard = group("bbb", 2), Csd(margin=3.0, hinge_cap=0.0), Fcd(margin=3.0, hinge_cap=0.0)
-    soft = dataclasses.replace(hard, soft=0.2)
-    everything = doubled(g, [1, 2, 3])
-    for objective in (csd, hard, soft):
-        assert loss_of(objective, everything) == pytest.approx(loss_of(objective, g))
-    for k in (1, 2, 3):
-        assert loss_of(hard, doubled(g, [k])) == pytest.approx(loss_of(hard, g))
-        assert loss_of(csd, doubled(g, [k])) != pytest.approx(loss_of(csd, g), rel=1e-4)
-        assert loss_of(soft, doubled(g, [k])) != pytest.approx(loss_of(soft, g), rel=1e-4)
-
-
-def test_02_soft_maximum_tends_to_the_hard_one_from_below():
-    g = group("bbb", 2)
-    values = [loss_of(Fcd(margin=3.0, hinge_cap=0.0, soft=soft), g) for soft in (1.0, 0.1, 1e-3)]
-    hard = loss_of(Fcd(margin=3.0, hinge_cap=0.0), g)
-    assert values[0] < values[1] < values[2] <= hard
-    assert values[2] == pytest.approx(hard, abs=5e-3)
-
-
 def test_02_only_the_hardest_image_carries_gradient_also_in_a_tie():
-    tie = doubled(quad(-1.0, -2.0, -0.9, -1.0), [1])
+    tie = dataclasses.replace(group("ii"), tokens=[1], logp={(0, 0): -1.0, (1, 0): -0.9, (2, 0): -0.9})
     assert logp_gradient(Fcd(symmetric=False), tie) == dict.fromkeys(tie.truth, 0.0) | {(0, 0): -1.0, (1, 0): 1.0}
 
 
@@ -634,38 +551,6 @@ def test_02_a_group_with_one_fcd_half_counts_it_in_full():
     assert loss_of(Fcd(symmetric=False), first, second) == pytest.approx(0.3 + 0.1), "without its half a group is no unit"
 
 
-def test_02_sham_is_no_second_anchor():
-    """Column 0 is true of image 0 and of the sham; however the sham scores, margins compare with image 0."""
-    g = group("sb", 4)
-    worse = dataclasses.replace(g, logp=g.logp | {(1, 0): -50.0})
-    rivals = (Dpo(image_side=1.0), SymMPO(), Misp())
-    for objective in (Csd(), Csd(mode="matched"), Fcd(), Align(infonce=1.0, counterfactual=0.0), *rivals):
-        assert loss_of(objective, worse) == loss_of(objective, g)
-    assert loss_of(Align(), worse) > loss_of(Align(), g) + 1
-
-
-# Property 3: translation invariance -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("link", ["hinge", "logsigmoid"])
-@pytest.mark.parametrize(
-    "objective",
-    [
-        *(Csd(mode=mode, len_norm=norm) for mode in ("cross", "matched") for norm in ("anchor", "none")),
-        *(Fcd(symmetric=both, soft=soft) for both in (True, False) for soft in (0.0, 0.3)),
-    ],
-    ids=repr,
-)
-def test_03_translation_changes_nothing_and_gradients_sum_to_zero(objective, link):
-    objective, g = dataclasses.replace(objective, link=link, margin=2.0, hinge_cap=0.0), group("bsbt", 3)
-    moved = dataclasses.replace(g, logp={cell: value + 7.25 for cell, value in g.logp.items()})
-    gradient = logp_gradient(objective, g)
-    assert loss_of(objective, moved) == pytest.approx(loss_of(objective, g))
-    assert logp_gradient(objective, moved) == pytest.approx(gradient)
-    assert sum(gradient.values()) == pytest.approx(0.0, abs=1e-9)
-    assert max(gradient.values()) > 0.01
-
-
 # Property 4: the prior ------------------------------------------------------------------------------------------------------------------
 
 
@@ -688,34 +573,7 @@ def test_04_the_prior_acts_on_the_text_side_only_and_by_its_difference():
         assert logp_gradient(objective, g) == pytest.approx(logp_gradient(fcd, quad(*scores)))
 
 
-# Properties 5 and 6: symmetry -----------------------------------------------------------------------------------------------------------
-
-
-def test_05_swapping_the_roles_of_the_two_scenes():
-    g = group("b", 9)
-    swapped = g.renamed([1, 0], [1, 0])
-    same = {"len_norm": "none", "margin": 4.0, "hinge_cap": 0.0}
-    for objective in (Csd(**same), Fcd(**same), Fcd(**same, soft=0.5)):
-        assert loss_of(objective, swapped) == pytest.approx(loss_of(objective, g))
-    for objective in (Csd(**same, mode="matched"), Fcd(**same, symmetric=False)):
-        assert loss_of(objective, swapped) != pytest.approx(loss_of(objective, g), rel=1e-3)
-
-
-@pytest.mark.parametrize("cap", [0.0, 4.0])
-def test_06_matched_is_never_below_two_margins_over_two_mutual_anchors(cap):
-    """h(m + d) + h(m - d) >= 2m, whatever the scores: equality while |d| <= m. The cross form has no such floor."""
-    rng = random.Random(6)
-    for _ in range(50):
-        a, b = rng.uniform(-9, 0), rng.uniform(-9, 0)
-        g, objective = quad(a, -20.0, -20.0, b), Csd(mode="matched", hinge_cap=cap)
-        both = loss_of(objective, g) + loss_of(objective, g.renamed([1, 0], [1, 0]))
-        assert both >= 2 * objective.margin - 1e-6
-        assert loss_of(Csd(), g) == 0.0
-    near = quad(-1.0, -20.0, -20.0, -1.1)
-    assert loss_of(objective, near) + loss_of(objective, near.renamed([1, 0], [1, 0])) == pytest.approx(0.5)
-
-
-# Properties 9 and 10: tokens ------------------------------------------------------------------------------------------------------------
+# Property 9: tokens --------------------------------------------------------------------------------------------------------------------
 
 
 def test_09_end_of_turn_counts_in_the_nll_and_nowhere_else():
@@ -745,31 +603,6 @@ def test_09_nll_is_a_token_mean_and_the_counterfactual_part_a_group_mean():
     a, b = (dataclasses.replace(g, end=dict.fromkeys(g.truth, 0.0)) for g in (a, b))
     assert loss_of(Align(counterfactual=0.0), a, b) == pytest.approx(1.2)
     assert loss_of(Align(counterfactual=1.0), a, b) == pytest.approx(1.2 + 2.4)
-
-
-def test_10_words_before_the_edit_get_no_gradient_unless_each_text_has_its_own_divisor():
-    """Texts of 3 and 5 tokens that share 2: on one image their logits are the same tensor, in cells (i, 0) and (i, 1) alike."""
-    torch.manual_seed(10)
-    ids = [[3, 1, 4], [3, 1, 0, 2, 2]]
-    shared, rest = torch.randn(2, 2, 6, dtype=torch.float64), torch.randn(2, 2, 3, 6, dtype=torch.float64)
-    layout = collate([dataclasses.replace(group("b"), tokens=[3, 5])]).layout
-
-    def gradient(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        prefix, own = shared.clone().requires_grad_(), rest.clone().requires_grad_()
-        parts, cells = [], []
-        for i, c in itertools.product(range(2), range(2)):
-            tail = len(ids[c]) - 2
-            parts.append(token_logprobs(torch.cat([prefix[i], own[i, c, :tail]]), torch.tensor(ids[c])))
-            cells += [2 * i + c] * len(ids[c])
-        logp, end = score_matrix(torch.cat(parts), torch.tensor(cells), torch.zeros(len(cells), dtype=torch.bool), layout)
-        objective = Csd(weight=1.0, margin=9.0, hinge_cap=0.0, **options)
-        return torch.autograd.grad(weighted_loss({"x": objective}, Scores(layout, logp, end), {"x": torch.ones(1)})[0], (prefix, own))
-
-    for norm in ("anchor", "none"):
-        on_prefix, on_rest = gradient(len_norm=norm)
-        assert on_prefix.abs().max() < 1e-15
-        assert on_rest.abs().max() > 0.01
-    assert gradient(len_norm="own")[0].abs().max() > 0.01
 
 
 # Property 12: world size and accumulation -----------------------------------------------------------------------------------------------
@@ -871,17 +704,6 @@ def test_15_batch_without_any_comparison_has_finite_gradients(name, options):
         assert not scores.logp.grad.any()
 
 
-def test_15_group_with_nothing_scored_contributes_nothing():
-    """A dummy group, as a rank without data needs one: no valid cell, weight 0 or 1."""
-    g = group("bb", 1)
-    for objective in MIX.values():
-        for weight in (0.0, 1.0):
-            scores = collate([g, dataclasses.replace(group("b", 2), weight=weight)])
-            scores.layout.valid[1] = False
-            assert_same((run({"x": objective}, scores)[0], []), (run({"x": objective}, collate([g]))[0], []))
-            assert_same((0.0, run({"x": objective}, scores)[1][:1]), (0.0, run({"x": objective}, collate([g]))[1]))
-
-
 # Formulas by hand -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -900,12 +722,6 @@ def test_dpo_equals_the_published_formula():
     )
     alone = dataclasses.replace(g, truth={(0, 0): 1, (0, 1): 0}, pairs=[(None, 1)])
     assert loss_of(Dpo(beta=0.5), alone) == pytest.approx(-math.log(s(1.5))), "one image: the published loss of one row"
-
-
-def test_dpo_at_the_reference_is_log_two():
-    groups = [dataclasses.replace(g, reference=g.logp) for g in ragged()]
-    assert loss_of(Dpo(), *groups) == pytest.approx(math.log(2))
-    assert loss_of(Dpo(image_side=1.0, anchor=1.0), *groups) == pytest.approx(3 * math.log(2))
 
 
 def test_symmpo_equals_the_published_formula():
@@ -945,28 +761,6 @@ def test_retain_by_hand():
     assert (report[0].item(), report[1].item()) == (pytest.approx(2 * math.log(2)), 6)
     same = dataclasses.replace(fallen, reference=fallen.logp)
     assert loss_of(Retain(), same) == 0 and logp_gradient(Retain(), same)[0, 0] == 0
-
-
-def test_retain_is_a_divergence_for_one_token_and_less_for_more():
-    """Texts drawn as often as the reference says them. Of one token the mean is KL(reference || model) by its definition; of n tokens it is
-    sum_k p_k ((q_k / p_k)^(1/n) - 1) below the KL per token, which is not positive."""
-    p, q = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
-    divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    for n in (1, 2, 5):
-        drawn = [
-            dataclasses.replace(group(""), tokens=[n], logp={(0, 0): math.log(q[k])}, reference={(0, 0): math.log(p[k])}, weight=p[k])
-            for k in range(3)
-        ]
-        less = sum(a * ((b / a) ** (1 / n) - 1) for a, b in zip(p, q, strict=True))
-        assert loss_of(Retain(), *drawn) == pytest.approx(divergence / n + less) and (less < -0.01 if n > 1 else abs(less) < 1e-9)
-
-
-def test_rivals_at_the_reference():
-    """log 2 for every comparison of two, log(1 + K) for that of 1 + K images (of two counterfactuals the factual text's); equal gaps are
-    consistent."""
-    groups = [dataclasses.replace(group(kinds, 1), reference=group(kinds, 1).logp) for kinds in ("b", "bb")]
-    assert loss_of(SymMPO(), *groups) == pytest.approx((1 + 0.5 * 2 + 1 + 1) * math.log(2))
-    assert loss_of(Misp(), *groups) == pytest.approx(math.log(2) + (math.log(2) + (math.log(3) + 2 * math.log(2)) / 3) / 2)
 
 
 def test_infonce_by_hand():
@@ -1021,15 +815,6 @@ def test_warmup_ramps_linearly():
     assert weighted_loss({"csd": dataclasses.replace(csd, warmup=0.0)}, g, units, progress=0.0)[0] == full
 
 
-def test_terms_add_and_world_size_multiplies():
-    scores = collate(ragged())
-    units = denominators(MIX, scores.layout)
-    loss, shares = weighted_loss(MIX, scores, units)
-    assert loss.item() == pytest.approx(sum(MIX[name].weight * shares[name].item() for name in MIX))
-    assert not any(share.requires_grad for share in shares.values())
-    assert weighted_loss(MIX, scores, units, world_size=3)[0].item() == pytest.approx(3 * loss.item())
-
-
 def test_required_cells_is_the_largest_need():
     anchor, matched = Align(counterfactual=0.0), Align()
     assert required_cells({}) == "anchor"
@@ -1054,16 +839,6 @@ def test_likelihood_report_by_hand():
     g = dataclasses.replace(group("sb"), tokens=[2, 3], logp=logp)
     found = {name: (total.item(), count.item()) for name, (total, count) in likelihood_report(collate([g], pad=(4, 4), fill=1e6)).items()}
     assert found == {"logp/lp_00": (-1.0, 2), "logp/lp_kk": (-7.0, 5), "logp/lp_k0": (-4.0, 2), "logp/lp_0k": (-3.0, 3)}
-
-
-def test_likelihood_report_adds_over_a_split_batch():
-    groups = ragged()
-    whole = likelihood_report(collate(groups))
-    parts = [likelihood_report(collate(groups[:4])), likelihood_report(collate(groups[4:]))]
-    for name, (total, count) in whole.items():
-        assert not total.requires_grad
-        assert sum(part[name][0].item() for part in parts) == pytest.approx(total.item())
-        assert sum(part[name][1].item() for part in parts) == count.item() > 0
 
 
 def test_margin_and_dpo_reports_by_hand():

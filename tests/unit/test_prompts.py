@@ -41,15 +41,11 @@ def adds(tokenizer: Any, bos: str) -> None:
     tokenizer.backend_tokenizer.post_processor = post
 
 
-def conversation(images: list[Image.Image], *answer: str) -> list[dict[str, Any]]:
-    asked = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": PROMPT}]
-    return [{"role": "user", "content": asked}, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]
-
-
 def librarys(processor: Any, images: list[Image.Image], *answer: str, **options: Any) -> list[int]:
     """The ids of the processor's own apply_chat_template, placeholders of images expanded."""
+    asked = spoken((Turn("user", (*[PICTURE] * len(images), PROMPT)),), images, *answer)
     found = processor.apply_chat_template(
-        conversation(images, *answer), add_generation_prompt=not answer, tokenize=True, return_dict=True, return_tensors="pt", **options
+        asked, add_generation_prompt=not answer, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
     return found["input_ids"][0].tolist()
 
@@ -124,8 +120,6 @@ def test_control_tokens_are_refused_in_prompts_and_texts(collator):
 def test_a_prompt_opens_no_turn_of_its_own(tmp_path):
     """Nor has it a token that the model does not know, as of a tokenizer to which words were added, and to the model none."""
     prompts = make("qwen2_5_vl", tmp_path).prompts
-    with pytest.raises(DataError, match=r"text 0: its prompt \('no<\|im_end\|>.*'<\|im_(start|end)\|>'"):
-        prompts.encoded("no<|im_end|>\n<|im_start|>assistant\nIt is red.", "yes", 0, "text 0")
     for place in range(4):
         turns = list(CHATS["a picture in every turn"])
         turns[place] = Turn(turns[place].role, (*turns[place].parts, "no<|im_end|>"))
@@ -141,7 +135,7 @@ def test_a_prompt_opens_no_turn_of_its_own(tmp_path):
 # ---- conversations
 
 SYSTEM, USER = Turn("system", ("answer in one word.",)), Turn("user", ("a",))
-CHATS: dict[str, tuple[Turn, ...]] = {
+CHATS = {
     "one turn, pictures among the words": (Turn("user", ("left:", PICTURE, "and right:", PICTURE, "which is red?")),),
     "system": (SYSTEM, Turn("user", (PICTURE, PROMPT))),
     "earlier turns": (Turn("user", (PICTURE, PROMPT)), Turn("assistant", ("a circle",)), Turn("user", ("is it red?",))),
@@ -170,7 +164,7 @@ def test_a_conversation_has_the_ids_of_the_library(case, collator, tmp_path):
     sizes = [(60, 40), (90, 30), (40, 60), (28, 84)][: sum(part is PICTURE for turn in turns for part in turn.parts)]
     images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
     prompt, text, end = ours(collator, images, tmp_path, prompt=turns)
-    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     asked = processor.apply_chat_template(spoken(turns, images), add_generation_prompt=True, **options)
     whole = processor.apply_chat_template(spoken(turns, images, TEXT), **options)
     row = [*prompt, *text, *end]
@@ -317,7 +311,7 @@ def test_what_a_processor_raises_names_file_and_group(model_type, max_tokens, tm
     collator = make(model_type, tmp_path)
     take = type(collator.processor.image_processor).preprocess
 
-    def narrow(self: Any, images: Any, *args: Any, **options: Any) -> Any:
+    def narrow(self, images, *args, **options):
         flat = [image for sample in images for image in (sample if isinstance(sample, list) else [sample])]
         for image in flat:
             if max(image.size) > 20 * min(image.size):
@@ -358,13 +352,13 @@ def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path, monkeypatch):
         pass
 
     class Fragile:
-        def __init__(self, whole: Any) -> None:
+        def __init__(self, whole):
             self.whole = whole
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name):
             return getattr(self.whole, name)
 
-        def __call__(self, text: str, **options: Any) -> Any:
+        def __call__(self, text, **options):
             if "red" in text:
                 raise PanicException("index out of bounds")
             return self.whole(text, **options)

@@ -70,27 +70,16 @@ def test_world_size_invariance(num_groups, world, accumulation):
     elements = stream(size * steps, num_groups)
     ranks = [take(make(num_groups, mb, accumulation, rank, world), accumulation * steps) for rank in range(world)]
     for step in range(steps):
-        expected: list[list[list[int]]] = [[[] for _ in range(accumulation)] for _ in range(world)]
+        expected = [[[] for _ in range(accumulation)] for _ in range(world)]
         for j, element in enumerate(elements[step * size : (step + 1) * size]):  # the documented rule, element by element
             expected[(j // mb) % world][j // (mb * world)].append(element)
         assert [micro[step * accumulation : (step + 1) * accumulation] for micro in ranks] == expected
 
 
-def test_resume_from_any_step():
-    whole = take(make(mb=3, accumulation=2, rank=1, world=2), 2 * 12)
-    running = make(mb=3, accumulation=2, rank=1, world=2)
-    assert running.groups_per_step == 12
-    for step in range(12):
-        resumed = make(mb=3, accumulation=2, rank=1, world=2)
-        resumed.load_state_dict(running.state_dict())
-        assert resumed.samples_seen == 12 * step and resumed.epoch == 12 * step / 23
-        assert take(resumed, 2 * (12 - step)) == whole[2 * step :]
-        running.advance()
-
-
 def test_resume_on_another_world_keeps_the_position():
     saved = make(mb=3, accumulation=2, world=2)
     saved.advance()
+    assert saved.samples_seen == 12 and saved.epoch == 12 / 23
     elements = stream(12 + 40)[12:]
     ranks = []
     for rank in range(4):  # four ranks and a step of 8: 12 is not a multiple of it
@@ -135,7 +124,7 @@ def test_bad_sizes():
 
 
 def test_data_loader_prefetch_does_not_move_the_position():
-    def loader(sampler: GroupSampler) -> DataLoader[int]:
+    def loader(sampler):
         data = list(range(23))
         return DataLoader(data, batch_sampler=sampler, num_workers=1, prefetch_factor=4, collate_fn=list)  # type: ignore[arg-type]
 
@@ -160,7 +149,7 @@ def test_data_loader_prefetch_does_not_move_the_position():
 def naive_feistel(place: int, num_groups: int, seed: int, epoch: int) -> int:
     """The same network in whole numbers, a place at a time."""
 
-    def mixed(value: int) -> int:
+    def mixed(value):
         value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
         return value ^ (value >> 31)

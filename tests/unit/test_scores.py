@@ -63,10 +63,6 @@ def test_round_trip_keeps_every_bit(path, groups, scores):
     assert header == {"schema": "cfscores/3", "data": of(groups), "groups": len(groups), "model": "org/model"}
 
 
-def test_order_of_rows_does_not_matter(path, groups, scores):
-    assert read_scores(path, groups[::-1], of(groups[::-1])) == scores
-
-
 @pytest.mark.parametrize("alike", [False, True])
 def test_scores_are_read_when_they_are_used(alike, path, groups, scores, monkeypatch):
     """From the file, whose numbers are nowhere in memory; also where ids have one hash. Of a mixture they are named SOURCE/ID."""
@@ -102,33 +98,20 @@ def test_a_missing_group_at_writing_leaves_no_file(tmp_path, groups, scores):
     assert not (tmp_path / "new.jsonl").exists()
 
 
-def test_missing_file(tmp_path, groups):
-    with pytest.raises(DataError, match=r"absent\.jsonl: no such scores file; write it again with `cfvlm-ds score`"):
-        read_scores(tmp_path / "absent.jsonl", groups, of(groups))
-
-
 def test_cut_off_files_are_refused_wherever_the_cut_is(path, groups):
     whole = path.read_bytes()
     row = whole.index(b"\n", whole.index(b"\n") + 1) + 1
-    for cut in (0, 10, whole.index(b"\n") + 1, row, row + 5, len(whole) - 30):
-        path.write_bytes(whole[:cut])
+    for cut in (None, 0, 10, whole.index(b"\n") + 1, row, row + 5, len(whole) - 30):
+        path.unlink() if cut is None else path.write_bytes(whole[:cut])
         with pytest.raises(DataError, match=r"scores\.jsonl.*write it again"):
             read_scores(path, groups, of(groups))
-
-
-def test_one_missing_group_is_named(path, groups):
-    lines = path.read_text().splitlines()
-    del lines[4]
-    path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=f"no scores for group '{groups[3].id}'"):
-        read_scores(path, groups, of(groups))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e300, None, "-3.0"])
 def test_values_that_are_no_finite_numbers(path, groups, value):
     for key in ("logp", "blank"):
 
-        def spoil(row: dict, key: str = key) -> None:
+        def spoil(row, key=key):
             (row["logp"][0] if key == "logp" else row["blank"])[0] = value
 
         original = path.read_text()
@@ -163,19 +146,11 @@ def test_scores_of_another_manifest(path, groups, scores):
     """What a score depends on is named where it has changed; what none depends on may change."""
     first = groups[0]
     texts = (dataclasses.replace(first.candidates[0], text="a purple hexagon"), *first.candidates[1:])
-    prompts = (dataclasses.replace(first.candidates[0], prompt="What is this?"), *first.candidates[1:])
     folder = first.images[0][0].parent
     images = ((folder.with_name("edited") / first.images[0][0].name,), *first.images[1:])  # the same name in another folder
-    for change, what in (
-        ({"candidates": texts}, "prompts or texts"),
-        ({"candidates": prompts}, "prompts or texts"),
-        ({"images": images}, "image paths"),
-        ({"id": "else"}, "different ids"),
-    ):
+    for change, what in (({"candidates": texts}, "prompts or texts"), ({"images": images}, "image paths")):
         with pytest.raises(DataError, match=f"belong to another manifest, which differs in .*{what}"):
             read_scores(path, changed := [dataclasses.replace(first, **change), *groups[1:]], of(changed))
-    with pytest.raises(DataError, match=r"belong to another manifest, which differs in the number of rows \(9, was 10\)"):
-        read_scores(path, groups[1:], of(groups[1:]))
     relabelled = [dataclasses.replace(group, weight=2.0, match=((1, *group.match[0][1:]), *group.match[1:])) for group in groups[::-1]]
     assert read_scores(path, relabelled, of(relabelled)) == scores
 
@@ -186,7 +161,7 @@ def test_scores_of_other_pictures(tmp_path, groups, scores):
     copied = shutil.copytree(folder, tmp_path / "copied")
     moved = [dataclasses.replace(g, images=tuple((copied / image.name,) for (image,) in g.images)) for g in groups]
 
-    def identity(of: list[CounterfactualGroup]) -> object:
+    def identity(of):
         return data_identity(of, [], PictureTable.of_files(image for group in of for (image,) in group.images))
 
     path = tmp_path / "scores.jsonl"
@@ -225,7 +200,7 @@ def test_every_byte_of_the_weights_counts_and_is_read_once(model_dir, tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     copied = shutil.copytree(model_dir, tmp_path / "copied")
     config, file = ModelConfig(str(copied)), copied / "model.safetensors"
-    read: list[int] = []
+    read = []
     said, clock = list[str](), iter(range(0, 1000, 3))
     with monkeypatch.context() as patched:
         patched.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
