@@ -262,8 +262,8 @@ def everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (root / name).write_bytes(path.read_bytes())
 
     monkeypatch.setattr(test_benchmarks, "pictures", drawn)
-    for name, write in test_benchmarks.WRITERS.items():
-        write(folder / name)
+    for name in BENCHMARKS:
+        test_benchmarks.write(name, folder / name)
     return folder
 
 
