@@ -15,6 +15,7 @@ import prior_projector
 import pytest
 import real_prior
 import torch
+from conftest import read_rows
 from cut_outs import SHOWN, write_cut_outs, write_language_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -40,7 +41,7 @@ def data(tmp_path_factory):
 
 
 def rows(data: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+    return read_rows(data / f"{name}.jsonl")
 
 
 def degrees(picture: np.ndarray) -> float:
