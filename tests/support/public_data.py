@@ -275,7 +275,7 @@ def swift_said(k: int) -> Said:
 def coco(folder: Path, rows: int) -> Written:
     """As captions_val2017.json: pictures and annotations apart, five captions of a picture, in any order, some of them the same."""
     write_pictures(folder, lambda k: f"{k:012d}.png")
-    images = [{"license": 4, "file_name": f"{numbered(k):012d}.png", "height": 427, "id": 1000 + k} for k in range(rows)]
+    images = [{"license": 4, "file_name": f"{numbered(k):012d}.png", "flickr_url": "http://x/y.jpg", "id": 1000 + k} for k in range(rows)]
     annotations = [
         {"image_id": 1000 + k, "id": 5 * k + j, "caption": right(k) if j == 4 else f"{right(k)} ({j})"}
         for j in range(5)
@@ -335,6 +335,7 @@ def winoground_row(k: int, picture_of: Callable[[str, int], Any]) -> Row:
         "caption_0": right(k),
         "caption_1": wrong(k),
         "tag": "Noun",
+        "secondary_tag": "",
         "num_main_preds": 1,
         "collapsed_tag": "Object",
         **pictures,

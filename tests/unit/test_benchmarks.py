@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError
@@ -426,6 +427,7 @@ def test_another_revision_is_named(name, root):
     assert len(re.findall("another revision", notes)) >= bool(stated)
     assert all(str(file.rows) in notes for file in stated) and loaded.items
     assert all(Path(path).is_file() for path in re.findall(r"^(\S+) has ", notes, re.M)), notes
+    assert name in (REPO / "docs" / "benchmarks" / "index.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
