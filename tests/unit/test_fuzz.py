@@ -150,11 +150,15 @@ def good(tmp_path_factory):
     for paths in (None, ["images/b.jpg", "images/b.gif"], "images/b.tiff", "images/b.webp", "images/b.bmp"):
         rows.append({"id": f"r{len(rows)}", "images": [{"id": "i0", "path": paths}], "texts": texts, "match": cells, "weight": 2})
     write_rows(folder / "own" / "a.jsonl", rows)
+    pair = {"image_0": one, "image_1": other, "caption_0": "a dog", "caption_1": "a cat", "prompt": "Describe.", "edit": "object"}
+    write_rows(folder / "own" / "a.pairs.jsonl", [{**pair, "id": str(n)} for n in range(3)])
     samples = [{"cf_text": "a cat", "cf_image_path": other}, {"cf_text": "a hen", "cf_image_path": "images/b.ppm"}]
     published = {"orig_input": f"Yes: <|vision_start|>{one}<|vision_end|>", "cf_samples": samples}
     write_rows(folder / "own" / "a.cfvlm.json", [{**published, "orig_output": text} for text in ("a dog", "an ox")])
-    own = {"cfgroup": "a.jsonl", "cfvlm": "a.cfvlm.json"}
-    sources = [(folder / "own", Path(own[name]), name) for name in ("cfgroup",) * 12 + ("cfvlm",) * 6]
+    formats = {"cfgroup": "a.jsonl", "pairs": "a.pairs.jsonl", "cfvlm": "a.cfvlm.json"}
+    sources = [
+        (folder / "own", Path(formats[name]), name) for name in ("cfgroup", "cfgroup", "cfgroup", "pairs", "cfvlm") for _ in range(4)
+    ]
     for name, (write, _) in PUBLIC.items():
         (place := folder / name).mkdir()
         path, format = write(place, 4)
