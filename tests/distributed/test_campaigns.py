@@ -40,7 +40,3 @@ def test_slurm_faults():
 def test_kill_9_of_random_ranks():
     """Thirty times over one run of four ranks: weights, moments and losses have the bits of a run that nobody killed."""
     assert "30 rounds" in campaign("tests/support/kill_ranks.py", timeout=4200)
-
-
-def test_ten_thousand_mutated_inputs():
-    assert "10000 rounds of seed 0, 0 defects" in campaign("tests/support/fuzz.py", timeout=4200)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator, load_collator
-from cfvlm_ds.core.config import ModelConfig, ModuleConfig
+from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import open_groups, read_manifest
@@ -26,8 +26,8 @@ Loss = Callable[[Scores], Tensor]
 CF_VLM: dict[str, Objective] = {"align": Align(), "csd": Csd(), "fcd": Fcd()}
 
 
-def model_config(model_dir: Path, **options: ModuleConfig) -> ModelConfig:
-    return ModelConfig(str(model_dir), attn_implementation="sdpa", **options)
+def model_config(model_dir: Path) -> ModelConfig:
+    return ModelConfig(str(model_dir), attn_implementation="sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def weighted(objectives: dict[str, Objective], batch: Batch) -> Loss:
     return lambda scores: weighted_loss(objectives, scores, units)[0]
 
 
-def load(config: ModelConfig) -> Scorer:
-    model = load_model(config, torch.float32).train()
+def load(model_dir: Path) -> Scorer:
+    model = load_model(model_config(model_dir), torch.float32).train()
     return Scorer(model, family_of(model.config))
 
 
 def fit(model_dir: Path, batch: Batch, loss: Loss, steps: int) -> tuple[Scorer, dict[str, list[float]]]:
     """A plain loop over one batch; the model, and nats per token of every kind of cell before each step and at the end."""
-    scorer = load(model_config(model_dir))
+    scorer = load(model_dir)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=3e-3, weight_decay=0.0)
     history: dict[str, list[float]] = {}
 
@@ -92,7 +92,7 @@ def group_accuracy(scorer: Scorer, collator: Collator, groups: list[Counterfactu
 
 @pytest.mark.long
 def test_eight_groups_are_learned_and_the_truth_stays_up(model_dir, collator, groups, batch):
-    before = group_accuracy(load(model_config(model_dir)).eval(), collator, groups)
+    before = group_accuracy(load(model_dir).eval(), collator, groups)
     scorer, history = fit(model_dir, batch, weighted(CF_VLM, batch), 60)
     assert before < 50 and group_accuracy(scorer, collator, groups) == 100
     assert min(history["lp_00"]) == history["lp_00"][0] and min(history["lp_kk"]) == history["lp_kk"][0]
@@ -116,11 +116,6 @@ def test_the_factual_text_becomes_less_likely_on_the_other_image(model_dir, coll
     assert gap(good) > 1.0, "nats per token"
     assert min(bad["lp_00"][-1] - bad["lp_00"][0], bad["lp_k0"][-1] - bad["lp_k0"][0]) > 3.0 and gap(bad) < 0.3
     assert group_accuracy(ours, collator, groups) == 100 and group_accuracy(theirs, collator, groups) < 50
-
-
-def test_contrast_alone_also_lowers_it_absolutely(model_dir, batch):
-    _, history = fit(model_dir, batch, weighted({"csd": Csd(), "fcd": Fcd()}, batch), 30)
-    assert history["lp_k0"][-1] < history["lp_k0"][0] - 0.3 and history["lp_0k"][-1] < history["lp_0k"][0] - 0.3
 
 
 @pytest.mark.long
@@ -164,10 +159,3 @@ def test_the_displacement_warning(model_dir, manifest, tmp_path):
         lost = "warning: retention: true texts of data.evaluation.kept lost"
         assert (lost in said) == (last["retention/kept/nll"] > 0.01) == (name == "without") and f"{lost} 0." in without
         assert said.count("objective.retain found no group without false cells") == 1
-
-
-# Where gradients go ---------------------------------------------------------------------------------------------------------------------
-
-
-# A softmax does not change when every key gets the same offset, so the gradient of a key bias is rounding noise.
-# It normalises the tower's pooled class token, which LLaVA does not read.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, read_rows, run_ranks
+import real_prior as bench
+from conftest import read_rows, run_ranks
 from cut_outs import write_cut_outs, write_language_model
 
 SIZES = {"natural": 32, "train": 8, "validation": 4, "test": 8, "yes_no": 4, "names": 2}
@@ -17,8 +17,6 @@ SIZES = {"natural": 32, "train": 8, "validation": 4, "test": 8, "yes_no": 4, "na
 
 @pytest.mark.long
 def test_every_part_and_the_tables(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
-    bench = importlib.import_module("real_prior")
     started: list[str] = []
 
     def run_process(command: Sequence[str], folder: Path, variables: dict[str, str], leaves: str = "") -> float:

@@ -23,6 +23,11 @@ DESCRIBE = "Describe the image."
 SYSTEM = "You are a careful assistant."
 
 
+Row = dict[str, Any]
+Written = tuple[Path, str]
+"""A path and the name of its format."""
+
+
 class Said(NamedTuple):
     """What a row says."""
 
@@ -30,6 +35,12 @@ class Said(NamedTuple):
     prompts: tuple[Prompt, ...]
     texts: tuple[str, ...]
     match: tuple[tuple[int | None, ...], ...]
+
+
+def said_of(k: int, prompt: Prompt, *texts: str, match: tuple[tuple[int | None, ...], ...] = ((1, 0),), others: bool = False) -> Said:
+    """Texts after one prompt about the k-th row's picture and, with ``others``, about the other one too."""
+    images = ((numbered(k),), (other(k),)) if others else ((numbered(k),),)
+    return Said(images, (prompt,) * len(texts), texts, tuple(line[: len(texts)] for line in match))
 
 
 def picture(k: int) -> bytes:
@@ -62,13 +73,13 @@ def lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-Writer = Callable[[Path, int], tuple[Path, str]]
+Writer = Callable[[Path, int], Written]
 
 
-def of_rows(row: Callable[[int], dict[str, Any]], format: str, listed: bool = False) -> Writer:
+def of_rows(row: Callable[[int], Row], format: str, listed: bool = False) -> Writer:
     """A file of a row for each k, JSON lines or a list, with its pictures beside it."""
 
-    def write(folder: Path, rows: int) -> tuple[Path, str]:
+    def write(folder: Path, rows: int) -> Written:
         write_pictures(folder)
         made = [row(k) for k in range(rows)]
         if not listed:
@@ -94,37 +105,46 @@ def wrong(k: int) -> str:
 # ---- conversations
 
 
-def llava_row(k: int) -> dict[str, Any]:
+def shown(k: int) -> str:
+    """The path of the k-th row's picture."""
+    return file_of(numbered(k))
+
+
+def turn(who: str, said: Any, keys: tuple[str, str] = ("role", "content")) -> Row:
+    return dict(zip(keys, (who, said), strict=True))
+
+
+def human(*said: str) -> list[Row]:
+    """Turns of ShareGPT, from human and gpt in turn."""
+    return [turn(("human", "gpt")[k % 2], text, ("from", "value")) for k, text in enumerate(said)]
+
+
+def part(text: str | None) -> Row:
+    """A part of TRL's messages: a text or, with None, a picture."""
+    return {"type": "image" if text is None else "text", "text": text}
+
+
+def llava_row(k: int) -> Row:
     """As llava_v1_5_mix665k.json: conversations of one to three questions, every tenth row of text alone; ids occur several times."""
-    turns = [("human", "<image>\n" + asked(k)), ("gpt", right(k))]
-    if k % 3:
-        turns += [("human", "Is it day?"), ("gpt", f"Yes, at {k % 24} o'clock.")]
-    if k % 10 == 9:
-        turns[0] = ("human", asked(k))
-    row: dict[str, Any] = {"id": f"{k // 2:012d}", "image": file_of(numbered(k))}
-    if k % 10 == 9:
-        row = {"id": f"text_{k}", "model": ""}
-    return row | {"conversations": [{"from": who, "value": said} for who, said in turns]}
+    alone = k % 10 == 9
+    more = ["Is it day?", f"Yes, at {k % 24} o'clock."] if k % 3 else []
+    row = {"id": f"text_{k}", "model": ""} if alone else {"id": f"{k // 2:012d}", "image": shown(k)}
+    return row | {"conversations": human(("" if alone else "<image>\n") + asked(k), right(k), *more)}
 
 
 def llava_said(k: int) -> Said:
-    shown = () if k % 10 == 9 else (numbered(k),)
+    pictures = () if k % 10 == 9 else (numbered(k),)
     if not k % 3:
-        return Said((shown,), (asked(k),), (right(k),), ((1,),))
-    first = Turn("user", ((PICTURE,) if shown else ()) + (asked(k),))
+        return Said((pictures,), (asked(k),), (right(k),), ((1,),))
+    first = Turn("user", ((PICTURE,) if pictures else ()) + (asked(k),))
     prompt = (first, Turn("assistant", (right(k),)), Turn("user", ("Is it day?",)))
-    return Said((shown,), (prompt,), (f"Yes, at {k % 24} o'clock.",), ((1,),))
+    return Said((pictures,), (prompt,), (f"Yes, at {k % 24} o'clock.",), ((1,),))
 
 
-def sharegpt_row(k: int) -> dict[str, Any]:
+def sharegpt_row(k: int) -> Row:
     """As LLaMA-Factory's sharegpt with ``system`` and several pictures at their places."""
-    return {
-        "conversations": [
-            {"from": "human", "value": f"Compare <image> and <image>: {asked(k)}"}, {"from": "gpt", "value": right(k)},
-            {"from": "human", "value": "<image>And here?"}, {"from": "gpt", "value": wrong(k)},
-        ],
-        "system": SYSTEM, "images": [file_of(numbered(k + j)) for j in range(3)],
-    }  # fmt: skip
+    said = human(f"Compare <image> and <image>: {asked(k)}", right(k), "<image>And here?", wrong(k))
+    return {"conversations": said, "system": SYSTEM, "images": [shown(k + j) for j in range(3)]}
 
 
 def sharegpt_said(k: int) -> Said:
@@ -135,233 +155,214 @@ def sharegpt_said(k: int) -> Said:
     return Said(((numbered(k), numbered(k + 1), numbered(k + 2)),), (prompt,), (wrong(k),), ((1,),))
 
 
-def trl_row(k: int) -> dict[str, Any]:
+def trl_row(k: int) -> Row:
     """As TRL's vision data sets: parts, and the pictures beside them."""
-    content = [{"type": "image", "text": None}, {"type": "text", "text": asked(k)}]
-    said = [
-        {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": [{"type": "text", "text": right(k)}]},
-    ]
-    return {"images": [file_of(numbered(k))], "messages": said}
+    parts = {"system": [part(SYSTEM)], "user": [part(None), part(asked(k))], "assistant": [part(right(k))]}
+    return {"images": [shown(k)], "messages": [turn(*each) for each in parts.items()]}
 
 
 def trl_said(k: int) -> Said:
-    return Said(((numbered(k),),), ((Turn("system", (SYSTEM,)), Turn("user", (PICTURE, asked(k)))),), (right(k),), ((1,),))
+    return said_of(k, (Turn("system", (SYSTEM,)), Turn("user", (PICTURE, asked(k)))), right(k))
 
 
-def openai_row(k: int) -> dict[str, Any]:
+def openai_row(k: int) -> Row:
     """As OpenAI's fine-tuning files, pictures by the path of a file."""
-    parts = [{"type": "text", "text": asked(k)}, {"type": "image_url", "image_url": {"url": file_of(numbered(k)), "detail": "low"}}]
-    return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": right(k), "weight": 1}]}
+    parts = [part(asked(k)), {"type": "image_url", "image_url": {"url": shown(k), "detail": "low"}}]
+    return {"messages": [turn("user", parts), turn("assistant", right(k)) | {"weight": 1}]}
 
 
 def openai_said(k: int) -> Said:
-    return Said(((numbered(k),),), ((Turn("user", (asked(k), PICTURE)),),), (right(k),), ((1,),))
+    return said_of(k, (Turn("user", (asked(k), PICTURE)),), right(k))
 
 
 # ---- preferences
 
 
-def preference_plain(k: int) -> dict[str, Any]:
+def answers(k: int) -> Row:
+    return {"chosen": right(k), "rejected": wrong(k)}
+
+
+def preference_plain(k: int) -> Row:
     """As RLHF-V's and RLAIF-V's rows: question, chosen, rejected, image."""
-    return {"idx": k, "image": file_of(numbered(k)), "question": asked(k), "chosen": right(k), "rejected": wrong(k), "ds_name": "RLHF-V"}
+    return {"idx": k, "image": shown(k), "question": asked(k), **answers(k), "ds_name": "RLHF-V"}
 
 
-def preference_trl_row(k: int) -> dict[str, Any]:
+def preference_trl_row(k: int) -> Row:
     """As rlaif-v_formatted: three lists of messages with parts."""
-    asked_parts = [{"text": None, "type": "image"}, {"text": asked(k), "type": "text"}]
-    answers = {
-        name: [{"role": "assistant", "content": [{"text": text, "type": "text"}]}]
-        for name, text in (("chosen", right(k)), ("rejected", wrong(k)))
-    }
-    return {"prompt": [{"role": "user", "content": asked_parts}], "images": [file_of(numbered(k))], **answers}
+    lists = {name: [turn("assistant", [part(text)])] for name, text in answers(k).items()}
+    return {"prompt": [turn("user", [part(None), part(asked(k))])], "images": [shown(k)], **lists}
 
 
-def preference_factory(k: int) -> dict[str, Any]:
+def preference_factory(k: int) -> Row:
     """As LLaMA-Factory's ranking data: the answers beside the conversation."""
-    return {
-        "conversations": [{"from": "human", "value": "<image>" + asked(k)}],
-        "chosen": {"from": "gpt", "value": right(k)}, "rejected": {"from": "gpt", "value": wrong(k)}, "images": [file_of(numbered(k))],
-    }  # fmt: skip
+    said = {name: human("", text)[1] for name, text in answers(k).items()}
+    return {"conversations": human("<image>" + asked(k)), **said, "images": [shown(k)]}
 
 
-def rlhfv_json(k: int) -> dict[str, Any]:
+def rlhfv_json(k: int) -> Row:
     """As RLHF-V's rows on the hub: the answers as JSON in ``text``, the picture beside the path that it had elsewhere."""
-    return {
-        "ds_name": "RLHF-V", "image": file_of(numbered(k)), "origin_dataset": "LCS-558K", "idx": k, "image_path": f"coco/{k}.jpg",
-        "text": json.dumps({"question": asked(k), "chosen": right(k), "rejected": wrong(k)}),
-        "origin_split": json.dumps({"model": "Muffin", "type": "question_answering"}),
-    }  # fmt: skip
+    texts = {"text": json.dumps({"question": asked(k), **answers(k)}), "origin_split": '{"model": "Muffin"}'}
+    return {"ds_name": "RLHF-V", "image": shown(k), "idx": k, "image_path": f"coco/{k}.jpg", **texts}
 
 
-def preference_query(k: int) -> dict[str, Any]:
+def preference_query(k: int) -> Row:
     """As ms-swift's query and response."""
-    return {"query": asked(k), "response": right(k), "rejected_response": wrong(k), "images": [file_of(numbered(k))], "history": []}
+    return {"query": asked(k), "response": right(k), "rejected_response": wrong(k), "images": [shown(k)], "history": []}
 
 
-def preference_v1(k: int) -> dict[str, Any]:
+def preference_v1(k: int) -> Row:
     """As LLaMA-Factory's v1 samples: whole conversations of parts with values, and weights of messages."""
-
-    def messages(answer: str) -> list[dict[str, Any]]:
-        parts = [{"type": "image_url", "value": file_of(numbered(k))}, {"type": "text", "value": asked(k)}]
-        said = [{"type": "text", "value": answer}]
-        return [
-            {"role": "user", "content": parts, "loss_weight": 0.0},
-            {"role": "assistant", "content": said, "loss_weight": 1.0},
+    parts = [{"type": "image_url", "value": shown(k)}, {"type": "text", "value": asked(k)}]
+    return {
+        f"{name}_messages": [
+            turn("user", parts) | {"loss_weight": 0.0},
+            turn("assistant", [{"type": "text", "value": text}]) | {"loss_weight": 1.0},
         ]
+        for name, text in answers(k).items()
+    }
 
-    return {"chosen_messages": messages(right(k)), "rejected_messages": messages(wrong(k))}
 
-
-def kto(row: Callable[[int, str], dict[str, Any]], label: str) -> Writer:
+def kto(row: Callable[[int, str], Row], label: str) -> Writer:
     """Rows for KTO: an answer and whether it is good; the good and the bad ones to a question lie anywhere, some are there twice."""
 
-    def write(folder: Path, rows: int) -> tuple[Path, str]:
+    def write(folder: Path, rows: int) -> Written:
         write_pictures(folder)
-        first = [row(k, wrong(k) if k % 2 else right(k)) | {label: not k % 2} for k in range(rows)]
-        second = [row(k, right(k) if k % 2 else wrong(k)) | {label: bool(k % 2)} for k in reversed(range(rows))]
+
+        def labelled(k: int, good: bool) -> Row:
+            return row(k, right(k) if good else wrong(k)) | {label: good, "images": [shown(k)]}
+
+        first = [labelled(k, not k % 2) for k in range(rows)]
+        second = [labelled(k, bool(k % 2)) for k in reversed(range(rows))]
         return lines(folder / "kto.jsonl", first + second + second[:3]), f"messages:label={label}"
 
     return write
 
 
-def kto_trl(k: int, answer: str) -> dict[str, Any]:
-    said = {"prompt": [{"role": "user", "content": asked(k)}], "completion": [{"role": "assistant", "content": answer}]}
-    return {"images": [file_of(numbered(k))], **said}
+def kto_trl(k: int, answer: str) -> Row:
+    return {"prompt": [turn("user", asked(k))], "completion": [turn("assistant", answer)]}
 
 
-def kto_factory(k: int, answer: str) -> dict[str, Any]:
-    return {"instruction": asked(k), "input": "", "output": answer, "images": [file_of(numbered(k))]}
+def kto_factory(k: int, answer: str) -> Row:
+    return {"instruction": asked(k), "input": "", "output": answer}
 
 
-def kto_swift(k: int, answer: str) -> dict[str, Any]:
-    said = [{"role": "user", "content": f"<image>{asked(k)}"}, {"role": "assistant", "content": answer}]
-    return {"messages": said, "images": [file_of(numbered(k))]}
+def kto_swift(k: int, answer: str) -> Row:
+    return {"messages": [turn("user", f"<image>{asked(k)}"), turn("assistant", answer)]}
 
 
 def preference_said(k: int) -> Said:
-    return Said(((numbered(k),),), (asked(k),) * 2, (right(k), wrong(k)), ((1, 0),))
+    return said_of(k, asked(k), right(k), wrong(k))
 
 
-def preference_swift(k: int) -> dict[str, Any]:
+def preference_swift(k: int) -> Row:
     """As ms-swift's: the chosen answer ends the conversation; a rejected response, rejected pictures, or both."""
     contents = {"system": SYSTEM, "user": f"<image>{asked(k)}", "assistant": right(k)}
-    row: dict[str, Any] = {"messages": [{"role": role, "content": content} for role, content in contents.items()]}
-    row["images"] = [file_of(numbered(k))]
+    row: Row = {"messages": [turn(*each) for each in contents.items()], "images": [shown(k)]}
     row |= {"rejected_response": wrong(k)} if k % 3 != 1 else {}
     return row | ({"rejected_images": [file_of(other(k))]} if k % 3 else {})
 
 
 def swift_said(k: int) -> Said:
-    prompt = (Turn("system", (SYSTEM,)), Turn("user", (PICTURE, asked(k))))
-    mine, others = (numbered(k),), (other(k),)
-    if k % 3 == 0:
-        return Said((mine,), (prompt,) * 2, (right(k), wrong(k)), ((1, 0),))
+    prompt = trl_said(k).prompts[0]
     if k % 3 == 1:
-        return Said((mine, others), (prompt,), (right(k),), ((1,), (0,)))
-    return Said((mine, others), (prompt,) * 2, (right(k), wrong(k)), ((1, None), (None, 0)))
+        return said_of(k, prompt, right(k), match=((1,), (0,)), others=True)
+    return said_of(k, prompt, right(k), wrong(k), match=((1, None), (None, 0)) if k % 3 else ((1, 0),), others=bool(k % 3))
 
 
 # ---- captions
 
 
-def coco(folder: Path, rows: int) -> tuple[Path, str]:
+def coco(folder: Path, rows: int) -> Written:
     """As captions_val2017.json: pictures and annotations apart, five captions of a picture, in any order, some of them the same."""
     write_pictures(folder, lambda k: f"{k:012d}.png")
-    images = [
-        {"license": 4, "file_name": f"{numbered(k):012d}.png", "height": 427, "width": 640, "flickr_url": "http://x/y.jpg", "id": 1000 + k}
-        for k in range(rows)
-    ]
+    images = [{"license": 4, "file_name": f"{numbered(k):012d}.png", "flickr_url": "http://x/y.jpg", "id": 1000 + k} for k in range(rows)]
     annotations = [
         {"image_id": 1000 + k, "id": 5 * k + j, "caption": right(k) if j == 4 else f"{right(k)} ({j})"}
         for j in range(5)
         for k in range(rows)
     ]
     annotations += [{"image_id": 1000, "id": 5 * rows, "caption": right(0)}]
-    info = {"description": "COCO 2017 Dataset", "year": 2017}
     path = folder / "captions_val2017.json"
-    path.write_text(json.dumps({"info": info, "licenses": [{"id": 4}], "images": images, "annotations": annotations}))
+    path.write_text(json.dumps({"info": {}, "licenses": [{"id": 4}], "images": images, "annotations": annotations}))
     return path, "captions"
 
 
 def coco_said(k: int) -> Said:
-    texts = (*(f"{right(k)} ({j})" for j in range(4)), right(k))
-    return Said(((numbered(k),),), (DESCRIBE,) * 5, texts, ((1,) * 5,))
+    return said_of(k, DESCRIBE, *(f"{right(k)} ({j})" for j in range(4)), right(k), match=((1,) * 5,))
 
 
-def table(folder: Path, rows: int) -> tuple[Path, str]:
-    """A CSV of one's own: quotes, commas and line breaks in texts, columns of one's own names."""
+def table(folder: Path, name: str, header: list[str], rows: list[list[Any]]) -> Path:
+    """A CSV with a byte order mark, or a TSV."""
     write_pictures(folder)
-    path = folder / "mine.csv"
-    with open(path, "w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", "text", "not true", "edited", "note"])
-        for k in range(rows):
-            writer.writerow([file_of(numbered(k)), f'{right(k)}\n"quoted", é', wrong(k), file_of(other(k)) if k % 2 else "", k])
+    with open(folder / name, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter="\t" if name.endswith(".tsv") else ",").writerows([header, *rows])
+    return folder / name
+
+
+def own_table(folder: Path, rows: int) -> Written:
+    """A CSV of one's own: quotes, commas and line breaks in texts, columns of one's own names."""
+    made = [[shown(k), f'{right(k)}\n"quoted", é', wrong(k), file_of(other(k)) if k % 2 else "", k] for k in range(rows)]
+    path = table(folder, "mine.csv", ["file_name", "text", "not true", "edited", "note"], made)
     return path, "captions:image=file_name,caption=text,negative_caption=not true,negative_image=edited"
 
 
-def table_said(k: int) -> Said:
-    images = ((numbered(k),), (other(k),)) if k % 2 else ((numbered(k),),)
-    return Said(images, (DESCRIBE,) * 2, (f'{right(k)}\n"quoted", é', wrong(k)), ((1, 0), (0, 1)) if k % 2 else ((1, 0),))
+def own_table_said(k: int) -> Said:
+    match = ((1, 0), (0, 1)) if k % 2 else ((1, 0),)
+    return said_of(k, DESCRIBE, f'{right(k)}\n"quoted", é', wrong(k), match=match, others=bool(k % 2))
 
 
-def negclip(folder: Path, rows: int) -> tuple[Path, str]:
+def negclip(folder: Path, rows: int) -> Written:
     """As NegCLIP's TSV: lists as Python writes them, negative pictures by row numbers, which are metadata."""
-    write_pictures(folder)
-    path = folder / "negclip.tsv"
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, delimiter="\t")
-        writer.writerow(["", "title", "filepath", "neg_caption", "neg_image"])
-        for k in range(rows):
-            writer.writerow([k, right(k), file_of(numbered(k)), str([wrong(k), f"It's {k} cats."]), str([k + 1])])
-    return path, "captions"
+    made = [[k, right(k), shown(k), str([wrong(k), f"It's {k} cats."]), str([k + 1])] for k in range(rows)]
+    return table(folder, "negclip.tsv", ["", "title", "filepath", "neg_caption", "neg_image"], made), "captions"
 
 
-def sugarcrepe(folder: Path, rows: int) -> tuple[Path, str]:
+def sugarcrepe(folder: Path, rows: int) -> Written:
     """As SugarCrepe's files: an object whose keys are numbers."""
     write_pictures(folder)
     path = folder / "swap_obj.json"
-    made = {str(k): {"filename": file_of(numbered(k)), "caption": right(k), "negative_caption": wrong(k)} for k in range(rows)}
-    path.write_text(json.dumps(made, indent=4))
+    path.write_text(json.dumps({k: {"filename": shown(k), "caption": right(k), "negative_caption": wrong(k)} for k in range(rows)}))
     return path, "captions"
 
 
 # ---- pairs
 
 
-def winoground_row(k: int) -> dict[str, Any]:
+def winoground_row(k: int, picture_of: Callable[[str, int], Any]) -> Row:
+    pictures = {f"image_{j}": picture_of(f"ex_{k}_img_{j}", which) for j, which in enumerate((numbered(k), other(k)))}
     return {
-        "id": k, "caption_0": right(k), "caption_1": wrong(k), "tag": "Noun", "secondary_tag": "", "num_main_preds": 1,
+        "id": k,
+        "caption_0": right(k),
+        "caption_1": wrong(k),
+        "tag": "Noun",
+        "secondary_tag": "",
+        "num_main_preds": 1,
         "collapsed_tag": "Object",
-    }  # fmt: skip
+        **pictures,
+    }
 
 
-def winoground(folder: Path, rows: int) -> tuple[Path, str]:
+def winoground(folder: Path, rows: int) -> Written:
     """As examples.jsonl of the hub's facebook/winoground with its pictures unpacked."""
-    for k in range(rows):
-        for j, which in enumerate((numbered(k), other(k))):
-            (folder / f"ex_{k}_img_{j}.png").write_bytes(picture(which))
-    made = [winoground_row(k) | {"image_0": f"ex_{k}_img_0", "image_1": f"ex_{k}_img_1"} for k in range(rows)]
-    return lines(folder / "examples.jsonl", made), "pairs"
+
+    def unpacked(name: str, which: int) -> str:
+        (folder / f"{name}.png").write_bytes(picture(which))
+        return name
+
+    return lines(folder / "examples.jsonl", [winoground_row(k, unpacked) for k in range(rows)]), "pairs"
 
 
 def winoground_said(k: int) -> Said:
-    return Said(((numbered(k),), (other(k),)), (DESCRIBE,) * 2, (right(k), wrong(k)), ((1, 0), (0, 1)))
+    return said_of(k, DESCRIBE, right(k), wrong(k), match=((1, 0), (0, 1)), others=True)
 
 
-def winoground_parquet(folder: Path, rows: int) -> tuple[Path, str]:
+def winoground_parquet(folder: Path, rows: int) -> Written:
     """The same as the hub converts it, pictures as bytes."""
-    made = [
-        winoground_row(k)
-        | {f"image_{j}": {"bytes": picture(which), "path": f"ex_{k}_img_{j}.png"} for j, which in enumerate((numbered(k), other(k)))}
-        for k in range(rows)
-    ]
+    made = [winoground_row(k, lambda name, which: {"bytes": picture(which), "path": f"{name}.png"}) for k in range(rows)]
     return parquet(folder / "test-00000-of-00001.parquet", made), "pairs"
 
 
-def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+def parquet(path: Path, rows: list[Row]) -> Path:
     import pyarrow
     from pyarrow import parquet as writer
 
@@ -372,7 +373,7 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 # ---- Hugging Face data sets, tars
 
 
-def saved(folder: Path, rows: int) -> tuple[Path, str]:
+def saved(folder: Path, rows: int) -> Written:
     """A folder of save_to_disk: two Arrow files in the streaming form, pictures as bytes, nested columns."""
     import pyarrow
 
@@ -380,19 +381,16 @@ def saved(folder: Path, rows: int) -> tuple[Path, str]:
         {"picture": {"bytes": picture(numbered(k)), "path": None}, "qa": {"question": asked(k), "answers": [right(k)]}, "wrong": [wrong(k)]}
         for k in range(rows)
     ]
-    (folder / "vqa").mkdir()
+    (vqa := folder / "vqa").mkdir()
     schema = pyarrow.Table.from_pylist(made).schema
-    half = rows // 2
-    for number, part in enumerate((made[:half], made[half:])):
-        with (
-            pyarrow.OSFile(str(folder / "vqa" / f"data-{number:05d}-of-00002.arrow"), "wb") as sink,
-            pyarrow.ipc.new_stream(sink, schema) as writer,
-        ):
+    names = [f"data-{number:05d}-of-00002.arrow" for number in range(2)]
+    for name, part in zip(names, (made[: rows // 2], made[rows // 2 :]), strict=True):
+        with pyarrow.OSFile(str(vqa / name), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
             writer.write_table(pyarrow.Table.from_pylist(part, schema=schema), max_chunksize=33)
-    files = [{"filename": f"data-{number:05d}-of-00002.arrow"} for number in range(2)]
-    (folder / "vqa" / "state.json").write_text(json.dumps({"_data_files": files, "_fingerprint": "f", "_split": "train"}))
-    (folder / "vqa" / "dataset_info.json").write_text(json.dumps({"features": {}}))
-    return folder / "vqa", "hf:image=picture,prompt=qa.question,caption=qa.answers,negative_caption=wrong"
+    files = [{"filename": name} for name in names]
+    (vqa / "state.json").write_text(json.dumps({"_data_files": files, "_fingerprint": "f", "_split": "train"}))
+    (vqa / "dataset_info.json").write_text(json.dumps({"features": {}}))
+    return vqa, "hf:image=picture,prompt=qa.question,caption=qa.answers,negative_caption=wrong"
 
 
 def member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -401,54 +399,60 @@ def member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def webdataset(folder: Path, rows: int) -> tuple[Path, str]:
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member(tar, name, content)
+    return path
+
+
+def webdataset(folder: Path, rows: int) -> Written:
     """As img2dataset and webdataset write shards: KEY.png, KEY.txt, KEY.json; a folder of two."""
-    (folder / "shards").mkdir()
-    for number, part in enumerate((range(rows // 2), range(rows // 2, rows))):
-        with tarfile.open(folder / "shards" / f"{number:05d}.tar", "w") as tar:
-            member(tar, "README", b"no sample")
-            for k in part:
-                member(tar, f"{k:09d}.png", picture(numbered(k)))
-                member(tar, f"{k:09d}.txt", right(k).encode() + b"\n")
-                member(tar, f"{k:09d}.json", json.dumps({"key": f"{k:09d}", "negative_caption": wrong(k), "status": "success"}).encode())
+    for number, ks in enumerate((range(rows // 2), range(rows // 2, rows))):
+        members = {"README": b"no sample"}
+        for key, k in ((f"{k:09d}", k) for k in ks):
+            said = json.dumps({"key": key, "negative_caption": wrong(k), "status": "success"}).encode()
+            members |= {f"{key}.png": picture(numbered(k)), f"{key}.txt": right(k).encode() + b"\n", f"{key}.json": said}
+        tar_of(folder / "shards" / f"{number:05d}.tar", members)
     return folder / "shards", "webdataset"
 
 
-def triplets(folder: Path, rows: int) -> tuple[Path, str]:
+def triplets(folder: Path, rows: int) -> Written:
     """As TripletData's shards: members image, neg_image, caption, neg_caption; long folder names, as tar has extra headers for."""
-    path = folder / "shard-0.tar"
-    with tarfile.open(path, "w") as tar:
-        for k in range(rows):
-            key = f"{'long' * 30}/{k}"
-            member(tar, f"{key}.image", picture(numbered(k)))
-            member(tar, f"{key}.neg_image", picture(other(k)))
-            member(tar, f"{key}.caption", right(k).encode())
-            member(tar, f"{key}.neg_caption", wrong(k).encode())
-    return path, "webdataset"
+    members = {}
+    for k in range(rows):
+        sample = {
+            "image": picture(numbered(k)),
+            "neg_image": picture(other(k)),
+            "caption": right(k).encode(),
+            "neg_caption": wrong(k).encode(),
+        }
+        members |= {f"{'long' * 30}/{k}.{name}": content for name, content in sample.items()}
+    return tar_of(folder / "shard-0.tar", members), "webdataset"
 
 
 def negative_said(k: int) -> Said:
-    return Said(((numbered(k),),), (DESCRIBE,) * 2, (right(k), wrong(k)), ((1, 0),))
+    return said_of(k, DESCRIBE, right(k), wrong(k))
 
 
+PREFERENCES = {
+    "RLHF-V": preference_plain, "TRL preferences": preference_trl_row, "RLHF-V with JSON": rlhfv_json,
+    "ms-swift query and response": preference_query, "LLaMA-Factory v1 preferences": preference_v1,
+}  # fmt: skip
+KTO = {"TRL KTO": (kto_trl, "label"), "LLaMA-Factory KTO": (kto_factory, "kto_tag"), "ms-swift KTO": (kto_swift, "label")}
 PUBLIC: dict[str, tuple[Writer, Callable[[int], Said]]] = {
     "LLaVA": (of_rows(llava_row, "llava", listed=True), llava_said),
     "ShareGPT": (of_rows(sharegpt_row, "llava"), sharegpt_said),
     "TRL messages": (of_rows(trl_row, "messages"), trl_said),
     "OpenAI messages": (of_rows(openai_row, "messages"), openai_said),
-    "RLHF-V": (of_rows(preference_plain, "preference"), preference_said),
-    "TRL preferences": (of_rows(preference_trl_row, "preference"), preference_said),
+    **{name: (of_rows(row, "preference"), preference_said) for name, row in PREFERENCES.items()},
     "LLaMA-Factory preferences": (of_rows(preference_factory, "preference", listed=True), preference_said),
     "ms-swift preferences": (of_rows(preference_swift, "preference"), swift_said),
-    "RLHF-V with JSON": (of_rows(rlhfv_json, "preference"), preference_said),
-    "ms-swift query and response": (of_rows(preference_query, "preference"), preference_said),
-    "LLaMA-Factory v1 preferences": (of_rows(preference_v1, "preference"), preference_said),
-    "TRL KTO": (kto(kto_trl, "label"), preference_said),
-    "LLaMA-Factory KTO": (kto(kto_factory, "kto_tag"), preference_said),
-    "ms-swift KTO": (kto(kto_swift, "label"), preference_said),
+    **{name: (kto(*each), preference_said) for name, each in KTO.items()},
     "COCO captions": (coco, coco_said),
-    "CSV": (table, table_said),
-    "NegCLIP": (negclip, lambda k: Said(((numbered(k),),), (DESCRIBE,) * 3, (right(k), wrong(k), f"It's {k} cats."), ((1, 0, 0),))),
+    "CSV": (own_table, own_table_said),
+    "NegCLIP": (negclip, lambda k: said_of(k, DESCRIBE, right(k), wrong(k), f"It's {k} cats.", match=((1, 0, 0),))),
     "SugarCrepe": (sugarcrepe, negative_said),
     "Winoground": (winoground, winoground_said),
     "Winoground Parquet": (winoground_parquet, winoground_said),

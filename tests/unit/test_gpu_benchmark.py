@@ -1,13 +1,10 @@
-"""The one command for a card: every part of it runs on a CPU, and what takes its process with it is named while the rest goes on."""
+"""The one command for a card: every part of it runs on a CPU, and all its layouts compute one loss."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +13,6 @@ from conftest import REPO, environment
 
 ABSENT = ("mlflow", "peft", "matplotlib", "PIL", "torchvision", "pyarrow", "sentencepiece")
 """What the package otherwise needs and a bare machine may lack."""
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPO / "benchmarks"))
-        return importlib.import_module("gpu")
 
 
 def measured(tmp_path: Path, *parts: str) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
@@ -58,57 +48,3 @@ def test_the_whole_command_runs_on_a_cpu(tmp_path):
     assert {part for part, _ in written} == {"card", "kernels", "scoring", "training", "ranks"}
     (ranks,) = [result for (part, _), result in written.items() if part == "ranks"]
     assert ranks["backend"] == "gloo" and ranks["loss_off"] < 0.02
-
-
-STAND_IN = """
-import json, os, sys, time
-into, left, without = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
-def note(**line):
-    with open(into, "a") as file:
-        file.write(json.dumps(line) + "\\n")
-cases = [["card", "well"], ["kernels", "dies"], ["kernels", "after it"], ["scoring", "layouts"], ["training", "hangs"], ["ranks", "last"]]
-cases = [case for case in cases if left is None or case in left]
-note(cases=cases)
-for part, name in cases:
-    note(begun=[part, name])
-    if name == "layouts":
-        note(at="good")
-        note(at="bad")
-        if "bad" not in without:
-            os._exit(4)
-        note(at=None)
-    if name == "dies":
-        print("a sentence of its own", file=sys.stderr, flush=True)
-        os._exit(3)
-    if name == "hangs":
-        time.sleep(60)
-    note(ended=[part, name], result={"unusable": "measured"})
-"""
-
-
-def test_what_ends_its_process_is_named_and_the_rest_goes_on(gpu, tmp_path, monkeypatch):
-    """A case that dies, a layout that does, a part that hangs: each costs itself and nothing else, and all is written."""
-
-    class Acted(gpu.Parts):
-        def command(self, into: Path) -> list[str]:
-            return [sys.executable, "-S", "-c", STAND_IN, str(into), json.dumps(self.left), *self.without]
-
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    parts = Acted(argparse.Namespace(device="cpu", small=True, parts=list(gpu.SHARES), minutes=8.0, json=tmp_path / "gpu.json"))
-    parts.ends["training"] = time.monotonic() + 3
-    results = parts.run()
-    assert results["kernels", "dies"] == {"error": "the process ended with exit code 3: a sentence of its own"}
-    assert results["training", "hangs"] == {"error": "unfinished when the part's time was up"}
-    fine = [key for key, result in results.items() if "unusable" in result]
-    assert fine == [("card", "well"), ("kernels", "after it"), ("scoring", "layouts"), ("ranks", "last")]
-    assert parts.without == ["bad"] and len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 6
-
-
-def test_a_process_that_never_begins_is_one_error(gpu, tmp_path, monkeypatch):
-    class Broken(gpu.Parts):
-        def command(self, into: Path) -> list[str]:
-            return [sys.executable, "-S", "-c", "raise SystemExit('torch sees no CUDA device')"]
-
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    parts = Broken(argparse.Namespace(device="cuda", small=False, parts=["kernels"], minutes=8.0, json=tmp_path / "gpu.json"))
-    assert parts.run() == {("kernels", "start"): {"error": "the process ended with exit code 1: torch sees no CUDA device"}}

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import sys
 from typing import Any
 
 import pytest
-from conftest import REPO, write_manifest
+import retrieval as bench
+from conftest import read_rows, write_manifest, write_rows
 
 from cfvlm_ds.data.cfgroup import from_row
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPO / "benchmarks"))
-        yield importlib.import_module("retrieval")
 
 
 def row(name: str, key: str, *exclude: str, text: str = "") -> dict[str, Any]:
@@ -25,7 +17,7 @@ def row(name: str, key: str, *exclude: str, text: str = "") -> dict[str, Any]:
     return {"id": name, "prompt": f"What is {name}?", "images": images, "texts": [{"text": text or key, "key": key}], "exclude": [*exclude]}
 
 
-def test_rows_with_a_caption_of_their_own_become_groups_of_all_captions(bench, tmp_path):
+def test_rows_with_a_caption_of_their_own_become_groups_of_all_captions(tmp_path):
     rows = bench.chosen([row("a", "x"), row("b", "x"), row("c", "y", text="x"), row("d", "z"), row("e", "w"), row("f", "v")], 3)
     assert [each["id"] for each in rows] == ["a", "d", "e"]
     groups = [from_row(each, tmp_path) for each in bench.groups(rows)]
@@ -35,7 +27,7 @@ def test_rows_with_a_caption_of_their_own_become_groups_of_all_captions(bench, t
         assert "".join(bench.ordered([list(texts)], place)) == "xzw" == "".join(bench.ordered(list(texts), place))
 
 
-def test_recall_by_hand(bench):
+def test_recall_by_hand():
     """Of three pictures: one is won but for language's wish for caption 1; a tie is wrong; another row's true caption is not asked."""
     logp = [[-5.0, -4.0, -9.0], [-8.0, -3.0, -3.0], [-6.0, -2.0, -2.5]]
     blank = [[-6.0, -1.0, -9.0]] * 3
@@ -48,16 +40,16 @@ def test_recall_by_hand(bench):
     assert bench.recalls(logp, blank, asked) == pytest.approx((2 / 3, 2 / 3, 1))
 
 
-def test_the_command(bench, model_dir, tmp_path, monkeypatch, capsys):
+def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
     """On the spot: every number of its line is that of the scores which it leaves."""
     manifest = write_manifest(tmp_path / "m.jsonl", 8)
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = read_rows(manifest)
     for number, each in enumerate(rows):
         each["texts"][0] |= {"text": f"a thing, number {number}", "key": f"k{number}"}
-    manifest.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    write_rows(manifest, rows)
     given = ["retrieval.py", str(model_dir), "--manifest", str(manifest), "--pictures", "5", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", given)
     bench.main()
-    scores = [json.loads(line) for line in (tmp_path / "out" / "model0.scores.jsonl").read_text().splitlines()[1:]]
+    scores = read_rows(tmp_path / "out" / "model0.scores.jsonl")[1:]
     best = [max(range(5), key=each["logp"][0].__getitem__) == 0 for each in scores]
     assert f"| {model_dir} | {100 * sum(best) / 5:.1f} | " in capsys.readouterr().out and len(scores) == 5

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
+import scoring
 import torch
-from conftest import REPO, run_ranks
+from conftest import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvlm_ds.models import FAMILIES, MODULES, ModelFlops, Scorer
@@ -17,15 +17,8 @@ SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "n
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.convolution", "aten.convolution_backward")
 
 
-@pytest.fixture(scope="module")
-def scoring():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPO / "benchmarks"))
-        return importlib.import_module("scoring")
-
-
 @pytest.mark.parametrize("family", ["llava", *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen2_5_vl", "qwen3_5"))])
-def test_all_layouts_compute_one_loss(family, scoring):
+def test_all_layouts_compute_one_loss(family):
     """fp32, relative 1e-5; the supervised step sees other texts before its own and is another one."""
     model = scoring.build(family, 64, SIZE, torch.device("cpu"), torch.float32)
     of = scoring.case(model, family, 64, 3)
@@ -38,7 +31,7 @@ def test_all_layouts_compute_one_loss(family, scoring):
 
 @pytest.mark.parametrize("frozen", [(), ("vision_tower",), ("vision_tower", "projector"), ("language_model",)])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_model_flops_are_those_that_torch_counts(family, frozen, scoring):
+def test_model_flops_are_those_that_torch_counts(family, frozen):
     """Every matrix product of a forward and backward pass, attention aside; 1 %. The output head is frozen, for torch does not count the
     product that adds to its gradient in place; and all of the tower is used, for the library runs also what it does not use."""
     model = scoring.build(family, 256, SIZE, torch.device("cpu"), torch.float32)

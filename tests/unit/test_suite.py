@@ -7,7 +7,7 @@ import json
 import math
 import os
 import random
-import shutil
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +20,10 @@ import pyarrow
 import pytest
 import test_benchmarks
 import torch
-from conftest import caption, draw, plain_logp, printed, refused
+from conftest import caption, contents, draw, plain_logp
 from PIL import Image
 from pyarrow import parquet
+from test_benchmarks import put
 
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cli import evaluating as tracked
@@ -77,19 +78,20 @@ def root(tmp_path_factory):
     for number, scene in enumerate(SCENES):
         draw(folder / "coco" / "val2017" / f"{number}.png", scene)
         draw(folder / "coco" / "val2014" / f"{number}.png", scene)
-    (folder / "sugarcrepe" / "data").mkdir(parents=True)
     for place, subset in enumerate(SUBSETS):
-        rows = [_row(number, place) for number in range(len(SCENES))]
-        (folder / "sugarcrepe" / "data" / f"{subset}.json").write_text(json.dumps({str(n): row for n, row in enumerate(rows)}))
-    (folder / "pope" / "output" / "coco").mkdir(parents=True)
-    for split in ("random", "popular", "adversarial"):
-        lines = [
-            {"question_id": 10 * n + k, "image": f"{n}.png", "text": f"Is there a {colour} {shape}?", "label": ("yes", "no")[k]}
-            for n, scene in enumerate(SCENES)
-            for k, (colour, shape) in enumerate((scene[0], ("green", "square")))
-        ]
-        (folder / "pope" / "output" / "coco" / f"coco_pope_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        put(folder / f"sugarcrepe/data/{subset}.json", {str(number): _row(number, place) for number in range(len(SCENES))})
+    rows = [
+        {"question_id": 10 * n + k, "image": f"{n}.png", "text": f"Is there a {colour} {shape}?", "label": ("yes", "no")[k]}
+        for n, scene in enumerate(SCENES)
+        for k, (colour, shape) in enumerate((scene[0], ("green", "square")))
+    ]
+    write_pope(folder, rows)
     return folder
+
+
+def write_pope(folder: Path, rows: list[dict[str, Any]]) -> None:
+    for split in ("random", "popular", "adversarial"):
+        put(folder / f"pope/output/coco/coco_pope_{split}.json", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _row(number: int, place: int) -> dict[str, str]:
@@ -108,10 +110,6 @@ def asked(scorer: Any, collator: Collator, identity: str = "a", say: Any = None)
 def ask(model: Asked, root: Path, out: Path, names: str, *probes: str, settings: Settings = FEW, limit: int | None = None) -> list[Result]:
     chosen = [(each, load_items(each, print, limit=limit, skip=settings.skip)) for each in choose(names.split(","), root, probes)]
     return evaluate_benchmarks(model, chosen, out, settings)
-
-
-def files(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
 # Scores -----------------------------------------------------------------------------------------------------------------------------------
@@ -216,7 +214,7 @@ def test_generated_text_is_the_librarys_own(scorer, collator, root, model_dir, t
     scorer.model.generation_config.repetition_penalty = options.get("repetition_penalty")
     assert penalised != digest == writing_digest(scorer.model)
     other = replace(asked(scorer, collator, say=say), identity={"weights": "a", "inputs": "b", "writing": penalised})
-    with pytest.raises(ConfigError, match=r"results of another evaluation: model\.writing was"):
+    with pytest.raises(ConfigError, match=r"model\.writing was"):
         ask(other, root, tmp_path / "out", "pope", "generate:max_new_tokens=6", limit=2)
     with pytest.raises(ConfigError, match="is partitioned"):
         ask(asked(scorer, collator), root, tmp_path / "parts", "pope", "generate")
@@ -254,40 +252,33 @@ def test_the_world_of_scenes_has_the_numbers_that_a_run_gives_it(scorer, collato
 
 def everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files of all benchmarks in their official forms, with pictures that are ones."""
+    pictures = [draw(folder / f"drawn{number}.png", scene).read_bytes() for number, scene in enumerate(SCENES)]
 
     def drawn(root: Path, *names: str) -> None:
         for number, name in enumerate(names):
-            path = draw(folder / "drawn.png", SCENES[number % 3])
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(path.read_bytes())
+            (root / name).write_bytes(pictures[number % 3])
 
     monkeypatch.setattr(test_benchmarks, "pictures", drawn)
-    for name, write in test_benchmarks.WRITERS.items():
-        write(folder / name)
+    for name in BENCHMARKS:
+        test_benchmarks.write(name, folder / name)
     return folder
 
 
-def test_every_benchmark_is_evaluated_from_its_official_form(scorer, collator, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["", pytest.param("qwen2_5_vl", marks=pytest.mark.long)])
+def test_every_benchmark_is_evaluated_from_its_official_form(family, scorer, collator, tmp_path, monkeypatch):
+    if family:
+        config = ModelConfig(str(write_small(family, tmp_path / family, 0)), attn_implementation="sdpa")
+        model = load_model(config, torch.float32).eval()
+        scorer, collator = Scorer(model, family_of(model.config)), load_collator(config, "full")
     root = everything(tmp_path / "benchmarks", monkeypatch)
-    settings = Settings(draws=3)
-    results = ask(asked(scorer, collator), root, tmp_path / "out", ",".join(BENCHMARKS), settings=settings)
-    assert [result.name for result in results] == list(BENCHMARKS)
+    results = ask(asked(scorer, collator), root, tmp_path / "out", ",".join(BENCHMARKS), settings=Settings(draws=3))
+    assert [result.name for result in results] == list(BENCHMARKS) and not [r.place for r in results if r.record["not_finite"]]
     for found, result in zip(read_results(tmp_path / "out"), sorted(results, key=lambda each: each.place), strict=True):
-        benchmark = BENCHMARKS[result.name]
-        assert found.metrics == result.metrics and benchmark.headline in result.metrics["seen"] and result.metrics["blank"]
-        assert benchmark.headline in result.metrics["chance"] and summary(result)
+        headline = BENCHMARKS[result.name].headline
+        assert found.metrics == result.metrics and headline in result.metrics["seen"] and headline in result.metrics["chance"]
+        assert result.metrics["blank"] and summary(result)
     assert len(overview(results).splitlines()) == 2 + len(BENCHMARKS) + 2
-
-
-@pytest.mark.long
-def test_a_small_qwen_is_asked_everything(tmp_path, monkeypatch):
-    root, folder = everything(tmp_path / "benchmarks", monkeypatch), write_small("qwen2_5_vl", tmp_path / "qwen", 0)
-    config = ModelConfig(str(folder), attn_implementation="sdpa")
-    model = load_model(config, torch.float32).eval()
-    qwen = Scorer(model, family_of(model.config))
-    results = ask(asked(qwen, load_collator(config, "full")), root, tmp_path / "out", ",".join(BENCHMARKS), settings=Settings(draws=3))
-    assert len(results) == len(BENCHMARKS)
-    assert not [result.place for result in results if result.record["not_finite"]]
 
 
 # What is on disk ------------------------------------------------------------------------------------------------------------------------
@@ -330,32 +321,29 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(probe, scorer, collator, 
     with pytest.raises(DataError, match="an evaluation that has not finished"):
         read_results(tmp_path / "killed")
     ask(model, root, tmp_path / "killed", "pope", probe, settings=settings)
-    assert 0 < calls[0] < whole and files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert 0 < calls[0] < whole and contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not list(tmp_path.rglob(SCORES))
     calls[0] = 0
     (again,) = ask(model, root, tmp_path / "killed", "pope", probe, settings=settings)
-    assert calls[0] == 0 and again.outcomes and files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert calls[0] == 0 and again.outcomes and contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_results_of_something_else_are_not_written_over(scorer, collator, root, tmp_path):
     few, out = Settings(draws=0, shuffled=False), tmp_path / "out"
     ask(asked(scorer, collator), root, out, "pope", settings=few, limit=2)
-    before = files(out)
-    for model, settings, limit, what in (
-        (asked(scorer, collator, "other"), few, 2, "model.weights was 'a' and is now 'other'"),
-        (asked(scorer, collator), few, 4, "settings.limit was 2 and is now 4"),
-        (asked(scorer, collator), replace(few, batch_size=3), 2, "settings.batch_size was 16 and is now 3"),
-    ):
+    before = contents(out)
+    other = asked(scorer, collator, "other")
+    for name, model, settings, limit, what in (
+        ("pope", other, few, 2, "model.weights"), ("sugarcrepe", other, few, 2, "model.weights"),
+        ("pope", asked(scorer, collator), few, 4, "settings.limit was 2, and is 4"),
+        ("pope", asked(scorer, collator), replace(few, batch_size=3), 2, "settings.batch_size was 16, and is 3"),
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=what):
-            ask(model, root, out, "pope", settings=settings, limit=limit)
-    with pytest.raises(ConfigError, match=r"model.weights was .*name another folder"):
-        ask(asked(scorer, collator, "other"), root, out, "sugarcrepe", settings=few, limit=2)
-    assert files(out) == before
+            ask(model, root, out, name, settings=settings, limit=limit)
+    assert contents(out) == before
     ask(asked(scorer, collator), root, out, "sugarcrepe", "match", settings=few, limit=2)
     said = (out / "results.md").read_text()
-    assert (
-        "| pope | yes_no | " in said and "| sugarcrepe | match | " in said and "of them also with a blank image" in said
-    ) or "no points" in said
+    assert "| pope | yes_no | " in said and "| sugarcrepe | match | " in said
 
 
 def test_files_hold_no_time_no_machine_and_all_that_metrics_need(scorer, collator, root, tmp_path):
@@ -381,20 +369,15 @@ def test_what_cannot_be_asked_is_an_error_or_counted_and_named(scorer, collator,
         draw(tmp_path / "pope" / "val2014" / f"{n}.png", SCENES[n])
     broken = tmp_path / "pope" / "val2014" / "2.png"
     broken.write_bytes(broken.read_bytes()[:-60])
-    for split in ("random", "popular", "adversarial"):
-        path = tmp_path / "pope" / "output" / "coco" / f"coco_pope_{split}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
-    model = asked(scorer, collator)
-    with pytest.raises(DataError, match=r"benchmark pope: item 'random/1': \d+ tokens .* window is 512 \(5 more\); use --on_error skip"):
+    write_pope(tmp_path, rows[:3])
+    model, settings = asked(scorer, collator), Settings(skip=True, draws=0)
+    with pytest.raises(DataError, match=r"pope: item 'random/1': \d+ tokens .*5 more.*--on_error skip"):
         ask(model, tmp_path, tmp_path / "out", "pope")
-    settings = Settings(skip=True, draws=0)
     (result,) = ask(model, tmp_path, tmp_path / "out", "pope", settings=settings)
     assert len(result.outcomes) == 3 and len(result.record["left_out"]) == 6
-    assert "pope/yes_no: 6 items left out, first: item 'random/1'" in omissions(result)[0]
-    assert "6 items left out:" in markdown([result]) and "2.png" in markdown([result])
-    (path.parent / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"benchmark pope: .*coco_pope_random.json:4: no picture .*; use --on_error skip"):
+    assert "6 items left out, the first: item 'random/1'" in omissions(result)[0] and "2.png" in markdown([result])
+    put(tmp_path / "pope/output/coco/coco_pope_random.json", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"coco_pope_random.json:4: .*--on_error skip"):
         ask(model, tmp_path, tmp_path / "more", "pope")
     (result,) = ask(model, tmp_path, tmp_path / "more", "pope", settings=settings)
     assert len(result.outcomes) == 3 and len(result.record["left_out"]) == 7 and result.record["items"]["in files"] == 10
@@ -404,19 +387,16 @@ def test_names_and_options_of_probes():
     assert way_named("caption:mode=pmi") == ("caption.pmi", Caption(mode="pmi")) and way_named("match")[0] == "match"
     assert way_named("generate:max_new_tokens=8") == ("generate.8", Generate(8))
     assert way_named('caption:prompt="What, then?",mode=mean')[1] == Caption("mean", "What, then?")
-    for spec, said in (
-        ("captions", "did you mean 'caption'"), ("caption:mood=pmi", "has no option 'mood'"), ("caption:mode=pim", "sum, mean or pmi"),
-        ("yes_no:mode=sum", "has no options"), ("generate:max_new_tokens=0", "writes 1 to"), ("match:template=no", "with {text} in it"),
-        ("caption:mode", "cannot be parsed"),
+    for spec, remedy in (
+        ("captions", "'caption'"), ("caption:mood=pmi", "'mood'"), ("caption:mode=pim", "sum, mean or pmi"),
+        ("yes_no:mode=sum", "no options"),
+        ("generate:max_new_tokens=0", "1 to"), ("match:template=no", "{text}"), ("caption:mode", "not understood"),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=remedy):
             way_named(spec)
-    with pytest.raises(ConfigError, match="did you mean 'pope'"):
-        choose(["popes"], Path())
-    with pytest.raises(ConfigError, match="'pope' does not support the probe match; it supports yes_no, generate"):
-        choose(["pope"], Path(), ["match"])
-    with pytest.raises(ConfigError, match="no benchmark was given"):
-        choose([], Path())
+    for names, probes, remedy in ((["popes"], [], "'pope'"), (["pope"], ["match"], "yes_no, generate"), ([], [], "no benchmark")):
+        with pytest.raises(ConfigError, match=remedy):
+            choose(names, Path(), probes)
 
 
 def test_a_limit_takes_whole_clusters_from_all_parts():
@@ -435,14 +415,7 @@ def test_official_parquet_files_are_read_with_their_pictures(tmp_path):
         Image.new("RGB", (8, 8), colour).save(content := io.BytesIO(), "PNG")
         return {"bytes": content.getvalue(), "path": f"../{colour}.jpg"}
 
-    row = {f"Image_{i}": picture(colour) for i, colour in enumerate(("red", "blue"))} | {
-        "Question_Type": "yes_no",
-        "Index": 7,
-        "Source": "x",
-    }
-    row |= {"Question_0": "Red?", "Question_1": "Blue?"} | {
-        f"Image_{i}_Question_{q}": "Yes" if i == q else "No" for i in (0, 1) for q in (0, 1)
-    }
+    row = test_benchmarks.natural_row(7, "yes_no", "Yes", "No") | {f"Image_{i}": picture(name) for i, name in enumerate(("red", "blue"))}
     root = tmp_path / "naturalbench"
     (root / "data").mkdir(parents=True)
     for part in range(2):
@@ -456,11 +429,7 @@ def test_official_parquet_files_are_read_with_their_pictures(tmp_path):
     broken = root / "data" / "train-00001-of-00002.parquet"
     broken.write_bytes(broken.read_bytes()[:100])
     (problem,) = load(BENCHMARKS["naturalbench"], root).problems
-    assert "train-00001-of-00002.parquet: cannot be read" in str(problem)
-    for path in (root / "data").glob("*.parquet"):
-        path.unlink()
-    (problem,) = load(BENCHMARKS["naturalbench"], root).problems
-    assert "no such file, nor" in str(problem) and "train.jsonl" in str(problem)
+    assert broken.name in str(problem)
 
 
 # Intervals --------------------------------------------------------------------------------------------------------------------------------
@@ -548,6 +517,10 @@ def result(outcomes: Sequence[Outcome], name: str = "sugarcrepe", called: str = 
     return result_of(called or name, chosen, identity, header, outcomes, drawn, {"prompt": "?"})
 
 
+def numbers(line: str) -> list[float]:
+    return [float(each) for each in re.findall(r"\d+\.\d", line)]
+
+
 def test_a_cheat_that_does_not_look_is_found_out_by_the_summary():
     """Always the shorter text: right in 8 of 10 rows, and as often without the picture. An oracle has nothing of the blank one."""
     cheat, oracle = [], []
@@ -557,34 +530,18 @@ def test_a_cheat_that_does_not_look_is_found_out_by_the_summary():
         scores = tuple(-float(len(text)) for text in texts)
         cheat.append(Outcome(item, (scores,), scores, scores))
         oracle.append(Outcome(item, ((0.0, -1.0),), (-1.0, -1.0)))
-    found = result(cheat)
-    assert found.metrics["seen"] == found.metrics["blank"] == found.metrics["shuffled"]
-    assert summary(found) == "sugarcrepe/match: 30.0 points above chance, 30.0 of them also with a blank image (macro)"
-    assert summary(result(oracle)) == "sugarcrepe/match: 50.0 points above chance, 0.0 of them also with a blank image (macro)"
-    assert result(oracle).metrics["blank"]["macro"] == 50
-    wrong = [replace(each, seen=((0.0, 1.0),)) for each in oracle]
-    assert summary(result(wrong)) == "sugarcrepe/match: no points above chance (macro 0.0, chance 50.0)"
-    line = next(line for line in overview([found]).splitlines() if "| sugarcrepe |" in line)
-    assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        "sugarcrepe",
-        "match",
-        "10",
-        "10",
-        "macro",
-        "80.0",
-        "",
-        "80.0",
-        "80.0",
-        "50.0",
-    ]
-
-
-def test_what_compares_images_is_summed_up_by_single_comparisons():
-    item = Item("1", ((Path("a"),), (Path("b"),)), ("x y", "y x"), ((1, 0), (0, 1)), tags={"tag": "Object"}, cluster="1")
-    found = result([Outcome(item, ((1.0, 0.0), (0.0, 1.0)), (2.0, 1.0))], "winoground")
-    assert summary(found) == "winoground/match: 50.0 points above chance, 0.0 of them also with a blank image (pair)"
+    found, right = result(cheat), result(oracle)
+    assert found.metrics["seen"] == found.metrics["blank"] == found.metrics["shuffled"] and right.metrics["blank"]["macro"] == 50
+    assert numbers(summary(found)) == [30, 30] and numbers(summary(right)) == [0, 50], "points without looking, of points over chance"
+    wrong = result([replace(each, seen=((0.0, 1.0),)) for each in oracle])
+    assert numbers(summary(wrong)) == [0, 50] and "no points over chance" in summary(wrong)
+    cells = next(line for line in overview([found]).splitlines() if "| sugarcrepe |" in line).split("|")[1:-1]
+    assert [cell.strip() for cell in cells] == ["sugarcrepe", "match", "10", "10", "macro", "80.0", "", "80.0", "80.0", "50.0"]
     blank = result([replace(each, blank=(1.0, 0.0)) for each in rows([True, True, True, False])])
-    assert summary(blank) == "sugarcrepe/match: 25.0 points above chance, but 50.0 with a blank image (macro)"
+    assert numbers(summary(blank)) == [25, 50], "points over chance, and more without looking"
+    item = Item("1", ((Path("a"),), (Path("b"),)), ("x y", "y x"), ((1, 0), (0, 1)), tags={"tag": "Object"}, cluster="1")
+    quad = result([Outcome(item, ((1.0, 0.0), (0.0, 1.0)), (2.0, 1.0))], "winoground")
+    assert numbers(summary(quad)) == [0, 50] and "(pair)" in summary(quad), "what compares images is summed up by single comparisons"
 
 
 # Two results side by side -----------------------------------------------------------------------------------------------------------------
@@ -615,11 +572,13 @@ def test_a_comparison_by_hand(tmp_path):
     assert better == [str(n) for n in range(80, 100)] and worse == [str(n) for n in range(6)]
     table = comparison_table([found], "one", "other")
     assert re_row(table, "macro") == ["sugarcrepe", "match", "macro", "60.0", "74.0", "+14.0", "4.0 to 24.0", "yes", "20", "6"]
-    assert f"sugarcrepe/match: 20 items got better: {', '.join(better)}\n" in table and "6 items got worse: 0, 1, 2, 3, 4, 5\n" in table
+    assert f": {', '.join(better)}\n" in table and ": 0, 1, 2, 3, 4, 5\n" in table
     (same,) = compare_results(one, one)
     assert not any(each.resolved for each in same.differences.values()) and same.changes() == ([], [])
     assert compare_results(one, other)[0].differences == found.differences, "seeded"
     assert re_row(comparison_table(compare_results(one, other, 0), "one", "other"), "macro")[6:8] == ["", "not tested"]
+    few = [written(tmp_path / f"few {right}", rows([right] * 5)) for right in (False, True)]
+    assert re_row(comparison_table(compare_results(*few), "one", "other"), "macro")[5:8] == ["+100.0", "", "too few clusters (5)"]
 
 
 def test_a_comparison_is_written_as_table_figure_and_page(tmp_path, capsys):
@@ -659,12 +618,6 @@ def test_equal_models_are_told_apart_in_five_percent_of_cases(clusters):
     assert (spans["all"][0] > 0) == (clusters >= LEAST_CLUSTERS)
 
 
-def test_too_few_clusters_are_said(tmp_path):
-    one, other = (written(tmp_path / name, rows([right] * 5)) for name, right in (("one", False), ("other", True)))
-    (found,) = compare_results(one, other)
-    assert re_row(comparison_table([found], "one", "other"), "macro")[5:8] == ["+100.0", "", "too few clusters (5)"]
-
-
 def re_row(table: str, metric: str) -> list[str]:
     line = next(line for line in table.splitlines() if f"| {metric} |" in line)
     return [cell.strip() for cell in line.strip("|").split("|")]
@@ -678,52 +631,30 @@ def test_what_is_not_compared_is_named(tmp_path):
     other = written(written(tmp_path / "other", changed), rows([True]), called="more")
     said: list[str] = []
     (found,) = compare_results(one, other, 10, said.append)
-    assert (
-        len(found.pairs) == 1
-        and "4 items are not compared, because only one result has them, or their texts, parts or clusters differ: 0, 2, 3, 4"
-        in found.notes[0]
-    )
-    assert "because only" in said[0] and "more/match" in said[0]
-    with pytest.raises(ConfigError, match="no benchmark in common"):
-        compare_results(one, written(tmp_path / "none", rows([True]), called="more"))
-    with pytest.raises(ConfigError, match="no item in common"):
-        compare_results(one, written(tmp_path / "texts", changed[:1]))
-    with pytest.raises(DataError, match="no such folder of results"):
-        compare_results(one, tmp_path / "nowhere")
+    assert len(found.pairs) == 1 and "4 items" in found.notes[0] and found.notes[0].endswith(": 0, 2, 3, 4") and "more/match" in said[0]
+    record = other / "sugarcrepe/match" / RESULTS
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"benchmark": "pope"}))
+    written(tmp_path / "none", rows([True]), called="none")
+    for folder, what in (("none", "no benchmark in common"), ("texts", "no item in common"), ("nowhere", "nowhere"), ("other", "pope")):
+        if folder == "texts":
+            written(tmp_path / "texts", changed[:1])
+        with pytest.raises(InputError, match=what):
+            compare_results(one, tmp_path / folder)
 
 
 # Files that are damaged -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        (RESULTS, "{", "not the results of a benchmark"),
-        (RESULTS, "[]", "not the results of a benchmark"),
-        (RESULTS, {"schema": "cfresults/9"}, "schema"),
-        (RESULTS, "", "not the results of a benchmark"),
-        (ITEMS, "{}\n", "items.jsonl: not the results of a benchmark .KeyError"),
-        (ITEMS, "x" * 100 + "\n", "items.jsonl:1: no record"),
-        (ITEMS, None, "items.jsonl: not the results of a benchmark .ValueError: 0 of its 2 items"),
-    ],
+    ("name", "content"),
+    [*((RESULTS, content) for content in ("{", "[]", '{"schema": "cfresults/9"}', "")), *((ITEMS, c) for c in ("{}\n", "x" * 100, None))],
 )
-def test_a_damaged_file_is_one_sentence(name, content, said, tmp_path):
+def test_a_damaged_file_is_one_sentence(name, content, tmp_path):
     folder = written(tmp_path / "one", rows([True, False])) / "sugarcrepe" / "match"
-    (folder / name).unlink()
-    if content is not None:
-        (folder / name).write_text(json.dumps(content) if isinstance(content, dict) else content)
-    with pytest.raises(DataError, match=said) as raised:
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    with pytest.raises(DataError) as raised:
         read_results(tmp_path / "one")
     assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
-
-
-def test_a_set_of_another_benchmark_is_not_compared(tmp_path):
-    folder = written(tmp_path / "one", rows([True, False]))
-    other = shutil.copytree(folder, tmp_path / "other")
-    record = json.loads((other / "sugarcrepe/match" / RESULTS).read_text()) | {"benchmark": "pope"}
-    (other / "sugarcrepe/match" / RESULTS).write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="belongs to sugarcrepe in one folder and to pope in the other"):
-        compare_results(folder, other)
 
 
 def test_scores_that_are_no_numbers_are_kept_counted_and_wrong(tmp_path):
@@ -745,28 +676,17 @@ def test_nothing_is_written_through_a_link(scorer, collator, root, tmp_path):
     assert not os.listdir(tmp_path / "elsewhere")
 
 
-def test_one_evaluation_at_a_time(tmp_path):
-    with asking.results_held(tmp_path / "out", ALONE), pytest.raises(ConfigError, match=r"in use by .*choose another folder with --out"):
-        asking.results_held(tmp_path / "out", ALONE).__enter__()
-    assert not (tmp_path / "out").exists(), "nothing came of it"
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        asking.results_held(tmp_path / "file", ALONE).__enter__()
-
-
-def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path, capsys):
+def test_what_is_in_use_or_not_of_an_evaluation_is_not_written_over(tmp_path, capsys):
     """A training's folder has a results.md and metrics of its own; so may any folder."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
-    with pytest.raises(ConfigError, match="is a run folder"):
-        asking.results_held(tmp_path / "run", ALONE).__enter__()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "results.md").write_text("# My thesis\n")
-    with pytest.raises(ConfigError, match=r"results.md already exists and was not written by evaluate; name another"):
-        asking.results_held(tmp_path / "mine", ALONE).__enter__()
-    (tmp_path / "mine" / "results.md").write_text(markdown([result(rows([True]))]))
-    with asking.results_held(tmp_path / "mine", ALONE):
-        pass
+    for name, file, content in (("file", "", ""), ("run", "config.yaml", "model: {}\n"), ("mine", "results.md", "# My thesis\n")):
+        put(tmp_path / name / file, content)
+        with pytest.raises(ConfigError, match=name):
+            asking.results_held(tmp_path / name, ALONE).__enter__()
+    put(tmp_path / "mine" / "results.md", markdown([result(rows([True]))]))
+    for out in ("mine", "new"):
+        with asking.results_held(tmp_path / out, ALONE), pytest.raises(ConfigError, match="in use by"):
+            asking.results_held(tmp_path / out, ALONE).__enter__()
+    assert not (tmp_path / "new").exists(), "nothing came of it"
     with pytest.raises(SystemExit):
         main(["evaluate", "model", "--benchmarks", "pope", "--benchmark_root", str(tmp_path), "--out", f"{tmp_path}/mine/.."])
     assert "is the folder of the benchmarks" in capsys.readouterr().err
@@ -778,8 +698,7 @@ def test_a_folder_is_one_run_of_an_experiment(tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     out = tmp_path / "base"
-    (out / "results.md").parent.mkdir()
-    (out / "results.md").write_text("# Results\n")
+    put(out / "results.md", "# Results\n")
 
     def evaluated(*results: Result, experiment: str = "mine") -> Any:
         for each in results:
@@ -790,19 +709,16 @@ def test_a_folder_is_one_run_of_an_experiment(tmp_path, monkeypatch):
         (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
         return client, run
 
+    def history(name: str) -> list[tuple[int, float]]:
+        return sorted((each.step, each.value) for each in client.get_metric_history(run.info.run_id, f"eval/sugarcrepe/{name}"))
+
     first = result(rows([True, False]))
     client, run = evaluated(first)
     assert run.data.metrics["eval/sugarcrepe/macro"] == 50 and run.info.run_name == "base" and run.info.status == "FINISHED"
-    again = evaluated(first)[1]
-    assert again.info.run_id == run.info.run_id
-    assert all(len(client.get_metric_history(run.info.run_id, name)) == 1 for name in run.data.metrics if name.startswith("eval/"))
-    more = evaluated(replace(result(rows([True, True])), label="caption"))[1]
-    assert more.info.run_id == run.info.run_id and more.data.tags["benchmarks"] == "sugarcrepe/caption, sugarcrepe/match"
-    assert (more.data.metrics["eval/sugarcrepe/macro"], more.data.metrics["eval/sugarcrepe/caption/macro"]) == (50, 100)
-    changed = evaluated(result(rows([True, True])))[1]
-    history = client.get_metric_history(run.info.run_id, "eval/sugarcrepe/macro")
-    assert changed.info.run_id == run.info.run_id and sorted((each.step, each.value) for each in history) == [(0, 50), (1, 100)]
-    assert [
-        len(client.get_metric_history(run.info.run_id, name)) for name in ("eval/sugarcrepe/caption/macro", "eval/sugarcrepe/accuracy")
-    ] == [1, 2]
+    same = [evaluated(first)[1], evaluated(replace(result(rows([True, True])), label="caption"))[1]]
+    assert history("macro") == [(0, 50)] and history("caption/macro")[0][1] == 100
+    assert same[1].data.tags["benchmarks"] == "sugarcrepe/caption, sugarcrepe/match"
+    same.append(evaluated(result(rows([True, True])))[1])
+    assert {each.info.run_id for each in same} == {run.info.run_id}
+    assert history("macro") == [(0, 50), (1, 100)] and len(history("caption/macro")) == 1 and len(history("accuracy")) == 2
     assert evaluated(first, experiment="another")[1].info.run_id != run.info.run_id

@@ -2,52 +2,40 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
-from conftest import REPO
+import trl_dpo
 
 SIZE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def trl_dpo():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPO / "benchmarks"))
-        return importlib.import_module("trl_dpo")
-
-
 @pytest.mark.long
-def test_our_side_computes_dpo_of_the_librarys_own_forwards(trl_dpo, tmp_path):
+def test_our_side_computes_dpo_of_the_librarys_own_forwards(tmp_path):
     """Two images with two rejected texts each; transformers scores every text by itself, in a process that does not know this package."""
     settings = trl_dpo.Settings(rejected=2, pairs=4, visual=16, vocabulary=512, batch=4)
     trl_dpo.prepare(tmp_path / "data", settings, SIZE)
     ours = trl_dpo.Ours(tmp_path / "data", settings)
     tokens = ours.tokens()
-    assert tokens[0]["prompt"] == tokens[4]["prompt"] and tokens[0] == tokens[1] != tokens[2] and len(tokens) == 8
     decoded = [ours.collator.processor.tokenizer.decode(each["scored"]) for each in tokens]
     texts = [[candidate.text for candidate in group.candidates] for group in ours.groups]
-    assert decoded == [text for first, *others in texts for text in [first] * len(others)] + [
-        text for _, *others in texts for text in others
-    ]
+    pairs = [(first, other) for first, *others in texts for other in others]
+    assert decoded == [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+    assert all(chosen["prompt"] == rejected["prompt"] for chosen, rejected in zip(tokens[:4], tokens[4:], strict=True))
     plain, found = trl_dpo.unaided(tmp_path / "data", ours.groups, settings.beta), ours.step(0)
-    for name, value in plain.items():
-        assert found[name] == pytest.approx(value, rel=1e-5)
+    assert {name: found[name] for name in plain} == pytest.approx(plain, rel=1e-5)
     assert abs(plain["loss"] - math.log(2)) > 1e-3, "the reference is another model"
 
 
-def test_sides_that_differ_are_named_and_medians_leave_the_warm_up_out(trl_dpo):
-    def step(seconds: float, loss: float) -> dict[str, dict[str, float]]:
-        mine = {"seconds": seconds, "wall": 2 * seconds, "loss": loss, "chosen": -40.0, "rejected": -50.0, "grad_norm": 3.0}
-        return {"ours": mine, "trl": {**mine, "seconds": 4 * seconds, "wall": 4 * seconds, "reference_seconds": seconds}}
-
-    steps = [step(seconds, 0.7) for seconds in (90.0, 9.0, 1.0, 3.0, 2.0)]
+def test_sides_that_differ_are_named_and_medians_leave_the_warm_up_out():
+    plain = {"loss": 0.7, "chosen": -40.0, "rejected": -50.0}
+    steps = []
+    for seconds in (90.0, 9.0, 1.0, 3.0, 2.0):
+        mine = {**plain, "seconds": seconds, "wall": 2 * seconds, "grad_norm": 3.0}
+        steps.append({"ours": mine, "trl": {**mine, "seconds": 4 * seconds, "wall": 4 * seconds, "reference_seconds": seconds}})
     found = trl_dpo.summary(steps, scoring=10.0)
     assert (found["ours_seconds"], found["trl_seconds"], found["trl_reference_seconds"]) == (2.0, 8.0, 2.0)
-    ratios = [found[f"ratio{name}"] for name in ("", "_without_reference", "_with_scoring", "_of_wall_clock")]
-    assert ratios == [4.0, 3.0, 2.0, 2.0]
-    plain = {"loss": 0.7, "chosen": -40.0, "rejected": -50.0}
+    assert [found[f"ratio{name}"] for name in ("", "_without_reference", "_with_scoring", "_of_wall_clock")] == [4.0, 3.0, 2.0, 2.0]
     assert trl_dpo.disagreements(steps, plain) == []
     steps[0]["trl"]["grad_norm"], steps[3]["trl"]["loss"] = 3.01, float("nan")
     off = trl_dpo.disagreements(steps, {**plain, "loss": 0.7002})
