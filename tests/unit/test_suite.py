@@ -20,7 +20,7 @@ import pyarrow
 import pytest
 import test_benchmarks
 import torch
-from conftest import caption, contents, draw, plain_logp
+from conftest import caption, contents, draw, plain_logp, printed, refused
 from PIL import Image
 from pyarrow import parquet
 from test_benchmarks import put
@@ -591,7 +591,7 @@ def test_a_comparison_is_written_as_table_figure_and_page(tmp_path, capsys):
     page = (out / "results.html").read_text()
     assert "<b>" not in page and "+25.0" in page and page.count('<img src="differences.png"') == 1 and "<script" not in page
     (out / "notes.txt").write_text("mine")
-    assert "compared is there and not empty" in refused(capsys, "compare", one, other, "--out", out)
+    assert "compared already exists" in refused(capsys, "compare", one, other, "--out", out)
     assert "one" in refused(capsys, "compare", one, other, "--out", one)
 
 
