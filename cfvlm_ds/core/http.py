@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import ssl
 import urllib.error
 from collections.abc import Mapping
@@ -76,9 +77,11 @@ class _Watched(requests.HTTPHandler, requests.HTTPSHandler):
 class _Redirects(requests.HTTPRedirectHandler):
     """Handler that follows redirects without reading their bodies, which have no limit."""
 
-    def redirect_request(self, req: Any, fp: Any, *reply: Any) -> Any:
-        fp.read = lambda *size: b""
-        return super().redirect_request(req, fp, *reply)
+    def http_error_302(self, req: Any, fp: Any, *reply: Any) -> Any:
+        fp.close()
+        return super().http_error_302(req, io.BytesIO(), *reply)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 _TLS = ssl.create_default_context()

@@ -241,7 +241,7 @@ def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path, model_dir):
     os.truncate(tmp_path / "long.png", 2**40)
     os.mkfifo(tmp_path / "pipe.png")
     collator = load_collator(ModelConfig(str(model_dir)), "full")
-    for name, said in (("long.png", f"has (more than {MAX_BYTES}|{2**40}) bytes"), ("pipe.png", "no such image|a named pipe and not")):
+    for name, said in (("long.png", f"has (more than {MAX_BYTES}|{2**40}) bytes"), ("pipe.png", "no such image|a named pipe, not")):
         path = tmp_path / name
         with within(20):
             for read in (open_image, lambda path: collator.files.content((path, False))):

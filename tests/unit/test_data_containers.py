@@ -259,7 +259,7 @@ def test_several_files_are_one_source(folder):
         open_groups(folder / "part-*.csv", format="captions")[3]
     for pattern, said in (
         ("none-*.csv", "no such manifest; correct the path"),
-        ("*.*", "one kind, csv, tsv"),
+        ("*.*", "one kind (csv, tsv"),
     ):
         assert said in refusal(folder / pattern)
 
@@ -354,7 +354,7 @@ BAD = {
     "table in Latin-1": (table((HEAD + "images/000.png,é\n").encode("latin-1")), "0xe9"),
     "semicolons in capitals": (table("image;caption\na;b\n", "a.CSV"), "commas"),
     "tabs in a CSV": (table("image\tcaption\na\tb\n"), "tabs.*[.]tsv"),
-    "commas in a TSV": (table("image,caption\na,b\n", "a.tsv"), "commas .* tabs"),
+    "commas in a TSV": (table("image,caption\na,b\n", "a.tsv"), "commas.* tabs"),
     "empty table": (table(""), "empty"),
     "header alone": (table(HEAD), "no rows"),
     "table in UTF-16 without a mark": (table(HEAD.encode("utf-16-le")), "UTF-16"),
@@ -380,9 +380,9 @@ BAD = {
     "instances of COCO": (table(json.dumps(COCO | {"annotations": [{"image_id": 1}]}), "a.json"), "annotations, item 1: key 'caption'"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: .* 1"),
     "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), "images, item 1: key 'file_name'"),
-    "tar cut between members": (packed(SHOT, ("a.txt", b"a dog"), cut=8192), "^[^(]*cut off"),
-    "cut tar": (packed(SHOT, ("a.txt", b"a dog"), ("b.png", picture(1)), ("b.txt", b"x" * 600), cut=6200), "cut off"),
-    "no tar": (table(b"x" * 2000, "a.tar"), "get it|no rows"),
+    "tar cut between members": (packed(SHOT, ("a.txt", b"a dog"), cut=8192), "^[^(]*truncated"),
+    "cut tar": (packed(SHOT, ("a.txt", b"a dog"), ("b.png", picture(1)), ("b.txt", b"x" * 600), cut=6200), "truncated"),
+    "no tar": (table(b"x" * 2000, "a.tar"), "complete copy|no rows"),
     "tar of headers without end": (chained, "sample 'a' .*recursion"),
     "compressed tar": (packed(SHOT, ("a.txt", b"x"), mode="w:gz"), "compressed"),
     "tar.gz": (packed(SHOT, ("a.txt", b"x"), mode="w:gz", name="a.tar.gz"), "gunzip a.tar.gz"),
@@ -491,7 +491,7 @@ def test_members_of_a_tar_lead_nowhere(folder):
     header = tarfile.TarInfo("b.png")
     header.size = 10**12
     (folder / "b.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    assert "cut off" in refusal(folder / "b.tar", "webdataset")
+    assert "truncated" in refusal(folder / "b.tar", "webdataset")
     header.type, header.size = tarfile.XHDTYPE, 1 << 40
     (folder / "c.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     os.truncate(folder / "c.tar", 1 << 42)

@@ -613,7 +613,7 @@ def test_the_nll_is_that_of_every_true_text_on_its_image(collator, scorer, model
     assert len(true) > 4
     rows, _ = evaluate(scorer, collator, {"s": some}, ALONE, 3, objectives={"csd": Csd()})
     assert flat_metrics(rows)["eval/s/nll"] == pytest.approx(expected := nats / tokens, rel=1e-5)
-    assert headline(rows["s"]).endswith(f"; NLL {expected:.4f} a token")
+    assert headline(rows["s"]).endswith(f"; NLL {expected:.4f} per token")
 
 
 def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(collator, scorer, groups):

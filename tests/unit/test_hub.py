@@ -131,7 +131,7 @@ def test_what_is_not_there_is_said_in_a_sentence(server, monkeypatch):
         "hf://models/me/mine/x": "hf://datasets/ORG/NAME/FILES",
         "hf://datasets/me/mine/../../x": "no part may be empty, . or ..",
         "hf://datasets/me/mine/*/x.tar": "only the last part",
-        "hf://datasets/me/mine/data/*.tar": "has no such file; it has README.md, shards/00000.tar, shards/00001.tar",
+        "hf://datasets/me/mine/data/*.tar": "has no such file; it contains README.md, shards/00000.tar, shards/00001.tar",
         "hf://datasets/me/other/*.tar": r"cannot be fetched \(RepositoryNotFoundError: .*run `hf download --repo-type dataset me/other",
     }
     for address, sentence in cases.items():
