@@ -118,7 +118,7 @@ def test_a_part_that_is_not_there_is_named(rows, tmp_path):
             assert str(error.value).count(str(bad)) == 1 and "\n" not in str(error.value)
     table.verify(part)  # opening it says what is wrong
     problems = check_manifest(rows[1], format="pairs").problems
-    assert any(problem.startswith(f"{rows[1]}:") and f"get {tar.name} whole" in problem for problem in problems)
+    assert any(problem.startswith(f"{rows[1]}:") and tar.name in problem for problem in problems)
     with pytest.raises(TooLarge):
         picture_bytes(Path(f"{tar}#0+11"), 10)
     os.mkfifo(tmp_path / "pipe.tar")

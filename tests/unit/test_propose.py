@@ -276,7 +276,7 @@ def test_words_of_ones_own_are_what_edits_lead_to(tmp_path):
         ("a blue car near two dogs", "colour", ""),
         ("a red car near three dogs", "count", ""),
         ("two red dogs near a car", "swap_object", ""),
-        ("two red cats near a car", "swap_object", "same words"),
+        ("two red cats near a car", "swap_object", "words differ"),
         ("a blue car near three dogs", "colour", "more than one"),
         ("a red car near three cats", "count", "more than one"),
         ("a red automobile near two dogs", "object", "paraphrase"),

@@ -114,7 +114,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
     [
         (["--model", "{name_or_path: ''}"], "model.name_or_path"),
         (["--data.train", "[]"], "data.train"),
-        (["--objective.batch_align.pmi", "0", "--train.hard_negatives", "1"], "batch_align compares"),
+        (["--objective.batch_align.pmi", "0", "--train.hard_negatives", "1"], "batch_align "),
         (
             ["--train.hard_negatives", "1", *(part for term in ("csd", "fcd") for part in (f"--objective.{term}.weight", "0"))],
             "train.hard_negatives keeps",
@@ -125,8 +125,8 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
         (["--data.format", "cfgrop"], "'cfgroup'"),
         (["--objective.dpo.weight", "1"], "stored scores"),
         (["--objective.dpo.weight", "1", "--data.scores", "absent"], "absent: "),
-        (["--objective.batch_align.weight", "1"], "batch_align: "),
-        (["--objective.batch_align.pmi", "0", "--train.per_device_train_batch_size", "1"], "batch_align: "),
+        (["--objective.batch_align.weight", "1"], "batch_align"),
+        (["--objective.batch_align.pmi", "0", "--train.per_device_train_batch_size", "1"], "batch_align "),
         (FROZEN, "every module is frozen"),
         ([*FROZEN, *LORA], "4-bit weights under ZeRO-3"),
         (LORA, "model.language_model.tuning"),
