@@ -48,8 +48,8 @@ class RowsTogether:
     """Order of rows with several groups each, which keeps the groups of a row together.
 
     Args:
-        firsts: index of the first group of each row, then the number of groups, [rows + 1].
-        num_groups: number of groups that are used, from the first on; None for all.
+        firsts: index of each row's first group, followed by the total number of groups, [rows + 1].
+        num_groups: use only the first ``num_groups`` groups; None for all.
     """
 
     def __init__(self, firsts: npt.NDArray[Any], num_groups: int | None = None) -> None:

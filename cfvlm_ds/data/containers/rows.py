@@ -18,7 +18,7 @@ MAX_ROW = 4 * MIB
 
 
 def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:
-    """Yield the rows of a file. Any error of the parser ``read`` becomes one DataError that names the file and the last row before it."""
+    """Yield the rows of a file. If the parser ``read`` fails, raises a DataError that names the file and the last row that was read."""
     where = ""
     try:
         for where, row in read(path):

@@ -32,7 +32,7 @@ _NEGATIVE_TEXTS = ("neg_caption", "neg_caption.txt", "negative_caption", "negati
 
 
 class _Members(Captions):
-    """Columns that are members of a sample."""
+    """The captions format, with the members of a sample as its columns."""
 
     source = "webdataset"
 
