@@ -220,7 +220,7 @@ def lines_of(file: Path) -> int:
 
 
 def consumed(folder: Path, rows: int, world: int, first: int, last: int) -> list[str]:
-    """Return the groups of each step of an undisturbed run, in order."""
+    """Return the groups in each step of an undisturbed run, in order."""
     start(folder, rows, world, 0, first, last, out := folder / "undisturbed").wait()
     return out.read_text().splitlines()
 

@@ -63,7 +63,7 @@ class _Head:
 
 
 class _ModelFails(DataError):
-    """Failure of the model's chat template or tokenizer: an exception, or omitted text."""
+    """The model's chat template or tokenizer failed: it raised an exception or omitted text."""
 
 
 def placeholder_id(processor: Any) -> int:

@@ -128,8 +128,8 @@ class TrainConfig:
         max_grad_norm: clip the global gradient norm to this value; 0 disables clipping.
         router_balance: weight of transformers' router balance loss, for a mixture of experts, over the tokens of the whole step; published
             configurations use 0.001. A step of several forwards runs each of them once more.
-        hard_negatives: number of counterfactuals of each group that a step trains on: those that the model currently scores highest. A
-            forward without gradients scores all of them first. When not given, a step trains on all.
+        hard_negatives: number of counterfactuals per group that a step trains on: those that the model currently scores highest. A forward
+            without gradients scores all of them first. When not given, a step trains on all.
         lr_scheduler_type: a schedule name of transformers, such as cosine, linear, constant_with_warmup.
         warmup_ratio: share of all steps over which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.

@@ -23,11 +23,10 @@ MAX_SIDE = 1024
 """Largest number of images, and of texts, of a group."""
 MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
-"""Largest number of cells of a truth table."""
+"""Largest number of cells in a truth table."""
 MAX_COMPARISONS = 1 << 18
-"""Largest number of comparisons of a group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with
-the same text. 256 images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions.
-"""
+"""Largest number of comparisons per group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with the
+same text. 256 images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions."""
 MAX_REPORTED = 1 << 21
 """Largest product of the comparisons and the edits of one image or text, because an evaluation assigns each comparison to its edits."""
 SHAM = "sham"

@@ -1,4 +1,4 @@
-"""Permutations of the groups of an epoch, which depend only on the number of groups, the seed and the epoch.
+"""Permutations of an epoch's groups, which depend only on the number of groups, the seed and the epoch.
 
 Up to ``STORED`` groups, a permutation is drawn and kept. Beyond that, its entries are computed on demand without memory, by a Feistel
 network over the next power of two; a result that is too large is passed through the network again until it is a group's index.
@@ -32,7 +32,7 @@ Array = npt.NDArray[np.uint64]
 
 
 def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: int) -> list[int]:
-    """Return the indices of the groups at ``count`` positions of an epoch from ``start`` on; fewer at the end of the epoch."""
+    """Return the indices of the groups at ``count`` positions of an epoch, starting at ``start``; fewer at the end of the epoch."""
     stop = min(start + count, num_groups)
     if num_groups <= STORED:
         return _stored(num_groups, seed, epoch)[start:stop].tolist()
@@ -45,7 +45,7 @@ def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: in
 
 
 class RowsTogether:
-    """Order of rows with several groups each, which keeps the groups of a row together.
+    """Permutation of groups that keeps the groups of a row together; a row may have several.
 
     Args:
         firsts: index of each row's first group, followed by the total number of groups, [rows + 1].
@@ -59,7 +59,7 @@ class RowsTogether:
         self._kept = functools.lru_cache(maxsize=8)(self._block)
 
     def permuted(self, start: int, count: int, seed: int | str, epoch: int) -> list[int]:
-        """Return the indices of the groups at ``count`` positions of an epoch from ``start`` on; fewer at the end of the epoch."""
+        """Return the indices of the groups at ``count`` positions of an epoch, starting at ``start``; fewer at the end of the epoch."""
         stop, groups = min(start + count, self.num_groups), list[int]()
         before = self._before(seed, epoch)
         while start < stop:

@@ -185,7 +185,7 @@ class PictureTables(PictureTable):
 
 
 def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int, pool: Executor) -> dict[Path, Size]:
-    """Return width and height of each picture, from the table or else from its header. Raises the same errors as image_size."""
+    """Return the width and height of each picture, from the table or else from its header. Raises the same errors as image_size."""
     distinct = list(dict.fromkeys(paths))
     entries = {} if known is None else {path: picture for path in distinct if (picture := known.find(path)) and picture.width}
     unknown = [path for path in distinct if path not in entries]

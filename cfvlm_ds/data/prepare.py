@@ -69,7 +69,7 @@ class PrepareOptions:
     Args:
         pack: copy the pictures into tars of the store; otherwise rows refer to their original files.
         open_pictures: open every picture; otherwise their sizes and digests are unknown, and later changes are not detected.
-        max_pixels: maximum number of pixels of a picture, as in ``open_image``.
+        max_pixels: maximum number of pixels in a picture, as in ``open_image``.
         on_error: reaction to invalid rows and to groups with an unusable picture: ``error`` prepares nothing, ``skip`` leaves them out and
             lists them.
     """
@@ -213,7 +213,7 @@ class _Job:
         )
 
     def _open_unit(self, units: _Files, number: int, keys: Array, places: Array, progress: Progress) -> None:
-        """Open the pictures of a unit of work and record them; with ``pack``, write their tar."""
+        """Open and record the pictures of one work unit; with ``pack``, write their tar."""
         records, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
         pack, file = self.options.pack, self.out / f"{units.name(number)}.tar"
         known = None if pack else PictureTables([*_opened_before(self.work, number), self.known])
@@ -329,7 +329,7 @@ class _Job:
 
 
 class Chunk(NamedTuple):
-    """Encoded rows of a range of groups, and their contributions to the tables; ``rows`` has the index of each group's source row."""
+    """Encoded rows for a range of groups, and their contributions to the tables; ``rows`` has the index of each group's source row."""
 
     lines: bytes
     rows: Array

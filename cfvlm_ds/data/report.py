@@ -23,7 +23,7 @@ _SHOWN, _SHOWN_CHARS = 30, 60  # names in a line, and characters of each
 
 @dataclass
 class CheckReport:
-    """Counts over the valid rows of a manifest, and its problems. Each problem is one sentence that begins with file and row."""
+    """Counts over the valid rows of a manifest, and its problems. Each problem is one sentence that begins with the file and the row."""
 
     manifest: str
     num_groups: int = 0
@@ -149,7 +149,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Strip file and row from a problem, to recognise the same problem in several rows."""
+    """Strip the file and the row from a problem, to recognise the same problem in several rows."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 

@@ -25,12 +25,12 @@ from cfvlm_ds.data.rows import Rows
 T = TypeVar("T")
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
-"""Row -> group, or groups, with image paths as written. Its DataErrors do not name file and line."""
+"""Row -> group, or groups, with image paths as written. Its DataErrors do not name the file and line."""
 
 
 class GroupStore(Lazy[CounterfactualGroup]):
-    """Groups of a manifest. Accessing a group of an invalid row raises a DataError that names file, row and remedy. Threads and forked
-    processes can share one object.
+    """Groups of a manifest. Accessing a group of an invalid row raises a DataError that names the file, the row and the remedy. Threads and
+    forked processes can share one object.
 
     Args:
         rows: rows of the manifest.
@@ -127,7 +127,7 @@ def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:
 
 
 def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
-    """Return the index of the first group of each row, then the number of groups; None for a format with one group per row.
+    """Return the index of each row's first group, followed by the total number of groups; None for a format with one group per row.
 
     ``over`` applies a given function to chunks of the rows. Raises DataError for too many groups.
     """

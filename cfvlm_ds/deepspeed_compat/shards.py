@@ -59,7 +59,7 @@ class Weight:
 
 
 def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any = None) -> dict[str, list[Piece]]:
-    """Return the pieces of each weight in order. ``sizes`` are the numbers of elements of each rank's flat tensors. Raises ConfigError if
+    """Return the pieces of each weight in order. ``sizes`` are the numbers of elements in each rank's flat tensors. Raises ConfigError if
     they do not fit.
     """
     return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes, paddings)
@@ -198,7 +198,7 @@ class Shards:
         return self.contents(self._optimizer[rank])[_ZERO]
 
     def _sizes(self) -> list[list[int]]:
-        """Return the number of elements of each rank's flat tensors. Under ZeRO-3 it is the same on all ranks, and only the file of the
+        """Return the number of elements in each rank's flat tensors. Under ZeRO-3 it is the same on all ranks, and only the file of the
         first is opened.
         """
         ranks = [0] if self._stage == 3 else range(len(self._optimizer))

@@ -20,7 +20,7 @@ Lengths = Callable[[Candidate], int]
 """Function that returns the number of tokens of a candidate's text under the model's tokenizer."""
 
 MOST_CELLS = 256
-"""Maximum number of texts of a group that several items share."""
+"""Maximum number of texts in a group that several items share."""
 
 Place = tuple[int, tuple[int, ...]]
 """Index of a group, and columns of its scores."""

@@ -1,6 +1,6 @@
 """Calibration: margins and weights of objectives for a model and its data, derived from the model's gaps before training.
 
-A gap is S[true] - S[false] of a comparison of an objective: between texts on one image (csd), or between images for one text (fcd).
+A gap is S[true] - S[false] in one of an objective's comparisons: between texts on one image (csd), or between images for one text (fcd).
 """
 
 from __future__ import annotations

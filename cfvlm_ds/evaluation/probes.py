@@ -124,12 +124,13 @@ class Letters(Probe):
     """Multiple choice by the letter of an option: the log of its probability among the letters, averaged over orders of the options.
 
     Up to four options are presented in all orders, more in cyclic orders. Each option has each position equally often, so a preference for
-    a position or a letter is not an advantage. ``alone`` asks without question and picture, which measures the prior of the options.
+    a position or a letter is not an advantage. ``alone`` asks without the question and the picture, which measures the prior of the
+    options.
 
     Args:
         question: question for an item without one, such as captions.
         instruction: text after the options.
-        prior: also score the options without question and picture.
+        prior: also score the options without the question and the picture.
     """
 
     name: ClassVar[str] = "letters"

@@ -52,7 +52,7 @@ class Scorer(nn.Module):
     tokens.
 
     Everything happens inside one forward, so that ZeRO-3 gathers each layer once for any number of candidates, and every rank calls every
-    submodule equally often. ``routed`` is the routing of a mixture of experts in the last forward.
+    submodule equally often. ``routed`` holds the expert routing of the last forward, if the model is a mixture of experts.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:

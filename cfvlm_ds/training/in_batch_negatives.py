@@ -32,7 +32,7 @@ Entry = CounterfactualGroup | DataError
 
 
 class StepPart(NamedTuple):
-    """A micro-batch: the indices of all groups of its step in the data, and the positions of its own groups among them."""
+    """A micro-batch: the data indices of all groups in its step, and the positions of its own groups among them."""
 
     step: tuple[int, ...]
     places: range
@@ -172,7 +172,7 @@ class CrossRankScores:
 
     @classmethod
     def gathered(cls, local: Sequence[Scores], world: World) -> CrossRankScores:
-        """Gather the scores of all micro-batches of the step from all ranks; collective."""
+        """Gather the scores of the step's micro-batches from all ranks; collective."""
         mine = np.concatenate([_entries(scores) for scores in local])
         return cls(np.concatenate(gather_objects(mine, world)))
 

@@ -37,7 +37,7 @@ CHANGES = "before_after.json"
 PAGE = "results.html"
 """Page for a browser with results.md and the figures."""
 WORST = "worst"
-"""Folder of the page of the groups with the worst margins."""
+"""Folder of the page that shows the groups with the worst margins."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:

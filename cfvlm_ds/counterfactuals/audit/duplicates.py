@@ -36,8 +36,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Pair:
-    """Indices of two equal or nearly equal pictures in two sequences, and the number of bits in which their hashes differ, or -1 for the
-    same file.
+    """Indices of two equal or nearly equal pictures in two sequences, and the number of bits in which their hashes differ, or -1 if they
+    are the same file.
     """
 
     first: int

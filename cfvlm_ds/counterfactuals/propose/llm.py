@@ -48,7 +48,7 @@ For swap_attribute and swap_object the new caption has the same words in another
 
 
 class LanguageModel:
-    """Back end ``llm``."""
+    """Back end ``llm``: a language model on a server proposes the edits."""
 
     def __init__(self, context: Context) -> None:
         self._options = options = context.options

@@ -99,7 +99,7 @@ class Captions:
         check_label(self.label, self.true, self.false, **given, paired=not self.paired)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Its DataErrors do not name file and line."""
+        """Convert a row to a group. Its DataErrors do not name the file and line."""
         if self.label:
             return joined([self._claim(row)])
         read = self._read(row)

@@ -248,7 +248,7 @@ class Instruct:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a row to a group, or to several. Its DataErrors do not name file and line."""
+        """Convert a row to a group, or to several. Its DataErrors do not name the file and line."""
         if self.label:
             return joined([self._claim(row)])
         read = self._read(row)

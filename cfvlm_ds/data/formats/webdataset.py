@@ -66,7 +66,7 @@ class WebDataset:
         check_label(self.label, self.true, self.false)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a sample to a group. Its DataErrors do not name file and line."""
+        """Convert a sample to a group. Its DataErrors do not name the file and line."""
         read, columns = self._read(row)
         group = read(columns)
         assert isinstance(group, CounterfactualGroup)
