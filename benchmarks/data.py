@@ -1,4 +1,4 @@
-"""Benchmark of data sets of any size: preparing, opening, starting, reading and resuming, each in its own process, with targets.
+"""Benchmark for data sets of any size: preparing, opening, starting, reading and resuming, each in its own process, with targets.
 
     python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, about ten minutes
     python benchmarks/data.py FOLDER --rows 10000 10000000      # an hour more

@@ -55,7 +55,7 @@ SIZES = {"natural": 16000, "train": 1200, "validation": 120, "test": 400, "yes_n
 """Number of groups in each manifest; ``names`` counts for two, one with training and one with held-out things."""
 TESTS = ("test", "yes_no", "names", "names_new")
 PRIOR_LIMIT = 200
-"""Number of groups of ``test`` on which the language model's guesses are measured before it has seen any picture."""
+"""Number of groups in ``test`` on which the language model's guesses are measured before it has seen any picture."""
 SHORT, LONG = 2, 10
 """Steps of the two runs from whose difference the time of a step is computed."""
 NATURAL = 1200

@@ -252,7 +252,7 @@ class Collator:
             raise DataError(with_names(error, [group], sizes)) from error
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """Count the visual tokens of pictures of ``sizes`` (width, height) that are shown together.
+        """Count the visual tokens of pictures that have ``sizes`` (width, height) and are shown together.
 
         Raises DataError if the model's processor cannot take one of that size.
         """

@@ -42,7 +42,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
-    """Format the error, naming the group and file of a picture of this size."""
+    """Format the error, naming the group and file of a picture with this size."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -51,7 +51,7 @@ def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], size
 
 
 class ImageFiles:
-    """Source of the inputs of pictures: opens their files and runs the processor.
+    """Source of picture inputs: opens the files and runs the processor.
 
     Args:
         processor: the model's processor.
@@ -177,7 +177,7 @@ class ImageFiles:
 
 
 class CachedFeatures:
-    """Source of the inputs of pictures from a frozen vision tower's cached outputs; the pictures are not opened."""
+    """Source of picture inputs: reads a frozen vision tower's cached outputs, without opening the pictures."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache

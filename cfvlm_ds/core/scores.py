@@ -26,8 +26,8 @@ class Scores:
     ``logp`` under the reference model, and ``prior`` [G, C] is log p(text | blank image) under the reference model; both are stored data
     without a gradient.
 
-    ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups of the optimizer step, -inf where there are fewer
-    than R. They have no gradient, because each of those groups gets its gradient through its own scores.
+    ``cross_group`` [G, C, R] holds scores of the same texts on images of the optimizer step's other groups, -inf where there are fewer than
+    R. They have no gradient, because each of those groups gets its gradient through its own scores.
     """
 
     layout: GroupLayout

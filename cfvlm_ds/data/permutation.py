@@ -123,7 +123,7 @@ def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Arra
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """Apply a bijection of numbers of ``bits`` bits. Each round changes one half by a function of the other half and a key, and swaps the
+    """Apply a bijection of numbers with ``bits`` bits. Each round changes one half by a function of the other half and a key, and swaps the
     halves.
     """
     low, high = bits // 2, bits - bits // 2

@@ -24,7 +24,7 @@ _OPEN = 256  # containers that a process keeps open, because parallel file syste
 
 
 def part_name(container: str, start: int, length: int) -> str:
-    """Return the name of ``length`` bytes of a container from offset ``start`` on."""
+    """Return the name of ``length`` bytes in a container, starting at offset ``start``."""
     return f"{container}#{start}+{length}"
 
 

@@ -48,7 +48,7 @@ from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, is_store
 
 PICTURED = 1 << 15
-"""Number of groups whose pictures are one unit of work; with ``pack``, a tar of a few GB of photographs."""
+"""Number of groups whose pictures are one work unit; with ``pack``, a tar with a few GB of photographs."""
 
 ROWS = 1 << 18
 """Number of groups in one file of rows. It is large because a process keeps these files open."""
@@ -143,7 +143,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Job:
-    """Work of one call to ``prepare``."""
+    """One call to ``prepare``: its arguments and its work."""
 
     source: GroupStore
     out: Path
@@ -447,8 +447,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """Remove a store of another state of the data set, complete or unfinished, if ``remove_it``. Return the tables of its pictures, which
-    are empty if nothing was removed.
+    """Remove a store made from another state of the data set, complete or unfinished, if ``remove_it``. Return the tables of its pictures,
+    which are empty if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)

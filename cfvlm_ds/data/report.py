@@ -85,7 +85,7 @@ class CheckReport:
             self.longest_text, self.longest_text_where = length, f"{where()}, text {number}"
 
     def add(self, other: CheckReport) -> None:
-        """Add the report of later rows of the same manifest."""
+        """Add the report on later rows in the same manifest."""
         if other.longest_text > self.longest_text:
             self.longest_text_unit, self.longest_text_where = other.longest_text_unit, other.longest_text_where
         self.longest_text = max(self.longest_text, other.longest_text)
@@ -103,7 +103,7 @@ class CheckReport:
 
     @property
     def visual_range(self) -> str:
-        """Minimum, median and maximum number of visual tokens of an image; "" without a model or pictures."""
+        """Minimum, median and maximum number of visual tokens per image; "" without a model or pictures."""
         if not self.visual_tokens:
             return ""
         low, middle, most = quantiles(self.visual_tokens, 0, 50, 100)

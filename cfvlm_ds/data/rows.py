@@ -31,7 +31,7 @@ class Rows(Protocol):
 
 
 class LineRows:
-    """Rows of JSON lines, read on access."""
+    """Rows of a JSON lines file, read on access."""
 
     roots: tuple[Path, ...] = ()
 

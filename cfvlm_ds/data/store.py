@@ -36,7 +36,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         rows: rows of the manifest.
         roots: folders that pictures may be in; a relative path is joined to the first one that has the file.
         convert: function from a row to its groups: the format or, for rows with labels, ``joined`` of formats/truth.py.
-        firsts: index of the first group of each row, then the number of groups; None if every row is one group.
+        firsts: index of each row's first group, followed by the total number of groups; None if every row is one group.
         format: name of the format, with its options.
         limit: maximum number of groups; only the first ones are used.
     """
@@ -63,8 +63,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Index of the first group of each row, then the number of groups; None if every row is one group. The rows of a prepared store are
-        those of its source.
+        """Index of each row's first group, followed by the total number of groups; None if every row is one group. The rows of a prepared
+        store are those of its source.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored

@@ -101,7 +101,7 @@ def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int
 
 
 class Shards:
-    """The files of a checkpoint of ZeRO-1, 2 or 3, which are memory-mapped on first use.
+    """The files of a ZeRO-1, 2 or 3 checkpoint, memory-mapped on first use.
 
     Raises ConfigError for a folder that is not such a checkpoint, or whose files do not match its number of ranks. Other damage may raise
     any exception.

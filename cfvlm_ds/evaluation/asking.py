@@ -17,7 +17,7 @@ from cfvlm_ds.evaluation.probes import Probe, Row
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 Lengths = Callable[[Candidate], int]
-"""Function that returns the number of tokens of a candidate's text under the model's tokenizer."""
+"""Function that returns the number of tokens in a candidate's text under the model's tokenizer."""
 
 MOST_CELLS = 256
 """Maximum number of texts in a group that several items share."""

@@ -39,7 +39,7 @@ _GUESSED = 75  # percentile of the blind gaps that a margin must cover
 
 @dataclass(frozen=True)
 class Gap:
-    """One comparison of a ``group``: the nats by which the true cell wins, and the number of tokens of the factual text.
+    """One comparison of a ``group``: the nats by which the true cell wins, and the number of tokens in the factual text.
 
     ``prior`` is the number of nats by which the language prior favours the true text; None for a comparison of images.
     """

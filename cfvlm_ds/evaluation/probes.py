@@ -101,7 +101,7 @@ class Match(Probe):
 
 @dataclass(frozen=True)
 class Answers(Probe):
-    """The log-likelihood of each text of an item, such as yes, no or a letter, as the answer to its question, summed over spellings."""
+    """The log-likelihood of each of an item's texts, such as yes, no or a letter, as the answer to its question, summed over spellings."""
 
     name: ClassVar[str] = "yes_no"
 

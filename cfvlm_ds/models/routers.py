@@ -1,4 +1,4 @@
-"""The routers of a mixture of experts: the tokens of each expert in a forward, and each expert's mean probability.
+"""The routers of a mixture of experts: the tokens that each expert gets in a forward, and each expert's mean probability.
 
 A token counts once for each text that it belongs to, as if every text stood in a row of its own, because the texts that share a prefix
 depend on the packing of groups. Shapes: E experts, T tokens, K experts per token.

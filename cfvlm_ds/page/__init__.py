@@ -58,7 +58,7 @@ _NAMES = {"index.html", "pictures", "report.md", "report.json", _MARKER, *_ASSET
 
 @dataclass(frozen=True)
 class Image:
-    """Picture files of one image, and its label."""
+    """An image on a page: its picture files and its label."""
 
     pictures: Sequence[Path]
     label: str

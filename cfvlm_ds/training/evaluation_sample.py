@@ -21,7 +21,7 @@ SHARE = 0.15
 the training's time.
 """
 _PARTS = 4
-"""Number of equal parts of the training between which the sample is scored."""
+"""Number of equal parts into which the evaluations of the sample divide the training."""
 
 
 @dataclass(frozen=True)

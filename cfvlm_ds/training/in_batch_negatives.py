@@ -1,4 +1,4 @@
-"""In-batch negatives: texts of other groups of an optimizer step, drawn before packing, and their scores on all ranks.
+"""In-batch negatives: texts from the other groups in an optimizer step, drawn before packing, and their scores on all ranks.
 
 The texts that a group gets depend only on the ids of the groups in the step, not on their distribution over ranks and micro-batches. Every
 rank therefore reads the rows of the whole step from the store, but opens no pictures of other ranks' groups.
@@ -55,7 +55,7 @@ class WholeSteps:
 
 
 class WithNegatives(Sequence[Entry]):
-    """The groups of a run, each with its position in the step and with texts of other groups of that step.
+    """The groups of a run, each with its position in its step and with texts from the other groups in that step.
 
     Args:
         groups: the training groups.

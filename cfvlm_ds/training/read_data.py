@@ -65,7 +65,7 @@ class RunData:
 
 
 class SourceData(NamedTuple):
-    """One of the training sets and its identity."""
+    """A training set: its groups and its identity."""
 
     groups: GroupStore
     identity: Identity

@@ -81,7 +81,7 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
 
 
 def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
-    """Return the values of the keys ``name`` and ``content`` of an item of COCO's file, and its other fields. Raises DataError."""
+    """Return the values of the keys ``name`` and ``content`` of an item in COCO's file, and its other fields. Raises DataError."""
     row = _row(value)
     if isinstance(row, DataError):
         raise DataError(f"{where}: {row}")

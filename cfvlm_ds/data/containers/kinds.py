@@ -22,7 +22,7 @@ from cfvlm_ds.data.containers.tar import tar_rows
 from cfvlm_ds.data.decoding import ENDINGS
 
 LINES = "jsonl"
-"""Kind of a file of JSON lines, into which every other container is converted."""
+"""Kind of a JSON lines file, into which every other container is converted."""
 
 CONTAINERS: dict[str, Callable[[Path], Rows]] = {
     "json": json_rows,

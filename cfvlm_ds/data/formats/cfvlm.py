@@ -27,7 +27,7 @@ _START, _END = "<|vision_start|>", "<|vision_end|>"
 
 @dataclass(frozen=True)
 class Cfvlm:
-    """Rows of CF-VLM's published files.
+    """Format of the rows in CF-VLM's published files.
 
     Args:
         ask: prompt of rows without text around the image; empty for no prompt.

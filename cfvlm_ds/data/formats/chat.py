@@ -223,7 +223,7 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruct:
-    """Rows of conversations as groups: one image and one text or, with ``label``, all labelled answers to one question.
+    """Base class of formats for conversations. A group has one image and one text or, with ``label``, all labelled answers to one question.
 
     Args:
         per_turn: make a group for every answer of a conversation instead of only for the last.

@@ -29,7 +29,7 @@ _WINOGROUND = re.compile(r"ex_[0-9]+_img_[01]", re.ASCII)
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of two images and two captions.
+    """Format of rows with two images and two captions.
 
     Args:
         ask: prompt of rows without one; empty for no prompt.

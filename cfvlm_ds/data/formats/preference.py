@@ -48,7 +48,7 @@ _KEYS = {*_CHOSEN, *_REJECTED, *_REJECTED_IMAGES, "id", "system"}
 
 @dataclass(frozen=True)
 class Preference:
-    """Rows of a chosen and a rejected answer, or picture.
+    """Format of rows with a chosen and a rejected answer, or picture.
 
     Args:
         ignore: columns that are not read, joined by ``+``.

@@ -42,7 +42,7 @@ class _Members(Captions):
 
 @dataclass(frozen=True)
 class WebDataset:
-    """Samples of a tar.
+    """Format of the samples in a WebDataset tar.
 
     Args:
         caption: member, or column of the ``json``, with the caption; ``txt.KEY`` is a value within a text that is a JSON object.

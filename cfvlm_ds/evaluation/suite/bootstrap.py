@@ -109,7 +109,9 @@ def drawn_together(
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """Return the interval of the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two values."""
+    """Return the interval that contains the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two
+    values.
+    """
     finite = [value for value in values if value == value]
     if len(finite) < 2:
         return None
