@@ -65,8 +65,8 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates its options without
-    question and picture, and is None if they are not scored.
+    """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates its options without the
+    question and the picture, and is None if they are not scored.
     """
 
     items: tuple[Item, ...]

@@ -69,7 +69,7 @@ class Answers:
     def loglikelihood(self, requests: Sequence[Any], documents: Documents) -> list[tuple[float, bool]]:
         """Return, for each request, the value of its text (see the module), and True if greedy decoding would generate the text.
 
-        A log-likelihood that is not finite counts as -infinity. Raises a DataError that names task and row.
+        A log-likelihood that is not finite counts as -infinity. Raises a DataError that names the task and the row.
         """
         progress, values, broken = Progress(self.world.say, "scoring", len(requests), "texts"), list[tuple[float, bool]](), 0
         for start in range(0, len(requests), _TOGETHER):
@@ -124,7 +124,7 @@ class Answers:
     def generate_until(self, requests: Sequence[Any], documents: Documents) -> list[str]:
         """Generate a text for each request, one at a time, up to the first of its stop strings.
 
-        Raises a DataError that names task and row.
+        Raises a DataError that names the task and the row.
         """
         progress, texts = Progress(self.world.say, "writing", len(requests), "texts"), list[str]()
         for request in progress.over(requests):

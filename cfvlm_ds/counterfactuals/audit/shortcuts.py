@@ -1,5 +1,5 @@
 """Shortcuts: classifiers that detect counterfactual texts from their words or length, and edited pictures from their grain, without regard
-to whether text and picture match.
+to whether the text and the picture match.
 
 Each classifier is fitted on half of the groups and evaluated on the other half; all groups of a source are in the same half.
 """
