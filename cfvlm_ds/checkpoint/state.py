@@ -11,7 +11,7 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError
 
 SCHEMA = 1
-"""Version of the files from which a run is resumed."""
+"""Format version of the files from which a run is resumed."""
 
 
 @dataclass

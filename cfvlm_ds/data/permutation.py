@@ -23,7 +23,7 @@ STORED = 1_000_000
 """Largest number of groups whose permutation is stored: 8 MB per epoch."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
-"""Names, in a sampler's state, of the computed order and of the order of rows with several groups; a changed order gets a new name."""
+"""Names of two orders in a sampler's state: the computed one, and the one for rows with several groups; a changed order gets a new name."""
 
 _BLOCK = 1 << 12  # positions computed at once
 _ROUNDS = 8  # four suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)

@@ -33,7 +33,7 @@ from cfvlm_ds.data.store import GroupStore
 SCHEMA = "cfstore/3"
 FILE, PICTURES, TOGETHER, ROW_KEYS, PICTURE_KEYS = "store.json", "pictures.table", "together.npy", "row_keys.npy", "picture_keys.npy"
 PARTS = "parts"
-"""Folder of unfinished work."""
+"""Folder for unfinished work."""
 BEGUN = f"{PARTS}/source.json"
 _OPEN = 200  # files of rows that a process keeps open
 

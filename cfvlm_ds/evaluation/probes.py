@@ -1,5 +1,5 @@
-"""Probes: methods of asking a model about an item of a benchmark. A probe converts the item into prompts and texts that the model scores,
-and their log-likelihoods into scores of the item.
+"""Probes: ways to ask a model about a benchmark item. A probe converts the item into prompts and texts that the model scores, and their
+log-likelihoods into scores of the item.
 
 Every probe returns one score per image and text, so the same metrics apply to all probes. The scores are computed on the item's pictures,
 on a blank picture and on another item's picture (cfvlm_ds.evaluation.asking).
