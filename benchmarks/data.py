@@ -1,4 +1,4 @@
-"""Benchmark of data sets of any size: preparing, opening, starting, reading and resuming, each in its own process, with targets.
+"""Benchmark for data sets of any size: preparing, opening, starting, reading and resuming, each in its own process, with targets.
 
     python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, about ten minutes
     python benchmarks/data.py FOLDER --rows 10000 10000000      # an hour more
@@ -220,7 +220,7 @@ def lines_of(file: Path) -> int:
 
 
 def consumed(folder: Path, rows: int, world: int, first: int, last: int) -> list[str]:
-    """Return the groups of each step of an undisturbed run, in order."""
+    """Return the groups in each step of an undisturbed run, in order."""
     start(folder, rows, world, 0, first, last, out := folder / "undisturbed").wait()
     return out.read_text().splitlines()
 

@@ -7,7 +7,7 @@
 
 Cases: 10 and 18 questions of 24 tokens with the answers yes and no; a question of 20 tokens with four options of 8 tokens in all 24 orders,
 answered with letters; 8 captions after one prompt. Every layout encodes the image once and must give the same scores, so only the language
-model is compared. Times are medians of process time of one thread, or of the device; the layouts take turns.
+model is compared. Times are medians: CPU time of one thread, or time on the device; the layouts take turns.
 """
 
 from __future__ import annotations

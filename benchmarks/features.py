@@ -7,7 +7,7 @@ Shapes are LLaVAs with the language model of benchmarks/scoring.py and 576 visua
 the language model is that of LLaVA-1.5-7B; in `large tower`, the tower's forward is a third of a step's operations, as with language models
 of 1B to 3B. A step is the forward and backward of one group, two pictures with two texts each, and trains everything except the tower.
 Preparing a step means opening the JPEG files (1024 x 768) or reading their features in the collator. Both ways must give the same loss.
-Times are medians, in seconds of process time of one thread.
+Times are medians, in CPU seconds of one thread.
 """
 
 from __future__ import annotations

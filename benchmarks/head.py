@@ -3,7 +3,7 @@
     python benchmarks/head.py
     python benchmarks/head.py --width 2048 --words 152064 --tokens 704 --scored 64
 
-Times are medians, in seconds of process time of one thread or of the device; memory is the peak above weights and inputs, including the
+Times are medians, in CPU seconds of one thread, or seconds on the device; memory is the peak above weights and inputs, including the
 gradient of the head's weight (words x width numbers).
 """
 

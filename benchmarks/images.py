@@ -5,8 +5,8 @@
     python benchmarks/images.py --images 4 8 --per-forward 4       # small images, several per forward
 
 The loss couples all images and texts, and both ways must give the same loss. The cache runs each forward twice, with as many images as
-data.max_tokens_per_forward allows when training. Times are medians, in seconds of process time of one thread or of the device; memory is
-the peak above weights and gradients.
+data.max_tokens_per_forward allows when training. Times are medians, in CPU seconds of one thread, or seconds on the device; memory is the
+peak above weights and gradients.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning in equal processor time: NLL, DPO and its relatives, the paper's literal sum, the default objective, and variants of the default
+"""Learning in equal CPU time: NLL, DPO and its relatives, the paper's literal sum, the default objective, and variants of the default
 without each term, with negatives of one kind, with adapters, and with in-batch alignment.
 
     python benchmarks/learning.py --table parts                 # runs what a table of RESULTS.md lacks, and prints the table
@@ -14,9 +14,9 @@ without each term, with negatives of one kind, with adapters, and with in-batch 
     python benchmarks/learning.py --grid                        # the options of `calibrate` and settings that a user would try
     python benchmarks/learning.py --report                      # the tables and figures of all finished runs
 
-Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
-The default objective takes --steps steps. The other arms take as many as the same processor seconds allow, measured by two short runs next
-to two of the default. Arms that need scores of the base read them from a file that is written once; its time is not counted.
+Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3. The
+default objective takes --steps steps. The other arms take as many as the same CPU seconds allow, measured by two short runs next to two of
+the default. Arms that need scores of the base read them from a file that is written once; its time is not counted.
 benchmarks/learning/runs.jsonl gets a line when a run ends, so seeds and rates can be added later and on another machine. A run with a line
 there is not repeated; to repeat a table, delete the lines of its runs first. --choose_rates decides with the validation split, which no
 table shows; those runs are in benchmarks/learning/rates.jsonl.
@@ -48,7 +48,7 @@ REPO = Path(__file__).resolve().parent.parent
 DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
 """Results that the demo prints next to its own: those of the base, of NLL on all pairs and of the default objective."""
 BASE = "base"
-"""Name of the record of the base's group accuracies, which the first run writes."""
+"""Name of the record with the base's group accuracies, which the first run writes."""
 PAGES = (RECORDS.with_name("RESULTS.md"), RECORDS.with_name("TRIALS.md"))
 """Pages into which --report writes tables."""
 CHOICE_SEEDS = 2
@@ -57,7 +57,7 @@ SHOWN = {"nll": (CONTROL_ARM, "1e-3"), "default": ("default", "3e-4")}
 TIMED = (SHOWN["nll"], ("mdpo", "3e-4"), SHOWN["default"])
 """Arms of the figure over time."""
 TESTS = 9000
-"""Least number of groups of each split in a world; --num_test uses fewer of them."""
+"""Least number of groups in each split of a world; --num_test uses fewer of them."""
 CHOICE_COMMAND = "benchmarks/learning.py --choose_rates --seeds 0"
 GRID_COMMAND = "benchmarks/learning.py --grid"
 SHORT, LONG = 20, 140
@@ -197,7 +197,9 @@ def run_choice(arguments: argparse.Namespace, job: Job, steps: int) -> None:
 
 
 def cost(arguments: argparse.Namespace, arm: str, more: int) -> float:
-    """Return the processor seconds of a step of the arm relative to the default's. Both run at the same time, so other load slows both."""
+    """Return the CPU seconds that a step of the arm takes, relative to the default's. Both run at the same time, so other load slows down
+    both.
+    """
     name = f"steps-{arm}{f'-more{more}' if more else ''}"
 
     def seconds(one: str) -> float:
@@ -269,7 +271,7 @@ def processor() -> str:
 def train(
     arguments: argparse.Namespace, folder: Path, job: Job, steps: int, limits: dict[str, int] | None = None, start: bool = False
 ) -> float:
-    """Train to the end, and return the processor seconds, including the start and the evaluation (``limits``: groups of each split)."""
+    """Train to the end, and return the CPU seconds, including the start and the evaluation (``limits``: groups of each split)."""
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
     arm, rows = KNOWN[job.arm], job.rows(arguments.out)
@@ -299,8 +301,8 @@ def train(
 
 
 def run_process(command: Sequence[str], folder: Path, variables: dict[str, str], leaves: str = "") -> float:
-    """Run a command to the end unless ``folder`` records that it has ended, and return the processor seconds of all its starts. Its output
-    is in FOLDER.log. If the file ``leaves`` is missing at the end, the command has only been stopped.
+    """Run a command to the end unless ``folder`` records that it has ended, and return the CPU seconds of all its starts. Its output is in
+    FOLDER.log. If the file ``leaves`` is missing at the end, the command has only been stopped.
     """
     whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_name(f"{folder.name}.log")
     if whole.exists():

@@ -126,7 +126,7 @@ def paired(key: tuple[str, ...], found: list[dict[str, Any]], rows: dict[tuple[s
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Return half the width of the 95 % t interval of the mean of two or more values."""
+    """Return half the width of the 95 % t interval for the mean of two or more values."""
     return T95[min(len(values), max(T95))] * statistics.stdev(values) / len(values) ** 0.5
 
 

@@ -6,9 +6,9 @@
     python benchmarks/making.py FOLDER --parts steps --rows 1000000 --steps propose edit
 
 The captions describe a thousand pictures. Each has a colour, two nouns, and sides that `flip` exchanges; twenty captions share a street, in
-which `mine` finds its pairs. Each step runs in its own process. Seconds are processor time. Memory is the peak of private memory, without
-the pages of mapped files, which all processes of a machine share. Verifying and scoring take turns on the same candidate groups with the
-same probes, so the tokens of their forward passes are the same. The script prints the tables of RESULTS.md.
+which `mine` finds its pairs. Each step runs in its own process. Seconds are CPU time. Memory is the peak of private memory, without the
+pages of mapped files, which all processes of a machine share. Verifying and scoring take turns on the same candidate groups with the same
+probes, so the tokens of their forward passes are the same. The script prints the tables of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def fresh(folder: Path, name: str, rows: int) -> dict[str, float]:
 
 
 def measured(part: Callable[[Path, int], dict[str, float]], folder: Path, rows: int) -> dict[str, float]:
-    """Run a part, and return its result with its processor seconds and its peak of private memory."""
+    """Run a part, and return its result with its CPU seconds and its peak of private memory."""
     most, over = [private_mb()], threading.Event()
 
     def watch() -> None:

@@ -16,7 +16,7 @@ its end, registered as documented), float32, sdpa, all weights train, no gradien
 each trainer are in benchmarks/RESULTS.md.
 
 Each trainer is installed from the package registry into its own environment under --environments, and runs in its own process with one
-thread. A step is forward, backward, clipping and update; its time is process time, the median after a warm-up step. Memory is the peak of
+thread. A step is forward, backward, clipping and update; its time is CPU time, the median after a warm-up step. Memory is the peak of
 resident memory from the first step on, shown with the resident memory before it (libraries, the model and, except for ours and
 prefix-grouper, the reference). The first step's loss is compared with one forward per sequence in transformers.
 

@@ -45,7 +45,7 @@ class Maker:
     def row(
         self, name: str, scenes: Sequence[Scene], texts: Sequence[tuple[str, str]], truth: Sequence[Sequence[int]], edit: Row | None = None
     ) -> Row:
-        """Return a row in the package's own format. ``texts`` are pairs of prompt and text, and ``truth`` has a line for each scene."""
+        """Return a row in the package's own format. ``texts`` are (prompt, text) pairs, and ``truth`` has a line for each scene."""
         seed = self.rng.random()  # shared by the pictures of a group, so that they differ only in the edit
         images = [{"id": f"i{at}", "path": self._picture(each, Random(seed))} for at, each in enumerate(scenes)]
         said = [{"id": f"t{at}", "prompt": prompt, "text": text} for at, (prompt, text) in enumerate(texts)]

@@ -168,7 +168,7 @@ def rgba_of(hsv: np.ndarray, alpha: np.ndarray) -> Image.Image:
 
 
 def dominant(picture: Image.Image) -> str:
-    """Return the name of the colour of most of a cut-out, including its lights and shades, or "" if there is none."""
+    """Return the name of the colour that covers most of a cut-out, including its lights and shades, or "" if there is none."""
     hsv, alpha = hsv_of(picture)
     part = _main_part(hsv, alpha)
     if not part.any() or part.sum() < SHARE * (alpha > 0.5).sum():
@@ -255,7 +255,7 @@ def _drawn_by(font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def num_pictures(source: Path) -> int:
-    """Return the number of pictures of a source, including those without a suitable name."""
+    """Return the number of pictures in a source, including those without a suitable name."""
     return len(list(source.glob("*.png"))) if source.is_dir() else len(_drawn_by(ImageFont.truetype(str(source), GLYPH)))
 
 
@@ -297,7 +297,7 @@ class Scene:
         return canvas
 
     def _places(self, rng: Random) -> list[tuple[float, float, float]]:
-        """Return the left edge, top edge and side of the part of each thing. Further things in quarters do not move the first ones."""
+        """Return the left edge, top edge and side length of each thing's part. Additional things in quarters do not move the first ones."""
         half = SIDE / 2
         if self.layout == "free":
             side = rng.uniform(0.55, 0.95) * SIDE

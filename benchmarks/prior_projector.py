@@ -98,7 +98,7 @@ def _features(folder: Path, pictures: list[Path]) -> Tensor:
 
 
 def _vectors(folder: Path, names: list[str]) -> Tensor:
-    """Return the mean vector of the words of each name, [names, width]."""
+    """Return the mean word vector of each name, [names, width]."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -11,8 +11,8 @@ Parts, each of which continues where it was stopped:
   yellow banana and a blue one, one castle and three, a cloud above and below a tree, one thing left or right of another.
 - base: the tower is trained in the package's small LLaVA; the projector is trained to produce the language model's word vectors; then LoRA
   on the language model is trained with NLL on natural captions. No changed picture is shown.
-- arms: LoRA on the language model, and the projector, from that base: NLL on natural pairs, NLL on all pairs, DPO, the default
-  objective. The default takes --steps steps, the others as many as the same processor seconds allow, measured by two short runs.
+- arms: LoRA on the language model, and the projector, from that base: NLL on natural pairs, NLL on all pairs, DPO, the default objective.
+  The default takes --steps steps, the others as many as the same CPU seconds allow, measured by two short runs.
 
 A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of training. The tests change only
 these. In benchmarks/real_prior/, runs.jsonl gets a line for each part, arm and seed when it ends, and rates.jsonl a line for each run with
@@ -52,10 +52,10 @@ REPO = Path(__file__).resolve().parent.parent
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 PARTS = ("model", "pictures", "base", "arms")
 SIZES = {"natural": 16000, "train": 1200, "validation": 120, "test": 400, "yes_no": 160, "names": 100}
-"""Number of groups of each manifest; ``names`` counts for two, one of training and one of held-out things."""
+"""Number of groups in each manifest; ``names`` counts for two, one with training and one with held-out things."""
 TESTS = ("test", "yes_no", "names", "names_new")
 PRIOR_LIMIT = 200
-"""Number of groups of ``test`` on which the language model's guesses are measured before it has seen any picture."""
+"""Number of groups in ``test`` on which the language model's guesses are measured before it has seen any picture."""
 SHORT, LONG = 2, 10
 """Steps of the two runs from whose difference the time of a step is computed."""
 NATURAL = 1200
@@ -226,7 +226,7 @@ def base(options: argparse.Namespace) -> None:
 
 
 def taught(options: argparse.Namespace, name: str, start: Path, steps: int, more: Sequence[str]) -> int:
-    """Train on natural captions, continuing from the newest checkpoint, write an export, and return the processor seconds."""
+    """Train on natural captions, continuing from the newest checkpoint, write an export, and return the CPU seconds."""
     splits = {each: str(options.out / "data" / f"{each}.jsonl") for each in ("names", "names_new")}
     own = [f"--data.evaluation={json.dumps(splits)}", "--train.export=true", "--train.save_minutes=5", "--train.save_total_limit=1"]
     return round(train(options, options.out / name, start, steps, [f"--data.train={options.out / 'data' / 'natural.jsonl'}", *own, *more]))
@@ -349,7 +349,7 @@ def rows_of(options: argparse.Namespace, arm: Arm) -> list[str]:
 
 
 def train(options: argparse.Namespace, folder: Path, start: Path, steps: int, more: Sequence[str]) -> float:
-    """Train, and return the processor seconds, including the start and the evaluation."""
+    """Train, and return the CPU seconds, including the start and the evaluation."""
     command = [sys.executable, "train.py", "--deepspeed", options.deepspeed, "--config", "benchmarks/real_prior.yaml"]
     command += [f"--model.name_or_path={start}", f"--train.output_dir={folder}", f"--train.max_steps={steps}", *more]
     return run_process(command, folder, {"OMP_NUM_THREADS": "1"}, "finished.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RUNS, RATE_RUNS = "runs.jsonl", "rates.jsonl"
-"""Files of a folder of records: runs that tables show, and those by which a learning rate was chosen."""
+"""Files in a folder of records: runs that tables show, and those by which a learning rate was chosen."""
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:

@@ -90,7 +90,7 @@ def recalls(logp: Matrix, blank: Matrix, asked: Sequence[Sequence[bool]]) -> tup
     """Return three shares: of pictures whose own caption is the likeliest, the same after subtracting ``blank``, and of captions that are
     likeliest on their own picture.
 
-    The arguments are [N, N] by picture and caption, with own pairs on the diagonal. Only cells in ``asked`` are used; a tie is wrong.
+    The arguments are [N pictures, N captions], with own pairs on the diagonal. Only cells in ``asked`` are used; a tie is wrong.
     """
     size = range(len(logp))
     pmi = [[value - without for value, without in zip(*both, strict=True)] for both in zip(logp, blank, strict=True)]

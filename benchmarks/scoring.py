@@ -288,7 +288,7 @@ def now(of: Case) -> float:
 
 
 def clock(device: torch.device) -> float:
-    """Return seconds: process time on a CPU, wall-clock time on a GPU, after it has finished its queue."""
+    """Return seconds: CPU time on a CPU, wall-clock time on a GPU, after it has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()

@@ -27,7 +27,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def measured(command: list[str], first: str = "") -> tuple[float, float, float]:
-    """Return the wall-clock seconds until a line that matches ``first`` (0 without one) and until the end, and the processor seconds."""
+    """Return the wall-clock seconds until a line that matches ``first`` (0 without one) and until the end, and the CPU seconds."""
     before, started, seen = os.times(), time.monotonic(), 0.0
     with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         lines = []

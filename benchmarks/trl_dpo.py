@@ -19,7 +19,7 @@ options and data align the two sides:
 
 The script compares, and exits with code 1 on a difference: token ids; loss, log-probs and gradient norm of the first step between TRL, this
 package, and one forward per sequence in transformers (tests/support/transformers_scores.py); the losses of later steps. Neither side runs
-under DeepSpeed. A step is forward, backward, clipping and update; times are seconds of process time, medians after a warm-up.
+under DeepSpeed. A step is forward, backward, clipping and update; times are CPU seconds, medians after a warm-up.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ LOSS, LATER, RELATIVE = 1e-4, 1e-3, 1e-4  # bounds: loss of the first step, of l
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of both sides."""
+    """Settings that both compared sides share."""
 
     rejected: int
     pairs: int
@@ -389,7 +389,7 @@ def disagreements(steps: Sequence[dict[str, dict[str, float]]], plain: dict[str,
 def summary(steps: Sequence[dict[str, dict[str, float]]], scoring: float) -> dict[str, float]:
     """Return medians in seconds after the warm-up, the ratios of TRL's to ours, and the largest difference between losses.
 
-    ``scoring`` is the process time in seconds for the stored scores of all steps.
+    ``scoring`` is the CPU time in seconds for the stored scores of all steps.
     """
     kept = steps[WARM_UP:]
 

@@ -173,7 +173,7 @@ def judged(arguments: argparse.Namespace, work: Path, truth: Truth, scorer: str,
 
 
 def by_rule(records: list[dict[str, Any]], truth: Truth, rule: str) -> dict[str, Any]:
-    """Return the results of a kind of score without a margin, and with the margin calibrated on half of the sources."""
+    """Return the results for a kind of score without a margin, and with the margin calibrated on half of the sources."""
     halves: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for record in records:
         halves[seed_of("half", record["source"]) % 2].append(record)
@@ -271,7 +271,7 @@ def best_verdict(records: Path) -> dict[str, Any]:
 
 
 def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str, seed: int, records: Path) -> dict[str, Any]:
-    """Train in a new process, like the quickstart, and return a record with processor seconds and group accuracies."""
+    """Train in a new process, like the quickstart, and return a record with the CPU seconds and group accuracies."""
     folder = arguments.out / f"train-{arm}-seed{seed}"
     config = yaml.safe_load((REPO / "examples" / "quickstart.yaml").read_text())
     del config["build"]
@@ -334,7 +334,7 @@ def verdict_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def fault_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yield a table of the share of kept candidates with each fault, in %, without a margin and with the calibrated one."""
+    """Yield a table with the share of kept candidates that have each fault, in %, without a margin and with the calibrated one."""
     yield f"| kept, % | {' | '.join(('no fault', *editor.FAULTS))} |"
     yield f"|---|{'---:|' * (1 + len(editor.FAULTS))}"
     for each in judgements:
@@ -346,7 +346,7 @@ def fault_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def training_tables(base: dict[str, Any] | None, runs: list[dict[str, Any]]) -> Iterator[Iterator[str]]:
-    """Yield tables of group accuracy over seeds for each set of groups, and of the fate of the candidates."""
+    """Yield tables of group accuracy over seeds for each set of groups, and of the candidates' fates."""
     if not runs:
         return
     yield accuracy_table(base, runs)

@@ -1,7 +1,7 @@
 """cfvlm_ds: counterfactual fine-tuning of generative vision-language models under DeepSpeed ZeRO-3.
 
-The names that a researcher needs to write and try an objective. Their only requirement is torch, which is imported when a name is first
-used, so that commands answer --help without it.
+This package exports what you need to write and try out an objective. The exports need only torch. They are imported on first use, so
+`--help` does not import torch.
 """
 
 from importlib import import_module

@@ -23,7 +23,7 @@ def page() -> str:
 
 
 def options() -> str:
-    """Return a table of the options of each section of the configuration, then of each term of the objective."""
+    """Return a table of options for each section of the configuration, then for each term of the objective."""
     from cfvlm_ds.core.config import SECTIONS
     from cfvlm_ds.objectives import OBJECTIVES
 

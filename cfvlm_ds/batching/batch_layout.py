@@ -47,9 +47,7 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
 
 
 def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
-    """Encode the texts of other groups of the step as answers to the factual text's prompt. Raises DataError for one that cannot be
-    encoded.
-    """
+    """Encode texts of the step's other groups as answers to the factual text's prompt. Raises DataError for one that cannot be encoded."""
     prompt, in_batch = group.candidates[0].prompt, () if group.in_step is None else group.in_step.in_batch
     where = f"group {group.id!r}: text of group"
     return [prompts.encoded(prompt, negative.text, group.num_pictures, f"{where} {negative.group!r}") for negative in in_batch]
@@ -70,7 +68,7 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
 
 
 def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Return the layout, extended with the texts of other groups of the step, which are encoded as ``texts``.
+    """Return the layout, extended with texts from the step's other groups, which are encoded as ``texts``.
 
     They are scored on every image that is scored with an answer to the factual text's prompt. The layout is unchanged if no group has a
     position in a step.

@@ -185,7 +185,7 @@ class Collator:
         return replace(micro_batch, forwards=tuple(forwards))
 
     def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
-        """Return the groups that can be collated, and (id, reason) of each of the others."""
+        """Return the groups that can be collated, and (id, reason) for each of the others."""
         kept, dropped = [], []
         for group in groups:
             try:
@@ -226,10 +226,10 @@ class Collator:
         return self._prefix_length(encoded, sizes) + encoded.length
 
     def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[TreeTokens]:
-        """Count the tokens of each tree of the group, for the cells that this collator builds; ``sizes`` are (width, height) of its
+        """Count the tokens in each of the group's trees, for the cells that this collator builds; ``sizes`` are (width, height) of its
         pictures.
 
-        Raises DataError naming group and file if the model's processor cannot take a picture of that size.
+        Raises DataError naming the group and file if the model's processor cannot take a picture of that size.
         """
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
@@ -252,7 +252,7 @@ class Collator:
             raise DataError(with_names(error, [group], sizes)) from error
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """Count the visual tokens of pictures of ``sizes`` (width, height) that are shown together.
+        """Count the visual tokens of pictures that have ``sizes`` (width, height) and are shown together.
 
         Raises DataError if the model's processor cannot take one of that size.
         """

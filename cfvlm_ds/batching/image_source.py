@@ -31,7 +31,7 @@ PictureKey = tuple[Path, bool]
 
 
 class Unprocessable(DataError):
-    """Failure of the model's processor on pictures of a certain size."""
+    """The model's processor failed on pictures of a certain size."""
 
     def __init__(self, size: Size, error: BaseException) -> None:
         self.size = size
@@ -42,7 +42,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
-    """Format the error, naming the group and file of a picture of this size."""
+    """Format the error, naming the group and file of a picture with this size."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -51,7 +51,7 @@ def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], size
 
 
 class ImageFiles:
-    """Picture files, opened and processed.
+    """Source of picture inputs: opens the files and runs the processor.
 
     Args:
         processor: the model's processor.
@@ -76,11 +76,11 @@ class ImageFiles:
         self._counted: dict[tuple[Size, bool], tuple[int, int]] = {}
 
     def keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
-        """Return the keys of the pictures of one image of a group."""
+        """Return the picture keys of one image in a group."""
         return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
 
     def all_keys(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:
-        """List the keys of the blank pictures and of every picture of the groups once, in the same order on every rank."""
+        """List the keys of the blank pictures and of every picture in the groups, each once, in the same order on every rank."""
         shown = (key for group in groups for pictures in group.images for key in self.keys(pictures))
         return list(dict.fromkeys([*self.blank_keys(), *shown]))
 
@@ -116,12 +116,12 @@ class ImageFiles:
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
         """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must come last.
 
-        Raises Unprocessable, without file and group, for the first picture that the processor cannot take.
+        Raises Unprocessable, without the file and group, for the first picture that the processor cannot take.
         """
         return self._processed(list(opened), sum(together for _, together in keys))
 
     def num_placeholders(self, size: Size, together: bool) -> tuple[int, int]:
-        """Return the number of placeholder ids of a picture of this size, and the number of visual tokens among them. They are measured,
+        """Return the number of placeholder ids for a picture of this size, and the number of visual tokens among them. They are measured,
         because every family has its own rules.
 
         ``together`` is true for a picture with others in its prompt. Raises Unprocessable if the processor cannot take such a picture.
@@ -177,7 +177,7 @@ class ImageFiles:
 
 
 class CachedFeatures:
-    """Cached outputs of a frozen vision tower; the pictures are not opened."""
+    """Source of picture inputs: reads a frozen vision tower's cached outputs, without opening the pictures."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache

@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import OutOfMemory
 
 @contextlib.contextmanager
 def explain_out_of_memory(where: str, parts: Sequence[Batch], remedy: str) -> Iterator[None]:
-    """Convert an allocator's failure to OutOfMemory with the sizes of the largest of ``parts`` and the ``remedy``."""
+    """Convert an allocator's failure to an OutOfMemory that states the size of the largest part in ``parts`` and the ``remedy``."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and the CPU allocator raises a RuntimeError

@@ -1,8 +1,8 @@
 """Packing of trees into one row without padding. Only this module knows how cells are laid out as tokens.
 
-A tree begins with the common beginning of all prompts of its pictures, including the pictures. Where prompts differ, each continues in its
-own branch, and each prompt is followed by one branch for every text that is scored as an answer to it. A branch attends to itself and to
-its ancestors, so a picture is in the row once, however many questions are asked about it. Shapes: T tokens of the row, P tokens of a
+A tree starts with the common beginning of all prompts about its pictures, including the pictures. Where prompts differ, each continues in
+its own branch, and each prompt is followed by one branch for every text that is scored as an answer to it. A branch attends to itself and
+to its ancestors, so a picture is in the row once, however many questions are asked about it. Shapes: T tokens of the row, P tokens of a
 prompt, N scored tokens.
 """
 
@@ -208,7 +208,7 @@ def _prompts(
 
 
 PromptLength = Callable[[Tree, Encoded], int]
-"""(tree, one of its texts) -> number of tokens of its prompt, with placeholders expanded."""
+"""(tree, one of its texts) -> number of tokens in its prompt, with placeholders expanded."""
 
 
 def num_tokens(tree: Tree, prompt_length: PromptLength) -> int:

@@ -37,10 +37,10 @@ _FORM = "2"  # version of the files; files of another version are not used
 def precompute_features(
     folder: Path, model: ModelConfig, engine: Any, files: ImageFiles, groups: Iterable[CounterfactualGroup], world: World, num_workers: int
 ) -> FeatureCache:
-    """Return the cache with the features of all pictures of the groups. Missing ones are computed in evaluation mode, each picture on one
-    rank only.
+    """Return the cache, filled with the features of every picture in ``groups``. Missing features are computed in evaluation mode, each
+    picture on one rank only.
 
-    ``engine`` runs a Scorer. An unreadable picture is recorded, and raises an error when it is used. Every rank must call this. Raises
+    ``engine`` wraps a Scorer. An unreadable picture is recorded, and raises an error when it is used. Every rank must call this. Raises
     StorageError on all ranks if features cannot be written.
     """
     scorer = engine.module

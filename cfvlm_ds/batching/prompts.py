@@ -18,11 +18,10 @@ from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
 from cfvlm_ds.core.text import quoted
 
 CHARACTERS_PER_TOKEN = 16
-"""Limit of a text, in characters per token of the model's window. Written language has about 4 characters per token, and few tokens have
-more than 16.
-"""
+"""Maximum length of a text, in characters per token of the model's window. Written language has about 4 characters per token, and few
+tokens have more than 16."""
 MAX_CHARACTERS = 1_000_000
-"""Limit of a text, in characters, for any window: tokenizers take minutes for ten times as much."""
+"""Maximum length of a text in characters, for any window: tokenizers take minutes for ten times as much."""
 
 _CACHED = 100_000  # cached texts and prompts; a data set may have millions
 _FIRST, _MARK, _TEMPLATE = "Describe the image.", "Xanswer1X", "the model's chat template"
@@ -63,7 +62,7 @@ class _Head:
 
 
 class _ModelFails(DataError):
-    """Failure of the model's chat template or tokenizer: an exception, or omitted text."""
+    """The model's chat template or tokenizer failed: it raised an exception or omitted text."""
 
 
 def placeholder_id(processor: Any) -> int:

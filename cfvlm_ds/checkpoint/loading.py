@@ -51,9 +51,9 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
 
 
 def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:
-    """Write the files of one of ``ranks`` ranks into ``target``, a folder that DeepSpeed then loads like its own checkpoint.
+    """Write the files for one rank out of ``ranks`` into ``target``, a folder that DeepSpeed then loads like its own checkpoint.
 
-    ``shapes`` is the engine's layout of the new run, and ``sizes`` has the numbers of elements of this rank's flat tensors. Raises
+    ``shapes`` is the engine's layout of the new run, and ``sizes`` has the number of elements in each of this rank's flat tensors. Raises
     ConfigError if the checkpoint has other trained weights than this run.
     """
     shards = Shards(source)

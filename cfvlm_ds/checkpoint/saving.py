@@ -36,7 +36,7 @@ RANDOM_STATE = "random-state-{}.pt"
 
 
 class SaveError(StorageError):
-    """Failure to write a checkpoint on at least one rank. The unfinished checkpoint has been removed, and older ones are unchanged."""
+    """At least one rank could not write a checkpoint. The unfinished checkpoint has been removed, and older ones are unchanged."""
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError
 
 SCHEMA = 1
-"""Version of the files from which a run is resumed."""
+"""Format version of the files from which a run is resumed."""
 
 
 @dataclass
@@ -20,9 +20,9 @@ class TrainState:
 
     ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` is the identity of the training groups;
     ``run_id`` is the MLflow run; ``baseline_lp`` is the initial factual log-likelihood per token, against which displacement is measured;
-    ``best`` holds the ``step`` and ``value`` of the best evaluation by ``train.save_best``, and ``worse`` counts the evaluations
-    since; ``skipped`` maps left-out groups to the reasons; ``record`` holds the run's options (see option_changes.py); ``retained`` holds
-    the first evaluation of each set of ``train.retention`` with its ``step`` and its ``data``.
+    ``best`` holds the ``step`` and ``value`` of the best evaluation by ``train.save_best``, and ``worse`` counts the evaluations since;
+    ``skipped`` maps left-out groups to the reasons; ``record`` holds the run's options (see option_changes.py); ``retained`` holds the
+    first evaluation of each set in ``train.retention`` with its ``step`` and its ``data``.
     """
 
     step: int = 0

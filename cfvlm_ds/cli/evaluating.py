@@ -52,7 +52,7 @@ class BenchmarkOptions:
         probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each is used for the benchmarks that it fits. By default, every
             benchmark uses its own.
         on_error: reaction to a benchmark item that the model cannot process: error, or skip, which counts and names the item.
-        draws: number of draws of the bootstrap; 0 for no intervals. The default is 1000, and fewer for benchmarks of over 10,000 items.
+        draws: number of bootstrap draws; 0 for no intervals. The default is 1000, and fewer for benchmarks of over 10,000 items.
         num_workers: processes per rank that prepare batches of a benchmark, by default one per spare core.
         experiment: MLflow experiment to which the metrics of benchmarks are also sent, on the server of MLFLOW_TRACKING_URI, or in
             mlflow.db in the folder OUT.
@@ -242,7 +242,7 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
     Args:
         before: run folder, file that `cfvlm-ds evaluate --out` wrote, or folder that `cfvlm-ds evaluate --benchmarks` wrote.
         after: others of the same kind, each compared with the first.
-        draws: number of random swaps of the two models' answers to a benchmark; by default the number of draws of evaluate.
+        draws: number of random swaps of the two models' answers to a benchmark; by default as many as the bootstrap draws of evaluate.
         out: folder for the tables (results.md), a figure of the differences with their intervals, and a page for a browser with both.
     """
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets

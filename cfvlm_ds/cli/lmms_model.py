@@ -43,7 +43,7 @@ class LmmsModel(lmms):
     Args:
         pretrained: model folder or hub name, run folder, or folder of adapters.
         batch_size: pictures per batch when likelihoods are computed, with all texts about them.
-        max_tokens_per_forward: largest number of tokens of a forward when likelihoods are computed.
+        max_tokens_per_forward: largest number of tokens in a forward when likelihoods are computed.
         per_token: return mean likelihoods instead of sums, as lmms-eval's own models do.
         min_pixels, max_pixels, max_tiles: limits on the visual tokens of a picture, as in training.
     """

@@ -35,7 +35,7 @@ def _view(
         scores: file that `cfvlm-ds score` wrote for the manifest, or one from a run's folder scores.
         sample: number of groups to show, 200 by default.
         ids: file with the ids of the groups to show, one per line; they are shown in that order.
-        seed: seed of the sample of a manifest.
+        seed: seed for sampling a manifest.
         rejected: show only the rejected candidates of a work folder, with the reasons.
         out: folder to write or to replace.
     """

@@ -71,7 +71,7 @@ class Scoring:
 
     Args:
         batch_size: groups per batch.
-        max_tokens_per_forward: largest number of tokens of a forward; a larger batch takes several forwards. By default there is no limit;
+        max_tokens_per_forward: largest number of tokens in a forward; a larger batch takes several forwards. By default there is no limit;
             for benchmarks it is 16384.
         limit: score only the first N groups, like the option limit of a data set; of a benchmark, score about N items, spread evenly over
             it.

@@ -54,7 +54,7 @@ def prepare(run_dir: Path) -> Path:
 
 @dataclass
 class Peer:
-    """Observations of a rank: its last record, and the seconds without a new heartbeat and without a new phase."""
+    """What is known about another rank: its last record, and the seconds without a new heartbeat and without a new phase."""
 
     record: dict[str, Any] | None = None
     silent_s: float = 0.0

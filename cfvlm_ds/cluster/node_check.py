@@ -25,7 +25,7 @@ from cfvlm_ds.core.versions import PACKAGE, version
 
 PACKAGES = ("torch", "transformers", "deepspeed", "mlflow", "peft")
 FLOOR = "CFVLM_MIN_GB_S"
-"""Environment variable with the bandwidth that the nodes must reach, in GB/s."""
+"""Environment variable that sets the minimum bandwidth between nodes, in GB/s."""
 
 
 def check(folder: Path, timeout_s: float) -> str:

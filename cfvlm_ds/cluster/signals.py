@@ -187,7 +187,7 @@ class StopRequested(Exception):
 
 
 class WorkerLost(Exception):
-    """A data worker of one of the ranks has died, and no rank has begun the step."""
+    """A data worker has died on one of the ranks, and no rank has begun the step."""
 
 
 def shield_worker(worker_id: int) -> None:
@@ -258,7 +258,7 @@ def deferred_deaths_raised() -> Iterator[None]:
 
 
 class Stop:
-    """The decision to stop a run, by one vote per step.
+    """The decision whether to stop a run, on which all ranks vote once per step.
 
     Args:
         margin_s: seconds before the job's end (``SLURM_JOB_END_TIME``, Unix time) by which the next step and a checkpoint must be done. The

@@ -22,7 +22,7 @@ CFVLM = ("align", "csd", "fcd")
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """One of the three modules of a vision-language model.
+    """Training options of one of a vision-language model's three modules.
 
     Args:
         tuning: ``full`` trains every weight, ``lora`` trains adapters of the linear layers, ``frozen`` trains nothing.
@@ -128,8 +128,8 @@ class TrainConfig:
         max_grad_norm: clip the global gradient norm to this value; 0 disables clipping.
         router_balance: weight of transformers' router balance loss, for a mixture of experts, over the tokens of the whole step; published
             configurations use 0.001. A step of several forwards runs each of them once more.
-        hard_negatives: number of counterfactuals of each group that a step trains on: those that the model currently scores highest. A
-            forward without gradients scores all of them first. When not given, a step trains on all.
+        hard_negatives: number of counterfactuals per group that a step trains on: those that the model currently scores highest. A forward
+            without gradients scores all of them first. When not given, a step trains on all.
         lr_scheduler_type: a schedule name of transformers, such as cosine, linear, constant_with_warmup.
         warmup_ratio: share of all steps over which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
@@ -166,7 +166,7 @@ class TrainConfig:
         self_check: reaction, before the first step, to weights that are not finite, or to scores of packed rows that differ from those of
             single-row forwards by more than the precision explains: ``error``; ``warn``, which continues; or ``off``, which skips the
             check.
-        displacement_warning: warn when the factual log-likelihood, or that of the true texts of a set of ``retention``, falls this many
+        displacement_warning: warn when the factual log-likelihood, or that of the true texts in a set of ``retention``, falls this many
             nats per token below its value at the start.
         retention: names of ``data.evaluation`` that measure forgetting, such as plain captions and other kinds of edit; they are also
             evaluated before the first step, and every later change of their results is logged.

@@ -15,14 +15,14 @@ from cfvlm_ds.core.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 DESCRIBE = "Describe the image."
-"""Prompt of a caption whose row has no prompt."""
+"""Prompt for a caption whose row has none."""
 MAX_TURNS = 1024
-"""Largest number of turns of a conversation; MAX_PARTS is the largest number of parts in all turns together."""
+"""Largest number of turns in a conversation; MAX_PARTS is the largest number of parts in all its turns together."""
 MAX_PARTS = 4 * MAX_TURNS
 
 
 class Marker(Enum):
-    """Placeholder of a picture within a turn."""
+    """Placeholder for a picture within a turn."""
 
     PICTURE = "picture"
 

@@ -29,7 +29,7 @@ class DataSet:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
         root: as ``data.root``, which is used when not given.
         format: as ``data.format``, which is used when not given.
-        limit: use only this many groups, from the first on.
+        limit: number of groups to use, starting with the first; by default all.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Source(DataSet):
         path: manifest of counterfactual groups.
         root: as ``data.root``, which is used when not given.
         format: as ``data.format``, which is used when not given.
-        limit: use only this many groups, from the first on.
+        limit: number of groups to use, starting with the first; by default all.
         name: name of the source in metrics and group ids; the file's name without its ending when not given.
         weight: share of the draws, relative to the weights of the other sources; if no source has one, sources are drawn in proportion to
             their size.
@@ -72,7 +72,8 @@ class EvaluationSet(DataSet):
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
         root: as ``data.root``, which is used when not given; for a benchmark, the folder that holds the benchmarks' folders.
         format: as ``data.format``, which is used when not given.
-        limit: use only this many groups, from the first on; for a benchmark, about this many items, spread evenly over it.
+        limit: number of groups to use, starting with the first; for a benchmark, the approximate number of items, spread evenly over it; by
+            default all.
         benchmark: name of a benchmark (docs/benchmarks/index.md), instead of ``path``.
         probe: form of the benchmark's questions; the benchmark's default when not given.
     """
@@ -94,8 +95,8 @@ class DataConfig:
         train: manifest of counterfactual groups, a store made by ``cfvlm-ds data prepare``, or any data of a known format: JSON lines, a
             JSON list, CSV, TSV, Parquet, a saved data set, tars; a file, a folder, or a pattern of files; or a list of
             {path: ..., weight: ...}, a mixture of sources, each with its own root, format, limit, objectives and scores (docs/mixtures.md).
-        stopping_strategy: end of an epoch of a mixture: ``all_exhausted`` ends it when every source has been seen completely and repeats
-            the smaller ones until then; ``first_exhausted`` ends it when the first source has been seen completely.
+        stopping_strategy: rule that ends an epoch of a mixture: ``all_exhausted`` ends it when every source has been seen completely and
+            repeats the smaller ones until then; ``first_exhausted`` ends it when the first source has been seen completely.
         evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
             format: NAME, limit: N} if a manifest has its own root, format or limit (``--data.evaluation.NAME.root FOLDER``); or
             name -> {benchmark: NAME, root: FOLDER} for a public benchmark.
@@ -104,7 +105,8 @@ class DataConfig:
         root: folder of the images, or a list of folders; the manifest's folder when not given. A path in a manifest is absolute, or
             relative to the first of these folders that contains the file. The file, with links resolved, must be inside one of these
             folders.
-        scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
+        scores: file written by ``cfvlm-ds score`` with the reference and blind log-likelihoods of the training manifest (DPO and PMI need
+            it).
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
         on_error: reaction of all ranks to a training group that cannot be read, for instance because an image was damaged after the check:
@@ -113,7 +115,7 @@ class DataConfig:
         max_skipped: number of groups that ``skip`` may leave out in a run; one more is an error.
         num_workers: processes per rank that prepare batches; one per spare core, at most 4, when not given.
         max_tokens_per_micro_batch: fill a micro-batch with whole groups up to this many tokens, instead of with
-            ``train.per_device_train_batch_size`` groups; ranks then have equal work regardless of the sizes of images and texts.
+            ``train.per_device_train_batch_size`` groups; ranks then have equal work regardless of image and text sizes.
         max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice (a
             gradient cache, arXiv 2101.06983). The gradients are the same; the memory is that of one forward, and the time grows by about a
             third. The texts of an image are divided if there are too many.

@@ -23,7 +23,7 @@ class InputError(ValueError):
 
     The message is one printable line without secrets, whatever it quotes. Ids, paths and values come from untrusted files: a line break
     would end the sentence, an escape sequence would control the terminal, and half a surrogate pair cannot be printed. Such characters are
-    shown in Python's notation, and the middle of a message of thousands of characters is cut out.
+    shown in Python's notation, and the middle of a message with thousands of characters is cut out.
     """
 
     def __init__(self, message: str) -> None:

@@ -43,7 +43,7 @@ class Summed:
 
 
 def crc32_of(file: Path, read: Callable[[int], object] = lambda size: None) -> int:
-    """Compute the CRC-32 of a file; ``read`` is called with the number of bytes of each block. Raises OSError."""
+    """Compute the CRC-32 of a file; ``read`` is called with the size of each block in bytes. Raises OSError."""
     checksum = 0
     with file.open("rb", buffering=0) as handle:
         while block := handle.read(_BLOCK):

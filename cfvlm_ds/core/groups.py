@@ -20,14 +20,13 @@ from cfvlm_ds.core.conversation import normalised as normalised
 from cfvlm_ds.core.errors import DataError
 
 MAX_SIDE = 1024
-"""Largest number of images, and of texts, of a group."""
+"""Largest number of images in a group, and of texts."""
 MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
-"""Largest number of cells of a truth table."""
+"""Largest number of cells in a truth table."""
 MAX_COMPARISONS = 1 << 18
-"""Largest number of comparisons of a group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with
-the same text. 256 images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions.
-"""
+"""Largest number of comparisons per group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with the
+same text. 256 images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions."""
 MAX_REPORTED = 1 << 21
 """Largest product of the comparisons and the edits of one image or text, because an evaluation assigns each comparison to its edits."""
 SHAM = "sham"
@@ -37,14 +36,14 @@ Pictures: TypeAlias = tuple[Path, ...]
 """Pictures of one image entry: usually one, several if the prompt shows several, none for text only."""
 
 Cells = Literal["anchor", "matched", "star", "full", "batch"]
-"""Sets of scored cells of a group; each of the first four contains the one before it.
+"""Sets of cells that are scored in a group; each of the first four contains the one before it.
 
 - ``anchor``: the factual pair;
 - ``matched``: every true pair;
 - ``star``: also the cells of known truth in the row and column of each prompt's anchor (its first true cell): the anchor's image with the
   texts of that prompt, and the anchor's text with every image. For the first prompt these are row 0 and column 0;
 - ``full``: all cells;
-- ``batch``: the star and, on each image of the group, texts of other groups of the optimizer step.
+- ``batch``: the star and, on each image of the group, texts from the optimizer step's other groups.
 """
 
 
@@ -73,7 +72,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class InBatchNegative:
-    """A text of another group of the optimizer step, scored as an answer to the factual text's prompt.
+    """A text from another group in the optimizer step, scored as an answer to the factual text's prompt.
 
     ``group`` is the id of the other group and ``number`` the index of the text in it; ``source_group`` is the position of that group in the
     step; ``share`` is the weight of the text's comparison between images.

@@ -1,4 +1,4 @@
-"""Batch layout: the scored cells, truth and token counts of a batch of groups, all known before the model runs."""
+"""Batch layout: the scored cells, truth and token counts of the groups in a batch, all known before the model runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InBatchNegatives:
-    """Texts of other groups of an optimizer step, N for each group: the last N columns of a layout, with unknown truth.
+    """Texts from the other groups in an optimizer step, N for each group: the last N columns of a layout, with unknown truth.
 
     ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is the position of the text's own group and the index of
     the text in it (-1 if a group has fewer than N). ``share`` [G, N] is the weight of the text's comparison between images (see
@@ -25,7 +25,7 @@ class InBatchNegatives:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Layout of a batch of G groups, padded to the largest I and C of the batch.
+    """Layout of a batch with G groups, padded to the largest I and C of the batch.
 
     All tensors are [G, I, C] except ``weight`` [G] and ``prompt`` [G, C]. ``valid`` (bool) marks the scored cells. ``match`` (int8) is 1
     true, 0 false, -1 unknown. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn tokens.

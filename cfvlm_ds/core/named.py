@@ -46,6 +46,6 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
 
 
 def near(given: str, known: Collection[str], otherwise: str) -> str:
-    """Return a hint: the known name most similar to the given one, or a list of all of them."""
+    """Return a hint: the known name most similar to the given one, or a list of all known names."""
     matches = difflib.get_close_matches(given, known, n=1)
     return f"did you mean {matches[0]!r}?" if matches else f"{otherwise}{', '.join(known)}"

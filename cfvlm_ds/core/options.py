@@ -47,9 +47,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def sentences(described: Any) -> dict[str, str]:
-    """Return the description of each option of a class or function, from the part of its docstring under
-    ``Args:``, escaped for argparse.
-    """
+    """Return the option descriptions of a class or function, taken from ``Args:`` in its docstring and escaped for argparse."""
     parts = [(kind.__doc__ or "").partition("Args:")[2] for kind in reversed(getattr(described, "__mro__", (described,)))]
     entries = [entry for part in parts for entry in re.findall(r"^( +)(\w+): (.+?)(?=\n\1\w+: |\n*\s*\Z)", part, re.MULTILINE | re.DOTALL)]
     return {name: " ".join(text.split()).rstrip(".").replace("%", "%%") for _, name, text in entries}

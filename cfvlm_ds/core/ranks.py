@@ -1,4 +1,4 @@
-"""Launch environment of a process, without torch: its rank, the number of ranks and of cores for each, and the rank that prints a common
+"""Launch environment of a process, without torch: its rank, the number of ranks, the cores per rank, and the rank that prints a common
 message.
 """
 

@@ -41,7 +41,7 @@ def counted_from(path: str | Path) -> str:
 
 
 class TooLarge(ValueError):
-    """A file or line longer than its limit."""
+    """A file or line is longer than its limit."""
 
 
 class DuplicateKey(ValueError):

@@ -20,14 +20,14 @@ LengthNorm = Literal["anchor", "own", "none"]
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-likelihoods of every scored cell of a batch of groups, in nats; 0 where ``layout.valid`` is false.
+    """Log-likelihoods of every scored cell in a batch of groups, in nats; 0 where ``layout.valid`` is false.
 
     ``logp`` [G, I, C] sums over the text's tokens, and ``end_logp`` [G, I, C] over its end-of-turn tokens. ``reference`` [G, I, C] is
     ``logp`` under the reference model, and ``prior`` [G, C] is log p(text | blank image) under the reference model; both are stored data
     without a gradient.
 
-    ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups of the optimizer step, -inf where there are fewer
-    than R. They have no gradient, because each of those groups gets its gradient through its own scores.
+    ``cross_group`` [G, C, R] holds scores of the same texts on images of the optimizer step's other groups, -inf where there are fewer than
+    R. They have no gradient, because each of those groups gets its gradient through its own scores.
     """
 
     layout: GroupLayout

@@ -35,8 +35,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 def without_secrets(text: str) -> str:
     """Return the text with everything that looks like a secret replaced by ***.
 
-    These are the user and password of a URL, the values of a URL's query and fragment (signed addresses carry their signature there), and
-    the value of ``name=value``, ``name: value`` or ``--name value`` if the name is that of a credential.
+    These are the user name and password in a URL, the values of a URL's query and fragment (signed addresses carry their signature there),
+    and the value of ``name=value``, ``name: value`` or ``--name value`` if the name is that of a credential.
     """
     text = _URL.sub(_masked_url, text)
     kept, done = [], 0

@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class Lazy(Sequence[T]):
-    """Sequence of ``make(k)`` for every k of ``places``; its slices are lazy as well."""
+    """Sequence of ``make(k)`` for every k in ``places``; its slices are lazy as well."""
 
     def __init__(self, make: Callable[[int], T], places: range | int) -> None:
         self._make, self._places = make, range(places) if isinstance(places, int) else places

@@ -16,7 +16,7 @@ SHIPPED = ("train.py", "ds_configs", "examples", "slurm")
 
 
 def shipped(name: str) -> Path:
-    """Return the path of one of ``SHIPPED``."""
+    """Return the path of a file or folder in ``SHIPPED``."""
     installed = PACKAGE / "shipped"  # setup.py writes it into a wheel
     return (installed if installed.is_dir() else PACKAGE.parent) / name
 

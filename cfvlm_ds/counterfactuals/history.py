@@ -15,7 +15,7 @@ from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt: its records from the steps ``edit`` and ``verify``, and the verdict."""
+    """One attempt at an edit: its records from the steps ``edit`` and ``verify``, and the verdict."""
 
     made: Mapping[str, Any]
     measured: Mapping[str, Any]

@@ -30,7 +30,7 @@ class CallFailed(Exception):
 
 
 class Unreachable(CallFailed):
-    """A call without a connection."""
+    """A failed call: no connection to the server."""
 
 
 class Unfit(CallFailed):

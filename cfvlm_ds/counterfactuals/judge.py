@@ -237,4 +237,4 @@ def _between(low: float, high: float) -> float:
 
 
 _LIMITS = 256
-"""Largest number of drops to try."""
+"""Largest number of values that are tried for the threshold ``drop``."""

@@ -16,7 +16,7 @@ from cfvlm_ds.page import Image, Item, ScoreTable, Text, Written, write_page
 
 
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Callable[[str], object]) -> Written:
-    """Write a page of a sample of candidates, drawn by ``seed``; with ``rejected``, of rejected candidates only.
+    """Write a page that shows candidates sampled with ``seed``; with ``rejected``, only rejected ones.
 
     Raises ConfigError for a folder that is not a work folder, or has no such candidate.
     """

@@ -162,7 +162,7 @@ class SelectOptions:
         splits: splits of the source pictures, NAME=SHARE,..., such as train=0.9,test=0.1; one file per split.
         prompt: prompt of the texts.
         source: name of the data set in its rows.
-        seed: seed of the assignment of pictures to splits.
+        seed: seed for assigning pictures to splits.
     """
 
     rule: Rule | None = None

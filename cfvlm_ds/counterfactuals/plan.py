@@ -1,4 +1,4 @@
-"""Plan of a campaign in one YAML file: the data, the work folder, and the options of every step."""
+"""Campaign plan in one YAML file: the data, the work folder, and the options of every step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, STEPS, WorkFolder
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of a campaign.
+    """Data, work folder and step options of a campaign: making groups from one data set.
 
     Args:
         data: captions and pictures, in any known format.
@@ -25,7 +25,7 @@ class Plan:
         groups: file that `select` writes.
         root: folders of the pictures.
         format: format of the data.
-        shards: number of parts of the work.
+        shards: number of parts into which the work is divided.
         propose: options of `data propose`.
         edit: options of `data edit`.
         verify: options of `data verify`.

@@ -41,7 +41,7 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 
 @dataclass
 class Survival:
-    """Counts of the outcomes of all edits, by type.
+    """Outcome counts of all edits, by type.
 
     ``sources`` counts captions. ``files`` are the written files. ``roots`` are the folders of their pictures, unless all are in the files'
     folder.
@@ -77,7 +77,7 @@ class Survival:
         return "\n".join(lines)
 
     def captions(self) -> str:
-        """Format a table of the outcomes of captions."""
+        """Format a table of caption outcomes."""
         rows = [f"| {in_cell(name)} | {count} |" for name, count in sorted(self.sources.items())]
         return "\n".join(["| captions | |", "|---|---:|", *rows])
 

@@ -122,11 +122,11 @@ class WorkFolder:
         return _read(self.path / f"{step}.json")
 
     def file(self, step: str, shard: int) -> Path:
-        """Return the path of the journal of a step and shard."""
+        """Return the journal path for a step and shard."""
         return self.path / step / f"shard-{shard:05d}.jsonl"
 
     def tar(self, shard: int) -> Path:
-        """Return the path of the edited pictures of a shard."""
+        """Return the path of a shard's edited pictures."""
         return self.path / "pictures" / f"shard-{shard:05d}.tar"
 
     def done(self, step: str, shard: int) -> dict[str, Any] | None:
@@ -146,7 +146,7 @@ class WorkFolder:
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
-        """Read the records of a step and shard. Raises DataError naming file and line of an invalid one."""
+        """Read the records for a step and shard. Raises DataError naming the file and line of an invalid record."""
         return records(self.file(step, shard), self.again(step, shard))
 
     def picture(self, named: Mapping[str, Any]) -> Path:

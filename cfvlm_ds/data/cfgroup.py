@@ -48,8 +48,8 @@ def native_group(row: Mapping[str, Any]) -> CounterfactualGroup:
 def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
     """Parse a ``cfgroup/1`` row into a group. Image paths are joined to ``root``, and no image is opened.
 
-    Raises DataError (without file and line, which the caller adds) for a missing or unknown key, a duplicate or unknown id, a truth value
-    other than 0 or 1, or a group that CounterfactualGroup refuses.
+    Raises DataError (without the file and line, which the caller adds) for a missing or unknown key, a duplicate or unknown id, a truth
+    value other than 0 or 1, or a group that CounterfactualGroup refuses.
     """
     check_keys(row, _GROUP_KEYS, "row")
     if row.get("schema", SCHEMA) != SCHEMA:

@@ -1,4 +1,4 @@
-"""Data check: a report of all problems and of the contents of a data set, before a long run begins.
+"""Data check: a report on a data set's contents and all its problems, before a long run begins.
 
 The check makes three passes over the groups: rows, pictures, texts. It keeps no group in memory, and needs 16 bytes for each row and for
 each picture of a row.
@@ -38,17 +38,17 @@ Array = npt.NDArray[Any]
 
 
 class Lengths(Protocol):
-    """Protocol for lengths in tokens of a model, which the collator implements."""
+    """Protocol for measuring lengths in a model's tokens; the collator implements it."""
 
     max_length: int
     """Context window of the model in tokens."""
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Return the number of tokens of prompt, pictures and text together."""
+        """Return the number of tokens in the prompt, the pictures and the text together."""
         ...
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """Return the number of tokens of an image's pictures."""
+        """Return the number of tokens in an image's pictures."""
         ...
 
 
@@ -72,7 +72,7 @@ class SeenRows(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Results of a chunk of rows: its report, hashes of the ids with their indices, and keys of the pictures, each with its first index."""
+    """Results for a chunk of rows: its report, hashes of the ids with their indices, and keys of the pictures with their first indices."""
 
     report: CheckReport
     ids: tuple[Array, Array]

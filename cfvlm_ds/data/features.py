@@ -37,7 +37,7 @@ class Features:
 
 @dataclass
 class FeatureCache:
-    """Features of the pictures of a run.
+    """Disk cache of the vision tower's outputs for a run's pictures.
 
     Args:
         folder: folder of the files; several runs may share it at the same time.
@@ -95,8 +95,8 @@ def read_features(file: Path) -> Features:
 
 
 def stored_bytes(file: Path) -> int | None:
-    """Return the size of a file of features in bytes, or None if the file does not exist. Raises DataError if its header is damaged or its
-    end is missing.
+    """Return the size of a feature file in bytes, or None if the file does not exist. Raises DataError if its header is damaged or its end
+    is missing.
     """
     try:
         with safe_open(file, "pt"):

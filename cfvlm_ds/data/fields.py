@@ -27,7 +27,7 @@ def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> 
 
 
 def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
-    """Return the fields of a row of a published format whose keys are not ``known``.
+    """Return those fields of a row in a published format whose keys are not ``known``.
 
     Raises DataError for a key that looks like a misspelling of a known key that the row lacks.
     """

@@ -1,4 +1,4 @@
-"""Identity of a data set: hashes of its order and of each part of its rows, so that a change can be named."""
+"""Identity of a data set: hashes of its order and of each part of the rows, so that a change can be named."""
 
 from __future__ import annotations
 

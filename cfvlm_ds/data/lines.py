@@ -21,7 +21,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MIB, HeldFile
 
 MAX_LINE = 4 * MIB
-"""Limit of a row of JSON lines, in bytes: four times the size of a group of a thousand captions."""
+"""Maximum size of a row in a JSON lines file, in bytes: four times that of a group with a thousand captions."""
 
 _MAGIC = b"cfvlm_ds lines 3"
 _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8")])

@@ -18,7 +18,7 @@ from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import is_store, open_store
 
 Root = str | Path | Sequence[str | Path] | None
-"""Folders of the images of a manifest; None for the manifest's folder."""
+"""Folders of a manifest's images; None for the manifest's folder."""
 
 
 def open_groups(

@@ -1,4 +1,4 @@
-"""Mixtures of sources: the source at each position of the stream of groups, computed only from the position.
+"""Mixtures of sources: the source at each position in the stream of groups, computed only from the position.
 
 The stream is divided into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up. Which sources are
 rounded up changes from window to window, so every source has its exact share in the long run (systematic sampling with a start that
@@ -38,13 +38,13 @@ class Draws:
     """Order of the draws from the sources.
 
     Args:
-        shares: share of the draws of each source; their sum is 1.
+        shares: each source's share of the draws; the sum is 1.
     """
 
     shares: tuple[Fraction, ...]
 
     def at(self, start: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the source, and the number of earlier draws from it, for ``count`` positions of the stream from ``start`` on."""
+        """Return the source, and the number of earlier draws from it, at ``count`` positions of the stream, starting at ``start``."""
         sources, earlier = [], []
         stop = start + count
         for window in range(start // WINDOW, -(-stop // WINDOW)):
@@ -55,11 +55,11 @@ class Draws:
         return np.concatenate([np.empty(0, np.int64), *sources]), np.concatenate([np.empty(0, np.int64), *earlier])
 
     def counts(self, window: int) -> npt.NDArray[np.int64]:
-        """Return the number of draws of each source in a window, [S]; their sum is WINDOW."""
+        """Return the number of draws from each source in a window, [S]; their sum is WINDOW."""
         return self.before(window + 1) - self.before(window)
 
     def before(self, window: int) -> npt.NDArray[np.int64]:
-        """Return the number of draws of each source in all windows before this one, [S]."""
+        """Return the number of draws from each source in all windows before this one, [S]."""
         return _before(self.shares, window)
 
     def place_of(self, source: int, number: int) -> int:
@@ -78,7 +78,7 @@ class Draws:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]:
-    """Return the number of draws of each source in the first ``windows`` windows, [S].
+    """Return the number of draws from each source in the first ``windows`` windows, [S].
 
     In every window, the sources are adjacent arcs on a circle of length 1, after a start that advances by the golden ratio. The arc of a
     source is as long as the fractional part of its share of WINDOW. The source is rounded up if its arc contains a whole number.
@@ -115,7 +115,7 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 
 
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequence[str]) -> tuple[Fraction, ...]:
-    """Compute the share of draws of each source from its weight, or from its number of groups if no source has a weight.
+    """Compute each source's share of draws from its weight, or from its number of groups if no source has a weight.
 
     Raises DataError if only some sources have a weight, and for a share too small for any run to draw from.
     """
@@ -140,10 +140,10 @@ class Order:
     A single data set is a sequence of epochs, each in its own permutation. In a mixture, every source goes through its own epochs.
 
     Args:
-        sizes: number of groups of each source; their groups are numbered one source after the other.
-        shares: share of the draws of each source, with sum 1; empty for a single data set.
+        sizes: number of groups in each source; their groups are numbered one source after the other.
+        shares: each source's share of the draws, with sum 1; empty for a single data set.
         seed: seed of the permutations.
-        stop: end of an epoch of a mixture: when all sources have been seen completely (``all_exhausted``), or when the first one has
+        stop: when an epoch of a mixture ends: when all sources have been seen completely (``all_exhausted``), or when the first one has
             (``first_exhausted``).
         rows: for each source, the order that keeps the groups of a row together; None if every row is one group.
     """
@@ -166,7 +166,7 @@ class Order:
         return max(ends) if self.stop == "all_exhausted" else min(ends)
 
     def at(self, start: int, count: int) -> list[int]:
-        """Return the indices of the groups at ``count`` positions of the stream from ``start`` on."""
+        """Return the indices of the groups at ``count`` positions of the stream, starting at ``start``."""
         sources, numbers = self.draws.at(start, count)
         groups = np.empty(count, np.int64)
         first = 0

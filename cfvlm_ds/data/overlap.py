@@ -59,7 +59,7 @@ def keys_of(groups: Iterable[CounterfactualGroup], pictures: PictureTable | None
 
 
 def joined_keys(parts: Sequence[Keys]) -> Keys:
-    """Join the keys of several parts of a data set."""
+    """Join the keys from several parts of a data set."""
     return Keys(*(np.unique(np.concatenate(keys)) for keys in zip(*parts, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Permutations of the groups of an epoch, which depend only on the number of groups, the seed and the epoch.
+"""Permutations of an epoch's groups, which depend only on the number of groups, the seed and the epoch.
 
 Up to ``STORED`` groups, a permutation is drawn and kept. Beyond that, its entries are computed on demand without memory, by a Feistel
 network over the next power of two; a result that is too large is passed through the network again until it is a group's index.
@@ -23,7 +23,7 @@ STORED = 1_000_000
 """Largest number of groups whose permutation is stored: 8 MB per epoch."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
-"""Names, in a sampler's state, of the computed order and of the order of rows with several groups; a changed order gets a new name."""
+"""Names of two orders in a sampler's state: the computed one, and the one for rows with several groups; a changed order gets a new name."""
 
 _BLOCK = 1 << 12  # positions computed at once
 _ROUNDS = 8  # four suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)
@@ -32,7 +32,7 @@ Array = npt.NDArray[np.uint64]
 
 
 def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: int) -> list[int]:
-    """Return the indices of the groups at ``count`` positions of an epoch from ``start`` on; fewer at the end of the epoch."""
+    """Return the indices of the groups at ``count`` positions of an epoch, starting at ``start``; fewer at the end of the epoch."""
     stop = min(start + count, num_groups)
     if num_groups <= STORED:
         return _stored(num_groups, seed, epoch)[start:stop].tolist()
@@ -45,11 +45,11 @@ def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: in
 
 
 class RowsTogether:
-    """Order of rows with several groups each, which keeps the groups of a row together.
+    """Permutation of groups that keeps the groups of a row together; a row may have several.
 
     Args:
-        firsts: index of the first group of each row, then the number of groups, [rows + 1].
-        num_groups: number of groups that are used, from the first on; None for all.
+        firsts: index of each row's first group, followed by the total number of groups, [rows + 1].
+        num_groups: use only the first ``num_groups`` groups; None for all.
     """
 
     def __init__(self, firsts: npt.NDArray[Any], num_groups: int | None = None) -> None:
@@ -59,7 +59,7 @@ class RowsTogether:
         self._kept = functools.lru_cache(maxsize=8)(self._block)
 
     def permuted(self, start: int, count: int, seed: int | str, epoch: int) -> list[int]:
-        """Return the indices of the groups at ``count`` positions of an epoch from ``start`` on; fewer at the end of the epoch."""
+        """Return the indices of the groups at ``count`` positions of an epoch, starting at ``start``; fewer at the end of the epoch."""
         stop, groups = min(start + count, self.num_groups), list[int]()
         before = self._before(seed, epoch)
         while start < stop:
@@ -123,7 +123,7 @@ def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Arra
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """Apply a bijection of numbers of ``bits`` bits. Each round changes one half by a function of the other half and a key, and swaps the
+    """Apply a bijection of numbers with ``bits`` bits. Each round changes one half by a function of the other half and a key, and swaps the
     halves.
     """
     low, high = bits // 2, bits - bits // 2

@@ -121,7 +121,7 @@ def opened_picture(
 
 
 def equal_images(group: CounterfactualGroup, pictures: PictureTable) -> Iterator[str]:
-    """Yield a problem for each pair of images of a group that are byte-identical although the truth table distinguishes them."""
+    """Yield a problem for each pair of images in a group that are byte-identical although the truth table distinguishes them."""
     for second in range(1, len(group.images)):
         for first in range(second):
             if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):

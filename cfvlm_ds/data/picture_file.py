@@ -1,6 +1,6 @@
 """Picture files: a picture is a file of its own, or a part of a container, named by a path such as ``images.tar#512+60123``.
 
-The name gives file, offset and length of a member of an uncompressed tar, or of a value in an Arrow file, so a picture is read without
+The name gives the file, offset and length of a member of an uncompressed tar, or of a value in an Arrow file, so a picture is read without
 listing the container. All opening, measuring and confining of pictures uses this module, and works for both kinds.
 """
 
@@ -24,7 +24,7 @@ _OPEN = 256  # containers that a process keeps open, because parallel file syste
 
 
 def part_name(container: str, start: int, length: int) -> str:
-    """Return the name of ``length`` bytes of a container from offset ``start`` on."""
+    """Return the name of ``length`` bytes in a container, starting at offset ``start``."""
     return f"{container}#{start}+{length}"
 
 
@@ -74,7 +74,7 @@ def picture_bytes(path: Path, limit: int) -> bytes:
 
 
 def _part(path: Path) -> tuple[int, int] | None:
-    """Return offset and length of a part of a container, or None if the picture is a file of its own."""
+    """Return the offset and length of a part of a container, or None if the picture is a file of its own."""
     match = _PART.fullmatch(path.name)
     return None if match is None else (int(match["start"]), int(match["length"]))
 

@@ -153,7 +153,7 @@ class PictureTable:
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
-        """Raise DataError if the file's contents differ from those of the known picture of this path. Unknown pictures pass."""
+        """Raise DataError if the file's contents differ from those of the known picture at this path. Unknown pictures pass."""
         known = self.find(path)
         if known is None:
             return
@@ -185,7 +185,7 @@ class PictureTables(PictureTable):
 
 
 def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int, pool: Executor) -> dict[Path, Size]:
-    """Return width and height of each picture, from the table or else from its header. Raises the same errors as image_size."""
+    """Return the width and height of each picture, from the table or else from its header. Raises the same errors as image_size."""
     distinct = list(dict.fromkeys(paths))
     entries = {} if known is None else {path: picture for path in distinct if (picture := known.find(path)) and picture.width}
     unknown = [path for path in distinct if path not in entries]

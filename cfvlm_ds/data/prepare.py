@@ -48,7 +48,7 @@ from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, is_store
 
 PICTURED = 1 << 15
-"""Number of groups whose pictures are one unit of work; with ``pack``, a tar of a few GB of photographs."""
+"""Number of groups whose pictures are one work unit; with ``pack``, a tar with a few GB of photographs."""
 
 ROWS = 1 << 18
 """Number of groups in one file of rows. It is large because a process keeps these files open."""
@@ -69,7 +69,7 @@ class PrepareOptions:
     Args:
         pack: copy the pictures into tars of the store; otherwise rows refer to their original files.
         open_pictures: open every picture; otherwise their sizes and digests are unknown, and later changes are not detected.
-        max_pixels: maximum number of pixels of a picture, as in ``open_image``.
+        max_pixels: maximum number of pixels in a picture, as in ``open_image``.
         on_error: reaction to invalid rows and to groups with an unusable picture: ``error`` prepares nothing, ``skip`` leaves them out and
             lists them.
     """
@@ -143,7 +143,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Job:
-    """Work of one call to ``prepare``."""
+    """One call to ``prepare``: its arguments and its work."""
 
     source: GroupStore
     out: Path
@@ -213,7 +213,7 @@ class _Job:
         )
 
     def _open_unit(self, units: _Files, number: int, keys: Array, places: Array, progress: Progress) -> None:
-        """Open the pictures of a unit of work and record them; with ``pack``, write their tar."""
+        """Open and record the pictures of one work unit; with ``pack``, write their tar."""
         records, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
         pack, file = self.options.pack, self.out / f"{units.name(number)}.tar"
         known = None if pack else PictureTables([*_opened_before(self.work, number), self.known])
@@ -329,7 +329,7 @@ class _Job:
 
 
 class Chunk(NamedTuple):
-    """Encoded rows of a range of groups, and their contributions to the tables; ``rows`` has the index of each group's source row."""
+    """Encoded rows for a range of groups, and their contributions to the tables; ``rows`` has the index of each group's source row."""
 
     lines: bytes
     rows: Array
@@ -447,8 +447,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """Remove a store of another state of the data set, complete or unfinished, if ``remove_it``. Return the tables of its pictures, which
-    are empty if nothing was removed.
+    """Remove a store made from another state of the data set, complete or unfinished, if ``remove_it``. Return the tables of its pictures,
+    which are empty if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)

@@ -23,7 +23,7 @@ _SHOWN, _SHOWN_CHARS = 30, 60  # names in a line, and characters of each
 
 @dataclass
 class CheckReport:
-    """Counts over the valid rows of a manifest, and its problems. Each problem is one sentence that begins with file and row."""
+    """Counts over the valid rows of a manifest, and its problems. Each problem is one sentence that begins with the file and the row."""
 
     manifest: str
     num_groups: int = 0
@@ -85,7 +85,7 @@ class CheckReport:
             self.longest_text, self.longest_text_where = length, f"{where()}, text {number}"
 
     def add(self, other: CheckReport) -> None:
-        """Add the report of later rows of the same manifest."""
+        """Add the report on later rows in the same manifest."""
         if other.longest_text > self.longest_text:
             self.longest_text_unit, self.longest_text_where = other.longest_text_unit, other.longest_text_where
         self.longest_text = max(self.longest_text, other.longest_text)
@@ -103,7 +103,7 @@ class CheckReport:
 
     @property
     def visual_range(self) -> str:
-        """Minimum, median and maximum number of visual tokens of an image; "" without a model or pictures."""
+        """Minimum, median and maximum number of visual tokens per image; "" without a model or pictures."""
         if not self.visual_tokens:
             return ""
         low, middle, most = quantiles(self.visual_tokens, 0, 50, 100)
@@ -149,7 +149,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Strip file and row from a problem, to recognise the same problem in several rows."""
+    """Strip the file and the row from a problem, to recognise the same problem in several rows."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 

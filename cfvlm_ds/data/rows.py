@@ -31,7 +31,7 @@ class Rows(Protocol):
 
 
 class LineRows:
-    """Rows of JSON lines, read on access."""
+    """Rows of a JSON lines file, read on access."""
 
     roots: tuple[Path, ...] = ()
 
@@ -76,5 +76,5 @@ def parsed(data: bytes, where: object, remedy: str, decoder: json.JSONDecoder | 
         raise DataError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except DuplicateKey as error:
         raise DataError(f"{where}: {error}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of nested brackets
         raise DataError(f"{where}: the JSON cannot be parsed ({error}); {remedy}") from error

@@ -140,7 +140,7 @@ class PackedSampler(GroupSampler):
     wait, or when the next group of the stream already waits; otherwise a small data set would repeat its other groups many times before
     that group is used. Then the fullest and the emptiest micro-batch exchange groups until they are balanced. No group is lost or repeated,
     the numbers of times that two groups were seen differ by at most two, and the order depends only on the data, the seed, ``max_tokens``
-    and the number of micro-batches of a step.
+    and the number of micro-batches per step.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class PackedSampler(GroupSampler):
         return math.ceil(Fraction(steps * wanted, tokens) * self.order.mean(self.tokens))
 
     def groups_in(self, num_steps: int) -> int:
-        """Estimate the number of groups in ``num_steps`` optimizer steps from the mean number of tokens of a group."""
+        """Estimate the number of groups in ``num_steps`` optimizer steps from the mean number of tokens per group."""
         return int(num_steps * self.groups_per_step * self.max_tokens / self.tokens.mean())
 
     def state_dict(self) -> dict[str, Any]:

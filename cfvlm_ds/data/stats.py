@@ -32,8 +32,8 @@ from cfvlm_ds.data.stored import StoredRows
 
 @dataclass(frozen=True)
 class Statistics:
-    """Contents of the valid rows of a manifest: the report of its check, the longer sides of its pictures in pixels, and the numbers of
-    distinct rows, contents of pictures, texts and prompts, and of rows with the id of an earlier row.
+    """Contents of a manifest's valid rows: the report of its check, the longer sides of its pictures in pixels, and the numbers of distinct
+    rows, contents of pictures, texts and prompts, and of rows with the id of an earlier row.
     """
 
     report: CheckReport

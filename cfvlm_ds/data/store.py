@@ -25,18 +25,18 @@ from cfvlm_ds.data.rows import Rows
 T = TypeVar("T")
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
-"""Row -> group, or groups, with image paths as written. Its DataErrors do not name file and line."""
+"""Row -> group, or groups, with image paths as written. Its DataErrors do not name the file and line."""
 
 
 class GroupStore(Lazy[CounterfactualGroup]):
-    """Groups of a manifest. Accessing a group of an invalid row raises a DataError that names file, row and remedy. Threads and forked
-    processes can share one object.
+    """Groups of a manifest. Accessing a group of an invalid row raises a DataError that names the file, the row and the remedy. Threads and
+    forked processes can share one object.
 
     Args:
         rows: rows of the manifest.
         roots: folders that pictures may be in; a relative path is joined to the first one that has the file.
         convert: function from a row to its groups: the format or, for rows with labels, ``joined`` of formats/truth.py.
-        firsts: index of the first group of each row, then the number of groups; None if every row is one group.
+        firsts: index of each row's first group, followed by the total number of groups; None if every row is one group.
         format: name of the format, with its options.
         limit: maximum number of groups; only the first ones are used.
     """
@@ -63,8 +63,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Index of the first group of each row, then the number of groups; None if every row is one group. The rows of a prepared store are
-        those of its source.
+        """Index of each row's first group, followed by the total number of groups; None if every row is one group. The rows of a prepared
+        store are those of its source.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored
@@ -127,7 +127,7 @@ def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:
 
 
 def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
-    """Return the index of the first group of each row, then the number of groups; None for a format with one group per row.
+    """Return the index of each row's first group, followed by the total number of groups; None for a format with one group per row.
 
     ``over`` applies a given function to chunks of the rows. Raises DataError for too many groups.
     """

@@ -33,7 +33,7 @@ from cfvlm_ds.data.store import GroupStore
 SCHEMA = "cfstore/3"
 FILE, PICTURES, TOGETHER, ROW_KEYS, PICTURE_KEYS = "store.json", "pictures.table", "together.npy", "row_keys.npy", "picture_keys.npy"
 PARTS = "parts"
-"""Folder of unfinished work."""
+"""Folder for unfinished work."""
 BEGUN = f"{PARTS}/source.json"
 _OPEN = 200  # files of rows that a process keeps open
 
@@ -81,7 +81,7 @@ class StoredRows:
             """Table of the pictures as they were prepared; None if none was opened."""
             self.keys = Keys(*(_mapped(folder / name) for name in (ROW_KEYS, PICTURE_KEYS)))
             self.together = _mapped(folder / TOGETHER) if TOGETHER in self._sums else None
-            """Index of the first group of each row of the source, then the number of groups; None if every row was one group."""
+            """Index of each source row's first group, followed by the total number of groups; None if every row was one group."""
             self._shards = [(folder / entry["file"], int(entry["index"]), int(entry["groups"])) for entry in record["rows"]]
             self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
             if not 0 < self._firsts[-1] == record["groups"] == self.identity["rows"]:

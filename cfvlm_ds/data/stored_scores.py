@@ -89,7 +89,7 @@ class ScoresFile(Mapping[str, StoredScores]):
 
     Args:
         rows: lines of the file, of which the first is the header.
-        keys: a hash of the id of each row.
+        keys: a hash of each row's id.
     """
 
     def __init__(self, rows: IndexedLines, keys: npt.NDArray[np.uint64]) -> None:

@@ -63,7 +63,7 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
 
 
 def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:
-    """Return the names and shapes of the weights in each flat tensor of the optimizer, and the number of elements of each flat tensor on
+    """Return the names and shapes of the weights in each flat tensor of the optimizer, and the number of elements in each flat tensor on
     this rank.
     """
     zero = engine.optimizer

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def field_names(model: str, inside: list[str]) -> list[str]:
-    """Return the field names of a pydantic model of DeepSpeed's configuration, reached from ``model`` through the fields ``inside``."""
+    """Return the field names of a pydantic model in DeepSpeed's configuration, reached from ``model`` through the fields ``inside``."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     classes: list[Any] = [DeepSpeedConfigModel]

@@ -59,7 +59,7 @@ class Weight:
 
 
 def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any = None) -> dict[str, list[Piece]]:
-    """Return the pieces of each weight in order. ``sizes`` are the numbers of elements of each rank's flat tensors. Raises ConfigError if
+    """Return the pieces of each weight in order. ``sizes`` are the numbers of elements in each rank's flat tensors. Raises ConfigError if
     they do not fit.
     """
     return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes, paddings)
@@ -101,7 +101,7 @@ def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int
 
 
 class Shards:
-    """The files of a checkpoint of ZeRO-1, 2 or 3, which are memory-mapped on first use.
+    """The files of a ZeRO-1, 2 or 3 checkpoint, memory-mapped on first use.
 
     Raises ConfigError for a folder that is not such a checkpoint, or whose files do not match its number of ranks. Other damage may raise
     any exception.
@@ -198,7 +198,7 @@ class Shards:
         return self.contents(self._optimizer[rank])[_ZERO]
 
     def _sizes(self) -> list[list[int]]:
-        """Return the number of elements of each rank's flat tensors. Under ZeRO-3 it is the same on all ranks, and only the file of the
+        """Return the number of elements in each rank's flat tensors. Under ZeRO-3 it is the same on all ranks, and only the file of the
         first is opened.
         """
         ranks = [0] if self._stage == 3 else range(len(self._optimizer))

@@ -1,4 +1,4 @@
-"""Import of DeepSpeed, and removal of build locks of torch's extensions that a killed process has left."""
+"""Import of DeepSpeed, and removal of the build locks that a killed process has left in torch's extensions."""
 
 from __future__ import annotations
 

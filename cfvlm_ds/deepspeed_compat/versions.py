@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 KNOWN = ">=0.19.8,<0.20"
-"""The requirement in pyproject.toml."""
+"""The range of supported DeepSpeed versions, as in pyproject.toml."""
 
 
 def unknown_version(installed: str) -> str | None:

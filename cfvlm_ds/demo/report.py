@@ -1,5 +1,5 @@
-"""Final table of `make demo`: group accuracy of the base model, after training it with only the NLL, after training it with the default
-objective (over several seeds), and in this run.
+"""Final table of `make demo`: group accuracy of the base model, of the base model fine-tuned with NLL only and with the default objective
+(both over several seeds), and of this run's model.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 
 MEASURED = Path(__file__).resolve().parent / "measured.json"
 """Results of `python benchmarks/learning.py --report` on 1000 held-out pairs per edit type, in %, by split and edit type. ``base`` has
-those of the base model. ``nll`` (only the NLL on all pairs, in the same processor time) and ``default`` (this run's objective) have the
-number of ``seeds``, and ``mean``, ``lowest`` and ``highest`` over them."""
+those of the base model. ``nll`` (NLL only, on all pairs, in the same CPU time) and ``default`` (this run's objective) have the number of
+``seeds``, and ``mean``, ``lowest`` and ``highest`` over them."""
 
 
 def report(run: Path) -> str:

@@ -103,7 +103,7 @@ def _free_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """Counter of the bytes of computed tensors that are alive, and of their peak."""
+    """Counter of the bytes in live computed tensors, and of their peak."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,10 +17,10 @@ from cfvlm_ds.evaluation.probes import Probe, Row
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 Lengths = Callable[[Candidate], int]
-"""Function that returns the number of tokens of a candidate's text under the model's tokenizer."""
+"""Function that returns the number of tokens in a candidate's text under the model's tokenizer."""
 
 MOST_CELLS = 256
-"""Maximum number of texts of a group that several items share."""
+"""Maximum number of texts in a group that several items share."""
 
 Place = tuple[int, tuple[int, ...]]
 """Index of a group, and columns of its scores."""
@@ -65,8 +65,8 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates its options without
-    question and picture, and is None if they are not scored.
+    """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates its options without the
+    question and the picture, and is None if they are not scored.
     """
 
     items: tuple[Item, ...]

@@ -1,4 +1,4 @@
-"""Comparison of the accuracies of two models on the same groups, with intervals of the differences paired by group."""
+"""Comparison of two models' accuracies on the same groups, with intervals of the differences paired by group."""
 
 from __future__ import annotations
 
@@ -153,7 +153,9 @@ def is_results(path: Path) -> bool:
 
 
 def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
-    """Read the accuracies of a run folder, or of a file of ``cfvlm-ds evaluate --out``, keyed by evaluation set. Raises DataError."""
+    """Read the accuracies from a run folder, or from a file written by ``cfvlm-ds evaluate --out``, keyed by evaluation set. Raises
+    DataError.
+    """
     file = path if path.is_file() else path / "results.json"
     if not file.is_file():
         raise DataError(

@@ -1,6 +1,6 @@
 """Calibration: margins and weights of objectives for a model and its data, derived from the model's gaps before training.
 
-A gap is S[true] - S[false] of a comparison of an objective: between texts on one image (csd), or between images for one text (fcd).
+A gap is S[true] - S[false] in one of an objective's comparisons: between texts on one image (csd), or between images for one text (fcd).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _GUESSED = 75  # percentile of the blind gaps that a margin must cover
 
 @dataclass(frozen=True)
 class Gap:
-    """One comparison of a ``group``: the nats by which the true cell wins, and the number of tokens of the factual text.
+    """One comparison of a ``group``: the nats by which the true cell wins, and the number of tokens in the factual text.
 
     ``prior`` is the number of nats by which the language prior favours the true text; None for a comparison of images.
     """

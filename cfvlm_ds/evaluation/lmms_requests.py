@@ -38,7 +38,7 @@ from cfvlm_ds.models.chunked_logprobs import likeliest
 IMAGE = "<image>"
 """Mark for the position of a picture in a task's text."""
 MAX_NEW_TOKENS = 1024
-"""Maximum number of tokens of a generated text if the task sets none."""
+"""Maximum number of tokens in a generated text if the task sets none."""
 _TOGETHER = 256  # requests whose pictures are on disk at the same time
 _AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -54,7 +54,7 @@ class Answers:
 
     Args:
         batch_size: number of groups in a batch; a group is the pictures of a request with all texts about them.
-        max_tokens: maximum number of tokens of a forward pass.
+        max_tokens: maximum number of tokens in a forward pass.
         per_token: divide a log-likelihood by its number of tokens, as lmms-eval's own models do; ``acc_norm`` then divides twice.
     """
 
@@ -69,7 +69,7 @@ class Answers:
     def loglikelihood(self, requests: Sequence[Any], documents: Documents) -> list[tuple[float, bool]]:
         """Return, for each request, the value of its text (see the module), and True if greedy decoding would generate the text.
 
-        A log-likelihood that is not finite counts as -infinity. Raises a DataError that names task and row.
+        A log-likelihood that is not finite counts as -infinity. Raises a DataError that names the task and the row.
         """
         progress, values, broken = Progress(self.world.say, "scoring", len(requests), "texts"), list[tuple[float, bool]](), 0
         for start in range(0, len(requests), _TOGETHER):
@@ -124,7 +124,7 @@ class Answers:
     def generate_until(self, requests: Sequence[Any], documents: Documents) -> list[str]:
         """Generate a text for each request, one at a time, up to the first of its stop strings.
 
-        Raises a DataError that names task and row.
+        Raises a DataError that names the task and the row.
         """
         progress, texts = Progress(self.world.say, "writing", len(requests), "texts"), list[str]()
         for request in progress.over(requests):

@@ -188,7 +188,7 @@ def _quad(s: Matrix, i: int, j: int, c: int, d: int) -> dict[str, bool]:
 
 
 _SINGLE = {"text": "pair", "image": "image_pair", "sham": "sham"}
-"""Kind of a comparison of two cells -> the metric for which it counts."""
+"""Kind of two-cell comparison -> the metric for which it counts."""
 
 
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:

@@ -1,5 +1,5 @@
-"""Probes: methods of asking a model about an item of a benchmark. A probe converts the item into prompts and texts that the model scores,
-and their log-likelihoods into scores of the item.
+"""Probes: ways to ask a model about a benchmark item. A probe converts the item into prompts and texts that the model scores, and their
+log-likelihoods into scores of the item.
 
 Every probe returns one score per image and text, so the same metrics apply to all probes. The scores are computed on the item's pictures,
 on a blank picture and on another item's picture (cfvlm_ds.evaluation.asking).
@@ -101,7 +101,7 @@ class Match(Probe):
 
 @dataclass(frozen=True)
 class Answers(Probe):
-    """The log-likelihood of each text of an item, such as yes, no or a letter, as the answer to its question, summed over spellings."""
+    """The log-likelihood of each of an item's texts, such as yes, no or a letter, as the answer to its question, summed over spellings."""
 
     name: ClassVar[str] = "yes_no"
 
@@ -124,12 +124,13 @@ class Letters(Probe):
     """Multiple choice by the letter of an option: the log of its probability among the letters, averaged over orders of the options.
 
     Up to four options are presented in all orders, more in cyclic orders. Each option has each position equally often, so a preference for
-    a position or a letter is not an advantage. ``alone`` asks without question and picture, which measures the prior of the options.
+    a position or a letter is not an advantage. ``alone`` asks without the question and the picture, which measures the prior of the
+    options.
 
     Args:
         question: question for an item without one, such as captions.
         instruction: text after the options.
-        prior: also score the options without question and picture.
+        prior: also score the options without the question and the picture.
     """
 
     name: ClassVar[str] = "letters"

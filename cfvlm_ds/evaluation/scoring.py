@@ -170,8 +170,8 @@ def scored_batches(
 def matrices(
     groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores], donors: Sequence[Pictures | None] | None
 ) -> dict[int, GroupScores]:
-    """Return the scores of each group of a batch, keyed by index, from its scores in each view. Without a blank view, a group's own scores
-    replace it.
+    """Return the scores of each group in a batch, keyed by index. ``scored`` has the batch's scores in each view; without a blank view, a
+    group's own scores replace it.
     """
     seen, *others = (view.logp for view in scored)
     by_index = {}

@@ -62,7 +62,7 @@ class Files:
 
 
 def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str, Any]) -> None:
-    """Write the index of a model: the file of every tensor, and the total size in bytes. A model in a single file gets no index."""
+    """Write the model's index, which maps each tensor to its file and gives the total size in bytes. A single-file model gets no index."""
     if {tensor.file for tensor in saved.values()} == {SINGLE}:
         return
     total = sum(tensor.nbytes for tensor in saved.values())

@@ -31,7 +31,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor on disk and its file."""
+    """A tensor on disk: its file, shape and dtype."""
 
     file: str
     shape: tuple[int, ...]

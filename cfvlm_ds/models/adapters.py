@@ -34,7 +34,7 @@ def only_adapters_train(config: ModelConfig) -> bool:
 
 
 def is_adapter(parameter: str) -> bool:
-    """Return True if the name of a parameter is that of an adapter."""
+    """Return True if a parameter name belongs to an adapter."""
     return any(part.startswith("lora_") for part in parameter.split("."))
 
 
@@ -64,7 +64,7 @@ def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str
 
 
 def peft_config(model: Any, family: Family, modules: Sequence[Module], name_or_path: str, lora: LoraConfig) -> Any:
-    """Return the peft configuration of the adapters of ``modules``."""
+    """Return the peft configuration for adapters of ``modules``."""
     import peft
 
     return peft.LoraConfig(

@@ -59,7 +59,7 @@ def as_loaded(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """Record of a family of models.
+    """What the package needs to know about a model family.
 
     Args:
         model_types: values of ``config.model_type``; the name of a path is never used.

@@ -1,4 +1,4 @@
-"""FlexAttention over a row of trees, with a block mask of the pairs of tokens that attend to each other."""
+"""FlexAttention over a row of trees, with a block mask of the token pairs that attend to each other."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BLOCK = 128  # tokens along a side of a block
 class Blocks:
     """The blocks of keys that each block of queries attends to, in part or in full.
 
-    ``stops`` [T] is the end of the subtree of each token's node. In depth-first order a query attends to a key if the key is not after the
-    query and the query is before the key's stop. ``sight`` narrows or widens this by the ``depths`` and ``pictures`` [T] of the tokens (a
-    forest's ``depths`` and ``block_of``).
+    ``stops`` [T] is the index where the subtree of each token's node ends. In depth-first order a query attends to a key if the key is not
+    after the query and the query is before the key's stop. ``sight`` narrows or widens this by the ``depths`` and ``pictures`` [T] of the
+    tokens (a forest's ``depths`` and ``block_of``).
 
     ``partial`` may contain too many blocks, because the mask is evaluated there. A window is judged by the extremes of a block.
     """

@@ -29,7 +29,7 @@ class ModelFlops:
     """Multiplications and additions of one forward and backward pass, each counted as one operation.
 
     A weight counts twice for each token that passes through it, and four more times if both token and weight need a gradient. The language
-    model's attention is counted per pair of tokens of which one attends to the other. Not counted: the tower's attention, the rule of gated
+    model's attention is counted per pair of tokens in which one attends to the other. Not counted: the tower's attention, the rule of gated
     delta nets, norms, softmax, and recomputation by gradient checkpointing. Of a mixture of experts, only the experts of a token count.
     """
 

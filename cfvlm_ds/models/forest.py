@@ -49,9 +49,7 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Build trees of two levels from the numbers of tokens of each prefix and of each of its branches; ``blocks`` are as in the
-        class.
-        """
+        """Build two-level trees from the token counts of each prefix and each of its branches; ``blocks`` are as in the class."""
         lengths, parents = list[int](), list[int]()
         for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)
@@ -84,17 +82,17 @@ class Forest:
 
     @functools.cached_property
     def tree_lengths(self) -> list[int]:
-        """Number of tokens of each tree."""
+        """Number of tokens in each tree."""
         return [stop - start for start, stop in itertools.pairwise(self.bounds)]
 
     @functools.cached_property
     def seen(self) -> list[int]:
-        """Number of tokens of each node's ancestors."""
+        """Number of tokens in each node's ancestors."""
         return [sum(self.lengths[above] for above in ancestors) for ancestors in self.ancestors]
 
     @functools.cached_property
     def longest_path(self) -> int:
-        """Number of tokens of the longest path from a root to the end of a text."""
+        """Number of tokens on the longest path from a root to the end of a text."""
         return max(seen + length for seen, length in zip(self.seen, self.lengths, strict=True))
 
     @functools.cached_property

@@ -33,7 +33,7 @@ from cfvlm_ds.models.forest import Forest, Sight
 from cfvlm_ds.models.variable_length import flash, tower, varlen
 
 BACKENDS = ("sdpa", "flash_attention_2", "varlen", "flex")
-_PADDED = 1.25  # largest ratio of lengths of trees that are padded to one length
+_PADDED = 1.25  # largest ratio between the lengths of trees padded to one length
 
 
 # --- padded trees, with a mask ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import sees_trees
 
 _CHUNK = 64  # tokens that transformers' rule computes at once and pads to
-_PADDED = 1.25  # largest ratio of chunks of nodes that are padded to one length
+_PADDED = 1.25  # largest ratio between the chunk counts of nodes padded to one length
 
 Level = list[tuple[Tensor, Tensor, Tensor | None]]
 """Batches of nodes: indices [N, L] of tokens in the row, T for padding; indices of real tokens among the N * L; indices [N] of the nodes'

@@ -86,7 +86,7 @@ def inputs_fingerprint(config: ModelConfig) -> str:
 def file_digest(path: Path, read: Callable[[int], object]) -> str:
     """Return the sha256 of a file. It is stored in the user's cache folder, keyed by properties of the file that any write changes.
 
-    ``read`` is called with the number of bytes of each block.
+    ``read`` is called with the size of each block in bytes.
     """
     stat = path.stat()
     state = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"

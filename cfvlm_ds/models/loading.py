@@ -77,7 +77,9 @@ def _check_folder(name_or_path: str) -> None:
 
 
 def _in_each_part(attn_implementation: str) -> dict[str, str]:
-    """Return attention options for language model and tower; any other part, such as one for sound, keeps transformers' default."""
+    """Return the attention implementation for the language model and the vision tower. Any other submodel, such as an audio encoder, keeps
+    transformers' default.
+    """
     return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
 
 

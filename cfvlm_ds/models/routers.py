@@ -1,7 +1,7 @@
-"""The routers of a mixture of experts: the tokens of each expert in a forward, and each expert's mean probability.
+"""The routers of a mixture of experts: the tokens that each expert gets in a forward, and each expert's mean probability.
 
 A token counts once for each text that it belongs to, as if every text stood in a row of its own, because the texts that share a prefix
-depend on the packing of groups. Shapes: E experts, T tokens, K experts of a token.
+depend on the packing of groups. Shapes: E experts, T tokens, K experts per token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cfvlm_ds.models.forest import Forest
 
 @dataclass(frozen=True)
 class Routed:
-    """Sums over the tokens of a forward and its layers.
+    """Expert routing of one forward, summed over tokens and layers.
 
     Args:
         taken: [E] tokens that are routed to each expert, without a gradient.

@@ -52,7 +52,7 @@ class Scorer(nn.Module):
     tokens.
 
     Everything happens inside one forward, so that ZeRO-3 gathers each layer once for any number of candidates, and every rank calls every
-    submodule equally often. ``routed`` is the routing of a mixture of experts in the last forward.
+    submodule equally often. ``routed`` holds the expert routing of the last forward, if the model is a mixture of experts.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
@@ -113,8 +113,8 @@ class Scorer(nn.Module):
             visual: indices of visual tokens in the row.
             scored: [P] positions whose logits are needed.
             predicted_by: [N] index into ``scored`` of the position that predicts each target.
-            images_of_tree: for each tree, its images as indices of the distinct images of ``image_inputs``.
-            visual_tokens: number of visual tokens of each distinct image.
+            images_of_tree: for each tree, its images as indices into the distinct images of ``image_inputs``.
+            visual_tokens: number of visual tokens in each distinct image.
             image_inputs: inputs of the tower; or ``tower_features``, in which case the tower does not run.
         """
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)

@@ -25,8 +25,7 @@ from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
 """(number of keys that a query attends to before and after its own, -1 for all; scale; query [T, H, D], key and value [gathered, J, D];
-starts of the queries and of the keys of each segment [S + 1] int32; longest of each) -> [T, H, D].
-"""
+starts of each segment's queries and keys [S + 1] int32; longest of each) -> [T, H, D]."""
 
 
 def _calls(forest: Forest, sight: Sight) -> tuple[list[Any], Tensor | None]:
@@ -151,7 +150,7 @@ def _downloaded_kernel() -> Callable[..., Any] | None:
 
 
 def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
-    """Return the name of the first of KERNELS that is installed and supports these heads."""
+    """Return the name of the first kernel in KERNELS that is installed and supports these heads."""
     if not on_gpu or not takes(dtype, heads):
         return "sdpa"
     return "flash_attention_2" if flash_attention() is not None else "varlen" if has_varlen() else "sdpa"

@@ -64,7 +64,7 @@ def required_cells(objectives: Objectives) -> Cells:
 
 
 def batch_terms(objectives: Objectives) -> dict[str, int]:
-    """Return the terms that use texts of other groups of the optimizer step, each with the number of such texts that it needs per image."""
+    """Return the terms that use texts from the step's other groups, each with the number of such texts that it needs per image."""
     return {name: int(getattr(objective, "texts", 0)) for name, objective in objectives.items() if objective.cells == "batch"}
 
 
@@ -107,7 +107,7 @@ def weighted_loss(
 
 
 def likelihood_report(scores: Scores) -> Report:
-    """Return the log-likelihood of four kinds of cell as (sum in nats, number of tokens). Their means show likelihood displacement.
+    """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). Their means show likelihood displacement.
 
     lp_00 is the factual pair, lp_kk the other true pairs, lp_k0 the factual text on images that it is false of, and lp_0k false texts on
     the factual image.

@@ -32,7 +32,7 @@ class BatchAlign(Objective):
     Args:
         weight: factor of the term in the loss.
         warmup: share of all steps over which the weight rises linearly from 0.
-        texts: number of texts of other groups that are scored on each image.
+        texts: number of texts from other groups that are scored on each image.
         temperature: divisor of the scores, on the scale of ``len_norm``.
         len_norm: divisor of log-likelihoods: each text's ``own`` token count, or ``none``.
         pmi: factor of the blind score that is subtracted where texts are compared; needs ``--data.scores`` unless it is 0.

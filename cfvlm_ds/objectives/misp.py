@@ -1,4 +1,4 @@
-"""MISP-DPO (arXiv 2509.25717): a text's image against all images that it is false of at once, as a baseline for the default loss."""
+"""MISP-DPO (arXiv 2509.25717): a text's image against all images of which the text is false, as a baseline for the default loss."""
 
 from __future__ import annotations
 

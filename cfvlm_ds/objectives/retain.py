@@ -18,8 +18,9 @@ from cfvlm_ds.objectives.objective import Objective, Report
 class Retain(Objective):
     """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: an estimate of KL(reference || model) per token.
 
-    It is 0 if model and reference agree, and grows as a text becomes less or more likely. It uses only the scored tokens, not the whole
-    vocabulary. For texts of n tokens sampled from the reference, the mean of -d is the KL per token, and the mean of exp(d) - 1 is at most
+    It is 0 if the model and the reference agree, and grows as a text becomes less or more likely. It uses only the scored tokens, not the
+    whole vocabulary. For texts of n tokens sampled from the reference, the mean of -d is the KL per token, and the mean of exp(d) - 1 is at
+    most
     0. The mean of the term is therefore at most that KL, and equals it for n = 1. The reference comes from ``--data.scores``, or is the
     model without its adapters.
 

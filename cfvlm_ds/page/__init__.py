@@ -1,4 +1,4 @@
-"""Static pages of groups of pictures and texts, viewed in a browser from a folder without a server.
+"""Static pages that show groups of pictures and texts, viewed in a browser from a folder without a server.
 
 The template page.html.jinja renders plain records with autoescape, so their text is never interpreted as HTML, a script or a file name.
 Each group is a ``<template>`` element of a single document, and its pictures are loaded when it is shown. Shapes: I images, C texts.
@@ -45,9 +45,9 @@ Span: TypeAlias = tuple[int, int]
 MOST = 1000
 """Maximum number of groups on a page. If there are more, it shows the first ones and a note."""
 MAX_TEXT = 20_000
-"""Maximum number of characters of a text that are shown."""
+"""Number of characters after which a shown text is cut."""
 MAX_COMPARED = 40_000
-"""Maximum number of pairs of words that are compared between two texts. The limit exists because hostile texts take cubic time."""
+"""Maximum number of word pairs compared between two texts. The limit exists because hostile texts take cubic time."""
 _SEARCHED = 1000  # searchable characters of a group's texts
 _ASSETS = ("page.css", "page.js")
 _MARKER = "page.json"
@@ -59,7 +59,7 @@ _NAMES = {"index.html", "pictures", "report.md", "report.json", _MARKER, *_ASSET
 
 @dataclass(frozen=True)
 class Image:
-    """Picture files of one image, and its label."""
+    """An image on a page: its picture files and its label."""
 
     pictures: Sequence[Path]
     label: str

@@ -20,7 +20,7 @@ Grid: TypeAlias = npt.NDArray[Any]
 """A picture reduced for comparison, [height, width, 3] in uint8."""
 
 GRID = 96
-"""Number of cells of the longer side of the grid on which pictures are compared."""
+"""Number of cells along the longer side of the grid on which pictures are compared."""
 VISIBLE = 10
 """Difference of a cell's means above which it is visibly changed, in levels of 0 to 255. JPEG or a latent diffusion model changes less."""
 _MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline, and of the changed share that has one

@@ -231,7 +231,7 @@ _PANELS = (
     ("Accuracy on a sample of the evaluation sets", "%", "eval_sample/"),
     ("Evaluation accuracy", "%", "eval/"),
 )
-"""(title, unit, prefix of the names of its metrics)."""
+"""(title, unit, prefix of its metrics' names)."""
 _LABELS = {
     "logp/lp_00": "true text, its image",
     "logp/lp_kk": "edited text, its edited image",
@@ -242,7 +242,7 @@ _LABELS = {
 
 
 def _place(name: str) -> int | None:
-    """Return the rank of a name in its panel; None for a metric that is not shown, such as an accuracy of an edit type."""
+    """Return the rank of a name in its panel; None if the metric is not shown, such as the accuracy for one edit type."""
     first, *_, metric = parts = name.split("/")
     if first not in ("eval", "eval_sample"):
         return 0

@@ -14,7 +14,7 @@ from cfvlm_ds.tracking.metrics_log import say
 
 
 class Hook(Protocol):
-    """A receiver of the metrics of a run, on rank 0.
+    """A receiver of a run's metrics, on rank 0.
 
     Args:
         run_dir: folder of the run.

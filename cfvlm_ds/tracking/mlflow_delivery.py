@@ -305,7 +305,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def mlflow_name(metric: str) -> str:
-    """Return MLflow's name of a metric of metrics.jsonl, such as ``Main/eval_test_group``, or ``detail/loss/csd``."""
+    """Return MLflow's name for a metric in metrics.jsonl, such as ``Main/eval_test_group``, or ``detail/loss/csd``."""
     return _name("Main/" + metric.replace("/", "_") if _FIRST_PAGE.fullmatch(metric) else f"detail/{metric}")
 
 

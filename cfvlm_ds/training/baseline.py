@@ -29,7 +29,7 @@ from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 FOLDER = "baseline"
 FEWEST = 100
-"""Number of groups of each set that are always evaluated, however short the training is."""
+"""Number of groups per set that are always evaluated, however short the training is."""
 _FORM = 1
 """Version of the files in the cache; files of another version are not found."""
 
@@ -93,7 +93,7 @@ class Baseline:
         return self.config.train.retention or ()
 
     def _drawn(self, name: str) -> Sequence[int]:
-        """Return the indices of the groups of a set that are evaluated."""
+        """Return the indices of the groups that are evaluated in a set."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(SHARE * self.trained * size / of_all))
         if self.config.train.eval_on_start is True or name in self._retained or size <= most:

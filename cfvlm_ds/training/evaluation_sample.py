@@ -15,13 +15,13 @@ from cfvlm_ds.evaluation.metrics import content_hash
 from cfvlm_ds.training.evaluator import Splits
 
 FEWEST, MOST = 30, 300
-"""Smallest and largest number of groups of a set in the sample. A set for which the budget allows fewer has no sample."""
+"""Smallest and largest number of a set's groups in the sample. A set for which the budget allows fewer has no sample."""
 SHARE = 0.15
 """Number of groups scored per group trained. A trained group costs three forwards, a scored one up to two, so evaluating takes a tenth of
 the training's time.
 """
 _PARTS = 4
-"""Number of equal parts of the training between which the sample is scored."""
+"""Number of equal parts into which the evaluations of the sample divide the training."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EvaluationSample:
 
     Args:
         trained: number of groups that the run trains on; a group that is repeated counts each time.
-        total_steps: number of steps of the run.
+        total_steps: number of steps in the run.
     """
 
     splits: Splits

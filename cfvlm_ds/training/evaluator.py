@@ -58,7 +58,7 @@ class Evaluator:
             )
 
     def ask(self, shuffled: bool = False) -> dict[str, list[Outcome]]:
-        """Return the outcomes of the items of each benchmark. Raises the same errors as ``__call__``."""
+        """Return the outcomes of each benchmark's items. Raises the same errors as ``__call__``."""
         outcomes = {}
         with self._evaluating():
             for name, benchmark in self.benchmarks.items():

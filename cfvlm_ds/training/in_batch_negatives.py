@@ -1,4 +1,4 @@
-"""In-batch negatives: texts of other groups of an optimizer step, drawn before packing, and their scores on all ranks.
+"""In-batch negatives: texts from the other groups in an optimizer step, drawn before packing, and their scores on all ranks.
 
 The texts that a group gets depend only on the ids of the groups in the step, not on their distribution over ranks and micro-batches. Every
 rank therefore reads the rows of the whole step from the store, but opens no pictures of other ranks' groups.
@@ -32,7 +32,7 @@ Entry = CounterfactualGroup | DataError
 
 
 class StepPart(NamedTuple):
-    """A micro-batch: the indices of all groups of its step in the data, and the positions of its own groups among them."""
+    """A micro-batch: the data indices of all groups in its step, and the positions of its own groups among them."""
 
     step: tuple[int, ...]
     places: range
@@ -55,7 +55,7 @@ class WholeSteps:
 
 
 class WithNegatives(Sequence[Entry]):
-    """The groups of a run, each with its position in the step and with texts of other groups of that step.
+    """The groups of a run, each with its position in its step and with texts from the other groups in that step.
 
     Args:
         groups: the training groups.
@@ -172,7 +172,7 @@ class CrossRankScores:
 
     @classmethod
     def gathered(cls, local: Sequence[Scores], world: World) -> CrossRankScores:
-        """Gather the scores of all micro-batches of the step from all ranks; collective."""
+        """Gather the scores of the step's micro-batches from all ranks; collective."""
         mine = np.concatenate([_entries(scores) for scores in local])
         return cls(np.concatenate(gather_objects(mine, world)))
 

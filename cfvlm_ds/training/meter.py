@@ -45,7 +45,7 @@ class Meter:
         return len(self._sums)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float, part: int = 0) -> None:
-        """Add to the sum and count of one part of a metric, in float64. The metric is the sum of the means of its parts.
+        """Add to the sum and count of a metric's part, in float64. The metric is the sum of its parts' means.
 
         Tensors stay on their device, because fetching one would wait for the GPU.
         """

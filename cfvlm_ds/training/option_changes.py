@@ -39,9 +39,8 @@ DEEPSPEED: dict[str, OnResume] = {
     **dict.fromkeys(("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"), "ignored"),
     **dict.fromkeys(("comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"), "ignored"),
 }
-"""DeepSpeed setting -> the effect of its change and of any setting below it. A setting that is not listed counts as ``confirm``, to be
-safe.
-"""
+"""DeepSpeed setting -> the effect of changing it or any setting below it. A setting that is not listed counts as ``confirm``, to be
+safe."""
 
 _UNSET = {
     "optimizer.params.adam_w_mode": True,
@@ -54,7 +53,7 @@ _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or ch
 
 @dataclass(frozen=True)
 class Change:
-    """An option, its value in the continued run, and its value in this one."""
+    """A changed option: its name, its value in the continued run, and its value in this run."""
 
     option: str
     before: Any
@@ -186,7 +185,7 @@ def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
 
 
 def on_resume_of(setting: str) -> OnResume:
-    """Return the effect of a change of a DeepSpeed setting. The longest declared prefix of its name decides."""
+    """Return the effect of changing a DeepSpeed setting. The longest declared prefix of its name decides."""
     while setting not in DEEPSPEED and "." in setting:
         setting = setting.rpartition(".")[0]
     return DEEPSPEED.get(setting, "confirm")

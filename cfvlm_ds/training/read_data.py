@@ -41,7 +41,7 @@ from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
-"""Largest number of groups of a data set that a run prepares itself, while its GPUs wait."""
+"""Largest number of groups in a data set that a run prepares itself, while its GPUs wait."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RunData:
 
 
 class SourceData(NamedTuple):
-    """One of the training sets and its identity."""
+    """A training set: its groups and its identity."""
 
     groups: GroupStore
     identity: Identity

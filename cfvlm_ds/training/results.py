@@ -37,7 +37,7 @@ CHANGES = "before_after.json"
 PAGE = "results.html"
 """Page for a browser with results.md and the figures."""
 WORST = "worst"
-"""Folder of the page of the groups with the worst margins."""
+"""Folder of the page that shows the groups with the worst margins."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
@@ -174,7 +174,7 @@ def description(summary: str, files: Sequence[Path]) -> str:
 
 
 _MOST_DESCRIBED = 4000
-"""Characters of the summary in the description; MLflow accepts tags of 5,000."""
+"""Maximum number of characters of the summary in the description; MLflow accepts tags of 5,000."""
 _NO_SETS = (
     "No evaluation sets. Add one with `--data.evaluation.NAME FILE`, in any format that training reads, for example with rows held out "
     "from the training data."

@@ -49,8 +49,8 @@ class Retention:
             )
 
     def evaluated(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-        """Compare an evaluation with the first one, and return the change of each set of ``train.retention``, in nats per token and in
-        percentage points.
+        """Compare an evaluation with the first one, and return how much each set of ``train.retention`` has changed, in nats per token and
+        in percentage points.
         """
         changed: dict[str, float] = {}
         for split in self.config.train.retention or ():

@@ -1,4 +1,4 @@
-"""The router balance loss of a mixture of experts (arXiv 2101.03961, equation 4, as in transformers), taken over an optimizer step.
+"""The router balance loss for a mixture of experts (arXiv 2101.03961, equation 4, as in transformers), taken over an optimizer step.
 
 The loss is E * sum_e f_e * P_e: f_e is the share of rows (a row is a token in a layer) that are routed to expert e, and P_e is the mean
 probability of e. Both are means over the rows of all ranks and accumulation steps. A shared prefix counts once for each of its texts, so

@@ -22,7 +22,7 @@ from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 _MAX_NEW_TOKENS, _SIDE = 64, 160
 _LONGEST = 400
-"""Characters of a text in results.md; samples.jsonl has all of it."""
+"""Number of characters of a text that results.md shows; samples.jsonl has the whole text."""
 
 
 @dataclass

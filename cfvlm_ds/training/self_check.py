@@ -74,7 +74,7 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 
 @dataclass
 class Cell:
-    """One cell, scored in a packed row and in a row of its own: both scores in nats, the number of tokens of its text, and the inputs of
+    """One cell, scored in a packed row and in a row of its own: both scores in nats, the number of tokens in its text, and the inputs of
     the single-row forward.
     """
 

@@ -179,7 +179,7 @@ class OptimizerStep:
         return measured, bool(finite)
 
     def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
-        """Return the number of forwards of each micro-batch, equal on every rank because ZeRO-3 gathers weights on all ranks together."""
+        """Return the number of forwards for each micro-batch, equal on every rank because ZeRO-3 gathers weights on all ranks together."""
         forwards = [len(micro_batch.forwards) for micro_batch in micro_batches]
         if self.config.data.max_tokens_per_forward is None:
             return forwards

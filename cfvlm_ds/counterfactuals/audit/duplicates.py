@@ -18,7 +18,7 @@ from cfvlm_ds.data.decoding import ENDINGS, open_image
 from cfvlm_ds.data.picture_index import content_digest
 
 NEAR = 8
-"""Largest number of the 64 bits in which near duplicates differ."""
+"""Largest number of bits, out of 64, in which the hashes of near duplicates differ."""
 _BLOCK = 64
 GRAM = 8
 """Number of consecutive words that two captions share if one was copied."""
@@ -36,8 +36,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Pair:
-    """Indices of two equal or nearly equal pictures in two sequences, and the number of bits in which their hashes differ, or -1 for the
-    same file.
+    """Indices of two equal or nearly equal pictures in two sequences, and the number of bits in which their hashes differ, or -1 if they
+    are the same file.
     """
 
     first: int

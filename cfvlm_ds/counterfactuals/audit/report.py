@@ -1,4 +1,4 @@
-"""Audit report of a set of groups: shortcuts, duplicates, leaks and balance, as text, JSON and a page of the affected groups."""
+"""Audit report on a set of groups: shortcuts, duplicates, leaks and balance, as text, JSON and a page that shows the affected groups."""
 
 from __future__ import annotations
 

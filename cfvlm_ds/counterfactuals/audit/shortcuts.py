@@ -1,5 +1,5 @@
 """Shortcuts: classifiers that detect counterfactual texts from their words or length, and edited pictures from their grain, without regard
-to whether text and picture match.
+to whether the text and the picture match.
 
 Each classifier is fitted on half of the groups and evaluated on the other half; all groups of a source are in the same half.
 """
@@ -48,7 +48,7 @@ _ONE_HALF = "too few pictures: one half has no pair for fitting or for evaluatio
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the area under the ROC curve, with ties as one half, and the two ends of the interval of Hanley and McNeil (1982)."""
+    """Compute the area under the ROC curve, with ties as one half, and both ends of Hanley and McNeil's interval (1982)."""
     from scipy.stats import rankdata
 
     ranks = rankdata([*positive, *negative])

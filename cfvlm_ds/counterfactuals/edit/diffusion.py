@@ -27,7 +27,9 @@ any module that the folder names.
 
 
 class Diffusers(Editor):
-    """Editor ``diffusers``. Each batch has one picture, because the result of a seed depends on the batch size."""
+    """Editor ``diffusers``, which runs a diffusion pipeline. Each batch has one picture, because the result of a seed depends on the batch
+    size.
+    """
 
     varies, threads = True, 1
 

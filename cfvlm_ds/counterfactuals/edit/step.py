@@ -140,7 +140,7 @@ def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str
 
 
 def difference_mask(original: Image.Image, edited: Image.Image) -> Image.Image:
-    """Return a mask of the visible differences of two pictures, slightly enlarged."""
+    """Return a slightly enlarged mask of the visible differences between two pictures."""
     changed = np.abs(np.asarray(original, np.int16) - np.asarray(edited, np.int16)).max(2) > _CHANGED
     mask = Image.fromarray((changed * 255).astype(np.uint8))
     return mask.filter(ImageFilter.MaxFilter(9))
@@ -157,7 +157,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 class _Tar(Journal):
-    """Tar of the pictures of a shard; data after the last recorded picture are cut off."""
+    """Tar of a shard's pictures; anything after the last recorded picture is cut off."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
         path, end = work.tar(shard), 0

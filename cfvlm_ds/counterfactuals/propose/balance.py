@@ -83,7 +83,7 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
                 together.append(number * len(types) + types.index(edit.type))
 
     def room(kept: Numbers) -> Numbers:
-        """Return the share of the edits of a caption and type that the limit ``most`` admits."""
+        """Return, for each edit, the share of its caption's edits of its type that the limit ``most`` admits."""
         return np.asarray(np.minimum(1.0, most / np.maximum(np.bincount(together, kept), 1e-9))[together])
 
     prices: dict[str, dict[str, float]] = {kind: {} for kind in types}

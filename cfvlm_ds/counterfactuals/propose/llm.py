@@ -48,7 +48,7 @@ For swap_attribute and swap_object the new caption has the same words in another
 
 
 class LanguageModel:
-    """Back end ``llm``."""
+    """Back end ``llm``: a language model on a server proposes the edits."""
 
     def __init__(self, context: Context) -> None:
         self._options = options = context.options
@@ -79,9 +79,8 @@ class LanguageModel:
         return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
-        """Count a failed request. A single failure affects only its caption; many in a row end the step, which can be resumed later.
-
-        Raises ConfigError for a server that cannot be reached or does not give a usable answer.
+        """Count a failed request. Raises ConfigError, which ends the step, if the server is unreachable and has not answered any request
+        yet, or after IN_A_ROW consecutive failures. Any other failure affects only its own caption.
         """
         with self._lock:
             self._in_a_row += 1

@@ -27,7 +27,9 @@ _LISTS: dict[str, frozenset[str]] = {
 
 
 class Mine:
-    """Back end ``mine``. Memory does not grow with the data, because the index is a file in the work folder."""
+    """Back end ``mine``, which pairs existing pictures whose captions differ in one word. Memory does not grow with the data, because the
+    index is a file in the work folder.
+    """
 
     threads = 1
 

@@ -14,7 +14,7 @@ LISTS: Mapping[str, Any] = yaml.safe_load(files(__package__).joinpath("words.yam
 
 @functools.cache
 def word_set(name: str) -> frozenset[str]:
-    """Return a list of words as a set."""
+    """Return the words of the list ``name`` in words.yaml."""
     return frozenset(LISTS[name].split())
 
 

@@ -16,7 +16,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]|_")
 """A word with its apostrophes and hyphens, a number, or a mark."""
 MOST_CHANGED = 6
-"""Largest number of words of one change."""
+"""Largest number of words in one change."""
 MOST_CHARACTERS = 2000
 
 _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa couch, tv television, bike bicycle

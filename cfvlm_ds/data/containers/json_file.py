@@ -17,7 +17,7 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 from cfvlm_ds.data.rows import parsed
 
 MAX_JSON = 4 << 30
-"""Limit of one JSON value in bytes. Until its rows are written as JSON lines, they take several times as much memory."""
+"""Maximum size of one JSON value in bytes. Until its rows are written as JSON lines, they take several times as much memory."""
 
 _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
 
@@ -81,7 +81,7 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
 
 
 def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
-    """Return the values of the keys ``name`` and ``content`` of an item of COCO's file, and its other fields. Raises DataError."""
+    """Return the values of the keys ``name`` and ``content`` of an item in COCO's file, and its other fields. Raises DataError."""
     row = _row(value)
     if isinstance(row, DataError):
         raise DataError(f"{where}: {row}")

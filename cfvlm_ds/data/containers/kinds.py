@@ -1,4 +1,4 @@
-"""Container kinds: detection of the kind of a path, and of the files that belong to it."""
+"""Container kinds: detection of a path's kind and of the files that belong to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfvlm_ds.data.containers.tar import tar_rows
 from cfvlm_ds.data.decoding import ENDINGS
 
 LINES = "jsonl"
-"""Kind of a file of JSON lines, into which every other container is converted."""
+"""Kind of a JSON lines file, into which every other container is converted."""
 
 CONTAINERS: dict[str, Callable[[Path], Rows]] = {
     "json": json_rows,
@@ -41,7 +41,7 @@ _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
 _OF_MODELS = ("config.json", "config.yaml")
 """Files by which a model folder or a run folder is recognised."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
-"""Name of a shard of a split, in the numbering of the hub and of ``datasets``."""
+"""File name of a split's shard, as numbered by the hub and by ``datasets``."""
 COMPRESSED = {
     ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
 }  # fmt: skip
@@ -58,7 +58,8 @@ def container_of(path: Path) -> str:
 
 
 def sources_of(path: Path) -> list[Path]:
-    """Return the files of a path, sorted by name: the path itself, or the files of a folder or of a pattern such as ``train-*.parquet``.
+    """Return the files that a path stands for, sorted by name: the path itself, the files in a folder, or the matches of a pattern such as
+    ``train-*.parquet``.
 
     Raises DataError for a folder without data or with several splits, and for a pattern without files or with files of several kinds.
     """

@@ -44,7 +44,7 @@ def open_rows(
     alive: Callable[[], object] = lambda: None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> Rows:
-    """Open the rows of a file of JSON lines, or of another container.
+    """Open the rows of a JSON lines file or another container.
 
     Another container is converted to JSON lines on first use, in the first writable folder of ``cache`` (default: the folder of the data,
     then the user's cache folder). Raises DataError for a file that cannot be read at all, or has no row.

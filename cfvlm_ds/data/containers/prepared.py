@@ -1,6 +1,6 @@
 """Converted containers: a folder with rows.jsonl and copied pictures, which is written once and reused.
 
-The folder's name contains a hash of the source files and their state. With several files, the number of rows of each is recorded. Row n is
+The folder's name contains a hash of the source files and their state. With several files, the number of rows in each is recorded. Row n is
 line n; a line that is a string instead of an object is the error of its row. The folder is written under another name and renamed when it
 is complete, so an interrupted conversion is simply repeated.
 """

@@ -14,11 +14,11 @@ Rows: TypeAlias = Iterator[tuple[str, Row | DataError]]
 """Iterator over (location, row). A DataError stands for an invalid row, and does not name the location."""
 
 MAX_ROW = 4 * MIB
-"""Limit of a row as JSON without its pictures, in bytes; equal to the limit of a line of JSON lines."""
+"""Maximum size of a row as JSON without its pictures, in bytes; the same as for a row in a JSON lines file."""
 
 
 def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:
-    """Yield the rows of a file. Any error of the parser ``read`` becomes one DataError that names the file and the last row before it."""
+    """Yield the rows of a file. If the parser ``read`` fails, raises a DataError that names the file and the last row that was read."""
     where = ""
     try:
         for where, row in read(path):

@@ -21,7 +21,7 @@ TEXTS = ("txt", "text", "caption", "cls", "json", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 _PLAIN = "write the tar with the files themselves (tar --dereference --hard-dereference)"
 _HEADER = MIB
-"""Limit of a member's header with its long name, in bytes; real headers have a few kB."""
+"""Maximum size of a member's header with its long name, in bytes; real headers have a few kB."""
 
 
 def tar_rows(path: Path) -> Rows:
@@ -79,7 +79,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
 
 
 def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:
-    """Return the contents of a text or JSON member, or the name of the bytes of another member. Raises DataError."""
+    """Return the contents of a text or JSON member, or the name that locates the bytes of any other member. Raises DataError."""
     last = extension.rpartition(".")[2]
     place = f"{path.name}#{member.offset_data}+{member.size}"
     if last in ENDINGS:

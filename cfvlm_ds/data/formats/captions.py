@@ -57,7 +57,7 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Captions:
-    """Rows of captioned pictures as groups.
+    """Format of rows with captioned pictures.
 
     Args:
         image: column of the picture, or of a list of pictures.
@@ -65,7 +65,7 @@ class Captions:
         negative_caption: column of the captions that are false of it.
         negative_image: column of the pictures that the captions are false of.
         prompt: column of the prompt that the captions answer.
-        edit: column of the edit type of the counterfactuals, which names a row of results.
+        edit: column with the counterfactuals' edit type, which names a row of results.
         id: column of the group's id.
         ask: prompt of rows without one; empty for no prompt.
         paired: whether negative caption k is true of negative picture k, if there are as many of each.
@@ -99,7 +99,7 @@ class Captions:
         check_label(self.label, self.true, self.false, **given, paired=not self.paired)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Its DataErrors do not name file and line."""
+        """Convert a row to a group. Its DataErrors do not name the file and line."""
         if self.label:
             return joined([self._claim(row)])
         read = self._read(row)

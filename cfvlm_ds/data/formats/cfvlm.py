@@ -27,7 +27,7 @@ _START, _END = "<|vision_start|>", "<|vision_end|>"
 
 @dataclass(frozen=True)
 class Cfvlm:
-    """Rows of CF-VLM's published files.
+    """Format of the rows in CF-VLM's published files.
 
     Args:
         ask: prompt of rows without text around the image; empty for no prompt.
@@ -44,8 +44,8 @@ class Cfvlm:
         of another sample's image is unknown. The prompt is the text of ``orig_input`` around the image's path. A row has no id; the group's
         id is a hash of its contents.
 
-        Raises DataError (without file and line) for a missing or misspelt key, a value of another type, an input without exactly one image,
-        or a group that CounterfactualGroup refuses.
+        Raises DataError (without the file and line) for a missing or misspelt key, a value of another type, an input without exactly one
+        image, or a group that CounterfactualGroup refuses.
         """
         row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")

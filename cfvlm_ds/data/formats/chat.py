@@ -223,7 +223,7 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruct:
-    """Rows of conversations as groups: one image and one text or, with ``label``, all labelled answers to one question.
+    """Base class of formats for conversations. A group has one image and one text or, with ``label``, all labelled answers to one question.
 
     Args:
         per_turn: make a group for every answer of a conversation instead of only for the last.
@@ -248,7 +248,7 @@ class Instruct:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a row to a group, or to several. Its DataErrors do not name file and line."""
+        """Convert a row to a group, or to several. Its DataErrors do not name the file and line."""
         if self.label:
             return joined([self._claim(row)])
         read = self._read(row)

@@ -15,7 +15,7 @@ from cfvlm_ds.data.formats.captions import Captions
 
 @dataclass(frozen=True)
 class Mapped(Captions):
-    """Rows whose columns are mapped by the options."""
+    """Format of rows whose columns are mapped by the options."""
 
     usual = False
     source = "hf"

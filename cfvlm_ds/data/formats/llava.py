@@ -19,7 +19,7 @@ from cfvlm_ds.data.formats.chat import Instruct
 
 @dataclass(frozen=True)
 class Llava(Instruct):
-    """Rows with ``conversations``."""
+    """Format of rows whose messages are in ``conversations``."""
 
     keys = ("conversations", "conversation")
     source = "llava"

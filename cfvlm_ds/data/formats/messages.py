@@ -34,7 +34,7 @@ BESIDE = {"query": ("history",), "instruction": ("input", "history")}
 
 @dataclass(frozen=True)
 class Messages(Instruct):
-    """Rows with ``messages``, or with columns of a question and its answer."""
+    """Format of rows with ``messages``, or with a question and its answer in two columns."""
 
     keys = ("messages",)
     source = "messages"

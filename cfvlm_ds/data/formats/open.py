@@ -35,7 +35,7 @@ def open_data(
     progress: Callable[[str], object] = lambda line: None,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
-    """Open the groups of data other than a store; see cfvlm_ds.data.open_groups."""
+    """Open data in any format except a store, as groups; see cfvlm_ds.data.open_groups."""
     scan = scan or Scan()
     rows = open_rows(path, cache=cache, alive=scan.alive, progress=progress)
     if format == AUTO and (format := _taken(rows)) != NATIVE:

@@ -29,7 +29,7 @@ _WINOGROUND = re.compile(r"ex_[0-9]+_img_[01]", re.ASCII)
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of two images and two captions.
+    """Format of rows with two images and two captions.
 
     Args:
         ask: prompt of rows without one; empty for no prompt.
@@ -43,8 +43,8 @@ class Pairs:
         """Convert a row to a group of 2 images x 2 texts whose truth table is the identity; image paths are as written.
 
         Without ``id``, the group's id is a hash of file names, captions and prompt. It does not change when rows move, and a repeated row
-        is detected as a duplicate id. Raises DataError (without file and line) for a missing or misspelt key, a value that is not a string,
-        or a group that CounterfactualGroup refuses, such as one with two equal captions.
+        is detected as a duplicate id. Raises DataError (without the file and line) for a missing or misspelt key, a value that is not a
+        string, or a group that CounterfactualGroup refuses, such as one with two equal captions.
         """
         row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")

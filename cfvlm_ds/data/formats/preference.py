@@ -48,7 +48,7 @@ _KEYS = {*_CHOSEN, *_REJECTED, *_REJECTED_IMAGES, "id", "system"}
 
 @dataclass(frozen=True)
 class Preference:
-    """Rows of a chosen and a rejected answer, or picture.
+    """Format of rows with a chosen and a rejected answer, or picture.
 
     Args:
         ignore: columns that are not read, joined by ``+``.
@@ -57,7 +57,7 @@ class Preference:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Its DataErrors do not name file and line."""
+        """Convert a row to a group. Its DataErrors do not name the file and line."""
         row = unpacked(without_nulls(row, self.ignore))
         used, question, chosen, rejected, further = _said(row)
         question = with_system(question, row)
@@ -100,8 +100,8 @@ def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
-    """Return the columns of question and chosen answer, the question, the chosen answer, the rejected answer (or None), and the other keys
-    of their messages, keyed by column.
+    """Return the columns of the question and the chosen answer, the question, the chosen answer, the rejected answer (or None), and the
+    other keys of their messages, keyed by column.
     """
     used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""

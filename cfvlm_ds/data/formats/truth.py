@@ -68,14 +68,14 @@ _LABEL_NAMES -= {"t", "f", "n"}
 """Words in the names of labels."""
 
 _PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|#\d+\+\d+$", re.IGNORECASE)
-"""End of a picture's name, or of the name of its bytes in a container."""
+"""Ending of a picture's file name, or of the name that locates its bytes in a container."""
 _MEMBER = re.compile(r"\.(txt|text|caption|cls|value|content|image|img|png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _DEEP = 8  # largest nesting depth that is searched
 
 
 @dataclass
 class Column:
-    """A column of metadata.
+    """A metadata column, and the evidence on whether it labels texts as true or false.
 
     Args:
         name: name of the column.
@@ -168,7 +168,7 @@ def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> l
 
 
 def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of each leaf of a row; ``a.b`` is ``b`` within ``a``, which is an object, an object as JSON text, or a list.
+    """Yield the name and value of each leaf in a row; ``a.b`` is ``b`` within ``a``, which is an object, an object as JSON text, or a list.
 
     Only the last item of a list is searched, because the last message is the answer.
     """
@@ -267,7 +267,7 @@ class Claim(NamedTuple):
 
     @property
     def key(self) -> int:
-        """Hash of pictures and prompt, as a non-negative integer of 63 bits."""
+        """Hash of the pictures and the prompt, as a non-negative integer of 63 bits."""
         about = [[str(picture) for picture in self.pictures], spelled(normalised_prompt(self.prompt))]
         return hashed(json.dumps(about)) >> 1
 
@@ -275,7 +275,7 @@ class Claim(NamedTuple):
 def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
     """Join the claims about one image and prompt into a group, true texts first. A repeated text is kept once and counted in the metadata.
 
-    Raises DataError, without file and line, if two claims contradict each other, or if no text is true.
+    Raises DataError, without the file and line, if two claims contradict each other, or if no text is true.
     """
     first, known, places = claims[0], dict[str, Said](), dict[str, str]()
     for claim in claims:
@@ -328,7 +328,7 @@ class JoinedRows:
         return len(self._ends)
 
     def where(self, row: int) -> str:
-        """Return the location of the first of the joined rows."""
+        """Return the first joined row's location."""
         return self._rows.where(self._rows_of(row)[0])
 
     def value(self, row: int) -> Any:

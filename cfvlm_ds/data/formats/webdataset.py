@@ -32,7 +32,7 @@ _NEGATIVE_TEXTS = ("neg_caption", "neg_caption.txt", "negative_caption", "negati
 
 
 class _Members(Captions):
-    """Columns that are members of a sample."""
+    """The captions format, with the members of a sample as its columns."""
 
     source = "webdataset"
 
@@ -42,7 +42,7 @@ class _Members(Captions):
 
 @dataclass(frozen=True)
 class WebDataset:
-    """Samples of a tar.
+    """Format of the samples in a WebDataset tar.
 
     Args:
         caption: member, or column of the ``json``, with the caption; ``txt.KEY`` is a value within a text that is a JSON object.
@@ -66,7 +66,7 @@ class WebDataset:
         check_label(self.label, self.true, self.false)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a sample to a group. Its DataErrors do not name file and line."""
+        """Convert a sample to a group. Its DataErrors do not name the file and line."""
         read, columns = self._read(row)
         group = read(columns)
         assert isinstance(group, CounterfactualGroup)

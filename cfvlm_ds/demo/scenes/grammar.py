@@ -34,7 +34,7 @@ PHRASINGS = (
 
 @dataclass(frozen=True)
 class Description:
-    """Attributes of one thing that a caption mentions; None for an attribute that it does not mention."""
+    """What a caption says about one thing. ``size`` and ``texture`` are None if the caption does not mention them."""
 
     count: int
     size: str | None

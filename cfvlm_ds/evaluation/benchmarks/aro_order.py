@@ -33,7 +33,7 @@ def cleaned(caption: str) -> str:
 
 
 def shuffles(caption: str) -> list[str]:
-    """Return up to four false orders of the words of a cleaned caption, which differ from it and from each other."""
+    """Return up to four false word orders of a cleaned caption, which differ from it and from each other."""
     words, orders = caption.split(), list[str]()
     for name, make in _KINDS.items():
         for attempt in range(_TRIES):

@@ -90,8 +90,8 @@ class Outcome:
         blank: a score per text on a blank picture: the language prior.
         shuffled: a score per text on another item's picture; None if there is no such picture or it was not requested.
         consistency: share of option orders in which the model chooses the same option as on average over orders; None without orders.
-        prior: a score per option without picture and question; None if it was not requested.
-        said: the generated text about each image; None for a probe that generates nothing.
+        prior: a score per option without the picture and the question; None if it was not requested.
+        said: the generated text about each image; None if the probe does not generate text.
     """
 
     item: Item
@@ -134,7 +134,7 @@ class Benchmark:
         headline: name of the metric that an overview shows.
         probes: names of the probes that fit, the default first.
         chance: values of random scores for metrics that are not sums of independent comparisons; others are computed from ties.
-        total: number of rows of all official files together; None if it is not known.
+        total: number of rows in all official files together; None if it is not known.
         unofficial: deviations from the authors' protocol.
     """
 

@@ -99,7 +99,7 @@ def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
 
 
 def by(name: str, metrics: Metrics) -> Metrics:
-    """Return a function that computes ``metrics`` over all items and, as METRIC/PART, over the items of each value of the tag ``name``."""
+    """Return a function that computes ``metrics`` for all items and, as METRIC/PART, for the items with each value of the tag ``name``."""
 
     def of_all_and_parts(table: Sequence[Judged]) -> Values:
         values = metrics(table)
@@ -139,7 +139,7 @@ QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
 
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
-    """Return the share of sets of items with the same key in which all items are right; None without items."""
+    """Group the items by key, and return the share of groups in which all items are right; None without items."""
     products = [prod(map(all_right, members)) for members in sets(table, key)]
     return mean(products) if products else None
 
@@ -192,7 +192,7 @@ def _by_answer(pairs: Sequence[tuple[float, bool]]) -> tuple[Any, Any]:
 
 
 def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
-    """Return the area under the ROC curve in %: the share of pairs of a yes and a no item in which the yes item has the larger margin. A
+    """Return the area under the ROC curve in %: the share of pairs (a yes item, a no item) in which the yes item has the larger margin. A
     tie counts as one half.
 
     Return None if one of the two answers never occurs or a score is not a number.

@@ -40,7 +40,7 @@ class File:
     Args:
         name: path below the benchmark's folder; ``*`` for any name, ``**`` for any folders.
         columns: columns that a row must have. Other columns are metadata; a misspelt column is an error.
-        rows: number of rows of the official file; None if it is not known.
+        rows: number of rows in the official file; None if it is not known.
         lines: JSON lines file that is read instead if it exists.
         part: part of the benchmark to which the rows belong, such as a split.
         unnamed: True if rows are lists with the values of the columns.

@@ -62,7 +62,7 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 def metrics(table: Sequence[Judged]) -> Values:
     """Return the accuracy of each part. The controlled parts also have the shares of pairs and of scenes in which all pictures are right.
 
-    An incomplete pair or scene counts as wrong, because the number of pairs is taken as half of the number of pictures, and the number of
+    An incomplete pair or scene counts as wrong, because the number of pairs is taken as half the number of pictures, and the number of
     scenes as a quarter, as in the authors' code.
     """
     values: Values = {}

@@ -1,4 +1,4 @@
-"""Winoground (Thrush et al. 2022, arXiv 2204.03162): two pictures and two captions of the same words, each caption true of one picture."""
+"""Winoground (Thrush et al. 2022, arXiv 2204.03162): two pictures and two captions with the same words, each true of one picture."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values
 Interval = tuple[float, float]
 LEVEL, SEED = 0.95, 0
 LEAST_CLUSTERS = 6
-"""Least number of clusters of a test. With n clusters, the smallest possible p-value is 2 / 2^n, which is above 5 % for fewer clusters."""
+"""Least number of clusters for a test. With n clusters, the smallest possible p-value is 2 / 2^n, which is above 5 % for fewer clusters."""
 FEWEST_DRAWN = 30
-"""Least number of clusters of a bootstrap. Its intervals contain the true share in 92 to 96 % of simulations; with 10 clusters in 66 to 96
+"""Least number of clusters for a bootstrap. Its intervals contain the true share in 92 to 96 % of simulations; with 10 clusters in 66 to 96
 %, and with 6 in 45 to 97 %."""
 MOST_DRAWS, LEAST_DRAWS = 1000, 200
 _ITEMS_OF_ALL = 10_000_000  # limit of items over all draws, so a benchmark of fifty thousand items has fewer draws
@@ -80,7 +80,7 @@ class Bootstrap:
 
 
 def bootstrap_of(outcomes: Sequence[Outcome]) -> Bootstrap:
-    """Return the bootstrap of the items of ``outcomes``, in which items of one cluster are drawn together."""
+    """Return a bootstrap of the items in ``outcomes``, which draws the items of a cluster together."""
     return Bootstrap([outcome.item.cluster or outcome.item.id for outcome in outcomes])
 
 
@@ -109,7 +109,9 @@ def drawn_together(
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """Return the interval of the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two values."""
+    """Return the interval that contains the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two
+    values.
+    """
     finite = [value for value in values if value == value]
     if len(finite) < 2:
         return None

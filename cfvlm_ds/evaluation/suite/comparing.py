@@ -1,4 +1,4 @@
-"""Comparison of two folders of results: differences with intervals from an exact test, and the items whose outcome changed.
+"""Comparison of two result folders: differences with intervals from an exact test, and the items whose outcome changed.
 
 Neither the model nor the benchmark's files are needed, because metrics are recomputed from the scores of items that both folders have.
 """

@@ -104,7 +104,7 @@ def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:
     """Return the cells of an item that must fit the model. For generated answers, return one cell with the item's first text."""
     if isinstance(way, Generate):
         return (Candidate(way.asked(item), item.texts[0]),)
-    return way.cells(item)  # the cells without question and picture are shorter
+    return way.cells(item)  # the cells without the question and the picture are shorter
 
 
 def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:

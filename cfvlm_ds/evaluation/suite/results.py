@@ -39,7 +39,7 @@ RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
 class Result:
     """Result of a benchmark under one probe: the contents of results.json, and the outcomes of the items.
 
-    Its folder is CALLED/LABEL: ``called`` is the name of the benchmark or of a run's evaluation set, and ``label`` that of the probe.
+    Its folder is CALLED/LABEL: ``called`` names the benchmark or a run's evaluation set, and ``label`` the probe.
     """
 
     called: str

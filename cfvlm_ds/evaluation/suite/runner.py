@@ -50,7 +50,7 @@ from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 _Rows = dict[int, dict[str, Any]]
 """Scores of groups, keyed by group index, or generated texts about items, keyed by item index."""
 MAX_TOKENS = 16_384
-"""Default number of tokens of a forward pass: about a hundred questions about a picture, for any model."""
+"""Default number of tokens in a forward pass: about a hundred questions about a picture, for any model."""
 _TABLES = "results.md"
 
 
@@ -78,11 +78,11 @@ class Settings:
 
     Args:
         batch_size: number of groups in a batch.
-        max_tokens: maximum number of tokens of a forward pass; a larger batch takes several. None for one forward pass per batch.
+        max_tokens: maximum number of tokens in a forward pass; a larger batch takes several. None for one forward pass per batch.
         num_workers: number of processes per rank that prepare batches.
         shuffled: also score each item with another item's picture.
         skip: leave out items that the model cannot process, and count and name them; otherwise the first one is an error.
-        draws: number of draws of the bootstrap; by default it depends on the number of items.
+        draws: number of bootstrap draws; by default it depends on the number of items.
         remedy: advice for an out-of-memory error.
     """
 

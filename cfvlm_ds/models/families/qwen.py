@@ -103,7 +103,7 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 
 
 class TransposeByWholeShape(Transpose):
-    """Transposition of the experts of a published Qwen3-VL-MoE, unless they already have the model's shape.
+    """Transposition of a published Qwen3-VL-MoE's expert weights, unless they already have the model's shape.
 
     transformers compares with a parameter's ``shape``, which under ZeRO-3 is that of an empty tensor. This class uses the unpartitioned
     shape.
