@@ -205,7 +205,7 @@ def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"system turn 'answer in one word.'"):
         collator.prompts.encoded(CHATS["system"], TEXT, 1, "g")
     collator.processor.chat_template = "{% set messages = messages[-2:] %}" + collator.processor.chat_template
-    with pytest.raises(DataError, match=r"0 of 1 pictures|the user says"):
+    with pytest.raises(DataError, match=r"0 of 1 pictures|the user turn"):
         collator.prompts.encoded(CHATS["earlier turns"], TEXT, 1, "g")
 
 

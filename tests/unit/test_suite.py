@@ -59,6 +59,7 @@ from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, way_
 from cfvlm_ds.evaluation.suite.tables import markdown, omissions, overview, summary
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
 from cfvlm_ds.models.forest_attention import stock_attention
+from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 GREY = Image.new("RGB", (336, 336), (128, 128, 128))
@@ -335,8 +336,8 @@ def test_results_of_something_else_are_not_written_over(scorer, collator, root, 
     other = asked(scorer, collator, "other")
     for name, model, settings, limit, what in (
         ("pope", other, few, 2, "model.weights"), ("sugarcrepe", other, few, 2, "model.weights"),
-        ("pope", asked(scorer, collator), few, 4, "settings.limit was 2, and is 4"),
-        ("pope", asked(scorer, collator), replace(few, batch_size=3), 2, "settings.batch_size was 16, and is 3"),
+        ("pope", asked(scorer, collator), few, 4, "settings.limit was 2 and is now 4"),
+        ("pope", asked(scorer, collator), replace(few, batch_size=3), 2, "settings.batch_size was 16 and is now 3"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=what):
             ask(model, root, out, name, settings=settings, limit=limit)
@@ -375,7 +376,7 @@ def test_what_cannot_be_asked_is_an_error_or_counted_and_named(scorer, collator,
         ask(model, tmp_path, tmp_path / "out", "pope")
     (result,) = ask(model, tmp_path, tmp_path / "out", "pope", settings=settings)
     assert len(result.outcomes) == 3 and len(result.record["left_out"]) == 6
-    assert "6 items left out, the first: item 'random/1'" in omissions(result)[0] and "2.png" in markdown([result])
+    assert "6 items left out, first: item 'random/1'" in omissions(result)[0] and "2.png" in markdown([result])
     put(tmp_path / "pope/output/coco/coco_pope_random.json", "".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"coco_pope_random.json:4: .*--on_error skip"):
         ask(model, tmp_path, tmp_path / "more", "pope")
@@ -390,7 +391,7 @@ def test_names_and_options_of_probes():
     for spec, remedy in (
         ("captions", "'caption'"), ("caption:mood=pmi", "'mood'"), ("caption:mode=pim", "sum, mean or pmi"),
         ("yes_no:mode=sum", "no options"),
-        ("generate:max_new_tokens=0", "1 to"), ("match:template=no", "{text}"), ("caption:mode", "not understood"),
+        ("generate:max_new_tokens=0", "1 to"), ("match:template=no", "{text}"), ("caption:mode", "cannot be parsed"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=remedy):
             way_named(spec)
@@ -532,9 +533,9 @@ def test_a_cheat_that_does_not_look_is_found_out_by_the_summary():
         oracle.append(Outcome(item, ((0.0, -1.0),), (-1.0, -1.0)))
     found, right = result(cheat), result(oracle)
     assert found.metrics["seen"] == found.metrics["blank"] == found.metrics["shuffled"] and right.metrics["blank"]["macro"] == 50
-    assert numbers(summary(found)) == [30, 30] and numbers(summary(right)) == [0, 50], "points without looking, of points over chance"
+    assert numbers(summary(found)) == [30, 30] and numbers(summary(right)) == [50, 0], "points above chance, and with a blank image"
     wrong = result([replace(each, seen=((0.0, 1.0),)) for each in oracle])
-    assert numbers(summary(wrong)) == [0, 50] and "no points over chance" in summary(wrong)
+    assert numbers(summary(wrong)) == [0, 50] and "no points above chance" in summary(wrong)
     cells = next(line for line in overview([found]).splitlines() if "| sugarcrepe |" in line).split("|")[1:-1]
     assert [cell.strip() for cell in cells] == ["sugarcrepe", "match", "10", "10", "macro", "80.0", "", "80.0", "80.0", "50.0"]
     blank = result([replace(each, blank=(1.0, 0.0)) for each in rows([True, True, True, False])])
@@ -710,11 +711,13 @@ def test_a_folder_is_one_run_of_an_experiment(tmp_path, monkeypatch):
         return client, run
 
     def history(name: str) -> list[tuple[int, float]]:
-        return sorted((each.step, each.value) for each in client.get_metric_history(run.info.run_id, f"eval/sugarcrepe/{name}"))
+        return sorted(
+            (each.step, each.value) for each in client.get_metric_history(run.info.run_id, mlflow_name(f"eval/sugarcrepe/{name}"))
+        )
 
     first = result(rows([True, False]))
     client, run = evaluated(first)
-    assert run.data.metrics["eval/sugarcrepe/macro"] == 50 and run.info.run_name == "base" and run.info.status == "FINISHED"
+    assert run.data.metrics["Main/eval_sugarcrepe_macro"] == 50 and run.info.run_name == "base" and run.info.status == "FINISHED"
     same = [evaluated(first)[1], evaluated(replace(result(rows([True, True])), label="caption"))[1]]
     assert history("macro") == [(0, 50)] and history("caption/macro")[0][1] == 100
     assert same[1].data.tags["benchmarks"] == "sugarcrepe/caption, sugarcrepe/match"

@@ -347,7 +347,7 @@ def test_a_sample_is_drawn_by_its_seed_and_ids_choose(folder):
     first = shown(sample=5)
     assert len(first) == 5 and first == sorted(first, key=lambda name: int(name[1:]))
     assert first == shown(sample=5) != shown(sample=5, seed=1)
-    assert "5 of 50 (drawn by seed 1)" in index(folder / "page")["dd"]
+    assert "5 of 50 (drawn with seed 1)" in index(folder / "page")["dd"]
     (folder / "ids.txt").write_text("g30\n\ng2\r\n")
     assert shown(ids=folder / "ids.txt") == ["g30", "g2"]
 
