@@ -542,7 +542,7 @@ def test_a_cheat_that_does_not_look_is_found_out_by_the_summary():
     assert numbers(summary(blank)) == [25, 50], "points over chance, and more without looking"
     item = Item("1", ((Path("a"),), (Path("b"),)), ("x y", "y x"), ((1, 0), (0, 1)), tags={"tag": "Object"}, cluster="1")
     quad = result([Outcome(item, ((1.0, 0.0), (0.0, 1.0)), (2.0, 1.0))], "winoground")
-    assert numbers(summary(quad)) == [0, 50] and "(pair)" in summary(quad), "what compares images is summed up by single comparisons"
+    assert numbers(summary(quad)) == [50, 0] and "(pair)" in summary(quad), "what compares images is summed up by single comparisons"
 
 
 # Two results side by side -----------------------------------------------------------------------------------------------------------------
