@@ -275,7 +275,7 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
         }
     print(text)
     if out is not None:
-        _write_comparison(out, f"Compared with {before}", text, differences)
+        _write_comparison(out, f"{', '.join(after)} compared with {before}", text, differences)
 
 
 _COMPARISON = ("results.md", "differences.png", "results.html")

@@ -81,7 +81,7 @@ class _Redirects(requests.HTTPRedirectHandler):
         fp.close()
         return super().http_error_302(req, io.BytesIO(), *reply)
 
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302  # type: ignore[assignment]
 
 
 _TLS = ssl.create_default_context()

@@ -20,7 +20,7 @@ def push(folder: Path, repo: str) -> str:
     except Exception as error:  # errors of the network, the hub or the disk
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"{folder} cannot be pushed to {repo} ({type(error).__name__}: {reason}); log in with `hf auth login`, and give a repository "
-            "to which you can write, such as USER/NAME"
+            f"{folder} cannot be pushed to {repo} ({type(error).__name__}: {reason}); check the network or HF_ENDPOINT, log in with "
+            "`hf auth login`, and give a repository to which you can write, such as USER/NAME"
         ) from error
     return str(address)

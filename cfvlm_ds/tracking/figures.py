@@ -134,11 +134,11 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     for row in read_rows(metrics_jsonl):
         for name, value in row.items():
             series.setdefault(name, []).append((row["step"], float(value)))
-    panels = []
+    panels, sampled = [], {name.split("/")[1] for name in series if name.startswith("eval_sample/")}
     for title, label, prefix in _PANELS:
-        if prefix == "eval/" and any(name.startswith("eval_sample/") for name in series):
-            continue
         names = [name for name in series if name.startswith(prefix) and not (label == "fraction" and _is_constant(series[name]))]
+        if prefix == "eval/":
+            names = [name for name in names if name.split("/")[1] not in sampled]
         if fit := sorted((rank, name) for name in names if (rank := _place(name)) is not None):
             shown = {name: series[name] for _, name in fit[:_MOST_SERIES]}
             panels.append((title, label, shown, len(names) - len(shown)))
@@ -208,7 +208,7 @@ def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping
     for text in axes.get_yticklabels():
         text.set(**AS_WRITTEN)
     axes.invert_yaxis()
-    axes.set_xlabel("difference in percentage points, 95 % interval", fontsize=8.5, color=MUTED)
+    axes.set_xlabel("difference in percentage points; bars: 95 % intervals, not given for few groups", fontsize=8.5, color=MUTED)
     axes.tick_params(length=0, axis="y")
     axes.grid(axis="x", color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -225,7 +225,7 @@ def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")
 """Accuracies in the order in which they are shown, as space permits."""
 _PANELS = (
-    ("Loss terms", "loss", "loss/"),
+    ("Loss terms in training", "loss", "loss/"),
     ("Log-likelihoods of the training groups", "nats per token", "logp/"),
     ("Comparisons with a loss above 0", "fraction", "active/"),
     ("Accuracy on a sample of the evaluation sets", "%", "eval_sample/"),
@@ -236,7 +236,7 @@ _LABELS = {
     "logp/lp_00": "true text, its image",
     "logp/lp_kk": "edited text, its edited image",
     "logp/lp_0k": "false text, true image",
-    "logp/lp_k0": "true text, edited image",
+    "logp/lp_k0": "true text, edited image (false)",
 }
 """Names of series in the legend, where a metric's name does not say what it is."""
 

@@ -55,12 +55,14 @@ class EvaluationSample:
     def metrics(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
         """Return the headline accuracy of each set's sample in %, named eval_sample/SET/METRIC.
 
+        A set that is sampled whole has none, because its eval/SET/METRIC is the same.
+
         ``results`` are those of the sample, or of sets that contain it, whose other groups do not count.
         """
         accuracies = {}
         for name, keys in self._keys.items():
             rows = results.get(name, ())
-            if (metric := headline_metric(rows)) is None:
+            if (metric := headline_metric(rows)) is None or len(self.groups[name]) == len(self.splits[name]):
                 continue
             sums = defaultdict[str, list[float]](lambda: [0.0, 0])  # edit type -> comparisons won, comparisons made
             for group, content, points in rows[-1].by_group:
