@@ -148,7 +148,7 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_steps=1", "--train.export=true"]
     more += ["--train.save_best=eval/crepe/macro/swap_obj"]
     (said, _), recorded = run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said"), metrics(run_dir)
-    assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures are in the training set" in said
+    assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures also occur in the training set" in said
     assert "21 items of SugarCrepe, probe caption, in" in said and "  crepe: macro " in said
     evaluated = [row for row in recorded if "eval/crepe/macro" in row]
     assert len(evaluated) == 2 and {"eval/crepe/blind_macro", "eval/crepe/accuracy", "eval/test/pair"} <= evaluated[0].keys()

@@ -300,12 +300,12 @@ def test_a_picture_is_held_against_the_check_when_it_is_opened(own, config, tmp_
     assert collator([read.groups[1]]).num_images == 2
     picture.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     for refused in (lambda: collator(read.groups), lambda: collator.files.content((picture, False))):
-        with pytest.raises(DataError, match=f"{picture}: .*other contents"):
+        with pytest.raises(DataError, match=f"{picture}: .*changed"):
             refused()
     (kept, dropped) = collator.readable(read.groups)
     assert [name for name, _ in dropped] == [read.groups[1].id] and len(kept) == 5
     shutil.copy(read.groups[0].images[0][0], picture)
-    with pytest.raises(DataError, match="other contents"):
+    with pytest.raises(DataError, match="changed since"):
         collator(read.groups)
     picture.write_bytes(before)
     assert torch.equal(collator(read.groups).model_inputs["input_ids"], whole.model_inputs["input_ids"])
