@@ -435,7 +435,7 @@ def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests
     options += ["--train.per_device_train_batch_size=2", "--data.num_workers=1"]
     said, _ = run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
     (warning,) = (line for line in said.splitlines() if "warning" in line)
-    assert "shapes: 2 of its 8 pictures are in the training set" in warning  # the test split repeats two, and takes its pictures from it
+    assert "shapes: 2 of its 8 pictures also occur in the training set" in warning  # the test split repeats two, and takes its pictures from it
     order = ["the largest evaluation batch, of shapes", "step 1/2", "  shapes: group accuracy unlabelled", "exported to", "| split |"]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
     assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
