@@ -227,14 +227,14 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(tmp_
     assert subprocess.check_output(["bash", "-c", script], cwd=folder, text=True) == "/opt/a b's/bin:/bin\n"
     (folder / ".venv").mkdir()
     assert subprocess.check_output(["bash", "-c", script], cwd=folder, text=True).startswith(f"{folder}/.venv/bin:")
-    assert f"{folder / 'train.py'} exists" in refused(capsys, "init", folder)
+    assert f"{folder / 'train.py'} already exists" in refused(capsys, "init", folder)
     for name in ("train.py", "ds_configs", "examples"):
         (folder / name).rename(tmp_path / name)
     (dangling := tmp_path / "other").mkdir()
     (dangling / "slurm").symlink_to("nowhere")
     (link := tmp_path / "link").symlink_to(folder)
     before = contents(tmp_path)
-    for given, named in ((folder, "slurm exists"), (link, "is a link"), (tmp_path / "train.py", "folder"), (dangling, "slurm exists")):
+    for given, named in ((folder, "slurm already exists"), (link, "is a link"), (tmp_path / "train.py", "folder"), (dangling, "slurm already exists")):
         assert named in refused(capsys, "init", given)
     assert contents(tmp_path) == before and [path.name for path in dangling.iterdir()] == ["slurm"]
 
@@ -299,7 +299,7 @@ def test_quiet_and_verbose_are_options_of_every_command(tmp_path, capsys, monkey
         main(arguments)
         assert said() == ["warning: low"]
     main(["init", str(tmp_path / "c")])
-    assert len(said()) == 3, "what one command was asked for is not kept for the next"
+    assert len(said()) == 2, "what one command was asked for is not kept for the next"
     with pytest.raises(SystemExit):
         main(["--verbose", "init", str(tmp_path / "c")])
     shown = capsys.readouterr().err

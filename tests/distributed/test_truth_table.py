@@ -435,7 +435,9 @@ def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests
     options += ["--train.per_device_train_batch_size=2", "--data.num_workers=1"]
     said, _ = run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
     (warning,) = (line for line in said.splitlines() if "warning" in line)
-    assert "shapes: 2 of its 8 pictures also occur in the training set" in warning  # the test split repeats two, and takes its pictures from it
+    assert (
+        "shapes: 2 of its 8 pictures also occur in the training set" in warning
+    )  # the test split repeats two, and takes its pictures from it
     order = ["the largest evaluation batch, of shapes", "step 1/2", "  shapes: group accuracy unlabelled", "exported to", "| split |"]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
     assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
@@ -483,7 +485,7 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
     ended.config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
     ended._retention = SimpleNamespace(evaluated=lambda *_: {})
-    ended.baseline = SimpleNamespace(compare=lambda _: [])
+    ended.baseline, ended.sample = SimpleNamespace(compare=lambda _: []), SimpleNamespace(metrics=lambda _: {})
     ended.samples = SimpleNamespace(write=lambda _: None, report=lambda: ("", []))
     ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}), run_dir
     return ended, said
@@ -506,7 +508,7 @@ def test_a_trained_model_is_exported_whatever_follows(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(trainer, "export_checkpoint", full)
-    tracker = SimpleNamespace(log=lambda *_: None, artifact=lambda _: None)
+    tracker = SimpleNamespace(log=lambda *_: None, artifact=lambda _: None, describe=lambda _: None)
     with pytest.raises(OSError, match="disk full"):
         ended._finish(tracker)
     assert (tmp_path / "results.md").exists() and said[1].startswith(
