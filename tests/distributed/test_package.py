@@ -234,7 +234,12 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(tmp_
     (dangling / "slurm").symlink_to("nowhere")
     (link := tmp_path / "link").symlink_to(folder)
     before = contents(tmp_path)
-    for given, named in ((folder, "slurm already exists"), (link, "is a link"), (tmp_path / "train.py", "folder"), (dangling, "slurm already exists")):
+    for given, named in (
+        (folder, "slurm already exists"),
+        (link, "is a link"),
+        (tmp_path / "train.py", "folder"),
+        (dangling, "slurm already exists"),
+    ):
         assert named in refused(capsys, "init", given)
     assert contents(tmp_path) == before and [path.name for path in dangling.iterdir()] == ["slurm"]
 
