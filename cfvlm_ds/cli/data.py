@@ -110,7 +110,7 @@ def _prepare(
     try:
         report, is_complete = prepare(groups, folder, stamp, options, print_line, shard=shard, of=of)
     except OSError as error:
-        raise StorageError(f"{unwritten(folder, error)}; make room, or change --out; finished work is kept") from error
+        raise StorageError(f"{unwritten(folder, error)}; free some space, or change --out; finished work is kept") from error
     if report.problems:
         print(report)
         if options.on_error == "error":

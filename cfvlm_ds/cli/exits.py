@@ -40,7 +40,7 @@ def explain_os_errors(function: Callable[[], None]) -> None:
         if error.errno is None:
             raise
         path = f"{error.filename}: " if error.filename is not None else ""
-        raise StorageError(f"{path}{error.strerror}; make room, or correct the path or its permissions") from error
+        raise StorageError(f"{path}{error.strerror}; free some space, or correct the path or its permissions") from error
 
 
 def exit_cleanly(function: Callable[[], None]) -> None:

@@ -45,7 +45,7 @@ class Journal:
             self.size = self._whole_lines(size) if end is None else end
             os.ftruncate(self._handle, self.size)
         except OSError as error:
-            raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
+            raise StorageError(f"{unwritten(path, error)}; free some space, or correct the folder") from error
 
     def _whole_lines(self, size: int) -> int:
         """Return the number of bytes up to the last line break."""
@@ -67,7 +67,7 @@ class Journal:
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(self._handle, self.size)
-            raise StorageError(f"{unwritten(self.path, error)}; make room and start again; the data written so far are kept") from error
+            raise StorageError(f"{unwritten(self.path, error)}; free some space and start again; written data are kept") from error
         self.size += written
         return self.size - written
 

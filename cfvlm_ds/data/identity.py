@@ -27,6 +27,7 @@ _PARTS = {
 SUMS = ("ids", *_PARTS)
 _OF_SCORES = ("texts", "paths", "pictures")
 _MODULUS = 1 << 128
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would build one for each part
 
 
 def data_identity(
@@ -134,8 +135,7 @@ def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str 
 
 
 def _hash(value: Any) -> int:
-    text = json.dumps(value, ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(_ENCODER.encode(value).encode("utf-8", "surrogatepass"), digest_size=16).digest(), "little")
 
 
 def _inside(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:

@@ -59,6 +59,8 @@ _OURS = ("groups-[0-9]*.jsonl*", "images-[0-9]*.tar", PICTURES, TOGETHER, ROW_KE
 _PLACE = np.dtype([("key", "<u8"), ("name", "<u8"), ("tar", "<u4"), ("start", "<i8"), ("facts", FACTS)])
 _SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would build one for each row
+
 Array = npt.NDArray[Any]
 
 
@@ -387,8 +389,8 @@ class RowLines:
         if self.pictures is not None and (problem := next(equal_images(group, self.pictures), None)) is not None:
             raise DataError(problem)
         name = self.name or _absolute
-        named = dataclasses.replace(group, images=tuple(tuple(map(name, image)) for image in group.images))
-        line = json.dumps(to_row(named, root), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+        named = group.with_images(tuple(tuple(map(name, image)) for image in group.images))
+        line = _ENCODER.encode(to_row(named, root)).encode("utf-8", "surrogatepass") + b"\n"
         if len(line) > lines.MAX_LINE:
             raise DataError(f"the row has more than {lines.MAX_LINE} bytes; split it")
         return line

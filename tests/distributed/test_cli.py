@@ -82,7 +82,7 @@ def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path, monkeypatch):
 def test_files_that_cannot_be_read_or_written_are_one_sentence(bad, tmp_path, capsys):
     (tmp_path / "file").touch()
     said = refused(capsys, "data", "build", tmp_path / "file" / "scenes", "--num_train", "1", "--num_test", "1")
-    assert f"{tmp_path / 'file'}" in said and "Not a directory; make room, or correct the path or its permissions" in said
+    assert f"{tmp_path / 'file'}" in said and "Not a directory; free some space, or correct the path or its permissions" in said
     for name in ("x" * 300, "/" + "y" * 5000):
         assert "; " in refused(capsys, "data", "check", name)
         assert "; " in refused(capsys, "evaluate", name, bad["good"])

@@ -253,8 +253,8 @@ def test_copies_that_fail_leave_nothing(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         read = Path.read_bytes
         patch.setattr(Path, "read_bytes", lambda path: broken(path) if path.suffix == ".yaml" else read(path))
-        assert "Input/output error; make room" in refused(capsys, "init", tmp_path)
-        assert "Input/output error; make room" in refused(capsys, "init", tmp_path / "new")
+        assert "Input/output error; free some space" in refused(capsys, "init", tmp_path)
+        assert "Input/output error; free some space" in refused(capsys, "init", tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"] and not list((tmp_path / "new").iterdir())
     main(["init", str(tmp_path)])
 

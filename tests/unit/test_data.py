@@ -422,6 +422,9 @@ def test_bad_images(tmp_path):
         image_size(tmp_path / "pipe.png")  # a header is not waited for either
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
     assert "save it as 8 or 16 bit" in image_refusal(tmp_path / "float.tif")
+    for value in (-1, 65_536):
+        Image.fromarray(np.full((2, 2), value, np.int32)).save(tmp_path / "integer.tif")
+        assert "save it as 8 or 16 bit" in image_refusal(tmp_path / "integer.tif")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
@@ -435,6 +438,8 @@ def test_modes_become_rgb(tmp_path):
         (save(tmp_path / "key.png", (1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
         (save(tmp_path / "cmyk.tif", (0, 255, 255, 0), "CMYK"), (255, 0, 0)),
     ]
+    Image.fromarray(np.full((4, 4), 65_535, np.int32)).save(tmp_path / "white.tif")
+    cases += [(tmp_path / "white.tif", (255, 255, 255))]
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 40, 50, 60])
     palette.save(tmp_path / "palette.png")

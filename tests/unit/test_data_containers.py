@@ -102,7 +102,7 @@ def test_where_the_folder_of_the_data_must_not_be_written(folder, cache):
     (blocked := folder / "blocked").write_text("a file where a folder should be")
     made = prepare(path, "csv", [blocked, cache])
     assert made.lines.is_relative_to(cache) and json.loads(made.lines.read_text()) == CAPTION
-    with pytest.raises(DataError, match=r"rows.csv: its rows cannot be prepared in .*blocked .*; make room there, or set XDG_CACHE_HOME"):
+    with pytest.raises(DataError, match=r"rows.csv: its rows cannot be prepared in .*blocked .*; free some space there, or set XDG"):
         prepare(path, "csv", [blocked])
 
 

@@ -502,6 +502,8 @@ METADATA = {
     "a word of FOIL": of("foil_word", "ORIG", "dog"),
     "rows of negative pictures": of("neg_image", "[5]", "[6]"),
     "other names": of("vote", 1, 0, 1),
+    "a verdict among other words": of("status", "blue", "nan", "hallucinated"),
+    "another picture of a row that shows one": of("depth_map", "images/001.png"),
     "counts": of("num_errors", 0, 1, 2, 1),
 }
 

@@ -17,5 +17,5 @@ def made_once(path: Path, make: Callable[[], None], is_current: Callable[[Path],
             if not path.is_file() or not is_current(path):
                 make()
     except OSError as error:
-        raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
+        raise StorageError(f"{unwritten(path, error)}; free some space, or correct the folder") from error
     return path

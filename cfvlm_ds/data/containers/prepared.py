@@ -72,7 +72,7 @@ def prepare(
             return _prepared(path, folder / name)
         except OSError as error:
             problem = problem or f"{folder} ({error.strerror or error})"
-    raise DataError(f"{path}: its rows cannot be prepared in {problem}; make room there, or set XDG_CACHE_HOME to a writable folder")
+    raise DataError(f"{path}: its rows cannot be prepared in {problem}; free some space there, or set XDG_CACHE_HOME to a writable folder")
 
 
 def _prepared(path: Path, folder: Path) -> Prepared:
