@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 # finds the same losses.
 RANKS ?= $(if $(shell command -v nvidia-smi),1,2)
 
-IN_THE_FORM_OF_BENCHMARKS := --benchmarks sugarcrepe,naturalbench,pope --probes caption yes_no --benchmark_root runs/quickstart-world --limit 900
+IN_THE_FORM_OF_BENCHMARKS := --benchmarks sugarcrepe,naturalbench,pope --probes caption yes_no --benchmark_root runs/quickstart-world --limit 300
 
 demo: install
 	deepspeed --num_gpus $(RANKS) train.py --deepspeed ds_configs/z2.json --train.per_device_train_batch_size $$((12 / $(RANKS)))

@@ -117,7 +117,8 @@ def replace_file(draw: Any, path: Path, outside: Path) -> None:
 def damage(draw: Any, folder: Path, path: Path, outside: Path) -> None:
     """Damage the rows or their bytes, a picture or another file of the folder, one to four times, or nothing."""
     for what in draw(st.lists(st.sampled_from(["row", "row", "row", "bytes", "form", "any", "any", "file"]), max_size=4)):
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.is_symlink()]
+        if not (files := [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.is_symlink()]):
+            return
         holding = [file for file in files if file == path or path in file.parents] or files
         file = draw(st.sampled_from(files if what in ("any", "file") else holding))
         try:
