@@ -31,8 +31,9 @@ class Change:
     """A row of the table: a metric of a set, for an edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
 
     ``blank`` is the accuracy after training with a blank image; None for a metric without this control. ``low`` and ``high`` are the ends
-    of the 95 % interval of ``difference``; None for fewer than ``FEWEST_GROUPS`` groups and if no group changed. ``groups`` counts the
-    groups that were measured both before and after, ``of`` those with a comparison of this row in at least one of the two.
+    of the 95 % interval of ``difference``; None for fewer than ``FEWEST_GROUPS`` groups, if an edit type has one group, and if no group
+    changed. ``groups`` counts the groups that were measured both before and after, ``of`` those with a comparison of this row in at least
+    one of the two.
     """
 
     set: str
@@ -139,7 +140,9 @@ def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before",
     notes = [_MEANINGS[metric] for metric in dict.fromkeys(each.metric for each in changes)]
     if any(each.blank is not None for each in changes):
         notes.append(f"blank image: accuracy ({last}) if a blank image replaces every picture, so that only the texts decide")
-    notes.append(f"difference: paired by group; no interval for fewer than {FEWEST_GROUPS} groups or if no group changed")
+    notes.append(
+        f"difference: paired by group; no interval for fewer than {FEWEST_GROUPS} groups, for a type of one group, and if no group changed"
+    )
     for each in {each.set: each for each in reversed(changes)}.values():  # the first row of every set
         if each.groups < each.of:
             notes.append(f"{each.set}: {each.groups} of {each.of} groups were measured both times")
