@@ -174,6 +174,7 @@ def group_item(
             **(filters or {}),
         },
         meta=group.meta and json.dumps(json.loads(group.meta), ensure_ascii=False, indent=1),
+        roots=roots,
     )
 
 
