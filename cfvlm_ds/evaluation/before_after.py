@@ -97,7 +97,7 @@ def _changes(name: str, metric: str, old: _Won, new: _Won, blank: Mapping[str, f
     def change(edit: str, errors: Mapping[Any, float], of: int, first: float, last: float) -> Change:
         width = 1.96 * math.sqrt(sum(value**2 for value in errors.values()))
         known, moved = len(errors) >= FEWEST_GROUPS and width > 0, last - first
-        ends = (moved - width, moved + width) if known else (None, None)
+        ends: tuple[float | None, float | None] = (moved - width, moved + width) if known else (None, None)
         return Change(name, edit, len(errors), of, metric, CHANCE[metric], blank.get(edit), first, last, moved, *ends)
 
     changes, mean = list[Change](), defaultdict[tuple[str, int], float](float)
