@@ -44,6 +44,8 @@ from learning_shown import TABLES, Record, missing, text_of
 from learning_tables import BEST, choices, figure, over_time, renew_pages, tables, told
 from records import RATE_RUNS, RUNS, add_record, read_records
 
+from cfvlm_ds.evaluation.metrics import MEAN
+
 REPO = Path(__file__).resolve().parent.parent
 DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
 """Results that the demo prints next to its own: those of the base, of NLL on all pairs and of the default objective."""
@@ -248,10 +250,12 @@ def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
 
 
 def before(changes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return group accuracies before the training by set and edit."""
+    """Return accuracies before the training by set and edit, by the first metric of each set."""
     found: dict[str, dict[str, float]] = {}
     for row in changes:
-        found.setdefault(row["set"], {})[row["edit"]] = row["before"]
+        of_set = found.setdefault(row["set"], {"all": row["before"]})
+        if row["edit"] != MEAN:
+            of_set.setdefault(row["edit"], row["before"])
     return found
 
 

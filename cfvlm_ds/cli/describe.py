@@ -92,7 +92,7 @@ def _line() -> str:
 
 
 def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: str, choices: list[str]) -> str:
-    """Return a table of the texts, likeliest first: nats, distance to the first, nats on a blank picture, and gain from the picture."""
+    """Return a table of the texts, likeliest first, and a line that explains its columns."""
     from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
     from cfvlm_ds.evaluation import score_groups
 
@@ -102,4 +102,7 @@ def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: 
     rows = sorted(zip(scores.logp[0].tolist(), scores.blank.tolist(), choices, strict=True), reverse=True)
     lines = [f"{'nats':>9} {'behind':>9} {'blank':>9} {'gain':>9}  text"]
     lines += [f"{seen:9.2f} {rows[0][0] - seen:9.2f} {blank:9.2f} {seen - blank:9.2f}  {quoted(text)}" for seen, blank, text in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, _COLUMNS])
+
+
+_COLUMNS = "nats: log p(text | picture); behind: distance to the first text; blank: nats on a blank picture; gain: nats - blank"

@@ -263,7 +263,10 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
         changes = compare_sets(Path(before), [Path(name) for name in after], say)
         text = comparison_tables(Path(before), changes)
         differences = {
-            label: {f"{each.set}, {each.edit}": (each.after - each.before, each.interval) for each in rows}
+            label: {
+                f"{each.set}, {each.edit}, {each.metric}": (each.difference, None if each.low is None else (each.low, each.high))
+                for each in rows
+            }
             for label, rows in changes.items()
         }
     else:

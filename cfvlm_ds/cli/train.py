@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from cfvlm_ds.cli.exits import escape_unencodable, exit_cleanly
 from cfvlm_ds.cluster import signals
-from cfvlm_ds.core.config import BuildConfig
+from cfvlm_ds.core.config import BuildConfig, RunConfig
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import selected_verbosity, show
@@ -55,7 +59,8 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
     if config.train.dry_run:
         from cfvlm_ds.training.dry_run import dry_run
 
-        print(dry_run(config))
+        with TemporaryDirectory() as folder:
+            print(dry_run(_with_model(config, str(Path(folder, "model")))))
         return
     from cfvlm_ds.engine import start
     from cfvlm_ds.training.run import train
@@ -66,6 +71,15 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
         validate(config, world)
         build_once(config.build, world)
     train(config, world)
+
+
+def _with_model(config: RunConfig, folder: str) -> RunConfig:
+    """Build the model in ``folder`` and return the configuration with it, if a run would build it first."""
+    name, base, tiny = config.model.name_or_path, config.build.base, config.build.tiny_llava
+    if os.path.exists(name) or name not in (base, tiny and tiny.out_dir):
+        return config
+    build(BuildConfig(base=folder) if name == base else BuildConfig(tiny_llava=tiny and replace(tiny, out_dir=folder)))
+    return replace(config, model=replace(config.model, name_or_path=folder))
 
 
 def build_once(config: BuildConfig, world: World) -> None:

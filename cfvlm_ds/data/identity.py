@@ -71,7 +71,7 @@ def identity_part(
             "texts": [[spelled(candidate.prompt), candidate.text] for candidate in group.candidates],
             "labels": [group.match, group.keys, group.exclude] if group.keys or group.exclude else group.match,
             "weights": group.weight,
-            "paths": [[_inside(picture, prefixes) for picture in image] for image in group.images],
+            "paths": [[path_in(picture, prefixes) for picture in image] for image in group.images],
         }
         if pictures is not None and known:
             entries = [pictures.find(picture) for image in group.images for picture in image]
@@ -138,7 +138,7 @@ def _hash(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(_ENCODER.encode(value).encode("utf-8", "surrogatepass"), digest_size=16).digest(), "little")
 
 
-def _inside(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
+def path_in(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
     """Return the path relative to the first root that contains it, or the whole path if none does."""
     for prefix in prefixes:
         if picture.parts[: len(prefix)] == prefix:

@@ -7,12 +7,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.metrics import CHANCE, HEADLINES, Accuracy
+from cfvlm_ds.evaluation.metrics import CHANCE, HEADLINES, MEAN, Accuracy
+
+_Won: TypeAlias = Mapping[tuple[str, int], Mapping[str, Sequence[float]]]
+"""Numbers of comparisons won and made, keyed by group and edit type."""
 
 FEWEST_GROUPS = 30
 """Number of groups below which a difference has no interval, because the normal approximation would be too narrow."""
@@ -25,11 +28,12 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A row of the table: an edit type of a set, or the mean over edit types (``edit`` is "all"). Accuracies are in %.
+    """A row of the table: a metric of a set, for an edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
 
-    ``language`` is the accuracy of ``pair`` after training with a blank image; None without such comparisons. ``half_width`` is half of the
-    95 % interval of ``after - before``; None for fewer than ``FEWEST_GROUPS`` groups and if no group changed. ``groups`` counts the groups
-    that were measured both before and after, ``of`` those with a comparison of this row in at least one of the two.
+    ``blank`` is the accuracy after training with a blank image; None for a metric without this control. ``low`` and ``high`` are the ends
+    of the 95 % interval of ``difference``; None for fewer than ``FEWEST_GROUPS`` groups, if an edit type has one group, and if no group
+    changed. ``groups`` counts the groups that were measured both before and after, ``of`` those with a comparison of this row in at least
+    one of the two.
     """
 
     set: str
@@ -38,16 +42,12 @@ class Change:
     of: int
     metric: str
     chance: float
-    language: float | None
+    blank: float | None
     before: float
     after: float
-    half_width: float | None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of ``after - before``."""
-        difference = self.after - self.before
-        return None if self.half_width is None else (difference - self.half_width, difference + self.half_width)
+    difference: float
+    low: float | None
+    high: float | None
 
 
 def to_table(changes: Sequence[Change]) -> dict[str, list[Any]]:
@@ -62,31 +62,45 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
 
 def means_first(changes: Iterable[Change]) -> list[Change]:
     """Return the rows with those of means over edit types first."""
-    return sorted(changes, key=lambda change: change.edit != "all")
+    return sorted(changes, key=lambda change: change.edit != MEAN)
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return a row for each edit type, then one for their mean; [] if no group was measured both before and after.
+    """Return the rows of a set: the mean over edit types of each of ``HEADLINES``, then each edit type by the first of them.
 
-    Groups are matched by id and content (``content_hash``). The metric is the first of ``HEADLINES`` that both sides have for at least one
-    of these groups. An accuracy is the number of comparisons won in all groups divided by the number made, and the mean row averages these
-    ratios. The interval is 1.96 standard errors of the difference, by the delta method with groups as independent units.
+    A metric has a row if at least one group has it both before and after. Groups are matched by id and content (``content_hash``). A set
+    with one edit type has no mean, and its rows bear the name of the type.
     """
     if not before or not after:
         return []
     was, now = _by_group(before), _by_group(after)
+    compared = []
     for metric in HEADLINES:
         old, new = ({key: won[metric] for key, won in side.items() if metric in won} for side in (was, now))
-        if shared := [key for key in new if key in old]:
-            break
-    else:
-        return []
+        if old.keys() & new.keys():
+            blank = {MEAN if row.mean else row.name: row.blind.get(metric) for row in after}
+            compared.append(_changes(name, metric, old, new, blank))
+    return [rows[0] for rows in compared] + [row for rows in compared[:1] for row in rows[1:]]
+
+
+def _changes(name: str, metric: str, old: _Won, new: _Won, blank: Mapping[str, float | None]) -> list[Change]:
+    """Return the mean over edit types of a metric, then each type; only the type if there is one.
+
+    An accuracy is the number of comparisons won in all groups divided by the number made, and the mean row averages these ratios. The
+    interval is 1.96 standard errors of the difference, by the delta method with groups as independent units.
+    """
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, made
-    for key in shared:
+    for key in (key for key in new if key in old):
         for edit, (won, made) in new[key].items():
             pairs[edit][key] = old[key][edit][0], won, made
+
+    def change(edit: str, errors: Mapping[Any, float], of: int, first: float, last: float) -> Change:
+        width = 1.96 * math.sqrt(sum(value**2 for value in errors.values()))
+        known, moved = len(errors) >= FEWEST_GROUPS and width > 0, last - first
+        ends: tuple[float | None, float | None] = (moved - width, moved + width) if known else (None, None)
+        return Change(name, edit, len(errors), of, metric, CHANCE[metric], blank.get(edit), first, last, moved, *ends)
+
     changes, mean = list[Change](), defaultdict[tuple[str, int], float](float)
-    language = {row.name: row.blind.get("pair") for row in after}
     for edit, of_group in sorted(pairs.items()):
         first, last, made = (sum(column) for column in zip(*of_group.values(), strict=True))
         n = len(of_group)
@@ -95,11 +109,11 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
         for key, value in errors.items():
             mean[key] += value / len(pairs)
         of = len({key for side in (old, new) for key, won in side.items() if edit in won})
-        values = metric, CHANCE[metric], language.get(edit), 100 * first / made, 100 * last / made, _half_width(errors.values())
-        changes.append(Change(name, edit, n, of, *values))
+        changes.append(change(edit, errors, of, 100 * first / made, 100 * last / made))
+    if len(changes) == 1:
+        return changes
     first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))
-    values = metric, CHANCE[metric], after[-1].blind.get("pair"), first, last, _half_width(mean.values())
-    return [*changes, Change(name, "all", len(mean), len(old.keys() | new.keys()), *values)]
+    return [change(MEAN, mean, len(old.keys() | new.keys()), first, last), *changes]
 
 
 def _by_group(rows: Sequence[Accuracy]) -> dict[tuple[str, int], dict[str, dict[str, list[float]]]]:
@@ -107,37 +121,30 @@ def _by_group(rows: Sequence[Accuracy]) -> dict[tuple[str, int], dict[str, dict[
     return {(group, content): won for group, content, won in rows[-1].by_group}
 
 
-def _half_width(errors: Iterable[float]) -> float | None:
-    values = list(errors)
-    width = 1.96 * math.sqrt(sum(value**2 for value in values))
-    return width if len(values) >= FEWEST_GROUPS and width > 0 else None
-
-
 def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after"), plain: Callable[[str], str] = in_cell) -> str:
     """Return the rows as a Markdown table, means over edit types first, followed by the definitions that the table needs. ``plain`` escapes
     names from the data for a cell.
     """
+    first, last = map(in_cell, names)
     lines = [
-        f"| set | edit | groups | metric | chance | language alone | {in_cell(names[0])} | {in_cell(names[1])} | difference, 95 % |",
+        f"| set | edit type | groups | metric | chance, % | blank image, % | {first}, % | {last}, % | difference, points [95 % interval] |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for each in means_first(changes):
-        language = "" if each.language is None else f"{each.language:.1f}"
-        width = "" if each.half_width is None else f" ± {each.half_width:.1f}"
+        blank = "" if each.blank is None else f"{each.blank:.1f}"
+        interval = "" if each.low is None else f" [{each.low:+.1f}, {each.high:+.1f}]"
         lines.append(
-            f"| {each.set} | {plain(each.edit)} | {each.groups} | {each.metric} | {each.chance:.1f} | {language} "
-            f"| {each.before:.1f} | {each.after:.1f} | {each.after - each.before:+.1f}{width} |"
+            f"| {each.set} | {plain(each.edit)} | {each.groups} | {each.metric} | {each.chance:.1f} | {blank} "
+            f"| {each.before:.1f} | {each.after:.1f} | {each.difference:+.1f}{interval} |"
         )
     notes = [_MEANINGS[metric] for metric in dict.fromkeys(each.metric for each in changes)]
-    if any(each.language is not None for each in changes):
-        notes.append(
-            f"language alone: accuracy of `pair` ({in_cell(names[1])}) with a blank image, which depends on the texts only; chance is 50"
-        )
+    if any(each.blank is not None for each in changes):
+        notes.append(f"blank image: accuracy ({last}) if a blank image replaces every picture, so that only the texts decide")
     notes.append(
-        f"difference: paired by group, ± 1.96 standard errors; no interval for fewer than {FEWEST_GROUPS} groups or if no group changed"
+        f"difference: paired by group; no interval for fewer than {FEWEST_GROUPS} groups, for a type of one group, and if no group changed"
     )
-    for each in changes:
-        if each.edit == "all" and each.groups < each.of:
+    for each in {each.set: each for each in reversed(changes)}.values():  # the first row of every set
+        if each.groups < each.of:
             notes.append(f"{each.set}: {each.groups} of {each.of} groups were measured both times")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
 

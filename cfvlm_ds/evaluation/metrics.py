@@ -49,6 +49,8 @@ CHANCE = {
 METRICS = tuple(CHANCE)
 HEADLINES = ("group", "pair", "image_pair")
 """Metrics for a summary of a split in one number, which is the first of these that the split has."""
+MEAN = "mean of edit types"
+"""Name in tables of the row in which every edit type counts equally, whatever its number of groups."""
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
 """Names under which the shuffled control is counted. It may have fewer comparisons than the metrics, because there may be no other group's
 picture to show.

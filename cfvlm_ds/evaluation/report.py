@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, headline_metric, total_loss
+from cfvlm_ds.evaluation.metrics import CHANCE, MEAN, Accuracy, headline_metric
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
 _REASON_CHARS = 200
@@ -16,24 +16,24 @@ _MOST_TYPES = 12  # edit types in a line of a progress log
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
     """Return the accuracies as a Markdown table, split by split, with rows for the language prior and for chance.
 
-    A second table counts the groups and comparisons of each metric and names a few unused groups. A third table, if losses were computed,
-    has the loss on each split. ``plain`` escapes names from the data for a table cell.
+    A second table counts the groups and comparisons of each metric and names a few unused groups. Terms of the loss that could not be
+    computed are listed with the reason. ``plain`` escapes names from the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell
-    lines = [f"| split | edit | groups | {' | '.join(SHOWN)} |", f"|---|---|---:|{'---:|' * len(SHOWN)}"]
+    lines = [f"| set | edit type | groups | {', % | '.join(SHOWN)}, % |", f"|---|---|---:|{'---:|' * len(SHOWN)}"]
     for split, rows in splits.items():
         for row in rows:
             # An edit type that has the name of the mean is quoted to distinguish it.
-            name = row.name if row.mean or not row.name.startswith("all") else f'"{row.name}"'
+            name = MEAN if row.mean else f'"{row.name}"' if row.name.startswith(MEAN) else row.name
             lines.append(f"| {split} | {plain(name)} | {row.num} | {_cells(row.metrics)} |")
         for row in rows[-1:]:
-            lines.append(f"| {split} | all, blank image | {row.num} | {_cells(row.blind)} |")
+            lines.append(f"| {split} | {MEAN}, blank image | {row.num} | {_cells(row.blind)} |")
             if row.shuffled:
-                lines.append(f"| {split} | all, another group's image | {row.num} | {_cells(row.shuffled)} |")
+                lines.append(f"| {split} | {MEAN}, another group's image | {row.num} | {_cells(row.shuffled)} |")
     lines.append(f"| chance | | | {_cells(CHANCE)} |")
-    lines += ["", "| split | metric | groups used | comparisons | unused groups |", "|---|---|---:|---:|---|"]
-    losses = []
+    lines += ["", "| set | metric | groups used | comparisons | unused groups |", "|---|---|---:|---:|---|"]
+    notes = list[str]()
     for split, row in {split: rows[-1] for split, rows in splits.items() if rows}.items():
         metrics_by_counts: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}  # metrics of the same comparisons share a line
         for metric in row.groups:
@@ -42,21 +42,10 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
         for (groups, comparisons, unused), metrics in metrics_by_counts.items():
             missing = _without(row.num - groups, unused, plain)
             lines.append(f"| {split} | {', '.join(metrics)} | {groups} | {comparisons} | {missing} |")
-        for name, term in row.losses.items():
-            missing = _without(row.num - term["groups"], term["unused"], plain)
-            value = "" if term["value"] is None else f"{term['value']:.4f}"
-            shown = f"{value} | {term['groups']} | {missing}" if not term["lacking"] else f"| | not computed: {reason(term['lacking'])}"
-            losses.append(f"| {split} | {name} | {term['weight']:g} | {shown} |")
-        if (total := total_loss(row.losses)) is not None:
-            losses.append(f"| {split} | all, weighted | | {total:.4f} | | |")
-    if losses:
-        lines += [
-            "",
-            "| split | loss | weight | value | groups used | unused groups |",
-            "|---|---|---:|---:|---:|---|",
-            *losses,
+        notes += [
+            f"- eval/{split}/loss_{name} is not computed: {reason(why)}" for name, term in row.losses.items() if (why := term["lacking"])
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *([""] * bool(notes)), *notes])
 
 
 def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:
@@ -65,17 +54,17 @@ def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> s
 
 
 def headline(rows: Sequence[Accuracy]) -> str:
-    """Return a line for a progress log: the split's headline metric for each edit type and in the mean, the loss and the NLL."""
+    """Return a line for a progress log: the split's headline metric for each edit type and in the mean, and the NLL."""
     metric, nll = headline_metric(rows), rows[-1].nll if rows else None
-    nll_text = "" if nll is None else f"; NLL {nll:.4f} per token"
+    nll_text = "" if nll is None else f"; NLL {nll:.4f} nats per token"
     if metric is None:
         return f"no comparison: no group has a true and a false cell for one image or one text{nll_text}"
-    values = [f"{in_cell(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
+    values = [f"{MEAN if row.mean else in_cell(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
     more = len(values) - _MOST_TYPES
     shown = ", ".join(values if more <= 1 else [*values[: _MOST_TYPES - 1], f"{more} more types", values[-1]])
-    used, num, loss = rows[-1].groups[metric], rows[-1].num, total_loss(rows[-1].losses)
+    used, num = rows[-1].groups[metric], rows[-1].num
     counted = f" (of {used} of {num} groups)" if used < num else ""
-    return f"{metric} accuracy {shown}{counted}" + ("" if loss is None else f"; loss {loss:.4f}") + nll_text
+    return f"{metric} accuracy {shown}{counted}{nll_text}"
 
 
 def _cells(metrics: Mapping[str, float]) -> str:

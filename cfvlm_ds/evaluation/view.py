@@ -32,7 +32,7 @@ WORST = 30
 class _Source(NamedTuple):
     """Groups of one manifest, and their scores keyed by id; {} if there are none. ``split`` is its name in a run's evaluation."""
 
-    groups: Sequence[CounterfactualGroup]
+    groups: GroupStore
     scores: Mapping[str, StoredScores]
     split: str = ""
 
@@ -65,18 +65,20 @@ def view(
             raise ConfigError(
                 f"{source} is a run folder, which has its own scores and roots; use --ids, --scores and --root only with a manifest"
             )
-        return _worst_page(str(source), _of_run(Path(source)), Path(out), sample, max_pixels, say)
+        return _worst_page(Path(source), "", _of_run(Path(source)), Path(out), sample, max_pixels, say)
     groups = open_groups(source, root, format, progress=say)
     sources = [_Source(groups, {} if scores is None else _stored(Path(scores), groups))]
     total = len(groups)
     drawn: Sequence[int] = range(total) if sample >= total else sorted(random.Random(seed).sample(range(total), sample))
     chosen, how = (drawn, f"drawn with seed {seed}") if ids is None else (_named(Path(ids), groups, str(source)), "by id")
-    return _page(str(source), sources, [(0, index) for index in chosen], how, facts, Path(out), max_pixels, say)
+    title, shown = Path(os.path.normpath(source)).name, [(0, index) for index in chosen]
+    return _page(title, str(source), sources, shown, how, facts, Path(out), max_pixels, say)
 
 
 def view_worst(
-    source: str,
-    splits: Mapping[str, Sequence[CounterfactualGroup]],
+    run_dir: Path,
+    step: int,
+    splits: Mapping[str, GroupStore],
     scores: Mapping[str, Sequence[GroupScores]],
     out: Path,
     max_pixels: int,
@@ -84,17 +86,19 @@ def view_worst(
 ) -> Written:
     """Write a page of the groups with the worst scores, as ``view`` does for a run that has ended, and return it.
 
-    ``source`` is the title; ``scores`` holds the scores of each group, keyed by split. Raises the same errors as ``view``.
+    ``scores`` holds the scores of each group after ``step`` steps, keyed by split. Raises the same errors as ``view``.
     """
     refuse_foreign_folder(out)
     sources = [
         _Source(groups, {group.id: score.stored() for group, score in zip(groups, scores[name], strict=True)}, name)
         for name, groups in splits.items()
     ]
-    return _worst_page(source, sources, out, WORST, max_pixels, say)
+    return _worst_page(run_dir, f" after {step} steps", sources, out, WORST, max_pixels, say)
 
 
-def _worst_page(source: str, sources: Sequence[_Source], out: Path, sample: int, max_pixels: int, say: Callable[[str], object]) -> Written:
+def _worst_page(
+    run_dir: Path, when: str, sources: Sequence[_Source], out: Path, sample: int, max_pixels: int, say: Callable[[str], object]
+) -> Written:
     without = 0
 
     def compared() -> Iterator[tuple[float, int, int]]:
@@ -108,10 +112,12 @@ def _worst_page(source: str, sources: Sequence[_Source], out: Path, sample: int,
 
     shown = [(k, index) for _, k, index in heapq.nsmallest(sample, compared())]
     facts: list[Fact] = [("left out", f"{without} groups without a comparison")] * bool(without)
-    return _page(source, sources, shown, "worst first", facts, out, max_pixels, say)
+    title = f"{run_dir.absolute().name}{when}: groups with the smallest margins of {', '.join(each.split for each in sources)}"
+    return _page(title, str(run_dir), sources, shown, "smallest margin first", facts, out, max_pixels, say)
 
 
 def _page(
+    title: str,
     source: str,
     sources: Sequence[_Source],
     shown: Sequence[tuple[int, int]],
@@ -125,7 +131,7 @@ def _page(
     number, total = len(shown), sum(len(each.groups) for each in sources)
     facts = [("source", source), ("groups", f"{number} of {total} ({how})" if total > number else str(number)), *facts]
     items = (_item(sources[k], index) for k, index in shown)
-    return write_page(Path(os.path.normpath(source)).name, items, number, out, facts=facts, max_pixels=max_pixels, say=say)
+    return write_page(title, items, number, out, facts=facts, max_pixels=max_pixels, say=say)
 
 
 def _of_run(run_dir: Path) -> list[_Source]:
@@ -171,7 +177,7 @@ def _item(source: _Source, index: int) -> Item:
     table = score_table(group, source.scores[group.id]) if source.scores else None
     if table is not None:
         filters["comparisons"] = ["none" if not table.decided else "some lost" if table.lost else "all won"]
-    return group_item(group, table, filters=filters)
+    return group_item(group, table, filters=filters, roots=source.groups.roots)
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:

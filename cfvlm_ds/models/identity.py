@@ -38,7 +38,7 @@ def model_folder(name_or_path: str) -> Path:
     with contextlib.suppress(Exception):  # without network the cached snapshot is used
         files = HfApi().list_repo_files(name_or_path)
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=[*_INPUTS, *weight_patterns(files)]))
+        return Path(snapshot_download(name_or_path, allow_patterns=["README.md", *_INPUTS, *weight_patterns(files)]))
     except OSError as error:
         raise ConfigError(
             f"the files of {name_or_path} cannot be read ({' '.join(str(error).split())}); give the model's folder instead"

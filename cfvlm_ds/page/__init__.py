@@ -35,6 +35,7 @@ from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.data.identity import path_in
 from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
 
 Fact: TypeAlias = tuple[str, str]
@@ -104,7 +105,8 @@ class ScoreTable:
 class Item:
     """One group: pictures, texts, a truth table of 1, 0 or None (unknown), and other facts.
 
-    ``filters`` maps the name of a filter to the group's values. ``meta`` is metadata that is shown verbatim.
+    ``filters`` maps the name of a filter to the group's values. ``meta`` is metadata that is shown verbatim. Paths of pictures are shown
+    relative to ``roots``.
     """
 
     id: str
@@ -117,6 +119,7 @@ class Item:
     scores: ScoreTable | None = None
     filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
     meta: str = ""
+    roots: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,10 @@ def group_item(
     scores: ScoreTable | None = None,
     facts: Sequence[Fact] = (),
     filters: Mapping[str, Sequence[str]] | None = None,
+    roots: Sequence[Path] = (),
 ) -> Item:
     """Build the item of a group. Images and texts are labelled with the types of their edits, and the words of each text are compared with
-    those of its prompt's anchor. ``facts`` and ``filters`` are added to those of the group.
+    those of its prompt's anchor. ``facts`` and ``filters`` are added to those of the group. ``roots`` are the folders of its pictures.
     """
     numbers = group.prompt_ids
     prompts = list(dict.fromkeys(candidate.prompt for candidate in group.candidates))
@@ -170,6 +174,7 @@ def group_item(
             **(filters or {}),
         },
         meta=group.meta and json.dumps(json.loads(group.meta), ensure_ascii=False, indent=1),
+        roots=roots,
     )
 
 
@@ -342,6 +347,7 @@ def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[d
     it cannot be shown, which is also added to ``problems``.
     """
     drawn: list[list[dict[str, Any]]] = []
+    prefixes = [root.parts for root in item.roots]
     for i, image in enumerate(item.images):
         alt = f"image {i}{': ' * bool(image.label)}{image.label}"
         if 1 in item.match[i]:
@@ -349,7 +355,7 @@ def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[d
         other = 1 if i == 0 and len(item.images) == 2 else 0
         drawn.append([])
         for path, against in zip_longest(image.pictures, item.images[other].pictures[: len(image.pictures)] if other != i else ()):
-            shown: dict[str, Any] = {"name": without_secrets(str(path)), "alt": alt}
+            shown: dict[str, Any] = {"name": without_secrets(path_in(path, prefixes)), "alt": alt}
             drawn[-1].append(shown)
             if isinstance(seen := look(path), str):
                 problems[path] = seen

@@ -52,7 +52,7 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
     figure = Figure(figsize=(0.4 + _THUMB + columns * _CELL_W, 0.4 + sum(heights)), dpi=DPI, facecolor="white", layout="constrained")
     for part, group in zip(figure.subfigures(len(groups), height_ratios=heights, squeeze=False).flat, groups, strict=True):
         _draw_group(part, group, columns)
-    text = "true   |   log p(caption given image), nats   |   darker: more likely"
+    text = "true   |   log p(caption given image), nats   |   darker: more likely within its group"
     outlined = Rectangle((0, 0), 1, 1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.8, label=text)
     figure.legend(handles=[outlined], loc="outside lower left", fontsize=8, frameon=False, labelcolor=MUTED)
     figure.savefig(path)

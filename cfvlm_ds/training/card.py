@@ -72,7 +72,9 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
     lines += [f"counterfactual objectives of [CF-VLM]({_PAPER}), computed from token likelihoods.", ""]
     if local:
         lines += ["The base model is a local folder. Before you publish this card, add its hub name here and as `base_model` above.", ""]
-    if not license:
+    if license:
+        lines += [f"License of the base model: {_code(license.get('license_name', license['license']))}.", ""]
+    else:
         lines += ["The license is not known: no license was found in the base model's card.", ""]
     names = ("name", "context", "groups", "format", "source", "digest")
     sets = [[_cell(_last(str(data_set[name]))) for name in names] for data_set in data]
@@ -115,7 +117,8 @@ _IDENTITY = "The identity is a digest of texts, labels, weights and pictures. It
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
     adapted = any(_at(options, f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
     recorded = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
-    options_used = {name: _at(options, name) for name in recorded if adapted or not name.startswith("model.lora.")}
+    unused = "train.num_train_epochs" if (_at(options, "train.max_steps") or 0) > 0 else "train.max_steps"
+    options_used = {name: _at(options, name) for name in recorded if name != unused and (adapted or not name.startswith("model.lora."))}
     known = {
         "optimizer steps": step,
         "ranks": _at(environment, "world_size"),
@@ -147,8 +150,8 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
 
 
 _CONTROLS = (
-    "Accuracies in %, per edit type and averaged over all (`all`). The average is also given for a blank image and for another group's",
-    "image, which show what language alone achieves. The last row is chance.",
+    "Accuracies for each edit type, and their mean. The mean is also given for a blank image and for another group's image, which show",
+    "what language alone achieves. The last row is chance.",
 )
 
 

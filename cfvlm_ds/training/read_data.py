@@ -55,7 +55,7 @@ class RunData:
     """
 
     groups: Sequence[CounterfactualGroup]
-    splits: dict[str, Sequence[CounterfactualGroup]]
+    splits: dict[str, GroupStore]
     identity: Identity
     pictures: PictureTable | None
     collator: Collator | None = None
@@ -104,7 +104,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
                 f"warning: data.evaluation.{split}: {shared} also occur in the training set {trained}, so its results include trained data"
             )
     _refuse_idle(config, train)
-    return RunData(groups, dict(splits), identity, PictureTables(tables) if tables else None, collator, identities, sources, benchmarks)
+    return RunData(groups, splits, identity, PictureTables(tables) if tables else None, collator, identities, sources, benchmarks)
 
 
 def stored_rows(groups: GroupStore) -> StoredRows:

@@ -15,7 +15,7 @@ from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.text import in_cell, one_line
-from cfvlm_ds.data import open_image
+from cfvlm_ds.data import GroupStore, open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
@@ -82,7 +82,7 @@ def _exported(config: RunConfig) -> tuple[bool, Path, str]:
 def write_results(
     config: RunConfig,
     step: int,
-    splits: Splits,
+    splits: Mapping[str, GroupStore],
     results: Mapping[str, Sequence[Accuracy]],
     scores: Mapping[str, Sequence[GroupScores]],
     identities: Mapping[str, Identity],
@@ -98,8 +98,8 @@ def write_results(
     """
     run_dir = path = Path(config.train.output_dir)
     parts = [summary_of(config, step, results, changes)]
-    if config.train.figures and _worst_groups(config, splits, scores, say):
-        parts.append(f"Groups with the worst margins after training: [{WORST}/index.html]({WORST}/index.html)")
+    if config.train.figures and _worst_groups(config, step, splits, scores, say):
+        parts.append(f"Groups with the smallest margins after training: [{WORST}/index.html]({WORST}/index.html)")
     parts += [samples] * bool(samples)
     parts += ["## All metrics", table(results)] * bool(changes)
     parts += [markdown(benchmarks)] * bool(benchmarks)
@@ -152,13 +152,15 @@ def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None
         say(f"warning: {unwritten(run_dir / PAGE, error)}; results.md has the same tables")
 
 
-def _worst_groups(config: RunConfig, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], say: Say) -> bool:
+def _worst_groups(
+    config: RunConfig, step: int, splits: Mapping[str, GroupStore], scores: Mapping[str, Sequence[GroupScores]], say: Say
+) -> bool:
     """Write the page of the worst groups, and return True if there is one. A failure only causes a warning."""
     if not any(map(len, splits.values())):
         return False
     run_dir = Path(config.train.output_dir)
     try:
-        view_worst(str(run_dir), splits, scores, run_dir / WORST, config.data.max_pixels, say)
+        view_worst(run_dir, step, splits, scores, run_dir / WORST, config.data.max_pixels, say)
     except Exception as error:  # as for a figure
         say(f"warning: {run_dir / WORST} could not be written ({type(error).__name__}: {one_line(str(error), 300)}); the run goes on")
         return False
@@ -170,7 +172,7 @@ def description(summary: str, files: Sequence[Path]) -> str:
     figures = [f"![{path.stem}](get-artifact?path={path.name}&run_uuid=RUN_ID)" for path in files if path.suffix == ".png"]
     if len(summary) > _MOST_DESCRIBED:
         summary = summary[:_MOST_DESCRIBED].rpartition("\n")[0] + "\n\nresults.md has the whole table."
-    return "\n\n".join([summary, *figures[:6]])
+    return "\n\n".join([summary, "The metric grad_norm is measured before clipping.", *figures[:6]])
 
 
 _MOST_DESCRIBED = 4000

@@ -23,6 +23,10 @@ from cfvlm_ds.training.evaluator import Evaluator, Splits
 _MAX_NEW_TOKENS, _SIDE = 64, 160
 _LONGEST = 400
 """Number of characters of a text that results.md shows; samples.jsonl has the whole text."""
+_MEANING = (
+    "Step 0 is the model before training. It writes greedily, without sampling, and prefers the likeliest text of the group. The margin is "
+    "the log-likelihood of the likeliest true text minus that of the likeliest false one."
+)
 
 
 @dataclass
@@ -92,7 +96,7 @@ class Samples:
 
     def _report(self) -> tuple[str, list[Path]]:
         (self.run_dir / "samples").mkdir(exist_ok=True)
-        parts, files = ["## Samples"], [self._file] * self._file.is_file()
+        parts, files = ["## Samples", _MEANING], [self._file] * self._file.is_file()
         for number, (name, group) in enumerate(self._groups()):
             shown = []
             for place, picture in enumerate(group.images[0]):
@@ -114,8 +118,7 @@ class Samples:
             ]
             true = next(each.text for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1)
             parts.append(" ".join([*shown, f"{in_cell(name)}, {in_cell(group.id)}, true: {in_cell(true, _LONGEST)}"]))
-            parts.append("\n".join(["| step | writes | prefers | margin |", "|---:|---|---|---:|", *rows]))
-        parts.append("margin: log-likelihood of the likeliest true text of the group minus that of the likeliest false one, in nats")
+            parts.append("\n".join(["| step | writes | prefers | margin, nats |", "|---:|---|---|---:|", *rows]))
         return "\n\n".join(parts), files
 
     @property

@@ -460,7 +460,7 @@ def test_evaluate_prints_the_table_of_the_run(runs, manifests, tmp_path, capsys)
     said = printed(capsys, "evaluate", runs / "z3" / "export", manifests["test"], "--out", out, "--batch_size", "3").strip()
     shown = "\n".join(line for line in said.splitlines() if not line.startswith("evaluating "))  # of a slow machine
     of_run = (runs / "z3" / "results.md").read_text().partition("(train.eval_on_start is false).\n\n")[2]
-    assert of_run.startswith(f"{shown}\n\n| split | loss |") and "| chance |" in shown and "| test | all, blank image |" in shown
+    assert of_run.startswith(shown) and "| chance |" in shown and "| test | mean of edit types, blank image |" in shown
     found, of_run = (json.loads(path.read_text())["test"] for path in (out, runs / "z3" / "results.json"))
     assert found[-1].pop("nll") == pytest.approx(of_run[-1].pop("nll"), rel=1e-6), "sums of other batches"
     assert [row | {"losses": {}} for row in of_run] == found and of_run[-1]["losses"].keys() == {"align", "csd", "fcd"}
@@ -477,17 +477,15 @@ def test_exports_have_cards_with_what_the_run_knows(runs, manifests, tmp_path):
         "Weights after 2 optimizer steps from `llava`" in card and "| ZeRO stage | `3` |" in card and "library_name: transformers" in card
     )
     for line in (runs / "z3" / "results.md").read_text().splitlines():
-        if line.startswith(("| test | all", "| chance")):
-            assert line.replace("| test | all |", "| test | `all` |") in card, line
-        elif line.startswith("| test | csd"):
-            assert "|".join(line.split("|")[3:6]) in card, "weight, loss and groups; names are code spans there"
+        if line.startswith(("| test | mean", "| chance")):
+            assert line.replace("| mean of edit types |", "| `mean of edit types` |") in card, line
     for given in (runs / "z3", runs / "z3" / "checkpoint-2"):
         main(["export", str(given), "--out", str(tmp_path / given.name)])
         again, first = contents(tmp_path / given.name), contents(runs / "z3" / "export")
         assert again.keys() == first.keys() and again["model.safetensors"] == first["model.safetensors"]
     assert (tmp_path / "z3" / "README.md").read_text() == card
     adapter = (runs / "off" / "adapter" / "README.md").read_text()
-    assert "library_name: peft" in adapter and "| `dpo` | `1.0` |" in adapter and "| test | all, blank image |" in adapter
+    assert "library_name: peft" in adapter and "| `dpo` | `1.0` |" in adapter and "| test | mean of edit types, blank image |" in adapter
 
 
 def test_evaluate_takes_run_folders_and_adapters(runs, model_dir, manifests, capsys):

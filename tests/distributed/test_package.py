@@ -125,7 +125,7 @@ def test_the_installed_copy_trains_in_an_empty_folder(source, installed, tmp_pat
     assert f"imported from {installed / 'cfvlm_ds'}/" in done.stdout and "step 3/3" in done.stdout
     run_dir = tmp_path / "runs" / "quickstart"
     assert json.loads((run_dir / "finished.json").read_text())["step"] == 3 and (run_dir / "export" / "config.json").is_file()
-    assert "| combo | all, weighted | | " in (run_dir / "export" / "README.md").read_text()
+    assert "| combo | mean of edit types, blank image |" in (run_dir / "export" / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "copies"}
     assert json.loads((run_dir / "environment.json").read_text())["git_revision"] == git(source, "rev-parse", "HEAD").strip()
     own, public = demonstrated(run_dir, tmp_path / "world", tmp_path / "results")

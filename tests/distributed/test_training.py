@@ -30,6 +30,7 @@ from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import from_row, to_row
+from cfvlm_ds.evaluation.metrics import MEAN
 from cfvlm_ds.training.card import _results
 from cfvlm_ds.training.gradient_cache import forward
 
@@ -116,8 +117,12 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     assert (still / "baseline" / "test.json").read_text() == (moved / "baseline" / "test.json").read_text()
     stored = {folder: json.loads((folder / "before_after.json").read_text()) for folder in (still, moved, plain, drawn)}
     rows = {folder: [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] for folder, table in stored.items()}
-    final = {row["name"]: row["metrics"]["group"] for row in json.loads((moved / "results.json").read_text())["test"]}
-    assert {row["edit"]: row["after"] for row in rows[moved]} == final and rows[moved][-1]["before"] != rows[moved][-1]["after"]
+    final = {MEAN if row["mean"] else row["name"]: row["metrics"] for row in json.loads((moved / "results.json").read_text())["test"]}
+    assert all(row["after"] == final[row["edit"]][row["metric"]] for row in rows[moved]) and {row["edit"] for row in rows[moved]} == {
+        *final
+    }
+    assert [row["metric"] for row in rows[moved][:4]] == ["group", "pair", "image_pair", "group"] and rows[moved][0]["difference"] != 0
+    assert all(row["difference"] == row["after"] - row["before"] for row in rows[moved])
     assert all(row["before"] == row["after"] for row in rows[still]) and len(rows[still]) >= 2
     assert [row["before"] for row in rows[moved]] == [row["before"] for row in rows[still]]
     logged = [row for row in metrics(moved) if "eval/test/pair" in row]
@@ -125,18 +130,18 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     assert rows[plain] == [] and not (plain / "baseline").exists()
     assert "Not compared with the model before training: test (train.eval_on_start is false)" in (plain / "results.md").read_text()
     assert "100 of 110 groups of many are sampled, for a tenth" in said[3]
-    (whole,) = (row for row in rows[drawn] if row["set"] == "many" and row["edit"] == "all")
+    (whole,) = (row for row in rows[drawn] if row["set"] == "many" and (row["edit"], row["metric"]) == (MEAN, "group"))
     assert 0 < whole["groups"] < whole["of"] < 110
     text = (drawn / "results.md").read_text()
     tables = printed(capsys, "compare", still, moved, moved / "results.json").split(
-        "| set | edit | groups | metric | chance | language alone |"
+        "| set | edit type | groups | metric | chance, % | blank image, % |"
     )[1:]
-    changed = {row["edit"]: f"| {row['before']:.1f} | {row['after']:.1f} | {row['after'] - row['before']:+.1f}" for row in rows[moved]}
-    assert len(tables) == 3 and all(change in table for table in tables for change in changed.values()), "their mean is what both are"
+    changed = [f"| {row['before']:.1f} | {row['after']:.1f} | {row['difference']:+.1f}" for row in rows[moved]]
+    assert len(tables) == 3 and all(change in table for table in tables for change in changed), "their mean is what both are"
     assert "said-still" in refused(capsys, "compare", still, tmp_path / "said-still")
     card = _results(json.loads((moved / "results.json").read_text()), stored[moved], True)
-    assert any(f"`all` | {rows[moved][-1]['groups']} | group " in line and changed["all"] in line for line in card)
-    assert text.startswith("# drawn\n") and text.index("| difference, 95 % |") < text.index("## All metrics")
+    assert any(f"`{MEAN}` | {rows[moved][0]['groups']} | group " in line and changed[0] in line for line in card)
+    assert text.startswith("# drawn\n") and text.index("| difference, points [95 % interval] |") < text.index("## All metrics")
 
 
 def test_two_passes_draw_the_same_random_numbers():

@@ -34,7 +34,7 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, headline, metric_names, table
-from cfvlm_ds.evaluation.metrics import METRICS
+from cfvlm_ds.evaluation.metrics import MEAN, METRICS
 from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, Misp, SymMPO, denominators, weighted_loss
 from cfvlm_ds.training import results, trainer
 from cfvlm_ds.training.evaluator import check_best
@@ -350,15 +350,16 @@ def test_a_sham_edit_with_a_text_is_no_row():
     assert rows[-1].comparisons["pair"] == 2 and rows[-1].comparisons["sham"] == 1
 
 
-def test_an_edit_type_named_all_is_not_the_mean():
+def test_an_edit_type_named_like_the_mean_is_not_the_mean():
     wins, loses = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
     identity = [[1, 0], [0, 1]]
-    splits = {"s": accuracies([group(identity, Edit("all", 1, 1)), group(identity, Edit("colour", 1, 1))], [scores(wins), scores(loses)])}
+    groups = [group(identity, Edit(name, 1, 1)) for name in ("all", "colour", MEAN)]
+    splits = {"s": accuracies(groups, [scores(wins), scores(loses), scores(loses)])}
     flat = flat_metrics(splits)
-    assert (flat["eval/s/group"], flat["eval/s/all/group"], flat["eval/s/colour/group"]) == (50, 100, 0)
-    assert [(row.name, row.mean) for row in splits["s"]] == [("all", False), ("colour", False), ("all", True)]
+    assert (flat["eval/s/group"], flat["eval/s/all/group"], flat["eval/s/colour/group"]) == (100 / 3, 100, 0)
+    assert [(row.name, row.mean) for row in splits["s"]] == [("all", False), ("colour", False), (MEAN, False), ("all", True)]
     lines = table(splits).splitlines()
-    assert [line.split(" | ")[1] for line in lines[2:6]] == ['"all"', "colour", "all", "all, blank image"]
+    assert [line.split(" | ")[1] for line in lines[2:7]] == ["all", "colour", f'"{MEAN}"', MEAN, f"{MEAN}, blank image"]
 
 
 def test_names_from_the_data_cannot_break_the_table():
@@ -375,8 +376,10 @@ def test_a_line_of_the_log_ends_however_many_types_there_are():
     groups = [group([[1, 0]], Edit(f"type {n:02}", text=1)) for n in range(40)]
     rows = accuracies(groups, [scores([[0.0, -1.0]])] * 40)
     said = headline(rows)
-    assert said.startswith("pair accuracy type 00 100.0, ") and said.endswith("type 10 100.0, 29 more types, all 100.0")
-    assert headline(accuracies(groups[:11], [scores([[0.0, -1.0]])] * 11)).endswith("type 09 100.0, type 10 100.0, all 100.0")
+    assert said.startswith("pair accuracy type 00 100.0, ") and said.endswith("type 10 100.0, 29 more types, mean of edit types 100.0")
+    assert headline(accuracies(groups[:11], [scores([[0.0, -1.0]])] * 11)).endswith(
+        "type 09 100.0, type 10 100.0, mean of edit types 100.0"
+    )
 
 
 def test_the_blind_row_says_what_language_alone_achieves():
@@ -400,7 +403,7 @@ def test_the_shuffled_row_counts_the_groups_that_have_another_image():
     assert rows[-1].shuffled == {"pair": 75, "factual": 75}
     assert (rows[-1].groups["shuffled_pair"], rows[-1].unused["shuffled_pair"]) == (2, ["c"])
     printed = table({"s": rows})
-    assert "| s | all, another group's image | 3 |  |  |  |  | 75.0 |  | 75.0 |  |" in printed
+    assert "| s | mean of edit types, another group's image | 3 |  |  |  |  | 75.0 |  | 75.0 |  |" in printed
     assert "| s | shuffled_pair, shuffled_factual | 2 | 2 | 1: c |" in printed
     assert flat_metrics({"s": rows})["eval/s/shuffled_pair"] == 75
 
@@ -438,7 +441,7 @@ def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests
     assert (
         "shapes: 2 of its 8 pictures also occur in the training set" in warning
     )  # the test split repeats two, and takes its pictures from it
-    order = ["the largest evaluation batch, of shapes", "step 1/2", "  shapes: group accuracy unlabelled", "exported to", "| split |"]
+    order = ["the largest evaluation batch, of shapes", "step 1/2", "  shapes: group accuracy unlabelled", "exported to", "| set |"]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
     assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
     rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
@@ -596,7 +599,9 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
     again = read_rows(run_dir / "samples.jsonl")
     assert [row.pop("margin") for row in again] == pytest.approx(margins[1], abs=1e-4) and again == written[2]
     section = (tmp_path / "2" / "results.md").read_text().split("\n## Samples\n")[1].split("\n## ")[0]
-    assert section.count("| step | writes | prefers | margin |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160
+    assert (
+        section.count("| step | writes | prefers | margin, nats |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160
+    )
 
 
 def test_a_picture_that_one_rank_has_lost_is_a_sample_of_no_rank(model_dir, manifests, tmp_path):

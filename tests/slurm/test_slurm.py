@@ -181,7 +181,11 @@ def test_a_model_is_evaluated(cluster, copies, model_dir, manifests, tmp_path):
     state = cluster.finish(job, 600)
     said = (tmp_path / "log").read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), said
-    assert f"job {job}, start 1, on node" in said and "| test | all, blank image |" in said and (tmp_path / "a b" / "results.json").exists()
+    assert (
+        f"job {job}, start 1, on node" in said
+        and "| test | mean of edit types, blank image |" in said
+        and (tmp_path / "a b" / "results.json").exists()
+    )
 
 
 @pytest.mark.long

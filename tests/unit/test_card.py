@@ -25,7 +25,7 @@ ROWS = [
 ]
 OPTIONS: dict[str, Any] = {
     "model": {"name_or_path": "org/base-7b", "projector": {"tuning": "full", "learning_rate": 2e-5}, "lora": {"rank": 8}},
-    "train": {"learning_rate": 1e-4, "seed": 7},
+    "train": {"learning_rate": 1e-4, "seed": 7, "max_steps": 300, "num_train_epochs": 1.0},
     "objective": {"align": {"weight": 1.0, "counterfactual": 0.5}, "csd": {"weight": 0.25, "margin": 1.0}, "dpo": {"weight": 0}},
 }
 DATA = [
@@ -77,14 +77,14 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         "| cfvlm-ds (training) | `0.1.0` |",
         "| deepspeed | not known |",
         "| test | `colour` | 3 | ",
-        "| test | all, blank image | 4 | ",
-        "| test | all, another group's image | 4 | ",
+        "| test | mean of edit types, blank image | 4 | ",
+        "| test | mean of edit types, another group's image | 4 | ",
         "| chance | | | 25.0 |",
-        "| test | align | 1 | 2.5000 | 4 |  |",
         "The license is not known",
         "AutoModelForImageTextToText.from_pretrained",
     ):
         assert expected in body, expected
+    assert "train.num_train_epochs" not in body and "| train.max_steps | `300` |" in body, "which does not count beside it"
     assert "dpo" not in body and "lora" not in body and "/home/me" not in body
 
 
@@ -151,7 +151,11 @@ def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path):
 def test_thousands_of_edit_types_do_not_make_a_card_of_megabytes(tmp_path):
     many = [{**ROWS[0], "name": f"type {number}"} for number in range(5000)]
     card = model_card(run_folder(tmp_path / "run", results={"test": [*many, ROWS[1]]}), adapter=False)
-    assert len(card) < 20_000 and "4951 more rows are in the run's results.md." in card and "| test | all, blank image |" in card
+    assert (
+        len(card) < 20_000
+        and "4951 more rows are in the run's results.md." in card
+        and "| test | mean of edit types, blank image |" in card
+    )
     options = {**OPTIONS, "objective": {"align": {"weight": 1, "x": "y" * 100_000}}}
     assert len(model_card(run_folder(tmp_path / "long", config=options), adapter=False)) < 20_000
 
@@ -192,6 +196,8 @@ def test_a_license_is_what_the_base_states(card, expected, tmp_path):
     )
     assert {name: value for name, value in front.items() if name.startswith("license")} == expected
     assert "base_model" not in front and ("license is not known" in body) == (not expected)
+    named = expected.get("license_name", expected.get("license"))
+    assert (f"License of the base model: `{named}`." in body) == bool(expected)
     assert f"from `{tmp_path.name}`" in body and str(tmp_path.parent) not in body, "of a folder its name alone"
 
 

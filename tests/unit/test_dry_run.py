@@ -14,6 +14,8 @@ from conftest import REPO, run
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from cfvlm_ds import engine
+from cfvlm_ds.cli.train import build
+from cfvlm_ds.cli.train import run as train
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.models import family_of, meta_model
@@ -247,3 +249,18 @@ def test_the_command_needs_no_weights_data_or_launcher(tmp_path):
     command = [sys.executable, "train.py", "--config", str(recipe), "--model.name_or_path", str(tmp_path / "llava15_7b")]
     report = run([*command, "--train.dry_run", "true"])
     assert "language_model" in report and "GiB per GPU" in report
+
+
+@pytest.mark.parametrize("kind", ["base", "tiny_llava"])
+def test_a_model_that_a_run_would_build_is_built_elsewhere(kind, tmp_path, capsys):
+    """The report is that of the model which the run builds; the run's folder stays as it is."""
+    folder = tmp_path / "model"
+    built = {"base": ["--build.base", str(folder)], "tiny_llava": ["--build.tiny_llava.out_dir", str(folder)]}[kind]
+    options = ["--model.name_or_path", str(folder), "--deepspeed", str(REPO / "ds_configs" / "z3.json"), "--train.dry_run", "true"]
+    train([*options, *built])
+    before = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [] and "GiB per GPU" in before
+    build(parse_config([*options, *built], OBJECTIVES).build)
+    capsys.readouterr()
+    train(options)
+    assert before.endswith(capsys.readouterr().out)  # DeepSpeed warns once, before the first report

@@ -50,10 +50,10 @@ from cfvlm_ds.evaluation import (
     table,
 )
 from cfvlm_ds.evaluation import loss as losses
-from cfvlm_ds.evaluation.before_after import changes_table, compare_accuracies
+from cfvlm_ds.evaluation.before_after import Change, changes_table, compare_accuracies
 from cfvlm_ds.evaluation.comparisons import comparisons, factual_texts
 from cfvlm_ds.evaluation.loss import EvaluationLoss
-from cfvlm_ds.evaluation.metrics import CHANCE
+from cfvlm_ds.evaluation.metrics import CHANCE, MEAN
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.objectives import Align, Csd, Dpo, Fcd, Objective, denominators, required_cells, weighted_loss
 from cfvlm_ds.objectives.objective import comparisons as compared
@@ -184,7 +184,7 @@ def test_20_sham_is_the_mean_over_the_edit_types_that_have_one():
         rows = accuracies([plain, shammed], [scores([[0, 0], [-1, 0]]), scores([[0.0, 0], [-1, 0], [-0.5, 0]])])
         by_name = {row.name: row.metrics for row in rows}
         assert "sham" not in by_name["colour"] and by_name[name]["sham"] == by_name["all"]["sham"] == 100
-        assert next(line for line in table({"test": rows}).splitlines() if "| all |" in line).endswith("| 100.0 |")
+        assert next(line for line in table({"test": rows}).splitlines() if f"| {MEAN} |" in line).endswith("| 100.0 |")
 
 
 def test_rows_by_edit_type_and_the_mean_over_types():
@@ -201,15 +201,26 @@ def test_rows_by_edit_type_and_the_mean_over_types():
         accuracies([group()], [])
 
 
+def half_width(row: Change) -> float:
+    assert row.low is not None and row.high is not None
+    return (row.high - row.low) / 2
+
+
 def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap():
     """Accuracies by hand; the interval against means of whole groups drawn with replacement, by edit type and for their mean."""
     wins, loses = scores([[-1.0, -2.0], [-2.0, -1.0]]), scores([[-2.0, -1.0], [-1.0, -2.0]])
     four = [replace(group(), id=f"g{n}") for n in range(4)]
     after = accuracies([*four, replace(group(), id="later")], [wins, wins, wins, loses, wins])
-    (colour, mean) = compare_accuracies("iid", accuracies(four, [wins, loses, loses, loses]), after)
+    (colour, *others) = compare_accuracies("iid", accuracies(four, [wins, loses, loses, loses]), after)
     assert (colour.edit, colour.metric, colour.groups, colour.of, colour.chance) == ("colour", "group", 4, 5, 100 / 6)
-    assert (colour.before, colour.after, colour.half_width, colour.language) == (25.0, 75.0, None, 50.0)
-    assert (mean.edit, mean.before, mean.after) == ("all", 25.0, 75.0)
+    assert (colour.before, colour.after, colour.difference, colour.low, colour.high, colour.blank) == (25.0, 75.0, 50.0, None, None, None)
+    assert [(each.edit, each.metric, each.blank, each.after) for each in others] == [
+        ("colour", "pair", 50.0, 75.0),
+        ("colour", "image_pair", None, 75.0),
+    ]
+    half = scores([[-1.0, -2.0], [-1.0, -2.0]])  # image 0 prefers its own text, image 1 does not; no text prefers an image
+    fallen = compare_accuracies("iid", accuracies(four, [half, half, half, loses]), accuracies(four, [wins, loses, loses, loses]))
+    assert [each.difference for each in fallen] == [25.0, -12.5, 25.0], "a pair that falls is seen beside a group that rises"
     others = [replace(each, candidates=(Candidate("", "another text"), each.candidates[1])) for each in four]
     assert compare_accuracies("iid", accuracies(others, [wins] * 4), after) == [], "groups of one id with other texts"
 
@@ -220,32 +231,41 @@ def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap():
     before, after = (
         [scores([[draw.gauss(tilt * (i == c), 1) for c in range(cs)] for i in range(n)]) for n, cs in size] for tilt in (0.3, 1)
     )
-    rows = {row.edit: row for row in compare_accuracies("iid", accuracies(groups, before), accuracies(groups, after))}
+    compared = compare_accuracies("iid", accuracies(groups, before), accuracies(groups, after))
+    assert [(row.edit, row.metric) for row in compared] == [
+        *((MEAN, metric) for metric in ("group", "pair", "image_pair")),
+        ("colour", "group"),
+        ("shape", "group"),
+    ]
+    rows = {row.edit: row for row in compared if row.metric == "group"}
     gained = {edit: np.zeros((300, 2)) for edit in rows}  # by group: comparisons won more, and comparisons
     for place, (one, old, new) in enumerate(zip(groups, before, after, strict=True)):
         for was, now in zip(accuracies([one], [old]), accuracies([one], [new]), strict=True):
             made = now.comparisons["group"]
-            gained[now.name][place] = (now.metrics["group"] - was.metrics["group"]) * made, made
+            gained[MEAN if now.mean else now.name][place] = (now.metrics["group"] - was.metrics["group"]) * made, made
     drawn: dict[str, list[float]] = {edit: [] for edit in rows}
     for _ in range(1000):
         places = draw.choices(range(300), k=300)
-        means = {edit: part[places, 0].sum() / part[places, 1].sum() for edit, part in gained.items() if edit != "all"}
-        for edit, value in (*means.items(), ("all", statistics.mean(means.values()))):
+        means = {edit: part[places, 0].sum() / part[places, 1].sum() for edit, part in gained.items() if edit != MEAN}
+        for edit, value in (*means.items(), (MEAN, statistics.mean(means.values()))):
             drawn[edit].append(value)
     for edit, values in drawn.items():
-        assert rows[edit].half_width == pytest.approx(1.96 * statistics.stdev(values), rel=0.06), edit
-    assert rows["all"].half_width < rows["colour"].half_width and {row.groups for row in rows.values()} != {300}
+        assert half_width(rows[edit]) == pytest.approx(1.96 * statistics.stdev(values), rel=0.06), edit
+        assert rows[edit].low + rows[edit].high == pytest.approx(2 * (rows[edit].after - rows[edit].before)), edit
+    assert half_width(rows[MEAN]) < half_width(rows["colour"]) and {row.groups for row in rows.values()} != {300}
     few = [replace(group(Edit(f"edit {n // 4}", 1, 1)), id=f"g{n}") for n in range(36)]  # nine edit types of four groups
     inside = 0
     for _ in range(200):
         before, after = ([wins if draw.random() < 0.5 else loses for _ in few] for _ in range(2))
-        row = compare_accuracies("iid", accuracies(few, before), accuracies(few, after))[-1]
-        inside += abs(row.after - row.before) <= (row.half_width or 0.0)
+        row = compare_accuracies("iid", accuracies(few, before), accuracies(few, after))[0]
+        inside += row.low is not None and row.low <= 0 <= row.high
     assert 180 <= inside <= 200, "90 to 100 % of intervals hold the true difference, 0"
     lone = [replace(group(Edit(f"edit {n}", 1, 1)), id=f"g{n}") for n in range(36)]
-    assert compare_accuracies("iid", accuracies(lone, before), accuracies(lone, after))[-1].half_width is None, "no spread within a type"
-    text = changes_table(list(rows.values()))
-    assert text.count(" ± ") == 4 and f"| iid | colour | {rows['colour'].groups} | group | 16.7 | 50.0 | " in text
+    assert compare_accuracies("iid", accuracies(lone, before), accuracies(lone, after))[0].low is None, "no spread within a type"
+    text = changes_table(compared)
+    assert len(re.findall(r" [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] \|", text)) == 5
+    assert f"| iid | colour | {rows['colour'].groups} | group | 16.7 |  | " in text
+    assert f"| iid | {MEAN} | {rows[MEAN].groups} | pair | 50.0 | 50.0 | " in text
 
 
 def test_table_is_valid_markdown_and_metrics_are_named():
@@ -258,14 +278,14 @@ def test_table_is_valid_markdown_and_metrics_are_named():
     printed, coverage = table(splits).split("\n\n")
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     assert [" ".join(cells) for cells in (found[0], *found[2:])] == [
-        "split edit groups text image group group_pmi pair image_pair factual sham",
+        "set edit type groups text, % image, % group, % group_pmi, % pair, % image_pair, % factual, % sham, %",
         "iid colour 1 100.0 100.0 100.0 100.0 100.0 100.0 100.0 ",
         "iid count 1 0.0 100.0 0.0 0.0 50.0 100.0 0.0 100.0",
-        "iid all 2 50.0 100.0 50.0 50.0 75.0 100.0 50.0 100.0",
-        "iid all, blank image 2     50.0  75.0 ",  # a tie, and the factual text
+        "iid mean of edit types 2 50.0 100.0 50.0 50.0 75.0 100.0 50.0 100.0",
+        "iid mean of edit types, blank image 2     50.0  75.0 ",  # a tie, and the factual text
         "ood colour 1 0.0 0.0 0.0 0.0 0.0 0.0 0.0 ",
-        "ood all 1 0.0 0.0 0.0 0.0 0.0 0.0 0.0 ",
-        "ood all, blank image 1     50.0  50.0 ",
+        "ood mean of edit types 1 0.0 0.0 0.0 0.0 0.0 0.0 0.0 ",
+        "ood mean of edit types, blank image 1     50.0  50.0 ",
         "chance   25.0 25.0 16.7 16.7 50.0 50.0 50.0 50.0",
     ]
     assert "| iid | sham | 1 | 1 | 1: g |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
@@ -613,7 +633,7 @@ def test_the_nll_is_that_of_every_true_text_on_its_image(collator, scorer, model
     assert len(true) > 4
     rows, _ = evaluate(scorer, collator, {"s": some}, ALONE, 3, objectives={"csd": Csd()})
     assert flat_metrics(rows)["eval/s/nll"] == pytest.approx(expected := nats / tokens, rel=1e-5)
-    assert headline(rows["s"]).endswith(f"; NLL {expected:.4f} per token")
+    assert headline(rows["s"]).endswith(f"; NLL {expected:.4f} nats per token")
 
 
 def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(collator, scorer, groups):
@@ -630,14 +650,11 @@ def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(collator, scor
     assert losses["align"]["groups"] == len(groups) and losses["align"]["unused"] == []
     assert {name for name in flat if "loss" in name} == {"eval/s/loss_align", "eval/s/loss_csd"}, "no sum of some of the terms"
     said = table(rows)
-    for name, weight, reason in (("dpo", 1, "reference scores"), ("prior", 1, "prior"), ("broken", 0.25, "KeyError: 'no such\\\\ncolumn'")):
-        assert re.search(rf"\| s \| {name} \| {weight} \| \| \| not computed: .*{re.escape(reason)}", said)
-    assert "all, weighted" not in said
-    assert f"| {len(groups) - len(bare)} | {len(bare)}: {bare[0].id}" in said
-    whole = evaluate(scorer, collator, {"s": groups}, ALONE, objectives={"align": Align()})[0]
-    assert f"| s | all, weighted | | {flat_metrics(whole)['eval/s/loss']:.4f} | | |" in table(whole)
+    for name, reason in (("dpo", "reference scores"), ("prior", "prior"), ("broken", "KeyError: 'no such\\\\ncolumn'")):
+        assert re.search(rf"- eval/s/loss_{name} is not computed: .*{re.escape(reason)}", said)
+    assert said.count("not computed") == 3
     broken = evaluate(lambda **inputs: scorer(**inputs) * torch.nan, collator, {"s": groups}, ALONE, objectives={"align": Align()})[0]
-    assert re.search(r"\| s \| align \| 1 \| \| \| not computed: .*not finite", table(broken))
+    assert re.search(r"- eval/s/loss_align is not computed: .*not finite", table(broken))
     none = flat_metrics(evaluate(scorer, collator, {"s": bare}, ALONE, objectives={"csd": Csd()})[0])
     assert not any("loss" in name for name in none), "no group has anything for it"
 
