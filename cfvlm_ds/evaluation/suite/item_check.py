@@ -23,7 +23,7 @@ from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.picture_check import opened_picture
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.benchmarks import Item
-from cfvlm_ds.evaluation.probes import Generate
+from cfvlm_ds.evaluation.probes import Generate, Write
 from cfvlm_ds.evaluation.suite.selection import Way
 
 
@@ -101,9 +101,11 @@ def checked_items(
 
 
 def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:
-    """Return the cells of an item that must fit the model. For generated answers, return one cell with the item's first text."""
+    """Return the cells of an item that must fit the model. For a generated text, return one cell, whose text is the item's first answer or,
+    for a description, a word.
+    """
     if isinstance(way, Generate):
-        return (Candidate(way.asked(item), item.texts[0]),)
+        return (Candidate(way.asked(item), "A" if isinstance(way, Write) else item.texts[0]),)
     return way.cells(item)  # the cells without the question and the picture are shorter
 
 
