@@ -110,9 +110,10 @@ def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:
 
 
 def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
-    """Return the prompt of an item with the chat template applied, and the first text that is scored."""
+    """Return the prompt of an item with the chat template applied and, except for a description, the first text that is scored."""
     first = cells_of(item, way)[0]
-    return {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt, "answer": first.text}
+    prompt = {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt}
+    return prompt if isinstance(way, Write) else prompt | {"answer": first.text}
 
 
 def token_lengths(collator: Collator) -> Callable[[Candidate], int]:
