@@ -1,9 +1,9 @@
 """AMBER (Wang et al. 2023, arXiv 2311.07397): yes/no questions about existence, attributes and relations, and descriptions.
 
 The metrics of descriptions are those of the authors' inference.py, but words are recognised by a simpler rule. The authors count the nouns
-of NLTK's tagger that relation.json contains, and a noun also counts as an object with a similar word vector (spaCy's large model, cosine
-above 0.8). Here every word of relation.json counts, whatever its part of speech, except "can" as a verb and "hot". It counts only as the objects
-with which relation.json lists it. A true description in other words is therefore invented here and may be right there.
+that relation.json contains, as NLTK tags them. They also count a noun as any object with a similar word vector (spaCy's large model, cosine
+above 0.8). Here every word of relation.json counts, whatever its part of speech, except "can" as a verb and "hot". It counts only as the
+objects with which relation.json lists it, so a true description in other words may be right there and invented here.
 """
 
 from __future__ import annotations
