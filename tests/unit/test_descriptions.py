@@ -20,7 +20,7 @@ from cfvlm_ds.evaluation.probes import Write
 from cfvlm_ds.evaluation.suite.comparing import is_right
 
 SYNONYMS = """\
-person, girl, man, woman, people, children, baby, adult, policeman, passenger
+person, girl, man, woman, people, children, baby, adult, policeman, passenger, person, woman, villager
 bicycle, bike
 motorcycle, scooter,  motor bike, motor cycle, motorbike
 airplane, plane, jet
@@ -49,7 +49,6 @@ mouse
 oven, stove, stove top oven
 scissors
 teddy bear, teddybear
-person, villager, woman
 """
 SINGULARS = {
     "dogs": "dog", "huskies": "husky", "puppies": "puppy", "women": "woman", "men": "man", "policemen": "policeman", "mice": "mouse",
@@ -98,7 +97,7 @@ def chair_words(caption: str, lines: Sequence[Sequence[str]]) -> list[str]:
 def coco(root: Path, number: int) -> tuple[dict[str, set[str]], list[list[str]]]:
     """Files of instances and captions in COCO's form; the objects of each picture, and the lines of synonyms."""
     draw, lines = random.Random(number), [[name.strip() for name in line.split(",")] for line in SYNONYMS.splitlines()]
-    categories = [{"id": 3 * k + 1, "name": line[0], "supercategory": "thing"} for k, line in enumerate(lines[:-1])]
+    categories = [{"id": 3 * k + 1, "name": line[0], "supercategory": "thing"} for k, line in enumerate(lines)]
     images = [{"id": 100 + k, "file_name": f"COCO_{k}.jpg", "width": 9} for k in range(40)]
     instances = [{"image_id": 100 + draw.randrange(38), "category_id": draw.choice(categories)["id"], "area": 1} for _ in range(120)]
     captions = [{"image_id": image["id"], "id": k, "caption": told(draw, PLANTED, 3)} for k, image in enumerate(images * 2)]
@@ -128,7 +127,7 @@ def test_chair_is_the_authors(number, tmp_path):
     shown, lines = coco(tmp_path, number)
     draw = random.Random(f"said {number}")
     texts = [told(draw, PLANTED) for _ in range(39)] + ["I see nothing."]
-    outcomes, labels = read("chair", tmp_path, texts), [line[0] for line in lines[:-1]]
+    outcomes, labels = read("chair", tmp_path, texts), [line[0] for line in lines]
     mentions = wrong = inventing = objects = absent = covered = 0
     for text, outcome in zip(texts, outcomes, strict=True):
         there, words = shown[outcome.item.id], chair_words(text, lines)

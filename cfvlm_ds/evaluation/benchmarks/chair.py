@@ -65,8 +65,7 @@ def _with_phrases(texts: tuple[str, ...]) -> dict[str, int]:
 def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return the texts of the objects, one for each line of synonyms, and the index of each name."""
     lines = [[name for part in row.text("names").split(",") if (name := part.strip())] for row in source.sound_rows(SYNONYMS)]
-    owner = {name: number for number, line in enumerate(lines) for name in line}  # as in the authors' dict, the last line has a name
-    texts = tuple(object_text(line[0], [name for name in dict.fromkeys(line) if owner[name] == k]) for k, line in enumerate(lines))
+    texts = tuple(object_text(line[0], dict.fromkeys(line)) for line in lines)
     return texts, names_of(texts)
 
 

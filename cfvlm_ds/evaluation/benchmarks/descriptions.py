@@ -1,7 +1,7 @@
 """Descriptions: the objects that a generated text mentions, and the shares of objects that are invented or covered.
 
 An item has one text for each object that can be recognised, of the form "chair: chair, seat, stool": a label and names of one or two words.
-No name belongs to two texts of an item. A text is true if the picture shows the object. Its score is the number of mentions.
+A text is true if the picture shows the object. Its score is the number of mentions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def object_text(label: str, names: Iterable[str]) -> str:
 
 @lru_cache(16)
 def names_of(texts: tuple[str, ...]) -> dict[str, int]:
-    """Return the index of the text to which each name belongs, keyed by the name in lower case."""
+    """Return the index of the text to which each name belongs, keyed by the name in lower case. A name of several texts belongs to the
+    last.
+    """
     return {name.lower(): number for number, text in enumerate(texts) for name in text.partition(": ")[2].split(", ") if name}
 
 
