@@ -252,7 +252,8 @@ def _written(
         raise ConfigError(
             f"the probe {way.name} needs a whole model on each rank, but this one is partitioned; omit --zero3, or choose another probe"
         )
-    say, world, most = cache(model.say), model.world, way.max_new_tokens  # many items have a prompt in common, also on a blank picture
+    say, world, most = model.say, model.world, way.max_new_tokens
+    say_blank = cache(say)  # descriptions have a prompt in common
     donors = other_images(items) if settings.shuffled else [None] * len(items)
     unwritten, together = [k for k in range(len(items)) if k not in known], settings.batch_size * world.size
     for start in range(0, len(unwritten), together):
@@ -260,7 +261,7 @@ def _written(
         for k in unwritten[start : start + together][world.rank :: world.size]:
             item, donor, prompt = items[k], donors[k], way.asked(items[k])
             blank = tuple(BLANK.with_suffix(f".{number}") for number in range(len(item.images[0])))
-            texts[k] = {"said": [say(image, prompt, most) for image in item.images], "blank": say(blank, prompt, most)}
+            texts[k] = {"said": [say(image, prompt, most) for image in item.images], "blank": say_blank(blank, prompt, most)}
             texts[k] |= {} if donor is None else {"shuffled": say(donor, prompt, most)}
             barrier.alive()
         yield texts
