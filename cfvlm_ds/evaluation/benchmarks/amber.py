@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Source, Values, single
-from cfvlm_ds.evaluation.benchmarks.descriptions import counted, mentions, object_text, share
+from cfvlm_ds.evaluation.benchmarks.descriptions import counted, named, names_of, share, tally
 from cfvlm_ds.evaluation.benchmarks.metrics import by, yes_no
 
 QUERIES = File("data/query/query_discriminative.json", ("id", "image", "query"), 14_216)
@@ -92,9 +92,9 @@ def description(row: Row) -> Item:
     for word in dict.fromkeys(word for name, words in relation.items() for word in (name, *words)):
         texts[owner.get(word, safe_at + 1)].append(word)
     labels, truth = (*there, *imagined, "safe words", "other words"), (*(1 for _ in there), *(0 for _ in imagined), 1, 0)
-    named = [object_text(label, words) for label, words in zip(labels, texts, strict=True)]
+    described = [f"{label}: {', '.join(words)}" for label, words in zip(labels, texts, strict=True)]
     picture = row.picture(row["image"], "image", "images")
-    return single(str(row["id"]), picture, named, str(row["image"]), truth, row.text("query"))
+    return single(str(row["id"]), picture, described, str(row["image"]), truth, row.text("query"))
 
 
 @lru_cache(1)
@@ -106,7 +106,8 @@ def _words(source: Source) -> tuple[dict[str, list[str]], list[str]]:
 
 def nouns(text: str, item: Item) -> tuple[float, ...]:
     """Return the number of mentions of each text."""
-    return mentions(_CAN.sub(" . ", text), item)
+    names = names_of(item.texts)
+    return tally(named(_CAN.sub(" . ", text), names), names, len(item.texts))
 
 
 def generative(table: Sequence[Judged]) -> Values:
@@ -119,7 +120,7 @@ def generative(table: Sequence[Judged]) -> Values:
     return {
         "chair": share(every.false_mentions, every.mentions),
         "cover": share(objects.true_mentioned, objects.true),
-        "hal": share(every.inventing, every.descriptions),
+        "hal": share(every.inventing, len(table)),
         "cog": share(objects.false_mentioned, objects.false),
     }
 

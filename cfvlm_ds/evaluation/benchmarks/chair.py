@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, Source, single
-from cfvlm_ds.evaluation.benchmarks.descriptions import described, named, names_of, object_text, tally
+from cfvlm_ds.evaluation.benchmarks.descriptions import described, named, names_of, tally
 
 INSTANCES = File("annotations/instances_*.json", ("images", "annotations", "categories"))
 CAPTIONS = File("annotations/captions_*.json", ("annotations",))
@@ -52,7 +52,7 @@ def mentions(text: str, item: Item) -> tuple[float, ...]:
     found = named(text, names)
     if {"toilet", "toilet seat"} & {*found}:
         found = [name for name in found if name != "seat"]
-    return tally((name for name in found if names[name] >= 0), names, len(item.texts))
+    return tally(found, names, len(item.texts))
 
 
 @lru_cache(16)
@@ -65,7 +65,7 @@ def _with_phrases(texts: tuple[str, ...]) -> dict[str, int]:
 def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return the texts of the objects, one for each line of synonyms, and the index of each name."""
     lines = [[name for part in row.text("names").split(",") if (name := part.strip())] for row in source.sound_rows(SYNONYMS)]
-    texts = tuple(object_text(line[0], dict.fromkeys(line)) for line in lines)
+    texts = tuple(f"{line[0]}: {', '.join(dict.fromkeys(line))}" for line in lines)
     return texts, names_of(texts)
 
 

@@ -7,11 +7,12 @@ A text is true if the picture shows the object. Its score is the number of menti
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from cfvlm_ds.evaluation.benchmarks.base import Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
 
 _TOKEN = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[^\w\s]")
 _PLURALS = (
@@ -19,11 +20,6 @@ _PLURALS = (
     ("ves", "fe"), ("es", ""), ("s", ""),
 )  # fmt: skip
 """Ending of a plural -> ending of its singular."""
-
-
-def object_text(label: str, names: Iterable[str]) -> str:
-    """Return the text of an object."""
-    return f"{label}: {', '.join(names)}"
 
 
 @lru_cache(16)
@@ -58,24 +54,15 @@ def named(text: str, names: Mapping[str, object]) -> list[str]:
     return found
 
 
-def mentions(text: str, item: Item) -> tuple[float, ...]:
-    """Return the number of mentions of each of the item's objects."""
-    names = names_of(item.texts)
-    return tally(named(text, names), names, len(item.texts))
-
-
 def tally(found: Iterable[str], names: Mapping[str, int], num_texts: int) -> tuple[float, ...]:
-    """Return the number of ``found`` names that belong to each text."""
-    counts = [0.0] * num_texts
-    for name in found:
-        counts[names[name]] += 1
-    return tuple(counts)
+    """Return the number of ``found`` names that belong to each text. Names that belong to -1 are left out."""
+    counts = Counter(names[name] for name in found)
+    return tuple(float(counts[number]) for number in range(num_texts))
 
 
 class Counts(NamedTuple):
     """Counts over descriptions: mentions, and pairs of a description and an object. ``false`` objects are not in the picture."""
 
-    descriptions: float
     inventing: float
     """Number of descriptions that mention a false object."""
     mentions: float
@@ -88,15 +75,10 @@ class Counts(NamedTuple):
 
 @lru_cache(1 << 16)
 def _counted(scores: tuple[float, ...], truth: tuple[int, ...]) -> Counts:
-    true = [score for score, value in zip(scores, truth, strict=True) if value]
-    false = [score for score, value in zip(scores, truth, strict=True) if not value]
-    (true_mentions, true_mentioned), (false_mentions, false_mentioned) = (
-        (sum(score for score in part if score > 0), sum(score > 0 for score in part)) for part in (true, false)
-    )
-    inventing = float(false_mentioned > 0)
-    return Counts(
-        1, inventing, true_mentions + false_mentions, false_mentions, len(true), true_mentioned, len(false), false_mentioned
-    )  # fmt: skip
+    mentioned = [(score, value) for score, value in zip(scores, truth, strict=True) if score > 0]
+    false, true = [score for score, value in mentioned if not value], sum(truth)
+    every = sum(score for score, _ in mentioned)
+    return Counts(bool(false), every, sum(false), true, len(mentioned) - len(false), len(truth) - true, len(false))
 
 
 def counted(table: Sequence[Judged], num_last: int = 0) -> Counts:
@@ -124,5 +106,5 @@ def described(table: Sequence[Judged]) -> Values:
         "hallucinated": share(counts.false_mentioned, counts.true_mentioned + counts.false_mentioned),
         "covered": share(counts.true_mentioned, counts.true),
         "chair_i": share(counts.false_mentions, counts.mentions),
-        "chair_s": share(counts.inventing, counts.descriptions),
+        "chair_s": share(counts.inventing, len(table)),
     }
