@@ -589,6 +589,25 @@ def test_a_comparison_by_hand(tmp_path):
     assert re_row(comparison_table(compare_results(*few), "one", "other"), "macro")[5:8] == ["+100.0", "", "too few clusters (5)"]
 
 
+def test_what_descriptions_invent_is_never_shown_without_what_they_cover(tmp_path):
+    """Of 40 pictures of dogs, all descriptions mention a cat, too, before, and none after; on a blank picture they mention a cat alone."""
+    item = Item("", ((),), ("dog: dog, puppy", "cat: cat"), ((1, 0),))
+    outcomes = [Outcome(replace(item, id=str(n), cluster=str(n)), ((2.0, 1.0),), (0.0, 1.0)) for n in range(40)]
+    one = written(tmp_path / "one", outcomes, name="chair")
+    other = written(tmp_path / "other", [replace(each, seen=((1.0, 0.0),)) for each in outcomes], name="chair", identity="b")
+    found = result(outcomes, "chair")
+    assert numbers(summary(found)) == [50, 100, 100, 0] and "chance" not in overview([found])
+    assert [re_row(overview([found]), name)[4:6] for name in ("hallucinated", "covered")] == [
+        ["hallucinated", "50.0"],
+        ["covered", "100.0"],
+    ]
+    (compared,) = compare_results(one, other)
+    table = comparison_table([compared], "one", "other")
+    assert re_row(table, "hallucinated")[3:6] == ["50.0", "0.0", "-50.0"] and re_row(table, "chair_s")[3:6] == ["100.0", "0.0", "-100.0"]
+    assert re_row(table, "covered")[3:8] == ["100.0", "100.0", "+0.0", "0.0 to 0.0", "no"], "also where it does not differ"
+    assert len(compared.changes()[0]) == 40 and [*compared.headlines] == ["hallucinated", "covered"]
+
+
 def test_a_comparison_is_written_as_table_figure_and_page(tmp_path, capsys):
     one, other = (written(tmp_path / name, rows([n < right for n in range(40)])) for name, right in (("one", 20), ("<b>other</b>", 30)))
     out = tmp_path / "compared"
