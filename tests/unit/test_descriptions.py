@@ -39,6 +39,7 @@ baseball bat
 tennis racket, racket
 wine glass
 knife, pocketknife, knive
+bowl, plate
 sandwich, burger
 hot dog
 chair, seat, stool
@@ -61,7 +62,7 @@ SINGULARS = {
 PLANTED = (
     "a dog", "two dogs", "the dog's ball", "a puppy", "three huskies", "a hot dog", "hot dogs", "a hot, small dog", "a toilet seat",
     "the seat of the toilet", "seats", "a chair", "a baby elephant", "adult elephants", "a baby", "baby animals", "a passenger train",
-    "a passenger jet", "a passenger on a bus", "train tracks", "home plate", "wine glasses", "a wine glass", "glasses", "knives",
+    "a passenger jet", "a passenger on a bus", "train tracks", "home plate", "a plate", "wine glasses", "a wine glass", "glasses", "knives",
     "policemen", "a woman", "women", "people", "children", "buses", "scissors", "skis", "a teddy bear", "teddy bears", "bears", "bow ties",
     "a bow, tie", "a motor cycle", "street lights", "a cell phone", "phones", "a tennis racket", "the dining table", "mice", "geese",
     "a sandwich", "sandwiches", "a villager", "a stove top oven", "nothing", "a rose bush", "A Dog", "cat-like", "hot-dog", "a cat. Dog",
