@@ -191,9 +191,9 @@ def amber_nouns(text: str) -> list[str]:
 
 def amber_naive(annotated: Sequence[dict[str, Any]], texts: Sequence[str]) -> dict[str, float]:
     """The loop of the authors' inference.py without its similar words."""
-    chair, cover, imagined, inventing = [], [], [], []
+    chair, cover, imagined, inventing = list[int](), list[bool](), list[bool](), list[bool]()
     for row, text in zip(annotated, texts, strict=True):
-        found, flags = {"truth": set[int](), "hallu": set[int]()}, []
+        found, flags = {"truth": set[int](), "hallu": set[int]()}, list[int]()
         safe, bad = (
             [(word, k) for k, name in enumerate(row[kind]) for word in RELATION[name]] + [(name, k) for k, name in enumerate(row[kind])]
             for kind in ("truth", "hallu")
@@ -212,7 +212,7 @@ def amber_naive(annotated: Sequence[dict[str, Any]], texts: Sequence[str]) -> di
         cover += [k in found["truth"] for k in range(len(row["truth"]))]
         imagined += [k in found["hallu"] for k in range(len(row["hallu"]))]
         inventing.append(any(flags))
-    parts = {"chair": chair, "cover": cover, "cog": imagined, "hal": inventing}
+    parts: dict[str, Sequence[int]] = {"chair": chair, "cover": cover, "cog": imagined, "hal": inventing}
     return {name: 100 * sum(values) / len(values) for name, values in parts.items()}
 
 
