@@ -273,7 +273,7 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
         compared = {name: compare_results(Path(before), Path(name), draws, say) for name in after}
         text = "\n\n".join(comparison_table(pairs, before, name) for name, pairs in compared.items())
         differences = {
-            name: {f"{pair.before.place}: {pair.benchmark.headline}": pair.headline for pair in pairs if pair.headline is not None}
+            name: {f"{pair.before.place}: {metric}": difference for pair in pairs for metric, difference in pair.headlines.items()}
             for name, pairs in compared.items()
         }
     print(text)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cfvlm_ds.core.conversation import normalised, normalised_prompt
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.evaluation.benchmarks.base import Item, Outcome
+from cfvlm_ds.evaluation.benchmarks.base import Item, Mentions, Outcome
 from cfvlm_ds.evaluation.benchmarks.parsers import Parser
 from cfvlm_ds.evaluation.probes import Probe, Row
 from cfvlm_ds.evaluation.scoring import GroupScores
@@ -116,15 +116,16 @@ def plan(items: Sequence[Item], probe: Probe) -> Plan:
     return Plan(tuple(items), probe, packing.groups(), tuple(places), tuple(alone))
 
 
-def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, parse: Parser) -> Outcome:
+def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:
     """Return the outcome of an item from texts that were generated about each image, a blank image and, optionally, another item's image.
 
-    The text that the parser selects has the score 1, all others 0. An answer that cannot be parsed is wrong.
+    The text that a parser selects has the score 1, all others 0. An answer that cannot be parsed is wrong. In a description, the score of a
+    text is the number of its mentions.
     """
 
     def row(text: str) -> Row:
-        meant = parse(text.strip(), item)
-        return tuple(float(place == meant) for place in range(len(item.texts)))
+        meant = read(text.strip(), item)
+        return meant if isinstance(meant, tuple) else tuple(float(place == meant) for place in range(len(item.texts)))
 
     plain = tuple(text.strip() for text in answers)
     return Outcome(item, tuple(map(row, plain)), row(blank), None if shuffled is None else row(shuffled), said=plain)

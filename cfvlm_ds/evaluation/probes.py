@@ -199,7 +199,7 @@ class Generate:
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_new_tokens <= MOST_WRITTEN:
-            raise ConfigError(f"the probe generate writes 1 to {MOST_WRITTEN} tokens, not {self.max_new_tokens}; correct max_new_tokens")
+            raise ConfigError(f"the probe {self.name} writes 1 to {MOST_WRITTEN} tokens, not {self.max_new_tokens}; correct max_new_tokens")
 
     def asked(self, item: Item) -> str:
         """Return the prompt of an item. If it does not list the options, they are appended in the order of the benchmark."""
@@ -209,10 +209,29 @@ class Generate:
         return letters.asked(item, range(len(item.texts)), item.prompt or letters.question)
 
 
+@dataclass(frozen=True)
+class Write(Generate):
+    """Greedy generation of a description, in which the benchmark counts the objects that are mentioned.
+
+    Args:
+        prompt: prompt of an item without one.
+        max_new_tokens: maximum length of a description in tokens.
+    """
+
+    name: ClassVar[str] = "write"
+    max_new_tokens: int = 512
+    prompt: str = "Please describe this image in detail."
+
+    def asked(self, item: Item) -> str:
+        return item.prompt or self.prompt
+
+
 MOST_WRITTEN = 4096
 
 PROBES: dict[str, Probe] = {"caption": Caption(), "match": Match(), "letters": Letters(), "yes_no": Answers()}
-"""Name -> probe with its defaults. ``generate`` is not among them, because it scores no cells."""
+"""Name -> probe with its defaults, of those that score cells."""
+WRITTEN: dict[str, Generate] = {"generate": Generate(), "write": Write()}
+"""Name -> probe with its defaults, of those that generate a text."""
 
 
 def variants(text: str) -> tuple[str, ...]:

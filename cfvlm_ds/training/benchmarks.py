@@ -64,7 +64,7 @@ def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
         raise ConfigError(f"data.evaluation.{name}: {error}") from error
     if isinstance(chosen.way, Generate):
         raise ConfigError(
-            f"data.evaluation.{name}: a training run does not generate text; choose another probe, and evaluate the export with generate"
+            f"data.evaluation.{name}: a training run does not generate text; choose another probe, and use {chosen.label} on the export"
         )
     return chosen
 

@@ -39,7 +39,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Values, judged
 from cfvlm_ds.evaluation.benchmarks.metrics import auc, binary, calibrated, quads, text_right, threshold
 from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
 from cfvlm_ds.evaluation.benchmarks.source import keep_picture, one_hot
-from cfvlm_ds.evaluation.probes import PROBES, Generate
+from cfvlm_ds.evaluation.probes import PROBES, Generate, Write
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 # Official formats --------------------------------------------------------------------------------------------------------------------
@@ -111,6 +111,7 @@ VALSE = (
     "coreference-standard coreference-hard foil-it"
 )
 PLACES = {"images": "left_of right_of on under", "clevr": "left_of right_of in-front_of behind"}
+PEOPLE = {"id": 1, "name": "person"}, {"id": 18, "name": "dog"}
 AMBER = {k: kind for k, kind in enumerate(
     ("discriminative-hallucination", "discriminative-attribute-state", "relation", "discriminative-attribute-number"), 1005
 )}  # fmt: skip
@@ -255,6 +256,30 @@ OFFICIAL: dict[str, tuple[dict[str, Any], str]] = {
         },
         "image/AMBER_1.jpg",
     ),
+    "amber_generative": (
+        {
+            "data/annotations.json": [
+                {"id": k, "type": "generative", "truth": ["sky", "man"], "hallu": ["sea"] * (k == 1)} for k in (1, 2)
+            ] + [{"id": 3, "type": "relation", "truth": "yes"}],
+            "data/query/query_generative.json": [{"id": k, "image": f"AMBER_{k}.jpg", "query": "Describe this image."} for k in (1, 2)],
+            "data/relation.json": {"sky": [], "man": ["person", "individual"], "sea": ["water"], "hat": []},
+            "data/safe_words.txt": "line\nindividual",
+        },
+        "image/AMBER_1.jpg image/AMBER_2.jpg",
+    ),
+    "chair": (
+        {
+            "annotations/instances_val2014.json": {
+                "info": {}, "images": [{"id": k, "file_name": f"{k}.jpg"} for k in (1, 2)], "categories": [*PEOPLE],
+                "annotations": [{"image_id": 1, "category_id": 18, "bbox": [0, 0, 1, 1]}, {"image_id": 2, "category_id": 1}],
+            },
+            "annotations/captions_val2014.json": {
+                "images": [], "annotations": [{"image_id": 1, "id": 1, "caption": "A woman's chair."}, {"image_id": 2, "caption": "Hats."}],
+            },
+            "synonyms.txt": "person, man, woman\ndog, puppy\nchair, seat\n",
+        },
+        "val2014/1.jpg val2014/2.jpg",
+    ),
     "vsr": (
         {
             "data/splits/zeroshot/test.jsonl": like(
@@ -344,6 +369,8 @@ MOST = {"perception": 2000.0, "cognition": 800.0, "total": 2800.0}
 
 
 def most(name: str) -> float:
+    if name in ("hallucinated", "chair_i", "chair_s", "chair", "hal", "cog"):
+        return 0.0
     return MOST.get(name, 200.0 if name.startswith("score/") else 100.0)
 
 
@@ -361,7 +388,7 @@ def test_an_oracle_has_everything_and_a_stubborn_model_only_what_language_gives(
     shared = set(found["seen"]) & set(found["blank"])
     assert benchmark.headline in shared or benchmark.headline in ("group", "image", "group_macro")
     assert {key: found["seen"][key] for key in shared} == {key: found["blank"][key] for key in shared}
-    assert set(found["chance"]) >= {benchmark.headline}
+    assert "chance" not in found if benchmark.mentions else benchmark.headline in found["chance"]
 
     tied = benchmark.metrics(answered(items, lambda item, i, c: 0.0))
     assert tied[benchmark.headline] == 0, "a tie is wrong"
@@ -433,9 +460,14 @@ def test_another_revision_is_named(name, root):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_probe_that_fits_makes_groups(name, root):
     benchmark, items = BENCHMARKS[name], read(name, root)
-    assert {probe for probe in benchmark.probes if probe != "generate"} <= set(PROBES) and benchmark.probes[0] in PROBES
+    assert {*benchmark.probes} <= {*PROBES, "generate"} or benchmark.probes == ("write",)
+    assert benchmark.probes[0] in (*PROBES, "write")
     for probe in benchmark.probes:
-        if probe == "generate":
+        if probe == "write":
+            assert all(
+                Write().asked(item) and read_text(item, ["A man."], "", None, benchmark.mentions).said == ("A man.",) for item in items
+            )
+        elif probe == "generate":
             for item in items:
                 said = ["no such answer (Z)"] * len(item.images)
                 assert Generate().asked(item) and read_text(item, said, said[0], None, PARSERS.get(name, answer)).said == tuple(said)
@@ -472,6 +504,11 @@ ITEMS: dict[tuple[str, str], dict[str, Any]] = {
     ("cvbench", "3d/1"): {"texts": ("chair", "desk"), "match": ((1, 0),)},
     ("conme", "replace-rel/7"): {"pictures": ("000000000139.jpg",), "prompt": "What is left, say?", "texts": ("a box", "a cup")},
     ("cola", "1"): {"pictures": ("1.jpg", "2.jpg")},
+    ("chair", "val2014/1"): {"texts": ("person: person, man, woman", "dog: dog, puppy", "chair: chair, seat"), "match": ((1, 1, 1),)},
+    ("amber_generative", "1"): {
+        "texts": ("sky: sky", "man: man, person", "sea: sea, water", "safe words: individual", "other words: hat"),
+        "match": ((1, 1, 0, 1, 0),), "prompt": "Describe this image.",
+    },
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Licences, known pitfalls and published values are in docs/benchmarks. Nothing is
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.benchmarks.amber import AMBER
+from cfvlm_ds.evaluation.benchmarks.amber import AMBER, AMBER_GENERATIVE
 from cfvlm_ds.evaluation.benchmarks.aro import VG_ATTRIBUTION, VG_RELATION
 from cfvlm_ds.evaluation.benchmarks.aro_order import COCO_ORDER, FLICKR_ORDER
 from cfvlm_ds.evaluation.benchmarks.base import (
@@ -21,6 +21,7 @@ from cfvlm_ds.evaluation.benchmarks.base import (
 )
 from cfvlm_ds.evaluation.benchmarks.bivlc import BIVLC
 from cfvlm_ds.evaluation.benchmarks.blink import BLINK
+from cfvlm_ds.evaluation.benchmarks.chair import CHAIR
 from cfvlm_ds.evaluation.benchmarks.cola import COLA
 from cfvlm_ds.evaluation.benchmarks.conme import CONME
 from cfvlm_ds.evaluation.benchmarks.cvbench import CVBENCH
@@ -79,6 +80,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "vl_checklist": VL_CHECKLIST,
     "mme": MME,
     "amber": AMBER,
+    "amber_generative": AMBER_GENERATIVE,
+    "chair": CHAIR,
     "vsr": VSR,
     "cvbench": CVBENCH,
     "mmstar": MMSTAR,

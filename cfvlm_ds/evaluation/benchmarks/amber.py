@@ -1,11 +1,20 @@
-"""AMBER (Wang et al. 2023, arXiv 2311.07397): its yes/no questions about existence, attributes and relations."""
+"""AMBER (Wang et al. 2023, arXiv 2311.07397): yes/no questions about existence, attributes and relations, and descriptions.
+
+The metrics of descriptions are those of the authors' inference.py, but words are recognised by a simpler rule. The authors count the nouns
+that relation.json contains, as NLTK tags them. They also count a noun as any object with a similar word vector (spaCy's large model, cosine
+above 0.8). Here every word of relation.json counts, whatever its part of speech, except "can" as a verb and "hot". It counts only as the
+objects with which relation.json lists it, so a true description in other words may be right there and invented here.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Row, Source, single
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Source, Values, single
+from cfvlm_ds.evaluation.benchmarks.descriptions import counted, named, names_of, share, tally
 from cfvlm_ds.evaluation.benchmarks.metrics import by, yes_no
 
 QUERIES = File("data/query/query_discriminative.json", ("id", "image", "query"), 14_216)
@@ -14,9 +23,7 @@ ASK = " Please answer Yes or No."
 
 
 def item(row: Row) -> Item:
-    truth, broken = _truth(row.source)
-    if (known := truth.get(str(row["id"]))) is None:
-        raise broken or row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files from the same revision")
+    known = _annotation(row)
     kind = str(known["type"]).removeprefix("discriminative-").split("-")[0]
     return single(
         str(row["id"]),
@@ -27,6 +34,14 @@ def item(row: Row) -> Item:
         row.text("query") + ASK,
         type={"hallucination": "existence"}.get(kind, kind),
     )
+
+
+def _annotation(row: Row) -> Row:
+    """Return the annotation of a query. Raises DataError if there is none."""
+    truth, broken = _truth(row.source)
+    if (known := truth.get(str(row["id"]))) is None:
+        raise broken or row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files from the same revision")
+    return known
 
 
 @lru_cache(1)
@@ -44,4 +59,80 @@ AMBER = Benchmark(
     headline="f1",
     probes=("yes_no", "generate"),
     unofficial=f"the instruction {ASK.strip()!r}",
+)
+
+
+DESCRIBE = File("data/query/query_generative.json", ("id", "image", "query"), 1004)
+RELATION, SAFE = File("data/relation.json"), File("data/safe_words.txt", ("", "word"), unnamed=True)
+_CAN = re.compile(r"(?<!\ba )(?<!\bthe )(?<!\btrash )(?<!\bgarbage )(?<!\bsoda )(?<!\bbeer )(?<!\btin )\bcan\b|\bhot\b", re.IGNORECASE)
+"""Listed words that are hardly ever nouns: "can" unless such a word is before it, and "hot"."""
+_OTHERS = 2
+"""Number of an item's last texts, which are words that count as mentions, but for no object of the item."""
+
+
+def description(row: Row) -> Item:
+    """Return an item with a text for each object that is there, each that is often imagined there, the safe words, and all other words.
+
+    A word counts for one text: a safe word; else for the first object with which relation.json lists it, or the object itself; first those
+    that are there. An object that has no word left cannot be mentioned.
+    """
+    known, (relation, safe) = _annotation(row), _words(row.source)
+    there, imagined = known["truth"], known.values.get("hallu")
+    if not isinstance(there, list) or not isinstance(imagined, list):
+        raise known.error("'truth' and 'hallu' must be lists of objects")
+    if unknown := [name for name in (*there, *imagined) if name not in relation]:
+        raise known.error(f"object {unknown[0]!r} is not in {row.source.root / RELATION.name}", "get both files from the same revision")
+    imagined_at, safe_at = len(there), len(there) + len(imagined)
+    owners = [(word, safe_at) for word in safe]
+    for start, objects in ((0, there), (imagined_at, imagined)):
+        owners += [(word, number) for number, name in enumerate(objects, start) for word in relation[name]]
+        owners += [(name, number) for number, name in enumerate(objects, start)]
+    owner = dict(reversed(owners))  # the first entry of a word counts
+    texts: list[list[str]] = [[] for _ in range(safe_at + _OTHERS)]
+    for word in dict.fromkeys(word for name, words in relation.items() for word in (name, *words)):
+        texts[owner.get(word, safe_at + 1)].append(word)
+    labels, truth = (*there, *imagined, "safe words", "other words"), (*(1 for _ in there), *(0 for _ in imagined), 1, 0)
+    described = [f"{label}: {', '.join(words)}" for label, words in zip(labels, texts, strict=True)]
+    picture = row.picture(row["image"], "image", "images")
+    return single(str(row["id"]), picture, described, str(row["image"]), truth, row.text("query"))
+
+
+@lru_cache(1)
+def _words(source: Source) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the words that relation.json lists with each object, and the safe words, which are never invented."""
+    (relation,) = source.sound_rows(RELATION)
+    return relation.values, [row.text("word") for row in source.sound_rows(SAFE)]
+
+
+def nouns(text: str, item: Item) -> tuple[float, ...]:
+    """Return the number of mentions of each text."""
+    names = names_of(item.texts)
+    return tally(named(_CAN.sub(" . ", text), names), names, len(item.texts))
+
+
+def generative(table: Sequence[Judged]) -> Values:
+    """Return CHAIR, the share of mentions that are of nothing there; Cover, the share of objects that are mentioned; Hal, the share of
+    descriptions with such a mention; and Cog, the share of objects often imagined there that are mentioned.
+    """
+    if not table:
+        return {}
+    every, objects = counted(table), counted(table, _OTHERS)
+    return {
+        "chair": share(every.false_mentions, every.mentions),
+        "cover": share(objects.true_mentioned, objects.true),
+        "hal": share(every.inventing, len(table)),
+        "cog": share(objects.false_mentioned, objects.false),
+    }
+
+
+AMBER_GENERATIVE = Benchmark(
+    title="AMBER (generative)",
+    files=(DESCRIBE, *(File(file.name) for file in (TRUTH, RELATION, SAFE))),
+    item=description,
+    metrics=generative,
+    headline="chair",
+    beside="cover",
+    probes=("write",),
+    mentions=nouns,
+    unofficial="words are recognised without a tagger and word vectors",
 )

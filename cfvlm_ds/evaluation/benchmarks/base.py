@@ -91,7 +91,8 @@ class Outcome:
         shuffled: a score per text on another item's picture; None if there is no such picture or it was not requested.
         consistency: share of option orders in which the model chooses the same option as on average over orders; None without orders.
         prior: a score per option without the picture and the question; None if it was not requested.
-        said: the generated text about each image; None if the probe does not generate text.
+        said: the generated text about each image; None if the probe does not generate text. If it does, a score is 1 for the answer and 0
+            for other texts, or the number of mentions of a text.
     """
 
     item: Item
@@ -120,6 +121,8 @@ class Judged:
 Values = dict[str, float]
 """Name of a metric -> its value in %. ``macro`` is the value of the whole benchmark, and ``macro/add_att`` that of one part."""
 Metrics = Callable[[Sequence[Judged]], Values]
+Mentions = Callable[[str, Item], tuple[float, ...]]
+"""Function from a description and an item to the number of mentions of each of the item's texts."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,9 @@ class Benchmark:
         item: function from a row to an item or several, or to None for a row that does not count. Its exceptions are reported with the row.
         metrics: pure function of judged items.
         headline: name of the metric that an overview shows.
+        beside: name of a metric without which the headline misleads, so every table shows both.
         probes: names of the probes that fit, the default first.
+        mentions: function that reads a description of an item's picture; None if the model does not describe but answer.
         chance: values of random scores for metrics that are not sums of independent comparisons; others are computed from ties.
         total: number of rows in all official files together; None if it is not known.
         unofficial: deviations from the authors' protocol.
@@ -147,6 +152,13 @@ class Benchmark:
     chance: Mapping[str, float] = field(default_factory=dict)
     total: int | None = None
     unofficial: str = ""
+    beside: str = ""
+    mentions: Mentions | None = None
+
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """Names of the metrics that an overview shows."""
+        return tuple(filter(None, (self.headline, self.beside)))
 
 
 @dataclass(frozen=True)
@@ -266,12 +278,13 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the metrics of each table (see ``judged``) and of ``chance``. ``seen`` also has the mean ``consistency`` over orders of
-    options.
+    """Return the metrics of each table (see ``judged``) and, except for descriptions, of ``chance``. ``seen`` also has the mean
+    ``consistency`` over orders of options.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]
     if consistent and "seen" in values:
         values["seen"]["consistency"] = 100 * sum(consistent) / len(consistent)
-    values["chance"] = chance(benchmark, [outcome.item for outcome in outcomes])
+    if not benchmark.mentions:
+        values["chance"] = chance(benchmark, [outcome.item for outcome in outcomes])
     return values

@@ -144,6 +144,13 @@ class Source:
         for name in names:
             yield from self._rows(file, name)
 
+    def sound_rows(self, file: File) -> Iterator[Row]:
+        """Yield the rows of a file that other rows depend on. Raises DataError for a missing file or an invalid row."""
+        for row in self.rows(file):
+            if isinstance(row, DataError):
+                raise row
+            yield row
+
     def _rows(self, file: File, name: str) -> Iterator[Row | DataError]:
         # imported late, as below, because training without benchmarks does not need them
         from cfvlm_ds.data.containers.rows import rows_of

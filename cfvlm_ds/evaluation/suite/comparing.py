@@ -15,6 +15,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.text import few, in_cell
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
+from cfvlm_ds.evaluation.benchmarks.descriptions import counted
 from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
 from cfvlm_ds.evaluation.suite.bootstrap import LEAST_CLUSTERS, Interval, bootstrap_of, draws_for, exchange_intervals
 from cfvlm_ds.evaluation.suite.results import Result, read_results
@@ -60,10 +61,10 @@ class Compared:
     notes: Sequence[str]
 
     @property
-    def headline(self) -> tuple[float, Interval | None] | None:
-        """The difference of the headline metric, and its interval; None if the metric has no value."""
-        found = self.differences.get(self.benchmark.headline)
-        return None if found is None else (found.after - found.before, found.interval)
+    def headlines(self) -> dict[str, tuple[float, Interval | None]]:
+        """The differences of the headline metrics that have a value, and their intervals."""
+        found = {name: self.differences[name] for name in self.benchmark.headlines if name in self.differences}
+        return {name: (each.after - each.before, each.interval) for name, each in found.items()}
 
     def changes(self) -> tuple[list[str], list[str]]:
         """Return the ids of items that were wrong before and are right now, and of items that were right before and are wrong now."""
@@ -73,9 +74,11 @@ class Compared:
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
     """Return whether all true texts of an item beat all false ones on every image. If the headline of the benchmark compares images, each
-    text must also prefer the images that it is true of.
+    text must also prefer the images that it is true of. A description is right if it mentions nothing false.
     """
     table = Judged(outcome.item, outcome.seen)
+    if benchmark.mentions:
+        return not counted([table]).inventing
     of_images = benchmark.headline.split("_")[0] in ("group", "image")
     return all_right(table) == 1 and (not of_images or image_right(table) == 1)
 
@@ -145,7 +148,7 @@ def _content(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(results: Sequence[Compared], before: str, after: str) -> str:
-    """Return a table with each benchmark's headline and other resolved metrics, then the items whose outcome changed, and notes."""
+    """Return a table with each benchmark's headline metrics and other resolved ones, then the items whose outcome changed, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",
@@ -156,11 +159,10 @@ def comparison_table(results: Sequence[Compared], before: str, after: str) -> st
         better, worse = pair.changes()
         for word, ids in (("better", better), ("worse", worse)):
             flipped += [f"{pair.before.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
-        headline = pair.benchmark.headline
-        names = [headline] * (headline in pair.differences)
-        names += [name for name, difference in pair.differences.items() if name != headline and difference.resolved]
+        names = [*pair.headlines]
+        names += [name for name, difference in pair.differences.items() if name not in names and difference.resolved]
         for name in names:
-            counts = f"{len(better)} | {len(worse)}" if name == headline else " | "
+            counts = f"{len(better)} | {len(worse)}" if name == pair.benchmark.headline else " | "
             start = f"| {in_cell(pair.before.called)} | {in_cell(pair.before.label)} |"
             metric = pair.differences[name]
             values = f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {metric.after - metric.before:+.1f}"

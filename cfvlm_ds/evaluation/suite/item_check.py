@@ -23,7 +23,7 @@ from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.picture_check import opened_picture
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.benchmarks import Item
-from cfvlm_ds.evaluation.probes import Generate
+from cfvlm_ds.evaluation.probes import Generate, Write
 from cfvlm_ds.evaluation.suite.selection import Way
 
 
@@ -101,16 +101,19 @@ def checked_items(
 
 
 def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:
-    """Return the cells of an item that must fit the model. For generated answers, return one cell with the item's first text."""
+    """Return the cells of an item that must fit the model. For a generated text, return one cell, whose text is the item's first answer or,
+    for a description, a word.
+    """
     if isinstance(way, Generate):
-        return (Candidate(way.asked(item), item.texts[0]),)
+        return (Candidate(way.asked(item), "A" if isinstance(way, Write) else item.texts[0]),)
     return way.cells(item)  # the cells without the question and the picture are shorter
 
 
 def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
-    """Return the prompt of an item with the chat template applied, and the first text that is scored."""
+    """Return the prompt of an item with the chat template applied and, except for a description, the first text that is scored."""
     first = cells_of(item, way)[0]
-    return {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt, "answer": first.text}
+    prompt = {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt}
+    return prompt if isinstance(way, Write) else prompt | {"answer": first.text}
 
 
 def token_lengths(collator: Collator) -> Callable[[Candidate], int]:

@@ -58,6 +58,11 @@ class Result:
         return f"{self.called}/{self.label}"
 
     @property
+    def headlines(self) -> tuple[str, ...]:
+        """Names of the metrics that an overview shows."""
+        return tuple(filter(None, (self.record["headline"], self.record.get("beside"))))
+
+    @property
     def metrics(self) -> dict[str, Values]:
         """Table -> metric -> value."""
         values: dict[str, Values] = self.record["metrics"]
@@ -94,6 +99,7 @@ def result_of(
         "not_finite": [each.item.id for each in outcomes if any(value != value for row in each.seen for value in row)],
         "notes": list(notes),
         "headline": benchmark.headline,
+        "beside": benchmark.beside,
         "metrics": results(benchmark, outcomes),
         "intervals": {name: list(span) for name, span in intervals(drawn).items()},
         "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": SEED},

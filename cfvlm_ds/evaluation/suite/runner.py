@@ -10,7 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +211,9 @@ def _outcomes(
         rows |= gathered
         progress.advance(sum(items_of[k] for k in gathered))
     if isinstance(way, Generate):
-        parse, answered = PARSERS.get(chosen.name, answer), [(item, rows[k]) for k, item in enumerate(items)]
-        return [written(item, row["said"], row["blank"], row.get("shuffled"), parse) for item, row in answered]
+        read = chosen.benchmark.mentions or PARSERS.get(chosen.name, answer)
+        answered = [(item, rows[k]) for k, item in enumerate(items)]
+        return [written(item, row["said"], row["blank"], row.get("shuffled"), read) for item, row in answered]
     scores = [taken(rows[k]) for k in range(len(scoring_plan.groups))]
     warn_of_nonfinite(scoring_plan.groups, scores, world, label)
     return scoring_plan.outcomes(scores, token_lengths(model.collator))
@@ -247,11 +248,12 @@ def _written(
     model: Asked, items: Sequence[Item], way: Generate, settings: Settings, known: _Rows, barrier: ProgressBarrier
 ) -> Iterator[_Rows]:
     """Yield the generated texts about this rank's items, a batch at a time."""
-    say, world, most = model.say, model.world, way.max_new_tokens
-    if say is None:
+    if model.say is None:
         raise ConfigError(
-            "the probe generate needs a whole model on each rank, but this one is partitioned; omit --zero3, or choose another probe"
+            f"the probe {way.name} needs a whole model on each rank, but this one is partitioned; omit --zero3, or choose another probe"
         )
+    say, world, most = model.say, model.world, way.max_new_tokens
+    say_blank = cache(say)  # descriptions have a prompt in common
     donors = other_images(items) if settings.shuffled else [None] * len(items)
     unwritten, together = [k for k in range(len(items)) if k not in known], settings.batch_size * world.size
     for start in range(0, len(unwritten), together):
@@ -259,7 +261,7 @@ def _written(
         for k in unwritten[start : start + together][world.rank :: world.size]:
             item, donor, prompt = items[k], donors[k], way.asked(items[k])
             blank = tuple(BLANK.with_suffix(f".{number}") for number in range(len(item.images[0])))
-            texts[k] = {"said": [say(image, prompt, most) for image in item.images], "blank": say(blank, prompt, most)}
+            texts[k] = {"said": [say(image, prompt, most) for image in item.images], "blank": say_blank(blank, prompt, most)}
             texts[k] |= {} if donor is None else {"shuffled": say(donor, prompt, most)}
             barrier.alive()
         yield texts

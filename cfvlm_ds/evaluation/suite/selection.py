@@ -12,7 +12,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.named import named, near
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, Loaded, load
-from cfvlm_ds.evaluation.probes import PROBES, Generate, Probe
+from cfvlm_ds.evaluation.probes import PROBES, WRITTEN, Generate, Probe
 
 Way: TypeAlias = Probe | Generate
 
@@ -83,7 +83,7 @@ def way_named(spec: str) -> tuple[str, Way]:
     """Return the label and the probe that ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` specifies. Raises ConfigError for an unknown name
     or option.
     """
-    known: dict[str, Way] = {**PROBES, Generate.name: Generate()}
+    known: dict[str, Way] = {**PROBES, **WRITTEN}
     try:
         way: Way = named("probe", spec, known)
     except ValueError as error:

@@ -22,26 +22,31 @@ _NAMED = 20
 
 
 def overview(results: Sequence[Result]) -> str:
-    """Return a table with the headline metric of each result, and a note on its interval."""
+    """Return a table with the headline metrics of each result, and a note on their intervals."""
     shown = [name for name in TABLES if any(name in result.metrics for result in results)]
     lines = [
         f"| benchmark | probe | items | clusters | metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |",
         f"|---|---|---:|---:|---|---:|---|{'---:|' * len(shown)}",
     ]
     for result in results:
-        metric = str(result.record["headline"])
-        values = [number(result.metrics.get(name, {}).get(metric)) for name in shown]
-        value, span = number(result.metrics["seen"].get(metric)), between(result.record["intervals"].get(metric))
         counts = f"{len(result.outcomes)} | {bootstrap_of(result.outcomes).clusters}"
-        start = f"| {in_cell(result.called)} | {in_cell(result.label)} | {counts} | {in_cell(metric)} |"
-        lines.append(f"{start} {value} | {span} | {' | '.join(values)} |")
+        for metric in result.headlines:
+            values = [number(result.metrics.get(name, {}).get(metric)) for name in shown]
+            value, span = number(result.metrics["seen"].get(metric)), between(result.record["intervals"].get(metric))
+            start = f"| {in_cell(result.called)} | {in_cell(result.label)} | {counts} | {in_cell(metric)} |"
+            lines.append(f"{start} {value} | {span} | {' | '.join(values)} |")
     return "\n".join([*lines, "", INTERVALS])
 
 
 def summary(result: Result) -> str:
-    """Return a line with the points above chance, and how many of them the model also achieves with a blank image."""
+    """Return a line with the points above chance, and how many of them the model also achieves with a blank image. If the
+    headline stands beside another metric, return both, with the images and with a blank image.
+    """
     seen, blank, chance = (result.metrics.get(name, {}) for name in ("seen", "blank", "chance"))
-    shared = [name for name in (str(result.record["headline"]), *_WITHOUT_IMAGES) if name in seen and name in blank and name in chance]
+    if len(result.headlines) > 1:
+        both = [" and ".join(f"{name} {table[name]:.1f}" for name in result.headlines) for table in (seen, blank)]
+        return f"{result.place}: {both[0]}; with a blank image {both[1]}"
+    shared = [name for name in (result.headlines[0], *_WITHOUT_IMAGES) if name in seen and name in blank and name in chance]
     if not shared:
         return f"{result.place}: none of its metrics has a value for a blank image"
     metric = shared[0]

@@ -1,0 +1,97 @@
+"""CHAIR (Rohrbach et al. 2018, arXiv 1809.02156): objects that a description of a COCO picture mentions although they are not there.
+
+A picture shows the objects of its instances and those that its captions mention. Words are read as in the authors' utils/chair.py, except
+for the singular: here a word matches a name as it is, or with a plural ending removed, where the authors use a library.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import lru_cache
+from glob import glob
+from pathlib import PurePosixPath
+from typing import Any
+
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, Source, single
+from cfvlm_ds.evaluation.benchmarks.descriptions import described, named, names_of, tally
+
+INSTANCES = File("annotations/instances_*.json", ("images", "annotations", "categories"))
+CAPTIONS = File("annotations/captions_*.json", ("annotations",))
+SYNONYMS = File("synonyms.txt", ("", "names"), unnamed=True)
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
+_PHRASES = {
+    **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
+    "passenger jet": "jet", "passenger train": "train", "toilet seat": "toilet", "home plate": "", "train track": "",
+}  # fmt: skip
+"""The authors' phrases, and the name as which each counts. Names that the synonyms lack count as nothing."""
+
+
+def items(row: Row) -> list[Item]:
+    """Return an item for each picture of a file of instances."""
+    texts, names = _objects(row.source)
+    objects = {}
+    for category in row["categories"]:
+        if (number := names.get(category["name"].lower())) is None:
+            raise row.error(f"category {category['name']!r} is in no line of {SYNONYMS.name}", "add a line that begins with it")
+        objects[category["id"]] = number
+    shown: defaultdict[Any, set[int]] = defaultdict(set)
+    for instance in row["annotations"]:
+        shown[instance["image_id"]].add(objects[instance["category_id"]])
+    captions, part = _captions(row.source), PurePosixPath(row.file).stem.removeprefix("instances_")
+    found = []
+    for image in row["images"]:
+        name, present = str(image["file_name"]), shown[image["id"]].union(captions.get(image["id"], ()))
+        picture = row.picture(name, part, f"images/{part}", f"../coco/{part}")
+        found.append(single(f"{part}/{image['id']}", picture, texts, name, tuple(int(k in present) for k in range(len(texts)))))
+    return found
+
+
+def mentions(text: str, item: Item) -> tuple[float, ...]:
+    """Return the number of mentions of each object. The seat of a toilet is not a chair."""
+    names = _with_phrases(item.texts)
+    found = named(text, names)
+    if {"toilet", "toilet seat"} & {*found}:
+        found = [name for name in found if name != "seat"]
+    return tally(found, names, len(item.texts))
+
+
+@lru_cache(16)
+def _with_phrases(texts: tuple[str, ...]) -> dict[str, int]:
+    names = names_of(texts)
+    return names | {phrase: names.get(name, -1) for phrase, name in _PHRASES.items()}
+
+
+@lru_cache(1)
+def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the texts of the objects, one for each line of synonyms, and the index of each name."""
+    lines = [[name for part in row.text("names").split(",") if (name := part.strip())] for row in source.sound_rows(SYNONYMS)]
+    texts = tuple(f"{line[0]}: {', '.join(dict.fromkeys(line))}" for line in lines)
+    return texts, names_of(texts)
+
+
+@lru_cache(1)
+def _captions(source: Source) -> dict[Any, set[int]]:
+    """Return the objects that the captions of each picture mention, keyed by the picture's id."""
+    texts, _ = _objects(source)
+    reader, found = Item("captions", ((),), texts, ((0,) * len(texts),)), defaultdict[Any, set[int]](set)
+    if not glob(CAPTIONS.name, root_dir=source.root):
+        source.say(f"{source.root}: no {CAPTIONS.name}, so the objects are those of the instances alone; the authors add those of captions")
+        return found
+    for row in source.sound_rows(CAPTIONS):
+        for caption in row["annotations"]:
+            counts = mentions(caption["caption"], reader)
+            found[caption["image_id"]].update(number for number, count in enumerate(counts) if count)
+    return found
+
+
+CHAIR = Benchmark(
+    title="CHAIR (COCO)",
+    files=(INSTANCES, File(CAPTIONS.name), File(SYNONYMS.name)),
+    item=items,
+    metrics=described,
+    headline="hallucinated",
+    beside="covered",
+    probes=("write",),
+    mentions=mentions,
+    unofficial="hallucinated and covered are not the authors' metrics; singulars are found by endings",
+)
