@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import combinations
 from random import Random
 
 from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, KINDS, MOST, Scene, Thing
@@ -208,6 +209,11 @@ def difference(before: str, after: str) -> tuple[str, str]:
     return " ".join(word for _, i, j, _, _ in parts for word in old[i:j]), " ".join(word for *_, i, j in parts for word in new[i:j])
 
 
-def key(scene: Scene) -> str:
-    """Return the key of all descriptions of a scene: those of scenes with the same things have the same key, wherever the things are."""
-    return ", ".join(sorted(map(phrase, scene.things)))
+def key(things: Sequence[Thing]) -> str:
+    """Return the key of the texts that list these things, wherever they are and whatever the background is."""
+    return ", ".join(sorted(map(phrase, things)))
+
+
+def true_keys(scene: Scene) -> list[str]:
+    """Return the keys of all texts that may be true of a scene: those that list at least two of its things."""
+    return [key(things) for size in range(2, len(scene.things) + 1) for things in combinations(scene.things, size)]

@@ -39,7 +39,7 @@ _COLOUR = ("What colour {is} the {x}?", f"What colour {{is}} the {{x}}?{_SHORT}"
 _FACTORS = {"colour_swap": "colour", "kind": "thing", "presence": "thing", "count": "number"}
 """Type of edit -> form of the statements that it changes, if the name is another one."""
 
-Asked = tuple[tuple[Candidate, Candidate], list[list[int]]]
+Asked = tuple[tuple[Candidate, ...], list[list[int]]]
 """Two answers to a prompt, and their truth (1 or 0) about each scene. The first is true of scene 0, and the second of scene 1."""
 
 

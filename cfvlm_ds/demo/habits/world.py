@@ -1,6 +1,6 @@
 """World with habits: drawn scenes of a few things, in which most things look and stand as they usually do.
 
-``HABITS`` lists what is usual. ``draw_scene`` follows each habit with a given probability: 0.95 in pretraining pictures, so that a model
+``HABITS`` lists what is usual. ``draw_scene`` follows each habit with a given probability: 0.96 in pretraining pictures, so that a model
 acquires the habits as priors, and 1 or 0 in test sets, so that the accuracy of a model that relies on them can be told apart.
 
 A picture has three rows of three cells. A thing of one kind and colour has one to three copies in neighbouring cells of a row, and the
@@ -57,7 +57,7 @@ HABITS = {
 }
 """Kind -> its habits. Every background is usual for the same number of kinds, so that all backgrounds are equally frequent."""
 KINDS = tuple(HABITS)
-STRENGTH = 0.95
+STRENGTH = 0.96
 """Probability in pretraining pictures that a thing follows one of its habits."""
 _NUMBERS = {1: 0.8, 2: 0.15, 3: 0.05}
 _THINGS = {2: 0.35, 3: 0.4, 4: 0.25}
@@ -135,7 +135,8 @@ def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
 
     No thing has its held-out colour, or with ``held_out`` exactly one has.
     """
-    while (scene := _drawn(rng, strength)) is None:
+    empty = Scene((), rng.choice(BACKGROUNDS), rng.getrandbits(32))
+    while (scene := _filled(empty, rng, strength)) is None:
         pass
     if not held_out:
         return scene
@@ -144,9 +145,8 @@ def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
     return replace(scene, things=things)
 
 
-def _drawn(rng: Random, strength: float) -> Scene | None:
-    """Draw a scene, or None if its things do not fit."""
-    scene = Scene((), rng.choice(BACKGROUNDS), rng.getrandbits(32))
+def _filled(scene: Scene, rng: Random, strength: float) -> Scene | None:
+    """Return an empty scene with things, or None if they do not fit."""
     for kind in _kinds(rng, strength, scene.background):
         usual = HABITS[kind]
         colours = [colour for colour in COLOURS if colour != HELD_OUT[kind]]
