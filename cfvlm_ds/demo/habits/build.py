@@ -173,8 +173,8 @@ def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
-    """Return whether both scenes follow all habits, or whether the edit changes how they are broken."""
-    return not (anchor.broken or edited.broken) if agrees else anchor.broken != edited.broken
+    """Return whether both scenes follow all habits, or whether the anchor breaks some and the edit changes how they are broken."""
+    return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
 
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
