@@ -22,7 +22,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM
 from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.data.picture_file import picture_bytes
-from cfvlm_ds.demo.habits import Written, build_habits, judge, scenes_in, writing, writing_intervals
+from cfvlm_ds.demo.habits import build_habits, judge, scenes_in
 from cfvlm_ds.demo.habits.build import TESTS, Drawn, as_group, draw_group
 from cfvlm_ds.demo.habits.edits import EDITS
 from cfvlm_ds.demo.habits.grammar import describe
@@ -30,11 +30,29 @@ from cfvlm_ds.demo.habits.pope import absent_kinds, popular_kinds
 from cfvlm_ds.demo.habits.questions import QUESTIONS, all_texts
 from cfvlm_ds.demo.habits.render import CELL, render
 from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, HABITS, HELD_OUT, STRENGTH, Scene, Thing, draw_scene
+from cfvlm_ds.demo.habits.writing import Written, writing, writing_intervals
 from cfvlm_ds.demo.scenes import all_captions
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
 
 # An independent reader, written from the table of phrasings: regular expressions only, nothing from the grammar's code.
-_SINGULAR = "tree mushroom cup plate moon star cactus sun boat fish banana pear shoe ball car key".split()
+_SINGULAR = [
+    "tree",
+    "mushroom",
+    "cup",
+    "plate",
+    "moon",
+    "star",
+    "cactus",
+    "sun",
+    "boat",
+    "fish",
+    "banana",
+    "pear",
+    "shoe",
+    "ball",
+    "car",
+    "key",
+]
 _OF_PLURAL = {{"cactus": "cactuses", "fish": "fishes"}.get(kind, kind + "s"): kind for kind in _SINGULAR}
 _KIND = {kind: kind for kind in _SINGULAR} | _OF_PLURAL
 _S, _P, _N = ("|".join(words) for words in (_SINGULAR, _OF_PLURAL, _KIND))
@@ -152,14 +170,15 @@ def test_habits_are_as_strong_as_promised():
 def test_test_sets_are_balanced(split):
     kinds = QUESTIONS.get(split.removeprefix("test_"), tuple(EDITS))
     groups = drawn_groups(split, 4 * len(kinds))
-    assert Counter((drawn.edits[0], drawn.habit) for drawn in groups) == {(kind, habit): 2 for kind in kinds for habit in ("agrees", "contradicts")}
+    assert Counter((drawn.edits[0], drawn.habit) for drawn in groups) == {
+        (kind, habit): 2 for kind in kinds for habit in ("agrees", "contradicts")
+    }
     for drawn in groups:
         broken = [breaks(scene) for scene in drawn.scenes]
         if drawn.habit == "agrees":
             assert not any(any(each.values()) for each in broken)
         else:
-            held = {(thing.kind, "colour") for thing in drawn.scenes[0].things}
-            assert broken[0] and all(value for habit, value in broken[0].items() if split != "test_combo" or habit not in held)
+            assert broken[0] and all(broken[0].values())
             assert drawn.scenes[0].broken != drawn.scenes[1].broken
         held_out = [any(HELD_OUT[thing.kind] == thing.colour for thing in scene.things) for scene in drawn.scenes]
         assert held_out[0] if split == "test_combo" else not any(held_out)
@@ -170,7 +189,9 @@ def mutated(text: str, rng: Random) -> str:
     words = text.split()
     for _ in range(rng.randrange(3)):
         i = rng.randrange(len(words))
-        other = rng.choice([*_KIND, *COLOURS, *BACKGROUNDS, "is", "are", "a", "two", "three", "left", "right", "above", "and", "the", "house"])
+        other = rng.choice(
+            [*_KIND, *COLOURS, *BACKGROUNDS, "is", "are", "a", "two", "three", "left", "right", "above", "and", "the", "house"]
+        )
         end = "".join(mark for mark in ",." if words[i].endswith(mark))
         words[i : i + 1] = rng.choice(([], [words[i], words[i]], [other + end], [other + end], [words[i].upper()], [words[i].rstrip(".,")]))
         words = words or ["cup."]
@@ -198,7 +219,15 @@ def test_the_judge_agrees_with_a_naive_one():
 
 def test_texts_of_another_world_are_unparsed():
     scene = draw_scene(Random(0), STRENGTH)
-    for text in [*all_captions(0, 300), "The cup is nice.", "a red cup", "There is two cups.", "There is a cups.", "We see a cup, a key.", "?"]:
+    for text in [
+        *all_captions(0, 300),
+        "The cup is nice.",
+        "a red cup",
+        "There is two cups.",
+        "There is a cups.",
+        "We see a cup, a key.",
+        "?",
+    ]:
         verdict = judge(text, scene)
         assert not verdict.statements and len(verdict.unparsed) == verdict.sentences == 1, text
     assert judge("", scene).sentences == 0
@@ -275,8 +304,8 @@ def test_language_tells_no_answer():
 
 def test_texts_that_may_be_true_are_excluded():
     """All descriptions of other groups that the naive reader finds true of a picture have an excluded key."""
-    groups = [as_group(drawn, str(i), [Path(f"{i}-{k}.png") for k in range(len(drawn.scenes))]) for i, drawn in enumerate(
-        every := drawn_groups("train", 300))]  # fmt: skip
+    every = drawn_groups("train", 300)
+    groups = [as_group(drawn, str(i), [Path(f"{i}-{k}.png") for k in range(2)]) for i, drawn in enumerate(every)]
     true = 0
     for (drawn, group), (other, offered) in combinations(zip(every, groups, strict=True), 2):
         for text, key in zip(offered.candidates[: other.described], offered.keys, strict=False):
@@ -321,8 +350,7 @@ def test_metrics_of_writing_by_hand():
     })  # fmt: skip
     assert writing_intervals(written) == {}
     many = [Written(each.verdict, str(i // 2), each.habit) for i, each in enumerate(written * 60)]
-    low, high = writing_intervals(many, draws=50)["hallucinated"] if writing_intervals(many, draws=50) else (40, 40)
-    assert low <= 40 <= high
+    assert "hallucinated" not in writing_intervals(many, draws=50)  # every picture has the same two texts
     apart = [Written(each.verdict, f"{i}", each.habit) for i, each in enumerate(written * 60)]
     low, high = writing_intervals(apart, draws=200)["chair_s"]  # the share of 120 fair coins
     assert low == pytest.approx(50 - 196 * math.sqrt(0.25 / 120), abs=3) and high == pytest.approx(50 + 196 * math.sqrt(0.25 / 120), abs=3)
@@ -338,7 +366,8 @@ def test_files_are_ordinary_ones(built):
     for path in built.glob("*.jsonl"):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert len(rows) == (12 if path.stem == "train" else 16)
-        names = tarfile.open(built / "images" / f"{path.stem}.tar").getnames()
+        with tarfile.open(built / "images" / f"{path.stem}.tar") as tar:
+            names = tar.getnames()
         assert len(names) == sum(len(row["images"]) for row in rows)
         for index, row in enumerate(rows):
             group = from_row(row, built)
@@ -402,11 +431,7 @@ def test_a_tokenizer_sees_what_is_asked():
 
 
 def test_the_page_has_the_table_of_habits():
-    rows = {
-        kind: Habit
-        for kind, *Habit in re.findall(
-            r"^\| (\w+) \| (\w*) ?\| (\w*) ?\| (\w*) ?\| (\w*) ?\| (\w*) ?\|$", (REPO / "docs" / "glossary.md").read_text(), re.MULTILINE
-        )
-    }
+    lines = re.findall(r"^\| (.+)\|$", (REPO / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    rows = {kind: values for kind, *values in ([cell.strip() for cell in line.split("|")] for line in lines) if len(values) == 5}
     assert rows.pop("kind") == ["colour", "number", "row", "background", "company"]
     assert rows == {kind: [str(value or "") for value in vars(habit).values()] for kind, habit in HABITS.items()}

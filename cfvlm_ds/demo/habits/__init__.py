@@ -3,6 +3,5 @@
 from cfvlm_ds.demo.habits.build import build_habits, scenes_in
 from cfvlm_ds.demo.habits.grammar import judge
 from cfvlm_ds.demo.habits.questions import all_texts
-from cfvlm_ds.demo.habits.writing import Written, writing, writing_intervals
 
-__all__ = ["Written", "all_texts", "build_habits", "judge", "scenes_in", "writing", "writing_intervals"]
+__all__ = ["all_texts", "build_habits", "judge", "scenes_in"]

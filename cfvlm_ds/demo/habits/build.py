@@ -76,10 +76,8 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
     with whole_folder(out) as folder:
         (folder / "images").mkdir()
         for split, size in sizes.items():
-            anchors = list[tuple[str, Scene, bytes]]()
-            with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest, open(
-                images := folder / "images" / f"{split}.tar", "wb"
-            ) as tar:  # fmt: skip
+            anchors, images = list[tuple[str, Scene, bytes]](), folder / "images" / f"{split}.tar"
+            with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest, open(images, "wb") as tar:
                 for index in range(size):
                     alive()
                     drawn, group_id = draw_group(config, split, index), f"{split}-{index:06d}"
@@ -200,10 +198,11 @@ def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], 
     for _ in range(4 * number):
         kind = rng.choice(kinds)
         edit = edits[0] if edits else rng.choice(QUESTIONS[kind])
-        other = [] if edits else [EDITS[edit](scenes[0], rng, False)]
-        if edit not in QUESTIONS[kind] or None in other:
+        other = None if edits else EDITS[edit](scenes[0], rng, False)
+        shown = (*scenes, other) if other else scenes
+        if edit not in QUESTIONS[kind] or len(shown) == 1 or len(asked) == number:
             continue
-        if (found := asking(kind, edit, (*scenes, *other), rng)) and len(asked) < number:
+        if found := asking(kind, edit, shown, rng):
             asked.setdefault(found[0][0].prompt, (found[0], found[1][: len(scenes)]))
     return list(asked.values())
 

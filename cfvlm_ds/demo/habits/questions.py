@@ -46,16 +46,17 @@ Asked = tuple[tuple[Candidate, ...], list[list[int]]]
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
     """Ask a question of a kind about what ``edit`` changed from scene 0 to scene 1, or return None if their answers are the same."""
     factor = _FACTORS.get(edit, edit)
+    answers: tuple[str, ...]
     own = [[fact for fact in _facts(scene, factor) if not holds(fact, other)] for scene, other in (scenes[:2], scenes[1::-1])]
     if kind == "yes_no":
         if not any(own):
             return None
-        claim = rng.choice(own[0] if not own[1] or own[0] and rng.random() < 0.5 else own[1])
+        claim = rng.choice(own[0] if not own[1] or (own[0] and rng.random() < 0.5) else own[1])
         prompt = rng.choice(_YES_NO).format(_asked(claim, scenes[0]))
         answers, truths = ("Yes", "No"), [[int(holds(claim, scene)), int(not holds(claim, scene))] for scene in scenes]
     else:
         same = slice(0) if factor in ("thing", "background") else slice(1, None, 2)  # the things of the two claims
-        pairs = [(one, two) for one, two in product(*own) if one[same] == two[same]]
+        pairs = [(one, two) for one, two in product(own[0], own[1]) if one[same] == two[same]]
         if not pairs:
             return None
         claims = rng.choice(pairs)
