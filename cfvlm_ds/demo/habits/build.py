@@ -196,11 +196,13 @@ def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], 
     """Ask up to ``number`` different questions about the first edit, or about any edit if the group has none."""
     asked = dict[str, Asked]()
     for _ in range(4 * number):
+        if len(asked) == number:
+            break
         kind = rng.choice(kinds)
         edit = edits[0] if edits else rng.choice(QUESTIONS[kind])
         other = None if edits else EDITS[edit](scenes[0], rng, False)
         shown = (*scenes, other) if other else scenes
-        if edit not in QUESTIONS[kind] or len(shown) == 1 or len(asked) == number:
+        if edit not in QUESTIONS[kind] or len(shown) == 1:
             continue
         if found := asking(kind, edit, shown, rng):
             asked.setdefault(found[0][0].prompt, (found[0], found[1][: len(scenes)]))
