@@ -56,7 +56,7 @@ class Drawn:
 
     @property
     def habit(self) -> str:
-        """ "agrees" if every scene follows all habits of its things, else "contradicts"."""
+        """Return "agrees" if every scene follows all habits of its things, else "contradicts"."""
         return "contradicts" if any(scene.broken for scene in self.scenes) else "agrees"
 
 
@@ -165,9 +165,9 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
 
 
 def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
-    """Draw different types of edits; heavier ones are drawn more often."""
-    left = {kind: weight for kind, weight in weights.items() if weight}
-    return [(kind := rng.choices(list(left), list(left.values()))[0], left.pop(kind))[0] for _ in range(number)]
+    """Draw different types of edits in proportion to their weights, one after the other (Efraimidis and Spirakis, 2006)."""
+    keys = {kind: rng.random() ** (1 / weight) for kind, weight in weights.items() if weight}
+    return sorted(keys, key=lambda kind: -keys[kind])[:number]
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
@@ -186,7 +186,8 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
     match = [[int(all(judge(text, scene).statements.values())) for text in texts] for scene in scenes] if edits else [[1]]
     if any(match[0][k] and match[k][0] for k in range(1, len(texts))):
         return None  # the caption omits what was edited
-    for answers, truths in _asked(scenes, edits, list(QUESTIONS), config.num_questions, rng) if split == "train" else ():
+    kinds = ["yes_no", *QUESTIONS]  # yes or no is asked twice as often, because it has the most edits
+    for answers, truths in _asked(scenes, edits, kinds, config.num_questions, rng) if split == "train" else ():
         candidates += answers
         match = [line + more for line, more in zip(match, truths, strict=True)]
     return Drawn(scenes, edits, candidates, match, len(texts))
