@@ -34,7 +34,7 @@ from cfvlm_ds.demo.scenes import all_captions
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
 
 # An independent reader, written from the table of phrasings: regular expressions only, nothing from the grammar's code.
-_SINGULAR = ["tree", "mushroom", "cup", "plate", "moon", "star", "cactus", "sun", "boat", "fish", "banana", "pear", "shoe", "ball"]
+_SINGULAR = ["tree", "mushroom", "cup", "plate", "moon", "star", "cactus", "sun", "boat", "fish", "basket", "pear", "shoe", "ball"]
 _SINGULAR += ["car", "key"]
 _OF_PLURAL = {{"cactus": "cactuses", "fish": "fishes"}.get(kind, kind + "s"): kind for kind in _SINGULAR}
 _KIND = {kind: kind for kind in _SINGULAR} | _OF_PLURAL

@@ -48,7 +48,7 @@ HABITS = {
     "sun": Habit(colour="yellow", row="top", background="desert"),
     "boat": Habit(background="lake", company="fish"),
     "fish": Habit(colour="blue", row="bottom", background="lake"),
-    "banana": Habit(colour="yellow", company="pear"),
+    "basket": Habit(colour="yellow", company="pear"),
     "pear": Habit(),
     "shoe": Habit(number=2),
     "ball": Habit(company="shoe"),
