@@ -21,7 +21,7 @@ from typing import Any
 from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_folder
-from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import print_line
@@ -195,7 +195,7 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
 
 def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], number: int, rng: Random) -> list[Asked]:
     """Ask up to ``number`` different questions about the first edit, or about any edit if the group has none."""
-    asked = dict[str, Asked]()
+    asked = dict[Prompt, Asked]()
     for _ in range(4 * number):
         if len(asked) == number:
             break

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from cfvlm_ds.demo.habits.questions import THERE
 from cfvlm_ds.demo.habits.world import HABITS, KINDS, STRENGTH, Scene, draw_scene
@@ -50,7 +51,7 @@ def write_pope(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]], seed:
         (folder / "val2014" / name).write_bytes(content)
     popular = popular_kinds(seed)
     for split in _SPLITS:
-        rows = []
+        rows = list[dict[str, Any]]()
         for name, scene, _ in pictures:
             rng = Random(f"{seed}/{split}/{name}")
             present = rng.sample([thing.kind for thing in scene.things], _EACH)

@@ -133,5 +133,5 @@ def all_texts(seed: int, number: int) -> list[str]:
         texts += describe([scene], f"{seed}/{index}")
         edited = EDITS[edit](scene, rng, True)
         if edited and (asked := asking(kind, edit, (scene, edited), rng)):
-            texts += [asked[0][0].prompt]
+            texts.append(str(asked[0][0].prompt))
     return texts
