@@ -98,10 +98,15 @@ def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> No
         from cfvlm_ds.demo.scenes import build_scenes
 
         build_scenes(config.scenes, alive=alive)
+    if config.habits is not None:
+        from cfvlm_ds.demo.habits import build_habits
+
+        build_habits(config.habits, alive=alive)
     if config.tiny_llava is not None:
-        from cfvlm_ds.demo.scenes import all_texts
+        from cfvlm_ds.demo import habits, scenes
         from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 
+        all_texts = scenes.all_texts if config.habits is None else habits.all_texts
         build_tiny_llava(config.tiny_llava, all_texts(seed=0, number=3000))
     if config.base is not None:
         from cfvlm_ds.demo.base import write_base

@@ -270,6 +270,29 @@ class ScenesConfig:
 
 
 @dataclass(frozen=True)
+class HabitsConfig:
+    """The embedded world with habits, written as ordinary manifests with pictures of 64 x 64 pixels.
+
+    Args:
+        out_dir: folder to write; left unchanged if it already holds this world.
+        num_train: training groups.
+        num_test: groups of the validation set and of each test set.
+        num_counterfactuals: counterfactual pairs per training group; 0 for single pictures, as a base is pretrained on.
+        num_questions: largest number of questions in a training group, in addition to the descriptions.
+        seed: seed of all random numbers.
+        edit_weights: relative frequency of each edit type in training; all are equally frequent when not given.
+    """
+
+    out_dir: str
+    num_train: int = 4000
+    num_test: int = 400
+    num_counterfactuals: int = 1
+    num_questions: int = 0
+    seed: int = 0
+    edit_weights: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
 class TinyLlavaConfig:
     """A small, randomly initialised LLaVA (1.04 M parameters) with a tokenizer trained on the captions of the embedded world.
 
@@ -300,11 +323,13 @@ class BuildConfig:
 
     Args:
         scenes: the embedded world of scenes.
-        tiny_llava: a small model with random weights to train on that world.
+        habits: the embedded world with habits.
+        tiny_llava: a small model with random weights, whose tokenizer is trained on the texts of ``habits``, if it is built, or of scenes.
         base: folder for a copy of the package's small model, which is pretrained on that world.
     """
 
     scenes: ScenesConfig | None = option(None, on_resume="ignored")
+    habits: HabitsConfig | None = option(None, on_resume="ignored")
     tiny_llava: TinyLlavaConfig | None = option(None, on_resume="ignored")
     base: str | None = option(None, on_resume="ignored")
 

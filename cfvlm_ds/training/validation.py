@@ -87,7 +87,7 @@ def _check_step(config: RunConfig, ranks: int) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    data, scenes = config.data, config.build.scenes
+    data, built = config.data, [world.out_dir for world in (config.build.scenes, config.build.habits) if world is not None]
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
     for name, source in data.train_sets.items():
@@ -97,7 +97,7 @@ def _check_data(config: RunConfig) -> None:
     if data.is_mixture and data.scores is not None:
         raise ConfigError("data.scores belongs to one manifest, but data.train is a list; set scores in the sources of that list instead")
     for each in (*data.train_sets.values(), *data.evaluation_sets.values()):
-        exists = is_hub(each.path) or is_there(Path(each.path)) or (scenes is not None and _is_below(each.path, scenes.out_dir))
+        exists = is_hub(each.path) or is_there(Path(each.path)) or any(_is_below(each.path, folder) for folder in built)
         known_format(each.path, each.format or data.format)  # raises, and suggests similar names
         if not exists:
             open_groups(each.path, each.root, each.format or data.format)  # raises, and suggests similar names
@@ -106,7 +106,7 @@ def _check_data(config: RunConfig) -> None:
             known = ", ".join(data.evaluation_sets) or "none"
             raise ConfigError(f"train.retention: {name!r} is not a manifest of data.evaluation ({known}); use one of them, or add it there")
     for name, each in data.benchmark_sets.items():
-        if not (root := chosen_of(name, each).root).is_dir() and not (scenes is not None and _is_below(str(root), scenes.out_dir)):
+        if not (root := chosen_of(name, each).root).is_dir() and not any(_is_below(str(root), folder) for folder in built):
             raise ConfigError(
                 f"data.evaluation.{name}: {root}: no such folder; put the benchmark's files there, as described in docs/benchmarks"
             )

@@ -1,0 +1,231 @@
+"""World with habits as an ordinary folder of ``cfgroup/1`` manifests, with the pictures of a split in an uncompressed tar.
+
+Splits: ``train`` and ``validation`` have scenes as in pretraining, in which a thing follows a habit in 96 % of cases. The test sets are
+balanced: ``meta.habit`` of a row is "agrees" if no picture breaks a habit, and "contradicts" if the edit changes how a habit is broken. The
+first scene of such a row breaks every habit of its things. ``test`` asks for descriptions, ``test_combo`` the same of scenes with a
+held-out colour, and ``test_yes_no``, ``test_choice``, ``test_count`` and ``test_colour`` ask questions. ``pope`` has questions about the
+first picture of each row of ``test`` in the files of that benchmark.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from cfvlm_ds.core.config import HabitsConfig
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import whole_folder
+from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit, Prompt
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.data.cfgroup import to_row
+from cfvlm_ds.data.picture_file import part_name, tar_member
+from cfvlm_ds.demo.habits.edits import EDITS
+from cfvlm_ds.demo.habits.grammar import describe, difference, judge, key, true_keys
+from cfvlm_ds.demo.habits.pope import write_pope
+from cfvlm_ds.demo.habits.questions import DESCRIBE, QUESTIONS, Asked, asking
+from cfvlm_ds.demo.habits.render import render
+from cfvlm_ds.demo.habits.world import STRENGTH, Scene, Thing, draw_scene
+
+SOURCE = "habits"
+TESTS = ("test", "test_combo", *(f"test_{kind}" for kind in QUESTIONS))
+SPLITS = ("train", "validation", *TESTS)
+GENERATOR = 1
+"""Version of the generator. It is incremented whenever the same settings would produce other data, so older folders are not reused."""
+_MAX_DRAWS = 20_000
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A group before it is written: its pictured scenes (the anchor, the edited ones and, in evaluation sets, a sham), the types of the
+    edits, and the texts with their truth, scenes x texts. Text k describes scene k, and other texts answer questions.
+    """
+
+    scenes: tuple[Scene, ...]
+    edits: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+    match: list[list[int]]
+    described: int
+
+    @property
+    def habit(self) -> str:
+        """Return "agrees" if every scene follows all habits of its things, else "contradicts"."""
+        return "contradicts" if any(scene.broken for scene in self.scenes) else "agrees"
+
+
+def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print_line, alive: Callable[[], object] = lambda: None) -> Path:
+    """Write the manifests, ``images/``, ``pope/`` and ``habits.json`` to ``config.out_dir`` unless they exist, and return that folder.
+
+    The folder is built under another name and renamed when it is complete. Only one process at a time may build a folder. Raises DataError
+    for settings that cannot be built, or if the folder contains something else. ``alive`` is called for every group.
+    """
+    _check(config)
+    out = Path(config.out_dir).resolve()
+    settings = {"generator": GENERATOR} | {name: value for name, value in asdict(config).items() if name != "out_dir"}
+    if _is_built(out, settings):
+        return out
+    sizes = {split: config.num_train if split == "train" else config.num_test for split in SPLITS}
+    shown = Progress(progress, "world with habits", sum(sizes.values()), "groups")
+    with whole_folder(out) as folder:
+        (folder / "images").mkdir()
+        for split, size in sizes.items():
+            anchors, images = list[tuple[str, Scene, bytes]](), folder / "images" / f"{split}.tar"
+            with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest, open(images, "wb") as tar:
+                for index in range(size):
+                    alive()
+                    drawn, group_id = draw_group(config, split, index), f"{split}-{index:06d}"
+                    paths = []
+                    for i, scene in enumerate(drawn.scenes):
+                        content, name = png(scene), f"{group_id}-{i}.png"
+                        paths.append(images.with_name(part_name(images.name, tar.tell() + tarfile.BLOCKSIZE, len(content))))
+                        tar.write(tar_member(name, content))
+                        if split == "test" and i == 0:
+                            anchors.append((name, scene, content))
+                    meta: dict[str, Any] = {"habit": drawn.habit}
+                    if split != "train":
+                        meta["scenes"] = [_spelled(scene) for scene in drawn.scenes]
+                    row = to_row(as_group(drawn, group_id, paths), folder, meta)
+                    manifest.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    shown.advance()
+                tar.write(bytes(2 * tarfile.BLOCKSIZE))
+            if anchors:
+                write_pope(folder / "pope", anchors, config.seed)
+        (folder / "habits.json").write_text(json.dumps({"settings": settings}, indent=2) + "\n", encoding="utf-8")
+    progress(f"world with habits: {sum(sizes.values())} groups in {out}")
+    return out
+
+
+def png(scene: Scene) -> bytes:
+    """Return the picture of a scene as a PNG file."""
+    buffer = io.BytesIO()
+    render(scene).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
+    """Return the scenes of a row's pictures from its metadata, without their jitter."""
+    return [
+        Scene(tuple(Thing(kind, colour, row, tuple(columns)) for kind, colour, row, columns in things), background, 0)
+        for background, *things in meta["scenes"]
+    ]
+
+
+def _spelled(scene: Scene) -> list[Any]:
+    return [scene.background, *([thing.kind, thing.colour, thing.row, thing.columns] for thing in scene.things)]
+
+
+def _check(config: HabitsConfig) -> None:
+    if config.num_train < 1 or config.num_test < 1 or config.num_counterfactuals < 0 or config.num_questions < 0:
+        raise DataError("habits: num_train and num_test must be at least 1, and num_counterfactuals and num_questions at least 0")
+    weights = config.edit_weights
+    if weights is not None and (set(weights) - set(EDITS) or any(w < 0 for w in weights.values()) or not sum(weights.values())):
+        raise DataError(f"habits: edit_weights must be non-negative and not all 0; the types are {', '.join(EDITS)}")
+    if config.num_counterfactuals > (most := sum(map(bool, (weights or dict.fromkeys(EDITS, 1)).values()))):
+        raise DataError(f"habits: num_counterfactuals must be at most {most}, because the edits of a group differ in type")
+
+
+def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
+    record = out / "habits.json"
+    if record.exists():
+        if (found := read_json(record)) != {"settings": settings}:
+            raise DataError(f"{out} contains a world with other settings ({found}); choose another out_dir or delete the folder")
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and was not made by build_habits; choose another out_dir")
+    return False
+
+
+def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
+    """Draw group ``index`` of a split. It depends only on the arguments, but not on ``out_dir`` or the number of groups.
+
+    In test sets, types of edits take turns, and every other group agrees with habit. Raises DataError if no scene allows the edits.
+    """
+    rng, held_out, agrees = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", index % 2 == 0
+    if split == "train":
+        edits = _types(rng, config.edit_weights or dict.fromkeys(EDITS, 1.0), config.num_counterfactuals)
+    else:
+        turns = QUESTIONS.get(split.removeprefix("test_"), tuple(EDITS))
+        edits = [turns[index // 2 % len(turns)]]
+    for _ in range(_MAX_DRAWS):
+        anchor = draw_scene(rng, float(agrees) if split in TESTS else STRENGTH, held_out)
+        edited = [scene for kind in edits if (scene := EDITS[kind](anchor, rng, held_out)) is not None]
+        if len(edited) < len(edits) or (split in TESTS and not _is_balanced(anchor, edited[0], agrees)):
+            continue
+        sham = [] if split == "train" else [replace(anchor, seed=rng.getrandbits(32))]
+        if drawn := _with_texts(config, split, (anchor, *edited, *sham), tuple(edits), rng):
+            return drawn
+    raise DataError(f"habits: no scene allows the edits {', '.join(edits)} together; lower num_counterfactuals")
+
+
+def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
+    """Draw different types of edits in proportion to their weights, one after the other (Efraimidis and Spirakis, 2006)."""
+    keys = {kind: rng.random() ** (1 / weight) for kind, weight in weights.items() if weight}
+    return sorted(keys, key=lambda kind: -keys[kind])[:number]
+
+
+def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
+    """Return whether both scenes follow all habits, or whether the anchor breaks some and the edit changes how they are broken."""
+    return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
+
+
+def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
+    """Add descriptions, questions or both, or return None if the texts do not tell the scenes apart."""
+    question = split.removeprefix("test_")
+    if question in QUESTIONS:
+        asked = _asked(scenes, edits, [question], 1, rng)
+        return Drawn(scenes, edits, *asked[0], 0) if asked else None
+    texts, prompt = describe(scenes[: 1 + len(edits)], str(rng.random())), rng.choice(DESCRIBE)
+    candidates = tuple(Candidate(prompt, text) for text in texts)
+    match = [[int(all(judge(text, scene).statements.values())) for text in texts] for scene in scenes] if edits else [[1]]
+    if any(match[0][k] and match[k][0] for k in range(1, len(texts))):
+        return None  # the caption omits what was edited
+    kinds = ["yes_no", *QUESTIONS]  # yes or no is asked twice as often, because it has the most edits
+    for answers, truths in _asked(scenes, edits, kinds, config.num_questions, rng) if split == "train" else ():
+        candidates += answers
+        match = [line + more for line, more in zip(match, truths, strict=True)]
+    return Drawn(scenes, edits, candidates, match, len(texts))
+
+
+def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], number: int, rng: Random) -> list[Asked]:
+    """Ask up to ``number`` different questions about the first edit, or about any edit if the group has none."""
+    asked = dict[Prompt, Asked]()
+    for _ in range(4 * number):
+        if len(asked) == number:
+            break
+        kind = rng.choice(kinds)
+        edit = edits[0] if edits else rng.choice(QUESTIONS[kind])
+        other = None if edits else EDITS[edit](scenes[0], rng, False)
+        shown = (*scenes, other) if other else scenes
+        if edit not in QUESTIONS[kind] or len(shown) == 1:
+            continue
+        if found := asking(kind, edit, shown, rng):
+            asked.setdefault(found[0][0].prompt, (found[0], found[1][: len(scenes)]))
+    return list(asked.values())
+
+
+def as_group(drawn: Drawn, group_id: str, images: Sequence[Path]) -> CounterfactualGroup:
+    """Build the group of a drawn one and its pictures."""
+    texts = [candidate.text for candidate in drawn.candidates]
+    edits = []
+    for k, kind in enumerate(drawn.edits, start=1):
+        own = k if k < (drawn.described or 2) else None  # a question has two answers
+        edits.append(Edit(kind, k, own, *difference(texts[0], texts[k])))
+    edits += [Edit(SHAM, image=i) for i in range(1 + len(drawn.edits), len(images))]
+    keys = [key(scene.things) for scene in drawn.scenes[: drawn.described]]
+    return CounterfactualGroup(
+        group_id,
+        tuple((image,) for image in images),
+        drawn.candidates,
+        tuple(map(tuple, drawn.match)),
+        tuple(edits),
+        source=SOURCE,
+        keys=(*keys, *[""] * (len(texts) - len(keys))) if keys else (),
+        exclude=tuple(sorted({text_key for scene in drawn.scenes for text_key in true_keys(scene)})) if keys else (),
+    )

@@ -1,0 +1,87 @@
+"""Counterfactual edits: a scene with one factor changed, and the same background pattern, jitter and other things.
+
+Each edit takes ``(scene, rng, may_hold_out)`` and returns the edited scene, or None if it does not apply. Things keep their order, and a
+thing is added or removed at the end, so a caption of the edited scene differs only in the words of the edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+
+from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, FEWEST, KINDS, MOST, SIDE, Scene, Thing, places
+
+EditFunction = Callable[[Scene, Random, bool], "Scene | None"]
+
+
+def _with(scene: Scene, may_hold_out: bool, changed: dict[int, Thing]) -> Scene | None:
+    """Return the scene with the things at some indices changed, or None if one of them gets a colour that training must not show."""
+    if not may_hold_out and any(thing.held_out for thing in changed.values()):
+        return None
+    return replace(scene, things=tuple(changed.get(i, thing) for i, thing in enumerate(scene.things)))
+
+
+def _colour(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
+    i = rng.randrange(len(scene.things))
+    others = [colour for colour in COLOURS if colour != scene.things[i].colour]
+    return _with(scene, may_hold_out, {i: replace(scene.things[i], colour=rng.choice(others))})
+
+
+def _kind(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
+    i = rng.randrange(len(scene.things))
+    others = [kind for kind in KINDS if not scene.find(kind)]
+    return _with(scene, may_hold_out, {i: replace(scene.things[i], kind=rng.choice(others))})
+
+
+def _count(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
+    i = rng.randrange(len(scene.things))
+    thing = scene.things[i]
+    room = {*scene.free(thing.row), *thing.columns}
+    spans = [span for number in range(1, SIDE + 1) if number != thing.number for span in places(room, number)]
+    moved = [replace(thing, columns=span) for span in spans if {*span} < {*thing.columns} or {*span} > {*thing.columns}]
+    fitting = [other for other in moved if FEWEST <= scene.total - thing.number + other.number <= MOST]
+    return _with(scene, True, {i: rng.choice(fitting)}) if fitting else None
+
+
+def _relation(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
+    single = [i for i, thing in enumerate(scene.things) if thing.number == 1]
+    if len(single) < 2:
+        return None
+    i, j = rng.sample(single, 2)
+    a, b = scene.things[i], scene.things[j]
+    return _with(scene, True, {i: replace(a, row=b.row, columns=b.columns), j: replace(b, row=a.row, columns=a.columns)})
+
+
+def _background(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
+    return replace(scene, background=rng.choice([other for other in BACKGROUNDS if other != scene.background]))
+
+
+def _presence(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
+    if rng.random() < 0.5:
+        without = replace(scene, things=scene.things[:-1])
+        return without if len(without.things) > 1 else None
+    cells = [(row, column) for row in range(SIDE) for column in scene.free(row)]
+    if scene.total == MOST:
+        return None
+    row, column = rng.choice(cells)
+    thing = Thing(rng.choice([kind for kind in KINDS if not scene.find(kind)]), rng.choice(COLOURS), row, (column,))
+    return replace(scene, things=(*scene.things, thing)) if may_hold_out or not thing.held_out else None
+
+
+def _colour_swap(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
+    i, j = rng.sample(range(len(scene.things)), 2)
+    a, b = scene.things[i], scene.things[j]
+    changed = {i: replace(a, colour=b.colour), j: replace(b, colour=a.colour)}
+    return _with(scene, may_hold_out, changed) if a.colour != b.colour else None
+
+
+EDITS: dict[str, EditFunction] = {
+    "colour": _colour,
+    "kind": _kind,
+    "count": _count,
+    "relation": _relation,
+    "background": _background,
+    "presence": _presence,
+    "colour_swap": _colour_swap,
+}

@@ -1,0 +1,219 @@
+"""Grammar of the texts about a scene: sentences, the statements that they make, and the judge of any text.
+
+A statement is a tuple of words, such as ``("colour", "cup", "red")``, and is true or false of every scene. ``read`` returns the statements
+of a sentence, or None for a sentence that the grammar does not produce. Nothing is guessed: "there is two cup" has no statements.
+
+A noun phrase states that a thing of its kind is there, its number ("a" is one) and, if mentioned, its colour. "the cups" states no number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import combinations
+from random import Random
+
+from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, KINDS, MOST, Scene, Thing
+
+Statement = tuple[str, ...]
+NUMBERS = ("no", "one", "two", "three", "four", "five")
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+OF = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+_RELATION = {words: relation for relation, words in OF.items()}
+
+SENTENCES = {
+    "things": ("there {is} {things}", "we see {things}", "the picture shows {things}"),
+    "relation": ("the {x} {is} {of} the {y}", "the {x} can be seen {of} the {y}"),
+    "colour": ("the {x} {is} {colour}", "the colour of the {x} is {colour}"),
+    "total": ("there are {total} things", "we see {total} things"),
+    "background": ("this is a {background} scene", "it is a {background} scene"),
+}
+"""Form -> its phrasings. ``is`` agrees with ``x``, or with the first of ``things``, a list of noun phrases."""
+
+
+def noun(kind: str, number: int) -> str:
+    """Return the noun in the singular or plural."""
+    return kind if number == 1 else kind + ("es" if kind.endswith(("s", "sh")) else "s")
+
+
+def phrase(thing: Thing, with_colour: bool = True) -> str:
+    """Return the noun phrase of a thing, such as "two red cups"."""
+    number = "a" if thing.number == 1 else NUMBERS[thing.number]
+    return " ".join([number, *[thing.colour] * with_colour, noun(thing.kind, thing.number)])
+
+
+def listed(phrases: Sequence[str]) -> str:
+    """Join noun phrases as in "a, b and c"."""
+    return " and ".join([*[", ".join(phrases[:-1])] * (len(phrases) > 1), phrases[-1]])
+
+
+def form(name: str, phrasing: int, **slots: str) -> str:
+    """Return a sentence without a capital letter and a full stop."""
+    plural = slots["x"] not in KINDS if "x" in slots else not slots.get("things", "").startswith("a ")
+    return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**{"is": "are" if plural else "is", **slots})
+
+
+# Reading -----------------------------------------------------------------------------------------------------------------------------
+
+_KIND = {noun(kind, number): kind for kind in KINDS for number in (1, 2)}
+
+
+def _one_of(name: str, words: Sequence[str]) -> str:
+    return f"(?P<{name}>{'|'.join(words)})"
+
+
+_SLOTS = {
+    "things": "(?P<things>.+)",
+    "is": _one_of("is", ("is", "are")),
+    "of": _one_of("of", tuple(_RELATION)),
+    "x": _one_of("x", tuple(_KIND)),
+    "y": _one_of("y", tuple(_KIND)),
+    "colour": _one_of("colour", COLOURS),
+    "total": _one_of("total", NUMBERS[2 : MOST + 1]),
+    "background": _one_of("background", BACKGROUNDS),
+}
+_PATTERNS = [
+    (name, i, re.compile(phrasing.format(**_SLOTS))) for name, phrasings in SENTENCES.items() for i, phrasing in enumerate(phrasings)
+]
+_PHRASE = re.compile(rf"(?P<number>a|two|three) (?:{_one_of('colour', COLOURS)} )?{_one_of('noun', tuple(_KIND))}")
+
+
+def read(sentence: str) -> list[Statement] | None:
+    """Return the statements of a sentence without a full stop, or None if the grammar does not produce it."""
+    for name, phrasing, pattern in _PATTERNS:
+        if match := pattern.fullmatch(sentence):
+            slots = match.groupdict()
+            statements = _things(slots["things"]) if name == "things" else [_statement(name, slots)]
+            if statements and form(name, phrasing, **{key: value for key, value in slots.items() if key != "is"}) == sentence:
+                return statements
+    return None
+
+
+def _statement(name: str, slots: dict[str, str]) -> Statement:
+    if name == "relation":
+        return (name, _KIND[slots["x"]], _RELATION[slots["of"]], _KIND[slots["y"]])
+    return (name, _KIND[slots["x"]], slots["colour"]) if name == "colour" else (name, slots[name])
+
+
+def _things(text: str) -> list[Statement] | None:
+    phrases, statements = re.split(", | and ", text), list[Statement]()
+    for each in phrases:
+        match = _PHRASE.fullmatch(each)
+        if match is None or (match["number"] == "a") != (match["noun"] in KINDS):
+            return None
+        kind = _KIND[match["noun"]]
+        statements += [("thing", kind), ("number", kind, "one" if match["number"] == "a" else match["number"])]
+        statements += [("colour", kind, match["colour"])] * (match["colour"] is not None)
+    return statements if listed(phrases) == text else None
+
+
+def holds(statement: Statement, scene: Scene) -> bool:
+    """Return whether a statement is true of a scene. A statement about an absent thing is false."""
+    name, *words = statement
+    if name == "background":
+        return scene.background == words[0]
+    if name == "total":
+        return NUMBERS[scene.total] == words[0]
+    thing = scene.find(words[0])
+    if thing is None or name == "thing":
+        return thing is not None
+    if name == "relation":
+        other = scene.find(words[2])
+        return other is not None and words[1] in (thing.relation(other, 0), thing.relation(other, 1))
+    return words[1] == (thing.colour if name == "colour" else NUMBERS[thing.number])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Truth of a text about a scene.
+
+    ``statements`` has each different statement with its truth, ``unparsed`` the sentences that the grammar does not produce, and
+    ``sentences`` the number of all. ``mentioned`` and ``present`` are the kinds of things in the text and in the scene.
+    """
+
+    statements: dict[Statement, bool]
+    unparsed: tuple[str, ...]
+    sentences: int
+    mentioned: frozenset[str]
+    present: frozenset[str]
+
+
+def judge(text: str, scene: Scene) -> Verdict:
+    """Judge a text of any kind. Sentences end with a full stop, and capital letters and spaces do not matter."""
+    sentences = [" ".join(sentence.split()) for sentence in text.lower().split(".") if sentence.strip()]
+    parsed = [(sentence, read(sentence)) for sentence in sentences]
+    statements = {statement: holds(statement, scene) for _, found in parsed for statement in found or ()}
+    return Verdict(
+        statements,
+        tuple(sentence for sentence, found in parsed if found is None),
+        len(sentences),
+        frozenset(word for statement in statements for word in statement if word in KINDS),
+        frozenset(thing.kind for thing in scene.things),
+    )
+
+
+# Describing --------------------------------------------------------------------------------------------------------------------------
+
+
+def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
+    """Return a description of each scene in the same words except for what differs between the first scene and another.
+
+    All things are listed with their number and colour, which may have its own sentence. Unless a colour has one, a relation follows if two
+    things have one in every scene. What differs is mentioned: a relation, the background, or the number of all things if a thing is added,
+    without which a text with fewer things would also be true.
+    """
+    rng = Random(seed)
+    lengths = {len(scene.things) for scene in scenes}
+    shared = range(min(lengths))
+    pairs = [(i, j, axis) for i in shared for j in shared if i != j for axis in (0, 1)]
+    words = {(i, j, axis): [scene.things[i].relation(scene.things[j], axis) for scene in scenes] for i, j, axis in pairs}
+    known = [pair for pair in pairs if all(words[pair])]
+    turned = [pair for pair in known if any(OPPOSITE[words[pair][0]] == word for word in words[pair][1:])]
+    moved = any(scene.things[i].row != scenes[0].things[i].row or set(scene.things[i].columns).isdisjoint(scenes[0].things[i].columns)
+                for scene in scenes for i in shared)  # fmt: skip
+    pair = rng.choice((turned if moved and turned else known) or [None])
+    apart = None if moved or (known and rng.random() < 0.75) else rng.choice(shared)
+    mentions_total = rng.random() < 0.2 or len(lengths) > 1
+    mentions_background = rng.random() < 0.5 or len({scene.background for scene in scenes}) > 1
+    phrasings = [rng.randrange(6) for _ in range(4)]
+    background_first = rng.random() < 0.3
+    texts = []
+    for number, scene in enumerate(scenes):
+        phrases = [phrase(thing, i != apart) for i, thing in enumerate(scene.things)]
+        sentences = [form("things", phrasings[0], things=listed(phrases))]
+        if apart is not None:
+            thing = scene.things[apart]
+            sentences.append(form("colour", phrasings[1], x=noun(thing.kind, thing.number), colour=thing.colour))
+        elif pair is not None:
+            x, y = (noun(thing.kind, thing.number) for thing in (scene.things[pair[0]], scene.things[pair[1]]))
+            sentences.append(form("relation", phrasings[1], x=x, y=y, of=OF[words[pair][number]]))
+        if mentions_total:
+            sentences.append(form("total", phrasings[2], total=NUMBERS[scene.total]))
+        if mentions_background:
+            sentences.insert(0 if background_first else len(sentences), form("background", phrasings[3], background=scene.background))
+        texts.append(written(sentences))
+    return texts
+
+
+def written(sentences: Sequence[str]) -> str:
+    """Join sentences to a text with capital letters and full stops."""
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+
+
+def difference(before: str, after: str) -> tuple[str, str]:
+    """Return the words that differ between two texts, first those of ``before``, then those of ``after``."""
+    old, new = re.findall(r"\w+", before), re.findall(r"\w+", after)
+    parts = [part for part in SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if part[0] != "equal"]
+    return " ".join(word for _, i, j, _, _ in parts for word in old[i:j]), " ".join(word for *_, i, j in parts for word in new[i:j])
+
+
+def key(things: Sequence[Thing]) -> str:
+    """Return the key of the texts that list these things, wherever they are and whatever the background is."""
+    return ", ".join(sorted(map(phrase, things)))
+
+
+def true_keys(scene: Scene) -> list[str]:
+    """Return the keys of all texts that may be true of a scene: those that list at least two of its things."""
+    return [key(things) for size in range(2, len(scene.things) + 1) for things in combinations(scene.things, size)]

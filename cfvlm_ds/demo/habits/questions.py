@@ -1,0 +1,137 @@
+"""Questions about a scene that it and an edited scene answer differently.
+
+Both answers to a question are texts of one group with both pictures. A model that ignores the pictures is therefore right on exactly one of
+them. In pretraining, only the first picture is shown.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from random import Random
+
+from cfvlm_ds.core.groups import Candidate
+from cfvlm_ds.demo.habits.edits import EDITS
+from cfvlm_ds.demo.habits.grammar import NUMBERS, OF, Statement, describe, form, holds, noun, phrase, read
+from cfvlm_ds.demo.habits.world import COLOURS, Scene, Thing, draw_scene
+
+QUESTIONS = {
+    "yes_no": ("colour", "kind", "count", "relation", "background", "presence", "colour_swap"),
+    "choice": ("colour", "kind", "count", "relation", "background", "colour_swap"),
+    "count": ("count",),
+    "colour": ("colour", "colour_swap"),
+}
+"""Kind of question -> types of edits that change its answer."""
+DESCRIBE = (
+    "Describe the image.",
+    "What do you see?",
+    "What is in this picture?",
+    "Write a caption for the image.",
+    "Say what the picture shows.",
+)
+THERE = "Is there a {} in the image?"
+"""The question of POPE."""
+_SHORT = "\nAnswer the question using a single word or phrase."
+_YES_NO = ("{}", "{}", f"{{}}{_SHORT}", "{} Answer yes or no.")
+_CHOICE = ("Which is true? A: {} B: {}", "A: {} B: {} Which one fits the image?", "Does A or B describe the image? A: {} B: {}")
+_COUNT = ("How many {n} are there?", f"How many {{n}} are there?{_SHORT}", "Count the {n}.")
+_COLOUR = ("What colour {is} the {x}?", f"What colour {{is}} the {{x}}?{_SHORT}", "Name the colour of the {x}.")
+_FACTORS = {"colour_swap": "colour", "kind": "thing", "presence": "thing", "count": "number"}
+"""Type of edit -> form of the statements that it changes, if the name is another one."""
+
+Asked = tuple[tuple[Candidate, ...], list[list[int]]]
+"""Two answers to a prompt, and their truth (1 or 0) about each scene. The first is true of scene 0, and the second of scene 1."""
+
+
+def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
+    """Ask a question of a kind about what ``edit`` changed from scene 0 to scene 1, or return None if their answers are the same."""
+    factor = _FACTORS.get(edit, edit)
+    answers: tuple[str, ...]
+    own = [[fact for fact in _facts(scene, factor) if not holds(fact, other)] for scene, other in (scenes[:2], scenes[1::-1])]
+    if kind == "yes_no":
+        if not any(own):
+            return None
+        claim = rng.choice(own[0] if not own[1] or (own[0] and rng.random() < 0.5) else own[1])
+        prompt = rng.choice(_YES_NO).format(_asked(claim, scenes[0]))
+        answers, truths = ("Yes", "No"), [[int(holds(claim, scene)), int(not holds(claim, scene))] for scene in scenes]
+    else:
+        same = slice(0) if factor in ("thing", "background") else slice(1, None, 2)  # the things of the two claims
+        pairs = [(one, two) for one, two in product(own[0], own[1]) if one[same] == two[same]]
+        if not pairs:
+            return None
+        claims = rng.choice(pairs)
+        if kind == "choice":
+            order, phrasing = rng.sample((0, 1), 2), rng.randrange(2)
+            options = [_stated(claims[i], scenes[i], phrasing) for i in order]
+            prompt, answers = rng.choice(_CHOICE).format(*(option.capitalize() + "." for option in options)), ("A", "B")
+            truths = [[int(all(holds(fact, scene) for fact in read(option) or ())) for option in options] for scene in scenes]
+        else:
+            thing = _thing(claims[0], scenes[0])
+            slots = {"n": noun(thing.kind, 2), "x": noun(thing.kind, thing.number), "is": "is" if thing.number == 1 else "are"}
+            prompt, answers = rng.choice(_COUNT if kind == "count" else _COLOUR).format(**slots), (claims[0][2], claims[1][2])
+            truths = [[int(holds(claim, scene)) for claim in claims] for scene in scenes]
+    if not truths[0][0]:
+        answers, truths = answers[::-1], [line[::-1] for line in truths]
+    return (Candidate(prompt, answers[0]), Candidate(prompt, answers[1])), truths
+
+
+def _facts(scene: Scene, factor: str) -> list[Statement]:
+    """Return the statements about a factor that are true of a scene. Relations are those of single things."""
+    if factor == "background":
+        return [(factor, scene.background)]
+    if factor == "thing":
+        return [(factor, thing.kind) for thing in scene.things]
+    if factor == "relation":
+        single = [thing for thing in scene.things if thing.number == 1]
+        found = [(factor, a.kind, a.relation(b, axis), b.kind) for a in single for b in single for axis in (0, 1) if a is not b]
+        return [fact for fact in found if fact[2]]
+    return [(factor, thing.kind, thing.colour if factor == "colour" else NUMBERS[thing.number]) for thing in scene.things]
+
+
+def _thing(fact: Statement, scene: Scene) -> Thing:
+    thing = scene.find(fact[1])
+    assert thing is not None, "questions about colours, numbers and relations are about things in both scenes"
+    return thing
+
+
+def _asked(claim: Statement, scene: Scene) -> str:
+    """Return a yes/no question. A thing is called by its number in ``scene``."""
+    name, *words = claim
+    if name == "background":
+        return f"Is this a {words[0]} scene?"
+    if name == "thing":
+        return THERE.format(words[0])
+    if name == "number":
+        number = NUMBERS.index(words[1])
+        return f"{'Is' if number == 1 else 'Are'} there exactly {words[1]} {noun(words[0], number)}?"
+    statement = _stated(claim, scene, 0)
+    subject, verb, rest = re.split(r" (is|are) ", statement, maxsplit=1)
+    return f"{verb.capitalize()} {subject} {rest}?"
+
+
+def _stated(claim: Statement, scene: Scene, phrasing: int) -> str:
+    """Return a sentence with a claim that is true of ``scene``, or with a false one about the colour or relation of its things."""
+    name, *words = claim
+    if name == "background":
+        return form(name, phrasing, background=words[0])
+    thing = _thing(claim, scene)
+    if name in ("thing", "number"):
+        return form("things", phrasing, things=phrase(thing, with_colour=False))
+    x = noun(thing.kind, thing.number)
+    if name == "colour":
+        return form(name, phrasing, x=x, colour=words[1])
+    return form(name, phrasing, x=x, of=OF[words[1]], y=words[2])
+
+
+def all_texts(seed: int, number: int) -> list[str]:
+    """Draw descriptions, prompts and answers from the whole grammar, on which a tokenizer should be trained."""
+    rng = Random(f"{seed}/texts")
+    texts = [*DESCRIBE, "Yes", "No", "A", "B", *NUMBERS[1:], *COLOURS]
+    for index in range(number):
+        scene = draw_scene(rng, 0.5)
+        edit, kind = rng.choice([(edit, kind) for kind, edits in QUESTIONS.items() for edit in edits])
+        texts += describe([scene], f"{seed}/{index}")
+        edited = EDITS[edit](scene, rng, True)
+        if edited and (asked := asking(kind, edit, (scene, edited), rng)):
+            texts.append(str(asked[0][0].prompt))
+    return texts

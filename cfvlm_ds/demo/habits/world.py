@@ -1,0 +1,189 @@
+"""World with habits: drawn scenes of a few things, in which most things look and stand as they usually do.
+
+``HABITS`` lists what is usual. ``draw_scene`` follows each habit with a given probability: 0.96 in pretraining pictures, so that a model
+acquires the habits as priors, and 1 or 0 in test sets, so that the accuracy of a model that relies on them can be told apart.
+
+A picture has three rows of three cells. A thing of one kind and colour has one to three copies in neighbouring cells of a row, and the
+things of a scene differ in kind. Relations are therefore exact: a cup is left of the stars if its column is left of all their columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from random import Random
+from typing import TypeVar
+
+Value = TypeVar("Value", str, int)
+
+BACKGROUNDS = ("meadow", "kitchen", "night", "desert", "lake")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+ROWS = ("top", "middle", "bottom")
+SIDE = 3
+"""Rows of cells, and columns."""
+FEWEST, MOST = 2, 5
+"""Copies of things in a scene."""
+
+
+@dataclass(frozen=True)
+class Habit:
+    """What is usual for a kind of thing: its colour, number of copies, row, background and company, another kind in the picture. A factor
+    with the value "" or 0 has no habit.
+    """
+
+    colour: str = ""
+    number: int = 0
+    row: str = ""
+    background: str = ""
+    company: str = ""
+
+
+HABITS = {
+    "tree": Habit(colour="green", background="meadow"),
+    "mushroom": Habit(colour="red", row="bottom", background="meadow", company="tree"),
+    "cup": Habit(background="kitchen", company="plate"),
+    "plate": Habit(colour="white", row="bottom", background="kitchen"),
+    "moon": Habit(colour="white", row="top", background="night", company="star"),
+    "star": Habit(number=2, background="night"),
+    "cactus": Habit(colour="green", background="desert", company="sun"),
+    "sun": Habit(colour="yellow", row="top", background="desert"),
+    "boat": Habit(background="lake", company="fish"),
+    "fish": Habit(colour="blue", row="bottom", background="lake"),
+    "basket": Habit(colour="yellow", company="pear"),
+    "pear": Habit(),
+    "shoe": Habit(number=2),
+    "ball": Habit(company="shoe"),
+    "car": Habit(row="bottom"),
+    "key": Habit(colour="purple"),
+}
+"""Kind -> its habits. Every background is usual for the same number of kinds, so that all backgrounds are equally frequent."""
+KINDS = tuple(HABITS)
+STRENGTH = 0.96
+"""Probability in pretraining pictures that a thing follows one of its habits."""
+_NUMBERS = {1: 0.8, 2: 0.15, 3: 0.05}
+_THINGS = {2: 0.35, 3: 0.4, 4: 0.25}
+HELD_OUT = {kind: COLOURS[(i + 3 if COLOURS[i % 6] == habit.colour else i) % 6] for i, (kind, habit) in enumerate(HABITS.items())}
+"""Kind -> the colour that it never has in training. It is not the usual one."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A thing with a copy in each of ``columns``, which are neighbours, of its row."""
+
+    kind: str
+    colour: str
+    row: int
+    columns: tuple[int, ...]
+
+    @property
+    def number(self) -> int:
+        """Number of copies."""
+        return len(self.columns)
+
+    @property
+    def held_out(self) -> bool:
+        """True if this kind never has this colour in training."""
+        return HELD_OUT[self.kind] == self.colour
+
+    def relation(self, other: Thing, axis: int) -> str:
+        """Return where the thing is, seen from another: "left" or "right" (axis 0), "above" or "below" (axis 1), "" if none is true."""
+        if axis:
+            return "" if self.row == other.row else "above" if self.row < other.row else "below"
+        return "left" if self.columns[-1] < other.columns[0] else "right" if self.columns[0] > other.columns[-1] else ""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things of different kinds, in the order in which captions mention them, and a background. ``seed`` is that of all jitter."""
+
+    things: tuple[Thing, ...]
+    background: str
+    seed: int
+
+    @property
+    def total(self) -> int:
+        """Number of copies of all things."""
+        return sum(thing.number for thing in self.things)
+
+    def find(self, kind: str) -> Thing | None:
+        """Return the thing of a kind, or None."""
+        return next((thing for thing in self.things if thing.kind == kind), None)
+
+    def free(self, row: int) -> set[int]:
+        """Return the columns of a row without a thing."""
+        return set(range(SIDE)).difference(*(thing.columns for thing in self.things if thing.row == row))
+
+    @property
+    def broken(self) -> frozenset[tuple[str, str, object]]:
+        """Habits that the scene does not follow, as (kind, factor, its value instead of the usual one)."""
+        broken = set[tuple[str, str, object]]()
+        for thing in self.things:
+            usual = HABITS[thing.kind]
+            company = usual.company if self.find(usual.company) else "nothing"
+            seen = vars(Habit(thing.colour, thing.number, ROWS[thing.row], self.background, company))
+            broken |= {(thing.kind, factor, seen[factor]) for factor, value in vars(usual).items() if value and seen[factor] != value}
+        return frozenset(broken)
+
+
+def places(free: set[int], number: int) -> list[tuple[int, ...]]:
+    """Return the choices of ``number`` neighbouring columns out of the free ones."""
+    spans = [tuple(range(first, first + number)) for first in range(SIDE - number + 1)]
+    return [span for span in spans if free.issuperset(span)]
+
+
+def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
+    """Draw a scene that follows each habit of its things with the probability ``strength``.
+
+    No thing has its held-out colour, or with ``held_out`` exactly one has.
+    """
+    empty = Scene((), rng.choice(BACKGROUNDS), rng.getrandbits(32))
+    while (scene := _filled(empty, rng, strength)) is None:
+        pass
+    if not held_out:
+        return scene
+    chosen = rng.choice(scene.things)
+    things = tuple(replace(thing, colour=HELD_OUT[thing.kind]) if thing is chosen else thing for thing in scene.things)
+    return replace(scene, things=things)
+
+
+def _filled(scene: Scene, rng: Random, strength: float) -> Scene | None:
+    """Return an empty scene with things, or None if they do not fit."""
+    for kind in _kinds(rng, strength, scene.background):
+        usual = HABITS[kind]
+        colours = [colour for colour in COLOURS if colour != HELD_OUT[kind]]
+        colour = _value(rng, strength, usual.colour, dict.fromkeys(colours, 1.0))
+        number = _value(rng, strength, usual.number, _NUMBERS)
+        row = ROWS.index(_value(rng, strength, usual.row, dict.fromkeys(ROWS, 1.0)))
+        if not (spans := places(scene.free(row), number)):
+            return None
+        scene = replace(scene, things=(*scene.things, Thing(kind, colour, row, rng.choice(spans))))
+    return scene if FEWEST <= scene.total <= MOST else None
+
+
+def _value(rng: Random, strength: float, usual: Value, weights: dict[Value, float]) -> Value:
+    """Draw a value by its weight. If one is usual, draw it with the probability ``strength``, and otherwise one of the others."""
+    if usual and rng.random() < strength:
+        return usual
+    left = {value: weight for value, weight in weights.items() if value != usual}
+    return rng.choices(list(left), list(left.values()))[0]
+
+
+def _kinds(rng: Random, strength: float, background: str) -> list[str]:
+    """Draw the kinds of a scene. A kind with a usual background has a higher weight there and a lower one elsewhere, by Bayes' rule."""
+    home, elsewhere = strength * len(BACKGROUNDS), (1 - strength) * len(BACKGROUNDS) / (len(BACKGROUNDS) - 1)
+    weights = {
+        kind: 1.0 if not habit.background else home if habit.background == background else elsewhere for kind, habit in HABITS.items()
+    }
+    size = rng.choices(list(_THINGS), list(_THINGS.values()))[0]
+    kinds = list[str]()
+    while len(kinds) < size:
+        kind = rng.choices(list(weights), list(weights.values()))[0]
+        weights.pop(kind)
+        company = HABITS[kind].company
+        if company and (rng.random() < strength) != (company in kinds):
+            if company in kinds:
+                continue  # this kind would have to be alone
+            kinds.append(company)
+        weights.pop(company, None)
+        kinds.append(kind)
+    rng.shuffle(kinds)
+    return kinds
