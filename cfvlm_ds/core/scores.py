@@ -91,7 +91,7 @@ def token_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
     if layout.changed is None:
         return None
     shape, place = (*layout.valid.shape, layout.changed.shape[2]), torch.arange(len(cell), device=cell.device)
-    begin = torch.where(F.pad(cell.diff() != 0, (1, 0), value=True), place, 0).cummax(0).values
+    begin = torch.where(F.pad(cell.diff() != 0, (1, 0), value=1), place, 0).cummax(0).values
     index = torch.where(is_end, 0, cell * shape[3] + place - begin)
     return token_logp.new_zeros(math.prod(shape)).index_add(0, index, token_logp.masked_fill(is_end, 0)).view(shape)
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores, token_counts
-from cfvlm_ds.objectives.token_credit import Report, credit_report, token_credit
+from cfvlm_ds.objectives.token_credit import credit_report, token_credit
+
+Report = dict[str, tuple[Tensor, Tensor]]
+"""Metric name -> (sum, count). Only sums and counts can be added over micro-batches and ranks."""
 
 
 class Objective(Protocol):

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from cfvlm_ds.core.scores import Scores
 
-Report = dict[str, tuple[Tensor, Tensor]]
-"""Metric name -> (sum, count). Only sums and counts can be added over micro-batches and ranks."""
-
 
 def token_weights(scores: Scores) -> Tensor:
     """Return the weight of each token, [G, I, C, T], without a gradient: 1/2 + sigmoid(s) in a true text, 3/2 - sigmoid(s) in a false one.
@@ -42,8 +39,8 @@ def token_credit(scores: Scores) -> Tensor:
     return ((weights - 1) * scores.tokens).sum(-1)
 
 
-def credit_report(scores: Scores, name: str) -> Report:
-    """Return the mean weight of the tokens in which texts differ. It exceeds 1 where the pictures decide these tokens."""
+def credit_report(scores: Scores, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return, as a sum and a count, the mean weight of the tokens in which texts differ. It exceeds 1 where the pictures decide these tokens."""
     layout = scores.layout
     assert layout.changed is not None
     counted = layout.changed.unsqueeze(1) & (layout.positive | layout.negative).unsqueeze(-1)
