@@ -40,7 +40,7 @@ def token_credit(scores: Scores) -> Tensor:
 
 
 def credit_report(scores: Scores, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return, as a sum and a count, the mean weight of the tokens in which texts differ. It exceeds 1 where the pictures decide these tokens."""
+    """Return, as a sum and a count, the mean weight of the tokens in which texts differ; above 1 if the pictures decide these tokens."""
     layout = scores.layout
     assert layout.changed is not None
     counted = layout.changed.unsqueeze(1) & (layout.positive | layout.negative).unsqueeze(-1)
