@@ -492,7 +492,7 @@ def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name
         assert_same((loss, [gradients[x] for x in kept]), run(objectives, alone))
         both = denominators(objectives, scores.layout)[name], denominators(objectives, alone.layout)[name]
         assert both[0].tolist() == pytest.approx(both[1].tolist())
-        for key, (total, count) in objectives[name].report(alone).items():
+        for key, (total, count) in objectives[name].report(registered.scores_of(name, objectives[name], alone)).items():
             assert [float(v) for v in report[key]] == pytest.approx([float(total), float(count)])
 
 
