@@ -332,8 +332,8 @@ def test_tokens_and_the_blank_picture(make, scorer, processor, groups):
     assert scores.tokens is not None and scores.reference is not None and layout.valid[:, last].equal(layout.valid[:, :last].any(1))
     for g, i, c in layout.valid.nonzero().tolist():
         group = groups[g]
-        shown = GREY if i == last else group.images[i]
-        tokens, end = plain_logp(scorer.model, processor, shown, group.candidates[c].prompt, group.candidates[c].text)
+        picture, candidate = GREY if i == last else group.images[i], group.candidates[c]
+        tokens, end = plain_logp(scorer.model, processor, picture, candidate.prompt, candidate.text)
         assert scores.tokens[g, i, c, : len(tokens)].tolist() == pytest.approx(tokens.tolist(), rel=1e-4, abs=1e-5)
         assert not scores.tokens[g, i, c, len(tokens) :].any() and scores.end_logp[g, i, c].item() == pytest.approx(end.item(), rel=1e-5)
         assert scores.reference[g, i, c] == (-7 if i == last else -1)
