@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
-from cfvlm_ds.core.scores import Scores, score_matrix
+from cfvlm_ds.core.scores import Scores, score_matrix, token_matrix
 
 BLANK = Path("\0/<blank image>")
 """Path that stands for the mid-grey image of the blind control. No file can have this path. Several blank images differ in their suffix."""
@@ -26,10 +26,14 @@ STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image."
 """Group that a rank computes if none of its groups can be read, because under ZeRO-3 the other ranks wait for its forward."""
 
 
+def shown(group: CounterfactualGroup, image: int) -> Pictures:
+    """Return the pictures of an image; for an index after the group's own images, as many blank pictures."""
+    return group.images[image] if image < len(group.images) else tuple(BLANK.with_suffix(f".{k}") for k in range(group.num_pictures))
+
+
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
     """Return the group with a single blank image instead of its own images. The truth of every text except the first is then unknown."""
-    blank = tuple(BLANK.with_suffix(f".{k}") for k in range(group.num_pictures))
-    return replace(group, images=(blank,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
+    return replace(group, images=(shown(group, len(group.images)),), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
 def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -88,8 +92,8 @@ class Batch:
 
     def scores(self, token_logp: Tensor) -> Scores:
         """Convert the engine's output to the score matrix of the batch."""
-        logp, end_logp = score_matrix(token_logp, self.cell, self.is_end, self.layout)
-        return Scores(self.layout, logp, end_logp, self.reference, self.prior)
+        of_tokens = (token_logp, self.cell, self.is_end, self.layout)
+        return Scores(self.layout, *score_matrix(*of_tokens), self.reference, self.prior, tokens=token_matrix(*of_tokens))
 
 
 @dataclass(frozen=True)

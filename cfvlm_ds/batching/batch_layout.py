@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cfvlm_ds.batching.packing import common
 from cfvlm_ds.batching.prompts import Encoded, Prompts
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup
@@ -109,6 +110,28 @@ def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[Counterfactual
     )
 
 
+def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
+    """Return the layout with the blank picture as its last image, on which the own texts of groups with pictures are scored."""
+    last = {name: getattr(layout, name).amax(1, keepdim=True) for name in ("valid", "num_tokens", "num_end_tokens")}
+    last["valid"] &= torch.tensor([group.num_pictures > 0 for group in groups]).view(-1, 1, 1)
+    last["valid"][:, :, layout.num_own :] = False
+    last["match"] = torch.full_like(layout.match[:, :1], -1)
+    return replace(layout, blank=True, **{name: torch.cat([getattr(layout, name), row], 1) for name, row in last.items()})
+
+
+def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
+    """Return the layout with ``changed``: what lies between the first and the last token in which a text and its partner differ."""
+    changed = torch.zeros((*layout.valid.shape[::2], int(layout.num_tokens.max())), dtype=torch.bool)
+    for g, (group, encoded) in enumerate(zip(groups, texts, strict=True)):
+        for c, number in enumerate(group.prompt_ids):
+            partner = group.prompt_ids.index(number)
+            for one, other in ((c, partner), (partner, c)):
+                ids, others = encoded[one].text_ids, encoded[other].text_ids
+                begin = common(ids, others)
+                changed[g, one, begin : len(ids) - common(ids[begin:][::-1], others[begin:][::-1])] = True
+    return replace(layout, changed=changed)
+
+
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
     """Return the cells that ``cells`` selects, [G, I, C] bool. Unknown cells are selected by ``full`` only,
     because no objective uses them.
@@ -134,7 +157,7 @@ def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[Counterfa
 
     Texts of other groups have a stored prior only.
     """
-    reference = torch.zeros(layout.valid.shape)
+    reference = torch.zeros(layout.valid.shape)  # that on the blank picture is the prior
     prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
     for g, group in enumerate(groups):
         if group.objectives is not None and group.id not in stored:
@@ -142,6 +165,8 @@ def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[Counterfa
         scores = stored[group.id]
         reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
         prior[g, : len(group.candidates)] = torch.tensor(scores.blank)
+        if layout.blank:
+            reference[g, -1, : len(group.candidates)] = prior[g, : len(group.candidates)]
         for column, negative in enumerate(group.in_step.in_batch if group.in_step else (), layout.num_own):
             if (of_source_group := stored.get(negative.group)) is not None:  # a source without scores has no term that needs a prior
                 prior[g, column] = of_source_group.blank[negative.number]

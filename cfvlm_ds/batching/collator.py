@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, MicroBatch
-from cfvlm_ds.batching.batch_layout import group_layout, in_batch_texts, stored_scores, with_in_batch_negatives, without_broken_negatives
+from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, MicroBatch, shown
+from cfvlm_ds.batching.batch_layout import (
+    group_layout,
+    in_batch_texts,
+    stored_scores,
+    with_blank_picture,
+    with_changed_tokens,
+    with_in_batch_negatives,
+    without_broken_negatives,
+)
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, Size, Unprocessable, with_names
 from cfvlm_ds.batching.packing import Material, PromptLength, Tree, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
@@ -79,7 +87,7 @@ class Collator:
         self.prompts = Prompts(processor, max_length, family.around, model_config.get_text_config().vocab_size)
         self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
         self.images: ImageFiles | CachedFeatures = self.files
-        self.packs_again = False
+        self.packs_again = self.tokens = self.blank = False
 
     @cached_property
     def pictures_first(self) -> bool:
@@ -93,21 +101,30 @@ class Collator:
         return self._changed(images=CachedFeatures(cache))
 
     def scoring_everything(self) -> Collator:
-        """Copy the collator for evaluation: the copy scores all cells, and has no stored scores."""
-        return self.building("full", None)
+        """Copy the collator for evaluation: the copy scores all cells of the groups, and has no stored scores."""
+        return self._changed(cells="full", stored=None, blank=False)
 
     def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
         """Copy the collator; the copy scores the given ``cells`` and uses the given stored scores."""
         return self._changed(cells=cells, stored=stored)
 
     def of_run(
-        self, cells: Cells, stored: Mapping[str, StoredScores] | None, checked: PictureTable | None, packs_again: bool = False
+        self,
+        cells: Cells,
+        stored: Mapping[str, StoredScores] | None,
+        checked: PictureTable | None,
+        packs_again: bool = False,
+        tokens: bool = False,
+        blank: bool = False,
     ) -> Collator:
-        """Copy the collator for a run's cells and stored scores. The copy compares pictures with ``checked``. With ``packs_again``, its
-        batches keep the data that ``packed_again`` needs.
+        """Copy the collator for a run's cells and stored scores. The copy compares pictures with ``checked``.
+
+        With ``packs_again``, its batches keep the data that ``packed_again`` needs. ``tokens`` and ``blank`` add scores of tokens and of
+        the blank picture.
         """
         files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
-        return self._changed(cells=cells, stored=stored, files=files, images=files, packs_again=packs_again)
+        changes = {"packs_again": packs_again, "tokens": tokens, "blank": blank}
+        return self._changed(cells=cells, stored=stored, files=files, images=files, **changes)
 
     def _changed(self, **changes: Any) -> Collator:
         other = copy.copy(self)  # shares the cached tokens
@@ -212,7 +229,7 @@ class Collator:
         dropped = (*unread, *dropped)
         if kept:
             return MicroBatch(tuple(self.parts(kept, max_tokens)), dropped)
-        batch = self.scoring_everything()([STAND_IN])
+        batch = self.building("full", None)([STAND_IN])
         layout = replace(batch.layout, weight=torch.zeros_like(batch.layout.weight), ids=())
         reference, prior = (None, None) if self.stored is None else (torch.zeros(layout.valid.shape), torch.zeros(1, 1))
         return MicroBatch((replace(batch, layout=layout, reference=reference, prior=prior),), dropped)
@@ -233,7 +250,7 @@ class Collator:
         """
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
-            text, pictures = self._text(group, c), group.images[i]
+            text, pictures = self._text(group, c), shown(group, i)
             key = _tree_of(pictures, text, 0, placeholder_id(self.processor))
             trees.setdefault(key, Tree(self.files.keys(pictures), [])).branches.append((c, text))
 
@@ -263,15 +280,18 @@ class Collator:
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
-        layout = group_layout(groups, [[self._text(group, c) for c in range(len(group.candidates))] for group in groups], self.cells)
-        return with_in_batch_negatives(layout, groups, [in_batch_texts(group, self.prompts) for group in groups])
+        texts = [[self._text(group, c) for c in range(len(group.candidates))] for group in groups]
+        layout = group_layout(groups, texts, self.cells)
+        layout = with_in_batch_negatives(layout, groups, [in_batch_texts(group, self.prompts) for group in groups])
+        layout = with_blank_picture(layout, groups) if self.blank else layout
+        return with_changed_tokens(layout, groups, texts) if self.tokens else layout
 
     def _trees(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> list[Tree]:
         num_images, num_texts = layout.valid.shape[1:]
         trees: dict[tuple[Any, ...], Tree] = {}
         in_batch, own = [in_batch_texts(group, self.prompts) for group in groups], layout.num_own
         for g, i, c in layout.valid.nonzero().tolist():
-            text, pictures = self._text(groups[g], c) if c < own else in_batch[g][c - own], self.files.keys(groups[g].images[i])
+            text, pictures = self._text(groups[g], c) if c < own else in_batch[g][c - own], self.files.keys(shown(groups[g], i))
             cell = (g * num_images + i) * num_texts + c
             key = _tree_of(pictures, text, g, placeholder_id(self.processor)) if self.share_prefix else (cell,)
             trees.setdefault(key, Tree(pictures, [])).branches.append((cell, text))

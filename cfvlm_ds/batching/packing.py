@@ -102,7 +102,7 @@ class _Tokens:
         the rest of each prompt.
         """
         first, node = prompts[0], parent
-        until = _common(first.ids, prompts[-1].ids)
+        until = common(first.ids, prompts[-1].ids)
         if until > since:  # otherwise they share nothing, and have no picture
             place = slice(first.begins[since], first.begins[until])
             node = self._node(first.expanded[place], first.positions[..., place], parent)
@@ -138,7 +138,7 @@ class _Tokens:
     _last: list[int] = field(default_factory=list)
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def common(first: Sequence[int], second: Sequence[int]) -> int:
     """Count the ids with which both sequences begin."""
     return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second)))
 
@@ -221,7 +221,7 @@ def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int,
     before: tuple[int, ...] | None = None
     for branch in tree.ordered:
         text = branch[1]
-        new = prompt_length(tree, text) if before is None else len(text.prompt_ids) - _common(before, text.prompt_ids)
+        new = prompt_length(tree, text) if before is None else len(text.prompt_ids) - common(before, text.prompt_ids)
         before = text.prompt_ids
         yield branch, new + text.length
 

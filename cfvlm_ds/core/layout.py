@@ -32,6 +32,10 @@ class GroupLayout:
     ``num_end_tokens`` (int64) counts its end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) numbers the prompt of each text
     within its group; None if every group has one prompt. ``sources`` and ``objectives`` are those of each group (see CounterfactualGroup);
     empty if no group names any. With ``in_batch``, C includes the texts of other groups.
+
+    If an objective needs them: ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from its partner, the first text with
+    its prompt; in that text, the tokens in which any other differs. T is the number of tokens of the longest text. With ``blank``, the last
+    image is the blank picture, on which every own text of a group with pictures is scored, with unknown truth.
     """
 
     valid: Tensor
@@ -44,19 +48,23 @@ class GroupLayout:
     sources: tuple[str, ...] = ()
     objectives: tuple[tuple[str, ...] | None, ...] = ()
     in_batch: InBatchNegatives | None = None
+    changed: Tensor | None = None
+    blank: bool = False
 
     @property
     def num_own(self) -> int:
         """Number of columns that are texts of the groups themselves."""
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
-    @property
-    def own(self) -> GroupLayout:
-        """Layout without the texts of other groups."""
-        if self.in_batch is None:
+    def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
+        """Return the layout without the texts of other groups or the blank picture, unless they are requested."""
+        in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
+        if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self
-        cut = {name: getattr(self, name)[..., : self.num_own] for name in ("valid", "match", "num_tokens", "num_end_tokens")}
-        return replace(self, **cut, prompt=None if self.prompt is None else self.prompt[:, : self.num_own], in_batch=None)
+        rows, columns = self.valid.shape[1] - (self.blank and not blank), self.valid.shape[2] if in_batch else self.num_own
+        cut = {name: getattr(self, name)[:, :rows, :columns] for name in ("valid", "match", "num_tokens", "num_end_tokens")}
+        cut |= {name: values[:, :columns] for name in ("prompt", "changed") if (values := getattr(self, name)) is not None}
+        return replace(self, **cut, in_batch=self.in_batch if in_batch else None, blank=blank)
 
     @property
     def same_prompt(self) -> Tensor:

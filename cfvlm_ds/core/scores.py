@@ -1,16 +1,18 @@
 """Score matrices from logits, computed in fp32 for every compute dtype.
 
 S[g, i, c] = sum over response tokens t of log p(y_t | y_<t, image i, prompt), in nats. Shapes: N scored tokens, V vocabulary, G groups, I
-images, C candidates.
+images, C candidates, T tokens of the longest text.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cfvlm_ds.core.layout import GroupLayout
@@ -28,6 +30,8 @@ class Scores:
 
     ``cross_group`` [G, C, R] holds scores of the same texts on images of the optimizer step's other groups, -inf where there are fewer than
     R. They have no gradient, because each of those groups gets its gradient through its own scores.
+
+    ``tokens`` [G, I, C, T] are the terms of the sum ``logp``, 0 after the last token of a text; None unless an objective needs them.
     """
 
     layout: GroupLayout
@@ -36,21 +40,24 @@ class Scores:
     reference: Tensor | None = None
     prior: Tensor | None = None
     cross_group: Tensor | None = None
+    tokens: Tensor | None = None
 
-    @property
-    def own(self) -> Scores:
-        """Scores without the texts of other groups."""
-        if self.layout.in_batch is None:
+    def seen(self, in_batch: bool, blank: bool) -> Scores:
+        """Return the scores without the texts of other groups or the blank picture, unless they are requested."""
+        layout = self.layout.seen(in_batch, blank)
+        if layout is self.layout:
             return self
-        cut = {name: getattr(self, name) for name in ("logp", "end_logp", "reference", "prior")}
-        cut = {name: None if values is None else values[..., : self.layout.num_own] for name, values in cut.items()}
-        return replace(self, layout=self.layout.own, cross_group=None, **cut)
+        _, rows, columns = layout.valid.shape
+        cut = {name: getattr(self, name) for name in ("logp", "end_logp", "reference", "tokens")}
+        cut = {name: None if values is None else values[:, :rows, :columns] for name, values in cut.items()}
+        prior = None if self.prior is None else self.prior[:, :columns]
+        return replace(self, layout=layout, prior=prior, cross_group=self.cross_group if in_batch else None, **cut)
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
         """Add up the scores of batches with the same layout, each of which scored different cells."""
-        logp, end_logp = (torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("logp", "end_logp"))
-        return replace(parts[0], logp=logp, end_logp=end_logp)
+        names = ("logp", "end_logp") if parts[0].tokens is None else ("logp", "end_logp", "tokens")
+        return replace(parts[0], **{name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in names})
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,6 +81,19 @@ def score_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
     flat = token_logp.new_zeros(2, layout.valid.numel())
     flat = flat.view(-1).index_add(0, cell + is_end.to(cell.dtype) * layout.valid.numel(), token_logp).view_as(flat)
     return flat[0].view(shape), flat[1].view(shape)
+
+
+def token_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: GroupLayout) -> Tensor | None:
+    """Arrange token log-probs by cell and position, [G, I, C, T], without end-of-turn tokens; None if the layout has no ``changed``.
+
+    The arguments are those of ``score_matrix``; the tokens of a cell must be neighbours, in order.
+    """
+    if layout.changed is None:
+        return None
+    shape, place = (*layout.valid.shape, layout.changed.shape[2]), torch.arange(len(cell), device=cell.device)
+    begin = torch.where(F.pad(cell.diff() != 0, (1, 0), value=1), place, 0).cummax(0).values
+    index = torch.where(is_end, 0, cell * shape[3] + place - begin)
+    return token_logp.new_zeros(math.prod(shape)).index_add(0, index, token_logp.masked_fill(is_end, 0)).view(shape)
 
 
 def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:

@@ -230,7 +230,8 @@ def score_batches(
                 scores = part.scores(forward(**part.model_inputs))
                 part_references = [] if reference_of_batch is None else [reference_of_batch(part).cpu()]
                 if k < len(parts):
-                    scored_parts.append(Scores(prepared.layout, scores.logp.cpu(), scores.end_logp.cpu()))
+                    tokens = None if scores.tokens is None else scores.tokens.cpu()
+                    scored_parts.append(Scores(prepared.layout, scores.logp.cpu(), scores.end_logp.cpu(), tokens=tokens))
                     references += part_references
         joined = Scores.joined(scored_parts)
         scored.append(replace(joined, reference=torch.stack(references).sum(0)) if references else joined)

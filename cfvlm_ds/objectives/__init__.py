@@ -22,6 +22,7 @@ from cfvlm_ds.objectives.fcd import Fcd
 from cfvlm_ds.objectives.misp import Misp
 from cfvlm_ds.objectives.objective import Objective, Report
 from cfvlm_ds.objectives.retain import Retain
+from cfvlm_ds.objectives.svco import Svco
 from cfvlm_ds.objectives.symmpo import SymMPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -31,6 +32,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": Dpo,
     "symmpo": SymMPO,
     "misp": Misp,
+    "svco": Svco,
     "batch_align": BatchAlign,
     "retain": Retain,
 }
@@ -50,6 +52,7 @@ __all__ = [
     "Objective",
     "Objectives",
     "Retain",
+    "Svco",
     "SymMPO",
     "likelihood_report",
     "required_cells",
@@ -63,6 +66,12 @@ def required_cells(objectives: Objectives) -> Cells:
     return CELLS[max(map(CELLS.index, own), default=0)]
 
 
+def scored_besides(objectives: Objectives) -> dict[str, bool]:
+    """Return whether an objective needs scores of tokens, and of the blank picture, as arguments of ``Collator.of_run``."""
+    terms = objectives.values()
+    return {"tokens": any(term.needs_tokens for term in terms), "blank": any(term.needs_blank for term in terms)}
+
+
 def batch_terms(objectives: Objectives) -> dict[str, int]:
     """Return the terms that use texts from the step's other groups, each with the number of such texts that it needs per image."""
     return {name: int(getattr(objective, "texts", 0)) for name, objective in objectives.items() if objective.cells == "batch"}
@@ -70,13 +79,13 @@ def batch_terms(objectives: Objectives) -> dict[str, int]:
 
 def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
     """Return the denominators of each objective on this layout, [P], which must be summed over micro-batches and ranks."""
-    visible = {name: layout if objective.cells == "batch" else layout.own for name, objective in objectives.items()}
+    visible = {name: layout.seen(objective.cells == "batch", objective.needs_blank) for name, objective in objectives.items()}
     return {name: torch.atleast_1d(objective.denominator(visible[name].of_objective(name))) for name, objective in objectives.items()}
 
 
 def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
-    """Return the scores of the groups that count in an objective, with texts of other groups only if the objective uses them."""
-    visible = scores if objective.cells == "batch" else scores.own
+    """Return the scores of the groups that count in an objective, with texts of other groups and the blank picture only if it uses them."""
+    visible = scores.seen(objective.cells == "batch", objective.needs_blank)
     return replace(visible, layout=visible.layout.of_objective(name))
 
 

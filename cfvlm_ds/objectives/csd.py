@@ -30,7 +30,7 @@ class Csd(MarginTerm):
 
     @property
     def cells(self) -> Cells:
-        return "star" if self.mode == "cross" else "matched"
+        return "star" if self.mode == "cross" or self.token_credit else "matched"
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
         if self.mode == "cross":

@@ -10,6 +10,7 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.objective import Report
 from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text_pairs, true_pairs
+from cfvlm_ds.objectives.token_credit import credit_report, token_credit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,22 @@ class Dpo(ReferenceTerm):
         text_side: weight of the text pairs (plain DPO).
         image_side: weight of the image pairs (mDPO's conditional term).
         anchor: weight of -log sigmoid(beta r) of the true pairs (mDPO's anchor: the chosen answer must not become less likely).
+        token_credit: multiply the gradient of each token's log-likelihood by its weight w_t (see ``csd``). r itself stays unweighted,
+            because the reference is a sum over tokens: the authors weight both, and at the reference their gradient is this one.
     """
 
     text_side: float = 1.0
     image_side: float = 0.0
     anchor: float = 0.0
+    token_credit: bool = False
+
+    @property
+    def needs_tokens(self) -> bool:
+        return self.token_credit
+
+    def ratio(self, scores: Scores) -> Tensor:
+        ratio = super().ratio(scores)
+        return ratio + (credit := token_credit(scores)) - credit.detach() if self.token_credit else ratio
 
     def parts(self, ratio: Tensor, layout: GroupLayout) -> list[Part]:
         return [
@@ -37,4 +49,5 @@ class Dpo(ReferenceTerm):
         ]
 
     def report(self, scores: Scores) -> Report:
-        return self.compared(text_pairs(self.ratio(scores).detach(), scores.layout))
+        credit = credit_report(scores, "dpo") if self.token_credit else {}
+        return credit | self.compared(text_pairs(self.ratio(scores).detach(), scores.layout))

@@ -8,7 +8,7 @@ Shapes: G groups, I images, C candidates, P parts of one objective. The truth ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores, token_counts
+from cfvlm_ds.objectives.token_credit import credit_report, token_credit
 
 Report = dict[str, tuple[Tensor, Tensor]]
 """Metric name -> (sum, count). Only sums and counts can be added over micro-batches and ranks."""
@@ -54,6 +55,16 @@ class Objective(Protocol):
     @property
     def needs_prior(self) -> bool:
         """True if scores must have ``prior``."""
+        return False
+
+    @property
+    def needs_tokens(self) -> bool:
+        """True if scores must have ``tokens``, and layouts ``changed``."""
+        return False
+
+    @property
+    def needs_blank(self) -> bool:
+        """True if the last image of scores must be the blank picture. One more image with all texts of a group costs as much as any."""
         return False
 
     def denominator(self, layout: GroupLayout) -> Tensor:
@@ -135,6 +146,8 @@ class MarginTerm(Objective):
         hinge_cap: number of margins at which a hinge becomes constant, so that an impossible pair stops contributing; 0 for no cap.
         len_norm: divisor of log-likelihoods: the token count of the ``anchor`` text, each text's ``own``, or ``none``.
         pmi: factor of the blind score log p(text | blank) that is subtracted; needs ``--data.scores``.
+        token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t, with weights w_t between 1/2 and 3/2 that are larger for
+            tokens whose likelihood the other picture changes (TPO, arXiv 2412.14487); 1 in texts whose truth is the same on all pictures.
     """
 
     weight: float = 1.0
@@ -146,6 +159,7 @@ class MarginTerm(Objective):
     hinge_cap: float = 4.0
     len_norm: LengthNorm = "none"
     pmi: float = 0.0
+    token_credit: bool = False
 
     def __post_init__(self) -> None:
         if self.margin <= 0:
@@ -158,6 +172,10 @@ class MarginTerm(Objective):
     @property
     def needs_prior(self) -> bool:
         return self.pmi != 0
+
+    @property
+    def needs_tokens(self) -> bool:
+        return self.token_credit
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
         """Return (violation, mask) of the term's comparisons, each [G, ...], from scores ``similarity`` [G, I, C] on the term's scale."""
@@ -175,9 +193,13 @@ class MarginTerm(Objective):
         with torch.no_grad():
             violation, mask = self._violations_of(scores)
         active, name = self.penalty(violation, scores.layout) > 0, type(self).__name__.lower()
-        return {f"{kind}/{name}": ((each & mask).sum(), mask.sum()) for kind, each in (("active", active), ("violated", violation >= 0))}
+        credit = credit_report(scores, name) if self.token_credit else {}
+        shares = (("active", active), ("violated", violation >= 0))
+        return credit | {f"{kind}/{name}": ((each & mask).sum(), mask.sum()) for kind, each in shares}
 
     def _violations_of(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        if self.token_credit:
+            scores = replace(scores, logp=scores.logp + token_credit(scores))
         return self.violations(normalised_scores(scores, self.len_norm, self.pmi), scores.layout)
 
     def penalty(self, violation: Tensor, layout: GroupLayout) -> Tensor:

@@ -29,7 +29,7 @@ from cfvlm_ds.data.stored import is_store
 from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
 from cfvlm_ds.models import attention, inputs_fingerprint
 from cfvlm_ds.models.variable_length import flash_attention
-from cfvlm_ds.objectives import required_cells
+from cfvlm_ds.objectives import required_cells, scored_besides
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import run_start
 from cfvlm_ds.training.evaluator import check_best
@@ -64,7 +64,9 @@ def prepare(config: RunConfig, world: World) -> None:
     with _locked(Path(config.train.output_dir), world, options=config.resolved):
         data = read_data(config, world, most_rows=None)
         collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
-        _tokens(config, world, data, collator.of_run(required_cells(config.objective), None, data.pictures))
+        _tokens(
+            config, world, data, collator.of_run(required_cells(config.objective), None, data.pictures, **scored_besides(config.objective))
+        )
 
 
 _LEFT = {
@@ -112,7 +114,8 @@ def _run(config: RunConfig, world: World) -> None:
     stored = _stored_scores(config, data, world)
     collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
     check_best(config, data.splits, data.benchmarks)
-    collator = collator.of_run(required_cells(config.objective), stored, data.pictures, config.train.hard_negatives is not None)
+    besides, packs_again = scored_besides(config.objective), config.train.hard_negatives is not None
+    collator = collator.of_run(required_cells(config.objective), stored, data.pictures, packs_again, **besides)
     sampler = _sampler(config, world, data, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs, world.say)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)

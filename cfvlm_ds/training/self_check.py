@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfvlm_ds.batching.batch import STAND_IN, Batch
+from cfvlm_ds.batching.batch import STAND_IN, Batch, shown
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, gather_objects
@@ -134,7 +134,7 @@ def _compared(
 ) -> Cell:
     """Score one cell (group, image, text) of a packed row in a row of its own."""
     g, i, c = place
-    images, candidates = groups[g].images[i : i + 1], groups[g].candidates[c : c + 1]
+    images, candidates = (shown(groups[g], i),), groups[g].candidates[c : c + 1]
     alone_in_row = replace(groups[g], images=images, candidates=candidates, match=((1,),), edits=(), keys=())
     single = collator([alone_in_row]).to(scores.logp.device)
     largest: list[float] = []

@@ -134,7 +134,7 @@ class OptimizerStep:
         try:
             return [next(batches).to(device) for _ in range(count)], None
         except WorkerLost as error:
-            return [MicroBatch((self.collator.scoring_everything()([STAND_IN]),)).to(device)], str(error)
+            return [MicroBatch((self.collator.building("full", None)([STAND_IN]),)).to(device)], str(error)
 
     def _memory_explained(self, number: int, micro_batches: Sequence[MicroBatch]) -> contextlib.AbstractContextManager[None]:
         everything = [batch for micro_batch in micro_batches for batch in micro_batch.forwards]

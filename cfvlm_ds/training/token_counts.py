@@ -119,7 +119,7 @@ def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collat
     if depends_on is None:
         return []
     try:
-        parts = [_FORM, depends_on(), collator.cells, collator.share_prefix, transformers.__version__]
+        parts = [_FORM, depends_on(), collator.cells, collator.blank, collator.share_prefix, transformers.__version__]
     except (OSError, ConfigError):  # errors of the model's files are reported where the files are used
         return []
     return [folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:_NAME]}.npy" for folder in folders]

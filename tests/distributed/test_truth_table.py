@@ -73,7 +73,7 @@ def asked(seed: int, num_images: int, num_texts: int, num_prompts: int) -> Asked
 
 
 def collated(groups: list[Asked], prompt: bool = True) -> Scores:
-    shape = (len(groups), max(len(g.truth) for g in groups), max(len(g.prompts) for g in groups))
+    shape = (len(groups), max(len(g.truth) for g in groups) + 1, max(len(g.prompts) for g in groups))  # the last is the blank picture
     match, valid = torch.full(shape, -1, dtype=torch.int8), torch.zeros(shape, dtype=torch.bool)
     logp, reference = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     prompts = torch.full(shape[::2], -1)
@@ -84,10 +84,11 @@ def collated(groups: list[Asked], prompt: bool = True) -> Scores:
             match[x, i, c] = -1 if truth is None else truth
             logp[x, i, c], reference[x, i, c] = g.logp[i][c], g.reference[i][c]
         for i, c in g.star:
-            valid[x, i, c] = True
+            valid[x, i, c] = valid[x, -1, c] = True
+            logp[x, -1, c] = -1.0 - c / 2
     ones = valid.long()
     weight = torch.ones(len(groups), dtype=torch.float64)
-    layout = GroupLayout(valid, match, ones, torch.zeros_like(ones), weight, prompt=prompts if prompt else None)
+    layout = GroupLayout(valid, match, ones, torch.zeros_like(ones), weight, prompt=prompts if prompt else None, blank=True)
     prior = torch.zeros(shape[::2], dtype=torch.float64)
     return Scores(layout, torch.where(valid, logp, 0).requires_grad_(), torch.zeros_like(logp), torch.where(valid, reference, 0), prior)
 

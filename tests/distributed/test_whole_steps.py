@@ -1,4 +1,5 @@
-"""What depends on the whole optimizer step, or on the model at that step, in real runs: in-batch alignment, and hard negatives."""
+"""What depends on the whole optimizer step, or on the model at that step, in real runs: in-batch alignment, hard negatives, and scores of
+tokens and of the blank picture."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def trajectories(model_dir, manifests, tmp_path_factory, request):
             extra += [f"--train.gradient_accumulation_steps={steps}", f"--data.scores={scores}"]
             extra += [part for tokens in limit for part in ("--data.max_tokens_per_forward", str(tokens))]
             extra += ["--objective.batch_align.weight=0.5", "--objective.batch_align.texts=4", "--objective.batch_align.warmup=0"]
-            extra += [f"--data.num_workers={int(steps == 2)}"]
+            extra += ["--objective.svco.weight=0.5", "--objective.csd.token_credit=true", f"--data.num_workers={int(steps == 2)}"]
             trainings.append(train_arguments(model_dir, manifests, folders[layout], *extra))
         spread = [] if ranks == 1 else SPREAD
         trainings += [train_arguments(model_dir, manifests, folder / f"hard-{ranks}", *HARD, *spread)] if ranks < 4 else []
@@ -77,8 +78,8 @@ def test_ranks_and_accumulation_give_one_trajectory(layout, trajectories):
     expected = metrics(trajectories[1, 1])
     assert len(losses(trajectories[1, 1])) == 3
     assert all(row["loss/batch_align"] > 0.3 and 3 < row["batch_align/texts"] <= 4 for row in expected if "loss" in row)
-    assert 0 < expected[0]["violated/batch_align"] < 1
-    assert_same_trajectory(trajectories[1, 1], trajectories[layout], "violated/", "batch_align/")
+    assert 0 < expected[0]["violated/batch_align"] < 1 and expected[0]["loss/svco"] > 0 and expected[0]["credit/csd"] != 1
+    assert_same_trajectory(trajectories[1, 1], trajectories[layout], "violated/", "batch_align/", "credit/", "svco/")
 
 
 def test_the_first_loss_is_that_of_the_whole_step_at_once(trajectories, model_dir, manifests):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfvlm_ds.batching import image_source
-from cfvlm_ds.batching.batch import BLANK, Batch, blinded
+from cfvlm_ds.batching.batch import BLANK, Batch, MicroBatch, blinded
+from cfvlm_ds.batching.batch_layout import with_changed_tokens
 from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
@@ -313,6 +316,55 @@ def test_stored_scores_land_in_their_cells(make, scorer, groups):
     assert without.reference is None and without.prior is None
     everything = collator.scoring_everything()(order)
     assert everything.reference is None and everything.layout.valid.sum() == 19 and collator.cells == "star"
+
+
+def test_tokens_and_the_blank_picture(make, scorer, processor, groups):
+    """Each token of each scored cell by a plain forward, the last image a grey one; in one row, in divided ones, and packed again.
+
+    What needs neither sees the same cells. Several groups share the tree of the blank picture.
+    """
+    stored = {
+        group.id: StoredScores(((-1.0,) * len(group.candidates),) * len(group.images), (-7.0,) * len(group.candidates)) for group in groups
+    }
+    collator = make("star").of_run("star", stored, None, packs_again=True, tokens=True, blank=True)
+    batch = collator(groups)
+    scores, layout, last = scored(scorer, batch), batch.layout, batch.layout.valid.shape[1] - 1
+    assert scores.tokens is not None and scores.reference is not None and layout.valid[:, last].equal(layout.valid[:, :last].any(1))
+    for g, i, c in layout.valid.nonzero().tolist():
+        group = groups[g]
+        picture, candidate = GREY if i == last else group.images[i], group.candidates[c]
+        tokens, end = plain_logp(scorer.model, processor, picture, candidate.prompt, candidate.text)
+        assert scores.tokens[g, i, c, : len(tokens)].tolist() == pytest.approx(tokens.tolist(), rel=1e-4, abs=1e-5)
+        assert not scores.tokens[g, i, c, len(tokens) :].any() and scores.end_logp[g, i, c].item() == pytest.approx(end.item(), rel=1e-5)
+        assert scores.reference[g, i, c] == (-7 if i == last else -1)
+    torch.testing.assert_close(scores.tokens.sum(-1), scores.logp, rtol=1e-6, atol=1e-6)
+    parts = collator.parts(groups, 40)
+    divided = Scores.joined([scored(scorer, part) for part in parts])
+    torch.testing.assert_close(divided.tokens, scores.tokens, rtol=1e-4, atol=1e-5)
+    kept = layout.valid.clone()
+    kept[0, 1], kept[0, :, 1] = False, False
+    again = collator.packed_again(MicroBatch(tuple(parts)), kept)
+    found = again.scores([scorer(**part.model_inputs) for part in again.forwards])
+    torch.testing.assert_close(found.tokens, torch.where(kept.unsqueeze(-1), scores.tokens, 0), rtol=1e-4, atol=1e-5)
+    plain, seen = scored(scorer, make("star")(groups)), scores.seen(False, False)
+    torch.testing.assert_close(plain.logp, seen.logp, rtol=1e-5, atol=1e-5)
+    assert plain.layout.valid.equal(seen.layout.valid) and plain.layout.changed is None and plain.tokens is None
+    assert sum(tree.pictures[0][0].parent == BLANK.parent for tree in batch.material.trees) == 1
+    sizes = {picture: Image.open(picture).size for group in groups for (picture,) in group.images}
+    for group in groups:
+        assert sum(tree.whole for tree in collator.tree_tokens(group, sizes)) == collator([group]).num_tokens
+    assert not collator.scoring_everything()(groups).layout.blank
+
+
+def test_changed_tokens_lie_between_the_first_and_the_last_difference():
+    """Text 1 replaces a token of text 0 and text 2 repeats one, which only it has; text 3 answers another prompt."""
+    ids = ((1, 2, 3, 4), (1, 9, 3, 4), (1, 2, 2, 3, 4), (5, 6))
+    group: Any = SimpleNamespace(prompt_ids=(0, 0, 0, 1))
+    size = torch.zeros(1, 1, 4)
+    layout = GroupLayout(size.bool(), size.char(), torch.tensor([[[4, 4, 5, 2]]]), size.long(), torch.ones(1))
+    texts = [Encoded("", (), each, ()) for each in ids]
+    changed = with_changed_tokens(layout, [group], [texts]).changed
+    assert changed is not None and changed[0].nonzero().tolist() == [[0, 1], [1, 1], [2, 2]]
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_what_security_promises_is_tested():
 def test_every_metric_of_a_training_is_on_the_page():
     page = (REPO / "docs" / "metrics.md").read_text()
     code = "".join(path.read_text() for room in ("training", "objectives") for path in (REPO / "cfvlm_ds" / room).glob("*.py"))
-    named = set(re.findall(r'"((?:throughput|checkpoint|active|violated|dpo|symmpo|misp)/\w+)"', code)) | {
+    named = set(re.findall(r'"((?:throughput|checkpoint|active|violated|dpo|symmpo|misp|svco|credit)/\w+)"', code)) | {
         "skipped_steps",
         "skipped_groups",
         "grad_norm",

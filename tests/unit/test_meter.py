@@ -93,7 +93,7 @@ def test_losses_by_source_are_those_of_its_groups_alone(alone, model_dir, manife
     """Against the loss of the same groups without the others, each term with its own global denominators; two micro-batches."""
     groups = [replace(group, source="ab"[n % 3 == 0]) for n, group in enumerate(read_manifest(manifests["train"])[:8])]
     groups = [replace(group, objectives=("align",)) if group.source == "b" else group for group in groups]
-    collate = load_collator(ModelConfig(str(model_dir)), "full")
+    collate = load_collator(ModelConfig(str(model_dir)), "full").of_run("full", None, None, blank=True)
     flops: Any = SimpleNamespace(of=lambda inputs, scored: 0.0)
     chance, meter = torch.Generator().manual_seed(0), Meter(None)
     drawn: dict[str, torch.Tensor] = {}
@@ -101,9 +101,9 @@ def test_losses_by_source_are_those_of_its_groups_alone(alone, model_dir, manife
     def scored(some: list[Any]) -> Any:
         batch = collate(some)
         for group in some:
-            drawn.setdefault(group.id, -torch.rand(4, 4, generator=chance) * 9)
+            drawn.setdefault(group.id, -torch.rand(5, 4, generator=chance) * 9)  # the last on the blank picture
         images, texts = batch.layout.valid.shape[1:]
-        logp = torch.stack([drawn[group.id][:images, :texts] for group in some])
+        logp = torch.stack([drawn[group.id][[*range(images - 1), -1], :texts] for group in some])
         return batch, Scores(batch.layout, logp, logp / 9, logp * 0.9, logp[:, 0] - 1)
 
     for half in (groups[:4], groups[4:]):

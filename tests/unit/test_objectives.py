@@ -29,10 +29,12 @@ from cfvlm_ds.objectives import (
     Misp,
     Objective,
     Retain,
+    Svco,
     SymMPO,
     denominators,
     likelihood_report,
     required_cells,
+    token_credit,
     weighted_loss,
 )
 
@@ -69,6 +71,16 @@ class Group:
     def size(self) -> Cell:
         return 1 + max(i for i, _ in self.truth), 1 + max(c for _, c in self.truth)
 
+    @property
+    def blank(self) -> list[float]:
+        return [-1.2 * n + c / 3 for c, n in enumerate(self.tokens)]
+
+    def parts(self, i: int, c: int) -> list[float]:
+        """The log-likelihood of each token, unequal, which sum to that of the text."""
+        rng = random.Random(f"{i} {c}")
+        shares = [rng.random() for _ in range(self.tokens[c])]
+        return [self.logp[i, c] * share / sum(shares) for share in shares]
+
 
 def group(kinds: str, seed: int = 0, weight: float = 1.0) -> Group:
     """A random group of star cells; log-likelihoods are about -1 nat a token."""
@@ -101,10 +113,15 @@ def quad(l00: float, l01: float, l10: float, l11: float, **changes: Any) -> Grou
     return dataclasses.replace(group("b"), **({"tokens": [1, 1], "ends": [0, 0], "logp": logp, "prior": [0.0, 0.0]} | changes))
 
 
-def collate(groups: list[Group], pad: Cell = (0, 0), fill: float = 0.0) -> Scores:
-    """Groups as float64 tensors, padded to at least ``pad``; ``fill`` is stored wherever a cell is not scored or not known."""
+def collate(groups: list[Group], pad: Cell = (0, 0), fill: float = 0.0, blank: bool = False) -> Scores:
+    """Groups as float64 tensors, padded to at least ``pad``; ``fill`` is stored wherever a cell is not scored or not known.
+
+    With ``blank``, the last image is the blank picture. Texts are changed in their last token.
+    """
     sizes = [g.size for g in groups]
-    shape = (len(groups), max(pad[0], *(i for i, _ in sizes)), max(pad[1], *(c for _, c in sizes)))
+    shape = (len(groups), max(pad[0], *(i for i, _ in sizes)) + blank, max(pad[1], *(c for _, c in sizes)))
+    most = max(max(g.tokens) for g in groups)
+    parts, changed = torch.full((*shape, most), fill, dtype=torch.float64), torch.zeros((*shape[::2], most), dtype=torch.bool)
     valid, match = torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1, dtype=torch.int8)
     tokens, ends = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     logp, end, reference = (torch.full(shape, fill, dtype=torch.float64) for _ in range(3))
@@ -115,20 +132,35 @@ def collate(groups: list[Group], pad: Cell = (0, 0), fill: float = 0.0) -> Score
             tokens[x, i, c], ends[x, i, c] = g.tokens[c], g.ends[c]
             if truth >= 0 or not fill:
                 logp[x, i, c], end[x, i, c], reference[x, i, c] = g.logp[i, c], g.end[i, c], g.reference[i, c]
+                parts[x, i, c] = 0
+                parts[x, i, c, : g.tokens[c]] = torch.tensor(g.parts(i, c), dtype=torch.float64)
+        for c in range(g.size[1]):
+            changed[x, c, g.tokens[c] - 1] = True
+            if blank:
+                valid[x, -1, c], logp[x, -1, c], reference[x, -1, c] = True, g.blank[c], g.prior[c]
         prior[x, : len(g.prior)] = torch.tensor(g.prior, dtype=torch.float64)
-    layout = GroupLayout(valid, match, tokens, ends, torch.tensor([g.weight for g in groups], dtype=torch.float64))
-    return Scores(layout, logp.requires_grad_(), end.requires_grad_(), reference, prior)
+    weight = torch.tensor([g.weight for g in groups], dtype=torch.float64)
+    layout = GroupLayout(valid, match, tokens, ends, weight, changed=changed, blank=blank)
+    return Scores(layout, logp.requires_grad_(), end.requires_grad_(), reference, prior, tokens=parts)
+
+
+everything = functools.partial(collate, blank=True)
+"""What any objective may need."""
 
 
 def run(objectives: dict[str, Objective], scores: Scores, units: dict[str, torch.Tensor] | None = None, **kw: Any) -> tuple[float, list]:
-    """Loss, and per group {("logp" or "end", image, text): gradient} of its scored cells."""
+    """Loss, and per group {("logp" or "end", image, text): gradient} of its scored cells; the blank picture is image -1."""
     loss, _ = weighted_loss(objectives, scores, units or denominators(objectives, scores.layout), **kw)
     by_name = dict(zip(("logp", "end"), torch.autograd.grad(loss, (scores.logp, scores.end_logp), allow_unused=True), strict=True))
-    found = [{} for _ in scores.layout.valid]
+    found, layout = [{} for _ in scores.layout.valid], scores.layout
+    counted = layout.positive | layout.negative
+    if layout.blank:
+        counted[:, -1] = layout.valid[:, -1]
     for name, gradient in by_name.items():
-        for x, i, c in scores.layout.valid.nonzero().tolist():
-            found[x][name, i, c] = 0.0 if gradient is None else gradient[x, i, c].item()
-        assert gradient is None or (gradient[~(scores.layout.positive | scores.layout.negative)] == 0).all()
+        for x, i, c in layout.valid.nonzero().tolist():
+            image = -1 if layout.blank and i == layout.valid.shape[1] - 1 else i
+            found[x][name, image, c] = 0.0 if gradient is None else gradient[x, i, c].item()
+        assert gradient is None or (gradient[~counted] == 0).all()
     return loss.item(), found
 
 
@@ -151,9 +183,19 @@ def logp_gradient(objective: Objective, one: Group) -> dict[Cell, float]:
 # The naive twin: (total, units) of each part, for one group ---------------------------------------------------------------------------
 
 
+def token_weights(g: Group, i: int, c: int) -> list[float]:
+    opposite, parts = [k for k in range(g.size[0]) if g.truth.get((k, c)) == 1 - g.truth[i, c]], g.parts(i, c)
+    if not opposite:
+        return [1.0] * len(parts)
+    s = [own - mean([g.parts(k, c)[t] for k in opposite]) for t, own in enumerate(parts)]
+    return [0.5 + 1 / (1 + math.exp(-x)) if g.truth[i, c] else 1.5 - 1 / (1 + math.exp(-x)) for x in s]
+
+
 def S(g: Group, o: Any, i: int, c: int) -> float:
     divisor = {"anchor": g.tokens[0], "own": g.tokens[c], "none": 1}[o.len_norm]
-    return (g.logp[i, c] - o.pmi * g.prior[c]) / divisor
+    credit = getattr(o, "token_credit", False)
+    logp = sum(w * p for w, p in zip(token_weights(g, i, c), g.parts(i, c), strict=True)) if credit else g.logp[i, c]
+    return (logp - o.pmi * g.prior[c]) / divisor
 
 
 def h(g: Group, o: Any, violation: float) -> float:
@@ -270,6 +312,18 @@ def twin_misp(g: Group, o: Misp) -> list[tuple[float, float]]:
     return [(o.text_side * mean(text), float(bool(text))), (o.image_side * mean(listwise), float(bool(images)))]
 
 
+def twin_svco(g: Group, o: Svco) -> list[tuple[float, float]]:
+    r = lambda i, c: g.logp[i, c] - g.reference[i, c] if i >= 0 else g.blank[c] - g.prior[c]  # noqa: E731
+    loss = lambda gap: -math.log(1 / (1 + math.exp(-o.beta * gap)))  # noqa: E731
+    attend, reject = [], []
+    for c in range(g.size[1]):
+        own = [i for i in range(g.size[0]) if g.truth.get((i, c)) == 1]
+        if own:
+            attend.append(loss(r(own[0], c) - r(-1, c)))
+            reject += [loss(r(-1, c) - r(k, c)) for k in range(g.size[0]) if g.truth.get((k, c)) == 0]
+    return [(o.attend * mean(attend), 1.0), (o.reject * mean(reject), float(bool(reject)))]
+
+
 def twin_batch_align(g: Group, o: BatchAlign) -> list[tuple[float, float]]:
     """Of a group alone, without texts of others."""
     n = lambda c: g.tokens[c] if o.len_norm == "own" else 1  # noqa: E731
@@ -302,6 +356,7 @@ TWINS = {
     "dpo": twin_dpo,
     "symmpo": twin_symmpo,
     "misp": twin_misp,
+    "svco": twin_svco,
     "batch_align": twin_batch_align,
     "retain": twin_retain,
 }
@@ -327,6 +382,8 @@ VARIANTS = {
         {"pmi": 1.0},
         {"mode": "matched"},
         {"mode": "matched_sg"},
+        {"token_credit": True},
+        {"token_credit": True, "mode": "matched", "len_norm": "own", "pmi": 0.5},
     ],
     "fcd": [
         {},
@@ -336,10 +393,18 @@ VARIANTS = {
         {"link": "logsigmoid", "len_norm": "own"},
         {"margin_unit": "nats", "margin": 3.0, "hinge_cap": 1.5},
         {"pmi": 0.5},
+        {"token_credit": True, "link": "logsigmoid"},
     ],
-    "dpo": [{}, {"text_side": 0.0, "image_side": 1.0}, {"anchor": 0.5, "beta": 0.7}, {"image_side": 0.4, "anchor": 0.2}],
+    "dpo": [
+        {},
+        {"token_credit": True, "image_side": 1.0},
+        {"text_side": 0.0, "image_side": 1.0},
+        {"anchor": 0.5, "beta": 0.7},
+        {"image_side": 0.4, "anchor": 0.2},
+    ],
     "symmpo": [{}, {"beta": 0.7, "consistency": 0.3}, {"text_side": 0.2, "symmetric": 2.0, "anchor": 0.0}],
     "misp": [{}, {"beta": 0.7}, {"text_side": 0.0, "image_side": 3.0}],
+    "svco": [{}, {"beta": 0.7, "attend": 0.4, "reject": 2.0}],
     "retain": [{}, {"rows": "all"}],
     "batch_align": [{}, {"pmi": 0.0, "temperature": 3.0}, {"len_norm": "own", "pmi": 0.5, "temperature": 0.2}],
 }
@@ -367,7 +432,7 @@ def test_loss_and_units_equal_the_naive_twin(name, options):
     objectives, groups = make(name, options), ragged()
     parts = [[(g.weight * total, g.weight * units) for total, units in TWINS[name](g, objectives[name])] for g in groups]
     totals, units = ([sum(column) for column in zip(*([pair[side] for pair in group] for group in parts), strict=True)] for side in (0, 1))
-    scores = collate(groups)
+    scores = everything(groups)
     assert denominators(objectives, scores.layout)[name].tolist() == pytest.approx(units)
     assert all(unit > 0 for unit in units)
     loss, shares = weighted_loss(objectives, scores, denominators(objectives, scores.layout))
@@ -382,7 +447,7 @@ def test_each_kind_of_group_alone_equals_the_naive_twin(name, options, kinds):
     """Text-only (I = 1), image-only (C = 1), sham and one-sided groups; a part without a comparison is 0 whatever its units."""
     objectives, g = make(name, options), group(kinds, 5)
     parts = [total / units if units else 0.0 for total, units in TWINS[name](g, objectives[name])]
-    assert run(objectives, collate([g]))[0] == pytest.approx(0.7 * sum(parts), rel=1e-6, abs=1e-12)
+    assert run(objectives, everything([g]))[0] == pytest.approx(0.7 * sum(parts), rel=1e-6, abs=1e-12)
 
 
 # Conformance of every registered objective ----------------------------------------------------------------------------------------------
@@ -392,7 +457,7 @@ def test_each_kind_of_group_alone_equals_the_naive_twin(name, options, kinds):
 def test_gradient_equals_finite_differences(name, options):
     if options.get("mode") == "matched_sg":
         return  # a stopped gradient differs from finite differences by definition: test_14_matched_sg_* compares it with matched
-    objectives, scores = make(name, options), collate([group(kinds, 3) for kinds in ("bb", "t", "", "i", "sb", "bu")])
+    objectives, scores = make(name, options), everything([group(kinds, 3) for kinds in ("bb", "t", "", "i", "sb", "bu")])
     units = denominators(objectives, scores.layout)
 
     def loss(logp, end_logp):
@@ -406,14 +471,14 @@ def test_gradient_equals_finite_differences(name, options):
 def test_padding_changes_nothing(name, options):
     objectives = make(name, options)
     for kinds in KINDS:
-        assert_same(run(objectives, collate([group(kinds)], pad=(7, 6), fill=1e6)), run(objectives, collate([group(kinds)])))
+        assert_same(run(objectives, everything([group(kinds)], pad=(7, 6), fill=1e6)), run(objectives, everything([group(kinds)])))
 
 
 @every_objective
 def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name, options):
     """Loss, denominators, gradients and reports, whichever groups of the batch are left out: some, or all of them."""
     objectives, groups = make(name, options), ragged()
-    full = collate(groups)
+    full = everything(groups)
     for kept in ([0, 2, 3, 7, 12], [1], []):
         named = tuple((name, "else") if x in kept else ("else",) if x % 2 else () for x in range(len(groups)))
         scores = dataclasses.replace(full, layout=dataclasses.replace(full.layout, objectives=named))
@@ -423,18 +488,18 @@ def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name
         if not kept:
             assert loss == 0 and not any(float(count) for _, count in report.values())
             continue
-        alone = collate([groups[x] for x in kept])
+        alone = everything([groups[x] for x in kept])
         assert_same((loss, [gradients[x] for x in kept]), run(objectives, alone))
         both = denominators(objectives, scores.layout)[name], denominators(objectives, alone.layout)[name]
         assert both[0].tolist() == pytest.approx(both[1].tolist())
-        for key, (total, count) in objectives[name].report(alone).items():
+        for key, (total, count) in objectives[name].report(registered.scores_of(name, objectives[name], alone)).items():
             assert [float(v) for v in report[key]] == pytest.approx([float(total), float(count)])
 
 
 @every_objective
 def test_cells_are_all_that_an_objective_reads(name, options):
     """Not scoring any cell outside ``cells`` changes neither units nor loss; the truth table is known whole either way."""
-    objectives, scores = make(name, options), collate(ragged())
+    objectives, scores = make(name, options), everything(ragged())
     cells, layout = required_cells(objectives), scores.layout
     wanted = layout.positive if cells == "matched" else torch.full_like(layout.valid, cells in ("star", "full"))
     wanted[:, 0, 0] = True
@@ -444,7 +509,7 @@ def test_cells_are_all_that_an_objective_reads(name, options):
 
 @every_objective
 def test_stored_scores_are_asked_for_exactly_when_needed(name, options):
-    objectives, scores = make(name, options), collate(ragged())
+    objectives, scores = make(name, options), everything(ragged())
     objective = objectives[name]
     expected = weighted_loss(objectives, scores, denominators(objectives, scores.layout))[0]
     for needed, field, word in [(objective.needs_reference, "reference", "reference"), (objective.needs_prior, "prior", "blind")]:
@@ -454,14 +519,20 @@ def test_stored_scores_are_asked_for_exactly_when_needed(name, options):
                 objective.numerator(without)
         else:
             assert weighted_loss(objectives, without, denominators(objectives, scores.layout))[0] == expected
+    bare = dataclasses.replace(scores, tokens=None, layout=dataclasses.replace(scores.layout, changed=None)).seen(True, False)
+    if objective.needs_tokens or objective.needs_blank:
+        with pytest.raises(ValueError, match="collate the groups with"):
+            objective.numerator(bare)
+    else:
+        assert weighted_loss(objectives, bare, denominators(objectives, bare.layout))[0] == expected, "bit for bit"
 
 
 @every_objective
 def test_report_adds_over_a_split_batch(name, options):
     objective, groups = make(name, options)[name], ragged()
     report = lambda some: objective.report(some) | likelihood_report(some)  # noqa: E731
-    whole = report(collate(groups))
-    parts = [report(collate(groups[part])) for part in (slice(0, 5), slice(5, 6), slice(6, None))]
+    whole = report(everything(groups))
+    parts = [report(everything(groups[part])) for part in (slice(0, 5), slice(5, 6), slice(6, None))]
     for key, (total, count) in whole.items():
         assert not total.requires_grad
         assert sum(part[key][0].item() for part in parts) == pytest.approx(total.item())
@@ -609,6 +680,7 @@ def test_09_nll_is_a_token_mean_and_the_counterfactual_part_a_group_mean():
 
 MIX = {"align": Align(infonce=0.3), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.0), "dpo": Dpo(weight=0.2, image_side=0.5, anchor=0.1)}
 MIX |= {"symmpo": SymMPO(weight=0.3), "misp": Misp(weight=0.4), "batch_align": BatchAlign(weight=0.6, warmup=0.0), "retain": Retain()}
+MIX |= {"svco": Svco(weight=0.8), "credited": Csd(warmup=0.0, token_credit=True)}
 PARTITIONS = {  # ranks x micro-batches x group indices; 14 ragged groups, two of them without any counterfactual
     "1 rank, accumulation 2": [[range(0, 7), range(7, 14)]],
     "1 rank, accumulation 4": [[range(0, 1), range(1, 3), range(3, 8), range(8, 14)]],
@@ -623,7 +695,7 @@ def split_step(partition: Sequence[Sequence[Sequence[int]]], groups: list[Group]
     total, gradients = 0.0, [{} for _ in groups]
     for rank in partition:
         for micro_batch in rank:
-            loss, found = run(MIX, collate([groups[x] for x in micro_batch]), units, world_size=len(partition))
+            loss, found = run(MIX, everything([groups[x] for x in micro_batch]), units, world_size=len(partition))
             total += loss / len(partition)
             for x, gradient in zip(micro_batch, found, strict=True):
                 gradients[x] = {cell: value / len(partition) for cell, value in gradient.items()}
@@ -633,9 +705,9 @@ def split_step(partition: Sequence[Sequence[Sequence[int]]], groups: list[Group]
 @pytest.mark.parametrize("partition", PARTITIONS.values(), ids=PARTITIONS)
 def test_12_ranks_and_micro_batches_do_not_change_loss_or_gradient(partition):
     groups = ragged()
-    layout = collate(groups).layout
-    one = run(MIX, collate(groups))
-    each = [denominators(MIX, collate([groups[x] for x in micro]).layout) for rank in partition for micro in rank]
+    layout = everything(groups).layout
+    one = run(MIX, everything(groups))
+    each = [denominators(MIX, everything([groups[x] for x in micro]).layout) for rank in partition for micro in rank]
     units = {name: torch.stack([found[name] for found in each]).sum(0) for name in MIX}
     assert all(torch.allclose(units[name], denominators(MIX, layout)[name]) for name in MIX)
     assert_same(split_step(partition, groups, units), one)
@@ -647,7 +719,7 @@ def test_12_ranks_and_micro_batches_do_not_change_loss_or_gradient(partition):
 
 @every_objective
 def test_14_reference_and_prior_never_carry_a_gradient(name, options):
-    objectives, scores = make(name, options), collate(ragged())
+    objectives, scores = make(name, options), everything(ragged())
     reference, prior = scores.reference.clone().requires_grad_(), scores.prior.clone().requires_grad_()
     with_leaves = dataclasses.replace(scores, reference=reference, prior=prior)
     weighted_loss(objectives, with_leaves, denominators(objectives, scores.layout))[0].backward()
@@ -695,7 +767,7 @@ def test_15_k0_reduces_to_ordinary_supervised_loss(pad):
 
 @every_objective
 def test_15_batch_without_any_comparison_has_finite_gradients(name, options):
-    objectives, scores = make(name, options), collate([group(""), group("u"), group("s")], pad=(4, 4))
+    objectives, scores = make(name, options), everything([group(""), group("u"), group("s")], pad=(4, 4))
     loss, shares = weighted_loss(objectives, scores, denominators(objectives, scores.layout))
     loss.backward()
     assert torch.isfinite(scores.logp.grad).all()
@@ -747,6 +819,54 @@ def test_misp_equals_the_published_formula():
     assert loss_of(Misp(text_side=0.0, beta=0.7), one := group("b", 3)) == pytest.approx(
         loss_of(Dpo(text_side=0.0, image_side=1.0, beta=0.7), one)
     )
+
+
+def test_svco_equals_the_published_loss():
+    """The authors' sum of four terms (dpo_loss of their trainer.py) of one pair with beta 0.1, written out; ours is half of it.
+
+    r_00 = 2, r_01 = -1, r_10 = 0.5, r_11 = 7, and 1 and -3 of the two texts on the blank picture.
+    """
+    g = quad(-3.0, -6.0, -4.0, -2.0, reference={(0, 0): -5.0, (0, 1): -5.0, (1, 0): -4.5, (1, 1): -9.0})
+    b = [g.blank[0] - 1.0, g.blank[1] + 3.0]
+    g = dataclasses.replace(g, prior=b)
+    loss = lambda gap: -math.log(1 / (1 + math.exp(-0.1 * gap)))  # noqa: E731
+    attend, reject = loss(2 - 1) + loss(7 + 3), loss(1 - 0.5) + loss(-3 + 1)
+    assert run({"x": Svco()}, everything([g]))[0] == pytest.approx((attend + reject) / 2)
+    assert run({"x": Svco(attend=2.0, reject=0.0)}, everything([g]))[0] == pytest.approx(attend)
+    won = Svco().report(everything([g]))["svco/accuracy"]
+    assert (won[0].item(), won[1].item()) == (3, 4)
+
+
+def test_token_credit_by_hand():
+    """A text of two tokens at log p -1, -3 on its image and -1, -3 - log 3 on the other: s = 0, log 3, so its weights are 1 and 1.25.
+
+    On the other image s = 0, -log 3: 3/2 - 1/4 = 1.25 too. A text without another image has weights of 1.
+    """
+    scores = collate([dataclasses.replace(group("i"), tokens=[2])])
+    tokens = torch.tensor([[-1.0, -3.0], [-1.0, -3.0 - math.log(3)]], dtype=torch.float64).view(1, 2, 1, 2)
+    scores = dataclasses.replace(scores, tokens=tokens)
+    assert token_credit.token_weights(scores)[0, :, 0].flatten().tolist() == pytest.approx([1, 1.25, 1, 1.25])
+    assert token_credit.token_credit(scores)[0, :, 0].tolist() == pytest.approx([-0.75, -0.75 - math.log(3) / 4])
+    total, count = token_credit.credit_report(scores, "csd")["credit/csd"]
+    assert (total.item(), count.item()) == (pytest.approx(2.5), 2), "the last token of the text on two images"
+    assert (token_credit.token_weights(collate([group("t")])) == 1).all()
+
+
+@pytest.mark.parametrize("objective", [Csd(), Fcd(), Dpo(image_side=1.0)], ids=["csd", "fcd", "dpo"])
+def test_token_credit_weights_the_gradient_of_each_token(objective):
+    """By the weights of the naive twin, as constants: each token's gradient is its weight times that of its cell's score."""
+    credited, groups = {"x": dataclasses.replace(objective, weight=1.0, warmup=0.0, token_credit=True)}, ragged()
+    scores = collate(groups)
+    of_cells = run(credited, scores)[1]
+    tokens = scores.tokens.clone().requires_grad_()
+    tied = dataclasses.replace(scores, tokens=tokens, logp=tokens.sum(-1))
+    weighted_loss(credited, tied, denominators(credited, scores.layout))[0].backward()
+    assert tokens.grad.abs().sum() > 0
+    for x, g in enumerate(groups):
+        for (i, c), truth in g.truth.items():
+            weights = token_weights(g, i, c) if truth >= 0 else [0.0] * g.tokens[c]
+            expected = [w * of_cells[x]["logp", i, c] for w in weights]
+            assert tokens.grad[x, i, c, : g.tokens[c]].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_retain_by_hand():

@@ -1,0 +1,49 @@
+"""S-VCO (arXiv 2502.13928): a text attends to its picture and rejects another one, with the blank picture between the two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.objectives.objective import Report
+from cfvlm_ds.objectives.reference import Compared, Part, ReferenceTerm, true_pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Svco(ReferenceTerm):
+    """-log sigmoid(beta (r_ic - r_bc)) on a text's own image i, and -log sigmoid(beta (r_bc - r_kc)) on each image k that it is false of.
+
+    r = log p - log p_reference, and b is the blank picture; the reference comes from ``--data.scores``. Both directions count: T_0 with I_0
+    against I_k, and T_k with I_k against I_0. Each part is a mean over a group's pairs, so the loss of one counterfactual pair is half the
+    authors' sum of four terms. The authors leave the picture out of the prompt where this term shows a blank one.
+
+    Args:
+        attend: weight of the comparisons of a text's own image with the blank one.
+        reject: weight of the comparisons of the blank image with those that the text is false of.
+    """
+
+    attend: float = 1.0
+    reject: float = 1.0
+
+    @property
+    def needs_blank(self) -> bool:
+        return True
+
+    def parts(self, ratio: Tensor, layout: GroupLayout) -> list[Part]:
+        own, others = _with_blank(ratio, layout)
+        return [self.preferred(self.attend, *own), self.preferred(self.reject, *others)]
+
+    def report(self, scores: Scores) -> Report:
+        return self.compared(*_with_blank(self.ratio(scores).detach(), scores.layout))
+
+
+def _with_blank(ratio: Tensor, layout: GroupLayout) -> tuple[Compared, Compared]:
+    """Compare each text's own image, and each image that a text with an own image is false of, with the blank one; all [G, I, C]."""
+    if not layout.blank:
+        raise ValueError("svco needs scores of the blank picture; collate the groups with blank=True (Collator.of_run)")
+    own, blank = true_pairs(layout), ratio[:, -1:]
+    counted = layout.valid[:, -1:] & own.any(1, keepdim=True)
+    return (blank - ratio, own & counted), (ratio - blank, layout.negative & counted)
