@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,8 @@ def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup
     last["valid"] &= torch.tensor([group.num_pictures > 0 for group in groups]).view(-1, 1, 1)
     last["valid"][:, :, layout.num_own :] = False
     last["match"] = torch.full_like(layout.match[:, :1], -1)
-    return replace(layout, blank=True, **{name: torch.cat([getattr(layout, name), row], 1) for name, row in last.items()})
+    rows: dict[str, Any] = {name: torch.cat([getattr(layout, name), row], 1) for name, row in last.items()}
+    return replace(layout, blank=True, **rows)
 
 
 def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:

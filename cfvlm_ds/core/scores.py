@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,8 @@ class Scores:
     def joined(cls, parts: Sequence[Scores]) -> Scores:
         """Add up the scores of batches with the same layout, each of which scored different cells."""
         names = ("logp", "end_logp") if parts[0].tokens is None else ("logp", "end_logp", "tokens")
-        return replace(parts[0], **{name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in names})
+        sums: dict[str, Any] = {name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in names}
+        return replace(parts[0], **sums)
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
