@@ -17,12 +17,12 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.objectives import OBJECTIVES, denominators, weighted_loss
+from cfvlm_ds.objectives import OBJECTIVES, denominators, scored_besides, weighted_loss
 from cfvlm_ds.training.gradient_cache import forward
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.step import Measured
 
-OBJECTIVE = {name: objective() for name, objective in OBJECTIVES.items()}
+OBJECTIVE = {name: objective(**({"token_credit": True} if name == "csd" else {})) for name, objective in OBJECTIVES.items()}
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def alone():
 def test_a_micro_batch_fetches_nothing_from_its_device(model_dir, manifests):
     """On the meta device, whose tensors have no contents: whatever asks for a value of one, or for a copy elsewhere, raises."""
     groups = read_manifest(manifests["train"])[:4]
-    collated = load_collator(ModelConfig(str(model_dir)), "full")(groups)
+    collated = load_collator(ModelConfig(str(model_dir)), "full").of_run("full", None, None, **scored_besides(OBJECTIVE))(groups)
     device = torch.device("meta")
     batch = collated.to(device)
     batch = Batch(
