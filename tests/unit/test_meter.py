@@ -22,7 +22,7 @@ from cfvlm_ds.training.gradient_cache import forward
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.step import Measured
 
-OBJECTIVE = {name: objective(**({"token_credit": True} if name == "csd" else {})) for name, objective in OBJECTIVES.items()}
+OBJECTIVE = {name: objective() for name, objective in OBJECTIVES.items()}
 
 
 @pytest.fixture
@@ -34,8 +34,9 @@ def alone():
 
 def test_a_micro_batch_fetches_nothing_from_its_device(model_dir, manifests):
     """On the meta device, whose tensors have no contents: whatever asks for a value of one, or for a copy elsewhere, raises."""
+    objective = OBJECTIVE | {"csd": OBJECTIVES["csd"](token_credit=True)}
     groups = read_manifest(manifests["train"])[:4]
-    collated = load_collator(ModelConfig(str(model_dir)), "full").of_run("full", None, None, **scored_besides(OBJECTIVE))(groups)
+    collated = load_collator(ModelConfig(str(model_dir)), "full").of_run("full", None, None, **scored_besides(objective))(groups)
     device = torch.device("meta")
     batch = collated.to(device)
     batch = Batch(
@@ -60,8 +61,8 @@ def test_a_micro_batch_fetches_nothing_from_its_device(model_dir, manifests):
 
     for last in (False, True):
         scores, backward = forward(engine, MicroBatch((batch,)), 1, device, lambda _: None, last)
-        loss, shares = weighted_loss(OBJECTIVE, scores, denominators(OBJECTIVE, batch.layout), 2, 0.5)
-        measure(meter, Measured(MicroBatch((batch,)), scores, loss, shares), OBJECTIVE, 0.25, flops)
+        loss, shares = weighted_loss(objective, scores, denominators(objective, batch.layout), 2, 0.5)
+        measure(meter, Measured(MicroBatch((batch,)), scores, loss, shares), objective, 0.25, flops)
         backward(loss)
     with pytest.raises((NotImplementedError, RuntimeError)):  # what the check rests on
         float(batch.layout.weight.sum())
