@@ -78,7 +78,8 @@ def _with_model(config: RunConfig, folder: str) -> RunConfig:
     name, base, tiny = config.model.name_or_path, config.build.base, config.build.tiny_llava
     if os.path.exists(name) or name not in (base, tiny and tiny.out_dir):
         return config
-    build(BuildConfig(base=folder) if name == base else BuildConfig(tiny_llava=tiny and replace(tiny, out_dir=folder)))
+    copied = replace(tiny, out_dir=folder) if tiny is not None and name != base else None
+    _build_model(replace(config.build, base=folder if name == base else None, tiny_llava=copied))
     return replace(config, model=replace(config.model, name_or_path=folder))
 
 
@@ -102,6 +103,10 @@ def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> No
         from cfvlm_ds.demo.habits import build_habits
 
         build_habits(config.habits, alive=alive)
+    _build_model(config)
+
+
+def _build_model(config: BuildConfig) -> None:
     if config.tiny_llava is not None:
         from cfvlm_ds.demo import habits, scenes
         from cfvlm_ds.demo.tiny_llava import build_tiny_llava

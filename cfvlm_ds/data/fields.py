@@ -34,7 +34,7 @@ def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> di
     known = tuple(known)
     absent = [name for name in known if name not in row]
     further = {key: value for key, value in row.items() if key not in known}
-    for key in further:
+    for key in further if absent else ():
         if near := difflib.get_close_matches(key, absent, n=1, cutoff=_MISSPELT):
             raise DataError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? If not, rename the key")
     return further

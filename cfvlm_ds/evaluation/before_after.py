@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.metrics import CHANCE, HEADLINES, MEAN, Accuracy
+from cfvlm_ds.evaluation.metrics import CHANCE, HEADLINES, MEAN, Accuracy, edit_label
 
 _Won: TypeAlias = Mapping[tuple[str, int], Mapping[str, Sequence[float]]]
 """Numbers of comparisons won and made, keyed by group and edit type."""
@@ -78,7 +78,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     for metric in HEADLINES:
         old, new = ({key: won[metric] for key, won in side.items() if metric in won} for side in (was, now))
         if old.keys() & new.keys():
-            blank = {MEAN if row.mean else row.name: row.blind.get(metric) for row in after}
+            blank = {MEAN if row.mean else edit_label(row.name): row.blind.get(metric) for row in after}
             compared.append(_changes(name, metric, old, new, blank))
     return [rows[0] for rows in compared] + [row for rows in compared[:1] for row in rows[1:]]
 
@@ -109,7 +109,7 @@ def _changes(name: str, metric: str, old: _Won, new: _Won, blank: Mapping[str, f
         for key, value in errors.items():
             mean[key] += value / len(pairs)
         of = len({key for side in (old, new) for key, won in side.items() if edit in won})
-        changes.append(change(edit, errors, of, 100 * first / made, 100 * last / made))
+        changes.append(change(edit_label(edit), errors, of, 100 * first / made, 100 * last / made))
     if len(changes) == 1:
         return changes
     first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))

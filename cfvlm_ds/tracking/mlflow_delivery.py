@@ -40,9 +40,11 @@ _MAX_PER_REQUEST = {"metrics": 1000, "params": 100, "tags": 100}
 _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS, _MAX_DATASET_CHARS = 6000, 5000, 250, 500
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
-_UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
+_UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also a part of a path that is empty, "." or ".."
 _FIRST_PAGE = re.compile(
-    "loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/[^/]+/(accuracy|f1|f1_macro|group|macro|nll|pair)"
+    "loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/cola/image|eval/visual_counterfact/text|eval/[^/]+/"
+    "(accuracy|chair|cover|covered|cv_bench|f1|f1_macro|g_acc|group|group_macro|hallucinated|individual|macro|mean_pictures|nll|pair"
+    "|perception)"
 )
 """Metrics that a person looks at first. MLflow shows ``Main/``, as a name with a capital, before ``detail/``, which has all others."""
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"

@@ -266,6 +266,8 @@ def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap():
     assert len(re.findall(r" [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] \|", text)) == 5
     assert f"| iid | colour | {rows['colour'].groups} | group | 16.7 |  | " in text
     assert f"| iid | {MEAN} | {rows[MEAN].groups} | pair | 50.0 | 50.0 | " in text
+    named = accuracies([group(Edit(name, 1, 1)) for name in ("a", MEAN)], [wins, wins])
+    assert [each.edit for each in compare_accuracies("iid", named, named)] == [MEAN, MEAN, MEAN, "a", f'"{MEAN}"']
 
 
 def test_table_is_valid_markdown_and_metrics_are_named():

@@ -719,6 +719,11 @@ def test_what_is_in_use_or_not_of_an_evaluation_is_not_written_over(tmp_path, ca
     assert "is the folder of the benchmarks" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_mlflow_shows_the_headlines_of_a_benchmark_first(name):
+    assert all(mlflow_name(f"eval/{name}/{metric}").startswith("Main/") for metric in BENCHMARKS[name].headlines)
+
+
 def test_a_folder_is_one_run_of_an_experiment(tmp_path, monkeypatch):
     """In MLflow's own store: evaluated again, with one benchmark more, with another value, and for another experiment."""
     mlflow = pytest.importorskip("mlflow")

@@ -25,7 +25,7 @@ from cfvlm_ds.cli.main import main as cfvlm_ds_main
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
 from cfvlm_ds.tracking.hooks import hook_class
-from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
+from cfvlm_ds.tracking.mlflow_delivery import mlflow_name, send
 
 
 class Server:
@@ -122,7 +122,7 @@ def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     params = {"model": {"name": "llava", "layers": [1, 2], "empty": {}}, "text": "x" * 7000}
     with _open(tmp_path / "run", params) as tracker:
         for step in range(1, 4):
-            tracker.log(step, {"loss/lm": 1.0 / step, "odd@name": step, "re//fused": 1.0, "bad": math.nan, "huge": math.inf})
+            tracker.log(step, {"loss/lm": 1.0 / step, "odd@name": step, "eval/http://x/../group/": 1.0, "bad": math.nan, "huge": math.inf})
         tracker.log(3, {"eval/val/group": 0.5, "eval/val/sham": 0.25})
         tracker.artifact(report, "reports")
         tracker.describe("first")
@@ -136,7 +136,10 @@ def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     assert _history(client, tracker.run_id, "loss/lm") == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
     assert _history(client, tracker.run_id, "odd@name") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert _history(client, tracker.run_id, "eval/val/group") == [(3, 0.5)]
-    assert "refuses metric 'detail/re//fused'" in capsys.readouterr().err  # and what came with it has arrived
+    assert "detail/eval/http:/_/x/_/group/_" in run.data.metrics and "refuses" not in capsys.readouterr().err
+    send(client, tracker.run_id, "metrics", [mlflow.entities.Metric(name, 1.0, 0, 1) for name in ("not//a name", "another")])
+    assert "refuses metric 'not//a name'" in capsys.readouterr().err
+    assert client.get_metric_history(tracker.run_id, "another")[0].value == 1.0
     assert math.isnan(_history(client, tracker.run_id, "bad")[0][1])
     assert _history(client, tracker.run_id, "huge")[0][1] > 1e300
     assert _lines(tmp_path / "run")[0]["bad"] == "nan" and _lines(tmp_path / "run")[0]["huge"] == "inf"

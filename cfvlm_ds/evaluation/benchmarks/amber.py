@@ -100,8 +100,11 @@ def description(row: Row) -> Item:
 @lru_cache(1)
 def _words(source: Source) -> tuple[dict[str, list[str]], list[str]]:
     """Return the words that relation.json lists with each object, and the safe words, which are never invented."""
-    (relation,) = source.sound_rows(RELATION)
-    return relation.values, [row.text("word") for row in source.sound_rows(SAFE)]
+    rows = [row.values for row in source.sound_rows(RELATION)]
+    listed = [words if isinstance(words, list) else [None] for row in rows for words in row.values()]
+    if len(rows) != 1 or not all(isinstance(word, str) for words in listed for word in words):
+        raise DataError(f"{source.root / RELATION.name}: it must be one object with a list of words for each name; get the file again")
+    return rows[0], [row.text("word") for row in source.sound_rows(SAFE)]
 
 
 def nouns(text: str, item: Item) -> tuple[float, ...]:

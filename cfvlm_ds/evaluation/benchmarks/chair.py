@@ -30,18 +30,20 @@ def items(row: Row) -> list[Item]:
     """Return an item for each picture of a file of instances."""
     texts, names = _objects(row.source)
     objects = {}
-    for category in row["categories"]:
-        if (number := names.get(category["name"].lower())) is None:
-            raise row.error(f"category {category['name']!r} is in no line of {SYNONYMS.name}", "add a line that begins with it")
+    for category in row.rows("categories", "id", "name"):
+        if (number := names.get(category.text("name").lower())) is None:
+            raise category.error(f"category {category['name']!r} is in no line of {SYNONYMS.name}", "add a line that begins with it")
         objects[category["id"]] = number
     shown: defaultdict[Any, set[int]] = defaultdict(set)
-    for instance in row["annotations"]:
-        shown[instance["image_id"]].add(objects[instance["category_id"]])
+    for instance in row.rows("annotations", "image_id", "category_id"):
+        if (category_id := instance["category_id"]) not in objects:
+            raise instance.error(f"category_id {category_id!r} is in no entry of 'categories'")
+        shown[instance["image_id"]].add(objects[category_id])
     captions, part = _captions(row.source), PurePosixPath(row.file).stem.removeprefix("instances_")
     found = []
-    for image in row["images"]:
+    for image in row.rows("images", "id", "file_name"):
         name, present = str(image["file_name"]), shown[image["id"]].union(captions.get(image["id"], ()))
-        picture = row.picture(name, part, f"images/{part}", f"../coco/{part}")
+        picture = image.picture(name, part, f"images/{part}", f"../coco/{part}")
         found.append(single(f"{part}/{image['id']}", picture, texts, name, tuple(int(k in present) for k in range(len(texts)))))
     return found
 
@@ -65,7 +67,7 @@ def _with_phrases(texts: tuple[str, ...]) -> dict[str, int]:
 def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return the texts of the objects, one for each line of synonyms, and the index of each name."""
     lines = [[name for part in row.text("names").split(",") if (name := part.strip())] for row in source.sound_rows(SYNONYMS)]
-    texts = tuple(f"{line[0]}: {', '.join(dict.fromkeys(line))}" for line in lines)
+    texts = tuple(f"{line[0]}: {', '.join(dict.fromkeys(line))}" for line in lines if line)
     return texts, names_of(texts)
 
 
@@ -78,8 +80,8 @@ def _captions(source: Source) -> dict[Any, set[int]]:
         source.say(f"{source.root}: no {CAPTIONS.name}, so the objects are those of the instances alone; the authors add those of captions")
         return found
     for row in source.sound_rows(CAPTIONS):
-        for caption in row["annotations"]:
-            counts = mentions(caption["caption"], reader)
+        for caption in row.rows("annotations", "image_id", "caption"):
+            counts = mentions(str(caption["caption"]), reader)
             found[caption["image_id"]].update(number for number, count in enumerate(counts) if count)
     return found
 

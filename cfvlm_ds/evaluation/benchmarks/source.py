@@ -81,6 +81,16 @@ class Row:
         """Return a DataError that begins with the row's location."""
         return DataError(f"{self.where}: {problem}; {remedy}")
 
+    def rows(self, column: str, *columns: str) -> Iterator[Row]:
+        """Yield the objects of a list as rows that must have ``columns``. Raises DataError for another value."""
+        values = self[column]
+        if not isinstance(values, list):
+            raise self.error(f"{column!r} must be a list, not {quoted(values)}")
+        file = File(self.file, columns)
+        for number, value in enumerate(values, 1):
+            where = f"{self.where}: {column} {number}"
+            yield Row(_checked(where, value, file), where, str(number), self.part, self.file, self.source)
+
     def text(self, column: str) -> str:
         """Return a text without white space around it. Raises DataError for a value that is not a text, or is empty."""
         value = self[column]
