@@ -101,7 +101,7 @@ def write_results(
     if config.train.figures and _worst_groups(config, step, splits, scores, say):
         parts.append(f"Groups with the smallest margins after training: [{WORST}/index.html]({WORST}/index.html)")
     parts += [samples] * bool(samples)
-    parts += ["## All metrics", table(results)] * bool(changes)
+    parts += ["## All metrics, after training", table(results)] * bool(changes)
     parts += [markdown(benchmarks)] * bool(benchmarks)
     contents = {
         run_dir / "results.md": "\n\n".join(parts) + "\n",

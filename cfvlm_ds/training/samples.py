@@ -25,7 +25,8 @@ _LONGEST = 400
 """Number of characters of a text that results.md shows; samples.jsonl has the whole text."""
 _MEANING = (
     "Step 0 is the model before training. It writes greedily, without sampling, and prefers the likeliest text of the group. The margin is "
-    "the log-likelihood of the likeliest true text minus that of the likeliest false one."
+    "the log-likelihood of the likeliest true text minus that of the likeliest false one. What the model writes may be false even if it "
+    "prefers a true text."
 )
 
 
@@ -116,8 +117,9 @@ class Samples:
                 f"| {'' if (margin := line.get('margin')) is None else f'{margin:+.1f}'} |"
                 for line in texts
             ]
-            true = next(each.text for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1)
-            parts.append(" ".join([*shown, f"{in_cell(name)}, {in_cell(group.id)}, true: {in_cell(true, _LONGEST)}"]))
+            true = next(each for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1)
+            prompt = in_cell(readable(true.prompt), _LONGEST)
+            parts.append(" ".join([*shown, f"{in_cell(name)}, {in_cell(group.id)}: {prompt} True: {in_cell(true.text, _LONGEST)}"]))
             parts.append("\n".join(["| step | writes | prefers | margin, nats |", "|---:|---|---|---:|", *rows]))
         return "\n\n".join(parts), files
 
