@@ -123,14 +123,14 @@ def damage(draw: Any, folder: Path, path: Path, outside: Path) -> None:
         file = draw(st.sampled_from(files if what in ("any", "file") else holding))
         try:
             if what == "row":
-                damage_rows(draw, path)
+                damage_rows(draw, path if path in files else file)  # a pipe in its place would block, and a link leads outside
             elif what == "file":
                 replace_file(draw, file, outside)
             elif what == "form":
                 file.write_bytes(FORMS[draw(st.sampled_from(sorted(FORMS)))](file.read_bytes()))
             else:
                 file.write_bytes(spliced(draw, file.read_bytes(), draw(PIECES)))
-        except (ValueError, IndexError, OSError):
+        except (ValueError, IndexError, OSError, RecursionError):
             continue  # earlier damage left no rows, or no file
 
 
@@ -273,7 +273,7 @@ def test_damaged_input_ends_in_groups_or_one_clear_error(good, chance):
 
 
 @pytest.mark.long
-@settings(DRAWN, max_examples=1_000)
+@settings(DRAWN, max_examples=3_000)
 @given(chance=st.data())
-def test_a_thousand_damaged_inputs_end_in_groups_or_one_clear_error(good, chance):
+def test_three_thousand_damaged_inputs_end_in_groups_or_one_clear_error(good, chance):
     play(good, chance.draw)
