@@ -141,11 +141,13 @@ def _evaluate_benchmarks(
         raise ConfigError(f"--out {out} is the folder of the benchmarks; name another one")
     from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
     from cfvlm_ds.core.ranks import default_workers
+    from cfvlm_ds.demo.habits.writing import register
     from cfvlm_ds.evaluation.suite.runner import MAX_TOKENS, Settings, evaluate_benchmarks, results_held
     from cfvlm_ds.evaluation.suite.selection import choose, load_items
     from cfvlm_ds.evaluation.suite.tables import omissions, overview, summary
     from cfvlm_ds.models import adapter_fingerprint, fingerprint
 
+    register()
     probes = [part for spec in options.probes or () for part in ([spec] if ":" in spec else spec.split(",")) if part]
     chosen = choose([each.strip() for each in str(options.benchmarks).split(",") if each.strip()], root, probes)
     model, adapter = model_named(name, limits)

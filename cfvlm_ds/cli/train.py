@@ -56,6 +56,10 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
     config = parse_config(arguments, OBJECTIVES, prog=prog)
     show(config.shows)
+    if config.data.benchmark_sets:
+        from cfvlm_ds.demo.habits.writing import register
+
+        register()
     if config.train.dry_run:
         from cfvlm_ds.training.dry_run import dry_run
 

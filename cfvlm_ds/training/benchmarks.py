@@ -19,7 +19,7 @@ from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Values, tied
-from cfvlm_ds.evaluation.probes import Generate
+from cfvlm_ds.evaluation.generation import writing_digest
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
 from cfvlm_ds.evaluation.suite.results import Result, result_folder, result_of, write_result
@@ -52,20 +52,13 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 
 
 def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
-    """Return the benchmark and probe of an evaluation set.
-
-    Raises ConfigError for an unknown benchmark, a probe that it does not have, and a probe that generates text.
-    """
+    """Return the benchmark and probe of an evaluation set. Raises ConfigError for an unknown benchmark or a probe that it does not have."""
     try:
         (chosen,) = choose(
             [str(evaluation_set.benchmark)], Path(str(evaluation_set.root)), [evaluation_set.probe] if evaluation_set.probe else []
         )
     except ConfigError as error:
         raise ConfigError(f"data.evaluation.{name}: {error}") from error
-    if isinstance(chosen.way, Generate):
-        raise ConfigError(
-            f"data.evaluation.{name}: a training run does not generate text; choose another probe, and use {chosen.label} on the export"
-        )
     return chosen
 
 
@@ -82,7 +75,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
         loaded = run_on_rank0(world, load, ProgressBarrier(world))
         checked = checked_items(loaded.items, chosen.way, collator, world, label)
         refuse_problems(label, [why for _, why in checked.left_out], len(loaded.items), remedy=_REMEDY)
-        scoring_plan = plan(checked.items, chosen.way)  # type: ignore[arg-type]
+        scoring_plan = plan(checked.items, chosen.way)
         world.say(
             f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, probe {chosen.label}, in "
             f"{len(scoring_plan.groups)} groups"
@@ -119,17 +112,19 @@ def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
 
 
 def write_benchmarks(
-    config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes, world: World, exported: bool
+    config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes, world: World, model: Any, exported: bool
 ) -> list[Result]:
     """Write the results of every benchmark into the run's folder on rank 0, and return them; other ranks return an empty list.
 
-    Collective, since the ranks share the bootstrap. The results identify the weights if the model is ``exported`` and therefore on disk.
+    Collective, since the ranks share the bootstrap. The results identify the weights if ``model`` is
+    ``exported`` and therefore on disk.
     """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, items in outcomes.items():
         drawn[name] = drawn_together(world, items, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", barrier)
     written = []
     identity = _identity(config, world, barrier.alive) if exported and outcomes and world.is_main else {}
+    identity |= {"writing": writing_digest(model)} if identity else {}
     for name, items in outcomes.items() if world.is_main else ():
         benchmark = benchmarks[name]
         settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}

@@ -301,7 +301,9 @@ class Trainer:
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
         tracker.log(step, metrics | self.sample.metrics(results))
-        benchmark_results = write_benchmarks(config, benchmarks, outcomes, self.world, config.train.export and failed is None)
+        benchmark_results = write_benchmarks(
+            config, benchmarks, outcomes, self.world, self.engine.module.model, config.train.export and failed is None
+        )
         self.samples.write(step)
         if self.world.is_main:
             samples, sample_files = self.samples.report()

@@ -28,10 +28,11 @@ from cfvlm_ds.demo.habits.grammar import describe
 from cfvlm_ds.demo.habits.pope import absent_kinds, popular_kinds
 from cfvlm_ds.demo.habits.questions import QUESTIONS, all_texts
 from cfvlm_ds.demo.habits.render import CELL, render
-from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, HABITS, HELD_OUT, STRENGTH, Scene, Thing, draw_scene
-from cfvlm_ds.demo.habits.writing import Written, writing, writing_intervals
+from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, HABITS, HELD_OUT, STRENGTH, Scene, Thing, draw_scene, spelled
+from cfvlm_ds.demo.habits.writing import NAME, WRITING, counts
 from cfvlm_ds.demo.scenes import all_captions
-from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
+from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Judged, load
+from cfvlm_ds.evaluation.benchmarks.base import single
 
 # An independent reader, written from the table of phrasings: regular expressions only, nothing from the grammar's code.
 _SINGULAR = ["tree", "mushroom", "cup", "plate", "moon", "star", "cactus", "sun", "boat", "fish", "basket", "pear", "shoe", "ball"]
@@ -327,20 +328,37 @@ def test_metrics_of_writing_by_hand():
         "We see a red cup and two red balls. It is a night scene. The cup is nice.": "agrees",  # 6 of 7 true, 1 of 3 sentences unparsed
         "There is a key. The cup is above the key.": "contradicts",  # none of 3 true, 1 of 2 mentioned things absent
     }
-    written = [Written(judge(text, scene), str(i), habit) for i, (text, habit) in enumerate(texts.items())]
-    values = writing(written)
+    items = [
+        single(habit, Path(habit), ["x"] * 6, habit, (1,) * 6, habit=habit, scene=json.dumps(spelled(scene)), things="2")
+        for habit in texts.values()
+    ]
+    values = WRITING.metrics([Judged(item, (counts(text, item),)) for item, text in zip(items, texts, strict=True)])
     assert values == pytest.approx({
         "hallucinated": 100 * 4 / 10, "chair_i": 100 / 4, "chair_s": 50, "covered": 75, "unparsed": 20,
         "hallucinated/agrees": 100 / 7, "chair_i/agrees": 0, "chair_s/agrees": 0, "covered/agrees": 100, "unparsed/agrees": 100 / 3,
         "hallucinated/contradicts": 100, "chair_i/contradicts": 50, "chair_s/contradicts": 100, "covered/contradicts": 50,
         "unparsed/contradicts": 0,
     })  # fmt: skip
-    assert writing_intervals(written) == {}
-    many = [Written(each.verdict, str(i // 2), each.habit) for i, each in enumerate(written * 60)]
-    assert "hallucinated" not in writing_intervals(many, draws=50)  # every picture has the same two texts
-    apart = [Written(each.verdict, f"{i}", each.habit) for i, each in enumerate(written * 60)]
-    low, high = writing_intervals(apart, draws=200)["chair_s"]  # the share of 120 fair coins
-    assert low == pytest.approx(50 - 196 * math.sqrt(0.25 / 120), abs=3) and high == pytest.approx(50 + 196 * math.sqrt(0.25 / 120), abs=3)
+    silent = WRITING.metrics([Judged(item, (counts("", item),)) for item in items])
+    assert silent.keys() == values.keys() and not any(silent.values())
+
+
+def test_written_scenes_are_read_as_a_benchmark_and_judged_as_by_the_naive_judge(built):
+    loaded = load(WRITING, built / NAME)
+    rows = [json.loads(line) for line in (built / "test.jsonl").read_text().splitlines()]
+    assert not loaded.problems and not loaded.notes and len(loaded.items) == len(rows)
+    truth = {row["id"]: scenes_in(row["meta"])[0] for row in rows}
+    rng = Random(0)
+    for item in loaded.items:
+        ((picture,),) = item.images
+        scene = truth[picture.name.removesuffix("-0.png")]
+        text = " ".join(describe([rng.choice(list(truth.values()))], "x") + ["It flies. "] * rng.randrange(2))
+        statements, unparsed = naive_judge(text, scene)
+        true, false, there, absent, _, outside = counts(text, item)
+        assert (true, false, outside) == (sum(statements.values()), len(statements) - sum(statements.values()), unparsed)
+        kinds = {word for statement in statements for word in statement if word in HABITS}
+        assert (there, absent) == (sum(scene.find(kind) is not None for kind in kinds), sum(scene.find(kind) is None for kind in kinds))
+        assert item.tags["habit"] == ("contradicts" if any(breaks(scene).values()) else "agrees") and picture.is_file()
 
 
 @pytest.fixture(scope="module")

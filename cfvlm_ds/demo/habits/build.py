@@ -3,8 +3,8 @@
 Splits: ``train`` and ``validation`` have scenes as in pretraining, in which a thing follows a habit in 96 % of cases. The test sets are
 balanced: ``meta.habit`` of a row is "agrees" if no picture breaks a habit, and "contradicts" if the edit changes how a habit is broken. The
 first scene of such a row breaks every habit of its things. ``test`` asks for descriptions, ``test_combo`` the same of scenes with a
-held-out colour, and ``test_yes_no``, ``test_choice``, ``test_count`` and ``test_colour`` ask questions. ``pope`` has questions about the
-first picture of each row of ``test`` in the files of that benchmark.
+held-out colour, and ``test_yes_no``, ``test_choice``, ``test_count`` and ``test_colour`` ask questions. ``pope`` and ``habits`` have the
+first picture of each row of ``test`` as benchmarks: questions in the files of POPE, and scenes that a model describes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from cfvlm_ds.demo.habits.grammar import describe, difference, judge, key, true_
 from cfvlm_ds.demo.habits.pope import write_pope
 from cfvlm_ds.demo.habits.questions import DESCRIBE, QUESTIONS, Asked, asking
 from cfvlm_ds.demo.habits.render import render
-from cfvlm_ds.demo.habits.world import STRENGTH, Scene, Thing, draw_scene
+from cfvlm_ds.demo.habits.world import STRENGTH, Scene, draw_scene, scene_from, spelled
+from cfvlm_ds.demo.habits.writing import NAME, write_scenes
 
 SOURCE = "habits"
 TESTS = ("test", "test_combo", *(f"test_{kind}" for kind in QUESTIONS))
 SPLITS = ("train", "validation", *TESTS)
-GENERATOR = 1
+GENERATOR = 2
 """Version of the generator. It is incremented whenever the same settings would produce other data, so older folders are not reused."""
 _MAX_DRAWS = 20_000
 
@@ -61,7 +62,7 @@ class Drawn:
 
 
 def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print_line, alive: Callable[[], object] = lambda: None) -> Path:
-    """Write the manifests, ``images/``, ``pope/`` and ``habits.json`` to ``config.out_dir`` unless they exist, and return that folder.
+    """Write the manifests, ``images/``, ``pope/``, ``habits/`` and ``habits.json`` to ``config.out_dir`` unless they exist, and return it.
 
     The folder is built under another name and renamed when it is complete. Only one process at a time may build a folder. Raises DataError
     for settings that cannot be built, or if the folder contains something else. ``alive`` is called for every group.
@@ -90,13 +91,14 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
                             anchors.append((name, scene, content))
                     meta: dict[str, Any] = {"habit": drawn.habit}
                     if split != "train":
-                        meta["scenes"] = [_spelled(scene) for scene in drawn.scenes]
+                        meta["scenes"] = [spelled(scene) for scene in drawn.scenes]
                     row = to_row(as_group(drawn, group_id, paths), folder, meta)
                     manifest.write(json.dumps(row, ensure_ascii=False) + "\n")
                     shown.advance()
                 tar.write(bytes(2 * tarfile.BLOCKSIZE))
             if anchors:
                 write_pope(folder / "pope", anchors, config.seed)
+                write_scenes(folder / NAME, anchors)
         (folder / "habits.json").write_text(json.dumps({"settings": settings}, indent=2) + "\n", encoding="utf-8")
     progress(f"world with habits: {sum(sizes.values())} groups in {out}")
     return out
@@ -111,14 +113,7 @@ def png(scene: Scene) -> bytes:
 
 def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
     """Return the scenes of a row's pictures from its metadata, without their jitter."""
-    return [
-        Scene(tuple(Thing(kind, colour, row, tuple(columns)) for kind, colour, row, columns in things), background, 0)
-        for background, *things in meta["scenes"]
-    ]
-
-
-def _spelled(scene: Scene) -> list[Any]:
-    return [scene.background, *([thing.kind, thing.colour, thing.row, thing.columns] for thing in scene.things)]
+    return [scene_from(values) for values in meta["scenes"]]
 
 
 def _check(config: HabitsConfig) -> None:
