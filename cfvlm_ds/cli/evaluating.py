@@ -247,10 +247,12 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
         draws: number of random swaps of the two models' answers to a benchmark; by default as many as the bootstrap draws of evaluate.
         out: folder for the tables (results.md), a figure of the differences with their intervals, and a page for a browser with both.
     """
+    from cfvlm_ds.demo.habits.writing import register
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets
     from cfvlm_ds.evaluation.before_after import comparison_tables, is_results
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 
+    register()
     if repeated := next((name for at, name in enumerate(after) if name in after[:at]), None):
         raise ConfigError(f"{repeated} is given twice; give each result once")
     if out is not None:

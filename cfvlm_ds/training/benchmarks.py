@@ -102,13 +102,14 @@ def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
 
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
-    """Return the headline metric as a line for a progress log."""
-    tables, metric = results(benchmark.chosen.benchmark, outcomes), benchmark.chosen.benchmark.headline
-    controls = [
-        f"{name} {tables[table][metric]:.1f}" for table, name in (("blank", "blank image"), ("chance", "chance")) if metric in tables[table]
-    ]
-    value = tables["seen"].get(metric)
-    return f"{metric} {'not known' if value is None else f'{value:.1f}'} ({', '.join(controls)})"
+    """Return the headline metrics as a line for a progress log."""
+    tables, shown = results(benchmark.chosen.benchmark, outcomes), list[str]()
+    for metric in benchmark.chosen.benchmark.headlines:
+        found = {name: table[metric] for name, table in tables.items() if metric in table}
+        controls = [f"{said} {found[name]:.1f}" for name, said in (("blank", "blank image"), ("chance", "chance")) if name in found]
+        value = f"{found['seen']:.1f}" if "seen" in found else "not known"
+        shown.append(f"{metric} {value} ({', '.join(controls)})")
+    return ", ".join(shown)
 
 
 def write_benchmarks(

@@ -12,7 +12,8 @@ import torch
 from conftest import caption, contents, draw, metrics, printed, run_ranks, run_train, train_arguments
 
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.config import HabitsConfig, ModelConfig
+from cfvlm_ds.demo.habits import build_habits
 from cfvlm_ds.models import fingerprint
 
 SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red", "square")], [("yellow", "square"), ("blue", "circle")]]
@@ -135,6 +136,23 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir, root, tm
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2 and "error: unknown benchmark 'mine'" in capsys.readouterr().err
+
+
+def test_a_partitioned_training_writes_what_evaluate_writes(model_dir, manifests, tmp_path, capsys):
+    """Before and after training, each of two ranks writes a part of the texts; the export alone writes the same as at the end."""
+    world = build_habits(HabitsConfig(str(tmp_path / "world"), num_train=1, num_test=5), progress=lambda line: None)
+    run_dir, probe = tmp_path / "run", "write:max_new_tokens=7"
+    evaluated = {"wrote": {"benchmark": "habits", "root": str(world), "probe": probe}}
+    more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_on_start=true", "--train.export=true"]
+    run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said")
+    assert sum("eval/wrote/hallucinated" in row and "eval/wrote/covered" in row for row in metrics(run_dir)) == 2
+    arguments = ["--benchmarks", "habits", "--benchmark_root", world, "--probes", probe, "--out", tmp_path / "alone"]
+    printed(capsys, "evaluate", run_dir, *arguments)
+    (of_run,), (alone,) = (list(folder.rglob("items.jsonl")) for folder in (run_dir / "benchmarks", tmp_path / "alone"))
+    assert alone.read_bytes() == of_run.read_bytes() and len(alone.read_text().splitlines()) == 5
+    found = [json.loads((path.parent / "results.json").read_text()) for path in (of_run, alone)]
+    assert found[0]["model"] == found[1]["model"] and found[0]["metrics"] == found[1]["metrics"]
+    assert "| habits | write.7 | hallucinated |" in printed(capsys, "compare", tmp_path / "alone", tmp_path / "alone")
 
 
 def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, capsys):
