@@ -22,7 +22,7 @@ from cfvlm_ds.core.groups import SHAM
 from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.demo.habits import build_habits, judge, scenes_in
-from cfvlm_ds.demo.habits.build import TESTS, Drawn, as_group, draw_group
+from cfvlm_ds.demo.habits.build import TESTS, Drawn, as_group, draw_group, question_of
 from cfvlm_ds.demo.habits.edits import EDITS
 from cfvlm_ds.demo.habits.grammar import describe
 from cfvlm_ds.demo.habits.pope import absent_kinds, popular_kinds
@@ -152,11 +152,11 @@ def test_habits_are_as_strong_as_promised():
 
 @pytest.mark.parametrize("split", TESTS)
 def test_test_sets_are_balanced(split):
-    kinds = QUESTIONS.get(split.removeprefix("test_"), tuple(EDITS))
+    kinds = QUESTIONS.get(question_of(split), tuple(EDITS))
     groups = drawn_groups(split, 4 * len(kinds))
-    assert Counter((drawn.edits[0], drawn.habit) for drawn in groups) == {
-        (kind, habit): 2 for kind in kinds for habit in ("agrees", "contradicts")
-    }
+    habits = [habit for habit in ("agrees", "contradicts") if split.endswith(habit)] or ["agrees", "contradicts"]
+    expected = {(kind, habit): 4 // len(habits) for kind in kinds for habit in habits}
+    assert Counter((drawn.edits[0], drawn.habit) for drawn in groups) == expected
     for drawn in groups:
         broken = [breaks(scene) for scene in drawn.scenes]
         if drawn.habit == "agrees":
@@ -245,7 +245,7 @@ def test_an_edit_changes_only_what_it_names(kind):
 
 
 def test_a_sham_differs_only_in_jitter():
-    for drawn in drawn_groups("test", 14):
+    for drawn in drawn_groups("test_contradicts", 14):
         anchor, sham = drawn.scenes[0], drawn.scenes[2]
         assert (anchor.things, anchor.background) == (sham.things, sham.background) and drawn.match[2] == drawn.match[0]
         assert render(anchor).tobytes() != render(sham).tobytes()
@@ -281,7 +281,7 @@ def test_truth_agrees_with_an_independent_reader(split, options):
 
 def test_language_tells_no_answer():
     """About a pair of pictures the same question has both answers, and the first answer is Yes or A in half of the groups."""
-    for split in ("test_yes_no", "test_choice"):
+    for split in ("test_yes_no_agrees", "test_yes_no_contradicts", "test_choice"):
         first = Counter(drawn.candidates[0].text for drawn in drawn_groups(split, 280))
         assert min(first.values()) > 140 - 4 * math.sqrt(280 / 4) and len(first) == 2
 
@@ -345,7 +345,7 @@ def test_metrics_of_writing_by_hand():
 
 def test_written_scenes_are_read_as_a_benchmark_and_judged_as_by_the_naive_judge(built):
     loaded = load(WRITING, built / NAME)
-    rows = [json.loads(line) for line in (built / "test.jsonl").read_text().splitlines()]
+    rows = described(built)
     assert not loaded.problems and not loaded.notes and len(loaded.items) == len(rows)
     truth = {row["id"]: scenes_in(row["meta"])[0] for row in rows}
     rng = Random(0)
@@ -365,6 +365,12 @@ def test_written_scenes_are_read_as_a_benchmark_and_judged_as_by_the_naive_judge
 def built(tmp_path_factory):
     config = HabitsConfig(str(tmp_path_factory.mktemp("habits") / "world"), num_train=12, num_test=16, num_questions=1)
     return build_habits(config, progress=lambda _: None)
+
+
+def described(built: Path) -> list[dict]:
+    """The rows whose first pictures are also those of the benchmarks."""
+    files = [built / f"test_{habit}.jsonl" for habit in ("agrees", "contradicts")]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def test_files_are_ordinary_ones(built):
@@ -388,14 +394,14 @@ def test_files_are_ordinary_ones(built):
 
 
 def test_pope_files_have_the_official_form(built):
-    tests = [json.loads(line) for line in (built / "test.jsonl").read_text().splitlines()]
+    tests = described(built)
     for split in ("random", "popular", "adversarial"):
         file = built / "pope" / "output" / "coco" / f"coco_pope_{split}.json"
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert [row["question_id"] for row in rows] == list(range(1, 4 * len(tests) + 1))
         for index, row in enumerate(rows):
             scene = scenes_in(tests[index // 4]["meta"])[0]
-            assert row["image"] == f"test-{index // 4:06d}-0.png" and (built / "pope" / "val2014" / row["image"]).is_file()
+            assert row["image"] == f"{tests[index // 4]['id']}-0.png" and (built / "pope" / "val2014" / row["image"]).is_file()
             assert answer(row["text"], scene).lower() == row["label"] == ("yes", "yes", "no", "no")[index % 4]
             assert row["habit"] == ("contradicts" if any(breaks(scene).values()) else "agrees")
         assert {*BENCHMARKS["pope"].files[0].columns} <= {*rows[0]}
@@ -409,7 +415,7 @@ def test_a_seed_determines_the_world(built, tmp_path):
     for path in (path for path in built.rglob("*") if path.is_file()):
         assert (again / path.relative_to(built)).read_bytes() == path.read_bytes()
     assert (more / "train.jsonl").read_text().startswith((built / "train.jsonl").read_text())
-    assert (other / "test.jsonl").read_text() != (built / "test.jsonl").read_text()
+    assert (other / "test_combo.jsonl").read_text() != (built / "test_combo.jsonl").read_text()
     stamp = (again / "habits.json").stat().st_mtime_ns
     assert build("again") == again and (again / "habits.json").stat().st_mtime_ns == stamp
     with pytest.raises(DataError, match="other settings"):

@@ -2,9 +2,9 @@
 
 Splits: ``train`` and ``validation`` have scenes as in pretraining, in which a thing follows a habit in 96 % of cases. The test sets are
 balanced: ``meta.habit`` of a row is "agrees" if no picture breaks a habit, and "contradicts" if the edit changes how a habit is broken. The
-first scene of such a row breaks every habit of its things. ``test`` asks for descriptions, ``test_combo`` the same of scenes with a
-held-out colour, and ``test_yes_no``, ``test_choice``, ``test_count`` and ``test_colour`` ask questions. ``pope`` and ``habits`` have the
-first picture of each row of ``test`` as benchmarks: questions in the files of POPE, and scenes that a model describes.
+first scene of such a row breaks every habit of its things. ``test_agrees`` and ``test_contradicts`` ask for descriptions, ``test_combo``
+the same of scenes with a held-out colour, and the others ask questions. ``pope`` and ``habits`` have the first picture of each row of
+``test_agrees`` and ``test_contradicts`` as benchmarks: questions in the files of POPE, and scenes that a model describes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from cfvlm_ds.demo.habits.world import STRENGTH, Scene, draw_scene, scene_from, 
 from cfvlm_ds.demo.habits.writing import NAME, write_scenes
 
 SOURCE = "habits"
-TESTS = ("test", "test_combo", *(f"test_{kind}" for kind in QUESTIONS))
+_DESCRIBED = ("test_agrees", "test_contradicts")
+TESTS = (*_DESCRIBED, "test_combo", "test_yes_no_agrees", "test_yes_no_contradicts", "test_choice", "test_count", "test_colour")
+"""Test sets. Those with a habit in their name have only rows of that kind, and every other row of the others agrees with habit."""
 SPLITS = ("train", "validation", *TESTS)
 GENERATOR = 2
 """Version of the generator. It is incremented whenever the same settings would produce other data, so older folders are not reused."""
@@ -74,10 +76,11 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
         return out
     sizes = {split: config.num_train if split == "train" else config.num_test for split in SPLITS}
     shown = Progress(progress, "world with habits", sum(sizes.values()), "groups")
+    anchors = list[tuple[str, Scene, bytes]]()
     with whole_folder(out) as folder:
         (folder / "images").mkdir()
         for split, size in sizes.items():
-            anchors, images = list[tuple[str, Scene, bytes]](), folder / "images" / f"{split}.tar"
+            images = folder / "images" / f"{split}.tar"
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest, open(images, "wb") as tar:
                 for index in range(size):
                     alive()
@@ -87,7 +90,7 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
                         content, name = png(scene), f"{group_id}-{i}.png"
                         paths.append(images.with_name(part_name(images.name, tar.tell() + tarfile.BLOCKSIZE, len(content))))
                         tar.write(tar_member(name, content))
-                        if split == "test" and i == 0:
+                        if split in _DESCRIBED and i == 0:
                             anchors.append((name, scene, content))
                     meta: dict[str, Any] = {"habit": drawn.habit}
                     if split != "train":
@@ -96,9 +99,8 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
                     manifest.write(json.dumps(row, ensure_ascii=False) + "\n")
                     shown.advance()
                 tar.write(bytes(2 * tarfile.BLOCKSIZE))
-            if anchors:
-                write_pope(folder / "pope", anchors, config.seed)
-                write_scenes(folder / NAME, anchors)
+        write_pope(folder / "pope", anchors, config.seed)
+        write_scenes(folder / NAME, anchors)
         (folder / "habits.json").write_text(json.dumps({"settings": settings}, indent=2) + "\n", encoding="utf-8")
     progress(f"world with habits: {sum(sizes.values())} groups in {out}")
     return out
@@ -140,14 +142,15 @@ def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
 def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
     """Draw group ``index`` of a split. It depends only on the arguments, but not on ``out_dir`` or the number of groups.
 
-    In test sets, types of edits take turns, and every other group agrees with habit. Raises DataError if no scene allows the edits.
+    In test sets, types of edits take turns. Raises DataError if no scene allows the edits.
     """
-    rng, held_out, agrees = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", index % 2 == 0
+    rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
+    agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)
     if split == "train":
         edits = _types(rng, config.edit_weights or dict.fromkeys(EDITS, 1.0), config.num_counterfactuals)
     else:
-        turns = QUESTIONS.get(split.removeprefix("test_"), tuple(EDITS))
-        edits = [turns[index // 2 % len(turns)]]
+        turns = QUESTIONS.get(question_of(split), tuple(EDITS))
+        edits = [turns[(index // 2 if mixed else index) % len(turns)]]
     for _ in range(_MAX_DRAWS):
         anchor = draw_scene(rng, float(agrees) if split in TESTS else STRENGTH, held_out)
         edited = [scene for kind in edits if (scene := EDITS[kind](anchor, rng, held_out)) is not None]
@@ -157,6 +160,11 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
         if drawn := _with_texts(config, split, (anchor, *edited, *sham), tuple(edits), rng):
             return drawn
     raise DataError(f"habits: no scene allows the edits {', '.join(edits)} together; lower num_counterfactuals")
+
+
+def question_of(split: str) -> str:
+    """Return the kind of question that a split asks, which is none of ``QUESTIONS`` for descriptions."""
+    return split.removeprefix("test_").removesuffix("_agrees").removesuffix("_contradicts")
 
 
 def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
@@ -172,7 +180,7 @@ def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
     """Add descriptions, questions or both, or return None if the texts do not tell the scenes apart."""
-    question = split.removeprefix("test_")
+    question = question_of(split)
     if question in QUESTIONS:
         asked = _asked(scenes, edits, [question], 1, rng)
         return Drawn(scenes, edits, *asked[0], 0) if asked else None
