@@ -14,13 +14,15 @@ from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Values, tied
 from cfvlm_ds.evaluation.generation import writing_digest
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
+from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
 from cfvlm_ds.evaluation.suite.results import Result, result_folder, result_of, write_result
 from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, refuse_problems
@@ -29,6 +31,8 @@ from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_trai
 
 FOLDER = "benchmarks"
 """Folder of benchmark results in a run's folder, in the form that `cfvlm-ds compare` reads."""
+BEFORE = "baseline/benchmarks"
+"""The same for the results before the first step, if train.eval_on_start is true."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +117,24 @@ def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
 
 
 def write_benchmarks(
-    config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes, world: World, model: Any, exported: bool
+    folder: Path,
+    config: RunConfig,
+    benchmarks: Mapping[str, RunBenchmark],
+    outcomes: Outcomes,
+    world: World,
+    model: Any,
+    *,
+    exported: bool = False,
+    draws: int | None = None,
 ) -> list[Result]:
-    """Write the results of every benchmark into the run's folder on rank 0, and return them; other ranks return an empty list.
+    """Write the results of every benchmark below a folder on rank 0, and return them; other ranks return an empty list.
 
-    Collective, since the ranks share the bootstrap. The results identify the weights if ``model`` is
+    Collective, since the ranks share the bootstrap, which has ``draws`` draws. The results identify the weights if ``model`` is
     ``exported`` and therefore on disk.
     """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, items in outcomes.items():
-        drawn[name] = drawn_together(world, items, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", barrier)
+        drawn[name] = drawn_together(world, items, benchmarks[name].chosen.benchmark.metrics, draws, f"evaluating {name}", barrier)
     written = []
     identity = _identity(config, world, barrier.alive) if exported and outcomes and world.is_main else {}
     identity |= {"writing": writing_digest(model)} if identity else {}
@@ -131,9 +143,21 @@ def write_benchmarks(
         settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
         header = benchmark.chosen.header(identity, benchmark.identity, settings)
         result = result_of(name, benchmark.chosen, str(run_dir), header, items, drawn[name], benchmark.example, benchmark.notes)
-        write_result(result_folder(run_dir / FOLDER / result.place), result)
+        write_result(result_folder(folder / result.place), result)
         written.append(result)
     return written
+
+
+def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark], say: Say) -> str:
+    """Return a section for results.md with the benchmarks before and after training, "" if they were not evaluated before."""
+    if not benchmarks or not (run_dir / BEFORE).is_dir():
+        return ""
+    try:
+        compared = compare_results(run_dir / BEFORE, run_dir / FOLDER, say=say)
+    except (ConfigError, DataError) as error:
+        say(f"warning: the benchmarks before and after training are not compared ({error})")
+        return ""
+    return f"## Benchmarks before and after training\n\n{comparison_table(compared, 'before', 'after')}"
 
 
 def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> dict[str, str]:

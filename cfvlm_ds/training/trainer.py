@@ -35,7 +35,7 @@ from cfvlm_ds.evaluation.suite.tables import overview, summary
 from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.baseline import Baseline
-from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
+from cfvlm_ds.training.benchmarks import BEFORE, FOLDER, benchmark_metrics, changes_of_benchmarks, headline_of, write_benchmarks
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
 from cfvlm_ds.training.evaluator import Evaluator
 from cfvlm_ds.training.idle import Idle
@@ -133,7 +133,9 @@ class Trainer:
         if state.step == 0:
             self.pulse.mark("evaluation", 0)
             before = self.baseline.measure(self.evaluator)
-            outcomes = self.evaluator.ask() if self.data.benchmarks and train.eval_on_start is True else {}
+            benchmarks = self.data.benchmarks
+            outcomes = self.evaluator.ask() if benchmarks and train.eval_on_start is True else {}
+            write_benchmarks(self._run_dir / BEFORE, self.config, benchmarks, outcomes, world, self.engine.module.model, draws=0)
             self._log_evaluation(tracker, before, outcomes, "before the first step, ")
             self.samples.write(0)
         else:
@@ -301,16 +303,16 @@ class Trainer:
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
         tracker.log(step, metrics | self.sample.metrics(results))
-        benchmark_results = write_benchmarks(
-            config, benchmarks, outcomes, self.world, self.engine.module.model, config.train.export and failed is None
-        )
+        model, exported = self.engine.module.model, config.train.export and failed is None
+        benchmark_results = write_benchmarks(self._run_dir / FOLDER, config, benchmarks, outcomes, self.world, model, exported=exported)
         self.samples.write(step)
         if self.world.is_main:
             samples, sample_files = self.samples.report()
+            of_benchmarks = changes_of_benchmarks(self._run_dir, benchmarks, say)
+            sections = "\n\n".join(filter(None, [of_benchmarks, samples]))
             changes = self.baseline.compare(results)
-            written = write_results(
-                config, step, self.data.splits, results, scores, self.data.identities, changes, say, benchmark_results, samples
-            )
+            identities = self.data.identities
+            written = write_results(config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections)
             figures = draw_figures(self._run_dir, self.data.splits, scores, config.data.max_pixels, say) if config.train.figures else []
             write_results_page(self._run_dir, figures, say)
             written += figures
@@ -326,7 +328,9 @@ class Trainer:
                 tracker.artifact(self._run_dir / FOLDER / result.place / RESULTS, f"{FOLDER}/{result.place}")
             if results:
                 print_line(f"{first}\n\nall results: {self._run_dir / PAGE}")  # even with --quiet
-            if benchmark_results:
+            if of_benchmarks:
+                print_line(f"\n{of_benchmarks}")
+            elif benchmark_results:
                 print_line("\n".join([*([""] if results else []), overview(benchmark_results), "", *map(summary, benchmark_results)]))
         if failed is not None:
             raise failed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import caption, contents, draw, metrics, printed, run_ranks, run_train, train_arguments
+from conftest import caption, contents, draw, metrics, printed, read_rows, run_ranks, run_train, train_arguments
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import HabitsConfig, ModelConfig
@@ -146,10 +146,15 @@ def test_a_partitioned_training_writes_what_evaluate_writes(model_dir, manifests
     more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_on_start=true", "--train.export=true"]
     run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said")
     assert sum("eval/wrote/hallucinated" in row and "eval/wrote/covered" in row for row in metrics(run_dir)) == 2
-    arguments = ["--benchmarks", "habits", "--benchmark_root", world, "--probes", probe, "--out", tmp_path / "alone"]
-    printed(capsys, "evaluate", run_dir, *arguments)
+    arguments = ["--benchmarks", "habits", "--benchmark_root", world, "--probes", probe]
+    printed(capsys, "evaluate", run_dir, *arguments, "--out", tmp_path / "alone")
+    printed(capsys, "evaluate", model_dir, *arguments, "--out", tmp_path / "before")
+    (before,) = (run_dir / "baseline").rglob("items.jsonl")
+    (base,) = (tmp_path / "before").rglob("items.jsonl")
+    assert [row["said"] for row in read_rows(before)] == [row["said"] for row in read_rows(base)]
+    assert "| wrote | write.7 | hallucinated |" in (run_dir / "results.md").read_text()
     (of_run,), (alone,) = (list(folder.rglob("items.jsonl")) for folder in (run_dir / "benchmarks", tmp_path / "alone"))
-    assert alone.read_bytes() == of_run.read_bytes() and len(alone.read_text().splitlines()) == 5
+    assert alone.read_bytes() == of_run.read_bytes() and len(read_rows(alone)) == 10
     found = [json.loads((path.parent / "results.json").read_text()) for path in (of_run, alone)]
     assert found[0]["model"] == found[1]["model"] and found[0]["metrics"] == found[1]["metrics"]
     assert "| habits | write.7 | hallucinated |" in printed(capsys, "compare", tmp_path / "alone", tmp_path / "alone")
