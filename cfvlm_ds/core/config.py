@@ -280,6 +280,7 @@ class HabitsConfig:
         num_counterfactuals: counterfactual pairs per training group; 0 for single pictures, as a base is pretrained on.
         num_questions: largest number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
+        strength: probability in training that a thing follows one of its habits.
         edit_weights: relative frequency of each edit type in training; all are equally frequent when not given.
     """
 
@@ -289,6 +290,7 @@ class HabitsConfig:
     num_counterfactuals: int = 1
     num_questions: int = 0
     seed: int = 0
+    strength: float = 0.96
     edit_weights: dict[str, float] | None = None
 
 

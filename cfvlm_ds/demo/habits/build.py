@@ -1,6 +1,6 @@
 """World with habits as an ordinary folder of ``cfgroup/1`` manifests, with the pictures of a split in an uncompressed tar.
 
-Splits: ``train`` and ``validation`` have scenes as in pretraining, in which a thing follows a habit in 96 % of cases. The test sets are
+Splits: ``train`` and ``validation`` have scenes as in pretraining, in which a thing follows a habit in 96 % of cases (``strength``). The test sets are
 balanced: ``meta.habit`` of a row is "agrees" if no picture breaks a habit, and "contradicts" if the edit changes how a habit is broken. The
 first scene of such a row breaks every habit of its things. ``test_agrees`` and ``test_contradicts`` ask for descriptions, ``test_combo``
 the same of scenes with a held-out colour, and the others ask questions. ``pope`` and ``habits`` have the first picture of each row of
@@ -32,7 +32,7 @@ from cfvlm_ds.demo.habits.grammar import describe, difference, judge, key, true_
 from cfvlm_ds.demo.habits.pope import write_pope
 from cfvlm_ds.demo.habits.questions import DESCRIBE, QUESTIONS, Asked, asking
 from cfvlm_ds.demo.habits.render import render
-from cfvlm_ds.demo.habits.world import STRENGTH, Scene, draw_scene, scene_from, spelled
+from cfvlm_ds.demo.habits.world import Scene, draw_scene, scene_from, spelled
 from cfvlm_ds.demo.habits.writing import NAME, write_scenes
 
 SOURCE = "habits"
@@ -121,6 +121,8 @@ def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
 def _check(config: HabitsConfig) -> None:
     if config.num_train < 1 or config.num_test < 1 or config.num_counterfactuals < 0 or config.num_questions < 0:
         raise DataError("habits: num_train and num_test must be at least 1, and num_counterfactuals and num_questions at least 0")
+    if not 0 <= config.strength <= 1:
+        raise DataError(f"habits: strength must be between 0 and 1, not {config.strength}")
     weights = config.edit_weights
     if weights is not None and (set(weights) - set(EDITS) or any(w < 0 for w in weights.values()) or not sum(weights.values())):
         raise DataError(f"habits: edit_weights must be non-negative and not all 0; the types are {', '.join(EDITS)}")
@@ -152,7 +154,7 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
         turns = QUESTIONS.get(question_of(split), tuple(EDITS))
         edits = [turns[(index // 2 if mixed else index) % len(turns)]]
     for _ in range(_MAX_DRAWS):
-        anchor = draw_scene(rng, float(agrees) if split in TESTS else STRENGTH, held_out)
+        anchor = draw_scene(rng, float(agrees) if split in TESTS else config.strength, held_out)
         edited = [scene for kind in edits if (scene := EDITS[kind](anchor, rng, held_out)) is not None]
         if len(edited) < len(edits) or (split in TESTS and not _is_balanced(anchor, edited[0], agrees)):
             continue
