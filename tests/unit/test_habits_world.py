@@ -426,7 +426,9 @@ def test_a_seed_determines_the_world(built, tmp_path):
         build("mine")
 
 
-@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_questions": -1}, {"edit_weights": {"color": 1.0}}, {"num_counterfactuals": 9}, {"strength": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_train": 0}, {"num_questions": -1}, {"strength": 1.5}, {"edit_weights": {"color": 1.0}}, {"num_counterfactuals": 9}]
+)
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         build_habits(HabitsConfig("unused", **wrong))

@@ -1,6 +1,6 @@
 """World with habits as an ordinary folder of ``cfgroup/1`` manifests, with the pictures of a split in an uncompressed tar.
 
-Splits: ``train`` and ``validation`` have scenes as in pretraining, in which a thing follows a habit in 96 % of cases (``strength``). The test sets are
+Splits: in ``train`` and ``validation`` a thing follows a habit with the probability ``strength``, 0.96 as in pretraining. The test sets are
 balanced: ``meta.habit`` of a row is "agrees" if no picture breaks a habit, and "contradicts" if the edit changes how a habit is broken. The
 first scene of such a row breaks every habit of its things. ``test_agrees`` and ``test_contradicts`` ask for descriptions, ``test_combo``
 the same of scenes with a held-out colour, and the others ask questions. ``pope`` and ``habits`` have the first picture of each row of
