@@ -327,7 +327,7 @@ def test_bash_completes_commands_options_words_and_files(tmp_path, capsys, monke
         return set(subprocess.check_output(["bash", "-c", ask, "bash", "cfvlm-ds", *words], cwd=script.parent, text=True).split())
 
     assert {"train", "data", "export", "init", "completion"} <= completed("")
-    assert completed("data", "") >= {"build", "check"} and completed("exp") == {"export"}
+    assert completed("data", "") >= {"check", "convert"} and completed("exp") == {"export"}
     assert completed("train", "--model.language_model.t") == {"--model.language_model.tuning"}
     assert completed("train", "--model.language_model.tuning", "") == {"full", "lora", "frozen"}
     assert completed("train", "--train.export", "") == {"true", "false"}
