@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -22,7 +23,7 @@ from cfvlm_ds.core.groups import SHAM
 from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.demo.habits import build_habits, judge, scenes_in
-from cfvlm_ds.demo.habits.build import TESTS, Drawn, as_group, draw_group
+from cfvlm_ds.demo.habits.build import SPLITS, TESTS, Drawn, as_group, draw_group
 from cfvlm_ds.demo.habits.edits import EDITS
 from cfvlm_ds.demo.habits.grammar import describe
 from cfvlm_ds.demo.habits.pope import absent_kinds, popular_kinds
@@ -30,7 +31,7 @@ from cfvlm_ds.demo.habits.questions import QUESTIONS, all_texts
 from cfvlm_ds.demo.habits.render import CELL, render
 from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, HABITS, HELD_OUT, STRENGTH, Scene, Thing, draw_scene
 from cfvlm_ds.demo.habits.writing import Written, writing, writing_intervals
-from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
+from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, load
 
 # An independent reader, written from the table of phrasings: regular expressions only, nothing from the grammar's code.
 _SINGULAR = ["tree", "mushroom", "cup", "plate", "moon", "star", "cactus", "sun", "boat", "fish", "basket", "pear", "shoe", "ball"]
@@ -380,6 +381,7 @@ def test_pope_files_have_the_official_form(built):
             assert answer(row["text"], scene).lower() == row["label"] == ("yes", "yes", "no", "no")[index % 4]
             assert row["habit"] == ("contradicts" if any(breaks(scene).values()) else "agrees")
         assert {*BENCHMARKS["pope"].files[0].columns} <= {*rows[0]}
+    assert len(load(BENCHMARKS["pope"], built / "pope").items) == 3 * 4 * len(tests)
 
 
 def test_a_seed_determines_the_world(built, tmp_path):
@@ -399,6 +401,19 @@ def test_a_seed_determines_the_world(built, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match="not made by"):
         build("mine")
+
+
+def test_content_is_pinned():
+    """The same on every platform and Python version. If this changes on purpose, raise build.GENERATOR."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for drawn in drawn_groups(split, 8, num_counterfactuals=3, num_questions=2):
+            group = as_group(drawn, "g", [Path(f"{i}.png") for i in range(len(drawn.scenes))])
+            texts = [[vars(candidate) for candidate in group.candidates], group.keys, group.exclude]
+            digest.update(json.dumps([*texts, group.match, [vars(edit) for edit in group.edits]]).encode())
+            for scene in drawn.scenes:
+                digest.update(render(scene).tobytes())
+    assert digest.hexdigest() == ""
 
 
 @pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_questions": -1}, {"edit_weights": {"color": 1.0}}, {"num_counterfactuals": 9}])
