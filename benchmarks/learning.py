@@ -10,7 +10,7 @@ without each term, with negatives of one kind, with adapters, and with in-batch 
     python benchmarks/learning.py --arms default nll-all --groups 250 1000 4000 0              # fewer groups
     python benchmarks/learning.py --arms default nll-all --steps 8300 --groups 100000 --seeds 1  # so many groups that none is seen twice
     python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # groups with wrong labels
-    python benchmarks/learning.py --arms default nll-all calibrated-long --more 14 --num_test 1800   # captions with about 60 more tokens
+    python benchmarks/learning.py --arms default nll-all calibrated-long --more 14 --num_test 1400   # captions with 14 more sentences
     python benchmarks/learning.py --grid                        # the options of `calibrate` and settings that a user would try
     python benchmarks/learning.py --report                      # the tables and figures of all finished runs
 
@@ -58,7 +58,7 @@ SHOWN = {"nll": (CONTROL_ARM, "1e-3"), "default": ("default", "3e-4")}
 """Arms of the figure and of the demo's table: the default at the recipe's rate, NLL at its best rate."""
 TIMED = (SHOWN["nll"], ("mdpo", "3e-4"), SHOWN["default"])
 """Arms of the figure over time."""
-TESTS = 9000
+TESTS = 7000
 """Least number of groups in each split of a world; --num_test uses fewer of them."""
 CHOICE_COMMAND = "benchmarks/learning.py --choose_rates --seeds 0"
 GRID_COMMAND = "benchmarks/learning.py --grid"
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--more", nargs="+", type=int, default=[0], help="true statements added to every caption (default 0)")
     parser.add_argument("--num_test", type=int, default=TESTS, help=f"groups of held-out combinations (default {TESTS}: 1000 per edit)")
     parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
-    parser.add_argument("--num_validation", type=int, default=1800, help="groups for the choice of a rate (default 1800: 200 per edit)")
+    parser.add_argument("--num_validation", type=int, default=1400, help="groups for the choice of a rate (default 1400: 200 per edit)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default runs/learning)")
     parser.add_argument("--report", action="store_true", help="only write the tables and the figures")
@@ -157,7 +157,7 @@ def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
     for world, job in {job.world(arguments.out): job for job in (plain[0], *jobs)}.items():
         first = next(each for each in plain if KNOWN[each.arm].counterfactuals == KNOWN[job.arm].counterfactuals)
         larger = job.groups if job.groups > WORLD else 0
-        train(arguments, arguments.out / world.name.replace("scenes", "build"), replace(first, groups=larger), 1)
+        train(arguments, arguments.out / world.name.replace("world", "build"), replace(first, groups=larger), 1)
     for job in {(job.rows(arguments.out), KNOWN[job.arm].scores): job for job in (*jobs, *timed)}.values():
         if not (rows := job.rows(arguments.out)).exists():
             lines = (json.loads(line) for line in (job.world(arguments.out) / "train.jsonl").read_text().splitlines())
@@ -279,8 +279,8 @@ def train(
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
     arm, rows = KNOWN[job.arm], job.rows(arguments.out)
-    command += [f"--build.scenes.out_dir={job.world(arguments.out)}", f"--build.scenes.num_counterfactuals={arm.counterfactuals}"]
-    command += [f"--build.scenes.num_test={max(arguments.num_test, TESTS)}", f"--build.scenes.num_train={max(job.groups, WORLD)}"]
+    command += [f"--build.habits.out_dir={job.world(arguments.out)}", f"--build.habits.num_counterfactuals={arm.counterfactuals}"]
+    command += [f"--build.habits.num_test={max(arguments.num_test, TESTS)}", f"--build.habits.num_train={max(job.groups, WORLD)}"]
     command += [f"--data.train={rows}"]
     splits = {name: {"path": str(job.tests(arguments.out, name)), "limit": limit} for name, limit in (limits or {}).items()}
     command += [f"--data.scores={scores_of(rows)}"] * arm.scores

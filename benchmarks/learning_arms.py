@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.demo.scenes.world import COLOURS, SHAPES
+from cfvlm_ds.demo.habits.world import COLOURS, KINDS
 
 RECORDS = Path(__file__).resolve().parent / "learning"
 RATES = ("1e-4", "3e-4", "6e-4", "1e-3")
@@ -83,7 +83,7 @@ GRID: dict[str, Arm] = {
         for value in values
     },
 }
-"""The options that `cfvlm-ds calibrate runs/learning/base runs/learning/scenes/train.jsonl --limit 1000` recommends, and settings that a
+"""The options that `cfvlm-ds calibrate runs/learning/base runs/learning/world/train.jsonl --limit 1000` recommends, and settings that a
 user would try without it, one changed at a time."""
 SHARP = {
     f"sharp-{csd}-{fcd}": Arm(
@@ -130,10 +130,10 @@ class Job:
         return "-".join(part for part in parts if part)
 
     def world(self, out: Path) -> Path:
-        """Return the folder of the training scenes."""
+        """Return the folder of the world with the training groups."""
         parts = [f"{KNOWN[self.arm].counterfactuals}" if KNOWN[self.arm].counterfactuals > 1 else ""]
         parts += [f"of-{self.groups}" if self.groups > WORLD else ""]
-        return out / "-".join(["scenes", *(part for part in parts if part)])
+        return out / "-".join(["world", *(part for part in parts if part)])
 
     def rows(self, out: Path) -> Path:
         """Return the training manifest."""
@@ -145,7 +145,7 @@ class Job:
     def tests(self, out: Path, split: str) -> Path:
         """Return the manifest of an evaluation split; only captions become longer."""
         name = split if split == VALIDATION else f"test_{split}"
-        return out / "scenes" / f"{name}{f'_more{self.more}' if self.more and split in CAPTIONS else ''}.jsonl"
+        return out / "world" / f"{name}{f'_more{self.more}' if self.more and split in CAPTIONS else ''}.jsonl"
 
 
 def rows_of(job: Job, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -162,32 +162,34 @@ def rows_of(job: Job, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
 def lengthened(row: dict[str, Any], more: int) -> dict[str, Any]:
     """Return a row whose captions also say of ``more`` things that they are absent, before and after the original text.
 
-    The statements are the same in all texts and true of all pictures. A row with a question is returned unchanged.
+    The statements are the same in all captions and true of all pictures. Answers to questions are unchanged.
     """
-    if not more or not all("key" in text for text in row["texts"]):
-        return row
-    said = " ".join(text["text"] for text in row["texts"])
-    absent = [f"no {colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in said]
+    captions = [text for text in row["texts"] if "key" in text]
+    said = " ".join(text["text"] for text in captions)
+    absent = [f"There is no {colour} {kind}." for colour in COLOURS for kind in KINDS if kind not in said]
     draw = random.Random(f"more {row['id']}")
     chosen, place = draw.sample(absent, more), draw.randint(0, more)
-    texts = [text | {"text": " and ".join([*chosen[:place], text["text"], *chosen[place:]])} for text in row["texts"]]
-    return row | {"texts": texts}
+    longer = [text | {"text": " ".join([*chosen[:place], text["text"], *chosen[place:]])} for text in captions]
+    return row | {"texts": [*longer, *row["texts"][len(captions) :]]}
 
 
 def exchanged(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row with its two texts exchanged, so that all cells of its truth table are wrong."""
-    first, second = row["texts"]
-    return row | {"texts": [second | {"id": first["id"]}, first | {"id": second["id"]}]}
+    """Return a row with its captions, and the two answers to each question, exchanged, so that all cells of its truth table are wrong."""
+    return row | {"texts": [row["texts"][k ^ 1] | {"id": text["id"]} for k, text in enumerate(row["texts"])]}
 
 
 def with_negatives(row: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return a row with only its false ``texts``, on the factual image, or only its edited ``images``, with the factual text."""
-    kept = {"images": row["images"], "texts": row["texts"]}
-    other = "images" if kind == "texts" else "texts"
-    kept[other] = kept[other][:1]
+    """Return a row with only its false ``texts``, on the factual image, or only its edited ``images``, with the texts that are true of the
+    factual one.
+    """
+    first = row["images"][0]
+    true = {text for image, text, value in row["match"] if image == first["id"] and value}
+    kept = {"images": row["images"], "texts": [text for text in row["texts"] if text["id"] in true]}
+    if kind == "texts":
+        kept = {"images": [first], "texts": row["texts"]}
     names = {part["id"] for each in kept.values() for part in each}
     edits = [
-        {key: value for key, value in edit.items() if key != other[:-1]}
+        {key: value for key, value in edit.items() if key != ("image" if kind == "texts" else "text")}
         for edit in row["edits"]
         if kind == "images" or edit["type"] != "sham"
     ]

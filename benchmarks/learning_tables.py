@@ -175,7 +175,7 @@ def over_time(path: Path, lines: dict[str, dict[int, dict[str, Any]]], base: Bas
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    edits = ("all", "relation", "shape")
+    edits = ("all", "relation", "colour_swap")
     canvas, axes = pyplot.subplots(1, len(edits), figsize=(10, 3.2), layout="constrained")
     colours = ("#7f8790", "#d08c3f", "#1f6f8b")
     for one, edit in zip(axes, edits, strict=True):

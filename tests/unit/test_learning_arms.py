@@ -14,10 +14,12 @@ import learning_tables as shown
 import pytest
 from conftest import write_manifest
 
+from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.demo import report as demo_report
+from cfvlm_ds.demo.habits import build_habits
 from cfvlm_ds.objectives import OBJECTIVES
 
 TERMS = {
@@ -55,10 +57,25 @@ def test_rows_with_negatives_of_one_kind(tmp_path):
         assert [edit.type for edit in texts.edits] == [edit.type for edit in whole.edits if edit.type != "sham"]
 
 
+def test_rows_of_the_world_keep_the_truth_of_questions(tmp_path):
+    """Exchanged, every cell is wrong; with edited images only, the factual caption stays and the right answer to each question."""
+    world = build_habits(HabitsConfig(str(tmp_path / "world"), num_train=8, num_test=1, num_questions=2), lambda line: None)
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    assert sum(len(row["texts"]) > 2 for row in rows) > 4
+    for row in rows:
+        whole, wrong, images = (from_row(each, world) for each in (row, arms.exchanged(row), arms.with_negatives(row, "images")))
+        truth = [{(each.prompt, each.text): value for each, value in zip(group.candidates, group.match[i], strict=True)}
+                 for group in (whole, wrong) for i in (0, 1)]  # fmt: skip
+        assert all(truth[i + 2] == {text: 1 - value for text, value in truth[i].items()} for i in (0, 1))
+        right = [each for each, value in zip(whole.candidates, whole.match[0], strict=True) if value]
+        assert [*images.candidates] == right and len(right) == len(whole.candidates) / 2
+        assert images.match == ((1,) * len(right), (0,) * len(right))
+
+
 def test_rows_of_fewer_groups_of_wrong_ones_and_of_longer_captions(tmp_path):
     """Of 400 groups the first hundred; a tenth and a third whose pictures have each other's captions, the tenth among the third; and
     captions with the same true statements at one place of both texts, about things that neither names."""
-    first, second = "two red circles above a blue star", "two red circles below a blue star"
+    first, second = "There are two red cups. This is a lake scene.", "There are two red cups. This is a night scene."
     texts = [{"id": "t0", "text": first, "key": "k0"}, {"id": "t1", "text": second, "key": "k1"}]
     world = [{"id": f"g{k}", "texts": texts, "match": [["i0", "t0", 1], ["i0", "t1", 0]]} for k in range(400)]
     settings: list[dict[str, int]] = [{"groups": 100}, {}, {"noise": 10}, {"noise": 30}, {"more": 14}]
@@ -71,12 +88,12 @@ def test_rows_of_fewer_groups_of_wrong_ones_and_of_longer_captions(tmp_path):
     assert all(row["match"] == world[0]["match"] and [text["id"] for text in row["texts"]] == ["t0", "t1"] for row in more)
     places = set()
     for row in longer:
-        said, other = (text["text"].split(" and ") for text in row["texts"])
-        place = said.index(first)
-        absent = [part.removeprefix("no ") for part in said[:place] + said[place + 1 :]]
-        assert len(set(absent)) == 14 and not {"red circle", "blue star"} & set(absent)
-        assert other == [*said[:place], second, *said[place + 1 :]]
-        places.add(place)
+        said, other = (text["text"] for text in row["texts"])
+        before, _, after = said.partition(first)
+        absent = re.findall(r"There is no (\w+ \w+)\.", before + after)
+        assert len(set(absent)) == 14 and not any("cup" in each for each in absent)
+        assert other == before + second + after
+        places.add(before.count("."))
     assert len(places) > 10
     assert len({job.name for job in jobs}) == len({job.rows(tmp_path) for job in jobs}) == 5, "no run is taken for another"
     assert {job.tests(tmp_path, "combo").name for job in jobs} == {"test_combo.jsonl", "test_combo_more14.jsonl"}
