@@ -81,7 +81,7 @@ def _evaluate(
     """Measure accuracies by edit type, with rows for chance and for the language prior; or accuracies on public benchmarks:
     cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
 
-    Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl
+    Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/world/test_combo.jsonl
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.

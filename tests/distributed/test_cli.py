@@ -58,7 +58,7 @@ from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.objectives import OBJECTIVES
 
-_DATA = "build check view stats formats convert download prepare propose edit verify select audit run status"
+_DATA = "check view stats formats convert download prepare propose edit verify select audit run status"
 _OTHERS = "tiny score calibrate describe evaluate compare track export init completion"
 COMMANDS = [
     *(["data", name] for name in _DATA.split(" ")),
@@ -81,7 +81,7 @@ def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path, monkeypatch):
 
 def test_files_that_cannot_be_read_or_written_are_one_sentence(bad, tmp_path, capsys):
     (tmp_path / "file").touch()
-    said = refused(capsys, "data", "build", tmp_path / "file" / "scenes", "--num_train", "1", "--num_test", "1")
+    said = refused(capsys, "tiny", "llava", tmp_path / "file" / "model")
     assert f"{tmp_path / 'file'}" in said and "Not a directory; free some space, or correct the path or its permissions" in said
     for name in ("x" * 300, "/" + "y" * 5000):
         assert "; " in refused(capsys, "data", "check", name)
@@ -249,7 +249,7 @@ def test_a_model_or_data_of_ones_own_is_no_quickstart(options):
     [
         ([], {}),
         (["--train.output_dir=X", "--deepspeed", "ds_configs/z2.json"], {"output_dir": "X"}),
-        (["--train.max_steps=9", "--build.scenes.num_train=60"], {"max_steps": 9}),
+        (["--train.max_steps=9", "--build.habits.num_train=60"], {"max_steps": 9}),
         (["--train.num_train_epochs", "2"], {"num_train_epochs": 2.0, "max_steps": -1}),
         (["--train.num_train_epochs=2", "--train.max_steps=9"], {"num_train_epochs": 2.0, "max_steps": 9}),
         (["--objective.csd.weight=0", "--model.projector.tuning=frozen"], {}),
@@ -258,7 +258,7 @@ def test_a_model_or_data_of_ones_own_is_no_quickstart(options):
 def test_other_options_change_the_quickstart(options, changed):
     quickstart = parse_config(["--config", "examples/quickstart.yaml"], OBJECTIVES)
     found = parse_config(with_quickstart(options), OBJECTIVES)
-    assert found.build.scenes is not None and found.data == quickstart.data
+    assert found.build.habits is not None and found.data == quickstart.data
     assert found.train == dataclasses.replace(quickstart.train, **changed)
 
 
@@ -565,12 +565,3 @@ def test_export_of_a_damaged_checkpoint_leaves_nothing(runs, tmp_path, capsys):
         shard.write_bytes(content)
         said = refused(capsys, "export", tmp_path / "checkpoint-2")
         assert shard.name in said and defect in said and not (tmp_path / "export").exists()
-
-
-def test_build_then_check(tmp_path, capsys):
-    main(["data", "build", str(tmp_path / "scenes"), "--num_train", "5", "--num_test", "2", "--seed", "3"])
-    manifest = tmp_path / "scenes" / "train.jsonl"
-    assert len(manifest.read_text().splitlines()) == 5
-    for path in sorted((tmp_path / "scenes").glob("*.jsonl")):
-        assert "problems         none" in printed(capsys, "data", "check", path)
-    assert "scenes" in refused(capsys, "data", "build", tmp_path / "scenes", "--num_train", "6")

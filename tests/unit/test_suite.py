@@ -28,17 +28,15 @@ from test_benchmarks import put
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cli import evaluating as tracked
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.core.config import ModelConfig, ScenesConfig
+from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError
-from cfvlm_ds.data import read_manifest
 from cfvlm_ds.demo.family_checkpoints import write_small
-from cfvlm_ds.demo.scenes import build_benchmarks, build_scenes
-from cfvlm_ds.demo.scenes.benchmarks import SUBSETS
-from cfvlm_ds.evaluation import accuracies, generation, score_groups
+from cfvlm_ds.evaluation import generation
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Item, Judged, Outcome, load
 from cfvlm_ds.evaluation.benchmarks.base import spread
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
+from cfvlm_ds.evaluation.benchmarks.sugarcrepe import ROWS
 from cfvlm_ds.evaluation.generation import writing_digest
 from cfvlm_ds.evaluation.probes import PROBES, Caption, Generate, Match, log_share, variants
 from cfvlm_ds.evaluation.suite import runner as asking
@@ -79,7 +77,7 @@ def root(tmp_path_factory):
     for number, scene in enumerate(SCENES):
         draw(folder / "coco" / "val2017" / f"{number}.png", scene)
         draw(folder / "coco" / "val2014" / f"{number}.png", scene)
-    for place, subset in enumerate(SUBSETS):
+    for place, subset in enumerate(ROWS):
         put(folder / f"sugarcrepe/data/{subset}.json", {str(number): _row(number, place) for number in range(len(SCENES))})
     rows = [
         {"question_id": 10 * n + k, "image": f"{n}.png", "text": f"Is there a {colour} {shape}?", "label": ("yes", "no")[k]}
@@ -219,36 +217,6 @@ def test_generated_text_is_the_librarys_own(scorer, collator, root, model_dir, t
         ask(other, root, tmp_path / "out", "pope", "generate:max_new_tokens=6", limit=2)
     with pytest.raises(ConfigError, match="is partitioned"):
         ask(asked(scorer, collator), root, tmp_path / "parts", "pope", "generate")
-
-
-def test_the_world_of_scenes_has_the_numbers_that_a_run_gives_it(scorer, collator, tmp_path):
-    """SugarCrepe's form of the test groups by likelihood, against the same groups as a manifest, asked as it asks."""
-    config = ScenesConfig(str(tmp_path / "scenes"), num_train=1, num_test=18)
-    build_scenes(config, progress=lambda line: None)
-    out = build_benchmarks(config, tmp_path / "world", progress=lambda line: None)
-    assert build_benchmarks(config, out) == out.resolve()
-    with pytest.raises(DataError, match="scenes with other settings"):
-        build_benchmarks(replace(config, num_test=17), out)
-    results = ask(
-        asked(scorer, collator), out, tmp_path / "out", "sugarcrepe,naturalbench,pope", "caption", "yes_no", settings=Settings(draws=0)
-    )
-    groups = [
-        replace(group, candidates=tuple(replace(each, prompt="Describe the image.") for each in group.candidates))
-        for group in read_manifest(tmp_path / "scenes" / "test_iid.jsonl")
-    ]
-    rows = {row.name: row for row in accuracies(groups, score_groups(scorer, collator, groups, ALONE))}
-    mine = results[0].metrics["seen"]
-    for subset, edits in SUBSETS.items():
-        parts = [rows[edit] for edit in edits if edit in rows]
-        if parts:
-            own = sum(row.metrics["factual"] * row.comparisons["factual"] for row in parts) / sum(
-                row.comparisons["factual"] for row in parts
-            )
-            assert mine[f"macro/{subset}"] == pytest.approx(own)
-    assert len(results[1].outcomes) == 36 and results[1].metrics["chance"]["g_acc"] == pytest.approx(6.25)
-    splits = {each.item.tags["split"] for each in results[2].outcomes}
-    assert len(results[2].outcomes) == 3 * 18 * 4 and splits == {"random", "popular", "adversarial"}
-    assert results[2].metrics["chance"]["accuracy"] == 50
 
 
 def everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
