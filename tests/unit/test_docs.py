@@ -193,7 +193,7 @@ def test_the_reference_lists_what_the_parser_takes():
     inside = {
         name for name in rows if name.startswith(("build.habits.", "build.tiny_llava.", "data.evaluation.NAME.", "data.train.SOURCE."))
     }
-    assert rows.keys() - inside == taken.keys() - {"build.habits", "build.tiny_llava"} and len(inside) == 7 + 8 + 6 + 8
+    assert rows.keys() - inside == taken.keys() - {"build.habits", "build.tiny_llava"} and len(inside) == 8 + 8 + 6 + 8
     for name, default in taken.items():
         if name in rows:
             shown = rows[name][2].strip("`")
