@@ -30,7 +30,7 @@ from cfvlm_ds.training.evaluator import Evaluator, Splits
 FOLDER = "baseline"
 FEWEST = 100
 """Number of groups per set that are always evaluated, however short the training is."""
-_FORM = 1
+_FORM = 2
 """Version of the files in the cache; files of another version are not found."""
 
 
@@ -119,7 +119,7 @@ class Baseline:
 
     def _keep(self, name: str, rows: Sequence[Accuracy], count: int) -> None:
         """Write the accuracies of a set, without losses, which depend on the objective of a run."""
-        plain = [vars(row) | {"losses": {}, "nll": None} for row in rows]
+        plain = [vars(row) | {"losses": {}} for row in rows]
         text = json.dumps({"data": self.identities[name], "rows": plain})
         write_if_possible(self._file(name), text, self.world.say)
         if (file := self._cached(name, count)) is not None:

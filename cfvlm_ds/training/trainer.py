@@ -305,16 +305,16 @@ class Trainer:
         self.samples.write(step)
         if self.world.is_main:
             samples, sample_files = self.samples.report()
-            changes = self.baseline.compare(results)
+            changes, warning = self.baseline.compare(results), self._retention.fallen
             written = write_results(
-                config, step, self.data.splits, results, scores, self.data.identities, changes, say, benchmark_results, samples
+                config, step, self.data.splits, results, scores, self.data.identities, changes, say, benchmark_results, samples, warning
             )
             figures = draw_figures(self._run_dir, self.data.splits, scores, config.data.max_pixels, say) if config.train.figures else []
             write_results_page(self._run_dir, figures, say)
             written += figures
             if config.train.export and failed is None:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
-            first = summary_of(config, step, results, changes)
+            first = summary_of(config, step, results, changes, warning)
             tracker.describe(description(first, written))
             for path in written:
                 tracker.artifact(path)
@@ -353,7 +353,7 @@ def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: s
     utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
     gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""
     return (
-        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss_mean']:.4f} ({terms}) "
+        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss_mean {metrics['loss_mean']:.4f} ({terms}) "
         f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
         f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%}{gathering} ETA {left}"
     )
