@@ -18,8 +18,8 @@ _Won: TypeAlias = Mapping[tuple[str, int], Mapping[str, Sequence[float]]]
 """Numbers of comparisons won and made, keyed by group and edit type."""
 
 FEWEST_CHANGED = 6
-"""Least number of changed groups for an interval. If n groups changed, all in one direction, the sign test gives p = 2 / 2^n, which is above
-5 % for fewer.
+"""Least number of changed groups, or clusters of a benchmark, for an interval. If n changed, all in one direction, the sign test gives
+p = 2 / 2^n, which is above 5 % for fewer.
 """
 _MEANINGS = {
     "group": "each of two pictures prefers its own text, and each text its own picture; random scores give 16.7 %, one answer for every "
@@ -35,8 +35,8 @@ class Change:
     """A row of the table: a metric of a set, for an edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
 
     ``groups`` counts the groups that were measured both before and after, ``of`` those with a comparison of this row in at least one of the
-    two, ``better`` and ``worse`` those that changed. ``low`` and ``high`` are the ends of the 95 % interval of ``difference``; None if fewer
-    than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, and if an edit type has one group.
+    two, ``better`` and ``worse`` those that changed. ``low`` and ``high`` are the ends of the 95 % interval of ``difference``. They are None
+    if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, and if an edit type has one group.
 
     ``blank_factual`` is the accuracy ``factual`` after training with a blank image, for the row's edit type; None without text comparisons.
     ``nll_before`` and ``nll_after`` belong to the whole set, in nats per token. They are None for an edit type of several, and if other

@@ -112,7 +112,9 @@ def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
     """Return the headline metric as a line for a progress log."""
     tables, metric = results(benchmark.chosen.benchmark, outcomes), benchmark.chosen.benchmark.headline
     controls = [
-        f"{name} {tables[table][metric]:.1f}" for table, name in (("blank", "blank image"), ("chance", "chance")) if metric in tables[table]
+        f"{name} {tables[table][metric]:.1f}"
+        for table, name in (("blank", "blank image"), ("random", "random scores"))
+        if metric in tables[table]
     ]
     value = tables["seen"].get(metric)
     return f"{metric} {'not known' if value is None else f'{value:.1f}'} ({', '.join(controls)})"

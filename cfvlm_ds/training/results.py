@@ -95,8 +95,8 @@ def write_results(
     """Write results.md, results.json, before_after.json, the scores of every split, and a page of the worst groups (``train.figures``) into
     the run folder, and return the first three paths.
 
-    results.md also contains the results of ``benchmarks``, ``samples``, which is a section of Markdown, and a ``warning`` about the training.
-    Raises StorageError on a full disk.
+    results.md also contains the results of ``benchmarks``, ``samples``, a section of Markdown, and a ``warning`` about the training. Raises
+    StorageError on a full disk.
     """
     run_dir = path = Path(config.train.output_dir)
     parts = [summary_of(config, step, results, changes, warning)]

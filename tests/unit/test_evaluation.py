@@ -53,7 +53,7 @@ from cfvlm_ds.evaluation import loss as losses
 from cfvlm_ds.evaluation.before_after import Change, changes_table, compare_accuracies, of_types, rows_table
 from cfvlm_ds.evaluation.comparisons import comparisons, factual_texts
 from cfvlm_ds.evaluation.loss import EvaluationLoss
-from cfvlm_ds.evaluation.metrics import CHANCE, MEAN
+from cfvlm_ds.evaluation.metrics import MEAN, RANDOM
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.objectives import Align, Csd, Dpo, Fcd, Objective, denominators, required_cells, weighted_loss
 from cfvlm_ds.objectives.objective import comparisons as compared
@@ -146,19 +146,19 @@ def test_18_a_prior_of_the_texts_moves_text_but_never_image_nor_pmi():
     assert new["text"] < old["text"] - 20 and new["group"] < old["group"] - 10
 
 
-def test_chance_and_blind_levels_on_random_scores():
-    """4000 pairs: each accuracy within 4 standard errors of its chance level. Without an image a pair is exactly half right."""
+def test_accuracies_and_blind_levels_on_random_scores():
+    """4000 pairs: each accuracy within 4 standard errors of its value for random scores. Without an image a pair is exactly half right."""
     torch.manual_seed(1)
     with_sham = group(Edit("colour", 1, 1), Edit(SHAM, 2), num_images=3)
     num = 4000
     row, _ = accuracies(
         [with_sham] * num, [GroupScores(torch.randn(3, 2, dtype=torch.float64), torch.zeros(2).double()) for _ in range(num)]
     )
-    assert row.metrics.keys() == CHANCE.keys() and row.num == num
-    for name, chance in CHANCE.items():
-        p = chance / 100
-        assert abs(row.metrics[name] - chance) < 4 * 100 * (p * (1 - p) / num) ** 0.5, name
-    assert CHANCE["group"] == pytest.approx(100 * 4 / 24), "of the 24 orders of four scores 4 have both own pairs on top"
+    assert row.metrics.keys() == RANDOM.keys() and row.num == num
+    for name, expected in RANDOM.items():
+        p = expected / 100
+        assert abs(row.metrics[name] - expected) < 4 * 100 * (p * (1 - p) / num) ** 0.5, name
+    assert RANDOM["group"] == pytest.approx(100 * 4 / 24), "of the 24 orders of four scores 4 have both own pairs on top"
 
     random_prior = [GroupScores(torch.randn(3, 2), torch.randn(2)) for _ in range(200)]
     for blind in (row.blind for row in accuracies([with_sham] * 200, random_prior)):
@@ -336,7 +336,7 @@ def test_table_is_valid_markdown_and_metrics_are_named():
         "ood colour 1 0.0 0.0 0.0 0.0 0.0 0.0 0.0 ",
         "ood mean of edit types 1 0.0 0.0 0.0 0.0 0.0 0.0 0.0 ",
         "ood mean of edit types, blank image 1     50.0  50.0 ",
-        "chance   25.0 25.0 16.7 16.7 50.0 50.0 50.0 50.0",
+        "random scores   25.0 25.0 16.7 16.7 50.0 50.0 50.0 50.0",
     ]
     assert "| iid | sham | 1 | 1 | 1: g |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
     for part in (printed, coverage):

@@ -138,7 +138,7 @@ class Benchmark:
         beside: name of a metric without which the headline misleads, so every table shows both.
         probes: names of the probes that fit, the default first.
         mentions: function that reads a description of an item's picture; None if the model does not describe but answer.
-        chance: values of random scores for metrics that are not sums of independent comparisons; others are computed from ties.
+        random: values of random scores for metrics that are not sums of independent comparisons; others are computed from ties.
         total: number of rows in all official files together; None if it is not known.
         unofficial: deviations from the authors' protocol.
     """
@@ -149,7 +149,7 @@ class Benchmark:
     metrics: Metrics
     headline: str
     probes: tuple[str, ...]
-    chance: Mapping[str, float] = field(default_factory=dict)
+    random: Mapping[str, float] = field(default_factory=dict)
     total: int | None = None
     unofficial: str = ""
     beside: str = ""
@@ -265,10 +265,10 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
     return {name: table for name, table in tables.items() if table}
 
 
-def chance(benchmark: Benchmark, items: Sequence[Item]) -> Values:
+def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:
     """Return the values of random scores on these items. They are computed from ties unless the benchmark states a value."""
     names = benchmark.metrics(tied(items))
-    stated = {name: benchmark.chance[base] for name in names if (base := name.split("/")[0]) in benchmark.chance}
+    stated = {name: benchmark.random[base] for name in names if (base := name.split("/")[0]) in benchmark.random}
     return benchmark.metrics(tied(items, blind=True)) | stated
 
 
@@ -278,7 +278,7 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the metrics of each table (see ``judged``) and, except for descriptions, of ``chance``. ``seen`` also has the mean
+    """Return the metrics of each table (see ``judged``) and, except for descriptions, of ``random``. ``seen`` also has the mean
     ``consistency`` over orders of options.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
@@ -286,5 +286,5 @@ def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Valu
     if consistent and "seen" in values:
         values["seen"]["consistency"] = 100 * sum(consistent) / len(consistent)
     if not benchmark.mentions:
-        values["chance"] = chance(benchmark, [outcome.item for outcome in outcomes])
+        values["random"] = random_scores(benchmark, [outcome.item for outcome in outcomes])
     return values

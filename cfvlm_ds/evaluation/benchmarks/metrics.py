@@ -134,7 +134,7 @@ def quads(table: Sequence[Judged]) -> Values:
     return values
 
 
-QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
+QUAD_RANDOM = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
 """Values of random scores for two images and two texts, in %."""
 
 

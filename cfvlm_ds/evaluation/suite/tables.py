@@ -1,4 +1,4 @@
-"""Results of benchmarks as Markdown: the model's values next to those of chance and of the language prior."""
+"""Results of benchmarks as Markdown: the model's values next to those of random scores and of the language prior."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Values
 from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, bootstrap_of
 from cfvlm_ds.evaluation.suite.results import Result
 
-TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "chance": "chance"}
+TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "random": "random scores"}
 """Name of a control table -> its heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
 """Metrics used instead of a headline that compares images, which has no value for a blank image."""
@@ -39,23 +39,25 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(result: Result) -> str:
-    """Return a line with the points above chance, and how many of them the model also achieves with a blank image. If the
+    """Return a line with the points above random scores, and how many of them the model also achieves with a blank image. If the
     headline stands beside another metric, return both, with the images and with a blank image.
     """
-    seen, blank, chance = (result.metrics.get(name, {}) for name in ("seen", "blank", "chance"))
+    seen, blank, random = (result.metrics.get(name, {}) for name in ("seen", "blank", "random"))
     if len(result.headlines) > 1:
         both = [" and ".join(f"{name} {table[name]:.1f}" for name in result.headlines) for table in (seen, blank)]
         return f"{result.place}: {both[0]}; with a blank image {both[1]}"
-    shared = [name for name in (result.headlines[0], *_WITHOUT_IMAGES) if name in seen and name in blank and name in chance]
+    shared = [name for name in (result.headlines[0], *_WITHOUT_IMAGES) if name in seen and name in blank and name in random]
     if not shared:
         return f"{result.place}: none of its metrics has a value for a blank image"
     metric = shared[0]
-    seen_over, blank_over = seen[metric] - chance[metric], blank[metric] - chance[metric]
+    seen_over, blank_over = seen[metric] - random[metric], blank[metric] - random[metric]
     if seen_over <= 0:
-        return f"{result.place}: no points above chance ({metric} {seen[metric]:.1f}, chance {chance[metric]:.1f})"
+        return f"{result.place}: no points above random scores ({metric} {seen[metric]:.1f}, random scores {random[metric]:.1f})"
     if blank_over > seen_over:
-        return f"{result.place}: {seen_over:.1f} points above chance, but {blank_over:.1f} with a blank image ({metric})"
-    return f"{result.place}: {seen_over:.1f} points above chance, {max(blank_over, 0.0):.1f} of them also with a blank image ({metric})"
+        return f"{result.place}: {seen_over:.1f} points above random scores, but {blank_over:.1f} with a blank image ({metric})"
+    return (
+        f"{result.place}: {seen_over:.1f} points above random scores, {max(blank_over, 0.0):.1f} of them also with a blank image ({metric})"
+    )
 
 
 def omissions(result: Result) -> list[str]:
