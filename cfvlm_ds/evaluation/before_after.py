@@ -35,7 +35,7 @@ class Change:
     """A row of the table: a metric of a set, for an edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
 
     ``groups`` counts the groups that were measured both before and after, ``of`` those with a comparison of this row in at least one of the
-    two, ``better`` and ``worse`` those that changed. ``low`` and ``high`` are the ends of the 95 % interval of ``difference``. They are None
+    two, ``better`` and ``worse`` those that changed. ``low`` and ``high`` are the ends of the 95 % interval of ``difference``: None
     if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, and if an edit type has one group.
 
     ``blank_factual`` is the accuracy ``factual`` after training with a blank image, for the row's edit type; None without text comparisons.
@@ -94,13 +94,13 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
         return []
     was, now = _by_group(before), _by_group(after)
     blank = {MEAN if row.mean else edit_label(row.name): row.blind.get("factual") for row in after}
-    nll = {"nll_before": before[-1].nll, "nll_after": after[-1].nll} if was.keys() == now.keys() else {}
+    nll_before, nll_after = (before[-1].nll, after[-1].nll) if was.keys() == now.keys() else (None, None)
     compared = []
     for metric in HEADLINES:
         old, new = ({key: won[metric] for key, won in side.items() if metric in won} for side in (was, now))
         if old.keys() & new.keys():
             overall, *types = (replace(each, blank_factual=blank.get(each.edit)) for each in _changes(name, metric, old, new))
-            compared.append([replace(overall, **nll), *types])
+            compared.append([replace(overall, nll_before=nll_before, nll_after=nll_after), *types])
     return [rows[0] for rows in compared] + [row for rows in compared[:1] for row in rows[1:]]
 
 

@@ -24,7 +24,7 @@ from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
 from cfvlm_ds.evaluation.suite.results import Result, result_folder, result_of, write_result
 from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, refuse_problems
-from cfvlm_ds.evaluation.suite.tables import logged
+from cfvlm_ds.evaluation.suite.tables import logged, number
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
@@ -42,6 +42,7 @@ class RunBenchmark:
     plan: Plan
     identity: Mapping[str, Any]
     notes: tuple[str, ...]
+    own_files: bool
     example: Mapping[str, str]
     pictures: PictureTable
 
@@ -88,7 +89,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
             f"{len(scoring_plan.groups)} groups"
         )
         example = example_of(checked.items[0], chosen.way, collator)
-        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, example, checked.pictures)
+        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, loaded.own_files, example, checked.pictures)
     return benchmarks, collator
 
 
@@ -112,12 +113,12 @@ def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
     """Return the headline metric as a line for a progress log."""
     tables, metric = results(benchmark.chosen.benchmark, outcomes), benchmark.chosen.benchmark.headline
     controls = [
-        f"{name} {tables[table][metric]:.1f}"
+        f"{name} {number(tables[table][metric])}"
         for table, name in (("blank", "blank image"), ("random", "random scores"))
         if metric in tables[table]
     ]
     value = tables["seen"].get(metric)
-    return f"{metric} {'not known' if value is None else f'{value:.1f}'} ({', '.join(controls)})"
+    return f"{metric} {'not known' if value is None else number(value)} ({', '.join(controls)})"
 
 
 def write_benchmarks(
@@ -136,7 +137,17 @@ def write_benchmarks(
         benchmark = benchmarks[name]
         settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
         header = benchmark.chosen.header(identity, benchmark.identity, settings)
-        result = result_of(name, benchmark.chosen, str(run_dir), header, items, drawn[name], benchmark.example, benchmark.notes)
+        result = result_of(
+            name,
+            benchmark.chosen,
+            str(run_dir),
+            header,
+            items,
+            drawn[name],
+            benchmark.example,
+            benchmark.notes,
+            own_files=benchmark.own_files,
+        )
         write_result(result_folder(run_dir / FOLDER / result.place), result)
         written.append(result)
     return written

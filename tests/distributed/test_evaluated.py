@@ -127,11 +127,11 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir, root, tm
     ((code, said),) = started(1, OWN, arguments, tmp_path, "own")
     assert (
         code == 0
-        and "mine.tsv has 2 rows, but the official file has 3: it is another revision" in said
-        and re.search(r"\| mine \| match \| 2 \| \d \| accuracy \|", said)
+        and "mine.tsv has 2 rows, the published 3" in said
+        and re.search(r"\| mine \(own files\) \| match \| 2 \| \d \| accuracy \|", said)
     )
     ((code, said),) = started(1, OWN, ["compare", str(tmp_path / "out"), str(tmp_path / "out")], tmp_path, "compared")
-    assert code == 0 and "| mine | match | accuracy |" in said and "| +0.0 |" in said
+    assert code == 0 and "| mine (own files) | match | accuracy |" in said and "| +0.0 |" in said
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2 and "error: unknown benchmark 'mine'" in capsys.readouterr().err

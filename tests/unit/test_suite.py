@@ -56,7 +56,7 @@ from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_tabl
 from cfvlm_ds.evaluation.suite.results import ITEMS, RESULTS, SCORES, Result, read_results, result_folder, result_of, write_result
 from cfvlm_ds.evaluation.suite.runner import Asked, Settings, evaluate_benchmarks
 from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, way_named
-from cfvlm_ds.evaluation.suite.tables import markdown, omissions, overview, summary
+from cfvlm_ds.evaluation.suite.tables import logged, markdown, omissions, overview, summary
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
 from cfvlm_ds.models.forest_attention import stock_attention
 from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
@@ -550,6 +550,35 @@ def test_a_cheat_that_does_not_look_is_found_out_by_the_summary():
     item = Item("1", ((Path("a"),), (Path("b"),)), ("x y", "y x"), ((1, 0), (0, 1)), tags={"tag": "Object"}, cluster="1")
     quad = result([Outcome(item, ((1.0, 0.0), (0.0, 1.0)), (2.0, 1.0))], "winoground")
     assert numbers(summary(quad)) == [50, 0] and "(pair)" in summary(quad), "what compares images is summed up by single comparisons"
+
+
+def test_f1_of_a_model_that_never_says_yes_is_undefined_and_the_share_of_yes_stands_beside_it(tmp_path):
+    """Four of eight questions are answered rightly with no. After, one question is answered with yes, rightly: 1 of 1, 1 of 4, F1 0.4."""
+
+    def answers(yes: int) -> list[Outcome]:
+        return [
+            Outcome(
+                Item(str(n), ((),), ("Yes", "No"), ((int(n < 4), int(n >= 4)),), tags={"split": "random"}, cluster=str(n)),
+                ((1.0, 0.0) if n < yes else (0.0, 1.0),),
+                (0.0, 1.0),
+            )
+            for n in range(8)
+        ]  # fmt: skip
+
+    one = written(tmp_path / "one", answers(0), name="pope")
+    other = written(tmp_path / "other", answers(1), name="pope", identity="b")
+    (found,) = read_results(one)
+    undefined = "\N{EN DASH} (undefined)"
+    assert all(math.isnan(found.metrics["seen"][name]) for name in ("precision", "f1", "f1/random", "f1_macro"))
+    assert found.metrics["seen"]["accuracy"] == 50 and found.metrics["seen"]["recall"] == 0
+    assert [re_row(overview([found]), name)[5] for name in ("f1_macro", "yes_ratio")] == [undefined, "0.0"]
+    assert f"f1_macro {undefined} and yes_ratio 0.0; with a blank image" in summary(found)
+    assert not any("f1" in name or "precision" in name for name in logged("pope", {"seen": found.metrics["seen"]}))
+    assert intervals([{"f1": math.nan}, {"f1": 1.0}, {"f1": 2.0}]) == {}
+    assert read_results(other)[0].metrics["seen"]["f1"] == pytest.approx(40)
+    table = comparison_table(compare_results(one, other), "one", "other")
+    assert re_row(table, "f1_macro")[3:] == [undefined, "40.0", undefined, "", "too few changed", "+1 -0"]
+    assert re_row(table, "yes_ratio")[3:6] == ["0.0", "12.5", "+12.5"]
 
 
 # Two results side by side -----------------------------------------------------------------------------------------------------------------

@@ -119,7 +119,9 @@ class Judged:
 
 
 Values = dict[str, float]
-"""Name of a metric -> its value in %. ``macro`` is the value of the whole benchmark, and ``macro/add_att`` that of one part."""
+"""Name of a metric -> its value in %, or NaN if it is not defined. ``macro`` is the value of the whole benchmark, ``macro/add_att`` that
+of one part.
+"""
 Metrics = Callable[[Sequence[Judged]], Values]
 Mentions = Callable[[str, Item], tuple[float, ...]]
 """Function from a description and an item to the number of mentions of each of the item's texts."""
@@ -165,8 +167,8 @@ class Benchmark:
 class Loaded:
     """The items of a benchmark: about ``limit`` of the ``in_files`` items in the files, or all if ``limit`` is None.
 
-    ``problems`` holds an error for each unreadable row and each missing picture. ``notes`` report deviations such as another revision of a
-    file.
+    ``problems`` holds an error for each unreadable row and each missing picture. ``notes`` report deviations. ``own_files`` is True if a
+    file does not have as many rows as the published one.
     """
 
     items: tuple[Item, ...]
@@ -174,6 +176,7 @@ class Loaded:
     notes: tuple[str, ...] = ()
     in_files: int = 0
     limit: int | None = None
+    own_files: bool = False
 
 
 def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda line: None, limit: int | None = None) -> Loaded:
@@ -191,15 +194,10 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
             problems.append(DataError(f"{root}: item {item.id!r} occurs twice; get the files again"))
         else:
             items[item.id] = item
-    notes = []
-    for file in benchmark.files:
-        rows = source.counts.get(file.name)
-        if rows is not None and file.rows is not None and rows != file.rows:
-            notes.append(f"{root / source.read[file.name]} has {rows} rows, but the official file has {file.rows}: it is another revision")
-    if benchmark.total is not None and (count := sum(source.counts.values())) not in (0, benchmark.total):
-        notes.append(
-            f"the files in {root} have {count} rows in total, but the official ones have {benchmark.total}: they are another revision"
-        )
+    rows = [(root / source.read[file.name], source.counts[file.name], file.rows) for file in benchmark.files if file.name in source.counts]
+    rows += [(root, sum(source.counts.values()), benchmark.total)] * any(source.counts.values())
+    others = [f"{path} has {count} rows, the published {number}" for path, count, number in rows if number not in (None, count)]
+    notes = [f"own files in the form of {benchmark.title}: {'; '.join(others)}"] * bool(others)
     if twins := [item.id for item in items.values() if item.repeats]:
         notes.append(
             f"{root}: {len(twins)} items contain the same text twice, first {twins[0]!r}; if one copy is true and the other false, the tie "
@@ -212,7 +210,7 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
         absent = [source.absent[picture] for image in item.images for picture in image if picture in source.absent]
         problems += absent[:1]
         available += [] if absent else [item]
-    return Loaded(tuple(available), tuple(problems), tuple(notes), in_files, limit)
+    return Loaded(tuple(available), tuple(problems), tuple(notes), in_files, limit, bool(others))
 
 
 def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:

@@ -113,18 +113,17 @@ def interval(values: Sequence[float]) -> Interval | None:
     """Return the interval that contains the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two
     values.
     """
-    finite = [value for value in values if value == value]
-    if len(finite) < 2:
+    if len(values) < 2:
         return None
-    low, high = np.quantile(finite, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
+    low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return low, high
 
 
 def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
-    """Return the interval of each metric that occurs in every draw. A metric with the same value in all draws, such as 100 %, is
+    """Return the interval of each metric that is defined in every draw. A metric with the same value in all draws, such as 100 %, is
     omitted.
     """
-    names = [name for name in drawn[0] if all(name in values for values in drawn)] if drawn else []
+    names = [name for name in drawn[0] if not any(math.isnan(values.get(name, math.nan)) for values in drawn)] if drawn else []
     spans = {name: interval([values[name] for values in drawn]) for name in names}
     return {name: span for name, span in spans.items() if span is not None and span[0] < span[1]}
 

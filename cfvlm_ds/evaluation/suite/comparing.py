@@ -144,8 +144,9 @@ def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: 
     for cluster in members:
         was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)
         for name in was.keys() & now.keys():
-            rose[name] += now[name] > was[name]
-            fell[name] += now[name] < was[name]
+            old, new = (0.0 if math.isnan(values[name]) else values[name] for values in (was, now))  # such as precision without a yes
+            rose[name] += new > old
+            fell[name] += new < old
     return {name: (rose[name], fell[name]) for name in rose}
 
 
@@ -188,9 +189,9 @@ def comparison_table(results: Sequence[Compared], before: str, after: str) -> st
         names = [*pair.headlines]
         names += [name for name, difference in pair.differences.items() if name not in names and difference.resolved]
         for name in names:
-            start = f"| {in_cell(pair.before.called)} | {in_cell(pair.before.label)} |"
+            start = f"| {in_cell(pair.before.shown)} | {in_cell(pair.before.label)} |"
             metric = pair.differences[name]
             counts = "" if metric.changed is None else f"+{metric.changed[0]} -{metric.changed[1]}"
-            values = f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {metric.after - metric.before:+.1f}"
+            values = f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {number(metric.after - metric.before, '+')}"
             lines.append(f"{start} {values} | {between(metric.interval)} | {metric} | {counts} |")
     return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{pair.before.place}: {note}" for pair in results for note in pair.notes)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from cfvlm_ds.core.text import few, in_cell, one_line
@@ -33,7 +34,7 @@ def overview(results: Sequence[Result]) -> str:
         for metric in result.headlines:
             values = [number(result.metrics.get(name, {}).get(metric)) for name in shown]
             value, span = number(result.metrics["seen"].get(metric)), between(result.record["intervals"].get(metric))
-            start = f"| {in_cell(result.called)} | {in_cell(result.label)} | {counts} | {in_cell(metric)} |"
+            start = f"| {in_cell(result.shown)} | {in_cell(result.label)} | {counts} | {in_cell(metric)} |"
             lines.append(f"{start} {value} | {span} | {' | '.join(values)} |")
     return "\n".join([*lines, "", INTERVALS])
 
@@ -44,7 +45,7 @@ def summary(result: Result) -> str:
     """
     seen, blank, random = (result.metrics.get(name, {}) for name in ("seen", "blank", "random"))
     if len(result.headlines) > 1:
-        both = [" and ".join(f"{name} {table[name]:.1f}" for name in result.headlines) for table in (seen, blank)]
+        both = [" and ".join(f"{name} {number(table[name])}" for name in result.headlines) for table in (seen, blank)]
         return f"{result.place}: {both[0]}; with a blank image {both[1]}"
     shared = [name for name in (result.headlines[0], *_WITHOUT_IMAGES) if name in seen and name in blank and name in random]
     if not shared:
@@ -101,14 +102,21 @@ def _section(result: Result) -> list[str]:
 
 
 def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
-    """Return the metrics keyed by logged name: eval/NAME/METRIC, and eval/NAME/blind_METRIC and shuffled_METRIC for the language prior."""
+    """Return the metrics keyed by logged name: eval/NAME/METRIC, and eval/NAME/blind_METRIC and shuffled_METRIC for the language prior. A
+    metric that is not defined is left out.
+    """
     prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
-    return {f"eval/{name}/{prefix}{metric}": value for table, prefix in prefixes.items() for metric, value in tables.get(table, {}).items()}
+    return {
+        f"eval/{name}/{prefix}{metric}": value
+        for table, prefix in prefixes.items()
+        for metric, value in tables.get(table, {}).items()
+        if not math.isnan(value)
+    }
 
 
-def number(value: float | None) -> str:
-    """Format a value for a table cell; None becomes an empty cell."""
-    return "" if value is None else f"{value:.1f}"
+def number(value: float | None, sign: str = "") -> str:
+    """Format a value for a table cell, with its sign if ``sign`` is "+"; None becomes an empty cell."""
+    return "" if value is None else "\N{EN DASH} (undefined)" if math.isnan(value) else f"{value:{sign}.1f}"
 
 
 def between(span: Sequence[float] | None) -> str:
