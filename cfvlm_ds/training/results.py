@@ -101,7 +101,7 @@ def write_results(
     run_dir = path = Path(config.train.output_dir)
     parts = [summary_of(config, step, results, changes, warning)]
     if config.train.figures and _worst_groups(config, step, splits, scores, say):
-        parts.append(f"Groups with the smallest margins after training: [{WORST}/index.html]({WORST}/index.html)")
+        parts.append(f"Groups with the smallest margins per character after training: [{WORST}/index.html]({WORST}/index.html)")
     parts += ["## By edit type", rows_table(types)] if (types := of_types(changes)) else []
     parts += [samples] * bool(samples)
     parts += ["## All metrics, after training", table(results)] * bool(changes)
@@ -192,14 +192,18 @@ _NO_SETS = (
 )
 
 
-def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:
-    """Draw the figures and return the paths of those that could be drawn. A failure only causes a warning."""
+def draw_figures(
+    run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], samples: Mapping[str, str], max_pixels: int, say: Say
+) -> list[Path]:
+    """Draw the figures and return the paths of those that could be drawn. A failure only causes a warning. ``samples`` maps sets to the
+    sizes of the samples that the learning curves show.
+    """
 
     def draw_scores(path: Path, split: str) -> None:
         score_matrix_figure(path, shown_groups(splits[split], scores[split], max_pixels))
 
     drawn = []
-    figures = {"learning_curves.png": partial(learning_curves_figure, metrics_jsonl=run_dir / "metrics.jsonl")}
+    figures = {"learning_curves.png": partial(learning_curves_figure, metrics_jsonl=run_dir / "metrics.jsonl", samples=samples)}
     for name, draw in (figures | {f"scores-{split}.png": partial(draw_scores, split=split) for split in splits}).items():
         path = run_dir / name
         try:

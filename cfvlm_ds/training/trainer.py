@@ -309,7 +309,9 @@ class Trainer:
             written = write_results(
                 config, step, self.data.splits, results, scores, self.data.identities, changes, say, benchmark_results, samples, warning
             )
-            figures = draw_figures(self._run_dir, self.data.splits, scores, config.data.max_pixels, say) if config.train.figures else []
+            figures = list[Path]()
+            if config.train.figures:
+                figures = draw_figures(self._run_dir, self.data.splits, scores, self.sample.counts, config.data.max_pixels, say)
             write_results_page(self._run_dir, figures, say)
             written += figures
             if config.train.export and failed is None:
