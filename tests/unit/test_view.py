@@ -34,6 +34,7 @@ from cfvlm_ds.evaluation.view import score_table
 from cfvlm_ds.page import MAX_TEXT, Item, ScoreTable, Text, changed_words, runs, write_page
 from cfvlm_ds.page import Image as Shown
 from cfvlm_ds.page.pictures import difference, reduced
+from cfvlm_ds.page.report import write_report_page
 
 HOSTILE = (
     '</script><script>document.title = "owned"</script>',
@@ -442,6 +443,15 @@ def test_groups_are_ranked_by_margin_per_character_and_say_whether_they_were_los
         file.write_text(damage)
         view(run, folder / "page")
         assert "some lost (3)" in index(folder / "page")["option"]
+
+
+def test_a_report_has_a_list_of_contents(tmp_path):
+    write_report_page(tmp_path / "page.html", "run", "# a\\|b\n\n## <i>one\n\ntext\n\n### part\n\n## two\n")
+    page = (tmp_path / "page.html").read_text()
+    assert re.findall(r'<a href="#(.*?)">(.*?)</a>', page) == [("part-0", "a|b"), ("part-1", "&lt;i&gt;one"), ("part-2", "two")]
+    assert '<h2 id="part-2">two</h2>' in page and "<i>" not in page
+    write_report_page(tmp_path / "page.html", "run", "# one\n\n## two\n")
+    assert "<nav>" not in (tmp_path / "page.html").read_text()
 
 
 def test_what_a_run_lacks_is_named(folder):
