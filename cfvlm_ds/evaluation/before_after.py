@@ -163,7 +163,7 @@ def changes_table(
     first, last = map(in_cell, names)
     overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # the first row of every set
     heads = ["set", *(["file"] if files else []), "groups", "edit types", "blank image, %", f"NLL {first}", f"NLL {last}"]
-    sets = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    sets = [f"| {' | '.join(heads)} |", f"|{'---|' * (2 if files else 1)}---:|---|---:|---:|---:|"]
     for name, each in reversed(overall.items()):
         verdicts = Counter(row.verdict for row in types if row.set == name)
         of_set = f"{verdicts['better']} of {verdicts.total()} better, {verdicts['worse']} worse" if verdicts else each.verdict

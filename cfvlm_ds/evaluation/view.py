@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,21 +110,22 @@ def view_worst(
 def _worst_page(
     run_dir: Path, when: str, sources: Sequence[_Source], out: Path, sample: int, max_pixels: int, say: Callable[[str], object]
 ) -> Written:
-    without = 0
+    without, worst = 0, list[tuple[float, int, int]]()
 
-    def compared() -> Iterator[tuple[float, int, int]]:
+    def compared(k: int, source: _Source) -> Iterator[tuple[float, int, int]]:
         nonlocal without
-        for k, (groups, stored, *_) in enumerate(sources):
-            for index, group in enumerate(groups):
-                if (rank := score_table(group, stored[group.id]).rank) is not None:
-                    yield rank, k, index
-                else:
-                    without += 1
+        for index, group in enumerate(source.groups):
+            if (rank := score_table(group, source.scores[group.id]).rank) is not None:
+                yield rank, k, index
+            else:
+                without += 1
 
-    shown = [(k, index) for _, k, index in heapq.nsmallest(sample, compared())]
+    for k, source in enumerate(sources):  # margins of sets with other kinds of texts are not comparable
+        worst += heapq.nsmallest(math.ceil(sample / len(sources)), compared(k, source))
+    shown = [(k, index) for _, k, index in sorted(worst)[:sample]]
     facts: list[Fact] = [("left out", f"{without} groups without a comparison")] * bool(without)
     title = f"{run_dir.absolute().name}{when}: groups with the smallest margins of {', '.join(each.split for each in sources)}"
-    return _page(title, str(run_dir), sources, shown, "smallest margin per character first", facts, out, max_pixels, say)
+    return _page(title, str(run_dir), sources, shown, "as many of each set, smallest margin per word first", facts, out, max_pixels, say)
 
 
 def _page(
@@ -219,7 +221,7 @@ def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
         if comparison.kind != "quad":
             (i, c), (j, d) = comparison.cells
             decided.append(logp[i][c] - logp[j][d])
-            lengths.append(max(1, *(len(group.candidates[text].text) for text in (c, d))))
+            lengths.append(max(1, *(len(group.candidates[text].text.split()) for text in (c, d))))
             cell, side = (margins[i][c] or [None, None]), int(comparison.kind != "text")
             least = cell[side]
             cell[side] = decided[-1] if least is None else min(least, decided[-1])

@@ -83,8 +83,8 @@ class ScoreTable:
 
     ``rows`` ``[I][C]`` has the scores, and ``blank`` ``[C]`` those of the texts without an image. ``margins`` ``[I][C]`` has two margins
     for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there is no
-    such text or image, and the entry of any other cell is None. ``decided`` has the margin of every comparison, and ``lengths`` the length
-    of its longer text in characters.
+    such text or image, and the entry of any other cell is None. ``decided`` has the margin of every comparison, and ``lengths`` the number
+    of words of its longer text.
     """
 
     rows: Sequence[Sequence[float | None]]
@@ -105,8 +105,8 @@ class ScoreTable:
 
     @property
     def rank(self) -> float | None:
-        """Smallest margin per character that is not NaN, by which groups are ordered: margins are sums over tokens, and so larger for long
-        texts. None if there is none.
+        """Smallest margin per word that is not NaN; None if there is none. Groups are ordered by it, because margins are sums over tokens and
+        therefore larger for long texts.
         """
         lengths = self.lengths or (1,) * len(self.decided)
         return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)

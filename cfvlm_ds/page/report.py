@@ -24,6 +24,7 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid #d9d
 nav a { display: inline-block; margin-right: 1.5rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #d9dee4; text-align: left; overflow-wrap: anywhere; }
+th, td:first-child { overflow-wrap: normal; }
 img { max-width: 100%; } code { background: #f5f7f9; padding: 0 .2rem; } a { color: #1f5799; }
 </style>
 </head>

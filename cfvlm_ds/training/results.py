@@ -101,7 +101,7 @@ def write_results(
     run_dir = path = Path(config.train.output_dir)
     parts = [summary_of(config, step, results, changes, warning)]
     if config.train.figures and _worst_groups(config, step, splits, scores, say):
-        parts.append(f"Groups with the smallest margins per character after training: [{WORST}/index.html]({WORST}/index.html)")
+        parts.append(f"Groups with the smallest margins per word after training: [{WORST}/index.html]({WORST}/index.html)")
     parts += ["## By edit type", rows_table(types)] if (types := of_types(changes)) else []
     parts += [samples] * bool(samples)
     parts += ["## All metrics, after training", table(results)] * bool(changes)

@@ -169,7 +169,7 @@ def test_the_page_of_results_leads_to_the_worst_groups(finished, manifests):
         shams, prompts, logp = {edit.image for edit in group.edits if edit.type == "sham"}, group.prompt_ids, scores[group.id]
         cells = [(i, c) for i in range(len(group.images)) for c in range(len(group.candidates))]
         found = [
-            (logp[i][c] - logp[j][d]) / max(len(group.candidates[text].text) for text in (c, d))
+            (logp[i][c] - logp[j][d]) / max(len(group.candidates[text].text.split()) for text in (c, d))
             for i, c in cells
             for j, d in cells
             if (group.match[i][c], group.match[j][d]) == (1, 0)

@@ -405,10 +405,10 @@ def test_a_run_shows_its_worst_groups(folder):
     view(run, folder / "page", sample=3)
     assert names(folder / "page") == ["d", "b", "c"]
     ranks = [float(Elements(each).all("data-worst")[0]) for each in templates(folder / "page")]
-    assert ranks == pytest.approx([margin / len("three red dogs") for margin in (-7, -2, 1)])
+    assert ranks == pytest.approx([margin / 3 for margin in (-7, -2, 1)])
     document = index(folder / "page")
     assert document["option"][:6] == ["all", "other (2)", "test (1)", "all", "some lost (2)", "all won (1)"]
-    assert document["dd"][:3] == [str(run), "3 of 5 (smallest margin per character first)", "1 groups without a comparison"]
+    assert document["dd"][:3] == [str(run), "3 of 5 (as many of each set, smallest margin per word first)", "1 groups without a comparison"]
     assert document["title"] == ["run: groups with the smallest margins of test, other"]
     view(folder / "test.jsonl", folder / "page", scores=run / "scores" / "test.jsonl")
     first, second = drawn(folder / "page")
@@ -419,7 +419,7 @@ def test_a_run_shows_its_worst_groups(folder):
     assert second["margin"] == ["\u25bc \u22122.0 vs texts", "\u25b2 +7.0 vs images"]
 
 
-def test_groups_are_ranked_by_margin_per_character_and_say_whether_they_were_lost_before(folder):
+def test_groups_are_ranked_by_margin_per_word_and_say_whether_they_were_lost_before(folder):
     """A short answer that is lost by 2 nats comes before a long one that is lost by 4."""
     long = [{"id": "t0", "text": "two red dogs " * 10}, {"id": "t1", "text": "three red dogs " * 10}]
     rows = {"test": [group("long", texts=long), group("short"), group("won"), group("healed"), group("later")]}
@@ -432,7 +432,7 @@ def test_groups_are_ranked_by_margin_per_character_and_say_whether_they_were_los
     file = run / "baseline" / "test.json"
     file.write_text(json.dumps({"rows": [{"by_group": [[name, found[name], points[name]] for name in lost]}]}))
     view(run, folder / "page")
-    assert names(folder / "page") == ["short", "later", "long", "healed", "won"]
+    assert names(folder / "page") == ["short", "later", "long", "healed", "won"], "-2/3, -1/3, -4/30, 1/3, 3/3"
     expected = {
         "short": "some lost, before training all won", "later": "some lost, before training not evaluated",
         "long": "some lost, before training some lost", "healed": "all won, before training some lost",
