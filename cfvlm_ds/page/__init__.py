@@ -105,8 +105,9 @@ class ScoreTable:
 
     @property
     def rank(self) -> float | None:
-        """Smallest margin per word that is not NaN; None if there is none. Groups are ordered by it, because margins are sums over tokens, so
-        those of long texts are larger.
+        """Smallest margin per word that is not NaN; None if there is none.
+
+        Groups are ordered by it. Margins are sums over tokens, so those of long texts are larger.
         """
         lengths = self.lengths or (1,) * len(self.decided)
         return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)
