@@ -78,7 +78,7 @@ def _evaluate(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Measure accuracies by edit type, with rows for chance and for the language prior; or accuracies on public benchmarks:
+    """Measure accuracies by edit type, with rows for random scores and for the language prior; or accuracies on public benchmarks:
     cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
 
     Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/world/test_combo.jsonl

@@ -26,7 +26,7 @@ from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_tabl
 from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
 from cfvlm_ds.evaluation.suite.results import Result, result_folder, result_of, write_result
 from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, refuse_problems
-from cfvlm_ds.evaluation.suite.tables import logged
+from cfvlm_ds.evaluation.suite.tables import logged, number
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
@@ -46,6 +46,7 @@ class RunBenchmark:
     plan: Plan
     identity: Mapping[str, Any]
     notes: tuple[str, ...]
+    own_files: bool
     example: Mapping[str, str]
     pictures: PictureTable
 
@@ -85,7 +86,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
             f"{len(scoring_plan.groups)} groups"
         )
         example = example_of(checked.items[0], chosen.way, collator)
-        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, example, checked.pictures)
+        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, loaded.own_files, example, checked.pictures)
     return benchmarks, collator
 
 
@@ -107,12 +108,12 @@ def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
     """Return the headline metrics as a line for a progress log."""
+    controls = {"blank": "blank image", "random": "random scores"}
     tables, shown = results(benchmark.chosen.benchmark, outcomes), list[str]()
     for metric in benchmark.chosen.benchmark.headlines:
         found = {name: table[metric] for name, table in tables.items() if metric in table}
-        controls = [f"{said} {found[name]:.1f}" for name, said in (("blank", "blank image"), ("chance", "chance")) if name in found]
-        value = f"{found['seen']:.1f}" if "seen" in found else "not known"
-        shown.append(f"{metric} {value} ({', '.join(controls)})")
+        beside = ", ".join(f"{said} {number(found[name])}" for name, said in controls.items() if name in found)
+        shown.append(f"{metric} {number(found['seen']) if 'seen' in found else 'not known'} ({beside})")
     return ", ".join(shown)
 
 
@@ -142,7 +143,17 @@ def write_benchmarks(
         benchmark = benchmarks[name]
         settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
         header = benchmark.chosen.header(identity, benchmark.identity, settings)
-        result = result_of(name, benchmark.chosen, str(run_dir), header, items, drawn[name], benchmark.example, benchmark.notes)
+        result = result_of(
+            name,
+            benchmark.chosen,
+            str(run_dir),
+            header,
+            items,
+            drawn[name],
+            benchmark.example,
+            benchmark.notes,
+            own_files=benchmark.own_files,
+        )
         write_result(result_folder(folder / result.place), result)
         written.append(result)
     return written

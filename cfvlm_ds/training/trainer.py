@@ -310,15 +310,19 @@ class Trainer:
             samples, sample_files = self.samples.report()
             of_benchmarks = changes_of_benchmarks(self._run_dir, benchmarks, say)
             sections = "\n\n".join(filter(None, [of_benchmarks, samples]))
-            changes = self.baseline.compare(results)
+            changes, warning = self.baseline.compare(results), self._retention.fallen
             identities = self.data.identities
-            written = write_results(config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections)
-            figures = draw_figures(self._run_dir, self.data.splits, scores, config.data.max_pixels, say) if config.train.figures else []
+            written = write_results(
+                config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning
+            )
+            figures = list[Path]()
+            if config.train.figures:
+                figures = draw_figures(self._run_dir, self.data.splits, scores, self.sample.counts, config.data.max_pixels, say)
             write_results_page(self._run_dir, figures, say)
             written += figures
             if config.train.export and failed is None:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
-            first = summary_of(config, step, results, changes)
+            first = summary_of(config, step, results, changes, warning)
             tracker.describe(description(first, written))
             for path in written:
                 tracker.artifact(path)
@@ -359,7 +363,7 @@ def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: s
     utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
     gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""
     return (
-        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss_mean']:.4f} ({terms}) "
+        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss_mean {metrics['loss_mean']:.4f} ({terms}) "
         f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
         f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%}{gathering} ETA {left}"
     )

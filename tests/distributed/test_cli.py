@@ -460,7 +460,7 @@ def test_evaluate_prints_the_table_of_the_run(runs, manifests, tmp_path, capsys)
     said = printed(capsys, "evaluate", runs / "z3" / "export", manifests["test"], "--out", out, "--batch_size", "3").strip()
     shown = "\n".join(line for line in said.splitlines() if not line.startswith("evaluating "))  # of a slow machine
     of_run = (runs / "z3" / "results.md").read_text().partition("(train.eval_on_start is false).\n\n")[2]
-    assert of_run.startswith(shown) and "| chance |" in shown and "| test | mean of edit types, blank image |" in shown
+    assert of_run.startswith(shown) and "| random scores |" in shown and "| test | mean of edit types, blank image |" in shown
     found, of_run = (json.loads(path.read_text())["test"] for path in (out, runs / "z3" / "results.json"))
     assert found[-1].pop("nll") == pytest.approx(of_run[-1].pop("nll"), rel=1e-6), "sums of other batches"
     assert [row | {"losses": {}} for row in of_run] == found and of_run[-1]["losses"].keys() == {"align", "csd", "fcd"}
@@ -477,7 +477,7 @@ def test_exports_have_cards_with_what_the_run_knows(runs, manifests, tmp_path):
         "Weights after 2 optimizer steps from `llava`" in card and "| ZeRO stage | `3` |" in card and "library_name: transformers" in card
     )
     for line in (runs / "z3" / "results.md").read_text().splitlines():
-        if line.startswith(("| test | mean", "| chance")):
+        if line.startswith(("| test | mean", "| random scores")):
             assert line.replace("| mean of edit types |", "| `mean of edit types` |") in card, line
     for given in (runs / "z3", runs / "z3" / "checkpoint-2"):
         main(["export", str(given), "--out", str(tmp_path / given.name)])
@@ -499,7 +499,7 @@ def test_evaluate_takes_run_folders_and_adapters(runs, model_dir, manifests, cap
         for group, score in zip(groups, score_groups(scorer, collator, groups, world), strict=True):
             assert score.logp.tolist() == [pytest.approx(line, rel=1e-4) for line in adapted[group.id]], group.id
         tables.append(printed(capsys, "evaluate", named, manifests["test"]))
-    assert tables[0] == tables[1] and "| chance |" in tables[0]
+    assert tables[0] == tables[1] and "| random scores |" in tables[0]
     moved = [
         abs(a - b) for name in base for line, other in zip(adapted[name], base[name], strict=True) for a, b in zip(line, other, strict=True)
     ]

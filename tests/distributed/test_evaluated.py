@@ -128,11 +128,11 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir, root, tm
     ((code, said),) = started(1, OWN, arguments, tmp_path, "own")
     assert (
         code == 0
-        and "mine.tsv has 2 rows, but the official file has 3: it is another revision" in said
-        and re.search(r"\| mine \| match \| 2 \| \d \| accuracy \|", said)
+        and "mine.tsv has 2 rows, the published 3" in said
+        and re.search(r"\| mine \(own files\) \| match \| 2 \| \d \| accuracy \|", said)
     )
     ((code, said),) = started(1, OWN, ["compare", str(tmp_path / "out"), str(tmp_path / "out")], tmp_path, "compared")
-    assert code == 0 and "| mine | match | accuracy |" in said and "| +0.0 |" in said
+    assert code == 0 and "| mine (own files) | match | accuracy |" in said and "| +0.0 |" in said
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2 and "error: unknown benchmark 'mine'" in capsys.readouterr().err
@@ -176,9 +176,9 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     evaluated = [row for row in recorded if "eval/crepe/macro" in row]
     assert len(evaluated) == 2 and {"eval/crepe/blind_macro", "eval/crepe/accuracy", "eval/test/pair"} <= evaluated[0].keys()
     assert "eval/crepe/shuffled_macro" in evaluated[1] and "eval/crepe/shuffled_macro" not in evaluated[0]
-    assert re.search(r"\| crepe \| caption \| 21 \| \d+ \| macro \|", (run_dir / "results.md").read_text())
+    assert re.search(r"\| crepe \(own files\) \| caption \| 21 \| \d+ \| macro \|", (run_dir / "results.md").read_text())
     compared = printed(capsys, "compare", run_dir / "benchmarks", run_dir / "benchmarks")
-    assert "| crepe | caption | macro |" in compared and "different prompts" not in compared
+    assert "| crepe (own files) | caption | macro |" in compared and "different prompts" not in compared
     record = json.loads((run_dir / "benchmarks/crepe/caption/results.json").read_text())
     assert record["versions"]["torch"] == torch.__version__ and record["settings"] == {"shuffled": True, "limit": None}
     identity = fingerprint(ModelConfig(str(run_dir / "export")))

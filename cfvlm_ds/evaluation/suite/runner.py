@@ -179,7 +179,9 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
     notes, example = [relative(note) for note in loaded.notes], example_of(checked.items[0], chosen.way, model.collator)
-    result = result_of(chosen.name, chosen, model.name, header, outcomes, drawn, example, notes, left_out, loaded.in_files)
+    result = result_of(
+        chosen.name, chosen, model.name, header, outcomes, drawn, example, notes, left_out, loaded.in_files, loaded.own_files
+    )
     run_on_rank0(world, lambda: write_result(folder, result))
     return result
 
