@@ -1,7 +1,8 @@
-"""Vision tower of the demo's base, pretrained on labels: each patch names the kind and colour of the thing in its cell. A LLaVA starts from
-a tower that already sees, and one of this size does not learn shapes from descriptions alone in an hour.
+"""Vision tower of the demo's base, pretrained on labels: each patch names the kind and colour of the thing in its cell.
 
-    python benchmarks/base_tower.py runs/base/tiny-llava      # a model of `build.tiny_llava`, whose tower is replaced; minutes on two cores
+    python benchmarks/base_tower.py      # writes the model of `build.tiny_llava` in benchmarks/base.yaml; 8 minutes of two cores
+
+A LLaVA starts from a tower that sees. One of this size learned no kinds of things from descriptions in 3,500 steps (TRIALS.md).
 """
 
 from __future__ import annotations
@@ -16,21 +17,26 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from cfvlm_ds.cli.train import build
+from cfvlm_ds.core.config import BuildConfig
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.demo.habits.render import SIZE, render
 from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, KINDS, SIDE, Scene, draw_scene
+from cfvlm_ds.objectives import OBJECTIVES
 
 SCENES, BATCH, EPOCHS, RATE, STRENGTH = 48_000, 64, 4, 1e-3, 0.3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of the LLaVA")
     parser.add_argument("--seed", type=int, default=2, help="seed of the scenes and of their order (default 2)")
     arguments = parser.parse_args()
-    model = LlavaForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
-    mean, deviation = (
-        np.array(getattr(LlavaProcessor.from_pretrained(arguments.model).image_processor, f"image_{name}")) for name in ("mean", "std")
-    )
+    tiny = parse_config(["--config", str(Path(__file__).with_name("base.yaml"))], OBJECTIVES).build.tiny_llava
+    assert tiny is not None
+    build(BuildConfig(tiny_llava=tiny))
+    model = LlavaForConditionalGeneration.from_pretrained(tiny.out_dir, dtype=torch.float32)
+    images = LlavaProcessor.from_pretrained(tiny.out_dir).image_processor
+    mean, deviation = np.array(images.image_mean), np.array(images.image_std)
     torch.manual_seed(arguments.seed)
     tower = model.model.vision_tower
     rng = Random(f"{arguments.seed}/tower")
@@ -60,7 +66,7 @@ def main() -> None:
         if step % 50 == 49:
             left = (time.monotonic() - began) / (step + 1) * (steps - step - 1)
             print(f"step {step + 1}/{steps} loss {loss.item():.3f} right: {right}, {left:.0f} s left", flush=True)
-    model.save_pretrained(arguments.model)
+    model.save_pretrained(tiny.out_dir)
 
 
 def labels_of(scene: Scene, side: int) -> list[list[int]]:
