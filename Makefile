@@ -28,7 +28,7 @@ demo: install
 base: install
 	python benchmarks/base_tower.py
 	deepspeed --num_gpus 2 train.py --deepspeed ds_configs/z2.json --config benchmarks/base.yaml
-	rm -rf cfvlm_ds/demo/base_checkpoint && cp -r runs/base/export cfvlm_ds/demo/base_checkpoint
+	python benchmarks/base_tower.py --publish runs/base/export cfvlm_ds/demo/base_checkpoint
 
 test: install
 	$(MAKE) --jobs 2 --output-sync check

@@ -8,6 +8,7 @@ A LLaVA starts from a tower that sees. One of this size learned no kinds of thin
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 from random import Random
@@ -30,7 +31,12 @@ SCENES, BATCH, EPOCHS, RATE, STRENGTH = 48_000, 64, 4, 1e-3, 0.3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=2, help="seed of the scenes and of their order (default 2)")
+    text = "only copy the trained base EXPORT to FOLDER, with weights in bfloat16; the card there stays"
+    parser.add_argument("--publish", nargs=2, type=Path, metavar=("EXPORT", "FOLDER"), help=text)
     arguments = parser.parse_args()
+    if arguments.publish:
+        publish(*arguments.publish)
+        return
     tiny = parse_config(["--config", str(Path(__file__).with_name("base.yaml"))], OBJECTIVES).build.tiny_llava
     assert tiny is not None
     build(BuildConfig(tiny_llava=tiny))
@@ -67,6 +73,14 @@ def main() -> None:
             left = (time.monotonic() - began) / (step + 1) * (steps - step - 1)
             print(f"step {step + 1}/{steps} loss {loss.item():.3f} right: {right}, {left:.0f} s left", flush=True)
     model.save_pretrained(tiny.out_dir)
+
+
+def publish(export: Path, folder: Path) -> None:
+    """Copy a base to the package with weights in bfloat16."""
+    for path in export.iterdir():
+        if path.name != "README.md":
+            shutil.copy(path, folder)
+    LlavaForConditionalGeneration.from_pretrained(export, dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def labels_of(scene: Scene, side: int) -> list[list[int]]:

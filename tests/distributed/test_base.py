@@ -10,11 +10,13 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.demo.base import FOLDER, write_base
 from cfvlm_ds.demo.habits import build_habits
-from cfvlm_ds.demo.habits.build import TESTS
 from cfvlm_ds.evaluation import accuracies, score_groups
 
 GROUPS = 28
-LEAST = dict.fromkeys(TESTS, 0.0)
+LEAST = {
+    "test_agrees": 65.0, "test_contradicts": 55.0, "test_combo": 55.0, "test_yes_no_agrees": 65.0, "test_yes_no_contradicts": 30.0,
+    "test_choice": 35.0, "test_count": 40.0, "test_colour": 65.0,
+}  # fmt: skip
 """Least group accuracy (%) of the base on GROUPS groups of each test set: the place for what is claimed of it."""
 
 
