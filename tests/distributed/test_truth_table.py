@@ -486,6 +486,7 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     said = []
     ended = object.__new__(trainer.Trainer)
     ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
+    ended.engine = SimpleNamespace(module=SimpleNamespace(model=None))
     ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
     ended.config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
     ended._retention = SimpleNamespace(evaluated=lambda *_: {}, fallen="")
