@@ -79,7 +79,7 @@ def _world_editor(monkeypatch):
 def begun(world: Path, out: Path, shards: int = 1) -> Path:
     options = ProposeOptions(words=str(world.parent / "words.yaml"), seed=SEED)
     for shard in range(shards):
-        propose(open_groups(world / "test_contradicts.jsonl"), out, options, shard, quiet, shards)
+        propose(open_groups(world / "test_combo.jsonl"), out, options, shard, quiet, shards)
     return out
 
 
@@ -219,14 +219,14 @@ def test_what_differs_is_refused_before_anything_is_touched(whole, world, tmp_pa
     shutil.copytree(whole, out)
     other.mkdir()
     (other / "file").touch()
-    store, same = open_groups(world / "test_contradicts.jsonl"), world_options()
+    store, same = open_groups(world / "test_combo.jsonl"), world_options()
     for unfinished, place, call in (
         ("", "shards: 1", lambda: propose(store, out, ProposeOptions(), 0, quiet, 2)),
         ("propose", "seed: 5", lambda: propose(store, out, ProposeOptions(words=str(world.parent / "words.yaml"), seed=6), 0, quiet)),
-        ("propose", r"source\.path", lambda: propose(open_groups(world / "test_combo.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)),
+        ("propose", r"source\.path", lambda: propose(open_groups(world / "test_agrees.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)),
         (
             "propose",
-            re.escape(f"data propose {world / 'test_contradicts.jsonl'} --out {out} --shard 0/1"),
+            re.escape(f"data propose {world / 'test_combo.jsonl'} --out {out} --shard 0/1"),
             lambda: edit(out, same, 0, quiet),
         ),
         ("", "3/4", lambda: edit(out, same, 3, quiet, 4)),
@@ -304,7 +304,7 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path):
 def test_status_names_missing_shards_as_an_array(world, tmp_path):
     out = tmp_path / "W"
     for shard in (0, 1, 4):
-        propose(open_groups(world / "test_contradicts.jsonl"), out, ProposeOptions(), shard, quiet, 6)
+        propose(open_groups(world / "test_combo.jsonl"), out, ProposeOptions(), shard, quiet, 6)
     text = status(out)
     assert "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5")
     begun = WorkFolder.open(out).file("propose", 3)
