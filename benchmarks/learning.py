@@ -290,7 +290,7 @@ def mean(found: Sequence[Mapping[str, Any]], axis: str) -> float:
 
 def table(base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the axes of the base and of each arm: means over seeds with half the width of the 95 % t interval."""
-    titles = [f"{ARMS[arm].title} ({found[0]['rate']}, {found[0]['steps']} steps, {len(found)} seeds)" for arm, found in runs.items()]
+    titles = [f"{ARMS[arm].title} ({found[0]['rate']}, {found[0]['steps']} steps, seeds: {len(found)})" for arm, found in runs.items()]
     lines = [f"| % | base | {' | '.join(titles)} |", f"|---|---:|{'---:|' * len(titles)}"]
     for axis in AXES:
         columns = [[each["axes"][axis] for each in found] for found in runs.values()]

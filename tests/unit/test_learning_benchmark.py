@@ -53,7 +53,7 @@ def test_means_and_intervals_over_seeds():
     head, _, *rows = learning.table(
         dict.fromkeys(demo_report.AXES, 50.0), {"nll": [found(60.0)], "default": [found(70.0), found(80.0)]}
     ).splitlines()
-    assert "NLL (3e-4, 500 steps, 1 seeds)" in head and len(rows) == len(demo_report.AXES)
+    assert "NLL (3e-4, 500 steps, seeds: 1)" in head and len(rows) == len(demo_report.AXES)
     # deviation 7.07; 12.71 * 7.07 / sqrt(2) = 63.5
     assert rows[0] == "| pairs, habit agrees | 50.0 | 60.0 | 75.0 ± 63.5 |"
 
