@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from cfvlm_ds.core.config import ScenesConfig
+from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.demo.family_checkpoints import write_small
-from cfvlm_ds.demo.scenes import build_scenes
+from cfvlm_ds.demo.habits import build_habits
 
 REPO = Path(__file__).resolve().parent.parent
 SHARD = "500MB"
@@ -68,12 +68,12 @@ def write_model(folder: Path, gigabytes: float) -> None:
 
 
 def train(model: Path, run: Path, out: Path) -> None:
-    build_scenes(ScenesConfig(out_dir=str(out / "scenes"), num_train=8, num_test=9))
+    build_habits(HabitsConfig(str(out / "world"), num_train=8, num_test=1))
     command = ["deepspeed", "--num_gpus", "2", "train.py", "--config", "tests/support/train.yaml", "--deepspeed", "ds_configs/z3.json"]
     options = {
         "model.name_or_path": model,
         "model.gradient_checkpointing": "true",
-        "data.train": out / "scenes" / "train.jsonl",
+        "data.train": out / "world" / "train.jsonl",
         "data.evaluation": "{}",
         "train.output_dir": run,
         "train.max_steps": 1,

@@ -1,312 +1,240 @@
-"""Learning in equal CPU time: NLL, DPO and its relatives, the paper's literal sum, the default objective, and variants of the default
-without each term, with negatives of one kind, with adapters, and with in-batch alignment.
+"""Learning from the demo's base in equal processor time: NLL, DPO beside NLL, mDPO and the default objective.
 
-    python benchmarks/learning.py --table parts                 # runs what a table of RESULTS.md lacks, and prints the table
-    python benchmarks/learning.py --choose_rates --seeds 5      # four rates of each arm, the two best again, five seeds of the best
-    python benchmarks/learning.py --seeds 8                     # runs what is missing at one rate, one run per core
-    python benchmarks/learning.py --arms default nll-all --rates 5e-4 1e-3
-    python benchmarks/learning.py --arms default --capabilities default avx2 --threads 1 2     # other roundings of sums
-    python benchmarks/learning.py --arms default nll-all --steps 550 1000 2800 8300 --seeds 1  # 2, 4, 10 and 30 minutes
-    python benchmarks/learning.py --arms default nll-all --groups 250 1000 4000 0              # fewer groups
-    python benchmarks/learning.py --arms default nll-all --steps 8300 --groups 100000 --seeds 1  # so many groups that none is seen twice
-    python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # groups with wrong labels
-    python benchmarks/learning.py --arms default nll-all calibrated-long --more 14 --num_test 1800   # captions with about 60 more tokens
-    python benchmarks/learning.py --grid                        # the options of `calibrate` and settings that a user would try
-    python benchmarks/learning.py --report                      # the tables and figures of all finished runs
+    python benchmarks/learning.py --choose             # tries the rates of each arm with one seed, on the validation set
+    python benchmarks/learning.py --seeds 3            # runs what is missing at the best rates, one run per core
+    python benchmarks/learning.py --report             # writes the table, docs/learning.png and the table of the demo
 
-Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3. The
-default objective takes --steps steps. The other arms take as many as the same CPU seconds allow, measured by two short runs next to two of
-the default. Arms that need scores of the base read them from a file that is written once; its time is not counted.
-benchmarks/learning/runs.jsonl gets a line when a run ends, so seeds and rates can be added later and on another machine. A run with a line
-there is not repeated; to repeat a table, delete the lines of its runs first. --choose_rates decides with the validation split, which no
-table shows; those runs are in benchmarks/learning/rates.jsonl.
+Each run is `train.py --config examples/quickstart.yaml` with the options of its arm, as one process. The default takes STEPS steps, and
+others as many as the same processor time allows, less the time for scores of the base if the arm needs them. The time of a step is measured
+by two short runs beside two of the default. A line of benchmarks/learning/runs.jsonl is a finished run, which is not repeated;
+rates.jsonl has the runs that chose a rate.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, SHARP, STEPS, VALIDATION, WORLD, Job, lengthened, rows_of
-from learning_shown import TABLES, Record, missing, text_of
-from learning_tables import BEST, choices, figure, over_time, renew_pages, tables, told
-from records import RATE_RUNS, RUNS, add_record, read_records
+from records import RATE_RUNS, RUNS, add_record, half_width, read_records, renew_pages
 
-from cfvlm_ds.evaluation.metrics import MEAN
+from cfvlm_ds.demo.report import AXES, MEASURED, axes_of
 
 REPO = Path(__file__).resolve().parent.parent
-DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
-"""Results that the demo prints next to its own: those of the base, of NLL on all pairs and of the default objective."""
+RECORDS = Path(__file__).resolve().parent / "learning"
+COMMAND = "benchmarks/learning.py --report"
 BASE = "base"
-"""Name of the record with the base's group accuracies, which the first run writes."""
-PAGES = (RECORDS.with_name("RESULTS.md"), RECORDS.with_name("TRIALS.md"))
-"""Pages into which --report writes tables."""
-CHOICE_SEEDS = 2
-SHOWN = {"nll": (CONTROL_ARM, "1e-3"), "default": ("default", "3e-4")}
-"""Arms of the figure and of the demo's table: the default at the recipe's rate, NLL at its best rate."""
-TIMED = (SHOWN["nll"], ("mdpo", "3e-4"), SHOWN["default"])
-"""Arms of the figure over time."""
-TESTS = 9000
-"""Least number of groups in each split of a world; --num_test uses fewer of them."""
-CHOICE_COMMAND = "benchmarks/learning.py --choose_rates --seeds 0"
-GRID_COMMAND = "benchmarks/learning.py --grid"
-SHORT, LONG = 20, 140
+"""Name of the record with the axes of the base."""
+STEPS, GROUPS = 500, 12
+"""Steps of the default, and groups in a step of every arm: those of the demo."""
+RATES = ("1e-4", "3e-4", "6e-4", "1e-3")
+SHORT, LONG = 10, 50
 """Steps of the two runs from whose difference the time of a step is computed."""
+TRAIN, TEST, WRITTEN = 6000, 400, 400
+"""Training groups of the demo, groups of a test set, and pictures that are described."""
+NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An objective, as options of examples/quickstart.yaml. ``scores`` is true if it needs scores of the base."""
+
+    title: str
+    options: tuple[str, ...] = ()
+    scores: bool = False
+
+
+ARMS = {
+    "nll": Arm("NLL", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
+    "dpo-nll": Arm("NLL + DPO", ("--objective.align.counterfactual=1", *NO_CONTRAST, "--objective.dpo.weight=1"), scores=True),
+    "mdpo": Arm(
+        "mDPO",
+        (
+            "--objective.align.weight=0",
+            *NO_CONTRAST,
+            "--objective.dpo.weight=1",
+            "--objective.dpo.image_side=1",
+            "--objective.dpo.anchor=1",
+        ),
+        scores=True,
+    ),
+    "default": Arm("default"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    arm: str
+    rate: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.rate}-seed{self.seed}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = f"which arms (default all except those of the grid and of long captions): {', '.join(KNOWN)}"
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(KNOWN), metavar="ARM", help=text)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="(default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
-    parser.add_argument("--rates", nargs="+", default=["3e-4"], help="learning rates (default 3e-4)")
-    text = f"run what these tables of RESULTS.md or TRIALS.md lack, and print the tables: {', '.join(TABLES)}"
-    parser.add_argument("--table", nargs="+", choices=list(TABLES), metavar="TABLE", help=text)
-    text = f"try the rates of each arm, the two best with {CHOICE_SEEDS} seeds, and run its seeds at the best on the validation split"
-    parser.add_argument("--choose_rates", action="store_true", help=text)
-    text = f"run the default, the options of `calibrate` and other settings, {CHOICE_SEEDS} seeds, on the validation split only"
-    parser.add_argument("--grid", action="store_true", help=text)
-    parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default: the machine's best)")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
-    parser.add_argument("--steps", nargs="+", type=int, default=[STEPS], help=f"steps of the default objective (default {STEPS})")
-    parser.add_argument(
-        "--groups", nargs="+", type=int, default=[0], help="groups of the world's 16,000, or of a larger one (default 0: all)"
-    )
-    parser.add_argument("--noise", nargs="+", type=int, default=[0], help="percentage of groups whose two texts are exchanged (default 0)")
-    parser.add_argument("--more", nargs="+", type=int, default=[0], help="true statements added to every caption (default 0)")
-    parser.add_argument("--num_test", type=int, default=TESTS, help=f"groups of held-out combinations (default {TESTS}: 1000 per edit)")
-    parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
-    parser.add_argument("--num_validation", type=int, default=1800, help="groups for the choice of a rate (default 1800: 200 per edit)")
+    parser.add_argument("--rates", nargs="+", help="learning rates instead of the best by --choose")
+    parser.add_argument("--choose", action="store_true", help="try the rates of each arm on the validation set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
-    parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default runs/learning)")
-    parser.add_argument("--report", action="store_true", help="only write the tables and the figures")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default %(default)s)")
+    parser.add_argument("--report", action="store_true", help="only write the table and the figure")
     arguments = parser.parse_args()
-    if arguments.table:
-        for name in arguments.table:
-            show(arguments, name)
-        return
     if not arguments.report:
-        run_all(arguments)
-    report(arguments)
+        records = RECORDS / (RATE_RUNS if arguments.choose else RUNS)
+        jobs = [
+            Job(arm, rate, seed)
+            for seed in range(1 if arguments.choose else arguments.seeds)
+            for arm in arguments.arms
+            for rate in arguments.rates or (RATES if arguments.choose else [best_rate(arm)])
+        ]
+        done = read_records(records)
+        run_all(arguments, records, [job for job in jobs if job.name not in done])
+    if not arguments.choose:
+        report()
 
 
-def show(arguments: argparse.Namespace, name: str) -> None:
-    """Run what a table lacks, and print the table. The base's accuracies come from the first run of the default."""
-    table = TABLES[name]
-    arguments.num_test = table.num_test or arguments.num_test
-    done = read_records(RECORDS / RUNS)
-    needed = dict.fromkeys([*([] if BASE in done else [Job(*SHOWN["default"], 0)]), *table.jobs])
-    run_missing(arguments, list(needed))
-    named = read_records(RECORDS / RUNS)
-    print(text_of(table, named, named.pop(BASE)) + "\n", flush=True)
+def best_rate(arm: str) -> str:
+    """Return the rate with the highest accuracy on the validation set; the lower one of equal ones."""
+    tried = {each["rate"]: each["validation"] for each in read_records(RECORDS / RATE_RUNS).values() if each["arm"] == arm}
+    if not tried:
+        sys.exit(f"no rate of {arm} was tried: run with --choose, or give --rates")
+    return min(tried, key=lambda rate: (-tried[rate], float(rate)))
 
 
-def run_all(arguments: argparse.Namespace) -> None:
-    if arguments.grid:
-        tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in ("default", *GRID) for rate in arguments.rates]
-        run_missing(arguments, tried, choose=True)
+def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -> None:
+    """Run the jobs, ``arguments.jobs`` at a time. The first trains on a new folder of data before the others."""
+    if not jobs:
         return
-    for seed in range(CHOICE_SEEDS if arguments.choose_rates else 0):
-        tried = [Job(arm, rate, seed) for arm in arguments.arms for rate in rates_to_try(arm, seed)]
-        run_missing(arguments, tried, choose=True)
-    rates = {arm: best_rates(arm, CHOICE_SEEDS)[:1] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
-    ways = itertools.product(arguments.capabilities, arguments.threads, arguments.steps, arguments.groups, arguments.noise, arguments.more)
-    places = itertools.product(range(arguments.seeds), ways, arguments.arms)
-    jobs = [Job(arm, rate, seed, *way) for seed, way, arm in places for rate in rates[arm]]
-    run_missing(arguments, jobs)
+    out: Path = arguments.out
+    train(out, out / "build", Job("default", RATES[0], 0), 1, {})
+    steps = {"default": STEPS} | {arm: steps_of(out, arm) for arm in sorted({job.arm for job in jobs} - {"default"})}
+    print("steps in equal processor time:", steps, flush=True)
 
+    def one(job: Job) -> None:
+        world = out / "world"
+        sets: dict[str, Any] = {"validation": str(world / "validation.jsonl")} if arguments.choose else evaluation_sets(world)
+        folder = out / ("rates" if arguments.choose else "runs") / job.name
+        first = not arguments.choose and job == jobs[0] and BASE not in read_records(records)
+        train(out, folder, job, steps[job.arm], sets, before=first)
+        record: dict[str, Any] = {"arm": job.arm, "rate": job.rate, "seed": job.seed, "steps": steps[job.arm], "processor": processor()}
+        if arguments.choose:
+            rows = json.loads((folder / "results.json").read_text())["validation"]
+            add_record(records, job.name, record | {"validation": rows[-1]["metrics"]["group"]})
+            return
+        base, axes = axes_of(folder)
+        if first:
+            add_record(records, BASE, {"axes": base})
+        add_record(records, job.name, record | {"axes": axes})
+        print(job.name, json.dumps(axes), flush=True)
 
-def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = False) -> None:
-    """Run the jobs that have no record, ``arguments.jobs`` at a time."""
-    done = read_records(RECORDS / (RATE_RUNS if choose else RUNS))
-    if not (jobs := [job for job in jobs if job.name not in done]):
-        return
-    prepare(arguments, jobs)
-    timed = {(job.arm, job.more) for job in jobs if job.arm not in (*GRID, *SHARP, "default")}
-    costs = {each: cost(arguments, *each) for each in sorted(timed)}
-    print(
-        "time of a step relative to the default:", {f"{arm} +{more}": round(value, 3) for (arm, more), value in costs.items()}, flush=True
-    )
-    one = run_choice if choose else run
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        started = [pool.submit(one, arguments, job, steps_of(job, costs)) for job in jobs]
-        try:
-            for each in as_completed(started):
-                each.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        list(pool.map(one, jobs))
 
 
-def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Write the base and each world once, the rows of each run, and the scores of the base if an arm needs them."""
-    timed = [Job(arm, "1e-3", 0, more=job.more) for job in jobs for arm in ("default", job.arm)]  # all groups, with correct labels
-    plain = [Job(name, "1e-3", 0) for name in ("default", *KNOWN) if not KNOWN[name].scores and not KNOWN[name].negatives]
-    for world, job in {job.world(arguments.out): job for job in (plain[0], *jobs)}.items():
-        first = next(each for each in plain if KNOWN[each.arm].counterfactuals == KNOWN[job.arm].counterfactuals)
-        larger = job.groups if job.groups > WORLD else 0
-        train(arguments, arguments.out / world.name.replace("scenes", "build"), replace(first, groups=larger), 1)
-    for job in {(job.rows(arguments.out), KNOWN[job.arm].scores): job for job in (*jobs, *timed)}.values():
-        if not (rows := job.rows(arguments.out)).exists():
-            lines = (json.loads(line) for line in (job.world(arguments.out) / "train.jsonl").read_text().splitlines())
-            rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(job, lines)))
-        for split in CAPTIONS if job.more else ():
-            whole = (json.loads(line) for line in replace(job, more=0).tests(arguments.out, split).read_text().splitlines())
-            job.tests(arguments.out, split).write_text("".join(json.dumps(lengthened(row, job.more)) + "\n" for row in whole))
-        if KNOWN[job.arm].scores and not (scores := scores_of(rows)).exists():
-            command = [sys.executable, "-m", "cfvlm_ds", "score", str(arguments.out / "base"), str(rows), "--out", str(scores)]
-            subprocess.run(command, cwd=REPO, check=True)
+def evaluation_sets(world: Path) -> dict[str, Any]:
+    """Return data.evaluation with the names of examples/quickstart.yaml and larger sets."""
+    splits = ("agrees", "contradicts", "combo", "yes_no_agrees", "yes_no_contradicts", "choice", "count", "colour")
+    return {split: str(world / f"test_{split}.jsonl") for split in splits} | {
+        "pope": {"benchmark": "pope", "root": str(world)},
+        "habits": {"benchmark": "habits", "root": str(world), "probe": "write:max_new_tokens=64", "limit": WRITTEN},
+    }
 
 
-def scores_of(rows: Path) -> Path:
-    return rows.with_suffix(".scores.jsonl")
-
-
-def rates_to_try(arm: str, seed: int) -> Sequence[str]:
-    """Return all rates of an arm for the first seed, and the two best of them for the others."""
-    return best_rates(arm, 1)[:2] if seed else KNOWN[arm].rates
-
-
-def best_rates(arm: str, seeds: int) -> list[str]:
-    """Return the rates tried with the first ``seeds`` seeds, sorted by their mean on the validation split, best first, lower rate first."""
-    found: dict[str, dict[int, float]] = {}
-    for record in read_records(RECORDS / RATE_RUNS).values():
-        if record["arm"] == arm and record["seed"] < seeds and record["rate"] in KNOWN[arm].rates:
-            found.setdefault(record["rate"], {})[record["seed"]] = record[VALIDATION]
-    means = {rate: statistics.mean(of_seed.values()) for rate, of_seed in found.items() if len(of_seed) == seeds}
-    return sorted(means, key=lambda rate: (-means[rate], float(rate)))
-
-
-def run_choice(arguments: argparse.Namespace, job: Job, steps: int) -> None:
-    folder = arguments.out / "rates" / job.name
-    spent = train(arguments, folder, job, steps, {VALIDATION: arguments.num_validation})
-    found = json.loads((folder / "results.json").read_text())[VALIDATION][-1]["metrics"]["group"]
-    record = {**asdict(job), "steps": steps, "processor_seconds": round(spent), "processor": processor(), VALIDATION: found}
-    add_record(RECORDS / RATE_RUNS, job.name, record)
-    print(f"{job.name}: {steps} steps, validation {found:.1f}", flush=True)
-
-
-def cost(arguments: argparse.Namespace, arm: str, more: int) -> float:
-    """Return the CPU seconds that a step of the arm takes, relative to the default's. Both run at the same time, so other load slows down
-    both.
-    """
-    name = f"steps-{arm}{f'-more{more}' if more else ''}"
+def steps_of(out: Path, arm: str) -> int:
+    """Return the number of steps for which the arm has time: that of the default's steps, less that of the scores."""
 
     def seconds(one: str) -> float:
-        job = Job(one, "1e-3", 0, more=more)
-        short, long = (train(arguments, arguments.out / f"{name}-{one}-{steps}", job, steps) for steps in (SHORT, LONG))
+        job = Job(one, RATES[0], 0)
+        short, long = (train(out, out / f"steps-{arm}-{one}-{steps}", job, steps, {}) for steps in (SHORT, LONG))
         return (long - short) / (LONG - SHORT)
 
+    scored = score(out) if ARMS[arm].scores else 0.0
     with ThreadPoolExecutor(2) as pool:
         own, default = pool.map(seconds, (arm, "default"))
-    return own / default
+    return affordable(own, default, scored)
 
 
-def steps_of(job: Job, costs: Mapping[tuple[str, int], float]) -> int:
-    """Return the number of steps in the job's time. Arms of the grid have the terms of the default, and hence its time per step."""
-    return round(job.clock / costs.get((job.arm, job.more), 1.0))
+def affordable(own: float, default: float, scored: float) -> int:
+    """Return the steps of ``own`` seconds in the time of the default's steps if the scores of all training groups take ``scored`` seconds.
+    Only the groups of the steps are scored, each once.
+    """
+    per_step = own + scored * GROUPS / TRAIN
+    steps = STEPS * default / per_step
+    return round(steps if steps * GROUPS <= TRAIN else (STEPS * default - scored) / own)
 
 
-def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
-    folder = arguments.out / job.name
-    go_on_from_choice(arguments.out / "rates" / job.name, folder, steps)
-    limits = {"combo": arguments.num_test, **dict.fromkeys(("yes_no", "choice", "count"), arguments.num_questions)}
-    spent = train(
-        arguments, folder, job, steps, limits, start=BASE not in read_records(RECORDS / RUNS) and job.seed == 0 and job.arm == "default"
-    )
-    found = {
-        split: {row["name"]: {"groups": row["num"], "group": row["metrics"]["group"]} for row in rows}
-        for split, rows in json.loads((folder / "results.json").read_text()).items()
-    }
-    table = json.loads((folder / "before_after.json").read_text())
-    if changes := [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]:
-        add_record(RECORDS / RUNS, BASE, before(changes))
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    factual = [row["logp/lp_00"] for row in logged if "logp/lp_00" in row]
-    record = {
-        **asdict(job),
-        "steps": steps,
-        "processor_seconds": round(spent),
-        "processor": processor(),
-        "factual_nats_per_token": {"first": round(factual[0], 3), "last": round(factual[-1], 3)},
-        "results": found,
-        "nll": {split: rows[-1].get("nll") for split, rows in json.loads((folder / "results.json").read_text()).items()},
-    }
-    add_record(RECORDS / RUNS, job.name, record)
-    combo = found["combo"]
-    print(f"{job.name}: {steps} steps, relation {combo['relation']['group']:.1f}, all {combo['all']['group']:.1f}", flush=True)
+def score(out: Path) -> float:
+    """Write the scores of the base unless they exist, and return the processor seconds that this took."""
+    rows = out / "world" / "train.jsonl"
+    command = [sys.executable, "-m", "cfvlm_ds", "score", str(out / "base"), str(rows), "--out", str(scores_of(out))]
+    return run_process(command, out / "score")
 
 
-def before(changes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return accuracies before the training by set and edit, by the first metric of each set."""
-    found: dict[str, dict[str, float]] = {}
-    for row in changes:
-        of_set = found.setdefault(row["set"], {"all": row["before"]})
-        if row["edit"] != MEAN:
-            of_set.setdefault(row["edit"], row["before"])
-    return found
+def scores_of(out: Path) -> Path:
+    return out / "world" / "train.scores.jsonl"
 
 
-def go_on_from_choice(choice: Path, folder: Path, steps: int) -> None:
-    """Continue from the checkpoint of the same training if it has chosen a rate, so that only the evaluation runs. Its time is counted."""
-    if folder.exists() or not (choice / "processor_seconds").exists() or not (choice / f"checkpoint-{steps}").exists():
-        return
-    shutil.copytree(choice, folder, ignore=shutil.ignore_patterns("finished.json", "results.*", "processor_seconds"))
-    (folder / "processor_seconds_so_far").write_text((choice / "processor_seconds").read_text())
+def train(out: Path, folder: Path, job: Job, steps: int, sets: Mapping[str, Any], before: bool = False) -> float:
+    """Train to the end, and return the processor seconds, including the start and the evaluation of ``sets``."""
+    if ARMS[job.arm].scores:
+        score(out)
+    options = {
+        "build.habits.out_dir": out / "world",
+        "build.habits.num_train": TRAIN,
+        "build.habits.num_test": TEST,
+        "build.base": out / "base",
+        "model.name_or_path": out / "base",
+        "data.train": out / "world" / "train.jsonl",
+        "data.evaluation": json.dumps(sets),
+        "data.num_workers": 0,
+        "train.output_dir": folder,
+        "train.per_device_train_batch_size": GROUPS,
+        "train.max_steps": steps,
+        "train.seed": job.seed,
+        "train.learning_rate": job.rate,
+        "train.bf16": str("amx_bf16" in cpuinfo()).lower(),
+        "train.eval_on_start": str(before).lower(),
+        "train.eval_shuffled": "false",
+        "train.eval_steps": 0,
+        "train.save_steps": 0,
+        "train.samples": 0,
+        "train.figures": "false",
+        "train.export": "false",
+        "tracking.enabled": "false",
+    } | ({"data.scores": scores_of(out)} if ARMS[job.arm].scores else {})
+    command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z2.json", "--config", "examples/quickstart.yaml"]
+    command += [*(f"--{name}={value}" for name, value in options.items()), *ARMS[job.arm].options]
+    return run_process(command, folder, {"OMP_NUM_THREADS": "1"}, "finished.json")
+
+
+def cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next((line.split(":", 1)[1].strip() for line in cpuinfo().splitlines() if line.startswith("model name")), platform.machine())
 
 
-def train(
-    arguments: argparse.Namespace, folder: Path, job: Job, steps: int, limits: dict[str, int] | None = None, start: bool = False
-) -> float:
-    """Train to the end, and return the CPU seconds, including the start and the evaluation (``limits``: groups of each split)."""
-    command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
-    command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
-    arm, rows = KNOWN[job.arm], job.rows(arguments.out)
-    command += [f"--build.scenes.out_dir={job.world(arguments.out)}", f"--build.scenes.num_counterfactuals={arm.counterfactuals}"]
-    command += [f"--build.scenes.num_test={max(arguments.num_test, TESTS)}", f"--build.scenes.num_train={max(job.groups, WORLD)}"]
-    command += [f"--data.train={rows}"]
-    splits = {name: {"path": str(job.tests(arguments.out, name)), "limit": limit} for name, limit in (limits or {}).items()}
-    command += [f"--data.scores={scores_of(rows)}"] * arm.scores
-    command += [
-        f"--data.evaluation={json.dumps(splits)}",
-        f"--train.output_dir={folder}",
-        f"--train.max_steps={steps}",
-        f"--train.seed={job.seed}",
-        f"--train.learning_rate={job.rate}",
-        "--tracking.enabled=false",
-        "--data.num_workers=0",
-        "--train.save_steps=0",
-        "--train.eval_steps=0",
-        f"--train.eval_on_start={str(start).lower()}",
-        "--train.eval_shuffled=false",
-        "--train.figures=false",
-        "--train.export=false",
-        *arm.options,
-    ]
-    variables = {"OMP_NUM_THREADS": str(job.threads)} | ({"ATEN_CPU_CAPABILITY": job.capability} if job.capability else {})
-    return run_process(command, folder, variables, "finished.json")
+def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None, leaves: str = "") -> float:
+    """Run a command to the end unless ``folder`` records that it has ended, and return the processor seconds of all its starts.
 
-
-def run_process(command: Sequence[str], folder: Path, variables: dict[str, str], leaves: str = "") -> float:
-    """Run a command to the end unless ``folder`` records that it has ended, and return the CPU seconds of all its starts. Its output is in
-    FOLDER.log. If the file ``leaves`` is missing at the end, the command has only been stopped.
+    Its output is in FOLDER.log. If the file ``leaves`` is missing at the end, the command has only been stopped.
     """
     whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_name(f"{folder.name}.log")
     if whole.exists():
@@ -314,7 +242,7 @@ def run_process(command: Sequence[str], folder: Path, variables: dict[str, str],
         return float(whole.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=REPO, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=REPO, env=os.environ | (variables or {}), stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     spent = usage.ru_utime + usage.ru_stime + (float(part.read_text()) if part.exists() else 0)
@@ -339,54 +267,62 @@ def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
         sys.exit(f"{folder} is a run with another objective (see its config.yaml) than its options have now; move it away and start again")
 
 
-def report(arguments: argparse.Namespace) -> None:
-    named = read_records(RECORDS / RUNS)
-    base = named.pop(BASE, None)
-    records = list(named.values())
-    if not records or base is None:
-        sys.exit(f"{RECORDS} contains no results; run without --report first")
-    chosen = list(read_records(RECORDS / RATE_RUNS).values())
-    text = "\n\n".join([*tables(records, base), *([choices(chosen)] if chosen else [])])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "learning.md").write_text(text + "\n")
-    shown = {name: [r["results"] for r in records if told(r) == (*arm, BEST)] for name, arm in SHOWN.items()}
-    figure(arguments.out / "learning.png", shown, base)
-    of_time = [r for r in records if r["seed"] == 0 and told(r | {"clock": STEPS}) in [(*arm, BEST) for arm in TIMED]]
-    lines = {KNOWN[arm].title: {r.get("clock", STEPS): r["results"] for r in of_time if r["arm"] == arm} for arm, _ in TIMED}
-    over_time(arguments.out / "learning_time.png", lines, base)
-    if all(shown.values()):
-        DEMO.write_text(json.dumps(for_demo(base, shown), indent=1) + "\n")
-    print(text, f"\nwrote {arguments.out}/learning.md, learning.png and learning_time.png")
-    write_pages(named, base, chosen)
+def report() -> None:
+    """Write the table into RESULTS.md, the means into the package for the demo, and the figure."""
+    records = read_records(RECORDS / RUNS)
+    base = records.pop(BASE)["axes"]
+    runs = {arm: [each for each in records.values() if each["arm"] == arm] for arm in ARMS}
+    runs = {arm: of_arm for arm, of_arm in runs.items() if of_arm}
+    text = table(base, runs)
+    print(text)
+    renew_pages([REPO / "benchmarks" / "RESULTS.md"], [(COMMAND, text)])
+    means = {
+        arm: {"title": ARMS[arm].title, "seeds": len(found), "mean": {axis: round(mean(found, axis), 1) for axis in AXES}}
+        for arm, found in runs.items()
+    }
+    MEASURED.write_text(json.dumps(means, indent=1) + "\n")
+    figure(REPO / "docs" / "learning.png", base, runs)
 
 
-def write_pages(records: Mapping[str, Record], base: dict[str, Any], chosen: list[dict[str, Any]]) -> None:
-    """Write the tables into the pages that show them. A table that lacks a run is left unchanged and named."""
-    tried = [each for each in chosen if each["arm"] in ARMS]
-    settings = [each for each in chosen if each["arm"] in (*GRID, "default") and each["rate"] == SHOWN["default"][1]]
-    commands = {CHOICE_COMMAND: choices(tried), GRID_COMMAND: choices(settings)}
-    for name, table in TABLES.items():
-        if lacking := missing(table, records):
-            print(f"--table {name} lacks {len(lacking)} runs, such as {lacking[0]}, and is left unchanged")
-        else:
-            commands[f"benchmarks/learning.py --table {name}"] = text_of(table, records, base)
-    renew_pages(PAGES, commands.items())
+def mean(found: Sequence[Mapping[str, Any]], axis: str) -> float:
+    return statistics.mean(each["axes"][axis] for each in found)
 
 
-def for_demo(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return the accuracies of the base and, for each arm, the number of seeds and the mean, lowest and highest accuracy, by split and
-    edit.
-    """
-    found: dict[str, Any] = {"base": {split: {edit: round(value, 1) for edit, value in rows.items()} for split, rows in base.items()}}
-    for arm, seeds in arms.items():
-        found[arm] = {"seeds": len(seeds)} | {
-            which: {
-                split: {edit: round(pick([each[split][edit]["group"] for each in seeds]), 1) for edit in rows}
-                for split, rows in seeds[0].items()
-            }
-            for which, pick in {"mean": statistics.mean, "lowest": min, "highest": max}.items()
-        }
-    return found
+def table(base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the axes of the base and of each arm: means over seeds with half the width of the 95 % t interval."""
+    titles = [f"{ARMS[arm].title} ({found[0]['rate']}, {found[0]['steps']} steps, seeds: {len(found)})" for arm, found in runs.items()]
+    lines = [f"| % | base | {' | '.join(titles)} |", f"|---|---:|{'---:|' * len(titles)}"]
+    for axis in AXES:
+        columns = [[each["axes"][axis] for each in found] for found in runs.values()]
+        cells = [f"{statistics.mean(c):.1f}" + (f" ± {half_width(c):.1f}" if len(c) > 1 else "") for c in columns]
+        lines.append(f"| {axis} | {base[axis]:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Draw bars for the axes on which habit is contradicted: base and arms, means over seeds with 95 % t intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [axis for axis in AXES if "agrees" not in axis and axis != "outside the grammar"]
+    bars: list[tuple[str, list[list[float]]]] = [("base", [[base[axis]] for axis in shown])]
+    bars += [(f"+ {ARMS[arm].title}", [[each["axes"][axis] for each in found] for axis in shown]) for arm, found in runs.items()]
+    canvas, axes = pyplot.subplots(figsize=(10, 3.8), layout="constrained")
+    width, colours = 0.8 / len(bars), ("#c9c9c9", "#7f8790", "#d08c3f", "#7a5c99", "#1f6f8b")
+    for k, ((name, each), colour) in enumerate(zip(bars, colours, strict=False)):
+        place = [x + (k - (len(bars) - 1) / 2) * width for x in range(len(shown))]
+        means = [statistics.mean(values) for values in each]
+        axes.bar(place, means, 0.92 * width, color=colour, label=name)
+        if len(each[0]) > 1:
+            axes.errorbar(place, means, [half_width(values) for values in each], fmt="none", ecolor="#333333", elinewidth=0.8)
+    axes.set_xticks(range(len(shown)), [axis.replace(", ", ",\n").replace(" statements", "\nstatements") for axis in shown], fontsize=8)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("%")
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.legend(frameon=False, fontsize=9, ncols=len(bars), loc="outside upper right")
+    canvas.savefig(path, dpi=160)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,8 @@ import prior_groups
 import prior_model
 import prior_pictures
 import prior_projector
-from learning import processor, run_process
-from learning_arms import NO_CONTRAST
-from learning_tables import half_width, renew_pages
-from records import RATE_RUNS, RUNS, add_record, read_records
+from learning import NO_CONTRAST, processor, run_process
+from records import RATE_RUNS, RUNS, add_record, half_width, read_records, renew_pages
 
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava

@@ -1,13 +1,19 @@
-"""Records of benchmark runs: JSON Lines with one named record per line."""
+"""Records of benchmark runs, JSON Lines with one named record per line, and the tables that pages show of them."""
 
 from __future__ import annotations
 
 import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 RUNS, RATE_RUNS = "runs.jsonl", "rates.jsonl"
 """Files in a folder of records: runs that tables show, and those by which a learning rate was chosen."""
+
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Student's t of a 95 % interval, by number of pairs."""
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
@@ -21,3 +27,29 @@ def add_record(file: Path, name: str, record: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:
         handle.write(json.dumps({"name": name} | record) + "\n")
+
+
+def renewed(page: str, tables: Iterable[tuple[str, str]]) -> str:
+    """Return ``page`` with the table after each `` `python COMMAND` `` replaced; ``tables`` are pairs of a command and its table.
+
+    Raises ValueError if the page does not contain a command exactly once.
+    """
+    for command, table in tables:
+        parts = re.split(rf"(`python {re.escape(command)}`(?:(?!^\|).)*?^)(?:\|[^\n]*\n)+", page, flags=re.MULTILINE | re.DOTALL)
+        if len(parts) != 3:
+            raise ValueError(f"`python {command}` must occur exactly once, before its table")
+        page = f"{parts[0]}{parts[1]}{table}\n{parts[2]}"
+    return page
+
+
+def renew_pages(pages: Iterable[Path], tables: Iterable[tuple[str, str]]) -> None:
+    """Write tables, each with its command, into the pages that show them."""
+    shown = list(tables)
+    for page in pages:
+        text = page.read_text()
+        page.write_text(renewed(text, [(command, table) for command, table in shown if f"`python {command}`" in text]))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return half the width of the 95 % t interval for the mean of two or more values."""
+    return T95[min(len(values), max(T95))] * statistics.stdev(values) / len(values) ** 0.5

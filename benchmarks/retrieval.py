@@ -2,7 +2,7 @@
 
     python benchmarks/retrieval.py runs/learning/base
     cfvlm-ds export runs/learning/default-3e-4-seed0                # a run of benchmarks/learning.py keeps its checkpoint
-    python benchmarks/retrieval.py runs/learning/default-3e-4-seed0/export --manifest runs/learning/scenes/test_combo.jsonl
+    python benchmarks/retrieval.py runs/learning/default-3e-4-seed0/export --manifest runs/learning/world/test_combo.jsonl
 
 The data are the first --pictures factual pairs with different captions, all under one prompt. `cfvlm-ds score` scores each picture with
 every caption. A caption that may also be true of a picture, according to the row's ``exclude``, is not used for it. The results are recall
@@ -25,7 +25,7 @@ Matrix = Sequence[Sequence[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, help="model folders in the Hugging Face format")
-    parser.add_argument("--manifest", type=Path, default=Path("runs/learning/scenes/test_combo.jsonl"), help="(default %(default)s)")
+    parser.add_argument("--manifest", type=Path, default=Path("runs/learning/world/test_combo.jsonl"), help="(default %(default)s)")
     parser.add_argument("--pictures", type=int, default=200, help="(default 200)")
     parser.add_argument("--out", type=Path, default=Path("runs/retrieval"), help="folder of manifest and scores (default runs/retrieval)")
     arguments = parser.parse_args()

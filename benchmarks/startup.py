@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--runs 3]
 
-The model is the demo's, the data are 1,000 of its scenes. Each figure is the median of several runs; the first run, which fills caches, is
-not counted.
+The model is the demo's, the data are 1,000 groups of its world. Each figure is the median of several runs; the first run, which fills
+caches, is not counted.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from cfvlm_ds.core.config import ScenesConfig
+from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.demo.base import write_base
-from cfvlm_ds.demo.scenes.build import build_scenes
+from cfvlm_ds.demo.habits import build_habits
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -48,13 +48,13 @@ def main() -> None:
     runs = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        scenes = build_scenes(ScenesConfig(str(folder / "scenes"), num_train=1000, num_test=20), progress=lambda line: None)
-        common = ["--model.name_or_path", str(write_base(folder / "base")), "--data.train", str(scenes / "train.jsonl")]
+        world = build_habits(HabitsConfig(str(folder / "world"), num_train=1000, num_test=20), progress=lambda line: None)
+        common = ["--model.name_or_path", str(write_base(folder / "base")), "--data.train", str(world / "train.jsonl")]
         run = [*common, "--train.output_dir", str(folder / "run"), "--train.max_steps", "1", "--train.eval_on_start", "false"]
         run += ["--train.resume", "restart", "--tracking.enabled", "false"]
         commands = {
             "cfvlm-ds --help": (["cfvlm-ds", "--help"], ""),
-            "cfvlm-ds data check, 1,000 rows": (["cfvlm-ds", "data", "check", str(scenes / "train.jsonl")], ""),
+            "cfvlm-ds data check, 1,000 rows": (["cfvlm-ds", "data", "check", str(world / "train.jsonl")], ""),
             "dry run": (["cfvlm-ds", "train", *common, "--train.dry_run", "true"], ""),
             "deepspeed train.py": (["deepspeed", "--num_gpus", "1", "train.py", "--deepspeed", "ds_configs/z3.json", *run], r"step 1/1 "),
         }

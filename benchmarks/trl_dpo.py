@@ -56,7 +56,8 @@ from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import read_scores
 from cfvlm_ds.demo.family_checkpoints import SMALL
-from cfvlm_ds.demo.scenes import all_captions
+from cfvlm_ds.demo.habits.grammar import describe
+from cfvlm_ds.demo.habits.world import STRENGTH, draw_scene
 from cfvlm_ds.demo.tiny_llava import write_checkpoint
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
 from cfvlm_ds.objectives import Dpo, denominators, required_cells, weighted_loss
@@ -211,7 +212,7 @@ def write_model(out: Path, settings: Settings, size: dict[str, int], seed: int) 
 def write_groups(folder: Path, settings: Settings) -> list[CounterfactualGroup]:
     """Write one noise image with captions per group, with the configured number of visual tokens, and return the groups."""
     generator, side = random.Random(0), 28 * math.isqrt(settings.visual)
-    captions = sorted(set(all_captions(seed=0, num_captions=2000)))
+    captions = sorted({describe([draw_scene(generator, STRENGTH)], str(number))[0] for number in range(2000)})
     groups = []
     for number in range(settings.pairs // settings.rejected):
         picture = folder / f"{number}.png"

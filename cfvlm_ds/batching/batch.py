@@ -26,9 +26,14 @@ STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image."
 """Group that a rank computes if none of its groups can be read, because under ZeRO-3 the other ranks wait for its forward."""
 
 
+def blank_view(num_pictures: int) -> Pictures:
+    """Return an image of blank pictures."""
+    return tuple(BLANK.with_suffix(f".{k}") for k in range(num_pictures))
+
+
 def shown(group: CounterfactualGroup, image: int) -> Pictures:
     """Return the pictures of an image; for an index after the group's own images, as many blank pictures."""
-    return group.images[image] if image < len(group.images) else tuple(BLANK.with_suffix(f".{k}") for k in range(group.num_pictures))
+    return group.images[image] if image < len(group.images) else blank_view(group.num_pictures)
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:

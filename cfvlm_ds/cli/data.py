@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from cfvlm_ds.cli import looking, making
 from cfvlm_ds.cli.making import Part
 from cfvlm_ds.cli.options import ImageLimits, OnError, Positive, Reading, add_function, model_named
-from cfvlm_ds.cli.train import build
-from cfvlm_ds.core.config import BuildConfig, ScenesConfig
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.secrets import print_line
 
@@ -23,29 +21,11 @@ def add(commands: Any) -> None:
     text, example = "make, check, convert, prepare and look at data", "cfvlm-ds data convert captions.csv --root images --out groups.jsonl"
     command = commands.add_parser("data", help=text, description=text, epilog=f"example: {example}")
     data = command.add_subparsers(dest="action", required=True)
-    for function in (_build, _check, _formats, _convert, _download, _prepare):
+    for function in (_check, _formats, _convert, _download, _prepare):
         add_function(data, function)
     looking.add(data)
     making.add(data)
     add_function(commands, _tiny)
-
-
-def _build(scenes: ScenesConfig, *, benchmarks: str | None = None) -> None:
-    """Write the embedded world of scenes.
-
-    Example: cfvlm-ds data build runs/scenes --num_train 4000
-
-    Args:
-        benchmarks: also write its test groups, or those of an existing world, into this folder as SugarCrepe, NaturalBench and POPE.
-    """
-    from cfvlm_ds.demo.scenes import build_benchmarks, config_in
-
-    config = scenes
-    if benchmarks and config == ScenesConfig(config.out_dir):  # without options, the existing world
-        config = config_in(Path(config.out_dir)) or config
-    build(BuildConfig(scenes=config))
-    if benchmarks:
-        print(f"wrote {build_benchmarks(config, Path(benchmarks))}: sugarcrepe, naturalbench, pope")
 
 
 def _tiny(family: str, out_dir: str, *, seed: int = 0) -> None:

@@ -78,10 +78,10 @@ def _evaluate(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Measure accuracies by edit type, with rows for chance and for the language prior; or accuracies on public benchmarks:
+    """Measure accuracies by edit type, with rows for random scores and for the language prior; or accuracies on public benchmarks:
     cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
 
-    Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl
+    Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/world/test_combo.jsonl
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
@@ -141,11 +141,13 @@ def _evaluate_benchmarks(
         raise ConfigError(f"--out {out} is the folder of the benchmarks; name another one")
     from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
     from cfvlm_ds.core.ranks import default_workers
+    from cfvlm_ds.demo.habits.writing import register
     from cfvlm_ds.evaluation.suite.runner import MAX_TOKENS, Settings, evaluate_benchmarks, results_held
     from cfvlm_ds.evaluation.suite.selection import choose, load_items
     from cfvlm_ds.evaluation.suite.tables import omissions, overview, summary
     from cfvlm_ds.models import adapter_fingerprint, fingerprint
 
+    register()
     probes = [part for spec in options.probes or () for part in ([spec] if ":" in spec else spec.split(",")) if part]
     chosen = choose([each.strip() for each in str(options.benchmarks).split(",") if each.strip()], root, probes)
     model, adapter = model_named(name, limits)
@@ -245,10 +247,12 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
         draws: number of random swaps of the two models' answers to a benchmark; by default as many as the bootstrap draws of evaluate.
         out: folder for the tables (results.md), a figure of the differences with their intervals, and a page for a browser with both.
     """
+    from cfvlm_ds.demo.habits.writing import register
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets
     from cfvlm_ds.evaluation.before_after import comparison_tables, is_results
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 
+    register()
     if repeated := next((name for at, name in enumerate(after) if name in after[:at]), None):
         raise ConfigError(f"{repeated} is given twice; give each result once")
     if out is not None:

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
 def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
     """Write reference and blind scores of a manifest, for DPO and PMI.
 
-    Example: cfvlm-ds score runs/quickstart/base runs/quickstart/scenes/train.jsonl
+    Example: cfvlm-ds score runs/quickstart/base runs/quickstart/world/train.jsonl
 
     Args:
         model: model folder or hub name, or run folder.
@@ -94,7 +94,7 @@ def _scores(
 def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
     """Measure how well a model separates true from false in a manifest, and print the margins and weights that fit it.
 
-    Example: cfvlm-ds calibrate runs/quickstart/base runs/quickstart/scenes/train.jsonl --limit 500
+    Example: cfvlm-ds calibrate runs/quickstart/base runs/quickstart/world/train.jsonl --limit 500
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.

@@ -108,8 +108,8 @@ class ImageLimits:
 def add_function(parent: Any, function: Callable[..., None]) -> None:
     """Add a command to ``parent`` that calls a function. Its help consists of the docstring's first paragraph, the example and Args.
 
-    Parameters before ``*`` become arguments, those after it options. A dataclass stands for its fields: a field without a default becomes
-    an argument, the others become options. Metadata of Annotated are passed to add_argument.
+    Parameters before ``*`` become arguments, those after it options. A dataclass stands for its fields, which become options.
+    Metadata of Annotated are passed to add_argument.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     text = " ".join(text.split())
@@ -131,11 +131,10 @@ def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]
         kind, more = (kind.__origin__, dict(kind.__metadata__)) if get_origin(kind) is Annotated else (kind, {})
         if is_dataclass(kind):
             result += _parameters(kind)  # type: ignore[arg-type]
-        if is_dataclass(kind) or get_origin(kind) is dict:  # nested values are set in YAML
             continue
         shown = "" if kind is bool or default in (None, "", parameter.empty) else f" (default {default})"
         options: dict[str, Any] = {"help": helps[parameter.name] + shown.replace("%", "%%")}
-        is_option = parameter.kind is parameter.KEYWORD_ONLY or (inspect.isclass(described) and default is not parameter.empty)
+        is_option = parameter.kind is parameter.KEYWORD_ONLY or inspect.isclass(described)
         if is_option:
             options |= {"dest": f"{prefix}{parameter.name}", "required": default is parameter.empty}
         elif default is not parameter.empty:

@@ -56,6 +56,10 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
     config = parse_config(arguments, OBJECTIVES, prog=prog)
     show(config.shows)
+    if config.data.benchmark_sets:
+        from cfvlm_ds.demo.habits.writing import register
+
+        register()
     if config.train.dry_run:
         from cfvlm_ds.training.dry_run import dry_run
 
@@ -95,10 +99,6 @@ def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> No
     """Write the requested parts of the embedded world and the small model that do not exist yet. ``alive`` is called repeatedly in the
     meantime.
     """
-    if config.scenes is not None:
-        from cfvlm_ds.demo.scenes import build_scenes
-
-        build_scenes(config.scenes, alive=alive)
     if config.habits is not None:
         from cfvlm_ds.demo.habits import build_habits
 
@@ -108,10 +108,9 @@ def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> No
 
 def _build_model(config: BuildConfig) -> None:
     if config.tiny_llava is not None:
-        from cfvlm_ds.demo import habits, scenes
+        from cfvlm_ds.demo.habits import all_texts
         from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 
-        all_texts = scenes.all_texts if config.habits is None else habits.all_texts
         build_tiny_llava(config.tiny_llava, all_texts(seed=0, number=3000))
     if config.base is not None:
         from cfvlm_ds.demo.base import write_base

@@ -241,35 +241,6 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
-class ScenesConfig:
-    """The embedded world of scenes, written as an ordinary manifest with PNG files.
-
-    Args:
-        out_dir: folder to write; left unchanged if it already holds this world.
-        num_train: training groups.
-        num_test: groups of each test split.
-        num_counterfactuals: counterfactual pairs per training group.
-        image_size: side of the square images in pixels.
-        sham_share: share of training groups with a sham image.
-        question_share: share of training groups that ask a question (yes or no, A or B, how many) instead of a description.
-        question_weight: weight of those groups; an answer has few tokens and would otherwise count little compared with longer captions.
-        seed: seed of all random numbers.
-        edit_weights: relative frequency of each edit type in training; all are equally frequent when not given.
-    """
-
-    out_dir: str
-    num_train: int = 4000
-    num_test: int = 400
-    num_counterfactuals: int = 1
-    image_size: int = 48
-    sham_share: float = 0.0
-    question_share: float = 0.0
-    question_weight: float = 1.0
-    seed: int = 0
-    edit_weights: dict[str, float] | None = None
-
-
-@dataclass(frozen=True)
 class HabitsConfig:
     """The embedded world with habits, written as ordinary manifests with pictures of 64 x 64 pixels.
 
@@ -280,6 +251,7 @@ class HabitsConfig:
         num_counterfactuals: counterfactual pairs per training group; 0 for single pictures, as a base is pretrained on.
         num_questions: largest number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
+        strength: probability in training that a thing follows one of its habits.
         edit_weights: relative frequency of each edit type in training; all are equally frequent when not given.
     """
 
@@ -289,6 +261,7 @@ class HabitsConfig:
     num_counterfactuals: int = 1
     num_questions: int = 0
     seed: int = 0
+    strength: float = 0.96
     edit_weights: dict[str, float] | None = None
 
 
@@ -322,13 +295,11 @@ class BuildConfig:
     """Data and models that are built before training unless they exist; none by default.
 
     Args:
-        scenes: the embedded world of scenes.
         habits: the embedded world with habits.
-        tiny_llava: a small model with random weights, whose tokenizer is trained on the texts of ``habits``, if it is built, or of scenes.
+        tiny_llava: a small model with random weights, whose tokenizer is trained on the texts of that world.
         base: folder for a copy of the package's small model, which is pretrained on that world.
     """
 
-    scenes: ScenesConfig | None = option(None, on_resume="ignored")
     habits: HabitsConfig | None = option(None, on_resume="ignored")
     tiny_llava: TinyLlavaConfig | None = option(None, on_resume="ignored")
     base: str | None = option(None, on_resume="ignored")

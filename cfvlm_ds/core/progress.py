@@ -20,7 +20,7 @@ def time_left(passed_s: float, done: float, total: float) -> str:
 
 
 class Progress:
-    """Counter of finished work units that prints lines such as ``scenes: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
+    """Counter of finished work units that prints lines such as ``world with habits: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
 
     Args:
         say: prints a line immediately; World.say does so on rank 0 only.

@@ -30,6 +30,8 @@ FOLDERS = (
     "mlartifacts", "scores", "baseline", "samples", "worst", "tensorboard", "benchmarks", "heartbeat", "prepared", "export", "adapter",
 )  # fmt: skip
 """Folders that a run writes into its run folder, except checkpoints, which are checked separately."""
+BASELINE = "baseline"
+"""Folder of the accuracies before the first step, a file for each evaluation set."""
 
 
 @dataclass(frozen=True)

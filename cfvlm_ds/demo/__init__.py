@@ -1,1 +1,1 @@
-"""Demo data and models: the embedded world of scenes and small random checkpoints, for training and tests without a download."""
+"""Demo data and models: the embedded world with habits and small random checkpoints, for training and tests without a download."""

@@ -13,7 +13,7 @@ from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures, Promp
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.evaluation.benchmarks.base import Item, Mentions, Outcome
 from cfvlm_ds.evaluation.benchmarks.parsers import Parser
-from cfvlm_ds.evaluation.probes import Probe, Row
+from cfvlm_ds.evaluation.probes import Generate, Probe, Row
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 Lengths = Callable[[Candidate], int]
@@ -66,11 +66,11 @@ class Packing:
 @dataclass(frozen=True)
 class Plan:
     """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates its options without the
-    question and the picture, and is None if they are not scored.
+    question and the picture, and is None if they are not scored. The groups of a probe that generates text only show what is asked.
     """
 
     items: tuple[Item, ...]
-    probe: Probe
+    probe: Probe | Generate
     groups: tuple[CounterfactualGroup, ...]
     places: tuple[Place, ...]
     alone: tuple[Place | None, ...]
@@ -80,7 +80,8 @@ class Plan:
         return [self._outcome(number, scores, lengths) for number in range(len(self.items))]
 
     def _outcome(self, number: int, scores: Sequence[GroupScores], lengths: Lengths | None) -> Outcome:
-        item, (place, columns), alone = self.items[number], self.places[number], self.alone[number]
+        assert isinstance(self.probe, Probe)
+        probe, item, (place, columns), alone = self.probe, self.items[number], self.places[number], self.alone[number]
         scored, candidates = scores[place], self.groups[place].candidates
         counts = Lazy(lambda place: lengths(candidates[columns[place]]), len(columns)) if lengths else ()
         blank = _taken(scored.blank.tolist(), columns)
@@ -88,16 +89,16 @@ class Plan:
         shuffled = None if scored.shuffled is None or not len(scored.shuffled) else _taken(scored.shuffled.tolist(), columns)
 
         def row(values: Row) -> Row:
-            return self.probe.row(item, values, blank, counts)
+            return probe.row(item, values, blank, counts)
 
-        consistent = [value for values in seen if (value := self.probe.consistency(item, values)) is not None]
+        consistent = [value for values in seen if (value := probe.consistency(item, values)) is not None]
         return Outcome(
             item,
             tuple(map(row, seen)),
             row(blank),
             None if shuffled is None else row(shuffled),
             sum(consistent) / len(consistent) if consistent else None,
-            None if alone is None else self.probe.row(item, _taken(scores[alone[0]].logp[0].tolist(), alone[1]), (), ()),
+            None if alone is None else probe.row(item, _taken(scores[alone[0]].logp[0].tolist(), alone[1]), (), ()),
         )
 
 
@@ -105,7 +106,7 @@ def _taken(values: Sequence[float], columns: Sequence[int]) -> Row:
     return tuple(values[column] for column in columns)
 
 
-def plan(items: Sequence[Item], probe: Probe) -> Plan:
+def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
     """Build the groups that contain the cells of all items. Items with the same pictures share groups of at most MOST_CELLS texts.
 
     Raises DataError for an item with more cells than a group can have.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,17 +12,21 @@ from typing import Any, TypeAlias
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.metrics import CHANCE, HEADLINES, MEAN, Accuracy, edit_label
+from cfvlm_ds.evaluation.metrics import HEADLINES, MEAN, Accuracy, edit_label
 
 _Won: TypeAlias = Mapping[tuple[str, int], Mapping[str, Sequence[float]]]
 """Numbers of comparisons won and made, keyed by group and edit type."""
 
-FEWEST_GROUPS = 30
-"""Number of groups below which a difference has no interval, because the normal approximation would be too narrow."""
+FEWEST_CHANGED = 6
+"""Least number of changed groups, or clusters of a benchmark, for an interval. If n changed, all in one direction, the sign test gives
+p = 2 / 2^n, which is above 5 % for fewer.
+"""
 _MEANINGS = {
-    "group": "group: each of two pictures prefers its own text, and each text its own picture",
-    "pair": "pair: a picture prefers a true text to a false one",
-    "image_pair": "image_pair: a text prefers a picture that it is true of to one that it is false of",
+    "group": "each of two pictures prefers its own text, and each text its own picture; random scores give 16.7 %, one answer for every "
+    "picture 0 %",
+    "pair": "a picture prefers a true text to a false one; random scores give 50 %",
+    "image_pair": "a text prefers a picture that it is true of to one that it is false of; random scores give 50 %, scores that ignore the "
+    "picture 0 %",
 }
 
 
@@ -30,10 +34,13 @@ _MEANINGS = {
 class Change:
     """A row of the table: a metric of a set, for an edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
 
-    ``blank`` is the accuracy after training with a blank image; None for a metric without this control. ``low`` and ``high`` are the ends
-    of the 95 % interval of ``difference``; None for fewer than ``FEWEST_GROUPS`` groups, if an edit type has one group, and if no group
-    changed. ``groups`` counts the groups that were measured both before and after, ``of`` those with a comparison of this row in at least
-    one of the two.
+    ``groups`` counts the groups that were measured both before and after, ``of`` those with a comparison of this row in at least one of the
+    two, ``better`` and ``worse`` those that changed. ``low`` and ``high`` are the ends of the 95 % interval of ``difference``: None
+    if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, and if an edit type has one group.
+
+    ``blank_factual`` is the accuracy ``factual`` after training with a blank image, for the row's edit type; None without text comparisons.
+    ``nll_before`` and ``nll_after`` belong to the whole set, in nats per token. They are None for an edit type of several, and if other
+    groups were measured before than after.
     """
 
     set: str
@@ -41,13 +48,23 @@ class Change:
     groups: int
     of: int
     metric: str
-    chance: float
-    blank: float | None
     before: float
     after: float
     difference: float
     low: float | None
     high: float | None
+    better: int
+    worse: int
+    blank_factual: float | None = None
+    nll_before: float | None = None
+    nll_after: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``better`` or ``worse`` if the interval excludes 0, else ``not resolved``."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return "not resolved"
+        return "better" if self.low > 0 else "worse"
 
 
 def to_table(changes: Sequence[Change]) -> dict[str, list[Any]]:
@@ -60,9 +77,11 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
     return [Change(**dict(zip(table["columns"], row, strict=True))) for row in table["data"]]
 
 
-def means_first(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows with those of means over edit types first."""
-    return sorted(changes, key=lambda change: change.edit != MEAN)
+def of_types(changes: Iterable[Change]) -> list[Change]:
+    """Return the rows of single edit types in sets that have several."""
+    changes = list(changes)
+    several = {each.set for each in changes if each.edit == MEAN}
+    return [each for each in changes if each.set in several and each.edit != MEAN]
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
@@ -74,46 +93,57 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     if not before or not after:
         return []
     was, now = _by_group(before), _by_group(after)
+    blank = {MEAN if row.mean else edit_label(row.name): row.blind.get("factual") for row in after}
+    nll_before, nll_after = (before[-1].nll, after[-1].nll) if was.keys() == now.keys() else (None, None)
     compared = []
     for metric in HEADLINES:
         old, new = ({key: won[metric] for key, won in side.items() if metric in won} for side in (was, now))
         if old.keys() & new.keys():
-            blank = {MEAN if row.mean else edit_label(row.name): row.blind.get(metric) for row in after}
-            compared.append(_changes(name, metric, old, new, blank))
+            overall, *types = (replace(each, blank_factual=blank.get(each.edit)) for each in _changes(name, metric, old, new))
+            compared.append([replace(overall, nll_before=nll_before, nll_after=nll_after), *types])
     return [rows[0] for rows in compared] + [row for rows in compared[:1] for row in rows[1:]]
 
 
-def _changes(name: str, metric: str, old: _Won, new: _Won, blank: Mapping[str, float | None]) -> list[Change]:
+def is_tested(better: int, worse: int) -> bool:
+    """Return whether enough groups, or clusters of a benchmark, changed for an interval of the difference."""
+    return better + worse >= FEWEST_CHANGED
+
+
+def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
     """Return the mean over edit types of a metric, then each type; only the type if there is one.
 
     An accuracy is the number of comparisons won in all groups divided by the number made, and the mean row averages these ratios. The
-    interval is 1.96 standard errors of the difference, by the delta method with groups as independent units.
+    interval is 1.96 standard errors of the difference, by the delta method with groups as independent units. In the mean row, a group with
+    several edit types is better if the types that rose weigh more than those that fell.
     """
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, made
     for key in (key for key in new if key in old):
         for edit, (won, made) in new[key].items():
             pairs[edit][key] = old[key][edit][0], won, made
 
-    def change(edit: str, errors: Mapping[Any, float], of: int, first: float, last: float) -> Change:
+    def change(edit: str, gains: Mapping[Any, float], errors: Mapping[Any, float], of: int, first: float, last: float) -> Change:
+        better, worse = (sum(sign * gain > 0 for gain in gains.values()) for sign in (1, -1))
         width = 1.96 * math.sqrt(sum(value**2 for value in errors.values()))
-        known, moved = len(errors) >= FEWEST_GROUPS and width > 0, last - first
-        ends: tuple[float | None, float | None] = (moved - width, moved + width) if known else (None, None)
-        return Change(name, edit, len(errors), of, metric, CHANCE[metric], blank.get(edit), first, last, moved, *ends)
+        known, moved = is_tested(better, worse) and width > 0, last - first
+        ends: tuple[float | None, float | None] = (max(-100.0, moved - width), min(100.0, moved + width)) if known else (None, None)
+        return Change(name, edit, len(errors), of, metric, first, last, moved, *ends, better, worse)
 
-    changes, mean = list[Change](), defaultdict[tuple[str, int], float](float)
+    changes, mean, mean_gains = list[Change](), defaultdict[tuple[str, int], float](float), defaultdict[tuple[str, int], float](float)
     for edit, of_group in sorted(pairs.items()):
         first, last, made = (sum(column) for column in zip(*of_group.values(), strict=True))
         n = len(of_group)
         correction = math.sqrt(n / (n - 1)) if n > 1 else math.nan  # of a standard error that is estimated from n groups
+        gains = {key: b - a for key, (a, b, _) in of_group.items()}
         errors = {key: 100 * (b - a - (last - first) / made * k) / made * correction for key, (a, b, k) in of_group.items()}
         for key, value in errors.items():
             mean[key] += value / len(pairs)
+            mean_gains[key] += gains[key] / made
         of = len({key for side in (old, new) for key, won in side.items() if edit in won})
-        changes.append(change(edit_label(edit), errors, of, 100 * first / made, 100 * last / made))
+        changes.append(change(edit_label(edit), gains, errors, of, 100 * first / made, 100 * last / made))
     if len(changes) == 1:
         return changes
     first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))
-    return [change(MEAN, mean, len(old.keys() | new.keys()), first, last), *changes]
+    return [change(MEAN, mean_gains, mean, len(old.keys() | new.keys()), first, last), *changes]
 
 
 def _by_group(rows: Sequence[Accuracy]) -> dict[tuple[str, int], dict[str, dict[str, list[float]]]]:
@@ -121,32 +151,60 @@ def _by_group(rows: Sequence[Accuracy]) -> dict[tuple[str, int], dict[str, dict[
     return {(group, content): won for group, content, won in rows[-1].by_group}
 
 
-def changes_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after"), plain: Callable[[str], str] = in_cell) -> str:
-    """Return the rows as a Markdown table, means over edit types first, followed by the definitions that the table needs. ``plain`` escapes
-    names from the data for a cell.
+def changes_table(
+    changes: Sequence[Change],
+    names: tuple[str, str] = ("before", "after"),
+    plain: Callable[[str], str] = in_cell,
+    files: Mapping[str, str] | None = None,
+) -> str:
+    """Return a Markdown table of the sets, one of their rows without those of single edit types (see ``of_types``), and the
+    definitions that they need. ``plain`` escapes names from the data for a cell. ``files`` maps sets to their manifests, if they are known.
     """
     first, last = map(in_cell, names)
+    overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # the first row of every set
+    heads = ["set", *(["file"] if files else []), "groups", "edit types", "blank image, %", f"NLL {first}", f"NLL {last}"]
+    sets = [f"| {' | '.join(heads)} |", f"|{'---|' * (2 if files else 1)}---:|---|---:|---:|---:|"]
+    for name, each in reversed(overall.items()):
+        verdicts = Counter(row.verdict for row in types if row.set == name)
+        of_set = f"{verdicts['better']} of {verdicts.total()} better, {verdicts['worse']} worse" if verdicts else each.verdict
+        groups = f"{each.groups} of {each.of}" if each.groups < each.of else f"{each.groups}"
+        blank = "" if each.blank_factual is None else f"{each.blank_factual:.1f}"
+        nll = ["" if value is None else f"{value:.2f}" for value in (each.nll_before, each.nll_after)]
+        cells = [name, *([plain(files[name])] if files else []), groups, of_set, blank, *nll]
+        sets.append(f"| {' | '.join(cells)} |")
+    shown = [each for each in changes if each not in types]
+    notes = [f"{metric}: {_MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
+    notes.append("edit types: better or worse if the interval of the first metric excludes 0")
+    if any(each.blank_factual is not None for each in changes):
+        notes.append(
+            f"blank image: how often the true text of the first picture is preferred if a blank image replaces it ({last}); 50 % if the "
+            "texts alone tell nothing"
+        )
+    if any(each.nll_after is not None for each in changes):
+        notes.append("NLL: negative log-likelihood of the true texts in nats per token; if it rises, true texts have become less likely")
+    notes.append(
+        "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse. There is no interval if fewer than "
+        f"{FEWEST_CHANGED} groups changed, if all changed alike, and if an edit type has one group"
+    )
+    if any(each.groups < each.of for each in shown):
+        notes.append("groups, as N of M: only N were measured both times")
+    return "\n".join([*sets, "", rows_table(shown, names, plain), "", *(f"- {note}" for note in notes)])
+
+
+def rows_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after"), plain: Callable[[str], str] = in_cell) -> str:
+    """Return the rows as a Markdown table."""
+    first, last = map(in_cell, names)
     lines = [
-        f"| set | edit type | groups | metric | chance, % | blank image, % | {first}, % | {last}, % | difference, points [95 % interval] |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|",
+        f"| set | edit type | groups | metric | {first}, % | {last}, % | difference, points | groups +, - |",
+        "|---|---|---:|---|---:|---:|---:|---:|",
     ]
-    for each in means_first(changes):
-        blank = "" if each.blank is None else f"{each.blank:.1f}"
+    for each in changes:
         interval = "" if each.low is None else f" [{each.low:+.1f}, {each.high:+.1f}]"
         lines.append(
-            f"| {each.set} | {plain(each.edit)} | {each.groups} | {each.metric} | {each.chance:.1f} | {blank} "
-            f"| {each.before:.1f} | {each.after:.1f} | {each.difference:+.1f}{interval} |"
+            f"| {each.set} | {plain(each.edit)} | {each.groups} | {each.metric} | {each.before:.1f} | {each.after:.1f} "
+            f"| {each.difference:+.1f}{interval} | +{each.better} -{each.worse} |"
         )
-    notes = [_MEANINGS[metric] for metric in dict.fromkeys(each.metric for each in changes)]
-    if any(each.blank is not None for each in changes):
-        notes.append(f"blank image: accuracy ({last}) if a blank image replaces every picture, so that only the texts decide")
-    notes.append(
-        f"difference: paired by group; no interval for fewer than {FEWEST_GROUPS} groups, for a type of one group, and if no group changed"
-    )
-    for each in {each.set: each for each in reversed(changes)}.values():  # the first row of every set
-        if each.groups < each.of:
-            notes.append(f"{each.set}: {each.groups} of {each.of} groups were measured both times")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+    return "\n".join(lines)
 
 
 def is_results(path: Path) -> bool:
@@ -205,9 +263,12 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
 
 
 def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) -> str:
-    """Return a table for each result that ``compare_results`` has compared with ``before``."""
-    tables = [changes_table(changes, (str(before), label)) for label, changes in compared.items()]
-    note = ["The interval of a mean accounts for the choice of groups, not for that of seeds."] * (len(tables) > 1)
+    """Return the tables of each result that ``compare_results`` has compared with ``before``."""
+    tables = list[str]()
+    for label, changes in compared.items():
+        tables.append(changes_table(changes, (str(before), label)))
+        tables += [rows_table(types, (str(before), label))] if (types := of_types(changes)) else []
+    note = ["The interval of a mean accounts for the choice of groups, not for that of seeds."] * (len(compared) > 1)
     return "\n\n".join([*tables, *note])
 
 
@@ -220,12 +281,14 @@ def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
         return [sum(table[key][metric][edit][0] for table in tables) / len(tables), tables[0][key][metric][edit][1]]
 
     def blind(name: str) -> dict[str, float]:
-        found: list[Mapping[str, float]] = [row.blind for rows in runs for row in rows if row.name == name]
-        return {"pair": sum(each["pair"] for each in found) / len(found)} if found and all("pair" in each for each in found) else {}
+        of_runs = [row.blind for rows in runs for row in rows if row.name == name]
+        return {"factual": sum(each["factual"] for each in of_runs) / len(of_runs)} if all("factual" in each for each in of_runs) else {}
 
+    nll = [rows[-1].nll for rows in runs]
     rows = [replace(row, blind=blind(row.name)) for row in runs[0]]
     rows[-1] = replace(
         rows[-1],
+        nll=None if None in nll else sum(nll) / len(nll),  # type: ignore[arg-type]
         by_group=[
             [*key, {metric: {edit: mean(key, metric, edit) for edit in edits} for metric, edits in tables[0][key].items()}]
             for key in shared

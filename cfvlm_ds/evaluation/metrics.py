@@ -33,7 +33,7 @@ from cfvlm_ds.evaluation.comparisons import comparisons
 from cfvlm_ds.evaluation.loss import NAMED
 from cfvlm_ds.evaluation.scoring import GroupScores
 
-CHANCE = {
+RANDOM = {
     "text": 25.0,
     "image": 25.0,
     "group": 100 / 6,
@@ -46,7 +46,7 @@ CHANCE = {
 }
 """Accuracy of random scores, in %."""
 
-METRICS = tuple(CHANCE)
+METRICS = tuple(RANDOM)
 HEADLINES = ("group", "pair", "image_pair")
 """Metrics for a summary of a split in one number, which is the first of these that the split has."""
 MEAN = "mean of edit types"

@@ -208,6 +208,13 @@ class Generate:
         letters = Letters()
         return letters.asked(item, range(len(item.texts)), item.prompt or letters.question)
 
+    def cells(self, item: Item) -> tuple[Candidate, ...]:
+        """Return the prompt with one answer, by which an item is checked and planned."""
+        return (Candidate(self.asked(item), item.texts[0]),)
+
+    def alone(self, item: Item) -> tuple[Candidate, ...]:
+        return ()
+
 
 @dataclass(frozen=True)
 class Write(Generate):
@@ -224,6 +231,9 @@ class Write(Generate):
 
     def asked(self, item: Item) -> str:
         return item.prompt or self.prompt
+
+    def cells(self, item: Item) -> tuple[Candidate, ...]:
+        return (Candidate(self.asked(item), "A"),)
 
 
 MOST_WRITTEN = 4096

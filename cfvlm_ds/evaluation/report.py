@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from cfvlm_ds.core.text import in_cell, one_line
-from cfvlm_ds.evaluation.metrics import CHANCE, MEAN, Accuracy, edit_label, headline_metric
+from cfvlm_ds.evaluation.metrics import MEAN, RANDOM, Accuracy, edit_label, headline_metric
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
 _REASON_CHARS = 200
@@ -14,7 +14,7 @@ _MOST_TYPES = 12  # edit types in a line of a progress log
 
 
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
-    """Return the accuracies as a Markdown table, split by split, with rows for the language prior and for chance.
+    """Return the accuracies as a Markdown table, split by split, with rows for the language prior and for random scores.
 
     A second table counts the groups and comparisons of each metric and names a few unused groups. Terms of the loss that could not be
     computed are listed with the reason. ``plain`` escapes names from the data for a table cell.
@@ -29,7 +29,7 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
             lines.append(f"| {split} | {MEAN}, blank image | {row.num} | {_cells(row.blind)} |")
             if row.shuffled:
                 lines.append(f"| {split} | {MEAN}, another group's image | {row.num} | {_cells(row.shuffled)} |")
-    lines.append(f"| chance | | | {_cells(CHANCE)} |")
+    lines.append(f"| random scores | | | {_cells(RANDOM)} |")
     lines += ["", "| set | metric | groups used | comparisons | unused groups |", "|---|---|---:|---:|---|"]
     notes = list[str]()
     for split, row in {split: rows[-1] for split, rows in splits.items() if rows}.items():

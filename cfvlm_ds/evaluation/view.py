@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.run_folder import recorded_evaluation
+from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.run_folder import BASELINE, recorded_evaluation
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import bare_name
@@ -20,6 +23,7 @@ from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
+from cfvlm_ds.evaluation.metrics import content_hash
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.page import Fact, Item, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
 
@@ -30,11 +34,16 @@ WORST = 30
 
 
 class _Source(NamedTuple):
-    """Groups of one manifest, and their scores keyed by id; {} if there are none. ``split`` is its name in a run's evaluation."""
+    """Groups of one manifest, and their scores keyed by id; {} if there are none.
+
+    ``split`` is its name in a run's evaluation. ``lost_before`` states whether a group lost a comparison before training, for the groups
+    that were evaluated then, keyed by id and content hash.
+    """
 
     groups: GroupStore
     scores: Mapping[str, StoredScores]
     split: str = ""
+    lost_before: Mapping[tuple[str, int], bool] = MappingProxyType({})
 
 
 def view(
@@ -90,7 +99,9 @@ def view_worst(
     """
     refuse_foreign_folder(out)
     sources = [
-        _Source(groups, {group.id: score.stored() for group, score in zip(groups, scores[name], strict=True)}, name)
+        _Source(
+            groups, {group.id: score.stored() for group, score in zip(groups, scores[name], strict=True)}, name, _lost_before(run_dir, name)
+        )
         for name, groups in splits.items()
     ]
     return _worst_page(run_dir, f" after {step} steps", sources, out, WORST, max_pixels, say)
@@ -99,21 +110,22 @@ def view_worst(
 def _worst_page(
     run_dir: Path, when: str, sources: Sequence[_Source], out: Path, sample: int, max_pixels: int, say: Callable[[str], object]
 ) -> Written:
-    without = 0
+    without, worst = 0, list[tuple[float, int, int]]()
 
-    def compared() -> Iterator[tuple[float, int, int]]:
+    def compared(k: int, source: _Source) -> Iterator[tuple[float, int, int]]:
         nonlocal without
-        for k, (groups, stored, _) in enumerate(sources):
-            for index, group in enumerate(groups):
-                if (worst := score_table(group, stored[group.id]).worst) is not None:
-                    yield worst, k, index
-                else:
-                    without += 1
+        for index, group in enumerate(source.groups):
+            if (rank := score_table(group, source.scores[group.id]).rank) is not None:
+                yield rank, k, index
+            else:
+                without += 1
 
-    shown = [(k, index) for _, k, index in heapq.nsmallest(sample, compared())]
+    for k, source in enumerate(sources):  # margins of sets with other kinds of texts are not comparable
+        worst += heapq.nsmallest(math.ceil(sample / len(sources)), compared(k, source))
+    shown = [(k, index) for _, k, index in sorted(worst)[:sample]]
     facts: list[Fact] = [("left out", f"{without} groups without a comparison")] * bool(without)
     title = f"{run_dir.absolute().name}{when}: groups with the smallest margins of {', '.join(each.split for each in sources)}"
-    return _page(title, str(run_dir), sources, shown, "smallest margin first", facts, out, max_pixels, say)
+    return _page(title, str(run_dir), sources, shown, "as many of each set, smallest margin per word first", facts, out, max_pixels, say)
 
 
 def _page(
@@ -142,12 +154,24 @@ def _of_run(run_dir: Path) -> list[_Source]:
         if not file.is_file():
             raise DataError(f"{file}: no such scores; a run writes them when it ends, so let it finish, or give a manifest and --scores")
         groups = open_groups(split.path, split.root, split.format or AUTO, limit=split.limit)
-        sources.append(_Source(groups, _stored(file, groups), name))
+        sources.append(_Source(groups, _stored(file, groups), name, _lost_before(run_dir, name)))
     if not sources:
         raise ConfigError(
             f"{run_dir / 'config.yaml'} lists no evaluation sets (data.evaluation), so the run has no scores; give a manifest"
         )
     return sources
+
+
+def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
+    """Return whether each group lost a comparison before the training; {} if the run has not evaluated the set then."""
+    try:
+        rows = read_json(run_dir / BASELINE / f"{name}.json")["rows"]
+        return {
+            (group, content): any(won < made for of_metric in points.values() for won, made in of_metric.values())
+            for group, content, points in rows[-1]["by_group"]
+        }
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return {}
 
 
 def _stored(file: Path, groups: GroupStore) -> Mapping[str, StoredScores]:
@@ -174,10 +198,16 @@ def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> li
 def _item(source: _Source, index: int) -> Item:
     group = source.groups[index]
     filters: dict[str, list[str]] = {"split": [source.split]} if source.split else {}
-    table = score_table(group, source.scores[group.id]) if source.scores else None
+    table, facts = score_table(group, source.scores[group.id]) if source.scores else None, list[Fact]()
     if table is not None:
-        filters["comparisons"] = ["none" if not table.decided else "some lost" if table.lost else "all won"]
-    return group_item(group, table, filters=filters, roots=source.groups.roots)
+        state = "none" if not table.decided else "some lost" if table.lost else "all won"
+        if table.decided and source.lost_before:
+            before = source.lost_before.get((group.id, content_hash(group)))
+            was = "not evaluated" if before is None else "some lost" if before else "all won"
+            state = f"{state}, before training {was}"
+            facts = [("comparisons", state)]
+        filters["comparisons"] = [state]
+    return group_item(group, table, facts, filters, source.groups.roots)
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
@@ -185,14 +215,15 @@ def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
 
     A tie is lost. ``quad`` comparisons are not counted, because they follow from the comparisons of their cells.
     """
-    logp, decided = stored.logp, list[float]()
+    logp, decided, lengths = stored.logp, list[float](), list[int]()
     margins: list[list[list[float | None] | None]] = [[None] * len(group.candidates) for _ in group.images]
     for comparison in comparisons(group):
         if comparison.kind != "quad":
             (i, c), (j, d) = comparison.cells
             decided.append(logp[i][c] - logp[j][d])
+            lengths.append(max(1, *(len(group.candidates[text].text.split()) for text in (c, d))))
             cell, side = (margins[i][c] or [None, None]), int(comparison.kind != "text")
             least = cell[side]
             cell[side] = decided[-1] if least is None else min(least, decided[-1])
             margins[i][c] = cell
-    return ScoreTable(logp, stored.blank, margins, decided)
+    return ScoreTable(logp, stored.blank, margins, decided, lengths)

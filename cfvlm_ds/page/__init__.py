@@ -50,6 +50,7 @@ MAX_TEXT = 20_000
 MAX_COMPARED = 40_000
 """Maximum number of word pairs compared between two texts. The limit exists because hostile texts take cubic time."""
 _SEARCHED = 1000  # searchable characters of a group's texts
+_SHAM = "sham (rendered again; compared with the edited images only)"
 _ASSETS = ("page.css", "page.js")
 _MARKER = "page.json"
 _NAMES = {"index.html", "pictures", "report.md", "report.json", _MARKER, *_ASSETS}
@@ -82,13 +83,15 @@ class ScoreTable:
 
     ``rows`` ``[I][C]`` has the scores, and ``blank`` ``[C]`` those of the texts without an image. ``margins`` ``[I][C]`` has two margins
     for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there is no
-    such text or image, and the entry of any other cell is None. ``decided`` has the margin of every comparison.
+    such text or image, and the entry of any other cell is None. ``decided`` has the margin of every comparison, and ``lengths`` the number
+    of words of its longer text.
     """
 
     rows: Sequence[Sequence[float | None]]
     blank: Sequence[float] = ()
     margins: Sequence[Sequence[Sequence[float | None] | None]] = ()
     decided: Sequence[float] = ()
+    lengths: Sequence[int] = ()
 
     @property
     def lost(self) -> int:
@@ -99,6 +102,15 @@ class ScoreTable:
     def worst(self) -> float | None:
         """Smallest margin that is not NaN; None if there is none."""
         return min((margin for margin in self.decided if margin == margin), default=None)
+
+    @property
+    def rank(self) -> float | None:
+        """Smallest margin per word that is not NaN; None if there is none.
+
+        Groups are ordered by it. Margins are sums over tokens, so those of long texts are larger.
+        """
+        lengths = self.lengths or (1,) * len(self.decided)
+        return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,7 @@ def group_item(
 
     def label(kind: str, place: int) -> str:
         types = dict.fromkeys(edit.type for edit in group.edits if getattr(edit, kind) == place)
-        return ", ".join("sham (rendered again)" if edit_type == SHAM else edit_type for edit_type in types) if place else "factual"
+        return ", ".join(_SHAM if edit_type == SHAM else edit_type for edit_type in types) if place else "factual"
 
     own: list[Fact] = [("source", group.source)] * bool(group.source) + [("weight", f"{group.weight:g}")] * (group.weight != 1)
     return Item(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from jinja2 import Environment
@@ -20,12 +21,15 @@ _PAGE = """<!doctype html>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid #d9dee4; padding-top: 1rem; }
+nav a { display: inline-block; margin-right: 1.5rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #d9dee4; text-align: left; overflow-wrap: anywhere; }
+th, td:first-child { overflow-wrap: normal; }
 img { max-width: 100%; } code { background: #f5f7f9; padding: 0 .2rem; } a { color: #1f5799; }
 </style>
 </head>
 <body>
+{% if headings|length > 2 %}<nav>{% for part, name in headings.items() %}<a href="#{{ part }}">{{ name }}</a> {% endfor %}</nav>{% endif %}
 {{ body }}
 </body>
 </html>
@@ -33,7 +37,16 @@ img { max-width: 100%; } code { background: #f5f7f9; padding: 0 .2rem; } a { col
 
 
 def write_report_page(path: Path, title: str, markdown: str) -> None:
-    """Write Markdown as an HTML page. HTML in the Markdown is shown as text. Raises OSError."""
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    page = Environment(autoescape=True).from_string(_PAGE).render(title=title, body=Markup(body))
+    """Write Markdown as an HTML page, with a list of contents if it has several headings. HTML in the Markdown is shown as text.
+
+    Raises OSError.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens, headings = parser.parse(markdown), dict[str, str]()
+    for token, content in pairwise(tokens):
+        if token.type == "heading_open" and token.tag in ("h1", "h2"):
+            token.attrSet("id", f"part-{len(headings)}")
+            headings[f"part-{len(headings)}"] = "".join(child.content for child in content.children or ())
+    body = parser.renderer.render(tokens, parser.options, {})
+    page = Environment(autoescape=True).from_string(_PAGE).render(title=title, headings=headings, body=Markup(body))
     replace(path, page.encode())

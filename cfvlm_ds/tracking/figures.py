@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cfvlm_ds.core.text import one_line
@@ -114,13 +115,18 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
             axes.add_patch(box)
 
 
-def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
+def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str, str] = MappingProxyType({})) -> None:
     """Draw a run's ``metrics.jsonl`` as one PNG of small multiples over optimizer steps.
 
     Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval_sample/SPLIT/METRIC``
     or else ``eval/SPLIT/METRIC`` (%), by split and not by edit type. A panel shows only a few series and counts the others; of accuracies,
     the most informative metric of every split comes first. A panel without data is omitted, and so is a fraction that never changes; a
     value that is not finite leaves a gap. Long series show a running average over faint raw values.
+
+    Args:
+        path: the PNG to write.
+        metrics_jsonl: the run's metrics.
+        samples: set -> the size of its sample, such as "120 of 450 groups", which the legend shows.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -159,6 +165,8 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
                 axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
             marker = "o" if len(points) <= 30 else ""
             short = _LABELS.get(name) or one_line(name.split("/", 1)[1], _SERIES_CHARS)
+            if name.startswith("eval_sample/") and (size := samples.get(name.split("/")[1])):
+                short = f"{short}, {size}"
             # matplotlib omits labels that begin with an underscore from the legend
             axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
         axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)

@@ -44,7 +44,7 @@ _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also 
 _FIRST_PAGE = re.compile(
     "loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/cola/image|eval/visual_counterfact/text|eval/[^/]+/"
     "(accuracy|chair|cover|covered|cv_bench|f1|f1_macro|g_acc|group|group_macro|hallucinated|individual|macro|mean_pictures|nll|pair"
-    "|perception)"
+    "|perception|yes_ratio)"
 )
 """Metrics that a person looks at first. MLflow shows ``Main/``, as a name with a capital, before ``detail/``, which has all others."""
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"

@@ -20,6 +20,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, run_on_rank0
 from cfvlm_ds.core.files import cache_folder, replace, write_if_possible
 from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.run_folder import BASELINE
 from cfvlm_ds.data.identity import Identity, changes, digest
 from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.evaluation.before_after import Change, compare_accuracies
@@ -27,10 +28,9 @@ from cfvlm_ds.evaluation.metrics import content_hash
 from cfvlm_ds.training.evaluation_sample import SHARE, part_of, random_order
 from cfvlm_ds.training.evaluator import Evaluator, Splits
 
-FOLDER = "baseline"
 FEWEST = 100
 """Number of groups per set that are always evaluated, however short the training is."""
-_FORM = 1
+_FORM = 2
 """Version of the files in the cache; files of another version are not found."""
 
 
@@ -119,7 +119,7 @@ class Baseline:
 
     def _keep(self, name: str, rows: Sequence[Accuracy], count: int) -> None:
         """Write the accuracies of a set, without losses, which depend on the objective of a run."""
-        plain = [vars(row) | {"losses": {}, "nll": None} for row in rows]
+        plain = [vars(row) | {"losses": {}} for row in rows]
         text = json.dumps({"data": self.identities[name], "rows": plain})
         write_if_possible(self._file(name), text, self.world.say)
         if (file := self._cached(name, count)) is not None:
@@ -139,11 +139,11 @@ class Baseline:
             return None, []
 
     def _file(self, name: str) -> Path:
-        return Path(self.config.train.output_dir, FOLDER, f"{name}.json")
+        return Path(self.config.train.output_dir, BASELINE, f"{name}.json")
 
     def _cached(self, name: str, count: int) -> Path | None:
         if self.model is None or self.identities[name]["pictures"] is None:
             return None
         model = self.config.model
         limits = f"{_FORM} {model.min_pixels} {model.max_pixels} {model.max_tiles} {model.lora.load_in_4bit} {self.dtype}"
-        return cache_folder() / FOLDER / f"{digest({**self.identities[name], **self.model, 'limits': limits, 'groups': count})}.json"
+        return cache_folder() / BASELINE / f"{digest({**self.identities[name], **self.model, 'limits': limits, 'groups': count})}.json"

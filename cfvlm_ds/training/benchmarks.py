@@ -14,21 +14,25 @@ from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Values, tied
-from cfvlm_ds.evaluation.probes import Generate
+from cfvlm_ds.evaluation.generation import writing_digest
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
+from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
 from cfvlm_ds.evaluation.suite.results import Result, result_folder, result_of, write_result
 from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, refuse_problems
-from cfvlm_ds.evaluation.suite.tables import logged
+from cfvlm_ds.evaluation.suite.tables import logged, number
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
 """Folder of benchmark results in a run's folder, in the form that `cfvlm-ds compare` reads."""
+BEFORE = "baseline/benchmarks"
+"""The same for the results before the first step, if train.eval_on_start is true."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class RunBenchmark:
     plan: Plan
     identity: Mapping[str, Any]
     notes: tuple[str, ...]
+    own_files: bool
     example: Mapping[str, str]
     pictures: PictureTable
 
@@ -52,20 +57,13 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 
 
 def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
-    """Return the benchmark and probe of an evaluation set.
-
-    Raises ConfigError for an unknown benchmark, a probe that it does not have, and a probe that generates text.
-    """
+    """Return the benchmark and probe of an evaluation set. Raises ConfigError for an unknown benchmark or a probe that it does not have."""
     try:
         (chosen,) = choose(
             [str(evaluation_set.benchmark)], Path(str(evaluation_set.root)), [evaluation_set.probe] if evaluation_set.probe else []
         )
     except ConfigError as error:
         raise ConfigError(f"data.evaluation.{name}: {error}") from error
-    if isinstance(chosen.way, Generate):
-        raise ConfigError(
-            f"data.evaluation.{name}: a training run does not generate text; choose another probe, and use {chosen.label} on the export"
-        )
     return chosen
 
 
@@ -82,13 +80,13 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
         loaded = run_on_rank0(world, load, ProgressBarrier(world))
         checked = checked_items(loaded.items, chosen.way, collator, world, label)
         refuse_problems(label, [why for _, why in checked.left_out], len(loaded.items), remedy=_REMEDY)
-        scoring_plan = plan(checked.items, chosen.way)  # type: ignore[arg-type]
+        scoring_plan = plan(checked.items, chosen.way)
         world.say(
             f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, probe {chosen.label}, in "
             f"{len(scoring_plan.groups)} groups"
         )
         example = example_of(checked.items[0], chosen.way, collator)
-        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, example, checked.pictures)
+        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, loaded.own_files, example, checked.pictures)
     return benchmarks, collator
 
 
@@ -109,35 +107,68 @@ def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
 
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
-    """Return the headline metric as a line for a progress log."""
-    tables, metric = results(benchmark.chosen.benchmark, outcomes), benchmark.chosen.benchmark.headline
-    controls = [
-        f"{name} {tables[table][metric]:.1f}" for table, name in (("blank", "blank image"), ("chance", "chance")) if metric in tables[table]
-    ]
-    value = tables["seen"].get(metric)
-    return f"{metric} {'not known' if value is None else f'{value:.1f}'} ({', '.join(controls)})"
+    """Return the headline metrics as a line for a progress log."""
+    controls = {"blank": "blank image", "random": "random scores"}
+    tables, shown = results(benchmark.chosen.benchmark, outcomes), list[str]()
+    for metric in benchmark.chosen.benchmark.headlines:
+        found = {name: table[metric] for name, table in tables.items() if metric in table}
+        beside = ", ".join(f"{said} {number(found[name])}" for name, said in controls.items() if name in found)
+        shown.append(f"{metric} {number(found['seen']) if 'seen' in found else 'not known'} ({beside})")
+    return ", ".join(shown)
 
 
 def write_benchmarks(
-    config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes, world: World, exported: bool
+    folder: Path,
+    config: RunConfig,
+    benchmarks: Mapping[str, RunBenchmark],
+    outcomes: Outcomes,
+    world: World,
+    model: Any,
+    *,
+    exported: bool = False,
+    draws: int | None = None,
 ) -> list[Result]:
-    """Write the results of every benchmark into the run's folder on rank 0, and return them; other ranks return an empty list.
+    """Write the results of every benchmark below a folder on rank 0, and return them; other ranks return an empty list.
 
-    Collective, since the ranks share the bootstrap. The results identify the weights if the model is ``exported`` and therefore on disk.
+    Collective, since the ranks share the bootstrap, which has ``draws`` draws. The results identify the weights if ``model`` is
+    ``exported`` and therefore on disk.
     """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, items in outcomes.items():
-        drawn[name] = drawn_together(world, items, benchmarks[name].chosen.benchmark.metrics, None, f"evaluating {name}", barrier)
+        drawn[name] = drawn_together(world, items, benchmarks[name].chosen.benchmark.metrics, draws, f"evaluating {name}", barrier)
     written = []
     identity = _identity(config, world, barrier.alive) if exported and outcomes and world.is_main else {}
+    identity |= {"writing": writing_digest(model)} if identity else {}
     for name, items in outcomes.items() if world.is_main else ():
         benchmark = benchmarks[name]
         settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
         header = benchmark.chosen.header(identity, benchmark.identity, settings)
-        result = result_of(name, benchmark.chosen, str(run_dir), header, items, drawn[name], benchmark.example, benchmark.notes)
-        write_result(result_folder(run_dir / FOLDER / result.place), result)
+        result = result_of(
+            name,
+            benchmark.chosen,
+            str(run_dir),
+            header,
+            items,
+            drawn[name],
+            benchmark.example,
+            benchmark.notes,
+            own_files=benchmark.own_files,
+        )
+        write_result(result_folder(folder / result.place), result)
         written.append(result)
     return written
+
+
+def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark], say: Say) -> str:
+    """Return a section for results.md with the benchmarks before and after training, "" if they were not evaluated before."""
+    if not benchmarks or not (run_dir / BEFORE).is_dir():
+        return ""
+    try:
+        compared = compare_results(run_dir / BEFORE, run_dir / FOLDER, say=say)
+    except (ConfigError, DataError) as error:
+        say(f"warning: the benchmarks before and after training are not compared ({error})")
+        return ""
+    return f"## Benchmarks before and after training\n\n{comparison_table(compared, 'before', 'after')}"
 
 
 def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> dict[str, str]:

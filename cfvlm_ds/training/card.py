@@ -21,7 +21,7 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.evaluation import Accuracy, table
-from cfvlm_ds.evaluation.before_after import changes_table, from_table, means_first
+from cfvlm_ds.evaluation.before_after import changes_table, from_table, of_types, rows_table
 from cfvlm_ds.export.folder import CARD, sealed
 from cfvlm_ds.training.option_changes import ON_RESUME
 
@@ -141,17 +141,19 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
     if not recorded:
         return ["None: the run had no evaluation sets."]
     tables = {split: [Accuracy(**row) for row in rows] for split, rows in recorded.items()}
-    compared = means_first(from_table(changes)) if changes else []
-    left_out = sum(max(0, size - _MOST_ROWS) for size in (*map(len, tables.values()), len(compared)))
+    compared = from_table(changes) if changes else []
+    types = of_types(compared)
+    left_out = sum(max(0, size - _MOST_ROWS) for size in (*map(len, tables.values()), len(types)))
     shown = {split: rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]] for split, rows in tables.items()}
-    first = [*changes_table(compared[:_MOST_ROWS], plain=_cell).splitlines(), ""] if compared else []
+    first = [*changes_table(compared, plain=_cell).splitlines(), ""] if compared else []
+    first += [*rows_table(types[:_MOST_ROWS], plain=_cell).splitlines(), ""] if types else []
     more = ["", f"{left_out} more rows are in the run's results.md."] * bool(left_out)
     return [*first, *_CONTROLS, "", *table(shown, _cell).splitlines(), *more]
 
 
 _CONTROLS = (
     "Accuracies for each edit type, and their mean. The mean is also given for a blank image and for another group's image, which show",
-    "what language alone achieves. The last row is chance.",
+    "what language alone achieves. The last row is that of random scores.",
 )
 
 

@@ -48,6 +48,11 @@ class EvaluationSample:
                 sampled[name] = part_of(groups, random_order(len(groups), size))
         return sampled
 
+    @property
+    def counts(self) -> dict[str, str]:
+        """The number of sampled groups and of all groups of each set, for the figure of the learning curves."""
+        return {name: f"{len(groups)} of {len(self.splits[name])} groups" for name, groups in self.groups.items()}
+
     def is_due(self, step: int) -> bool:
         """Return True if the sample is scored after this step; without a sample always False."""
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}

@@ -10,15 +10,19 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import Batch, blank_view
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import Stop, StopRequested, reason, together, worker_deaths
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse, score_groups
-from cfvlm_ds.evaluation.benchmarks import Outcome
+from cfvlm_ds.evaluation.asking import written
+from cfvlm_ds.evaluation.benchmarks import Item, Outcome
+from cfvlm_ds.evaluation.generation import write
+from cfvlm_ds.evaluation.probes import Generate
+from cfvlm_ds.evaluation.scoring import other_images
 from cfvlm_ds.evaluation.suite.item_check import token_lengths
 from cfvlm_ds.models import adapters_off, only_adapters_train
 from cfvlm_ds.training.benchmarks import RunBenchmark, benchmark_names
@@ -62,6 +66,9 @@ class Evaluator:
         outcomes = {}
         with self._evaluating():
             for name, benchmark in self.benchmarks.items():
+                if isinstance(benchmark.chosen.way, Generate):
+                    outcomes[name] = self._written(benchmark, benchmark.chosen.way, shuffled)
+                    continue
                 scores = score_groups(
                     self.engine,
                     self.collator,
@@ -74,6 +81,39 @@ class Evaluator:
                 )
                 outcomes[name] = benchmark.plan.outcomes(scores, token_lengths(self.collator))
         return outcomes
+
+    def _written(self, benchmark: RunBenchmark, way: Generate, shuffled: bool) -> list[Outcome]:
+        """Return the outcomes of items about which the model writes. Each rank writes a part of the different texts."""
+        items = benchmark.plan.items
+        donors = other_images(items) if shuffled else [None] * len(items)
+        asked = dict[tuple[Pictures, str], None]()
+        for item, donor in zip(items, donors, strict=True):
+            asked |= dict.fromkeys(
+                (shown, way.asked(item)) for shown in (*item.images, blank_view(len(item.images[0])), donor) if shown is not None
+            )
+        texts, every = list[str](), list(asked)
+        for start in range(0, len(every), self.world.size):
+            self._vote()
+            shown, prompt = every[min(start + self.world.rank, len(every) - 1)]  # all ranks write equally often
+            options = {"do_sample": False, "num_beams": 1, "synced_gpus": self.world.size > 1}
+            model, device = self.engine.module.model, self.world.device
+            text = write(model, self.collator, device, shown, prompt, way.max_new_tokens, **options)
+            texts += gather_objects(text, self.world)
+        said = dict(zip(every, texts, strict=False))
+
+        def of(shown: Pictures, item: Item) -> str:
+            return said[shown, way.asked(item)]
+
+        return [
+            written(
+                item,
+                [of(image, item) for image in item.images],
+                of(blank_view(len(item.images[0])), item),
+                None if donor is None else of(donor, item),
+                benchmark.chosen.read,
+            )
+            for item, donor in zip(items, donors, strict=True)
+        ]
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

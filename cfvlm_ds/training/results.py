@@ -19,7 +19,7 @@ from cfvlm_ds.data import GroupStore, open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
-from cfvlm_ds.evaluation.before_after import Change, changes_table, to_table
+from cfvlm_ds.evaluation.before_after import Change, changes_table, of_types, rows_table, to_table
 from cfvlm_ds.evaluation.suite.results import Result
 from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.view import view_worst
@@ -90,16 +90,19 @@ def write_results(
     say: Say,
     benchmarks: Sequence[Result] = (),
     samples: str = "",
+    warning: str = "",
 ) -> list[Path]:
     """Write results.md, results.json, before_after.json, the scores of every split, and a page of the worst groups (``train.figures``) into
     the run folder, and return the first three paths.
 
-    results.md also contains the results of ``benchmarks``, and ``samples``, a section of Markdown. Raises StorageError on a full disk.
+    results.md also contains the results of ``benchmarks``, ``samples``, a section of Markdown, and a ``warning`` about the training. Raises
+    StorageError on a full disk.
     """
     run_dir = path = Path(config.train.output_dir)
-    parts = [summary_of(config, step, results, changes)]
+    parts = [summary_of(config, step, results, changes, warning)]
     if config.train.figures and _worst_groups(config, step, splits, scores, say):
-        parts.append(f"Groups with the smallest margins after training: [{WORST}/index.html]({WORST}/index.html)")
+        parts.append(f"Groups with the smallest margins per word after training: [{WORST}/index.html]({WORST}/index.html)")
+    parts += ["## By edit type", rows_table(types)] if (types := of_types(changes)) else []
     parts += [samples] * bool(samples)
     parts += ["## All metrics, after training", table(results)] * bool(changes)
     parts += [markdown(benchmarks)] * bool(benchmarks)
@@ -122,8 +125,12 @@ def write_results(
     return list(contents)
 
 
-def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change]) -> str:
-    """Return the opening of results.md: the model, data, number of steps and objective, and the accuracies before and after training."""
+def summary_of(
+    config: RunConfig, step: int, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change], warning: str = ""
+) -> str:
+    """Return the opening of results.md: the model, data, number of steps and objective, a ``warning`` about the training if there is one,
+    and the accuracies before and after it.
+    """
     weights = {name: term.weight for name, term in config.objective.items() if term.weight}
     objective = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
     lines = [
@@ -131,6 +138,7 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
         "",
         f"{config.model.name_or_path} after {step} steps on {config.data.trained_on}; objective: {objective}.",
         "",
+        *[warning, ""] * bool(warning),
     ]
     if not results:
         return "\n".join([*lines, _NO_SETS])
@@ -139,7 +147,8 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
         if not config.train.eval_on_start:
             reason = "train.eval_on_start is false"
         lines += [f"Not compared with the model before training: {', '.join(missing)} ({reason}).", ""]
-    return "\n".join([*lines, changes_table(changes) if changes else table(results)])
+    files = {name: each.path for name, each in config.data.evaluation_sets.items()}
+    return "\n".join([*lines, changes_table(changes, files=files) if changes else table(results)])
 
 
 def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
@@ -183,14 +192,18 @@ _NO_SETS = (
 )
 
 
-def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:
-    """Draw the figures and return the paths of those that could be drawn. A failure only causes a warning."""
+def draw_figures(
+    run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], samples: Mapping[str, str], max_pixels: int, say: Say
+) -> list[Path]:
+    """Draw the figures and return the paths of those that could be drawn. A failure only causes a warning. ``samples`` maps sets to the
+    sizes of the samples that the learning curves show.
+    """
 
     def draw_scores(path: Path, split: str) -> None:
         score_matrix_figure(path, shown_groups(splits[split], scores[split], max_pixels))
 
     drawn = []
-    figures = {"learning_curves.png": partial(learning_curves_figure, metrics_jsonl=run_dir / "metrics.jsonl")}
+    figures = {"learning_curves.png": partial(learning_curves_figure, metrics_jsonl=run_dir / "metrics.jsonl", samples=samples)}
     for name, draw in (figures | {f"scores-{split}.png": partial(draw_scores, split=split) for split in splits}).items():
         path = run_dir / name
         try:

@@ -35,7 +35,7 @@ from cfvlm_ds.evaluation.suite.tables import overview, summary
 from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.baseline import Baseline
-from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
+from cfvlm_ds.training.benchmarks import BEFORE, FOLDER, benchmark_metrics, changes_of_benchmarks, headline_of, write_benchmarks
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
 from cfvlm_ds.training.evaluator import Evaluator
 from cfvlm_ds.training.idle import Idle
@@ -133,7 +133,9 @@ class Trainer:
         if state.step == 0:
             self.pulse.mark("evaluation", 0)
             before = self.baseline.measure(self.evaluator)
-            outcomes = self.evaluator.ask() if self.data.benchmarks and train.eval_on_start is True else {}
+            benchmarks = self.data.benchmarks
+            outcomes = self.evaluator.ask() if benchmarks and train.eval_on_start is True else {}
+            write_benchmarks(self._run_dir / BEFORE, self.config, benchmarks, outcomes, world, self.engine.module.model, draws=0)
             self._log_evaluation(tracker, before, outcomes, "before the first step, ")
             self.samples.write(0)
         else:
@@ -301,20 +303,26 @@ class Trainer:
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
         tracker.log(step, metrics | self.sample.metrics(results))
-        benchmark_results = write_benchmarks(config, benchmarks, outcomes, self.world, config.train.export and failed is None)
+        model, exported = self.engine.module.model, config.train.export and failed is None
+        benchmark_results = write_benchmarks(self._run_dir / FOLDER, config, benchmarks, outcomes, self.world, model, exported=exported)
         self.samples.write(step)
         if self.world.is_main:
             samples, sample_files = self.samples.report()
-            changes = self.baseline.compare(results)
+            of_benchmarks = changes_of_benchmarks(self._run_dir, benchmarks, say)
+            sections = "\n\n".join(filter(None, [of_benchmarks, samples]))
+            changes, warning = self.baseline.compare(results), self._retention.fallen
+            identities = self.data.identities
             written = write_results(
-                config, step, self.data.splits, results, scores, self.data.identities, changes, say, benchmark_results, samples
+                config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning
             )
-            figures = draw_figures(self._run_dir, self.data.splits, scores, config.data.max_pixels, say) if config.train.figures else []
+            figures = list[Path]()
+            if config.train.figures:
+                figures = draw_figures(self._run_dir, self.data.splits, scores, self.sample.counts, config.data.max_pixels, say)
             write_results_page(self._run_dir, figures, say)
             written += figures
             if config.train.export and failed is None:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
-            first = summary_of(config, step, results, changes)
+            first = summary_of(config, step, results, changes, warning)
             tracker.describe(description(first, written))
             for path in written:
                 tracker.artifact(path)
@@ -324,7 +332,9 @@ class Trainer:
                 tracker.artifact(self._run_dir / FOLDER / result.place / RESULTS, f"{FOLDER}/{result.place}")
             if results:
                 print_line(f"{first}\n\nall results: {self._run_dir / PAGE}")  # even with --quiet
-            if benchmark_results:
+            if of_benchmarks:
+                print_line(f"\n{of_benchmarks}")
+            elif benchmark_results:
                 print_line("\n".join([*([""] if results else []), overview(benchmark_results), "", *map(summary, benchmark_results)]))
         if failed is not None:
             raise failed
@@ -353,7 +363,7 @@ def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: s
     utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
     gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""
     return (
-        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss_mean']:.4f} ({terms}) "
+        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss_mean {metrics['loss_mean']:.4f} ({terms}) "
         f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
         f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%}{gathering} ETA {left}"
     )

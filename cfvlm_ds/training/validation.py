@@ -87,7 +87,7 @@ def _check_step(config: RunConfig, ranks: int) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    data, built = config.data, [world.out_dir for world in (config.build.scenes, config.build.habits) if world is not None]
+    data, built = config.data, [] if config.build.habits is None else [config.build.habits.out_dir]
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
     for name, source in data.train_sets.items():

@@ -58,7 +58,7 @@ from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.objectives import OBJECTIVES
 
-_DATA = "build check view stats formats convert download prepare propose edit verify select audit run status"
+_DATA = "check view stats formats convert download prepare propose edit verify select audit run status"
 _OTHERS = "tiny score calibrate describe evaluate compare track export init completion"
 COMMANDS = [
     *(["data", name] for name in _DATA.split(" ")),
@@ -81,7 +81,7 @@ def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path, monkeypatch):
 
 def test_files_that_cannot_be_read_or_written_are_one_sentence(bad, tmp_path, capsys):
     (tmp_path / "file").touch()
-    said = refused(capsys, "data", "build", tmp_path / "file" / "scenes", "--num_train", "1", "--num_test", "1")
+    said = refused(capsys, "tiny", "llava", tmp_path / "file" / "model")
     assert f"{tmp_path / 'file'}" in said and "Not a directory; free some space, or correct the path or its permissions" in said
     for name in ("x" * 300, "/" + "y" * 5000):
         assert "; " in refused(capsys, "data", "check", name)
@@ -249,7 +249,7 @@ def test_a_model_or_data_of_ones_own_is_no_quickstart(options):
     [
         ([], {}),
         (["--train.output_dir=X", "--deepspeed", "ds_configs/z2.json"], {"output_dir": "X"}),
-        (["--train.max_steps=9", "--build.scenes.num_train=60"], {"max_steps": 9}),
+        (["--train.max_steps=9", "--build.habits.num_train=60"], {"max_steps": 9}),
         (["--train.num_train_epochs", "2"], {"num_train_epochs": 2.0, "max_steps": -1}),
         (["--train.num_train_epochs=2", "--train.max_steps=9"], {"num_train_epochs": 2.0, "max_steps": 9}),
         (["--objective.csd.weight=0", "--model.projector.tuning=frozen"], {}),
@@ -258,7 +258,7 @@ def test_a_model_or_data_of_ones_own_is_no_quickstart(options):
 def test_other_options_change_the_quickstart(options, changed):
     quickstart = parse_config(["--config", "examples/quickstart.yaml"], OBJECTIVES)
     found = parse_config(with_quickstart(options), OBJECTIVES)
-    assert found.build.scenes is not None and found.data == quickstart.data
+    assert found.build.habits is not None and found.data == quickstart.data
     assert found.train == dataclasses.replace(quickstart.train, **changed)
 
 
@@ -460,7 +460,7 @@ def test_evaluate_prints_the_table_of_the_run(runs, manifests, tmp_path, capsys)
     said = printed(capsys, "evaluate", runs / "z3" / "export", manifests["test"], "--out", out, "--batch_size", "3").strip()
     shown = "\n".join(line for line in said.splitlines() if not line.startswith("evaluating "))  # of a slow machine
     of_run = (runs / "z3" / "results.md").read_text().partition("(train.eval_on_start is false).\n\n")[2]
-    assert of_run.startswith(shown) and "| chance |" in shown and "| test | mean of edit types, blank image |" in shown
+    assert of_run.startswith(shown) and "| random scores |" in shown and "| test | mean of edit types, blank image |" in shown
     found, of_run = (json.loads(path.read_text())["test"] for path in (out, runs / "z3" / "results.json"))
     assert found[-1].pop("nll") == pytest.approx(of_run[-1].pop("nll"), rel=1e-6), "sums of other batches"
     assert [row | {"losses": {}} for row in of_run] == found and of_run[-1]["losses"].keys() == {"align", "csd", "fcd"}
@@ -477,7 +477,7 @@ def test_exports_have_cards_with_what_the_run_knows(runs, manifests, tmp_path):
         "Weights after 2 optimizer steps from `llava`" in card and "| ZeRO stage | `3` |" in card and "library_name: transformers" in card
     )
     for line in (runs / "z3" / "results.md").read_text().splitlines():
-        if line.startswith(("| test | mean", "| chance")):
+        if line.startswith(("| test | mean", "| random scores")):
             assert line.replace("| mean of edit types |", "| `mean of edit types` |") in card, line
     for given in (runs / "z3", runs / "z3" / "checkpoint-2"):
         main(["export", str(given), "--out", str(tmp_path / given.name)])
@@ -499,7 +499,7 @@ def test_evaluate_takes_run_folders_and_adapters(runs, model_dir, manifests, cap
         for group, score in zip(groups, score_groups(scorer, collator, groups, world), strict=True):
             assert score.logp.tolist() == [pytest.approx(line, rel=1e-4) for line in adapted[group.id]], group.id
         tables.append(printed(capsys, "evaluate", named, manifests["test"]))
-    assert tables[0] == tables[1] and "| chance |" in tables[0]
+    assert tables[0] == tables[1] and "| random scores |" in tables[0]
     moved = [
         abs(a - b) for name in base for line, other in zip(adapted[name], base[name], strict=True) for a, b in zip(line, other, strict=True)
     ]
@@ -565,12 +565,3 @@ def test_export_of_a_damaged_checkpoint_leaves_nothing(runs, tmp_path, capsys):
         shard.write_bytes(content)
         said = refused(capsys, "export", tmp_path / "checkpoint-2")
         assert shard.name in said and defect in said and not (tmp_path / "export").exists()
-
-
-def test_build_then_check(tmp_path, capsys):
-    main(["data", "build", str(tmp_path / "scenes"), "--num_train", "5", "--num_test", "2", "--seed", "3"])
-    manifest = tmp_path / "scenes" / "train.jsonl"
-    assert len(manifest.read_text().splitlines()) == 5
-    for path in sorted((tmp_path / "scenes").glob("*.jsonl")):
-        assert "problems         none" in printed(capsys, "data", "check", path)
-    assert "scenes" in refused(capsys, "data", "build", tmp_path / "scenes", "--num_train", "6")

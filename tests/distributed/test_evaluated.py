@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import caption, contents, draw, metrics, printed, run_ranks, run_train, train_arguments
+from conftest import caption, contents, draw, metrics, printed, read_rows, run_ranks, run_train, train_arguments
 
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.config import HabitsConfig, ModelConfig
+from cfvlm_ds.demo.habits import build_habits
 from cfvlm_ds.models import fingerprint
 
 SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red", "square")], [("yellow", "square"), ("blue", "circle")]]
@@ -127,14 +128,36 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir, root, tm
     ((code, said),) = started(1, OWN, arguments, tmp_path, "own")
     assert (
         code == 0
-        and "mine.tsv has 2 rows, but the official file has 3: it is another revision" in said
-        and re.search(r"\| mine \| match \| 2 \| \d \| accuracy \|", said)
+        and "mine.tsv has 2 rows, the published 3" in said
+        and re.search(r"\| mine \(own files\) \| match \| 2 \| \d \| accuracy \|", said)
     )
     ((code, said),) = started(1, OWN, ["compare", str(tmp_path / "out"), str(tmp_path / "out")], tmp_path, "compared")
-    assert code == 0 and "| mine | match | accuracy |" in said and "| +0.0 |" in said
+    assert code == 0 and "| mine (own files) | match | accuracy |" in said and "| +0.0 |" in said
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2 and "error: unknown benchmark 'mine'" in capsys.readouterr().err
+
+
+def test_a_partitioned_training_writes_what_evaluate_writes(model_dir, manifests, tmp_path, capsys):
+    """Before and after training, each of two ranks writes a part of the texts; the export alone writes the same as at the end."""
+    world = build_habits(HabitsConfig(str(tmp_path / "world"), num_train=1, num_test=5), progress=lambda line: None)
+    run_dir, probe = tmp_path / "run", "write:max_new_tokens=7"
+    evaluated = {"wrote": {"benchmark": "habits", "root": str(world), "probe": probe}}
+    more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_on_start=true", "--train.export=true"]
+    run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said")
+    assert sum("eval/wrote/hallucinated" in row and "eval/wrote/covered" in row for row in metrics(run_dir)) == 2
+    arguments = ["--benchmarks", "habits", "--benchmark_root", world, "--probes", probe]
+    printed(capsys, "evaluate", run_dir, *arguments, "--out", tmp_path / "alone")
+    printed(capsys, "evaluate", model_dir, *arguments, "--out", tmp_path / "before")
+    (before,) = (run_dir / "baseline").rglob("items.jsonl")
+    (base,) = (tmp_path / "before").rglob("items.jsonl")
+    assert [row["said"] for row in read_rows(before)] == [row["said"] for row in read_rows(base)]
+    assert "| wrote | write.7 | hallucinated |" in (run_dir / "results.md").read_text()
+    (of_run,), (alone,) = (list(folder.rglob("items.jsonl")) for folder in (run_dir / "benchmarks", tmp_path / "alone"))
+    assert alone.read_bytes() == of_run.read_bytes() and len(read_rows(alone)) == 10
+    found = [json.loads((path.parent / "results.json").read_text()) for path in (of_run, alone)]
+    assert found[0]["model"] == found[1]["model"] and found[0]["metrics"] == found[1]["metrics"]
+    assert "| habits | write.7 | hallucinated |" in printed(capsys, "compare", tmp_path / "alone", tmp_path / "alone")
 
 
 def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, capsys):
@@ -153,9 +176,9 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     evaluated = [row for row in recorded if "eval/crepe/macro" in row]
     assert len(evaluated) == 2 and {"eval/crepe/blind_macro", "eval/crepe/accuracy", "eval/test/pair"} <= evaluated[0].keys()
     assert "eval/crepe/shuffled_macro" in evaluated[1] and "eval/crepe/shuffled_macro" not in evaluated[0]
-    assert re.search(r"\| crepe \| caption \| 21 \| \d+ \| macro \|", (run_dir / "results.md").read_text())
+    assert re.search(r"\| crepe \(own files\) \| caption \| 21 \| \d+ \| macro \|", (run_dir / "results.md").read_text())
     compared = printed(capsys, "compare", run_dir / "benchmarks", run_dir / "benchmarks")
-    assert "| crepe | caption | macro |" in compared and "different prompts" not in compared
+    assert "| crepe (own files) | caption | macro |" in compared and "different prompts" not in compared
     record = json.loads((run_dir / "benchmarks/crepe/caption/results.json").read_text())
     assert record["versions"]["torch"] == torch.__version__ and record["settings"] == {"shuffled": True, "limit": None}
     identity = fingerprint(ModelConfig(str(run_dir / "export")))

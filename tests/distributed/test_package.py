@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ONE, REPO, contents, environment, launcher, printed, read_rows, refused
+from conftest import ONE, REPO, contents, environment, launcher, printed, refused
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core import verbosity
@@ -22,12 +22,12 @@ from cfvlm_ds.core.config import SECTIONS
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import option_parser, parse_config
 from cfvlm_ds.core.shipped import SHIPPED, resolve_shipped, shipped
-from cfvlm_ds.demo.scenes.benchmarks import SUBSETS
+from cfvlm_ds.evaluation.suite.results import RESULTS
 from cfvlm_ds.objectives import OBJECTIVES
 
 ROOT_FILES = sorted(str(path.relative_to(REPO)) for name in SHIPPED for path in [REPO / name, *(REPO / name).glob("*")] if path.is_file())
 SMALL = [
-    "--build.scenes.num_train=24", "--build.scenes.num_test=4", "--data.num_workers=0", "--train.per_device_train_batch_size=4",
+    "--build.habits.num_train=24", "--build.habits.num_test=4", "--data.num_workers=0", "--train.per_device_train_batch_size=4",
     "--train.max_steps=3", "--train.logging_steps=1", "--train.eval_steps=0", "--train.figures=false", "--tracking.enabled=false",
 ]  # fmt: skip
 IN_ONE_PROCESS = """
@@ -120,6 +120,7 @@ def test_the_wheel_has_the_package_and_what_a_run_needs_and_nothing_else(wheel):
 def test_the_installed_copy_trains_in_an_empty_folder(source, installed, tmp_path):
     """With the packaged recipe and DeepSpeed JSON, by their names; the option of DeepSpeed's launcher stands where that puts it."""
     command = [sys.executable, "-c", IN_ONE_PROCESS, "--config", "quickstart.yaml", "--deepspeed", "z3.json", *SMALL]
+    command += ["--data.evaluation.pope={benchmark: pope, root: runs/quickstart/world}"]
     done = subprocess.run(command, cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert f"imported from {installed / 'cfvlm_ds'}/" in done.stdout and "step 3/3" in done.stdout
@@ -128,35 +129,14 @@ def test_the_installed_copy_trains_in_an_empty_folder(source, installed, tmp_pat
     assert "| combo | mean of edit types, blank image |" in (run_dir / "export" / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "copies"}
     assert json.loads((run_dir / "environment.json").read_text())["git_revision"] == git(source, "rev-parse", "HEAD").strip()
-    own, public = demonstrated(run_dir, tmp_path / "world", tmp_path / "results")
-    assert own == pytest.approx(public) and len(list((tmp_path / "results").glob("*/*/*/results.json"))) == 6
-    assert (tmp_path / "results" / "compared" / "results.html").is_file()
+    options = ["--benchmarks", "pope", "--probes", "yes_no", "--benchmark_root", str(run_dir / "world"), "--draws", "0"]
+    main(["evaluate", str(run_dir), *options, "--out", str(tmp_path / "results")])
+    folders = run_dir / "benchmarks", tmp_path / "results"
+    own, later = (json.loads((folder / "pope" / "yes_no" / RESULTS).read_text())["metrics"]["seen"] for folder in folders)
+    assert own == pytest.approx(later) and own["accuracy"] > 0
     written = contents(tmp_path / "copies")
     assert written.keys() == set(ROOT_FILES)
     assert all(written[name] == (REPO / name).read_bytes() for name in ROOT_FILES if name != "slurm/env.sh")
-
-
-def demonstrated(run_dir: Path, world: Path, out: Path) -> tuple[float, float]:
-    """The accuracy of true captions against false ones that a run has of its own test groups, asked as SugarCrepe asks, and that of
-    the same groups as a benchmark, by the last commands of `make demo`."""
-    makefile = (REPO / "Makefile").read_text()
-    options = makefile.split("\nIN_THE_FORM_OF_BENCHMARKS := ")[1].split("\n")[0]
-    recipe = makefile.split("\ndemo: ")[1].split("\n\n")[0].replace("$(IN_THE_FORM_OF_BENCHMARKS)", options)
-    for line in recipe.splitlines():
-        if line.startswith("\tcfvlm-ds "):
-            for name, place in (("-world", world), ("-benchmarks", out), ("", run_dir)):
-                line = line.replace(f"runs/quickstart{name}", str(place))
-            main(line.split()[1:])
-    groups = read_rows(run_dir / "scenes" / "test_iid.jsonl")
-    manifest = run_dir.parent / "iid.jsonl"
-    manifest.write_text("".join(f"{json.dumps(group | {'prompt': 'Describe the image.'})}\n" for group in groups))
-    options = ["--root", str(run_dir / "scenes"), "--no_shuffled", "--out", str(manifest.with_suffix(".json"))]
-    main(["evaluate", str(run_dir), str(manifest), *options])
-    edits = set().union(*SUBSETS.values())
-    rows = [row for row in json.loads(manifest.with_suffix(".json").read_text())["iid"] if row["name"] in edits]
-    count = sum(row["comparisons"]["factual"] for row in rows)
-    metrics = json.loads((out / "tuned" / "sugarcrepe" / "caption" / "results.json").read_text())["metrics"]
-    return sum(row["metrics"]["factual"] * row["comparisons"]["factual"] for row in rows) / count, metrics["seen"]["accuracy"]
 
 
 def test_an_archive_of_the_sources_has_what_a_wheel_is_built_from(source, tmp_path):
@@ -327,7 +307,7 @@ def test_bash_completes_commands_options_words_and_files(tmp_path, capsys, monke
         return set(subprocess.check_output(["bash", "-c", ask, "bash", "cfvlm-ds", *words], cwd=script.parent, text=True).split())
 
     assert {"train", "data", "export", "init", "completion"} <= completed("")
-    assert completed("data", "") >= {"build", "check"} and completed("exp") == {"export"}
+    assert completed("data", "") >= {"check", "convert"} and completed("exp") == {"export"}
     assert completed("train", "--model.language_model.t") == {"--model.language_model.tuning"}
     assert completed("train", "--model.language_model.tuning", "") == {"full", "lora", "frozen"}
     assert completed("train", "--train.export", "") == {"true", "false"}

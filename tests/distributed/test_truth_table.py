@@ -486,9 +486,10 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     said = []
     ended = object.__new__(trainer.Trainer)
     ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
+    ended.engine = SimpleNamespace(module=SimpleNamespace(model=None))
     ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
     ended.config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
-    ended._retention = SimpleNamespace(evaluated=lambda *_: {})
+    ended._retention = SimpleNamespace(evaluated=lambda *_: {}, fallen="")
     ended.baseline, ended.sample = SimpleNamespace(compare=lambda _: []), SimpleNamespace(metrics=lambda _: {})
     ended.samples = SimpleNamespace(write=lambda _: None, report=lambda: ("", []))
     ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}), run_dir
@@ -524,7 +525,7 @@ def test_a_figure_that_fails_is_a_warning(tmp_path):
     """No metrics to draw, and a picture that is gone since it was scored: each is named, and what can be drawn is."""
     good, gone = group([[1, 0]], name="good"), group([[1, 0]], name="gone")
     splits, said = {"good": [replace(good, images=((),))], "gone": [gone]}, list[str]()
-    drawn = results.draw_figures(tmp_path, splits, {name: [scores([[-1.0, -2.0]])] for name in splits}, 10**6, said.append)
+    drawn = results.draw_figures(tmp_path, splits, {name: [scores([[-1.0, -2.0]])] for name in splits}, {}, 10**6, said.append)
     assert drawn == [tmp_path / "scores-good.png"] and drawn[0].exists()
     names = ("learning_curves", "scores-gone")
     assert all(line.startswith(f"warning: {tmp_path}/{name}.png ") and "\n" not in line for name, line in zip(names, said, strict=True))

@@ -79,7 +79,7 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         "| test | `colour` | 3 | ",
         "| test | mean of edit types, blank image | 4 | ",
         "| test | mean of edit types, another group's image | 4 | ",
-        "| chance | | | 25.0 |",
+        "| random scores | | | 25.0 |",
         "The license is not known",
         "AutoModelForImageTextToText.from_pretrained",
     ):

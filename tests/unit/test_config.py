@@ -94,7 +94,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "'model.lora.rank'": ("--lora_rank 1",),
     "'objective.csd.weight'": ("objective: {csd: {wieght: 1}}",),
     "'objective.csd.warmup'": ("--objective.csd.warmup_steps 1",),
-    "'build.scenes.num_train'": ("build: {scenes: {out_dir: x, num_trian: 3}}",),
+    "'build.habits.num_train'": ("build: {habits: {out_dir: x, num_trian: 3}}",),
     "'data.train'": ("--dataset 1", "--manifest=1"),
     "'data.train.weight'": ("data: {train: [{path: a.jsonl, wieght: 1}]}",),
     "'data.evaluation.a.path'": ("data: {evaluation: {a: {pth: b}}}",),
@@ -245,7 +245,7 @@ def test_several_files_state_the_objective_together(tmp_path):
 
 def test_print_config_parses_back_to_the_same(written, capsys):
     given = [*written("train: {max_steps: 7, bf16: false}\ndata: {evaluation: {a: b}}"), "--objective.csd.weight", "0.1"]
-    given += ["--build.scenes.out_dir", "x", "--model.projector.learning_rate", "2e-4", "--deepspeed", "mine.json"]
+    given += ["--build.habits.out_dir", "x", "--model.projector.learning_rate", "2e-4", "--deepspeed", "mine.json"]
     with pytest.raises(SystemExit) as ended:
         parse(*given, "--print_config")
     assert ended.value.code == 0

@@ -87,7 +87,7 @@ def test_their_targets_and_paths_are_those_of_the_makefile(tmp_path):
     for target in ("install", "demo"):
         said = subprocess.run(["make", "-n", "-B", target], cwd=REPO, capture_output=True, text=True, check=True).stdout
         assert "python3 -m venv .venv" in said and '--no-build-isolation --editable ".[dev]"' in said
-    assert "train.py --deepspeed ds_configs/z2.json --train.per_device_train_batch_size" in said
+    assert "train.py --deepspeed ds_configs/z2.json --train.bf16" in said and "--train.per_device_train_batch_size" in said
     path = f"{HOME}/.venv/bin:"
     assert dict(instructions())["ENV"].startswith(f"PATH={path}") and section("environment").startswith(f'export PATH="{path}')
     (tool := tmp_path / "tool").write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")

@@ -147,7 +147,7 @@ def test_chair_is_the_authors(number, tmp_path):
         "chair_i": 100 * wrong / mentions, "chair_s": 100 * inventing / len(texts),
     }  # fmt: skip
     found = results(BENCHMARKS["chair"], outcomes)
-    assert found["seen"] == pytest.approx(expected) and 0 < absent < objects and "chance" not in found
+    assert found["seen"] == pytest.approx(expected) and 0 < absent < objects and "random" not in found
     assert BENCHMARKS["chair"].headlines == ("hallucinated", "covered") and found["blank"]["chair_s"] > 0
 
 

@@ -61,25 +61,14 @@ def measured(command: str, *starts: str) -> list[dict[str, str]]:
 
 def test_figures_that_pages_quote_are_those_of_their_tables():
     """Words of a sentence find its numbers, a # each: they are those of the table, rounded to as many digits as are quoted."""
-    names = ("base", "NLL, all pairs | 1e-3", "default objective", "mDPO", "SymMPO")
-    arms = measured("learning.py --table objectives", *names)
-    *_, mdpo, symmpo = arms
-    (paper,) = measured("learning.py --table parts", "the paper's sum | 1e-4")
     starts = ("base", "NLL, all pairs, 2e-3", "default objective, 2e-3", "DPO, 5e-4")
     habit = [row["conflict"] for row in measured("real_prior.py --table arms", *starts)]
     others = [measured("peers.py --texts 2", *(f"{n} | {name}" for name in ("trl", "ms-swift", "llamafactory"))) for n in (2, 4, 8)]
     times, alone = [[row["ratio to ours"] for row in rows] for rows in others], [row["without the reference"] for row in others[2]]
-    relation, everything = ([row[name] for row in arms[:3]] for name in ("relation", "all"))
-    spread = [part for each in (*everything, *relation) for part in each.split("±")]
     quotes = [
-        ("README.md", "Relations # # # all edits # # #", [*relation, *everything]),
-        ("README.md", "mDPO # paper's sum #", [mdpo["all"], paper["all"]]),
         ("README.md", "SmolLM2-135M rises from # # NLL # default DPO reaches #", habit),
         ("README.md", "takes # to # two texts # to # eight", [f(each, key=float) for each in times[::2] for f in (min, max)]),
-        ("benchmarks/RESULTS.md", "base # NLL # # default # # relation # # # # #", spread),
-        ("benchmarks/RESULTS.md", "mDPO and SymMPO, # #", [mdpo["all"], symmpo["all"]]),
         ("benchmarks/RESULTS.md", "DPO of TRL # # # 2 texts # # # 4, # # # 8 # # # without", [*itertools.chain(*times), *alone]),
-        ("docs/objectives.md", "pretrained base from # to # relations # paper's sum #", [*relation[::2], relation[1], paper["relation"]]),
     ]  # fmt: skip
     for page, words, figures in quotes:
         parts = [r"(\d+(?:\.\d+)?)" if word == "#" else re.escape(word) for word in words.split()]
@@ -191,11 +180,9 @@ def test_the_reference_lists_what_the_parser_takes():
     taken = flat(parse_config(every_term, OBJECTIVES).resolved)
     del taken["deepspeed"]
     inside = {
-        name
-        for name in rows
-        if name.startswith(("build.scenes.", "build.habits.", "build.tiny_llava.", "data.evaluation.NAME.", "data.train.SOURCE."))
+        name for name in rows if name.startswith(("build.habits.", "build.tiny_llava.", "data.evaluation.NAME.", "data.train.SOURCE."))
     }
-    assert rows.keys() - inside == taken.keys() - {"build.scenes", "build.habits", "build.tiny_llava"} and len(inside) == 10 + 7 + 8 + 6 + 8
+    assert rows.keys() - inside == taken.keys() - {"build.habits", "build.tiny_llava"} and len(inside) == 8 + 8 + 6 + 8
     for name, default in taken.items():
         if name in rows:
             shown = rows[name][2].strip("`")

@@ -50,10 +50,10 @@ from cfvlm_ds.evaluation import (
     table,
 )
 from cfvlm_ds.evaluation import loss as losses
-from cfvlm_ds.evaluation.before_after import Change, changes_table, compare_accuracies
+from cfvlm_ds.evaluation.before_after import Change, changes_table, compare_accuracies, of_types, rows_table
 from cfvlm_ds.evaluation.comparisons import comparisons, factual_texts
 from cfvlm_ds.evaluation.loss import EvaluationLoss
-from cfvlm_ds.evaluation.metrics import CHANCE, MEAN
+from cfvlm_ds.evaluation.metrics import MEAN, RANDOM
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.objectives import Align, Csd, Dpo, Fcd, Objective, denominators, required_cells, weighted_loss
 from cfvlm_ds.objectives.objective import comparisons as compared
@@ -146,19 +146,19 @@ def test_18_a_prior_of_the_texts_moves_text_but_never_image_nor_pmi():
     assert new["text"] < old["text"] - 20 and new["group"] < old["group"] - 10
 
 
-def test_chance_and_blind_levels_on_random_scores():
-    """4000 pairs: each accuracy within 4 standard errors of its chance level. Without an image a pair is exactly half right."""
+def test_accuracies_and_blind_levels_on_random_scores():
+    """4000 pairs: each accuracy within 4 standard errors of its value for random scores. Without an image a pair is exactly half right."""
     torch.manual_seed(1)
     with_sham = group(Edit("colour", 1, 1), Edit(SHAM, 2), num_images=3)
     num = 4000
     row, _ = accuracies(
         [with_sham] * num, [GroupScores(torch.randn(3, 2, dtype=torch.float64), torch.zeros(2).double()) for _ in range(num)]
     )
-    assert row.metrics.keys() == CHANCE.keys() and row.num == num
-    for name, chance in CHANCE.items():
-        p = chance / 100
-        assert abs(row.metrics[name] - chance) < 4 * 100 * (p * (1 - p) / num) ** 0.5, name
-    assert CHANCE["group"] == pytest.approx(100 * 4 / 24), "of the 24 orders of four scores 4 have both own pairs on top"
+    assert row.metrics.keys() == RANDOM.keys() and row.num == num
+    for name, expected in RANDOM.items():
+        p = expected / 100
+        assert abs(row.metrics[name] - expected) < 4 * 100 * (p * (1 - p) / num) ** 0.5, name
+    assert RANDOM["group"] == pytest.approx(100 * 4 / 24), "of the 24 orders of four scores 4 have both own pairs on top"
 
     random_prior = [GroupScores(torch.randn(3, 2), torch.randn(2)) for _ in range(200)]
     for blind in (row.blind for row in accuracies([with_sham] * 200, random_prior)):
@@ -212,11 +212,11 @@ def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap():
     four = [replace(group(), id=f"g{n}") for n in range(4)]
     after = accuracies([*four, replace(group(), id="later")], [wins, wins, wins, loses, wins])
     (colour, *others) = compare_accuracies("iid", accuracies(four, [wins, loses, loses, loses]), after)
-    assert (colour.edit, colour.metric, colour.groups, colour.of, colour.chance) == ("colour", "group", 4, 5, 100 / 6)
-    assert (colour.before, colour.after, colour.difference, colour.low, colour.high, colour.blank) == (25.0, 75.0, 50.0, None, None, None)
-    assert [(each.edit, each.metric, each.blank, each.after) for each in others] == [
+    assert (colour.edit, colour.metric, colour.groups, colour.of, colour.better, colour.worse) == ("colour", "group", 4, 5, 2, 0)
+    assert (colour.before, colour.after, colour.difference, colour.low, colour.high) == (25.0, 75.0, 50.0, None, None)
+    assert [(each.edit, each.metric, each.blank_factual, each.after) for each in others] == [
         ("colour", "pair", 50.0, 75.0),
-        ("colour", "image_pair", None, 75.0),
+        ("colour", "image_pair", 50.0, 75.0),
     ]
     half = scores([[-1.0, -2.0], [-1.0, -2.0]])  # image 0 prefers its own text, image 1 does not; no text prefers an image
     fallen = compare_accuracies("iid", accuracies(four, [half, half, half, loses]), accuracies(four, [wins, loses, loses, loses]))
@@ -262,12 +262,60 @@ def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap():
     assert 180 <= inside <= 200, "90 to 100 % of intervals hold the true difference, 0"
     lone = [replace(group(Edit(f"edit {n}", 1, 1)), id=f"g{n}") for n in range(36)]
     assert compare_accuracies("iid", accuracies(lone, before), accuracies(lone, after))[0].low is None, "no spread within a type"
-    text = changes_table(compared)
-    assert len(re.findall(r" [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] \|", text)) == 5
-    assert f"| iid | colour | {rows['colour'].groups} | group | 16.7 |  | " in text
-    assert f"| iid | {MEAN} | {rows[MEAN].groups} | pair | 50.0 | 50.0 | " in text
+    overall, types = changes_table(compared), rows_table(of_types(compared))
+    for text, number in ((overall, 3), (types, 2)):
+        assert len(re.findall(r" [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] \| \+\d+ -\d+ \|", text)) == number
+    assert f"| iid | {rows[MEAN].groups} | 2 of 2 better, 0 worse | 50.0 |  |  |" in overall
+    assert f"| iid | {MEAN} | {rows[MEAN].groups} | pair | " in overall and "| iid | colour |" not in overall
+    assert f"| iid | colour | {rows['colour'].groups} | group | " in types
     named = accuracies([group(Edit(name, 1, 1)) for name in ("a", MEAN)], [wins, wins])
     assert [each.edit for each in compare_accuracies("iid", named, named)] == [MEAN, MEAN, MEAN, "a", f'"{MEAN}"']
+
+
+@pytest.mark.parametrize(
+    ("num", "kept", "better", "worse", "ends"),
+    [
+        (25, 7, 0, 10, (-59.6, -20.4)),  # the standard error of the mean of 10 times -1 and 15 times 0 is sqrt((0.4 - 0.4^2) / 24) = 0.1
+        (50, 30, 4, 0, None),
+        (50, 30, 5, 0, None),
+        (50, 30, 6, 0, (12 - 9.099, 12 + 9.099)),  # sqrt((0.12 - 0.12^2) / 49) = 0.04642
+        (50, 30, 5, 1, (8 - 9.437, 8 + 9.437)),  # sqrt((0.12 - 0.08^2) / 49) = 0.04815 (6 changed; the mean is 0.08)
+        (6, 0, 6, 0, None),  # all alike
+        (7, 0, 6, 0, (57.72, 100)),  # 1.96 * sqrt((6/7 - 36/49) / 6) = 0.28; cut at 100 %
+    ],
+)
+def test_an_interval_needs_six_changed_groups_and_counts_stand_beside_it(num, kept, better, worse, ends):
+    wins, loses = scores([[-1.0, -2.0], [-2.0, -1.0]]), scores([[-2.0, -1.0], [-1.0, -2.0]])
+    groups = [replace(group(), id=f"g{n}") for n in range(num)]
+    rest = num - kept - better - worse
+    before = [wins] * kept + [loses] * better + [wins] * worse + [loses] * rest
+    after = [wins] * kept + [wins] * better + [loses] * worse + [loses] * rest
+    row = compare_accuracies("iid", accuracies(groups, before), accuracies(groups, after))[0]
+    assert (row.better, row.worse) == (better, worse)
+    assert (None if row.low is None else (row.low, row.high)) == (None if ends is None else pytest.approx(ends, abs=0.01))
+    assert f"| +{better} -{worse} |" in changes_table([row])
+    assert row.verdict == ("not resolved" if ends is None or ends[0] <= 0 <= ends[1] else "better" if better > worse else "worse")
+
+
+def test_opposite_changes_of_edit_types_are_seen_behind_a_mean_of_zero():
+    """One type rises by 40 points, another falls by 40, and a third does not change. A blank image is right on the first pictures."""
+    wins, loses = (scores(matrix, [-1.0, -2.0]) for matrix in ([[-1.0, -2.0], [-2.0, -1.0]], [[-2.0, -1.0], [-1.0, -2.0]]))
+    groups = [replace(group(Edit(name, 1, 1)), id=f"{name} {n}") for name in ("a", "b", "c") for n in range(25)]
+    before = accuracies(groups, [loses] * 25 + [wins] * 25 + [loses] * 25)
+    after = accuracies(groups, [wins] * 10 + [loses] * 15 + [loses] * 10 + [wins] * 15 + [loses] * 25)
+    rows = [replace(each[-1], nll=nll) for each, nll in ((before, 0.104), (after, 0.316))]
+    changes = compare_accuracies("s", [*before[:-1], rows[0]], [*after[:-1], rows[1]])
+    assert (changes[0].difference, changes[0].better, changes[0].worse) == (0.0, 10, 10)
+    assert [(each.edit, each.verdict, each.nll_after) for each in of_types(changes)] == [
+        ("a", "better", None),
+        ("b", "worse", None),
+        ("c", "not resolved", None),
+    ]
+    lines = changes_table(changes, files={"s": "made/s.jsonl"}).splitlines()
+    assert lines[0] == "| set | file | groups | edit types | blank image, % | NLL before | NLL after |"
+    assert lines[2] == "| s | made/s.jsonl | 75 | 1 of 3 better, 1 worse | 100.0 | 0.10 | 0.32 |"
+    *types, mean = accuracies(groups[:50], [loses] * 50)
+    assert compare_accuracies("s", [*types, replace(mean, nll=0.1)], [*after[:-1], rows[1]])[0].nll_before is None, "of other groups"
 
 
 def test_table_is_valid_markdown_and_metrics_are_named():
@@ -288,7 +336,7 @@ def test_table_is_valid_markdown_and_metrics_are_named():
         "ood colour 1 0.0 0.0 0.0 0.0 0.0 0.0 0.0 ",
         "ood mean of edit types 1 0.0 0.0 0.0 0.0 0.0 0.0 0.0 ",
         "ood mean of edit types, blank image 1     50.0  50.0 ",
-        "chance   25.0 25.0 16.7 16.7 50.0 50.0 50.0 50.0",
+        "random scores   25.0 25.0 16.7 16.7 50.0 50.0 50.0 50.0",
     ]
     assert "| iid | sham | 1 | 1 | 1: g |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
     for part in (printed, coverage):

@@ -117,6 +117,15 @@ def test_accuracies_are_percent_and_few_enough_to_read(tmp_path, drawn):
     assert whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and whole.y0 <= legend.y0 and legend.y1 <= whole.y1, "on the page"
 
 
+def test_a_curve_of_a_sample_says_how_large_it_is(tmp_path, drawn):
+    rows = [{"step": step, "eval_sample/test/group": 50.0, "eval/test/group": 51.0, "eval/few/group": 40.0} for step in (0, 10)]
+    learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", rows), {"test": "120 of 450 groups"})
+    (figure,) = drawn
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert legends == [["test/group, 120 of 450 groups"], ["few/group"]]
+    assert all(line.get_xdata()[0] == 0 for axes in figure.axes for line in axes.lines), "before the training"
+
+
 def test_learning_curves_without_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", [{"step": 1, "lr": 0.1}]))

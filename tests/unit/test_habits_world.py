@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -22,16 +23,16 @@ from cfvlm_ds.core.groups import SHAM
 from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.demo.habits import build_habits, judge, scenes_in
-from cfvlm_ds.demo.habits.build import TESTS, Drawn, as_group, draw_group
+from cfvlm_ds.demo.habits.build import SPLITS, TESTS, Drawn, as_group, draw_group, question_of
 from cfvlm_ds.demo.habits.edits import EDITS
 from cfvlm_ds.demo.habits.grammar import describe
 from cfvlm_ds.demo.habits.pope import absent_kinds, popular_kinds
 from cfvlm_ds.demo.habits.questions import QUESTIONS, all_texts
 from cfvlm_ds.demo.habits.render import CELL, render
-from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, HABITS, HELD_OUT, STRENGTH, Scene, Thing, draw_scene
-from cfvlm_ds.demo.habits.writing import Written, writing, writing_intervals
-from cfvlm_ds.demo.scenes import all_captions
-from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
+from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, HABITS, HELD_OUT, STRENGTH, Scene, Thing, draw_scene, spelled
+from cfvlm_ds.demo.habits.writing import NAME, WRITING, counts
+from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Judged, load
+from cfvlm_ds.evaluation.benchmarks.base import single
 
 # An independent reader, written from the table of phrasings: regular expressions only, nothing from the grammar's code.
 _SINGULAR = ["tree", "mushroom", "cup", "plate", "moon", "star", "cactus", "sun", "boat", "fish", "basket", "pear", "shoe", "ball"]
@@ -151,11 +152,11 @@ def test_habits_are_as_strong_as_promised():
 
 @pytest.mark.parametrize("split", TESTS)
 def test_test_sets_are_balanced(split):
-    kinds = QUESTIONS.get(split.removeprefix("test_"), tuple(EDITS))
+    kinds = QUESTIONS.get(question_of(split), tuple(EDITS))
     groups = drawn_groups(split, 4 * len(kinds))
-    assert Counter((drawn.edits[0], drawn.habit) for drawn in groups) == {
-        (kind, habit): 2 for kind in kinds for habit in ("agrees", "contradicts")
-    }
+    habits = [habit for habit in ("agrees", "contradicts") if split.endswith(habit)] or ["agrees", "contradicts"]
+    expected = {(kind, habit): 4 // len(habits) for kind in kinds for habit in habits}
+    assert Counter((drawn.edits[0], drawn.habit) for drawn in groups) == expected
     for drawn in groups:
         broken = [breaks(scene) for scene in drawn.scenes]
         if drawn.habit == "agrees":
@@ -200,12 +201,12 @@ def test_the_judge_agrees_with_a_naive_one():
     assert min(seen[True], seen[False], seen["unparsed"]) > 500
 
 
-def test_texts_of_another_world_are_unparsed():
+def test_what_the_grammar_does_not_write_is_unparsed():
     scene = draw_scene(Random(0), STRENGTH)
     for text in [
-        *all_captions(0, 300),
         "The cup is nice.",
         "a red cup",
+        "two red cups to the left of a key",
         "There is two cups.",
         "There is a cups.",
         "We see a cup, a key.",
@@ -244,7 +245,7 @@ def test_an_edit_changes_only_what_it_names(kind):
 
 
 def test_a_sham_differs_only_in_jitter():
-    for drawn in drawn_groups("test", 14):
+    for drawn in drawn_groups("test_contradicts", 14):
         anchor, sham = drawn.scenes[0], drawn.scenes[2]
         assert (anchor.things, anchor.background) == (sham.things, sham.background) and drawn.match[2] == drawn.match[0]
         assert render(anchor).tobytes() != render(sham).tobytes()
@@ -280,7 +281,7 @@ def test_truth_agrees_with_an_independent_reader(split, options):
 
 def test_language_tells_no_answer():
     """About a pair of pictures the same question has both answers, and the first answer is Yes or A in half of the groups."""
-    for split in ("test_yes_no", "test_choice"):
+    for split in ("test_yes_no_agrees", "test_yes_no_contradicts", "test_choice"):
         first = Counter(drawn.candidates[0].text for drawn in drawn_groups(split, 280))
         assert min(first.values()) > 140 - 4 * math.sqrt(280 / 4) and len(first) == 2
 
@@ -327,26 +328,49 @@ def test_metrics_of_writing_by_hand():
         "We see a red cup and two red balls. It is a night scene. The cup is nice.": "agrees",  # 6 of 7 true, 1 of 3 sentences unparsed
         "There is a key. The cup is above the key.": "contradicts",  # none of 3 true, 1 of 2 mentioned things absent
     }
-    written = [Written(judge(text, scene), str(i), habit) for i, (text, habit) in enumerate(texts.items())]
-    values = writing(written)
+    items = [
+        single(habit, Path(habit), ["x"] * 6, habit, (1,) * 6, habit=habit, scene=json.dumps(spelled(scene)), things="2")
+        for habit in texts.values()
+    ]
+    values = WRITING.metrics([Judged(item, (counts(text, item),)) for item, text in zip(items, texts, strict=True)])
     assert values == pytest.approx({
         "hallucinated": 100 * 4 / 10, "chair_i": 100 / 4, "chair_s": 50, "covered": 75, "unparsed": 20,
         "hallucinated/agrees": 100 / 7, "chair_i/agrees": 0, "chair_s/agrees": 0, "covered/agrees": 100, "unparsed/agrees": 100 / 3,
         "hallucinated/contradicts": 100, "chair_i/contradicts": 50, "chair_s/contradicts": 100, "covered/contradicts": 50,
         "unparsed/contradicts": 0,
     })  # fmt: skip
-    assert writing_intervals(written) == {}
-    many = [Written(each.verdict, str(i // 2), each.habit) for i, each in enumerate(written * 60)]
-    assert "hallucinated" not in writing_intervals(many, draws=50)  # every picture has the same two texts
-    apart = [Written(each.verdict, f"{i}", each.habit) for i, each in enumerate(written * 60)]
-    low, high = writing_intervals(apart, draws=200)["chair_s"]  # the share of 120 fair coins
-    assert low == pytest.approx(50 - 196 * math.sqrt(0.25 / 120), abs=3) and high == pytest.approx(50 + 196 * math.sqrt(0.25 / 120), abs=3)
+    silent = WRITING.metrics([Judged(item, (counts("", item),)) for item in items])
+    assert silent.keys() == values.keys() and not any(silent.values())
+
+
+def test_written_scenes_are_read_as_a_benchmark_and_judged_as_by_the_naive_judge(built):
+    loaded = load(WRITING, built / NAME)
+    rows = described(built)
+    assert not loaded.problems and not loaded.notes and len(loaded.items) == len(rows)
+    truth = {row["id"]: scenes_in(row["meta"])[0] for row in rows}
+    rng = Random(0)
+    for item in loaded.items:
+        ((picture,),) = item.images
+        scene = truth[picture.name.removesuffix("-0.png")]
+        text = " ".join(describe([rng.choice(list(truth.values()))], "x") + ["It flies. "] * rng.randrange(2))
+        statements, unparsed = naive_judge(text, scene)
+        true, false, there, absent, _, outside = counts(text, item)
+        assert (true, false, outside) == (sum(statements.values()), len(statements) - sum(statements.values()), unparsed)
+        kinds = {word for statement in statements for word in statement if word in HABITS}
+        assert (there, absent) == (sum(scene.find(kind) is not None for kind in kinds), sum(scene.find(kind) is None for kind in kinds))
+        assert item.tags["habit"] == ("contradicts" if any(breaks(scene).values()) else "agrees") and picture.is_file()
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     config = HabitsConfig(str(tmp_path_factory.mktemp("habits") / "world"), num_train=12, num_test=16, num_questions=1)
     return build_habits(config, progress=lambda _: None)
+
+
+def described(built: Path) -> list[dict]:
+    """The rows whose first pictures are also those of the benchmarks."""
+    files = [built / f"test_{habit}.jsonl" for habit in ("agrees", "contradicts")]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def test_files_are_ordinary_ones(built):
@@ -370,17 +394,18 @@ def test_files_are_ordinary_ones(built):
 
 
 def test_pope_files_have_the_official_form(built):
-    tests = [json.loads(line) for line in (built / "test.jsonl").read_text().splitlines()]
+    tests = described(built)
     for split in ("random", "popular", "adversarial"):
         file = built / "pope" / "output" / "coco" / f"coco_pope_{split}.json"
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert [row["question_id"] for row in rows] == list(range(1, 4 * len(tests) + 1))
         for index, row in enumerate(rows):
             scene = scenes_in(tests[index // 4]["meta"])[0]
-            assert row["image"] == f"test-{index // 4:06d}-0.png" and (built / "pope" / "val2014" / row["image"]).is_file()
+            assert row["image"] == f"{tests[index // 4]['id']}-0.png" and (built / "pope" / "val2014" / row["image"]).is_file()
             assert answer(row["text"], scene).lower() == row["label"] == ("yes", "yes", "no", "no")[index % 4]
             assert row["habit"] == ("contradicts" if any(breaks(scene).values()) else "agrees")
         assert {*BENCHMARKS["pope"].files[0].columns} <= {*rows[0]}
+    assert len(load(BENCHMARKS["pope"], built / "pope").items) == 3 * 4 * len(tests)
 
 
 def test_a_seed_determines_the_world(built, tmp_path):
@@ -391,7 +416,7 @@ def test_a_seed_determines_the_world(built, tmp_path):
     for path in (path for path in built.rglob("*") if path.is_file()):
         assert (again / path.relative_to(built)).read_bytes() == path.read_bytes()
     assert (more / "train.jsonl").read_text().startswith((built / "train.jsonl").read_text())
-    assert (other / "test.jsonl").read_text() != (built / "test.jsonl").read_text()
+    assert (other / "test_combo.jsonl").read_text() != (built / "test_combo.jsonl").read_text()
     stamp = (again / "habits.json").stat().st_mtime_ns
     assert build("again") == again and (again / "habits.json").stat().st_mtime_ns == stamp
     with pytest.raises(DataError, match="other settings"):
@@ -402,7 +427,22 @@ def test_a_seed_determines_the_world(built, tmp_path):
         build("mine")
 
 
-@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_questions": -1}, {"edit_weights": {"color": 1.0}}, {"num_counterfactuals": 9}])
+def test_content_is_pinned():
+    """The same on every platform and Python version. If this changes on purpose, raise build.GENERATOR."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for drawn in drawn_groups(split, 8, num_counterfactuals=3, num_questions=2):
+            group = as_group(drawn, "g", [Path(f"{i}.png") for i in range(len(drawn.scenes))])
+            texts = [[vars(candidate) for candidate in group.candidates], group.keys, group.exclude]
+            digest.update(json.dumps([*texts, group.match, [vars(edit) for edit in group.edits]]).encode())
+            for scene in drawn.scenes:
+                digest.update(render(scene).tobytes())
+    assert digest.hexdigest() == "43f91c49fca8b89737c7799c36912ed94a3b6e3a808ec81982137c6e0b85148c"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_train": 0}, {"num_questions": -1}, {"strength": 1.5}, {"edit_weights": {"color": 1.0}}, {"num_counterfactuals": 9}]
+)
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         build_habits(HabitsConfig("unused", **wrong))

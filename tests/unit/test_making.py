@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scene_editor
 import torch
 from conftest import COLOURS, REPO, contents, draw, printed, read_rows, refused, wait_for, write_rows
 from PIL import Image, ImageDraw, ImageOps
 from test_propose import Server, proposing, quiet, reply
+from world_editor import WorldEditor, describes, failed, fault_of, scene_of, shown_by
 
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.core.config import ScenesConfig
+from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -46,59 +46,52 @@ from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_th
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose.step import propose
+from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS
 from cfvlm_ds.counterfactuals.select import REPEATED, Survival, ranges, select
 from cfvlm_ds.counterfactuals.status import status
 from cfvlm_ds.counterfactuals.verify import calibrate, verify
 from cfvlm_ds.counterfactuals.work_folder import OUTDATED, WorkFolder
 from cfvlm_ds.data import open_groups, open_image, read_manifest
-from cfvlm_ds.demo.scenes import build_scenes
-from cfvlm_ds.demo.scenes.grammar import describe, holds
-from cfvlm_ds.demo.scenes.world import COLOURS as WORLD_COLOURS
-from cfvlm_ds.demo.scenes.world import SHAPES as WORLD_SHAPES
+from cfvlm_ds.demo.habits import build_habits
+from cfvlm_ds.demo.habits.grammar import noun
+from cfvlm_ds.demo.habits.world import COLOURS as WORLD_COLOURS
+from cfvlm_ds.demo.habits.world import KINDS
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 SEED, FAULTS = 5, 0.5
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world") / "scenes"
-    build_scenes(ScenesConfig(str(folder), num_train=1, num_test=36, image_size=48), lambda line: None)
-    words = {
-        "colour": list(WORLD_COLOURS),
-        "count": ["one", "two", "three"],
-        "object": [f"{s}{e}" for s in WORLD_SHAPES for e in ("", "s", "es")],
-    }
-    words["object"] = [
-        word for word in words["object"] if word not in ("crosss", "circlees", "squarees", "trianglees", "stares", "diamondes")
-    ]
-    (folder.parent / "words.yaml").write_text(json.dumps(words | {"texture": ["striped", "dotted", "hollow"]}))
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "world"
+    build_habits(HabitsConfig(str(folder), num_train=1, num_test=36), lambda line: None)
+    nouns = {noun(kind, number) for kind in KINDS for number in (1, 2)}
+    words = {"colour": list(WORLD_COLOURS), "count": ["one", "two", "three"], "object": sorted(nouns & {*NOUNS})}
+    (folder.parent / "words.yaml").write_text(json.dumps(words))
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _scene_editor(monkeypatch):
-    monkeypatch.setitem(EDITORS, "scenes", scene_editor.SceneEditor)
+def _world_editor(monkeypatch):
+    monkeypatch.setitem(EDITORS, "world", WorldEditor)
 
 
-def begun(scenes: Path, out: Path, shards: int = 1) -> Path:
-    options = ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=SEED)
+def begun(world: Path, out: Path, shards: int = 1) -> Path:
+    options = ProposeOptions(words=str(world.parent / "words.yaml"), seed=SEED)
     for shard in range(shards):
-        propose(open_groups(scenes / "test_iid.jsonl"), out, options, shard, quiet, shards)
+        propose(open_groups(world / "test_combo.jsonl"), out, options, shard, quiet, shards)
     return out
 
 
-def scene_options(scenes: Path, **more: Any) -> EditOptions:
-    return EditOptions(
-        **({"back_ends": "scenes", "folder": str(scenes), "options": f"faults={FAULTS}", "attempts": 2, "seed": SEED} | more)
-    )
+def world_options(attempts: int = 2) -> EditOptions:
+    return EditOptions(back_ends="world", options=f"faults={FAULTS}", attempts=attempts, seed=SEED)
 
 
 class Oracle:
-    """A scorer that sees what is drawn, through noise: log P(yes) is high where a claim holds of the scene behind a picture."""
+    """A scorer that sees what is drawn, through noise: log P(yes) is high where a text describes the scene behind a picture."""
 
-    def __init__(self, work: Path, scenes: Path, noise: float = 0.0) -> None:
-        self.config, self.noise, self.calls = scene_editor.config_in(scenes), noise, 0
+    def __init__(self, work: Path, noise: float = 0.0) -> None:
+        self.noise, self.calls = noise, 0
         self.truth: dict[tuple[str, int], bool] = {}
         self._behind: dict[str, Any] = {}
         folder = WorkFolder.open(work)
@@ -107,14 +100,13 @@ class Oracle:
             for made in folder.records("edit", shard):
                 if made.get("picture"):
                     proposal, line = proposals[made["edit"]]
-                    drawn = scene_editor.drawn_group(self.config, line["source"])
-                    fault = scene_editor.fault_of(made["seed"], FAULTS)
-                    wanted = scene_editor.shown_by(drawn, proposal["text"])
+                    before, fault = scene_of(line["source"]), fault_of(made["seed"], FAULTS)
+                    wanted = shown_by(before, proposal["text"])
                     assert wanted is not None and made.get("info", {}).get("fault", "") == fault
-                    scene = scene_editor.failed(drawn.scenes[0], wanted, fault, made["seed"])
-                    name = f"{made['edit']}@{made['attempt']}"
-                    self._behind[name] = (describe(drawn.scenes[0], True), describe(wanted, True), drawn.scenes[0], scene)
-                    self.truth[made["edit"], made["attempt"]] = scene_editor.is_right(drawn, proposal["text"], scene)
+                    after = failed(before, wanted, fault, made["seed"])
+                    self._behind[f"{made['edit']}@{made['attempt']}"] = (line["caption"], proposal["text"], before, after)
+                    is_right = describes(proposal["text"], after) and not describes(line["caption"], after)
+                    self.truth[made["edit"], made["attempt"]] = is_right
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> list[GroupScores]:
         self.calls += len(groups)
@@ -125,7 +117,7 @@ class Oracle:
         draw = random.Random(group.id)
         rows = []
         for scene in (before, after)[: len(group.images)]:
-            odds = [(4.0 if holds(claim, scene) else -4.0) + draw.gauss(0, self.noise) for claim in (old, new)]
+            odds = [(4.0 if describes(text, scene) else -4.0) + draw.gauss(0, self.noise) for text in (old, new)]
             cells = (len(group.candidates) - 2) // 4
             asked = [v for each in odds for sign in (1, -1) for v in [-math.log1p(math.exp(-sign * each)) - math.log(cells)] * cells]
             rows.append([*asked, *(-20 + each for each in odds)])
@@ -133,12 +125,12 @@ class Oracle:
 
 
 @pytest.fixture(scope="module")
-def whole(scenes, tmp_path_factory):
+def whole(world, tmp_path_factory):
     """A work folder with all steps done, in one shard and without a disturbance."""
-    EDITORS["scenes"] = scene_editor.SceneEditor
-    out = begun(scenes, tmp_path_factory.mktemp("whole") / "W")
-    edit(out, scene_options(scenes), 0, quiet)
-    verify(out, VerifyOptions(), 0, quiet, Oracle(out, scenes, noise=2.5))
+    EDITORS["world"] = WorldEditor
+    out = begun(world, tmp_path_factory.mktemp("whole") / "W")
+    edit(out, world_options(), 0, quiet)
+    verify(out, VerifyOptions(), 0, quiet, Oracle(out, noise=2.5))
     return out
 
 
@@ -147,7 +139,7 @@ def whole(scenes, tmp_path_factory):
 
 @pytest.mark.parametrize("step", ["propose", "edit", "verify"])
 @pytest.mark.parametrize("part", [0.31, 0.999])
-def test_whatever_is_torn_ends_in_the_same_bytes(step, part, whole, scenes, tmp_path):
+def test_whatever_is_torn_ends_in_the_same_bytes(step, part, whole, world, tmp_path):
     out = tmp_path / "W"
     shutil.copytree(whole, out)
     for later in ("propose", "edit", "verify")[("propose", "edit", "verify").index(step) :]:
@@ -161,30 +153,30 @@ def test_whatever_is_torn_ends_in_the_same_bytes(step, part, whole, scenes, tmp_
             tar.write(b"torn" * 1000)
     whole_lines = journal.read_bytes().count(b"\n")
     assert len(list(WorkFolder.open(out).records(step, 0))) == whole_lines, "looked at before it goes on"
-    begun(scenes, out)
-    edit(out, scene_options(scenes), 0, quiet)
-    oracle = Oracle(out, scenes, noise=2.5)
+    begun(world, out)
+    edit(out, world_options(), 0, quiet)
+    oracle = Oracle(out, noise=2.5)
     verify(out, VerifyOptions(batch_size=4), 0, quiet, oracle)
     assert contents(out) == contents(whole)
     assert oracle.calls > 0 and (step != "verify" or part < 0.9 or oracle.calls <= 64)
 
 
-def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole, scenes, tmp_path):
-    out = begun(scenes, tmp_path / "W")
+def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole, world, tmp_path):
+    out = begun(world, tmp_path / "W")
     shard = out / "edit" / "shard-00000.jsonl"
     shard.parent.mkdir()
     shard.touch()
     for _ in range(3):
         if (child := os.fork()) == 0:
             try:
-                edit(out, scene_options(scenes), 0, quiet)
+                edit(out, world_options(), 0, quiet)
             finally:
                 os._exit(0)
         before = shard.stat().st_size
         wait_for(lambda before=before: shard.stat().st_size > before + 9000 or shard.with_suffix(".done.json").exists(), 20)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    edit(out, scene_options(scenes), 0, quiet)
+    edit(out, world_options(), 0, quiet)
     assert contents(out).items() >= {name: held for name, held in contents(whole).items() if not name.startswith("verify")}.items()
 
 
@@ -205,11 +197,11 @@ def candidates_of(out: Path, step: str) -> dict[tuple[str, int], Any]:
     return found
 
 
-def test_one_shard_and_seven_give_the_same_candidates(whole, scenes, tmp_path):
-    out = begun(scenes, tmp_path / "W", shards=7)
+def test_one_shard_and_seven_give_the_same_candidates(whole, world, tmp_path):
+    out = begun(world, tmp_path / "W", shards=7)
     for shard in (6, 2, 0, 1, 5, 4, 3):
-        edit(out, scene_options(scenes), shard, quiet, 7)
-    oracle = Oracle(out, scenes, noise=2.5)
+        edit(out, world_options(), shard, quiet, 7)
+    oracle = Oracle(out, noise=2.5)
     for shard in range(7):
         verify(out, VerifyOptions(), shard, quiet, oracle)
     for step in ("propose", "edit", "verify"):
@@ -222,19 +214,23 @@ def test_one_shard_and_seven_give_the_same_candidates(whole, scenes, tmp_path):
     assert rows[0] == rows[1] and len(rows[0]) > 10
 
 
-def test_what_differs_is_refused_before_anything_is_touched(whole, scenes, tmp_path):
+def test_what_differs_is_refused_before_anything_is_touched(whole, world, tmp_path):
     out, other = tmp_path / "W", tmp_path / "other"
     shutil.copytree(whole, out)
     other.mkdir()
     (other / "file").touch()
-    store, same = open_groups(scenes / "test_iid.jsonl"), scene_options(scenes)
+    store, same = open_groups(world / "test_combo.jsonl"), world_options()
     for unfinished, place, call in (
         ("", "shards: 1", lambda: propose(store, out, ProposeOptions(), 0, quiet, 2)),
-        ("propose", "seed: 5", lambda: propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)),
-        ("propose", r"source\.path", lambda: propose(open_groups(scenes / "test_combo.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)),
-        ("propose", re.escape(f"data propose {scenes / 'test_iid.jsonl'} --out {out} --shard 0/1"), lambda: edit(out, same, 0, quiet)),
+        ("propose", "seed: 5", lambda: propose(store, out, ProposeOptions(words=str(world.parent / "words.yaml"), seed=6), 0, quiet)),
+        ("propose", r"source\.path", lambda: propose(open_groups(world / "test_agrees.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)),
+        (
+            "propose",
+            re.escape(f"data propose {world / 'test_combo.jsonl'} --out {out} --shard 0/1"),
+            lambda: edit(out, same, 0, quiet),
+        ),
         ("", "3/4", lambda: edit(out, same, 3, quiet, 4)),
-        ("edit", "attempts: 2", lambda: edit(out, scene_options(scenes, attempts=3), 0, quiet)),
+        ("edit", "attempts: 2", lambda: edit(out, world_options(attempts=3), 0, quiet)),
         ("", "other", lambda: propose(store, other, ProposeOptions(), 0, quiet)),
         ("", "other", lambda: edit(other, same, 0, quiet)),
     ):
@@ -305,10 +301,10 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path):
     assert any("a.png" in line for line in said if line.startswith("warning: "))
 
 
-def test_status_names_missing_shards_as_an_array(scenes, tmp_path):
+def test_status_names_missing_shards_as_an_array(world, tmp_path):
     out = tmp_path / "W"
     for shard in (0, 1, 4):
-        propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(), shard, quiet, 6)
+        propose(open_groups(world / "test_combo.jsonl"), out, ProposeOptions(), shard, quiet, 6)
     text = status(out)
     assert "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5")
     begun = WorkFolder.open(out).file("propose", 3)
@@ -407,15 +403,15 @@ def judged(out: Path, thresholds: Thresholds, oracle: Oracle) -> tuple[int, int,
     return len(passed), sum(passed), sum(oracle.truth.values())
 
 
-def test_verdicts_are_precise_where_the_scorer_sees(whole, scenes, tmp_path, capsys):
+def test_verdicts_are_precise_where_the_scorer_sees(whole, tmp_path, capsys):
     """A noisy scorer is made precise by a margin that labels call for; a perfect one needs none; pixels alone are not enough."""
-    noisy = Oracle(whole, scenes, noise=2.5)
+    noisy = Oracle(whole, noise=2.5)
     assert {False, True} == set(noisy.truth.values())
     out = tmp_path / "W"
     shutil.copytree(whole, out)
     shutil.rmtree(out / "verify")
     (out / "verify.json").unlink()
-    perfect = Oracle(out, scenes)
+    perfect = Oracle(out)
     verify(out, VerifyOptions(), 0, quiet, perfect)
     passed, right, good = judged(out, Thresholds(), perfect)
     assert right / passed > 0.95 and right / good > 0.8
@@ -555,11 +551,11 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, cap
     assert "--margin -1.0" in refused(capsys, "data", "select", tmp_path, "--out", tmp_path / "g.jsonl", "--margin", "-1")
 
 
-def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole, scenes, tmp_path):
+def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole, tmp_path):
     out = tmp_path / "W"
     shutil.copytree(whole, out)
     shutil.rmtree(out / "verify")
-    oracle = Oracle(out, scenes)
+    oracle = Oracle(out)
     bad = next(iter(oracle._behind))
 
     def score(groups):
@@ -922,7 +918,7 @@ def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind, t
 # --- selection --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_groups_are_the_best_of_each_edit_with_their_history(whole, scenes, tmp_path):
+def test_groups_are_the_best_of_each_edit_with_their_history(whole, tmp_path):
     survival = select(whole, tmp_path / "groups.jsonl", SelectOptions(per_source=2), quiet)
     rows = read_rows(tmp_path / "groups.jsonl")
     groups = read_manifest(tmp_path / "groups.jsonl", survival.roots or None)
@@ -938,7 +934,7 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole, scenes, tmp_
             best = max((v.worst, -k) for k, v in tried.items() if v.reason == GOOD)
             assert history["margin"] == best[0] > 0 and history["edit"]["attempt"] == -best[1]
             assert len(history["edit"]["parent_sha256"]) == 64 and history["verify"]["checks"] and history["propose"]["back_end"] == "rules"
-        assert row["meta"]["steps"]["edit"]["settings"]["scenes"] == {"version": 1, "faults": FAULTS}
+        assert row["meta"]["steps"]["edit"]["settings"]["world"] == {"faults": FAULTS}
     total = {kind: dict(counts) for kind, counts in survival.by_type.items()}
     for counts in total.values():
         assert counts.pop("proposed") == sum(counts.values())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.evaluation import Accuracy
-from cfvlm_ds.objectives import Align, BatchAlign, Misp, Retain, SymMPO
+from cfvlm_ds.objectives import OBJECTIVES, Align, BatchAlign, Misp, Retain, SymMPO
 from cfvlm_ds.training.idle import Idle
+from cfvlm_ds.training.results import summary_of
 from cfvlm_ds.training.retention import Retention
 
 
@@ -38,6 +41,19 @@ def test_a_set_is_compared_with_its_first_evaluation():
         "the model close to its initial state on plain captions in the training data), raise objective.align.weight or lower "
         "train.learning_rate"
     ]
+
+
+def test_a_fall_stands_in_the_results_with_its_last_value():
+    """The console repeats the warning only when the fall has doubled; results.md has that of the last record, or none after a recovery."""
+    said: list[str] = []
+    retention = Retention(config(Align()), TrainState(), {}, said.append)
+    fallen = []
+    for value in (-1.0, -1.2, -1.3, -1.05, -1.35):
+        retention.trained({"logp/lp_00": value})
+        fallen.append(re.findall(r"fell (\d\.\d\d) nats", retention.fallen))
+    assert fallen == [[], ["0.20"], ["0.30"], [], ["0.35"]] and [line for line in said if "fell 0.20" in line] == said
+    run = parse_config(["--train.output_dir=runs/mine", "--data.train=t.jsonl"], OBJECTIVES)
+    assert f"\n\n{retention.fallen}\n\n" in summary_of(run, 5, {}, [], retention.fallen)
 
 
 def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on():

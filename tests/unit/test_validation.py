@@ -148,11 +148,11 @@ def test_options_that_end_a_run_are_found_before_pictures_are_opened(options, se
 
 
 def test_what_is_built_first_is_not_looked_for(tmp_path):
-    """And only that: a manifest elsewhere is missed before 42,800 pictures are drawn."""
-    scenes, tiny = tmp_path / "scenes", tmp_path / "tiny"
-    quickstart = ["--config", "examples/quickstart.yaml", "--build.scenes.out_dir", str(scenes), "--build.base", str(tiny)]
-    quickstart += ["--model.name_or_path", str(tiny), "--data.train", str(scenes / "train.jsonl")]
-    evaluated = [f"--data.evaluation={{test: {scenes / 'test_iid.jsonl'}}}"]
+    """And only that: a manifest elsewhere is missed before 40,000 pictures are drawn."""
+    habits, tiny = tmp_path / "habits", tmp_path / "tiny"
+    quickstart = ["--config", "examples/quickstart.yaml", "--build.habits.out_dir", str(habits), "--build.base", str(tiny)]
+    quickstart += ["--model.name_or_path", str(tiny), "--data.train", str(habits / "train.jsonl")]
+    evaluated = [f"--data.evaluation={{test: {habits / 'test_combo.jsonl'}}}"]
     world = ONE
     validate(parse_config([*quickstart, *evaluated], OBJECTIVES), world)
     for options, sentence in (

@@ -29,10 +29,12 @@ from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stats import statistics
 from cfvlm_ds.data.stored_scores import StoredScores, write_scores
 from cfvlm_ds.evaluation import view
+from cfvlm_ds.evaluation.metrics import content_hash
 from cfvlm_ds.evaluation.view import score_table
 from cfvlm_ds.page import MAX_TEXT, Item, ScoreTable, Text, changed_words, runs, write_page
 from cfvlm_ds.page import Image as Shown
 from cfvlm_ds.page.pictures import difference, reduced
+from cfvlm_ds.page.report import write_report_page
 
 HOSTILE = (
     '</script><script>document.title = "owned"</script>',
@@ -402,10 +404,11 @@ def test_a_run_shows_its_worst_groups(folder):
     run = run_folder(folder, rows, scores)
     view(run, folder / "page", sample=3)
     assert names(folder / "page") == ["d", "b", "c"]
-    assert [Elements(each).all("data-worst") for each in templates(folder / "page")] == [["-7.0"], ["-2.0"], ["1.0"]]
+    ranks = [float(Elements(each).all("data-worst")[0]) for each in templates(folder / "page")]
+    assert ranks == pytest.approx([margin / 3 for margin in (-7, -2, 1)])
     document = index(folder / "page")
     assert document["option"][:6] == ["all", "other (2)", "test (1)", "all", "some lost (2)", "all won (1)"]
-    assert document["dd"][:3] == [str(run), "3 of 5 (smallest margin first)", "1 groups without a comparison"]
+    assert document["dd"][:3] == [str(run), "3 of 5 (as many of each set, smallest margin per word first)", "1 groups without a comparison"]
     assert document["title"] == ["run: groups with the smallest margins of test, other"]
     view(folder / "test.jsonl", folder / "page", scores=run / "scores" / "test.jsonl")
     first, second = drawn(folder / "page")
@@ -414,6 +417,41 @@ def test_a_run_shows_its_worst_groups(folder):
         "1 of 2 comparisons lost"
     )
     assert second["margin"] == ["\u25bc \u22122.0 vs texts", "\u25b2 +7.0 vs images"]
+
+
+def test_groups_are_ranked_by_margin_per_word_and_say_whether_they_were_lost_before(folder):
+    """A short answer that is lost by 2 nats comes before a long one that is lost by 4."""
+    long = [{"id": "t0", "text": "two red dogs " * 10}, {"id": "t1", "text": "three red dogs " * 10}]
+    rows = {"test": [group("long", texts=long), group("short"), group("won"), group("healed"), group("later")]}
+    margins = {"long": -4, "short": -2, "won": 3, "healed": 1, "later": -1}
+    run = run_folder(folder, rows, {name: ((-10.0, -10.0 - margin), (-20.0, -1.0)) for name, margin in margins.items()})
+    lost = {"long": True, "short": False, "won": False, "healed": True}
+    points = {name: {"pair": {"count": [2 - was, 2]}, "image_pair": {"count": [1.0, 1]}} for name, was in lost.items()}
+    found = {each.id: content_hash(each) for each in open_groups(folder / "test.jsonl")}
+    (run / "baseline").mkdir()
+    file = run / "baseline" / "test.json"
+    file.write_text(json.dumps({"rows": [{"by_group": [[name, found[name], points[name]] for name in lost]}]}))
+    view(run, folder / "page")
+    assert names(folder / "page") == ["short", "later", "long", "healed", "won"], "-2/3, -1/3, -4/30, 1/3, 3/3"
+    expected = {
+        "short": "some lost, before training all won", "later": "some lost, before training not evaluated",
+        "long": "some lost, before training some lost", "healed": "all won, before training some lost",
+        "won": "all won, before training all won",
+    }  # fmt: skip
+    assert [expected[name] in each["dd"] for name, each in zip(names(folder / "page"), drawn(folder / "page"), strict=True)] == [True] * 5
+    for damage in ("{", "[]", json.dumps({"rows": [{"by_group": [["won"]]}]})):
+        file.write_text(damage)
+        view(run, folder / "page")
+        assert "some lost (3)" in index(folder / "page")["option"]
+
+
+def test_a_report_has_a_list_of_contents(tmp_path):
+    write_report_page(tmp_path / "page.html", "run", "# a\\|b\n\n## <i>one\n\ntext\n\n### part\n\n## two\n")
+    page = (tmp_path / "page.html").read_text()
+    assert re.findall(r'<a href="#(.*?)">(.*?)</a>', page) == [("part-0", "a|b"), ("part-1", "&lt;i&gt;one"), ("part-2", "two")]
+    assert '<h2 id="part-2">two</h2>' in page and "<i>" not in page
+    write_report_page(tmp_path / "page.html", "run", "# one\n\n## two\n")
+    assert "<nav>" not in (tmp_path / "page.html").read_text()
 
 
 def test_what_a_run_lacks_is_named(folder):

@@ -1,10 +1,10 @@
 """World with habits as an ordinary folder of ``cfgroup/1`` manifests, with the pictures of a split in an uncompressed tar.
 
-Splits: ``train`` and ``validation`` have scenes as in pretraining, in which a thing follows a habit in 96 % of cases. The test sets are
+Splits: in ``train`` and ``validation`` a thing follows a habit with the probability ``strength``, 0.96 as in pretraining. The test sets are
 balanced: ``meta.habit`` of a row is "agrees" if no picture breaks a habit, and "contradicts" if the edit changes how a habit is broken. The
-first scene of such a row breaks every habit of its things. ``test`` asks for descriptions, ``test_combo`` the same of scenes with a
-held-out colour, and ``test_yes_no``, ``test_choice``, ``test_count`` and ``test_colour`` ask questions. ``pope`` has questions about the
-first picture of each row of ``test`` in the files of that benchmark.
+first scene of such a row breaks every habit of its things. ``test_agrees`` and ``test_contradicts`` ask for descriptions, ``test_combo``
+the same of scenes with a held-out colour, and the others ask questions. ``pope`` and ``habits`` have the first picture of each row of
+``test_agrees`` and ``test_contradicts`` as benchmarks: questions in the files of POPE, and scenes that a model describes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ from cfvlm_ds.demo.habits.grammar import describe, difference, judge, key, true_
 from cfvlm_ds.demo.habits.pope import write_pope
 from cfvlm_ds.demo.habits.questions import DESCRIBE, QUESTIONS, Asked, asking
 from cfvlm_ds.demo.habits.render import render
-from cfvlm_ds.demo.habits.world import STRENGTH, Scene, Thing, draw_scene
+from cfvlm_ds.demo.habits.world import Scene, draw_scene, scene_from, spelled
+from cfvlm_ds.demo.habits.writing import NAME, write_scenes
 
 SOURCE = "habits"
-TESTS = ("test", "test_combo", *(f"test_{kind}" for kind in QUESTIONS))
+_DESCRIBED = ("test_agrees", "test_contradicts")
+TESTS = (*_DESCRIBED, "test_combo", "test_yes_no_agrees", "test_yes_no_contradicts", "test_choice", "test_count", "test_colour")
+"""Test sets. Those with a habit in their name have only rows of that kind, and every other row of the others agrees with habit."""
 SPLITS = ("train", "validation", *TESTS)
-GENERATOR = 1
+GENERATOR = 2
 """Version of the generator. It is incremented whenever the same settings would produce other data, so older folders are not reused."""
 _MAX_DRAWS = 20_000
 
@@ -61,7 +64,7 @@ class Drawn:
 
 
 def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print_line, alive: Callable[[], object] = lambda: None) -> Path:
-    """Write the manifests, ``images/``, ``pope/`` and ``habits.json`` to ``config.out_dir`` unless they exist, and return that folder.
+    """Write the manifests, ``images/``, ``pope/``, ``habits/`` and ``habits.json`` to ``config.out_dir`` unless they exist, and return it.
 
     The folder is built under another name and renamed when it is complete. Only one process at a time may build a folder. Raises DataError
     for settings that cannot be built, or if the folder contains something else. ``alive`` is called for every group.
@@ -73,10 +76,11 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
         return out
     sizes = {split: config.num_train if split == "train" else config.num_test for split in SPLITS}
     shown = Progress(progress, "world with habits", sum(sizes.values()), "groups")
+    anchors = list[tuple[str, Scene, bytes]]()
     with whole_folder(out) as folder:
         (folder / "images").mkdir()
         for split, size in sizes.items():
-            anchors, images = list[tuple[str, Scene, bytes]](), folder / "images" / f"{split}.tar"
+            images = folder / "images" / f"{split}.tar"
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest, open(images, "wb") as tar:
                 for index in range(size):
                     alive()
@@ -86,17 +90,17 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
                         content, name = png(scene), f"{group_id}-{i}.png"
                         paths.append(images.with_name(part_name(images.name, tar.tell() + tarfile.BLOCKSIZE, len(content))))
                         tar.write(tar_member(name, content))
-                        if split == "test" and i == 0:
+                        if split in _DESCRIBED and i == 0:
                             anchors.append((name, scene, content))
                     meta: dict[str, Any] = {"habit": drawn.habit}
                     if split != "train":
-                        meta["scenes"] = [_spelled(scene) for scene in drawn.scenes]
+                        meta["scenes"] = [spelled(scene) for scene in drawn.scenes]
                     row = to_row(as_group(drawn, group_id, paths), folder, meta)
                     manifest.write(json.dumps(row, ensure_ascii=False) + "\n")
                     shown.advance()
                 tar.write(bytes(2 * tarfile.BLOCKSIZE))
-            if anchors:
-                write_pope(folder / "pope", anchors, config.seed)
+        write_pope(folder / "pope", anchors, config.seed)
+        write_scenes(folder / NAME, anchors)
         (folder / "habits.json").write_text(json.dumps({"settings": settings}, indent=2) + "\n", encoding="utf-8")
     progress(f"world with habits: {sum(sizes.values())} groups in {out}")
     return out
@@ -111,19 +115,14 @@ def png(scene: Scene) -> bytes:
 
 def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
     """Return the scenes of a row's pictures from its metadata, without their jitter."""
-    return [
-        Scene(tuple(Thing(kind, colour, row, tuple(columns)) for kind, colour, row, columns in things), background, 0)
-        for background, *things in meta["scenes"]
-    ]
-
-
-def _spelled(scene: Scene) -> list[Any]:
-    return [scene.background, *([thing.kind, thing.colour, thing.row, thing.columns] for thing in scene.things)]
+    return [scene_from(values) for values in meta["scenes"]]
 
 
 def _check(config: HabitsConfig) -> None:
     if config.num_train < 1 or config.num_test < 1 or config.num_counterfactuals < 0 or config.num_questions < 0:
         raise DataError("habits: num_train and num_test must be at least 1, and num_counterfactuals and num_questions at least 0")
+    if not 0 <= config.strength <= 1:
+        raise DataError(f"habits: strength must be between 0 and 1, not {config.strength}")
     weights = config.edit_weights
     if weights is not None and (set(weights) - set(EDITS) or any(w < 0 for w in weights.values()) or not sum(weights.values())):
         raise DataError(f"habits: edit_weights must be non-negative and not all 0; the types are {', '.join(EDITS)}")
@@ -145,16 +144,17 @@ def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
 def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
     """Draw group ``index`` of a split. It depends only on the arguments, but not on ``out_dir`` or the number of groups.
 
-    In test sets, types of edits take turns, and every other group agrees with habit. Raises DataError if no scene allows the edits.
+    In test sets, types of edits take turns. Raises DataError if no scene allows the edits.
     """
-    rng, held_out, agrees = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", index % 2 == 0
+    rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
+    agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)
     if split == "train":
         edits = _types(rng, config.edit_weights or dict.fromkeys(EDITS, 1.0), config.num_counterfactuals)
     else:
-        turns = QUESTIONS.get(split.removeprefix("test_"), tuple(EDITS))
-        edits = [turns[index // 2 % len(turns)]]
+        turns = QUESTIONS.get(question_of(split), tuple(EDITS))
+        edits = [turns[(index // 2 if mixed else index) % len(turns)]]
     for _ in range(_MAX_DRAWS):
-        anchor = draw_scene(rng, float(agrees) if split in TESTS else STRENGTH, held_out)
+        anchor = draw_scene(rng, float(agrees) if split in TESTS else config.strength, held_out)
         edited = [scene for kind in edits if (scene := EDITS[kind](anchor, rng, held_out)) is not None]
         if len(edited) < len(edits) or (split in TESTS and not _is_balanced(anchor, edited[0], agrees)):
             continue
@@ -162,6 +162,11 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
         if drawn := _with_texts(config, split, (anchor, *edited, *sham), tuple(edits), rng):
             return drawn
     raise DataError(f"habits: no scene allows the edits {', '.join(edits)} together; lower num_counterfactuals")
+
+
+def question_of(split: str) -> str:
+    """Return the kind of question that a split asks, which is none of ``QUESTIONS`` for descriptions."""
+    return split.removeprefix("test_").removesuffix("_agrees").removesuffix("_contradicts")
 
 
 def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
@@ -177,7 +182,7 @@ def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
     """Add descriptions, questions or both, or return None if the texts do not tell the scenes apart."""
-    question = split.removeprefix("test_")
+    question = question_of(split)
     if question in QUESTIONS:
         asked = _asked(scenes, edits, [question], 1, rng)
         return Drawn(scenes, edits, *asked[0], 0) if asked else None

@@ -9,9 +9,10 @@ things of a scene differ in kind. Relations are therefore exact: a cup is left o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value", str, int)
 
@@ -122,6 +123,17 @@ class Scene:
             seen = vars(Habit(thing.colour, thing.number, ROWS[thing.row], self.background, company))
             broken |= {(thing.kind, factor, seen[factor]) for factor, value in vars(usual).items() if value and seen[factor] != value}
         return frozenset(broken)
+
+
+def spelled(scene: Scene) -> list[Any]:
+    """Return a scene, without its jitter, as JSON values: the background, and kind, colour, row and columns of each thing."""
+    return [scene.background, *([thing.kind, thing.colour, thing.row, thing.columns] for thing in scene.things)]
+
+
+def scene_from(values: Sequence[Any]) -> Scene:
+    """Return the scene that ``spelled`` has converted."""
+    background, *things = values
+    return Scene(tuple(Thing(kind, colour, row, tuple(columns)) for kind, colour, row, columns in things), background, 0)
 
 
 def places(free: set[int], number: int) -> list[tuple[int, ...]]:

@@ -1,55 +1,82 @@
-"""Metrics of texts about scenes: how much of what a model writes is false, and how much of a scene it mentions.
+"""Descriptions of scenes as a benchmark: how much of what a model writes is false, and how much of a scene it mentions.
 
-``hallucinated`` is the share of false statements, ``chair_i`` the share of mentioned things that are absent and ``chair_s`` the share of
-texts that mention an absent thing (CHAIR, arXiv 1809.02156). ``covered`` is the share of the scenes' things that are mentioned, without
-which the other metrics say little, because an empty text has no false statement. ``unparsed`` is the share of sentences that the grammar
-does not produce.
+The judge of the grammar reads every sentence. ``hallucinated`` is the share of false statements, ``chair_i`` the share of mentioned things
+that are absent and ``chair_s`` the share of texts that mention an absent thing (CHAIR, arXiv 1809.02156). ``covered`` is the share of the
+scenes' things that are mentioned, without which the other metrics say little, because an empty text has no false statement. ``unparsed`` is
+the share of sentences that the grammar does not produce. METRIC/agrees is of scenes that follow all habits, METRIC/contradicts of others.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
-from cfvlm_ds.demo.habits.grammar import Verdict
-from cfvlm_ds.evaluation.benchmarks.base import Values
-from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, Bootstrap, Interval, draws_for, intervals
+from cfvlm_ds.demo.habits.grammar import judge
+from cfvlm_ds.demo.habits.questions import DESCRIBE
+from cfvlm_ds.demo.habits.world import Scene, scene_from, spelled
+from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Row, Values, single
+from cfvlm_ds.evaluation.benchmarks.descriptions import share
+from cfvlm_ds.evaluation.benchmarks.metrics import by
 
-
-@dataclass(frozen=True)
-class Written:
-    """The verdict on a text, the picture that it is about, and whether the picture "agrees" with all habits or "contradicts" one."""
-
-    verdict: Verdict
-    picture: str
-    habit: str
-
-
-def writing(texts: Sequence[Written]) -> Values:
-    """Return the metrics in %, for all texts and, as METRIC/HABIT, by habit. A share of nothing is omitted."""
-    values = _shares([text.verdict for text in texts])
-    for habit in dict.fromkeys(text.habit for text in texts):
-        part = _shares([text.verdict for text in texts if text.habit == habit])
-        values |= {f"{name}/{habit}": value for name, value in part.items()}
-    return values
+NAME = "habits"
+SCENES = File("scenes.jsonl", ("image", "scene", "habit"))
+_COUNTED = (
+    "a true statement", "a false statement", "a thing that is there", "an absent thing", "a sentence", "a sentence outside the grammar",
+)  # fmt: skip
+"""What is counted in a text."""
 
 
-def writing_intervals(texts: Sequence[Written], draws: int | None = None) -> dict[str, Interval]:
-    """Return the 95 % intervals of the metrics from a bootstrap over pictures, or {} for too few pictures."""
-    bootstrap = Bootstrap([text.picture for text in texts])
-    if bootstrap.clusters < FEWEST_DRAWN:
+def write_scenes(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]]) -> None:
+    """Write the benchmark's file, with a line for each picture of the folder of POPE beside it."""
+    folder.mkdir()
+    rows = [{"image": name, "scene": spelled(scene), "habit": "contradicts" if scene.broken else "agrees"} for name, scene, _ in pictures]
+    (folder / SCENES.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def item(row: Row) -> Item:
+    """Return an item whose texts name what is counted in a description."""
+    scene = scene_from(row["scene"])
+    tags = {"habit": row.text("habit"), "scene": json.dumps(row["scene"]), "things": str(len(scene.things))}
+    picture = row.picture(row["image"], "../pope/val2014")
+    return single(row.number, picture, _COUNTED, str(row["image"]), (1, 0, 1, 0, 1, 0), DESCRIBE[0], **tags)
+
+
+def counts(text: str, item: Item) -> tuple[float, ...]:
+    """Return how often a text has each of ``_COUNTED``. A statement that is repeated counts once."""
+    verdict = judge(text, scene_from(json.loads(item.tags["scene"])))
+    true, there = sum(verdict.statements.values()), len(verdict.mentioned & verdict.present)
+    false, absent = len(verdict.statements) - true, len(verdict.mentioned) - there
+    return tuple(map(float, (true, false, there, absent, verdict.sentences, len(verdict.unparsed))))
+
+
+def metrics(table: Sequence[Judged]) -> Values:
+    """Return the metrics in %."""
+    if not table:
         return {}
-    number = draws_for(len(texts)) if draws is None else draws
-    return intervals([writing([texts[i] for i, _ in bootstrap.draw(k)]) for k in range(number)])
-
-
-def _shares(verdicts: Sequence[Verdict]) -> Values:
-    counts = {
-        "hallucinated": [(sum(not true for true in each.statements.values()), len(each.statements)) for each in verdicts],
-        "chair_i": [(len(each.mentioned - each.present), len(each.mentioned)) for each in verdicts],
-        "chair_s": [(int(not each.mentioned <= each.present), 1) for each in verdicts],
-        "covered": [(len(each.mentioned & each.present), len(each.present)) for each in verdicts],
-        "unparsed": [(len(each.unparsed), each.sentences) for each in verdicts],
+    true, false, there, absent, sentences, unparsed = (sum(column) for column in zip(*(each.scores[0] for each in table), strict=True))
+    return {
+        "hallucinated": share(false, true + false),
+        "covered": share(there, sum(int(each.item.tags["things"]) for each in table)),
+        "unparsed": share(unparsed, sentences),
+        "chair_i": share(absent, there + absent),
+        "chair_s": share(sum(each.scores[0][3] > 0 for each in table), len(table)),
     }
-    totals = {name: (sum(part for part, _ in pairs), sum(whole for _, whole in pairs)) for name, pairs in counts.items()}
-    return {name: 100 * part / whole for name, (part, whole) in totals.items() if whole}
+
+
+WRITING = Benchmark(
+    title="Descriptions of the world with habits",
+    files=(SCENES,),
+    item=item,
+    metrics=by("habit", metrics),
+    headline="hallucinated",
+    beside="covered",
+    probes=("write",),
+    mentions=counts,
+)
+
+
+def register() -> None:
+    """Add the benchmark to those that are found by name."""
+    BENCHMARKS[NAME] = WRITING

@@ -1,4 +1,4 @@
-"""Public benchmarks, read from their official files. Each has a module that converts rows to items and defines metrics with chance.
+"""Public benchmarks, read from their official files. Each has a module that converts rows to items and defines metrics.
 
 Licences, known pitfalls and published values are in docs/benchmarks. Nothing is downloaded. A benchmark of your own is one more entry:
 ``BENCHMARKS["mine"] = Benchmark(...)``.
@@ -15,8 +15,8 @@ from cfvlm_ds.evaluation.benchmarks.base import (
     Judged,
     Loaded,
     Outcome,
-    chance,
     load,
+    random_scores,
     results,
 )
 from cfvlm_ds.evaluation.benchmarks.bivlc import BIVLC
@@ -53,8 +53,8 @@ __all__ = [
     "Outcome",
     "Row",
     "Source",
-    "chance",
     "load",
+    "random_scores",
     "results",
 ]
 

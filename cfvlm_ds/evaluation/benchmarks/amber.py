@@ -57,6 +57,7 @@ AMBER = Benchmark(
     item=item,
     metrics=by("type", partial(yes_no, positive=1)),  # F1 measures the detection of absent things
     headline="f1",
+    beside="yes_ratio",
     probes=("yes_no", "generate"),
     unofficial=f"the instruction {ASK.strip()!r}",
 )

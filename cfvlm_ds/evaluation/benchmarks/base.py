@@ -119,7 +119,9 @@ class Judged:
 
 
 Values = dict[str, float]
-"""Name of a metric -> its value in %. ``macro`` is the value of the whole benchmark, and ``macro/add_att`` that of one part."""
+"""Name of a metric -> its value in %, or NaN if it is not defined. ``macro`` is the value of the whole benchmark, ``macro/add_att`` that
+of one part.
+"""
 Metrics = Callable[[Sequence[Judged]], Values]
 Mentions = Callable[[str, Item], tuple[float, ...]]
 """Function from a description and an item to the number of mentions of each of the item's texts."""
@@ -138,7 +140,7 @@ class Benchmark:
         beside: name of a metric without which the headline misleads, so every table shows both.
         probes: names of the probes that fit, the default first.
         mentions: function that reads a description of an item's picture; None if the model does not describe but answer.
-        chance: values of random scores for metrics that are not sums of independent comparisons; others are computed from ties.
+        random: values of random scores for metrics that are not sums of independent comparisons; others are computed from ties.
         total: number of rows in all official files together; None if it is not known.
         unofficial: deviations from the authors' protocol.
     """
@@ -149,7 +151,7 @@ class Benchmark:
     metrics: Metrics
     headline: str
     probes: tuple[str, ...]
-    chance: Mapping[str, float] = field(default_factory=dict)
+    random: Mapping[str, float] = field(default_factory=dict)
     total: int | None = None
     unofficial: str = ""
     beside: str = ""
@@ -165,8 +167,8 @@ class Benchmark:
 class Loaded:
     """The items of a benchmark: about ``limit`` of the ``in_files`` items in the files, or all if ``limit`` is None.
 
-    ``problems`` holds an error for each unreadable row and each missing picture. ``notes`` report deviations such as another revision of a
-    file.
+    ``problems`` holds an error for each unreadable row and each missing picture. ``notes`` report deviations. ``own_files`` is True if a
+    file does not have as many rows as the published one.
     """
 
     items: tuple[Item, ...]
@@ -174,6 +176,7 @@ class Loaded:
     notes: tuple[str, ...] = ()
     in_files: int = 0
     limit: int | None = None
+    own_files: bool = False
 
 
 def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda line: None, limit: int | None = None) -> Loaded:
@@ -191,15 +194,10 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
             problems.append(DataError(f"{root}: item {item.id!r} occurs twice; get the files again"))
         else:
             items[item.id] = item
-    notes = []
-    for file in benchmark.files:
-        rows = source.counts.get(file.name)
-        if rows is not None and file.rows is not None and rows != file.rows:
-            notes.append(f"{root / source.read[file.name]} has {rows} rows, but the official file has {file.rows}: it is another revision")
-    if benchmark.total is not None and (count := sum(source.counts.values())) not in (0, benchmark.total):
-        notes.append(
-            f"the files in {root} have {count} rows in total, but the official ones have {benchmark.total}: they are another revision"
-        )
+    rows = [(root / source.read[file.name], source.counts[file.name], file.rows) for file in benchmark.files if file.name in source.counts]
+    rows += [(root, sum(source.counts.values()), benchmark.total)] * any(source.counts.values())
+    others = [f"{path} has {count} rows, the published {number}" for path, count, number in rows if number not in (None, count)]
+    notes = [f"own files in the form of {benchmark.title}: {'; '.join(others)}"] * bool(others)
     if twins := [item.id for item in items.values() if item.repeats]:
         notes.append(
             f"{root}: {len(twins)} items contain the same text twice, first {twins[0]!r}; if one copy is true and the other false, the tie "
@@ -212,7 +210,7 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
         absent = [source.absent[picture] for image in item.images for picture in image if picture in source.absent]
         problems += absent[:1]
         available += [] if absent else [item]
-    return Loaded(tuple(available), tuple(problems), tuple(notes), in_files, limit)
+    return Loaded(tuple(available), tuple(problems), tuple(notes), in_files, limit, bool(others))
 
 
 def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
@@ -265,10 +263,10 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
     return {name: table for name, table in tables.items() if table}
 
 
-def chance(benchmark: Benchmark, items: Sequence[Item]) -> Values:
+def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:
     """Return the values of random scores on these items. They are computed from ties unless the benchmark states a value."""
     names = benchmark.metrics(tied(items))
-    stated = {name: benchmark.chance[base] for name in names if (base := name.split("/")[0]) in benchmark.chance}
+    stated = {name: benchmark.random[base] for name in names if (base := name.split("/")[0]) in benchmark.random}
     return benchmark.metrics(tied(items, blind=True)) | stated
 
 
@@ -278,7 +276,7 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the metrics of each table (see ``judged``) and, except for descriptions, of ``chance``. ``seen`` also has the mean
+    """Return the metrics of each table (see ``judged``) and, except for descriptions, of ``random``. ``seen`` also has the mean
     ``consistency`` over orders of options.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
@@ -286,5 +284,5 @@ def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Valu
     if consistent and "seen" in values:
         values["seen"]["consistency"] = 100 * sum(consistent) / len(consistent)
     if not benchmark.mentions:
-        values["chance"] = chance(benchmark, [outcome.item for outcome in outcomes])
+        values["random"] = random_scores(benchmark, [outcome.item for outcome in outcomes])
     return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, quad
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, by, quads
 
 COLUMNS = ("image", "caption", "negative_caption", "negative_image", "type", "subtype")
 
@@ -21,5 +21,5 @@ BIVLC = Benchmark(
     metrics=by("type", quads),
     headline="group",
     probes=("match", "caption", "letters"),
-    chance=QUAD_CHANCE,
+    random=QUAD_RANDOM,
 )

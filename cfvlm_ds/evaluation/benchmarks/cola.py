@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, quad
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, quads
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, quads
 
 COLUMNS = ("url_0", "caption_0", "url_1", "caption_1")
 FOLDERS = ("images", "VG_100K", "VG_100K_2", "../vg/VG_100K", "../vg/VG_100K_2")
@@ -24,5 +24,5 @@ COLA = Benchmark(
     metrics=quads,
     headline="image",
     probes=("match", "caption"),
-    chance=QUAD_CHANCE,
+    random=QUAD_RANDOM,
 )

@@ -11,7 +11,7 @@ from PIL import Image
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, quad
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, by, quads
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, keep_picture
 
 SUBSETS = {
@@ -57,5 +57,5 @@ EQBEN = Benchmark(
     metrics=by("subset", quads),
     headline="group",
     probes=("match", "caption", "letters"),
-    chance=QUAD_CHANCE,
+    random=QUAD_RANDOM,
 )

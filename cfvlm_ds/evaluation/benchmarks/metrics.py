@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from math import comb, prod
+from math import comb, nan, prod
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ def quads(table: Sequence[Judged]) -> Values:
     return values
 
 
-QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
+QUAD_RANDOM = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
 """Values of random scores for two images and two texts, in %."""
 
 
@@ -164,7 +164,7 @@ def binary(table: Sequence[Judged], positive: int = 0) -> Values:
     """Return accuracy, precision, recall and F1 of the answer ``positive`` (0: yes, 1: no), and the share of items answered with yes.
 
     An item has the texts yes and no, in this order. An item without an answer is wrong, and is not a prediction in precision. If no item is
-    positive, only accuracy and the share of yes are returned.
+    positive, only accuracy and the share of yes are returned. If no answer is positive, precision and F1 are not defined (NaN).
     """
     if not table:
         return {}
@@ -174,10 +174,8 @@ def binary(table: Sequence[Judged], positive: int = 0) -> Values:
     values = {**accuracy(table), "yes_ratio": mean([said(judged, 0) for judged in table])}
     if not any(gold):
         return values
-    precision = hit / sum(predicted) if sum(predicted) else 0.0
-    recall = hit / sum(gold)
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return values | {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
+    precision, f1 = (hit / sum(predicted), 2 * hit / (sum(predicted) + sum(gold))) if sum(predicted) else (nan, nan)
+    return values | {"precision": 100 * precision, "recall": 100 * hit / sum(gold), "f1": 100 * f1}
 
 
 def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:

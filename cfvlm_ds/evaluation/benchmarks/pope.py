@@ -30,5 +30,6 @@ POPE = Benchmark(
     item=item,
     metrics=metrics,
     headline="f1_macro",
+    beside="yes_ratio",
     probes=("yes_no", "generate"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Row, Values, quad
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, means, quads
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, by, means, quads
 
 COLUMNS = ("image_0", "text_0", "image_1", "text_1", "category")
 
@@ -28,6 +28,6 @@ VISMIN = Benchmark(
     metrics=metrics,
     headline="group_macro",
     probes=("match", "caption", "letters"),
-    chance=QUAD_CHANCE | {f"{name}_macro": QUAD_CHANCE[name] for name in ("text", "image", "group")},
+    random=QUAD_RANDOM | {f"{name}_macro": QUAD_RANDOM[name] for name in ("text", "image", "group")},
     unofficial="one score per cell instead of the authors' questions about both pictures",
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from cfvlm_ds.data.fields import as_list
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, by, quads
 
 COLUMNS = ("object", "correct_answer", "incorrect_answer", "original_image", "counterfact_image")
 
@@ -43,6 +43,6 @@ VISUAL_COUNTERFACT = Benchmark(
     metrics=by("part", quads),
     headline="text",  # a model that answers from memory is right on the first picture only, and scores 0 here
     probes=("caption", "generate"),
-    chance=QUAD_CHANCE,
+    random=QUAD_RANDOM,
     unofficial="the order of the objects in the questions about size",
 )

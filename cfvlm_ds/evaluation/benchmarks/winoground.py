@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, quad
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, by, quads
 
 COLUMNS = ("id", "image_0", "image_1", "caption_0", "caption_1", "collapsed_tag")
 
@@ -24,5 +24,5 @@ WINOGROUND = Benchmark(
     metrics=by("tag", quads),
     headline="group",
     probes=("match", "caption", "letters"),
-    chance=QUAD_CHANCE,
+    random=QUAD_RANDOM,
 )

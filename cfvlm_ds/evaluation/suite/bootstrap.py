@@ -21,8 +21,6 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values
 
 Interval = tuple[float, float]
 LEVEL, SEED = 0.95, 0
-LEAST_CLUSTERS = 6
-"""Least number of clusters for a test. With n clusters, the smallest possible p-value is 2 / 2^n, which is above 5 % for fewer clusters."""
 FEWEST_DRAWN = 30
 """Least number of clusters for a bootstrap. Its intervals contain the true share in 92 to 96 % of simulations; with 10 clusters in 66 to 96
 %, and with 6 in 45 to 97 %."""
@@ -40,23 +38,26 @@ class Bootstrap:
 
     Args:
         clusters: name of each item's cluster, in the order of the tables.
+
+    Attributes:
+        members: indices of the items of each cluster.
     """
 
     def __init__(self, clusters: Sequence[str]) -> None:
-        self._members = places_of(clusters)
+        self.members = places_of(clusters)
 
     @property
     def clusters(self) -> int:
         """Number of clusters."""
-        return len(self._members)
+        return len(self.members)
 
     def draw(self, k: int) -> list[tuple[int, int]]:
         """Return draw ``k`` as pairs (index of an item, copy); ``copy`` counts repeated draws of the item's cluster from 0."""
         generator = random.Random(f"{SEED}/{k}")
-        copies = [0] * len(self._members)
+        copies = [0] * len(self.members)
         drawn = []
-        for place in generator.choices(range(len(self._members)), k=len(self._members)):
-            drawn += [(number, copies[place]) for number in self._members[place]]
+        for place in generator.choices(range(len(self.members)), k=len(self.members)):
+            drawn += [(number, copies[place]) for number in self.members[place]]
             copies[place] += 1
         return drawn
 
@@ -70,7 +71,7 @@ class Bootstrap:
         If there are more than ``draws`` choices, ``draws`` random ones are used. The first cluster is never exchanged, because the opposite
         choice only changes the sign of a difference.
         """
-        rest = self._members[1:]
+        rest = self.members[1:]
         ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
         if 2 ** len(rest) > draws:
             generator = random.Random(f"{SEED}/exchanges")
@@ -112,18 +113,17 @@ def interval(values: Sequence[float]) -> Interval | None:
     """Return the interval that contains the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two
     values.
     """
-    finite = [value for value in values if value == value]
-    if len(finite) < 2:
+    if len(values) < 2:
         return None
-    low, high = np.quantile(finite, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
+    low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return low, high
 
 
 def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
-    """Return the interval of each metric that occurs in every draw. A metric with the same value in all draws, such as 100 %, is
+    """Return the interval of each metric that is defined in every draw. A metric with the same value in all draws, such as 100 %, is
     omitted.
     """
-    names = [name for name in drawn[0] if all(name in values for values in drawn)] if drawn else []
+    names = [name for name in drawn[0] if not any(math.isnan(values.get(name, math.nan)) for values in drawn)] if drawn else []
     spans = {name: interval([values[name] for values in drawn]) for name in names}
     return {name: span for name, span in spans.items() if span is not None and span[0] < span[1]}
 

@@ -6,18 +6,20 @@ Neither the model nor the benchmark's files are needed, because metrics are reco
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.text import few, in_cell
+from cfvlm_ds.evaluation.before_after import FEWEST_CHANGED, is_tested
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
 from cfvlm_ds.evaluation.benchmarks.descriptions import counted
 from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
-from cfvlm_ds.evaluation.suite.bootstrap import LEAST_CLUSTERS, Interval, bootstrap_of, draws_for, exchange_intervals
+from cfvlm_ds.evaluation.suite.bootstrap import Interval, bootstrap_of, draws_for, exchange_intervals
 from cfvlm_ds.evaluation.suite.results import Result, read_results
 from cfvlm_ds.evaluation.suite.selection import benchmark_named
 from cfvlm_ds.evaluation.suite.tables import between, number
@@ -25,19 +27,30 @@ from cfvlm_ds.evaluation.suite.tables import between, number
 RESOLVED = (
     "Resolved: at most 5 % of the exchanges of the two models' answers, in whole clusters (pictures, pairs), give a difference this large. "
     "In this case, and only then, the interval excludes 0. All metrics of a benchmark are tested together (max-T of Westfall and Young), "
-    f"and each benchmark separately. With fewer than {LEAST_CLUSTERS} clusters nothing is resolved."
+    "and each benchmark separately. Clusters +, -: clusters in which the metric rose and fell. If these are fewer than "
+    f"{FEWEST_CHANGED}, there is no interval."
 )
 _NAMED = 20
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after, and the interval of its difference, which is None with too few ``clusters`` or without draws."""
+    """A metric before and after, and the interval of its difference, which is None if too few clusters changed or without draws.
+
+    ``changed`` counts the clusters in which the metric rose and fell. It is None for a metric that has no value in single clusters, for
+    which ``clusters``, the number of all, must suffice for a test.
+    """
 
     before: float
     after: float
     interval: Interval | None
+    changed: tuple[int, int] | None
     clusters: int
+
+    @property
+    def tested(self) -> bool:
+        """True if enough clusters changed for a test."""
+        return is_tested(*(self.changed or (self.clusters, 0)))
 
     @property
     def resolved(self) -> bool:
@@ -47,7 +60,7 @@ class Difference:
     def __str__(self) -> str:
         if self.interval is not None:
             return "yes" if self.resolved else "no"
-        return "not tested" if self.clusters >= LEAST_CLUSTERS else f"too few clusters ({self.clusters})"
+        return "not tested" if self.tested else "too few changed" if self.changed else "too few clusters"
 
 
 @dataclass(frozen=True)
@@ -112,15 +125,29 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
     tables = [judged([pair[side] for pair in pairs])["seen"] for side in (0, 1)]
     was, now = (benchmark.metrics(table) for table in tables)
     bootstrap, draws = bootstrap_of([pair[0] for pair in pairs]), draws_for(len(pairs)) if draws is None else draws
-    drawn: list[Values] = []
-    exchanges = bootstrap.exchanges(draws) if draws and bootstrap.clusters >= LEAST_CLUSTERS else ()
+    changed = _changed(benchmark, tables, bootstrap.members)
+    differences = {name: Difference(was[name], now[name], None, changed.get(name), bootstrap.clusters) for name in was if name in now}
+    tested, drawn = [name for name, each in differences.items() if each.tested], list[Values]()
+    exchanges = bootstrap.exchanges(draws) if draws and tested else ()
     for exchanged in Progress(say, f"{before.place}: intervals", draws, "exchanges").over(exchanges):
         one, other = (benchmark.metrics([tables[k ^ (n in exchanged)][n] for n in range(len(pairs))]) for k in (0, 1))
         drawn.append({name: other[name] - one[name] for name in one if name in other})
-    tested = [name for name in was if drawn and not any(math.isnan(difference.get(name, math.nan)) for difference in drawn)]
-    spans = exchange_intervals(drawn, tested)
-    differences = {name: Difference(was[name], now[name], spans.get(name), bootstrap.clusters) for name in was if name in now}
+    valued = [name for name in tested if drawn and not any(math.isnan(difference.get(name, math.nan)) for difference in drawn)]
+    spans = exchange_intervals(drawn, valued)
+    differences = {name: replace(each, interval=spans.get(name)) for name, each in differences.items()}
     return Compared(before, benchmark, pairs, differences, notes)
+
+
+def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: Sequence[Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """Return, for each metric, the numbers of clusters in which it rose and fell from the first table to the second."""
+    rose, fell = Counter[str](), Counter[str]()
+    for cluster in members:
+        was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)
+        for name in was.keys() & now.keys():
+            old, new = (0.0 if math.isnan(values[name]) else values[name] for values in (was, now))  # such as precision without a yes
+            rose[name] += new > old
+            fell[name] += new < old
+    return {name: (rose[name], fell[name]) for name in rose}
 
 
 def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]], list[str]]:
@@ -151,8 +178,8 @@ def comparison_table(results: Sequence[Compared], before: str, after: str) -> st
     """Return a table with each benchmark's headline metrics and other resolved ones, then the items whose outcome changed, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
-        f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",
-        "|---|---|---|---:|---:|---:|---|---|---:|---:|",
+        f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | clusters +, - |",
+        "|---|---|---|---:|---:|---:|---|---|---:|",
     ]
     flipped = []
     for pair in results:
@@ -162,9 +189,9 @@ def comparison_table(results: Sequence[Compared], before: str, after: str) -> st
         names = [*pair.headlines]
         names += [name for name, difference in pair.differences.items() if name not in names and difference.resolved]
         for name in names:
-            counts = f"{len(better)} | {len(worse)}" if name == pair.benchmark.headline else " | "
-            start = f"| {in_cell(pair.before.called)} | {in_cell(pair.before.label)} |"
+            start = f"| {in_cell(pair.before.shown)} | {in_cell(pair.before.label)} |"
             metric = pair.differences[name]
-            values = f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {metric.after - metric.before:+.1f}"
+            counts = "" if metric.changed is None else f"+{metric.changed[0]} -{metric.changed[1]}"
+            values = f"{in_cell(name)} | {number(metric.before)} | {number(metric.after)} | {number(metric.after - metric.before, '+')}"
             lines.append(f"{start} {values} | {between(metric.interval)} | {metric} | {counts} |")
     return "\n".join([*lines, "", *flipped, RESOLVED, *(f"{pair.before.place}: {note}" for pair in results for note in pair.notes)])

@@ -85,7 +85,9 @@ def checked_items(
         sizes = dict.fromkeys(tuple((entry.width, entry.height) for entry in image if isinstance(entry, Picture)) for image in found)
         sizes[(BLANK_SIZE,) * len(item.images[0])] = None  # blank pictures are shown too
         try:
-            longest = max(collator.row_length(cell.prompt, cell.text, size) for size in sizes for cell in cells_of(item, way))
+            longest = max(
+                collator.row_length(cell.prompt, cell.text, size) for size in sizes for cell in way.cells(item)
+            )  # cells without a picture are shorter
         except DataError as error:
             return f"item {item.id!r}: {error}"
         longest += way.max_new_tokens if isinstance(way, Generate) else 0
@@ -100,18 +102,9 @@ def checked_items(
     return Checked(kept, tuple((items[number].id, why) for number, why in sorted(problems.items()) if why is not None), table)
 
 
-def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:
-    """Return the cells of an item that must fit the model. For a generated text, return one cell, whose text is the item's first answer or,
-    for a description, a word.
-    """
-    if isinstance(way, Generate):
-        return (Candidate(way.asked(item), "A" if isinstance(way, Write) else item.texts[0]),)
-    return way.cells(item)  # the cells without the question and the picture are shorter
-
-
 def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
     """Return the prompt of an item with the chat template applied and, except for a description, the first text that is scored."""
-    first = cells_of(item, way)[0]
+    first = way.cells(item)[0]
     prompt = {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt}
     return prompt if isinstance(way, Write) else prompt | {"answer": first.text}
 

@@ -64,9 +64,14 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, Values]:
-        """Table -> metric -> value."""
-        values: dict[str, Values] = self.record["metrics"]
-        return values
+        """Table -> metric -> value; NaN for a metric that is not defined, which JSON stores as null."""
+        tables: dict[str, dict[str, float | None]] = self.record["metrics"]
+        return {name: {key: math.nan if value is None else value for key, value in table.items()} for name, table in tables.items()}
+
+    @property
+    def shown(self) -> str:
+        """``called`` for tables, with a note if the files are not the published ones."""
+        return f"{self.called} (own files)" if self.record.get("own_files") else self.called
 
 
 def result_of(
@@ -80,11 +85,13 @@ def result_of(
     notes: Sequence[str] = (),
     left_out: Sequence[tuple[str, str]] = (),
     in_files: int | None = None,
+    own_files: bool = False,
 ) -> Result:
     """Return the result of an evaluation.
 
     Its record has the ``header`` with everything that the scores depend on, the name of the ``model``, the metrics of every table, the
-    intervals from the bootstrap's ``drawn`` metrics, an ``example`` of a prompt, the items that were left out, and notes.
+    intervals from the bootstrap's ``drawn`` metrics, an ``example`` of a prompt, the items that were left out, notes, and whether the files
+    are not the published ones.
     """
     benchmark = chosen.benchmark
     counts = {"in files": len(outcomes) if in_files is None else in_files, "asked": len(outcomes), "left out": len(left_out)}
@@ -92,7 +99,8 @@ def result_of(
         "schema": SCHEMA,
         **header,
         "model": {"name": without_secrets(model), **header["model"]},
-        "title": benchmark.title,
+        "title": f"Own files in the form of {benchmark.title}" if own_files else benchmark.title,
+        "own_files": own_files,
         **example,
         "items": counts,
         "left_out": [list(each) for each in left_out],

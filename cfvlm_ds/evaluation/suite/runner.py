@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.batching.batch import BLANK
+from cfvlm_ds.batching.batch import blank_view
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
@@ -26,7 +26,6 @@ from cfvlm_ds.core.untrusted import own_output, refuse_link
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
-from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as, warn_of_nonfinite
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
@@ -180,7 +179,9 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
     notes, example = [relative(note) for note in loaded.notes], example_of(checked.items[0], chosen.way, model.collator)
-    result = result_of(chosen.name, chosen, model.name, header, outcomes, drawn, example, notes, left_out, loaded.in_files)
+    result = result_of(
+        chosen.name, chosen, model.name, header, outcomes, drawn, example, notes, left_out, loaded.in_files, loaded.own_files
+    )
     run_on_rank0(world, lambda: write_result(folder, result))
     return result
 
@@ -211,9 +212,8 @@ def _outcomes(
         rows |= gathered
         progress.advance(sum(items_of[k] for k in gathered))
     if isinstance(way, Generate):
-        read = chosen.benchmark.mentions or PARSERS.get(chosen.name, answer)
         answered = [(item, rows[k]) for k, item in enumerate(items)]
-        return [written(item, row["said"], row["blank"], row.get("shuffled"), read) for item, row in answered]
+        return [written(item, row["said"], row["blank"], row.get("shuffled"), chosen.read) for item, row in answered]
     scores = [taken(rows[k]) for k in range(len(scoring_plan.groups))]
     warn_of_nonfinite(scoring_plan.groups, scores, world, label)
     return scoring_plan.outcomes(scores, token_lengths(model.collator))
@@ -260,7 +260,7 @@ def _written(
         texts: _Rows = {}
         for k in unwritten[start : start + together][world.rank :: world.size]:
             item, donor, prompt = items[k], donors[k], way.asked(items[k])
-            blank = tuple(BLANK.with_suffix(f".{number}") for number in range(len(item.images[0])))
+            blank = blank_view(len(item.images[0]))
             texts[k] = {"said": [say(image, prompt, most) for image in item.images], "blank": say_blank(blank, prompt, most)}
             texts[k] |= {} if donor is None else {"shuffled": say(donor, prompt, most)}
             barrier.alive()

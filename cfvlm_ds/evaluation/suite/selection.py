@@ -12,6 +12,8 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.named import named, near
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, Loaded, load
+from cfvlm_ds.evaluation.benchmarks.base import Mentions
+from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, Parser, answer
 from cfvlm_ds.evaluation.probes import PROBES, WRITTEN, Generate, Probe
 
 Way: TypeAlias = Probe | Generate
@@ -30,6 +32,11 @@ class Chosen:
     label: str
     way: Way
     root: Path
+
+    @property
+    def read(self) -> Parser | Mentions:
+        """Return the function that reads a generated text."""
+        return self.benchmark.mentions or PARSERS.get(self.name, answer)
 
     @property
     def place(self) -> str:

@@ -1,7 +1,8 @@
-"""Results of benchmarks as Markdown: the model's values next to those of chance and of the language prior."""
+"""Results of benchmarks as Markdown: the model's values next to those of random scores and of the language prior."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from cfvlm_ds.core.text import few, in_cell, one_line
@@ -9,7 +10,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Values
 from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, bootstrap_of
 from cfvlm_ds.evaluation.suite.results import Result
 
-TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "chance": "chance"}
+TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "random": "random scores"}
 """Name of a control table -> its heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
 """Metrics used instead of a headline that compares images, which has no value for a blank image."""
@@ -33,29 +34,31 @@ def overview(results: Sequence[Result]) -> str:
         for metric in result.headlines:
             values = [number(result.metrics.get(name, {}).get(metric)) for name in shown]
             value, span = number(result.metrics["seen"].get(metric)), between(result.record["intervals"].get(metric))
-            start = f"| {in_cell(result.called)} | {in_cell(result.label)} | {counts} | {in_cell(metric)} |"
+            start = f"| {in_cell(result.shown)} | {in_cell(result.label)} | {counts} | {in_cell(metric)} |"
             lines.append(f"{start} {value} | {span} | {' | '.join(values)} |")
     return "\n".join([*lines, "", INTERVALS])
 
 
 def summary(result: Result) -> str:
-    """Return a line with the points above chance, and how many of them the model also achieves with a blank image. If the
+    """Return a line with the points above random scores, and how many of them the model also achieves with a blank image. If the
     headline stands beside another metric, return both, with the images and with a blank image.
     """
-    seen, blank, chance = (result.metrics.get(name, {}) for name in ("seen", "blank", "chance"))
+    seen, blank, random = (result.metrics.get(name, {}) for name in ("seen", "blank", "random"))
     if len(result.headlines) > 1:
-        both = [" and ".join(f"{name} {table[name]:.1f}" for name in result.headlines) for table in (seen, blank)]
+        both = [" and ".join(f"{name} {number(table[name])}" for name in result.headlines) for table in (seen, blank)]
         return f"{result.place}: {both[0]}; with a blank image {both[1]}"
-    shared = [name for name in (result.headlines[0], *_WITHOUT_IMAGES) if name in seen and name in blank and name in chance]
+    shared = [name for name in (result.headlines[0], *_WITHOUT_IMAGES) if name in seen and name in blank and name in random]
     if not shared:
         return f"{result.place}: none of its metrics has a value for a blank image"
     metric = shared[0]
-    seen_over, blank_over = seen[metric] - chance[metric], blank[metric] - chance[metric]
+    seen_over, blank_over = seen[metric] - random[metric], blank[metric] - random[metric]
     if seen_over <= 0:
-        return f"{result.place}: no points above chance ({metric} {seen[metric]:.1f}, chance {chance[metric]:.1f})"
+        return f"{result.place}: no points above random scores ({metric} {seen[metric]:.1f}, random scores {random[metric]:.1f})"
     if blank_over > seen_over:
-        return f"{result.place}: {seen_over:.1f} points above chance, but {blank_over:.1f} with a blank image ({metric})"
-    return f"{result.place}: {seen_over:.1f} points above chance, {max(blank_over, 0.0):.1f} of them also with a blank image ({metric})"
+        return f"{result.place}: {seen_over:.1f} points above random scores, but {blank_over:.1f} with a blank image ({metric})"
+    return (
+        f"{result.place}: {seen_over:.1f} points above random scores, {max(blank_over, 0.0):.1f} of them also with a blank image ({metric})"
+    )
 
 
 def omissions(result: Result) -> list[str]:
@@ -99,14 +102,21 @@ def _section(result: Result) -> list[str]:
 
 
 def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
-    """Return the metrics keyed by logged name: eval/NAME/METRIC, and eval/NAME/blind_METRIC and shuffled_METRIC for the language prior."""
+    """Return the metrics keyed by logged name: eval/NAME/METRIC, and eval/NAME/blind_METRIC and shuffled_METRIC for the language prior. A
+    metric that is not defined is left out.
+    """
     prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
-    return {f"eval/{name}/{prefix}{metric}": value for table, prefix in prefixes.items() for metric, value in tables.get(table, {}).items()}
+    return {
+        f"eval/{name}/{prefix}{metric}": value
+        for table, prefix in prefixes.items()
+        for metric, value in tables.get(table, {}).items()
+        if not math.isnan(value)
+    }
 
 
-def number(value: float | None) -> str:
-    """Format a value for a table cell; None becomes an empty cell."""
-    return "" if value is None else f"{value:.1f}"
+def number(value: float | None, sign: str = "") -> str:
+    """Format a value for a table cell, with its sign if ``sign`` is "+"; None becomes an empty cell."""
+    return "" if value is None else "\N{EN DASH} (undefined)" if math.isnan(value) else f"{value:{sign}.1f}"
 
 
 def between(span: Sequence[float] | None) -> str:

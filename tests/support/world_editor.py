@@ -1,0 +1,97 @@
+"""Picture editor for the world with habits: draws the requested edit exactly, or with a known fault."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import combinations
+from random import Random
+from typing import Any
+
+from cfvlm_ds.core.config import HabitsConfig
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
+from cfvlm_ds.counterfactuals.edit.diffusion import call_options
+from cfvlm_ds.counterfactuals.options import EditOptions
+from cfvlm_ds.demo.habits import judge
+from cfvlm_ds.demo.habits.build import draw_group
+from cfvlm_ds.demo.habits.render import render
+from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, FEWEST, KINDS, MOST, SIDE, Scene, places
+
+FAULTS = ("wrong", "nothing", "rerendered", "two")
+"""Faults: a wrong thing is changed; nothing is changed; the whole edited scene is rendered again; a second thing is also changed."""
+
+
+class WorldEditor(Editor):
+    """Editor of the groups of a world with default settings. ``faults`` is the share of attempts that fail, each in one of FAULTS."""
+
+    varies, threads = True, 1
+
+    def __init__(self, options: EditOptions) -> None:
+        self._share = float(call_options(options.options)["faults"])
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"faults": self._share}
+
+    def edit(self, task: Task) -> Picture | Refused | None:
+        before = scene_of(task.source)
+        if (after := shown_by(before, task.text)) is None:
+            return Refused("the world has no picture of this text that differs in one thing")
+        fault = fault_of(task.seed, self._share)
+        return Picture(render(failed(before, after, fault, task.seed)), {"fault": fault} if fault else {})
+
+
+def scene_of(source: str) -> Scene:
+    """The first scene of the group that an id such as test-000017 names."""
+    split, _, number = source.partition("#")[0].rpartition("-")
+    return draw_group(HabitsConfig("unused"), split, int(number)).scenes[0]
+
+
+def describes(text: str, scene: Scene) -> bool:
+    """Whether a text is true of a scene and mentions all of its things. The grammar writes "a" for "one" and "below" for "underneath"."""
+    found = judge(re.sub(r"\bone\b", "a", text.replace("underneath", "below")), scene)
+    return not found.unparsed and found.mentioned == found.present and all(found.statements.values())
+
+
+def shown_by(before: Scene, text: str) -> Scene | None:
+    """The scene that differs from another one in one thing and that the text describes, or None."""
+    return next((scene for scene in neighbours(before) if describes(text, scene)), None)
+
+
+def fault_of(seed: int, share: float) -> str:
+    """The fault of an attempt, or ""."""
+    rng = Random(f"fault/{seed}")
+    return rng.choice(FAULTS) if rng.random() < share else ""
+
+
+def failed(before: Scene, after: Scene, fault: str, seed: int) -> Scene:
+    """The scene that is drawn instead of an edited one."""
+    rng = Random(f"failed/{seed}")
+    if fault == "nothing":
+        return before
+    if fault == "rerendered":
+        return replace(after, seed=rng.getrandbits(32))
+    if fault in ("wrong", "two"):
+        return rng.choice([scene for scene in neighbours(before if fault == "wrong" else after) if scene not in (before, after)])
+    return after
+
+
+def neighbours(scene: Scene) -> Iterator[Scene]:
+    """Every scene that differs in the colour, kind or number of a thing, in the places of two things, or in the background."""
+    things = list(scene.things)
+    for i, thing in enumerate(things):
+        room = {*scene.free(thing.row), *thing.columns}
+        numbers = [n for n in range(1, SIDE + 1) if n != thing.number and FEWEST <= scene.total - thing.number + n <= MOST]
+        for other in [
+            *(replace(thing, colour=colour) for colour in COLOURS if colour != thing.colour),
+            *(replace(thing, kind=kind) for kind in KINDS if not scene.find(kind)),
+            *(replace(thing, columns=span) for n in numbers for span in places(room, n) if {*span} & {*thing.columns}),
+        ]:
+            yield replace(scene, things=(*things[:i], other, *things[i + 1 :]))
+    for i, j in combinations(range(len(things)), 2):
+        if things[i].number == things[j].number:
+            swapped = list(things)
+            swapped[i] = replace(things[i], row=things[j].row, columns=things[j].columns)
+            swapped[j] = replace(things[j], row=things[i].row, columns=things[i].columns)
+            yield replace(scene, things=tuple(swapped))
+    yield from (replace(scene, background=background) for background in BACKGROUNDS if background != scene.background)

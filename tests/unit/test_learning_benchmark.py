@@ -1,0 +1,74 @@
+"""The learning benchmark, without a training: its arms, its budget, its choice of a rate, its table, and that of the demo, by hand."""
+
+from __future__ import annotations
+
+import json
+
+import learning
+import pytest
+from conftest import write_rows
+
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.demo import report as demo_report
+from cfvlm_ds.demo.habits.build import TESTS
+from cfvlm_ds.objectives import OBJECTIVES
+
+TERMS = {"nll": {"align"}, "dpo-nll": {"align", "dpo"}, "mdpo": {"dpo"}, "default": {"align", "csd", "fcd"}}
+
+
+def test_every_arm_has_the_terms_of_its_title_and_every_axis_a_set_of_the_demo():
+    for name, arm in learning.ARMS.items():
+        config = parse_config(["--config", "examples/quickstart.yaml", *arm.options], OBJECTIVES)
+        assert set(config.objective) == TERMS[name] and arm.scores == any(term.needs_reference for term in config.objective.values())
+    sets = {**config.data.evaluation_sets, **config.data.benchmark_sets}
+    assert {metric.split("/")[0] for metric in demo_report.AXES.values()} == sets.keys()
+    assert learning.evaluation_sets(learning.REPO).keys() == sets.keys()
+    assert {f"test_{name}" for name in config.data.evaluation_sets} == {*TESTS}
+    assert config.train.max_steps == learning.STEPS and config.build.habits.num_train == learning.TRAIN
+
+
+def test_scores_and_steps_share_the_time():
+    assert learning.affordable(2.0, 1.0, 0.0) == 250
+    # A group's scores take 0.1 s, those of a step 1.2 s, and a step of 0.8 s: 2 s of 500 s for each.
+    assert learning.affordable(0.8, 1.0, 0.1 * learning.TRAIN) == 250
+    # All 6000 groups are scored in 60 s; 440 s remain.
+    assert learning.affordable(0.1, 1.0, 60.0) == 4400
+
+
+def test_the_rate_that_was_best_on_the_validation_set(tmp_path, monkeypatch):
+    tried = [("nll", "1e-4", 60.0), ("nll", "1e-3", 62.0), ("nll", "6e-4", 62.0), ("default", "3e-4", 70.0)]
+    (tmp_path / "rates.jsonl").write_text(
+        "".join(json.dumps({"name": f"{arm}-{rate}", "arm": arm, "rate": rate, "validation": value}) + "\n" for arm, rate, value in tried)
+    )
+    monkeypatch.setattr(learning, "RECORDS", tmp_path)
+    assert (learning.best_rate("nll"), learning.best_rate("default")) == ("6e-4", "3e-4")
+    with pytest.raises(SystemExit):
+        learning.best_rate("mdpo")
+
+
+def test_means_and_intervals_over_seeds():
+    def found(value: float) -> dict:
+        return {"rate": "3e-4", "steps": 500, "axes": dict.fromkeys(demo_report.AXES, value)}
+
+    head, _, *rows = learning.table(
+        dict.fromkeys(demo_report.AXES, 50.0), {"nll": [found(60.0)], "default": [found(70.0), found(80.0)]}
+    ).splitlines()
+    assert "NLL (3e-4, 500 steps, seeds: 1)" in head and len(rows) == len(demo_report.AXES)
+    # deviation 7.07; 12.71 * 7.07 / sqrt(2) = 63.5
+    assert rows[0] == "| pairs, habit agrees | 50.0 | 60.0 | 75.0 ± 63.5 |"
+
+
+def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path, monkeypatch):
+    shipped = json.loads(demo_report.MEASURED.read_text())
+    assert {*shipped} <= {*learning.ARMS} and all(each["mean"].keys() == demo_report.AXES.keys() for each in shipped.values())
+    monkeypatch.setattr(demo_report, "MEASURED", tmp_path / "measured.json")
+    demo_report.MEASURED.write_text(json.dumps({"nll": {"title": "NLL", "seeds": 3, "mean": dict.fromkeys(demo_report.AXES, 61.04)}}))
+    lines = [
+        {"step": 0, "eval/agrees/group": 50.0},
+        {"step": 3, "loss": 1.0},
+        {"step": 9, "eval/agrees/group": 71.0, "eval/pope/f1_macro": 8.0},
+    ]
+    write_rows(tmp_path / "metrics.jsonl", lines)
+    rows = [line.split() for line in demo_report.report(tmp_path).splitlines()]
+    assert rows[0] == ["%", "base", "NLL", "this", "run"] and rows[2] == ["pairs,", "habit", "agrees", "50.0", "61.0", "71.0"]
+    assert ["POPE's", "form,", "F1", "61.0", "8.0"] in rows
