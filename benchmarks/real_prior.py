@@ -40,7 +40,7 @@ import prior_groups
 import prior_model
 import prior_pictures
 import prior_projector
-from learning import NO_CONTRAST, processor, run_process
+from learning import NO_CONTRAST, Job, processor, run_process
 from records import RATE_RUNS, RUNS, add_record, half_width, read_records, renew_pages
 
 from cfvlm_ds.core.versions import version
@@ -249,19 +249,6 @@ def keep(options: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
 
 
 # arms -----------------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training of an arm."""
-
-    arm: str
-    rate: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}-{self.rate}-seed{self.seed}"
 
 
 def arms(options: argparse.Namespace) -> None:
