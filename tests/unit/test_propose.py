@@ -378,7 +378,7 @@ def captions(tmp_path):
 
 
 def asked_model(captions: Path, out: Path, server: Server, **options: Any) -> dict[str, Any]:
-    given = {"back_ends": "llm", "llm_url": server.url, "llm_model": "m", "llm_timeout_s": 1.5, "llm_attempts": 3} | options
+    given = {"back_ends": "llm", "llm_url": server.url, "llm_model": "m", "llm_timeout_s": 60.0, "llm_attempts": 3} | options
     return proposing(captions, out, **given)
 
 
