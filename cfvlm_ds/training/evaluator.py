@@ -17,6 +17,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse, score_groups
 from cfvlm_ds.evaluation.asking import written
 from cfvlm_ds.evaluation.benchmarks import Item, Outcome
@@ -67,7 +68,7 @@ class Evaluator:
         with self._evaluating():
             for name, benchmark in self.benchmarks.items():
                 if isinstance(benchmark.chosen.way, Generate):
-                    outcomes[name] = self._written(benchmark, benchmark.chosen.way, shuffled)
+                    outcomes[name] = self._written(name, benchmark, benchmark.chosen.way, shuffled)
                     continue
                 scores = score_groups(
                     self.engine,
@@ -82,7 +83,7 @@ class Evaluator:
                 outcomes[name] = benchmark.plan.outcomes(scores, token_lengths(self.collator))
         return outcomes
 
-    def _written(self, benchmark: RunBenchmark, way: Generate, shuffled: bool) -> list[Outcome]:
+    def _written(self, name: str, benchmark: RunBenchmark, way: Generate, shuffled: bool) -> list[Outcome]:
         """Return the outcomes of items about which the model writes. Each rank writes a part of the different texts."""
         items = benchmark.plan.items
         donors = other_images(items) if shuffled else [None] * len(items)
@@ -92,6 +93,7 @@ class Evaluator:
                 (shown, way.asked(item)) for shown in (*item.images, blank_view(len(item.images[0])), donor) if shown is not None
             )
         texts, every = list[str](), list(asked)
+        progress = Progress(self.world.say, f"evaluating {name}", len(every), "texts")
         for start in range(0, len(every), self.world.size):
             self._vote()
             shown, prompt = every[min(start + self.world.rank, len(every) - 1)]  # all ranks write equally often
@@ -99,6 +101,7 @@ class Evaluator:
             model, device = self.engine.module.model, self.world.device
             text = write(model, self.collator, device, shown, prompt, way.max_new_tokens, **options)
             texts += gather_objects(text, self.world)
+            progress.advance(min(self.world.size, len(every) - start))
         said = dict(zip(every, texts, strict=False))
 
         def of(shown: Pictures, item: Item) -> str:
