@@ -665,12 +665,14 @@ def test_auc_and_threshold_against_counting():
         pairs = [(float(draw.randrange(6)), draw.random() < 0.5) for _ in range(draw.randrange(2, 12))]
         yes, no = [m for m, true in pairs if true], [m for m, true in pairs if not true]
         naive = [1.0 if a > b else 0.5 if a == b else 0.0 for a in yes for b in no]
-        assert auc(pairs) == (pytest.approx(100 * sum(naive) / len(naive)) if naive else None)
+        columns = np.array(pairs, float).T
+        assert auc(*columns) == (pytest.approx(100 * sum(naive) / len(naive)) if naive else None)
         cuts = [-1.0, *(k / 4 for k in range(-2, 24)), 6.5]
         best = max(sum((m > cut) is true for m, true in pairs) for cut in cuts)
-        assert sum((m > threshold(pairs)) is true for m, true in pairs) == best
-    assert threshold([(3.0, True), (5.0, True)]) == 0 and threshold([(3.0, True), (1.0, False)]) == 2
-    assert auc([(math.nan, True), (0.0, False)]) is None
+        assert sum((m > threshold(*columns)) is true for m, true in pairs) == best
+    both, one = np.array([1, 1]), np.array([1, 0])
+    assert threshold(np.array([3.0, 5.0]), both) == 0 and threshold(np.array([3.0, 1.0]), one) == 2
+    assert auc(np.array([math.nan, 0.0]), one) is None
 
 
 def test_a_biased_model_that_knows_has_a_high_calibrated_accuracy():

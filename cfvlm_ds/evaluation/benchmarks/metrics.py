@@ -147,17 +147,21 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 # Yes and no --------------------------------------------------------------------------------------------------------------------------
 
 
-def said(judged: Judged, text: int) -> float:
-    """Return 1 if the answer is this text, that is, if it beats all others, else 0. With a tie there is no answer, except in a blind table,
-    where each of n tied texts gets 1/n.
-    """
-    return _said(judged.scores[0], text, judged.blind)
-
-
 @lru_cache(_KNOWN)
-def _said(scores: tuple[float, ...], text: int, blind: bool) -> float:
+def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> tuple[float, ...]:
+    """Return the row of ``answers`` for an item. With a tie there is no answer, except in a blind table, where each of n tied texts gets
+    1/n.
+    """
     tied = scores.count(max(scores))
-    return 0.0 if _nan(scores) or scores[text] != max(scores) or (tied > 1 and not blind) else 1 / tied
+    said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not blind) else 1 / tied for score in scores]
+    return *said, *map(bool, truth), _text_right(scores, truth, blind), scores[0] - scores[1]
+
+
+def answers(table: Sequence[Judged]) -> Any:
+    """Return an array [items, 6] for items with the texts yes and no: the answer (1 for yes, 1 for no), the truth (in the same form), 1 if
+    the answer is right, and the log-odds of yes over no in nats.
+    """
+    return np.array([_answer(judged.scores[0], judged.item.match[0], judged.blind) for judged in table], float).reshape(-1, 6)
 
 
 def binary(table: Sequence[Judged], positive: int = 0) -> Values:
@@ -166,48 +170,43 @@ def binary(table: Sequence[Judged], positive: int = 0) -> Values:
     An item has the texts yes and no, in this order. An item without an answer is wrong, and is not a prediction in precision. If no item is
     positive, only accuracy and the share of yes are returned. If no answer is positive, precision and F1 are not defined (NaN).
     """
-    if not table:
-        return {}
-    gold = [bool(judged.item.match[0][positive]) for judged in table]
-    predicted = [said(judged, positive) for judged in table]
-    hit = sum(value for value, true in zip(predicted, gold, strict=True) if true)
-    values = {**accuracy(table), "yes_ratio": mean([said(judged, 0) for judged in table])}
-    if not any(gold):
+    return _binary(answers(table), positive) if table else {}
+
+
+def _binary(found: Any, positive: int) -> Values:
+    predicted, gold = found[:, positive], found[:, 2 + positive]
+    values = {"accuracy": 100 * float(found[:, 4].sum()) / len(found), "yes_ratio": 100 * float(found[:, 0].sum()) / len(found)}
+    hit, predictions, positives = float(predicted @ gold), float(predicted.sum()), float(gold.sum())
+    if not positives:
         return values
-    precision, f1 = (hit / sum(predicted), 2 * hit / (sum(predicted) + sum(gold))) if sum(predicted) else (nan, nan)
-    return values | {"precision": 100 * precision, "recall": 100 * hit / sum(gold), "f1": 100 * f1}
+    precision, f1 = (hit / predictions, 2 * hit / (predictions + positives)) if predictions else (nan, nan)
+    return values | {"precision": 100 * precision, "recall": 100 * hit / positives, "f1": 100 * f1}
 
 
-def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
-    """Return, for each item, the log-odds of yes over no in nats, and True if yes is correct."""
-    return [(judged.scores[0][0] - judged.scores[0][1], bool(judged.item.match[0][0])) for judged in table]
-
-
-def _by_answer(pairs: Sequence[tuple[float, bool]]) -> tuple[Any, Any]:
-    """Return the sorted margins of items whose answer is yes, and those of the other items."""
-    yes, no = (np.sort([margin for margin, true in pairs if true is answer]) for answer in (True, False))
-    return yes, no
-
-
-def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
+def auc(margins: Any, truth: Any) -> float | None:
     """Return the area under the ROC curve in %: the share of pairs (a yes item, a no item) in which the yes item has the larger margin. A
-    tie counts as one half.
+    tie counts as one half. ``margins`` [items] are the log-odds of yes over no in nats, and ``truth`` [items] is 1 if yes is correct.
 
     Return None if one of the two answers never occurs or a score is not a number.
     """
-    yes, no = _by_answer(pairs)
-    if not len(yes) or not len(no) or np.isnan([*yes, *no]).any():
+    yes, no = _by_answer(margins, truth)
+    if not len(yes) or not len(no) or np.isnan(margins).any():
         return None
     won = np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")
     return float(100 * (won.sum() / 2) / (len(yes) * len(no)))
 
 
-def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
-    """Return the margin threshold for yes that classifies the most ``pairs`` correctly. Of several such thresholds, return the one nearest
-    to 0, and of two equally near the smaller one.
+def _by_answer(margins: Any, truth: Any) -> tuple[Any, Any]:
+    """Return the sorted margins of items whose answer is yes, and those of the other items."""
+    return np.sort(margins[truth == 1]), np.sort(margins[truth != 1])
+
+
+def threshold(margins: Any, truth: Any) -> float:
+    """Return the margin threshold for yes that classifies the most items correctly. Of several such thresholds, return the one nearest to
+    0, and of two equally near the smaller one.
     """
-    yes, no = _by_answer(pairs)
-    values = np.unique([margin for margin, _ in pairs])
+    yes, no = _by_answer(margins, truth)
+    values = np.unique(margins)
     cuts = np.concatenate([[0.0, values[0] - 1, values[-1] + 1], (values[1:] + values[:-1]) / 2])
     right = len(yes) - np.searchsorted(yes, cuts, "right") + np.searchsorted(no, cuts, "right")
     return float(cuts[np.lexsort((cuts, np.abs(cuts), -right))[0]])
@@ -218,18 +217,15 @@ def calibrated(table: Sequence[Judged]) -> float | None:
 
     Return None if a half is empty or a margin is not finite. A model that always answers yes but separates the classes scores high.
     """
-    halves: tuple[list[tuple[float, bool]], list[tuple[float, bool]]] = ([], [])
-    for judged, pair in zip(table, margins(table), strict=True):
-        if pair[0] != pair[0] or abs(pair[0]) == float("inf"):
-            return None
-        halves[_half(judged.item.cluster)].append(pair)
-    if not all(halves):
+    return _calibrated(table, answers(table))
+
+
+def _calibrated(table: Sequence[Judged], found: Any) -> float | None:
+    half, (truth, margins) = np.array([_half(judged.item.cluster) for judged in table], bool), found[:, (2, 5)].T
+    if half.all() or not half.any() or not np.isfinite(margins).all():
         return None
-    right = 0
-    for half, other in (halves, halves[::-1]):
-        cut = threshold(other)
-        right += sum((margin > cut) is true for margin, true in half)
-    return 100 * right / len(table)
+    cuts = np.where(half, threshold(margins[~half], truth[~half]), threshold(margins[half], truth[half]))
+    return 100 * float(((margins > cuts) == truth).sum()) / len(table)
 
 
 @lru_cache(_KNOWN)
@@ -239,9 +235,12 @@ def _half(cluster: str) -> int:
 
 def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
     """Return the metrics of ``binary``, the area under the ROC curve and, unless a table is blind, the accuracy of ``calibrated``."""
-    values = binary(table, positive)
-    if (area := auc(margins(table))) is not None:
+    if not table:
+        return {}
+    found = answers(table)
+    values = _binary(found, positive)
+    if (area := auc(found[:, 5], found[:, 2])) is not None:
         values["auc"] = area
-    if not any(judged.blind for judged in table) and (value := calibrated(table)) is not None:
+    if not any(judged.blind for judged in table) and (value := _calibrated(table, found)) is not None:
         values["calibrated"] = value
     return values
