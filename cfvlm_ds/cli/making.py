@@ -1,4 +1,4 @@
-"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run``, ``status`` and ``sample``: creation of counterfactual groups."""
+"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run``, ``status``, ``sample``: creation of counterfactual groups."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def _sample(
     config, adapter = model_named(model, limits)
     store = sound_groups(manifest, reading.root, reading.format, limit, say)
     identity = {"model": model, **fingerprint(config, say=say)} | ({"adapter": adapter_fingerprint(adapter)} if adapter else {})
-    done, counts, roots = sample(
+    done, counts = sample(
         store, Path(out), options, identity, lambda: load_scorer(config, adapter, max_pixels=reading.max_pixels), number, say, of or 1
     )
     _print_done("sample", done)
@@ -251,7 +251,7 @@ def _sample(
     for name, count in counts.items():
         print(f"{count:>9} {name}")
     print(f"wrote {Path(out) / GROUPS}: {counts['groups']} groups")
-    _print_roots([str(root) for root in roots])
+    _print_roots([out, *map(str, store.roots)])
 
 
 def _print_roots(roots: Sequence[str]) -> None:

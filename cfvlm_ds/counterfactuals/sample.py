@@ -21,13 +21,12 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError, first_line
 from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised, normalised_prompt
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.named import imported
 from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.text import one_line, quoted
 from cfvlm_ds.counterfactuals.edit.base import sha256_of
 from cfvlm_ds.counterfactuals.options import SampleOptions
-from cfvlm_ds.counterfactuals.select import outside_of
 from cfvlm_ds.counterfactuals.work_folder import SAMPLE, ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.decoding import MAX_BYTES
@@ -51,16 +50,6 @@ class Question(NamedTuple):
     where: str
 
 
-class Sampled(NamedTuple):
-    """Result of a call: the completion record of its shard and, if all shards are finished, the counts of all texts and the folders of the
-    pictures.
-    """
-
-    done: Mapping[str, Any]
-    counts: Mapping[str, int] | None
-    roots: Sequence[Path]
-
-
 def sample(
     store: GroupStore,
     out: Path,
@@ -70,8 +59,9 @@ def sample(
     shard: int,
     say: Say,
     of: int = 1,
-) -> Sampled:
-    """Generate texts for shard number ``shard`` of ``of`` and, if it is the last one to finish, write OUT/groups.jsonl and OUT/counts.json.
+) -> tuple[dict[str, Any], Counter[str] | None]:
+    """Generate the texts of shard number ``shard`` of ``of``, and return its completion record. If all shards are finished, write
+    OUT/groups.jsonl and OUT/counts.json, and return the counts too.
 
     ``model`` identifies the model that ``load`` returns as scorer, collator and world. Texts of an earlier call are not generated again.
     Raises ConfigError for options that differ from those of the folder, and for a judge that decides nothing or leaves no group; DataError
@@ -90,8 +80,8 @@ def sample(
             scorer, collator, world = load()
             for question in step.remaining(map(source.question, own), _named, say, len(own), "prompts"):
                 step.add(_named(question) | source.asked(question, scorer.model, collator, world.device))
-            done = step.finish(_counted, say)
-    return Sampled(done, *((None, ()) if work.missing(SAMPLE) else _write_groups(work, source, places, say)))
+            done = step.finish(lambda record, counts: counts.update(record["counts"]), say)
+    return done, None if work.missing(SAMPLE) else _write_groups(work, source, places, say)
 
 
 def judge_named(name: str) -> Judge:
@@ -125,8 +115,7 @@ class _Source:
     def places(self, say: Say) -> dict[int, list[int]]:
         """Return the rows of each different picture and prompt, by their hash, in the order of the data."""
         found: dict[int, list[int]] = {}
-        progress = Progress(say, "listing pictures", len(self.store), "rows")
-        for place, group in enumerate(progress.over(self.store)):
+        for place, group in enumerate(Progress(say, "listing pictures", len(self.store), "rows").over(self.store)):
             for key in self._true(group):
                 found.setdefault(key, []).append(place)
         return found
@@ -134,31 +123,23 @@ class _Source:
     def question(self, entry: tuple[int, Sequence[int]]) -> Question:
         """Return the question of an entry of ``places``."""
         key, rows = entry
-        first, true = self.store[rows[0]], self._true(self.store[rows[0]])
-        prompt, texts = true[key][0][0].prompt, dict[str, tuple[Candidate, str]]()
+        first, texts = self.store[rows[0]], dict[str, Candidate]()
         for row in rows:
-            for candidate, text_key in self._true(self.store[row])[key]:
-                texts.setdefault(normalised(candidate.text), (Candidate(prompt, candidate.text), text_key))
-        candidates, keys = zip(*texts.values(), strict=True)
-        number = list(true).index(key)
-        group = replace(
-            first,
-            id=f"{first.id}#{number + 1}" if number else first.id,
-            images=first.images[:1],
-            candidates=candidates,
-            match=((1,) * len(candidates),),
-            edits=(),
-            keys=keys if any(keys) else (),
-        )
+            for candidate in self._true(self.store[row])[key]:
+                texts.setdefault(normalised(candidate.text), candidate)
+        number = list(self._true(first)).index(key)
+        name = f"{first.id}#{number + 1}" if number else first.id
+        candidates, match = tuple(texts.values()), ((1,) * len(texts),)
+        group = replace(first, id=name, images=first.images[:1], candidates=candidates, match=match, edits=(), keys=())
         return Question(group, self.store.where(rows[0]))
 
-    def _true(self, group: CounterfactualGroup) -> dict[int, list[tuple[Candidate, str]]]:
-        """Return the true texts of a group's first image and their keys, by a hash of the image and the prompt."""
-        asked, found = self.options.prompt, dict[int, list[tuple[Candidate, str]]]()
-        for truth, candidate, key in zip(group.match[0], group.candidates, group.keys or ("",) * len(group.candidates), strict=True):
+    def _true(self, group: CounterfactualGroup) -> dict[int, list[Candidate]]:
+        """Return the true texts of a group's first image, by a hash of the image and the prompt."""
+        asked, found = self.options.prompt, dict[int, list[Candidate]]()
+        for truth, candidate in zip(group.match[0], group.candidates, strict=True):
             if truth == 1 and group.num_pictures and not (asked and candidate.prompt != group.candidates[0].prompt):
-                candidate = Candidate(asked or candidate.prompt, candidate.text)
-                found.setdefault(seed_of(*group.images[0], normalised_prompt(candidate.prompt)), []).append((candidate, key))
+                prompt = asked or candidate.prompt
+                found.setdefault(seed_of(*group.images[0], prompt), []).append(Candidate(prompt, candidate.text))
         return found
 
     def verdict(self, text: str, question: Question) -> bool | None:
@@ -173,10 +154,10 @@ class _Source:
         return verdict
 
     def asked(self, question: Question, model: Any, collator: Collator, device: torch.device) -> dict[str, Any]:
-        """Generate the texts of a question, and return what its record holds about them."""
+        """Generate the texts of a question, and return them with the counts of what was left out."""
         options, shown, first = self.options, question.group.images[0], question.group.candidates[0]
         if (verdict := self.verdict(first.text, question)) is None:
-            return {"problem": "not asked, because the judge does not decide on the true text"}
+            return {"texts": [], "counts": {"not asked, because the judge does not decide on the true text": 1}}
         try:
             digests = [sha256_of(picture_bytes(picture, MAX_BYTES)) for picture in shown]
             torch.manual_seed(seed_of(options.seed, *digests, first.prompt))
@@ -185,32 +166,30 @@ class _Source:
                 top_p=options.top_p, top_k=0, num_return_sequences=options.n,
             )  # fmt: skip
         except (DataError, OSError) as error:
-            return {"problem": "not asked, because the model cannot process it", "detail": one_line(str(error), 300)}
+            return {"texts": [], "counts": {"not asked, because of an error": 1}, "detail": one_line(str(error), 300)}
         ended = [each.text.strip() for each in written if each.ended]
         texts = [text for text in ended if text and _is_accepted(collator, Candidate(first.prompt, text), len(shown))]
-        return {"texts": texts, "cut": len(written) - len(ended), "refused": len(ended) - len(texts), "agrees": verdict}
+        cut, refused, contradicted = len(written) - len(ended), len(ended) - len(texts), int(not verdict)
+        counts = {"sampled": len(written), "cut off by --max_new_tokens": cut, "empty or with a control token": refused}
+        return {"texts": texts, "counts": counts | {"true texts of the data that the judge calls false": contradicted}}
 
     def judged(self, question: Question, texts: Sequence[str], counts: Counter[str]) -> CounterfactualGroup | None:
         """Return the group of a question with its true and false texts, or None without a false text, and count all texts."""
-        group, different = question.group, dict[str, str]()
-        for text in texts:
-            different.setdefault(normalised(text), text)
+        group, most = question.group, self.options.most_false
         known = {normalised(candidate.text) for candidate in group.candidates}
-        new = [text for form, text in different.items() if form not in known]
-        verdicts = [self.verdict(text, question) for text in new]
-        true, false = ([text for text, verdict in zip(new, verdicts, strict=True) if verdict is truth] for truth in (True, False))
-        kept = false[: self.options.most_false]
+        different = {normalised(text): text for text in reversed(texts)}
+        found: dict[bool | None, list[Candidate]] = {True: [], False: [], None: []}
+        for text in [different[form] for form in reversed(different) if form not in known]:
+            found[self.verdict(text, question)].append(Candidate(group.candidates[0].prompt, text))
+        true, false, undecided = found.values()
         counts.update({
-            "different texts": len(different), "true, known from the data": len(different) - len(new), "true by the judge": len(true),
-            "false": len(false), "false, left out by --most_false": len(false) - len(kept), "not judged": verdicts.count(None),
-            "prompts without a false text": not kept, "groups": bool(kept),
+            "different": len(different), "true": len(true), "false": len(false), "not judged": len(undecided),
+            "false, left out by --most_false": len(false[most:]), "prompts without a false text": not false, "groups": bool(false),
         })  # fmt: skip
-        candidates = (*group.candidates, *(Candidate(group.candidates[0].prompt, text) for text in (*true, *kept)))
-        num_true = len(candidates) - len(kept)
+        candidates, num_true = (*group.candidates, *true, *false[:most]), len(group.candidates) + len(true)
         edits = tuple(Edit("sampled", text=place) for place in range(num_true, len(candidates)))
-        keys = (*group.keys, *[""] * (len(candidates) - len(group.keys))) if group.keys else ()
-        match = ((1,) * num_true + (0,) * len(kept),)
-        return replace(group, candidates=candidates, match=match, edits=edits, keys=keys) if kept else None
+        match = ((1,) * num_true + (0,) * len(edits),)
+        return replace(group, candidates=candidates, match=match, edits=edits) if false else None
 
 
 def _named(question: Question) -> dict[str, Any]:
@@ -226,35 +205,21 @@ def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) ->
     return True
 
 
-def _counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Add a record to the counts."""
-    counts.update(["prompts", *([record["problem"]] if "problem" in record else [])])
-    texts, cut, refused = len(record.get("texts", ())), record.get("cut", 0), record.get("refused", 0)
-    counts.update({"sampled texts": texts + cut + refused, "cut off by --max_new_tokens": cut, "empty or with a control token": refused})
-    counts["prompts whose true text the judge calls false"] += record.get("agrees") is False
-
-
-def _write_groups(
-    work: WorkFolder, source: _Source, places: Mapping[int, Sequence[int]], say: Say
-) -> tuple[Mapping[str, int], Sequence[Path]]:
-    """Judge the texts of all shards, write the groups and the counts, and return the counts and the folders of the pictures."""
-    counts, settings, roots = Counter[str](), work.settings(SAMPLE), set[Path]()
-    counts["rows without a picture"] = len(source.store) - len({row for rows in places.values() for row in rows})
-    further = [root for root in work.roots if not root.is_relative_to(source.folder)]
+def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequence[int]], say: Say) -> Counter[str]:
+    """Judge the texts of all shards, write the groups and the counts, and return the counts."""
+    pictured = {row for rows in places.values() for row in rows}
+    counts = Counter({"prompts": len(places), "rows without a picture": len(source.store) - len(pictured)})
     journals: list[Iterator[dict[str, Any]]] = [work.records(SAMPLE, shard) for shard in range(work.shards)]
     with whole_file(work.path / GROUPS, shared=True) as file:
         for number, entry in enumerate(Progress(say, "judge", len(places), "prompts").over(places.items())):
-            question, record = source.question(entry), next(journals[number % work.shards], {})
-            if record.items() < _named(question).items():
-                shard = number % work.shards
+            shard, question = number % work.shards, source.question(entry)
+            record = next(journals[shard], {})
+            if not _named(question).items() <= record.items():
                 raise DataError(f"{work.file(SAMPLE, shard)} does not belong to {source.store.path}; {work.again(SAMPLE, shard)}")
-            _counted(record, counts)
-            if "texts" in record and (group := source.judged(question, record["texts"], counts)):
-                own = json.loads(group.meta or "{}")
-                row = to_row(group, source.folder, {**(own if isinstance(own, dict) else {"meta": own}), "sample": settings})
-                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-                roots.update(outside_of(row, further))
+            counts.update(record["counts"])
+            if group := source.judged(question, record["texts"], counts):
+                file.write(json.dumps(to_row(group, source.folder), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         write_whole(work.path / COUNTS, json.dumps(counts, indent=1).encode() + b"\n", shared=True)
         if not counts["groups"]:
             raise ConfigError(f"{work.path}: no picture has a false text: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    return counts, [source.folder, *sorted(roots)]
+    return counts

@@ -120,7 +120,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                     row = _row(history, kept, options, folder, steps, thresholds)
                     handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
                     written[name] += 1
-                    outside.update(outside_of(row, further))
+                    outside.update(_outside(row, further))
         if not written:
             became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
             raise ConfigError(f"{out}: no candidate was kept; outcomes: {became}")
@@ -158,7 +158,7 @@ def _is_survival(file: IO[bytes]) -> bool:
     return head.startswith("| | ") and first.startswith("| proposed | ")
 
 
-def outside_of(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
+def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
     """Yield the folders of a row's pictures outside its file's folder: one of ``roots``, or the folder of a converted table."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():

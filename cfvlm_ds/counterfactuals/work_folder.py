@@ -180,8 +180,8 @@ class WorkFolder:
     ) -> dict[str, Any] | None:
         """Return the completion record of a shard, or None if the step has yet to be done.
 
-        Raises ConfigError for a step or shard that the folder does not have, an unfinished previous step, and options that differ from those with
-        which the step was started; DataError for outdated records. All are checked before anything is loaded.
+        Raises ConfigError for a step or shard that the folder does not have, an unfinished previous step, and options that differ from
+        those with which the step was started; DataError for outdated records. All are checked before anything is loaded.
         """
         if step not in self.steps:
             raise ConfigError(f"{self.path} was begun by `cfvlm-ds data {self.steps[0]}` and has no step {step}; name another folder")
