@@ -1,4 +1,4 @@
-"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run``, ``status``, ``sample``: creation of counterfactual groups."""
+"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run``, ``status`` and ``sample``: creation of groups."""
 
 from __future__ import annotations
 

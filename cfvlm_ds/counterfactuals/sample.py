@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +29,6 @@ from cfvlm_ds.counterfactuals.edit.base import sha256_of
 from cfvlm_ds.counterfactuals.options import SampleOptions
 from cfvlm_ds.counterfactuals.work_folder import SAMPLE, ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.cfgroup import to_row
-from cfvlm_ds.data.decoding import MAX_BYTES
-from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.evaluation.generation import write_several
 
@@ -89,7 +87,7 @@ def judge_named(name: str) -> Judge:
     judge = answers if name == "answers" else imported(name, "--judge", "answers or MODULE:FUNCTION")
     if not callable(judge):
         raise ConfigError(f"--judge: {name!r} is not a function; name a function of a text and a row")
-    return judge  # type: ignore[no-any-return]
+    return judge
 
 
 def answers(text: str, row: Mapping[str, Any]) -> bool | None:
@@ -159,13 +157,13 @@ class _Source:
         if (verdict := self.verdict(first.text, question)) is None:
             return {"texts": [], "counts": {"not asked, because the judge does not decide on the true text": 1}}
         try:
-            digests = [sha256_of(picture_bytes(picture, MAX_BYTES)) for picture in shown]
+            digests = [sha256_of(collator.files.content((picture, len(shown) > 1))) for picture in shown]
             torch.manual_seed(seed_of(options.seed, *digests, first.prompt))
             written = write_several(
                 model, collator, device, shown, first.prompt, options.max_new_tokens, do_sample=True, temperature=options.temperature,
                 top_p=options.top_p, top_k=0, num_return_sequences=options.n,
             )  # fmt: skip
-        except (DataError, OSError) as error:
+        except DataError as error:
             return {"texts": [], "counts": {"not asked, because of an error": 1}, "detail": one_line(str(error), 300)}
         ended = [each.text.strip() for each in written if each.ended]
         texts = [text for text in ended if text and _is_accepted(collator, Candidate(first.prompt, text), len(shown))]
@@ -177,9 +175,11 @@ class _Source:
         """Return the group of a question with its true and false texts, or None without a false text, and count all texts."""
         group, most = question.group, self.options.most_false
         known = {normalised(candidate.text) for candidate in group.candidates}
-        different = {normalised(text): text for text in reversed(texts)}
+        different = dict[str, str]()
+        for text in texts:
+            different.setdefault(normalised(text), text)
         found: dict[bool | None, list[Candidate]] = {True: [], False: [], None: []}
-        for text in [different[form] for form in reversed(different) if form not in known]:
+        for text in [text for form, text in different.items() if form not in known]:
             found[self.verdict(text, question)].append(Candidate(group.candidates[0].prompt, text))
         true, false, undecided = found.values()
         counts.update({
@@ -209,14 +209,15 @@ def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequen
     """Judge the texts of all shards, write the groups and the counts, and return the counts."""
     pictured = {row for rows in places.values() for row in rows}
     counts = Counter({"prompts": len(places), "rows without a picture": len(source.store) - len(pictured)})
-    journals: list[Iterator[dict[str, Any]]] = [work.records(SAMPLE, shard) for shard in range(work.shards)]
+    journals = [work.records(SAMPLE, shard) for shard in range(work.shards)]
+    for shard in range(work.shards):
+        counts.update((work.done(SAMPLE, shard) or {"counts": {}})["counts"])
     with whole_file(work.path / GROUPS, shared=True) as file:
         for number, entry in enumerate(Progress(say, "judge", len(places), "prompts").over(places.items())):
             shard, question = number % work.shards, source.question(entry)
             record = next(journals[shard], {})
             if not _named(question).items() <= record.items():
                 raise DataError(f"{work.file(SAMPLE, shard)} does not belong to {source.store.path}; {work.again(SAMPLE, shard)}")
-            counts.update(record["counts"])
             if group := source.judged(question, record["texts"], counts):
                 file.write(json.dumps(to_row(group, source.folder), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         write_whole(work.path / COUNTS, json.dumps(counts, indent=1).encode() + b"\n", shared=True)
