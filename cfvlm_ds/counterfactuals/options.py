@@ -186,7 +186,7 @@ class SampleOptions:
     Args:
         judge: what decides whether a text is true, and is not the model itself: answers, which compares short answers with those of the
             data, or MODULE:FUNCTION, a function of a text and its row that returns True, False or None (undecided).
-        n: texts per picture and prompt.
+        n: texts per picture and prompt; they are generated together.
         temperature: temperature of the sampling; 1 is the model's own distribution.
         top_p: share of the probability from which tokens are sampled; 1 for all.
         max_new_tokens: largest number of tokens; a text that is cut off is left out.

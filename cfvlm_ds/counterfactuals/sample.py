@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.core.conversation import spelled
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError, first_line
 from cfvlm_ds.core.files import replace as write_whole
@@ -65,7 +64,8 @@ def sample(
     Raises ConfigError for options that differ from those of the folder, and for a judge that decides nothing or leaves no group; DataError
     for a judge that fails on a text.
     """
-    source = _Source(store, options, judge_named(options.judge), out.absolute())
+    judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")
+    source = _Source(store, options, judge, out.absolute())
     places = source.places(say)
     if all(source.verdict(question.group.candidates[0].text, question) is None for question in map(source.question, places.items())):
         raise ConfigError(f"--judge {options.judge} decides on no true text with a picture in {store.path}; use another judge or prompt")
@@ -76,18 +76,10 @@ def sample(
         own = list(places.items())[shard :: work.shards]
         with ShardStep(work, SAMPLE, shard) as step:
             scorer, collator, world = load()
-            for question in step.remaining(map(source.question, own), _named, say, len(own), "prompts"):
-                step.add(_named(question) | source.asked(question, scorer.model, collator, world.device))
+            for question in step.remaining(map(source.question, own), lambda question: {"id": question.group.id}, say, len(own), "prompts"):
+                step.add({"id": question.group.id} | source.asked(question, scorer.model, collator, world.device))
             done = step.finish(lambda record, counts: counts.update(record["counts"]), say)
     return done, None if work.missing(SAMPLE) else _write_groups(work, source, places, say)
-
-
-def judge_named(name: str) -> Judge:
-    """Return the judge that ``--judge`` names. Raises ConfigError."""
-    judge = answers if name == "answers" else imported(name, "--judge", "answers or MODULE:FUNCTION")
-    if not callable(judge):
-        raise ConfigError(f"--judge: {name!r} is not a function; name a function of a text and a row")
-    return judge
 
 
 def answers(text: str, row: Mapping[str, Any]) -> bool | None:
@@ -179,21 +171,18 @@ class _Source:
         for text in texts:
             different.setdefault(normalised(text), text)
         found: dict[bool | None, list[Candidate]] = {True: [], False: [], None: []}
-        for text in [text for form, text in different.items() if form not in known]:
+        new = [text for form, text in different.items() if form not in known]
+        for text in new:
             found[self.verdict(text, question)].append(Candidate(group.candidates[0].prompt, text))
         true, false, undecided = found.values()
         counts.update({
-            "different": len(different), "true": len(true), "false": len(false), "not judged": len(undecided),
-            "false, left out by --most_false": len(false[most:]), "prompts without a false text": not false, "groups": bool(false),
+            "different": len(different), "equal to a true text of the data": len(different) - len(new), "true": len(true),
+            "false": len(false), "not judged": len(undecided), "false, left out by --most_false": len(false[most:]), "prompts without a false text": not false, "groups": bool(false),
         })  # fmt: skip
         candidates, num_true = (*group.candidates, *true, *false[:most]), len(group.candidates) + len(true)
         edits = tuple(Edit("sampled", text=place) for place in range(num_true, len(candidates)))
         match = ((1,) * num_true + (0,) * len(edits),)
         return replace(group, candidates=candidates, match=match, edits=edits) if false else None
-
-
-def _named(question: Question) -> dict[str, Any]:
-    return {"id": question.group.id, "prompt": spelled(question.group.candidates[0].prompt)}
 
 
 def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) -> bool:
@@ -216,11 +205,11 @@ def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequen
         for number, entry in enumerate(Progress(say, "judge", len(places), "prompts").over(places.items())):
             shard, question = number % work.shards, source.question(entry)
             record = next(journals[shard], {})
-            if not _named(question).items() <= record.items():
+            if record.get("id") != question.group.id:
                 raise DataError(f"{work.file(SAMPLE, shard)} does not belong to {source.store.path}; {work.again(SAMPLE, shard)}")
             if group := source.judged(question, record["texts"], counts):
                 file.write(json.dumps(to_row(group, source.folder), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        write_whole(work.path / COUNTS, json.dumps(counts, indent=1).encode() + b"\n", shared=True)
         if not counts["groups"]:
             raise ConfigError(f"{work.path}: no picture has a false text: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    write_whole(work.path / COUNTS, json.dumps(counts, indent=1).encode() + b"\n", shared=True)
     return counts

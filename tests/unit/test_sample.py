@@ -201,6 +201,7 @@ def test_judging_and_grouping_are_those_of_a_naive_twin(whole, source):
         found[group.id] = (picture.name, prompt, texts[:num_true], texts[num_true:])
     assert found == groups and len(found) > 3
     assert found["r1"][2][:2] == ["a green circle", "two green shapes"], "of both rows of the picture"
+    assert counted["different"] == sum(counted[n] for n in ("equal to a true text of the data", "true", "false", "not judged"))
     names = {
         name: counts[{"false, left out by --most_false": "left out"}.get(name, name)]
         for name in counted
