@@ -177,7 +177,8 @@ class _Source:
         true, false, undecided = found.values()
         counts.update({
             "different": len(different), "equal to a true text of the data": len(different) - len(new), "true": len(true),
-            "false": len(false), "not judged": len(undecided), "false, left out by --most_false": len(false[most:]), "prompts without a false text": not false, "groups": bool(false),
+            "false": len(false), "not judged": len(undecided), "false, left out by --most_false": len(false[most:]),
+            "prompts without a false text": not false, "groups": bool(false),
         })  # fmt: skip
         candidates, num_true = (*group.candidates, *true, *false[:most]), len(group.candidates) + len(true)
         edits = tuple(Edit("sampled", text=place) for place in range(num_true, len(candidates)))
