@@ -204,7 +204,7 @@ def _status(work: str) -> None:
     Example: cfvlm-ds data status W
 
     Args:
-        work: work folder that `data propose` began.
+        work: work folder of `data propose` or `data sample`.
     """
     from cfvlm_ds.counterfactuals.status import status
 

@@ -73,4 +73,4 @@ def write_several(
     texts = tokens[:, inputs["input_ids"].shape[1] :].tolist()
     own_end = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own_end if isinstance(own_end, list) else [own_end])}
-    return [Written(tokenizer.decode(ids, skip_special_tokens=True), ids[-1] in ends) for ids in texts]
+    return [Written(tokenizer.decode(ids, skip_special_tokens=True), not ends.isdisjoint(ids[-1:])) for ids in texts]

@@ -280,7 +280,7 @@ def test_another_start_in_a_folder(whole, speaker, source, tmp_path, capsys, no_
         ("my_judges:absent", (), "my_judges:absent"),
         ("no_such_module:f", (), "no_such_module"),
         ("my_judges", (), "'my_judges'"),
-        ("my_judges:NUMBER", (), "is not a function"),
+        ("my_judges:NUMBER", (), "my_judges:NUMBER"),
         ("answers", ("--prompt", "What is it?"), "--prompt"),
         ("answers", ("--temperature", "0"), "--temperature"),
         ("answers", ("--top_p", "1.5"), "--top_p"),
