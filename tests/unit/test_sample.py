@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -187,11 +188,26 @@ def naive(source: Path, records: list[dict[str, Any]], most: int = 4) -> tuple[d
     return groups, counts
 
 
-def test_judging_and_grouping_are_those_of_a_naive_twin(whole, source):
-    records, counted = read_rows(whole / "sample" / "shard-00000.jsonl"), json.loads((whole / "counts.json").read_text())
+@pytest.fixture(params=["sampled", "planted"])
+def judged(request, whole, speaker, source, tmp_path, capsys):
+    """The folder as it is, or judged again with other texts in its journal: repeated ones, those of the data, and many false ones."""
+    if request.param == "sampled":
+        return whole
+    out, chance = shutil.copytree(whole, tmp_path / "W"), random.Random(0)
+    journal = out / "sample" / "shard-00000.jsonl"
+    known = ["a red circle", "a  green circle", "two green\nshapes", "a blue circle"]
+    some = [*known, *(f"a{' ' * (1 + k // 12)}shape {k % 12}." for k in range(24))]
+    rows = [record | ({"texts": chance.sample(some, 16)} if record["texts"] else {}) for record in read_rows(journal)]
+    write_rows(journal, rows)
+    printed(capsys, *command(speaker, source, out))
+    return out
+
+
+def test_judging_and_grouping_are_those_of_a_naive_twin(judged, whole, source):
+    records, counted = read_rows(judged / "sample" / "shard-00000.jsonl"), json.loads((judged / "counts.json").read_text())
     groups, counts = naive(source, records)
     found = {}
-    for group in read_manifest(whole / "groups.jsonl", [whole, source.parent]):
+    for group in read_manifest(judged / "groups.jsonl", [judged, source.parent]):
         ((picture,),), (match,), texts = group.images, group.match, [each.text for each in group.candidates]
         (prompt,) = {each.prompt for each in group.candidates}
         num_true = match.count(1)
@@ -211,9 +227,10 @@ def test_judging_and_grouping_are_those_of_a_naive_twin(whole, source):
     asked = ROWS * N
     assert counted["sampled"] == asked and counted["prompts"] == ROWS + ROWS // 3 == len(records)
     assert counted["rows without a picture"] == 1 and counted["not asked, because the judge does not decide on the true text"] == ROWS // 3
-    assert (
-        counted["cut off by --max_new_tokens"] + counted["empty or with a control token"] + sum(len(r["texts"]) for r in records) == asked
-    )
+    texts = sum(len(record["texts"]) for record in read_rows(whole / "sample" / "shard-00000.jsonl"))
+    assert counted["cut off by --max_new_tokens"] + counted["empty or with a control token"] + texts == asked
+    if judged != whole:
+        assert counted["equal to a true text of the data"] > 3 and counted["false, left out by --most_false"] > 3
     assert counted["groups"] == len(found) == counted["prompts"] - counted["prompts without a false text"]
 
 
