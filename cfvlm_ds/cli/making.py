@@ -1,4 +1,4 @@
-"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run`` and ``status``: creation of counterfactual groups."""
+"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run``, ``status`` and ``sample``: creation of groups."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cfvlm_ds.cli.options import Reading, add_function, model_named, say
+from cfvlm_ds.cli.options import ImageLimits, Positive, Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.text import one_line, printable
-from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
+from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SampleOptions, SelectOptions, VerifyOptions
 
 if TYPE_CHECKING:
     from cfvlm_ds.counterfactuals.verify import Score
 
 
-ALONE = ("propose", "edit", "verify", "select", "audit", "run")
+ALONE = ("propose", "edit", "verify", "select", "audit", "run", "sample")
 """Commands that run in a single process."""
 
 
 def add(data: Any) -> None:
     """Add the commands to those of ``data``."""
-    for function in (_propose, _edit, _verify, _select, _audit, _run, _status):
+    for function in (_propose, _edit, _verify, _select, _audit, _run, _status, _sample):
         add_function(data, function)
 
 
@@ -136,11 +136,7 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
     print("\n" + survival.captions())
     for name, count in survival.files.items():
         print(f"wrote {name}: {count} groups")
-    if survival.roots:
-        print(
-            "their pictures are in several folders; read the groups with "
-            f"{printable(' '.join(f'--root {root}' for root in survival.roots))}"
-        )
+    _print_roots(survival.roots)
 
 
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
@@ -208,11 +204,60 @@ def _status(work: str) -> None:
     Example: cfvlm-ds data status W
 
     Args:
-        work: work folder that `data propose` began.
+        work: work folder of `data propose` or `data sample`.
     """
     from cfvlm_ds.counterfactuals.status import status
 
     print(status(Path(work)))
+
+
+def _sample(
+    model: str,
+    manifest: str,
+    *,
+    out: str,
+    options: SampleOptions,
+    limit: Positive | None = None,
+    part: Part,
+    reading: Reading,
+    limits: ImageLimits,
+) -> None:
+    """Let a model write texts about pictures, judge them by something else, and write groups of true against false texts.
+
+    Example: cfvlm-ds data sample runs/mine captions.jsonl --out W --judge my_judge:is_true
+
+    Args:
+        model: model folder or hub name, run folder, or folder of adapters.
+        manifest: pictures with true texts, in any known format; of a group, the first image.
+        out: work folder, created if necessary; the groups are OUT/groups.jsonl.
+        limit: use only the first N groups.
+    """
+    from cfvlm_ds.cli.models import load_scorer
+    from cfvlm_ds.counterfactuals.sample import GROUPS, sample
+    from cfvlm_ds.data import sound_groups
+    from cfvlm_ds.models import adapter_fingerprint, fingerprint
+
+    number, of = part.shard or (0, None)
+    config, adapter = model_named(model, limits)
+    store = sound_groups(manifest, reading.root, reading.format, limit, say)
+    identity = {"model": model, **fingerprint(config, say=say)} | ({"adapter": adapter_fingerprint(adapter)} if adapter else {})
+    done, counts = sample(
+        store, Path(out), options, identity, lambda: load_scorer(config, adapter, max_pixels=reading.max_pixels), number, say, of or 1
+    )
+    _print_done("sample", done)
+    if counts is None:
+        print(f"other shards are not finished; `cfvlm-ds data status {out}` lists them, and the last one writes {GROUPS}")
+        return
+    for name, count in counts.items():
+        print(f"{count:>9} {name}")
+    print(f"wrote {Path(out) / GROUPS}: {counts['groups']} groups")
+    _print_roots([out, *map(str, store.roots)])
+
+
+def _print_roots(roots: Sequence[str]) -> None:
+    """Print the folders of groups' pictures, unless all are in the folder of the groups' file."""
+    if roots:
+        print(f"their pictures are in several folders; read the groups with {printable(' '.join(f'--root {root}' for root in roots))}")
 
 
 def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:

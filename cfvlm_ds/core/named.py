@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, get_type_hints
 
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.strict import Given, fitted
+from cfvlm_ds.core.text import one_line
 
 _OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCII)
 
@@ -49,3 +52,13 @@ def near(given: str, known: Collection[str], otherwise: str) -> str:
     """Return a hint: the known name most similar to the given one, or a list of all known names."""
     matches = difflib.get_close_matches(given, known, n=1)
     return f"did you mean {matches[0]!r}?" if matches else f"{otherwise}{', '.join(known)}"
+
+
+def imported(name: str, option: str, kind: str) -> Any:
+    """Import what ``MODULE:NAME`` names. Raises ConfigError if that fails; ``kind`` describes what the option takes."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of the user's may raise anything
+        why = one_line(f"{type(error).__name__}: {error}", 200)
+        raise ConfigError(f"{option}: {name!r} cannot be imported ({why}); use {kind}, with the module's folder in PYTHONPATH") from error

@@ -180,6 +180,41 @@ class SelectOptions:
 
 
 @dataclass(frozen=True)
+class SampleOptions:
+    """Options of `data sample`.
+
+    Args:
+        judge: what decides whether a text is true, and is not the model itself: answers, which compares short answers with those of the
+            data, or MODULE:FUNCTION, a function of a text and its row that returns True, False or None (undecided).
+        n: texts per picture and prompt; they are generated together.
+        temperature: temperature of the sampling; 1 is the model's own distribution.
+        top_p: share of the probability from which tokens are sampled; 1 for all.
+        max_new_tokens: largest number of tokens; a text that is cut off is left out.
+        prompt: prompt of every picture, whose true texts are then those of the first prompt in its row; by default, all prompts of the rows
+            are used.
+        most_false: largest number of false texts in a group.
+        seed: seed of the sampling, combined with the contents of the picture and the prompt.
+    """
+
+    FREE: ClassVar = ("most_false",)
+    judge: str
+    n: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    prompt: str = ""
+    most_false: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, n=1, temperature=0.01, top_p=0.01, max_new_tokens=1, most_false=1)
+        if self.top_p > 1:
+            raise ConfigError(f"--top_p {self.top_p} must be at most 1")
+        if self.prompt and self.judge == "answers":
+            raise ConfigError("--judge answers compares texts with the answers to the prompts of the rows; leave out --prompt")
+
+
+@dataclass(frozen=True)
 class AuditOptions:
     """Options of `data audit`.
 

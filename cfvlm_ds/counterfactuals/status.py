@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.select import ranges
-from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder
+from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 
 _MOST = 12
 _CHARS = 100
@@ -19,7 +19,7 @@ def status(out: Path) -> str:
     source = work.about["source"]
     lines = [f"{out}: {one_line(source['path'], 300)} ({one_line(str(source.get('groups')), 20)} rows), {work.shards} shards", ""]
     unfinished: set[int] = set()
-    for step in STEPS:
+    for step in work.steps:
         missing = work.missing(step)
         unfinished |= set(missing)
         counts: Counter[str] = Counter()

@@ -8,6 +8,8 @@
     W/prices.json                     prices of words, for the back end rules (see propose/balance.py)
     W/mine/slots.bin                  index of captions with one word left open, for the back end mine
 
+The folder of ``data sample`` has the step ``sample`` only, and its result, W/groups.jsonl, with W/counts.json.
+
 Shard k of N has every Nth row of the data from row k. The records of a source do not depend on the number of shards.
 """
 
@@ -17,7 +19,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +42,8 @@ from cfvlm_ds.data.store import GroupStore
 
 SCHEMA = "cfwork/3"
 STEPS = ("propose", "edit", "verify")
-_FOLDERS = (*STEPS, "pictures", "mine")
+SAMPLE = "sample"
+_FOLDERS = (*STEPS, SAMPLE, "pictures", "mine")
 MAX_SHARDS = 100_000
 T = TypeVar("T")
 OUTDATED = "is outdated, because the records of the previous step have changed"
@@ -73,14 +76,19 @@ class WorkFolder:
         return int(self.about["shards"])
 
     @property
+    def steps(self) -> tuple[str, ...]:
+        """Steps of this folder, in order."""
+        return tuple(self.about.get("steps", STEPS))
+
+    @property
     def roots(self) -> list[Path]:
         """Folders of the source pictures, without those of converted tables, whose names change with the tables."""
         return [Path(root) for root in self.about["source"]["roots"]]
 
     @classmethod
-    def begin(cls, path: Path, store: GroupStore, shards: int) -> WorkFolder:
-        """Open the work folder of this data and number of shards, creating it if necessary. Raises
-        ConfigError if it belongs to other data.
+    def begin(cls, path: Path, store: GroupStore, shards: int, steps: Sequence[str] = STEPS) -> WorkFolder:
+        """Open the work folder of this data, number of shards and steps, creating it if necessary. Raises ConfigError if it belongs to
+        others.
         """
         _refuse_links(path)
         if not 1 <= shards <= MAX_SHARDS:
@@ -93,6 +101,7 @@ class WorkFolder:
             "sha256": sha256_of_file(store.path) if store.path.is_file() else "",
         }
         about: dict[str, Any] = {"schema": SCHEMA, "shards": shards, "source": source}
+        about |= {} if steps == STEPS else {"steps": list(steps)}
         if path.exists() and not (path / "run.json").exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"{path} exists and is not a work folder; name another folder")
         path.mkdir(parents=True, exist_ok=True)
@@ -138,7 +147,7 @@ class WorkFolder:
 
     def again(self, step: str, shard: int) -> str:
         """Describe how to repeat a step, and the following steps, for a shard."""
-        files = " ".join(f"{self.path / name}/shard-{shard:05d}.*" for name in STEPS[STEPS.index(step) :])
+        files = " ".join(f"{self.path / name}/shard-{shard:05d}.*" for name in self.steps[self.steps.index(step) :])
         return f"remove {files}; then run these steps again"
 
     def missing(self, step: str) -> list[int]:
@@ -158,10 +167,10 @@ class WorkFolder:
     def need(self, step: str, shard: int) -> None:
         """Raise ConfigError if a step has not finished a shard, and DataError if it, or an earlier step, was made from other records."""
         if self.done(step, shard) is None:
-            begun = f"{self.about['source']['path']} --out {self.path}" if step == STEPS[0] else self.path
+            begun = f"{self.about['source']['path']} --out {self.path}" if step == self.steps[0] else self.path
             remedy = f"run `cfvlm-ds data {step} {begun} --shard {shard}/{self.shards}` first"
             raise ConfigError(f"{self.path}: {step} has not finished shard {shard}; {remedy}")
-        for before, after in pairwise(STEPS[: STEPS.index(step) + 1]):
+        for before, after in pairwise(self.steps[: self.steps.index(step) + 1]):
             made, now = self.done(after, shard) or {}, self.done(before, shard) or {}
             if made.get("of") != now.get("sha256"):
                 raise DataError(f"{self.file(after, shard)} {OUTDATED}; {self.again(after, shard)}")
@@ -171,14 +180,16 @@ class WorkFolder:
     ) -> dict[str, Any] | None:
         """Return the completion record of a shard, or None if the step has yet to be done.
 
-        Raises ConfigError for a shard that the folder does not have, an unfinished previous step, and options that differ from those with
-        which the step was started; DataError for outdated records. All are checked before anything is loaded.
+        Raises ConfigError for a step or shard that the folder does not have, an unfinished previous step, and options that differ from
+        those with which the step was started; DataError for outdated records. All are checked before anything is loaded.
         """
+        if step not in self.steps:
+            raise ConfigError(f"{self.path} was begun by `cfvlm-ds data {self.steps[0]}` and has no step {step}; name another folder")
         of = self.shards if of is None else of
         if of != self.shards or not 0 <= shard < of:
             raise ConfigError(f"{self.path} has {self.shards} shards, but --shard is {shard}/{of}; use 0 to {self.shards - 1}")
-        if step != STEPS[0]:
-            self.need(STEPS[STEPS.index(step) - 1], shard)
+        if step != self.steps[0]:
+            self.need(self.steps[self.steps.index(step) - 1], shard)
         self.refuse_other(step, options)
         if (done := self.done(step, shard)) is not None:
             self.need(step, shard)
@@ -226,7 +237,8 @@ class ShardStep:
             say(f"warning: {self.step}: some rows or pictures could not be used and are counted; the first: {unusable}")
         self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
-        if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
+        steps = self.work.steps
+        if self.step != steps[0] and (before := self.work.done(steps[steps.index(self.step) - 1], self.shard)) is not None:
             done["of"] = before["sha256"]
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
         return done
@@ -262,7 +274,7 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
     if current == wanted_now:
         return
     remedy = f"use the same settings, or a folder other than {folder}"
-    if path.stem in STEPS:
+    if path.stem != "run":
         remedy += f"; to repeat {path.stem}, remove {path} and {path.with_suffix('')}, and the same for the following steps"
     old, new = flat(current), flat(wanted_now)
     differing = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

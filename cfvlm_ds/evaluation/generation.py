@@ -1,13 +1,13 @@
 """Text generation about pictures with transformers' ``generate`` and the model's own prompts.
 
-Texts are generated one at a time, so neither padding nor another row of a batch can change a text.
+A batch has only texts about the same pictures, so neither padding nor another prompt can change a text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,10 +23,22 @@ def writing_digest(model: Any) -> str:
     return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def write(
+class Written(NamedTuple):
+    """A generated text, and whether the model ended it; otherwise it was cut off at the largest number of tokens."""
+
+    text: str
+    ended: bool
+
+
+def write(*arguments: Any, **options: Any) -> str:
+    """Generate one text, with the arguments of ``write_several``."""
+    return write_several(*arguments, **options)[0].text
+
+
+def write_several(
     model: Any, collator: Collator, device: torch.device, shown: Pictures, prompt: Prompt, max_new_tokens: int, **options: Any
-) -> str:
-    """Generate a text about pictures for a prompt, with the ``options`` of transformers' ``generate``.
+) -> list[Written]:
+    """Generate texts about pictures for a prompt, with the ``options`` of transformers' ``generate``, such as ``num_return_sequences``.
 
     ``model`` must be in evaluation mode. All ranks call this together for a partitioned model, with the same arguments and the option
     ``synced_gpus``. If the chat template opens a thinking block, the block stays empty, as in scoring. Raises DataError for input that the
@@ -58,5 +70,7 @@ def write(
         if not is_failure(error):
             raise
         raise DataError(f"{', '.join(map(str, shown))}: the model cannot generate a text ({type(error).__name__}: {error})") from error
-    text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+    texts = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    own_end = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own_end if isinstance(own_end, list) else [own_end])}
+    return [Written(tokenizer.decode(ids, skip_special_tokens=True), not ends.isdisjoint(ids[-1:])) for ids in texts]

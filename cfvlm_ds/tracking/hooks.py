@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.named import imported
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.tracking.metrics_log import say
 
@@ -53,12 +53,7 @@ def hook_class(name: str) -> type[Hook]:
         if importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("tracking.also: tensorboard is not installed; pip install tensorboard")
         return TensorBoard
-    module, _, attribute = name.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may raise anything
-        why, remedy = _line(error), "use tensorboard or MODULE:CLASS, with the module's folder in PYTHONPATH"
-        raise ConfigError(f"tracking.also: {name!r} cannot be imported ({why}); {remedy}") from error
+    found = imported(name, "tracking.also", "tensorboard or MODULE:CLASS")
     if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in ("log", "close")):
         raise ConfigError(f"tracking.also: {name!r} is not a class with the methods log and close; write them, as in docs/extending.md")
     return found

@@ -1,7 +1,7 @@
 """Embedded world with habits: scenes in which most things are as usual, exact edits of them, and the judge of any text about them."""
 
-from cfvlm_ds.demo.habits.build import build_habits, scenes_in
+from cfvlm_ds.demo.habits.build import build_habits, is_true, scenes_in
 from cfvlm_ds.demo.habits.grammar import judge
 from cfvlm_ds.demo.habits.questions import all_texts
 
-__all__ = ["all_texts", "build_habits", "judge", "scenes_in"]
+__all__ = ["all_texts", "build_habits", "is_true", "judge", "scenes_in"]

@@ -40,7 +40,7 @@ _DESCRIBED = ("test_agrees", "test_contradicts")
 TESTS = (*_DESCRIBED, "test_combo", "test_yes_no_agrees", "test_yes_no_contradicts", "test_choice", "test_count", "test_colour")
 """Test sets. Those with a habit in their name have only rows of that kind, and every other row of the others agrees with habit."""
 SPLITS = ("train", "validation", *TESTS)
-GENERATOR = 2
+GENERATOR = 3
 """Version of the generator. It is incremented whenever the same settings would produce other data, so older folders are not reused."""
 _MAX_DRAWS = 20_000
 
@@ -92,9 +92,7 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
                         tar.write(tar_member(name, content))
                         if split in _DESCRIBED and i == 0:
                             anchors.append((name, scene, content))
-                    meta: dict[str, Any] = {"habit": drawn.habit}
-                    if split != "train":
-                        meta["scenes"] = [spelled(scene) for scene in drawn.scenes]
+                    meta = {"habit": drawn.habit, "scenes": [spelled(scene) for scene in drawn.scenes]}
                     row = to_row(as_group(drawn, group_id, paths), folder, meta)
                     manifest.write(json.dumps(row, ensure_ascii=False) + "\n")
                     shown.advance()
@@ -116,6 +114,14 @@ def png(scene: Scene) -> bytes:
 def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
     """Return the scenes of a row's pictures from its metadata, without their jitter."""
     return [scene_from(values) for values in meta["scenes"]]
+
+
+def is_true(text: str, row: Mapping[str, Any]) -> bool | None:
+    """Judge a text about the first picture of a row, as `data sample --judge` calls it. Return None unless the grammar produces every
+    sentence.
+    """
+    verdict = judge(text, scenes_in(row["meta"])[0])
+    return None if verdict.unparsed or not verdict.statements else all(verdict.statements.values())
 
 
 def _check(config: HabitsConfig) -> None:

@@ -1,0 +1,216 @@
+"""Step ``sample``: a model writes texts about pictures, something else judges them, and true texts against false ones become groups.
+
+The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge needs no model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError, DataError, first_line
+from cfvlm_ds.core.files import replace as write_whole
+from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
+from cfvlm_ds.core.named import imported
+from cfvlm_ds.core.progress import Progress, Say
+from cfvlm_ds.core.text import one_line, quoted
+from cfvlm_ds.counterfactuals.edit.base import sha256_of
+from cfvlm_ds.counterfactuals.options import SampleOptions
+from cfvlm_ds.counterfactuals.work_folder import SAMPLE, ShardStep, WorkFolder, seed_of
+from cfvlm_ds.data.cfgroup import to_row
+from cfvlm_ds.data.store import GroupStore
+from cfvlm_ds.evaluation.generation import write_several
+
+GROUPS, COUNTS = "groups.jsonl", "counts.json"
+_LONGEST_ANSWER = 3  # words
+
+Judge = Callable[[str, Mapping[str, Any]], "bool | None"]
+"""Function from a text and the ``cfgroup/1`` row of its picture to whether the text is true, or None if that cannot be decided. The row has
+one picture, the prompt, its known true texts and the metadata of the source.
+"""
+
+
+class Question(NamedTuple):
+    """A picture with a prompt and its true texts, and the location of its first row."""
+
+    group: CounterfactualGroup
+    where: str
+
+
+def sample(
+    store: GroupStore,
+    out: Path,
+    options: SampleOptions,
+    model: Mapping[str, str],
+    load: Callable[[], tuple[Any, Collator, World]],
+    shard: int,
+    say: Say,
+    of: int = 1,
+) -> tuple[dict[str, Any], Counter[str] | None]:
+    """Generate the texts of shard number ``shard`` of ``of``, and return its completion record. If all shards are finished, write
+    OUT/groups.jsonl and OUT/counts.json, and return the counts too.
+
+    ``model`` identifies the model that ``load`` returns as scorer, collator and world. Texts of an earlier call are not generated again.
+    Raises ConfigError for options that differ from those of the folder, and for a judge that decides nothing or leaves no group; DataError
+    for a judge that fails on a text.
+    """
+    judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")
+    source = _Source(store, options, judge, out.absolute())
+    places = source.places(say)
+    if all(source.verdict(question.group.candidates[0].text, question) is None for question in map(source.question, places.items())):
+        raise ConfigError(f"--judge {options.judge} decides on no true text with a picture in {store.path}; use another judge or prompt")
+    work = WorkFolder.begin(out, store, of, (SAMPLE,))
+    done = work.finished(SAMPLE, shard, of, options, say)
+    work.settle(SAMPLE, options, **model)
+    if done is None:
+        own = list(places.items())[shard :: work.shards]
+        with ShardStep(work, SAMPLE, shard) as step:
+            scorer, collator, world = load()
+            for question in step.remaining(map(source.question, own), lambda question: {"id": question.group.id}, say, len(own), "prompts"):
+                step.add({"id": question.group.id} | source.asked(question, scorer.model, collator, world.device))
+            done = step.finish(lambda record, counts: counts.update(record["counts"]), say)
+    return done, None if work.missing(SAMPLE) else _write_groups(work, source, places, say)
+
+
+def answers(text: str, row: Mapping[str, Any]) -> bool | None:
+    """Judge a short answer: it is true if it equals a true text of the row, ignoring case, white space and a final full stop.
+
+    Return None if a true text has more than three words, and for a longer text that contains a true one, such as "Yes, it is".
+    """
+    given, *true = (normalised(each).casefold().rstrip(" .") for each in (text, *(known["text"] for known in row["texts"])))
+    if any(len(each.split()) > _LONGEST_ANSWER for each in true):
+        return None
+    return given in true or (None if any(re.search(rf"\b{re.escape(each)}\b", given) for each in true) else False)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Pictures and prompts of a data set, and the judge of texts about them. Paths in rows are relative to ``folder`` or absolute."""
+
+    store: GroupStore
+    options: SampleOptions
+    judge: Judge
+    folder: Path
+
+    def places(self, say: Say) -> dict[int, list[int]]:
+        """Return the rows of each different picture and prompt, by their hash, in the order of the data."""
+        found: dict[int, list[int]] = {}
+        for place, group in enumerate(Progress(say, "listing pictures", len(self.store), "rows").over(self.store)):
+            for key in self._true(group):
+                found.setdefault(key, []).append(place)
+        return found
+
+    def question(self, entry: tuple[int, Sequence[int]]) -> Question:
+        """Return the question of an entry of ``places``."""
+        key, rows = entry
+        first, texts = self.store[rows[0]], dict[str, Candidate]()
+        for row in rows:
+            for candidate in self._true(self.store[row])[key]:
+                texts.setdefault(normalised(candidate.text), candidate)
+        number = list(self._true(first)).index(key)
+        name = f"{first.id}#{number + 1}" if number else first.id
+        candidates, match = tuple(texts.values()), ((1,) * len(texts),)
+        group = replace(first, id=name, images=first.images[:1], candidates=candidates, match=match, edits=(), keys=())
+        return Question(group, self.store.where(rows[0]))
+
+    def _true(self, group: CounterfactualGroup) -> dict[int, list[Candidate]]:
+        """Return the true texts of a group's first image, by a hash of the image and the prompt."""
+        asked, found = self.options.prompt, dict[int, list[Candidate]]()
+        for truth, candidate in zip(group.match[0], group.candidates, strict=True):
+            if truth == 1 and group.num_pictures and not (asked and candidate.prompt != group.candidates[0].prompt):
+                prompt = asked or candidate.prompt
+                found.setdefault(seed_of(*group.images[0], prompt), []).append(Candidate(prompt, candidate.text))
+        return found
+
+    def verdict(self, text: str, question: Question) -> bool | None:
+        """Judge a text. Raises DataError, naming the row, if the judge raises an exception or returns something else."""
+        about = f"{question.where}: --judge {self.options.judge}, called with {quoted(text, 80)},"
+        try:
+            verdict = self.judge(text, to_row(question.group, self.folder))
+        except Exception as error:  # a function of the user's may raise anything
+            raise DataError(f"{about} raises {first_line(error)}; correct the function") from error
+        if not (verdict is None or isinstance(verdict, bool)):
+            raise DataError(f"{about} returns {quoted(verdict, 80)}; return True, False or None")
+        return verdict
+
+    def asked(self, question: Question, model: Any, collator: Collator, device: torch.device) -> dict[str, Any]:
+        """Generate the texts of a question, and return them with the counts of what was left out."""
+        options, shown, first = self.options, question.group.images[0], question.group.candidates[0]
+        if (verdict := self.verdict(first.text, question)) is None:
+            return {"texts": [], "counts": {"not asked, because the judge does not decide on the true text": 1}}
+        try:
+            digests = [sha256_of(collator.files.content((picture, len(shown) > 1))) for picture in shown]
+            torch.manual_seed(seed_of(options.seed, *digests, first.prompt))
+            written = write_several(
+                model, collator, device, shown, first.prompt, options.max_new_tokens, do_sample=True, temperature=options.temperature,
+                top_p=options.top_p, top_k=0, num_return_sequences=options.n,
+            )  # fmt: skip
+        except DataError as error:
+            return {"texts": [], "counts": {"not asked, because of an error": 1}, "detail": one_line(str(error), 300)}
+        ended = [each.text.strip() for each in written if each.ended]
+        texts = [text for text in ended if text and _is_accepted(collator, Candidate(first.prompt, text), len(shown))]
+        cut, refused, contradicted = len(written) - len(ended), len(ended) - len(texts), int(not verdict)
+        counts = {"sampled": len(written), "cut off by --max_new_tokens": cut, "empty or with a control token": refused}
+        return {"texts": texts, "counts": counts | {"true texts of the data that the judge calls false": contradicted}}
+
+    def judged(self, question: Question, texts: Sequence[str], counts: Counter[str]) -> CounterfactualGroup | None:
+        """Return the group of a question with its true and false texts, or None without a false text, and count all texts."""
+        group, most = question.group, self.options.most_false
+        known = {normalised(candidate.text) for candidate in group.candidates}
+        different = dict[str, str]()
+        for text in texts:
+            different.setdefault(normalised(text), text)
+        found: dict[bool | None, list[Candidate]] = {True: [], False: [], None: []}
+        new = [text for form, text in different.items() if form not in known]
+        for text in new:
+            found[self.verdict(text, question)].append(Candidate(group.candidates[0].prompt, text))
+        true, false, undecided = found.values()
+        counts.update({
+            "different": len(different), "equal to a true text of the data": len(different) - len(new), "true": len(true),
+            "false": len(false), "not judged": len(undecided), "false, left out by --most_false": len(false[most:]),
+            "prompts without a false text": not false, "groups": bool(false),
+        })  # fmt: skip
+        candidates, num_true = (*group.candidates, *true, *false[:most]), len(group.candidates) + len(true)
+        edits = tuple(Edit("sampled", text=place) for place in range(num_true, len(candidates)))
+        match = ((1,) * num_true + (0,) * len(edits),)
+        return replace(group, candidates=candidates, match=match, edits=edits) if false else None
+
+
+def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) -> bool:
+    """Return whether a model can be trained on a text, which then has no control token, for instance."""
+    try:
+        collator.prompts.encoded(candidate.prompt, candidate.text, num_pictures, "a text")
+    except DataError:
+        return False
+    return True
+
+
+def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequence[int]], say: Say) -> Counter[str]:
+    """Judge the texts of all shards, write the groups and the counts, and return the counts."""
+    pictured = {row for rows in places.values() for row in rows}
+    counts = Counter({"prompts": len(places), "rows without a picture": len(source.store) - len(pictured)})
+    journals = [work.records(SAMPLE, shard) for shard in range(work.shards)]
+    for shard in range(work.shards):
+        counts.update((work.done(SAMPLE, shard) or {"counts": {}})["counts"])
+    with whole_file(work.path / GROUPS, shared=True) as file:
+        for number, entry in enumerate(Progress(say, "judge", len(places), "prompts").over(places.items())):
+            shard, question = number % work.shards, source.question(entry)
+            record = next(journals[shard], {})
+            if record.get("id") != question.group.id:
+                raise DataError(f"{work.file(SAMPLE, shard)} does not belong to {source.store.path}; {work.again(SAMPLE, shard)}")
+            if group := source.judged(question, record["texts"], counts):
+                file.write(json.dumps(to_row(group, source.folder), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        if not counts["groups"]:
+            raise ConfigError(f"{work.path}: no picture has a false text: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    write_whole(work.path / COUNTS, json.dumps(counts, indent=1).encode() + b"\n", shared=True)
+    return counts

@@ -1,0 +1,381 @@
+"""Texts that a model writes, judged and grouped: against transformers' own generate, a naive twin, kills, and real trainings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    PROMPT,
+    contents,
+    draw,
+    environment,
+    losses,
+    printed,
+    read_rows,
+    refused,
+    run_train,
+    train_arguments,
+    wait_for,
+    write_rows,
+)
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from cfvlm_ds.cli import models
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.core.config import HabitsConfig
+from cfvlm_ds.counterfactuals.sample import answers
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.demo.habits import build_habits, is_true
+
+N, LONGEST, ROWS = 8, 24, 9
+QUESTION = "Is it a circle?"
+JUDGES = '''
+import hashlib
+
+NUMBER = 3
+CALLED = []
+
+
+def is_known(text, row):
+    return text in [each["text"] for each in row["texts"]]
+
+
+def by_hash(text, row):
+    """Undecided on every question; of captions, those of the data are true."""
+    if row["prompt"] == "Is it a circle?":
+        return None
+    return is_known(text, row) or {0: True, 1: False, 2: False, 3: None}[hashlib.sha256(text.encode()).digest()[0] % 4]
+
+
+def fails(text, row):
+    return is_known(text, row) or 1 / 0
+
+
+def returns_one(text, row):
+    return 1
+
+
+def undecided(text, row):
+    return None
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def judges(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judges")
+    (folder / "my_judges.py").write_text(JUDGES)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def speaker(model_dir, tmp_path_factory):
+    """The random test model with one token of 16 as an end, so that most of its texts have one."""
+    folder = shutil.copytree(model_dir, tmp_path_factory.mktemp("speaker") / "llava")
+    tokenizer = AutoProcessor.from_pretrained(model_dir).tokenizer
+    ends = {"eos_token_id": [tokenizer.eos_token_id, *range(8, len(tokenizer), 16)]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Rows that share pictures, with a question, a second picture, a false text and none: of each kind at least one."""
+    folder = tmp_path_factory.mktemp("source")
+    shapes = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("green", "square")], [("blue", "circle"), ("red", "circle")]]
+    pictures = [draw(folder / f"{k}.png", shapes[k % 3]) for k in range(ROWS)]
+    rows = []
+    for k, picture in enumerate(pictures):
+        texts = [{"id": "a", "text": f"a {shapes[k % 3][0][0]} circle"}, {"id": "b", "text": "a yellow square"}]
+        asked = [{"id": "c", "text": "Yes", "prompt": QUESTION}, {"id": "d", "text": "No", "prompt": QUESTION}] if k % 3 == 0 else []
+        images = [{"id": "i", "path": picture.name}] + [{"id": "j", "path": pictures[k - 1].name}] * (k == 4)
+        match = [["i", "a", 1], ["i", "b", 0], *([["i", "c", 1], ["i", "d", 0]] if asked else [])]
+        rows.append({"id": f"r{k}", "prompt": PROMPT, "images": images, "texts": texts + asked, "match": match, "meta": {"k": k}})
+    again = {"id": "again", "prompt": PROMPT, "images": [{"id": "i", "path": "1.png"}], "meta": {}}
+    again |= {
+        "texts": [{"id": "a", "text": "two green shapes"}, {"id": "b", "text": "a green  circle"}],
+        "match": [["i", "a", 1], ["i", "b", 1]],
+    }
+    text_only = {
+        "id": "words",
+        "images": [{"id": "i", "path": None}],
+        "texts": [{"id": "a", "text": "a circle is round"}],
+        "match": [["i", "a", 1]],
+    }
+    return write_rows(folder / "rows.jsonl", [*rows, again, text_only])
+
+
+def command(model: Path, manifest: Path, out: Path, judge: str = "my_judges:by_hash", *more: str) -> list[str]:
+    sizes = ["--n", str(N), "--max_new_tokens", str(LONGEST), "--temperature", "0.9", "--top_p", "0.95", "--seed", "3"]
+    return ["data", "sample", str(model), str(manifest), "--out", str(out), "--judge", judge, *sizes, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(speaker, source, tmp_path_factory):
+    """A folder made in one shard and without a disturbance."""
+    out = tmp_path_factory.mktemp("whole") / "W"
+    main(command(speaker, source, out))
+    return out
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Nothing may load a model."""
+
+    def loaded(*given: Any, **named: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load_scorer", loaded)
+
+
+def test_texts_are_those_of_plain_generate(whole, speaker, source):
+    """Of the library's own model and template, with the seed that the picture and the prompt have."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(speaker).eval(), AutoProcessor.from_pretrained(speaker)
+    record = next(record for record in read_rows(whole / "sample" / "shard-00000.jsonl") if record["id"] == "r4")
+    picture = source.parent / "4.png"
+    words = "\0".join(["3", hashlib.sha256(picture.read_bytes()).hexdigest(), PROMPT])
+    torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1)
+    inputs = processor(images=[Image.open(picture).convert("RGB")], text=[f"USER: <image>\n{PROMPT} ASSISTANT:"], return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(
+            **inputs, do_sample=True, temperature=0.9, top_p=0.95, top_k=0, num_return_sequences=N, max_new_tokens=LONGEST,
+            pad_token_id=processor.tokenizer.eos_token_id,
+        )[:, inputs.input_ids.shape[1] :]  # fmt: skip
+    ended = [row.tolist() for row in ids if not {*model.generation_config.eos_token_id}.isdisjoint(row.tolist())]
+    texts = [processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ended]
+    assert 0 < len(texts) < N, "some are cut off; the test needs both kinds"
+    assert record["texts"] == texts
+    assert (record["counts"]["sampled"], record["counts"]["cut off by --max_new_tokens"]) == (N, N - len(texts))
+
+
+def naive(source: Path, records: list[dict[str, Any]], most: int = 4) -> tuple[dict[str, Any], Counter[str]]:
+    """The groups and counts again, from plain rows and the texts of the journal."""
+    from my_judges import by_hash
+
+    true_of: dict[tuple[str, str], list[str]] = {}
+    for row in read_rows(source):
+        true = [cell[1] for cell in row["match"] if cell[0] == "i" and cell[2]]
+        for text in row["texts"]:
+            if row["images"][0]["path"] and text["id"] in true:
+                known = true_of.setdefault((row["images"][0]["path"], text.get("prompt", row.get("prompt"))), [])
+                known += [text["text"]] if " ".join(text["text"].split()) not in known else []
+    groups, counts = dict[str, Any](), Counter[str]()
+    for ((picture, prompt), known), record in zip(true_of.items(), records, strict=True):
+        about = {"prompt": prompt, "texts": [{"text": text} for text in known]}
+        different = list(dict.fromkeys(" ".join(text.split()) for text in record["texts"]))
+        plain = {" ".join(text.split()): text for text in reversed(record["texts"])}
+        verdicts = [(plain[text], by_hash(plain[text], about)) for text in different if text not in known]
+        true, false = ([text for text, verdict in verdicts if verdict is truth] for truth in (True, False))
+        counts.update({"different": len(different), "true": len(true), "false": len(false), "left out": len(false[most:])})
+        counts.update({"not judged": len(verdicts) - len(true) - len(false)})
+        if false:
+            groups[record["id"]] = (picture, prompt, [*known, *true], false[:most])
+    return groups, counts
+
+
+@pytest.fixture(params=["sampled", "planted"])
+def judged(request, whole, speaker, source, tmp_path, capsys):
+    """The folder as it is, or judged again with other texts in its journal: repeated ones, those of the data, and many false ones."""
+    if request.param == "sampled":
+        return whole
+    out, chance = shutil.copytree(whole, tmp_path / "W"), random.Random(0)
+    journal = out / "sample" / "shard-00000.jsonl"
+    known = ["a red circle", "a  green circle", "two green\nshapes", "a blue circle"]
+    some = [*known, *(f"a{' ' * (1 + k // 12)}shape {k % 12}." for k in range(24))]
+    rows = [record | ({"texts": chance.sample(some, 16)} if record["texts"] else {}) for record in read_rows(journal)]
+    write_rows(journal, rows)
+    printed(capsys, *command(speaker, source, out))
+    return out
+
+
+def test_judging_and_grouping_are_those_of_a_naive_twin(judged, whole, source):
+    records, counted = read_rows(judged / "sample" / "shard-00000.jsonl"), json.loads((judged / "counts.json").read_text())
+    groups, counts = naive(source, records)
+    found = {}
+    for group in read_manifest(judged / "groups.jsonl", [judged, source.parent]):
+        ((picture,),), (match,), texts = group.images, group.match, [each.text for each in group.candidates]
+        (prompt,) = {each.prompt for each in group.candidates}
+        num_true = match.count(1)
+        assert match == (1,) * num_true + (0,) * (len(texts) - num_true)
+        assert [(edit.type, edit.image, edit.text) for edit in group.edits] == [("sampled", None, c) for c in range(num_true, len(texts))]
+        assert json.loads(group.meta) == {"k": int(group.id[1:].partition("#")[0])}
+        found[group.id] = (picture.name, prompt, texts[:num_true], texts[num_true:])
+    assert found == groups and len(found) > 3
+    assert found["r1"][2][:2] == ["a green circle", "two green shapes"], "of both rows of the picture"
+    assert counted["different"] == sum(counted[n] for n in ("equal to a true text of the data", "true", "false", "not judged"))
+    names = {
+        name: counts[{"false, left out by --most_false": "left out"}.get(name, name)]
+        for name in counted
+        if name in counts or "left" in name
+    }
+    assert names.items() <= counted.items() and min(counts["true"], counts["false"], counts["not judged"]) > 0
+    asked = ROWS * N
+    assert counted["sampled"] == asked and counted["prompts"] == ROWS + ROWS // 3 == len(records)
+    assert counted["rows without a picture"] == 1 and counted["not asked, because the judge does not decide on the true text"] == ROWS // 3
+    texts = sum(len(record["texts"]) for record in read_rows(whole / "sample" / "shard-00000.jsonl"))
+    assert counted["cut off by --max_new_tokens"] + counted["empty or with a control token"] + texts == asked
+    if judged != whole:
+        assert counted["equal to a true text of the data"] > 3 and counted["false, left out by --most_false"] > 3
+    assert counted["groups"] == len(found) == counted["prompts"] - counted["prompts without a false text"]
+
+
+def test_kills_and_shards_give_the_same_bytes(whole, speaker, source, judges, tmp_path, capsys):
+    """Killed within a shard, torn in the midst of a line, in shards out of order: texts and groups are those of one process."""
+    out, variables = tmp_path / "W", environment() | {"PYTHONPATH": f"{judges}:{os.environ.get('PYTHONPATH', '')}"}
+    said = printed(capsys, *command(speaker, source, out, "my_judges:by_hash", "--shard", "2/3"))
+    assert "other shards are not finished" in said and not (out / "groups.jsonl").exists()
+    journal = out / "sample" / "shard-00000.jsonl"
+    run = "import sys; from cfvlm_ds.cli.main import main; main(sys.argv[1:])"
+    words = [sys.executable, "-c", run, *command(speaker, source, out, "my_judges:by_hash", "--shard", "0/3")]
+    killed = subprocess.Popen(words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (journal.exists() and journal.stat().st_size) or killed.poll() is not None)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert "missing: --array=0-1" in printed(capsys, "data", "status", out)
+    (out / "sample" / "shard-00000.done.json").unlink(missing_ok=True)
+    os.truncate(journal, journal.stat().st_size - 9)
+    for shard in (0, 1):
+        said = printed(capsys, *command(speaker, source, out, "my_judges:by_hash", "--shard", f"{shard}/3"))
+    assert "wrote" in said
+    alone = read_rows(whole / "sample" / "shard-00000.jsonl")
+    assert [read_rows(out / "sample" / f"shard-{k % 3:05d}.jsonl")[k // 3] for k in range(len(alone))] == alone
+    named = [(folder / "groups.jsonl").read_text().replace(str(folder), "W") for folder in (whole, out)]
+    assert named[0] == named[1] and json.loads((whole / "counts.json").read_text()) == json.loads((out / "counts.json").read_text())
+    before = contents(out)
+    printed(capsys, *command(speaker, source, out, "my_judges:by_hash", "--shard", "1/3"))
+    assert contents(out) == before
+
+
+def test_another_start_in_a_folder(whole, speaker, source, tmp_path, capsys, no_model):
+    """Without a model where only the judging is done again; refused where the texts would be others, or the folder is another's."""
+    out = shutil.copytree(whole, tmp_path / "W")
+    printed(capsys, *command(speaker, source, out, "my_judges:by_hash", "--most_false", "1"))
+    kept = [sum(cell[2] == 0 for cell in row["match"]) for row in read_rows(out / "groups.jsonl")]
+    assert set(kept) == {1} and len(kept) == len(read_rows(whole / "groups.jsonl"))
+    other_model = shutil.copytree(speaker, tmp_path / "model")
+    (other_model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.5}))
+    (other_model / "config.json").write_text((other_model / "config.json").read_text() + "\n")
+    propose = ["data", "propose", str(source), "--out", str(out)]
+    before = contents(out)
+    for words, named in (
+        (command(speaker, source, out, "my_judges:by_hash", "--n", "7"), "n: 8 then, 7 now"),
+        (command(speaker, source, out, "answers"), "judge"),
+        (command(speaker, source, out, "my_judges:by_hash", "--limit", "3"), "groups: 11 then, 3 now"),
+        (command(speaker, source, out, "my_judges:by_hash", "--shard", "0/2"), "shards"),
+        (command(other_model, source, out), "weights"),
+        (propose, "steps"),
+        (["data", "edit", str(out)], "data sample"),
+        (["data", "select", str(out), "--out", str(tmp_path / "g.jsonl")], "verify"),
+    ):
+        assert named in refused(capsys, *words), words
+        assert contents(out) == before
+    made = tmp_path / "proposed"
+    (made / "proposed").mkdir(parents=True)
+    assert "not a work folder" in refused(capsys, *command(speaker, source, made))
+
+
+@pytest.mark.parametrize(
+    ("judge", "more", "named"),
+    [
+        ("my_judges:returns_one", (), r"rows\.jsonl:1: .*returns_one.*returns 1;"),
+        ("my_judges:undecided", (), r"undecided decides on no true text .*rows\.jsonl"),
+        ("my_judges:absent", (), "my_judges:absent"),
+        ("no_such_module:f", (), "no_such_module"),
+        ("my_judges", (), "'my_judges'"),
+        ("my_judges:NUMBER", (), "my_judges:NUMBER"),
+        ("answers", ("--prompt", "What is it?"), "--prompt"),
+        ("answers", ("--temperature", "0"), "--temperature"),
+        ("answers", ("--top_p", "1.5"), "--top_p"),
+        ("answers", ("--n", "0"), "--n"),
+        ("answers", ("--shard", "3/3"), "--shard"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_a_model_is_loaded(judge, more, named, speaker, source, tmp_path, capsys, no_model):
+    assert re.search(named, refused(capsys, *command(speaker, source, tmp_path / "W", judge, *more)))
+    assert not (tmp_path / "W").exists()
+
+
+def test_a_bad_row_is_refused_and_a_bad_picture_is_counted(speaker, source, tmp_path, capsys):
+    rows, folder = read_rows(source)[:2], tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(source.parent / "0.png", folder)
+    (folder / "1.png").write_bytes(b"no picture")
+    out, data = tmp_path / "W", write_rows(folder / "rows.jsonl", [rows[0], {**rows[1], "match": []}])
+    assert "rows.jsonl:2" in refused(capsys, *command(speaker, data, out)) and not out.exists()
+    write_rows(data, rows)
+    said = printed(capsys, *command(speaker, data, out, "my_judges:is_known"))
+    assert "1 not asked, because of an error" in said and "1.png" in json.dumps(read_rows(out / "sample" / "shard-00000.jsonl")[-1])
+
+
+def test_a_judge_that_fails_late_costs_no_text(speaker, source, judges, tmp_path, capsys, monkeypatch):
+    out, words = tmp_path / "W", command(speaker, source, tmp_path / "W", "my_judges:fails", "--prompt", "What is there?")
+    assert re.search(r"rows\.jsonl:\d+: .*my_judges:fails.* raises ZeroDivisionError", refused(capsys, *words))
+    texts = contents(out / "sample")
+    import my_judges
+
+    monkeypatch.setattr(my_judges, "fails", my_judges.is_known)
+    monkeypatch.setattr(models, "load_scorer", None)
+    assert "wrote" in printed(capsys, *words) and contents(out / "sample") == texts
+    rows = read_rows(out / "groups.jsonl")
+    assert {row["prompt"] for row in rows} == {"What is there?"} and not [
+        row for row in rows if any(t["text"] == "Yes" for t in row["texts"])
+    ]
+
+
+def test_short_answers_by_hand():
+    def judged(text: str, *true: str) -> bool | None:
+        return answers(text, {"texts": [{"text": each} for each in true]})
+
+    assert [judged(text, "Yes") for text in ("yes.", " YES", "No", "Yes, it is", "yesterday")] == [True, True, False, None, False]
+    assert [judged(text, "two", "2") for text in ("2", "Two", "three", "twenty-two")] == [True, True, False, None]
+    assert [judged(text, "a dog on the lawn") for text in ("a dog on the lawn", "a cat")] == [None, None]
+
+
+def test_answers_of_a_model_are_judged_by_the_data(speaker, source, tmp_path, capsys):
+    out = tmp_path / "W"
+    printed(capsys, *command(speaker, source, out, "answers"))
+    rows = {row["id"]: row for row in read_rows(out / "groups.jsonl")}
+    assert [row["texts"][0]["text"] for row in rows.values() if row["prompt"] == QUESTION] == ["Yes"] * len(
+        [name for name in rows if "#2" in name]
+    )
+
+
+def test_the_grammar_of_the_demo_judges_its_training_rows(tmp_path):
+    world = build_habits(HabitsConfig(str(tmp_path / "world"), num_train=30, num_test=1, num_questions=1), lambda line: None)
+    seen = Counter[bool | None]()
+    for row in read_rows(world / "train.jsonl"):
+        truth = {text: value for image, text, value in row["match"] if image == "i0"}
+        for text in row["texts"]:
+            verdict = is_true(text["text"], row)
+            assert verdict is (None if "prompt" in text and text["prompt"] != row["texts"][0]["prompt"] else bool(truth[text["id"]])), text
+            seen[verdict] += 1
+    assert min(seen[True], seen[False], seen[None]) > 5
+    assert is_true("It flies.", row) is None and is_true("", row) is None
+
+
+@pytest.mark.parametrize("objective", ["csd", "dpo"])
+def test_training_takes_the_groups_as_they_are(objective, whole, speaker, source, tmp_path, capsys):
+    groups, roots = whole / "groups.jsonl", f"--data.root=[{whole},{source.parent}]"
+    extra = ["--objective.csd.weight=1"]
+    if objective == "dpo":
+        scores = tmp_path / "scores.jsonl"
+        printed(capsys, "score", speaker, groups, "--root", whole, "--root", source.parent, "--out", scores)
+        extra = ["--objective.dpo.weight=1", f"--data.scores={scores}"]
+    arguments = train_arguments(speaker, {"train": groups}, tmp_path / "run", roots, "--train.max_steps=2", *extra)
+    run_train(1, [*arguments, "--train.per_device_train_batch_size=2"], said=tmp_path / "said")
+    assert len(losses(tmp_path / "run")) == 2 and all(map(torch.isfinite, map(torch.tensor, losses(tmp_path / "run"))))
