@@ -216,10 +216,10 @@ def test_train_py_refuses_before_it_starts(bad, model_dir, manifests, tmp_path):
         ([f"--data.evaluation.test={bad['corrupt_image']}"], f"{bad['corrupt_image']}:2: "),
         ([f"--model.name_or_path={hostile}"], f"{hostile}/model.safetensors.index.json: "),
     ):
-        command = [sys.executable, "train.py", *train_arguments(model_dir, manifests, tmp_path / "run", *options)]
-        ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
-        assert ended.returncode == 2 and only_sentence(ended.stderr).startswith(f"error: {place}")
-        assert "step 1" not in ended.stdout and not (tmp_path / "run" / "metrics.jsonl").exists()
+        arguments = train_arguments(model_dir, manifests, tmp_path / "run", *options)
+        (said,) = run_train(1, arguments, said=tmp_path / options[0].partition("=")[0], code=2)
+        assert said.count(f"error: {place}") == said.count("error: ") == 1 and "Traceback" not in said and "step 1" not in said
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # --- the quickstart ------------------------------------------------------------------------------------------------------------------

@@ -199,6 +199,7 @@ def test_artifacts_are_the_files_of_the_run_folder(client, finished, tmp_path):
 # A run that does not ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long  # test_tracking has a resume that doubles no step, test_stopping and test_slurm real runs that stop and go on as one
 def test_a_killed_run_goes_on_as_the_same_run(client, model_dir, manifests, tmp_path):
     """kill -9 when the server has steps that the newest checkpoint has not: they are computed again and not recorded twice."""
     folder, last = tmp_path / "killed", 100

@@ -346,7 +346,7 @@ def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path):
     if subprocess.run([*stranger, "true"], capture_output=True).returncode:
         pytest.skip("no user namespaces here")
     program = "import sys; from pathlib import Path; from cfvlm_ds.tracking import import_mlflow, open_tracker; import_mlflow().join()\n"
-    program += "with open_tracker(True, Path(sys.argv[1]), 'tests', 'a', {}, {}) as tracker: tracker.log(1, {'loss': 1.0})"
+    program += "with open_tracker(True, Path(sys.argv[1]), 'tests', 'a', {}, {}, close_timeout=2) as tracker: tracker.log(1, {'loss': 1.0})"
     env = {name: value for name, value in os.environ.items() if name != "HOME"}
     ended = subprocess.run([*stranger, sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True)
     assert ended.returncode == 0 and "home directory" in ended.stderr and "Traceback" not in ended.stderr
