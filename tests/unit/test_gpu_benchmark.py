@@ -28,16 +28,14 @@ def measured(tmp_path: Path, *parts: str) -> tuple[dict[tuple[str, str], dict[st
 
 
 def test_every_part_of_one_process_runs_on_a_cpu(tmp_path):
-    """No case fails, back ends for GPUs are named as such."""
-    written, printed = measured(tmp_path, "card", "kernels", "scoring", "training")
-    assert {part for part, _ in written} == {"card", "kernels", "scoring", "training"}
+    """No case fails, back ends for GPUs are named as such; trainings are long."""
+    written, printed = measured(tmp_path, "card", "kernels", "scoring")
+    assert {part for part, _ in written} == {"card", "kernels", "scoring"}
     assert all(result["exact"] for result in written.values() if "exact" in result)
     assert "needs a CUDA device" in written["kernels", "16 + 2 texts, varlen"]["unusable"]
     layouts = written["scoring", "2 texts"]["layouts"]
     losses = [layouts[name]["loss"] for name in ("sparse", "shared prefix, sdpa", "shared prefix, flex")]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
-    training = written["training", "ZeRO-3, gloo, 1 rank"]
-    assert training["finite"] and len(training["losses"]) == 2 and training["losses"][-1] < training["losses"][0]
     assert "2 texts: the fastest exact back end is" in printed
 
 
@@ -46,5 +44,7 @@ def test_the_whole_command_runs_on_a_cpu(tmp_path):
     """Two ranks that share the device too; their losses are those of one rank."""
     written, _ = measured(tmp_path)
     assert {part for part, _ in written} == {"card", "kernels", "scoring", "training", "ranks"}
+    training = written["training", "ZeRO-3, gloo, 1 rank"]
+    assert training["finite"] and len(training["losses"]) == 2 and training["losses"][-1] < training["losses"][0]
     (ranks,) = [result for (part, _), result in written.items() if part == "ranks"]
     assert ranks["backend"] == "gloo" and ranks["loss_off"] < 0.02
