@@ -12,7 +12,6 @@ from typing import Any
 import mlflow
 import pytest
 from conftest import REPO, environment, free_port, run_train, train_arguments
-from test_tracking import Server
 
 from cfvlm_ds.core.errors import InputError
 from cfvlm_ds.core.secrets import masked, without_secrets
@@ -21,12 +20,6 @@ SECRET = "hunter2-{}-0123456789abcdef"
 """One for each place, so that a leak says where it comes from."""
 PLACES = ("uri", "password", "token", "hf", "wandb", "aws", "proxy", "option", "name", "query", "signature", "fragment", "root", "key")
 PLANTED = {place: SECRET.format(place) for place in PLACES}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("server")).running() as server:
-        yield server
 
 
 def planted(url: str) -> dict[str, str]:
@@ -67,6 +60,7 @@ def trained(variables: dict[str, str], arguments: list[str], folder: Path, code:
 def test_a_tracked_run_tells_no_secret(server, model_dir, manifests, tmp_path):
     """A run named with a signed URL, as people do who paste an address into the wrong option, and a folder that was saved under one. The
     process imports everything with the secrets around it."""
+    server.up()
     address = f"https://me:{PLANTED['name']}@host/run?password={PLANTED['query']}&sig={PLANTED['signature']}#t={PLANTED['fragment']}"
     (root := tmp_path / f"pictures?sig={PLANTED['root']}").symlink_to(manifests["train"].parent)
     named = ["--tracking.experiment=secrets", "--tracking.run_name", address, f"--data.root={root}"]

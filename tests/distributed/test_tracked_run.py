@@ -20,7 +20,6 @@ import pytest
 import torch
 from conftest import REPO, losses, metrics, read_rows, run_train, run_trainings, train_arguments, wait_for
 from safetensors.torch import load_file
-from test_tracking import Server
 
 from cfvlm_ds.core.run_folder import FILES, FOLDERS
 from cfvlm_ds.data import read_manifest
@@ -34,9 +33,10 @@ ARTIFACTS |= {"learning_curves.png", "scores-test.png"}
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(server):
     """The server that every training of this module finds in its environment."""
-    with Server(tmp_path_factory.mktemp("server")).running() as server, pytest.MonkeyPatch.context() as patch:
+    server.up()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server.url)
         patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
         yield mlflow.MlflowClient(tracking_uri=server.url)
