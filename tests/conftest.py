@@ -41,9 +41,11 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LE
 """Settings of forked ranks, also beside a GPU: CUDA does not live through a fork."""
 
 
+ONE_SERVER = ("tracking", "tracked_run", "secrets")
+"""Test files that share a server of MLflow, whose start takes as long as three trainings."""
 LONG = (
-    "campaigns", "slurm", "family_training", "training", "features", "world_sizes", "faults", "tracked_run", "secrets",
-    "scoring_benchmark", "stopping", "cli", "resize", "export", "tracking", "packing", "families", "fuzz", "dry_run",
+    "campaigns", "slurm", *ONE_SERVER, "faults", "stopping", "training", "cli", "truth_table", "family_training", "features", "world_sizes",
+    "resume", "export", "whole_steps", "evaluated", "dry_run", "scoring_benchmark", "resize", "packing", "preflight", "families", "fuzz",
 )  # fmt: skip
 """Test files that take longest come first, so that nobody waits for them in the end."""
 
@@ -67,7 +69,8 @@ class FileScheduling(LoadFileScheduling):
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if "/test_campaigns.py::" in nodeid else super()._split_scope(nodeid)
+        name = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+        return nodeid if name == "campaigns" else "one server" if name in ONE_SERVER else super()._split_scope(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling | None:
@@ -83,6 +86,16 @@ def build_test_model(out_dir: Path) -> Path:
     """A LLaVA of about 0.1 M parameters whose tokenizer knows the captions of ``write_manifest``."""
     captions = [f"a {c} {s} and a {d} {t}" for c in COLOURS for d in COLOURS for s in SHAPES for t in SHAPES]
     return build_tiny_llava(TinyLlavaConfig(out_dir=str(out_dir), hidden_size=32, vision_hidden_size=32, patch_size=12), captions)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """MLflow's, which tests start with ``up``."""
+    from mlflow_server import Server
+
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

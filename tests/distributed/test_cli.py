@@ -216,10 +216,10 @@ def test_train_py_refuses_before_it_starts(bad, model_dir, manifests, tmp_path):
         ([f"--data.evaluation.test={bad['corrupt_image']}"], f"{bad['corrupt_image']}:2: "),
         ([f"--model.name_or_path={hostile}"], f"{hostile}/model.safetensors.index.json: "),
     ):
-        command = [sys.executable, "train.py", *train_arguments(model_dir, manifests, tmp_path / "run", *options)]
-        ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
-        assert ended.returncode == 2 and only_sentence(ended.stderr).startswith(f"error: {place}")
-        assert "step 1" not in ended.stdout and not (tmp_path / "run" / "metrics.jsonl").exists()
+        arguments = train_arguments(model_dir, manifests, tmp_path / "run", *options)
+        (said,) = run_train(1, arguments, said=tmp_path / options[0].partition("=")[0], code=2)
+        assert said.count(f"error: {place}") == said.count("error: ") == 1 and "Traceback" not in said and "step 1" not in said
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # --- the quickstart ------------------------------------------------------------------------------------------------------------------
@@ -328,6 +328,12 @@ def runs(model_dir, manifests, scores_file, tmp_path_factory):
     traces = re.findall(r"^invalidated (\[.*\])$", output, re.MULTILINE)
     (folder / "traces.json").write_text(json.dumps(dict(zip(options, map(json.loads, traces), strict=True))))
     return folder
+
+
+@pytest.fixture(scope="module")
+def plain(runs, model_dir, manifests):
+    """Scores of the adapters on their base, of the base, and of the export, in a process without this package."""
+    return plain_scores(manifests["test"], f"{model_dir}+{runs / 'off' / 'adapter'}", str(model_dir), str(runs / "z3" / "export"))
 
 
 def test_stage_2_and_stage_3_take_the_same_steps(runs):
@@ -488,11 +494,10 @@ def test_exports_have_cards_with_what_the_run_knows(runs, manifests, tmp_path):
     assert "library_name: peft" in adapter and "| `dpo` | `1.0` |" in adapter and "| test | mean of edit types, blank image |" in adapter
 
 
-def test_evaluate_takes_run_folders_and_adapters(runs, model_dir, manifests, capsys):
-    """A run folder stands for its export, or for its adapters; these score as peft's own model does, in a process without this package."""
+def test_evaluate_takes_run_folders_and_adapters(runs, plain, manifests, capsys):
+    """A run folder stands for its export, or for its adapters; these score as peft's own model does."""
     assert printed(capsys, "evaluate", runs / "z3", manifests["test"]).strip() in (runs / "z3" / "results.md").read_text()
-    adapted, base = plain_scores(manifests["test"], f"{model_dir}+{runs / 'off' / 'adapter'}", str(model_dir))
-    groups, tables = read_manifest(manifests["test"]), []
+    (adapted, base, _), groups, tables = plain, read_manifest(manifests["test"]), []
     for named in (runs / "off", runs / "off" / "adapter"):
         model, adapter = model_named(str(named))
         scorer, collator, world = load_scorer(model, adapter, max_pixels=MAX_PIXELS)
@@ -544,14 +549,12 @@ def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manife
     assert "is a file, not a text" in refused(capsys, "describe", model_dir, "--choices", "a dog", picture)
 
 
-def test_export_scores_the_same_under_plain_transformers(runs, manifests):
-    folder = runs / "z3" / "export"
-    (plain,) = plain_scores(manifests["test"], str(folder))
+def test_export_scores_the_same_under_plain_transformers(runs, plain, manifests):
     groups = read_manifest(manifests["test"])
     stored = read_scores(runs / "z3" / "scores" / "test.jsonl", groups, data_identity(groups, [manifests["test"].parent]))
-    assert set(plain) == set(stored)
+    assert set(plain[2]) == set(stored)
     for name, scores in stored.items():
-        for ours, theirs in zip(scores.logp, plain[name], strict=True):
+        for ours, theirs in zip(scores.logp, plain[2][name], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5), name
 
 

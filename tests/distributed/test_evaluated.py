@@ -140,8 +140,8 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir, root, tm
 
 def test_a_partitioned_training_writes_what_evaluate_writes(model_dir, manifests, tmp_path, capsys):
     """Before and after training, each of two ranks writes a part of the texts; the export alone writes the same as at the end."""
-    world = build_habits(HabitsConfig(str(tmp_path / "world"), num_train=1, num_test=5), progress=lambda line: None)
-    run_dir, probe = tmp_path / "run", "write:max_new_tokens=7"
+    world = build_habits(HabitsConfig(str(tmp_path / "world"), num_train=1, num_test=3), progress=lambda line: None)
+    run_dir, probe = tmp_path / "run", "write:max_new_tokens=5"
     evaluated = {"wrote": {"benchmark": "habits", "root": str(world), "probe": probe}}
     more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_on_start=true", "--train.export=true"]
     run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said")
@@ -152,12 +152,12 @@ def test_a_partitioned_training_writes_what_evaluate_writes(model_dir, manifests
     (before,) = (run_dir / "baseline").rglob("items.jsonl")
     (base,) = (tmp_path / "before").rglob("items.jsonl")
     assert [row["said"] for row in read_rows(before)] == [row["said"] for row in read_rows(base)]
-    assert "| wrote | write.7 | hallucinated |" in (run_dir / "results.md").read_text()
+    assert "| wrote | write.5 | hallucinated |" in (run_dir / "results.md").read_text()
     (of_run,), (alone,) = (list(folder.rglob("items.jsonl")) for folder in (run_dir / "benchmarks", tmp_path / "alone"))
-    assert alone.read_bytes() == of_run.read_bytes() and len(read_rows(alone)) == 10
+    assert alone.read_bytes() == of_run.read_bytes() and len(read_rows(alone)) == 6
     found = [json.loads((path.parent / "results.json").read_text()) for path in (of_run, alone)]
     assert found[0]["model"] == found[1]["model"] and found[0]["metrics"] == found[1]["metrics"]
-    assert "| habits | write.7 | hallucinated |" in printed(capsys, "compare", tmp_path / "alone", tmp_path / "alone")
+    assert "| habits | write.5 | hallucinated |" in printed(capsys, "compare", tmp_path / "alone", tmp_path / "alone")
 
 
 def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, capsys):

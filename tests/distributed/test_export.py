@@ -18,10 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ONE, contents, environment, run, tensors
+from conftest import ONE, contents, environment, run_ranks, tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from cfvlm_ds.checkpoint import TrainState, save
+from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.export import export_hf, jobs
@@ -35,58 +37,6 @@ TOWER = "model.vision_tower"
 BF16 = ("z3 frozen", "z1 frozen", "moe z2")
 NORM = "language_model.model.norm.weight"
 
-# Every rank starts from known values, scales the float32 copies that DeepSpeed trains by a factor no bfloat16 has, and saves.
-WRITE = """
-import json, logging, multiprocessing, os, sys
-from pathlib import Path
-import deepspeed, torch
-from transformers import AutoModelForImageTextToText
-sys.path[:0] = ["tests/distributed", "tests", "."]
-from cfvlm_ds.checkpoint import TrainState, save
-from cfvlm_ds.core.distributed import World
-from test_export import FACTOR, start
-
-class Wrapper(torch.nn.Module):  # names as in Scorer
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-def work(rank, ranks, out, jobs):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-    deepspeed.init_distributed("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=ranks, auto_mpi_discovery=False)
-    for name, source, stage, frozen, bf16 in jobs:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16 if bf16 else torch.float32)
-        groups = [{"params": []}, {"params": []}]
-        for n, p in model.named_parameters():
-            p.requires_grad_(not frozen or not n.startswith(frozen))
-            if p.requires_grad:
-                p.data.copy_(start(n, p.shape))
-                groups[p.dim() > 1]["params"].append(p)
-        zero = {"stage": stage, "sub_group_size": 5000, "stage3_param_persistence_threshold": 0, "round_robin_gradients": stage == 2}
-        config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16}, "zero_optimization": zero}
-        engine, *_ = deepspeed.initialize(
-            model=Wrapper(model), model_parameters=groups, optimizer=torch.optim.AdamW(groups), config=config
-        )
-        o = engine.optimizer
-        flats = o.fp32_partitioned_groups_flat if stage == 3 else o.single_partition_of_fp32_groups
-        for flat in flats:
-            flat.data.mul_(FACTOR)
-        save(engine, TrainState(step=1), Path(out) / name, World(rank, ranks, rank, torch.device("cpu")), 0)
-        engine.destroy()
-
-if __name__ == "__main__":
-    logging.disable(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    fork = multiprocessing.get_context("fork")
-    ranks = int(sys.argv[1])
-    children = [fork.Process(target=work, args=(rank, ranks, sys.argv[2], json.loads(sys.argv[3]))) for rank in range(ranks)]
-    for child in children: child.start()
-    for child in children: child.join()
-    sys.exit(any(child.exitcode for child in children))
-"""
-
-
 FACTOR = 1.001
 
 
@@ -97,6 +47,42 @@ def start(name: str, shape: Any) -> torch.Tensor:
 def value(name: str, shape: Any, bf16: bool = False) -> torch.Tensor:
     """What the checkpoint's fp32 weight of this name holds; a bf16 run has started from rounded values."""
     return (start(name, shape).bfloat16().float() if bf16 else start(name, shape)) * FACTOR
+
+
+class Wrapper(torch.nn.Module):
+    """Names as in Scorer."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+
+def write(out: str, jobs: list[tuple[str, str, int, str | None]]) -> None:
+    """A rank: it starts from known values, scales the float32 copies that DeepSpeed trains by a factor no bfloat16 has, and saves."""
+    import deepspeed
+    from transformers import AutoModelForImageTextToText
+
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for name, source, stage, frozen in jobs:
+        bf16 = name in BF16
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16 if bf16 else torch.float32)
+        groups: list[dict[str, list[Any]]] = [{"params": []}, {"params": []}]
+        for weight, p in model.named_parameters():
+            p.requires_grad_(not frozen or not weight.startswith(frozen))
+            if p.requires_grad:
+                p.data.copy_(start(weight, p.shape))
+                groups[p.dim() > 1]["params"].append(p)
+        zero = {"stage": stage, "sub_group_size": 5000, "stage3_param_persistence_threshold": 0, "round_robin_gradients": stage == 2}
+        config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16}, "zero_optimization": zero}
+        engine, *_ = deepspeed.initialize(model=Wrapper(model), model_parameters=groups, optimizer=torch.optim.AdamW(groups), config=config)
+        optimizer = engine.optimizer
+        for flat in optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups:
+            flat.data.mul_(FACTOR)
+        save(engine, TrainState(step=1), Path(out) / name, World(rank, ranks, rank, torch.device("cpu")), 0)
+        engine.destroy()
 
 
 # --- sources and checkpoints ----------------------------------------------------------------------------------------------------------
@@ -191,9 +177,9 @@ def checkpoints(sources, tmp_path_factory):
         ("mixtral", "mixtral", 3, None),
         ("wide", "wide", 3, None),
     ]
-    work = [[name, str(sources[source]), stage, frozen, name in BF16] for name, source, stage, frozen in plan]
-    (out / "write.py").write_text(WRITE)
-    run([sys.executable, str(out / "write.py"), str(RANKS), str(out), json.dumps(work)], timeout=180)
+    jobs = [(name, str(sources[source]), stage, frozen) for name, source, stage, frozen in plan]
+    ended = run_ranks(RANKS, "test_export:write", str(out), jobs, said=out / "said", timeout=180)
+    assert [code for code, _ in ended] == [0] * RANKS, ended
     return {name: out / name / "checkpoint-1" for name, *_ in plan}
 
 

@@ -85,10 +85,20 @@ def arguments(model: Path, manifest: dict[str, Path], out: Path, tuning: str, ra
     return [part for pair in options.items() for part in pair]
 
 
+class Checkpoints(dict[str, Path]):
+    """Family -> its small checkpoint, which is written when a test first asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = write_small(family, self.folder / family)
+        return self[family]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return {family: write_small(family, folder / family) for family in SMALL}
+    return Checkpoints(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +204,8 @@ def test_the_routers_are_balanced_over_the_whole_step(models, manifest, tmp_path
     assert rows["unbalanced"][-1]["router/load/000"] != pytest.approx(expected[-1][2], rel=1e-3), "it matters"
 
 
-@pytest.mark.parametrize("wrong", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long  # in test_training, torch compares the collectives of ranks with and without pictures
+@pytest.mark.parametrize("wrong", [False, True])
 def test_a_rank_that_leaves_the_tower_out_is_caught(wrong, models, manifest, tmp_path):
     """The mistake that the tests above would miss if ranks did not wait for each other: it ends in an error, within a time limit."""
     options = [*arguments(models["qwen3_vl"], manifest, tmp_path / "run", "lora", 2), "--train.export=false", "--data.evaluation", "{}"]

@@ -12,7 +12,6 @@ from typing import Any
 import mlflow
 import pytest
 from conftest import REPO, environment, free_port, run_train, train_arguments
-from test_tracking import Server
 
 from cfvlm_ds.core.errors import InputError
 from cfvlm_ds.core.secrets import masked, without_secrets
@@ -21,12 +20,6 @@ SECRET = "hunter2-{}-0123456789abcdef"
 """One for each place, so that a leak says where it comes from."""
 PLACES = ("uri", "password", "token", "hf", "wandb", "aws", "proxy", "option", "name", "query", "signature", "fragment", "root", "key")
 PLANTED = {place: SECRET.format(place) for place in PLACES}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("server")).running() as server:
-        yield server
 
 
 def planted(url: str) -> dict[str, str]:
@@ -59,26 +52,25 @@ def leaks_of(folder: Path) -> dict[str, set[str]]:
 TRACKED = ["--tracking.enabled=true", "--train.max_steps=2"]
 
 
-def process(arguments: list[str], url: str) -> tuple[int, str]:
-    """``python train.py``, which imports everything with the secrets around it: its exit code and all that it printed."""
-    command = [sys.executable, "train.py", *arguments, *TRACKED]
-    done = subprocess.run(command, cwd=REPO, env=environment() | planted(url), capture_output=True, text=True, timeout=400, check=False)
-    return done.returncode, done.stdout + done.stderr
-
-
-def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> str:
-    """The same of a forked rank, which gets this environment after its imports."""
-    return run_train(1, [*arguments, *TRACKED], variables, said=folder / "said")[0]
+def trained(variables: dict[str, str], arguments: list[str], folder: Path, code: int = 0) -> str:
+    """What a forked rank of train.py prints, which gets this environment after its imports and ends with this exit code."""
+    return run_train(1, [*arguments, *TRACKED], variables, said=folder / "said", code=code)[0]
 
 
 def test_a_tracked_run_tells_no_secret(server, model_dir, manifests, tmp_path):
-    """A run named with a signed URL, as people do who paste an address into the wrong option, and a folder that was saved under one."""
+    """A run named with a signed URL, as people do who paste an address into the wrong option, and a folder that was saved under one. The
+    process imports everything with the secrets around it."""
+    server.up()
     address = f"https://me:{PLANTED['name']}@host/run?password={PLANTED['query']}&sig={PLANTED['signature']}#t={PLANTED['fragment']}"
     (root := tmp_path / f"pictures?sig={PLANTED['root']}").symlink_to(manifests["train"].parent)
     named = ["--tracking.experiment=secrets", "--tracking.run_name", address, f"--data.root={root}"]
     evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export=true", "--train.figures=true"]
-    code, said = process(train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated), server.url)
-    assert code == 0, said[-3000:]
+    command = [sys.executable, "train.py", *train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated), *TRACKED]
+    done = subprocess.run(
+        command, cwd=REPO, env=environment() | planted(server.url), capture_output=True, text=True, timeout=400, check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
     assert "MLflow run" in said and "://***@127.0.0.1" in said, "the address is said, without its password"
     assert not leaks(said)
     assert "pictures?sig=***" in (tmp_path / "run" / "config.yaml").read_text()
@@ -108,8 +100,8 @@ def test_no_secret_in_the_local_store(model_dir, manifests, tmp_path):
 
 def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir, manifests, tmp_path):
     given = f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl?sig={PLANTED['signature']}"
-    code, said = process([*train_arguments(model_dir, manifests, tmp_path), given], "http://x")
-    assert code == 2 and not leaks(said), said
+    said = trained(planted("http://x"), [*train_arguments(model_dir, manifests, tmp_path), given], tmp_path, code=2)
+    assert not leaks(said), said
     assert "error: https://***@host/a.jsonl?sig=*** is an address on the network" in said
 
 

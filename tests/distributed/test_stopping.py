@@ -81,7 +81,13 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir, manifests
     """Ctrl-C at one of two ranks, passed on twice as by a terminal and a launcher: both stop after one step, and MLflow knows that the run
     is not over."""
     folder = tmp_path / "run"
-    extra = ["--train.max_steps=16", "--data.num_workers=1", "--tracking.enabled=true", "--train.hang_timeout_s=300"]
+    extra = [
+        "--train.max_steps=16",
+        "--train.per_device_train_batch_size=4",
+        "--data.num_workers=1",
+        "--tracking.enabled=true",
+        "--train.hang_timeout_s=300",
+    ]
     arguments = train_arguments(model_dir, manifests, folder, *extra)
     ranks = begun(arguments, folder, tmp_path)
     for _ in range(2):
@@ -100,7 +106,7 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir, manifests
     assert len(losses(folder)) == 16 and (folder / "results.json").exists()
     assert the_run(folder) == (first, "FINISHED")
 
-    as_many = ["--train.per_device_train_batch_size=32"]  # groups a step as on two ranks: others would be another run
+    as_many = ["--train.per_device_train_batch_size=8"]  # groups a step as on two ranks: others would be another run
     assert end(start([*arguments, *as_many], tmp_path, size=1)) == [0]
     assert f"{folder} has finished at step 16: nothing to do" in (tmp_path / "rank-0.log").read_text()
     assert len(losses(folder)) == 16 and the_run(folder) == (first, "FINISHED")
@@ -161,7 +167,7 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir, mani
     assert the_run(folder)[1] == "FINISHED" and (folder / "export").is_dir() and len(losses(folder)) == 2
 
 
-@pytest.mark.parametrize("signalled", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("signalled", [(0, 1), pytest.param((0,), marks=pytest.mark.long), (1,)])
 def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(signalled, model_dir, manifests, tmp_path):
     """Two ranks look at the rows in processes of their own. All processes of both get a signal, as from srun, or those of one rank."""
     arguments = train_arguments(model_dir, {"train": many_rows(manifests["train"], 1 << 15)}, tmp_path / "run")

@@ -20,7 +20,6 @@ import pytest
 import torch
 from conftest import REPO, losses, metrics, read_rows, run_train, run_trainings, train_arguments, wait_for
 from safetensors.torch import load_file
-from test_tracking import Server
 
 from cfvlm_ds.core.run_folder import FILES, FOLDERS
 from cfvlm_ds.data import read_manifest
@@ -34,9 +33,10 @@ ARTIFACTS |= {"learning_curves.png", "scores-test.png"}
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(server):
     """The server that every training of this module finds in its environment."""
-    with Server(tmp_path_factory.mktemp("server")).running() as server, pytest.MonkeyPatch.context() as patch:
+    server.up()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server.url)
         patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
         yield mlflow.MlflowClient(tracking_uri=server.url)
@@ -199,6 +199,7 @@ def test_artifacts_are_the_files_of_the_run_folder(client, finished, tmp_path):
 # A run that does not ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long  # test_tracking has a resume that doubles no step, test_stopping and test_slurm real runs that stop and go on as one
 def test_a_killed_run_goes_on_as_the_same_run(client, model_dir, manifests, tmp_path):
     """kill -9 when the server has steps that the newest checkpoint has not: they are computed again and not recorded twice."""
     folder, last = tmp_path / "killed", 100

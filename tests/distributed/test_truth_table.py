@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -569,6 +570,10 @@ def test_an_evaluation_without_the_metric_or_with_nan_is_no_improvement(tmp_path
 
 
 def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, manifests, tmp_path):
+    """The model's generation_config ends its texts early, since each token of two ranks gathers every weight."""
+    model_dir = shutil.copytree(model_dir, tmp_path / "model")
+    file = model_dir / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"exponential_decay_length_penalty": [4, 10.0]}))
     options = ["--train.samples=3", "--train.eval_steps=1", "--train.max_steps=2", "--train.export=true"]
     options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate=1e-3"]
     written = {}
@@ -577,6 +582,7 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
         run_train(ranks, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / f"said-{ranks}")
         written[ranks] = read_rows(run_dir / "samples.jsonl")
         assert [row["step"] for row in written[ranks]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert all(len(row["text"]) > 4 for row in written[ranks])
     margins = [[row.pop("margin") for row in written[ranks]] for ranks in (1, 2)]
     assert written[1][:3] == written[2][:3] and margins[0][:3] == pytest.approx(margins[1][:3], abs=1e-4), "before the first step, the same"
     final = {row["id"]: row["logp"][0] for row in read_rows(tmp_path / "2" / "scores" / "test.jsonl")[1:]}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import REPO, environment
@@ -15,22 +13,17 @@ ABSENT = ("mlflow", "peft", "matplotlib", "PIL", "torchvision", "pyarrow", "sent
 """What the package otherwise needs and a bare machine may lack."""
 
 
-def measured(tmp_path: Path, *parts: str) -> tuple[dict[tuple[str, str], dict[str, Any]], str]:
-    """What the command writes and prints, from the source tree, without the launcher and most packages."""
+@pytest.mark.long
+def test_the_command_runs_on_a_cpu(tmp_path):
+    """From the source tree, without the launcher and most packages. No case fails, back ends for GPUs are named as such, and the losses of
+    two ranks that share the device are those of one rank."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
     command = [sys.executable, str(REPO / "benchmarks" / "gpu.py"), "--device", "cpu", "--small", "--json", str(tmp_path / "gpu.json")]
     started = {**environment(), "PYTHONPATH": str(tmp_path)}
-    command += ["--parts", *parts] if parts else []
     done = subprocess.run(command, cwd=tmp_path, env=started, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0 and "ERROR" not in done.stdout, done.stdout + done.stderr
     written = {(each["part"], each["case"]): each["result"] for each in json.loads((tmp_path / "gpu.json").read_text())["results"]}
-    return written, done.stdout
-
-
-def test_every_part_of_one_process_runs_on_a_cpu(tmp_path):
-    """No case fails, back ends for GPUs are named as such."""
-    written, printed = measured(tmp_path, "card", "kernels", "scoring", "training")
-    assert {part for part, _ in written} == {"card", "kernels", "scoring", "training"}
+    assert {part for part, _ in written} == {"card", "kernels", "scoring", "training", "ranks"}
     assert all(result["exact"] for result in written.values() if "exact" in result)
     assert "needs a CUDA device" in written["kernels", "16 + 2 texts, varlen"]["unusable"]
     layouts = written["scoring", "2 texts"]["layouts"]
@@ -38,13 +31,6 @@ def test_every_part_of_one_process_runs_on_a_cpu(tmp_path):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
     training = written["training", "ZeRO-3, gloo, 1 rank"]
     assert training["finite"] and len(training["losses"]) == 2 and training["losses"][-1] < training["losses"][0]
-    assert "2 texts: the fastest exact back end is" in printed
-
-
-@pytest.mark.long
-def test_the_whole_command_runs_on_a_cpu(tmp_path):
-    """Two ranks that share the device too; their losses are those of one rank."""
-    written, _ = measured(tmp_path)
-    assert {part for part, _ in written} == {"card", "kernels", "scoring", "training", "ranks"}
     (ranks,) = [result for (part, _), result in written.items() if part == "ranks"]
     assert ranks["backend"] == "gloo" and ranks["loss_off"] < 0.02
+    assert "2 texts: the fastest exact back end is" in done.stdout

@@ -6,19 +6,17 @@ import contextlib
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import mlflow
 import pytest
 from conftest import free_port, read_rows, wait_for
+from mlflow_server import Server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cfvlm_ds.cli.main import main as cfvlm_ds_main
@@ -28,62 +26,9 @@ from cfvlm_ds.tracking.hooks import hook_class
 from cfvlm_ds.tracking.mlflow_delivery import mlflow_name, send
 
 
-class Server:
-    """An MLflow process in a session of its own, so that killing it takes its workers along."""
-
-    def __init__(self, folder: Path, arguments: list[str] | None = None) -> None:
-        store = ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
-        self.folder, self.port = folder, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "-m", "mlflow", *(arguments or store), "--port", str(self.port), "--workers", "1"]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self.folder,
-                env=env | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Server]:
-        self.start()
-        try:
-            self.wait()
-            yield self
-        finally:
-            self.kill()
-
-    def wait(self) -> None:
-        wait_for(self._answers, 180)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as response:
-                return bool(response.status == 200)
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("server")).running() as server:
-        yield server
-
-
 @pytest.fixture
 def remote(server, monkeypatch):
+    server.up()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     return server
@@ -91,6 +36,7 @@ def remote(server, monkeypatch):
 
 @pytest.fixture
 def client(server):
+    server.up()
     return mlflow.MlflowClient(tracking_uri=server.url)
 
 
@@ -113,6 +59,41 @@ def _history(client: Any, run_id: str | None, name: str) -> list[tuple[int, floa
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
     return read_rows(run_dir / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_server_that_starts_late_or_is_killed_loses_nothing(killed, server, tmp_path, capsys, monkeypatch):
+    """It comes first: the server of the other tests does not run yet."""
+    server.kill()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    longest, last = 0.0, 0
+
+    def log(steps: int) -> None:
+        nonlocal longest, last
+        for _ in range(steps):
+            last += 1
+            start = time.perf_counter()
+            tracker.log(last, {"loss": float(last), "other": -float(last)})
+            longest = max(longest, time.perf_counter() - start)
+            time.sleep(0.005)
+
+    with _open(tmp_path, close_timeout=120) as tracker:  # a server on a busy machine takes its time to come back
+        log(100)
+        assert tracker.run_id is None
+        server.start()
+        wait_for(lambda: tracker.run_id is not None)
+        log(200)
+        if killed:
+            server.kill()
+            log(200)
+            server.start()
+            log(100)
+    client = mlflow.MlflowClient(tracking_uri=server.url)
+    for name, sign in (("loss", 1.0), ("other", -1.0)):
+        assert _history(client, tracker.run_id, name) == [(step, sign * step) for step in range(1, last + 1)]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert longest < 0.1
+    assert "answers again" in capsys.readouterr().err
 
 
 def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
@@ -251,40 +232,6 @@ def test_secrets_are_masked(remote, client, tmp_path, capsys, monkeypatch):
     assert "hunter2" not in str(run.to_dictionary()) + written + output.out + output.err
 
 
-def test_a_server_that_starts_late_and_is_killed_loses_nothing(remote, client, tmp_path, capsys):
-    remote.kill()
-    longest = 0.0
-
-    def log(steps: range) -> None:
-        nonlocal longest
-        for step in steps:
-            start = time.perf_counter()
-            tracker.log(step, {"loss": float(step), "other": -float(step)})
-            longest = max(longest, time.perf_counter() - start)
-            time.sleep(0.005)
-
-    with _open(tmp_path, close_timeout=120) as tracker:  # a server on a busy machine takes its time to come back
-        log(range(0, 100))
-        assert tracker.run_id is None
-        remote.start()
-        wait_for(lambda: tracker.run_id is not None)
-        killer_due = time.monotonic() + 1.0
-        step = 100
-        while time.monotonic() < killer_due:
-            log(range(step, step + 20))
-            step += 20
-        remote.kill()
-        log(range(step, step + 200))
-        remote.start()
-        log(range(step + 200, step + 300))
-    expected = [(index, float(index)) for index in range(step + 300)]
-    assert _history(client, tracker.run_id, "loss") == expected
-    assert _history(client, tracker.run_id, "other") == [(index, -value) for index, value in expected]
-    assert client.get_run(tracker.run_id).info.status == "FINISHED"
-    assert longest < 0.1
-    assert "answers again" in capsys.readouterr().err
-
-
 def test_close_is_bounded_and_the_rest_is_delivered_later(remote, client, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as away, socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
         away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -296,35 +243,30 @@ def test_close_is_bounded_and_the_rest_is_delivered_later(remote, client, tmp_pa
         assert time.monotonic() - start < 2.5
     message = capsys.readouterr().err
     assert "did not receive 3 points" in message and f"cfvlm-ds track {tmp_path}" in message
-    remote.wait()
     for _ in range(2):  # the second time there is nothing left to do
         cfvlm_ds_main(["track", str(tmp_path)])
     assert _history(client, _delivered(tmp_path), "a") == [(1, 1.0), (2, 3.0)]
     assert client.get_run(_delivered(tmp_path)).info.status == "FAILED"
 
 
-def test_local_store_is_what_mlflow_ui_shows(tmp_path, server, monkeypatch):
+@pytest.mark.parametrize("ui", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_local_store_is_what_mlflow_ui_shows(ui, tmp_path, remote, monkeypatch):
     """Also where its making was cut off: killed between two of its migrations, MLflow's own file is refused by every later start."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (run_dir := tmp_path / "run folder").mkdir()
     (run_dir / "mlflow.db.tmp").write_bytes(b"half of a store")
     with _open(run_dir) as tracker:
         tracker.log(1, {"loss/lm": 0.5})
     assert not (run_dir / "mlflow.db.tmp").exists()
-    ui = Server(run_dir, ["ui"])
-    ui.start()
-    try:
-        ui.wait()
-        client = mlflow.MlflowClient(tracking_uri=ui.url)
+    with Server(run_dir, ["ui"]).running() if ui else contextlib.nullcontext() as shown:
+        client = mlflow.MlflowClient(tracking_uri=shown.url if shown else f"sqlite:///{run_dir}/mlflow.db")
         experiment = client.get_experiment_by_name("tests")
         (run,) = client.search_runs([experiment.experiment_id])
         assert (run.info.run_id, run.data.metrics["detail/loss/lm"], run.data.params["lr"]) == (tracker.run_id, 0.5, "0.1")
-    finally:
-        ui.kill()
     # A run recorded without a server can be copied to one.
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", remote.url)
     assert deliver(run_dir, timeout=30)
-    copy = mlflow.MlflowClient(tracking_uri=server.url).get_run(_delivered(run_dir))
+    copy = mlflow.MlflowClient(tracking_uri=remote.url).get_run(_delivered(run_dir))
     assert (copy.data.metrics["detail/loss/lm"], copy.data.tags["continues_run"], copy.info.status) == (0.5, tracker.run_id, "FINISHED")
 
 
@@ -346,7 +288,7 @@ def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path):
     if subprocess.run([*stranger, "true"], capture_output=True).returncode:
         pytest.skip("no user namespaces here")
     program = "import sys; from pathlib import Path; from cfvlm_ds.tracking import import_mlflow, open_tracker; import_mlflow().join()\n"
-    program += "with open_tracker(True, Path(sys.argv[1]), 'tests', 'a', {}, {}) as tracker: tracker.log(1, {'loss': 1.0})"
+    program += "with open_tracker(True, Path(sys.argv[1]), 'tests', 'a', {}, {}, close_timeout=2) as tracker: tracker.log(1, {'loss': 1.0})"
     env = {name: value for name, value in os.environ.items() if name != "HOME"}
     ended = subprocess.run([*stranger, sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True)
     assert ended.returncode == 0 and "home directory" in ended.stderr and "Traceback" not in ended.stderr
