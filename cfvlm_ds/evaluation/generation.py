@@ -38,8 +38,8 @@ def write(*arguments: Any, **options: Any) -> str:
 def write_several(
     model: Any, collator: Collator, device: torch.device, shown: Pictures, prompt: Prompt, max_new_tokens: int, **options: Any
 ) -> list[Written]:
-    """Generate texts about pictures for a prompt, with the ``options`` of transformers' ``generate``, such as ``num_return_sequences``. There
-    is no beam search, whatever the model's generation_config.json says, unless an option asks for it.
+    """Generate texts about pictures for a prompt, with the ``options`` of transformers' ``generate``, such as ``num_return_sequences``.
+    Without the option ``num_beams`` there is no beam search, whatever the model's generation_config.json says.
 
     ``model`` must be in evaluation mode. All ranks call this together for a partitioned model, with the same arguments and the option
     ``synced_gpus``. If the chat template opens a thinking block, the block stays empty, as in scoring. Raises DataError for input that the
