@@ -311,7 +311,7 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(judge, more, named, 
     assert not (tmp_path / "W").exists()
 
 
-def test_a_bad_row_is_refused_and_a_bad_picture_is_counted(speaker, source, tmp_path, capsys):
+def test_a_bad_row_is_refused_and_a_bad_picture_is_counted(speaker, source, tmp_path, capsys, monkeypatch):
     rows, folder = read_rows(source)[:2], tmp_path / "my data"
     folder.mkdir()
     shutil.copy(source.parent / "0.png", folder)
@@ -319,8 +319,10 @@ def test_a_bad_row_is_refused_and_a_bad_picture_is_counted(speaker, source, tmp_
     out, data = tmp_path / "W", write_rows(folder / "rows.jsonl", [rows[0], {**rows[1], "match": []}])
     assert "rows.jsonl:2" in refused(capsys, *command(speaker, data, out)) and not out.exists()
     write_rows(data, rows)
-    said = printed(capsys, *command(speaker, data, out, "my_judges:is_known"))
-    assert f"--root '{folder}'" in said
+    monkeypatch.chdir(tmp_path)
+    said = printed(capsys, *command(speaker, Path("my data/rows.jsonl"), out, "my_judges:is_known"))
+    assert "--root 'my data'" in said
+    assert [group.images for group in read_manifest(out / "groups.jsonl", "my data")] == [((folder / "0.png",),)]
     assert "1 not asked, because of an error" in said and "1.png" in json.dumps(read_rows(out / "sample" / "shard-00000.jsonl")[-1])
 
 
