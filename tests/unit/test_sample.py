@@ -322,7 +322,7 @@ def test_a_bad_row_is_refused_and_a_bad_picture_is_counted(speaker, source, tmp_
     monkeypatch.chdir(tmp_path)
     said = printed(capsys, *command(speaker, Path("my data/rows.jsonl"), out, "my_judges:is_known"))
     assert "--root 'my data'" in said
-    assert [group.images for group in read_manifest(out / "groups.jsonl", "my data")] == [((folder / "0.png",),)]
+    assert {group.images for group in read_manifest(out / "groups.jsonl", "my data")} == {((folder / "0.png",),)}
     assert "1 not asked, because of an error" in said and "1.png" in json.dumps(read_rows(out / "sample" / "shard-00000.jsonl")[-1])
 
 
