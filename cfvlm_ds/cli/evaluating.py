@@ -229,7 +229,7 @@ def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: 
         "device": world.device.type,
         "attention": attention("auto", scorer.model.config, dtype),
     }
-    writing = None if zero3 else partial(write, scorer.model, collator, world.device, do_sample=False, num_beams=1)
+    writing = None if zero3 else partial(write, scorer.model, collator, world.device, do_sample=False)
     if writing is not None:
         identity = {**identity, "writing": writing_digest(scorer.model)}
     return Asked(scorer, collator, world, name, identity, precision, writing)

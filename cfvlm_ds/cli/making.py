@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,9 +64,9 @@ def _propose(manifest: str, *, out: str, options: ProposeOptions, part: Part, re
     from cfvlm_ds.counterfactuals.propose.step import propose
     from cfvlm_ds.data import open_groups
 
-    number, of = part.shard or (0, None)
+    number, of = part.shard or (0, 1)
     store = open_groups(manifest, reading.root, reading.format, progress=say)
-    _print_done("propose", propose(store, Path(out), options, number, say, of or 1))
+    _print_done("propose", propose(store, Path(out), options, number, say, of))
 
 
 def _edit(work: str, *, options: EditOptions, part: Part) -> None:
@@ -234,15 +235,18 @@ def _sample(
     """
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.counterfactuals.sample import GROUPS, sample
+    from cfvlm_ds.counterfactuals.work_folder import sha256_of_file
     from cfvlm_ds.data import sound_groups
-    from cfvlm_ds.models import adapter_fingerprint, fingerprint
+    from cfvlm_ds.models import adapter_fingerprint, fingerprint, model_folder
 
-    number, of = part.shard or (0, None)
+    number, of = part.shard or (0, 1)
     config, adapter = model_named(model, limits)
     store = sound_groups(manifest, reading.root, reading.format, limit, say)
     identity = {"model": model, **fingerprint(config, say=say)} | ({"adapter": adapter_fingerprint(adapter)} if adapter else {})
+    writing = model_folder(config.name_or_path) / "generation_config.json"  # its repetition penalty, for instance
+    identity |= {"writing": sha256_of_file(writing)} if writing.is_file() else {}
     done, counts = sample(
-        store, Path(out), options, identity, lambda: load_scorer(config, adapter, max_pixels=reading.max_pixels), number, say, of or 1
+        store, Path(out), options, identity, lambda: load_scorer(config, adapter, max_pixels=reading.max_pixels), number, say, of
     )
     _print_done("sample", done)
     if counts is None:
@@ -251,13 +255,14 @@ def _sample(
     for name, count in counts.items():
         print(f"{count:>9} {name}")
     print(f"wrote {Path(out) / GROUPS}: {counts['groups']} groups")
-    _print_roots([out, *map(str, store.roots)])
+    _print_roots(list(map(str, store.roots)))
 
 
 def _print_roots(roots: Sequence[str]) -> None:
     """Print the folders of groups' pictures, unless all are in the folder of the groups' file."""
     if roots:
-        print(f"their pictures are in several folders; read the groups with {printable(' '.join(f'--root {root}' for root in roots))}")
+        words = shlex.join(word for root in roots for word in ("--root", root))
+        print(f"their pictures are in other folders; read the groups with {printable(words)}")
 
 
 def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:

@@ -55,7 +55,7 @@ def sample(
     load: Callable[[], tuple[Any, Collator, World]],
     shard: int,
     say: Say,
-    of: int = 1,
+    of: int | None = 1,
 ) -> tuple[dict[str, Any], Counter[str] | None]:
     """Generate the texts of shard number ``shard`` of ``of``, and return its completion record. If all shards are finished, write
     OUT/groups.jsonl and OUT/counts.json, and return the counts too.
@@ -85,12 +85,13 @@ def sample(
 def answers(text: str, row: Mapping[str, Any]) -> bool | None:
     """Judge a short answer: it is true if it equals a true text of the row, ignoring case, white space and a final full stop.
 
-    Return None if a true text has more than three words, and for a longer text that contains a true one, such as "Yes, it is".
+    Return None if a true text has more than three words, and for a text that contains a true one, such as "Yes, it is", or is a part of it.
     """
     given, *true = (normalised(each).casefold().rstrip(" .") for each in (text, *(known["text"] for known in row["texts"])))
     if any(len(each.split()) > _LONGEST_ANSWER for each in true):
         return None
-    return given in true or (None if any(re.search(rf"\b{re.escape(each)}\b", given) for each in true) else False)
+    within = [(part, whole) for each in true for part, whole in ((each, given), (given, each))]
+    return given in true or (None if any(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", whole) for part, whole in within) else False)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class _Source:
     def asked(self, question: Question, model: Any, collator: Collator, device: torch.device) -> dict[str, Any]:
         """Generate the texts of a question, and return them with the counts of what was left out."""
         options, shown, first = self.options, question.group.images[0], question.group.candidates[0]
-        if (verdict := self.verdict(first.text, question)) is None:
+        if self.verdict(first.text, question) is None:
             return {"texts": [], "counts": {"not asked, because the judge does not decide on the true text": 1}}
         try:
             digests = [sha256_of(collator.files.content((picture, len(shown) > 1))) for picture in shown]
@@ -159,9 +160,9 @@ class _Source:
             return {"texts": [], "counts": {"not asked, because of an error": 1}, "detail": one_line(str(error), 300)}
         ended = [each.text.strip() for each in written if each.ended]
         texts = [text for text in ended if text and _is_accepted(collator, Candidate(first.prompt, text), len(shown))]
-        cut, refused, contradicted = len(written) - len(ended), len(ended) - len(texts), int(not verdict)
+        cut, refused = len(written) - len(ended), len(ended) - len(texts)
         counts = {"sampled": len(written), "cut off by --max_new_tokens": cut, "empty or with a control token": refused}
-        return {"texts": texts, "counts": counts | {"true texts of the data that the judge calls false": contradicted}}
+        return {"texts": texts, "counts": counts}
 
     def judged(self, question: Question, texts: Sequence[str], counts: Counter[str]) -> CounterfactualGroup | None:
         """Return the group of a question with its true and false texts, or None without a false text, and count all texts."""
@@ -179,6 +180,7 @@ class _Source:
             "different": len(different), "equal to a true text of the data": len(different) - len(new), "true": len(true),
             "false": len(false), "not judged": len(undecided), "false, left out by --most_false": len(false[most:]),
             "prompts without a false text": not false, "groups": bool(false),
+            "true texts of the data that the judge calls false": self.verdict(group.candidates[0].text, question) is False,
         })  # fmt: skip
         candidates, num_true = (*group.candidates, *true, *false[:most]), len(group.candidates) + len(true)
         edits = tuple(Edit("sampled", text=place) for place in range(num_true, len(candidates)))

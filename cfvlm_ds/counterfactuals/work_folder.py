@@ -86,11 +86,12 @@ class WorkFolder:
         return [Path(root) for root in self.about["source"]["roots"]]
 
     @classmethod
-    def begin(cls, path: Path, store: GroupStore, shards: int, steps: Sequence[str] = STEPS) -> WorkFolder:
-        """Open the work folder of this data, number of shards and steps, creating it if necessary. Raises ConfigError if it belongs to
-        others.
+    def begin(cls, path: Path, store: GroupStore, shards: int | None, steps: Sequence[str] = STEPS) -> WorkFolder:
+        """Open the work folder of this data, number of shards and steps, creating it if necessary. Without a number of shards, that of the
+        folder is used. Raises ConfigError if it belongs to others.
         """
         _refuse_links(path)
+        shards = int(_read(path / "run.json").get("shards", 1)) if shards is None else shards
         if not 1 <= shards <= MAX_SHARDS:
             raise ConfigError(f"the number of shards must be from 1 to {MAX_SHARDS}, not {shards}")
         source = {

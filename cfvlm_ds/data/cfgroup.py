@@ -201,6 +201,8 @@ def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
 
 
 def _relative(picture: Path, root: Path) -> str:
+    if root.is_absolute() and not picture.is_absolute():  # relative to the current folder
+        picture = picture.absolute()
     return picture.as_posix().removeprefix(f"{root.as_posix().rstrip('/')}/")  # a fifth of the time of Path.relative_to
 
 

@@ -39,6 +39,7 @@ def write_several(
     model: Any, collator: Collator, device: torch.device, shown: Pictures, prompt: Prompt, max_new_tokens: int, **options: Any
 ) -> list[Written]:
     """Generate texts about pictures for a prompt, with the ``options`` of transformers' ``generate``, such as ``num_return_sequences``.
+    Without the option ``num_beams`` there is no beam search, whatever the model's generation_config.json says.
 
     ``model`` must be in evaluation mode. All ranks call this together for a partitioned model, with the same arguments and the option
     ``synced_gpus``. If the chat template opens a thinking block, the block stays empty, as in scoring. Raises DataError for input that the
@@ -49,6 +50,7 @@ def write_several(
     images = [collator.files.open((picture, len(shown) > 1)) for picture in shown]
     has_bos = tokenizer.bos_token is not None and encoded.prompt.startswith(tokenizer.bos_token)
     pictures: dict[str, Any] = {"images": [images]} if images else {}
+    options = {"num_beams": 1, "pad_token_id": tokenizer.eos_token_id, "return_dict_in_generate": False} | options
     try:
         inputs = collator.processor(text=[encoded.prompt], add_special_tokens=not has_bos, return_tensors="pt", **pictures).to(device)
         if inputs.input_ids.shape[1] + max_new_tokens > collator.max_length:
@@ -58,9 +60,7 @@ def write_several(
             )
         inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         with torch.no_grad(), stock_attention(model):
-            tokens = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, return_dict_in_generate=False, **options
-            )
+            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
     except (MemoryError, torch.OutOfMemoryError) as error:
         files = ", ".join(map(str, shown))
         raise OutOfMemory(f"out of memory while generating a text about {files}; limit visual tokens (--model.max_pixels)") from error

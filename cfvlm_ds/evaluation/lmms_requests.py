@@ -151,7 +151,7 @@ class Answers:
         temperature, sampled = options_left.get("temperature"), options_left.pop("do_sample", None)
         options: dict[str, Any] = {"do_sample": bool(sampled) if temperature is None else temperature > 0 and sampled is not False}
         supported = (*_OPTIONS, *_SAMPLING) if options["do_sample"] else _OPTIONS
-        options |= {"num_beams": 1} | {name: options_left[name] for name in supported if name in options_left}
+        options |= {name: options_left[name] for name in supported if name in options_left}
         for name in sorted(options_left.keys() - {*_OPTIONS, *_SAMPLING} - self._unused):
             self._unused.add(name)
             self.world.say(f"warning: the task's option {name} ({options_left[name]!r}) is not used")

@@ -97,7 +97,7 @@ class Evaluator:
         for start in range(0, len(every), self.world.size):
             self._vote()
             shown, prompt = every[min(start + self.world.rank, len(every) - 1)]  # all ranks write equally often
-            options = {"do_sample": False, "num_beams": 1, "synced_gpus": self.world.size > 1}
+            options = {"do_sample": False, "synced_gpus": self.world.size > 1}
             model, device = self.engine.module.model, self.world.device
             text = write(model, self.collator, device, shown, prompt, way.max_new_tokens, **options)
             texts += gather_objects(text, self.world)

@@ -85,10 +85,10 @@ def judges(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def speaker(model_dir, tmp_path_factory):
-    """The random test model with one token of 16 as an end, so that most of its texts have one."""
+    """The random test model with one token of 16 as an end, so that most of its texts have one, and beams, which sampling has not."""
     folder = shutil.copytree(model_dir, tmp_path_factory.mktemp("speaker") / "llava")
     tokenizer = AutoProcessor.from_pretrained(model_dir).tokenizer
-    ends = {"eos_token_id": [tokenizer.eos_token_id, *range(8, len(tokenizer), 16)]}
+    ends = {"eos_token_id": [tokenizer.eos_token_id, *range(8, len(tokenizer), 16)], "num_beams": 2}
     (folder / "generation_config.json").write_text(json.dumps(ends))
     return folder
 
@@ -154,7 +154,7 @@ def test_texts_are_those_of_plain_generate(whole, speaker, source):
     with torch.no_grad():
         ids = model.generate(
             **inputs, do_sample=True, temperature=0.9, top_p=0.95, top_k=0, num_return_sequences=N, max_new_tokens=LONGEST,
-            pad_token_id=processor.tokenizer.eos_token_id,
+            pad_token_id=processor.tokenizer.eos_token_id, num_beams=1,
         )[:, inputs.input_ids.shape[1] :]  # fmt: skip
     ended = [row.tolist() for row in ids if not {*model.generation_config.eos_token_id}.isdisjoint(row.tolist())]
     texts = [processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ended]
@@ -249,8 +249,8 @@ def test_kills_and_shards_give_the_same_bytes(whole, speaker, source, judges, tm
     assert "missing: --array=0-1" in printed(capsys, "data", "status", out)
     (out / "sample" / "shard-00000.done.json").unlink(missing_ok=True)
     os.truncate(journal, journal.stat().st_size - 9)
-    for shard in (0, 1):
-        said = printed(capsys, *command(speaker, source, out, "my_judges:by_hash", "--shard", f"{shard}/3"))
+    for shard in ("0/3", "1"):  # the folder knows the number
+        said = printed(capsys, *command(speaker, source, out, "my_judges:by_hash", "--shard", shard))
     assert "wrote" in said
     alone = read_rows(whole / "sample" / "shard-00000.jsonl")
     assert [read_rows(out / "sample" / f"shard-{k % 3:05d}.jsonl")[k // 3] for k in range(len(alone))] == alone
@@ -267,9 +267,9 @@ def test_another_start_in_a_folder(whole, speaker, source, tmp_path, capsys, no_
     printed(capsys, *command(speaker, source, out, "my_judges:by_hash", "--most_false", "1"))
     kept = [sum(cell[2] == 0 for cell in row["match"]) for row in read_rows(out / "groups.jsonl")]
     assert set(kept) == {1} and len(kept) == len(read_rows(whole / "groups.jsonl"))
-    other_model = shutil.copytree(speaker, tmp_path / "model")
-    (other_model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.5}))
+    other_model, other_writing = (shutil.copytree(speaker, tmp_path / name) for name in ("model", "copy"))
     (other_model / "config.json").write_text((other_model / "config.json").read_text() + "\n")
+    (other_writing / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.5}))
     propose = ["data", "propose", str(source), "--out", str(out)]
     before = contents(out)
     for words, named in (
@@ -278,6 +278,7 @@ def test_another_start_in_a_folder(whole, speaker, source, tmp_path, capsys, no_
         (command(speaker, source, out, "my_judges:by_hash", "--limit", "3"), "groups: 11 then, 3 now"),
         (command(speaker, source, out, "my_judges:by_hash", "--shard", "0/2"), "shards"),
         (command(other_model, source, out), "weights"),
+        (command(other_writing, source, out), "writing: "),
         (propose, "steps"),
         (["data", "edit", str(out)], "data sample"),
         (["data", "select", str(out), "--out", str(tmp_path / "g.jsonl")], "verify"),
@@ -310,15 +311,18 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(judge, more, named, 
     assert not (tmp_path / "W").exists()
 
 
-def test_a_bad_row_is_refused_and_a_bad_picture_is_counted(speaker, source, tmp_path, capsys):
-    rows, folder = read_rows(source)[:2], tmp_path / "data"
+def test_a_bad_row_is_refused_and_a_bad_picture_is_counted(speaker, source, tmp_path, capsys, monkeypatch):
+    rows, folder = read_rows(source)[:2], tmp_path / "my data"
     folder.mkdir()
     shutil.copy(source.parent / "0.png", folder)
     (folder / "1.png").write_bytes(b"no picture")
     out, data = tmp_path / "W", write_rows(folder / "rows.jsonl", [rows[0], {**rows[1], "match": []}])
     assert "rows.jsonl:2" in refused(capsys, *command(speaker, data, out)) and not out.exists()
     write_rows(data, rows)
-    said = printed(capsys, *command(speaker, data, out, "my_judges:is_known"))
+    monkeypatch.chdir(tmp_path)
+    said = printed(capsys, *command(speaker, Path("my data/rows.jsonl"), out, "my_judges:is_known"))
+    assert "--root 'my data'" in said
+    assert {group.images for group in read_manifest(out / "groups.jsonl", "my data")} == {((folder / "0.png",),)}
     assert "1 not asked, because of an error" in said and "1.png" in json.dumps(read_rows(out / "sample" / "shard-00000.jsonl")[-1])
 
 
@@ -331,7 +335,10 @@ def test_a_judge_that_fails_late_costs_no_text(speaker, source, judges, tmp_path
     monkeypatch.setattr(my_judges, "fails", my_judges.is_known)
     monkeypatch.setattr(models, "load_scorer", None)
     assert "wrote" in printed(capsys, *words) and contents(out / "sample") == texts
-    rows = read_rows(out / "groups.jsonl")
+    contradicted, rows = "true texts of the data that the judge calls false", read_rows(out / "groups.jsonl")
+    assert json.loads((out / "counts.json").read_text())[contradicted] == 0
+    monkeypatch.setattr(my_judges, "fails", lambda text, row: False)
+    assert re.search(rf"\b{ROWS} {contradicted}", printed(capsys, *words)), "counted anew"
     assert {row["prompt"] for row in rows} == {"What is there?"} and not [
         row for row in rows if any(t["text"] == "Yes" for t in row["texts"])
     ]
@@ -342,6 +349,7 @@ def test_short_answers_by_hand():
         return answers(text, {"texts": [{"text": each} for each in true]})
 
     assert [judged(text, "Yes") for text in ("yes.", " YES", "No", "Yes, it is", "yesterday")] == [True, True, False, None, False]
+    assert [judged(text, "+3", "a dog") for text in ("It is +3", "+3.", "dog", "a dogma", "a")] == [None, True, None, False, None]
     assert [judged(text, "two", "2") for text in ("2", "Two", "three", "twenty-two")] == [True, True, False, None]
     assert [judged(text, "a dog on the lawn") for text in ("a dog on the lawn", "a cat")] == [None, None]
 

@@ -22,7 +22,7 @@ STEP = "propose"
 _LONGEST_ID = 1000  # characters; every record and edit repeats the id
 
 
-def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int = 1) -> dict[str, Any]:
+def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int | None = 1) -> dict[str, Any]:
     """Propose edits for shard number ``shard`` of ``of``, and return its completion record. Finished work of an earlier call is not
     repeated.
 

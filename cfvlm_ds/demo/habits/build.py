@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -130,8 +131,10 @@ def _check(config: HabitsConfig) -> None:
     if not 0 <= config.strength <= 1:
         raise DataError(f"habits: strength must be between 0 and 1, not {config.strength}")
     weights = config.edit_weights
-    if weights is not None and (set(weights) - set(EDITS) or any(w < 0 for w in weights.values()) or not sum(weights.values())):
-        raise DataError(f"habits: edit_weights must be non-negative and not all 0; the types are {', '.join(EDITS)}")
+    if weights is not None and (
+        set(weights) - set(EDITS) or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values())
+    ):
+        raise DataError(f"habits: edit_weights must be finite, non-negative and not all 0; the types are {', '.join(EDITS)}")
     if config.num_counterfactuals > (most := sum(map(bool, (weights or dict.fromkeys(EDITS, 1)).values()))):
         raise DataError(f"habits: num_counterfactuals must be at most {most}, because the edits of a group differ in type")
 
@@ -177,7 +180,7 @@ def question_of(split: str) -> str:
 
 def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
     """Draw different types of edits in proportion to their weights, one after the other (Efraimidis and Spirakis, 2006)."""
-    keys = {kind: rng.random() ** (1 / weight) for kind, weight in weights.items() if weight}
+    keys = {kind: math.log(rng.random()) / weight for kind, weight in weights.items() if weight}
     return sorted(keys, key=lambda kind: -keys[kind])[:number]
 
 
