@@ -1,4 +1,4 @@
-"""Learning from the demo's base in equal processor time: NLL, DPO beside NLL, mDPO and the default objective.
+"""Learning from the demo's base in equal processor time: NLL, DPO beside NLL, mDPO, and the default objective, also with light contrast.
 
     python benchmarks/learning.py --choose             # tries the rates of each arm with one seed, on the validation set
     python benchmarks/learning.py --seeds 3            # runs what is missing at the best rates, one run per core
@@ -68,6 +68,7 @@ ARMS = {
         scores=True,
     ),
     "default": Arm("default"),
+    "light": Arm("default, contrast x 0.1", ("--objective.csd.weight=0.1", "--objective.fcd.weight=0.1")),
 }
 
 
