@@ -67,8 +67,8 @@ ARMS = {
         ),
         scores=True,
     ),
-    "default": Arm("default"),
-    "light": Arm("default, contrast x 0.1", ("--objective.csd.weight=0.1", "--objective.fcd.weight=0.1")),
+    "default": Arm("default", ("--objective.csd.weight=1", "--objective.fcd.weight=1")),
+    "light": Arm("default, contrast x 0.1"),
 }
 
 

@@ -13,7 +13,13 @@ from cfvlm_ds.demo import report as demo_report
 from cfvlm_ds.demo.habits.build import TESTS
 from cfvlm_ds.objectives import OBJECTIVES
 
-TERMS = {"nll": {"align"}, "dpo-nll": {"align", "dpo"}, "mdpo": {"dpo"}, "default": {"align", "csd", "fcd"}}
+TERMS = {
+    "nll": {"align"},
+    "dpo-nll": {"align", "dpo"},
+    "mdpo": {"dpo"},
+    "default": {"align", "csd", "fcd"},
+    "light": {"align", "csd", "fcd"},
+}
 
 
 def test_every_arm_has_the_terms_of_its_title_and_every_axis_a_set_of_the_demo():
