@@ -158,8 +158,10 @@ def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> t
 
 
 def answers(table: Sequence[Judged]) -> Any:
-    """Return an array [items, 6] for items with the texts yes and no: the answer (1 for yes, 1 for no), the truth (in the same form), 1 if
-    the answer is right, and the log-odds of yes over no in nats.
+    """Return an array [items, 6] for items with the texts yes and no.
+
+    Its columns are 1 if the answer is yes, 1 if it is no, 1 if yes is correct, 1 if no is correct, 1 if the answer is correct, and the
+    log-odds of yes over no in nats.
     """
     return np.array([_answer(judged.scores[0], judged.item.match[0], judged.blind) for judged in table], float).reshape(-1, 6)
 
@@ -212,15 +214,12 @@ def threshold(margins: Any, truth: Any) -> float:
     return float(cuts[np.lexsort((cuts, np.abs(cuts), -right))[0]])
 
 
-def calibrated(table: Sequence[Judged]) -> float | None:
+def calibrated(table: Sequence[Judged], found: Any) -> float | None:
     """Return the accuracy in % with a threshold that is fitted on the other half of the clusters. A hash of the cluster selects its half.
+    ``found`` are the ``answers`` of the table.
 
     Return None if a half is empty or a margin is not finite. A model that always answers yes but separates the classes scores high.
     """
-    return _calibrated(table, answers(table))
-
-
-def _calibrated(table: Sequence[Judged], found: Any) -> float | None:
     half, (truth, margins) = np.array([_half(judged.item.cluster) for judged in table], bool), found[:, (2, 5)].T
     if half.all() or not half.any() or not np.isfinite(margins).all():
         return None
@@ -241,6 +240,6 @@ def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
     values = _binary(found, positive)
     if (area := auc(found[:, 5], found[:, 2])) is not None:
         values["auc"] = area
-    if not any(judged.blind for judged in table) and (value := _calibrated(table, found)) is not None:
+    if not any(judged.blind for judged in table) and (value := calibrated(table, found)) is not None:
         values["calibrated"] = value
     return values
