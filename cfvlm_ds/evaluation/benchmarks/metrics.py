@@ -166,25 +166,6 @@ def answers(table: Sequence[Judged]) -> Any:
     return np.array([_answer(judged.scores[0], judged.item.match[0], judged.blind) for judged in table], float).reshape(-1, 6)
 
 
-def binary(table: Sequence[Judged], positive: int = 0) -> Values:
-    """Return accuracy, precision, recall and F1 of the answer ``positive`` (0: yes, 1: no), and the share of items answered with yes.
-
-    An item has the texts yes and no, in this order. An item without an answer is wrong, and is not a prediction in precision. If no item is
-    positive, only accuracy and the share of yes are returned. If no answer is positive, precision and F1 are not defined (NaN).
-    """
-    return _binary(answers(table), positive) if table else {}
-
-
-def _binary(found: Any, positive: int) -> Values:
-    predicted, gold = found[:, positive], found[:, 2 + positive]
-    values = {"accuracy": 100 * float(found[:, 4].sum()) / len(found), "yes_ratio": 100 * float(found[:, 0].sum()) / len(found)}
-    hit, predictions, positives = float(predicted @ gold), float(predicted.sum()), float(gold.sum())
-    if not positives:
-        return values
-    precision, f1 = (hit / predictions, 2 * hit / (predictions + positives)) if predictions else (nan, nan)
-    return values | {"precision": 100 * precision, "recall": 100 * hit / positives, "f1": 100 * f1}
-
-
 def auc(margins: Any, truth: Any) -> float | None:
     """Return the area under the ROC curve in %: the share of pairs (a yes item, a no item) in which the yes item has the larger margin. A
     tie counts as one half. ``margins`` [items] are the log-odds of yes over no in nats, and ``truth`` [items] is 1 if yes is correct.
@@ -233,11 +214,21 @@ def _half(cluster: str) -> int:
 
 
 def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
-    """Return the metrics of ``binary``, the area under the ROC curve and, unless a table is blind, the accuracy of ``calibrated``."""
+    """Return accuracy, the share of items answered with yes, precision, recall and F1 of the answer ``positive`` (0: yes, 1: no), the area
+    under the ROC curve and, unless a table is blind, the accuracy of ``calibrated``.
+
+    An item has the texts yes and no, in this order. An item without an answer is wrong, and is not a prediction in precision. If no item is
+    positive, precision, recall and F1 are left out. If no answer is positive, precision and F1 are not defined (NaN).
+    """
     if not table:
         return {}
     found = answers(table)
-    values = _binary(found, positive)
+    predicted, gold = found[:, positive], found[:, 2 + positive]
+    values = {"accuracy": 100 * float(found[:, 4].sum()) / len(found), "yes_ratio": 100 * float(found[:, 0].sum()) / len(found)}
+    hit, predictions, positives = float(predicted @ gold), float(predicted.sum()), float(gold.sum())
+    if positives:
+        precision, f1 = (hit / predictions, 2 * hit / (predictions + positives)) if predictions else (nan, nan)
+        values |= {"precision": 100 * precision, "recall": 100 * hit / positives, "f1": 100 * f1}
     if (area := auc(found[:, 5], found[:, 2])) is not None:
         values["auc"] = area
     if not any(judged.blind for judged in table) and (value := calibrated(table, found)) is not None:
