@@ -1,4 +1,4 @@
-"""Pixel comparison of an original and an edited picture: the share of changed pixels, their location, and whether they form one piece."""
+"""Pixel comparison of an original and an edited picture: the share of changed pixels, and whether they form one piece."""
 
 from __future__ import annotations
 
@@ -27,25 +27,20 @@ Array = npt.NDArray[Any]
 def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> dict[str, Any]:
     """Compare an edited picture with its original. Raises DataError if one of them cannot be read.
 
-    Returns ``changed``: share of visibly changed pixels. ``largest``: share of these in the largest connected piece. ``box``: left, top,
-    right and bottom of the change, as shares of the sides. ``outside``: share of the pixels outside the mask that differ. ``mean``: mean
-    absolute difference in levels. ``hash``: number of the 64 bits in which the perceptual hashes differ. ``same_size``: whether the sizes
-    are equal; if not, only ``hash`` is compared.
+    Returns ``changed``: share of visibly changed pixels. ``largest``: share of these in the largest connected piece. ``identical``: whether
+    no pixel differs. ``outside``: share of the pixels outside the mask that differ. ``hash``: number of the 64 bits in which the perceptual
+    hashes differ. ``same_size``: whether the sizes are equal; if not, only ``hash`` is compared.
     """
     first, second = open_image(original), open_image(edited)
     facts: dict[str, Any] = {"same_size": first.size == second.size}
     facts["hash"] = int(perceptual_hash(first) ^ perceptual_hash(second)).bit_count()
     if first.size != second.size:
         return facts
-    far = np.abs(reduced(first, SIDE).astype(np.int16) - reduced(second, SIDE)).max(2)
+    changed = np.abs(reduced(first, SIDE).astype(np.int16) - reduced(second, SIDE)).max(2) > VISIBLE
     exact = np.asarray(first) != np.asarray(second)
-    changed = far > VISIBLE
-    facts |= {"changed": _rounded(changed.mean()), "mean": _rounded(far.mean()), "identical": not bool(exact.any())}
+    facts |= {"changed": _rounded(changed.mean()), "identical": not bool(exact.any())}
     if changed.any():
-        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
-        height, width = far.shape
-        edges = (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
-        facts |= {"largest": _rounded(largest_piece(changed) / changed.sum()), "box": [_rounded(edge) for edge in edges]}
+        facts["largest"] = _rounded(largest_piece(changed) / changed.sum())
     if mask is not None:
         unmasked = np.asarray(mask.resize(first.size)) < 128
         facts["outside"] = _rounded((exact.any(2) & unmasked).sum() / max(int(unmasked.sum()), 1))

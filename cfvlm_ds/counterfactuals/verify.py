@@ -173,7 +173,7 @@ def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGrou
 
 def score_record(candidate: Candidate, scores: GroupScores, options: VerifyOptions) -> dict[str, Any]:
     """Return the matrices of both probes, in nats: log P(yes) of each text on each picture,
-    log-likelihoods, and both on a blank picture.
+    log-likelihoods, and the latter on a blank picture.
     """
     item, probe = _item(candidate), Match(options.template)
     num_match = len(probe.cells(item))
@@ -182,7 +182,6 @@ def score_record(candidate: Candidate, scores: GroupScores, options: VerifyOptio
         "match": [[_rounded(value) for value in probe.row(item, row[:num_match], (), ())] for row in rows],
         "likelihood": [[_rounded(value) for value in row[num_match:]] for row in rows],
         "blank": [_rounded(value) for value in scores.blank.tolist()[num_match:]],
-        "blank_match": [_rounded(value) for value in probe.row(item, tuple(scores.blank.tolist()[:num_match]), (), ())],
     }
 
 

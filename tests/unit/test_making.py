@@ -608,8 +608,8 @@ def test_facts_of_two_pictures_by_hand(tmp_path):
     for image, name in ((first, "a"), (second, "b"), (first.resize((50, 50)), "c")):
         image.save(tmp_path / f"{name}.png")
     found = compared(tmp_path / "a.png", tmp_path / "b.png", mask)
-    assert found["changed"] == 20 * 20 / 5000 and found["largest"] == 1 and found["box"] == [0.2, 0.2, 0.4, 0.6]
-    assert found["outside"] == round(20 * 5 / (5000 - 20 * 15), 5) and found["mean"] == round(110 * 400 / 5000, 5)
+    assert found["changed"] == 20 * 20 / 5000 and found["largest"] == 1
+    assert found["outside"] == round(20 * 5 / (5000 - 20 * 15), 5)
     assert (
         compared(tmp_path / "a.png", tmp_path / "a.png")["identical"] and not compared(tmp_path / "a.png", tmp_path / "c.png")["same_size"]
     )
