@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +20,7 @@ from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalise
 from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.core.untrusted import own_output
+from cfvlm_ds.core.untrusted import output_file, own_output
 from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
@@ -139,7 +138,7 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
     for path in files.values():
         own_output(path, _is_selected, "select", data)
-    own_output(_beside(file), _is_survival, "select", data)
+    output_file(_beside(file))
     return files, shares
 
 
@@ -151,11 +150,6 @@ def _beside(file: Path) -> Path:
 def _is_selected(file: IO[bytes]) -> bool:
     row = parse_json(next(lines(file, MAX_LINE)).decode())
     return row["schema"] == SCHEMA and isinstance(row["meta"]["steps"], dict) and REFINED not in row["meta"]
-
-
-def _is_survival(file: IO[bytes]) -> bool:
-    head, _, first = (line.decode() for line in islice(lines(file, MAX_LINE), 3))
-    return head.startswith("| | ") and first.startswith("| proposed | ")
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
