@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
+from cfvlm_ds.data.fields import json_object
 from cfvlm_ds.data.store import GroupStore
 
 
@@ -94,24 +94,15 @@ class Context:
     say: Callable[[str], object] = lambda line: None
 
 
-def sources(store: GroupStore, places: Sequence[int] | None = None) -> Iterator[Source | DataError]:
+def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
     """Yield the sources of a data set: the first image of each group with every caption that is true of it, or the error of a row."""
     for _, group in store.entries(places):
         if isinstance(group, DataError):
             yield group
             continue
         picture = group.images[0][0] if len(group.images[0]) == 1 else None
-        number = 0
+        license, number = json_object(group.meta).get("license"), 0
         for truth, candidate in zip(group.match[0], group.candidates, strict=True):
             if truth == 1:
                 number += 1
-                yield Source(group.id if number == 1 else f"{group.id}#{number}", candidate.text, picture, license_of(group.meta))
-
-
-def license_of(meta: str) -> str:
-    """Return the licence in a group's metadata, or ""."""
-    try:
-        value = parse_json(meta).get("license") if meta else None
-    except (ValueError, AttributeError, RecursionError):
-        return ""
-    return value if isinstance(value, str) else ""
+                yield Source(group.id if number == 1 else f"{group.id}#{number}", candidate.text, picture, license if isinstance(license, str) else "")
