@@ -19,7 +19,6 @@ from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.store import GroupStore
 
 STEP = "propose"
-_LONGEST_ID = 1000  # characters; every record and edit repeats the id
 
 
 def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int | None = 1) -> dict[str, Any]:
@@ -96,9 +95,7 @@ def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | Dat
     for place in places:
         for source in sources(store, [place]):
             if not isinstance(source, DataError):
-                if len(source.id) > _LONGEST_ID:
-                    source = DataError(f"{store.where(place)}: the id has {len(source.id)} characters; shorten it to at most {_LONGEST_ID}")
-                elif (number := seed_of(source.id)) in seen:
+                if (number := seed_of(source.id)) in seen:
                     source = DataError(f"{store.where(place)}: id {source.id!r} is used by an earlier row; make ids unique")
                 else:
                     seen.add(number)
